@@ -1,0 +1,232 @@
+"""Dataclass fields that are flags: declaring them, reading their values, and answering names that are no field."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import enum
+import functools
+import json
+import math
+import numbers
+import os
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from .trl_flags import ANSWERS, answer
+
+_TRUE = ("true", "yes", "t", "y", "1", "on")
+_FALSE = ("false", "no", "f", "n", "0", "off")
+
+# (what is legal, in words, whether a value is, the fields that must be so). None and infinities never come here.
+Rule = tuple[str, Callable[[float], bool], tuple[str, ...]]
+
+
+def flag(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    aliases: Iterable[str] = (),
+    secret: bool = False,
+) -> Any:
+    """A dataclass field that is a flag, in the form that `transformers.HfArgumentParser` reads; `secret`: never shown."""
+    metadata: dict[str, Any] = {"help": help}
+    if choices:
+        metadata["choices"] = choices
+    if aliases:
+        metadata["aliases"] = [f"--{name}" for name in aliases]
+    return dataclasses.field(default=default, metadata=metadata, repr=not secret)
+
+
+def flags_dataclass(cls: type) -> type:
+    """`dataclass` whose constructor also answers what is not a field.
+
+    Other names of a field set that field; flags that TRL has and this project has not are refused or noted in
+    `self.notices` (a list of lines to show once); any other name is a TypeError that names the nearest one.
+    """
+    cls = dataclasses.dataclass(kw_only=True)(cls)
+    generated = cls.__init__
+
+    @functools.wraps(generated)
+    def __init__(self, **given):
+        names = field_names(cls)
+        known: dict[str, Any] = {}
+        self.notices = []
+        for name, value in given.items():
+            if name in names:
+                if names[name] in known:
+                    raise TypeError(f"{cls.__name__} got {names[name]!r} twice, once under another name; give it once.")
+                known[names[name]] = value
+            elif name in ANSWERS:
+                self.notices += answer(name, value)
+            else:
+                raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
+        generated(self, **known)
+
+    cls.__init__ = __init__
+    return cls
+
+
+@functools.cache
+def field_names(cls: type) -> Mapping[str, str]:
+    """Every name that sets a field of `cls`, aliases too, with the field's own name."""
+    names = {f.name: f.name for f in dataclasses.fields(cls)}
+    for f in dataclasses.fields(cls):
+        names |= {alias.removeprefix("--"): f.name for alias in f.metadata.get("aliases", ())}
+    return names
+
+
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def kinds(cls: type, name: str) -> tuple[type, ...]:
+    """The plain types that a field takes, such as `(float, NoneType)`; `list[str]` counts as `list`."""
+    hint = _hints(cls)[name]
+    parts = (hint,) if typing.get_origin(hint) in (None, list, dict) else typing.get_args(hint)
+    return tuple(typing.get_origin(part) or part for part in parts)
+
+
+def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """`; did you mean X?` for the name that is nearest, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; the nearest is {prefix}{close[0]}" if close else ""
+
+
+def listed(value: Any) -> list[str]:
+    """A list of names from a list, from text with commas or spaces, or from None."""
+    if value is None:
+        return []
+    text = value if isinstance(value, str) else ",".join(str(part) for part in value)
+    return text.replace(",", " ").split()
+
+
+def check_fields(settings: Any, rules: Iterable[Rule] = ()) -> None:
+    """Turn every field into its type and hold it to its choices and to the rules.
+
+    Raises:
+        ValueError: naming the flag, the value and what is legal.
+    """
+    cls = type(settings)
+    for f in dataclasses.fields(cls):
+        value = getattr(settings, f.name)
+        setattr(settings, f.name, read_value(cls, f.name, value))
+    for words, legal, names in rules:
+        for name in names:
+            value = getattr(settings, name, None)
+            if value is not None and not (math.isfinite(value) and legal(value)):
+                raise ValueError(f"--{name} is {value}; it must be {words}.")
+
+
+def read_value(cls: type, name: str, value: Any) -> Any:
+    """The value of one field in the field's type, from Python, YAML or text.
+
+    Raises:
+        ValueError: naming the flag, the value and what is legal.
+    """
+    types = kinds(cls, name)
+    field = next(f for f in dataclasses.fields(cls) if f.name == name)
+    choices = field.metadata.get("choices")
+    value = value.value if isinstance(value, enum.Enum) else value
+    if isinstance(value, str) and value.lower() in ("none", "null") and (str not in types or choices or dict in types):
+        if choices and value in choices:
+            return value
+        value = None
+    if value == "auto" and int in types:
+        value = None  # TRL's word for "choose for me"
+    if value is None and type(None) in types:
+        return None
+    if value is False and choices and "no" in choices:
+        return "no"  # YAML reads a bare `no` as false
+    try:
+        value = _READERS[next(t for t in _READERS if t in types)](value)
+    except (TypeError, ValueError):
+        words = f"one of {', '.join(choices)}" if choices else _WORDS[next(t for t in _READERS if t in types)]
+        raise ValueError(f"--{name} is {value!r}; it must be {words}.") from None
+    if choices and value not in choices:
+        raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(choices)}.")
+    return value
+
+
+def _read_dict(value: Any) -> dict:
+    value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, Mapping):
+        raise TypeError
+    return dict(value)
+
+
+def _read_list(value: Any) -> list[str]:
+    if not isinstance(value, str | list | tuple):
+        raise TypeError
+    return listed(value)
+
+
+def _read_bool(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in _TRUE + _FALSE:
+        raise ValueError
+    return text in _TRUE
+
+
+def _read_int(value: Any) -> int:
+    number = _read_float(value)
+    if not number.is_integer():
+        raise ValueError
+    return int(value) if isinstance(value, numbers.Integral) else int(number)
+
+
+def _read_float(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        raise TypeError
+    return float(value)
+
+
+def _read_str(value: Any) -> str:
+    return os.fspath(value)
+
+
+_READERS: dict[type, Callable[[Any], Any]] = {
+    dict: _read_dict,
+    list: _read_list,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    str: _read_str,
+}
+_WORDS = {
+    dict: "a JSON object, such as '{\"name\": 1}'",
+    list: "a list of names",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+}
+
+# Options of from_pretrained that place or speed up a PyTorch model and change no number here.
+_PLACEMENT = ("attn_implementation", "device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
+
+
+def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], list[str]]:
+    """The `dtype` and `revision` of a TRL `model_init_kwargs`, and notices for options that mean nothing here.
+
+    Raises:
+        ValueError: for an option that would change the model and is not there.
+    """
+    options: dict[str, Any] = {}
+    notices = []
+    for key, value in (given or {}).items():
+        if key in ("dtype", "torch_dtype"):
+            dtype = str(value).removeprefix("torch.")
+            if dtype not in ("auto", "float32", "bfloat16"):
+                raise ValueError(f"--{name} has {key}={value!r}; it must be one of auto, float32, bfloat16.")
+            options["dtype"] = dtype
+        elif key == "revision":
+            options["revision"] = value
+        elif key in _PLACEMENT:
+            notices.append(f"--{name}: {key} has no part here; JAX places and compiles the model.")
+        else:
+            raise ValueError(f"--{name} has {key!r}; it must hold only dtype and revision.")
+    return options, notices

@@ -1,0 +1,82 @@
+"""What a distillation run compares: the points of the grid of merges, groups and comparisons, and their presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MERGES = ("chain", "observed", "boundary")
+GROUPS = ("all", "one_to_one", "positional")
+COMPARISONS = ("sorted", "hybrid", "shared")
+NORMALIZATIONS = ("groups", "row_mean")
+
+# name -> (merge, groups, compare). "full" (every entry against itself) needs one tokenizer and has no flag of its own.
+PRESETS: dict[str, tuple[str, str, str]] = {
+    "gold": ("chain", "all", "hybrid"),
+    "uld": ("chain", "positional", "sorted"),
+    "uld_extended": ("chain", "all", "sorted"),
+    "gkd": ("chain", "all", "full"),
+    "strict": ("boundary", "one_to_one", "shared"),
+}
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One distillation loss, with nothing left to decide.
+
+    Attributes:
+        merge: how the tokens of a group become one distribution: "chain", "observed" or "boundary".
+        groups: which groups count: "all", "one_to_one", or "positional" (no alignment: token k against token k).
+        compare: how two distributions are compared: "sorted", "hybrid", "shared", or "full" (one tokenizer).
+        beta: skew of the generalised Jensen-Shannon divergence; 0 is KL(teacher||student), 1 is KL(student||teacher).
+        matched_weight: weight of the matched part of "hybrid"; None: matched entries / teacher vocabulary.
+        unmatched_weight: weight of the sorted rest of "hybrid"; None: one less the matched weight.
+        crossentropy_weight: weight of the student's cross-entropy on the completion.
+        distillation_weight: weight of the distillation itself.
+        student_temperature: the student's logits are divided by it.
+        teacher_temperature: the teacher's logits are divided by it.
+        skip_student_stop: leave the student's stop token out of the loss.
+        skip_teacher_stop: leave the teacher's stop token out of the loss.
+        top_k: sort only the top_k largest probabilities; 0 sorts all (exact).
+        normalization: "groups" (sum over the global batch / its number of groups) or "row_mean" (as TRL).
+        name: the preset this came from, for people to read.
+    """
+
+    merge: str = "chain"
+    groups: str = "all"
+    compare: str = "hybrid"
+    beta: float = 0.5
+    matched_weight: float | None = None
+    unmatched_weight: float | None = None
+    crossentropy_weight: float = 0.0
+    distillation_weight: float = 1.0
+    student_temperature: float = 1.0
+    teacher_temperature: float = 1.0
+    skip_student_stop: bool = False
+    skip_teacher_stop: bool = False
+    top_k: int = 0
+    normalization: str = "groups"
+    name: str = "gold"
+
+    def describe(self) -> str:
+        """The loss in one line, such as `gold: chain/all/hybrid, beta 0.5`."""
+        parts = [f"{self.name}: {self.merge}/{self.groups}/{self.compare}"]
+        if self.compare != "sorted":
+            parts.append(f"beta {self.beta:g}")
+        if self.compare == "hybrid":
+            if self.matched_weight is None:
+                parts.append("weights by overlap")
+            else:
+                parts.append(f"weights {self.matched_weight:g} matched, {self.unmatched_weight:g} unmatched")
+        if (self.student_temperature, self.teacher_temperature) != (1.0, 1.0):
+            parts.append(f"temperatures {self.student_temperature:g} student, {self.teacher_temperature:g} teacher")
+        if self.distillation_weight != 1.0:
+            parts.append(f"distillation x {self.distillation_weight:g}")
+        if self.crossentropy_weight:
+            parts.append(f"cross-entropy x {self.crossentropy_weight:g}")
+        if self.top_k:
+            parts.append(f"sorted top {self.top_k}")
+        if self.skip_student_stop or self.skip_teacher_stop:
+            parts.append("stop tokens left out")
+        if self.normalization != "groups":
+            parts.append(self.normalization)
+        return ", ".join(parts)

@@ -1,0 +1,201 @@
+"""The distillation loss: two models' hidden states and the merge-index arrays of `text.batch`, to one number.
+
+Letters: `B` rows, `T` and `U` student and teacher tokens, `G` groups, `M` tokens inside merged groups, `D` and `E`
+widths, `V` and `W` rows of the heads, `K` matched entries.
+"""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from gold_jax.losses.chunked import head_logits, map_over_chunks, sum_over_chunks
+from gold_jax.losses.compare import COMPARES, CompareOptions
+
+
+class MergeIndex(Protocol):
+    """One side's arrays: where each group's distribution is read, and which tokens are multiplied in."""
+
+    base: jax.Array  # [B, G] position whose hidden state gives the group its distribution
+    inner_position: jax.Array  # [B, M] positions whose probabilities are multiplied in …
+    inner_token: jax.Array  # [B, M] … at this token …
+    inner_group: jax.Array  # [B, M] … into this group; G where there is none
+
+
+class Head(NamedTuple):
+    """A side's output projection and what is done to its logits.
+
+    `weight` is `[V, D]` with its rows ordered as `text.vocabulary.VocabularyMap` says (matched entries first);
+    `place [V]` gives the row of a token id. `softcap` and `temperature` are Python floats.
+    """
+
+    weight: jax.Array
+    place: jax.Array
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """`head[order]`, whose gradient is a gather too (`order` is a permutation) and not a scatter. `[V, D]` to `[V, D]`."""
+    return _order_rows(head, order, inverse)
+
+
+@jax.custom_vjp
+def _order_rows(head, order, inverse):
+    return jnp.take(head, order, axis=0)
+
+
+_order_rows.defvjp(
+    lambda head, order, inverse: (_order_rows(head, order, inverse), inverse),
+    lambda inverse, cotangent: (jnp.take(cotangent, inverse, axis=0), None, None),
+)
+
+
+def pack(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Indices `[N]` into the flattened mask, true entries first and in order, and how many they are."""
+    flat = mask.reshape(-1)
+    return jnp.argsort(~flat, stable=True), jnp.sum(flat)
+
+
+def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
+    if head.softcap is not None:
+        logits = head.softcap * jnp.tanh(logits / head.softcap)
+    return jax.nn.log_softmax(logits / head.temperature, -1)
+
+
+def _token_logp(logits, places, softcap, temperature):
+    logp = _log_softmax(logits, Head(None, None, softcap, temperature))
+    return jnp.take_along_axis(logp, places[:, None], -1)[:, 0]
+
+
+def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Array, mask: jax.Array, chunk: int):
+    """Log-probability of given tokens at given positions.
+
+    Args:
+      hidden: `[B, T, D]`.
+      head: the side's head.
+      position: `[B, M]` the position whose state predicts the token.
+      token: `[B, M]` token ids.
+      mask: `[B, M]` which of them count.
+      chunk: positions per chunk.
+
+    Returns:
+      `[B, M]` in nats, zero where the mask is false.
+    """
+    index, live = pack(mask)
+    states = _states(hidden, position)[index]
+    places = head.place[token.reshape(-1)[index]]
+    fn = functools.partial(_token_logp, softcap=head.softcap, temperature=head.temperature)
+    packed = map_over_chunks(fn, chunk, states, head.weight, places, live)
+    packed = jnp.where(jnp.arange(packed.shape[0]) < live, packed, 0.0)
+    return jnp.zeros(mask.size, jnp.float32).at[index].set(packed, unique_indices=True).reshape(mask.shape)
+
+
+def _states(hidden: jax.Array, position: jax.Array) -> jax.Array:
+    """`hidden [B, T, D]` at `position [B, G]`, flattened to `[B·G, D]`."""
+    return jnp.take_along_axis(hidden, position[..., None], 1).reshape(-1, hidden.shape[-1])
+
+
+def group_scale(hidden: jax.Array, head: Head, index: MergeIndex, chunk: int) -> jax.Array:
+    """Logarithm of the product of the probabilities that a merge multiplies into each group. `[B, G]`, 0 for `1:1`."""
+    rows, groups = index.base.shape
+    inside = index.inner_group < groups
+    logp = token_logp(hidden, head, index.inner_position, index.inner_token, inside, chunk)
+    sums = jax.vmap(lambda value, group: jax.ops.segment_sum(value, group, groups + 1))(logp, index.inner_group)
+    return sums[:, :groups]
+
+
+def distill_loss(
+    student_hidden: jax.Array,
+    student_head: Head,
+    student_index: MergeIndex,
+    teacher_hidden: jax.Array,
+    teacher_head: Head,
+    teacher_index: MergeIndex,
+    weight: jax.Array,
+    *,
+    compare: str,
+    options: CompareOptions,
+    chunk: int = 256,
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Sum over groups of `weight · comparison(student's merged distribution, teacher's)`.
+
+    Only the positions that groups need meet the heads, `chunk` at a time (see `losses.chunked`).
+
+    Args:
+      student_hidden: `[B, T, D]`, differentiated.
+      student_head: `[V, D]` ordered, differentiated.
+      student_index: the student's merge-index arrays.
+      teacher_hidden: `[B, U, E]`, a constant.
+      teacher_head: `[W, E]` ordered, a constant.
+      teacher_index: the teacher's merge-index arrays.
+      weight: `[B, G]` float32, zero where there is no group. One over the number of groups in the whole global batch
+        gives the mean over groups, however the batch is split.
+      compare: a name in `losses.compare.COMPARES`.
+      options: its options.
+      chunk: positions per chunk.
+
+    Returns:
+      The loss in nats (for `sorted`, probability), and its parts weighted alike.
+    """
+    teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
+    teacher_head = teacher_head._replace(weight=jax.lax.stop_gradient(teacher_head.weight))
+    student_scale = group_scale(student_hidden, student_head, student_index, chunk)
+    teacher_scale = group_scale(teacher_hidden, teacher_head, teacher_index, chunk)
+    index, live = pack(weight > 0)
+
+    def chunk_loss(logits, scale, teacher_weight, positions):
+        states, teacher_scale, weight = positions
+        student = _log_softmax(logits, student_head) + scale[:, None]
+        teacher = _log_softmax(head_logits(states, teacher_weight), teacher_head) + teacher_scale[:, None]
+        loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
+        used = weight > 0  # a padding row may hold anything, infinities included
+        total = jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
+        return total
+
+    def packed(x):
+        return x.reshape(-1, *x.shape[2:])[index]
+
+    return sum_over_chunks(
+        chunk_loss,
+        chunk,
+        _states(student_hidden, student_index.base)[index],
+        student_head.weight,
+        packed(student_scale),
+        teacher_head.weight,
+        (_states(teacher_hidden, teacher_index.base)[index], packed(teacher_scale), packed(weight)),
+        live,
+    )
+
+
+def cross_entropy(
+    hidden: jax.Array, head: Head, labels: jax.Array, weight: jax.Array, *, chunk: int = 256
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Sum of `weight · −log p(label)` over the positions whose weight is not zero.
+
+    Args:
+      hidden: `[B, T, D]`, differentiated.
+      head: `[V, D]`, differentiated.
+      labels: `[B, T]` the token that stands behind each position.
+      weight: `[B, T]` float32, zero where nothing is predicted.
+      chunk: positions per chunk.
+
+    Returns:
+      The loss in nats, and `{"correct": …}`: the weighted share of positions at which the label is the likeliest.
+    """
+    index, live = pack(weight > 0)
+
+    def chunk_loss(logits, _scale, _shared, positions):
+        places, weight = positions
+        logp = _log_softmax(logits, head)
+        label_logp = jnp.take_along_axis(logp, places[:, None], -1)[:, 0]
+        used = weight > 0
+        correct = jnp.where(used & (jnp.max(logp, -1) <= label_logp), weight, 0.0)
+        return jnp.sum(jnp.where(used, -weight * label_logp, 0.0)), {"correct": jnp.sum(correct)}
+
+    flat = weight.reshape(-1)[index]
+    places = head.place[jnp.maximum(labels, 0).reshape(-1)[index]]
+    states = hidden.reshape(-1, hidden.shape[-1])[index]
+    return sum_over_chunks(chunk_loss, chunk, states, head.weight, jnp.zeros_like(flat), (), (places, flat), live)

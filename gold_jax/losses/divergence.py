@@ -1,0 +1,131 @@
+"""Divergences between two distributions, as pure functions of log-probabilities or probabilities.
+
+Letters: `C` positions of a chunk, `K` entries compared one to one, `V` and `W` entries of student and teacher.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+
+def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
+    """Generalised Jensen–Shannon divergence, summed over the last axis.
+
+    With `m = (1-β)·student + β·teacher` this is `β·KL(teacher‖m) + (1-β)·KL(student‖m)`; `β=0` is
+    `KL(teacher‖student)` and `β=1` is `KL(student‖teacher)`. Neither side has to sum to one: the sums are taken over
+    the columns as they stand. A column to which a side gives exactly zero adds nothing to that side's term.
+
+    Args:
+      student_logp: natural log-probabilities `[..., K]`.
+      teacher_logp: the same entries on the teacher's side `[..., K]`.
+      beta: a Python float in `[0, 1]`.
+
+    Returns:
+      `[...]`, in nats.
+
+    Source: Agarwal et al., "On-Policy Distillation of Language Models", equation 1 (arXiv 2306.13649).
+
+    >>> import jax.numpy as jnp
+    >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
+    >>> round(float(generalized_jsd(p, q, 0.0)), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
+    0.1308
+    >>> abs(float(generalized_jsd(p, p, 0.3))) < 1e-6
+    True
+    """
+    if beta == 0:
+        return jnp.sum(_kl_terms(teacher_logp, student_logp), -1)
+    if beta == 1:
+        return jnp.sum(_kl_terms(student_logp, teacher_logp), -1)
+    mixture = jnp.logaddexp(student_logp + jnp.log1p(-beta), teacher_logp + jnp.log(beta))
+    terms = beta * _kl_terms(teacher_logp, mixture) + (1 - beta) * _kl_terms(student_logp, mixture)
+    return jnp.sum(terms, -1)
+
+
+def _kl_terms(p: jax.Array, q: jax.Array) -> jax.Array:
+    """`p · log(p/q)` from logarithms; zero, gradient included, where `p` is zero."""
+    there = p > -jnp.inf
+    p = jnp.where(there, p, 0.0)
+    return jnp.where(there, jnp.exp(p) * (p - q), 0.0)
+
+
+@jax.custom_vjp
+def sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
+    """L1 distance of two sets of probabilities, each sorted, the shorter padded with zeros.
+
+    Only bare values are sorted. The gradient needs no more than each value's rank, which is looked up in the sorted
+    array. Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
+    Equal values share the first of their ranks.
+
+    Args:
+      student: probabilities `[..., V]`, float32, none negative.
+      teacher: probabilities `[..., W]`, float32, none negative.
+
+    Returns:
+      `[...]`, between 0 and the two sums together.
+
+    Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
+
+    >>> import jax.numpy as jnp
+    >>> round(float(sorted_l1(jnp.array([0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]))), 4)  # .9-.5, .3-.1, .2-0
+    0.8
+    """
+    s, t = _sorted_pair(student, teacher)
+    return jnp.sum(jnp.abs(s - t), -1)
+
+
+def _sorted_pair(student, teacher):
+    """Both sides ascending and padded with zeros in front, so that the largest values stand opposite each other."""
+    size = max(student.shape[-1], teacher.shape[-1])
+
+    def ascending(x):
+        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
+        bits = jax.lax.sort(bits, dimension=-1, is_stable=False)
+        padding = [(0, 0)] * (x.ndim - 1) + [(size - x.shape[-1], 0)]
+        return jax.lax.bitcast_convert_type(jnp.pad(bits, padding), jnp.float32)
+
+    return ascending(student), ascending(teacher)
+
+
+def _sorted_l1_forward(student, teacher):
+    s, t = _sorted_pair(student, teacher)
+    return jnp.sum(jnp.abs(s - t), -1), (student, teacher, s, t)
+
+
+def _sorted_l1_backward(residuals, cotangent):
+    student, teacher, s, t = residuals
+    sign = jnp.sign(s - t)
+
+    def at_rank(values, ordered, sign):
+        bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
+        flat = [x.reshape(-1, x.shape[-1]) for x in (bits(ordered), bits(values.astype(jnp.float32)))]
+        ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(*flat).reshape(values.shape)
+        return jnp.take_along_axis(sign, ranks, -1) * cotangent[..., None]
+
+    return at_rank(student, s, sign).astype(student.dtype), at_rank(teacher, t, -sign).astype(teacher.dtype)
+
+
+sorted_l1.defvjp(_sorted_l1_forward, _sorted_l1_backward)
+
+
+def sorted_l1_top_k(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """`sorted_l1` over the `k` largest values of either side, and a bound on what the tails can add.
+
+    Args:
+      student: probabilities `[..., V]`.
+      teacher: probabilities `[..., W]`.
+      k: how many values are compared; more than a side holds means all of it.
+
+    Returns:
+      The distance `[...]` over the heads, and the bound `[...]`: the exact distance lies between the first and the sum
+      of both, because the tails differ by at most their two masses.
+    """
+    size = max(min(k, student.shape[-1]), min(k, teacher.shape[-1]))
+
+    def head_and_tail(x):
+        top = jax.lax.top_k(x, min(k, x.shape[-1]))[0]
+        padded = jnp.pad(top, [(0, 0)] * (x.ndim - 1) + [(0, size - top.shape[-1])])
+        return padded, jnp.maximum(jnp.sum(x, -1) - jnp.sum(top, -1), 0.0)
+
+    (s, s_tail), (t, t_tail) = head_and_tail(student), head_and_tail(teacher)
+    return jnp.sum(jnp.abs(s - t), -1), jax.lax.stop_gradient(s_tail + t_tail)

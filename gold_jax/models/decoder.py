@@ -1,0 +1,280 @@
+"""One flax.nnx decoder for every family that `DecoderConfig` describes.
+
+Parameters of all layers are stacked `[L, ...]` and scanned, so that compiling takes the time of one layer. They are stored
+in `param_dtype` (float32 masters for training) and cast to the compute `dtype` inside the scan: only one layer's copy is
+alive at a time. Norms, rotations, softmax and logits are float32 whatever `dtype` is.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from gold_jax.models import layer
+from gold_jax.models.config import DecoderConfig
+
+
+class ParamInfo(NamedTuple):
+    """Shape, logical axes (for a mesh) and kind of initial value of one parameter."""
+
+    shape: tuple[int, ...]
+    spec: tuple[str | None, ...]
+    init: str
+
+
+def layer_parameters(config: DecoderConfig) -> dict[str, ParamInfo]:
+    """What one layer holds, by name, without the leading axis of layers. Matrices are [in, out]."""
+    width, inner = config.width, config.mlp_width
+    q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    table = {
+        "attention_norm": ParamInfo((width,), ("embed",), "norm"),
+        "query": ParamInfo((width, q_size), ("embed", "heads"), "matrix"),
+        "key": ParamInfo((width, kv_size), ("embed", "kv_heads"), "matrix"),
+        "value": ParamInfo((width, kv_size), ("embed", "kv_heads"), "matrix"),
+        "out": ParamInfo((q_size, width), ("heads", "embed"), "matrix"),
+        "mlp_norm": ParamInfo((width,), ("embed",), "norm"),
+        "gate": ParamInfo((width, inner), ("embed", "mlp"), "matrix"),
+        "up": ParamInfo((width, inner), ("embed", "mlp"), "matrix"),
+        "down": ParamInfo((inner, width), ("mlp", "embed"), "matrix"),
+    }
+    if config.qkv_bias:
+        table["query_bias"] = ParamInfo((q_size,), ("heads",), "zeros")
+        table["key_bias"] = ParamInfo((kv_size,), ("kv_heads",), "zeros")
+        table["value_bias"] = ParamInfo((kv_size,), ("kv_heads",), "zeros")
+    if config.out_bias:
+        table["out_bias"] = ParamInfo((width,), ("embed",), "zeros")
+    if config.mlp_bias:
+        table["gate_bias"] = ParamInfo((inner,), ("mlp",), "zeros")
+        table["up_bias"] = ParamInfo((inner,), ("mlp",), "zeros")
+        table["down_bias"] = ParamInfo((width,), ("embed",), "zeros")
+    if config.qk_norm:
+        table["query_norm"] = ParamInfo((config.head_dim,), (None,), "norm")
+        table["key_norm"] = ParamInfo((config.head_dim,), (None,), "norm")
+    if config.sandwich_norms:
+        table["attention_out_norm"] = ParamInfo((width,), ("embed",), "norm")
+        table["mlp_out_norm"] = ParamInfo((width,), ("embed",), "norm")
+    return table
+
+
+def parameters(config: DecoderConfig) -> dict[tuple[str, ...], ParamInfo]:
+    """Every parameter of the model by its path in `nnx.state`; layers' come stacked, `("layers", name)`."""
+    table = {("embedding",): ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")}
+    for name, info in layer_parameters(config).items():
+        table["layers", name] = ParamInfo((config.layers, *info.shape), ("layers", *info.spec), info.init)
+    table["final_norm",] = ParamInfo((config.width,), ("embed",), "norm")
+    if not config.tied:
+        table["head",] = ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")
+    return table
+
+
+class Layers(nnx.Module):
+    """The stacked parameters of all layers, one attribute each."""
+
+
+class Cache(NamedTuple):
+    """Keys and values of what has been read, one pair of arrays per layer so that XLA updates each in place.
+
+    Attributes:
+        keys, values: tuples of L arrays [B, kv_heads, S, head_dim], S slots.
+        mask: bool [B, S], slots that hold a token.
+        slot: int32 scalar, the slot that the next token goes to (the same for every row).
+        position: int32 [B], the rotary position of the next token.
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    mask: jax.Array
+    slot: jax.Array
+    position: jax.Array
+
+
+class Decoder(nnx.Module):
+    """A causal language model up to its head.
+
+    `nnx.split(model)` gives `(graphdef, params)` whose only variables are `nnx.Param`s; each carries its logical axes, such
+    as `("layers", "embed", "heads")`, under the metadata key `spec`.
+
+    Attributes:
+        config: the `DecoderConfig`.
+        dtype: dtype of computation.
+        param_dtype: dtype in which parameters are stored.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, key: jax.Array, *, dtype=jnp.float32, param_dtype=jnp.float32, remat=False
+    ):
+        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model`."""
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.param_dtype = jnp.dtype(param_dtype)
+        self.remat = remat
+        self.layers = Layers()
+        for index, (path, info) in enumerate(parameters(config).items()):
+            if info.init == "matrix":
+                drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, index), info.shape, jnp.float32)
+                value = drawn.astype(self.param_dtype)
+            else:
+                start = 1.0 - config.norm_offset if info.init == "norm" else 0.0
+                value = jnp.full(info.shape, start, self.param_dtype)
+            setattr(self.layers if len(path) == 2 else self, path[-1], nnx.Param(value, spec=info.spec))
+
+    @classmethod
+    def from_config(
+        cls, config: DecoderConfig, key, dtype=jnp.float32, param_dtype=jnp.float32, remat=False
+    ) -> "Decoder":
+        """A randomly initialised model; `key` is a PRNG key or an int seed."""
+        key = jax.random.key(key) if isinstance(key, int) else key
+        return cls(config, key, dtype=dtype, param_dtype=param_dtype, remat=remat)
+
+    @classmethod
+    def abstract(cls, config: DecoderConfig, dtype=jnp.float32, param_dtype=jnp.float32, remat=False) -> "Decoder":
+        """A model whose parameters are `jax.ShapeDtypeStruct`s: to plan with, or to fill."""
+        return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat))
+
+    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        """Hidden states after the final norm.
+
+        Args:
+            tokens: int32 [B, T].
+            mask: bool [B, T], True where there is a token. Padding may stand on either side of a row; a row may be empty.
+
+        Returns:
+            [B, T, D] in `dtype`. Values at padding are finite and mean nothing.
+        """
+        return self._run(tokens, mask, keep_cache=False)[0]
+
+    def head_weight(self) -> jax.Array:
+        """The output projection [V, D], in `param_dtype`: the embedding where the two are tied."""
+        return self.embedding[...] if self.config.tied else self.head[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
+        weight = self.head_weight().astype(self.dtype)
+        logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), weight, preferred_element_type=jnp.float32)
+        return layer.softcap(logits, self.config.final_softcap)
+
+    def prefill(self, tokens: jax.Array, mask: jax.Array, cache_len: int) -> tuple[jax.Array, Cache]:
+        """Read left-padded prompts.
+
+        Args:
+            tokens, mask: [B, P], padding on the left.
+            cache_len: slots of the cache (static), at least P plus the tokens to come.
+
+        Returns:
+            Hidden states [B, D] of the last tokens, and the cache.
+        """
+        length = tokens.shape[1]
+        if cache_len < length:
+            raise ValueError(
+                f"cache_len is {cache_len}, less than the {length} tokens of the prompts that it must hold."
+            )
+        hidden, (keys, values) = self._run(tokens, mask, keep_cache=True)
+
+        def to_slots(
+            stacked,
+        ):  # [L, B, P, N, K] -> L times [B, N, S, K]: heads outside slots, as decoding's products want
+            padded = jnp.pad(jnp.swapaxes(stacked, 2, 3), ((0, 0),) * 3 + ((0, cache_len - length), (0, 0)))
+            return tuple(padded[index] for index in range(self.config.layers))
+
+        cache = Cache(
+            keys=to_slots(keys),
+            values=to_slots(values),
+            mask=jnp.pad(mask.astype(bool), ((0, 0), (0, cache_len - length))),
+            slot=jnp.int32(length),
+            position=mask.sum(axis=1, dtype=jnp.int32),
+        )
+        return hidden[:, -1], cache
+
+    def decoding_weights(self) -> layer.DecodingWeights:
+        """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
+
+        A scan, or a slice inside the loop, would copy every layer's weights for every token.
+        """
+        stacked = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self.layers)).items()}
+        return layer.decoding_weights(self.config, stacked, self.dtype)
+
+    def decode_step(
+        self, tokens: jax.Array, cache: Cache, weights: layer.DecodingWeights | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Read one token per row.
+
+        Args:
+            tokens: int32 [B].
+            cache: of `prefill` or of the step before; its `slot` must be less than its number of slots.
+            weights: `decoding_weights()`, made outside the loop; None makes them here.
+
+        Returns:
+            Hidden states [B, D], and the cache with the tokens in it.
+        """
+        config = self.config
+        weights = self.decoding_weights() if weights is None else weights
+        slots = cache.mask.shape[1]
+        mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, jnp.ones_like(cache.mask[:, :1]), cache.slot, axis=1)
+        near = None if config.window is None else mask & (cache.slot - jnp.arange(slots) < config.window)
+        tables = self._tables(cache.position[:, None])
+        x = self._embed(tokens[:, None])
+        keys, values = [], []
+        for index in range(config.layers):
+            sliding = config.sliding[index]
+            x, key, value = layer.decode(
+                config,
+                weights[index],
+                x,
+                tables[int(sliding)],
+                near if sliding else mask,
+                (cache.keys[index], cache.values[index], cache.slot),
+            )
+            keys.append(key)
+            values.append(value)
+        hidden = layer.rms_norm(config, x, self.final_norm[...])
+        return hidden[:, 0], Cache(tuple(keys), tuple(values), mask, cache.slot + 1, cache.position + 1)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        x = self.embedding[...][tokens].astype(self.dtype)
+        if self.config.embedding_scale == 1.0:
+            return x
+        return x * jnp.asarray(self.config.embedding_scale, self.dtype)
+
+    def _tables(self, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        """Cosines and sines for (full, sliding) layers."""
+        full, local = self.config.ropes
+        tables = full.tables(positions, self.config.head_dim)
+        return tables, tables if local == full else local.tables(positions, self.config.head_dim)
+
+    def _run(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool):
+        config = self.config
+        mask = mask.astype(bool)
+        positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
+        order = jnp.arange(tokens.shape[1])
+        allowed = mask[:, None, :] & (order[None, :] <= order[:, None])
+        near = allowed
+        if config.window is not None and config.window < tokens.shape[1]:
+            near = allowed & (positions[:, :, None] - positions[:, None, :] < config.window)
+        tables = self._tables(positions)
+
+        def body(x, scanned):
+            weights, sliding = scanned
+            weights = {name: value.astype(self.dtype) for name, value in weights.items()}
+            table = _choose(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
+            seen = _choose(sliding, config, (allowed, near), same=near is allowed)
+            x, key, value = layer.forward(config, weights, x, table, seen)
+            return x, (key, value) if keep_cache else None
+
+        if self.remat:
+            body = jax.checkpoint(body, prevent_cse=False)
+        stacked = {name: value[...] for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)}
+        x, kept = jax.lax.scan(body, self._embed(tokens), (stacked, jnp.asarray(config.sliding)))
+        return layer.rms_norm(config, x, self.final_norm[...]), kept
+
+
+def _choose(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):
+    """The full (0) or sliding (1) one of a pair of pytrees, without a select where all layers agree."""
+    if same or len(set(config.sliding)) == 1:
+        return pair[int(config.sliding[0])]
+    return jax.tree.map(functools.partial(jnp.where, sliding), pair[1], pair[0])
+
+
+__all__ = ["Cache", "Decoder", "ParamInfo", "layer_parameters", "parameters"]

@@ -1,0 +1,118 @@
+"""Groups: the pieces of a text at whose ends both tokenizations end a token."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from gold_jax.text.encode import Encoded, PlainEncoder, spans_from_offsets, spans_from_surfaces
+
+__all__ = ["Alignment", "align", "group_ends", "spans_from_offsets", "spans_from_surfaces"]
+
+
+def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]:
+    """Cut two tokenizations of one text into the smallest groups that hold the same bytes on both sides.
+
+    A token that spells no bytes belongs to the group that ends where it stands, at the text's start to the first.
+    Every group has at least one token on either side, and every token is in one group. (The one exception is a text of
+    no bytes that only one side has tokens for: there is no group then, and those tokens get 0, the number of the group
+    that a caller may put after the text, such as that of the stop tokens.)
+
+    Args:
+        student_ends: [T], the byte offsets at which the student's tokens end, never falling.
+        teacher_ends: [U], the teacher's; the last equals the student's last.
+
+    Returns:
+        The group of each student token, int32 [T]; of each teacher token, int32 [U]; and the number of groups.
+
+    Raises:
+        ValueError: the offsets fall somewhere, or the two sides do not end at the same byte.
+
+    >>> group_ends([2, 4, 5], [4, 5])
+    (array([0, 0, 1], dtype=int32), array([0, 1], dtype=int32), 2)
+    """
+    ours, theirs = np.asarray(student_ends, np.int32), np.asarray(teacher_ends, np.int32)
+    total = int(ours[-1]) if ours.size else 0
+    if total != (int(theirs[-1]) if theirs.size else 0):
+        raise ValueError(
+            f"two tokenizations of one text end at the same byte, but the student's ends at {total} and the teacher's at "
+            f"{int(theirs[-1]) if theirs.size else 0}"
+        )
+    for side, ends in (("student", ours), ("teacher", theirs)):
+        if ends.size and (ends[0] < 0 or (ends[1:] < ends[:-1]).any()):
+            raise ValueError(f"the ends of the {side}'s tokens must not fall, as they do in {ends[:20].tolist()}…")
+    if total == 0:
+        count = int(ours.size > 0 and theirs.size > 0)
+        return np.zeros(ours.size, np.int32), np.zeros(theirs.size, np.int32), count
+    # One mark per byte is cheaper than any merge of the two lists: nothing is sorted or searched for.
+    ends_here = np.zeros(total + 1, np.bool_)
+    ends_here[theirs] = True
+    ends_here[0] = False
+    student_group, count = _number(ours, ends_here)
+    ends_here[theirs] = False
+    ends_here[ours] = True
+    ends_here[0] = False
+    teacher_group, _ = _number(theirs, ends_here)
+    return student_group, teacher_group, count
+
+
+def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> tuple[np.ndarray, int]:
+    """The group of each token of one side, and how many groups there are."""
+    closes = other_ends_here[ends]
+    closes[:-1] &= ends[1:] != ends[:-1]  # of tokens that end together, the last closes the group
+    after = np.cumsum(closes, dtype=np.int32)
+    count = int(after[-1])
+    after -= closes
+    return after, count
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Alignment:
+    """One text as two tokenizers cut it.
+
+    Attributes:
+        text: the text's UTF-8.
+        student, teacher: the tokens and spans of each side.
+        student_group, teacher_group: int32 [T] and [U], the group of every token.
+        count: the number of groups.
+    """
+
+    text: bytes
+    student: Encoded
+    teacher: Encoded
+    student_group: np.ndarray
+    teacher_group: np.ndarray
+    count: int
+
+    def one_to_one(self) -> np.ndarray:
+        """Bool [G]: the groups that have one token on either side."""
+        ours, theirs = (np.bincount(g, minlength=self.count) for g in (self.student_group, self.teacher_group))
+        return ((ours == 1) & (theirs == 1))[: self.count] if self.text else np.zeros(self.count, np.bool_)
+
+    def groups(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+        """The groups one by one: their bytes, the student's ids, the teacher's ids."""
+        begin = 0
+        for group in range(self.count):
+            ours, theirs = self.student_group == group, self.teacher_group == group
+            end = int(self.student.spans[ours, 1].max())
+            yield self.text[begin:end], self.student.ids[ours], self.teacher.ids[theirs]
+            begin = end
+
+
+def align(student_tokenizer, teacher_tokenizer, text: str) -> Alignment:
+    """Tokenize a text on both sides and group the tokens.
+
+    Args:
+        student_tokenizer: anything `surfaces_of` takes, or a `PlainEncoder` (quicker where many texts are aligned).
+        teacher_tokenizer: the same.
+        text: the text, read as plain text: special strings in it are characters like others.
+
+    Raises:
+        ValueError: a tokenizer is of an unknown kind, or its tokens cannot be located in the text.
+    """
+    sides = []
+    for tokenizer in (student_tokenizer, teacher_tokenizer):
+        encoder = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
+        sides.append(encoder.encode([text])[0])
+    ours, theirs = sides
+    return Alignment(text.encode(), ours, theirs, *group_ends(ours.spans[:, 1], theirs.spans[:, 1]))

@@ -1,0 +1,309 @@
+"""From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
+
+A row is ragged and belongs to the host; a batch is rectangular and goes to the device. Letters: `B` rows, `T` and `U`
+student and teacher tokens, `G` groups, `M` tokens inside merged groups. Everything here is numpy.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from gold_jax.text.align import group_ends
+from gold_jax.text.chat import Codec, Drawn
+
+IGNORE = -1
+NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
+
+
+class Side(NamedTuple):
+    """One model's part of a batch, int32 but for the mask. Padding is on the right."""
+
+    tokens: np.ndarray  # [B, T] prompt, completion, stop token
+    mask: np.ndarray  # [B, T] bool, true where there is a token
+    base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
+    inner_position: np.ndarray  # [B, M] positions whose probabilities a merge multiplies in …
+    inner_token: np.ndarray  # [B, M] … at this token …
+    inner_group: np.ndarray  # [B, M] … into this group; G where there is none
+
+
+class Batch(NamedTuple):
+    """A padded batch. Weights already hold the normalisation: a loss is the weighted sum over its entries."""
+
+    student: Side
+    teacher: Side
+    weight: np.ndarray  # [B, G] float32, zero where there is no group that counts
+    labels: np.ndarray  # [B, T] the student token behind each position, IGNORE where it is no target
+    label_weight: np.ndarray  # [B, T] float32
+
+
+class TokenBatch(NamedTuple):
+    """A padded batch for cross-entropy alone."""
+
+    tokens: np.ndarray  # [B, T] int32
+    mask: np.ndarray  # [B, T] bool
+    labels: np.ndarray  # [B, T] int32, IGNORE where nothing is predicted
+    label_weight: np.ndarray  # [B, T] float32
+
+
+class Half(NamedTuple):
+    """One model's tokens of a row: int32 `[P]` and `[T]`, and the group `[T]` of each completion token."""
+
+    prompt: np.ndarray
+    completion: np.ndarray
+    group: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One prompt and completion as both models read it."""
+
+    student: Half
+    teacher: Half
+    groups: int
+    text: str
+    stopped: bool
+    damaged: bool = False
+
+
+def build_rows(
+    student: Codec,
+    teacher: Codec,
+    prompts: Sequence[str | list],
+    completions: Sequence[str | Drawn],
+    *,
+    max_length: int,
+    teacher_max_length: int | None = None,
+    positional: bool = False,
+    one_vocabulary: bool = False,
+    teacher_prompts: Sequence[str | list] | None = None,
+    skip_student_stop: bool = False,
+    skip_teacher_stop: bool = False,
+) -> list[Row]:
+    """Encodes and aligns prompts with their completions.
+
+    Args:
+      student: the student's codec.
+      teacher: the teacher's codec.
+      prompts: plain texts or lists of messages; each model renders them with its own template.
+      completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
+      max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
+      teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
+      positional: pair tokens by position, as the first ULD did, instead of by bytes.
+      one_vocabulary: both have the same entries: the teacher reads the very tokens of the student, all groups `1:1`.
+      teacher_prompts: other prompts for the teacher alone.
+      skip_student_stop: leave the student's stop token out of the groups.
+      skip_teacher_stop: the same for the teacher; either one leaves the pair out.
+
+    Returns:
+      A row each. A row may have no group at all: it then counts for nothing.
+    """
+    drawn = list(_encode_texts(student, prompts, completions))
+    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=prompts)
+    rows = []
+    for i, (prompt, ours) in enumerate(zip(prompts, drawn)):
+        s_ids, t_ids = ours.ids, others[i].ids
+        if positional or one_vocabulary:
+            s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
+            count = min(len(s_ids), len(t_ids))
+        else:
+            s_group, t_group, count = group_ends(ours.spans[:, 1], others[i].spans[:, 1])
+        s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
+        if ours.stopped:
+            paired = not (skip_student_stop or skip_teacher_stop)
+            s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
+            s_group, t_group = (np.append(g, count if paired else NO_GROUP) for g in (s_group, t_group))
+            count += paired
+        told = (teacher_prompts or prompts)[i]
+        s_prompt = student.encode_prompt(prompt)
+        t_prompt = s_prompt if teacher is student and told is prompt else teacher.encode_prompt(told)
+        ours_half = Half(s_prompt, s_ids.astype(np.int32), s_group)
+        theirs_half = Half(t_prompt, t_ids.astype(np.int32), t_group)
+        halves_and_count = _fit(ours_half, theirs_half, count, max_length, teacher_max_length)
+        rows.append(Row(*halves_and_count, text=ours.text, stopped=ours.stopped, damaged=ours.damaged))
+    return rows
+
+
+def _encode_texts(student: Codec, prompts, completions):
+    """Texts become `Drawn` in one call to the tokenizer; what was drawn already stays."""
+    texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
+    encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
+    for c in completions:
+        if isinstance(c, str):
+            e = next(encoded)
+            yield Drawn(ids=e.ids, spans=e.spans, text=c, stopped=True, damaged=False)
+        else:
+            yield c
+
+
+def _fit(student: Half, teacher: Half, count: int, student_limit: int, teacher_limit: int | None):
+    """Cuts both sides to their limits and counts the groups that are whole on both; also drops what none predicts."""
+
+    def cut(half, limit):
+        room = len(half.completion) if limit is None else max(0, limit - len(half.prompt))
+        kept, lost = half.group[:room], half.group[room:]
+        first_lost = int(lost.min()) if len(lost) else NO_GROUP
+        return Half(half.prompt, half.completion[:room], kept), first_lost
+
+    (student, a), (teacher, b) = cut(student, student_limit), cut(teacher, teacher_limit)
+    return student, teacher, min(count, a, b)
+
+
+def bucket(length: int, *, smallest: int = 32) -> int:
+    """The smallest of 32, 48, 64, 96, 128, 192, … that holds `length`: at most a third is padding, shapes stay few."""
+    size = smallest
+    while size < length:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
+    """Which of a row's groups enter the loss: bool `[groups]`.
+
+    `one_to_one` leaves merged groups out. A group whose distribution has no position before it (an empty prompt) is
+    left out as well, except under `observed`, which reads one position late.
+    """
+    s, t = (_sizes(half, row.groups) for half in (row.student, row.teacher))
+    keep = (s > 0) & (t > 0)
+    if groups == "one_to_one":
+        keep &= (s == 1) & (t == 1)
+    if merge != "observed" and row.groups and not (len(row.student.prompt) and len(row.teacher.prompt)):
+        keep[0] = False
+    return keep
+
+
+def _sizes(half: Half, groups: int) -> np.ndarray:
+    return np.bincount(half.group[half.group < groups], minlength=groups)[:groups]
+
+
+def _merge_index(half: Half, groups: int, merge: str):
+    """`(base [groups], inner positions, tokens, groups)` of one side of a row; positions count from the prompt's start."""
+    inside = half.group < groups
+    group, token = half.group[inside], half.completion[inside]
+    at = len(half.prompt) + np.flatnonzero(inside)
+    first = np.searchsorted(group, np.arange(groups), side="left")
+    last = np.searchsorted(group, np.arange(groups), side="right") - 1
+    order = np.arange(len(group))
+    if merge == "chain":
+        base, inner, state = at[last] - 1, order != last[group], at - 1
+    elif merge == "observed":
+        base, inner, state = at[first], order != first[group], at
+    elif merge == "boundary":
+        base, inner, state = at[first] - 1, np.zeros(len(group), bool), at
+    else:
+        raise ValueError(f"merge must be chain, observed or boundary, not {merge!r}")
+    return np.maximum(base, 0), np.maximum(state[inner], 0), token[inner], group[inner]
+
+
+def normalise(masks: Sequence[np.ndarray], normalization: str) -> list[np.ndarray]:
+    """The weight of every entry of a global batch, from the masks of its rows.
+
+    `groups`: one over the number of entries in all rows, so that any split into micro-batches, devices or hosts gives
+    one number. `row_mean`: the mean over rows of the mean over a row's entries, as TRL takes it.
+    """
+    if normalization == "groups":
+        total = max(1, sum(int(m.sum()) for m in masks))
+        return [m.astype(np.float32) / np.float32(total) for m in masks]
+    if normalization == "row_mean":
+        return [m.astype(np.float32) / np.float32(max(1, m.sum()) * len(masks)) for m in masks]
+    raise ValueError(f"normalization must be groups or row_mean, not {normalization!r}")
+
+
+def build_batches(
+    rows: Sequence[Row],
+    batch_size: int,
+    *,
+    merge: str,
+    groups: str,
+    normalization: str = "groups",
+    student_pad: int = 0,
+    teacher_pad: int = 0,
+) -> list[Batch]:
+    """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
+
+    `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing.
+    """
+    keeps = [counted_groups(row, merge, groups) for row in rows]
+    weights = normalise(keeps, normalization)
+    targets = [_targets(row.student) for row in rows]
+    label_weights = normalise([t[1] for t in targets], normalization)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        chosen = rows[part]
+        # A row has no more groups than student tokens, so the group arrays need no bucket of their own.
+        width = bucket(max(len(r.student.prompt) + len(r.student.completion) for r in chosen))
+        counts = [r.groups for r in chosen]
+        sides = [
+            _pad_side([r.student for r in chosen], counts, merge, batch_size, width, student_pad),
+            _pad_side([r.teacher for r in chosen], counts, merge, batch_size, width, teacher_pad),
+        ]
+        batches.append(
+            Batch(
+                *sides,
+                weight=_pad(weights[part], batch_size, width, np.float32),
+                labels=_pad([t[0] for t in targets[part]], batch_size, width, np.int32, IGNORE),
+                label_weight=_pad(label_weights[part], batch_size, width, np.float32),
+            )
+        )
+    return batches
+
+
+def _targets(half: Half) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and mask `[P + T]`: every completion token is the label of the position before it."""
+    tokens = np.concatenate([half.prompt, half.completion])
+    labels = np.append(tokens[1:], IGNORE)
+    counted = np.zeros(len(tokens), bool)
+    counted[max(0, len(half.prompt) - 1) : max(0, len(tokens) - 1)] = True
+    return np.where(counted, labels, IGNORE), counted
+
+
+def _pad(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
+    out = np.full((height, width), fill, dtype)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _pad_side(halves: Sequence[Half], counts: Sequence[int], merge: str, height: int, groups: int, pad: int) -> Side:
+    tokens = [np.concatenate([h.prompt, h.completion]) for h in halves]
+    width = bucket(max(len(t) for t in tokens))
+    base, position, token, group = zip(*(_merge_index(h, n, merge) for h, n in zip(halves, counts)))
+    return Side(
+        tokens=_pad(tokens, height, width, np.int32, pad),
+        mask=_pad([np.ones(len(t), bool) for t in tokens], height, width, bool),
+        base=_pad(base, height, groups, np.int32),
+        inner_position=_pad(position, height, width, np.int32),
+        inner_token=_pad(token, height, width, np.int32),
+        inner_group=_pad(group, height, width, np.int32, groups),
+    )
+
+
+def build_token_batches(
+    rows: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int, *, normalization: str = "groups", pad: int = 0
+) -> list[TokenBatch]:
+    """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it."""
+    labels = [np.append(ids[1:], IGNORE) for ids, _ in rows]
+    masks = [np.append(counted[1:], False) for _, counted in rows]
+    weights = normalise(masks, normalization)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        part = slice(start, start + batch_size)
+        ids = [r[0] for r in rows[part]]
+        width = bucket(max(len(x) for x in ids))
+        batches.append(
+            TokenBatch(
+                tokens=_pad(ids, batch_size, width, np.int32, pad),
+                mask=_pad([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
+                labels=_pad(
+                    [np.where(m, y, IGNORE) for m, y in zip(masks[part], labels[part])],
+                    batch_size,
+                    width,
+                    np.int32,
+                    IGNORE,
+                ),
+                label_weight=_pad(weights[part], batch_size, width, np.float32),
+            )
+        )
+    return batches

@@ -1,0 +1,242 @@
+"""One model's way of reading: its chat template, its tokens for prompts and answers, its stop tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from gold_jax.text.encode import Encoded, PlainEncoder, spans_from_surfaces
+from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
+from gold_jax.text.template import ChatTemplate
+
+Prompt = str | list[dict]
+
+
+class Codec:
+    """Turns text into one model's tokens and back.
+
+    Args:
+        tokenizer: a transformers tokenizer. It is not changed.
+        stop_ids: further stop tokens, such as those of the model's generation config.
+        chat_template: a Jinja template, or a file that holds one, in the place of the tokenizer's own. A tokenizer
+            without any gets the plain format of `template.PLAIN_TEMPLATE`.
+        template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
+
+    Attributes:
+        surfaces: the tokenizer's surfaces; stop tokens have none.
+        stop_id: the token that the template writes after an answer, else the tokenizer's end token.
+        stop_ids: every stop token: `stop_id`, the tokenizer's end token, those given.
+        pad_id: what fills up short rows; masked, so that any id will do.
+
+    Raises:
+        ValueError: the tokenizer has neither a template that writes a stop token nor an end token, or its entries are
+            not known to spell bytes.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        *,
+        stop_ids: Sequence[int] = (),
+        chat_template: str | None = None,
+        template_kwargs: dict | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.name = name_of(tokenizer)
+        self.template = ChatTemplate(tokenizer, chat_template, template_kwargs)
+        surfaces = surfaces_of(tokenizer)
+        eos = tokenizer.eos_token_id
+        self.stop_id = self._stop_of(surfaces, eos)
+        known = [self.stop_id, eos, *(int(i) for i in stop_ids)]
+        self.stop_ids = tuple(dict.fromkeys(i for i in known if i is not None))
+        self.surfaces = surfaces.without(self.stop_ids)
+        pads = (tokenizer.pad_token_id, eos, self.stop_id)
+        self.pad_id = next(i for i in pads if i is not None)
+        self._plain = PlainEncoder(tokenizer, self.surfaces)
+
+    def _stop_of(self, surfaces, eos: int | None) -> int:
+        text, known = self.template.tail, self.tokenizer.added_tokens_decoder
+        tail = self.tokenizer.encode(text, add_special_tokens=False) if text else []
+        special = [i for i in tail if _written(surfaces, i, text)]
+        # Some models' stop tokens are added to the vocabulary without being called special.
+        added = [i for i in tail if i in known and surfaces.spelling[i].strip()]
+        stop = next(iter(special or added), eos)
+        if stop is None:
+            raise ValueError(
+                f"{self.name} has no end token and its chat template writes no special token after an answer "
+                f"({excerpt(self.template.tail)} follows it), so that nothing tells the model to stop: set eos_token, or "
+                "pass a chat template that writes a stop token"
+            )
+        return int(stop)
+
+    def render(self, prompt: Prompt) -> str:
+        """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
+        return prompt if isinstance(prompt, str) else self.template.render(prompt, generate=True)
+
+    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
+        """The tokens of a prompt, int32 [P].
+
+        Text gets the tokenizer's own special tokens before it (unless it begins with them) and none after it; messages
+        get what their template writes.
+        """
+        text = self.render(prompt)
+        begin = self.tokenizer.bos_token
+        special = isinstance(prompt, str) and not (begin and prompt.startswith(begin))
+        ids = self.tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
+        while special and len(ids) > 1 and ids[-1] == end_id and not text.endswith(end):
+            ids.pop()
+        return np.array(ids, np.int32)
+
+    def encode_completion(self, text: str, *, after: Prompt | None = None) -> Encoded:
+        """The tokens of an answer, see `encode_completions`."""
+        return self.encode_completions([text], after=[after])[0]
+
+    def encode_completions(
+        self, texts: Sequence[str], *, after: Sequence[Prompt | None] | None = None
+    ) -> list[Encoded]:
+        """The tokens of answers, without stop tokens; strings in them that look like special tokens are plain text.
+
+        Where the template writes a blank before an answer the first token holds it (Llama 2: `▁Yes`), and where a
+        completion is a text from its beginning, so does a tokenizer that puts a blank there. The blank is no part of the
+        completion: the spans cover its own bytes.
+
+        Args:
+            texts: the completions.
+            after: what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's beginning.
+
+        Raises:
+            ValueError: a text is not valid Unicode, or its tokens cannot be located in it.
+        """
+        lead = [self._leads(text, prompt) for text, prompt in zip(texts, after or [None] * len(texts), strict=True)]
+        result: list = [None] * len(texts)
+        for wanted in set(lead):
+            rows = [row for row, has in enumerate(lead) if has == wanted]
+            for row, encoded in zip(rows, self._plain.encode([texts[row] for row in rows], lead=wanted)):
+                result[row] = encoded
+        return result
+
+    def _leads(self, text: str, after: Prompt | None) -> bool:
+        if isinstance(after, str):
+            return after == "" and self._plain.begins_with_prefix(text)
+        return self.template.lead
+
+    def decode(self, ids) -> bytes:
+        """The bytes that ids spell; special and stop tokens spell none."""
+        return self.surfaces.join(np.asarray(ids).tolist())
+
+    def encode_turns(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+        """A whole conversation by the template, for training on its answers.
+
+        Returns:
+            The tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to and
+            with its stop token, where the template writes one.
+
+        Raises:
+            ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
+        """
+        text, answers = self.template.answers(messages)
+        if backend_of(self.tokenizer) is None:
+            return self._by_pieces(text, answers)
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = np.array(encoding["input_ids"], np.int32)
+        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+        counted = np.zeros(len(ids), np.bool_)
+        for begin, end in answers:
+            counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        said = "".join(text[begin:end] for begin, end in answers)
+        if any(_written(self.surfaces, i, said) for i in ids[counted].tolist()):
+            return self._by_pieces(text, answers)  # an answer holds the letters of a special token
+        for _, end in answers:
+            self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
+        return ids, counted
+
+    def _by_pieces(self, text: str, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+        """The template's text and the answers each encoded alone, as in generation."""
+        ids: list[int] = []
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for begin, end in [*answers, (len(text), len(text))]:
+            if begin > at:
+                ids += self.tokenizer.encode(text[at:begin], add_special_tokens=False, verbose=False)
+            if end > begin:
+                spans.append((len(ids), 0))
+                ids += self._plain.encode([text[begin:end]])[0].ids.tolist()
+                spans[-1] = (spans[-1][0], len(ids))
+            elif begin < len(text):
+                spans.append((len(ids), len(ids)))
+            at = end
+        array, counted = np.array(ids, np.int32), np.zeros(len(ids), np.bool_)
+        for begin, end in spans:
+            counted[begin:end] = True
+            self._count_stop(array, counted, end)
+        return array, counted
+
+    def _count_stop(self, ids: np.ndarray, counted: np.ndarray, at: int):
+        """Count the stop token that follows an answer's last token, and blanks before it."""
+        for k in range(at, len(ids)):
+            if ids[k] in self.stop_ids:
+                counted[at : k + 1] = True
+            if self.surfaces.spelling[ids[k]].strip() or self.surfaces.table[ids[k]] is None:
+                return
+
+
+def _written(surfaces, i: int, text: str) -> bool:
+    """Whether a token is a special one that stands in the text by its letters (and not the one for unknown bytes)."""
+    return surfaces.table[i] is None and surfaces.strings[i] in text
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Drawn:
+    """A completion that a model drew.
+
+    Attributes:
+        ids: int32 [T], as drawn, without the stop token and without what was left out.
+        spans: int32 [T, 2], the bytes of `text` that each token spells.
+        text: the completion.
+        stopped: whether a stop token ended it.
+        damaged: whether tokens were left out at its end: bytes that are no UTF-8, or a token that spells nothing.
+    """
+
+    ids: np.ndarray
+    spans: np.ndarray
+    text: str
+    stopped: bool
+    damaged: bool
+
+
+def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Drawn:
+    """Read what a model drew after a prompt.
+
+    The tokens end before the first stop token. Where they spell something that is not UTF-8 (a character cut off by the
+    length limit, a stray byte), or a token spells nothing (a stray special token, an id of the head's padding), what
+    comes before the damage is kept and the rest left out, so that nothing shifts.
+
+    Args:
+        codec: the codec of the model that drew.
+        ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
+        after: the prompt, as for `encode_completions`.
+
+    Returns:
+        The longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
+    """
+    ids = np.asarray(ids, np.int32)
+    stops = np.flatnonzero(np.isin(ids, codec.stop_ids))
+    ids = ids[: stops[0]] if stops.size else ids
+    table, size = codec.surfaces.table, len(codec.surfaces)
+    kept = next((k for k, i in enumerate(ids.tolist()) if not 0 <= i < size or table[i] is None), len(ids))
+    data = codec.surfaces.join(ids[:kept].tolist())
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        valid = error.start
+        ends = spans_from_surfaces(codec.surfaces, ids[:kept])[:, 1]
+        inside = np.frombuffer(data + b" ", np.uint8)[ends] & 0xC0 == 0x80  # the next byte continues a character
+        whole = np.flatnonzero((ends <= valid) & ((ends == valid) | ~inside))
+        kept = int(whole[-1]) + 1 if whole.size else 0
+        data = codec.surfaces.join(ids[:kept].tolist())
+    damaged = kept < len(ids)
+    spans = spans_from_surfaces(codec.surfaces, ids[:kept])
+    if data.startswith(b" ") and codec._leads("", after):
+        data, spans = data[1:], np.maximum(spans - 1, 0)  # the blank that belongs to the template
+    return Drawn(ids[:kept], spans, data.decode(), bool(stops.size) and not damaged, damaged)

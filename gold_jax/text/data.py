@@ -1,0 +1,227 @@
+"""Examples: rows of a data set, in whatever form, as a prompt and a completion."""
+
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+ACCEPTED = (
+    "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
+    "or `text`"
+)
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One row.
+
+    Attributes:
+        prompt: text, or a list of messages.
+        completion: the text that follows the prompt; None where the row has a prompt alone.
+        messages: the whole conversation, its last answer included, where the row is one.
+    """
+
+    prompt: str | list[dict]
+    completion: str | None = None
+    messages: list[dict] | None = None
+
+
+class Examples(Sequence):
+    """The rows of a data set as examples, each turned into one when it is asked for.
+
+    Args:
+        rows: anything with a length whose items are dicts.
+        source: what messages call it.
+        text_column: the column that stands for `text`.
+    """
+
+    def __init__(self, rows, source: str, text_column: str = "text"):
+        self.rows, self.source, self.text_column = rows, source, text_column
+        if len(rows) == 0:
+            raise ValueError(f"{source} is empty: it has no row to train on")
+        self[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"{self.source} has {len(self)} rows, none with the number {index}")
+        index = int(index) % len(self)
+        return to_example(self.rows[index], index, self.source, text_column=self.text_column)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+
+def load_examples(
+    source,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    streaming_limit: int | None = None,
+) -> Examples:
+    """Open a data set.
+
+    Args:
+        source: a hub id; the path of a .json, .jsonl or .parquet file or of a folder of them; a `datasets.Dataset`, a
+            `datasets.DatasetDict` (its `split` is taken), or a list of dicts.
+        config: the configuration of a hub data set.
+        split: which split, such as "train" or "train[:100]". A single file is a "train" split. Files in a folder whose
+            names begin with a split's name (`test.jsonl`, `test-00000-of-00002.parquet`) are that split; if none does,
+            they are all "train".
+        text_column: the column that stands for `text`, TRL's `dataset_text_field`.
+        streaming_limit: how many rows to take of a `datasets.IterableDataset`, which has no length of its own.
+
+    Raises:
+        FileNotFoundError: a path that does not exist, or a folder without such files.
+        ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms that
+            `to_example` takes. Later rows are looked at when they are asked for.
+    """
+    if isinstance(source, (str, pathlib.Path)):
+        name = str(source)
+        return Examples(_load(name, config, split), f"the data set {name!r}", text_column)
+    if isinstance(source, Mapping) and not hasattr(source, "column_names_of"):
+        if split not in source:
+            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
+        source = source[split]
+    if isinstance(source, Examples):
+        return source
+    if not hasattr(source, "__len__"):
+        if streaming_limit is None:
+            raise ValueError("a streamed data set has no length: pass a loaded one, or say how many rows to take of it")
+        source = list(source.take(streaming_limit))
+    return Examples(source, "the data set", text_column)
+
+
+def _load(name: str, config: str | None, split: str):
+    import datasets
+
+    path = pathlib.Path(name).expanduser()
+    kind = _FORMATS.get(path.suffix)
+    base = split.split("[")[0]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in _FORMATS and p.is_file())
+        if not files:
+            raise FileNotFoundError(f"the folder {name!r} holds no .json, .jsonl or .parquet file")
+        kinds = {_FORMATS[p.suffix] for p in files}
+        named = [p for p in files if p.stem == base or p.stem.startswith((base + "-", base + "_", base + "."))]
+        if not named and base != "train":
+            found = ", ".join(p.name for p in files)
+            raise ValueError(f"the folder {name!r} has no file for the split {base!r}; it has {found}")
+        files = named or files
+        kinds = {_FORMATS[p.suffix] for p in files}
+        if len(kinds) > 1:
+            raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
+        kind = kinds.pop()
+    elif path.is_file():
+        if kind is None:
+            raise ValueError(
+                f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub"
+            )
+        if base != "train":
+            raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
+        files = [path]
+    elif kind is not None or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"there is no file or folder {name!r}")
+    else:
+        try:
+            return datasets.load_dataset(name, config, split=split)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
+            ) from error
+    slice_of = split.replace(base, "train", 1)
+    try:
+        return datasets.load_dataset(kind, data_files={"train": [str(p) for p in files]}, split=slice_of)
+    except Exception as error:  # the builder wraps what its readers raise
+        reason = error.__cause__ or error
+        raise ValueError(
+            f"{', '.join(p.name for p in files)} of {name!r} cannot be read as {kind}: {reason}"
+        ) from error
+
+
+def to_example(row, index: int, source: str, *, text_column: str = "text") -> Example:
+    """One row as an example.
+
+    The forms: `messages` (a list of {role, content}; a last message that is not an assistant's makes it a prompt alone);
+    `prompt` and `completion`, each a text or a list of messages; `prompt` alone; `text`, which is a completion of an
+    empty prompt. They are looked for in this order.
+
+    Args:
+        row: a dict.
+        index: its number, for messages.
+        source: the data set's name, for messages.
+        text_column: the column that stands for `text`.
+
+    Raises:
+        ValueError: the row has none of the forms, or something in it is not text. It names the row and its columns.
+    """
+    where = f"row {index} of {source}"
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
+    if row.get("messages") is not None:
+        messages = _messages(row["messages"], where, "messages")
+        if messages[-1]["role"] != "assistant":
+            return Example(messages)
+        if len(messages) == 1:
+            return Example("", messages[0]["content"], messages)
+        return Example(messages[:-1], messages[-1]["content"], messages)
+    if row.get("prompt") is not None:
+        prompt = _text_or_messages(row["prompt"], where, "prompt")
+        if row.get("completion") is None:
+            return Example(prompt)
+        completion = _text_or_messages(row["completion"], where, "completion")
+        if isinstance(completion, str):
+            whole = None
+            if not isinstance(prompt, str):
+                whole = [*prompt, {"role": "assistant", "content": completion}]
+            return Example(prompt, completion, whole)
+        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if completion[-1]["role"] != "assistant":
+            raise ValueError(
+                f"{where}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
+            )
+        whole = [*asked, *completion]
+        return Example(whole[:-1], whole[-1]["content"], whole)
+    if row.get(text_column) is not None:
+        text = row[text_column]
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: {text_column!r} must be text, not {_kind(text)}")
+        return Example("", text)
+    columns = ", ".join(map(str, row)) or "none"
+    empty = [c for c in ("messages", "prompt", text_column) if c in row]
+    hint = f" ({', '.join(empty)} is there but null)" if empty else ""
+    raise ValueError(f"{where} has the columns {columns}{hint}; accepted are {ACCEPTED}")
+
+
+def _text_or_messages(value, where: str, column: str) -> str | list[dict]:
+    return value if isinstance(value, str) else _messages(value, where, column)
+
+
+def _messages(value, where: str, column: str) -> list[dict]:
+    """Checked copies of messages, keys without a value left out (data sets fill in keys that other rows have)."""
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise ValueError(f"{where}: {column!r} must be a list of {{role, content}} messages, not {_kind(value)}")
+    if not value:
+        raise ValueError(f"{where}: {column!r} is an empty list; it needs at least one message")
+    messages = []
+    for turn, message in enumerate(value):
+        if not isinstance(message, Mapping):
+            raise ValueError(
+                f"{where}: message {turn} of {column!r} must have role and content, but is {_kind(message)}"
+            )
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                raise ValueError(
+                    f"{where}: the {key} of message {turn} of {column!r} must be text, not {_kind(message.get(key))}"
+                )
+        messages.append({key: item for key, item in message.items() if item is not None})
+    return messages
+
+
+def _kind(value) -> str:
+    return "missing or null" if value is None else f"a {type(value).__name__}"

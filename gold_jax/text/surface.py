@@ -1,0 +1,235 @@
+"""Surfaces: the bytes that every entry of a tokenizer's vocabulary spells, whatever the tokenizer writes for them.
+
+Three families of tokenizers are known: byte-level BPE, which shows every byte as one printable character;
+SentencePiece (BPE and Unigram), which shows a space as `▁` and lone bytes as `<0xNN>`; and tiktoken, which stores
+bytes. A special token spells nothing: it steers the model and stands for no text.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+_FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_METASPACE = "▁"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Surfaces:
+    """What every entry of one vocabulary spells, by token id.
+
+    Attributes:
+        table: the bytes of each entry; None for special tokens and for ids that no entry has.
+        strings: the raw vocabulary string of each entry; None for ids that no entry has.
+        is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
+        name: the tokenizer's name, for messages.
+        lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
+        spelling: the table with b"" in the place of None, for joining.
+    """
+
+    table: list[bytes | None]
+    strings: list[str | None]
+    is_fallback: np.ndarray
+    name: str = "tokenizer"
+    lengths: np.ndarray = dataclasses.field(init=False, repr=False)
+    spelling: list[bytes] = dataclasses.field(init=False, repr=False)
+
+    def __post_init__(self):
+        spelling = [entry or b"" for entry in self.table]
+        object.__setattr__(self, "spelling", spelling)
+        object.__setattr__(self, "lengths", np.fromiter(map(len, spelling), np.int32, len(spelling)))
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def join(self, ids: Iterable[int]) -> bytes:
+        """The bytes that a sequence of ids spells; tokens without a surface add none."""
+        return b"".join(map(self.spelling.__getitem__, ids))
+
+    def without(self, ids: Iterable[int]) -> "Surfaces":
+        """The same surfaces with these ids made special, that is, without a surface."""
+        drop = {i for i in ids if 0 <= i < len(self.table) and self.table[i] is not None}
+        if not drop:
+            return self
+        table = [None if i in drop else entry for i, entry in enumerate(self.table)]
+        return Surfaces(table, self.strings, self.is_fallback, self.name)
+
+
+def surfaces_of(tokenizer) -> Surfaces:
+    """The surfaces of a tokenizer.
+
+    Args:
+        tokenizer: a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
+            `tiktoken.Encoding`.
+
+    Returns:
+        The surfaces; their size is the highest id and one.
+
+    Raises:
+        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as WordPiece.
+    """
+    if hasattr(tokenizer, "decode_single_token_bytes"):
+        return _of_tiktoken(tokenizer)
+    backend = backend_of(tokenizer)
+    if backend is not None:
+        return _of_backend(tokenizer, backend)
+    if hasattr(tokenizer, "sp_model"):
+        return _of_sentencepiece(tokenizer)
+    raise ValueError(
+        f"{name_of(tokenizer)} is a {type(tokenizer).__name__}, which shows neither a `tokenizers` backend nor a "
+        "SentencePiece model, so what its entries spell is unknown; pass a fast tokenizer of transformers, a "
+        "SentencePiece one, a tokenizers.Tokenizer, or a tiktoken.Encoding"
+    )
+
+
+def backend_of(tokenizer):
+    """The `tokenizers.Tokenizer` behind a tokenizer, or None where there is none."""
+    if hasattr(tokenizer, "get_added_tokens_decoder"):
+        return tokenizer
+    return getattr(tokenizer, "backend_tokenizer", None)
+
+
+def name_of(tokenizer) -> str:
+    """What messages call a tokenizer: the name it was loaded by, else its class."""
+    name = getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
+    return f"the tokenizer {name!r}" if isinstance(name, str) and name else f"a {type(tokenizer).__name__}"
+
+
+def state_of(component) -> dict | None:
+    """A component of a `tokenizers` pipeline (normalizer, pre-tokenizer, decoder) as the dict that its file holds."""
+    return None if component is None else json.loads(component.__getstate__())
+
+
+def parts_of(state: dict | None) -> list[dict]:
+    """The components that a pipeline's state is made of, sequences within sequences laid flat."""
+    if state is None:
+        return []
+    for key in ("normalizers", "pretokenizers", "decoders", "processors"):
+        if key in state:
+            return [part for inner in state[key] for part in parts_of(inner)]
+    return [state]
+
+
+@functools.cache
+def _byte_alphabet() -> dict[int, int]:
+    """For `str.translate`: the character that byte-level BPE shows for a byte, to that byte as a latin-1 character.
+
+    Characters below 256 that the alphabet does not use go to one that latin-1 lacks, so that encoding fails on them.
+    """
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {byte: 0xFFFF for byte in hidden} | {256 + rank: byte for rank, byte in enumerate(hidden)}
+
+
+def _spell_byte_level(string: str) -> bytes:
+    try:
+        return string.translate(_byte_alphabet()).encode("latin-1")
+    except UnicodeEncodeError:  # not written in the alphabet: the decoder, too, then takes the string as it stands
+        return string.encode()
+
+
+def _spell_metaspace(string: str, space: str) -> bytes:
+    return string.replace(space, " ").encode()
+
+
+def _kind(backend) -> tuple[str, str] | None:
+    """("bytes", "") or ("spaces", replacement character), read off the decoder or what stands in for it."""
+    for component in (backend.decoder, backend.pre_tokenizer, backend.normalizer):
+        for part in parts_of(state_of(component)):
+            if part["type"] == "ByteLevel":
+                return "bytes", ""
+            if part["type"] == "Metaspace":
+                return "spaces", part.get("replacement", _METASPACE)
+            if part["type"] == "Replace" and _METASPACE in (part["content"], part["pattern"].get("String")):
+                return "spaces", _METASPACE
+            if part["type"] in ("WordPiece", "CTC", "BPEDecoder"):
+                return None
+    return None
+
+
+def _unknown_token(model) -> str | int | None:
+    """The unknown entry that only the model names: its string, or for Unigram its id."""
+    if type(model).__name__ == "Unigram":
+        return json.loads(model.__getstate__()).get("unk_id")
+    return getattr(model, "unk_token", None)
+
+
+def _of_backend(tokenizer, backend) -> Surfaces:
+    kind = _kind(backend)
+    if kind is None:
+        raise ValueError(
+            f"{name_of(tokenizer)} (model {type(backend.model).__name__}, decoder {backend.decoder}) is neither "
+            "byte-level nor SentencePiece-like, so the bytes that its entries spell are unknown; use a model whose "
+            "tokenizer gives text back byte for byte"
+        )
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    added = backend.get_added_tokens_decoder()
+    special = {i for i, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", ()))
+    unknown = _unknown_token(backend.model)
+    special.add(vocabulary.get(unknown) if isinstance(unknown, str) else unknown)
+    falls_back = getattr(backend.model, "byte_fallback", False) or any(
+        part["type"] == "ByteFallback" for part in parts_of(state_of(backend.decoder))
+    )
+
+    def spell(string: str, i: int) -> bytes:
+        if kind[0] == "spaces":
+            return _spell_metaspace(string, kind[1])
+        return string.encode() if i in added else _spell_byte_level(string)
+
+    entries = ((i, string) for string, i in vocabulary.items())
+    return _build(entries, spell, special, falls_back, name_of(tokenizer))
+
+
+def _of_sentencepiece(tokenizer) -> Surfaces:
+    model = tokenizer.sp_model
+    added = tokenizer.added_tokens_decoder
+    special = {i for i, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+    pieces = {i: tokenizer.convert_ids_to_tokens(i) for i in range(len(tokenizer))}
+    for i in range(model.get_piece_size()):
+        if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
+            special.add(tokenizer.convert_tokens_to_ids(model.id_to_piece(i)))
+    falls_back = any(model.is_byte(i) for i in range(model.get_piece_size()))
+    return _build(pieces.items(), lambda s, _: _spell_metaspace(s, _METASPACE), special, falls_back, name_of(tokenizer))
+
+
+def _of_tiktoken(encoding) -> Surfaces:
+    size = encoding.n_vocab
+    table: list[bytes | None] = [None] * size
+    strings: list[str | None] = [None] * size
+    special = {encoding.encode_single_token(text): text for text in encoding.special_tokens_set}
+    for i in range(size):
+        if i in special:
+            strings[i] = special[i]
+            continue
+        try:
+            table[i] = encoding.decode_single_token_bytes(i)
+        except KeyError:  # a hole in the numbering
+            continue
+        strings[i] = table[i].decode("latin-1")
+    return Surfaces(table, strings, np.zeros(size, np.bool_), name_of(encoding))
+
+
+def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str) -> Surfaces:
+    entries = [(i, string) for i, string in entries if string is not None]
+    size = max((i for i, _ in entries), default=-1) + 1
+    table: list[bytes | None] = [None] * size
+    strings: list[str | None] = [None] * size
+    is_fallback = np.zeros(size, np.bool_)
+    for i, string in entries:
+        strings[i] = string
+        if i in special:
+            continue
+        byte = _FALLBACK.fullmatch(string) if falls_back and len(string) == 6 else None
+        is_fallback[i] = byte is not None
+        table[i] = bytes([int(byte[1], 16)]) if byte else spell(string, i)
+    return Surfaces(table, strings, is_fallback, name)
+
+
+def excerpt(text: str | bytes | Sequence, at: int = 0, width: int = 60) -> str:
+    """A short quotation of a text around a position, for messages."""
+    start = max(0, at - width // 2)
+    cut = text[start : start + width]
+    return f"{'…' if start else ''}{cut!r}{'…' if start + width < len(text) else ''}"

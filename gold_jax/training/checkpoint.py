@@ -1,0 +1,74 @@
+"""Saving a trained model so that a folder always holds a whole one."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+from gold_jax.models.weights import save_model
+
+
+def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, dtype: str = "auto") -> pathlib.Path:
+    """Write weights, config and tokenizer into a folder that transformers and vLLM open.
+
+    Everything is written beside the folder first and then moved into it, so that a run that is stopped while saving
+    leaves the files that were there before. Other files of the folder (logs, a model card) stay.
+
+    Args:
+        model: a `gold_jax.models.decoder.Decoder`.
+        tokenizer: of transformers or `tokenizers`; None, or one that cannot be saved: the model alone is written.
+        folder: the destination, made if it is not there.
+        dtype: type of the weights on disk, as in `save_model`.
+
+    Returns:
+        The folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    staging = folder / ".saving"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        save_model(model, staging, dtype=dtype)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(str(staging))
+        elif hasattr(tokenizer, "save"):
+            tokenizer.save(str(staging / "tokenizer.json"))
+        _drop_old_weights(folder)
+        for path in sorted(staging.iterdir()):
+            target = folder / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            os.replace(path, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _drop_old_weights(folder: pathlib.Path) -> None:
+    """Remove weight files whose number may differ from the new model's: a stale shard would be read as part of it."""
+    for pattern in ("model*.safetensors", "model*.safetensors.index.json"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> pathlib.Path:
+    """Where the model after `step` updates is saved."""
+    return pathlib.Path(output_dir) / f"checkpoint-{step}"
+
+
+def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[pathlib.Path]:
+    """Remove the oldest `checkpoint-STEP` folders until `limit` are left (None: all stay); returns what was removed."""
+    if limit is None:
+        return []
+    found = []
+    for path in pathlib.Path(output_dir).glob("checkpoint-*"):
+        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name)):
+            found.append((int(match.group(1)), path))
+    removed = [path for _, path in sorted(found)[: max(0, len(found) - limit)]]
+    for path in removed:
+        shutil.rmtree(path)
+    return removed

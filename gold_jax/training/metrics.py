@@ -1,0 +1,267 @@
+"""What a run tells while it runs: a log file in JSON lines, a line in the terminal, and a few tables."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import pathlib
+import queue
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from rich import box
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+_WIDTH = 11  # of a column of the terminal's log
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the log file."""
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Record the metrics of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+class MetricLog:
+    """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
+
+    `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
+    holds nothing up. An error in any of them is shown once and the run goes on.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Tracker] = ()
+    ):
+        """Start the log.
+
+        Args:
+            path: the JSONL file, made with its folder and appended to; None: no file.
+            console: where lines are shown; None: nowhere.
+            trackers: objects with `log(values, step)` and `close()`.
+
+        Raises:
+            OSError: if the file cannot be opened.
+        """
+        self._console = console
+        self._trackers = list(trackers)
+        self._file = None
+        if path is not None:
+            pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a", encoding="utf-8")
+        self._columns: tuple[str, ...] = ()
+        self._complained: set[str] = set()
+        self._queue: queue.Queue = queue.Queue()
+        self._thread = threading.Thread(target=self._work, name="gold_jax metrics", daemon=True)
+        self._thread.start()
+
+    def log(self, step: int, values: Mapping[str, Any], *, epoch: float | None = None) -> None:
+        """Hand over the metrics of one step.
+
+        Args:
+            step: updates made so far.
+            values: name to number (of Python, numpy or JAX, without axes), text or None.
+            epoch: how often the data set has been gone through.
+        """
+        row = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
+        self._queue.put({**row, **values})
+
+    def flush(self) -> None:
+        """Wait until everything handed over is written; call it before printing something else."""
+        self._queue.join()
+
+    def close(self) -> None:
+        """Write what is left and close the file and the trackers. A second call does nothing."""
+        if not self._thread.is_alive():
+            return
+        self._queue.put(None)
+        self._thread.join()
+        for tracker in self._trackers:
+            self._try(type(tracker).__name__, tracker.close)
+        if self._file is not None:
+            self._try("the log file", self._file.close)
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        while True:
+            row = self._queue.get()
+            try:
+                if row is None:
+                    return
+                self._try("a metric", self._write, row)
+            finally:
+                self._queue.task_done()
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        plain = {name: plain_value(value) for name, value in row.items()}
+        if self._file is not None:
+            self._try("the log file", self._write_line, plain)
+        for tracker in self._trackers:
+            values = {name: value for name, value in plain.items() if name != "step"}
+            self._try(type(tracker).__name__, tracker.log, values, plain["step"])
+        if self._console is not None:
+            self._try("the terminal", self._show, plain)
+
+    def _write_line(self, plain: Mapping[str, Any]) -> None:
+        self._file.write(json_line(plain) + "\n")
+        self._file.flush()
+
+    def _show(self, plain: Mapping[str, Any]) -> None:
+        numbers = {name: value for name, value in plain.items() if value is not None}
+        evaluation = any(name.startswith("eval_") for name in numbers)
+        narrow = len(numbers) * _WIDTH > self._console.width
+        if not self._console.is_terminal or evaluation or narrow:
+            line = "  ".join(f"{name} {shown(value)}" for name, value in numbers.items())
+            style = "cyan" if evaluation else None
+            self._console.print(Text(line, style=style or ""), soft_wrap=True)
+            return
+        if tuple(numbers) != self._columns:
+            self._columns = tuple(numbers)
+            heads = "".join(name[: _WIDTH - 1].rjust(_WIDTH) for name in numbers)
+            self._console.print(Text(heads, style="bold"), soft_wrap=True)
+        self._console.print(Text("".join(shown(value).rjust(_WIDTH) for value in numbers.values())), soft_wrap=True)
+
+    def _try(self, what: str, function: Any, *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except Exception as error:  # a run must outlive whatever its reporting does
+            if what not in self._complained and self._console is not None:
+                self._complained.add(what)
+                text = f"{what} failed and the run goes on without it: {type(error).__name__}: {error}"
+                self._console.print(Text(text, style="yellow"), soft_wrap=True)
+
+
+def plain_value(value: Any) -> Any:
+    """A Python number, text, bool or None from a number of any library; waits for a device that still computes it."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return value.item() if hasattr(value, "item") else float(value)
+
+
+def json_line(values: Mapping[str, Any]) -> str:
+    """One JSON object on one line. NaN and infinities, which JSON lacks, become null and are named in `nonfinite`."""
+    odd = {k: str(v) for k, v in values.items() if isinstance(v, float) and not math.isfinite(v)}
+    row = {k: None if k in odd else v for k, v in values.items()}
+    if odd:
+        row["nonfinite"] = odd
+    return json.dumps(row, allow_nan=False, ensure_ascii=False)
+
+
+def shown(value: Any) -> str:
+    """A number in few characters, for people."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or not math.isfinite(value):
+        return str(value)
+    if value != 0 and not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.2e}"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+class RunningMean:
+    """Means of named values between two logs; never waits for a device."""
+
+    def __init__(self):
+        self._sums: dict[str, Any] = {}
+        self._weights: dict[str, Any] = collections.defaultdict(float)
+
+    def add(self, values: Mapping[str, Any], weight: Any = 1.0) -> None:
+        """Take in values, each counted `weight` times (a number or array). Names may differ from call to call."""
+        for name, value in values.items():
+            self._sums[name] = self._sums[name] + value * weight if name in self._sums else value * weight
+            self._weights[name] = self._weights[name] + weight
+
+    def take(self) -> dict[str, Any]:
+        """The weighted means since the last call, as numbers or arrays; starts anew."""
+        means = {name: total / self._weights[name] for name, total in self._sums.items()}
+        self.__init__()
+        return means
+
+
+def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:
+    """Show what is about to run.
+
+    Args:
+        console: where.
+        title: such as "gold_jax.train".
+        rows: label to text: models, loss, types, devices, number of parameters; None is left out.
+        notices: one line each, below.
+    """
+    rows = {label: str(value) for label, value in rows.items() if value is not None}
+    if not console.is_terminal:
+        console.print(Text(title), soft_wrap=True)
+        for label, value in rows.items():
+            console.print(Text(f"  {label}: {value}"), soft_wrap=True)
+        for notice in notices:
+            console.print(Text(f"  note: {notice}"), soft_wrap=True)
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for label, value in rows.items():
+        grid.add_row(label, Text(value))
+    for notice in notices:
+        grid.add_row(Text("note", style="yellow"), Text(notice))
+    console.print(Panel(grid, title=Text(title), title_align="left", expand=False))
+
+
+def completions_table(
+    console: Console,
+    rows: Sequence[tuple[str, str]],
+    n: int | None = None,
+    *,
+    step: int | None = None,
+    limit: int = 600,
+) -> None:
+    """Show prompts and what was written for them.
+
+    Args:
+        console: where.
+        rows: (prompt, completion).
+        n: how many to show; None: all.
+        step: the update that they come from.
+        limit: characters after which a text is cut; of a prompt the end is kept, of a completion the start.
+    """
+    table = Table(title=None if step is None else f"Completions at step {step}", box=box.ROUNDED, show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=3, overflow="fold")
+    for prompt, completion in rows[:n]:
+        prompt = prompt if len(prompt) <= limit else "…" + prompt[-limit:]
+        completion = completion if len(completion) <= limit else completion[:limit] + "…"
+        table.add_row(Text(_printable(prompt)), Text(_printable(completion)))
+    console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+
+
+def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None]]) -> None:
+    """Show what training changed.
+
+    Args:
+        console: where.
+        rows: (name, before, after); None: not measured.
+    """
+    table = Table(box=box.SIMPLE_HEAD)
+    for name, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
+        table.add_column(name, justify=side)
+    for name, before, after in rows:
+        both = before is not None and after is not None
+        change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
+        table.add_row(Text(name), *("" if value is None else shown(value) for value in (before, after)), change)
+    console.print(table)

@@ -1,0 +1,103 @@
+"""The learning-rate schedules and the AdamW of transformers' Trainer, as optax transformations."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gold_jax.config import SFTConfig
+
+# Names of parameters that transformers' Trainer keeps out of weight decay: norms and biases.
+_NO_DECAY = re.compile(r"bias|norm", re.IGNORECASE)
+_DEFAULT_MIN_LR_RATE = 0.1
+
+
+def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
+    """The learning rate of each update, equal to `transformers.get_scheduler`'s.
+
+    Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0. With
+    `cosine_with_min_lr` and neither `min_lr` nor `min_lr_rate`, the rate falls to a tenth of its peak.
+
+    Args:
+        config: reads learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_ratio and warmup_steps.
+        total_steps: updates of the whole run.
+
+    Returns:
+        A function from the number of updates made before (int or int32 array) to a float32 learning rate.
+    """
+    peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
+    warmup = 0 if kind == "constant" else config.warmup(total_steps)
+    decay_steps = max(1, total_steps - warmup)
+    cycles = options.get("num_cycles", 0.5)
+    floor = 0.0
+    if kind == "cosine_with_min_lr":
+        floor = (
+            options["min_lr"] / peak
+            if "min_lr" in options and peak
+            else options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
+        )
+
+    def after_warmup(step: jax.Array) -> jax.Array:
+        if kind in ("constant", "constant_with_warmup"):
+            return jnp.ones_like(step)
+        if kind == "linear":
+            return jnp.maximum(0.0, (total_steps - step) / decay_steps)
+        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * cycles * 2.0 * (step - warmup) / decay_steps))
+        return jnp.maximum(0.0, wave * (1.0 - floor) + floor)
+
+    def schedule(count: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(count, jnp.float32)
+        return peak * jnp.where(step < warmup, step / max(1, warmup), after_warmup(step))
+
+    return schedule
+
+
+def decay_mask(params: Any) -> Any:
+    """For each parameter, whether weight decay applies to it: to all but norms and biases, told by their names.
+
+    Args:
+        params: a pytree whose paths hold the parameters' names: an `nnx.State`, a dict.
+
+    Returns:
+        The same tree with a bool in each array's place.
+    """
+
+    def decays(path: tuple, _: Any) -> bool:
+        return not any(_NO_DECAY.search(name) for name in map(_key_name, path))
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _key_name(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW as PyTorch has it.
+
+    One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
+    `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases.
+
+    Args:
+        config: reads the fields that `make_schedule` does, adam_beta1, adam_beta2, adam_epsilon, weight_decay and
+            max_grad_norm (0 or None: no clipping).
+        total_steps: updates of the whole run.
+    """
+    adamw = optax.adamw(
+        make_schedule(config, total_steps),
+        b1=config.adam_beta1,
+        b2=config.adam_beta2,
+        eps=config.adam_epsilon,
+        weight_decay=config.weight_decay,
+        mask=decay_mask,
+    )
+    if not config.max_grad_norm:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)

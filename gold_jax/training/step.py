@@ -1,0 +1,183 @@
+"""The training step: losses composed with models, gradients summed over micro-batches, one optimizer update.
+
+A loss here is `fn(params, constants, batch) -> (loss, parts)`; weights in the batch already hold the normalisation over
+the whole global batch, so gradients of micro-batches simply add up.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from gold_jax.loss_spec import LossSpec
+from gold_jax.losses.compare import CompareOptions
+from gold_jax.losses.distill import Head, cross_entropy, distill_loss, order_rows
+from gold_jax.models.decoder import Decoder
+from gold_jax.text.batch import Batch, TokenBatch
+from gold_jax.text.vocabulary import VocabularyMap
+
+
+class Constants(NamedTuple):
+    """What a distillation step reads and never changes; passed to the jitted step, not baked into it."""
+
+    teacher: Any  # the teacher's parameters
+    teacher_head: jax.Array  # [W, E], rows ordered
+    teacher_place: jax.Array  # [W] row of a token id
+    student_order: jax.Array | None  # [V] None: the student's own order is the matched one
+    student_place: jax.Array  # [V]
+
+
+def freeze_teacher(teacher: Decoder, vocabulary: VocabularyMap) -> tuple[nnx.GraphDef, Constants]:
+    """Splits the teacher and reorders its head once, so that column `i` faces the student's column `i`.
+
+    An untied head is reordered in the parameters themselves and never held twice.
+    """
+    order = jnp.asarray(vocabulary.teacher_order)
+    head = teacher.head_weight()
+    if not _is_identity(vocabulary.teacher_order):
+        head = jax.jit(lambda x: jnp.take(x, order, axis=0))(head)
+        if not teacher.config.tied:
+            teacher.head[...] = head
+    graph, params = nnx.split(teacher)
+    return graph, Constants(
+        teacher=params,
+        teacher_head=head,
+        teacher_place=jnp.asarray(np.argsort(vocabulary.teacher_order).astype(np.int32)),
+        student_order=None if _is_identity(vocabulary.student_order) else jnp.asarray(vocabulary.student_order),
+        student_place=jnp.asarray(np.argsort(vocabulary.student_order).astype(np.int32)),
+    )
+
+
+def _is_identity(order: np.ndarray) -> bool:
+    return bool((order == np.arange(len(order))).all())
+
+
+LossFn = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+def make_distillation_loss(
+    student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, matched: int, *, chunk: int
+) -> LossFn:
+    """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
+    options = CompareOptions(matched, spec.beta, spec.matched_weight, spec.unmatched_weight, spec.top_k)
+
+    def loss(params, constants: Constants, batch: Batch):
+        model, frozen = nnx.merge(student, params), nnx.merge(teacher, constants.teacher)
+        hidden = model(batch.student.tokens, batch.student.mask)
+        weight = model.head_weight()
+        if constants.student_order is not None:
+            weight = order_rows(weight, constants.student_order, constants.student_place)
+        head = Head(weight, constants.student_place, model.config.final_softcap, spec.student_temperature)
+        total, parts = jnp.float32(0), {}
+        if spec.distillation_weight:
+            value, parts = distill_loss(
+                hidden,
+                head,
+                batch.student,
+                jax.lax.stop_gradient(frozen(batch.teacher.tokens, batch.teacher.mask)),
+                Head(
+                    constants.teacher_head,
+                    constants.teacher_place,
+                    frozen.config.final_softcap,
+                    spec.teacher_temperature,
+                ),
+                batch.teacher,
+                batch.weight,
+                compare=spec.compare,
+                options=options,
+                chunk=chunk,
+            )
+            total += spec.distillation_weight * value
+        if spec.crossentropy_weight:
+            plain = head._replace(temperature=1.0)
+            value, more = cross_entropy(hidden, plain, batch.labels, batch.label_weight, chunk=chunk)
+            total += spec.crossentropy_weight * value
+            parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
+        return total, parts
+
+    return loss
+
+
+def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
+    """The loss of a `TokenBatch`: the mean cross-entropy over its targets."""
+
+    def loss(params, _constants, batch: TokenBatch):
+        model = nnx.merge(student, params)
+        weight = model.head_weight()
+        head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
+        value, parts = cross_entropy(
+            model(batch.tokens, batch.mask), head, batch.labels, batch.label_weight, chunk=chunk
+        )
+        return value, {"token_accuracy": parts["correct"]}
+
+    return loss
+
+
+@dataclasses.dataclass
+class TrainState:
+    """Parameters (float32) and the optimizer's state; both are donated to every step."""
+
+    params: Any
+    optimizer: Any
+
+
+class Step:
+    """The jitted functions of a run: `train` over a window of micro-batches, `evaluate` for a loss alone.
+
+    Attributes:
+      compiled: how many different shapes have been compiled so far.
+    """
+
+    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation | None):
+        gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def update(params, state, grads):
+            updates, state = optimizer.update(grads, state, params)
+            return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+
+        def fused(params, state, constants, batch):
+            metrics, grads = gradient(params, constants, batch)
+            params, state, norm = update(params, state, grads)
+            return params, state, metrics, norm
+
+        def first(params, constants, batch):
+            return gradient(params, constants, batch)
+
+        def add(params, grads, metrics, constants, batch):
+            more, new = gradient(params, constants, batch)
+            return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
+
+        self._fused = jax.jit(fused, donate_argnums=(0, 1))
+        self._first = jax.jit(first)
+        self._add = jax.jit(add, donate_argnums=(1, 2))
+        self._update = jax.jit(update, donate_argnums=(0, 1, 2))
+        self._evaluate = jax.jit(loss)
+
+    @property
+    def compiled(self) -> int:
+        """Number of compiled programs so far."""
+        return sum(f._cache_size() for f in (self._fused, self._first, self._add, self._update, self._evaluate))
+
+    def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
+        """One update from the micro-batches of a window; returns at once, with metrics that are still being computed."""
+        if len(batches) == 1:
+            state.params, state.optimizer, metrics, norm = self._fused(
+                state.params, state.optimizer, constants, batches[0]
+            )
+        else:
+            metrics, grads = self._first(state.params, constants, batches[0])
+            for batch in batches[1:]:
+                metrics, grads = self._add(state.params, grads, metrics, constants, batch)
+            state.params, state.optimizer, norm = self._update(state.params, state.optimizer, grads)
+        loss, parts = metrics
+        return {"loss": loss, "grad_norm": norm, **parts}
+
+    def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
+        """Loss and parts of one batch, no gradient."""
+        loss, parts = self._evaluate(params, constants, batch)
+        return {"loss": loss, **parts}

@@ -1,0 +1,186 @@
+"""Flags that TRL and transformers have and this project has not: what stands in their place, or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+# Values that switch a flag off: nothing is lost, so nothing is said.
+_OFF = ("false", "none", "null", "no", "off", "0", "0.0", "", "[]", "{}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a run says to a flag it does not have.
+
+    Attributes:
+        text: what stands in the flag's place (a notice), or what to do instead (a refusal).
+        refused: whether the flag would change the result, so that the run must not go on without it.
+        silent: shell patterns of values that ask for what happens anyway.
+    """
+
+    text: str
+    refused: bool = False
+    silent: tuple[str, ...] = _OFF
+
+
+def answer(name: str, value: Any = True) -> list[str]:
+    """Notices (none or one) for a flag of `ANSWERS` that was given this value.
+
+    Raises:
+        ValueError: when the flag would change the result and is not supported.
+    """
+    said = ANSWERS[name]
+    text = str(value).strip().lower()
+    if any(fnmatch.fnmatchcase(text, pattern) for pattern in said.silent):
+        return []
+    if said.refused:
+        shown = "" if value is True or text == "true" else f" {value}"
+        raise ValueError(f"--{name}{shown} is not supported here: {said.text}")
+    return [f"--{name}: {said.text}"]
+
+
+# text -> the flags that it answers
+_NOTICES = {
+    "XLA compiles and fuses attention; no kernel is chosen by hand.": "attn_implementation",
+    "The loss never holds all logits and XLA fuses the layers, which is what these kernels are for.": (
+        "use_liger_kernel liger_kernel_config"
+    ),
+    "Every step is compiled by jax.jit.": (
+        "torch_compile torch_compile_backend torch_compile_mode torchdynamo jit_mode_eval use_ipex"
+    ),
+    "All devices that JAX sees form one mesh, over which the arrays are sharded.": (
+        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers "
+        "tpu_num_cores mp_parameters ray_scope"
+    ),
+    "JAX picks the platform; set JAX_PLATFORMS=cpu (or cuda, tpu) in the environment.": (
+        "use_cpu no_cuda use_mps_device"
+    ),
+    "XLA chooses; set JAX_DEFAULT_MATMUL_PRECISION in the environment for another precision.": "tf32",
+    "The host prepares the next batch while the device computes; there are no worker processes.": (
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order dataset_num_proc"
+    ),
+    "Only the columns that hold prompts and answers are read.": "remove_unused_columns label_names",
+    "--gradient_checkpointing recomputes activations; they are not moved to the host.": "activation_offloading",
+    "jax.checkpoint has no such options.": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    "XLA owns the device's memory.": "torch_empty_cache_steps skip_memory_metrics",
+    "The built-in sampler writes the completions, on the training devices and with the current weights.": (
+        "use_vllm vllm_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+        "vllm_group_port vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_length "
+        "vllm_model_impl vllm_sync_frequency vllm_enable_sleep_mode"
+    ),
+    "The sampler keeps its key-value cache; training needs none.": "use_cache",
+    "Each training batch samples its own completions.": "generation_batch_size",
+    "The models here have no dropout.": "disable_dropout",
+    "Batches fall into a few padded lengths, so little is computed on padding.": "padding_free",
+    "Nothing is packed, so no way of packing is needed.": "packing_strategy",
+    "Padding is masked; which token stands there does not matter.": "pad_token",
+    "The loss is always a mean over the whole global batch.": "average_tokens_across_devices",
+    "Losses that are not finite are always shown.": "logging_nan_inf_filter",
+    "The row order and the sampling both follow --seed.": "data_seed",
+    "The same seed repeats a run on the same machine; on GPUs also set XLA_FLAGS=--xla_gpu_deterministic_ops=true.": (
+        "full_determinism"
+    ),
+    "One line is printed for each log, by the first process alone; --logging_steps says how often.": (
+        "disable_tqdm log_level log_level_replica log_on_each_node"
+    ),
+    "Tokens per second stand in every log line.": "include_num_input_tokens_seen include_tokens_per_second",
+    "Metrics are written to the folder of the run.": "logging_dir",
+    "Training is what this command does; --eval_strategy says when to evaluate.": "do_train do_eval",
+    "Evaluation adds up losses on the device and keeps no predictions.": (
+        "prediction_loss_only eval_accumulation_steps eval_do_concat_batches eval_use_gather_object batch_eval_metrics"
+    ),
+    "Evaluation computes in the same type as training.": "bf16_full_eval",
+    "Completions are printed and logged as they are, repeated prompts too.": "wandb_log_unique_prompts",
+    "Trackio's own defaults hold.": "trackio_bucket_id trackio_static_space_id",
+    "No best model is picked.": "metric_for_best_model greater_is_better",
+    "Weights are always safetensors, written by the first process.": "save_safetensors save_on_each_node save_only_model",
+    "The model is pushed once, at the end.": "hub_strategy hub_always_push",
+    "Rows are not grouped by length.": "length_column_name",
+    "Files of an earlier run in --output_dir are overwritten.": "overwrite_output_dir",
+    "It has no effect without LoRA, which this version has not.": (
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+        "lora_task_type use_rslora use_dora"
+    ),
+    "It has no effect without quantization, which this version has not.": (
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage"
+    ),
+}
+
+_REFUSALS = {
+    "LoRA is not in this version; leave the flag out to train all weights.": "use_peft",
+    "quantized weights are not in this version; --dtype bfloat16 halves the memory of weights that are read.": (
+        "load_in_4bit load_in_8bit"
+    ),
+    "float16 would need loss scaling; use --bf16, which has float32's range.": (
+        "fp16 fp16_full_eval fp16_backend fp16_opt_level half_precision_backend"
+    ),
+    "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.": (
+        "packing eval_packing"
+    ),
+    "sequence-level distillation is not in this version; use --lmbda 0 with a data set that the teacher wrote.": "seq_kd",
+    "continuing a run is not in this version; give the saved model as --model_name_or_path to train on from it.": (
+        "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint"
+    ),
+    "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.": (
+        "dataset_streaming"
+    ),
+    "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
+    "the targets are not smoothed; leave it out.": "label_smoothing_factor",
+    "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": (
+        "auto_find_batch_size"
+    ),
+    "rows that do not fill a batch are never dropped; leave it out.": "dataloader_drop_last",
+    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_on_start eval_delay do_predict",
+    "the last model is kept; choose between saves by their eval_loss in the log.": "load_best_model_at_end",
+    "evaluation reports the loss; write further metrics in Python.": "include_for_metrics",
+    "models with experts are not in this version.": "router_aux_loss_coef",
+    "rows are prepared in one way; bring messages, prompt and completion, or text.": "dataset_kwargs",
+    "completions are not held to a pattern; leave it out.": "vllm_structured_outputs_regex",
+    "callbacks of transformers cannot run here.": "callbacks",
+    "AdamW has no further options; its own flags are --adam_beta1, --adam_beta2 and --adam_epsilon.": (
+        "optim_args optim_target_modules"
+    ),
+    "push to the main branch, or move the revision on the hub afterwards.": "hub_revision",
+    "it is --hub_model_id here.": "push_to_hub_model_id push_to_hub_organization",
+    "it is --hub_token here.": "push_to_hub_token",
+    "it is --eval_strategy here.": "evaluation_strategy",
+    "rows come in shuffled order; sort the data set and leave it out.": "group_by_length",
+    "PyTorch's debugging hooks do not exist here; set JAX_DEBUG_NANS=true in the environment.": "debug",
+}
+
+_SPECIAL = {
+    "optim": Answer("AdamW is the optimizer; leave it out.", True, ("adamw_torch", "adamw_torch_fused", "adamw_hf")),
+    "loss_type": Answer("SFT learns by negative log-likelihood; leave it out.", True, ("nll", "chunked_nll")),
+    "truncation_mode": Answer("too long rows lose their end; leave it out.", True, ("keep_start",)),
+    "logging_strategy": Answer("logs come every --logging_steps.", True, ("steps",)),
+    "train_sampling_strategy": Answer("rows come in shuffled order; leave it out.", True, ("random",)),
+}
+
+# What a default asks for happens anyway; nothing needs to be said to it.
+_DEFAULTS = {
+    **dict.fromkeys(("remove_unused_columns", "average_tokens_across_devices", "disable_dropout"), "true"),
+    **dict.fromkeys(("dataloader_pin_memory", "dataloader_in_order", "save_safetensors"), "true"),
+    **dict.fromkeys(("prediction_loss_only", "skip_memory_metrics", "logging_nan_inf_filter", "do_train"), "true"),
+    **dict.fromkeys(("log_level", "log_level_replica"), "passive"),
+    "hub_strategy": "end",
+    "packing_strategy": "bfd",
+    "local_rank": "-1",
+}
+
+
+def _table() -> Mapping[str, Answer]:
+    table = dict(_SPECIAL)
+    for refused, group in ((False, _NOTICES), (True, _REFUSALS)):
+        for text, names in group.items():
+            for name in names.split():
+                silent = (*_OFF, _DEFAULTS[name]) if name in _DEFAULTS else _OFF
+                table[name] = Answer(text, refused, silent)
+    return table
+
+
+ANSWERS: Mapping[str, Answer] = _table()

@@ -1,0 +1,79 @@
+import doctest
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gold_jax.losses import divergence
+from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
+
+
+def distributions(*shape, seed=0):
+    x = np.random.default_rng(seed).standard_normal(shape) * 3
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def slow_jsd(p, q, beta):
+    m = (1 - beta) * p + beta * q
+    kl = lambda a, b: np.sum(a * np.log(a / b), -1)  # noqa: E731
+    return {0: kl(q, p), 1: kl(p, q)}.get(beta, beta * kl(q, m) + (1 - beta) * kl(p, m))
+
+
+@pytest.mark.parametrize("beta", [0, 0.1, 0.5, 0.9, 1])
+def test_jsd_is_what_its_formula_says(beta):
+    p, q = distributions(5, 17, seed=1), distributions(5, 17, seed=2)
+    ours = generalized_jsd(jnp.log(jnp.float32(p)), jnp.log(jnp.float32(q)), beta)
+    np.testing.assert_allclose(ours, slow_jsd(p, q, beta), rtol=3e-6)
+
+
+@pytest.mark.parametrize("beta", [0, 0.3, 1])
+def test_jsd_and_its_gradient_vanish_where_both_sides_agree(beta):
+    logits = jnp.float32(np.random.default_rng(0).standard_normal((3, 9)))
+    target = jax.nn.log_softmax(logits)
+    value, grad = jax.value_and_grad(lambda x: generalized_jsd(jax.nn.log_softmax(x), target, beta).sum())(logits)
+    assert abs(value) < 1e-6 and jnp.abs(grad).max() < 1e-6
+
+
+def test_jsd_takes_probabilities_of_exactly_zero():
+    p = jnp.log(jnp.array([0.0, 0.5, 0.5]))
+    q = jnp.log(jnp.array([0.2, 0.3, 0.5]))
+    for beta in (0.5, 1):
+        value, grad = jax.value_and_grad(lambda x, b=beta: generalized_jsd(x, q, b))(p)
+        chex.assert_tree_all_finite((value, grad))
+
+
+@pytest.mark.parametrize("sizes", [(11, 11), (11, 30), (30, 11)])
+def test_sorted_l1_is_the_distance_of_sorted_values(sizes):
+    p, q = distributions(4, sizes[0], seed=1), distributions(4, sizes[1], seed=2)
+    n = max(sizes)
+    a, b = (-np.sort(-np.pad(x, [(0, 0), (0, n - x.shape[1])])) for x in (p, q))
+    np.testing.assert_allclose(sorted_l1(jnp.float32(p), jnp.float32(q)), np.abs(a - b).sum(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(11, 11), (11, 30), (30, 11)])
+def test_sorted_l1_has_the_gradient_that_sorting_floats_has(sizes):
+    p, q = (jnp.float32(distributions(4, n, seed=n + i)) for i, n in enumerate(sizes))
+    n = max(sizes)
+
+    def plain(p, q):
+        a, b = (jnp.sort(jnp.pad(x, [(0, 0), (n - x.shape[1], 0)])) for x in (p, q))
+        return jnp.sum(jnp.abs(a - b) * jnp.arange(1.0, 5)[:, None])
+
+    ours = jax.grad(lambda p, q: jnp.sum(sorted_l1(p, q) * jnp.arange(1.0, 5)), (0, 1))(p, q)
+    chex.assert_trees_all_close(ours, jax.grad(plain, (0, 1))(p, q), rtol=1e-6)
+
+
+def test_top_k_bounds_the_exact_distance_and_meets_it_in_the_end():
+    p, q = jnp.float32(distributions(6, 200, seed=1)), jnp.float32(distributions(6, 150, seed=2))
+    exact = sorted_l1(p, q)
+    for k in (1, 10, 100):
+        head, bound = sorted_l1_top_k(p, q, k)
+        assert (head <= exact + 1e-6).all() and (exact <= head + bound + 1e-6).all()
+    np.testing.assert_allclose(sorted_l1_top_k(p, q, 500)[0], exact, rtol=1e-6)
+
+
+def test_the_examples_in_the_docstrings_are_true():
+    assert doctest.testmod(divergence).failed == 0

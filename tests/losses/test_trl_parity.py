@@ -1,0 +1,149 @@
+"""Losses and gradients against TRL 1.16.0 (tests/golden/make_trl_golden.py wrote its numbers)."""
+
+import functools
+import importlib.util
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gold_jax.losses.compare import CompareOptions
+from gold_jax.losses.distill import Head, distill_loss, order_rows
+from gold_jax.text.align import group_ends
+from gold_jax.text.batch import Half, Row, build_batches
+from gold_jax.text.surface import surfaces_of
+from gold_jax.text.vocabulary import VocabularyMap
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
+_spec = importlib.util.spec_from_file_location("make_trl_golden", GOLDEN / "make_trl_golden.py")
+recipe = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(recipe)
+NUMBERS = json.loads((GOLDEN / "trl_losses.json").read_text())
+TOLERANCE = 1e-5
+
+
+def name(case):
+    kind = "hybrid" if case["hybrid"] else "sorted"
+    where = "groups" if case["extended"] else "positions"
+    return f"{case['merge']}-{where}-{kind}-{case['weights']}-beta{case['beta']}"
+
+
+def to_row(row, positional):
+    ids = [np.array(row[f"{side}_ids"], np.int32) for side in ("student", "teacher")]
+    if positional:
+        groups = [np.arange(len(x)) for x in ids]
+        count = min(map(len, ids))
+    else:
+        *groups, count = group_ends(np.array(row["student_ends"]), np.array(row["teacher_ends"]))
+    prompt = np.zeros(recipe.PROMPT, np.int32)
+    return Row(*(Half(prompt, x, g) for x, g in zip(ids, groups)), groups=count, text="", stopped=False)
+
+
+def padded(hidden, width):
+    return jnp.asarray(np.pad(hidden, [(0, 0), (0, width - hidden.shape[1]), (0, 0)]), jnp.float32)
+
+
+def relative(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
+
+
+def check(case, rows, sizes, vocabulary: VocabularyMap):
+    groups = "all" if case["extended"] else "positional"
+    made = [to_row(r, groups == "positional") for r in rows]
+    (batch,) = jax.tree.map(
+        jnp.asarray, build_batches(made, len(made), merge=case["merge"], groups="all", normalization="row_mean")
+    )
+    hs, ws, ht, wt = recipe.inputs(rows, *sizes)
+    weights = case["weights"] or (None, None)
+    options = CompareOptions(vocabulary.matched, case["beta"], *weights)
+    order = jnp.asarray(vocabulary.student_order)
+    place = jnp.argsort(order)
+    teacher_place = jnp.asarray(np.argsort(vocabulary.teacher_order))
+    teacher_head = jnp.asarray(wt[vocabulary.teacher_order], jnp.float32)
+    teacher_hidden = padded(ht, batch.teacher.tokens.shape[1])
+
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(hidden, head):
+        return distill_loss(
+            hidden,
+            Head(order_rows(head, order, place), place, temperature=0.9),
+            batch.student,
+            teacher_hidden,
+            Head(teacher_head, teacher_place, temperature=1.2),
+            batch.teacher,
+            jnp.asarray(batch.weight),
+            compare="hybrid" if case["hybrid"] else "sorted",
+            options=options,
+            chunk=16,
+        )[0]
+
+    value, (d_hidden, d_head) = jax.jit(loss)(padded(hs, batch.student.tokens.shape[1]), jnp.asarray(ws, jnp.float32))
+    probe = np.random.default_rng(5).standard_normal((sizes[0], 2))
+    assert relative(value, case["loss"]) < TOLERANCE
+    assert relative(d_hidden[:, : hs.shape[1]], case["d_hidden"]) < TOLERANCE
+    assert relative(np.asarray(d_head, np.float64).T @ probe, case["d_head"]) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", NUMBERS["synthetic"], ids=name)
+def test_loss_and_gradients_equal_trl_on_small_vocabularies(case):
+    student, teacher, rows = recipe.synthetic()
+    pairs = [(student[s], i) for s, i in teacher.items() if s in student]
+    orders = []
+    for side, size in ((0, 40), (1, 50)):
+        matched = [p[side] for p in pairs]
+        orders.append(np.array(matched + [i for i in range(size) if i not in matched], np.int32))
+    check(case, rows, (40, 50), VocabularyMap(*orders, len(pairs), len(pairs), 40, 50))
+
+
+@pytest.mark.parametrize("case", NUMBERS["gkd"], ids=lambda c: f"beta{c['beta']}-t{c['temperature']}")
+def test_gkd_with_one_tokenizer_equals_trl(case):
+    _, _, rows = recipe.synthetic()
+    hs, ws, ht, wt = recipe.inputs(rows, 40, 40)
+    made = [
+        Row(
+            *[Half(np.zeros(recipe.PROMPT, np.int32), np.array(r["student_ids"], np.int32), np.arange(7))] * 2,
+            7,
+            "",
+            False,
+        )
+        for r in rows
+    ]
+    (batch,) = jax.tree.map(jnp.asarray, build_batches(made, 2, merge="chain", groups="all"))
+    place = jnp.arange(40)
+    width = batch.student.tokens.shape[1]
+
+    def loss(hidden):
+        heads = [Head(jnp.asarray(w, jnp.float32), place, temperature=case["temperature"]) for w in (ws, wt)]
+        return distill_loss(
+            hidden, heads[0], batch.student, padded(ht[:, : hs.shape[1]], width), heads[1], batch.teacher,
+            jnp.asarray(batch.weight), compare="shared", options=CompareOptions(40, case["beta"]), chunk=4,
+        )[0]  # fmt: skip
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(padded(hs, width))
+    assert relative(value, case["loss"]) < TOLERANCE
+    assert relative(gradient[:, : hs.shape[1]], case["d_hidden"]) < TOLERANCE
+
+
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", sorted({tuple(c["pair"]) for c in NUMBERS["real"]}), ids="<-".join)
+def test_loss_and_gradients_equal_trl_on_real_tokenizers(assets, pair):
+    from transformers import AutoTokenizer
+
+    paths = {"smollm2": "smollm2-135m-instruct"}
+    tokenizers = [AutoTokenizer.from_pretrained(assets / paths.get(n, f"tokenizers/{n}")) for n in pair]
+    surfaces = [surfaces_of(t) for t in tokenizers]
+    sizes = [max(t.get_vocab().values()) + 1 for t in tokenizers]
+    vocabulary = VocabularyMap.build(*surfaces, student_size=sizes[0], teacher_size=sizes[1], by="strings")
+    rows = []
+    for text in recipe.TEXTS:
+        ids = [t(text, add_special_tokens=False)["input_ids"] for t in tokenizers]
+        ends = [np.cumsum(s.lengths[x]).tolist() for s, x in zip(surfaces, ids)]
+        rows.append(dict(student_ids=ids[0], teacher_ids=ids[1], student_ends=ends[0], teacher_ends=ends[1]))
+    for case in NUMBERS["real"]:
+        if tuple(case["pair"]) == pair:
+            check(case, rows, sizes, vocabulary)

@@ -1,0 +1,412 @@
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+
+import pytest
+
+from gold_jax.config import DataArguments, GOLDConfig, LossSpec, ModelArguments, SFTConfig
+from gold_jax.fields import field_names
+from gold_jax.flags import FlagError, parse_args, read_args
+from gold_jax.trl_flags import ANSWERS, answer
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+# The two commands of section 5 of the design.
+GOLD_COMMAND = """
+  --model_name_or_path S --teacher_model_name_or_path T --dataset_name D --dataset_train_split train
+  --dtype auto --attn_implementation kernels-community/flash-attn --bf16 --learning_rate 1e-7 --gradient_checkpointing
+  --per_device_train_batch_size 1 --gradient_accumulation_steps 64 --num_train_epochs 1 --eval_strategy steps --eval_steps 100
+  --temperature 1.0 --top_p 0.95 --top_k 0 --max_new_tokens 2048 --max_prompt_length 512 --lmbda 0.25 --beta 0.0
+  --use_uld_loss --use_extended_uld --uld_use_hybrid_loss --uld_crossentropy_weight 0.0 --uld_distillation_weight 1.0
+  --uld_student_temperature 1.0 --uld_teacher_temperature 1.0 --uld_hybrid_unmatched_weight 1.0 --uld_hybrid_matched_weight 1.0
+  --logging_steps 1 --push_to_hub --hub_model_id U/M --report_to trackio --trackio_project P --seed 42 --warmup_ratio 0.05
+  --lr_scheduler_type cosine_with_min_lr
+""".split()
+SFT_COMMAND = """
+  --model_name_or_path M --dtype auto --attn_implementation kernels-community/flash-attn --dataset_name D
+  --dataset_config C --bf16 --gradient_checkpointing --per_device_train_batch_size 1 --gradient_accumulation_steps 32
+  --learning_rate 1e-5 --num_train_epochs 1 --max_length 16384 --logging_steps 1 --report_to trackio --trackio_project P
+  --output_dir O --push_to_hub --hub_model_id U/M --seed 42 --warmup_ratio 0.05 --lr_scheduler_type cosine_with_min_lr --use_liger_kernel
+""".split()
+
+
+def gold(*argv):
+    return read_args(argv, ModelArguments, DataArguments, GOLDConfig)
+
+
+def config(*argv):
+    return gold(*argv)[2]
+
+
+def assert_fields(settings, expected):
+    assert {name: getattr(settings, name) for name in expected} == expected
+
+
+def test_the_gold_command_of_the_design_lands_in_its_fields():
+    model, data, settings, notices = gold(*GOLD_COMMAND)
+    assert_fields(model, {"model_name_or_path": "S", "dtype": "auto"})
+    assert_fields(data, {"dataset_name": "D", "dataset_config": None, "dataset_train_split": "train"})
+    assert_fields(
+        settings,
+        dict(teacher_model_name_or_path="T", bf16=True, learning_rate=1e-7, gradient_checkpointing=True)
+        | dict(per_device_train_batch_size=1, gradient_accumulation_steps=64, num_train_epochs=1.0)
+        | dict(eval_strategy="steps", eval_steps=100, temperature=1.0, top_p=0.95, top_k=0, max_completion_length=2048)
+        | dict(max_prompt_length=512, max_length=2560, lmbda=0.25, beta=0.0, use_uld_loss=True, use_extended_uld=True)
+        | dict(uld_use_hybrid_loss=True, uld_crossentropy_weight=0.0, uld_distillation_weight=1.0)
+        | dict(uld_student_temperature=1.0, uld_teacher_temperature=1.0)
+        | dict(uld_hybrid_unmatched_weight=1.0, uld_hybrid_matched_weight=1.0, logging_steps=1, push_to_hub=True)
+        | dict(hub_model_id="U/M", report_to=["trackio"], project="P", seed=42, warmup_ratio=0.05)
+        | dict(lr_scheduler_type="cosine_with_min_lr", output_dir="trainer_output"),
+    )
+    assert [notice.split(":")[0] for notice in notices] == ["--attn_implementation"]
+    assert settings.loss_spec(same_tokenizer=False) == LossSpec(beta=0.0, matched_weight=1.0, unmatched_weight=1.0)
+
+
+def test_the_sft_command_of_the_design_lands_in_its_fields():
+    model, data, settings, notices = read_args(SFT_COMMAND, ModelArguments, DataArguments, SFTConfig)
+    assert_fields(model, {"model_name_or_path": "M", "dtype": "auto"})
+    assert_fields(data, {"dataset_name": "D", "dataset_config": "C", "dataset_train_split": "train"})
+    assert_fields(
+        settings,
+        dict(bf16=True, gradient_checkpointing=True, per_device_train_batch_size=1, gradient_accumulation_steps=32)
+        | dict(learning_rate=1e-5, num_train_epochs=1.0, max_length=16384, logging_steps=1, report_to=["trackio"])
+        | dict(project="P", output_dir="O", push_to_hub=True, hub_model_id="U/M", seed=42, warmup_ratio=0.05)
+        | dict(lr_scheduler_type="cosine_with_min_lr"),
+    )
+    assert [notice.split(":")[0] for notice in notices] == ["--attn_implementation", "--use_liger_kernel"]
+
+
+def test_defaults_are_trl_s_except_where_the_help_says_so():
+    trl = json.loads((GOLDEN / "trl_flags.json").read_text())
+    ours = {
+        "GOLDConfig": GOLDConfig,
+        "SFTConfig": SFTConfig,
+        "ModelConfig": ModelArguments,
+        "ScriptArguments": DataArguments,
+    }
+    # None where TRL says None, and words for "nothing" that this project reads into an empty value
+    same = {"[]": "none", "{}": "None", "None": "auto", "0.0": "0", "trainer_output": "None"}
+    differing = {
+        name
+        for cls, flags in trl.items()
+        for name, default in flags.items()
+        if name in {f.name for f in dataclasses.fields(ours[cls])}
+        and default not in (value := str(getattr(ours[cls](), name)), same.get(value))
+    }
+    assert differing == {
+        *("project", "model_revision", "eval_steps"),
+        *("uld_token_merge_strategy", "uld_skip_student_eos", "uld_skip_teacher_eos"),
+    }
+
+
+@pytest.mark.parametrize(
+    "argv, name, value",
+    [
+        (["--bf16"], "bf16", True),
+        (["--bf16", "false"], "bf16", False),
+        (["--no_bf16"], "bf16", False),
+        (["--no-gradient-checkpointing"], "gradient_checkpointing", False),
+        (["--no_activation_checkpointing"], "gradient_checkpointing", False),
+        (["--use-uld-loss", "true"], "use_uld_loss", True),
+        (["--max_length", "none"], "max_length", 1024),
+        (["--max_grad_norm=none"], "max_grad_norm", None),
+        (["--max_steps", "-1"], "max_steps", -1),
+        (["--max_steps", "1e3"], "max_steps", 1000),
+        (["--max_new_tokens=7"], "max_completion_length", 7),
+        (["--report_to", "trackio", "wandb"], "report_to", ["trackio", "wandb"]),
+        (["--report_to", "trackio,wandb"], "report_to", ["trackio", "wandb"]),
+        (["--report_to", "none"], "report_to", []),
+        (
+            ["--lr_scheduler_type=cosine", "--lr_scheduler_kwargs", '{"num_cycles": 1}'],
+            "lr_scheduler_kwargs",
+            {"num_cycles": 1},
+        ),
+        (["--template_kwargs", '{"enable_thinking": false}'], "template_kwargs", {"enable_thinking": False}),
+        (["--pad_to_multiple_of", "auto"], "pad_to_multiple_of", None),
+        (["--pad_to_multiple_of", "64"], "pad_to_multiple_of", 64),
+        (["--run_name", "two words"], "run_name", "two words"),
+        (["--seed", "1", "--seed", "2"], "seed", 2),
+        (["--save_strategy", "no"], "save_strategy", "no"),
+        (["--warmup_steps", "0.5"], "warmup_steps", 0.5),
+    ],
+)
+def test_a_flag_is_read_in_every_spelling(argv, name, value):
+    assert getattr(config(*argv), name) == value
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--max_step", "3"], ["--max_step;", "nearest is --max_steps"]),
+        (["--qqq"], ["--qqq", "--help"]),
+        (["--max_steps", "abc"], ["--max_steps", "'abc'", "whole number"]),
+        (["--max_steps", "2.5"], ["--max_steps", "'2.5'", "whole number"]),
+        (["--max_steps", "0"], ["--max_steps", "at least 1, or -1"]),
+        (["--learning_rate", "fast"], ["--learning_rate", "'fast'", "a number"]),
+        (["--learning_rate", "nan"], ["--learning_rate", "nan", "at least 0"]),
+        (["--bf16", "maybe"], ["--bf16", "'maybe'", "true or false"]),
+        (["--no_bf16", "true"], ["--no_bf16", "takes no value"]),
+        (["--seed"], ["--seed needs a value"]),
+        (["--seed", "none"], ["--seed", "whole number"]),
+        (["--run_name", "two", "words"], ["--run_name", "'words'"]),
+        (["data.json"], ["'data.json'", "before any flag"]),
+        (["--lmbda", "1.5"], ["--lmbda is 1.5", "between 0 and 1"]),
+        (["--beta", "-0.1"], ["--beta is -0.1", "between 0 and 1"]),
+        (["--temperature", "0"], ["--temperature", "greater than 0"]),
+        (["--uld_teacher_temperature", "-1"], ["--uld_teacher_temperature", "greater than 0"]),
+        (["--per_device_train_batch_size", "0"], ["--per_device_train_batch_size is 0", "at least 1"]),
+        (["--max_completion_length", "64", "--max_length", "64"], ["--max_completion_length", "64", "smaller"]),
+        (["--uld_hybrid_matched_weight", "1"], ["--uld_hybrid_unmatched_weight is none", "both"]),
+        (["--num_generations", "3"], ["--num_generations", "= 8"]),
+        (["--loss", "glod"], ["--loss", "'glod'", "gold, uld, uld_extended, gkd, strict"]),
+        (["--eval_strategy", "best"], ["--eval_strategy", "no, steps, epoch"]),
+        (["--dtype", "float16"], ["--dtype", "auto, float32, bfloat16"]),
+        (["--report_to", "mlflow"], ["--report_to", "'mlflow'", "trackio"]),
+        (["--lr_scheduler_kwargs", "{"], ["--lr_scheduler_kwargs", "JSON object"]),
+        (["--lr_scheduler_kwargs", '{"min_lr": 0}'], ["min_lr", "'linear'", "reads nothing"]),
+        (
+            ["--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 0, "min_lr_rate": 0}'],
+            ["one of the two"],
+        ),
+        (["--teacher_model_init_kwargs", '{"load_in_4bit": true}'], ["--teacher_model_init_kwargs", "'load_in_4bit'"]),
+        (["--fp16"], ["--fp16", "--bf16"]),
+        (["--use_peft"], ["--use_peft", "LoRA is not in this version"]),
+        (["--load_in_4bit"], ["--load_in_4bit", "not in this version"]),
+        (["--seq_kd"], ["--seq_kd", "not in this version"]),
+        (["--dataset_streaming", "true"], ["--dataset_streaming", "not in this version"]),
+        (["--resume_from_checkpoint", "c"], ["--resume_from_checkpoint", "not in this version"]),
+        (["--packing"], ["--packing", "change the result"]),
+        (["--optim", "lion"], ["--optim lion", "AdamW"]),
+        (["--neftune_noise_alpha", "5"], ["--neftune_noise_alpha 5"]),
+    ],
+)
+def test_a_wrong_flag_is_an_error_that_says_what_would_be_right(argv, parts):
+    with pytest.raises(FlagError) as error:
+        gold(*argv)
+    text = str(error.value)
+    assert all(part in text for part in parts), text
+    assert "\n" not in text
+
+
+def test_a_wrong_command_line_prints_one_paragraph_and_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--max_step", "3"], GOLDConfig, prog="gold_jax.train")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "gold_jax.train: there is no flag --max_step; the nearest is --max_steps.\n"
+
+
+def test_help_lists_every_field_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(["--help"], ModelArguments, DataArguments, GOLDConfig, doc="What it does.")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "What it does." in text
+    assert all(f"--{name}" in text for cls in (ModelArguments, DataArguments, GOLDConfig) for name in field_names(cls))
+
+
+def test_flags_of_pytorch_are_accepted_and_each_is_answered_once():
+    *_, notices = gold(
+        "--use_vllm", "--deepspeed", "ds.json", "--fsdp", "full_shard", "auto_wrap", "--tf32", "true", "--tf32=true"
+    )
+    assert [notice.split(":")[0] for notice in notices] == ["--use_vllm", "--deepspeed", "--fsdp", "--tf32"]
+    assert "built-in sampler" in notices[0]
+
+
+def test_what_is_switched_off_or_happens_anyway_is_not_mentioned():
+    *_, notices = gold(
+        *("--use_liger_kernel", "false", "--no_packing", "--fp16", "false", "--optim", "adamw_torch"),
+        *("--label_smoothing_factor", "0", "--remove_unused_columns", "true"),
+    )
+    assert notices == []
+
+
+def test_a_yaml_file_gives_the_same_fields_and_the_command_line_wins(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model_name_or_path: S\nlearning_rate: 1e-5\nmax_new_tokens: 7\neval_strategy: no\nbf16: true\nreport_to: [wandb]\n"
+        "lr_scheduler_type: cosine\nlr_scheduler_kwargs: {num_cycles: 2}\nuse-liger-kernel: true\nseed: 1\ntorch_compile: true\n"
+    )
+    model, _, settings, notices = gold(
+        "--seed", "2", "--config", str(path), "--max_completion_length", "9", "--no_torch_compile"
+    )
+    assert model.model_name_or_path == "S"
+    assert_fields(
+        settings,
+        dict(learning_rate=1e-5, max_completion_length=9, eval_strategy="no", bf16=True, report_to=["wandb"], seed=2)
+        | dict(lr_scheduler_kwargs={"num_cycles": 2}),
+    )
+    assert "--use_liger_kernel" in [notice.split(":")[0] for notice in notices]
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("learnin_rate: 1", ["'learnin_rate'", "nearest is learning_rate"]),
+        ("seed: [1]", ["--seed", "whole number"]),
+        ("seed: 'x", ["not YAML"]),
+        ("- seed", ["list", "learning_rate: 1e-7"]),
+        ("lmbda: 2", ["--lmbda is 2", "between 0 and 1"]),
+        ("packing: true", ["--packing"]),
+    ],
+)
+def test_a_wrong_yaml_file_is_an_error_that_names_the_file(tmp_path, text, parts):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(FlagError) as error:
+        gold("--config", str(path))
+    assert all(part in str(error.value) for part in [*parts, str(path)]), str(error.value)
+
+
+def test_a_yaml_file_that_is_not_there_is_an_error(tmp_path):
+    with pytest.raises(FlagError, match="not a file"):
+        gold("--config", str(tmp_path / "none.yaml"))
+    with pytest.raises(FlagError, match="path of one YAML file"):
+        gold("--config")
+
+
+def test_python_gets_the_same_checks_and_answers_as_the_command_line():
+    with pytest.raises(ValueError, match="--lmbda is 2.0; it must be between 0 and 1"):
+        GOLDConfig(lmbda=2)
+    with pytest.raises(ValueError, match="--fp16 is not supported here"):
+        SFTConfig(fp16=True)
+    with pytest.raises(TypeError, match="'lamda'; the nearest is lmbda"):
+        GOLDConfig(lamda=0.5)
+    with pytest.raises(TypeError, match="twice"):
+        GOLDConfig(max_new_tokens=1, max_completion_length=2)
+    settings = GOLDConfig(
+        output_dir="gold-model", use_uld_loss=True, use_liger_kernel=True, max_new_tokens=5, report_to="wandb"
+    )
+    assert settings.max_completion_length == 5 and settings.report_to == ["wandb"]
+    assert [notice.split(":")[0] for notice in settings.notices] == ["--use_liger_kernel"]
+    assert dataclasses.replace(settings, seed=3).seed == 3
+
+
+def test_room_for_prompt_and_completion_follows_from_the_two_lengths():
+    assert GOLDConfig().max_length == 1024
+    assert GOLDConfig(max_completion_length=1000).max_length == 1512
+    assert GOLDConfig(max_completion_length=1000, max_prompt_length=600).max_length == 1600
+    assert GOLDConfig(max_length=300).prompt_budget == 172
+    assert GOLDConfig(max_length=300, max_prompt_length=100).prompt_budget == 100
+    assert SFTConfig(max_length=None).max_length is None
+
+
+def test_intervals_below_one_are_shares_of_the_run():
+    settings = SFTConfig(logging_steps=0.1, save_steps=7)
+    assert settings.interval("logging_steps", 95) == 10
+    assert settings.interval("save_steps", 95) == 7
+    assert settings.eval_steps == 0.1
+    assert (SFTConfig(warmup_ratio=0.07).warmup(100), SFTConfig(warmup_ratio=0.5, warmup_steps=3).warmup(100)) == (8, 3)
+    assert SFTConfig(warmup_steps=0.25).warmup(10) == 3
+
+
+def test_the_hub_token_is_neither_shown_nor_recorded():
+    settings = SFTConfig(hub_token="hf_secret")
+    assert "hf_secret" not in repr(settings)
+    assert "hf_secret" not in json.dumps(settings.to_dict())
+
+
+@pytest.mark.parametrize(
+    "given, same_tokenizer, point",
+    [
+        (dict(), False, ("gold", "chain", "all", "hybrid")),
+        (dict(), True, ("gkd", "chain", "all", "full")),
+        (dict(use_uld_loss=True), False, ("uld_extended", "chain", "all", "sorted")),
+        (dict(use_uld_loss=True, use_extended_uld=False), False, ("uld", "chain", "positional", "sorted")),
+        (dict(use_uld_loss=True, uld_use_hybrid_loss=True), True, ("gold", "chain", "all", "hybrid")),
+        (
+            dict(use_uld_loss=True, uld_use_hybrid_loss=True, use_extended_uld=False),
+            False,
+            ("gold", "chain", "positional", "hybrid"),
+        ),
+        (
+            dict(use_uld_loss=True, uld_token_merge_strategy="bayesian"),
+            False,
+            ("uld_extended", "chain", "all", "sorted"),
+        ),
+        (
+            dict(use_uld_loss=True, uld_token_merge_strategy="observed"),
+            False,
+            ("uld_extended", "observed", "all", "sorted"),
+        ),
+        (dict(loss="gold"), True, ("gold", "chain", "all", "hybrid")),
+        (dict(loss="gold", use_uld_loss=True, use_extended_uld=False), False, ("gold", "chain", "all", "hybrid")),
+        (dict(loss="uld_extended"), False, ("uld_extended", "chain", "all", "sorted")),
+        (dict(loss="uld"), False, ("uld", "chain", "positional", "sorted")),
+        (dict(loss="gkd"), True, ("gkd", "chain", "all", "full")),
+        (dict(loss="strict"), False, ("strict", "boundary", "one_to_one", "shared")),
+        (
+            dict(loss="strict", uld_token_merge_strategy="observed"),
+            False,
+            ("strict", "boundary", "one_to_one", "shared"),
+        ),
+        (
+            dict(loss="gold", merge="boundary", groups="one_to_one", compare="shared"),
+            False,
+            ("gold", "boundary", "one_to_one", "shared"),
+        ),
+    ],
+)
+def test_presets_and_trl_s_flags_choose_their_point_of_the_grid(given, same_tokenizer, point):
+    spec = GOLDConfig(**given).loss_spec(same_tokenizer)
+    assert (spec.name, spec.merge, spec.groups, spec.compare) == point
+
+
+def test_gkd_with_two_tokenizers_is_an_error():
+    with pytest.raises(ValueError, match="different tokenizers; use --loss gold"):
+        GOLDConfig(loss="gkd").loss_spec(same_tokenizer=False)
+
+
+def test_the_loss_takes_its_numbers_from_the_flags():
+    settings = GOLDConfig(
+        **dict(beta=0.3, uld_hybrid_matched_weight=0.7, uld_hybrid_unmatched_weight=0.2, uld_crossentropy_weight=0.1),
+        **dict(uld_distillation_weight=0.9, uld_student_temperature=2, uld_teacher_temperature=3, temperature=0.6),
+        **dict(uld_skip_student_eos=True, uld_skip_teacher_eos=True, uld_top_k=50, normalization="row_mean"),
+    )
+    expected = LossSpec(
+        **dict(beta=0.3, matched_weight=0.7, unmatched_weight=0.2, crossentropy_weight=0.1, distillation_weight=0.9),
+        **dict(student_temperature=2.0, teacher_temperature=3.0, skip_student_stop=True, skip_teacher_stop=True),
+        **dict(top_k=50, normalization="row_mean"),
+    )
+    assert settings.loss_spec(same_tokenizer=False) == expected
+    gkd = settings.loss_spec(same_tokenizer=True)
+    assert (gkd.student_temperature, gkd.teacher_temperature) == (0.6, 0.6)
+
+
+def test_a_loss_is_told_in_one_line():
+    assert LossSpec().describe() == "gold: chain/all/hybrid, beta 0.5, weights by overlap"
+    spec = LossSpec(compare="sorted", name="uld_extended", top_k=9, crossentropy_weight=0.5, student_temperature=2.0)
+    assert spec.describe() == (
+        "uld_extended: chain/all/sorted, temperatures 2 student, 1 teacher, cross-entropy x 0.5, sorted top 9"
+    )
+
+
+def unanswered(flags):
+    known = {name for cls in (ModelArguments, DataArguments, GOLDConfig) for name in field_names(cls)} | set(ANSWERS)
+    return sorted({name for names in flags.values() for name in names} - known)
+
+
+def test_every_flag_of_trl_is_implemented_or_answered():
+    assert unanswered(json.loads((GOLDEN / "trl_flags.json").read_text())) == []
+
+
+def test_no_answer_is_given_for_a_flag_that_is_implemented():
+    assert not {name for cls in (ModelArguments, DataArguments, GOLDConfig) for name in field_names(cls)} & set(ANSWERS)
+
+
+def test_no_default_of_trl_is_refused():
+    for flags in json.loads((GOLDEN / "trl_flags.json").read_text()).values():
+        for name, default in flags.items():
+            if name in ANSWERS:
+                answer(name, default)
+
+
+@pytest.mark.live
+def test_every_flag_of_the_installed_trl_is_implemented_or_answered():
+    python = os.environ.get("GOLD_JAX_TRL_PYTHON")
+    if not python:
+        pytest.skip("GOLD_JAX_TRL_PYTHON does not name a Python with TRL")
+    command = [python, str(GOLDEN / "make_trl_flags.py"), "--print"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert unanswered(json.loads(output.strip().splitlines()[-1])) == []

@@ -1,0 +1,191 @@
+import io
+import json
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, header, json_line, shown
+
+
+def console(terminal, width=100):
+    return Console(file=io.StringIO(), force_terminal=terminal, width=width, color_system=None, legacy_windows=False)
+
+
+def written(console):
+    return console.file.getvalue()
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_logged_step_is_one_json_object_with_plain_numbers(tmp_path):
+    path = tmp_path / "made" / "metrics.jsonl"
+    with MetricLog(path) as log:
+        log.log(1, {"loss": jnp.float32(0.5), "tokens": np.int64(7), "kind": "gold", "none": None}, epoch=0.25)
+        log.log(2, {"loss": 0.25})
+    assert rows_of(path) == [
+        {"step": 1, "epoch": 0.25, "loss": 0.5, "tokens": 7, "kind": "gold", "none": None},
+        {"step": 2, "loss": 0.25},
+    ]
+
+
+def test_a_log_is_continued_and_not_overwritten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2):
+        with MetricLog(path) as log:
+            log.log(step, {})
+    assert [row["step"] for row in rows_of(path)] == [1, 2]
+
+
+def test_numbers_that_json_lacks_become_null_and_are_named():
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    line = json_line({"loss": float("nan"), "grad_norm": float("inf"), "step": 3})
+    assert json.loads(line, parse_constant=refuse) == {
+        **{"loss": None, "grad_norm": None, "step": 3},
+        "nonfinite": {"loss": "nan", "grad_norm": "inf"},
+    }
+    assert "nonfinite" not in json_line({"loss": 1.0})
+
+
+def test_a_line_stands_in_the_file_before_the_log_is_closed(tmp_path):
+    log = MetricLog(tmp_path / "metrics.jsonl")
+    log.log(1, {"loss": 1.0})
+    log.flush()
+    assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    log.close()
+    log.close()
+
+
+class Recorder:
+    def __init__(self, error=None):
+        self.calls, self.closed, self.error = [], False, error
+
+    def log(self, values, step):
+        self.calls.append((dict(values), step))
+        if self.error:
+            raise self.error
+
+    def close(self):
+        self.closed = True
+
+
+def test_trackers_get_every_step_and_are_closed(tmp_path):
+    tracker = Recorder()
+    with MetricLog(None, trackers=[tracker]) as log:
+        log.log(4, {"loss": jnp.float32(2.0)}, epoch=1.0)
+    assert tracker.calls == [({"epoch": 1.0, "loss": 2.0}, 4)]
+    assert tracker.closed
+
+
+def test_a_tracker_that_fails_is_reported_once_and_the_rest_goes_on(tmp_path):
+    screen, failing, working = console(terminal=False), Recorder(OSError("[gone]")), Recorder()
+    with MetricLog(tmp_path / "metrics.jsonl", screen, [failing, working]) as log:
+        for step in range(3):
+            log.log(step, {"loss": 1.0})
+    assert written(screen).count("Recorder failed and the run goes on without it: OSError: [gone]") == 1
+    assert len(working.calls) == len(failing.calls) == len(rows_of(tmp_path / "metrics.jsonl")) == 3
+    assert failing.closed
+
+
+def test_logging_does_not_wait_for_a_slow_tracker():
+    release = threading.Event()
+
+    class Slow(Recorder):
+        def log(self, values, step):
+            release.wait(10)
+            super().log(values, step)
+
+    tracker = Slow()
+    log = MetricLog(None, trackers=[tracker])
+    log.log(1, {})
+    log.log(2, {})
+    assert tracker.calls == []  # both calls came back though the tracker still hangs
+    release.set()
+    log.close()
+    assert [step for _, step in tracker.calls] == [1, 2]
+
+
+def test_a_terminal_shows_one_head_and_aligned_lines():
+    screen = console(terminal=True)
+    with MetricLog(None, screen) as log:
+        log.log(1, {"loss": 0.5, "learning_rate": 1e-7})
+        log.log(2, {"loss": float("nan"), "learning_rate": 2e-7})
+        log.log(2, {"eval_loss": 0.75})
+    lines = written(screen).splitlines()
+    assert lines[0].split() == ["step", "loss", "learning_r"]
+    assert [line.split() for line in lines[1:3]] == [["1", "0.5", "1.00e-07"], ["2", "nan", "2.00e-07"]]
+    assert len({len(line) for line in lines[:3]}) == 1
+    assert lines[3] == "step 2  eval_loss 0.75"
+
+
+def test_a_file_gets_plain_lines_of_names_and_numbers():
+    screen = console(terminal=False, width=20)
+    with MetricLog(None, screen) as log:
+        log.log(10, {"loss": 0.123456, "learning_rate": 1e-7, "tokens_per_second": 12345.6}, epoch=0.5)
+    assert written(screen) == "step 10  epoch 0.5  loss 0.1235  learning_rate 1.00e-07  tokens_per_second 12346\n"
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (0.0, "0"),
+        (3, "3"),
+        (1e-7, "1.00e-07"),
+        (1.23456, "1.235"),
+        (-2e7, "-2.00e+07"),
+        (float("inf"), "inf"),
+        ("x", "x"),
+    ],
+)
+def test_numbers_are_shown_in_few_characters(value, text):
+    assert shown(value) == text
+
+
+def test_means_are_weighted_and_start_anew_when_taken():
+    mean = RunningMean()
+    mean.add({"loss": jnp.float32(1.0), "rare": 5.0}, weight=1)
+    mean.add({"loss": jnp.float32(4.0)}, weight=3)
+    assert {name: float(value) for name, value in mean.take().items()} == {"loss": 3.25, "rare": 5.0}
+    mean.add({"loss": 2.0})
+    assert mean.take() == {"loss": 2.0}
+    assert mean.take() == {}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_header_shows_its_rows_and_notices(terminal):
+    screen = console(terminal)
+    header(screen, "gold_jax.train", {"student": "S [x]", "loss": "gold", "missing": None}, ["--tf32: XLA chooses."])
+    text = written(screen)
+    assert all(part in text for part in ("gold_jax.train", "S [x]", "loss", "--tf32: XLA chooses."))
+    assert "missing" not in text
+    assert ("╭" in text) == terminal
+
+
+def test_completions_are_shown_as_they_are_but_cannot_steer_the_terminal():
+    screen = console(terminal=False)
+    completions_table(screen, [("a [bold]prompt[/bold]", "x\x1b[2Jy"), ("second", "z")], n=1, step=7)
+    text = written(screen)
+    assert "[bold]prompt[/bold]" in text and "\x1b" not in text and "Completions at step 7" in text
+    assert "second" not in text
+
+
+def test_long_texts_keep_the_end_of_a_prompt_and_the_start_of_a_completion():
+    screen = console(terminal=False)
+    completions_table(screen, [("A" * 20 + "p", "c" + "B" * 20)], limit=5)
+    text = written(screen)
+    assert "…AAAAp" in text and "cBBBB…" in text
+
+
+def test_the_closing_table_shows_what_changed():
+    screen = console(terminal=False)
+    before_after(screen, [("eval_loss", 2.0, 1.5), ("reward", 0.25, 0.5), ("new", None, 1.0)])
+    lines = [line.split() for line in written(screen).splitlines()]
+    assert ["eval_loss", "2", "1.5", "-0.5"] in lines
+    assert ["reward", "0.25", "0.5", "+0.25"] in lines
+    assert ["new", "1"] in lines
