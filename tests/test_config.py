@@ -1,8 +1,10 @@
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 
@@ -404,9 +406,9 @@ def test_no_default_of_trl_is_refused():
 
 @pytest.mark.live
 def test_every_flag_of_the_installed_trl_is_implemented_or_answered():
-    python = os.environ.get("GOLD_JAX_TRL_PYTHON")
+    python = os.environ.get("GOLD_JAX_TRL_PYTHON", sys.executable if importlib.util.find_spec("trl") else None)
     if not python:
-        pytest.skip("GOLD_JAX_TRL_PYTHON does not name a Python with TRL")
+        pytest.skip("TRL is not installed and GOLD_JAX_TRL_PYTHON does not name a Python that has it")
     command = [python, str(GOLDEN / "make_trl_flags.py"), "--print"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert unanswered(json.loads(output.strip().splitlines()[-1])) == []

@@ -74,19 +74,41 @@ class Codec:
         return prompt if isinstance(prompt, str) else self.template.render(prompt, generate=True)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
-        """The tokens of a prompt, int32 [P].
+        """The tokens of a prompt, int32 [P], see `encode_prompts`."""
+        return self.encode_prompts([prompt])[0]
+
+    def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """The tokens of prompts, int32 [P] each.
 
         Text gets the tokenizer's own special tokens before it (unless it begins with them) and none after it; messages
         get what their template writes.
+
+        Raises:
+            ValueError: the template refuses a conversation.
         """
-        text = self.render(prompt)
+        texts = [self.render(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
-        special = isinstance(prompt, str) and not (begin and prompt.startswith(begin))
-        ids = self.tokenizer.encode(text, add_special_tokens=special, verbose=False)
+        special = [isinstance(p, str) and not (begin and p.startswith(begin)) for p in prompts]
+        result: list = [None] * len(prompts)
+        for wanted in set(special):
+            rows = [row for row, has in enumerate(special) if has == wanted]
+            batch = self._native([texts[row] for row in rows], special=wanted)
+            for row, ids in zip(rows, batch):
+                result[row] = np.array(self._open(ids, texts[row]) if wanted else ids, np.int32)
+        return result
+
+    def _native(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
+        """As the tokenizer by itself reads texts."""
+        return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
+
+    def _open(self, ids: list[int], text: str) -> list[int]:
+        """Without the end token that some tokenizers put after a text, which is to go on here."""
         end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
-        while special and len(ids) > 1 and ids[-1] == end_id and not text.endswith(end):
-            ids.pop()
-        return np.array(ids, np.int32)
+        while len(ids) > 1 and ids[-1] == end_id and not text.endswith(end):
+            ids = ids[:-1]
+        return ids
 
     def encode_completion(self, text: str, *, after: Prompt | None = None) -> Encoded:
         """The tokens of an answer, see `encode_completions`."""
@@ -158,7 +180,7 @@ class Codec:
         at = 0
         for begin, end in [*answers, (len(text), len(text))]:
             if begin > at:
-                ids += self.tokenizer.encode(text[at:begin], add_special_tokens=False, verbose=False)
+                ids += self._native([text[at:begin]])[0]
             if end > begin:
                 spans.append((len(ids), 0))
                 ids += self._plain.encode([text[begin:end]])[0].ids.tolist()
@@ -223,8 +245,9 @@ def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Dr
     ids = np.asarray(ids, np.int32)
     stops = np.flatnonzero(np.isin(ids, codec.stop_ids))
     ids = ids[: stops[0]] if stops.size else ids
-    table, size = codec.surfaces.table, len(codec.surfaces)
-    kept = next((k for k, i in enumerate(ids.tolist()) if not 0 <= i < size or table[i] is None), len(ids))
+    size = len(codec.surfaces)
+    strays = np.flatnonzero((ids < 0) | (ids >= size) | ~codec.surfaces.spells[np.clip(ids, 0, size - 1)])
+    kept = int(strays[0]) if strays.size else len(ids)
     data = codec.surfaces.join(ids[:kept].tolist())
     try:
         data.decode()

@@ -84,7 +84,7 @@ def load_examples(
     if isinstance(source, (str, pathlib.Path)):
         name = str(source)
         return Examples(_load(name, config, split), f"the data set {name!r}", text_column)
-    if isinstance(source, Mapping) and not hasattr(source, "column_names_of"):
+    if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
         source = source[split]

@@ -27,6 +27,7 @@ class Surfaces:
         is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
         name: the tokenizer's name, for messages.
         lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
+        spells: bool [size], False where the table says None.
         spelling: the table with b"" in the place of None, for joining.
     """
 
@@ -35,11 +36,13 @@ class Surfaces:
     is_fallback: np.ndarray
     name: str = "tokenizer"
     lengths: np.ndarray = dataclasses.field(init=False, repr=False)
+    spells: np.ndarray = dataclasses.field(init=False, repr=False)
     spelling: list[bytes] = dataclasses.field(init=False, repr=False)
 
     def __post_init__(self):
         spelling = [entry or b"" for entry in self.table]
         object.__setattr__(self, "spelling", spelling)
+        object.__setattr__(self, "spells", np.array([entry is not None for entry in self.table], np.bool_))
         object.__setattr__(self, "lengths", np.fromiter(map(len, spelling), np.int32, len(spelling)))
 
     def __len__(self) -> int:

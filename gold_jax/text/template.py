@@ -105,7 +105,7 @@ class ChatTemplate:
         return whole, spans
 
     def _locate(self, messages: list[dict], turn: int, whole: str) -> tuple[int, int]:
-        content = messages[turn]["content"]
+        content = messages[turn].get("content") or ""
         # Render once more with a word of ours for the answer: what stands around the word stands around the answer.
         marked = self.render([*messages[:turn], {"role": "assistant", "content": _MARK}, *messages[turn + 1 :]])
         if marked.count(_MARK) != 1:
@@ -138,7 +138,7 @@ class ChatTemplate:
 
     def _lost(self, messages: list[dict], turn: int, why: str) -> ValueError:
         return ValueError(
-            f"turn {turn} of a conversation, the assistant's {excerpt(messages[turn]['content'])}, cannot be located in "
+            f"turn {turn} of a conversation, the assistant's {excerpt(messages[turn].get('content') or '')}, cannot be located in "
             f"what the chat template of {name_of(self._tokenizer)} writes: {why}; pass another chat template"
         )
 

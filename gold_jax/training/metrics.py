@@ -18,7 +18,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 11  # of a column of the terminal's log
+_WIDTH = 11  # least width of a column of the terminal's log
 
 
 class Tracker(Protocol):
@@ -122,17 +122,17 @@ class MetricLog:
     def _show(self, plain: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in plain.items() if value is not None}
         evaluation = any(name.startswith("eval_") for name in numbers)
-        narrow = len(numbers) * _WIDTH > self._console.width
-        if not self._console.is_terminal or evaluation or narrow:
+        widths = [max(_WIDTH, len(name) + 2) for name in numbers]
+        if not self._console.is_terminal or evaluation or sum(widths) > self._console.width:
             line = "  ".join(f"{name} {shown(value)}" for name, value in numbers.items())
-            style = "cyan" if evaluation else None
-            self._console.print(Text(line, style=style or ""), soft_wrap=True)
+            self._console.print(Text(line, style="cyan" if evaluation else ""), soft_wrap=True)
             return
         if tuple(numbers) != self._columns:
             self._columns = tuple(numbers)
-            heads = "".join(name[: _WIDTH - 1].rjust(_WIDTH) for name in numbers)
+            heads = "".join(name.rjust(width) for name, width in zip(numbers, widths))
             self._console.print(Text(heads, style="bold"), soft_wrap=True)
-        self._console.print(Text("".join(shown(value).rjust(_WIDTH) for value in numbers.values())), soft_wrap=True)
+        line = "".join(shown(value).rjust(width) for value, width in zip(numbers.values(), widths))
+        self._console.print(Text(line), soft_wrap=True)
 
     def _try(self, what: str, function: Any, *arguments: Any) -> None:
         try:

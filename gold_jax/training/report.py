@@ -17,7 +17,7 @@ from gold_jax.config import TRACKERS, SFTConfig
 
 _MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboardX"}
 _MARK = "<!-- written by gold_jax -->"
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class HubError(RuntimeError):
@@ -76,16 +76,18 @@ class Trackio:
     def __init__(self, module: Any, config: SFTConfig):
         options = {"space_id": config.trackio_space_id, "private": config.hub_private_repo}
         given = {name: value for name, value in options.items() if value is not None}
-        self._module = module
-        module.init(project=config.project, name=config.run_name, config=config.to_dict(), resume="allow", **given)
+        # Metrics are logged from another thread, where `trackio.log` would not find this run.
+        self._run = module.init(
+            project=config.project, name=config.run_name, config=config.to_dict(), resume="allow", **given
+        )
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Record the metrics of one step."""
-        self._module.log(grouped(values), step=step)
+        self._run.log(grouped(values), step=step)
 
     def close(self) -> None:
         """Send what is left."""
-        self._module.finish()
+        self._run.finish()
 
 
 class WeightsAndBiases:
@@ -209,9 +211,9 @@ def shown_command(argv: Sequence[str]) -> str:
     for part in argv:
         name, equals, _ = part.partition("=")
         secret = name.replace("-", "_") == "__hub_token"
-        shown.append("***" if hide else f"{name}=***" if secret and equals else part)
+        shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
         hide = secret and not equals
-    return shlex.join(shown).replace("'***'", "***")
+    return shlex.join(shown)
 
 
 def write_model_card(

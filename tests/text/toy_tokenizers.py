@@ -1,6 +1,7 @@
 """Tokenizers of every kind, trained in a moment on a few lines of text, so that tests need nothing from outside."""
 
 import functools
+import json
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -46,13 +47,13 @@ def sentencepiece(dummy: str = "normalizer", template: str = "") -> PreTrainedTo
     trainer = trainers.BpeTrainer(vocab_size=200, limit_alphabet=60, show_progress=False)
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(CORPUS, trainer)
-    import json
-
     model = json.loads(trained.to_str())["model"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *model["vocab"]]
     vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys(pieces))}
     backend = Tokenizer(
-        models.BPE(vocabulary, [tuple(m) for m in model["merges"]], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+        models.BPE(
+            vocabulary, [tuple(m) for m in model["merges"]], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+        )
     )
     if dummy == "normalizer":
         backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

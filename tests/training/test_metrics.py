@@ -118,7 +118,7 @@ def test_a_terminal_shows_one_head_and_aligned_lines():
         log.log(2, {"loss": float("nan"), "learning_rate": 2e-7})
         log.log(2, {"eval_loss": 0.75})
     lines = written(screen).splitlines()
-    assert lines[0].split() == ["step", "loss", "learning_r"]
+    assert lines[0].split() == ["step", "loss", "learning_rate"]
     assert [line.split() for line in lines[1:3]] == [["1", "0.5", "1.00e-07"], ["2", "nan", "2.00e-07"]]
     assert len({len(line) for line in lines[:3]}) == 1
     assert lines[3] == "step 2  eval_loss 0.75"

@@ -1,7 +1,9 @@
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +109,9 @@ print(json.dumps({n: p.tolist() for n, p in params.items()}))
 
 @pytest.mark.live
 def test_adamw_is_torch_s():
-    python = os.environ.get("GOLD_JAX_TRL_PYTHON")
+    python = os.environ.get("GOLD_JAX_TRL_PYTHON", sys.executable if importlib.util.find_spec("torch") else None)
     if not python:
-        pytest.skip("GOLD_JAX_TRL_PYTHON does not name a Python with torch")
+        pytest.skip("torch is not installed and GOLD_JAX_TRL_PYTHON does not name a Python that has it")
     params, gradients = problem()
     lists = lambda tree: {name: value.tolist() for name, value in tree.items()}  # noqa: E731
     spec = json.dumps({"params": lists(params), "gradients": [lists(gradient) for gradient in gradients]})

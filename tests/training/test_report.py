@@ -179,7 +179,7 @@ def test_a_repository_that_cannot_be_made_is_told_before_training(hub, tmp_path)
 
 def test_a_command_is_shown_without_the_token():
     assert shown_command(["train", "--hub_token", "hf_a", "--hub-token=hf_b", "--x", "a b"]) == (
-        "train --hub_token *** --hub-token=*** --x 'a b'"
+        "train --hub_token HIDDEN --hub-token=HIDDEN --x 'a b'"
     )
 
 

@@ -1,0 +1,128 @@
+"""A model and the codec that reads and writes for it: what each side of a distillation is."""
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from transformers import AutoTokenizer
+
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.weights import load_model
+from gold_jax.text.chat import Codec
+
+
+class Participant(NamedTuple):
+    """A student or a teacher."""
+
+    model: Decoder
+    codec: Codec
+    name: str
+
+
+def load_participant(
+    model: Any,
+    tokenizer: Any = None,
+    *,
+    dtype: str,
+    param_dtype: str = "float32",
+    remat: bool = False,
+    revision: str | None = None,
+    chat_template: str | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    eos_token: str | None = None,
+    trust_remote_code: bool = False,
+    role: str = "model",
+) -> Participant:
+    """Brings a model and its tokenizer together, from disk, the hub or memory.
+
+    Args:
+      model: a folder, a hub id, a `Decoder`, or what `nnx.split` gives for one: `(graphdef, state)`.
+      tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
+      dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
+      param_dtype: dtype of the parameters in memory, for a model that is loaded.
+      remat: recompute layers in the backward pass.
+      revision: hub revision of both.
+      chat_template: a Jinja template in place of the tokenizer's own.
+      template_kwargs: variables for the template.
+      eos_token: a token that ends a turn, in place of the tokenizer's own end token.
+      trust_remote_code: let the tokenizer run its own Python code.
+      role: what error messages call it.
+
+    Raises:
+      FileNotFoundError: the folder or a file in it is missing.
+      ValueError: something in it does not fit; no tokenizer is known; or the tokenizer has more entries than the model
+        has rows.
+    """
+    name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
+    if tokenizer is None and not isinstance(model, str | pathlib.Path):
+        raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
+    source = model if tokenizer is None else tokenizer
+    model = _model(model, dtype, param_dtype, remat, revision)
+    if isinstance(source, str | pathlib.Path):
+        source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    if eos_token is not None:
+        if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
+            raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")
+        source.eos_token = eos_token
+    codec = Codec(
+        source,
+        stop_ids=stop_ids_of(model),
+        chat_template=chat_template,
+        template_kwargs=dict(template_kwargs or {}),
+    )
+    largest = max(source.get_vocab().values(), default=-1)
+    if largest >= model.config.vocab_size:
+        lost = sorted(i for i in source.get_vocab().values() if i >= model.config.vocab_size)
+        spelled = [i for i in lost if codec.surfaces.table[i] is not None or i in codec.stop_ids]
+        if spelled:
+            raise ValueError(
+                f"the {role}'s tokenizer has {len(lost)} ids beyond the {model.config.vocab_size} rows of its model "
+                f"(first: {spelled[0]}, {source.convert_ids_to_tokens(spelled[0])!r}): it is not this model's tokenizer. "
+                "A model may have more rows than its tokenizer has ids, never fewer."
+            )
+    return Participant(model, codec, name)
+
+
+def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | None) -> Decoder:
+    if isinstance(model, str | pathlib.Path):
+        return load_model(model, dtype=dtype, param_dtype=param_dtype, remat=remat, revision=revision)
+    if isinstance(model, tuple) and len(model) == 2:
+        model = nnx.merge(*model)
+    if not isinstance(model, Decoder):
+        raise TypeError(
+            f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; "
+            "gold_jax.load_model reads Hugging Face folders"
+        )
+    graph, state = nnx.split(model)  # the caller's own object stays as it is
+    model = nnx.merge(graph, state)
+    model.dtype, model.remat = jnp.dtype(dtype), remat
+    return model
+
+
+def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+      FileNotFoundError: there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"no tokenizer can be read from {str(name)!r} ({reason}); a folder needs tokenizer.json (or a SentencePiece "
+            "model) and tokenizer_config.json"
+        ) from error
+
+
+def stop_ids_of(model: Decoder) -> Sequence[int]:
+    """The stop tokens that a model's generation config and config name."""
+    source = json.loads(model.config.source)
+    found: list[int] = []
+    for part in ("generation_config", "config"):
+        ids = (source.get(part) or {}).get("eos_token_id")
+        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))

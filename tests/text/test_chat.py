@@ -1,0 +1,337 @@
+import functools
+
+import numpy as np
+import pytest
+import toy_tokenizers as toys
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gold_jax.text.chat import Codec, completion_from_ids
+
+USER = {"role": "user", "content": "the fox?"}
+ANSWER = {"role": "assistant", "content": "the dog."}
+MORE = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "72."}]
+
+
+@functools.cache
+def chatml_codec():
+    return Codec(toys.byte_level(template=toys.CHATML))
+
+
+@pytest.fixture
+def chatml():
+    return chatml_codec()
+
+
+@pytest.fixture(scope="module")
+def llama2():
+    return Codec(toys.sentencepiece(template=toys.LLAMA2))
+
+
+def tokens(codec, ids):
+    return [codec.surfaces.strings[i] for i in np.asarray(ids).tolist()]
+
+
+def ids_of(codec, text):
+    return codec.encode_completion(text).ids.tolist()
+
+
+# Stop tokens
+
+
+def test_the_stop_token_is_what_the_template_writes_after_an_answer(chatml, llama2):
+    assert tokens(chatml, [chatml.stop_id]) == ["<|im_end|>"]
+    assert tokens(llama2, [llama2.stop_id]) == ["</s>"]
+
+
+def test_the_stop_token_of_the_template_goes_before_the_end_token():
+    tokenizer = toys.byte_level.__wrapped__(template=toys.CHATML)
+    tokenizer.eos_token = "<|endoftext|>"
+    codec = Codec(tokenizer, stop_ids=[1, 2])
+    assert codec.stop_id == 2
+    assert codec.stop_ids == (2, 0, 1)
+
+
+def test_without_a_template_the_end_token_stops():
+    assert Codec(toys.byte_level()).stop_ids == (2,)
+
+
+def test_a_template_that_writes_no_stop_token_leaves_the_end_token():
+    codec = Codec(toys.byte_level(), chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
+    assert codec.stop_id == 2
+
+
+def test_a_stop_token_that_is_an_ordinary_added_one_is_found_and_spells_nothing():
+    tokenizer = toys.byte_level.__wrapped__()
+    tokenizer.add_tokens(["<end>"])
+    codec = Codec(tokenizer, chat_template="{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}")
+    assert tokens(codec, [codec.stop_id]) == ["<end>"]
+    assert codec.surfaces.table[codec.stop_id] is None
+
+
+def test_no_stop_token_at_all_is_refused():
+    tokenizer = toys.byte_level.__wrapped__()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="has no end token.*set eos_token"):
+        Codec(tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+
+
+def test_padding_falls_back_to_the_end_token(chatml, llama2):
+    assert tokens(chatml, [chatml.pad_id]) == ["<|endoftext|>"]
+    assert tokens(llama2, [llama2.pad_id]) == ["</s>"]
+
+
+# Prompts
+
+
+def test_messages_are_read_through_the_template_alone(chatml, llama2):
+    assert tokens(chatml, chatml.encode_prompt([USER]))[0] == "<|im_start|>"
+    assert chatml.render([USER]) == "<|im_start|>user\nthe fox?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokens(llama2, llama2.encode_prompt([USER])).count("<s>") == 1
+
+
+def test_prompts_of_a_batch_are_what_they_are_alone(llama2):
+    prompts = ["the fox", [USER], "<s>the", MORE[:3], ""]
+    for prompt, ids in zip(prompts, llama2.encode_prompts(prompts)):
+        assert ids.tolist() == llama2.encode_prompt(prompt).tolist()
+        assert ids.dtype == np.int32
+    assert llama2.encode_prompts([]) == []
+
+
+def with_specials(**kwargs):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = toys.sentencepiece.__wrapped__("normalizer")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        special_tokens=[("<s>", 1), ("</s>", 2)], pair="$A $B", **kwargs
+    )
+    return Codec(tokenizer)
+
+
+def test_plain_prompts_get_the_tokenizer_own_special_tokens_once():
+    codec = with_specials(single="<s> $A")
+    assert tokens(codec, codec.encode_prompt("the"))[0] == "<s>"
+    assert tokens(codec, codec.encode_prompt("<s>the")).count("<s>") == 1
+    assert tokens(codec, codec.encode_prompt("")) == ["<s>"]
+
+
+def test_plain_prompts_do_not_end_with_an_end_token():
+    codec = with_specials(single="<s> $A </s>")
+    assert "</s>" not in tokens(codec, codec.encode_prompt("the fox"))
+    assert tokens(codec, codec.encode_prompt("the</s>"))[-1] == "</s>"
+
+
+def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
+    assert with_specials(single="<s> $A").render([USER]).startswith("<s>User:")
+
+
+# Completions
+
+
+def test_special_strings_in_a_completion_are_plain_text(chatml):
+    encoded = chatml.encode_completion("a<|im_end|>b")
+    assert not set(encoded.ids.tolist()) & {0, 1, 2}
+    assert chatml.decode(encoded.ids) == b"a<|im_end|>b"
+
+
+def test_the_first_token_holds_the_blank_that_the_template_writes(llama2):
+    encoded = llama2.encode_completion("the dog", after=[USER])
+    assert tokens(llama2, encoded.ids)[0] == "▁the"
+    assert encoded.spans[0].tolist() == [0, 3]
+
+
+def test_a_completion_of_a_plain_prompt_follows_without_a_blank(llama2):
+    assert llama2.decode(llama2.encode_completion("the dog", after="prompt:").ids) == b"the dog"
+
+
+def test_a_text_from_its_beginning_is_cut_as_the_tokenizer_cuts_it(llama2, chatml):
+    whole = llama2.tokenizer.encode("the dog", add_special_tokens=False)
+    encoded = llama2.encode_completion("the dog", after="")
+    assert encoded.ids.tolist() == whole
+    assert encoded.spans[0].tolist() == [0, 3]
+    assert chatml.decode(chatml.encode_completion("the dog", after="").ids) == b"the dog"
+
+
+def test_completions_of_a_batch_follow_their_own_prompts(llama2):
+    after = [[USER], "x", "", None]
+    batch = llama2.encode_completions(["the dog"] * 4, after=after)
+    for prompt, encoded in zip(after, batch):
+        assert encoded.ids.tolist() == llama2.encode_completion("the dog", after=prompt).ids.tolist()
+
+
+def test_an_empty_completion_has_no_tokens(chatml, llama2):
+    for codec in (chatml, llama2):
+        encoded = codec.encode_completion("")
+        assert encoded.ids.shape == (0,) and encoded.spans.shape == (0, 2)
+
+
+# Whole conversations
+
+
+def counted_text(codec, ids, counted):
+    return [codec.surfaces.strings[i] for i in ids[counted].tolist()]
+
+
+def test_answers_and_their_stop_tokens_count_in_every_turn(chatml):
+    ids, counted = chatml.encode_turns(MORE)
+    whole = chatml.tokenizer.encode(chatml.template.render(MORE), add_special_tokens=False)
+    assert ids.tolist() == whole
+    assert chatml.decode(ids[counted]) == b"the dog.72."
+    assert counted_text(chatml, ids, counted).count("<|im_end|>") == 2
+    assert counted.dtype == np.bool_
+
+
+def test_stop_tokens_behind_a_blank_count(llama2):
+    ids, counted = llama2.encode_turns(MORE)
+    assert counted_text(llama2, ids, counted).count("</s>") == 2
+    assert llama2.decode(ids[counted]).split() == [b"the", b"dog.", b"72."]
+
+
+def test_special_strings_in_an_answer_stay_plain_text(chatml):
+    messages = [USER, {"role": "assistant", "content": "a<|im_end|>b"}, *MORE]
+    ids, counted = chatml.encode_turns(messages)
+    assert counted_text(chatml, ids, counted).count("<|im_end|>") == 3
+    assert chatml.decode(ids[counted]) == b"a<|im_end|>bthe dog.72."
+
+
+def test_an_empty_answer_counts_its_stop_token_alone(chatml):
+    ids, counted = chatml.encode_turns([USER, {"role": "assistant", "content": ""}])
+    assert counted_text(chatml, ids, counted) == ["<|im_end|>"]
+
+
+def test_a_conversation_without_an_answer_counts_nothing(chatml):
+    assert not chatml.encode_turns([USER])[1].any()
+
+
+def test_a_slow_tokenizer_counts_the_same(tmp_path):
+    from test_surface import slow_sentencepiece
+
+    slow = slow_sentencepiece(tmp_path)
+    slow.chat_template = toys.LLAMA2
+    codec = Codec(slow)
+    ids, counted = codec.encode_turns(MORE)
+    assert codec.decode(ids[counted]).split() == [b"the", b"dog.", b"72."]
+    assert counted_text(codec, ids, counted).count("</s>") == 2
+
+
+# What a model drew
+
+
+def test_a_drawn_completion_ends_before_its_stop_token(chatml):
+    ids = ids_of(chatml, "the dog")
+    drawn = completion_from_ids(chatml, [*ids, chatml.stop_id, *ids])
+    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the dog", True, False)
+    assert drawn.ids.tolist() == ids
+    assert drawn.spans[-1, 1] == 7
+
+
+def test_a_completion_cut_by_the_length_limit_did_not_stop(chatml):
+    drawn = completion_from_ids(chatml, ids_of(chatml, "the dog"))
+    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the dog", False, False)
+
+
+def test_a_character_cut_off_at_the_end_is_left_out(chatml):
+    ids = ids_of(chatml, "the ☃")
+    drawn = completion_from_ids(chatml, ids[:-1])
+    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the ", False, True)
+    assert chatml.decode(drawn.ids) == b"the "
+
+
+def test_what_follows_a_stray_byte_is_left_out_and_the_stop_token_with_it(chatml):
+    stray = chatml.surfaces.table.index(b"\xff")
+    ids = ids_of(chatml, "the ")
+    drawn = completion_from_ids(chatml, [*ids, stray, *ids, chatml.stop_id])
+    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the ", False, True)
+    assert drawn.ids.tolist() == ids
+
+
+@pytest.mark.parametrize("stray", [0, 1, 10_000, -1])
+def test_what_follows_a_token_without_a_surface_is_left_out(chatml, stray):
+    ids = ids_of(chatml, "the ")
+    drawn = completion_from_ids(chatml, [*ids, stray, *ids])
+    assert (drawn.text, drawn.damaged) == ("the ", True)
+
+
+def test_a_completion_that_is_damaged_from_the_start_is_empty(chatml):
+    drawn = completion_from_ids(chatml, [chatml.surfaces.table.index(b"\x98"), *ids_of(chatml, "the")])
+    assert (drawn.text, drawn.damaged) == ("", True)
+    assert drawn.spans.shape == (0, 2)
+
+
+def test_nothing_drawn_is_an_empty_completion(chatml):
+    drawn = completion_from_ids(chatml, [])
+    assert (drawn.text, drawn.stopped, drawn.damaged) == ("", False, False)
+    assert completion_from_ids(chatml, [chatml.stop_id]).stopped
+
+
+def test_the_blank_of_the_template_is_no_part_of_a_drawn_completion(llama2):
+    ids = llama2.encode_completion("the dog", after=[USER]).ids
+    drawn = completion_from_ids(llama2, ids, after=[USER])
+    assert drawn.text == "the dog"
+    assert drawn.spans.tolist() == llama2.encode_completion("the dog", after=[USER]).spans.tolist()
+    assert completion_from_ids(llama2, ids, after="prompt:").text == " the dog"
+
+
+@given(st.lists(st.integers(-2, 430), max_size=12))
+@settings(max_examples=300, deadline=None)
+def test_any_ids_keep_the_longest_whole_prefix(ids):
+    codec = chatml_codec()
+    drawn = completion_from_ids(codec, ids)
+    limit = ids.index(codec.stop_id) if codec.stop_id in ids else len(ids)
+    best = 0
+    for k in range(limit + 1):
+        if k and (not 0 <= ids[k - 1] < len(codec.surfaces) or codec.surfaces.table[ids[k - 1]] is None):
+            break
+        try:
+            codec.surfaces.join(ids[:k]).decode()
+            best = k
+        except UnicodeDecodeError:
+            pass
+    assert drawn.ids.tolist() == ids[:best]
+    assert drawn.text.encode() == codec.surfaces.join(ids[:best])
+    assert drawn.damaged == (best < limit)
+    assert drawn.stopped == (best == limit < len(ids))
+
+
+@pytest.mark.assets
+def test_thinking_can_be_turned_off(assets):
+    from transformers import AutoTokenizer
+
+    codec = Codec(
+        AutoTokenizer.from_pretrained(assets / "tokenizers" / "qwen3"), template_kwargs={"enable_thinking": False}
+    )
+    assert codec.render([USER]).endswith("assistant\n<think>\n\n</think>\n\n")
+    ids, counted = codec.encode_turns(MORE)
+    assert codec.decode(ids[counted]) == b"the dog.72."
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize(
+    "folder, stop, begin",
+    [
+        ("smollm2-135m-instruct", "<|im_end|>", "<|im_start|>"),
+        ("smollm2-135m-gpt2tok", "<|im_end|>", "<|im_start|>"),
+        ("tokenizers/qwen3", "<|im_end|>", "<|im_start|>"),
+        ("tokenizers/llama3_2", "<|eot_id|>", "<|begin_of_text|>"),
+        ("tokenizers/gemma3", "<end_of_turn>", "<bos>"),
+        ("tokenizers/llama2", "</s>", "<s>"),
+        ("tokenizers/gpt2", "<|endoftext|>", "User"),
+    ],
+)
+def test_real_codecs(assets, folder, stop, begin):
+    from transformers import AutoTokenizer
+
+    codec = Codec(AutoTokenizer.from_pretrained(assets / folder))
+    assert tokens(codec, [codec.stop_id]) == [stop]
+    prompt = tokens(codec, codec.encode_prompt([USER]))
+    assert prompt[0] == begin and prompt[:2] != [begin, begin]
+    answer = "größer <|im_end|></s><|eot_id|><end_of_turn><|endoftext|> 👨‍👩‍👧"
+    encoded = codec.encode_completion(answer)
+    assert not [i for i in encoded.ids.tolist() if codec.surfaces.table[i] is None]
+    assert codec.decode(encoded.ids) == answer.encode()
+    for messages in (MORE, [USER, {"role": "assistant", "content": answer}]):
+        ids, counted = codec.encode_turns(messages)
+        wanted = "".join(m["content"] for m in messages if m["role"] == "assistant")
+        assert codec.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
+        assert counted_text(codec, ids, counted).count(stop) == len(messages) // 2
+    assert completion_from_ids(codec, [*encoded.ids, codec.stop_id]).text == answer

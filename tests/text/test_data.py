@@ -1,0 +1,186 @@
+import json
+
+import datasets
+import pytest
+
+from gold_jax.text.data import Example, load_examples, to_example
+
+USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
+
+
+def example(row):
+    return to_example(row, 3, "the data set 'd'")
+
+
+# Forms
+
+
+def test_a_conversation_is_its_last_answer_after_the_rest():
+    assert example({"messages": [USER, ANSWER]}) == Example([USER], "a", [USER, ANSWER])
+    assert example({"messages": [USER, ANSWER, USER]}) == Example([USER, ANSWER, USER])
+
+
+def test_a_lone_answer_follows_an_empty_prompt():
+    assert example({"messages": [ANSWER]}) == Example("", "a", [ANSWER])
+
+
+def test_an_empty_answer_stays_one():
+    assert example({"messages": [USER, {"role": "assistant", "content": ""}]}).completion == ""
+    assert example({"prompt": "q", "completion": ""}).completion == ""
+
+
+def test_prompt_and_completion_as_text_or_messages():
+    assert example({"prompt": "q", "completion": "a"}) == Example("q", "a")
+    assert example({"prompt": [USER], "completion": [ANSWER]}) == Example([USER], "a", [USER, ANSWER])
+    assert example({"prompt": [USER], "completion": "a"}) == Example([USER], "a", [USER, ANSWER])
+    assert example({"prompt": "q", "completion": [ANSWER]}) == Example([USER], "a", [USER, ANSWER])
+
+
+def test_a_prompt_alone_has_no_completion():
+    assert example({"prompt": "q"}) == Example("q")
+    assert example({"prompt": [USER], "completion": None}) == Example([USER])
+
+
+def test_a_text_completes_an_empty_prompt():
+    assert example({"text": "t"}) == Example("", "t")
+    assert to_example({"body": "t"}, 0, "d", text_column="body") == Example("", "t")
+
+
+def test_messages_go_before_other_columns_and_nulls_do_not_count():
+    assert example({"messages": [USER, ANSWER], "prompt": "x", "text": "y"}).completion == "a"
+    assert example({"messages": None, "prompt": "x"}) == Example("x")
+
+
+def test_keys_without_a_value_are_left_out_of_messages():
+    assert example({"messages": [{**USER, "tool_calls": None}]}).prompt == [USER]
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"question": "q", "answer": "a"}, "row 3 of the data set 'd' has the columns question, answer; accepted are"),
+        ({"messages": None}, "messages is there but null"),
+        ({"messages": []}, "'messages' is an empty list"),
+        ({"messages": "q"}, "'messages' must be a list of .*not a str"),
+        ({"messages": ["q"]}, "message 0 of 'messages' must have role and content, but is a str"),
+        ({"messages": [USER, {"role": "assistant"}]}, "content of message 1 of 'messages' must be text, not missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of message 0 .*not a list"),
+        ({"messages": [{"content": "q"}]}, "role of message 0"),
+        ({"prompt": 3}, "'prompt' must be a list of .*not a int"),
+        ({"prompt": "q", "completion": 3}, "'completion' must be a list"),
+        ({"prompt": "q", "completion": [USER]}, "last message must be an assistant's, not 'user'"),
+        ({"text": 3}, "'text' must be text, not a int"),
+        ("q", "row 3 of the data set 'd' is a str"),
+    ],
+)
+def test_wrong_rows_are_named(row, message):
+    with pytest.raises(ValueError, match=message) as error:
+        example(row)
+    assert "row 3 of the data set 'd'" in str(error.value)
+
+
+# Sources
+
+
+def test_a_list_of_rows():
+    examples = load_examples([{"prompt": "a"}, {"prompt": "b"}])
+    assert len(examples) == 2
+    assert examples[1] == examples[-1] == Example("b")
+    assert examples[:1] == [Example("a")]
+    assert [e.prompt for e in examples] == ["a", "b"]
+    with pytest.raises(IndexError):
+        examples[2]
+
+
+def test_a_data_set_in_memory_is_read_when_asked():
+    rows = datasets.Dataset.from_list([{"text": "a"}, {"text": None}])
+    examples = load_examples(rows)
+    assert examples.rows is rows
+    with pytest.raises(ValueError, match="row 1 of the data set .*text is there but null"):
+        examples[1]
+
+
+def test_the_first_row_is_looked_at_at_once():
+    with pytest.raises(ValueError, match="row 0 of the data set has the columns q"):
+        load_examples([{"q": "a"}])
+
+
+def test_a_data_set_without_rows_is_refused():
+    with pytest.raises(ValueError, match="is empty"):
+        load_examples([])
+
+
+def test_a_split_of_a_dictionary_of_data_sets():
+    both = datasets.DatasetDict({"train": datasets.Dataset.from_list([{"text": "a"}])})
+    assert load_examples(both)[0].completion == "a"
+    with pytest.raises(ValueError, match="no split 'test'; it has train"):
+        load_examples(both, split="test")
+
+
+def test_a_streamed_data_set_needs_a_limit():
+    stream = datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}]).to_iterable_dataset()
+    assert len(load_examples(stream, streaming_limit=1)) == 1
+    with pytest.raises(ValueError, match="has no length"):
+        load_examples(stream)
+
+
+def test_examples_stay_examples():
+    examples = load_examples([{"text": "a"}])
+    assert load_examples(examples) is examples
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(path, rows):
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+def test_files(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    write(path, [{"messages": [USER, ANSWER]}, {"messages": [USER]}])
+    examples = load_examples(str(path))
+    assert examples[0].completion == "a" and examples[1].completion is None
+    assert len(load_examples(path, split="train[:1]")) == 1
+
+
+def test_a_folder_of_files_and_its_splits(tmp_path):
+    write(tmp_path / "train-00000.jsonl", [{"text": "a"}])
+    write(tmp_path / "train-00001.jsonl", [{"text": "b"}])
+    write(tmp_path / "test.jsonl", [{"text": "c"}])
+    (tmp_path / "README.md").write_text("notes")
+    assert [e.completion for e in load_examples(tmp_path)] == ["a", "b"]
+    assert [e.completion for e in load_examples(tmp_path, split="test")] == ["c"]
+    with pytest.raises(ValueError, match="no file for the split 'dev'; it has test.jsonl"):
+        load_examples(tmp_path, split="dev")
+
+
+def test_wrong_paths_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file or folder 'nowhere.jsonl'"):
+        load_examples("nowhere.jsonl")
+    with pytest.raises(FileNotFoundError, match="holds no .json"):
+        load_examples(tmp_path)
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="is not a .json, .jsonl or .parquet file"):
+        load_examples(tmp_path / "rows.csv")
+    write(tmp_path / "rows.jsonl", [{"text": "a"}])
+    with pytest.raises(ValueError, match="one split, 'train'"):
+        load_examples(tmp_path / "rows.jsonl", split="test")
+
+
+def test_a_broken_file_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ')
+    with pytest.raises(ValueError, match="rows.jsonl.*cannot be read as json"):
+        load_examples(tmp_path / "rows.jsonl")
