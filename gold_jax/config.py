@@ -83,6 +83,10 @@ class DataArguments:
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.")
     dataset_train_split: str = flag("train", "The split to train on.")
     dataset_test_split: str = flag("test", "The split to evaluate on.")
+    eval_dataset_name: str | None = flag(
+        None, "The data set to evaluate on, all of a single file; none: dataset_test_split of dataset_name."
+    )
+    max_eval_samples: int | None = flag(None, "Evaluate on the first rows alone, as many as this; none: on all.")
 
     def __post_init__(self):
         check_fields(self)
@@ -124,6 +128,8 @@ class SFTConfig:
     logging_first_step: bool = flag(False, "Log the first update too.")
     eval_strategy: str = flag("no", "When to evaluate.", choices=("no", "steps", "epoch"))
     eval_steps: float | None = flag(None, "Updates between two evaluations; none: logging_steps.")
+    eval_on_start: bool = flag(False, "Evaluate before the first update too, for a before/after table at the end.")
+    predict_with_generate: bool = flag(False, "In evaluation, also write completions greedily and count exact matches.")
     save_strategy: str = flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"))
     save_steps: float = flag(500, "Updates between two saves; below 1: a share of all.")
     save_total_limit: int | None = flag(None, "How many saves to keep; none: all.")
@@ -149,8 +155,10 @@ class SFTConfig:
     dataset_text_field: str = flag("text", "Column that holds plain text.")
     chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
     template_kwargs: dict | str | None = flag(None, "JSON with variables for the chat template.")
-    completion_only_loss: bool | None = flag(None, "Learn the completion alone; none: wherever rows have a prompt.")
-    assistant_only_loss: bool = flag(False, "Learn the assistant's turns alone in conversations.")
+    completion_only_loss: bool | None = flag(
+        None, "Learn the completion (of a conversation its last answer) and nothing else; false: the whole sequence."
+    )
+    assistant_only_loss: bool = flag(False, "Learn every answer of the assistant's in a conversation.")
     eos_token: str | None = flag(None, "Token that ends a turn; none: what the chat template writes.")
     pad_to_multiple_of: int | None = flag(None, "Pad lengths to multiples of this; none or auto: to a few buckets.")
     shuffle_dataset: bool = flag(False, "Shuffle the data set once, before batches are drawn.")
@@ -315,7 +323,7 @@ class GOLDConfig(SFTConfig):
         if self.uld_token_merge_strategy == "observed" and name in ("gold", "uld", "uld_extended"):
             merge = "observed"
         compare = self.compare or compare
-        if compare == "full" and not same_tokenizer:
+        if name == "gkd" and not same_tokenizer:
             raise ValueError(
                 "--loss is 'gkd', which compares two models entry by entry, but student and teacher have different "
                 "tokenizers; use --loss gold, uld, uld_extended or strict."

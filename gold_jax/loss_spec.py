@@ -9,12 +9,12 @@ GROUPS = ("all", "one_to_one", "positional")
 COMPARISONS = ("sorted", "hybrid", "shared")
 NORMALIZATIONS = ("groups", "row_mean")
 
-# name -> (merge, groups, compare). "full" (every entry against itself) needs one tokenizer and has no flag of its own.
+# name -> (merge, groups, compare). With one tokenizer every entry is shared, which makes "shared" GKD.
 PRESETS: dict[str, tuple[str, str, str]] = {
     "gold": ("chain", "all", "hybrid"),
     "uld": ("chain", "positional", "sorted"),
     "uld_extended": ("chain", "all", "sorted"),
-    "gkd": ("chain", "all", "full"),
+    "gkd": ("chain", "all", "shared"),
     "strict": ("boundary", "one_to_one", "shared"),
 }
 
@@ -26,7 +26,7 @@ class LossSpec:
     Attributes:
         merge: how the tokens of a group become one distribution: "chain", "observed" or "boundary".
         groups: which groups count: "all", "one_to_one", or "positional" (no alignment: token k against token k).
-        compare: how two distributions are compared: "sorted", "hybrid", "shared", or "full" (one tokenizer).
+        compare: how two distributions are compared: "sorted", "hybrid" or "shared".
         beta: skew of the generalised Jensen-Shannon divergence; 0 is KL(teacher||student), 1 is KL(student||teacher).
         matched_weight: weight of the matched part of "hybrid"; None: matched entries / teacher vocabulary.
         unmatched_weight: weight of the sorted rest of "hybrid"; None: one less the matched weight.

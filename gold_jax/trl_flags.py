@@ -135,7 +135,7 @@ _REFUSALS = {
         "auto_find_batch_size"
     ),
     "rows that do not fill a batch are never dropped; leave it out.": "dataloader_drop_last",
-    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_on_start eval_delay do_predict",
+    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_delay do_predict",
     "the last model is kept; choose between saves by their eval_loss in the log.": "load_best_model_at_end",
     "evaluation reports the loss; write further metrics in Python.": "include_for_metrics",
     "models with experts are not in this version.": "router_aux_loss_coef",

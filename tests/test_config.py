@@ -313,7 +313,7 @@ def test_the_hub_token_is_neither_shown_nor_recorded():
     "given, same_tokenizer, point",
     [
         (dict(), False, ("gold", "chain", "all", "hybrid")),
-        (dict(), True, ("gkd", "chain", "all", "full")),
+        (dict(), True, ("gkd", "chain", "all", "shared")),
         (dict(use_uld_loss=True), False, ("uld_extended", "chain", "all", "sorted")),
         (dict(use_uld_loss=True, use_extended_uld=False), False, ("uld", "chain", "positional", "sorted")),
         (dict(use_uld_loss=True, uld_use_hybrid_loss=True), True, ("gold", "chain", "all", "hybrid")),
@@ -336,7 +336,7 @@ def test_the_hub_token_is_neither_shown_nor_recorded():
         (dict(loss="gold", use_uld_loss=True, use_extended_uld=False), False, ("gold", "chain", "all", "hybrid")),
         (dict(loss="uld_extended"), False, ("uld_extended", "chain", "all", "sorted")),
         (dict(loss="uld"), False, ("uld", "chain", "positional", "sorted")),
-        (dict(loss="gkd"), True, ("gkd", "chain", "all", "full")),
+        (dict(loss="gkd"), True, ("gkd", "chain", "all", "shared")),
         (dict(loss="strict"), False, ("strict", "boundary", "one_to_one", "shared")),
         (
             dict(loss="strict", uld_token_merge_strategy="observed"),

@@ -46,8 +46,7 @@ def attend(config: DecoderConfig, query: jax.Array, key: jax.Array, value: jax.A
     rows, length, heads, size = query.shape
     query = query.reshape(rows, length, config.kv_heads, heads // config.kv_heads, size)
     scores = jnp.einsum("btngk,bsnk->bngts", query, key, preferred_element_type=jnp.float32)
-    scores = softcap(scores * config.query_scale, config.attention_softcap)
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _HIDDEN), axis=-1).astype(value.dtype)
+    weights = _shares(config, scores, allowed[:, None, None]).astype(value.dtype)
     return jnp.einsum("bngts,bsnk->btngk", weights, value).reshape(rows, length, heads * size)
 
 
@@ -61,72 +60,23 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
     Returns:
         x [B, T, D], and the rotated keys and the values [B, T, N, K].
     """
-    kept = []
-
-    def attention(query, key, value):
-        kept.extend((key, value))
-        return attend(config, query, key, value, allowed)
-
-    x = _block(config, weights, x, table, attention)
-    return x, *kept
-
-
-def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, allowed: jax.Array, cache: tuple):
-    """One layer over one token per row.
-
-    Args:
-        weights: one of `decoding_weights`; x: [B, 1, D]; table: cosines and sines [B, 1, K / 2].
-        allowed: bool [B, S]; cache: keys and values [B, N, S, K], and the slot to write to.
-
-    Returns:
-        x [B, 1, D], and the two caches with the token in them.
-    """
-    keys, values, slot = cache
-    kept = []
-
-    def attention(query, key, value):
-        rows, _, heads, size = query.shape
-        at = (0, 0, slot, 0)
-        kept.append(jax.lax.dynamic_update_slice(keys, jnp.swapaxes(key, 1, 2), at))
-        kept.append(jax.lax.dynamic_update_slice(values, jnp.swapaxes(value, 1, 2), at))
-        query = query.reshape(rows, config.kv_heads, heads // config.kv_heads, size)
-        scores = jnp.einsum("bngk,bnsk->bngs", query, kept[0], preferred_element_type=jnp.float32)
-        scores = softcap(scores * config.query_scale, config.attention_softcap)
-        shares = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, _HIDDEN), axis=-1).astype(x.dtype)
-        return jnp.einsum("bngs,bnsk->bngk", shares, kept[1]).reshape(rows, 1, heads * size)
-
-    x = _block(config, weights, x, table, attention)
-    return x, *kept
-
-
-def decoding_weights(config: DecoderConfig, stacked: Weights, dtype) -> DecodingWeights:
-    """Each layer's own arrays, cast to `dtype`; products that share an input are joined (`qkv`, `gate_up`)."""
-    layers = []
-    for index in range(config.layers):
-        own = {name: value[index].astype(dtype) for name, value in stacked.items()}
-        layers.append(own)
-    return layers
-
-
-def _block(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, attention):
     rows, length, _ = x.shape
     normed = rms_norm(config, x, weights["attention_norm"])
     query, key, value = (
         linear(weights, name, normed).reshape(rows, length, -1, config.head_dim) for name in ("query", "key", "value")
     )
-    if config.qk_norm:
-        query = rms_norm(config, query, weights["query_norm"])
-        key = rms_norm(config, key, weights["key_norm"])
-    attended = linear(weights, "out", attention(rotate(query, *table), rotate(key, *table), value))
+    query, key = _place_heads(config, weights, query, key, table)
+    attended = linear(weights, "out", attend(config, query, key, value, allowed))
     if config.sandwich_norms:
         attended = rms_norm(config, attended, weights["attention_out_norm"])
     x = x + attended
+
     normed = rms_norm(config, x, weights["mlp_norm"])
     gated = _ACTIVATIONS[config.activation](linear(weights, "gate", normed)) * linear(weights, "up", normed)
     made = linear(weights, "down", gated)
     if config.sandwich_norms:
         made = rms_norm(config, made, weights["mlp_out_norm"])
-    return x + made
+    return x + made, key, value
 
 
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
@@ -134,3 +84,92 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     y = x @ weights[name]
     bias = weights.get(f"{name}_bias")
     return y if bias is None else y + bias
+
+
+def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, allowed: jax.Array, cache: tuple):
+    """One layer over one token per row, with rows as columns.
+
+    A product of a large matrix with a few columns runs about 1.4 times as fast on CPUs as the same with a few rows.
+
+    Args:
+        weights: one of `decoding_weights`; x: [D, B]; table: cosines and sines [B, 1, K / 2].
+        allowed: bool [B, S]; cache: keys and values [B, N, S, K], and the slot to write to.
+
+    Returns:
+        x [D, B], and the two caches with the token in them.
+    """
+    keys, values, slot = cache
+    groups = config.heads // config.kv_heads
+
+    normed = _norm_columns(config, x, weights["attention_norm"])
+    heads = _linear_columns(weights, "query_key_value", normed).reshape(-1, config.head_dim, x.shape[1])
+    heads = jnp.moveaxis(heads, 2, 0)[:, None]  # [B, 1, H + 2N, K]
+    query, key, value = jnp.split(heads, (config.heads, config.heads + config.kv_heads), axis=2)
+    query, key = _place_heads(config, weights, query, key, table)
+    at = (0, 0, slot, 0)
+    keys = jax.lax.dynamic_update_slice(keys, jnp.swapaxes(key, 1, 2), at)
+    values = jax.lax.dynamic_update_slice(values, jnp.swapaxes(value, 1, 2), at)
+    query = query.reshape(-1, config.kv_heads, groups, config.head_dim)
+    scores = jnp.einsum("bngk,bnsk->bngs", query, keys, preferred_element_type=jnp.float32)
+    shares = _shares(config, scores, allowed[:, None, None]).astype(values.dtype)
+    attended = jnp.einsum("bngs,bnsk->bngk", shares, values).reshape(x.shape[1], -1)
+    attended = _linear_columns(weights, "out", columns(attended))
+    if config.sandwich_norms:
+        attended = _norm_columns(config, attended, weights["attention_out_norm"])
+    x = x + attended
+
+    normed = _norm_columns(config, x, weights["mlp_norm"])
+    gate, up = jnp.split(_linear_columns(weights, "gate_up", normed), 2)
+    made = _linear_columns(weights, "down", _ACTIVATIONS[config.activation](gate) * up)
+    if config.sandwich_norms:
+        made = _norm_columns(config, made, weights["mlp_out_norm"])
+    return x + made, keys, values
+
+
+def decoding_weights(config: DecoderConfig, stacked: Weights, dtype) -> DecodingWeights:
+    """Each layer's own arrays in `dtype`: matrices [out, in], those that read the same input joined to one."""
+    joined = {
+        "query_key_value": ("query", "key", "value"),
+        "gate_up": ("gate", "up"),
+        "query_key_value_bias": ("query_bias", "key_bias", "value_bias"),
+        "gate_up_bias": ("gate_bias", "up_bias"),
+    }
+    layers = []
+    for index in range(config.layers):
+        own = {name: value[index].astype(dtype).T for name, value in stacked.items()}
+        for name, parts in joined.items():
+            if parts[0] in own:
+                own[name] = jnp.concatenate([own.pop(part) for part in parts])
+        layers.append(own)
+    return layers
+
+
+def columns(x: jax.Array) -> jax.Array:
+    """Transpose [B, D] to [D, B] or back, and keep XLA from folding that into the product beside it."""
+    return jax.lax.optimization_barrier(jax.lax.optimization_barrier(x).T)
+
+
+def _norm_columns(config: DecoderConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=0, keepdims=True) + config.norm_eps)
+    return (wide * scale * (config.norm_offset + weight.astype(jnp.float32))[:, None]).astype(x.dtype)
+
+
+def _linear_columns(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    y = weights[name] @ x
+    bias = weights.get(f"{name}_bias")
+    return y if bias is None else y + bias[:, None]
+
+
+def _place_heads(config: DecoderConfig, weights: Weights, query: jax.Array, key: jax.Array, table: tuple):
+    """Norm, where there is one, and rotate queries [B, T, H, K] and keys [B, T, N, K]."""
+    if config.qk_norm:
+        query = rms_norm(config, query, weights["query_norm"])
+        key = rms_norm(config, key, weights["key_norm"])
+    return rotate(query, *table), rotate(key, *table)
+
+
+def _shares(config: DecoderConfig, scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Softmax over the last axis of unscaled float32 scores, among what is allowed."""
+    scores = softcap(scores * config.query_scale, config.attention_softcap)
+    return jax.nn.softmax(jnp.where(allowed, scores, _HIDDEN), axis=-1)

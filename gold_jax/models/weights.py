@@ -86,14 +86,15 @@ def load_model(
     folder = model_folder(name_or_path, revision=revision)
     config = read_config(folder)
     files = _Tensors(folder)
-    config = files.check(config)
+    checked = files.check(config)
+    untied, config = checked.tied != config.tied, checked
     place = place or (lambda array, spec: jnp.asarray(array))
     values, dtypes = {}, {}
     for path, info in parameters(config).items():
         values[path] = place(files.stack(config, path, info, param_dtype, dtypes), info.spec)
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     exceptions = {name: kind for name, kind in dtypes.items() if kind != common}
-    source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions}
+    source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
     config = dataclasses.replace(config, source=json.dumps(source))
     kept = common if param_dtype == "auto" else param_dtype
     model = Decoder.abstract(config, dtype, kept, remat)
@@ -163,13 +164,17 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
         dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else `param_dtype`.
 
     Raises:
-        ValueError: unknown dtype.
+        ValueError: unknown dtype, or a config that was not read from a transformers config.
     """
     if dtype not in ("auto", *_CODES):
         raise ValueError(f"dtype {dtype!r} is not known. Known are auto, {', '.join(_CODES)}.")
+    config, source = model.config, json.loads(model.config.source)
+    if "config" not in source:
+        raise ValueError(
+            "The model's DecoderConfig was made by hand and has no config.json to write; use DecoderConfig.from_hf."
+        )
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config, source = model.config, json.loads(model.config.source)
     common = source.get("dtype", str(model.param_dtype)) if dtype == "auto" else dtype
     exceptions = source.get("dtypes", {}) if dtype == "auto" else {}
     entries = []
@@ -342,13 +347,13 @@ def _write_file(model: Decoder, path: pathlib.Path, entries: list[_Entry]) -> No
 
 
 def _config_to_write(config: DecoderConfig, source: dict, dtype: str) -> dict:
-    raw = dict(source.get("config", {}))
+    raw = dict(source["config"])
     if raw.get("model_type") == "gemma3":
         raw = dict(raw["text_config"]) | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
-    if raw.get("tie_word_embeddings") != config.tied:
-        raw["tie_word_embeddings"] = config.tied
-    raw.pop("torch_dtype" if "dtype" in raw else "dtype", None)
-    raw["torch_dtype" if "torch_dtype" in raw else "dtype"] = dtype
+        raw["tie_word_embeddings"] = config.tied  # until here the outer config decided
+    if source.get("untied"):
+        raw["tie_word_embeddings"] = False
+    raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = dtype
     return raw
 
 

@@ -96,7 +96,7 @@ def _generate(graphdef, params, tokens, mask, key, temperature, top_k, top_p, st
 
     def sample(hidden, step, rollout, done):
         """Draw one token per row and note it; rows that are done stay as they are."""
-        logits = model.logits(hidden)
+        logits = model.decode_logits(hidden)
         uniform = jax.vmap(lambda row_key: jax.random.uniform(jax.random.fold_in(row_key, step)))(row_keys)
         token = jnp.where(done, 0, draw(logits, uniform, temperature, top_k, top_p))
         chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]

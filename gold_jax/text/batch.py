@@ -242,9 +242,9 @@ def build_batches(
         batches.append(
             Batch(
                 *sides,
-                weight=_pad(weights[part], batch_size, width, np.float32),
-                labels=_pad([t[0] for t in targets[part]], batch_size, width, np.int32, IGNORE),
-                label_weight=_pad(label_weights[part], batch_size, width, np.float32),
+                weight=pad_right(weights[part], batch_size, width, np.float32),
+                labels=pad_right([t[0] for t in targets[part]], batch_size, width, np.int32, IGNORE),
+                label_weight=pad_right(label_weights[part], batch_size, width, np.float32),
             )
         )
     return batches
@@ -259,11 +259,17 @@ def _targets(half: Half) -> tuple[np.ndarray, np.ndarray]:
     return np.where(counted, labels, IGNORE), counted
 
 
-def _pad(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
+def pad_right(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
+    """Ragged rows as one array `[height, width]`, filled up behind each row and below the last."""
     out = np.full((height, width), fill, dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
+
+
+def pad_left(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
+    """As `pad_right`, filled up before each row: what sampling wants of prompts."""
+    return pad_right([row[::-1] for row in rows], height, width, dtype, fill)[:, ::-1]
 
 
 def _pad_side(halves: Sequence[Half], counts: Sequence[int], merge: str, height: int, groups: int, pad: int) -> Side:
@@ -271,12 +277,12 @@ def _pad_side(halves: Sequence[Half], counts: Sequence[int], merge: str, height:
     width = bucket(max(len(t) for t in tokens))
     base, position, token, group = zip(*(_merge_index(h, n, merge) for h, n in zip(halves, counts)))
     return Side(
-        tokens=_pad(tokens, height, width, np.int32, pad),
-        mask=_pad([np.ones(len(t), bool) for t in tokens], height, width, bool),
-        base=_pad(base, height, groups, np.int32),
-        inner_position=_pad(position, height, width, np.int32),
-        inner_token=_pad(token, height, width, np.int32),
-        inner_group=_pad(group, height, width, np.int32, groups),
+        tokens=pad_right(tokens, height, width, np.int32, pad),
+        mask=pad_right([np.ones(len(t), bool) for t in tokens], height, width, bool),
+        base=pad_right(base, height, groups, np.int32),
+        inner_position=pad_right(position, height, width, np.int32),
+        inner_token=pad_right(token, height, width, np.int32),
+        inner_group=pad_right(group, height, width, np.int32, groups),
     )
 
 
@@ -294,16 +300,16 @@ def build_token_batches(
         width = bucket(max(len(x) for x in ids))
         batches.append(
             TokenBatch(
-                tokens=_pad(ids, batch_size, width, np.int32, pad),
-                mask=_pad([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
-                labels=_pad(
+                tokens=pad_right(ids, batch_size, width, np.int32, pad),
+                mask=pad_right([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
+                labels=pad_right(
                     [np.where(m, y, IGNORE) for m, y in zip(masks[part], labels[part])],
                     batch_size,
                     width,
                     np.int32,
                     IGNORE,
                 ),
-                label_weight=_pad(weights[part], batch_size, width, np.float32),
+                label_weight=pad_right(weights[part], batch_size, width, np.float32),
             )
         )
     return batches

@@ -250,18 +250,25 @@ def _printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
 
 
-def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None]]) -> None:
+def before_after(
+    console: Console,
+    rows: Sequence[tuple[str, float | None, float | None] | tuple[str, float | None, float | None, Any]],
+) -> None:
     """Show what training changed.
 
     Args:
         console: where.
-        rows: (name, before, after); None: not measured.
+        rows: (name, before, after) or (name, before, after, the teacher's); None: not measured.
     """
+    rows = [(*row, None)[:4] for row in rows]
+    heads = ["", "before", "after", "change"] + ["teacher"] * any(row[3] is not None for row in rows)
     table = Table(box=box.SIMPLE_HEAD)
-    for name, side in (("", "left"), ("before", "right"), ("after", "right"), ("change", "right")):
-        table.add_column(name, justify=side)
-    for name, before, after in rows:
+    for name in heads:
+        table.add_column(name, justify="right" if name else "left")
+    for name, before, after, teacher in rows:
         both = before is not None and after is not None
         change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
-        table.add_row(Text(name), *("" if value is None else shown(value) for value in (before, after)), change)
+        cells = ["" if value is None else shown(value) for value in (before, after)]
+        cells += [change, "" if teacher is None else shown(teacher)]
+        table.add_row(Text(name), *cells[: len(heads) - 1])
     console.print(table)

@@ -5,6 +5,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from transformers import AutoTokenizer
@@ -96,8 +97,8 @@ def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | Non
             f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; "
             "gold_jax.load_model reads Hugging Face folders"
         )
-    graph, state = nnx.split(model)  # the caller's own object stays as it is
-    model = nnx.merge(graph, state)
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(jnp.copy, state))  # training donates parameters; the caller's stay whole
     model.dtype, model.remat = jnp.dtype(dtype), remat
     return model
 

@@ -53,6 +53,14 @@ def freeze_teacher(teacher: Decoder, vocabulary: VocabularyMap) -> tuple[nnx.Gra
     )
 
 
+def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Decoder:
+    """The teacher as it was before `freeze_teacher`, to measure it by itself."""
+    teacher = nnx.merge(graph, constants.teacher)
+    if not teacher.config.tied:
+        teacher.head[...] = jnp.take(constants.teacher_head, jnp.asarray(np.argsort(vocabulary.teacher_order)), axis=0)
+    return teacher
+
+
 def _is_identity(order: np.ndarray) -> bool:
     return bool((order == np.arange(len(order))).all())
 

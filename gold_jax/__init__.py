@@ -1,0 +1,35 @@
+"""Any language model teaches any other, whatever tokenizers they use: General On-policy Logit Distillation in JAX.
+
+Names are imported when they are first used, so that a command's `--help` does not wait for JAX.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GOLDConfig": "gold_jax.config",
+    "SFTConfig": "gold_jax.config",
+    "GOLDTrainer": "gold_jax.training.trainer",
+    "SFTTrainer": "gold_jax.training.trainer",
+    "align": "gold_jax.text.align",
+    "VocabularyMap": "gold_jax.text.vocabulary",
+    "Codec": "gold_jax.text.chat",
+    "Decoder": "gold_jax.models.decoder",
+    "load_model": "gold_jax.models.weights",
+    "save_model": "gold_jax.models.weights",
+    "load_participant": "gold_jax.training.participant",
+    "sample_completions": "gold_jax.training.evaluation",
+    "score_completions": "gold_jax.training.evaluation",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'gold_jax' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(__all__)

@@ -1,0 +1,69 @@
+"""What the command-line modules share: one-paragraph errors, and data sets from flags."""
+
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+from gold_jax.config import DataArguments, SFTConfig
+
+
+def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs a command. What is wrong with the user's input ends it with one paragraph and exit code 2, not a traceback.
+
+    `GOLD_JAX_TRACEBACK=1` shows where an error came from all the same.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(141) from None
+    except (ValueError, OSError, TypeError, ImportError) as error:
+        if os.environ.get("GOLD_JAX_TRACEBACK"):
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except RuntimeError as error:
+        from gold_jax.training.report import HubError
+
+        if not isinstance(error, HubError):
+            raise
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def load_split(data: DataArguments, training: SFTConfig):
+    """The rows to train on and, where the settings ask for evaluation, those to evaluate on: `Examples` or None.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: no data set is named, or it has no row of a known form.
+    """
+    from gold_jax.text.data import load_examples
+
+    if data.dataset_name is None:
+        raise ValueError("--dataset_name is missing: a hub id, or a JSON, JSONL or Parquet file or folder")
+    column = training.dataset_text_field
+    train = load_examples(
+        resolve(data.dataset_name), config=data.dataset_config, split=data.dataset_train_split, text_column=column
+    )
+    if training.eval_strategy == "no" and not training.eval_on_start and data.eval_dataset_name is None:
+        return train, None
+    name, split = data.dataset_name, data.dataset_test_split
+    if data.eval_dataset_name is not None:
+        name = data.eval_dataset_name
+        split = "train" if os.path.isfile(name) else split
+    found = load_examples(resolve(name, split), config=data.dataset_config, split=split, text_column=column)
+    return train, found if data.max_eval_samples is None else found[: data.max_eval_samples]
+
+
+def resolve(name: str, split: str = "train") -> str | pathlib.Path:
+    """A name as it is; of `embedded:…` names the files that come with the package."""
+    if not name.startswith("embedded:"):
+        return name
+    from gold_jax.quickstart import resolve as embedded
+
+    return embedded(name)

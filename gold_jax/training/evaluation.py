@@ -1,0 +1,157 @@
+"""Measures that compare across tokenizers: bits per byte of given completions, exact matches of greedy ones."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gold_jax.losses.distill import Head, token_logp
+from gold_jax.rollout.sampler import generate_tokens
+from gold_jax.text.batch import bucket, pad_left, pad_right
+from gold_jax.text.chat import Codec, Drawn, completion_from_ids
+from gold_jax.text.data import Example
+
+MODEL_WINDOW = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """What completions cost a model.
+
+    Attributes:
+      bits: negative log2-likelihood of each completion's tokens given its prompt, `[N]`.
+      bytes: UTF-8 length of each completion, as far as it was scored, `[N]`.
+      tokens: tokens scored, `[N]`.
+      cut: how many rows did not fit in the window and were scored as far as they did.
+    """
+
+    bits: np.ndarray
+    bytes: np.ndarray
+    tokens: np.ndarray
+    cut: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        """All bits over all bytes; NaN where nothing was scored."""
+        return float(self.bits.sum() / self.bytes.sum()) if self.bytes.sum() else float("nan")
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk"))
+def _completion_nll(graph, params, tokens, mask, counted, chunk):
+    """Negative log-likelihood `[B]` in nats of the tokens behind the positions that `counted [B, T]` marks."""
+    model = nnx.merge(graph, params)
+    weight = model.head_weight()
+    head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
+    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    behind = jnp.roll(tokens, -1, axis=1)
+    return -token_logp(model(tokens, mask), head, position, behind, counted, chunk).sum(1)
+
+
+def score_completions(
+    model, codec: Codec, examples: Sequence[Example], *, batch_size: int = 8, max_length: int | None = None, chunk=256
+) -> Score:
+    """What the examples' completions cost a model, in bits.
+
+    The prompt goes through the model's own chat template; the completion counts without a stop token, so that the
+    number means the same for every tokenizer and template.
+
+    Args:
+      model: a `Decoder` or its `(graphdef, params)`.
+      codec: its codec.
+      examples: with completions.
+      batch_size: rows at a time.
+      max_length: longest sequence in tokens; None for no limit.
+      chunk: positions whose logits are held at once.
+
+    Raises:
+      ValueError: an example has no completion.
+    """
+    graph, params = nnx.split(model) if isinstance(model, nnx.Module) else model
+    examples = list(examples)
+    for i, e in enumerate(examples):
+        if e.completion is None:
+            raise ValueError(
+                f"row {i} has a prompt but no completion, so nothing can be scored; give rows with answers"
+            )
+    prompts = [codec.encode_prompt(e.prompt) for e in examples]
+    answers = codec.encode_completions([e.completion for e in examples], after=[e.prompt for e in examples])
+    limit = max_length or MODEL_WINDOW
+    bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
+    cut = 0
+    order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        ids, counted = [], []
+        for i in rows:
+            room = max(0, limit - len(prompts[i]))
+            answer = answers[i].ids[:room]
+            whole = np.concatenate([prompts[i], answer])[:limit]
+            first = max(1, len(prompts[i]))  # the very first token of all has nothing before it
+            mark = np.zeros(len(whole), bool)
+            mark[first - 1 : len(whole) - 1] = True
+            ids.append(whole)
+            counted.append(mark)
+            cut += len(answer) < len(answers[i].ids)
+            scored = answers[i].spans[: len(answer)]
+            begin = scored[0, 1] if len(prompts[i]) == 0 and len(scored) else 0
+            sizes[i] = scored[-1, 1] - begin if len(scored) else 0
+            tokens[i] = mark.sum()
+        width = bucket(max(len(x) for x in ids))
+        batch = pad_right(ids, batch_size, width, np.int32, codec.pad_id)
+        mask = pad_right([np.ones(len(x), bool) for x in ids], batch_size, width, bool)
+        nll = _completion_nll(graph, params, batch, mask, pad_right(counted, batch_size, width, bool), chunk)
+        bits[rows] = np.asarray(nll)[: len(rows)] / np.log(2)
+    return Score(bits, sizes, tokens, cut)
+
+
+def sample_completions(
+    model,
+    codec: Codec,
+    prompts: Sequence,
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    batch_size: int = 8,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> list[Drawn]:
+    """Completions that a model draws for prompts (texts or lists of messages), in order; temperature 0 is greedy."""
+    out: list[Drawn] = []
+    for start in range(0, len(prompts), batch_size):
+        chosen = prompts[start : start + batch_size]
+        ids = [codec.encode_prompt(p) for p in chosen]
+        width = bucket(max(len(x) for x in ids))
+        drawn = generate_tokens(
+            model,
+            pad_left(ids, batch_size, width, np.int32, codec.pad_id),
+            pad_left([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
+            max_new_tokens=max_new_tokens,
+            key=jax.random.fold_in(key, start),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            stop_ids=codec.stop_ids,
+        )
+        tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
+        out += [completion_from_ids(codec, tokens[i, : lengths[i]], after=p) for i, p in enumerate(chosen)]
+    return out
+
+
+def exact_match(model, codec: Codec, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int = 8) -> float:
+    """Share of examples whose greedy completion is the given one, blanks at either end aside."""
+    examples = [e for e in examples if e.completion is not None]
+    drawn = sample_completions(
+        model,
+        codec,
+        [e.prompt for e in examples],
+        max_new_tokens=max_new_tokens,
+        key=jax.random.key(0),
+        batch_size=batch_size,
+        temperature=0.0,
+    )
+    return float(np.mean([d.text.strip() == e.completion.strip() for d, e in zip(drawn, examples)]))

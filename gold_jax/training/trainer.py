@@ -1,0 +1,358 @@
+"""GOLDTrainer and SFTTrainer: from names or objects to a run. The run itself is `training.loop`."""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.text.chat import Codec
+from gold_jax.text.data import load_examples
+from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.loop import Loop, Task, measures
+from gold_jax.training.metrics import header
+from gold_jax.training.participant import Participant, load_participant, load_tokenizer
+from gold_jax.training.report import create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.step import (
+    freeze_teacher,
+    make_cross_entropy_loss,
+    make_distillation_loss,
+    restore_teacher,
+)
+from gold_jax.training.windows import DistillationWindows, TokenWindows, check_examples
+
+SFT_NEW_TOKENS = 128
+
+
+class SFTTrainer:
+    """Supervised fine-tuning: cross-entropy on completions, on every assistant turn, or on whole sequences.
+
+    Args:
+      model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+      args: the settings.
+      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+      eval_dataset: the same, or None.
+      processing_class: the tokenizer, or its name; None takes the one beside the model.
+      console: where progress is shown; None for the terminal.
+      command: the command line, for the model card.
+      dataset_name: what the data set is called, for the model card.
+
+    Attributes:
+      student: the model being trained and its codec.
+      log_history: every logged line, oldest first.
+    """
+
+    method = "supervised fine-tuning"
+    title = "gold_jax.sft"
+
+    def __init__(
+        self,
+        model: Any,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        console: Console | None = None,
+        command: Sequence[str] | None = None,
+        dataset_name: str | None = None,
+    ):
+        """Loads what is named and checks everything that can be checked before the first update."""
+        self.args = args if args is not None else self._default_args()
+        self.console = console or Console()
+        self.command = command
+        self.notices = list(self.args.notices)
+        self.dtype = compute_dtype(self.args.bf16)
+        self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
+        if train_dataset is None:
+            raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
+        text_column = self.args.dataset_text_field
+        self.train_examples = load_examples(train_dataset, text_column=text_column)
+        self.eval_examples = None if eval_dataset is None else load_examples(eval_dataset, text_column=text_column)
+        options = self.args.model_init_kwargs
+        self.save_dtype = options.get("dtype") or "float32"
+        self.student = self._load("student", model, processing_class, options, remat=self.args.gradient_checkpointing)
+        if jax.device_count() > 1:
+            self.notices.append(f"this version trains on one device; the other {jax.device_count() - 1} stay idle")
+        self.loop = self._loop()
+
+    @staticmethod
+    def _default_args() -> SFTConfig:
+        return SFTConfig()
+
+    def _load(self, role: str, model, tokenizer, options: Mapping, **settings) -> Participant:
+        """A participant with this run's precision and, for the student, its template settings."""
+        a = self.args
+        mine = role == "student"
+        return load_participant(
+            model,
+            tokenizer,
+            dtype=self.dtype,
+            revision=options.get("revision"),
+            chat_template=read_template(a.chat_template_path) if mine and a.chat_template_path else None,
+            template_kwargs=a.template_kwargs,
+            eos_token=a.eos_token if mine else None,
+            trust_remote_code=a.trust_remote_code,
+            role=role,
+            **settings,
+        )
+
+    def _loop(self) -> Loop:
+        a = self.args
+        counted = "assistant" if a.assistant_only_loss else "all" if a.completion_only_loss is False else "completion"
+        kept, notices = check_examples(
+            self.train_examples,
+            self.student.codec,
+            budget=None if a.max_length is None else a.max_length - 1,
+            need_completion="supervised fine-tuning learns completions, so every row needs one",
+        )
+        self.notices += notices
+        windows = TokenWindows(
+            self.student.codec, a.per_device_train_batch_size, a.per_device_eval_batch_size, a.max_length, counted
+        )
+        graph, _ = nnx.split(self.student.model)
+        loss = make_cross_entropy_loss(graph, chunk=a.loss_chunk)
+        self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, kept)
+        task = Task(self.student, loss, (), windows, self.train_examples, kept, self.eval_examples)
+        return self._make_loop(task, a.per_device_train_batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
+
+    def _make_loop(self, task: Task, prompts_per_step: int, max_new_tokens: int) -> Loop:
+        self.student = self.student._replace(model=None)  # from here on the loop owns the parameters
+        return Loop(
+            task,
+            self.args,
+            prompts_per_step=prompts_per_step,
+            console=self.console,
+            max_new_tokens=max_new_tokens,
+            save_dtype=self.save_dtype,
+        )
+
+    def _tell(self, rows: Mapping[str, Any], kept: Sequence[int]) -> None:
+        config = self.student.model.config
+        size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(self.student.model)))
+        device = jax.devices()[0]
+        about = {
+            "student": f"{self.student.name} ({config.family}, {size / 1e6:.1f} M parameters)",
+            **rows,
+            "data": f"{len(kept)} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
+            "precision": f"{self.dtype} compute, float32 parameters",
+            "device": f"{device.device_kind} ({jax.default_backend()})",
+            "output": self.args.output_dir,
+        }
+        header(self.console, self.title, about, self.notices)
+
+    @property
+    def log_history(self) -> list[dict[str, Any]]:
+        """Every logged line, oldest first."""
+        return self.loop.history
+
+    @property
+    def model(self):
+        """The student as it stands now, a `Decoder`."""
+        return self.loop.student.model
+
+    def train(self) -> dict[str, float]:
+        """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
+
+        Returns:
+          The closing evaluation's metrics; empty without evaluation data.
+        """
+        a = self.args
+        if a.push_to_hub:
+            a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
+        results = self.loop.train()
+        self.save_model()
+        write_model_card(
+            a.output_dir,
+            method=self.method,
+            base_model=self.student.name,
+            dataset=self.dataset_name,
+            command=self.command,
+            results={k: f"{v:.4f}" for k, v in results.items()},
+            **self._card(),
+        )
+        self.console.print(f"The student is saved in {a.output_dir}")
+        if a.push_to_hub:
+            self.push_to_hub()
+        return results
+
+    def _card(self) -> dict[str, Any]:
+        return {}
+
+    def evaluate(self) -> dict[str, float]:
+        """Measures the student as it stands on `eval_dataset`."""
+        return self.loop.evaluate()
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> pathlib.Path:
+        """Writes the student and its tokenizer as a Hugging Face folder; None: to `output_dir` of the settings."""
+        return self.loop.save(output_dir or self.args.output_dir)
+
+    def push_to_hub(self) -> str:
+        """Uploads `output_dir`; returns the address of the commit."""
+        a = self.args
+        url = push_to_hub(a.output_dir, a.hub_model_id, a.hub_private_repo, a.hub_token)
+        self.console.print(f"Pushed to {url}")
+        return url
+
+
+class GOLDTrainer(SFTTrainer):
+    """On-policy distillation from a teacher with any tokenizer.
+
+    Args:
+      model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+      teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
+      args: the settings.
+      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+      eval_dataset: the same, or None.
+      processing_class: the student's tokenizer, or its name; None takes the one beside the model.
+      teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside it.
+    """
+
+    method = "on-policy distillation"
+    title = "gold_jax.train"
+
+    def __init__(
+        self,
+        model: Any,
+        teacher_model: Any = None,
+        args: GOLDConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        teacher_processing_class: Any = None,
+        *,
+        console: Console | None = None,
+        command: Sequence[str] | None = None,
+        dataset_name: str | None = None,
+    ):
+        """Loads both models and checks everything that can be checked before the first update."""
+        args = args if args is not None else self._default_args()
+        self._teacher_source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        if self._teacher_source is None:
+            raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
+        self._teacher_tokenizer = teacher_processing_class or args.teacher_tokenizer_name_or_path
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            console=console,
+            command=command,
+            dataset_name=dataset_name,
+        )
+
+    @staticmethod
+    def _default_args() -> GOLDConfig:
+        return GOLDConfig()
+
+    def _loop(self) -> Loop:
+        a = self.args
+        options = dict(a.teacher_model_init_kwargs)
+        options["revision"] = options.get("revision") or a.teacher_model_revision
+        teacher = self._load("teacher", self._teacher_source, self._teacher_tokenizer, options, param_dtype=self.dtype)
+        student = self.student
+        one = same_vocabulary(student.codec, teacher.codec)
+        self.spec = a.loss_spec(one)
+        sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
+        if one:
+            rows = [np.arange(n, dtype=np.int32) for n in sizes]
+            vocabulary = VocabularyMap(*rows, min(sizes), min(sizes), *sizes)
+        else:
+            vocabulary = VocabularyMap.build(
+                student.codec.surfaces,
+                teacher.codec.surfaces,
+                student_size=sizes[0],
+                teacher_size=sizes[1],
+                stop=(student.codec.stop_id, teacher.codec.stop_id),
+            )
+        kept, notices = check_examples(
+            self.train_examples,
+            student.codec,
+            budget=a.prompt_budget,
+            need_completion=None
+            if a.lmbda == 1
+            else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
+        )
+        self.notices += notices
+        self.teacher_name = teacher.name
+        self._tell(
+            {
+                "teacher": f"{teacher.name} ({teacher.model.config.family})",
+                "vocabularies": "one and the same"
+                if one
+                else f"{sizes[0]:,} and {sizes[1]:,} rows, {vocabulary.matched:,} matched by surface",
+                "loss": self.spec.describe(),
+                "completions": f"{a.lmbda:.0%} by the student"
+                + (f", at most {a.max_completion_length} tokens" if a.lmbda else ""),
+            },
+            kept,
+        )
+        teacher_graph, constants = freeze_teacher(teacher.model, vocabulary)
+        student_graph, _ = nnx.split(student.model)
+        loss = make_distillation_loss(student_graph, teacher_graph, self.spec, vocabulary.matched, chunk=a.loss_chunk)
+        windows = DistillationWindows(
+            student=student.codec,
+            teacher=teacher.codec,
+            student_graph=student_graph,
+            spec=self.spec,
+            one_vocabulary=one,
+            batch_size=a.per_device_train_batch_size,
+            eval_batch_size=a.per_device_eval_batch_size,
+            micro_batches=a.gradient_accumulation_steps,
+            lmbda=a.lmbda,
+            num_generations=a.num_generations,
+            max_length=a.max_length,
+            max_new_tokens=a.max_completion_length,
+            temperature=a.temperature,
+            top_k=a.top_k,
+            top_p=a.top_p,
+            seed=a.seed,
+        )
+
+        def teacher_score():
+            whole = teacher._replace(model=restore_teacher(teacher_graph, constants, vocabulary))
+            return measures(
+                whole, [e for e in self.eval_examples if e.completion is not None], a, a.max_completion_length
+            )
+
+        task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
+        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
+        return self._make_loop(task, rows // a.num_generations, a.max_completion_length)
+
+    def _card(self) -> dict[str, Any]:
+        return {"teacher": self.teacher_name, "loss": self.spec.describe()}
+
+
+COUNTED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
+
+
+def compute_dtype(bf16: bool | None) -> str:
+    """bfloat16 where asked for, or by default on accelerators; float32 on CPUs, which are no faster with less."""
+    wanted = jax.default_backend() != "cpu" if bf16 is None else bf16
+    return "bfloat16" if wanted else "float32"
+
+
+def same_vocabulary(student: Codec, teacher: Codec) -> bool:
+    """Whether both tokenizers have the same entries under the same ids."""
+    return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+
+
+def read_template(path: str) -> str:
+    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
+
+    Raises:
+      FileNotFoundError: there is neither.
+      ValueError: that tokenizer has no template.
+    """
+    if os.path.isfile(path):
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    template = load_tokenizer(path).chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")
+    return template

@@ -1,0 +1,75 @@
+import json
+
+import pytest
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
+
+from gold_jax.models.config import FAMILIES, DecoderConfig
+
+from . import tiny
+
+
+def read(name: str) -> DecoderConfig:
+    raw = tiny.config_of(name)
+    return DecoderConfig.from_hf(AutoConfig.for_model(**raw), raw=raw)
+
+
+def test_both_formats_of_llama3_scaling_read_the_same():
+    assert read("llama3_old").ropes == read("llama3_new").ropes
+    assert read("llama3_old").ropes[0].kind == "llama3"
+
+
+def test_gemma3_gives_its_full_and_sliding_layers_different_ropes():
+    full, local = read("gemma3_old").ropes
+    assert (full.kind, full.factor, full.theta) == ("linear", 8.0, 1e6)
+    assert (local.kind, local.theta) == ("default", 100.0)
+    assert read("gemma3_new").ropes == (full, local)
+
+
+def test_a_multimodal_gemma3_is_its_language_part():
+    assert read("gemma3_multimodal_old") == read("gemma3_old")
+
+
+def test_qwen2_slides_only_where_it_is_told_to():
+    small = {"num_hidden_layers": 3, "sliding_window": 4, "max_window_layers": 1}
+    assert DecoderConfig.from_hf(Qwen2Config(**small)).window is None
+    config = DecoderConfig.from_hf(Qwen2Config(**small, use_sliding_window=True))
+    assert (config.window, config.sliding) == (4, (False, True, True))
+
+
+def test_mistral_slides_everywhere_or_nowhere():
+    assert DecoderConfig.from_hf(MistralConfig(num_hidden_layers=2, sliding_window=8)).sliding == (True, True)
+    assert DecoderConfig.from_hf(MistralConfig(num_hidden_layers=2, sliding_window=None)).sliding == (False, False)
+
+
+def test_configs_compare_and_hash_by_what_they_compute():
+    one, other = (DecoderConfig.from_hf(LlamaConfig(), raw={"note": note}) for note in "ab")
+    assert one == other and hash(one) == hash(other)
+    assert json.loads(one.source)["config"] == {"note": "a"}
+
+
+def test_an_unknown_family_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="'mixtral' is not known") as error:
+        DecoderConfig.from_hf(MixtralConfig())
+    assert all(family in str(error.value) for family in FAMILIES)
+
+
+def test_an_unknown_rope_type_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="rope_type 'dynamic' is not known. Known are default, linear, llama3, yarn"):
+        DecoderConfig.from_hf(LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (LlamaConfig(quantization_config={"quant_method": "fp8"}), "quantization_config"),
+        (LlamaConfig(num_local_experts=4), "mixtures of experts"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (LlamaConfig(num_attention_heads=8, num_key_value_heads=3, hidden_size=64), "not a multiple"),
+        (LlamaConfig(hidden_act="relu"), "activation 'relu' is not known"),
+        (Qwen2Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "sliding_window is null"),
+        (Qwen2Config(num_hidden_layers=1, layer_types=["linear_attention"]), "linear_attention"),
+    ],
+)
+def test_a_feature_that_is_not_there_is_refused_by_name(config, words):
+    with pytest.raises(ValueError, match=words):
+        DecoderConfig.from_hf(config)

@@ -1,0 +1,175 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from gold_jax.models.decoder import Decoder, parameters
+from gold_jax.models.weights import load_model
+
+from . import tiny
+
+# What differs most between families: a window, biases, q/k norms, two ropes, caps and sandwich norms.
+VARIED = ("llama_biases", "mistral_window", "qwen2_layer_types", "qwen3", "gemma2", "gemma3_old")
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+
+    @functools.cache
+    def load(name: str, **options) -> Decoder:
+        return load_model(tiny.write_folder(name, folder / name), **options)
+
+    return load
+
+
+@jax.jit
+def logits_of(model, tokens, mask):
+    return model.logits(model(tokens, mask))
+
+
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_logits_are_those_of_transformers(load, name):
+    tokens, mask = tiny.batch()
+    expected = np.load(tiny.GOLDEN / "logits.npz")[name]
+    np.testing.assert_allclose(logits_of(load(name), tokens, mask)[mask], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.live
+@pytest.mark.slow
+@pytest.mark.parametrize("name", tiny.CASES)
+def test_logits_are_those_of_transformers_here(load, name, tmp_path):
+    pytest.importorskip("torch")
+    make_model_golden = pytest.importorskip("golden.make_model_golden")
+    tokens, mask = tiny.batch()
+    expected = make_model_golden.transformers_logits(tiny.write_folder(name, tmp_path), tokens, mask)[mask]
+    np.testing.assert_allclose(logits_of(load(name), tokens, mask)[mask], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_decoding_token_by_token_gives_what_reading_at_once_gives(load, name):
+    model = load(name)
+    tokens, mask = (array[:2] for array in tiny.batch())  # the full row and the left-padded one
+    expected = logits_of(model, tokens, mask)
+    hidden, cache = nnx.jit(lambda model: model.prefill(tokens[:, :8], mask[:, :8], 20))(model)
+    step = jax.jit(lambda model, token, cache: model.decode_step(token, cache))
+    for index in range(8, 16):
+        np.testing.assert_allclose(model.decode_logits(hidden), expected[:, index - 1], atol=1e-5, rtol=0)
+        hidden, cache = step(model, tokens[:, index], cache)
+    np.testing.assert_allclose(model.decode_logits(hidden), expected[:, 15], atol=1e-5, rtol=0)
+
+
+def test_a_cache_too_short_for_the_prompt_is_refused(load):
+    tokens, mask = tiny.batch()
+    with pytest.raises(ValueError, match="cache_len is 15, less than the 16 tokens"):
+        load("llama").prefill(tokens, mask, 15)
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma3_old"))
+def test_padding_on_either_side_changes_nothing(load, name):
+    model = load(name)
+    tokens = np.random.default_rng(1).integers(0, 40, (1, 9))
+    plain = logits_of(model, tokens, np.ones((1, 9), bool))
+    for left, right in ((7, 0), (0, 7), (3, 4)):
+        width = ((0, 0), (left, right))
+        padded = logits_of(model, np.pad(tokens, width, constant_values=5), np.pad(np.ones((1, 9), bool), width))
+        np.testing.assert_allclose(padded[:, left : left + 9], plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma2"))
+def test_an_empty_row_stays_finite_forward_and_backward(load, name):
+    graphdef, params = nnx.split(load(name))
+    tokens, mask = tiny.batch()
+    mask = mask.copy()
+    mask[1] = False
+
+    def loss(params):
+        return nnx.merge(graphdef, params)(tokens, mask).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value) and all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+
+
+def test_remat_gives_the_same_gradient(load):
+    tokens, mask = tiny.batch()
+
+    def gradient(model):
+        graphdef, params = nnx.split(model)
+        return jax.jit(jax.grad(lambda params: (nnx.merge(graphdef, params)(tokens, mask) ** 2).sum()))(params)
+
+    plain, again = gradient(load("gemma3_old")), gradient(load("gemma3_old", remat=True))
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), plain, again)
+
+
+def test_remat_recomputes_every_layer(load):
+    tokens, mask = tiny.batch()
+    for remat in (False, True):
+        graphdef, params = nnx.split(load("llama", remat=remat))
+        text = str(jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tokens, mask))(params))
+        assert ("checkpoint" in text or "remat" in text) == remat
+
+
+def test_bfloat16_computes_from_float32_masters(load):
+    model = load("qwen3", dtype="bfloat16")
+    tokens, mask = tiny.batch()
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(nnx.state(model)))
+    hidden = model(tokens, mask)
+    assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
+    close = logits_of(load("qwen3"), tokens, mask)[mask]
+    assert 1e-4 < np.abs(np.asarray(model.logits(hidden))[mask] - close).max() < 0.15
+
+
+def test_a_huge_model_can_be_planned_without_memory(load):
+    model = load("llama_tied")
+    config = model.config.__class__(**{**vars(model.config), "width": 65536, "layers": 500, "sliding": (False,) * 500})
+    graphdef, params = nnx.split(Decoder.abstract(config, param_dtype="bfloat16"))
+    batch = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
+    hidden = jax.eval_shape(lambda params, *batch: nnx.merge(graphdef, params)(*batch), params, *batch)
+    assert hidden.shape == (2, 8, 65536)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("name", ("llama", "llama_biases", "qwen3", "gemma2"))
+def test_every_parameter_names_its_axes(load, name):
+    state = nnx.state(load(name))
+    found = {path: variable for path, variable in nnx.to_flat_state(state)}
+    assert found.keys() == parameters(load(name).config).keys()
+    for path, variable in found.items():
+        assert isinstance(variable, nnx.Param) and len(variable.spec) == variable.ndim, path
+    assert found["layers", "query"].spec == ("layers", "embed", "heads")
+
+
+def test_a_tied_head_is_the_embedding_and_learns_with_it(load):
+    graphdef, params = nnx.split(load("llama_tied"))
+    assert "head" not in params
+    hidden = jnp.ones((1, 32))
+    gradient = jax.grad(lambda params: nnx.merge(graphdef, params).logits(hidden).sum())(params)
+    assert np.abs(gradient["embedding"][...]).min() > 0
+
+
+def test_random_models_of_one_seed_are_the_same(load):
+    config = load("gemma2").config
+    one, other, third = (Decoder.from_config(config, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one.layers.query[...], other.layers.query[...])
+    assert not np.array_equal(one.layers.query[...], third.layers.query[...])
+    np.testing.assert_array_equal(one.final_norm[...], 0)  # Gemma's norms multiply by one plus this
+
+
+@pytest.mark.live
+@pytest.mark.assets
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("smollm2-135m-instruct", "smollm2-135m-gpt2tok"))
+def test_a_real_model_gives_the_logits_of_transformers(assets, name):
+    pytest.importorskip("torch")
+    make_model_golden = pytest.importorskip("golden.make_model_golden")
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / name)
+    text = "The museum opens at nine. It has 3 floors, and 1,250 paintings hang on them: «Où est la mer?» "
+    tokens = np.array([tokenizer(text * 4).input_ids], np.int32)
+    mask = np.ones(tokens.shape, bool)
+    expected = make_model_golden.transformers_logits(assets / name, tokens, mask)
+    np.testing.assert_allclose(logits_of(load_model(assets / name), tokens, mask), expected, atol=1e-3, rtol=0)
