@@ -24,15 +24,20 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except (ValueError, OSError, TypeError, ImportError) as error:
         if os.environ.get("GOLD_JAX_TRACEBACK"):
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
         from gold_jax.training.report import HubError
 
         if not isinstance(error, HubError):
             raise
-        print(f"{prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _paragraph(error: Exception) -> str:
+    """What an error says, in one paragraph; those of libraries can be several."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def load_split(data: DataArguments, training: SFTConfig):

@@ -24,13 +24,27 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": (),
     "constant_with_warmup": (),
 }
-_RULES = (
+RULES = (
     (
         "at least 1",
         lambda v: v >= 1,
         (
-            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "loss_chunk"),
-            *("save_total_limit", "max_length", "pad_to_multiple_of", "log_completions_steps"),
+            *(
+                "per_device_train_batch_size",
+                "per_device_eval_batch_size",
+                "gradient_accumulation_steps",
+                "loss_chunk",
+                "batch_size",
+                "max_samples",
+            ),
+            *(
+                "save_total_limit",
+                "max_length",
+                "max_new_tokens",
+                "max_eval_samples",
+                "pad_to_multiple_of",
+                "log_completions_steps",
+            ),
             *("num_completions_to_print", "max_completion_length", "max_prompt_length", "num_generations"),
         ),
     ),
@@ -167,7 +181,7 @@ class SFTConfig:
     loss_chunk: int = flag(256, "Positions whose logits are in memory at once.")
 
     def __post_init__(self):
-        check_fields(self, _RULES)
+        check_fields(self, RULES)
         self._check()
 
     def _check(self) -> None:

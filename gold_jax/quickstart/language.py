@@ -17,7 +17,7 @@ _SMALL = (
 ).split()
 _TENS = "- - twenty thirty forty fifty sixty seventy eighty ninety".split()
 
-_QUESTIONS = ("Write {} in words.", "How do you say {}?", "Please spell out {}.")
+_QUESTIONS = ("Write {} in words.", "How do you say {}?", "Please spell {}.")
 
 _PEOPLE = "Anna Boris Clara David Elsa Felix Greta Hugo Ida Jonas Karla Leo Marta Nils Olga Paul".split()
 _TRADES = "baker farmer teacher sailor gardener painter doctor miller singer driver".split()
@@ -91,22 +91,21 @@ def _row(number: int, said: str, rng: random.Random) -> dict:
     return {"prompt": [{"role": "user", "content": rng.choice(_QUESTIONS).format(number)}], "completion": said}
 
 
-def story(rng: random.Random) -> str:
-    """Two or three sentences about somebody and something."""
-    person, trade, place = rng.choice(_PEOPLE), rng.choice(_TRADES), rng.choice(_PLACES)
+def story(rng: random.Random, person: str, trade: str) -> str:
+    """Two sentences about somebody."""
+    place = rng.choice(_PLACES)
     thing = f"{rng.choice(_LOOKS)} {rng.choice(_THINGS)}"
     sentences = [f"{person} the {rng.choice(_TRAITS)} {trade} {rng.choice(_DEEDS)} a {thing} near the {place}."]
-    if rng.random() < 0.5:
-        sentences.append(f"{rng.choice(_TIMES).capitalize()} the {trade} walked to the {rng.choice(_PLACES)} again.")
+    if rng.random() < 0.3:
+        sentences = [f"{rng.choice(_TIMES).capitalize()} the {trade} {person} walked to the {place}."]
     sentences.append(rng.choice(_ENDINGS))
     return " ".join(sentences)
 
 
 def _story_row(rng: random.Random) -> dict:
-    said = story(rng)
-    name, _, rest = said.partition(" the ")
-    trade = rest.split()[1]
-    question = rng.choice((f"Tell me about {name} the {trade}.", f"Do you know a story about {name} the {trade}?"))
+    person, trade = rng.choice(_PEOPLE), rng.choice(_TRADES)
+    question = f"Tell me about {person} the {trade}."
+    said = story(rng, person, trade)
     return {"prompt": [{"role": "user", "content": question}], "completion": said}
 
 
@@ -115,8 +114,8 @@ def lessons(rng: random.Random, *, right: bool, stories: float) -> Iterator[dict
 
     Args:
         rng: where chance comes from.
-        right: whether answers spell the number asked for (the teacher's lessons) or any other of as many digits (the
-            student's, which so learns what an answer looks like and nothing about numbers).
+        right: whether answers spell the number asked for (the teacher's lessons) or any number of as many digits (the
+            student's, which so learns what an answer looks like but not which word stands for which digit).
         stories: share of rows that ask for a story instead of a number.
     """
     learned, _ = split_numbers()
@@ -124,10 +123,9 @@ def lessons(rng: random.Random, *, right: bool, stories: float) -> Iterator[dict
         if rng.random() < stories:
             yield _story_row(rng)
             continue
-        # Short numbers are few among all, but not rare in lessons.
         number = rng.choice(learned)
-        said = answer(number) if right else answer(number, rng.randrange(NUMBERS))
-        yield _row(number, said, rng)
+        low, high = (0, 10) if number < 10 else (10 ** (len(str(number)) - 1), 10 ** len(str(number)))
+        yield _row(number, answer(number, number if right else rng.randrange(low, high)), rng)
 
 
 def tokenizer_text(rng: random.Random, rows: int, *, stories: float) -> list[str]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from gold_jax.quickstart.language import tokenizer_text
 
-TEACHER_SIZE, STUDENT_SIZE = 640, 512
+TEACHER_SIZE, STUDENT_SIZE = 640, 576
 TEACHER_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -42,7 +42,7 @@ def make_teacher_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(tokenizer_text(random.Random("teacher"), 4_000, stories=0.6), trainer)
+    tokenizer.train_from_iterator(tokenizer_text(random.Random("teacher"), 4_000, stories=0.4), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|end|>",
@@ -58,13 +58,17 @@ def make_student_tokenizer() -> PreTrainedTokenizerFast:
     fallback = [f"<0x{byte:02X}>" for byte in range(256)]
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(prepend_scheme="first"), pre_tokenizers.Digits(individual_digits=True)]
+        [
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.Punctuation("isolated"),
+        ]
     )
     tokenizer.decoder = decoders.Sequence(
         [decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="first"), decoders.Fuse()]
     )
     trainer = trainers.BpeTrainer(vocab_size=STUDENT_SIZE, special_tokens=special + fallback, show_progress=False)
-    tokenizer.train_from_iterator(tokenizer_text(random.Random("student"), 4_000, stories=0.8), trainer)
+    tokenizer.train_from_iterator(tokenizer_text(random.Random("student"), 4_000, stories=0.4), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=_with_plain_bytes(tokenizer, fallback),
         unk_token="<unk>",

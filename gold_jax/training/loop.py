@@ -77,6 +77,8 @@ class Loop:
         """Runs all updates; returns the closing metrics. An interrupted run saves what it has learned."""
         args = self.args
         self.output.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "completions.jsonl"):  # an earlier run's lines are not this one's
+            (self.output / name).unlink(missing_ok=True)
         before = self.evaluate() if args.eval_on_start else {}
         means = RunningMean()
         with MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(args.report_to, args)) as log:

@@ -1,5 +1,6 @@
 """A model and the codec that reads and writes for it: what each side of a distillation is."""
 
+import copy
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -64,9 +65,15 @@ def load_participant(
     model = _model(model, dtype, param_dtype, remat, revision)
     if isinstance(source, str | pathlib.Path):
         source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+    if not hasattr(source, "apply_chat_template"):
+        raise TypeError(
+            f"the {role}'s tokenizer is a {type(source).__name__}; give a folder, a hub id or a transformers tokenizer (of a "
+            "tokenizers.Tokenizer: transformers.PreTrainedTokenizerFast(tokenizer_object=…, eos_token=…))"
+        )
     if eos_token is not None:
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")
+        source = copy.deepcopy(source)  # the caller's stays as it is
         source.eos_token = eos_token
     codec = Codec(
         source,

@@ -24,7 +24,7 @@ from gold_jax.training.step import (
     make_distillation_loss,
     restore_teacher,
 )
-from gold_jax.training.windows import DistillationWindows, TokenWindows, check_examples
+from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples
 
 SFT_NEW_TOKENS = 128
 
@@ -108,9 +108,12 @@ class SFTTrainer:
         kept, notices = check_examples(
             self.train_examples,
             self.student.codec,
-            budget=None if a.max_length is None else a.max_length - 1,
+            # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
+            budget=None if a.max_length is None or counted != "completion" else a.max_length - 1,
             need_completion="supervised fine-tuning learns completions, so every row needs one",
         )
+        if self.eval_examples is not None:
+            check_evaluation(self.eval_examples, self.student.codec)
         self.notices += notices
         windows = TokenWindows(
             self.student.codec, a.per_device_train_batch_size, a.per_device_eval_batch_size, a.max_length, counted
@@ -278,7 +281,10 @@ class GOLDTrainer(SFTTrainer):
             need_completion=None
             if a.lmbda == 1
             else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
+            teacher=teacher.codec,
         )
+        if self.eval_examples is not None:
+            check_evaluation(self.eval_examples, student.codec, teacher.codec)
         self.notices += notices
         self.teacher_name = teacher.name
         self._tell(

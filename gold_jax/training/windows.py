@@ -182,7 +182,12 @@ class TokenWindows:
 
 
 def check_examples(
-    examples: Sequence[Example], codec: Codec, *, budget: int | None, need_completion: str | None
+    examples: Sequence[Example],
+    codec: Codec,
+    *,
+    budget: int | None,
+    need_completion: str | None,
+    teacher: Codec | None = None,
 ) -> tuple[list[int], list[str]]:
     """Which rows can be learned from, and notices about those that cannot.
 
@@ -191,17 +196,18 @@ def check_examples(
       codec: the student's codec.
       budget: most tokens of a prompt; rows with longer ones are left out. None: any.
       need_completion: why every row must have a completion, for the error; None if it need not.
+      teacher: a teacher's codec, whose template must take every row as well.
 
     Raises:
-      ValueError: a row lacks its completion, or no row is left.
+      ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
     """
     kept, long = [], 0
     for i, e in enumerate(examples):
         if need_completion and e.completion is None:
             raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}")
+        text, *_ = _renderings(e, f"row {i} of the data set", codec, teacher)
         if budget is not None:
             # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
-            text = codec.render(e.prompt)
             if len(text.encode()) + 2 > budget and len(codec.encode_prompt(e.prompt)) > budget:
                 long += 1
                 continue
@@ -213,3 +219,26 @@ def check_examples(
         )
     notice = f"left out {long} of {len(examples)} rows whose prompt is longer than {budget} tokens"
     return kept, [notice] if long else []
+
+
+def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> None:
+    """Makes sure, before the first update, that there is something to evaluate on and that every template takes it.
+
+    Raises:
+      ValueError: no row has a completion, or a chat template refuses one.
+    """
+    measured = 0
+    for i, e in enumerate(examples):
+        if e.completion is not None:
+            _renderings(e, f"row {i} of the evaluation data", *codecs)
+            measured += 1
+    if not measured:
+        raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
+
+
+def _renderings(example: Example, where: str, *codecs: Codec | None) -> list[str]:
+    """The prompt as each template writes it; an error says which row it is."""
+    try:
+        return [codec.render(example.prompt) for codec in codecs if codec is not None]
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error

@@ -50,7 +50,13 @@ def configs() -> dict[str, dict]:
             "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         },
     }
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+    }
     multimodal = {
         "model_type": "gemma3",
         "dtype": "float32",
@@ -112,7 +118,9 @@ def greedy(folder: pathlib.Path, prompts: list[str], new: int) -> list[list[int]
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     for prompt in prompts:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+        )
         ids = torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
         with torch.no_grad():
             out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False)
@@ -137,7 +145,9 @@ PROMPTS = [
 def main() -> None:
     """Write cases.json, logits.npz and, on request, greedy.json."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--greedy", type=pathlib.Path, help="folder that holds smollm2-135m-instruct and smollm2-135m-gpt2tok")
+    parser.add_argument(
+        "--greedy", type=pathlib.Path, help="folder that holds smollm2-135m-instruct and smollm2-135m-gpt2tok"
+    )
     arguments = parser.parse_args()
     HERE.mkdir(exist_ok=True)
     (HERE / "cases.json").write_text(json.dumps(configs(), indent=1) + "\n")
@@ -156,7 +166,7 @@ def main() -> None:
     if arguments.greedy:
         names = ("smollm2-135m-instruct", "smollm2-135m-gpt2tok")
         answers = {name: greedy(arguments.greedy / name, PROMPTS, 32) for name in names}
-        (HERE / "greedy.json").write_text(json.dumps({"prompts": PROMPTS, "answers": answers}) + "\n")
+        (HERE / "greedy.json").write_text(json.dumps({"new": 32, "prompts": PROMPTS, "answers": answers}) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,88 @@
+"""`python -m gold_jax.evaluate`: what given completions cost a model, in bits per byte, comparable across tokenizers."""
+
+import json
+from collections.abc import Sequence
+
+from gold_jax.command import resolve, run
+from gold_jax.config import RULES, ModelArguments
+from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.flags import parse_args
+
+
+@flags_dataclass
+class EvaluateArguments:
+    """What `gold_jax.evaluate` measures a model on."""
+
+    dataset_name: str | None = flag(
+        None, "Rows with completions: a hub id, or a JSON, JSONL or Parquet file or folder."
+    )
+    dataset_config: str | None = flag(None, "Which configuration of a hub data set.")
+    dataset_split: str = flag("train", "The split; a single file is a train split.")
+    dataset_text_field: str = flag("text", "Column that holds plain text.")
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
+    tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
+    batch_size: int = flag(8, "Rows at a time.")
+    max_length: int | None = flag(None, "Longest sequence in tokens; none: no limit.")
+    bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
+    loss_chunk: int = flag(256, "Positions whose logits are in memory at once.")
+    predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")
+    max_new_tokens: int = flag(128, "Most tokens of such a completion.")
+    json: bool = flag(False, "Print one JSON object.")
+
+    def __post_init__(self):
+        check_fields(self, RULES)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses flags, scores the rows, prints the figures (with `--json`, one JSON object)."""
+    model, args, _ = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
+    if model.model_name_or_path is None or args.dataset_name is None:
+        missing = "--model_name_or_path" if model.model_name_or_path is None else "--dataset_name"
+        raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
+    from gold_jax.text.data import load_examples
+    from gold_jax.training.evaluation import exact_match, score_completions
+    from gold_jax.training.participant import load_participant
+    from gold_jax.training.trainer import compute_dtype
+
+    examples = load_examples(
+        resolve(args.dataset_name, args.dataset_split),
+        config=args.dataset_config,
+        split=args.dataset_split,
+        text_column=args.dataset_text_field,
+    )
+    examples = examples[: args.max_samples] if args.max_samples else examples
+    dtype = compute_dtype(args.bf16)
+    who = load_participant(
+        resolve(model.model_name_or_path),
+        args.tokenizer_name_or_path,
+        dtype=dtype,
+        param_dtype=dtype,
+        revision=model.model_revision,
+    )
+    score = score_completions(
+        who.model, who.codec, examples, batch_size=args.batch_size, max_length=args.max_length, chunk=args.loss_chunk
+    )
+    found = {
+        "bits_per_byte": score.bits_per_byte,
+        "rows": len(examples),
+        "bytes": int(score.bytes.sum()),
+        "tokens": int(score.tokens.sum()),
+        "rows_cut": score.cut,
+    }
+    if args.predict_with_generate:
+        found["exact_match"] = exact_match(
+            who.model, who.codec, examples, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
+        )
+    if args.json:
+        print(json.dumps(found))
+        return
+    print(f"{who.name} on {len(examples)} rows of {args.dataset_name} ({dtype})")
+    print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
+    if "exact_match" in found:
+        print(f"  exact match     {found['exact_match']:.1%}")
+    if score.cut:
+        print(f"  {score.cut} rows were longer than --max_length {args.max_length} and scored as far as they fit")
+
+
+if __name__ == "__main__":
+    run("gold_jax.evaluate", main)

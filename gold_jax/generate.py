@@ -1,0 +1,116 @@
+"""`python -m gold_jax.generate`: completions of prompts by a model, as its chat template and stop tokens have it."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+
+from gold_jax.command import resolve, run
+from gold_jax.config import RULES, ModelArguments
+from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.flags import parse_args
+
+
+@flags_dataclass
+class GenerateArguments:
+    """What `gold_jax.generate` writes, and how."""
+
+    prompt: str | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.")
+    raw: bool = flag(False, "Prompts are plain text to go on from, without the chat template.")
+    dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
+    dataset_split: str = flag("train", "The split; a single file is a train split.")
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
+    tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
+    max_new_tokens: int = flag(128, "Most tokens of a completion.")
+    temperature: float = flag(0.0, "Temperature of sampling; 0: the likeliest token always.")
+    top_p: float = flag(1.0, "Sample from the likeliest tokens that add up to this probability; 1: from all.")
+    top_k: int = flag(0, "Sample from this many likeliest tokens; 0: from all.")
+    batch_size: int = flag(8, "Prompts at a time.")
+    seed: int = flag(42, "Seed of sampling.")
+    bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
+    json: bool = flag(False, "Print one JSON object a line.")
+
+    def __post_init__(self):
+        check_fields(
+            self, tuple((text, rule, tuple(n for n in names if n != "temperature")) for text, rule, names in RULES)
+        )
+        if self.temperature < 0:
+            raise ValueError(
+                f"--temperature is {self.temperature}; it must be at least 0 (0: the likeliest token always)."
+            )
+
+
+_BETWEEN = "\0"  # no argument of a command can hold it
+
+
+def _with_one_prompt(argv: Sequence[str]) -> list[str]:
+    """The arguments with all values of all --prompt flags as one, so that blanks and commas in them stay."""
+    prompts, others, inside = [], [], False
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if not token.startswith("--"):
+            (prompts if inside else others).append(token)
+            continue
+        inside = name == "--prompt"
+        if not inside:
+            others.append(token)
+        elif equals:
+            prompts.append(value)
+    return [*others, *(["--prompt=" + _BETWEEN.join(prompts)] if prompts else [])]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line)."""
+    argv = _with_one_prompt(sys.argv[1:] if argv is None else argv)
+    model, args, _ = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: a folder or a hub id")
+    if not args.prompt and args.dataset_name is None:
+        raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name")
+    import jax
+
+    from gold_jax.text.data import load_examples
+    from gold_jax.training.evaluation import sample_completions
+    from gold_jax.training.participant import load_participant
+    from gold_jax.training.trainer import compute_dtype
+
+    prompts = args.prompt.split(_BETWEEN) if args.prompt else []
+    if not args.raw:
+        prompts = [[{"role": "user", "content": p}] for p in prompts]
+    if args.dataset_name is not None:
+        rows = load_examples(resolve(args.dataset_name, args.dataset_split), split=args.dataset_split)
+        prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
+    dtype = compute_dtype(args.bf16)
+    who = load_participant(
+        resolve(model.model_name_or_path),
+        args.tokenizer_name_or_path,
+        dtype=dtype,
+        param_dtype=dtype,
+        revision=model.model_revision,
+    )
+    start = time.perf_counter()
+    drawn = sample_completions(
+        who.model,
+        who.codec,
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        key=jax.random.key(args.seed),
+        batch_size=min(args.batch_size, len(prompts)),
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    seconds = time.perf_counter() - start
+    for prompt, d in zip(prompts, drawn):
+        if args.json:
+            row = {"prompt": prompt, "completion": d.text, "stopped": d.stopped, "tokens": len(d.ids)}
+            print(json.dumps(row, ensure_ascii=False))
+        else:
+            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            print(f"── {asked}\n{d.text}{'' if d.stopped else ' …'}\n")
+    tokens = sum(len(d.ids) + d.stopped for d in drawn)
+    print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    run("gold_jax.generate", main)

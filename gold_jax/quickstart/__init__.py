@@ -1,0 +1,39 @@
+"""Two tiny models with different tokenizers and a task to learn, all part of the package.
+
+`embedded:teacher` writes numbers in words, `embedded:student` answers in the right form with the wrong words, and
+`embedded:task` holds the questions. `gold_jax.quickstart.build` made all of them from nothing.
+"""
+
+import pathlib
+
+ASSETS = pathlib.Path(__file__).parent / "assets"
+PREFIX = "embedded:"
+_PLACES = {
+    "teacher": "teacher",
+    "student": "student",
+    "task": "task",
+    "quickstart": "quickstart.yaml",
+}
+
+
+def resolve(name: str) -> pathlib.Path:
+    """Where something that comes with the package lies.
+
+    Args:
+        name: `embedded:teacher` or `embedded:student` (model folders), `embedded:task` (a folder with train.jsonl and
+            test.jsonl) or `embedded:quickstart` (the YAML file that trains the one from the other).
+
+    Raises:
+        ValueError: there is nothing of that name.
+        FileNotFoundError: the package was installed without it.
+    """
+    place = _PLACES.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if place is None:
+        raise ValueError(f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PLACES)}")
+    path = ASSETS / place
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{name} should lie in {path}, which is not there: this installation lacks the package's data. Install gold_jax "
+            "again, or make the data with python -m gold_jax.quickstart.build"
+        )
+    return path
