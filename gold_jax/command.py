@@ -1,7 +1,6 @@
 """What the command-line modules share: one-paragraph errors, and data sets from flags."""
 
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -53,7 +52,7 @@ def load_split(data: DataArguments, training: SFTConfig):
         raise ValueError("--dataset_name is missing: a hub id, or a JSON, JSONL or Parquet file or folder")
     column = training.dataset_text_field
     train = load_examples(
-        resolve(data.dataset_name), config=data.dataset_config, split=data.dataset_train_split, text_column=column
+        data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, text_column=column
     )
     if training.eval_strategy == "no" and not training.eval_on_start and data.eval_dataset_name is None:
         return train, None
@@ -61,14 +60,5 @@ def load_split(data: DataArguments, training: SFTConfig):
     if data.eval_dataset_name is not None:
         name = data.eval_dataset_name
         split = "train" if os.path.isfile(name) else split
-    found = load_examples(resolve(name, split), config=data.dataset_config, split=split, text_column=column)
-    return train, found if data.max_eval_samples is None else found[: data.max_eval_samples]
-
-
-def resolve(name: str, split: str = "train") -> str | pathlib.Path:
-    """A name as it is; of `embedded:…` names the files that come with the package."""
-    if not name.startswith("embedded:"):
-        return name
-    from gold_jax.quickstart import resolve as embedded
-
-    return embedded(name)
+    found = load_examples(name, config=data.dataset_config, split=split, text_column=column)
+    return train, found if data.max_eval_samples is None else found.first(data.max_eval_samples)

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from gold_jax.command import resolve, run
+from gold_jax.command import run
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gold_jax.training.trainer import compute_dtype
 
     examples = load_examples(
-        resolve(args.dataset_name, args.dataset_split),
+        args.dataset_name,
         config=args.dataset_config,
         split=args.dataset_split,
         text_column=args.dataset_text_field,
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples = examples[: args.max_samples] if args.max_samples else examples
     dtype = compute_dtype(args.bf16)
     who = load_participant(
-        resolve(model.model_name_or_path),
+        model.model_name_or_path,
         args.tokenizer_name_or_path,
         dtype=dtype,
         param_dtype=dtype,

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from gold_jax.quickstart import PREFIX, resolve
+
 from .fields import field_names, kinds, nearest, read_value
 from .trl_flags import ANSWERS, answer
 
@@ -138,6 +140,11 @@ def _text(name: str, values: list[str], types: tuple[type, ...]) -> str:
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:
+    if path.startswith(PREFIX):
+        try:
+            path = str(resolve(path))
+        except (ValueError, FileNotFoundError) as error:
+            raise FlagError(f"--config: {error}") from None
     if not os.path.isfile(path):
         raise FlagError(f"--config names {path}, which is not a file.")
     try:

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gold_jax.command import resolve, run
+from gold_jax.command import run
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
@@ -78,11 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.raw:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
     if args.dataset_name is not None:
-        rows = load_examples(resolve(args.dataset_name, args.dataset_split), split=args.dataset_split)
+        rows = load_examples(args.dataset_name, split=args.dataset_split)
         prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
     dtype = compute_dtype(args.bf16)
     who = load_participant(
-        resolve(model.model_name_or_path),
+        model.model_name_or_path,
         args.tokenizer_name_or_path,
         dtype=dtype,
         param_dtype=dtype,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gold_jax.command import load_split, resolve, run
+from gold_jax.command import load_split, run
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments
 from gold_jax.flags import parse_args
 
@@ -22,8 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision} | training.model_init_kwargs
     training.notices = notices
     GOLDTrainer(
-        resolve(model.model_name_or_path),
-        resolve(training.teacher_model_name_or_path),
+        model.model_name_or_path,
+        training.teacher_model_name_or_path,
         training,
         train,
         evaluation,

@@ -4,6 +4,8 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
+from gold_jax.quickstart import PREFIX, resolve
+
 ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
     "or `text`"
@@ -52,6 +54,12 @@ class Examples(Sequence):
         index = int(index) % len(self)
         return to_example(self.rows[index], index, self.source, text_column=self.text_column)
 
+    def first(self, count: int) -> "Examples":
+        """The first `count` rows, or all where there are fewer."""
+        count = min(count, len(self))
+        rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
+        return Examples(rows, self.source, self.text_column)
+
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
@@ -67,7 +75,7 @@ def load_examples(
     """Open a data set.
 
     Args:
-        source: a hub id; the path of a .json, .jsonl or .parquet file or of a folder of them; a `datasets.Dataset`, a
+        source: a hub id; `embedded:task`; the path of a .json, .jsonl or .parquet file or of a folder of them; a `datasets.Dataset`, a
             `datasets.DatasetDict` (its `split` is taken), or a list of dicts.
         config: the configuration of a hub data set.
         split: which split, such as "train" or "train[:100]". A single file is a "train" split. Files in a folder whose
@@ -100,7 +108,7 @@ def load_examples(
 def _load(name: str, config: str | None, split: str):
     import datasets
 
-    path = pathlib.Path(name).expanduser()
+    path = resolve(name) if name.startswith(PREFIX) else pathlib.Path(name).expanduser()
     kind = _FORMATS.get(path.suffix)
     base = split.split("[")[0]
     if path.is_dir():

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.weights import load_model
+from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.chat import Codec
 
 
@@ -41,7 +42,7 @@ def load_participant(
     """Brings a model and its tokenizer together, from disk, the hub or memory.
 
     Args:
-      model: a folder, a hub id, a `Decoder`, or what `nnx.split` gives for one: `(graphdef, state)`.
+      model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, or what `nnx.split` gives for one: `(graphdef, state)`.
       tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
       dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
       param_dtype: dtype of the parameters in memory, for a model that is loaded.
@@ -61,6 +62,7 @@ def load_participant(
     name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
     if tokenizer is None and not isinstance(model, str | pathlib.Path):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
+    model, tokenizer = (_found(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
     model = _model(model, dtype, param_dtype, remat, revision)
     if isinstance(source, str | pathlib.Path):
@@ -92,6 +94,11 @@ def load_participant(
                 "A model may have more rows than its tokenizer has ids, never fewer."
             )
     return Participant(model, codec, name)
+
+
+def _found(source: Any) -> Any:
+    """What comes with the package, by its `embedded:…` name; everything else as it is."""
+    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
 def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | None) -> Decoder:
