@@ -269,7 +269,11 @@ def test_every_form_of_data_trains(form, world, tmp_path):
     distil(world, tmp_path / "out", dataset_name=data, lmbda=int(alone))
     assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
     if not alone:
-        call("sft", f"--model_name_or_path {world}/student --dataset_name {data} --output_dir {tmp_path}/sft", max_steps=1)
+        call(
+            "sft",
+            f"--model_name_or_path {world}/student --dataset_name {data} --output_dir {tmp_path}/sft",
+            max_steps=1,
+        )
         assert lines(tmp_path / "sft" / "metrics.jsonl")[0]["loss"] > 0
 
 

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
-
 from text.toy_tokenizers import CHATML, LLAMA2, byte_level, sentencepiece
 
 _SHAPE = {

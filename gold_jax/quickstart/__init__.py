@@ -29,7 +29,9 @@ def resolve(name: str) -> pathlib.Path:
     """
     place = _PLACES.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if place is None:
-        raise ValueError(f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PLACES)}")
+        raise ValueError(
+            f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PLACES)}"
+        )
     path = ASSETS / place
     if not path.exists():
         raise FileNotFoundError(

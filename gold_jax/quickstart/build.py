@@ -137,7 +137,9 @@ def build_model(role: str, tokenizer: PreTrainedTokenizerFast, folder: pathlib.P
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds everything into the package, or into another folder."""
     parser = argparse.ArgumentParser(prog="python -m gold_jax.quickstart.build", description=__doc__)
-    parser.add_argument("--output", type=pathlib.Path, default=ASSETS, help="where to write; the package itself if not given")
+    parser.add_argument(
+        "--output", type=pathlib.Path, default=ASSETS, help="where to write; the package itself if not given"
+    )
     parser.add_argument("--only", choices=("task", "teacher", "student"), help="make this alone")
     args = parser.parse_args(argv)
     if args.only in (None, "task"):
