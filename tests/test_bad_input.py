@@ -15,8 +15,8 @@ from gold_jax import GOLDTrainer, SFTTrainer
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with tiny.quick_compiles(tmp_path_factory.getbasetemp() / "xla"):
+def quick(request):
+    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
         yield
 
 

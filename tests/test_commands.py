@@ -26,8 +26,8 @@ SMALL = {"max_steps": 1, "max_completion_length": 8, "per_device_train_batch_siz
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory):
-    with tiny.quick_compiles(tmp_path_factory.getbasetemp() / "xla"):
+def quick(request):
+    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
         yield
 
 
@@ -145,7 +145,7 @@ def test_the_long_train_command(world, tmp_path, hub, trackio, capsys):
     assert {name: trackio.options["config"][name] for name in wanted} == wanted
     shown = capsys.readouterr().out
     assert "note: --attn_implementation" in shown and "bfloat16 compute" in shown and "https://hub/U/M" in shown
-    assert "weights 1.0 / 1.0" in shown or "chain/all/hybrid" in shown
+    assert "gold: chain/all/hybrid, beta 0, weights 1 matched, 1 unmatched" in shown
 
 
 def test_the_long_sft_command(world, tmp_path, hub, trackio, capsys):
@@ -391,6 +391,24 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
     saved = load_model(tmp_path / "out" / "checkpoint-1")
     assert not same(nnx.state(saved), nnx.state(load_model(world / "student")))
     assert [row["step"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+
+
+def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, monkeypatch, capsys):
+    train_step = Step.train
+
+    def interrupted(self, state, *arguments):
+        old = state.params
+        metrics = train_step(self, state, *arguments)
+        new, state.params = state.params, old  # as if the new parameters had not been assigned yet
+        os.kill(os.getpid(), signal.SIGINT)
+        state.params = new
+        return metrics
+
+    monkeypatch.setattr(Step, "train", interrupted)
+    with pytest.raises(SystemExit) as end:
+        distil(world, tmp_path / "out", lmbda=0, max_steps=3)
+    assert end.value.code == 130 and "Interrupted after 1 updates" in capsys.readouterr().out
+    assert load_model(tmp_path / "out" / "checkpoint-1").config.layers == 2
 
 
 def test_a_push_that_fails_is_told_with_another_exit_code(world, tmp_path, monkeypatch, capsys):

@@ -1,10 +1,13 @@
 """The training loop, from top to bottom: what happens in a run, whatever is learned."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,8 +109,9 @@ class Loop:
         window = self._window(0)
         since, tokens = time.perf_counter(), 0
         for step in range(total):
-            metrics = self.step.train(self.state, self.task.constants, window.batches)
-            current, self.done = window, step + 1
+            with uninterrupted():
+                metrics = self.step.train(self.state, self.task.constants, window.batches)
+                current, self.done = window, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
             window = self._window(step + 1) if step + 1 < total else None
             jax.block_until_ready(metrics["loss"])
@@ -187,6 +191,26 @@ class Loop:
             self.console,
             [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
         )
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done.
+
+    An update consumes the parameters and gives new ones; an interrupt between the two would leave nothing to save.
+    """
+    own = threading.current_thread() is threading.main_thread()
+    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    held = []
+    signal.signal(signal.SIGINT, lambda *_: held.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if held:
+        raise KeyboardInterrupt
 
 
 def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:

@@ -156,3 +156,14 @@ def test_loss_and_gradients_equal_trl_on_real_tokenizers(assets, pair):
     for case in NUMBERS["real"]:
         if tuple(case["pair"]) == pair:
             check(case, rows, sizes, vocabulary)
+
+
+@pytest.mark.live
+def test_the_committed_numbers_are_those_that_trl_gives_today():
+    pytest.importorskip("torch")
+    pytest.importorskip("trl")
+    student, teacher, rows = recipe.synthetic()
+    for case, committed in zip(recipe.cases(), NUMBERS["synthetic"], strict=True):
+        found = recipe._trl(case, student, teacher, rows, (40, 50))
+        np.testing.assert_allclose(found["loss"], committed["loss"], rtol=1e-9)
+        np.testing.assert_allclose(found["d_hidden"], committed["d_hidden"], rtol=1e-6, atol=1e-10)

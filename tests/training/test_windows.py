@@ -1,0 +1,77 @@
+import numpy as np
+import pytest
+
+from gold_jax.text.chat import Codec
+from gold_jax.text.data import Example, load_examples
+from gold_jax.training.windows import Order, TokenWindows, check_examples
+from tests.text.toy_tokenizers import byte_level
+
+
+def codec():
+    return Codec(byte_level())
+
+
+@pytest.mark.parametrize("rows, per_step", [(10, 3), (12, 4), (1, 8)])
+def test_every_epoch_goes_through_every_row_once_in_an_order_of_its_own(rows, per_step):
+    order = Order(rows, per_step, seed=0)
+    per_epoch = order.steps_per_epoch
+    epochs = [[i for k in range(per_epoch) for i in order(e * per_epoch + k)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
+    assert rows == 1 or epochs[0] != epochs[1]
+
+
+def test_the_order_depends_on_the_seed_and_the_step_alone():
+    assert Order(100, 7, seed=1)(25) == Order(100, 7, seed=1)(25)
+    assert Order(100, 7, seed=1)(25) != Order(100, 7, seed=2)(25)
+
+
+def examples(*rows):
+    return load_examples(list(rows))
+
+
+def test_rows_with_too_long_prompts_are_left_out_and_counted():
+    data = examples({"prompt": "short", "completion": "a"}, {"prompt": "long " * 50, "completion": "b"})
+    kept, notices = check_examples(data, codec(), budget=20, need_completion=None)
+    assert kept == [0] and "left out 1 of 2 rows" in notices[0]
+
+
+def test_prompts_that_are_all_too_long_are_an_error_that_says_what_to_raise():
+    with pytest.raises(ValueError, match="--max_prompt_length"):
+        check_examples(examples({"prompt": "long " * 50}), codec(), budget=20, need_completion=None)
+
+
+def test_a_row_without_the_completion_that_it_needs_is_named():
+    data = examples({"prompt": "x", "completion": "y"}, {"prompt": "x"})
+    with pytest.raises(ValueError, match="row 1 .* because"):
+        check_examples(data, codec(), budget=None, need_completion="because")
+
+
+def counted_text(windows, example):
+    ids, counted = windows._row(example)
+    return windows.codec.tokenizer.decode(ids[counted])
+
+
+def test_fine_tuning_counts_the_completion_the_turns_or_everything():
+    chat = [
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "first"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "second"},
+    ]
+    example = Example(chat[:-1], "second", chat)
+    texts = {c: counted_text(TokenWindows(codec(), 1, 1, None, c), example) for c in ("completion", "assistant", "all")}
+    assert "second" in texts["completion"] and "first" not in texts["completion"]
+    assert "second" in texts["assistant"] and "first" in texts["assistant"] and "two" not in texts["assistant"]
+    assert all(word in texts["all"] for word in ("one", "first", "two", "second"))
+
+
+def test_fine_tuning_learns_to_stop():
+    windows = TokenWindows(codec(), 1, 1, None, "completion")
+    ids, counted = windows._row(Example("x", "y"))
+    assert ids[-1] == windows.codec.stop_id and counted[-1]
+
+
+def test_sequences_keep_their_start_where_they_are_longer_than_the_window():
+    window = TokenWindows(codec(), 1, 1, 5, "completion").train(0, [Example("x", "a long answer, and longer")], None)
+    (batch,) = window.batches
+    assert batch.mask.sum() == 5 and np.count_nonzero(batch.label_weight) == window.stats["targets"]
