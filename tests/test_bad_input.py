@@ -50,9 +50,10 @@ def refused(world, tmp_path, capsys):
 def told(code: int, err: str) -> str:
     """The paragraph of an error, checked for its form."""
     assert code == 2 and "Traceback" not in err
-    before, name, said = err.rpartition("gold_jax.")
-    assert name and said.count("\n") == 1 and said.endswith("\n"), err
-    return said.strip()
+    # Lines before it are progress bars of libraries.
+    (said,) = (line for line in err.splitlines() if line.startswith("gold_jax."))
+    assert err.endswith(f"{said}\n")
+    return said
 
 
 @pytest.fixture
@@ -199,7 +200,7 @@ def test_completions_of_no_token_teach_stopping_alone(world, tmp_path):
         distil(world, tmp_path / name, dataset_name=data, lmbda=0, eval_dataset_name=data)
         row, measured = lines(tmp_path / name / "metrics.jsonl")
         assert row["loss"] > 0 and np.isfinite(row["grad_norm"])
-        assert row["groups"] == 1 if name == "empty" else row["groups"] > 1
+        assert row["groups"] == 2 if name == "empty" else row["groups"] > 2
         # Nothing was said, so that there are no bits per byte.
         assert (measured["eval_bits_per_byte"] is None) == (name == "empty")
 

@@ -1,5 +1,6 @@
 """The embedded models and task are what they claim to be, and can be made again."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -8,7 +9,7 @@ import pytest
 
 from gold_jax.models.weights import load_model
 from gold_jax.quickstart import ASSETS, resolve
-from gold_jax.quickstart.build import RECIPES, build_task, build_tokenizer
+from gold_jax.quickstart.build import RECIPES, build_task, build_tokenizer, main
 from gold_jax.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 from gold_jax.text.align import align
 from gold_jax.text.chat import completion_from_ids
@@ -147,6 +148,18 @@ def test_the_student_answers_in_the_right_form(both, held_out):
     )
     assert sum(d.stopped for d in drawn) >= 45
     assert sum(bool(re.fullmatch(r"\d+ is [a-z -]+\.", d.text)) for d in drawn) >= 40
+
+
+@pytest.mark.slow
+def test_a_model_is_built_as_a_folder_that_can_be_loaded(monkeypatch, tmp_path):
+    recipe = dataclasses.replace(RECIPES["student"], steps=2)
+    monkeypatch.setitem(RECIPES, "student", recipe)
+    main(["--only", "student", "--output", str(tmp_path)])
+    built = load_participant(tmp_path / "student", dtype="float32")
+    assert built.model.config == load_model(resolve("embedded:student")).config
+    assert sorted(p.name for p in (tmp_path / "student").iterdir()) == sorted(
+        p.name for p in resolve("embedded:student").iterdir()
+    )
 
 
 def test_the_models_are_small():

@@ -92,7 +92,8 @@ class Loop:
             except KeyboardInterrupt:
                 log.flush()
                 folder = self.save(checkpoint_folder(self.output, self.done))
-                self.console.print(f"Interrupted after {self.done} updates; the student is saved in {folder}.")
+                said = f"Interrupted after {self.done} updates; the student is saved in {folder}."
+                self.console.print(said, markup=False, soft_wrap=True)
                 raise
             after = self.evaluate() if self.task.eval is not None else {}
             if after:

@@ -179,7 +179,7 @@ class SFTTrainer:
             results={k: f"{v:.4f}" for k, v in results.items()},
             **self._card(),
         )
-        self.console.print(f"The student is saved in {a.output_dir}")
+        self.console.print(f"The student is saved in {a.output_dir}", markup=False, soft_wrap=True)
         if a.push_to_hub:
             self.push_to_hub()
         return results
@@ -199,7 +199,7 @@ class SFTTrainer:
         """Uploads `output_dir`; returns the address of the commit."""
         a = self.args
         url = push_to_hub(a.output_dir, a.hub_model_id, a.hub_private_repo, a.hub_token)
-        self.console.print(f"Pushed to {url}")
+        self.console.print(f"Pushed to {url}", markup=False, soft_wrap=True)
         return url
 
 

@@ -105,8 +105,7 @@ class DistillationWindows:
         if drawn:
             stats["completion_tokens"] = float(np.mean([len(d.ids) + d.stopped for d in drawn]))
             stats["stopped"] = float(np.mean([d.stopped for d in drawn]))
-            if damaged := np.mean([d.damaged for d in drawn]):
-                stats["damaged"] = float(damaged)
+            stats["damaged"] = float(np.mean([d.damaged for d in drawn]))
         stats["on_policy"] = float(on_policy.mean())
         samples = [(self.student.render(e.prompt), d.text) for e, d in zip(written, drawn)]
         return Window(self._batches(rows, self.batch_size), stats, samples)
