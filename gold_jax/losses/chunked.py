@@ -14,8 +14,14 @@ import jax.numpy as jnp
 
 def head_logits(hidden: jax.Array, head: jax.Array, softcap: float | None = None) -> jax.Array:
     """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32, with the optional soft cap: float32 `[..., V]`."""
-    logits = jnp.einsum("...d,vd->...v", hidden, head.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    logits = _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum accumulated in float32. Float32 factors are multiplied as such: GPUs and TPUs would round them first."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
 def chunk_positions(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
@@ -82,8 +88,8 @@ def _sum_forward(fn, chunk, hidden, head, scale, shared, positions, live):
         value, pullback, parts = jax.vjp(lambda logits, x: fn(logits, x, shared, p), logits, x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
         d_logits = d_logits.astype(hidden.dtype)
-        d_head = d_head + jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("cv,vd->cd", d_logits, weight, preferred_element_type=jnp.float32)
+        d_head = d_head + _multiply("cv,cd->vd", d_logits, h)
+        d_h = _multiply("cv,vd->cd", d_logits, weight)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
         total = jax.tree.map(jnp.add, total, (value, parts))
         return total, put(d_hidden, d_h.astype(d_hidden.dtype)), d_head, put(d_scale, d_x)
@@ -148,8 +154,8 @@ def _map_backward(fn, chunk, residuals, cotangent):
         h, p, c = _slice((hidden, positions, cotangent), i * chunk, chunk)
         _, pullback = jax.vjp(lambda logits: fn(logits, p), head_logits(h, weight))
         d_logits = pullback(c)[0].astype(hidden.dtype)
-        d_head = d_head + jnp.einsum("cv,cd->vd", d_logits, h, preferred_element_type=jnp.float32)
-        d_h = jnp.einsum("cv,vd->cd", d_logits, weight, preferred_element_type=jnp.float32)
+        d_head = d_head + _multiply("cv,cd->vd", d_logits, h)
+        d_h = _multiply("cv,vd->cd", d_logits, weight)
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h.astype(d_hidden.dtype), i * chunk, 0), d_head
 
     start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))

@@ -5,6 +5,7 @@ in `param_dtype` (float32 masters for training) and cast to the compute `dtype` 
 alive at a time. Norms, rotations, softmax and logits are float32 whatever `dtype` is.
 """
 
+import contextlib
 import functools
 from typing import NamedTuple
 
@@ -67,6 +68,20 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], ParamInfo]:
     if not config.tied:
         table["head",] = ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")
     return table
+
+
+def true_float32(method):
+    """A method whose products multiply float32 as float32 where that is the compute dtype.
+
+    GPUs and TPUs by default round the factors to fewer bits, which moves logits by far more than this decoder's tolerance.
+    """
+
+    @functools.wraps(method)
+    def precise(self, *args, **kwargs):
+        with jax.default_matmul_precision("highest") if self.dtype == jnp.float32 else contextlib.nullcontext():
+            return method(self, *args, **kwargs)
+
+    return precise
 
 
 class Layers(nnx.Module):
@@ -134,6 +149,7 @@ class Decoder(nnx.Module):
         """A model whose parameters are `jax.ShapeDtypeStruct`s: to plan with, or to fill."""
         return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat))
 
+    @true_float32
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -150,18 +166,21 @@ class Decoder(nnx.Module):
         """The output projection [V, D], in `param_dtype`: the embedding where the two are tied."""
         return self.embedding[...] if self.config.tied else self.head[...]
 
+    @true_float32
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
         weight = self.head_weight().astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), weight, preferred_element_type=jnp.float32)
         return layer.softcap(logits, self.config.final_softcap)
 
+    @true_float32
     def decode_logits(self, hidden: jax.Array) -> jax.Array:
         """`logits` of a few hidden states [B, D], computed as `decode_step` computes: faster on CPUs."""
         weight = self.head_weight().astype(self.dtype)
         logits = jnp.matmul(weight, layer.columns(hidden.astype(self.dtype)), preferred_element_type=jnp.float32)
         return layer.softcap(layer.columns(logits), self.config.final_softcap)
 
+    @true_float32
     def prefill(self, tokens: jax.Array, mask: jax.Array, cache_len: int) -> tuple[jax.Array, Cache]:
         """Read left-padded prompts.
 
@@ -202,6 +221,7 @@ class Decoder(nnx.Module):
         stacked = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self.layers)).items()}
         return layer.decoding_weights(self.config, stacked, self.dtype)
 
+    @true_float32
     def decode_step(
         self, tokens: jax.Array, cache: Cache, weights: layer.DecodingWeights | None = None
     ) -> tuple[jax.Array, Cache]:
