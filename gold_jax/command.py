@@ -14,6 +14,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     try:
         main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:

@@ -405,8 +405,12 @@ def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, mon
         return metrics
 
     monkeypatch.setattr(Step, "train", interrupted)
-    with pytest.raises(SystemExit) as end:
-        distil(world, tmp_path / "out", lmbda=0, max_steps=3)
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(SystemExit) as end:
+            distil(world, tmp_path / "out", lmbda=0, max_steps=3)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert end.value.code == 130 and "Interrupted after 1 updates" in capsys.readouterr().out
     assert load_model(tmp_path / "out" / "checkpoint-1").config.layers == 2
 
@@ -446,6 +450,8 @@ def shell(*argv, **options) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        # A shell's background jobs, such as this may be one of, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 
@@ -455,11 +461,14 @@ def test_ctrl_c_ends_a_process_with_130_and_a_checkpoint(world, tmp_path):
         "gold_jax.sft", "--model_name_or_path", world / "student", "--dataset_name", world / "data", "--output_dir",
         tmp_path / "out", "--max_steps", "100000", "--logging_steps", "1", "--learning_rate", "1e-3",
     )  # fmt: skip
-    for line in process.stdout:
-        if line.startswith("step 3 "):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=120)
+    try:
+        for line in process.stdout:
+            if line.startswith("step 3 "):
+                process.send_signal(signal.SIGINT)
+                break
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130, err
     assert "Interrupted after" in out and "Traceback" not in err
     (saved,) = (tmp_path / "out").glob("checkpoint-*")

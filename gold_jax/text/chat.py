@@ -158,6 +158,8 @@ class Codec:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
         """
         text, answers = self.template.answers(messages)
+        if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
+            answers = [(begin - text[:begin].endswith(" "), end) for begin, end in answers]
         if backend_of(self.tokenizer) is None:
             return self._by_pieces(text, answers)
         encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

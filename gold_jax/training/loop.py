@@ -108,7 +108,7 @@ class Loop:
         )
         per_epoch = self.order.steps_per_epoch
         window = self._window(0)
-        since, tokens = time.perf_counter(), 0
+        since, tokens, table_due = time.perf_counter(), 0, 0
         for step in range(total):
             with uninterrupted():
                 metrics = self.step.train(self.state, self.task.constants, window.batches)
@@ -127,7 +127,8 @@ class Loop:
                 since, tokens = now, 0
             if current.samples and args.log_completions:
                 self._keep(current.samples)
-                if step % args.log_completions_steps == 0:
+                if step >= table_due:
+                    table_due = step - step % args.log_completions_steps + args.log_completions_steps
                     log.flush()
                     completions_table(self.console, current.samples, args.num_completions_to_print, step=self.done)
             ends = self.done % per_epoch == 0

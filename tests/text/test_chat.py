@@ -335,3 +335,12 @@ def test_real_codecs(assets, folder, stop, begin):
         assert codec.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
         assert counted_text(codec, ids, counted).count(stop) == len(messages) // 2
     assert completion_from_ids(codec, [*encoded.ids, codec.stop_id]).text == answer
+
+
+def test_the_blank_that_a_template_writes_before_an_answer_counts_as_part_of_it(llama2):
+    codec = llama2
+    ids, counted = codec.encode_turns([{"role": "user", "content": "one"}, {"role": "assistant", "content": "24 dogs"}])
+    answer = [*ids_of(codec, "24 dogs"), codec.stop_id]
+    said = ids[counted].tolist()
+    assert codec.decode(said).startswith(b" 24 dogs")
+    assert said[-1] == codec.stop_id and codec.decode(said).strip() == codec.decode(answer).strip()
