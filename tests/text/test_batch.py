@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from toy_tokenizers import byte_level, sentencepiece
 
 from gold_jax.text.batch import (
     IGNORE,
@@ -15,7 +16,6 @@ from gold_jax.text.batch import (
     pad_left,
 )
 from gold_jax.text.chat import Codec, completion_from_ids
-from toy_tokenizers import byte_level, sentencepiece
 
 
 def half(prompt, completion, group):

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
+from toy_tokenizers import byte_level
 
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example, load_examples
 from gold_jax.training.windows import Order, TokenWindows, check_examples
-from tests.text.toy_tokenizers import byte_level
 
 
 def codec():
