@@ -441,19 +441,20 @@ def test_trainers_measure_and_save_when_asked(world, tmp_path):
     assert (trainer.save_model(tmp_path / "elsewhere") / "model.safetensors").is_file()
 
 
-def shell(*argv, **options) -> subprocess.Popen:
+def shell(*argv) -> subprocess.Popen:
     root = pathlib.Path(__file__).parents[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        [sys.executable, "-m", *map(str, argv)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        # A shell's background jobs, such as this may be one of, ignore Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **options,
-    )
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", *map(str, argv)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def test_ctrl_c_ends_a_process_with_130_and_a_checkpoint(world, tmp_path):
