@@ -22,7 +22,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     except BrokenPipeError:
         raise SystemExit(141) from None
     except (ValueError, OSError, TypeError, ImportError) as error:
-        if os.environ.get("GOLD_JAX_TRACEBACK"):
+        if os.environ.get("GOLD_JAX_TRACEBACK") or not _about_input(error):
             raise
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -33,6 +33,16 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
             raise
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _about_input(error: Exception) -> bool:
+    """Whether an error speaks of what the user gave: this package raised it, or the system did. Others are bugs."""
+    if isinstance(error, OSError | ImportError):
+        return True
+    trace = error.__traceback__
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace.tb_frame.f_globals.get("__name__", "").partition(".")[0] in ("gold_jax", "__main__")
 
 
 def _paragraph(error: Exception) -> str:

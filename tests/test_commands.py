@@ -109,6 +109,7 @@ def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
+@pytest.mark.slow
 def test_the_long_train_command(world, tmp_path, hub, trackio, capsys):
     out = tmp_path / "out"
     call(
@@ -148,6 +149,7 @@ def test_the_long_train_command(world, tmp_path, hub, trackio, capsys):
     assert "gold: chain/all/hybrid, beta 0, weights 1 matched, 1 unmatched" in shown
 
 
+@pytest.mark.slow
 def test_the_long_sft_command(world, tmp_path, hub, trackio, capsys):
     out = tmp_path / "out"
     call(
@@ -302,6 +304,7 @@ def test_the_seed_decides_every_batch(world, tmp_path):
     assert [w.samples for w in first] != [w.samples for w in other]
 
 
+@pytest.mark.slow
 def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
     out = tmp_path / "out"
     flags = {

@@ -61,14 +61,17 @@ def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> pathlib.Path:
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[pathlib.Path]:
-    """Remove the oldest `checkpoint-STEP` folders until `limit` are left (None: all stay); returns what was removed."""
+    """Remove the oldest `checkpoint-STEP` folders until `limit` are left (None: all stay); returns what was removed.
+
+    The oldest are those written first: an earlier run's folder with a higher step must not push out this run's.
+    """
     if limit is None:
         return []
     found = []
     for path in pathlib.Path(output_dir).glob("checkpoint-*"):
         if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name)):
-            found.append((int(match.group(1)), path))
-    removed = [path for _, path in sorted(found)[: max(0, len(found) - limit)]]
+            found.append((path.stat().st_mtime_ns, int(match.group(1)), path))
+    removed = [path for _, _, path in sorted(found)[: max(0, len(found) - limit)]]
     for path in removed:
         shutil.rmtree(path)
     return removed

@@ -163,7 +163,7 @@ class Step:
         self._fused = jax.jit(fused, donate_argnums=(0, 1))
         self._first = jax.jit(first)
         self._add = jax.jit(add, donate_argnums=(1, 2))
-        self._update = jax.jit(update, donate_argnums=(0, 1, 2))
+        self._update = jax.jit(update, donate_argnums=(0, 1))
         self._evaluate = jax.jit(loss)
 
     @property

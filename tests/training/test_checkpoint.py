@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from gold_jax.training import checkpoint
@@ -55,10 +57,21 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(saved, tmp_path):
     assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-def test_the_oldest_saves_are_removed_by_their_step_and_nothing_else(tmp_path):
-    for step in (2, 10, 100):
-        checkpoint_folder(tmp_path, step).mkdir()
+def saved(tmp_path, *steps):
+    for age, step in enumerate(reversed(steps)):
+        folder = checkpoint_folder(tmp_path, step)
+        folder.mkdir()
+        os.utime(folder, (1e9 - age, 1e9 - age))
+
+
+def test_the_oldest_saves_are_removed_and_nothing_else(tmp_path):
+    saved(tmp_path, 2, 10, 100)
     (tmp_path / "checkpoint-best").mkdir()
     assert prune_checkpoints(tmp_path, None) == []
     assert prune_checkpoints(tmp_path, 2) == [tmp_path / "checkpoint-2"]
     assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-best"]
+
+
+def test_an_earlier_runs_save_with_a_higher_step_does_not_push_out_this_runs(tmp_path):
+    saved(tmp_path, 500, 100)
+    assert prune_checkpoints(tmp_path, 1) == [tmp_path / "checkpoint-500"]
