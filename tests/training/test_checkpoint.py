@@ -57,7 +57,7 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(saved, tmp_path):
     assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
 
 
-def saved(tmp_path, *steps):
+def saved_in_turn(tmp_path, *steps):
     for age, step in enumerate(reversed(steps)):
         folder = checkpoint_folder(tmp_path, step)
         folder.mkdir()
@@ -65,7 +65,7 @@ def saved(tmp_path, *steps):
 
 
 def test_the_oldest_saves_are_removed_and_nothing_else(tmp_path):
-    saved(tmp_path, 2, 10, 100)
+    saved_in_turn(tmp_path, 2, 10, 100)
     (tmp_path / "checkpoint-best").mkdir()
     assert prune_checkpoints(tmp_path, None) == []
     assert prune_checkpoints(tmp_path, 2) == [tmp_path / "checkpoint-2"]
@@ -73,5 +73,5 @@ def test_the_oldest_saves_are_removed_and_nothing_else(tmp_path):
 
 
 def test_an_earlier_runs_save_with_a_higher_step_does_not_push_out_this_runs(tmp_path):
-    saved(tmp_path, 500, 100)
+    saved_in_turn(tmp_path, 500, 100)
     assert prune_checkpoints(tmp_path, 1) == [tmp_path / "checkpoint-500"]
