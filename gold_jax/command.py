@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from gold_jax.config import DataArguments, SFTConfig
+from gold_jax.config import DataArguments, ModelArguments, SFTConfig
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -48,6 +48,21 @@ def _about_input(error: Exception) -> bool:
 def _paragraph(error: Exception) -> str:
     """What an error says, in one paragraph; those of libraries can be several."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None):
+    """The model of a command that does not train, its parameters kept in the compute dtype: a `Participant`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_participant`.
+    """
+    from gold_jax.training.participant import load_participant
+    from gold_jax.training.trainer import compute_dtype
+
+    dtype = compute_dtype(bf16)
+    return load_participant(
+        model.model_name_or_path, tokenizer, dtype=dtype, param_dtype=dtype, revision=model.model_revision
+    )
 
 
 def load_split(data: DataArguments, training: SFTConfig):

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from gold_jax.command import run
+from gold_jax.command import load_reader, run
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
@@ -41,8 +41,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import exact_match, score_completions
-    from gold_jax.training.participant import load_participant
-    from gold_jax.training.trainer import compute_dtype
 
     examples = load_examples(
         args.dataset_name,
@@ -51,14 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_column=args.dataset_text_field,
     )
     examples = examples[: args.max_samples] if args.max_samples else examples
-    dtype = compute_dtype(args.bf16)
-    who = load_participant(
-        model.model_name_or_path,
-        args.tokenizer_name_or_path,
-        dtype=dtype,
-        param_dtype=dtype,
-        revision=model.model_revision,
-    )
+    who = load_reader(model, args.tokenizer_name_or_path, args.bf16)
     score = score_completions(
         who.model, who.codec, examples, batch_size=args.batch_size, max_length=args.max_length, chunk=args.loss_chunk
     )
@@ -76,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{who.name} on {len(examples)} rows of {args.dataset_name} ({dtype})")
+    print(f"{who.name} on {len(examples)} rows of {args.dataset_name} ({who.model.dtype})")
     print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")

@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gold_jax.command import run
+from gold_jax.command import load_reader, run
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
@@ -71,8 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import sample_completions
-    from gold_jax.training.participant import load_participant
-    from gold_jax.training.trainer import compute_dtype
 
     prompts = args.prompt.split(_BETWEEN) if args.prompt else []
     if not args.raw:
@@ -80,14 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dataset_name is not None:
         rows = load_examples(args.dataset_name, split=args.dataset_split)
         prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
-    dtype = compute_dtype(args.bf16)
-    who = load_participant(
-        model.model_name_or_path,
-        args.tokenizer_name_or_path,
-        dtype=dtype,
-        param_dtype=dtype,
-        revision=model.model_revision,
-    )
+    who = load_reader(model, args.tokenizer_name_or_path, args.bf16)
     start = time.perf_counter()
     drawn = sample_completions(
         who.model,

@@ -45,7 +45,7 @@ def load_participant(
       model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, or what `nnx.split` gives for one: `(graphdef, state)`.
       tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
       dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
-      param_dtype: dtype of the parameters in memory, for a model that is loaded.
+      param_dtype: dtype in which the parameters are kept; a model in memory is copied into it.
       remat: recompute layers in the backward pass.
       revision: hub revision of both.
       chat_template: a Jinja template in place of the tokenizer's own.
@@ -112,8 +112,9 @@ def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | Non
             "gold_jax.load_model reads Hugging Face folders"
         )
     graph, state = nnx.split(model)
-    model = nnx.merge(graph, jax.tree.map(jnp.copy, state))  # training donates parameters; the caller's stay whole
-    model.dtype, model.remat = jnp.dtype(dtype), remat
+    # Training donates parameters: a copy leaves the caller's whole.
+    model = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, param_dtype), state))
+    model.dtype, model.param_dtype, model.remat = jnp.dtype(dtype), jnp.dtype(param_dtype), remat
     return model
 
 
