@@ -178,7 +178,7 @@ class SFTConfig:
     shuffle_dataset: bool = flag(False, "Shuffle the data set once, before batches are drawn.")
     trust_remote_code: bool = flag(False, "Allow tokenizers and configurations that ship their own Python code.")
     model_init_kwargs: dict | str | None = flag(None, "JSON with dtype or revision for a model given by name.")
-    loss_chunk: int = flag(256, "Positions whose logits are in memory at once.")
+    loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
 
     def __post_init__(self):
         check_fields(self, RULES)

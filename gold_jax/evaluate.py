@@ -24,7 +24,7 @@ class EvaluateArguments:
     batch_size: int = flag(8, "Rows at a time.")
     max_length: int | None = flag(None, "Longest sequence in tokens; none: no limit.")
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
-    loss_chunk: int = flag(256, "Positions whose logits are in memory at once.")
+    loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
     predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")
     max_new_tokens: int = flag(128, "Most tokens of such a completion.")
     json: bool = flag(False, "Print one JSON object.")
