@@ -77,7 +77,10 @@ class Loop:
         self.history: list[dict[str, Any]] = []
 
     def train(self) -> dict[str, float]:
-        """Runs all updates; returns the closing metrics. An interrupted run saves what it has learned."""
+        """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
+
+        An interrupted run saves what it has learned in a checkpoint folder.
+        """
         args = self.args
         self.output.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "completions.jsonl"):  # an earlier run's lines are not this one's
@@ -95,6 +98,7 @@ class Loop:
                 said = f"Interrupted after {self.done} updates; the student is saved in {folder}."
                 self.console.print(said, markup=False, soft_wrap=True)
                 raise
+            self.save(self.output)  # before anything else is measured: whatever goes wrong then, this is not lost
             after = self.evaluate() if self.task.eval is not None else {}
             if after:
                 self._record(log, after)

@@ -169,7 +169,6 @@ class SFTTrainer:
         if a.push_to_hub:
             a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
         results = self.loop.train()
-        self.save_model()
         write_model_card(
             a.output_dir,
             method=self.method,
