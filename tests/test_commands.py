@@ -18,6 +18,7 @@ from flax import nnx
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, command, evaluate, generate, load_model, sft, train
 from gold_jax.models.weights import save_model
+from gold_jax.training.loop import Loop
 from gold_jax.training.participant import load_participant
 from gold_jax.training.step import Step
 
@@ -394,6 +395,16 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
     saved = load_model(tmp_path / "out" / "checkpoint-1")
     assert not same(nnx.state(saved), nnx.state(load_model(world / "student")))
     assert [row["step"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+
+
+def test_a_trained_student_is_saved_before_the_closing_evaluation_can_fail(world, tmp_path, monkeypatch):
+    def failing(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Loop, "evaluate", failing)
+    with pytest.raises(SystemExit):
+        distil(world, tmp_path / "out", lmbda=0, eval_strategy="epoch")
+    assert not same(nnx.state(load_model(tmp_path / "out")), nnx.state(load_model(world / "student")))
 
 
 def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, monkeypatch, capsys):
