@@ -12,8 +12,8 @@ from gold_jax.quickstart import ASSETS, resolve
 from gold_jax.quickstart.build import RECIPES, build_task, build_tokenizer, main
 from gold_jax.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 from gold_jax.text.align import align
-from gold_jax.text.chat import completion_from_ids
 from gold_jax.text.data import load_examples
+from gold_jax.text.drawn import completion_from_ids
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.evaluation import exact_match, sample_completions
 from gold_jax.training.participant import load_participant

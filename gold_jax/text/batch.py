@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from gold_jax.text.align import group_ends
-from gold_jax.text.chat import Codec, Drawn
+from gold_jax.text.chat import Codec
+from gold_jax.text.drawn import Drawn
 
 IGNORE = -1
 NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none

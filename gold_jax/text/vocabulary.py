@@ -1,10 +1,14 @@
-"""Which entry of the teacher's vocabulary is which entry of the student's."""
+"""Which entry of the teacher's vocabulary is which entry of the student's, and where the others' probability goes."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
 from gold_jax.text.surface import Surfaces
+
+#: Kinds of entries that can be left out of projections: runs of white space, and numerals of several digits.
+MASKS = ("whitespace", "numerals")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -13,12 +17,16 @@ class VocabularyMap:
 
     Attributes:
         student_order: int32 [V], a permutation of the rows of the student's head: first the matched ones in the order
-            of their ids, then the others in the order of theirs.
+            of their ids, then the others in the order of their routes, then of their ids.
         teacher_order: int32 [W], the same for the teacher's head; its first `matched` rows are the partners of the
             student's, one by one.
         matched: how many pairs there are, the stop tokens' among them.
         shared: how many different surfaces (or strings) both vocabularies have.
         student_distinct, teacher_distinct: how many different surfaces (or strings) each has.
+        student_route: int32 [V - matched], never falling: for each unmatched row, in the order above, the matched column
+            whose surface is the longest prefix of the row's own. `matched` where there is none (special tokens,
+            padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens' column.
+        teacher_route: int32 [W - matched], the same for the teacher.
     """
 
     student_order: np.ndarray
@@ -27,6 +35,8 @@ class VocabularyMap:
     shared: int
     student_distinct: int
     teacher_distinct: int
+    student_route: np.ndarray
+    teacher_route: np.ndarray
 
     @classmethod
     def build(
@@ -36,13 +46,14 @@ class VocabularyMap:
         *,
         student_size: int,
         teacher_size: int,
-        stop: tuple[int, int] | None = None,
+        stop: tuple[int | Sequence[int], int | Sequence[int]] | None = None,
         by: str = "surfaces",
+        mask: Collection[str] = (),
     ) -> "VocabularyMap":
         """Match two vocabularies.
 
         Where several entries of one side spell the same, an ordinary entry goes before a byte-fallback one, then the
-        lowest id; the others stay unmatched.
+        lowest id; the others stay unmatched (their longest prefix is the surface itself).
 
         Args:
             student: the student's surfaces.
@@ -50,41 +61,65 @@ class VocabularyMap:
             student_size: rows of the student's head (V). Rows beyond the tokenizer's ids are padding and stay unmatched;
                 special tokens beyond the rows (Gemma 3's image token) are left out.
             teacher_size: rows of the teacher's head (W).
-            stop: the ids of the two stop tokens, which match each other by role whatever they are called.
+            stop: either model's stop token, or all of them with the one that is written first. The two first match each
+                other by role, whatever they are called.
             by: "surfaces", or "strings" for the rule of TRL, where entries match whose raw vocabulary strings are
                 equal, special tokens included.
+            mask: kinds of unmatched entries, of `MASKS`, that give their probability to no prefix.
 
         Raises:
             ValueError: a head has fewer rows than its tokenizer has entries that spell something, a stop token lies
-                outside its head, or `by` is neither of the two.
+                outside its head, `by` is neither of the two, or `mask` names something else.
         """
         if by not in ("surfaces", "strings"):
             raise ValueError(f"vocabularies are matched by 'surfaces' or by 'strings', not by {by!r}")
+        if unknown := sorted(set(mask) - set(MASKS)):
+            raise ValueError(f"entries are masked by kind, {' or '.join(MASKS)}, not {unknown[0]!r}")
         ours = _keys(student, student_size, by, "student")
         theirs = _keys(teacher, teacher_size, by, "teacher")
         pairs = {i: theirs[key] for key, i in ours.items() if key in theirs}
         shared = len(pairs)
+        stops: list[tuple[int, ...]] = [(), ()]
         if stop is not None:
-            for side, i, size in (("student", stop[0], student_size), ("teacher", stop[1], teacher_size)):
-                if not 0 <= i < size:
-                    raise ValueError(f"the {side}'s stop token {i} lies outside its head of {size} rows")
-            pairs = {i: j for i, j in pairs.items() if i != stop[0] and j != stop[1]}
-            pairs[stop[0]] = stop[1]
+            stops = [tuple(np.atleast_1d(ids).tolist()) for ids in stop]
+            for side, ids, size in (("student", stops[0], student_size), ("teacher", stops[1], teacher_size)):
+                if outside := [i for i in ids if not 0 <= i < size]:
+                    raise ValueError(f"the {side}'s stop token {outside[0]} lies outside its head of {size} rows")
+            pairs = {i: j for i, j in pairs.items() if i not in stops[0] and j not in stops[1]}
+            pairs[stops[0][0]] = stops[1][0]
         matched = sorted(pairs.items())
+        column: dict[bytes, int] = {}
+        if by == "surfaces":
+            column = {student.table[i]: k for k, (i, _) in enumerate(matched) if i not in stops[0]}
+        stop_column = None if stop is None else next(k for k, (i, _) in enumerate(matched) if i == stops[0][0])
+        sides = []
+        for k, (surfaces, size) in enumerate(((student, student_size), (teacher, teacher_size))):
+            first = np.array([pair[k] for pair in matched], np.int32)
+            rest = np.setdiff1d(np.arange(size, dtype=np.int32), first, assume_unique=True)
+            route = _routes(surfaces, rest, column, len(matched), mask)
+            if stop_column is not None:
+                route[np.isin(rest, stops[k])] = stop_column
+            by_route = np.argsort(route, kind="stable")
+            sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
         return cls(
-            student_order=_order([i for i, _ in matched], student_size),
-            teacher_order=_order([j for _, j in matched], teacher_size),
+            student_order=sides[0][0],
+            teacher_order=sides[1][0],
             matched=len(matched),
             shared=shared,
             student_distinct=len(ours),
             teacher_distinct=len(theirs),
+            student_route=sides[0][1],
+            teacher_route=sides[1][1],
         )
 
     @classmethod
-    def identity(cls, size: int) -> "VocabularyMap":
-        """The map of a vocabulary to itself: `size` rows, every one matched."""
-        order = np.arange(size, dtype=np.int32)
-        return cls(order, order.copy(), size, size, size, size)
+    def identity(cls, student_size: int, teacher_size: int | None = None) -> "VocabularyMap":
+        """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched."""
+        sizes = (student_size, student_size if teacher_size is None else teacher_size)
+        matched = min(sizes)
+        orders = [np.arange(size, dtype=np.int32) for size in sizes]
+        routes = [np.full(size - matched, matched, np.int32) for size in sizes]
+        return cls(*orders, matched, matched, *sizes, *routes)
 
     def jaccard(self) -> float:
         """What both vocabularies have over what either has, each surface (or string) counted once.
@@ -94,6 +129,36 @@ class VocabularyMap:
         """
         union = self.student_distinct + self.teacher_distinct - self.shared
         return self.shared / union if union else 1.0
+
+
+def kind_of(surface: bytes) -> str | None:
+    """Which of `MASKS` an entry is: white space alone, two bytes or more; or several digits, blanks aside; else None."""
+    bare = surface.strip()
+    if not bare:
+        return "whitespace" if len(surface) > 1 else None
+    return "numerals" if len(bare) > 1 and bare.isdigit() else None
+
+
+def _routes(surfaces: Surfaces, rows: np.ndarray, column: dict[bytes, int], matched: int, mask) -> np.ndarray:
+    """For each row the column of its longest matched prefix, `matched` without one, `matched + 1` if it is masked."""
+    route = np.full(len(rows), matched, np.int32)
+    if not column:
+        return route
+    longest = max(map(len, column))
+    size = len(surfaces)
+    for k, i in enumerate(rows.tolist()):
+        entry = surfaces.table[i] if i < size else None
+        if not entry:
+            continue
+        if mask and kind_of(entry) in mask:
+            route[k] = matched + 1
+            continue
+        for end in range(min(len(entry), longest), 0, -1):
+            found = column.get(entry[:end])
+            if found is not None:
+                route[k] = found
+                break
+    return route
 
 
 def _keys(surfaces: Surfaces, size: int, by: str, side: str) -> dict:
@@ -115,10 +180,3 @@ def _keys(surfaces: Surfaces, size: int, by: str, side: str) -> dict:
             if entry and surfaces.is_fallback[i] == fallback:
                 keys.setdefault(entry, i)
     return keys
-
-
-def _order(first: list[int], size: int) -> np.ndarray:
-    head = np.asarray(first, np.int32)
-    rest = np.ones(size, np.bool_)
-    rest[head] = False
-    return np.concatenate([head, np.flatnonzero(rest).astype(np.int32)])

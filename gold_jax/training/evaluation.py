@@ -12,8 +12,9 @@ from flax import nnx
 from gold_jax.losses.distill import Head, token_logp
 from gold_jax.rollout.sampler import generate_tokens
 from gold_jax.text.batch import bucket, pad_left, pad_right
-from gold_jax.text.chat import Codec, Drawn, completion_from_ids
+from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
+from gold_jax.text.drawn import Drawn, completion_from_ids
 
 MODEL_WINDOW = 1 << 20
 

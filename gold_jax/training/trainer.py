@@ -263,8 +263,7 @@ class GOLDTrainer(SFTTrainer):
         self.spec = a.loss_spec(one)
         sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
         if one:
-            rows = [np.arange(n, dtype=np.int32) for n in sizes]
-            vocabulary = VocabularyMap(*rows, min(sizes), min(sizes), *sizes)
+            vocabulary = VocabularyMap.identity(*sizes)
         else:
             vocabulary = VocabularyMap.build(
                 student.codec.surfaces,

@@ -105,7 +105,8 @@ def test_loss_and_gradients_equal_trl_on_small_vocabularies(case):
     for side, size in ((0, 40), (1, 50)):
         matched = [p[side] for p in pairs]
         orders.append(np.array(matched + [i for i in range(size) if i not in matched], np.int32))
-    check(case, rows, (40, 50), VocabularyMap(*orders, len(pairs), len(pairs), 40, 50))
+    routes = [np.full(size - len(pairs), len(pairs), np.int32) for size in (40, 50)]
+    check(case, rows, (40, 50), VocabularyMap(*orders, len(pairs), len(pairs), 40, 50, *routes))
 
 
 @pytest.mark.parametrize("case", NUMBERS["gkd"], ids=lambda c: f"beta{c['beta']}-t{c['temperature']}")

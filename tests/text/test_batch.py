@@ -15,7 +15,8 @@ from gold_jax.text.batch import (
     normalise,
     pad_left,
 )
-from gold_jax.text.chat import Codec, completion_from_ids
+from gold_jax.text.chat import Codec
+from gold_jax.text.drawn import completion_from_ids
 
 
 def half(prompt, completion, group):

@@ -6,7 +6,8 @@ import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_jax.text.chat import Codec, completion_from_ids
+from gold_jax.text.chat import Codec
+from gold_jax.text.drawn import completion_from_ids
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}

@@ -110,3 +110,35 @@ def test_real_vocabularies_share_what_is_known_of_them(assets, pair, by, shared,
     mapping = build(student, teacher, by=by)
     assert mapping.shared == mapping.matched == shared
     assert mapping.jaccard() == pytest.approx(jaccard, abs=5e-4)
+
+
+def test_an_unmatched_entry_gives_to_the_longest_matched_prefix_of_its_surface():
+    student = surfaces(b"a", b"ab", b"abcd", b"abx", b"zz", None, b"c")
+    teacher = surfaces(b"ab", b"c", b"a", b"cab", b"ca")
+    mapping = build(student, teacher, student_size=8)
+    assert pairs(mapping) == [(0, 2), (1, 0), (6, 1)]
+    others = mapping.student_order[3:].tolist()
+    assert dict(zip(others, mapping.student_route.tolist())) == {2: 1, 3: 1, 4: 3, 5: 3, 7: 3}
+    assert dict(zip(mapping.teacher_order[3:].tolist(), mapping.teacher_route.tolist())) == {3: 2, 4: 2}
+    assert (np.diff(mapping.student_route) >= 0).all() and mapping.student_route.dtype == np.int32
+
+
+def test_a_duplicate_gives_to_its_own_surface_and_further_stop_tokens_to_the_stop_tokens():
+    student, teacher = surfaces(b"a", b"a", None, None, fallback=[0]), surfaces(b"a", None, b"b")
+    mapping = build(student, teacher, stop=((2, 3), (1,)))
+    assert pairs(mapping) == [(1, 0), (2, 1)]
+    assert dict(zip(mapping.student_order[2:].tolist(), mapping.student_route.tolist())) == {0: 0, 3: 1}
+
+
+def test_runs_of_blanks_and_numerals_can_be_masked():
+    student = surfaces(b" ", b"1", b"    ", b" 19", b"\n\n", b"12x", b" \n")
+    teacher = surfaces(b" ", b"1", b"\n")
+    routes = {}
+    for mask in ((), ("whitespace",), ("numerals", "whitespace")):
+        mapping = build(student, teacher, mask=mask)
+        routes[mask] = dict(zip(mapping.student_order[2:].tolist(), mapping.student_route.tolist()))
+    assert routes[()] == {2: 0, 3: 0, 4: 2, 5: 1, 6: 0}
+    assert routes[("whitespace",)] == {2: 3, 3: 0, 4: 3, 5: 1, 6: 3}
+    assert routes[("numerals", "whitespace")] == {2: 3, 3: 3, 4: 3, 5: 1, 6: 3}
+    with pytest.raises(ValueError, match="not 'words'"):
+        build(student, teacher, mask=["words"])

@@ -46,7 +46,8 @@ def decoder(vocabulary, seed, tied=True):
 def vocabulary(seed=0):
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(n).astype(np.int32) for n in (V, W)]
-    return VocabularyMap(*orders, K, K, V, W)
+    routes = [np.sort(rng.integers(0, K + 1, n - K)).astype(np.int32) for n in (V, W)]
+    return VocabularyMap(*orders, K, K, V, W, *routes)
 
 
 def rows(count, seed=0):
@@ -108,7 +109,7 @@ def test_accumulated_micro_batches_update_as_the_whole_batch_does():
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(beta):
     spec = LossSpec("chain", "all", "shared", beta=beta)
     graph, params = nnx.split(decoder(V, 1))
-    same = VocabularyMap(*[np.arange(V, dtype=np.int32)] * 2, V, V, V, V)
+    same = VocabularyMap.identity(V)
     teacher_graph, constants = freeze_teacher(decoder(V, 1), same)
     assert constants.student_order is None  # nothing is reordered where nothing has to be
     loss = make_distillation_loss(graph, teacher_graph, spec, V, chunk=8)
