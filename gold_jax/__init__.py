@@ -19,6 +19,7 @@ _HOMES = {
     "load_model": "gold_jax.models.weights",
     "save_model": "gold_jax.models.weights",
     "load_participant": "gold_jax.training.participant",
+    "inspect_pair": "gold_jax.inspection.pair",
     "sample_completions": "gold_jax.training.evaluation",
     "score_completions": "gold_jax.training.evaluation",
 }

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from .fields import check_fields, flag, flags_dataclass, read_load_options
-from .loss_spec import COMPARISONS, GROUPS, MERGES, NORMALIZATIONS, PRESETS, LossSpec
+from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, LossSpec
 
 __all__ = ["DataArguments", "GOLDConfig", "LossSpec", "ModelArguments", "SFTConfig"]
 
@@ -53,7 +53,7 @@ RULES = (
         lambda v: v > 0,
         (
             *("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"),
-            *("temperature", "uld_student_temperature", "uld_teacher_temperature"),
+            *("temperature", "uld_student_temperature", "uld_teacher_temperature", "alm_temperature"),
         ),
     ),
     (
@@ -281,9 +281,18 @@ class GOLDConfig(SFTConfig):
     uld_skip_student_eos: bool = flag(False, "Leave the student's stop token out (TRL does; here stopping is taught).")
     uld_skip_teacher_eos: bool = flag(False, "Leave the teacher's stop token out (TRL does; here stopping is taught).")
     uld_top_k: int = flag(0, "Sort only this many largest probabilities; 0: all, exact.")
+    projection_mask: list[str] | None = flag(
+        None,
+        "Unmatched entries that projected and events leave out instead of giving them to a prefix: whitespace, numerals.",
+    )
+    alm_temperature: float = flag(100.0, "The loss alm raises probabilities to one over this.")
 
     def _check(self) -> None:
         super()._check()
+        self.projection_mask = [] if self.projection_mask in (None, ["none"]) else self.projection_mask
+        for kind in self.projection_mask:
+            if kind not in MASKS:
+                raise ValueError(f"--projection_mask is {kind!r}; it must be none or some of {', '.join(MASKS)}.")
         one, other = self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight
         if (one is None) != (other is None):
             given, missing = ("matched", "unmatched") if other is None else ("unmatched", "matched")
@@ -340,10 +349,10 @@ class GOLDConfig(SFTConfig):
         if name == "gkd" and not same_tokenizer:
             raise ValueError(
                 "--loss is 'gkd', which compares two models entry by entry, but student and teacher have different "
-                "tokenizers; use --loss gold, uld, uld_extended or strict."
+                "tokenizers; use another --loss, such as gold, events or strict."
             )
         gkd = name == "gkd"  # TRL divides both models' logits by the sampling temperature there
-        return LossSpec(
+        spec = LossSpec(
             merge=self.merge or merge,
             groups=self.groups or groups,
             compare=compare,
@@ -357,6 +366,10 @@ class GOLDConfig(SFTConfig):
             skip_student_stop=self.uld_skip_student_eos,
             skip_teacher_stop=self.uld_skip_teacher_eos,
             top_k=self.uld_top_k,
+            mask=tuple(self.projection_mask),
+            alm_temperature=self.alm_temperature,
             normalization=self.normalization,
             name=name,
         )
+        spec.check()
+        return spec

@@ -12,14 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from gold_jax.losses.chunked import head_logits, map_over_chunks, sum_over_chunks
-from gold_jax.losses.compare import COMPARES, CompareOptions
+from gold_jax.losses.compare import COMPARES, CompareOptions, Merged
 
 
 class MergeIndex(Protocol):
-    """One side's arrays: where each group's distribution is read, and which tokens are multiplied in."""
+    """One side's arrays: where each group's distribution is read, and which further tokens its text has."""
 
     base: jax.Array  # [B, G] position whose hidden state gives the group its distribution
-    inner_position: jax.Array  # [B, M] positions whose probabilities are multiplied in …
+    token: jax.Array  # [B, G] token of the group's text that this distribution is over
+    inner_position: jax.Array  # [B, M] positions that predict further tokens of the text …
     inner_token: jax.Array  # [B, M] … at this token …
     inner_group: jax.Array  # [B, M] … into this group; G where there is none
 
@@ -28,13 +29,17 @@ class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
     `weight` is `[V, D]` with its rows ordered as `text.vocabulary.VocabularyMap` says (matched entries first);
-    `place [V]` gives the row of a token id. `softcap` and `temperature` are Python floats.
+    `place [V]` gives the row of a token id. `softcap` and `temperature` are Python floats. `route [V - K]` is
+    `VocabularyMap`'s, needed where a comparison projects. `stops` are the rows of the model's stop tokens, the one that
+    it writes first: their probabilities are added up there; None leaves every one by itself.
     """
 
     weight: jax.Array
     place: jax.Array
     softcap: float | None = None
     temperature: float = 1.0
+    route: jax.Array | None = None
+    stops: jax.Array | None = None
 
 
 def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
@@ -62,7 +67,11 @@ def pack(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
     if head.softcap is not None:
         logits = head.softcap * jnp.tanh(logits / head.softcap)
-    return jax.nn.log_softmax(logits / head.temperature, -1)
+    logp = jax.nn.log_softmax(logits / head.temperature, -1)
+    if head.stops is None:
+        return logp
+    together = jax.nn.logsumexp(logp[:, head.stops], -1)
+    return logp.at[:, head.stops].set(-jnp.inf).at[:, head.stops[0]].set(together)
 
 
 def _token_logp(logits, places, softcap, temperature):
@@ -99,8 +108,8 @@ def _states(hidden: jax.Array, position: jax.Array) -> jax.Array:
 
 
 def group_scale(hidden: jax.Array, head: Head, index: MergeIndex, chunk: int) -> jax.Array:
-    """Logarithm of the product of the probabilities that a merge multiplies into each group. `[B, G]`, 0 for `1:1`."""
-    rows, groups = index.base.shape
+    """Logarithm of the product of the probabilities of each group's inner tokens. `[B, G]`, 0 without any."""
+    groups = index.base.shape[1]
     inside = index.inner_group < groups
     logp = token_logp(hidden, head, index.inner_position, index.inner_token, inside, chunk)
     sums = jax.vmap(lambda value, group: jax.ops.segment_sum(value, group, groups + 1))(logp, index.inner_group)
@@ -118,6 +127,7 @@ def distill_loss(
     *,
     compare: str,
     options: CompareOptions,
+    merge: str = "chain",
     chunk: int = 256,
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Sum over groups of `weight · comparison(student's merged distribution, teacher's)`.
@@ -135,6 +145,8 @@ def distill_loss(
         gives the mean over groups, however the batch is split.
       compare: a name in `losses.compare.COMPARES`.
       options: its options.
+      merge: what becomes of the inner tokens' probabilities: under "boundary" they belong to the group's text alone,
+        otherwise they multiply its distribution.
       chunk: positions per chunk.
 
     Returns:
@@ -142,32 +154,63 @@ def distill_loss(
     """
     teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
     teacher_head = teacher_head._replace(weight=jax.lax.stop_gradient(teacher_head.weight))
-    student_scale = group_scale(student_hidden, student_head, student_index, chunk)
-    teacher_scale = group_scale(teacher_hidden, teacher_head, teacher_index, chunk)
+    student_inner = group_scale(student_hidden, student_head, student_index, chunk)
+    teacher_inner = group_scale(teacher_hidden, teacher_head, teacher_index, chunk)
     index, live = pack(weight > 0)
-
-    def chunk_loss(logits, scale, teacher_weight, positions):
-        states, teacher_scale, weight = positions
-        student = _log_softmax(logits, student_head) + scale[:, None]
-        teacher = _log_softmax(head_logits(states, teacher_weight), teacher_head) + teacher_scale[:, None]
-        loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
-        used = weight > 0  # a padding row may hold anything, infinities included
-        total = jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
-        return total
 
     def packed(x):
         return x.reshape(-1, *x.shape[2:])[index]
+
+    def text(head, merge_index):
+        return packed(head.place[merge_index.token]), packed(_is_whole(merge_index) | (merge != "boundary"))
+
+    def merged(logits, inner, text, routes, head):
+        logp, (place, whole) = _log_softmax(logits, head), text
+        if merge == "boundary":
+            return Merged(logp, jnp.zeros_like(inner), place, inner, whole, *routes)
+        return Merged(logp + inner[:, None], -jnp.expm1(inner), place, jnp.zeros_like(inner), whole, *routes)
+
+    def chunk_loss(logits, inner, shared, positions):
+        teacher_weight, student_routes, teacher_routes = shared
+        states, student_text, teacher_inner, teacher_text, weight = positions
+        student = merged(logits, inner, student_text, student_routes, student_head)
+        teacher = merged(head_logits(states, teacher_weight), teacher_inner, teacher_text, teacher_routes, teacher_head)
+        loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
+        used = weight > 0  # a padding row may hold anything, infinities included
+        return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
     return sum_over_chunks(
         chunk_loss,
         chunk,
         _states(student_hidden, student_index.base)[index],
         student_head.weight,
-        packed(student_scale),
-        teacher_head.weight,
-        (_states(teacher_hidden, teacher_index.base)[index], packed(teacher_scale), packed(weight)),
+        packed(student_inner),
+        (teacher_head.weight, _routes(student_head, options), _routes(teacher_head, options)),
+        (
+            _states(teacher_hidden, teacher_index.base)[index],
+            text(student_head, student_index),
+            packed(teacher_inner),
+            text(teacher_head, teacher_index),
+            packed(weight),
+        ),
         live,
     )
+
+
+def _is_whole(index: MergeIndex) -> jax.Array:
+    """Bool `[B, G]`: the groups that have no inner token."""
+    groups = index.base.shape[1]
+    counts = jax.vmap(lambda group: jnp.zeros(groups + 1, jnp.int32).at[group].add(1))(index.inner_group)
+    return counts[:, :groups] == 0
+
+
+def _routes(head: Head, options: CompareOptions) -> tuple[jax.Array, jax.Array]:
+    """Where unmatched rows go, `[V - K]`, nowhere if the head does not say; and each row's company, `[V]` (see `Merged`)."""
+    k = options.matched
+    route = jnp.full(head.place.shape[0] - k, k, jnp.int32) if head.route is None else head.route
+    event = jnp.concatenate([jnp.arange(k), route])
+    members = jnp.zeros(k + 2, jnp.int32).at[event].add(1).at[k + 1].add(1)
+    return route, members[event] - 1
 
 
 def cross_entropy(

@@ -24,7 +24,8 @@ class Side(NamedTuple):
     tokens: np.ndarray  # [B, T] prompt, completion, stop token
     mask: np.ndarray  # [B, T] bool, true where there is a token
     base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
-    inner_position: np.ndarray  # [B, M] positions whose probabilities a merge multiplies in …
+    token: np.ndarray  # [B, G] token of the group's text that this distribution is over
+    inner_position: np.ndarray  # [B, M] positions that predict further tokens of the text …
     inner_token: np.ndarray  # [B, M] … at this token …
     inner_group: np.ndarray  # [B, M] … into this group; G where there is none
 
@@ -178,8 +179,12 @@ def _sizes(half: Half, groups: int) -> np.ndarray:
     return np.bincount(half.group[half.group < groups], minlength=groups)[:groups]
 
 
-def _merge_index(half: Half, groups: int, merge: str):
-    """`(base [groups], inner positions, tokens, groups)` of one side of a row; positions count from the prompt's start."""
+def _merge_index(half: Half, groups: int, merge: str, text: bool):
+    """`(base [groups], token [groups], inner positions, tokens, groups)` of one side of a row.
+
+    Positions count from the prompt's start. Under `boundary` the inner tokens are those of the group's text behind its
+    first, and there are none unless `text` is asked for.
+    """
     inside = half.group < groups
     group, token = half.group[inside], half.completion[inside]
     at = len(half.prompt) + np.flatnonzero(inside)
@@ -187,14 +192,14 @@ def _merge_index(half: Half, groups: int, merge: str):
     last = np.searchsorted(group, np.arange(groups), side="right") - 1
     order = np.arange(len(group))
     if merge == "chain":
-        base, inner, state = at[last] - 1, order != last[group], at - 1
+        base, stands, inner, state = at[last] - 1, last, order != last[group], at - 1
     elif merge == "observed":
-        base, inner, state = at[first], order != first[group], at
+        base, stands, inner, state = at[first], last, order != first[group], at
     elif merge == "boundary":
-        base, inner, state = at[first] - 1, np.zeros(len(group), bool), at
+        base, stands, inner, state = at[first] - 1, first, (order != first[group]) & text, at - 1
     else:
         raise ValueError(f"merge must be chain, observed or boundary, not {merge!r}")
-    return np.maximum(base, 0), np.maximum(state[inner], 0), token[inner], group[inner]
+    return np.maximum(base, 0), token[stands], np.maximum(state[inner], 0), token[inner], group[inner]
 
 
 def normalise(masks: Sequence[np.ndarray], normalization: str) -> list[np.ndarray]:
@@ -217,13 +222,15 @@ def build_batches(
     *,
     merge: str,
     groups: str,
+    text: bool = False,
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
-    `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing.
+    `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
+    comparison asks for the probability of a group's text, which under `boundary` takes further tokens.
     """
     keeps = [counted_groups(row, merge, groups) for row in rows]
     weights = normalise(keeps, normalization)
@@ -237,8 +244,8 @@ def build_batches(
         width = bucket(max(len(r.student.prompt) + len(r.student.completion) for r in chosen))
         counts = [r.groups for r in chosen]
         sides = [
-            _pad_side([r.student for r in chosen], counts, merge, batch_size, width, student_pad),
-            _pad_side([r.teacher for r in chosen], counts, merge, batch_size, width, teacher_pad),
+            _pad_side([r.student for r in chosen], counts, merge, text, batch_size, width, student_pad),
+            _pad_side([r.teacher for r in chosen], counts, merge, text, batch_size, width, teacher_pad),
         ]
         batches.append(
             Batch(
@@ -273,14 +280,17 @@ def pad_left(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0)
     return pad_right([row[::-1] for row in rows], height, width, dtype, fill)[:, ::-1]
 
 
-def _pad_side(halves: Sequence[Half], counts: Sequence[int], merge: str, height: int, groups: int, pad: int) -> Side:
+def _pad_side(
+    halves: Sequence[Half], counts: Sequence[int], merge: str, text: bool, height: int, groups: int, pad: int
+) -> Side:
     tokens = [np.concatenate([h.prompt, h.completion]) for h in halves]
     width = bucket(max(len(t) for t in tokens))
-    base, position, token, group = zip(*(_merge_index(h, n, merge) for h, n in zip(halves, counts)))
+    base, stands, position, token, group = zip(*(_merge_index(h, n, merge, text) for h, n in zip(halves, counts)))
     return Side(
         tokens=pad_right(tokens, height, width, np.int32, pad),
         mask=pad_right([np.ones(len(t), bool) for t in tokens], height, width, bool),
         base=pad_right(base, height, groups, np.int32),
+        token=pad_right(stands, height, groups, np.int32),
         inner_position=pad_right(position, height, width, np.int32),
         inner_token=pad_right(token, height, width, np.int32),
         inner_group=pad_right(group, height, width, np.int32, groups),

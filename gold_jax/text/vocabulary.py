@@ -5,10 +5,8 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from gold_jax.loss_spec import MASKS
 from gold_jax.text.surface import Surfaces
-
-#: Kinds of entries that can be left out of projections: runs of white space, and numerals of several digits.
-MASKS = ("whitespace", "numerals")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ the whole global batch, so gradients of micro-batches simply add up.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,12 +30,23 @@ class Constants(NamedTuple):
     teacher_place: jax.Array  # [W] row of a token id
     student_order: jax.Array | None  # [V] None: the student's own order is the matched one
     student_place: jax.Array  # [V]
+    student_route: jax.Array  # [V - K] the matched column that an unmatched row gives to
+    teacher_route: jax.Array  # [W - K]
+    student_stops: jax.Array | None  # rows of the stop tokens, if there are several that count as one
+    teacher_stops: jax.Array | None
 
 
-def freeze_teacher(teacher: Decoder, vocabulary: VocabularyMap) -> tuple[nnx.GraphDef, Constants]:
+def freeze_teacher(
+    teacher: Decoder, vocabulary: VocabularyMap, stops: tuple[Sequence[int], Sequence[int]] | None = None
+) -> tuple[nnx.GraphDef, Constants]:
     """Splits the teacher and reorders its head once, so that column `i` faces the student's column `i`.
 
     An untied head is reordered in the parameters themselves and never held twice.
+
+    Args:
+      teacher: the teacher.
+      vocabulary: the order of either head.
+      stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
     """
     order = jnp.asarray(vocabulary.teacher_order)
     head = teacher.head_weight()
@@ -44,12 +55,39 @@ def freeze_teacher(teacher: Decoder, vocabulary: VocabularyMap) -> tuple[nnx.Gra
         if not teacher.config.tied:
             teacher.head[...] = head
     graph, params = nnx.split(teacher)
+    student_place, teacher_place = (
+        np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
+    )
+
+    def stop_rows(place, ids):
+        return jnp.asarray(place[list(ids)]) if len(ids) > 1 else None
+
+    ours, theirs = stops or ((), ())
     return graph, Constants(
         teacher=params,
         teacher_head=head,
-        teacher_place=jnp.asarray(np.argsort(vocabulary.teacher_order).astype(np.int32)),
+        teacher_place=jnp.asarray(teacher_place),
         student_order=None if _is_identity(vocabulary.student_order) else jnp.asarray(vocabulary.student_order),
-        student_place=jnp.asarray(np.argsort(vocabulary.student_order).astype(np.int32)),
+        student_place=jnp.asarray(student_place),
+        student_route=jnp.asarray(vocabulary.student_route),
+        teacher_route=jnp.asarray(vocabulary.teacher_route),
+        student_stops=stop_rows(student_place, ours),
+        teacher_stops=stop_rows(teacher_place, theirs),
+    )
+
+
+def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions:
+    """What a comparison has to know of the loss and the vocabularies."""
+    matched, routes = vocabulary.matched, (vocabulary.student_route, vocabulary.teacher_route)
+    return CompareOptions(
+        matched=matched,
+        beta=spec.beta,
+        matched_weight=spec.matched_weight,
+        unmatched_weight=spec.unmatched_weight,
+        top_k=spec.top_k,
+        rest=all(bool((route == matched).any()) for route in routes),
+        masked=any(bool((route > matched).any()) for route in routes),
+        temperature=spec.alm_temperature,
     )
 
 
@@ -69,10 +107,10 @@ LossFn = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 def make_distillation_loss(
-    student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, matched: int, *, chunk: int
+    student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
 ) -> LossFn:
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
-    options = CompareOptions(matched, spec.beta, spec.matched_weight, spec.unmatched_weight, spec.top_k)
+    options = compare_options(spec, vocabulary)
 
     def loss(params, constants: Constants, batch: Batch):
         model, frozen = nnx.merge(student, params), nnx.merge(teacher, constants.teacher)
@@ -80,7 +118,14 @@ def make_distillation_loss(
         weight = model.head_weight()
         if constants.student_order is not None:
             weight = order_rows(weight, constants.student_order, constants.student_place)
-        head = Head(weight, constants.student_place, model.config.final_softcap, spec.student_temperature)
+        head = Head(
+            weight,
+            constants.student_place,
+            model.config.final_softcap,
+            spec.student_temperature,
+            constants.student_route,
+            constants.student_stops,
+        )
         total, parts = jnp.float32(0), {}
         if spec.distillation_weight:
             value, parts = distill_loss(
@@ -93,16 +138,19 @@ def make_distillation_loss(
                     constants.teacher_place,
                     frozen.config.final_softcap,
                     spec.teacher_temperature,
+                    constants.teacher_route,
+                    constants.teacher_stops,
                 ),
                 batch.teacher,
                 batch.weight,
                 compare=spec.compare,
                 options=options,
+                merge=spec.merge,
                 chunk=chunk,
             )
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
-            plain = head._replace(temperature=1.0)
+            plain = head._replace(temperature=1.0, stops=None)
             value, more = cross_entropy(hidden, plain, batch.labels, batch.label_weight, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}

@@ -270,7 +270,8 @@ class GOLDTrainer(SFTTrainer):
                 teacher.codec.surfaces,
                 student_size=sizes[0],
                 teacher_size=sizes[1],
-                stop=(student.codec.stop_id, teacher.codec.stop_id),
+                stop=(student.codec.stop_ids, teacher.codec.stop_ids),
+                mask=self.spec.mask,
             )
         kept, notices = check_examples(
             self.train_examples,
@@ -297,9 +298,10 @@ class GOLDTrainer(SFTTrainer):
             },
             kept,
         )
-        teacher_graph, constants = freeze_teacher(teacher.model, vocabulary)
+        stops = None if one else (student.codec.stop_ids, teacher.codec.stop_ids)
+        teacher_graph, constants = freeze_teacher(teacher.model, vocabulary, stops)
         student_graph, _ = nnx.split(student.model)
-        loss = make_distillation_loss(student_graph, teacher_graph, self.spec, vocabulary.matched, chunk=a.loss_chunk)
+        loss = make_distillation_loss(student_graph, teacher_graph, self.spec, vocabulary, chunk=a.loss_chunk)
         windows = DistillationWindows(
             student=student.codec,
             teacher=teacher.codec,

@@ -133,6 +133,7 @@ class DistillationWindows:
             batch_size,
             merge=self.spec.merge,
             groups="all" if self.spec.groups == "positional" else self.spec.groups,
+            text=self.spec.of_text,
             normalization=self.spec.normalization,
             student_pad=self.student.pad_id,
             teacher_pad=self.teacher.pad_id,

@@ -1,4 +1,9 @@
 import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import chex
 import jax
@@ -7,12 +12,10 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from training.small import SPECS, V, W, batches, built, decoder, rows, vocabulary
 
 from gold_jax.loss_spec import LossSpec
-from gold_jax.models.config import DecoderConfig
-from gold_jax.models.decoder import Decoder
-from gold_jax.models.rope import Rope
-from gold_jax.text.batch import Half, Row, build_batches, build_token_batches
+from gold_jax.text.batch import build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.step import (
     Step,
@@ -23,65 +26,13 @@ from gold_jax.training.step import (
     restore_teacher,
 )
 
-V, W, K = 37, 41, 25
-SPECS = [
-    LossSpec("chain", "all", "hybrid", beta=0.0, matched_weight=1.0, unmatched_weight=1.0),
-    LossSpec("chain", "all", "sorted"),
-    LossSpec("boundary", "one_to_one", "shared", beta=0.5),
-    LossSpec("observed", "all", "hybrid", beta=1.0, crossentropy_weight=0.5),
-]
 
-
-def decoder(vocabulary, seed, tied=True):
-    config = DecoderConfig(
-        family="llama", vocab_size=vocabulary, width=16, mlp_width=24, layers=2, heads=2, kv_heads=1, head_dim=8,
-        norm_eps=1e-5, activation="silu", ropes=(Rope(10000.0), Rope(10000.0)), sliding=(False, False), window=None, tied=tied,
-        query_scale=8**-0.5,
-    )  # fmt: skip
-    model = Decoder.from_config(config, seed)
-    model.embedding[...] = model.embedding[...] * 20  # distributions that differ, as trained models' do
-    return model
-
-
-def vocabulary(seed=0):
-    rng = np.random.default_rng(seed)
-    orders = [rng.permutation(n).astype(np.int32) for n in (V, W)]
-    routes = [np.sort(rng.integers(0, K + 1, n - K)).astype(np.int32) for n in (V, W)]
-    return VocabularyMap(*orders, K, K, V, W, *routes)
-
-
-def rows(count, seed=0):
-    rng = np.random.default_rng(seed)
-    made = []
-    for _ in range(count):
-        groups = int(rng.integers(1, 6))
-        sides = []
-        for size in (V, W):
-            group = np.repeat(np.arange(groups), rng.integers(1, 3, groups))
-            prompt = rng.integers(0, size, int(rng.integers(1, 7))).astype(np.int32)
-            sides.append(Half(prompt, rng.integers(0, size, len(group)).astype(np.int32), group))
-        made.append(Row(*sides, groups=groups, text="", stopped=False))
-    return made
-
-
-def built(spec, tied=True):
-    student, teacher = decoder(V, 1), decoder(W, 2, tied)
-    graph, params = nnx.split(student)
-    teacher_graph, constants = freeze_teacher(teacher, vocabulary())
-    return make_distillation_loss(graph, teacher_graph, spec, K, chunk=4), params, constants
-
-
-def batches(spec, micro, normalization="groups"):
-    made = build_batches(rows(4), micro, merge=spec.merge, groups=spec.groups, normalization=normalization)
-    return jax.tree.map(jnp.asarray, made)
-
-
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.describe())
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec):
     loss, params, constants = built(spec)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: loss(p, constants, b)[0]))
     results = []
-    for micro in (4, 2, 1):
+    for micro in (8, 4, 2):
         parts = [gradient(params, b) for b in batches(spec, micro)]
         results.append(jax.tree.map(lambda *x: sum(x), *parts))
     for value, grads in results[1:]:
@@ -91,10 +42,22 @@ def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec):
         assert difference < 1e-5 * scale
 
 
+@pytest.mark.slow
+def test_eight_devices_give_the_loss_and_gradient_of_one():
+    script = pathlib.Path(__file__).with_name("on_eight_devices.py")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    ran = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=900)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    found = json.loads(ran.stdout)
+    assert set(found) == {spec.name for spec in SPECS}
+    for name, errors in found.items():
+        assert errors["loss"] < 1e-5 and errors["gradient"] < 1e-5, name
+
+
 def test_accumulated_micro_batches_update_as_the_whole_batch_does():
     spec = SPECS[0]
     ends = []
-    for micro in (4, 1):
+    for micro in (8, 2):
         loss, params, constants = built(spec)
         optimizer = optax.sgd(0.1)
         step = Step(loss, optimizer)
@@ -106,15 +69,18 @@ def test_accumulated_micro_batches_update_as_the_whole_batch_does():
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
-def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(beta):
-    spec = LossSpec("chain", "all", "shared", beta=beta)
+@pytest.mark.parametrize(
+    "merge, compare", [("chain", "shared"), ("boundary", "projected"), ("boundary", "events"), ("boundary", "alm")]
+)
+def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(merge, compare, beta):
+    spec = LossSpec(merge, "all", compare, beta=beta)
     graph, params = nnx.split(decoder(V, 1))
     same = VocabularyMap.identity(V)
     teacher_graph, constants = freeze_teacher(decoder(V, 1), same)
     assert constants.student_order is None  # nothing is reordered where nothing has to be
-    loss = make_distillation_loss(graph, teacher_graph, spec, V, chunk=8)
+    loss = make_distillation_loss(graph, teacher_graph, spec, same, chunk=8)
     made = [dataclasses.replace(r, teacher=r.student) for r in rows(3)]
-    (batch,) = jax.tree.map(jnp.asarray, build_batches(made, 3, merge="chain", groups="all"))
+    (batch,) = jax.tree.map(jnp.asarray, build_batches(made, 3, merge=merge, groups="all", text=spec.of_text))
     value, grads = jax.jit(jax.value_and_grad(lambda p: loss(p, constants, batch)[0]))(params)
     assert abs(value) < 1e-6 and optax.global_norm(grads) < 1e-5
 

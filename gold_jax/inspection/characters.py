@@ -1,0 +1,66 @@
+"""How bytes and numbers are written for people: blanks made visible, broken characters as hex."""
+
+import itertools
+import math
+import re
+import unicodedata
+
+_MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
+_UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")
+_LONG_RUN = re.compile(r"([·⇥↵])\1{5,}")
+_VARIATIONS = range(0xFE00, 0xFE10)
+
+
+def marked(data: bytes) -> list[tuple[str, bool]]:
+    """Bytes as pieces of visible text, each with whether it stands for something that cannot be seen.
+
+    Blanks and line ends become signs, other invisible characters `⟨U+200D⟩`, and bytes that are no whole character of
+    UTF-8 `⟨F0 9F⟩`.
+
+    >>> marked(b"\\xf0\\x9f a")
+    [('⟨F0 9F⟩', True), ('·', True), ('a', False)]
+    """
+    # Escaped so, each byte that is no part of a character becomes a surrogate, which UTF-8 cannot hold itself.
+    text = data.decode("utf-8", "surrogateescape")
+    pieces: list[tuple[str, bool]] = []
+    for kind, run in itertools.groupby(text, _kind):
+        characters = "".join(run)
+        if kind == "broken":
+            pieces.append((f"⟨{' '.join(f'{ord(c) - 0xDC00:02X}' for c in characters)}⟩", True))
+        elif kind == "unseen":
+            pieces.append(("".join(_MARKS.get(c) or f"⟨U+{ord(c):04X}⟩" for c in characters), True))
+        else:
+            # A mark that would be drawn over the character before it gets a circle to stand on.
+            stands_alone = unicodedata.category(characters[0]).startswith("M")
+            pieces.append((("◌" if stands_alone else "") + characters, False))
+    return pieces
+
+
+def _kind(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":
+        return "broken"
+    unseen = unicodedata.category(character) in _UNSEEN or ord(character) in _VARIATIONS
+    return "unseen" if unseen else "seen"
+
+
+def visible(data: bytes) -> str:
+    """Bytes as visible text, see `marked`."""
+    return "".join(piece for piece, _ in marked(data))
+
+
+def brief(data: bytes, limit: int = 24) -> str:
+    """Bytes as visible text of at most `limit` characters; a long run of one blank is counted: `·×31`."""
+    text = _LONG_RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", visible(data))
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def percent(share: float, places: int = 1) -> str:
+    """A share as `98.6%`; a dash where there is none. Only the whole is `100%`, and only nothing `0%`."""
+    if math.isnan(share):
+        return "–"
+    if share in (0, 1):
+        return f"{share:.0%}"
+    least = 10.0 ** -(places + 2)
+    if share < least / 2:
+        return f"<{least:.{places}%}"
+    return f">{1 - least:.{places}%}" if share > 1 - least / 2 else f"{share:.{places}%}"

@@ -1,0 +1,73 @@
+"""Where a model's probability lies: on entries that the other vocabulary has too, on prefixes of theirs, or on none."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gold_jax.inspection.report import Mass
+from gold_jax.inspection.vocabularies import KINDS
+from gold_jax.losses.chunked import sum_over_chunks
+from gold_jax.losses.distill import pack
+from gold_jax.text.batch import bucket, pad_right
+from gold_jax.training.participant import Participant
+
+
+def measure(
+    who: Participant, texts: Sequence[str], kinds: np.ndarray, *, max_length: int | None = None, chunk: int = 128
+) -> tuple[list[Mass], list[bool]]:
+    """Score texts with a model, each as a text from its beginning.
+
+    The text stands behind the special tokens that the tokenizer puts before any text, if it has such. The positions are
+    those that predict a token of the text: all but the first where nothing stands before it.
+
+    Args:
+        who: the model and its codec.
+        texts: the texts.
+        kinds: bool [len(KINDS), V], what each row of the head is, see `VocabularyFigures.rows`.
+        max_length: longest sequence in tokens; texts are read as far as they fit; None for no limit.
+        chunk: positions whose logits are held at once.
+
+    Returns:
+        One `Mass` for each text, NaN where no token is predicted; and which texts did not fit.
+    """
+    graph, params = nnx.split(who.model)
+    codec = who.codec
+    start = codec.encode_prompt("")
+    rows = jnp.asarray(kinds, jnp.float32)
+    found, cut = [], []
+    for answer in codec.encode_completions(texts, after=[""] * len(texts)):
+        whole = np.concatenate([start, answer.ids])
+        ids = whole[:max_length]
+        cut.append(len(ids) < len(whole))
+        width = bucket(len(ids))
+        place = np.arange(width)[None]
+        counted = (place >= max(1, len(start)) - 1) & (place < len(ids) - 1)
+        tokens = pad_right([ids], 1, width, np.int32, codec.pad_id)
+        sums = np.asarray(_sums(graph, params, tokens, place < len(ids), counted, rows, min(chunk, width)), np.float64)
+        positions = int(counted.sum())
+        means = sums / positions if positions else np.full(len(KINDS), np.nan)
+        found.append(Mass(positions, **dict(zip(KINDS, means.tolist()))))
+    return found, cut
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "chunk"))
+def _sums(graph, params, tokens, mask, counted, kinds, chunk):
+    """The mass of every kind, `[K]`, summed over the positions of one row that `counted [1, T]` marks."""
+    model = nnx.merge(graph, params)
+    index, live = pack(counted)
+    softcap = model.config.final_softcap
+
+    def chunk_mass(logits, _scale, kinds, used):
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        probability = jax.nn.softmax(logits, -1) * used[:, None]
+        sums = jnp.einsum("cv,kv->k", probability, kinds, precision=jax.lax.Precision.HIGHEST)
+        return jnp.sum(probability), dict(zip(KINDS, sums))
+
+    hidden = model(tokens, mask)[0][index]
+    used = counted[0][index].astype(jnp.float32)
+    _, sums = sum_over_chunks(chunk_mass, chunk, hidden, model.head_weight(), jnp.zeros_like(used), kinds, used, live)
+    return jnp.stack([sums[name] for name in KINDS])

@@ -1,0 +1,191 @@
+"""From two names, or two tokenizers or models in memory, to a report on what they will do together."""
+
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gold_jax.inspection.report import Mass, PairMass, Report
+from gold_jax.inspection.samples import SAMPLES
+from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
+from gold_jax.inspection.vocabularies import Vocabulary, compare
+from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.text.chat import Codec
+from gold_jax.text.encode import PlainEncoder
+from gold_jax.text.surface import surfaces_of
+from gold_jax.training.participant import Participant, load_participant, load_tokenizer
+
+MAX_LENGTH = 1024
+_ROLES = ("student", "teacher")
+_BEFORE = "\n"  # any text: what goes on after one gets no blank of the tokenizer's own
+
+
+class _Side(NamedTuple):
+    """A side once it is loaded; `participant` is None where there is no model."""
+
+    name: str
+    vocabulary: Vocabulary
+    read: Reader
+    participant: Participant | None
+
+
+def inspect_pair(
+    student: Any,
+    teacher: Any,
+    texts: str | Sequence[str] | Mapping[str, str] | None = None,
+    *,
+    models: bool | None = None,
+    bf16: bool | None = None,
+    max_length: int | None = MAX_LENGTH,
+    chunk: int = 128,
+    trust_remote_code: bool = False,
+) -> Report:
+    """What a pair will do together: how the two cut texts, what their vocabularies share, where probability goes.
+
+    Args:
+        student: a folder or hub id of a model or a tokenizer, `embedded:student` or `embedded:teacher`, a tokenizer (of
+            transformers, `tokenizers` or tiktoken), a `Codec`, or a `Participant`.
+        teacher: the same.
+        texts: what to cut and read, a text or several, with or without names; None: sample texts of several kinds.
+        models: whether the models read the texts, too. None: where both sides are participants or folders that hold
+            weights; nothing but tokenizers is downloaded then. True: in any case.
+        bf16: whether models that are read here compute in bfloat16; None: on accelerators, but not on CPUs.
+        max_length: longest sequence in tokens that a model reads; None for no limit.
+        chunk: positions whose logits are held at once.
+        trust_remote_code: let tokenizers run their own Python code.
+
+    Raises:
+        FileNotFoundError: a folder or a file in it is missing.
+        ValueError: a tokenizer is of an unknown kind, a text is empty, a model is asked for and there is none, or
+            something in a folder does not fit.
+    """
+    named = _named(texts)
+    sources = (student, teacher)
+    lacking = [role for role, source in zip(_ROLES, sources) if not _has_weights(source)]
+    scored = models if models is not None else not lacking
+    try:
+        sides = [_side(s, role, scored, bf16, trust_remote_code) for role, s in zip(_ROLES, sources)]
+    except (ValueError, FileNotFoundError) as error:
+        if not scored or models:
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        hint = "To compare the tokenizers alone: models=False, on the command line --no_models."
+        raise kind(f"{str(error).rstrip('.')}. {hint}") from error
+    cuts = tuple(cut_text(sides[0].read, sides[1].read, name, text) for name, text in named.items())
+    vocabularies = compare(sides[0].vocabulary, sides[1].vocabulary)
+    notes = []
+    if models is None and lacking:
+        whose = " and ".join(f"the {role}" for role in lacking)
+        notes.append(f"The tokenizers alone were compared: there is no folder with weights of {whose}.")
+    mass = None
+    if scored:
+        mass, cut = _mass(sides, list(named.values()), vocabularies.rows, max_length, chunk)
+        notes += [
+            f"The models read only the beginning of {name}, as far as max_length goes."
+            for name, c in zip(named, cut)
+            if c
+        ]
+    return Report(sides[0].name, sides[1].name, cuts, shapes_of(cuts), vocabularies, mass, tuple(notes))
+
+
+def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str, str]:
+    if texts is None:
+        return SAMPLES
+    if isinstance(texts, Mapping):
+        named = dict(texts)
+    else:
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        named = {f"text {k}" if len(listed) > 1 else "text": text for k, text in enumerate(listed, 1)}
+    if not named:
+        raise ValueError("there is no text; give one or more, or leave texts out for the samples")
+    for name, text in named.items():
+        if not text:
+            raise ValueError(f"{name} is empty; give a text of at least one character")
+    return named
+
+
+def _has_weights(source: Any) -> bool:
+    """Whether a source is a model in memory or in a folder here."""
+    if isinstance(source, Participant):
+        return source.model is not None
+    if not isinstance(source, str | pathlib.Path):
+        return False
+    folder = pathlib.Path(_found(source)).expanduser()
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+
+
+def _found(source: str | pathlib.Path) -> str | pathlib.Path:
+    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
+
+
+def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
+    if scored:
+        who = _participant(source, role, bf16, trust_remote_code)
+        return _of_codec(who.name, who.codec, who.model.config.vocab_size, who)
+    if isinstance(source, Participant):
+        return _of_codec(source.name, source.codec)
+    if isinstance(source, Codec):
+        return _of_codec(_called(source.tokenizer), source)
+    name = None
+    if isinstance(source, str | pathlib.Path):
+        name, source = str(source), load_tokenizer(_found(source), trust_remote_code=trust_remote_code)
+    return _of_tokenizer(name or _called(source), source)
+
+
+def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> Participant:
+    """A side with its model, the parameters kept in the compute dtype."""
+    if isinstance(source, Participant) and source.model is not None:
+        return source
+    if not isinstance(source, str | pathlib.Path):
+        raise ValueError(
+            f"the {role} is a {type(source).__name__} without a model to read the texts with; give a Participant, or the "
+            "folder or hub id of a model, or compare the tokenizers alone (models=False)"
+        )
+    from gold_jax.training.trainer import compute_dtype
+
+    dtype = compute_dtype(bf16)
+    return load_participant(source, dtype=dtype, param_dtype=dtype, role=role, trust_remote_code=trust_remote_code)
+
+
+def _of_codec(name: str, codec: Codec, rows: int | None = None, who: Participant | None = None) -> _Side:
+    surfaces = codec.surfaces
+    vocabulary = Vocabulary(surfaces, len(surfaces) if rows is None else rows, codec.stop_ids)
+    return _Side(name, vocabulary, functools.partial(codec.encode_completion, after=_BEFORE), who)
+
+
+def _of_tokenizer(name: str, tokenizer: Any) -> _Side:
+    """A bare tokenizer; one without a stop token or with a template that cannot be used will do."""
+    if hasattr(tokenizer, "apply_chat_template"):
+        try:
+            return _of_codec(name, Codec(tokenizer))
+        except ValueError:
+            pass  # what is wrong with its entries shows below
+    surfaces = surfaces_of(tokenizer)
+    end = getattr(tokenizer, "eos_token_id", None)
+    vocabulary = Vocabulary(surfaces, len(surfaces), () if end is None else (end,))
+    encoder = PlainEncoder(tokenizer, surfaces)
+    return _Side(name, vocabulary, lambda text: encoder.encode([text])[0], None)
+
+
+def _called(tokenizer: Any) -> str:
+    """What a tokenizer in memory is called."""
+    name = getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
+    return name if isinstance(name, str) and name else type(tokenizer).__name__
+
+
+def _mass(
+    sides: Sequence[_Side], texts: Sequence[str], rows: Sequence[np.ndarray], max_length: int | None, chunk: int
+) -> tuple[PairMass, list[bool]]:
+    """Where probability lies, and which texts did not fit."""
+    from gold_jax.inspection.mass import measure
+
+    found, cut = [], []
+    for side, kinds in zip(sides, rows):
+        parts, too_long = measure(side.participant, texts, kinds, max_length=max_length, chunk=chunk)
+        found.append(parts)
+        cut.append(too_long)
+    dtypes = dict.fromkeys(str(side.participant.model.dtype) for side in sides)
+    mass = PairMass(*(Mass.mean(parts) for parts in found), tuple(zip(*found)), " and ".join(dtypes))
+    return mass, [one or other for one, other in zip(*cut)]

@@ -1,0 +1,76 @@
+"""Small random models, vocabularies and rows of aligned tokens, and every method as a loss over them."""
+
+import jax
+import numpy as np
+from flax import nnx
+
+from gold_jax.loss_spec import PRESETS, LossSpec
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.rope import Rope
+from gold_jax.text.batch import Half, Row, build_batches
+from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.step import freeze_teacher, make_distillation_loss
+
+V, W, K = 37, 41, 25
+BETAS = (0.0, 0.5, 1.0)
+SPECS = [
+    LossSpec(*point, beta=BETAS[i % 3], matched_weight=1.0, unmatched_weight=1.0, alm_temperature=5.0, name=name)
+    for i, (name, point) in enumerate(PRESETS.items())
+    if point[1] != "positional"
+] + [
+    LossSpec("observed", "all", "hybrid", beta=1.0, crossentropy_weight=0.5, name="observed"),
+    LossSpec("chain", "all", "events", beta=0.0, name="chain_events"),
+    LossSpec("boundary", "all", "shared_rest", name="shared_rest", student_temperature=0.7, teacher_temperature=1.3),
+    LossSpec("boundary", "all", "events", beta=0.0, distillation_weight=0.5, crossentropy_weight=1.0, name="mixed"),
+]
+STOPS = ((3, 5), (7, 2, 11))
+
+
+def decoder(vocabulary, seed, tied=True):
+    config = DecoderConfig(
+        family="llama", vocab_size=vocabulary, width=16, mlp_width=24, layers=2, heads=2, kv_heads=1, head_dim=8,
+        norm_eps=1e-5, activation="silu", ropes=(Rope(10000.0), Rope(10000.0)), sliding=(False, False), window=None, tied=tied,
+        query_scale=8**-0.5,
+    )  # fmt: skip
+    model = Decoder.from_config(config, seed)
+    model.embedding[...] = model.embedding[...] * 20  # distributions that differ, as trained models' do
+    return model
+
+
+def vocabulary(seed=0):
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(n).astype(np.int32) for n in (V, W)]
+    routes = [np.sort(rng.integers(0, K + 1, n - K)).astype(np.int32) for n in (V, W)]
+    return VocabularyMap(*orders, K, K, V, W, *routes)
+
+
+def rows(count, seed=0):
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        groups = int(rng.integers(1, 6))
+        sides = []
+        for size in (V, W):
+            group = np.repeat(np.arange(groups), rng.integers(1, 3, groups))
+            prompt = rng.integers(0, size, int(rng.integers(1, 7))).astype(np.int32)
+            sides.append(Half(prompt, rng.integers(0, size, len(group)).astype(np.int32), group))
+        made.append(Row(*sides, groups=groups, text="", stopped=False))
+    return made
+
+
+def built(spec, tied=True):
+    """The loss of a method, the student's parameters, the constants."""
+    student, teacher = decoder(V, 1), decoder(W, 2, tied)
+    graph, params = nnx.split(student)
+    vocabularies = vocabulary()
+    teacher_graph, constants = freeze_teacher(teacher, vocabularies, STOPS)
+    return make_distillation_loss(graph, teacher_graph, spec, vocabularies, chunk=4), params, constants
+
+
+def batches(spec, micro, normalization="groups", count=8):
+    """The micro-batches of one global batch."""
+    made = build_batches(
+        rows(count), micro, merge=spec.merge, groups=spec.groups, text=spec.of_text, normalization=normalization
+    )
+    return jax.tree.map(jax.numpy.asarray, made)
