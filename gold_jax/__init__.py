@@ -22,6 +22,7 @@ _HOMES = {
     "inspect_pair": "gold_jax.inspection.pair",
     "sample_completions": "gold_jax.training.evaluation",
     "score_completions": "gold_jax.training.evaluation",
+    "measure_gaps": "gold_jax.training.evaluation",
 }
 __all__ = [*_HOMES, "__version__"]
 

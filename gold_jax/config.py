@@ -168,7 +168,15 @@ class SFTConfig:
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.")
     dataset_text_field: str = flag("text", "Column that holds plain text.")
     chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
-    template_kwargs: dict | str | None = flag(None, "JSON with variables for the chat template.")
+    template_kwargs: dict | str | None = flag(
+        None,
+        'JSON with variables for the chat template, such as {"enable_thinking": false}; a row\'s column '
+        "chat_template_kwargs goes before it.",
+        aliases=["chat_template_kwargs"],
+    )
+    special_tokens_in_prompts: bool = flag(
+        False, "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text."
+    )
     completion_only_loss: bool | None = flag(
         None, "Learn the completion (of a conversation its last answer) and nothing else; false: the whole sequence."
     )
@@ -241,11 +249,18 @@ class GOLDConfig(SFTConfig):
     teacher_model_revision: str | None = flag(None, "Branch, tag or commit of the teacher on the hub.")
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: where the teacher is.")
     teacher_model_init_kwargs: dict | str | None = flag(None, "JSON with dtype or revision for the teacher.")
+    teacher_template_kwargs: dict | str | None = flag(
+        None, "JSON with variables for the teacher's chat template; none: those of template_kwargs."
+    )
+    teacher_context: str | None = flag(
+        None, "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it."
+    )
     # sampling
     temperature: float = flag(0.9, "Temperature of the student's sampling (and of both models under gkd, as in TRL).")
     top_p: float = flag(0.95, "Sample from the likeliest tokens that add up to this probability; 1: from all.")
     top_k: int = flag(0, "Sample from this many likeliest tokens; 0: from all.")
     lmbda: float = flag(0.5, "Share of batches whose completions the student writes; 0: data alone, 1: student alone.")
+    seq_kd: bool = flag(False, "The teacher writes the completions of the batches that the student does not.")
     max_completion_length: int = flag(128, "Most tokens of a sampled completion.", aliases=["max_new_tokens"])
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.")
     num_generations: int = flag(1, "Completions sampled for each prompt.")
@@ -372,4 +387,8 @@ class GOLDConfig(SFTConfig):
             name=name,
         )
         spec.check()
+        if spec.compare == "reverse_kl" and self.lmbda < 1:
+            raise ValueError(
+                f"--lmbda is {self.lmbda:g}, but --compare reverse_kl learns from what the student itself drew; use --lmbda 1."
+            )
         return spec

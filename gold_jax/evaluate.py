@@ -1,5 +1,6 @@
 """`python -m gold_jax.evaluate`: what given completions cost a model, in bits per byte, comparable across tokenizers."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -26,7 +27,12 @@ class EvaluateArguments:
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
     loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
     predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")
-    max_new_tokens: int = flag(128, "Most tokens of such a completion.")
+    max_new_tokens: int = flag(128, "Most tokens of a completion that is written for a measure.")
+    teacher_model_name_or_path: str | None = flag(
+        None, "Also measure the gaps to this teacher: what each model's own text costs the other, in bits per byte."
+    )
+    teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: the one beside it.")
+    seed: int = flag(42, "Seed of sampling, for the gaps.")
     json: bool = flag(False, "Print one JSON object.")
 
     def __post_init__(self):
@@ -64,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["exact_match"] = exact_match(
             who.model, who.codec, examples, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
         )
+    if args.teacher_model_name_or_path is not None:
+        found |= _gaps(who, model, args, [e.prompt for e in examples])
     if args.json:
         print(json.dumps(found))
         return
@@ -71,8 +79,33 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")
+    if "forward_gap" in found:
+        print(f"  forward gap     {found['forward_gap']:.4f}   (student less teacher, on the teacher's text)")
+        print(f"  reverse gap     {found['reverse_gap']:.4f}   (teacher less student, on the student's text)")
+        print(
+            f"  ended           {found['ended']:.1%}   of the student's completions within {args.max_new_tokens} tokens"
+        )
     if score.cut:
         print(f"  {score.cut} rows were longer than --max_length {args.max_length} and scored as far as they fit")
+
+
+def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) -> dict[str, float]:
+    import jax
+
+    from gold_jax.training.evaluation import measure_gaps
+
+    named = ModelArguments(model_name_or_path=args.teacher_model_name_or_path, dtype=model.dtype)
+    teacher = load_reader(named, args.teacher_tokenizer_name_or_path, args.bf16)
+    gaps = measure_gaps(
+        who[:2],
+        teacher[:2],
+        prompts,
+        max_new_tokens=args.max_new_tokens,
+        key=jax.random.key(args.seed),
+        batch_size=args.batch_size,
+        chunk=args.loss_chunk,
+    )
+    return {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | dataclasses.asdict(gaps)
 
 
 if __name__ == "__main__":

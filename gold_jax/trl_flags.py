@@ -122,7 +122,6 @@ _REFUSALS = {
     "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.": (
         "packing eval_packing"
     ),
-    "sequence-level distillation is not in this version; use --lmbda 0 with a data set that the teacher wrote.": "seq_kd",
     "continuing a run is not in this version; give the saved model as --model_name_or_path to train on from it.": (
         "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint"
     ),

@@ -359,7 +359,10 @@ def test_sft_counts_what_it_is_told_to(world, tmp_path):
         ("--loss gold", "gold: chain/all/hybrid"),
         ("--loss uld", "uld: chain/positional/sorted"),
         ("--loss uld_extended", "uld_extended: chain/all/sorted"),
-        ("--loss strict", "strict: boundary/one_to_one/shared"),
+        ("--loss strict --compare shared_rest", "strict: boundary/one_to_one/shared_rest"),
+        ("--loss projected --projection_mask whitespace,numerals", "whitespace and numerals masked"),
+        ("--loss events", "events: boundary/all/events"),
+        ("--loss alm --beta 0", "alm: boundary/all/alm"),
         ("--use_uld_loss --uld_token_merge_strategy observed", "observed/all/sorted"),
         ("--loss gold --uld_crossentropy_weight 0.5 --uld_top_k 16 --normalization row_mean", "gold"),
     ],
@@ -369,6 +372,58 @@ def test_every_loss_trains(line, says, world, tmp_path, capsys):
     assert says in capsys.readouterr().out
     row = lines(tmp_path / "out" / "metrics.jsonl")[0]
     assert row["loss"] > 0 and row["grad_norm"] > 0
+
+
+def test_reverse_kl_learns_from_what_the_student_draws(world, tmp_path, capsys):
+    distil(world, tmp_path / "out", "--loss reverse_kl --temperature 1 --top_p 1", lmbda=1)
+    assert "reverse_kl: boundary/all/reverse_kl" in capsys.readouterr().out
+    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["grad_norm"] > 0
+
+
+def test_the_teacher_writes_the_completions_under_seq_kd(world, tmp_path, capsys):
+    """From prompts alone, and the same text on both sides."""
+    rows = [{"prompt": [{"role": "user", "content": question}]} for question, _ in tiny.ROWS[:2]]
+    path = tiny.write_rows(tmp_path / "prompts.jsonl", rows)
+    flags = dict(lmbda=0, seq_kd=True, dataset_name=path, uld_crossentropy_weight=1, uld_distillation_weight=0)
+    distil(world, tmp_path / "out", **flags)
+    shown = capsys.readouterr().out
+    assert "0% by the student, 100% by the teacher" in shown
+    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
+
+
+def test_the_teacher_alone_reads_its_context(world, tmp_path):
+    rows = [tiny.conversation(*tiny.ROWS[0]) | {"teacher_context": "Think of dogs."}, tiny.conversation(*tiny.ROWS[1])]
+    trainer = GOLDTrainer(
+        str(world / "student"),
+        str(world / "teacher"),
+        GOLDConfig(
+            output_dir=str(tmp_path / "out"), lmbda=0, per_device_train_batch_size=2, teacher_context="Be brief."
+        ),
+        rows,
+    )
+    windows = trainer.loop.task.windows
+    examples = [trainer.train_examples[i] for i in range(2)]
+    told = [windows.teacher.render(prompt) for prompt in windows._told(examples)]
+    assert "Be brief.\n\nThink of dogs.\n\n" + tiny.ROWS[0][0] in told[0]
+    assert "Be brief.\n\n" + tiny.ROWS[1][0] in told[1]
+    (batch,) = windows.train(0, examples, trainer.loop.state.params).batches
+    texts = [
+        codec.tokenizer.decode(side.tokens[0][side.mask[0]])
+        for codec, side in ((windows.student, batch.student), (windows.teacher, batch.teacher))
+    ]
+    assert "brief" not in texts[0] and "brief" in texts[1]
+
+
+def test_evaluate_measures_the_gaps_to_a_teacher(world, capsys):
+    line = f"--model_name_or_path {world}/student --dataset_name {world}/data --max_new_tokens 24"
+    call("evaluate", line, teacher_model_name_or_path=world / "teacher", json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["forward_gap"] == pytest.approx(found["student_on_teacher"] - found["teacher_on_teacher"])
+    assert found["reverse_gap"] == pytest.approx(found["teacher_on_student"] - found["student_on_student"])
+    assert 0 <= found["ended"] <= 1
+    call("evaluate", line, teacher_model_name_or_path=world / "student")
+    shown = capsys.readouterr().out
+    assert "forward gap" in shown and "reverse gap" in shown
 
 
 def test_one_tokenizer_for_both_is_gkd(world, tmp_path, capsys):

@@ -176,7 +176,8 @@ def test_a_flag_is_read_in_every_spelling(argv, name, value):
         (["--fp16"], ["--fp16", "--bf16"]),
         (["--use_peft"], ["--use_peft", "LoRA is not in this version"]),
         (["--load_in_4bit"], ["--load_in_4bit", "not in this version"]),
-        (["--seq_kd"], ["--seq_kd", "not in this version"]),
+        (["--projection_mask", "words"], ["--projection_mask", "'words'", "whitespace, numerals"]),
+        (["--alm_temperature", "0"], ["--alm_temperature", "greater than 0"]),
         (["--dataset_streaming", "true"], ["--dataset_streaming", "not in this version"]),
         (["--resume_from_checkpoint", "c"], ["--resume_from_checkpoint", "not in this version"]),
         (["--packing"], ["--packing", "change the result"]),
@@ -322,6 +323,11 @@ def test_the_hub_token_is_neither_shown_nor_recorded():
             False,
             ("gold", "chain", "positional", "hybrid"),
         ),
+        (dict(loss="events"), True, ("events", "boundary", "all", "events")),
+        (dict(loss="projected", groups="one_to_one"), False, ("projected", "boundary", "one_to_one", "projected")),
+        (dict(loss="alm"), False, ("alm", "boundary", "all", "alm")),
+        (dict(loss="reverse_kl", lmbda=1), False, ("reverse_kl", "boundary", "all", "reverse_kl")),
+        (dict(loss="strict", compare="shared_rest"), False, ("strict", "boundary", "one_to_one", "shared_rest")),
         (
             dict(use_uld_loss=True, uld_token_merge_strategy="bayesian"),
             False,
@@ -355,8 +361,29 @@ def test_presets_and_trl_s_flags_choose_their_point_of_the_grid(given, same_toke
     assert (spec.name, spec.merge, spec.groups, spec.compare) == point
 
 
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        (dict(loss="events", merge="observed"), "--merge is 'observed'.*boundary or chain"),
+        (dict(loss="uld", compare="alm"), "--groups is 'positional'.*all or one_to_one"),
+        (dict(loss="gold", projection_mask=["numerals"]), "--projection_mask is numerals.*projected or events"),
+        (dict(loss="reverse_kl", lmbda=0.5), "--lmbda is 0.5.*use --lmbda 1"),
+    ],
+)
+def test_points_of_the_grid_that_mean_nothing_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        GOLDConfig(**given).loss_spec(same_tokenizer=False)
+
+
+def test_a_loss_says_what_it_is():
+    spec = GOLDConfig(loss="events", projection_mask="whitespace,numerals", beta=0.25).loss_spec(False)
+    assert spec.mask == ("whitespace", "numerals") and spec.of_text
+    assert spec.describe() == "events: boundary/all/events, beta 0.25, whitespace and numerals masked"
+    assert "to the power 1/20" in GOLDConfig(loss="alm", alm_temperature=20).loss_spec(False).describe()
+
+
 def test_gkd_with_two_tokenizers_is_an_error():
-    with pytest.raises(ValueError, match="different tokenizers; use --loss gold"):
+    with pytest.raises(ValueError, match="different tokenizers; use another --loss"):
         GOLDConfig(loss="gkd").loss_spec(same_tokenizer=False)
 
 

@@ -59,7 +59,11 @@ class Half(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt and completion as both models read it."""
+    """One prompt and completion as both models read it.
+
+    `unknown` are the groups that a token stands in which does not spell its text (an unknown token): what it costs says
+    nothing about the text, so they never count.
+    """
 
     student: Half
     teacher: Half
@@ -67,6 +71,7 @@ class Row:
     text: str
     stopped: bool
     damaged: bool = False
+    unknown: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def build_rows(
@@ -101,7 +106,7 @@ def build_rows(
     Returns:
       A row each. A row may have no group at all: it then counts for nothing.
     """
-    drawn = list(_encode_texts(student, prompts, completions))
+    drawn, unknown_ours = zip(*_encode_texts(student, prompts, completions)) if prompts else ((), ())
     others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=prompts)
     rows = []
     for i, (prompt, ours) in enumerate(zip(prompts, drawn)):
@@ -112,6 +117,9 @@ def build_rows(
         else:
             s_group, t_group, count = group_ends(ours.spans[:, 1], others[i].spans[:, 1])
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
+        unknown = s_group[unknown_ours[i]]
+        if not one_vocabulary:
+            unknown = np.concatenate([unknown, t_group[others[i].unknown]])
         if ours.stopped:
             paired = not (skip_student_stop or skip_teacher_stop)
             s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
@@ -123,20 +131,20 @@ def build_rows(
         ours_half = Half(s_prompt, s_ids.astype(np.int32), s_group)
         theirs_half = Half(t_prompt, t_ids.astype(np.int32), t_group)
         halves_and_count = _fit(ours_half, theirs_half, count, max_length, teacher_max_length)
-        rows.append(Row(*halves_and_count, text=ours.text, stopped=ours.stopped, damaged=ours.damaged))
+        rows.append(Row(*halves_and_count, ours.text, ours.stopped, ours.damaged, unknown[unknown < count]))
     return rows
 
 
 def _encode_texts(student: Codec, prompts, completions):
-    """Texts become `Drawn` in one call to the tokenizer; what was drawn already stays."""
+    """Texts become `Drawn` in one call to the tokenizer, what was drawn already stays; and which tokens are unknown."""
     texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
     encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
     for c in completions:
         if isinstance(c, str):
             e = next(encoded)
-            yield Drawn(ids=e.ids, spans=e.spans, text=c, stopped=True, damaged=False)
+            yield Drawn(ids=e.ids, spans=e.spans, text=c, stopped=True, damaged=False), e.unknown
         else:
-            yield c
+            yield c, np.zeros(len(c.ids), bool)
 
 
 def _fit(student: Half, teacher: Half, count: int, student_limit: int, teacher_limit: int | None):
@@ -163,13 +171,14 @@ def bucket(length: int, *, smallest: int = 32) -> int:
 def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     """Which of a row's groups enter the loss: bool `[groups]`.
 
-    `one_to_one` leaves merged groups out. A group whose distribution has no position before it (an empty prompt) is
-    left out as well, except under `observed`, which reads one position late.
+    `one_to_one` leaves merged groups out, and groups with an unknown token never count. A group whose distribution has
+    no position before it (an empty prompt) is left out as well, except under `observed`, which reads one position late.
     """
     s, t = (_sizes(half, row.groups) for half in (row.student, row.teacher))
     keep = (s > 0) & (t > 0)
     if groups == "one_to_one":
         keep &= (s == 1) & (t == 1)
+    keep[row.unknown[row.unknown < row.groups]] = False
     if merge != "observed" and row.groups and not (len(row.student.prompt) and len(row.teacher.prompt)):
         keep[0] = False
     return keep

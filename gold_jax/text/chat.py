@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder
+from gold_jax.text.special import Guard, Hidden, HiddenEncoder, SpecialStrings
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
-from gold_jax.text.template import ChatTemplate
+from gold_jax.text.template import ChatTemplate, with_context
 
 Prompt = str | list[dict]
 
@@ -20,6 +21,8 @@ class Codec:
         chat_template: a Jinja template, or a file that holds one, in the place of the tokenizer's own. A tokenizer
             without any gets the plain format of `template.PLAIN_TEMPLATE`.
         template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
+        special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these tokens,
+            as they do in a prompt that somebody rendered before. In messages they never do, see `special.Guard`.
 
     Attributes:
         surfaces: the tokenizer's surfaces; stop tokens have none.
@@ -39,6 +42,7 @@ class Codec:
         stop_ids: Sequence[int] = (),
         chat_template: str | None = None,
         template_kwargs: dict | None = None,
+        special_tokens_in_prompts: bool = False,
     ):
         self.tokenizer = tokenizer
         self.name = name_of(tokenizer)
@@ -52,6 +56,12 @@ class Codec:
         pads = (tokenizer.pad_token_id, eos, self.stop_id)
         self.pad_id = next(i for i in pads if i is not None)
         self._plain = PlainEncoder(tokenizer, self.surfaces)
+        stops = [surfaces.strings[i] for i in self.stop_ids if i < len(surfaces) and surfaces.strings[i]]
+        ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
+        self._specials = SpecialStrings(tokenizer, also=stops)
+        self._guard = Guard(self.template, self._specials, frame=[*stops, *ends])
+        self._hidden = HiddenEncoder(tokenizer, self._specials)
+        self.special_tokens_in_prompts = special_tokens_in_prompts
 
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder
@@ -68,9 +78,22 @@ class Codec:
             )
         return int(stop)
 
+    def special_strings_in(self, text: str) -> list[str]:
+        """The strings in a text that would be special tokens if they were not read as plain text; each once, in order."""
+        return self._specials.found_in([text])
+
+    def with_context(self, prompt: Prompt, context: str) -> Prompt:
+        """A prompt with more to know before it, see `template.with_context`."""
+        return with_context(prompt, context, self.template)
+
     def render(self, prompt: Prompt) -> str:
         """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
-        return prompt if isinstance(prompt, str) else self.template.render(prompt, generate=True)
+        return self._written(prompt).shown
+
+    def _written(self, prompt: Prompt) -> Hidden:
+        if isinstance(prompt, str) and self.special_tokens_in_prompts:
+            return Hidden(prompt, {})
+        return self._guard.render(prompt, generate=True)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """The tokens of a prompt, int32 [P], see `encode_prompts`."""
@@ -79,25 +102,33 @@ class Codec:
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """The tokens of prompts, int32 [P] each.
 
-        Text gets the tokenizer's own special tokens before it (unless it begins with them) and none after it; messages
-        get what their template writes.
+        Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
+        `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that look
+        like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token.
 
         Raises:
             ValueError: the template refuses a conversation.
         """
-        texts = [self.render(prompt) for prompt in prompts]
+        written = [self._written(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
-        special = [isinstance(p, str) and not (begin and p.startswith(begin)) for p in prompts]
+        begun = [bool(begin) and w.text.startswith(begin) for w in written]
+        special = [isinstance(p, str) and not has for p, has in zip(prompts, begun)]
         result: list = [None] * len(prompts)
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
-            batch = self._native([texts[row] for row in rows], special=wanted)
-            for row, ids in zip(rows, batch):
-                result[row] = np.array(self._open(ids, texts[row]) if wanted else ids, np.int32)
+            batch = iter(
+                self._native([w.text for w in map(written.__getitem__, rows) if not w.strings], special=wanted)
+            )
+            for row in rows:
+                hidden = written[row]
+                ids = self._hidden.encode(hidden, add_special_tokens=wanted) if hidden.strings else next(batch)
+                result[row] = np.array(self._open(ids, hidden.text) if wanted else ids, np.int32)
         return result
 
     def _native(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
+        if not texts:
+            return []
         return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
@@ -157,37 +188,45 @@ class Codec:
         Raises:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
         """
-        text, answers = self.template.answers(messages)
+        written, answers = self._guard.answers(messages)
+        text = written.text
         if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
             answers = [(begin - text[:begin].endswith(" "), end) for begin, end in answers]
         if backend_of(self.tokenizer) is None:
-            return self._by_pieces(text, answers)
-        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = np.array(encoding["input_ids"], np.int32)
-        offsets = np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+            return self._by_pieces(written, answers)
+        found, offsets = self._located(written)
+        ids = np.array(found, np.int32)
         counted = np.zeros(len(ids), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         said = "".join(text[begin:end] for begin, end in answers)
         if any(_written(self.surfaces, i, said) for i in ids[counted].tolist()):
-            return self._by_pieces(text, answers)  # an answer holds the letters of a special token
+            return self._by_pieces(written, answers)  # an answer holds the letters of a special token
         for _, end in answers:
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
         return ids, counted
 
-    def _by_pieces(self, text: str, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _located(self, written: Hidden) -> tuple[list[int], np.ndarray]:
+        """The tokens of what the template wrote, and the characters `[start, end)` that each stands in, [T, 2]."""
+        if written.strings:
+            return self._hidden.encode_with_offsets(written)
+        encoding = self.tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+
+    def _by_pieces(self, written: Hidden, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The template's text and the answers each encoded alone, as in generation."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
-        at = 0
-        for begin, end in [*answers, (len(text), len(text))]:
+        at, last = 0, len(written.text)
+        for begin, end in [*answers, (last, last)]:
             if begin > at:
-                ids += self._native([text[at:begin]])[0]
+                part = written.part(at, begin)
+                ids += self._hidden.encode(part) if part.strings else self._native([part.text])[0]
             if end > begin:
                 spans.append((len(ids), 0))
-                ids += self._plain.encode([text[begin:end]])[0].ids.tolist()
+                ids += self._plain.encode([written.part(begin, end).shown])[0].ids.tolist()
                 spans[-1] = (spans[-1][0], len(ids))
-            elif begin < len(text):
+            elif begin < last:
                 spans.append((len(ids), len(ids)))
             at = end
         array, counted = np.array(ids, np.int32), np.zeros(len(ids), np.bool_)

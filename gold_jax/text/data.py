@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.text.rows import kind_of, messages_of, optional_text, told_beside
+from gold_jax.text.template import Conversation
 
 ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
@@ -18,14 +20,22 @@ class Example:
     """One row.
 
     Attributes:
-        prompt: text, or a list of messages.
-        completion: the text that follows the prompt; None where the row has a prompt alone.
-        messages: the whole conversation, its last answer included, where the row is one.
+        prompt: text, or a list of messages: a `Conversation` where the row has tools or template variables.
+        completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls tools
+            it is what it says beside, see `calls_tools`.
+        messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
+        teacher_context: what the teacher alone is told before the prompt, see `template.with_context`; None: nothing.
     """
 
     prompt: str | list[dict]
     completion: str | None = None
     messages: list[dict] | None = None
+    teacher_context: str | None = None
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the last answer calls tools. Every template writes calls its own way, so `completion` is without them."""
+        return bool(self.completion is not None and self.messages and self.messages[-1].get("tool_calls"))
 
 
 class Examples(Sequence):
@@ -159,6 +169,10 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
     `prompt` and `completion`, each a text or a list of messages; `prompt` alone; `text`, which is a completion of an
     empty prompt. They are looked for in this order.
 
+    Beside them a row may have `tools` (a list of JSON schemas) and `chat_template_kwargs` (template variables of this
+    row), each also as a string of JSON, which go with messages (a `text` is whole, so that it passes them over), and
+    `teacher_context`, a text. All of them may be null.
+
     Args:
         row: a dict.
         index: its number, for messages.
@@ -166,70 +180,68 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
         text_column: the column that stands for `text`.
 
     Raises:
-        ValueError: the row has none of the forms, or something in it is not text. It names the row and its columns.
+        ValueError: the row has none of the forms, or something in it is not as `rows.messages_of` and `rows.told_beside`
+            take it. It names the row and its columns.
     """
     where = f"row {index} of {source}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
-    if row.get("messages") is not None:
-        messages = _messages(row["messages"], where, "messages")
-        if messages[-1]["role"] != "assistant":
-            return Example(messages)
-        if len(messages) == 1:
-            return Example("", messages[0]["content"], messages)
-        return Example(messages[:-1], messages[-1]["content"], messages)
-    if row.get("prompt") is not None:
-        prompt = _text_or_messages(row["prompt"], where, "prompt")
-        if row.get("completion") is None:
-            return Example(prompt)
-        completion = _text_or_messages(row["completion"], where, "completion")
-        if isinstance(completion, str):
-            whole = None
-            if not isinstance(prompt, str):
-                whole = [*prompt, {"role": "assistant", "content": completion}]
-            return Example(prompt, completion, whole)
-        asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if completion[-1]["role"] != "assistant":
-            raise ValueError(
-                f"{where}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
-            )
-        whole = [*asked, *completion]
-        return Example(whole[:-1], whole[-1]["content"], whole)
+    context = optional_text(row, "teacher_context", where)
+    if row.get("messages") is not None or row.get("prompt") is not None:
+        example = _conversation(row, where) if row.get("messages") is not None else _prompt(row, where)
+        return dataclasses.replace(_told(example, row, where), teacher_context=context)
     if row.get(text_column) is not None:
         text = row[text_column]
         if not isinstance(text, str):
-            raise ValueError(f"{where}: {text_column!r} must be text, not {_kind(text)}")
-        return Example("", text)
+            raise ValueError(f"{where}: {text_column!r} must be text, not {kind_of(text)}")
+        return Example("", text, teacher_context=context)
     columns = ", ".join(map(str, row)) or "none"
     empty = [c for c in ("messages", "prompt", text_column) if c in row]
     hint = f" ({', '.join(empty)} is there but null)" if empty else ""
     raise ValueError(f"{where} has the columns {columns}{hint}; accepted are {ACCEPTED}")
 
 
+def _conversation(row: Mapping, where: str) -> Example:
+    messages = messages_of(row["messages"], where, "messages")
+    if messages[-1]["role"] != "assistant":
+        return Example(messages)
+    return Example(messages[:-1] or "", messages[-1]["content"], messages)
+
+
+def _prompt(row: Mapping, where: str) -> Example:
+    prompt = _text_or_messages(row["prompt"], where, "prompt")
+    if row.get("completion") is None:
+        return Example(prompt)
+    completion = _text_or_messages(row["completion"], where, "completion")
+    if isinstance(completion, str):
+        if isinstance(prompt, str):
+            return Example(prompt, completion)
+        return Example(prompt, completion, [*prompt, {"role": "assistant", "content": completion}])
+    if completion[-1]["role"] != "assistant":
+        raise ValueError(
+            f"{where}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
+        )
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    whole = [*asked, *completion]
+    return Example(whole[:-1], whole[-1]["content"], whole)
+
+
+def _told(example: Example, row: Mapping, where: str) -> Example:
+    """The example with the row's tools and template variables."""
+    beside = told_beside(row, where)
+    if not beside:
+        return example
+    if isinstance(example.prompt, str) and example.messages is None:
+        columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
+        raise ValueError(
+            f"{where} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
+            'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
+        )
+    prompt, messages = (
+        Conversation(m, **beside) if isinstance(m, list) else m for m in (example.prompt, example.messages)
+    )
+    return dataclasses.replace(example, prompt=prompt, messages=messages)
+
+
 def _text_or_messages(value, where: str, column: str) -> str | list[dict]:
-    return value if isinstance(value, str) else _messages(value, where, column)
-
-
-def _messages(value, where: str, column: str) -> list[dict]:
-    """Checked copies of messages, keys without a value left out (data sets fill in keys that other rows have)."""
-    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        raise ValueError(f"{where}: {column!r} must be a list of {{role, content}} messages, not {_kind(value)}")
-    if not value:
-        raise ValueError(f"{where}: {column!r} is an empty list; it needs at least one message")
-    messages = []
-    for turn, message in enumerate(value):
-        if not isinstance(message, Mapping):
-            raise ValueError(
-                f"{where}: message {turn} of {column!r} must have role and content, but is {_kind(message)}"
-            )
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise ValueError(
-                    f"{where}: the {key} of message {turn} of {column!r} must be text, not {_kind(message.get(key))}"
-                )
-        messages.append({key: item for key, item in message.items() if item is not None})
-    return messages
-
-
-def _kind(value) -> str:
-    return "missing or null" if value is None else f"a {type(value).__name__}"
+    return value if isinstance(value, str) else messages_of(value, where, column)

@@ -1,6 +1,8 @@
 """Chat templates: what a model reads for a conversation, the same on every day, and where the answers stand in it."""
 
+import functools
 import os
+from collections.abc import Iterable, Mapping
 
 from gold_jax.text.surface import excerpt, name_of
 
@@ -11,20 +13,76 @@ _STRFTIME = {
     "%B": "July", "%a": "Fri", "%A": "Friday", "%j": "208", "%u": "5", "%w": "5", "%H": "00", "%-H": "0", "%I": "12",
     "%-I": "12", "%M": "00", "%-M": "0", "%S": "00", "%-S": "0", "%p": "AM", "%F": "2024-07-26", "%T": "00:00:00",
     "%D": "07/26/24", "%x": "07/26/24", "%X": "00:00:00", "%c": "Fri Jul 26 00:00:00 2024", "%f": "000000",
-    "%Z": "", "%z": "",
+    "%R": "00:00", "%r": "12:00:00 AM", "%P": "am", "%k": " 0", "%l": "12", "%G": "2024", "%V": "30", "%U": "29",
+    "%W": "30", "%C": "20", "%-y": "24", "%-j": "208", "%s": "1721952000", "%Z": "", "%z": "",
 }  # fmt: skip
 
-#: The format for a tokenizer that brings no template: a heading line for each turn, the end token after each answer.
+#: The format for a tokenizer that brings no template: a heading line for each turn (`System:`, `User:`, `Assistant:`,
+#: `Tool:`), its content, a blank line; after each answer the end token. Tools come first, under `Tools:`, the JSON schema
+#: of one on each line; a tool call is JSON on a line of its own after the answer's content.
 PLAIN_TEMPLATE = (
+    "{% if tools %}{{ 'Tools:\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}{{ '\n' }}{% endif %}"
     "{% for message in messages %}"
-    "{{ message['role'] | capitalize + ':\n' + message['content'] }}"
+    "{% set said = message['content'] or '' %}"
+    "{{ message['role'] | capitalize + ':\n' + said }}"
+    "{% for call in message['tool_calls'] or [] %}"
+    "{{ ('\n' if said or not loop.first else '') + (call['function'] or call) | tojson }}"
+    "{% endfor %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token | default('', true) }}{% endif %}"
     "{{ '\n\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\n' }}{% endif %}"
 )
 
+#: What rendering sets itself, so that no template variable can have these names.
+RESERVED = frozenset({
+    "conversation", "messages", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+    "tokenizer_kwargs", "sanitize_control_tokens", "self",
+})  # fmt: skip
+
 _MARK = "qZ7probeX3answerK9"
+
+
+class Conversation(list):
+    """A list of messages that remembers what else the template is told about them.
+
+    Slices keep it; `like` gives it to other messages. It equals a list of the same messages if it has nothing to
+    remember.
+
+    Args:
+        messages: dicts with `role` and `content`.
+        tools: JSON schemas of the tools that the assistant may call.
+        template_kwargs: template variables of this conversation alone, such as `{"enable_thinking": False}`; they go
+            before those of the run.
+    """
+
+    def __init__(
+        self, messages: Iterable[dict] = (), *, tools: list[dict] | None = None, template_kwargs: dict | None = None
+    ):
+        super().__init__(messages)
+        self.tools = tools
+        self.template_kwargs = template_kwargs
+
+    def like(self, messages: Iterable[dict]) -> "Conversation":
+        """Other messages with the same tools and template variables."""
+        return Conversation(messages, tools=self.tools, template_kwargs=self.template_kwargs)
+
+    def __getitem__(self, index):
+        found = super().__getitem__(index)
+        return self.like(found) if isinstance(index, slice) else found
+
+    def __eq__(self, other):
+        told = (getattr(other, "tools", None) or None, getattr(other, "template_kwargs", None) or None)
+        return list.__eq__(self, other) and (self.tools or None, self.template_kwargs or None) == told
+
+    def __ne__(self, other):
+        return not self == other
+
+    __hash__ = None
+
+    def __repr__(self) -> str:
+        return f"Conversation({super().__repr__()}, tools={self.tools!r}, template_kwargs={self.template_kwargs!r})"
 
 
 class ChatTemplate:
@@ -33,19 +91,28 @@ class ChatTemplate:
     Args:
         tokenizer: a transformers tokenizer.
         source: another template (Jinja) in the place of the tokenizer's own.
-        kwargs: what else the template is to be told, such as `enable_thinking`.
+        kwargs: what else the template is to be told, such as `enable_thinking`. `date_string` says another date to
+            templates that take it from there than `FIXED_DATE`.
 
     Attributes:
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
-            tokenizer's beginning-of-text token, if it puts one before plain text).
+            tokenizer's beginning-of-text token, if it puts one before plain text). A tokenizer may have a template of
+            its own for conversations with tools, which they then get.
         lead: whether the template writes one blank between the generation prompt and the answer, as Llama 2's does.
         tail: what the template writes after an answer that ends the conversation.
+
+    Raises:
+        ValueError: a template variable has the name of something that rendering sets itself.
     """
 
     def __init__(self, tokenizer, source: str | None = None, kwargs: dict | None = None):
+        wrong = refused_variables(kwargs or {})
+        if wrong:
+            raise ValueError(f"the chat template's variables cannot hold {wrong}")
         self._tokenizer = tokenizer
         self._kwargs = {"date_string": FIXED_DATE} | (kwargs or {})
         own = getattr(tokenizer, "chat_template", None)
+        with_tools = own.get("tool_use") if source is None and isinstance(own, Mapping) else None
         if source is not None and os.path.isfile(source):
             with open(source, encoding="utf-8") as file:
                 source = file.read()
@@ -55,14 +122,23 @@ class ChatTemplate:
             begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             source = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
         self.source = source
-        self._fixed = _date_macro() + source if "strftime_now" in source else source
+        self._fixed = _dated(source)
+        self._fixed_with_tools = _dated(with_tools or source)
         self.lead, self.tail = self._probe()
+
+    @functools.cached_property
+    def takes_system(self) -> bool:
+        """Whether the template writes what a system message says."""
+        try:
+            return _MARK in self.render([{"role": "system", "content": _MARK}, {"role": "user", "content": "Hello?"}])
+        except ValueError:
+            return False
 
     def render(self, messages: list[dict], *, generate: bool = False) -> str:
         """The text that the model reads for a conversation.
 
         Args:
-            messages: dicts with `role` and `content`.
+            messages: dicts with `role` and `content`; of a `Conversation` the template is told the tools and variables.
             generate: whether the beginning of an assistant's answer is to follow.
 
         Raises:
@@ -70,13 +146,15 @@ class ChatTemplate:
         """
         import jinja2
 
+        tools = getattr(messages, "tools", None) or None
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
-                chat_template=self._fixed,
+                chat_template=self._fixed_with_tools if tools else self._fixed,
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=generate,
-                **self._kwargs,
+                **self._kwargs | (getattr(messages, "template_kwargs", None) or {}),
             )
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -107,7 +185,8 @@ class ChatTemplate:
     def _locate(self, messages: list[dict], turn: int, whole: str) -> tuple[int, int]:
         content = messages[turn].get("content") or ""
         # Render once more with a word of ours for the answer: what stands around the word stands around the answer.
-        marked = self.render([*messages[:turn], {"role": "assistant", "content": _MARK}, *messages[turn + 1 :]])
+        answer = {"role": "assistant", "content": _MARK}
+        marked = self.render(_like(messages, [*messages[:turn], answer, *messages[turn + 1 :]]))
         if marked.count(_MARK) != 1:
             raise self._lost(messages, turn, f"the template writes it {marked.count(_MARK)} times")
         before, after = marked.split(_MARK)
@@ -120,7 +199,7 @@ class ChatTemplate:
         if begin is None:
             raise self._lost(messages, turn, "what the template writes before it depends on what it says")
         found, wanted = ("".join(text.split()) for text in (whole[begin:end], content))
-        if not (wanted.endswith(found) or found.endswith(wanted)):
+        if not (wanted.endswith(found) or found.endswith(wanted) or _calls_in(messages[turn], found)):
             raise self._lost(messages, turn, f"{excerpt(whole[begin:end])} stands in its place")
         return begin, end
 
@@ -151,6 +230,55 @@ class ChatTemplate:
             return False, ""
         before, _, tail = whole.rpartition(_MARK)
         return before == prompt + " ", tail
+
+
+def with_context(prompt: str | list[dict], context: str, template: ChatTemplate) -> str | list[dict]:
+    """A prompt with more to know before it, such as a worked answer that the teacher alone is shown.
+
+    Args:
+        prompt: text or messages; it is not changed.
+        context: the text. An empty one changes nothing.
+        template: the template of the model that is to read it.
+
+    Returns:
+        Of a text, the context, a blank line and the text. Of messages, the same with the context at the beginning of the
+        system message, which is put there if there is none; where the template takes no system messages, at the
+        beginning of the first user message. Tools and template variables stay.
+    """
+    if not context:
+        return prompt
+    if isinstance(prompt, str):
+        return f"{context}\n\n{prompt}"
+    roles = [message.get("role") for message in prompt]
+    bearer = "system" if "system" in roles or template.takes_system else "user"
+    if bearer not in roles:
+        return _like(prompt, [{"role": bearer, "content": context}, *prompt])
+    at = roles.index(bearer)
+    told = dict(prompt[at], content=f"{context}\n\n{prompt[at].get('content') or ''}")
+    return _like(prompt, [*prompt[:at], told, *prompt[at + 1 :]])
+
+
+def refused_variables(variables: Iterable[str]) -> str:
+    """What is wrong with the names of template variables, and what would be right; "" if nothing is."""
+    wrong = sorted(RESERVED.intersection(variables))
+    if not wrong:
+        return ""
+    rest = "; tools have a column of their own, `tools`" if "tools" in wrong else ""
+    return f"{', '.join(map(repr, wrong))}, which rendering sets itself{rest}"
+
+
+def _calls_in(message: dict, text: str) -> bool:
+    """Whether a message calls tools and all of their names stand in a text."""
+    calls = [call.get("function") or call for call in message.get("tool_calls") or []]
+    return bool(calls) and all(str(call.get("name")) in text for call in calls)
+
+
+def _like(messages: list[dict], others: list[dict]) -> list[dict]:
+    return messages.like(others) if isinstance(messages, Conversation) else others
+
+
+def _dated(source: str) -> str:
+    return _date_macro() + source if "strftime_now" in source else source
 
 
 def _date_macro() -> str:

@@ -122,7 +122,13 @@ def sample_completions(
     top_p: float = 1.0,
 ) -> list[Drawn]:
     """Completions that a model draws for prompts (texts or lists of messages), in order; temperature 0 is greedy."""
-    out: list[Drawn] = []
+    options = dict(max_new_tokens=max_new_tokens, key=key, batch_size=batch_size)
+    drawn = _drawn(model, codec, prompts, **options, temperature=temperature, top_k=top_k, top_p=top_p)
+    return [completion for completion, _ in drawn]
+
+
+def _drawn(model, codec: Codec, prompts: Sequence, *, max_new_tokens, key, batch_size, **filters):
+    """Each completion with the log-probabilities, float32 [N], that the model itself gave to what it drew."""
     for start in range(0, len(prompts), batch_size):
         chosen = prompts[start : start + batch_size]
         ids = [codec.encode_prompt(p) for p in chosen]
@@ -133,14 +139,99 @@ def sample_completions(
             pad_left([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
             max_new_tokens=max_new_tokens,
             key=jax.random.fold_in(key, start),
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
             stop_ids=codec.stop_ids,
+            **filters,
         )
-        tokens, lengths = np.asarray(drawn.tokens), np.asarray(drawn.lengths)
-        out += [completion_from_ids(codec, tokens[i, : lengths[i]], after=p) for i, p in enumerate(chosen)]
-    return out
+        tokens, lengths, logprobs = map(np.asarray, drawn)
+        for i, prompt in enumerate(chosen):
+            yield completion_from_ids(codec, tokens[i, : lengths[i]], after=prompt), logprobs[i]
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaps:
+    """How far a student is from its teacher, in bits per byte, on text that either of them wrote.
+
+    A student falls short forward where it does not expect what its teacher says, and backward where it says what its
+    teacher does not expect.
+
+    Attributes:
+      student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
+      teacher_on_student: what the student's text costs the teacher.
+      student_on_student: what the student spent on the tokens that it drew; reading its text anew would hide draws that
+        are not its tokenizer's own way of writing.
+      ended: share of the student's completions that ended by themselves.
+    """
+
+    student_on_teacher: float
+    teacher_on_teacher: float
+    teacher_on_student: float
+    student_on_student: float
+    ended: float
+
+    @property
+    def forward(self) -> float:
+        """Student less teacher on the teacher's text."""
+        return self.student_on_teacher - self.teacher_on_teacher
+
+    @property
+    def reverse(self) -> float:
+        """Teacher less student on the student's text."""
+        return self.teacher_on_student - self.student_on_student
+
+
+def measure_gaps(
+    student: tuple,
+    teacher: tuple,
+    prompts: Sequence,
+    *,
+    max_new_tokens: int,
+    key: jax.Array,
+    batch_size: int = 8,
+    chunk=128,
+) -> Gaps:
+    """Both models write on the prompts, at temperature 1 from their whole distributions, and read what was written.
+
+    Blank completions are left out, damaged ones count up to the damage.
+
+    Args:
+      student: model and codec, as of a `Participant`.
+      teacher: the same.
+      prompts: texts or lists of messages.
+      max_new_tokens: most tokens of a completion.
+      key: PRNG key.
+      batch_size: prompts at a time.
+      chunk: positions whose logits are held at once.
+
+    Raises:
+      ValueError: a model wrote nothing that could be read.
+    """
+
+    def written(who, key):
+        options = dict(
+            max_new_tokens=max_new_tokens, key=key, batch_size=batch_size, temperature=1.0, top_k=0, top_p=1.0
+        )
+        return list(_drawn(*who, prompts, **options))
+
+    def readable(drawn):
+        return [i for i, (d, _) in enumerate(drawn) if d.text.strip()]
+
+    def bits(who, drawn):
+        rows = [Example(prompts[i], drawn[i][0].text) for i in readable(drawn)]
+        return score_completions(*who, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
+
+    ours, theirs = written(student, jax.random.fold_in(key, 0)), written(teacher, jax.random.fold_in(key, 1))
+    for name, drawn in (("student", ours), ("teacher", theirs)):
+        if not readable(drawn):
+            raise ValueError(f"the {name} wrote nothing that could be read on {len(prompts)} prompts")
+    spent = sum(-float(ours[i][1][: len(ours[i][0].ids)].sum()) for i in readable(ours)) / np.log(2)
+    size = sum(len(ours[i][0].text.encode()) for i in readable(ours))
+    return Gaps(
+        bits(student, theirs),
+        bits(teacher, theirs),
+        bits(teacher, ours),
+        spent / size,
+        float(np.mean([d.stopped for d, _ in ours])),
+    )
 
 
 def exact_match(model, codec: Codec, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int = 8) -> float:

@@ -24,7 +24,7 @@ from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.participant import Participant
 from gold_jax.training.report import make_trackers
 from gold_jax.training.step import LossFn, Step, TrainState
-from gold_jax.training.windows import Order, Windows
+from gold_jax.training.windows import Order, Windows, measurable
 
 
 @dataclasses.dataclass
@@ -157,7 +157,7 @@ class Loop:
             raise ValueError(
                 "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
             )
-        examples = [e for e in self.task.eval if e.completion is not None]
+        examples = measurable(self.task.eval)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         totals: dict[str, float] = {}

@@ -36,6 +36,7 @@ def load_participant(
     chat_template: str | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     eos_token: str | None = None,
+    special_tokens_in_prompts: bool = False,
     trust_remote_code: bool = False,
     role: str = "model",
 ) -> Participant:
@@ -51,6 +52,7 @@ def load_participant(
       chat_template: a Jinja template in place of the tokenizer's own.
       template_kwargs: variables for the template.
       eos_token: a token that ends a turn, in place of the tokenizer's own end token.
+      special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
       trust_remote_code: let the tokenizer run its own Python code.
       role: what error messages call it.
 
@@ -82,6 +84,7 @@ def load_participant(
         stop_ids=stop_ids_of(model),
         chat_template=chat_template,
         template_kwargs=dict(template_kwargs or {}),
+        special_tokens_in_prompts=special_tokens_in_prompts,
     )
     largest = max(source.get_vocab().values(), default=-1)
     if largest >= model.config.vocab_size:

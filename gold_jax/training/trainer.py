@@ -24,7 +24,7 @@ from gold_jax.training.step import (
     make_distillation_loss,
     restore_teacher,
 )
-from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples
+from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples, measurable
 
 SFT_NEW_TOKENS = 128
 
@@ -95,7 +95,8 @@ class SFTTrainer:
             dtype=self.dtype,
             revision=options.get("revision"),
             chat_template=read_template(a.chat_template_path) if mine and a.chat_template_path else None,
-            template_kwargs=a.template_kwargs,
+            template_kwargs=a.template_kwargs if mine else a.teacher_template_kwargs or a.template_kwargs,
+            special_tokens_in_prompts=a.special_tokens_in_prompts,
             eos_token=a.eos_token if mine else None,
             trust_remote_code=a.trust_remote_code,
             role=role,
@@ -111,6 +112,7 @@ class SFTTrainer:
             # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
             budget=None if a.max_length is None or counted != "completion" else a.max_length - 1,
             need_completion="supervised fine-tuning learns completions, so every row needs one",
+            learns_calls=counted != "completion",
         )
         if self.eval_examples is not None:
             check_evaluation(self.eval_examples, self.student.codec)
@@ -278,7 +280,7 @@ class GOLDTrainer(SFTTrainer):
             student.codec,
             budget=a.prompt_budget,
             need_completion=None
-            if a.lmbda == 1
+            if a.lmbda == 1 or a.seq_kd
             else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
             teacher=teacher.codec,
         )
@@ -294,7 +296,8 @@ class GOLDTrainer(SFTTrainer):
                 else f"{sizes[0]:,} and {sizes[1]:,} rows, {vocabulary.matched:,} matched by surface",
                 "loss": self.spec.describe(),
                 "completions": f"{a.lmbda:.0%} by the student"
-                + (f", at most {a.max_completion_length} tokens" if a.lmbda else ""),
+                + (f", {1 - a.lmbda:.0%} by the teacher" if a.seq_kd and a.lmbda < 1 else "")
+                + (f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""),
             },
             kept,
         )
@@ -319,13 +322,13 @@ class GOLDTrainer(SFTTrainer):
             top_k=a.top_k,
             top_p=a.top_p,
             seed=a.seed,
+            teacher_model=nnx.split(restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
+            teacher_context=a.teacher_context,
         )
 
         def teacher_score():
             whole = teacher._replace(model=restore_teacher(teacher_graph, constants, vocabulary))
-            return measures(
-                whole, [e for e in self.eval_examples if e.completion is not None], a, a.max_completion_length
-            )
+            return measures(whole, measurable(self.eval_examples), a, a.max_completion_length)
 
         task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
         rows = a.per_device_train_batch_size * a.gradient_accumulation_steps

@@ -16,6 +16,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.text.batch import Row, build_batches, build_rows, build_token_batches, counted_groups
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
+from gold_jax.text.drawn import Drawn
 from gold_jax.training.evaluation import sample_completions
 
 
@@ -60,7 +61,11 @@ class Windows(Protocol):
 
 @dataclasses.dataclass
 class DistillationWindows:
-    """Windows of on-policy distillation: a share λ of the micro-batches is written by the student."""
+    """Windows of on-policy distillation: a share λ of the micro-batches is written by the student.
+
+    The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
+    teacher. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
+    """
 
     student: Codec
     teacher: Codec
@@ -78,6 +83,8 @@ class DistillationWindows:
     top_k: int
     top_p: float
     seed: int
+    teacher_model: Any = None
+    teacher_context: str | None = None
 
     def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
         """See `Windows.train`."""
@@ -85,21 +92,15 @@ class DistillationWindows:
         chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
         on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
         written = [e for e, on in zip(examples, on_policy) if on]
-        drawn = []
-        if written:
-            drawn = sample_completions(
-                (self.student_graph, params),
-                self.student,
-                [e.prompt for e in written],
-                max_new_tokens=self.max_new_tokens,
-                key=jax.random.fold_in(jax.random.key(self.seed), step),
-                batch_size=self.batch_size,
-                temperature=self.temperature,
-                top_k=self.top_k,
-                top_p=self.top_p,
-            )
-        source = iter(drawn)
-        completions = [next(source) if on else e.completion for e, on in zip(examples, on_policy)]
+        others = [e for e, on in zip(examples, on_policy) if not on]
+        key = jax.random.fold_in(jax.random.key(self.seed), step)
+        model = (self.student_graph, params)
+        drawn = self._sample(model, self.student, [e.prompt for e in written], key) if written else []
+        given = [e.completion for e in others]
+        if others and self.teacher_model is not None:
+            given = self._by_teacher(others, jax.random.fold_in(key, 1))
+        source, rest = iter(drawn), iter(given)
+        completions = [next(source if on else rest) for on in on_policy]
         rows = self._rows(examples, completions)
         stats = self._describe(rows)
         if drawn:
@@ -109,6 +110,33 @@ class DistillationWindows:
         stats["on_policy"] = float(on_policy.mean())
         samples = [(self.student.render(e.prompt), d.text) for e, d in zip(written, drawn)]
         return Window(self._batches(rows, self.batch_size), stats, samples)
+
+    def _sample(self, model, codec: Codec, prompts: list, key) -> list[Drawn]:
+        return sample_completions(
+            model,
+            codec,
+            prompts,
+            max_new_tokens=self.max_new_tokens,
+            key=key,
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+        )
+
+    def _by_teacher(self, examples: list[Example], key) -> list[Drawn]:
+        """What the teacher writes, as the student reads it."""
+        drawn = self._sample(self.teacher_model, self.teacher, self._told(examples), key)
+        read = self.student.encode_completions([d.text for d in drawn], after=[e.prompt for e in examples])
+        return [Drawn(e.ids, e.spans, d.text, d.stopped, d.damaged) for e, d in zip(read, drawn)]
+
+    def _told(self, examples: Sequence[Example]) -> list:
+        """The prompts as the teacher is told them."""
+        contexts = [[c for c in (self.teacher_context, e.teacher_context) if c] for e in examples]
+        return [
+            self.teacher.with_context(e.prompt, "\n\n".join(context)) if context else e.prompt
+            for e, context in zip(examples, contexts)
+        ]
 
     def evaluate(self, examples: Sequence[Example]) -> list:
         """See `Windows.evaluate`; always on the data set's completions."""
@@ -123,6 +151,7 @@ class DistillationWindows:
             max_length=self.max_length,
             positional=self.spec.groups == "positional",
             one_vocabulary=self.one_vocabulary,
+            teacher_prompts=self._told(examples),
             skip_student_stop=self.spec.skip_student_stop,
             skip_teacher_stop=self.spec.skip_teacher_stop,
         )
@@ -143,7 +172,9 @@ class DistillationWindows:
         groups = sum(r.groups for r in rows)
         plain = sum(int(counted_groups(r, "boundary", "one_to_one").sum()) for r in rows)
         tokens = sum(len(r.student.prompt) + len(r.student.completion) for r in rows)
-        return {"groups": groups, "one_to_one": plain / max(1, groups), "tokens": tokens}
+        found = {"groups": groups, "one_to_one": plain / max(1, groups), "tokens": tokens}
+        unknown = sum(len(np.unique(r.unknown)) for r in rows)
+        return found | {"unknown": unknown / max(1, groups)} if unknown else found
 
 
 @dataclasses.dataclass
@@ -188,6 +219,7 @@ def check_examples(
     budget: int | None,
     need_completion: str | None,
     teacher: Codec | None = None,
+    learns_calls: bool = False,
 ) -> tuple[list[int], list[str]]:
     """Which rows can be learned from, and notices about those that cannot.
 
@@ -197,15 +229,22 @@ def check_examples(
       budget: most tokens of a prompt; rows with longer ones are left out. None: any.
       need_completion: why every row must have a completion, for the error; None if it need not.
       teacher: a teacher's codec, whose template must take every row as well.
+      learns_calls: whether an answer that calls tools can be learned, as whole conversations can. A completion cannot
+        hold it, because every template writes calls in its own way; such rows are left out where one is needed.
 
     Raises:
       ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
     """
-    kept, long = [], 0
+    kept, long, calls, markup = [], 0, 0, []
     for i, e in enumerate(examples):
         if need_completion and e.completion is None:
             raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}")
+        if need_completion and e.calls_tools and not learns_calls:
+            calls += 1
+            continue
         text, *_ = _renderings(e, f"row {i} of the data set", codec, teacher)
+        if isinstance(e.prompt, str) and not codec.special_tokens_in_prompts and codec.special_strings_in(e.prompt):
+            markup.append(i)
         if budget is not None:
             # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
             if len(text.encode()) + 2 > budget and len(codec.encode_prompt(e.prompt)) > budget:
@@ -214,11 +253,27 @@ def check_examples(
         kept.append(i)
     if not kept:
         raise ValueError(
-            f"none of the {len(examples)} rows has a prompt of at most {budget} tokens; raise --max_prompt_length or "
-            "--max_length, or lower --max_completion_length"
+            f"none of the {len(examples)} rows has a prompt of at most {budget} tokens"
+            + (f" ({calls} have an answer that calls tools, which only --assistant_only_loss learns)" if calls else "")
+            + "; raise --max_prompt_length or --max_length, or lower --max_completion_length"
         )
-    notice = f"left out {long} of {len(examples)} rows whose prompt is longer than {budget} tokens"
-    return kept, [notice] if long else []
+    notices = []
+    if long:
+        notices.append(f"left out {long} of {len(examples)} rows whose prompt is longer than {budget} tokens")
+    if calls:
+        notices.append(f"left out {calls} of {len(examples)} rows whose last answer calls tools, which is no text")
+    if markup:
+        first = codec.special_strings_in(examples[markup[0]].prompt)[0]
+        notices.append(
+            f"{len(markup)} prompts, that of row {markup[0]} first, hold the string of a special token such as {first}, read "
+            "as plain text; --special_tokens_in_prompts reads it as the token"
+        )
+    return kept, notices
+
+
+def measurable(examples: Sequence[Example]) -> list[Example]:
+    """The rows that have a completion in text."""
+    return [e for e in examples if e.completion is not None and not e.calls_tools]
 
 
 def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> None:
@@ -229,7 +284,7 @@ def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> None
     """
     measured = 0
     for i, e in enumerate(examples):
-        if e.completion is not None:
+        if measurable([e]):
             _renderings(e, f"row {i} of the evaluation data", *codecs)
             measured += 1
     if not measured:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from gold_jax.text.chat import Codec
 from gold_jax.text.drawn import completion_from_ids
+from gold_jax.text.template import Conversation
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}
@@ -99,31 +100,67 @@ def test_prompts_of_a_batch_are_what_they_are_alone(llama2):
     assert llama2.encode_prompts([]) == []
 
 
-def with_specials(**kwargs):
+def with_specials(*, markup=False, **kwargs):
     from tokenizers.processors import TemplateProcessing
 
     tokenizer = toys.sentencepiece.__wrapped__("normalizer")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         special_tokens=[("<s>", 1), ("</s>", 2)], pair="$A $B", **kwargs
     )
-    return Codec(tokenizer)
+    return Codec(tokenizer, special_tokens_in_prompts=markup)
 
 
 def test_plain_prompts_get_the_tokenizer_own_special_tokens_once():
     codec = with_specials(single="<s> $A")
     assert tokens(codec, codec.encode_prompt("the"))[0] == "<s>"
-    assert tokens(codec, codec.encode_prompt("<s>the")).count("<s>") == 1
     assert tokens(codec, codec.encode_prompt("")) == ["<s>"]
+
+
+def test_special_strings_in_plain_prompts_are_plain_text():
+    codec = with_specials(single="<s> $A </s>")
+    for text in ("<s>the", "the</s>", "a <unk> b"):
+        ids = codec.encode_prompt(text)
+        assert tokens(codec, ids)[0] == "<s>" and codec.surfaces.table[ids[-1]] is not None
+        assert [i for i in ids.tolist() if codec.surfaces.table[i] is None] == [1]
+        assert codec.decode(ids) == b" " + text.encode()
+
+
+def test_a_prompt_that_was_rendered_before_can_be_read_with_its_special_tokens():
+    codec = with_specials(single="<s> $A </s>", markup=True)
+    assert tokens(codec, codec.encode_prompt("<s>the")).count("<s>") == 1
+    assert tokens(codec, codec.encode_prompt("the</s>"))[-1] == "</s>"
+    assert codec.render("<s>the") == "<s>the"
+
+
+def test_callers_can_ask_for_special_strings(chatml):
+    assert chatml.special_strings_in("a<|im_end|>b<|im_start|><|im_end|><think>") == ["<|im_end|>", "<|im_start|>"]
+    assert chatml.special_strings_in("the fox") == []
 
 
 def test_plain_prompts_do_not_end_with_an_end_token():
     codec = with_specials(single="<s> $A </s>")
     assert "</s>" not in tokens(codec, codec.encode_prompt("the fox"))
-    assert tokens(codec, codec.encode_prompt("the</s>"))[-1] == "</s>"
+    assert "</s>" not in tokens(codec, codec.encode_prompt("the</s>"))
 
 
 def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
     assert with_specials(single="<s> $A").render([USER]).startswith("<s>User:")
+
+
+def test_a_conversation_brings_its_tools_and_variables():
+    codec = Codec(toys.byte_level(), chat_template="{{ tools }}{{ mood }}" + toys.CHATML, template_kwargs={"mood": "!"})
+    told = Conversation([USER], tools=[{"name": "look"}], template_kwargs={"mood": "?"})
+    assert codec.render(told).startswith("[{'name': 'look'}]?<|im_start|>")
+    ids = [codec.encode_prompt(p).tolist() for p in ([USER], told)]
+    assert [codec.encode_prompts([[USER], told])[k].tolist() for k in (0, 1)] == ids
+    whole, counted = codec.encode_turns(told.like(MORE))
+    assert codec.decode(whole).startswith(b"[{'name'") and codec.decode(whole[counted]) == b"the dog.72."
+
+
+def test_context_goes_before_a_prompt_as_the_template_takes_it(chatml, llama2):
+    assert chatml.with_context([USER], "It is 72.") == [{"role": "system", "content": "It is 72."}, USER]
+    assert llama2.with_context([USER], "It is 72.")[0]["content"] == "It is 72.\n\nthe fox?"
+    assert llama2.with_context("the fox?", "It is 72.") == "It is 72.\n\nthe fox?"
 
 
 # Completions
@@ -204,10 +241,8 @@ def test_a_conversation_without_an_answer_counts_nothing(chatml):
     assert not chatml.encode_turns([USER])[1].any()
 
 
-def test_a_slow_tokenizer_counts_the_same(tmp_path):
-    from test_surface import slow_sentencepiece
-
-    slow = slow_sentencepiece(tmp_path)
+def test_a_slow_tokenizer_counts_the_same():
+    slow = toys.slow_sentencepiece.__wrapped__()
     slow.chat_template = toys.LLAMA2
     codec = Codec(slow)
     ids, counted = codec.encode_turns(MORE)

@@ -4,6 +4,7 @@ import datasets
 import pytest
 
 from gold_jax.text.data import Example, load_examples, to_example
+from gold_jax.text.template import Conversation
 
 USER = {"role": "user", "content": "q"}
 ANSWER = {"role": "assistant", "content": "a"}
@@ -56,6 +57,106 @@ def test_keys_without_a_value_are_left_out_of_messages():
     assert example({"messages": [{**USER, "tool_calls": None}]}).prompt == [USER]
 
 
+# Tools, template variables, context
+
+SCHEMA = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([SCHEMA]), [json.dumps(SCHEMA)]])
+@pytest.mark.parametrize("kwargs", [{"enable_thinking": False}, '{"enable_thinking": false}'])
+def test_tools_and_template_variables_go_with_the_messages(tools, kwargs):
+    beside = {"tools": tools, "chat_template_kwargs": kwargs}
+    for row in (
+        {"messages": [USER, ANSWER]},
+        {"prompt": [USER], "completion": "a"},
+        {"prompt": "q", "completion": [ANSWER]},
+    ):
+        found = example(row | beside)
+        for messages, count in ((found.prompt, 1), (found.messages, 2)):
+            assert isinstance(messages, Conversation) and len(messages) == count
+            assert messages.tools == [SCHEMA] and messages.template_kwargs == {"enable_thinking": False}
+        assert found.completion == "a"
+    assert example({"prompt": [USER]} | beside).prompt.tools == [SCHEMA]
+    assert example({"messages": [ANSWER]} | beside).prompt == ""
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", [], {}])
+def test_columns_that_tell_nothing_leave_a_list_a_list(nothing):
+    found = example({"messages": [USER, ANSWER], "tools": nothing, "chat_template_kwargs": nothing})
+    assert type(found.prompt) is list and type(found.messages) is list
+    assert example({"prompt": "q", "tools": nothing, "chat_template_kwargs": nothing}) == Example("q")
+
+
+def test_keys_that_a_data_set_filled_in_are_left_out_at_every_depth_but_json_stays_as_it_is():
+    filled = {"type": "function", "function": {"name": "look", "parameters": {"city": {"type": "string"}, "day": None}}}
+    row = {"prompt": [USER], "tools": [filled], "chat_template_kwargs": {"a": 1, "b": None}}
+    assert example(row).prompt.tools[0]["function"]["parameters"] == {"city": {"type": "string"}}
+    assert example(row).prompt.template_kwargs == {"a": 1}
+    assert example({"prompt": [USER], "tools": json.dumps([filled])}).prompt.tools == [filled]
+    call = {
+        "role": "assistant",
+        "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Ulm", "day": None}}}],
+    }
+    assert example({"messages": [USER, call]}).messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
+
+
+def test_a_text_of_its_own_passes_tools_over():
+    assert example({"text": "t", "tools": [SCHEMA]}) == Example("", "t")
+
+
+def test_context_for_the_teacher_is_kept_apart():
+    for row in ({"messages": [USER, ANSWER]}, {"prompt": "q"}, {"text": "t"}):
+        assert example(row | {"teacher_context": "c"}).teacher_context == "c"
+        assert example(row | {"teacher_context": "c"}).prompt == example(row).prompt
+        for nothing in ({}, {"teacher_context": None}, {"teacher_context": ""}):
+            assert example(row | nothing).teacher_context is None
+
+
+# Messages
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_answer_that_calls_tools_needs_no_content(content):
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "look", "arguments": {}}}]}
+    found = example({"messages": [USER, call | content]})
+    assert found.messages[1]["content"] == "" == found.completion
+    assert found.calls_tools
+    assert not example({"messages": [USER, call | content, USER]}).calls_tools
+    assert not example({"messages": [USER, ANSWER]}).calls_tools and not example({"prompt": "q"}).calls_tools
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ('{"city": "Ulm", "day": null}', {"city": "Ulm", "day": None}),
+        ({"city": "Ulm"}, {"city": "Ulm"}),
+        ("{city", "{city"),
+        ("3", "3"),
+    ],
+)
+def test_arguments_of_a_call_that_are_a_json_object_as_text_become_the_object(given, kept):
+    for call in (
+        {"type": "function", "function": {"name": "look", "arguments": given}},
+        {"name": "look", "arguments": given},
+    ):
+        message = example({"messages": [USER, {"role": "assistant", "tool_calls": [call]}]}).messages[1]
+        found = message["tool_calls"][0]
+        assert found.get("function", found) == {"name": "look", "arguments": kept}
+
+
+def test_further_keys_of_messages_are_passed_on():
+    tool = {"role": "tool", "content": "sunny", "name": "look", "tool_call_id": "7"}
+    thought = {"role": "assistant", "content": "a", "reasoning_content": "hm", "thinking": "hm"}
+    assert example({"messages": [USER, tool, thought]}).messages == [USER, tool, thought]
+    assert "tool_calls" not in example({"messages": [USER, ANSWER | {"tool_calls": []}]}).messages[1]
+
+
+def test_text_parts_are_joined():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "image": None}]
+    assert example({"messages": [{"role": "user", "content": parts}]}).prompt == [{"role": "user", "content": "ab"}]
+    assert example({"prompt": "q", "completion": [{"role": "assistant", "content": parts}]}).completion == "ab"
+
+
 # Mistakes
 
 
@@ -68,7 +169,33 @@ def test_keys_without_a_value_are_left_out_of_messages():
         ({"messages": "q"}, "'messages' must be a list of .*not a str"),
         ({"messages": ["q"]}, "message 0 of 'messages' must have role and content, but is a str"),
         ({"messages": [USER, {"role": "assistant"}]}, "content of message 1 of 'messages' must be text, not missing"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "content of message 0 .*not a list"),
+        ({"messages": [{"role": "user", "content": 3}]}, "content of message 0 .*must be text, not a int"),
+        (
+            {"messages": [USER, {"role": "user", "content": [{"type": "text", "text": "q"}, {"type": "image"}]}]},
+            "content of message 1 of 'messages' must be text or a list of text parts.*part 1 is of the type 'image'",
+        ),
+        ({"messages": [{"role": "user", "content": ["q"]}]}, "its part 0 is a str, not text"),
+        (
+            {"messages": [USER, {"role": "tool", "tool_calls": [{"name": "look"}]}]},
+            "content of message 1 .*not missing",
+        ),
+        ({"messages": [USER, ANSWER | {"tool_calls": "look"}]}, "tool_calls of message 1 .*a list of calls.*not a str"),
+        (
+            {"messages": [USER, ANSWER | {"tool_calls": ["look"]}]},
+            "tool_calls of message 1 .*a list of calls.*not a str",
+        ),
+        ({"prompt": [USER], "tools": "[{"}, "'tools' is text but no valid JSON .*must be a list of JSON schemas"),
+        ({"prompt": [USER], "tools": {"name": "look"}}, "'tools' must be a list of JSON schemas, not a dict"),
+        ({"prompt": [USER], "tools": [SCHEMA, 3]}, r"'tools\[1\]' must be a JSON schema, such as .*not a int"),
+        ({"prompt": [USER], "tools": ["{"]}, r"'tools\[0\]' is text but no valid JSON .*must be a JSON schema"),
+        (
+            {"prompt": "q", "tools": [SCHEMA]},
+            "has tools for the chat template, but its 'prompt' is text.*list of messages",
+        ),
+        ({"prompt": [USER], "chat_template_kwargs": "{a"}, "'chat_template_kwargs' is text but no valid JSON"),
+        ({"prompt": [USER], "chat_template_kwargs": ["a"]}, "'chat_template_kwargs' must be a dict .*not a list"),
+        ({"prompt": [USER], "chat_template_kwargs": {"tokenize": 1}}, "'chat_template_kwargs' cannot hold 'tokenize'"),
+        ({"prompt": "q", "teacher_context": 3}, "'teacher_context' must be text or null, not a int"),
         ({"messages": [{"content": "q"}]}, "role of message 0"),
         ({"prompt": 3}, "'prompt' must be a list of .*not a int"),
         ({"prompt": "q", "completion": 3}, "'completion' must be a list"),
@@ -154,6 +281,27 @@ def test_files(tmp_path, suffix):
     examples = load_examples(str(path))
     assert examples[0].completion == "a" and examples[1].completion is None
     assert len(load_examples(path, split="train[:1]")) == 1
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_files_with_calls_and_tools(tmp_path, suffix):
+    path = tmp_path / f"rows{suffix}"
+    call = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [{"function": {"name": "look", "arguments": '{"at": 1}'}}],
+    }
+    rows = [
+        {"messages": [USER, call], "tools": json.dumps([SCHEMA]), "chat_template_kwargs": {"enable_thinking": False}},
+        {"messages": [USER, ANSWER], "tools": None, "chat_template_kwargs": None},
+    ]
+    write(path, rows)
+    first, second = load_examples(path)
+    assert first.messages[1] == {
+        "role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {"at": 1}}}],
+    }  # fmt: skip
+    assert first.prompt.tools == [SCHEMA] and first.prompt.template_kwargs == {"enable_thinking": False}
+    assert second == Example([USER], "a", [USER, ANSWER])
 
 
 def test_a_folder_of_files_and_its_splits(tmp_path):

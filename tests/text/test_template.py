@@ -1,11 +1,26 @@
+import copy
+import pickle
+
 import pytest
 import toy_tokenizers as toys
 
-from gold_jax.text.template import FIXED_DATE, ChatTemplate
+from gold_jax.text.template import FIXED_DATE, ChatTemplate, Conversation, with_context
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}
 MORE = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant", "content": "72."}]
+
+TOOLS = [{"type": "function", "function": {"name": "look"}}]
+GEMMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+    "{% for m in messages %}{{ '<turn>' + m['role'] + '\n' + m['content'] | trim + '<end>\n' }}{% endfor %}"
+)
+
+
+def call(content):
+    inner = {"name": "look", "arguments": {"at": "sky"}}
+    return {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": inner}]}
+
 
 THINKING = (
     "{% for m in messages %}{% set content = m['content'] %}"
@@ -35,6 +50,26 @@ def test_the_date_can_be_told():
     assert template.render([USER]) == "1 Jan 2030"
 
 
+@pytest.mark.parametrize(
+    "source, text",
+    [
+        ("{{ strftime_now(format='%Y-%m-%d') }}", "2024-07-26"),
+        ("{% set now = strftime_now %}{{ now('%-d. %b %y') }}", "26. Jul 24"),
+        ("{% macro today() %}{{ strftime_now('%A') }}{% endmacro %}{{ today() }}", "Friday"),
+        ("{% set form = '%H:%M' %}{% for m in messages %}{{ strftime_now(form) }}{% endfor %}", "00:00"),
+        ("{% if strftime_now is defined %}{{ strftime_now('%d') | int - 1 }}{% endif %}", "25"),
+        ("{% if not date_string is defined %}{% set date_string = strftime_now('%Y') %}{% endif %}{{ date_string }}", FIXED_DATE),
+    ],
+)  # fmt: skip
+def test_the_date_is_fixed_however_a_template_asks_for_it(source, text):
+    assert ChatTemplate(toys.byte_level(), source).render([USER]) == text
+
+
+def test_a_conversation_can_tell_its_own_date():
+    template = ChatTemplate(toys.byte_level(), "{{ date_string }}", {"date_string": "1 Jan 2030"})
+    assert template.render(Conversation([USER], template_kwargs={"date_string": "2 Feb 2031"})) == "2 Feb 2031"
+
+
 def test_further_arguments_reach_the_template():
     template = ChatTemplate(
         toys.byte_level(), "{% if enable_thinking %}yes{% else %}no{% endif %}", {"enable_thinking": True}
@@ -53,6 +88,111 @@ def test_a_tokenizer_without_a_template_gets_the_plain_one():
     assert template.render([USER], generate=True) == "User:\nthe fox?\n\nAssistant:\n"
     assert template.render([USER, ANSWER]) == "User:\nthe fox?\n\nAssistant:\nthe dog.<|im_end|>\n\n"
     assert template.tail == "<|im_end|>\n\n" and not template.lead
+
+
+def test_the_plain_template_has_headings_for_system_messages_and_tools():
+    told = [{"role": "system", "content": "be kind"}, USER]
+    template = ChatTemplate(toys.byte_level())
+    assert template.render(told, generate=True) == "System:\nbe kind\n\nUser:\nthe fox?\n\nAssistant:\n"
+    text = template.render(Conversation(told, tools=TOOLS), generate=True)
+    assert text.startswith('Tools:\n{"type": "function", "function": {"name": "look"}}\n\nSystem:\nbe kind\n\n')
+    assert template.takes_system
+
+
+def test_the_plain_template_writes_calls_and_what_came_of_them():
+    template = ChatTemplate(toys.byte_level())
+    messages = [USER, call("one moment"), {"role": "tool", "content": "sunny"}, ANSWER]
+    assert template.render(messages).split("\n\n")[1:3] == [
+        'Assistant:\none moment\n{"name": "look", "arguments": {"at": "sky"}}<|im_end|>', "Tool:\nsunny",
+    ]  # fmt: skip
+    assert said(template, messages)[0].startswith("one moment\n{")
+    assert said(template, [USER, call("")]) == ['{"name": "look", "arguments": {"at": "sky"}}']
+
+
+# Conversations that tell the template more
+
+
+def test_tools_and_variables_of_a_conversation_reach_the_template_and_go_before_those_of_the_run():
+    template = ChatTemplate(toys.byte_level(), "{{ tools }}|{{ a }}|{{ b }}", {"a": 1, "b": 1})
+    assert template.render([USER]) == "None|1|1"
+    assert template.render(Conversation([USER], tools=TOOLS, template_kwargs={"a": 2})) == f"{TOOLS}|2|1"
+
+
+def test_answers_are_located_with_the_tools_and_variables_of_the_conversation():
+    template = ChatTemplate(toys.byte_level(), "{{ tools | length }}{{ mood | upper }}" + toys.CHATML)
+    told = Conversation(MORE, tools=TOOLS, template_kwargs={"mood": "calm"})
+    assert said(template, told) == ["the dog.", "72."]
+    assert template.answers(told)[0].startswith("1CALM<|im_start|>")
+
+
+def test_a_tokenizer_with_a_template_for_tools_uses_it_where_there_are_some():
+    tokenizer = toys.byte_level.__wrapped__()
+    tokenizer.chat_template = {"default": "no tools", "tool_use": "{{ tools[0].function.name }}"}
+    template = ChatTemplate(tokenizer)
+    assert template.render([USER]) == "no tools"
+    assert template.render(Conversation([USER], tools=TOOLS)) == "look"
+    given = ChatTemplate(tokenizer, "given")
+    assert given.render(Conversation([USER], tools=TOOLS)) == "given"
+
+
+def test_variables_with_names_that_rendering_needs_are_refused():
+    with pytest.raises(ValueError, match="cannot hold 'tokenize', 'tools', which rendering sets itself; tools have a"):
+        ChatTemplate(toys.byte_level(), kwargs={"tools": [], "tokenize": True})
+
+
+def test_a_conversation_is_a_list_that_remembers():
+    told = Conversation(MORE, tools=TOOLS, template_kwargs={"a": 1})
+    assert list(told) == MORE and told[0] is USER and isinstance(told, list)
+    for other in (told[:2], told.like(MORE[:2]), copy.deepcopy(told)[:2], pickle.loads(pickle.dumps(told))[:2]):
+        assert other == Conversation(MORE[:2], tools=TOOLS, template_kwargs={"a": 1})
+    assert Conversation(MORE) == MORE and MORE == Conversation(MORE)
+    assert told != MORE and told != Conversation(MORE, tools=TOOLS) and told[:1] != told
+    assert "tools=[{" in repr(told)
+
+
+# Context
+
+
+SYSTEM = {"role": "system", "content": "be kind"}
+
+
+def test_context_begins_the_system_message():
+    template = ChatTemplate(toys.byte_level(), toys.CHATML)
+    assert with_context([SYSTEM, USER], "It is 72.", template) == [dict(SYSTEM, content="It is 72.\n\nbe kind"), USER]
+    assert with_context([USER], "It is 72.", template) == [{"role": "system", "content": "It is 72."}, USER]
+    assert USER["content"] == "the fox?"
+
+
+def test_context_goes_into_the_first_user_message_where_a_template_takes_no_system_message():
+    deaf = "{% for m in messages %}{% if m['role'] != 'system' %}{{ m['content'] }}|{% endif %}{% endfor %}"
+    for source in (toys.LLAMA2, GEMMA2, deaf):
+        template = ChatTemplate(toys.sentencepiece(), source)
+        assert not template.takes_system
+        told = with_context(MORE[:3], "It is 72.", template)
+        assert told == [dict(USER, content="It is 72.\n\nthe fox?"), *MORE[1:3]]
+        assert "It is 72.\n\nthe fox?" in template.render(told, generate=True)
+        assert with_context([ANSWER], "It is 72.", template)[0] == {"role": "user", "content": "It is 72."}
+
+
+def test_context_of_a_text_goes_before_it_and_an_empty_one_changes_nothing():
+    template = ChatTemplate(toys.byte_level())
+    assert with_context("the fox", "It is 72.", template) == "It is 72.\n\nthe fox"
+    messages = [USER]
+    assert with_context(messages, "", template) is messages
+
+
+def test_context_leaves_the_tools_and_variables_of_a_conversation():
+    told = Conversation([USER], tools=TOOLS, template_kwargs={"a": 1})
+    for source in (toys.CHATML, toys.LLAMA2):
+        assert with_context(told, "It is 72.", ChatTemplate(toys.sentencepiece(), source)).tools is TOOLS
+        assert with_context(told, "It is 72.", ChatTemplate(toys.sentencepiece(), source)).template_kwargs == {"a": 1}
+
+
+def test_whether_a_template_takes_system_messages_is_tried_once(monkeypatch):
+    template = ChatTemplate(toys.byte_level(), toys.CHATML)
+    assert template.takes_system
+    monkeypatch.setattr(template, "render", lambda *_, **__: pytest.fail("rendered again"))
+    with_context([USER], "It is 72.", template)
 
 
 def test_a_template_that_refuses_is_quoted_with_the_conversation():
@@ -107,8 +247,17 @@ def test_an_answer_that_is_a_tool_call_without_content_is_located():
         "{% for call in m['tool_calls'] or [] %}{{ '<call>' + call['name'] }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
     )
-    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
-    assert said(ChatTemplate(toys.byte_level(), source), [USER, call, ANSWER]) == ["<call>look", "the dog."]
+    bare = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    assert said(ChatTemplate(toys.byte_level(), source), [USER, bare, ANSWER]) == ["<call>look", "the dog."]
+
+
+def test_an_answer_whose_content_the_template_drops_for_its_tool_call_is_located():
+    source = (
+        "{% for m in messages %}{{ m['role'] + ':' }}{% if m['tool_calls'] %}{{ m['tool_calls'][0].function | tojson }}"
+        "{% else %}{{ m['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    whole = said(ChatTemplate(toys.byte_level(), source), [USER, call("one moment"), ANSWER])
+    assert whole == ['{"name": "look", "arguments": {"at": "sky"}}', "the dog."]
 
 
 def test_an_answer_that_the_template_leaves_out_or_changes_is_named():
@@ -151,3 +300,31 @@ def test_real_templates_give_back_the_answers(assets):
         kept = said(template, [USER, thought, *MORE])
         assert kept[0] == ("the dog." if "qwen3" in folder else thought["content"])
         assert said(template, [USER, thought]) == [thought["content"]]
+
+
+@pytest.mark.assets
+def test_qwen_thinks_or_not_by_row_before_run(assets):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers/qwen3")
+    closed = "<think>\n\n</think>\n\n"
+    off, on = ({"enable_thinking": value} for value in (False, True))
+    for run, row, ends in [({}, None, False), (off, None, True), (off, on, False), ({}, off, True), (on, off, True)]:
+        text = ChatTemplate(tokenizer, kwargs=run).render(Conversation([USER], template_kwargs=row), generate=True)
+        assert text.endswith(closed) == ends, (run, row)
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("folder", ["qwen3", "llama3_2"])
+def test_real_templates_write_tools_as_transformers_does(assets, folder):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / folder)
+    messages = [USER, call(""), {"role": "tool", "content": "sunny"}, ANSWER]
+    expected = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, date_string=FIXED_DATE)
+    template = ChatTemplate(tokenizer)
+    told = Conversation(messages, tools=TOOLS)
+    assert template.render(told) == expected and '"name": "look"' in expected
+    calls, answer = said(template, told)
+    assert '{"name": "look", ' in calls and answer == "the dog."
+    assert said(template, Conversation([USER, call("one moment"), *messages[2:]], tools=TOOLS))[1] == "the dog."

@@ -1,0 +1,161 @@
+"""What stands in the columns of a row: messages, tools, template variables, checked and brought into one form."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gold_jax.text.template import refused_variables
+
+
+def messages_of(value, where: str, column: str) -> list[dict]:
+    """Checked copies of messages.
+
+    Keys without a value are left out (data sets fill in keys that other rows have), at any depth. Content that is a list
+    of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty one;
+    arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they are.
+
+    Args:
+        value: what the row has.
+        where: the row, for messages.
+        column: the column, for messages.
+
+    Raises:
+        ValueError: it is no list of messages, it is empty, or a message lacks its role or its content.
+    """
+    if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+        raise ValueError(f"{where}: {column!r} must be a list of {{role, content}} messages, not {kind_of(value)}")
+    if not value:
+        raise ValueError(f"{where}: {column!r} is an empty list; it needs at least one message")
+    return [_message(message, where, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
+
+
+def told_beside(row: Mapping, where: str) -> dict[str, Any]:
+    """A row's `tools` and template variables, as `Conversation` takes them; what is null or empty is left out.
+
+    Raises:
+        ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place not
+            valid JSON, or a variable has a name that rendering needs.
+    """
+    told = {}
+    tools = _parsed(row.get("tools"), where, "tools", "a list of JSON schemas")
+    if tools:
+        told["tools"] = _tools(tools, where)
+    variables = _parsed(row.get("chat_template_kwargs"), where, "chat_template_kwargs", "a dict of template variables")
+    if variables:
+        if not isinstance(variables, Mapping):
+            raise ValueError(
+                f"{where}: 'chat_template_kwargs' must be a dict of template variables, such as "
+                f'{{"enable_thinking": false}}, not {kind_of(variables)}'
+            )
+        wrong = refused_variables(variables)
+        if wrong:
+            raise ValueError(f"{where}: 'chat_template_kwargs' cannot hold {wrong}")
+        told["template_kwargs"] = dict(variables)
+    return told
+
+
+def optional_text(row: Mapping, column: str, where: str) -> str | None:
+    """A column that is text or null; an empty text counts as null.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{where}: {column!r} must be text or null, not {kind_of(value)}")
+    return value or None
+
+
+def kind_of(value) -> str:
+    """What messages call a value."""
+    return "missing or null" if value is None else f"a {type(value).__name__}"
+
+
+def _message(message, where: str, which: str) -> dict:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"{where}: {which} must have role and content, but is {kind_of(message)}")
+    if not isinstance(message.get("role"), str):
+        raise ValueError(f"{where}: the role of {which} must be text, not {kind_of(message.get('role'))}")
+    known = _without_nulls(message)
+    calls = known.pop("tool_calls", None)
+    if calls:
+        known["tool_calls"] = _calls(calls, where, which)
+    content = known.get("content")
+    if content is None and calls and known["role"] == "assistant":
+        content = ""
+    known["content"] = _text(content, where, which)
+    return known
+
+
+def _text(content, where: str, which: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise ValueError(f"{where}: the content of {which} must be text, not {kind_of(content)}")
+    for k, part in enumerate(content):
+        if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
+            kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else kind_of(part)
+            raise ValueError(
+                f"{where}: the content of {which} must be text or a list of text parts, "
+                f'{{"type": "text", "text": …}}, but its part {k} is {kind}, not text; only text can be read'
+            )
+    return "".join(part["text"] for part in content)
+
+
+def _calls(calls, where: str, which: str) -> list[dict]:
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        kind = kind_of(next(c for c in calls if not isinstance(c, Mapping)) if isinstance(calls, list) else calls)
+        raise ValueError(
+            f"{where}: the tool_calls of {which} must be a list of calls, "
+            f'{{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}, not {kind}'
+        )
+    return [_call(call) for call in calls]
+
+
+def _call(call: dict) -> dict:
+    """A call with its arguments as an object, whether they stand in it or in its `function`."""
+    if isinstance(call.get("function"), Mapping):
+        return call | {"function": _call(call["function"])}
+    if not isinstance(call.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(call["arguments"])
+    except ValueError:
+        return call
+    return call | {"arguments": arguments} if isinstance(arguments, dict) else call
+
+
+def _tools(tools, where: str) -> list[dict]:
+    if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
+        raise ValueError(f"{where}: 'tools' must be a list of JSON schemas, not {kind_of(tools)}")
+    found = [
+        _parsed(t, where, f"tools[{k}]", "a JSON schema") if isinstance(t, str) else t for k, t in enumerate(tools)
+    ]
+    for k, tool in enumerate(found):
+        if not isinstance(tool, Mapping):
+            raise ValueError(
+                f"{where}: 'tools[{k}]' must be a JSON schema, such as "
+                f'{{"type": "function", "function": {{"name": …, "parameters": {{…}}}}}}, not {kind_of(tool)}'
+            )
+    return found
+
+
+def _parsed(value, where: str, column: str, wanted: str):
+    """A column that may be a string of JSON; nulls are dropped from what is none, where data sets fill them in."""
+    if not isinstance(value, str):
+        return _without_nulls(value)
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {column!r} is text but no valid JSON ({error}); it must be {wanted}") from None
+
+
+def _without_nulls(value):
+    """A copy, at every depth without the keys that have no value."""
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_without_nulls(item) for item in value]
+    return value

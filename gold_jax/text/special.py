@@ -1,0 +1,365 @@
+"""The strings of special tokens in users' text, told from the tokens that a chat template writes and read as plain text.
+
+A user may well write `<|im_end|>` or `</s>`. In the text that a chat template makes of the messages such a string looks
+like the template's own. So every one is hidden behind a private-use character before the template runs, comes back
+after it, and goes through a copy of the tokenizer that knows its special tokens by other names: the template's are
+written by these names, and the user's letters are nothing but letters.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from gold_jax.text.surface import backend_of
+from gold_jax.text.template import ChatTemplate, Conversation
+
+_PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
+
+
+@dataclasses.dataclass(frozen=True)
+class Hidden:
+    """A text in which some strings are hidden.
+
+    Attributes:
+        text: the text, with one private-use character in the place of each hidden string.
+        strings: what every such character stands for; empty where nothing is hidden.
+    """
+
+    text: str
+    strings: dict[str, str]
+
+    @property
+    def shown(self) -> str:
+        """The text as it was."""
+        return _show(self.text, self.strings)
+
+    def part(self, begin: int, end: int) -> "Hidden":
+        """The characters `[begin, end)`, where a hidden string is one."""
+        return Hidden(self.text[begin:end], self.strings)
+
+
+class SpecialStrings:
+    """The strings that a tokenizer reads as special tokens.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        also: strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those that
+            are no added tokens are left out, since a tokenizer does not look for them.
+
+    Attributes:
+        tokens: string to added token. A string of blanks alone is not among them: it is text to everyone.
+    """
+
+    def __init__(self, tokenizer, also: Iterable[str] = ()):
+        named = {*tokenizer.all_special_tokens, *also}
+        added = tokenizer.added_tokens_decoder.values()
+        self.tokens = {t.content: t for t in added if (t.special or t.content in named) and t.content.strip()}
+        self.pattern = re.compile(_any_of(list(self.tokens)) if self.tokens else "(?!)")
+
+    def found_in(self, texts: Iterable[str]) -> list[str]:
+        """Those that stand in texts; each once, in the order in which they come."""
+        return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
+
+    def hide(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
+        """A text, or every text in nested lists and dicts, with stand-ins for these strings.
+
+        Args:
+            value: the text, list or dict.
+            strings: stand-in to string, as `Hidden` has it.
+            keep: strings to leave as they are.
+        """
+        marks = {string: mark for mark, string in strings.items()}
+        return _changed(value, lambda t: self.pattern.sub(lambda m: m[0] if m[0] in keep else marks[m[0]], t))
+
+
+class Guard:
+    """Renders prompts with special strings of users' text hidden.
+
+    What is hidden: every special string in contents, names, tool calls, tools and a row's own template variables. Roles
+    are left alone: a template compares them. So are ordinary added tokens (Qwen's `<think>`).
+
+    A template may look for a string in an assistant's earlier answer, such as a special `</think>` to drop the thinking
+    before it, and has to find it. Such a string is left alone in assistants' messages, and what the template still
+    writes of it is read as the token that it names, if all of this holds: the template's source mentions it; with
+    it hidden the template would write something else; and it is no part of the frame of turns, that is, neither a token
+    that the template writes around a user's turn or after an answer, nor a beginning, end or stop token. The frame stays
+    plain text wherever it stands, looked for or not: a conversation must not be cut up by what is said in it. In a user's
+    text nothing is left alone.
+
+    Args:
+        template: the chat template.
+        specials: the tokenizer's special strings.
+        frame: strings that are never left alone, beside those that the template itself frames turns with.
+    """
+
+    def __init__(self, template: ChatTemplate, specials: SpecialStrings, frame: Iterable[str] = ()):
+        self._template = template
+        self._specials = specials
+        self._frame_given = frozenset(frame)
+
+    def render(self, prompt: str | list[dict], *, generate: bool = False) -> Hidden:
+        """A prompt as the template writes it; a plain text as it is.
+
+        Raises:
+            ValueError: the template refuses the conversation.
+        """
+        if isinstance(prompt, str):
+            strings = self._stand_ins(prompt)
+            return Hidden(self._specials.hide(prompt, strings), strings)
+        return self._with_hidden(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
+
+    def answers(self, messages: list[dict]) -> tuple[Hidden, list[tuple[int, int]]]:
+        """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""
+        return self._with_hidden(messages, self._template.answers)
+
+    def _with_hidden(self, messages: list[dict], work: Callable) -> tuple[Hidden, list]:
+        strings = self._stand_ins(messages)
+        if not strings:
+            text, spans = work(messages)
+            return Hidden(text, {}), spans
+        try:
+            text, spans = work(self._hidden(messages, strings, self._sought(messages, strings)))
+        except ValueError:
+            work(messages)  # complains in the user's own words
+            raise
+        for mark in strings:  # a template may write tools as JSON in ASCII
+            escaped = _escaped(mark)
+            spans = [tuple(at - (len(escaped) - 1) * text.count(escaped, 0, at) for at in span) for span in spans]
+            text = text.replace(escaped, mark)
+        return Hidden(text, strings), spans
+
+    def _stand_ins(self, prompt) -> dict[str, str]:
+        found = self._specials.found_in(_texts_of(prompt))
+        if not found:
+            return {}
+        return dict(zip(stand_ins(len(found), "".join(_texts_of(prompt)) + self._template.source), found))
+
+    def _hidden(self, messages: list[dict], strings: dict[str, str], keep: frozenset[str]) -> list[dict]:
+        hide = functools.partial(self._specials.hide, strings=strings)
+        hidden = [
+            {k: v if k == "role" else hide(v, keep=keep if m.get("role") == "assistant" else frozenset()) for k, v in m.items()}
+            for m in messages
+        ]  # fmt: skip
+        if not isinstance(messages, Conversation):
+            return hidden
+        return Conversation(hidden, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
+
+    def _sought(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
+        """What the template looks for in assistants' messages and may find there."""
+        said = self._specials.found_in(_texts_of([m for m in messages if m.get("role") == "assistant"]))
+        sought = frozenset(s for s in said if s in self._template.source and s not in self._frame)
+        if not sought:
+            return sought
+
+        def written(keep):
+            return _show(self._template.render(self._hidden(messages, strings, keep)), strings)
+
+        whole = written(sought)
+        for string in sorted(sought):
+            if written(sought - {string}) == whole:
+                sought -= {string}
+        return sought
+
+    @functools.cached_property
+    def _frame(self) -> frozenset[str]:
+        try:
+            turn = self._template.render([{"role": "user", "content": "Hello?"}])
+        except ValueError:  # a template for other conversations than this one
+            turn = ""
+        return self._frame_given.union(self._specials.found_in([turn, self._template.tail]))
+
+
+class HiddenEncoder:
+    """Encodes texts with hidden strings: these as plain text, everything else as the tokenizer by itself reads it.
+
+    Args:
+        tokenizer: a transformers tokenizer. It is not changed.
+        specials: its special strings.
+    """
+
+    def __init__(self, tokenizer, specials: SpecialStrings):
+        self._tokenizer = tokenizer
+        self._specials = specials
+        added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
+        self._string_of = {added[string]: string for string in specials.tokens}
+        self._names: dict[str, str] = {}
+        self._renamed: Any = None  # made when it is first needed
+
+    def encode(self, hidden: Hidden, *, add_special_tokens: bool = False) -> list[int]:
+        """The tokens of a text.
+
+        Args:
+            hidden: the text.
+            add_special_tokens: whether the tokenizer puts its own special tokens around it.
+        """
+        if backend_of(self._tokenizer) is None:
+            return self._by_stretches(hidden, add_special_tokens)
+        return self._as_renamed(hidden, add_special_tokens)[0]
+
+    def encode_with_offsets(self, hidden: Hidden) -> tuple[list[int], np.ndarray]:
+        """The tokens of a text, and the characters `[start, end)` of the hidden text that each stands in, int64 [T, 2].
+
+        For tokenizers with a `tokenizers` backend alone: others tell no offsets.
+        """
+        return self._as_renamed(hidden, False)
+
+    def _as_renamed(self, hidden: Hidden, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
+        # One string for every character of the hidden text; "" inside a token that the template wrote.
+        pieces = [hidden.strings.get(char, char) for char in hidden.text]
+        written = self._written(hidden.text)
+        shown = "".join(pieces)
+        if self._renamed is None or any(name in shown for name in self._names.values()):
+            backend, strings = backend_of(self._tokenizer), self._specials.tokens
+            entries = "".join(entry for entry in backend.get_vocab() if len(entry) == 1)  # Gemma's has private-use ones
+            self._names = dict(zip(strings, stand_ins(len(strings), shown + entries)))
+            self._renamed = _with_other_names(backend, self._names)
+        ends = np.arange(1, len(pieces) + 1)
+        for begin, end, string in written:
+            pieces[begin:end] = [self._names[string], *[""] * (end - begin - 1)]
+            ends[begin] = end
+        encoding = self._renamed.encode("".join(pieces), add_special_tokens=add_special_tokens)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        return encoding.ids, _in_hidden(offsets, np.array([len(piece) for piece in pieces], np.int64), ends)
+
+    def _written(self, text: str) -> Iterator[tuple[int, int, str]]:
+        """Where the tokenizer by itself reads a special token in a text that holds none of the user's."""
+        if not self._specials.pattern.search(text):
+            return
+        encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for i, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
+            string = self._string_of.get(i)
+            at = -1 if string is None else text.find(string, begin, end)  # it may have taken blanks beside it, too
+            if at >= 0:  # else the token for unknown characters, which nobody wrote
+                yield at, at + len(string), string
+
+    def _by_stretches(self, hidden: Hidden, add_special_tokens: bool) -> list[int]:
+        """For tokenizers that are all Python: they read every stretch between two added tokens by itself."""
+        tokens = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
+        parts = re.split(f"({_any_of(list(tokens))})", hidden.text) if tokens else [hidden.text]
+        ids: list[int] = []
+        native = ""  # what has been passed since the last stretch with something hidden
+        for k, part in enumerate(parts):
+            if hidden.strings.keys().isdisjoint(part):
+                native += part
+                continue
+            stretch = _show(part, hidden.strings)
+            if k > 0 and tokens[parts[k - 1]].rstrip:
+                stretch = stretch.lstrip()
+            if k + 1 < len(parts) and tokens[parts[k + 1]].lstrip:
+                stretch = stretch.rstrip()
+            ids += self._encode(native) + self._encode(stretch, split_special_tokens=True)
+            native = ""
+        ids += self._encode(native)
+        return self._tokenizer.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
+
+    def _encode(self, text: str, **kwargs) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False, **kwargs) if text else []
+
+
+def stand_ins(count: int, text: str) -> list[str]:
+    """Private-use characters that do not stand in a text, nor their JSON escapes.
+
+    Raises:
+        ValueError: the text holds too many of them.
+    """
+    lower = text.lower()
+    free = (chr(i) for first, last in _PRIVATE for i in range(first, last))
+    marks = list(itertools.islice((c for c in free if c not in text and _escaped(c) not in lower), count))
+    if len(marks) < count:
+        raise ValueError(f"a text uses nearly all private-use characters of Unicode; {count} free ones are needed")
+    return marks
+
+
+def _escaped(char: str) -> str:
+    return json.dumps(char)[1:-1]
+
+
+def _show(text: str, strings: dict[str, str]) -> str:
+    for mark, string in strings.items():
+        text = text.replace(mark, string)
+    return text
+
+
+def _in_hidden(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Offsets in a text, [T, 2], as offsets in a hidden text each of whose characters has become so and so many."""
+    piece = np.repeat(np.arange(len(lengths)), lengths)  # character of the text -> character of the hidden text
+    begin = np.append(piece, len(lengths))[offsets[:, 0]]
+    end = np.append(ends[piece], 0)[np.maximum(offsets[:, 1], 1) - 1]
+    return np.stack([begin, np.where(offsets[:, 1] > offsets[:, 0], end, begin)], 1)
+
+
+def _with_other_names(backend, names: dict[str, str]):
+    """A copy of a `tokenizers.Tokenizer` whose special tokens have other strings and the same ids.
+
+    Nothing in the copy spells the old strings as one token: neither the vocabulary of a Unigram model, which would
+    choose its `</s>` for the letters, nor a merge of BPE.
+    """
+    import tokenizers
+
+    state = json.loads(backend.to_str())
+    state["truncation"] = state["padding"] = None
+    for token in state["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    model = state["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, dict):
+        model["vocab"] = {names.get(string, string): i for string, i in vocabulary.items()}
+    else:
+        model["vocab"] = [[names.get(string, string), score] for string, score in vocabulary]
+    if model.get("merges"):
+        merges = (pair if isinstance(pair, list) else pair.split(" ") for pair in model["merges"])
+        model["merges"] = [p for p in merges if not (p[0] in names or p[1] in names or p[0] + p[1] in names)]
+    if isinstance(model.get("unk_token"), str):
+        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    renamed = tokenizers.Tokenizer.from_str(json.dumps(state))
+    renamed.encode_special_tokens = False
+    return renamed
+
+
+def _any_of(strings: Sequence[str]) -> str:
+    """A pattern for any of the strings, the longest that fits; what they begin with in common is tried once."""
+    tails: dict[str, list[str]] = {}
+    for string in strings:
+        if string:
+            tails.setdefault(string[0], []).append(string[1:])
+    branches = [re.escape(char) + _any_of(rest) for char, rest in tails.items()]
+    if "" in strings:
+        return f"(?:{'|'.join(branches)})?" if branches else ""
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
+
+
+def _texts_of(prompt: str | list[dict]) -> Iterator[str]:
+    """Every text that a user has a say in: of messages all but their roles, and what they are told beside."""
+    if isinstance(prompt, str):
+        yield prompt
+        return
+    for message in prompt:
+        yield from _texts_in([item for key, item in message.items() if key != "role"])
+    if isinstance(prompt, Conversation):
+        yield from _texts_in((prompt.tools, prompt.template_kwargs))
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)
+
+
+def _changed(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {_changed(key, change): _changed(item, change) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(item, change) for item in value]
+    return value
