@@ -152,10 +152,14 @@ def compare_projected(student: Merged, teacher: Merged, options: CompareOptions)
 def compare_events(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
     """As `compare_projected`, and the text that stands there is an event of its own, taken out of its prefix. To `[C]`.
 
-    A side for whom no entry but the text's own gives to that prefix cannot tell the two apart: then neither is asked
-    to, and the text stays in its prefix event.
+    A student for whom no entry but the text's own gives to that prefix cannot tell the two apart: then it is not asked
+    to, and the text stays in its prefix event. A teacher of that kind says that nothing but the text begins so here; at
+    `β = 1` an answer to that would cost without bound, so that there the text stays as well.
     """
-    apart = ~(_inseparable(student) | _inseparable(teacher))
+    together = _inseparable(student)
+    if options.beta == 1:
+        together |= _inseparable(teacher)
+    apart = ~together
     events = [text_events(side, apart, options) for side in (student, teacher)]
     return generalized_jsd(*map(_log, events), options.beta), _unmatched_mass(student, teacher, options)
 

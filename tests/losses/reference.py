@@ -98,7 +98,7 @@ def compare(name: str, s: Side, t: Side, o, frozen: float | None = None) -> floa
     if name == "projected":
         return jsd(events(s, k, o, False), events(t, k, o, False), o.beta)
     if name == "events":
-        text = not (alone(s, k) or alone(t, k))
+        text = not (alone(s, k) or (o.beta == 1 and alone(t, k)))
         return jsd(events(s, k, o, text), events(t, k, o, text), o.beta)
     if name == "alm":
         a, b = (np.power(side.text, 1 / o.temperature) for side in (s, t))
