@@ -50,6 +50,28 @@ def _paragraph(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+BETWEEN = "\0"  # parts what `with_one` joins: no argument of a command can hold it
+
+
+def with_one(argv: Sequence[str], flag: str) -> list[str]:
+    """The arguments with all values of all of one flag's occurrences as one, so that blanks and commas in them stay."""
+    values, others, inside, asked = [], [], False, False
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if not token.startswith("--"):
+            (values if inside else others).append(token)
+            continue
+        inside = name == flag
+        asked = asked or inside
+        if not inside:
+            others.append(token)
+        elif equals:
+            values.append(value)
+    if not asked:
+        return others
+    return [*others, f"{flag}={BETWEEN.join(values)}" if values else flag]
+
+
 def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `Participant`.
 

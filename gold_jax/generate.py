@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gold_jax.command import load_reader, run
+from gold_jax.command import BETWEEN, load_reader, run, with_one
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
@@ -40,28 +40,9 @@ class GenerateArguments:
             )
 
 
-_BETWEEN = "\0"  # no argument of a command can hold it
-
-
-def _with_one_prompt(argv: Sequence[str]) -> list[str]:
-    """The arguments with all values of all --prompt flags as one, so that blanks and commas in them stay."""
-    prompts, others, inside = [], [], False
-    for token in argv:
-        name, equals, value = token.partition("=")
-        if not token.startswith("--"):
-            (prompts if inside else others).append(token)
-            continue
-        inside = name == "--prompt"
-        if not inside:
-            others.append(token)
-        elif equals:
-            prompts.append(value)
-    return [*others, *(["--prompt=" + _BETWEEN.join(prompts)] if prompts else [])]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line)."""
-    argv = _with_one_prompt(sys.argv[1:] if argv is None else argv)
+    argv = with_one(sys.argv[1:] if argv is None else argv, "--prompt")
     model, args, _ = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder or a hub id")
@@ -72,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import sample_completions
 
-    prompts = args.prompt.split(_BETWEEN) if args.prompt else []
+    prompts = args.prompt.split(BETWEEN) if args.prompt else []
     if not args.raw:
         prompts = [[{"role": "user", "content": p}] for p in prompts]
     if args.dataset_name is not None:

@@ -5,12 +5,10 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from gold_jax.command import run
+from gold_jax.command import BETWEEN, run, with_one
 from gold_jax.config import RULES
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
-
-_BETWEEN = "\0"  # no argument of a command can hold it
 
 
 @flags_dataclass
@@ -47,7 +45,7 @@ class InspectArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, inspects the pair, shows the report (with `--json`, one JSON object), writes the page."""
-    argv = _with_one_text(sys.argv[1:] if argv is None else argv)
+    argv = with_one(sys.argv[1:] if argv is None else argv, "--text")
     (args, _) = parse_args(argv, InspectArguments, prog="gold_jax.inspect", doc=__doc__)
     for name in ("student", "teacher"):
         if getattr(args, name) is None:
@@ -76,27 +74,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nThe page is in {page}")
 
 
-def _with_one_text(argv: Sequence[str]) -> list[str]:
-    """The arguments with all values of all --text flags as one, so that blanks and commas in them stay."""
-    texts, others, inside, asked = [], [], False, False
-    for token in argv:
-        name, equals, value = token.partition("=")
-        if not token.startswith("--"):
-            (texts if inside else others).append(token)
-            continue
-        inside = name == "--text"
-        asked = asked or inside
-        if not inside:
-            others.append(token)
-        elif equals:
-            texts.append(value)
-    joined = "--text=" + _BETWEEN.join(texts) if texts else "--text"
-    return [*others, joined] if asked else others
-
-
 def _texts(args: InspectArguments) -> dict[str, str] | None:
     """The texts that were given, by name; None for none."""
-    given = [] if args.text is None else args.text.split(_BETWEEN)
+    given = [] if args.text is None else args.text.split(BETWEEN)
     texts = {f"text {k}" if len(given) > 1 else "text": text for k, text in enumerate(given, 1)}
     if args.text_file is not None:
         texts[args.text_file] = _read(args.text_file)
