@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import datasets
 import numpy as np
 import pytest
 import tiny_models as tiny
@@ -13,26 +12,7 @@ from test_commands import call, distil, lines, shell
 
 from gold_jax import GOLDTrainer, SFTTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(request):
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    tiny.write_student(folder / "student")
-    tiny.write_teacher(folder / "teacher")
-    tiny.write_data(folder / "data")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 
 
 @pytest.fixture

@@ -26,26 +26,7 @@ MAINS = {"train": train.main, "sft": sft.main, "evaluate": evaluate.main, "gener
 SMALL = {"max_steps": 1, "max_completion_length": 8, "per_device_train_batch_size": 2, "save_strategy": "no"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(request):
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A folder with a student, a teacher, a teacher with the student's tokenizer, and data."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.write_student(folder / "student")
-    tiny.write_teacher(folder / "teacher")
-    tiny.write_student(folder / "sibling", seed=3)
-    tiny.write_data(folder / "data")
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 
 
 @pytest.fixture

@@ -14,21 +14,7 @@ from gold_jax.inspection.samples import SAMPLES
 TEXT = "The other dog, over the fox; 24 + 48 = 72."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(request):
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Two whole models, and the same as tokenizers alone."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.write_student(folder / "student")
-    tiny.write_teacher(folder / "teacher")
-    tiny.student_tokenizer().save_pretrained(folder / "student_tokenizer")
-    tiny.teacher_tokenizer().save_pretrained(folder / "teacher_tokenizer")
-    return folder
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture
