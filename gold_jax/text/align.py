@@ -7,7 +7,7 @@ import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder, spans_from_offsets, spans_from_surfaces
 
-__all__ = ["Alignment", "align", "group_ends", "spans_from_offsets", "spans_from_surfaces"]
+__all__ = ["Alignment", "align", "group_ends", "groups_holding", "spans_from_offsets", "spans_from_surfaces"]
 
 
 def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]:
@@ -66,6 +66,23 @@ def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> tuple[np.ndarray, 
     return after, count
 
 
+def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
+    """The groups that hold one of the marked tokens, such as an unknown one (`Encoded.unknown`).
+
+    Args:
+        tokens: bool [T], True for the tokens to look for.
+        group: int32 [T], the group of every token; numbers beyond `count` are in none.
+        count: the number of groups.
+
+    Returns:
+        Bool [G].
+    """
+    held = np.zeros(count, np.bool_)
+    found = group[tokens]
+    held[found[found < count]] = True
+    return held
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alignment:
     """One text as two tokenizers cut it.
@@ -88,6 +105,12 @@ class Alignment:
         """Bool [G]: the groups that have one token on either side."""
         ours, theirs = (np.bincount(g, minlength=self.count) for g in (self.student_group, self.teacher_group))
         return ((ours == 1) & (theirs == 1))[: self.count] if self.text else np.zeros(self.count, np.bool_)
+
+    def unknown(self) -> np.ndarray:
+        """Bool [G]: the groups in which a token of either side stands for text without saying which."""
+        return groups_holding(self.student.unknown, self.student_group, self.count) | groups_holding(
+            self.teacher.unknown, self.teacher_group, self.count
+        )
 
     def groups(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
         """The groups one by one: their bytes, the student's ids, the teacher's ids."""

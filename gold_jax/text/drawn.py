@@ -17,7 +17,8 @@ class Drawn:
         spans: int32 [T, 2], the bytes of `text` that each token spells.
         text: the completion.
         stopped: whether a stop token ended it.
-        damaged: whether tokens were left out at its end: bytes that are no UTF-8, or a token that spells nothing.
+        damaged: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
+            tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
     """
 
     ids: np.ndarray
@@ -34,6 +35,10 @@ def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Dr
     length limit, a stray byte), or a token spells nothing (a stray special token, an id of the head's padding), what
     comes before the damage is kept and the rest left out, so that nothing shifts.
 
+    Where surfaces, joined, are not the text (WordPiece), the text is what the tokenizer's own decoder makes of the ids.
+    Encoded again it must give the same ids: they have the spans found there. From the first that differs on they are
+    left out.
+
     Args:
         codec: the codec of the model that drew.
         ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
@@ -47,19 +52,51 @@ def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Dr
     ids = ids[: stops[0]] if stops.size else ids
     size = len(codec.surfaces)
     strays = np.flatnonzero((ids < 0) | (ids >= size) | ~codec.surfaces.spells[np.clip(ids, 0, size - 1)])
-    kept = int(strays[0]) if strays.size else len(ids)
-    data = codec.surfaces.join(ids[:kept].tolist())
+    clean = ids[: strays[0]] if strays.size else ids
+    read = _by_surfaces if codec.surfaces.reversible else _by_decoder
+    spans, text = read(codec, clean, after)
+    damaged = len(spans) < len(ids)
+    return Drawn(ids[: len(spans)], spans, text, bool(stops.size) and not damaged, damaged)
+
+
+def _by_surfaces(codec: Codec, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+    """The spans of the tokens that are kept, and their text, where the joined surfaces are the text."""
+    data = codec.surfaces.join(ids.tolist())
+    spans = spans_from_surfaces(codec.surfaces, ids)
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        valid = error.start
-        ends = spans_from_surfaces(codec.surfaces, ids[:kept])[:, 1]
-        inside = np.frombuffer(data + b" ", np.uint8)[ends] & 0xC0 == 0x80  # the next byte continues a character
-        whole = np.flatnonzero((ends <= valid) & ((ends == valid) | ~inside))
-        kept = int(whole[-1]) + 1 if whole.size else 0
-        data = codec.surfaces.join(ids[:kept].tolist())
-    damaged = kept < len(ids)
-    spans = spans_from_surfaces(codec.surfaces, ids[:kept])
-    if data.startswith(b" ") and codec.leads("", after):
-        data, spans = data[1:], np.maximum(spans - 1, 0)  # the blank that belongs to the template
-    return Drawn(ids[:kept], spans, data.decode(), bool(stops.size) and not damaged, damaged)
+        kept = _whole(spans[:, 1], data, error.start)
+        spans = spans[:kept]
+        data = data[: spans[-1, 1] if kept else 0]
+    if data.startswith(b" ") and _begins_with_blank(codec, after):
+        data, spans = data[1:], np.maximum(spans - 1, 0)
+    return spans, data.decode()
+
+
+def _by_decoder(codec: Codec, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+    """The same where only the tokenizer's decoder knows the text."""
+    text = codec.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = codec.encode_completion(text, after=after)
+    both = min(len(ids), len(again.ids))
+    differ = np.flatnonzero(ids[:both] != again.ids[:both])
+    agreed = int(differ[0]) if differ.size else both
+    data, spans = text.encode(), again.spans
+    if agreed < len(again.ids) or agreed < len(ids):
+        agreed = _whole(spans[:agreed, 1], data, len(data))
+        data = data[: spans[agreed - 1, 1] if agreed else 0]
+    return spans[:agreed], data.decode()
+
+
+def _whole(ends: np.ndarray, data: bytes, valid: int) -> int:
+    """How many tokens there are up to the last that ends with a character within the first `valid` bytes."""
+    inside = np.frombuffer(data + b" ", np.uint8)[ends] & 0xC0 == 0x80  # the next byte continues a character
+    whole = np.flatnonzero((ends <= valid) & ((ends == valid) | ~inside))
+    return int(whole[-1]) + 1 if whole.size else 0
+
+
+def _begins_with_blank(codec: Codec, after: Prompt | None) -> bool:
+    """Whether the first token of any completion there holds a blank that belongs to the template or the tokenizer."""
+    if codec.leads("", after):
+        return True
+    return codec.surfaces.join(codec.encode_completion("a", after=after).ids.tolist()).startswith(b" ")

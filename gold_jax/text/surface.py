@@ -1,20 +1,29 @@
 """Surfaces: the bytes that every entry of a tokenizer's vocabulary spells, whatever the tokenizer writes for them.
 
-Three families of tokenizers are known: byte-level BPE, which shows every byte as one printable character;
-SentencePiece (BPE and Unigram), which shows a space as `▁` and lone bytes as `<0xNN>`; and tiktoken, which stores
-bytes. A special token spells nothing: it steers the model and stands for no text.
+Three families of tokenizers give text back byte for byte: byte-level BPE, which shows every byte as one printable
+character; SentencePiece (BPE and Unigram), which shows a space as `▁` and lone bytes as `<0xNN>`; and tiktoken, which
+stores bytes. A fourth, WordPiece and other vocabularies of words, does not: it forgets white space (and often case), so
+that its surfaces say what an entry stands for, and only its character offsets where that is. A special token spells
+nothing: it steers the model and stands for no text.
 """
 
 import dataclasses
 import functools
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
+from string import punctuation
 
 import numpy as np
 
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "▁"
+#: The ranges that BERT's normaliser takes for Chinese characters: it puts blanks around them.
+_CHINESE = (
+    (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+_SPLIT_AT_BLANKS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -26,6 +35,9 @@ class Surfaces:
         strings: the raw vocabulary string of each entry; None for ids that no entry has.
         is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
         name: the tokenizer's name, for messages.
+        reversible: whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed). False
+            for WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by its own
+            decoder, and its surfaces serve to match vocabularies.
         lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
         spells: bool [size], False where the table says None.
         spelling: the table with b"" in the place of None, for joining.
@@ -35,6 +47,7 @@ class Surfaces:
     strings: list[str | None]
     is_fallback: np.ndarray
     name: str = "tokenizer"
+    reversible: bool = True
     lengths: np.ndarray = dataclasses.field(init=False, repr=False)
     spells: np.ndarray = dataclasses.field(init=False, repr=False)
     spelling: list[bytes] = dataclasses.field(init=False, repr=False)
@@ -58,7 +71,7 @@ class Surfaces:
         if not drop:
             return self
         table = [None if i in drop else entry for i, entry in enumerate(self.table)]
-        return Surfaces(table, self.strings, self.is_fallback, self.name)
+        return dataclasses.replace(self, table=table)
 
 
 def surfaces_of(tokenizer) -> Surfaces:
@@ -72,7 +85,8 @@ def surfaces_of(tokenizer) -> Surfaces:
         The surfaces; their size is the highest id and one.
 
     Raises:
-        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as WordPiece.
+        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters with
+            a mark at the end of words.
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)
@@ -134,56 +148,93 @@ def _spell_byte_level(string: str) -> bytes:
         return string.encode()
 
 
-def _spell_metaspace(string: str, space: str) -> bytes:
+def _spell_metaspace(space: str, string: str) -> bytes:
     return string.replace(space, " ").encode()
 
 
-def _kind(backend) -> tuple[str, str] | None:
-    """("bytes", "") or ("spaces", replacement character), read off the decoder or what stands in for it."""
+def _spell_word(continuing: str, string: str) -> bytes:
+    """A blank and the word; a piece that goes on with one, punctuation and Chinese characters spell themselves."""
+    if continuing and string.startswith(continuing) and string != continuing:
+        return string.removeprefix(continuing).encode()
+    return string.encode() if not string or _stands_alone(string[0]) else f" {string}".encode()
+
+
+def _stands_alone(char: str) -> bool:
+    """Whether BERT's pre-tokenizer cuts a text before and after this character."""
+    if char in punctuation or unicodedata.category(char).startswith("P"):
+        return True
+    return any(low <= ord(char) <= high for low, high in _CHINESE)
+
+
+def _speller(backend) -> tuple[Callable[[str], bytes], bool] | None:
+    """What turns an entry into bytes, and whether the bytes of a text's entries, joined, are the text.
+
+    It is read off the model, else off the decoder or what stands in for it; None where they are of another kind.
+    """
+    model = type(backend.model).__name__
+    splits = {part["type"] for part in parts_of(state_of(backend.pre_tokenizer))}
+    if model == "WordPiece" or (model == "WordLevel" and splits & set(_SPLIT_AT_BLANKS)):
+        return functools.partial(_spell_word, getattr(backend.model, "continuing_subword_prefix", "")), False
+    if any(getattr(backend.model, mark, None) for mark in ("end_of_word_suffix", "continuing_subword_prefix")):
+        return None  # CLIP: `dog</w>`
     for component in (backend.decoder, backend.pre_tokenizer, backend.normalizer):
         for part in parts_of(state_of(component)):
             if part["type"] == "ByteLevel":
-                return "bytes", ""
+                return _spell_byte_level, True
             if part["type"] == "Metaspace":
-                return "spaces", part.get("replacement", _METASPACE)
+                return functools.partial(_spell_metaspace, part.get("replacement", _METASPACE)), True
             if part["type"] == "Replace" and _METASPACE in (part["content"], part["pattern"].get("String")):
-                return "spaces", _METASPACE
+                return functools.partial(_spell_metaspace, _METASPACE), True
             if part["type"] in ("WordPiece", "CTC", "BPEDecoder"):
                 return None
     return None
 
 
-def _unknown_token(model) -> str | int | None:
-    """The unknown entry that only the model names: its string, or for Unigram its id."""
-    if type(model).__name__ == "Unigram":
-        return json.loads(model.__getstate__()).get("unk_id")
-    return getattr(model, "unk_token", None)
+def _unigram(model) -> dict:
+    """What a Unigram model shows in its state alone: `unk_id` and `byte_fallback`; empty for other models."""
+    if type(model).__name__ != "Unigram":
+        return {}
+    state = json.loads(model.__getstate__())
+    return {"unk_id": state.get("unk_id"), "byte_fallback": state.get("byte_fallback", False)}
+
+
+def unknown_id(tokenizer) -> int | None:
+    """The id that a tokenizer gives to what its vocabulary lacks; None where it has none."""
+    backend = backend_of(tokenizer)
+    if backend is not None:
+        unknown = getattr(backend.model, "unk_token", None)
+        found = _unigram(backend.model).get("unk_id") if unknown is None else backend.token_to_id(unknown)
+        if found is not None:
+            return found
+    return getattr(tokenizer, "unk_token_id", None)
+
+
+def special_ids(tokenizer) -> set[int]:
+    """The ids of the tokens that a tokenizer with a `tokenizers` backend calls special."""
+    added = backend_of(tokenizer).get_added_tokens_decoder()
+    return {i for i, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", ()))
 
 
 def _of_backend(tokenizer, backend) -> Surfaces:
-    kind = _kind(backend)
-    if kind is None:
+    speller = _speller(backend)
+    if speller is None:
         raise ValueError(
             f"{name_of(tokenizer)} (model {type(backend.model).__name__}, decoder {backend.decoder}) is neither "
-            "byte-level nor SentencePiece-like, so the bytes that its entries spell are unknown; use a model whose "
-            "tokenizer gives text back byte for byte"
+            "byte-level, nor SentencePiece-like, nor WordPiece, or it marks the ends of words, so the bytes that its "
+            "entries spell are unknown; use a model whose tokenizer is one of the three"
         )
-    vocabulary = backend.get_vocab(with_added_tokens=True)
+    spell, reversible = speller
     added = backend.get_added_tokens_decoder()
-    special = {i for i, token in added.items() if token.special} | set(getattr(tokenizer, "all_special_ids", ()))
-    unknown = _unknown_token(backend.model)
-    special.add(vocabulary.get(unknown) if isinstance(unknown, str) else unknown)
-    falls_back = getattr(backend.model, "byte_fallback", False) or any(
-        part["type"] == "ByteFallback" for part in parts_of(state_of(backend.decoder))
+    special = special_ids(tokenizer) | {unknown_id(tokenizer)}
+    falls_back = reversible and (
+        getattr(backend.model, "byte_fallback", False)
+        or _unigram(backend.model).get("byte_fallback", False)
+        or any(part["type"] == "ByteFallback" for part in parts_of(state_of(backend.decoder)))
     )
-
-    def spell(string: str, i: int) -> bytes:
-        if kind[0] == "spaces":
-            return _spell_metaspace(string, kind[1])
-        return string.encode() if i in added else _spell_byte_level(string)
-
-    entries = ((i, string) for string, i in vocabulary.items())
-    return _build(entries, spell, special, falls_back, name_of(tokenizer))
+    entries = [(i, string) for string, i in backend.get_vocab(with_added_tokens=True).items()]
+    as_written = added if spell is _spell_byte_level else ()  # an added entry is not shown in the byte alphabet
+    surfaces = _build(entries, spell, special, falls_back, name_of(tokenizer), as_written)
+    return surfaces if reversible else dataclasses.replace(surfaces, reversible=False)
 
 
 def _of_sentencepiece(tokenizer) -> Surfaces:
@@ -195,7 +246,8 @@ def _of_sentencepiece(tokenizer) -> Surfaces:
         if model.is_control(i) or model.is_unknown(i) or model.is_unused(i):
             special.add(tokenizer.convert_tokens_to_ids(model.id_to_piece(i)))
     falls_back = any(model.is_byte(i) for i in range(model.get_piece_size()))
-    return _build(pieces.items(), lambda s, _: _spell_metaspace(s, _METASPACE), special, falls_back, name_of(tokenizer))
+    spell = functools.partial(_spell_metaspace, _METASPACE)
+    return _build(pieces.items(), spell, special, falls_back, name_of(tokenizer))
 
 
 def _of_tiktoken(encoding) -> Surfaces:
@@ -215,7 +267,7 @@ def _of_tiktoken(encoding) -> Surfaces:
     return Surfaces(table, strings, np.zeros(size, np.bool_), name_of(encoding))
 
 
-def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str) -> Surfaces:
+def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str, as_written=()) -> Surfaces:
     entries = [(i, string) for i, string in entries if string is not None]
     size = max((i for i, _ in entries), default=-1) + 1
     table: list[bytes | None] = [None] * size
@@ -227,7 +279,10 @@ def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool,
             continue
         byte = _FALLBACK.fullmatch(string) if falls_back and len(string) == 6 else None
         is_fallback[i] = byte is not None
-        table[i] = bytes([int(byte[1], 16)]) if byte else spell(string, i)
+        if byte:
+            table[i] = bytes([int(byte[1], 16)])
+        else:
+            table[i] = string.encode() if i in as_written else spell(string)
     return Surfaces(table, strings, is_fallback, name)
 
 

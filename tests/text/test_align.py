@@ -1,37 +1,18 @@
+import functools
 import itertools
-import random
 
+import alignment_at_scale as scale
 import numpy as np
 import pytest
+import strings
 import toy_tokenizers as toys
+from alignment_at_scale import slow_groups, walk_agrees
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strings import random_strings
 
-from gold_jax.text.align import align, group_ends
-from gold_jax.text.encode import PlainEncoder
-
-
-def slow_groups(student, teacher):
-    """The reference: walk along both lists and close a group wherever both stand at the same byte."""
-    groups, i, j = [], 0, 0
-    while i < len(student) or j < len(teacher):
-        ours, theirs = [i], [j]
-        i, j = i + 1, j + 1
-        while student[i - 1] != teacher[j - 1]:
-            if student[i - 1] < teacher[j - 1]:
-                ours.append(i)
-                i += 1
-            else:
-                theirs.append(j)
-                j += 1
-        while i < len(student) and student[i] == student[i - 1]:
-            ours.append(i)
-            i += 1
-        while j < len(teacher) and teacher[j] == teacher[j - 1]:
-            theirs.append(j)
-            j += 1
-        groups.append((ours, theirs))
-    return groups
+from gold_jax.text.align import align, group_ends, groups_holding
+from gold_jax.text.encode import Encoded, PlainEncoder
 
 
 def as_groups(student_group, teacher_group, count):
@@ -112,89 +93,135 @@ def test_align_of_an_empty_text_has_no_group():
     assert alignment.one_to_one().tolist() == []
 
 
-SCRIPTS = [
-    (0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x5D0, 0x5EA), (0x600, 0x6FF),
-    (0x900, 0x97F), (0xE00, 0xE7F), (0x1100, 0x11FF), (0x3040, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3),
-    (0x1F300, 0x1FAFF), (0x1D400, 0x1D7FF), (0x2000, 0x206F), (0, 0x1F),
-]  # fmt: skip
-PHRASES = [
-    "👨‍👩‍👧‍👦", "🏳️‍🌈", "👍🏽", "\r\n", "\n\n\n", "\t\t", "    ", "  ", "\u3000", "\ufeff", "\u200d", "▁", "▁▁ x", "<0x0A>", "1234567",
-    "3.14159", "0000", "e\u0301", "\u212b", "ﬁ", "가", "<|im_end|>", "</s>", "<s>", "<unk>", "<|endoftext|>", "<end_of_turn>",
-    "<|eot_id|>", "<bos>", "[INST]", "<think>", "</think>", "<table>", "<unused7>", "def f(x):\n    return x\n",
-    "for (int i=0;i<10;++i) {", "http://a.b/c?d=e&f=g", "don't", "I'LL", "naïve", "größer", " the", "The ", "\\frac{1}{2}", "$$",
-    "日本語", "Привет", "مرحبا", "नमस्ते", "ไทย", "\x00", "\x7f", "Ġ", "Ċ", "é", " \n \n", "!!!???...",
-]  # fmt: skip
+def test_groups_in_which_a_token_does_not_say_its_text_are_named():
+    alignment = align(toys.byte_level(), toys.unigram(), "the ☃ fox")
+    found = [data for (data, _, _), unknown in zip(alignment.groups(), alignment.unknown()) if unknown]
+    assert found == ["☃".encode()]
+    assert alignment.unknown().shape == (alignment.count,)
+    assert not align(toys.byte_level(), toys.sentencepiece(), "the ☃ fox").unknown().any()
+    assert align(toys.byte_level(), toys.unigram(), "").unknown().tolist() == []
 
 
-def random_strings(count: int, seed: int = 0) -> list[str]:
-    rng = random.Random(seed)
-    strings = []
-    for _ in range(count):
-        parts = []
-        for _ in range(rng.randint(1, 8)):
-            if rng.random() < 0.5:
-                parts.append(rng.choice(PHRASES))
-            else:
-                low, high = rng.choice(SCRIPTS)
-                parts.append("".join(chr(rng.randint(low, high)) for _ in range(rng.randint(1, 8))))
-            if rng.random() < 0.4:
-                parts.append(" ")
-        strings.append("".join(parts))
-    return strings
+def test_tokens_beyond_the_groups_mark_none():
+    group = np.array([0, 1, 1, 7], np.int32)
+    marked = np.array([False, True, False, True])
+    assert groups_holding(marked, group, 3).tolist() == [False, True, False]
 
 
-def check_sides(texts, sides):
-    """Every pair of sides, against the reference."""
-    for row, text in enumerate(texts):
-        size = len(text.encode())
-        ends = {}
-        for name, encoded in sides.items():
-            spans = encoded[row].spans
-            assert spans[0, 0] == 0 and spans[-1, 1] == size, (name, text)
-            assert (spans[1:, 0] == spans[:-1, 1]).all() and (spans[:, 0] <= spans[:, 1]).all(), (name, text)
-            ends[name] = spans[:, 1]
-        for ours, theirs in itertools.permutations(ends, 2):
-            student, teacher = ends[ours], ends[theirs]
-            found = group_ends(student, teacher)
-            # Leading empty tokens are the one thing that the walk does not know.
-            if student[0] and teacher[0]:
-                expected = slow_groups(student.tolist(), teacher.tolist())
-                student_group, teacher_group, count = found
-                assert count == len(expected), (ours, theirs, text)
-                assert student_group.tolist() == [g for g, (a, _) in enumerate(expected) for _ in a], text
-                assert teacher_group.tolist() == [g for g, (_, b) in enumerate(expected) for _ in b], text
-            else:
-                assert set(found[0].tolist()) == set(found[1].tolist()) == set(range(found[2])), (ours, theirs, text)
+def test_word_pieces_are_aligned_with_bytes_in_the_smallest_groups():
+    alignment = align(toys.byte_level(), toys.word_piece(), "The dog, the DOG.")
+    assert [data for data, _, _ in alignment.groups()] == [b"The", b" dog", b",", b" the", b" DOG", b"."]
+
+
+def check_sides(texts, encoders):
+    """Every ordered pair of encoders on every text, against the walk."""
+    for lead in (False, True):
+        sides = {name: encoder.encode(texts, lead=lead) for name, encoder in encoders.items()}
+        for row, text in enumerate(texts):
+            size = len(text.encode())
+            for name, encoded in sides.items():
+                spans = encoded[row].spans
+                assert spans[0, 0] == 0 and spans[-1, 1] == size, (name, text)
+                assert (spans[1:, 0] == spans[:-1, 1]).all() and (spans[:, 0] <= spans[:, 1]).all(), (name, text)
+            for ours, theirs in itertools.permutations(sides, 2):
+                ends = sides[ours][row].spans[:, 1], sides[theirs][row].spans[:, 1]
+                assert walk_agrees(*ends), (ours, theirs, text)
+
+
+@functools.cache
+def toy_encoders():
+    return {name: PlainEncoder(make()) for name, make in toys.EVERY.items()}
 
 
 def test_toy_tokenizers_align_on_random_strings_in_all_ordered_pairs():
-    texts = random_strings(300)
-    toy = {
-        "bytes": toys.byte_level(),
-        "nfc": toys.byte_level(300, "NFC"),
-        "nfkc": toys.byte_level(310, "NFKC"),
-        "prepend": toys.sentencepiece(),
-        "metaspace": toys.sentencepiece("metaspace"),
-        "plain": toys.sentencepiece(""),
-        "unigram": toys.unigram(),
-    }
-    check_sides(texts, {name: PlainEncoder(tokenizer).encode(texts) for name, tokenizer in toy.items()})
+    check_sides(random_strings(40), toy_encoders())
+
+
+@given(strings.texts().filter(bool))
+@settings(max_examples=25, deadline=None)
+def test_toy_tokenizers_align_on_any_text_in_all_ordered_pairs(text):
+    check_sides([text], toy_encoders())
+
+
+def test_many_strings_are_checked_at_once_in_all_ordered_pairs_of_toy_tokenizers():
+    report = scale.run(scale.toy_sides(), 450, batch=150)
+    assert report.failed() == 0, report.lines(toys.EVERY)[-1]
+    assert report.counts["unigram", "unknown"] > 100 and report.counts["bytes", "unknown"] == 0
+    line = next(line for line in report.lines(toys.EVERY) if line.startswith("nfc ") and " slow unigram " in line)
+    assert line.split()[3] == "450" and line.endswith(" 0")
+
+
+@pytest.mark.parametrize("name", toys.CLASSES)
+def test_tokenizer_classes_of_transformers_align_with_bytes(name):
+    tokenizer = toys.of_class(name)
+    if tokenizer is None:
+        pytest.skip(f"this version of transformers has no {name}")
+    sides = scale.toy_sides(["bytes"]) | {name: scale.Side(tokenizer)}
+    report = scale.Report()
+    for lead in (False, True):
+        texts = strings.mixed_strings(60, seed=lead) + random_strings(30, seed=lead)
+        scale.check_strings(sides, texts, report, lead=lead, seed=0)
+    assert report.failed() == 0, report.lines(sides)[-1]
+    words = sides[name].encoder.encode(["the dog jumps"])[0]
+    assert sides[name].encoder.surfaces.join(words.ids) in (b"the dog jumps", b" the dog jumps")
+
+
+def test_the_check_at_scale_finds_a_shift(monkeypatch):
+    sides = scale.toy_sides(["bytes", "plain"])
+    encode = sides["plain"].encoder.encode
+
+    def shifted(texts, lead=False):
+        rows = encode(texts, lead=lead)
+        ids, spans = rows[3].ids, rows[3].spans.copy()
+        spans[:-1, 1] += 1
+        spans[1:, 0] += 1
+        return [*rows[:3], Encoded(ids, spans), *rows[4:]]
+
+    monkeypatch.setattr(sides["plain"].encoder, "encode", shifted)
+    texts, report = ["the", "fox", "over", "the dog", "the"], scale.Report()
+    scale.check_strings(sides, texts, report, lead=False, seed=0)
+    assert report.failures[0] == ("plain", "the dog")
+
+
+@pytest.mark.parametrize(("wrong", "row"), [("merged", 1), ("swapped", 2), ("late", 1)])
+def test_the_check_at_scale_finds_wrong_groups(monkeypatch, wrong, row):
+    texts = ["the", "fox jumps", "a b"]
+    sides = scale.toy_sides(["bytes", "tiktoken"])
+    right = scale.group_ends
+
+    def group_ends(student, teacher):
+        ours, theirs, count = (x.copy() if isinstance(x, np.ndarray) else x for x in right(student, teacher))
+        cut = int(theirs[(teacher > 4 * 3).argmax()])  # the first group of the second text
+        if wrong == "merged":
+            ours[ours > cut] -= 1
+            theirs[theirs > cut] -= 1
+            count -= 1
+        elif wrong == "swapped":
+            ours[-2:] = ours[-2:][::-1]
+        else:
+            ours[(ours == cut + 1).argmax()] -= 1
+        return ours, theirs, count
+
+    monkeypatch.setattr(scale, "group_ends", group_ends)
+    report = scale.Report()
+    scale.check_strings(sides, texts, report, lead=False, seed=0, sample=0)
+    assert report.failures and report.failures[0] == (("bytes", "tiktoken"), texts[row])
 
 
 @pytest.mark.assets
 @pytest.mark.slow
-def test_real_tokenizers_align_on_ten_thousand_random_strings_in_all_ordered_pairs(assets):
-    from transformers import AutoTokenizer
+def test_real_tokenizers_align_on_thousands_of_strings_in_all_ordered_pairs(assets, capsys):
+    assert scale.main(["--assets", str(assets), "--strings", "3000", "--batch", "1000"]) == 0
+    assert "\n0 failures" in capsys.readouterr().out
 
-    folders = {name: f"tokenizers/{name}" for name in ("llama3_2", "qwen3", "gemma3", "llama2", "gpt2")}
-    folders["smollm2"] = "smollm2-135m-instruct"
-    texts = random_strings(10_000)
-    sides = {}
-    for name, folder in folders.items():
-        encoder = PlainEncoder(AutoTokenizer.from_pretrained(assets / folder))
-        sides[name] = encoder.encode(texts)
-        special = {i for i, entry in enumerate(encoder.surfaces.table) if entry is None}
-        unknown = encoder.surfaces.strings.index("<unk>") if "<unk>" in encoder.surfaces.strings else None
-        drawn = set(np.concatenate([e.ids for e in sides[name]]).tolist())
-        assert not (drawn & special) - {unknown}, name
-    check_sides(texts, sides)
+
+@pytest.mark.assets
+@pytest.mark.slow
+def test_real_tokenizers_align_by_the_walk_and_read_no_special_token_out_of_a_text(assets):
+    texts = random_strings(2000)
+    encoders = {name: side.encoder for name, side in scale.real_sides(assets).items()}
+    check_sides(texts[:600], encoders)
+    for name, encoder in encoders.items():
+        for encoded in encoder.encode(texts):
+            assert (encoder.surfaces.spells[encoded.ids] | encoded.unknown).all(), name
+            assert not encoded.unknown.any() or name in (*scale.TRAINED, "llama2", "gemma3"), name

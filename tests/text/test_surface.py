@@ -1,9 +1,8 @@
 import numpy as np
 import pytest
-import tiktoken
 import toy_tokenizers as toys
 
-from gold_jax.text.surface import Surfaces, surfaces_of
+from gold_jax.text.surface import Surfaces, surfaces_of, unknown_id
 
 
 def entry(surfaces: Surfaces, string: str) -> bytes | None:
@@ -55,44 +54,90 @@ def test_the_unknown_entry_that_only_the_model_names_spells_nothing():
 
 
 def test_tiktoken_entries_are_their_bytes():
-    encoding = tiktoken.Encoding(
-        "toy", pat_str=r"\w+|\W", mergeable_ranks={bytes([b]): b for b in range(256)} | {b"th": 256, b"the": 257},
-        special_tokens={"<|endoftext|>": 260},
-    )  # fmt: skip
-    surfaces = surfaces_of(encoding)
+    surfaces = surfaces_of(toys.tiktoken_encoding())
     assert surfaces.table[257] == b"the"
     assert surfaces.table[258] is None and surfaces.strings[258] is None
     assert surfaces.table[260] is None and surfaces.strings[260] == "<|endoftext|>"
     assert len(surfaces) == 261
 
 
-def test_a_slow_sentencepiece_tokenizer_has_the_same_surfaces(tmp_path):
-    slow = slow_sentencepiece(tmp_path)
-    surfaces = surfaces_of(slow)
+def test_a_slow_sentencepiece_tokenizer_has_the_same_surfaces():
+    surfaces = surfaces_of(toys.slow_sentencepiece())
     assert entry(surfaces, "▁the") == b" the"
     assert entry(surfaces, "<0x0A>") == b"\n"
     assert entry(surfaces, "</s>") is None
     assert int(surfaces.is_fallback.sum()) == 256
 
 
-def slow_sentencepiece(folder):
-    import sentencepiece
-    from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+def test_byte_fallback_that_only_a_unigram_model_knows_of_is_seen():
+    surfaces = surfaces_of(toys.unigram_like("bytes"))
+    assert entry(surfaces, "<0x0A>") == b"\n"
+    assert int(surfaces.is_fallback.sum()) == 256
+    assert not surfaces_of(toys.unigram_like("words")).is_fallback.any()
 
-    text = folder / "corpus.txt"
-    text.write_text("\n".join(line for text in toys.CORPUS for line in text.splitlines()), encoding="utf-8")
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "toy"), vocab_size=380, model_type="bpe", byte_fallback=True,
-        hard_vocab_limit=False, minloglevel=2, normalization_rule_name="identity", remove_extra_whitespaces=False,
-    )  # fmt: skip
-    return SentencePieceBackend(
-        vocab_file=str(folder / "toy.model"), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+
+def test_word_piece_entries_spell_a_blank_before_words_and_none_before_their_further_pieces():
+    surfaces = surfaces_of(toys.word_piece())
+    assert entry(surfaces, "the") == b" the"
+    assert entry(surfaces, "##n") == b"n"
+    assert entry(surfaces, "großer") == " großer".encode()
+
+
+def test_punctuation_and_chinese_characters_stand_alone_in_word_piece():
+    backend = toys.Tokenizer(
+        toys.models.WordPiece({"[UNK]": 0, ",": 1, "世": 2, "«": 3, "$": 4, "##": 5, "ê": 6, "##ê": 7})
     )
+    surfaces = surfaces_of(backend)
+    assert [surfaces.table[i] for i in range(6)] == [None, b",", "世".encode(), "«".encode(), b"$", b"##"]
+    assert surfaces.table[6:] == [" ê".encode(), "ê".encode()]
+
+
+def test_another_mark_of_further_pieces_is_read_off_the_model():
+    vocabulary = {"[UNK]": 0, "the": 1, "@@re": 2, "##re": 3}
+    backend = toys.Tokenizer(toys.models.WordPiece(vocabulary, continuing_subword_prefix="@@"))
+    assert surfaces_of(backend).table == [None, b" the", b"re", b"##re"]
+
+
+def test_the_tokens_of_word_piece_that_stand_for_no_text_spell_nothing():
+    surfaces = surfaces_of(toys.word_piece())
+    assert [entry(surfaces, string) for string in ("[UNK]", "[PAD]", "[CLS]", "[SEP]")] == [None] * 4
+
+
+def test_word_piece_is_not_reversible_also_without_some_ids():
+    surfaces = surfaces_of(toys.word_piece())
+    assert not surfaces.reversible
+    assert not surfaces.without([surfaces.strings.index("the")]).reversible
+    assert not surfaces_of(toys.words()).reversible
+    for name in ("bytes", "plain", "unigram words", "tiktoken", "slow"):
+        surfaces = surfaces_of(toys.EVERY[name]())
+        assert surfaces.reversible and surfaces.without([len(surfaces) - 1]).reversible
+
+
+def test_whole_words_spell_a_blank_and_themselves():
+    surfaces = surfaces_of(toys.words())
+    assert entry(surfaces, "the") == b" the"
+    assert entry(surfaces, ".") == b"."
+    assert entry(surfaces, "[UNK]") is None
+
+
+@pytest.mark.parametrize("name", toys.EVERY)
+def test_the_unknown_token_is_found_where_there_is_one(name):
+    tokenizer = toys.EVERY[name]()
+    found = unknown_id(tokenizer)
+    if name in ("bytes", "nfc", "nfkc", "tiktoken"):
+        assert found is None
+    else:
+        assert surfaces_of(tokenizer).strings[found] in ("<unk>", "[UNK]")
+        assert surfaces_of(tokenizer).table[found] is None
 
 
 def test_what_spells_no_bytes_is_refused_by_name():
-    with pytest.raises(ValueError, match="WordPiece.*byte for byte"):
-        surfaces_of(toys.word_piece())
+    with pytest.raises(ValueError, match="a Tokenizer .*BPEDecoder.* are unknown"):
+        surfaces_of(toys.end_of_word())
+    clip = toys.end_of_word()
+    clip.decoder = toys.decoders.ByteLevel()
+    with pytest.raises(ValueError, match="marks the ends of words"):
+        surfaces_of(clip)
     with pytest.raises(ValueError, match="a object.*SentencePiece"):
         surfaces_of(object())
 
