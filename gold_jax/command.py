@@ -72,8 +72,10 @@ def with_one(argv: Sequence[str], flag: str) -> list[str]:
     return [*others, f"{flag}={BETWEEN.join(values)}" if values else flag]
 
 
-def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None):
+def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None, *, special_tokens: bool = False):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `Participant`.
+
+    `special_tokens` has the strings of special tokens in plain-text prompts read as those tokens.
 
     Raises:
       FileNotFoundError, ValueError: as `load_participant`.
@@ -83,7 +85,12 @@ def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None)
 
     dtype = compute_dtype(bf16)
     return load_participant(
-        model.model_name_or_path, tokenizer, dtype=dtype, param_dtype=dtype, revision=model.model_revision
+        model.model_name_or_path,
+        tokenizer,
+        dtype=dtype,
+        param_dtype=dtype,
+        revision=model.model_revision,
+        special_tokens_in_prompts=special_tokens,
     )
 
 

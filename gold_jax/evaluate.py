@@ -23,6 +23,9 @@ class EvaluateArguments:
     max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
     batch_size: int = flag(8, "Rows at a time.")
+    special_tokens_in_prompts: bool = flag(
+        False, "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text."
+    )
     max_length: int | None = flag(None, "Longest sequence in tokens; none: no limit.")
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
     loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_column=args.dataset_text_field,
     )
     examples = examples[: args.max_samples] if args.max_samples else examples
-    who = load_reader(model, args.tokenizer_name_or_path, args.bf16)
+    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, special_tokens=args.special_tokens_in_prompts)
     score = score_completions(
         who.model, who.codec, examples, batch_size=args.batch_size, max_length=args.max_length, chunk=args.loss_chunk
     )

@@ -16,7 +16,10 @@ class GenerateArguments:
     """What `gold_jax.generate` writes, and how."""
 
     prompt: str | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.")
-    raw: bool = flag(False, "Prompts are plain text to go on from, without the chat template.")
+    raw: bool = flag(
+        False,
+        "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.",
+    )
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
     max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
@@ -59,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dataset_name is not None:
         rows = load_examples(args.dataset_name, split=args.dataset_split)
         prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
-    who = load_reader(model, args.tokenizer_name_or_path, args.bf16)
+    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, special_tokens=args.raw)
     start = time.perf_counter()
     drawn = sample_completions(
         who.model,
