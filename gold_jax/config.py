@@ -46,6 +46,7 @@ RULES = (
                 "log_completions_steps",
             ),
             *("num_completions_to_print", "max_completion_length", "max_prompt_length", "num_generations"),
+            "generation_batch_size",
         ),
     ),
     (
@@ -263,6 +264,9 @@ class GOLDConfig(SFTConfig):
     seq_kd: bool = flag(False, "The teacher writes the completions of the batches that the student does not.")
     max_completion_length: int = flag(128, "Most tokens of a sampled completion.", aliases=["max_new_tokens"])
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.")
+    generation_batch_size: int | None = flag(
+        None, "Most completions sampled at once, those of an update together where they fit in; none: 32."
+    )
     num_generations: int = flag(1, "Completions sampled for each prompt.")
     # the loss
     loss: str | None = flag(

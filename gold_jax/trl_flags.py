@@ -74,7 +74,6 @@ _NOTICES = {
         "vllm_model_impl vllm_sync_frequency vllm_enable_sleep_mode"
     ),
     "The sampler keeps its key-value cache; training needs none.": "use_cache",
-    "Each training batch samples its own completions.": "generation_batch_size",
     "The models here have no dropout.": "disable_dropout",
     "Batches fall into a few padded lengths, so little is computed on padding.": "padding_free",
     "Nothing is packed, so no way of packing is needed.": "packing_strategy",

@@ -322,6 +322,7 @@ class GOLDTrainer(SFTTrainer):
             top_k=a.top_k,
             top_p=a.top_p,
             seed=a.seed,
+            generation_batch_size=a.generation_batch_size or 32,
             teacher_model=nnx.split(restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
             teacher_context=a.teacher_context,
         )

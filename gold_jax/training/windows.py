@@ -64,7 +64,8 @@ class DistillationWindows:
     """Windows of on-policy distillation: a share λ of the micro-batches is written by the student.
 
     The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
-    teacher. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
+    teacher. An update's completions are sampled together, `generation_batch_size` rows at a time, however it is split
+    into micro-batches. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
     """
 
     student: Codec
@@ -83,6 +84,7 @@ class DistillationWindows:
     top_k: int
     top_p: float
     seed: int
+    generation_batch_size: int = 32
     teacher_model: Any = None
     teacher_context: str | None = None
 
@@ -118,7 +120,7 @@ class DistillationWindows:
             prompts,
             max_new_tokens=self.max_new_tokens,
             key=key,
-            batch_size=self.batch_size,
+            batch_size=sampling_rows(len(prompts), self.batch_size, self.generation_batch_size),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -175,6 +177,14 @@ class DistillationWindows:
         found = {"groups": groups, "one_to_one": plain / max(1, groups), "tokens": tokens}
         unknown = sum(len(np.unique(r.unknown)) for r in rows)
         return found | {"unknown": unknown / max(1, groups)} if unknown else found
+
+
+def sampling_rows(prompts: int, batch_size: int, limit: int) -> int:
+    """Rows to sample at once: a batch doubled until all prompts fit in, so that shapes stay few, but not beyond a limit."""
+    rows = batch_size
+    while rows < prompts and 2 * rows <= limit:
+        rows *= 2
+    return min(rows, limit)
 
 
 @dataclasses.dataclass

@@ -4,7 +4,7 @@ from toy_tokenizers import byte_level
 
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example, load_examples
-from gold_jax.training.windows import Order, TokenWindows, check_examples
+from gold_jax.training.windows import Order, TokenWindows, check_examples, measurable, sampling_rows
 
 
 def codec():
@@ -75,3 +75,37 @@ def test_sequences_keep_their_start_where_they_are_longer_than_the_window():
     window = TokenWindows(codec(), 1, 1, 5, "completion").train(0, [Example("x", "a long answer, and longer")], None)
     (batch,) = window.batches
     assert batch.mask.sum() == 5 and np.count_nonzero(batch.label_weight) == window.stats["targets"]
+
+
+@pytest.mark.parametrize(
+    "prompts, batch, limit, rows", [(1, 4, 32, 4), (5, 4, 32, 8), (64, 1, 32, 32), (64, 3, 32, 24), (9, 48, 32, 32)]
+)
+def test_completions_of_an_update_are_sampled_together_in_few_shapes(prompts, batch, limit, rows):
+    assert sampling_rows(prompts, batch, limit) == rows
+
+
+def a_call():
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    return {
+        "messages": [
+            {"role": "user", "content": "Add."},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+        ]
+    }
+
+
+def test_an_answer_that_calls_tools_is_no_completion():
+    data = examples(a_call(), {"prompt": "x", "completion": "y"})
+    kept, notices = check_examples(data, codec(), budget=None, need_completion="it must be there")
+    assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools" in notices[0]
+    assert check_examples(data, codec(), budget=None, need_completion=None)[0] == [0, 1]
+    assert check_examples(data, codec(), budget=None, need_completion="…", learns_calls=True)[0] == [0, 1]
+    assert [e.completion for e in measurable(data)] == ["y"]
+
+
+def test_special_strings_in_plain_prompts_are_told():
+    data = examples({"prompt": "What does <|im_end|> do?", "completion": "It ends."})
+    _, (notice,) = check_examples(data, codec(), budget=None, need_completion=None)
+    assert "row 0" in notice and "<|im_end|>" in notice and "--special_tokens_in_prompts" in notice
+    told = Codec(byte_level(), special_tokens_in_prompts=True)
+    assert check_examples(data, told, budget=None, need_completion=None)[1] == []
