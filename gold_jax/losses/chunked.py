@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 
 
-def head_logits(hidden: jax.Array, head: jax.Array, softcap: float | None = None) -> jax.Array:
-    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32, with the optional soft cap: float32 `[..., V]`."""
+def head_logits(hidden: jax.Array, head: jax.Array | None, softcap: float | None = None) -> jax.Array:
+    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32, with the optional soft cap: float32 `[..., V]`.
+
+    Without a head, `hidden` are logits already.
+    """
+    if head is None:
+        return hidden.astype(jnp.float32)
     logits = _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
     return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
 
@@ -38,7 +43,14 @@ def _slice(tree, start, chunk):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def sum_over_chunks(
-    fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array, scale: jax.Array, shared: Any, positions: Any, live
+    fn: Callable,
+    chunk: int,
+    hidden: jax.Array,
+    head: jax.Array | None,
+    scale: jax.Array,
+    shared: Any,
+    positions: Any,
+    live,
 ):
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
@@ -51,7 +63,7 @@ def sum_over_chunks(
         positions by itself (a weight of zero).
       chunk: `C`.
       hidden: `[N, D]`, live positions first.
-      head: `[V, D]`.
+      head: `[V, D]`, or None where `hidden` are logits.
       scale: `[N]`, a second argument per position that is differentiated.
       shared: arrays that every chunk sees whole (not differentiated).
       positions: arrays `[N, ...]` cut along with `hidden` (not differentiated).
@@ -79,7 +91,7 @@ def _zeros(fn, chunk, hidden, head, scale, shared, positions):
 def _sum_forward(fn, chunk, hidden, head, scale, shared, positions, live):
     size = hidden.shape[0]
     (hidden, scale, positions), count = chunk_positions((hidden, scale, positions), live, chunk)
-    weight = head.astype(hidden.dtype)
+    weight = None if head is None else head.astype(hidden.dtype)
 
     def step(i, carry):
         total, d_hidden, d_head, d_scale = carry
@@ -87,9 +99,7 @@ def _sum_forward(fn, chunk, hidden, head, scale, shared, positions, live):
         logits = head_logits(h, weight)
         value, pullback, parts = jax.vjp(lambda logits, x: fn(logits, x, shared, p), logits, x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
-        d_logits = d_logits.astype(hidden.dtype)
-        d_head = d_head + _multiply("cv,cd->vd", d_logits, h)
-        d_h = _multiply("cv,vd->cd", d_logits, weight)
+        d_head, d_h = _through_head(d_head, d_logits, h, weight)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
         total = jax.tree.map(jnp.add, total, (value, parts))
         return total, put(d_hidden, d_h.astype(d_hidden.dtype)), d_head, put(d_scale, d_x)
@@ -97,17 +107,33 @@ def _sum_forward(fn, chunk, hidden, head, scale, shared, positions, live):
     start = (
         _zeros(fn, chunk, hidden, head, scale, shared, positions),
         jnp.zeros_like(hidden),
-        jnp.zeros(head.shape, jnp.float32),
+        _zero_gradient(head),
         jnp.zeros_like(scale),
     )
     total, d_hidden, d_head, d_scale = jax.lax.fori_loop(0, count, step, start)
-    return total, (d_hidden[:size], d_head.astype(head.dtype), d_scale[:size])
+    return total, (d_hidden[:size], _like_head(d_head, head), d_scale[:size])
+
+
+def _through_head(d_head, d_logits: jax.Array, hidden: jax.Array, weight: jax.Array | None):
+    """The head's gradient with one chunk's added, and the chunk's own; without a head the logits' gradient is that."""
+    if weight is None:
+        return None, d_logits
+    d_logits = d_logits.astype(hidden.dtype)
+    return d_head + _multiply("cv,cd->vd", d_logits, hidden), _multiply("cv,vd->cd", d_logits, weight)
+
+
+def _zero_gradient(head: jax.Array | None) -> jax.Array | None:
+    return None if head is None else jnp.zeros(head.shape, jnp.float32)
+
+
+def _like_head(gradient: jax.Array | None, head: jax.Array | None) -> jax.Array | None:
+    return None if head is None else gradient.astype(head.dtype)
 
 
 def _sum_backward(fn, chunk, residuals, cotangent):
     d_hidden, d_head, d_scale = residuals
     factor = cotangent[0]
-    scaled = [g * factor.astype(g.dtype) for g in (d_hidden, d_head, d_scale)]
+    scaled = jax.tree.map(lambda g: g * factor.astype(g.dtype), (d_hidden, d_head, d_scale))
     return (*scaled, None, None, None)
 
 
@@ -115,14 +141,16 @@ sum_over_chunks.defvjp(_sum_forward, _sum_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def map_over_chunks(fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array, positions: Any, live) -> jax.Array:
+def map_over_chunks(
+    fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array | None, positions: Any, live
+) -> jax.Array:
     """One number per position from its logits; the backward pass makes each chunk's logits anew.
 
     Args:
       fn: `fn(hidden @ headᵀ [C, V], positions) -> [C]`.
       chunk: `C`.
       hidden: `[N, D]`, live positions first.
-      head: `[V, D]`.
+      head: `[V, D]`, or None where `hidden` are logits.
       positions: arrays `[N, ...]` cut along with `hidden` (not differentiated).
       live: number of live positions.
 
@@ -147,20 +175,17 @@ def _map_backward(fn, chunk, residuals, cotangent):
     hidden, head, positions, live = residuals
     size = hidden.shape[0]
     (hidden, positions, cotangent), count = chunk_positions((hidden, positions, cotangent), live, chunk)
-    weight = head.astype(hidden.dtype)
+    weight = None if head is None else head.astype(hidden.dtype)
 
     def step(i, carry):
         d_hidden, d_head = carry
         h, p, c = _slice((hidden, positions, cotangent), i * chunk, chunk)
         _, pullback = jax.vjp(lambda logits: fn(logits, p), head_logits(h, weight))
-        d_logits = pullback(c)[0].astype(hidden.dtype)
-        d_head = d_head + _multiply("cv,cd->vd", d_logits, h)
-        d_h = _multiply("cv,vd->cd", d_logits, weight)
+        d_head, d_h = _through_head(d_head, pullback(c)[0], h, weight)
         return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h.astype(d_hidden.dtype), i * chunk, 0), d_head
 
-    start = (jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32))
-    d_hidden, d_head = jax.lax.fori_loop(0, count, step, start)
-    return d_hidden[:size], d_head.astype(head.dtype), None, None
+    d_hidden, d_head = jax.lax.fori_loop(0, count, step, (jnp.zeros_like(hidden), _zero_gradient(head)))
+    return d_hidden[:size], _like_head(d_head, head), None, None
 
 
 map_over_chunks.defvjp(_map_forward, _map_backward)

@@ -29,17 +29,19 @@ class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
     `weight` is `[V, D]` with its rows ordered as `text.vocabulary.VocabularyMap` says (matched entries first);
-    `place [V]` gives the row of a token id. `softcap` and `temperature` are Python floats. `route [V - K]` is
+    `place [V]` gives the row of a token id. Where it is None, the model's hidden states are logits `[B, T, V]` in the
+    order of token ids, and `order [V]` is the map's. `softcap` and `temperature` are Python floats. `route [V - K]` is
     `VocabularyMap`'s, needed where a comparison projects. `stops` are the rows of the model's stop tokens, the one that
     it writes first: their probabilities are added up there; None leaves every one by itself.
     """
 
-    weight: jax.Array
+    weight: jax.Array | None
     place: jax.Array
     softcap: float | None = None
     temperature: float = 1.0
     route: jax.Array | None = None
     stops: jax.Array | None = None
+    order: jax.Array | None = None
 
 
 def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
@@ -55,6 +57,24 @@ def _order_rows(head, order, inverse):
 _order_rows.defvjp(
     lambda head, order, inverse: (_order_rows(head, order, inverse), inverse),
     lambda inverse, cotangent: (jnp.take(cotangent, inverse, axis=0), None, None),
+)
+
+
+def _ordered(logits: jax.Array, head: Head) -> jax.Array:
+    """Logits with their columns in the head's order, where its rows are not in it already."""
+    if head.order is None:
+        return logits
+    return _order_columns(logits, head.order, head.place)
+
+
+@jax.custom_vjp
+def _order_columns(logits, order, inverse):
+    return jnp.take(logits, order, axis=1)
+
+
+_order_columns.defvjp(
+    lambda logits, order, inverse: (_order_columns(logits, order, inverse), inverse),
+    lambda inverse, cotangent: (jnp.take(cotangent, inverse, axis=1), None, None),
 )
 
 
@@ -95,7 +115,8 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
     """
     index, live = pack(mask)
     states = _states(hidden, position)[index]
-    places = head.place[token.reshape(-1)[index]]
+    places = token.reshape(-1)[index]
+    places = places if head.order is not None else head.place[places]
     fn = functools.partial(_token_logp, softcap=head.softcap, temperature=head.temperature)
     packed = map_over_chunks(fn, chunk, states, head.weight, places, live)
     packed = jnp.where(jnp.arange(packed.shape[0]) < live, packed, 0.0)
@@ -135,7 +156,7 @@ def distill_loss(
     Only the positions that groups need meet the heads, `chunk` at a time (see `losses.chunked`).
 
     Args:
-      student_hidden: `[B, T, D]`, differentiated.
+      student_hidden: `[B, T, D]`, or logits `[B, T, V]` (see `Head`); differentiated.
       student_head: `[V, D]` ordered, differentiated.
       student_index: the student's merge-index arrays.
       teacher_hidden: `[B, U, E]`, a constant.
@@ -165,7 +186,7 @@ def distill_loss(
         return packed(head.place[merge_index.token]), packed(_is_whole(merge_index) | (merge != "boundary"))
 
     def merged(logits, inner, text, routes, head):
-        logp, (place, whole) = _log_softmax(logits, head), text
+        logp, (place, whole) = _log_softmax(_ordered(logits, head), head), text
         if merge == "boundary":
             return Merged(logp, jnp.zeros_like(inner), place, inner, whole, *routes)
         return Merged(logp + inner[:, None], -jnp.expm1(inner), place, jnp.zeros_like(inner), whole, *routes)

@@ -91,6 +91,31 @@ def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare
         np.testing.assert_allclose(got, (ahead - behind) / (2 * eps), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.parametrize("merge, compare", [("chain", "hybrid"), ("boundary", "events"), ("chain", "sorted")])
+def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
+    rows, hs, ws, ht, wt, order_s, order_t, route_s, route_t = setting()
+    built = build_batches(rows, 2, merge=merge, groups="all", text=compare in OF_TEXT)
+    (batch,) = jax.tree.map(jnp.asarray, built)
+    hs, ws, ht, wt = (jnp.asarray(x, jnp.float32) for x in (hs, ws, ht, wt))
+    orders = [jnp.asarray(o) for o in (order_s, order_t)]
+    heads = [Head(None, jnp.argsort(o), 5.0, 0.7, jnp.asarray(r), order=o) for o, r in zip(orders, (route_s, route_t))]
+
+    def loss(student, teacher, student_head, teacher_head):
+        return distill_loss(
+            student, student_head, batch.student, teacher, teacher_head, batch.teacher, batch.weight,
+            compare=compare, options=CompareOptions(K, 0.5, 1.0, 0.5), merge=merge, chunk=3,
+        )[0]  # fmt: skip
+
+    def of_hidden(hidden):
+        heads_ordered = [h._replace(weight=w[o], order=None) for h, w, o in zip(heads, (ws, wt), orders)]
+        return loss(hidden, ht, *heads_ordered)
+
+    value, d_hidden = jax.value_and_grad(of_hidden)(hs)
+    again, d_logits = jax.value_and_grad(lambda logits: loss(logits, ht @ wt.T, *heads))(hs @ ws.T)
+    np.testing.assert_allclose(again, value, rtol=2e-6)
+    np.testing.assert_allclose(d_logits @ ws, d_hidden, rtol=1e-4, atol=2e-6)
+
+
 def sides(rng, groups=40, masked=False, scaled=False):
     """Random groups of both models as `Merged` (numpy) and as the reference's sides."""
     found = []
