@@ -9,6 +9,7 @@ import pytest
 from gold_jax.losses.chunked import head_logits, map_over_chunks, sum_over_chunks
 from gold_jax.losses.distill import Head, cross_entropy, order_rows, pack, token_logp
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 N, D, V = 13, 5, 17
 
 

@@ -13,6 +13,7 @@ from gold_jax.losses.distill import Head, distill_loss
 from gold_jax.text.batch import Half, Row, build_batches
 from losses import reference
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 V, W, K, D, E = 19, 23, 11, 4, 6
 # Two rows of groups of one to three tokens on either side.
 GROUPS = [([0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, 2, 3]), ([0, 1, 2, 2, 2, 3], [0, 1, 1, 2, 3])]

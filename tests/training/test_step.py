@@ -26,6 +26,8 @@ from gold_jax.training.step import (
     restore_teacher,
 )
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec):
