@@ -98,7 +98,9 @@ def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) ->
     from gold_jax.training.evaluation import measure_gaps
 
     named = ModelArguments(model_name_or_path=args.teacher_model_name_or_path, dtype=model.dtype)
-    teacher = load_reader(named, args.teacher_tokenizer_name_or_path, args.bf16)
+    teacher = load_reader(
+        named, args.teacher_tokenizer_name_or_path, args.bf16, special_tokens=args.special_tokens_in_prompts
+    )
     gaps = measure_gaps(
         who[:2],
         teacher[:2],
