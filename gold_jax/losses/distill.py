@@ -46,35 +46,22 @@ class Head(NamedTuple):
 
 def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """`head[order]`, whose gradient is a gather too (`order` is a permutation) and not a scatter. `[V, D]` to `[V, D]`."""
-    return _order_rows(head, order, inverse)
-
-
-@jax.custom_vjp
-def _order_rows(head, order, inverse):
-    return jnp.take(head, order, axis=0)
-
-
-_order_rows.defvjp(
-    lambda head, order, inverse: (_order_rows(head, order, inverse), inverse),
-    lambda inverse, cotangent: (jnp.take(cotangent, inverse, axis=0), None, None),
-)
+    return _permute(0, head, order, inverse)
 
 
 def _ordered(logits: jax.Array, head: Head) -> jax.Array:
     """Logits with their columns in the head's order, where its rows are not in it already."""
-    if head.order is None:
-        return logits
-    return _order_columns(logits, head.order, head.place)
+    return logits if head.order is None else _permute(1, logits, head.order, head.place)
 
 
-@jax.custom_vjp
-def _order_columns(logits, order, inverse):
-    return jnp.take(logits, order, axis=1)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _permute(axis, x, order, inverse):
+    return jnp.take(x, order, axis=axis)
 
 
-_order_columns.defvjp(
-    lambda logits, order, inverse: (_order_columns(logits, order, inverse), inverse),
-    lambda inverse, cotangent: (jnp.take(cotangent, inverse, axis=1), None, None),
+_permute.defvjp(
+    lambda axis, x, order, inverse: (_permute(axis, x, order, inverse), inverse),
+    lambda axis, inverse, cotangent: (jnp.take(cotangent, inverse, axis=axis), None, None),
 )
 
 
