@@ -1,0 +1,49 @@
+"""What writes completions: the small protocol behind which the built-in sampler and a server of one's own stand."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+
+class Sampled(NamedTuple):
+    """One completion as token ids.
+
+    Attributes:
+        ids: int32 [N], the stop token that ended it included.
+        logprobs: float32 [N], log-probability of each token under the model itself (temperature 1, nothing left out); NaN
+            where the engine does not tell.
+    """
+
+    ids: np.ndarray
+    logprobs: np.ndarray
+
+
+class Engine(Protocol):
+    """Writes completions of prompts."""
+
+    def generate(
+        self,
+        model: Any,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        key: jax.Array,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        pad_id: int = 0,
+    ) -> list[Sampled]:
+        """One completion for each prompt, in order.
+
+        Args:
+            model: a `Decoder`, or its `(graphdef, params)` as they stand now.
+            prompts: token ids int32 [P] of each; one without tokens gets an empty completion.
+            max_new_tokens: most tokens of a completion.
+            key: PRNG key.
+            temperature, top_k, top_p: as in `rollout.sampler.generate_tokens`.
+            stop_ids: tokens that end a completion.
+            pad_id: the token to pad with; what it is does not matter.
+        """
