@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from .fields import check_fields, flag, flags_dataclass, read_load_options
-from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, LossSpec
+from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
 
 __all__ = ["DataArguments", "GOLDConfig", "LossSpec", "ModelArguments", "SFTConfig"]
 
@@ -300,6 +300,9 @@ class GOLDConfig(SFTConfig):
     uld_skip_student_eos: bool = flag(False, "Leave the student's stop token out (TRL does; here stopping is taught).")
     uld_skip_teacher_eos: bool = flag(False, "Leave the teacher's stop token out (TRL does; here stopping is taught).")
     uld_top_k: int = flag(0, "Sort only this many largest probabilities; 0: all, exact.")
+    uld_sort: str = flag(
+        "auto", "Who sorts all of them: host (numpy), xla, or auto: the host on CPUs, XLA elsewhere.", choices=SORTS
+    )
     projection_mask: list[str] | None = flag(
         None,
         "Unmatched entries that projected and events leave out instead of giving them to a prefix: whitespace, numerals.",
@@ -385,6 +388,7 @@ class GOLDConfig(SFTConfig):
             skip_student_stop=self.uld_skip_student_eos,
             skip_teacher_stop=self.uld_skip_teacher_eos,
             top_k=self.uld_top_k,
+            sort=self.uld_sort,
             mask=tuple(self.projection_mask),
             alm_temperature=self.alm_temperature,
             normalization=self.normalization,

@@ -11,6 +11,7 @@ COMPARISONS = ("sorted", "hybrid", "shared", "shared_rest", "projected", "events
 OF_TEXT = ("events", "alm", "reverse_kl")
 PROJECTING = ("projected", "events")
 NORMALIZATIONS = ("groups", "row_mean")
+SORTS = ("auto", "host", "xla")
 MASKS = ("whitespace", "numerals")
 
 # name -> (merge, groups, compare). With one tokenizer every entry is shared, which makes "shared" GKD.
@@ -45,6 +46,7 @@ class LossSpec:
         skip_student_stop: leave the student's stop token out of the loss.
         skip_teacher_stop: leave the teacher's stop token out of the loss.
         top_k: sort only the top_k largest probabilities; 0 sorts all (exact).
+        sort: who sorts whole tails: "host" (numpy), "xla", or "auto" (the host on CPUs, XLA elsewhere).
         mask: kinds of unmatched entries that a projection leaves out: "whitespace", "numerals".
         alm_temperature: "alm" raises probabilities to one over it.
         normalization: "groups" (sum over the global batch / its number of groups) or "row_mean" (as TRL).
@@ -64,6 +66,7 @@ class LossSpec:
     skip_student_stop: bool = False
     skip_teacher_stop: bool = False
     top_k: int = 0
+    sort: str = "auto"
     mask: tuple[str, ...] = ()
     alm_temperature: float = 100.0
     normalization: str = "groups"

@@ -392,11 +392,12 @@ def test_the_loss_takes_its_numbers_from_the_flags():
         **dict(beta=0.3, uld_hybrid_matched_weight=0.7, uld_hybrid_unmatched_weight=0.2, uld_crossentropy_weight=0.1),
         **dict(uld_distillation_weight=0.9, uld_student_temperature=2, uld_teacher_temperature=3, temperature=0.6),
         **dict(uld_skip_student_eos=True, uld_skip_teacher_eos=True, uld_top_k=50, normalization="row_mean"),
+        uld_sort="xla",
     )
     expected = LossSpec(
         **dict(beta=0.3, matched_weight=0.7, unmatched_weight=0.2, crossentropy_weight=0.1, distillation_weight=0.9),
         **dict(student_temperature=2.0, teacher_temperature=3.0, skip_student_stop=True, skip_teacher_stop=True),
-        **dict(top_k=50, normalization="row_mean"),
+        **dict(top_k=50, sort="xla", normalization="row_mean"),
     )
     assert settings.loss_spec(same_tokenizer=False) == expected
     gkd = settings.loss_spec(same_tokenizer=True)

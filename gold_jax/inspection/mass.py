@@ -67,7 +67,7 @@ def _sums(graph, params, tokens, mask, counted, kinds, chunk):
         sums = jnp.einsum("cv,kv->k", probability, kinds, precision=jax.lax.Precision.HIGHEST)
         return jnp.sum(probability), dict(zip(KINDS, sums))
 
-    hidden = model(tokens, mask)[0][index]
     used = counted[0][index].astype(jnp.float32)
-    _, sums = sum_over_chunks(chunk_mass, chunk, hidden, model.head_weight(), jnp.zeros_like(used), kinds, used, live)
+    hidden, head = model(tokens, mask)[0], model.head_weight()
+    _, sums = sum_over_chunks(chunk_mass, None, chunk, hidden, head, index, None, kinds, used, live)
     return jnp.stack([sums[name] for name in KINDS])

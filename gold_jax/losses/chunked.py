@@ -1,15 +1,32 @@
 """Output projections applied a chunk of positions at a time, so that no array of all positions × vocabulary exists.
 
-Both functions loop over the chunks that hold live positions alone: packed to the front, padding costs nothing, and
-shapes stay static. Letters: `N` positions, `C` positions of a chunk, `D` width, `V` rows of the head.
+Positions are rows of `hidden`, named by number and fetched a chunk at a time. Loops run over the chunks that hold live
+positions alone: packed to the front, padding costs nothing, and shapes stay static. Letters: `N` rows of hidden states,
+`P` positions, `C` positions of a chunk, `M` tokens, `D` width, `V` rows of the head.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+
+class Inner(NamedTuple):
+    """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
+
+    Attributes:
+      rows: `[M]` the row whose state predicts the token.
+      places: `[M]` the token's column of the logits.
+      slots: `[M]` which of the positions it belongs to.
+      live: how many there are.
+    """
+
+    rows: jax.Array
+    places: jax.Array
+    slots: jax.Array
+    live: jax.Array
 
 
 def head_logits(hidden: jax.Array, head: jax.Array | None, softcap: float | None = None) -> jax.Array:
@@ -29,8 +46,8 @@ def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def chunk_positions(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
-    """Pads every `[N, ...]` leaf to whole chunks; returns it with the number of chunks that hold a live position."""
+def _whole_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
+    """Pads every `[P, ...]` leaf to whole chunks; returns it with the number of chunks that hold a live position."""
     size = jax.tree.leaves(positions)[0].shape[0]
     extra = -size % chunk
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)), positions)
@@ -41,13 +58,48 @@ def _slice(tree, start, chunk):
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), tree)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def fetch(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of `hidden [N, D]` by number, `[C, D]`. The numbers must be in range."""
+    return hidden.at[rows].get(mode="promise_in_bounds")
+
+
+def map_over_chunks(
+    fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array | None, rows: jax.Array, positions: Any, live
+) -> jax.Array:
+    """One number per position from its logits. Not differentiable.
+
+    Args:
+      fn: `fn(hidden[rows] @ headᵀ [C, V], positions) -> [C]`.
+      chunk: `C`.
+      hidden: `[N, D]`.
+      head: `[V, D]`, or None where `hidden` are logits.
+      rows: `[P]` which rows are looked at, live ones first.
+      positions: arrays `[P, ...]` cut along with `rows`.
+      live: number of live positions.
+
+    Returns:
+      `[P]` float32, zero beyond the live ones.
+    """
+    size, head = rows.shape[0], None if head is None else head.astype(hidden.dtype)
+    padded, count = _whole_chunks((rows, positions), live, chunk)
+
+    def step(i, out):
+        r, p = _slice(padded, i * chunk, chunk)
+        return jax.lax.dynamic_update_slice_in_dim(out, fn(head_logits(fetch(hidden, r), head), p), i * chunk, 0)
+
+    out = jax.lax.fori_loop(0, count, step, jnp.zeros(padded[0].shape[0], jnp.float32))[:size]
+    return jnp.where(jnp.arange(size) < live, out, 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def sum_over_chunks(
     fn: Callable,
+    token_fn: Callable | None,
     chunk: int,
     hidden: jax.Array,
     head: jax.Array | None,
-    scale: jax.Array,
+    rows: jax.Array,
+    inner: Inner | None,
     shared: Any,
     positions: Any,
     live,
@@ -55,137 +107,105 @@ def sum_over_chunks(
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
     A scalar's gradient is known up to a factor before anyone asks for it. So each chunk goes forward and backward at
-    once, nothing is recomputed, and one chunk's logits are all that is ever held; the head's gradient is accumulated in
-    place, in float32. Without differentiation only the forward half runs.
+    once, nothing is recomputed, and one chunk's logits are all that is ever held; the gradients of hidden states and
+    head are accumulated in place, in float32. The inner tokens, whose log-probabilities `fn` is given, are
+    gone through before the sum for their values and after it for their gradients. Without differentiation only the
+    forward half runs.
 
     Args:
-      fn: `fn(hidden @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`. It must ignore padding
-        positions by itself (a weight of zero).
+      fn: `fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`, where `scale` is
+        the sum of each position's inner tokens' log-probabilities. It must ignore padding positions by itself (a weight
+        of zero).
+      token_fn: `token_fn(logits [C, V], places [C]) -> log-probabilities [C]` of the inner tokens.
       chunk: `C`.
-      hidden: `[N, D]`, live positions first.
-      head: `[V, D]`, or None where `hidden` are logits.
-      scale: `[N]`, a second argument per position that is differentiated.
+      hidden: `[N, D]`, differentiated.
+      head: `[V, D]`, differentiated, or None where `hidden` are logits.
+      rows: `[P]` the row of each position, live positions first.
+      inner: the inner tokens; None where there are none.
       shared: arrays that every chunk sees whole (not differentiated).
-      positions: arrays `[N, ...]` cut along with `hidden` (not differentiated).
+      positions: arrays `[P, ...]` cut along with `rows` (not differentiated).
       live: number of live positions, an integer scalar.
 
     Returns:
       The sum, and the sums of the parts (not differentiated).
     """
-    (hidden, scale, positions), count = chunk_positions((hidden, scale, positions), live, chunk)
+    scale = _scales(token_fn, chunk, hidden, head, rows, inner)
+    padded, count = _whole_chunks((rows, scale, positions), live, chunk)
 
-    def step(i, carry):
-        h, x, p = _slice((hidden, scale, positions), i * chunk, chunk)
-        return jax.tree.map(jnp.add, carry, fn(head_logits(h, head), x, shared, p))
+    def step(i, total):
+        r, x, p = _slice(padded, i * chunk, chunk)
+        return jax.tree.map(jnp.add, total, fn(head_logits(fetch(hidden, r), head), x, shared, p))
 
-    return jax.lax.fori_loop(0, count, step, _zeros(fn, chunk, hidden, head, scale, shared, positions))
+    return jax.lax.fori_loop(0, count, step, _zeros(fn, chunk, hidden, head, shared, padded))
 
 
-def _zeros(fn, chunk, hidden, head, scale, shared, positions):
+def _scales(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
+    """The sum of each position's inner log-probabilities, `[P]`."""
+    if inner is None:
+        return jnp.zeros(rows.shape[0], jnp.float32)
+    logp = map_over_chunks(token_fn, chunk, hidden, head, inner.rows, inner.places, inner.live)
+    return jnp.zeros(rows.shape[0], jnp.float32).at[inner.slots].add(logp)
+
+
+def _zeros(fn, chunk, hidden, head, shared, padded):
     """What `fn` returns, as zeros: the sum before the first chunk."""
-    h, x, p = _slice((hidden, scale, positions), 0, chunk)
-    shapes = jax.eval_shape(lambda: fn(head_logits(h, head), x, shared, p))
+    r, x, p = _slice(padded, 0, chunk)
+    shapes = jax.eval_shape(lambda: fn(head_logits(fetch(hidden, r), head), x, shared, p))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
-def _sum_forward(fn, chunk, hidden, head, scale, shared, positions, live):
-    size = hidden.shape[0]
-    (hidden, scale, positions), count = chunk_positions((hidden, scale, positions), live, chunk)
+def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positions, live):
     weight = None if head is None else head.astype(hidden.dtype)
+    scale = _scales(token_fn, chunk, hidden, weight, rows, inner)
+    padded, count = _whole_chunks((rows, scale, positions), live, chunk)
 
     def step(i, carry):
-        total, d_hidden, d_head, d_scale = carry
-        h, x, p = _slice((hidden, scale, positions), i * chunk, chunk)
-        logits = head_logits(h, weight)
-        value, pullback, parts = jax.vjp(lambda logits, x: fn(logits, x, shared, p), logits, x, has_aux=True)
+        total, gradients, d_scale = carry
+        r, x, p = _slice(padded, i * chunk, chunk)
+        h = fetch(hidden, r)
+        value, pullback, parts = jax.vjp(lambda z, x: fn(z, x, shared, p), head_logits(h, weight), x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
-        d_head, d_h = _through_head(d_head, d_logits, h, weight)
-        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-        total = jax.tree.map(jnp.add, total, (value, parts))
-        return total, put(d_hidden, d_h.astype(d_hidden.dtype)), d_head, put(d_scale, d_x)
+        d_scale = jax.lax.dynamic_update_slice_in_dim(d_scale, d_x, i * chunk, 0)
+        return jax.tree.map(jnp.add, total, (value, parts)), _add(gradients, d_logits, r, h, weight), d_scale
 
-    start = (
-        _zeros(fn, chunk, hidden, head, scale, shared, positions),
-        jnp.zeros_like(hidden),
-        _zero_gradient(head),
-        jnp.zeros_like(scale),
-    )
-    total, d_hidden, d_head, d_scale = jax.lax.fori_loop(0, count, step, start)
-    return total, (d_hidden[:size], _like_head(d_head, head), d_scale[:size])
+    zeros = jnp.zeros(hidden.shape, jnp.float32), None if head is None else jnp.zeros(head.shape, jnp.float32)
+    start = _zeros(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
+    total, gradients, d_scale = jax.lax.fori_loop(0, count, step, start)
+    if inner is not None:
+        gradients = _through_tokens(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
+    d_hidden, d_head = gradients
+    return total, (d_hidden.astype(hidden.dtype), None if head is None else d_head.astype(head.dtype))
 
 
-def _through_head(d_head, d_logits: jax.Array, hidden: jax.Array, weight: jax.Array | None):
-    """The head's gradient with one chunk's added, and the chunk's own; without a head the logits' gradient is that."""
-    if weight is None:
-        return None, d_logits
-    d_logits = d_logits.astype(hidden.dtype)
-    return d_head + _multiply("cv,cd->vd", d_logits, hidden), _multiply("cv,vd->cd", d_logits, weight)
+def _add(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: jax.Array | None):
+    """Gradients of hidden states and head with those of one chunk added; without a head the logits' own is the first."""
+    d_hidden, d_head = gradients
+    if weight is not None:
+        d_logits = d_logits.astype(hidden.dtype)
+        d_head = d_head + _multiply("cv,cd->vd", d_logits, hidden)
+        d_logits = _multiply("cv,vd->cd", d_logits, weight)
+    return d_hidden.at[rows].add(d_logits, mode="promise_in_bounds"), d_head
 
 
-def _zero_gradient(head: jax.Array | None) -> jax.Array | None:
-    return None if head is None else jnp.zeros(head.shape, jnp.float32)
+def _through_tokens(token_fn, chunk, hidden, weight, inner: Inner, d_scale, gradients):
+    """The gradients with those of the inner tokens' log-probabilities added, each times its position's `d_scale`."""
+    live = jnp.arange(inner.rows.shape[0]) < inner.live
+    factor = jnp.where(live, d_scale[inner.slots], 0.0)
+    padded, count = _whole_chunks((inner.rows, inner.places, factor), inner.live, chunk)
+
+    def step(i, gradients):
+        r, places, f = _slice(padded, i * chunk, chunk)
+        h = fetch(hidden, r)
+        _, pullback = jax.vjp(lambda z: token_fn(z, places), head_logits(h, weight))
+        return _add(gradients, pullback(f)[0], r, h, weight)
+
+    return jax.lax.fori_loop(0, count, step, gradients)
 
 
-def _like_head(gradient: jax.Array | None, head: jax.Array | None) -> jax.Array | None:
-    return None if head is None else gradient.astype(head.dtype)
-
-
-def _sum_backward(fn, chunk, residuals, cotangent):
-    d_hidden, d_head, d_scale = residuals
+def _sum_backward(fn, token_fn, chunk, gradients, cotangent):
     factor = cotangent[0]
-    scaled = jax.tree.map(lambda g: g * factor.astype(g.dtype), (d_hidden, d_head, d_scale))
-    return (*scaled, None, None, None)
+    scaled = jax.tree.map(lambda g: g * factor.astype(g.dtype), gradients)
+    return (*scaled, None, None, None, None, None)
 
 
 sum_over_chunks.defvjp(_sum_forward, _sum_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def map_over_chunks(
-    fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array | None, positions: Any, live
-) -> jax.Array:
-    """One number per position from its logits; the backward pass makes each chunk's logits anew.
-
-    Args:
-      fn: `fn(hidden @ headᵀ [C, V], positions) -> [C]`.
-      chunk: `C`.
-      hidden: `[N, D]`, live positions first.
-      head: `[V, D]`, or None where `hidden` are logits.
-      positions: arrays `[N, ...]` cut along with `hidden` (not differentiated).
-      live: number of live positions.
-
-    Returns:
-      `[N]` float32; zero beyond the last live chunk.
-    """
-    size = hidden.shape[0]
-    (hidden, positions), count = chunk_positions((hidden, positions), live, chunk)
-
-    def step(i, out):
-        h, p = _slice((hidden, positions), i * chunk, chunk)
-        return jax.lax.dynamic_update_slice_in_dim(out, fn(head_logits(h, head), p), i * chunk, 0)
-
-    return jax.lax.fori_loop(0, count, step, jnp.zeros(hidden.shape[0], jnp.float32))[:size]
-
-
-def _map_forward(fn, chunk, hidden, head, positions, live):
-    return map_over_chunks(fn, chunk, hidden, head, positions, live), (hidden, head, positions, live)
-
-
-def _map_backward(fn, chunk, residuals, cotangent):
-    hidden, head, positions, live = residuals
-    size = hidden.shape[0]
-    (hidden, positions, cotangent), count = chunk_positions((hidden, positions, cotangent), live, chunk)
-    weight = None if head is None else head.astype(hidden.dtype)
-
-    def step(i, carry):
-        d_hidden, d_head = carry
-        h, p, c = _slice((hidden, positions, cotangent), i * chunk, chunk)
-        _, pullback = jax.vjp(lambda logits: fn(logits, p), head_logits(h, weight))
-        d_head, d_h = _through_head(d_head, pullback(c)[0], h, weight)
-        return jax.lax.dynamic_update_slice_in_dim(d_hidden, d_h.astype(d_hidden.dtype), i * chunk, 0), d_head
-
-    d_hidden, d_head = jax.lax.fori_loop(0, count, step, (jnp.zeros_like(hidden), _zero_gradient(head)))
-    return d_hidden[:size], _like_head(d_head, head), None, None
-
-
-map_over_chunks.defvjp(_map_forward, _map_backward)

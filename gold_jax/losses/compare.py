@@ -49,6 +49,7 @@ class CompareOptions:
       matched_weight, unmatched_weight: of `hybrid`; None for both means `matched / teacher vocabulary` and its
         complement.
       top_k: how many values of sorted tails are compared; 0: all.
+      sort: who sorts whole tails, as in `sorted_l1`.
       rest: whether both sides have columns that are routed nowhere, so that these can be an event of their own.
       masked: whether any column is masked, so that what is left has to be renormalised.
       temperature: of `alm`: probabilities are raised to one over it.
@@ -59,6 +60,7 @@ class CompareOptions:
     matched_weight: float | None = None
     unmatched_weight: float | None = None
     top_k: int = 0
+    sort: str = "auto"
     rest: bool = True
     masked: bool = False
     temperature: float = 100.0
@@ -77,7 +79,7 @@ CERTAIN = 6e-8
 
 def compare_sorted(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
     """ULD: both distributions sorted and padded, L1. To `[C]` and its parts."""
-    return _sorted_part(jnp.exp(student.logp), jnp.exp(teacher.logp), options.top_k)
+    return _sorted_part(jnp.exp(student.logp), jnp.exp(teacher.logp), options)
 
 
 def compare_hybrid(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
@@ -94,7 +96,7 @@ def compare_hybrid(student: Merged, teacher: Merged, options: CompareOptions) ->
 
     matched = generalized_jsd(held(student.logp[:, :k]), held(teacher.logp[:, :k]), options.beta)
     if k < student.logp.shape[-1] and k < teacher.logp.shape[-1]:
-        unmatched, parts = _sorted_part(jnp.exp(student.logp[:, k:]), jnp.exp(teacher.logp[:, k:]), options.top_k)
+        unmatched, parts = _sorted_part(jnp.exp(student.logp[:, k:]), jnp.exp(teacher.logp[:, k:]), options)
     else:
         unmatched, parts = jnp.zeros_like(matched), {}
     if options.matched_weight is None:
@@ -106,10 +108,10 @@ def compare_hybrid(student: Merged, teacher: Merged, options: CompareOptions) ->
     return loss, {"matched": matched, "unmatched": unmatched} | parts
 
 
-def _sorted_part(student, teacher, top_k):
-    if not top_k:
-        return sorted_l1(student, teacher), {}
-    loss, bound = sorted_l1_top_k(student, teacher, top_k)
+def _sorted_part(student, teacher, options):
+    if not options.top_k:
+        return sorted_l1(student, teacher, options.sort), {}
+    loss, bound = sorted_l1_top_k(student, teacher, options.top_k)
     return loss, {"tail_bound": bound}
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.chunked import head_logits, map_over_chunks, sum_over_chunks
+from gold_jax.losses.chunked import Inner, fetch, head_logits, map_over_chunks, sum_over_chunks
 from gold_jax.losses.compare import COMPARES, CompareOptions, Merged
 
 
@@ -56,12 +56,12 @@ def _ordered(logits: jax.Array, head: Head) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _permute(axis, x, order, inverse):
-    return jnp.take(x, order, axis=axis)
+    return jnp.take(x, order, axis=axis, mode="clip")
 
 
 _permute.defvjp(
     lambda axis, x, order, inverse: (_permute(axis, x, order, inverse), inverse),
-    lambda axis, inverse, cotangent: (jnp.take(cotangent, inverse, axis=axis), None, None),
+    lambda axis, inverse, cotangent: (jnp.take(cotangent, inverse, axis=axis, mode="clip"), None, None),
 )
 
 
@@ -82,12 +82,28 @@ def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
 
 
 def _token_logp(logits, places, softcap, temperature):
-    logp = _log_softmax(logits, Head(None, None, softcap, temperature))
-    return jnp.take_along_axis(logp, places[:, None], -1)[:, 0]
+    if softcap is not None:
+        logits = softcap * jnp.tanh(logits / softcap)
+    logits = logits / temperature
+    return jnp.take_along_axis(logits, places[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
+
+
+def _token_fn(head: Head):
+    return functools.partial(_token_logp, softcap=head.softcap, temperature=head.temperature)
+
+
+def _columns(head: Head, token: jax.Array) -> jax.Array:
+    """The columns of the logits, as the head gives them, that belong to token ids."""
+    return token if head.order is not None else head.place[token]
+
+
+def _rows(position: jax.Array, length: int) -> jax.Array:
+    """Positions `[B, M]` in rows of `length` tokens as numbers of the flattened `[B·T]`, flattened."""
+    return (position + length * jnp.arange(position.shape[0])[:, None]).reshape(-1)
 
 
 def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Array, mask: jax.Array, chunk: int):
-    """Log-probability of given tokens at given positions.
+    """Log-probability of given tokens at given positions. Not differentiable.
 
     Args:
       hidden: `[B, T, D]`.
@@ -101,27 +117,33 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
       `[B, M]` in nats, zero where the mask is false.
     """
     index, live = pack(mask)
-    states = _states(hidden, position)[index]
-    places = token.reshape(-1)[index]
-    places = places if head.order is not None else head.place[places]
-    fn = functools.partial(_token_logp, softcap=head.softcap, temperature=head.temperature)
-    packed = map_over_chunks(fn, chunk, states, head.weight, places, live)
-    packed = jnp.where(jnp.arange(packed.shape[0]) < live, packed, 0.0)
+    rows, places = _rows(position, hidden.shape[1])[index], _columns(head, token).reshape(-1)[index]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    packed = map_over_chunks(_token_fn(head), chunk, flat, head.weight, rows, places, live)
     return jnp.zeros(mask.size, jnp.float32).at[index].set(packed, unique_indices=True).reshape(mask.shape)
 
 
-def _states(hidden: jax.Array, position: jax.Array) -> jax.Array:
-    """`hidden [B, T, D]` at `position [B, G]`, flattened to `[B·G, D]`."""
-    return jnp.take_along_axis(hidden, position[..., None], 1).reshape(-1, hidden.shape[-1])
+def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array, length: int) -> Inner:
+    """The inner tokens of the groups that `weight [B, G]` counts, for `losses.chunked`; slots number its groups packed.
 
-
-def group_scale(hidden: jax.Array, head: Head, index: MergeIndex, chunk: int) -> jax.Array:
-    """Logarithm of the product of the probabilities of each group's inner tokens. `[B, G]`, 0 without any."""
-    groups = index.base.shape[1]
-    inside = index.inner_group < groups
-    logp = token_logp(hidden, head, index.inner_position, index.inner_token, inside, chunk)
-    sums = jax.vmap(lambda value, group: jax.ops.segment_sum(value, group, groups + 1))(logp, index.inner_group)
-    return sums[:, :groups]
+    Args:
+      head: the side's head.
+      index: the side's merge-index arrays.
+      weight: `[B, G]`, zero where a group does not count.
+      length: `T`, tokens of a row.
+    """
+    rows, groups = weight.shape
+    counted = weight > 0
+    slot = jnp.cumsum(counted.reshape(-1)) - 1  # as `pack` numbers them
+    there = jnp.minimum(index.inner_group, groups - 1)
+    inside = (index.inner_group < groups) & jnp.take_along_axis(counted, there, 1)
+    order, live = pack(inside)
+    return Inner(
+        _rows(index.inner_position, length)[order],
+        _columns(head, index.inner_token).reshape(-1)[order],
+        jnp.maximum(slot[_rows(there, groups)[order]], 0),
+        live,
+    )
 
 
 def distill_loss(
@@ -160,14 +182,13 @@ def distill_loss(
     Returns:
       The loss in nats (for `sorted`, probability), and its parts weighted alike.
     """
-    teacher_hidden = jax.lax.stop_gradient(teacher_hidden)
-    teacher_head = teacher_head._replace(weight=jax.lax.stop_gradient(teacher_head.weight))
-    student_inner = group_scale(student_hidden, student_head, student_index, chunk)
-    teacher_inner = group_scale(teacher_hidden, teacher_head, teacher_index, chunk)
+    lengths = student_hidden.shape[1], teacher_hidden.shape[1]
+    student_hidden, teacher_hidden = (x.reshape(-1, x.shape[-1]) for x in (student_hidden, teacher_hidden))
+    teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
     index, live = pack(weight > 0)
 
     def packed(x):
-        return x.reshape(-1, *x.shape[2:])[index]
+        return x.reshape(-1)[index]
 
     def text(head, merge_index):
         return packed(head.place[merge_index.token]), packed(_is_whole(merge_index) | (merge != "boundary"))
@@ -179,25 +200,33 @@ def distill_loss(
         return Merged(logp + inner[:, None], -jnp.expm1(inner), place, jnp.zeros_like(inner), whole, *routes)
 
     def chunk_loss(logits, inner, shared, positions):
-        teacher_weight, student_routes, teacher_routes = shared
-        states, student_text, teacher_inner, teacher_text, weight = positions
+        teacher_hidden, teacher_weight, student_routes, teacher_routes = shared
+        rows, student_text, teacher_inner, teacher_text, weight = positions
         student = merged(logits, inner, student_text, student_routes, student_head)
-        teacher = merged(head_logits(states, teacher_weight), teacher_inner, teacher_text, teacher_routes, teacher_head)
+        logits = head_logits(fetch(teacher_hidden, rows), teacher_weight)
+        teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, teacher_head)
         loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
+    theirs = inner_tokens(teacher_head, teacher_index, weight, lengths[1])
+    teacher_logp = map_over_chunks(
+        _token_fn(teacher_head), chunk, teacher_hidden, teacher_weight, theirs.rows, theirs.places, theirs.live
+    )
+    teacher_inner = jnp.zeros(index.shape[0], jnp.float32).at[theirs.slots].add(teacher_logp)
     return sum_over_chunks(
         chunk_loss,
+        _token_fn(student_head),
         chunk,
-        _states(student_hidden, student_index.base)[index],
+        student_hidden,
         student_head.weight,
-        packed(student_inner),
-        (teacher_head.weight, _routes(student_head, options), _routes(teacher_head, options)),
+        packed(_rows(student_index.base, lengths[0])),
+        inner_tokens(student_head, student_index, weight, lengths[0]),
+        (teacher_hidden, teacher_weight, _routes(student_head, options), _routes(teacher_head, options)),
         (
-            _states(teacher_hidden, teacher_index.base)[index],
+            packed(_rows(teacher_index.base, lengths[1])),
             text(student_head, student_index),
-            packed(teacher_inner),
+            teacher_inner,
             text(teacher_head, teacher_index),
             packed(weight),
         ),
@@ -246,7 +275,6 @@ def cross_entropy(
         correct = jnp.where(used & (jnp.max(logp, -1) <= label_logp), weight, 0.0)
         return jnp.sum(jnp.where(used, -weight * label_logp, 0.0)), {"correct": jnp.sum(correct)}
 
-    flat = weight.reshape(-1)[index]
-    places = head.place[jnp.maximum(labels, 0).reshape(-1)[index]]
-    states = hidden.reshape(-1, hidden.shape[-1])[index]
-    return sum_over_chunks(chunk_loss, chunk, states, head.weight, jnp.zeros_like(flat), (), (places, flat), live)
+    positions = head.place[jnp.maximum(labels, 0).reshape(-1)[index]], weight.reshape(-1)[index]
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return sum_over_chunks(chunk_loss, None, chunk, flat, head.weight, index, None, (), positions, live)

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gold_jax.losses.host_sort import l1_and_signs
+
 
 def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
     """Generalised Jensen–Shannon divergence, summed over the last axis.
@@ -49,17 +51,18 @@ def _kl_terms(p: jax.Array, q: jax.Array) -> jax.Array:
     return jnp.where(there, jnp.exp(p) * (p - q), 0.0)
 
 
-@jax.custom_vjp
-def sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax.Array:
     """L1 distance of two sets of probabilities, each sorted, the shorter padded with zeros.
 
-    Only bare values are sorted. The gradient needs no more than each value's rank, which is looked up in the sorted
-    array. Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
-    Equal values share the first of their ranks.
+    The gradient of a value is the sign of its distance to what stands opposite. Where values of one side are equal, any
+    order of theirs gives a subgradient.
 
     Args:
       student: probabilities `[..., V]`, float32, none negative.
       teacher: probabilities `[..., W]`, float32, none negative.
+      sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on CPUs,
+        where XLA sorts slowly, and XLA elsewhere.
 
     Returns:
       `[...]`, between 0 and the two sums together.
@@ -70,39 +73,49 @@ def sorted_l1(student: jax.Array, teacher: jax.Array) -> jax.Array:
     >>> round(float(sorted_l1(jnp.array([0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]))), 4)  # .9-.5, .3-.1, .2-0
     0.8
     """
-    s, t = _sorted_pair(student, teacher)
-    return jnp.sum(jnp.abs(s - t), -1)
+    return _l1_and_signs(student, teacher, sort)[0]
 
 
-def _sorted_pair(student, teacher):
-    """Both sides ascending and padded with zeros in front, so that the largest values stand opposite each other."""
-    size = max(student.shape[-1], teacher.shape[-1])
+def _l1_and_signs(ours, theirs, sort):
+    """The distance `[...]`, and its gradient for the first side, int8 `[..., V]`."""
+    ways = {"xla": _by_xla, "host": l1_and_signs}
+    flat = [x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (ours, theirs)]
+    if sort == "auto":
+        loss, signs = jax.lax.platform_dependent(*flat, cpu=ways["host"], default=ways["xla"])
+    else:
+        loss, signs = ways[sort](*flat)
+    return loss.reshape(ours.shape[:-1]), signs.reshape(ours.shape)
+
+
+def _by_xla(ours, theirs):
+    """Bare values are sorted, and their ranks looked up: values that are equal share the first of their ranks.
+
+    Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
+    """
+    size = max(ours.shape[-1], theirs.shape[-1])
+    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
 
     def ascending(x):
-        bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
-        bits = jax.lax.sort(bits, dimension=-1, is_stable=False)
-        padding = [(0, 0)] * (x.ndim - 1) + [(size - x.shape[-1], 0)]
-        return jax.lax.bitcast_convert_type(jnp.pad(bits, padding), jnp.float32)
+        """Padded with zeros in front, so that the largest values stand opposite each other."""
+        return jnp.pad(jax.lax.sort(bits(x), dimension=-1, is_stable=False), [(0, 0), (size - x.shape[-1], 0)])
 
-    return ascending(student), ascending(teacher)
-
-
-def _sorted_l1_forward(student, teacher):
-    s, t = _sorted_pair(student, teacher)
-    return jnp.sum(jnp.abs(s - t), -1), (student, teacher, s, t)
+    mine, other = ascending(ours), ascending(theirs)
+    difference = jax.lax.bitcast_convert_type(mine, jnp.float32) - jax.lax.bitcast_convert_type(other, jnp.float32)
+    ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(mine, bits(ours))
+    signs = jnp.take_along_axis(jnp.sign(difference).astype(jnp.int8), ranks, -1)
+    return jnp.sum(jnp.abs(difference), -1), signs
 
 
-def _sorted_l1_backward(residuals, cotangent):
-    student, teacher, s, t = residuals
-    sign = jnp.sign(s - t)
+def _sorted_l1_forward(student, teacher, sort):
+    loss, signs = _l1_and_signs(student, teacher, sort)
+    return loss, (signs, student, teacher)
 
-    def at_rank(values, ordered, sign):
-        bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
-        flat = [x.reshape(-1, x.shape[-1]) for x in (bits(ordered), bits(values.astype(jnp.float32)))]
-        ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(*flat).reshape(values.shape)
-        return jnp.take_along_axis(sign, ranks, -1) * cotangent[..., None]
 
-    return at_rank(student, s, sign).astype(student.dtype), at_rank(teacher, t, -sign).astype(teacher.dtype)
+def _sorted_l1_backward(sort, residuals, cotangent):
+    signs, student, teacher = residuals
+    back = _l1_and_signs(teacher, student, sort)[1]  # computed only where somebody asks for it
+    scaled = (x * cotangent[..., None] for x in (signs, back))
+    return tuple(gradient.astype(x.dtype) for gradient, x in zip(scaled, (student, teacher)))
 
 
 sorted_l1.defvjp(_sorted_l1_forward, _sorted_l1_backward)

@@ -85,6 +85,7 @@ def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions
         matched_weight=spec.matched_weight,
         unmatched_weight=spec.unmatched_weight,
         top_k=spec.top_k,
+        sort=spec.sort,
         rest=all(bool((route == matched).any()) for route in routes),
         masked=any(bool((route > matched).any()) for route in routes),
         temperature=spec.alm_temperature,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses.chunked import head_logits, map_over_chunks, sum_over_chunks
+from gold_jax.losses.chunked import Inner, head_logits, map_over_chunks, sum_over_chunks
 from gold_jax.losses.distill import Head, cross_entropy, order_rows, pack, token_logp
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -23,23 +23,55 @@ def a_loss(logits, scale, shared, positions):
     return jnp.sum(weight * jnp.sin(logp + scale)), {"mean": jnp.sum(weight * logp)}
 
 
+def a_token(logits, places):
+    return jnp.take_along_axis(jax.nn.log_softmax(logits), places[:, None], 1)[:, 0]
+
+
+ROWS = jnp.array([3, 3, 0, 7, 5, 1, 2, 9, 12, 4, 6, 8, 10])  # in any order, one of them twice
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
 @pytest.mark.parametrize("live", [0, 5, 13])
-def test_a_sum_over_chunks_equals_the_sum_at_once_with_its_gradient(chunk, live):
-    hidden, head, scale, shared = normal(N, D), normal(V, D, seed=1), normal(N, seed=2), normal(V, seed=3)
+@pytest.mark.parametrize("tokens", [None, 0, 3])
+def test_a_sum_over_chunks_equals_the_sum_at_once_with_its_gradient(chunk, live, tokens):
+    hidden, head, shared = normal(N, D), normal(V, D, seed=1), normal(V, seed=3)
     labels = jnp.arange(N) % V
     weight = jnp.where(jnp.arange(N) < live, normal(N, seed=4), 0.0)
+    inner = (
+        None if tokens is None else Inner(*(jnp.array(x) for x in ([3, 8, 3, 11], [2, 0, 16, 5], [0, 4, 0, 1])), tokens)
+    )
 
-    def chunked(hidden, head, scale):
-        return 3 * sum_over_chunks(a_loss, chunk, hidden, head, scale, shared, (labels, weight), live)[0]
+    def chunked(hidden, head):
+        args = hidden, head, ROWS, inner, shared, (labels, weight), live
+        return 3 * sum_over_chunks(a_loss, a_token, chunk, *args)[0]
 
-    def at_once(hidden, head, scale):
-        return 3 * a_loss(head_logits(hidden, head), scale, shared, (labels, weight))[0]
+    def at_once(hidden, head):
+        scale = jnp.zeros(N)
+        if tokens:
+            logp = a_token(head_logits(hidden[inner.rows[:tokens]], head), inner.places[:tokens])
+            scale = scale.at[inner.slots[:tokens]].add(logp)
+        return 3 * a_loss(head_logits(hidden[ROWS], head), scale, shared, (labels, weight))[0]
 
-    ours = jax.jit(jax.value_and_grad(chunked, (0, 1, 2)))(hidden, head, scale)
-    theirs = jax.value_and_grad(at_once, (0, 1, 2))(hidden, head, scale)
-    chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-6)
-    chex.assert_trees_all_close(jax.jit(chunked)(hidden, head, scale), theirs[0], rtol=2e-5, atol=2e-6)
+    ours = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
+    theirs = jax.value_and_grad(at_once, (0, 1))(hidden, head)
+    chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=4e-6)
+    chex.assert_trees_all_close(jax.jit(chunked)(hidden, head), theirs[0], rtol=2e-5, atol=2e-6)
+
+
+def test_logits_take_the_place_of_hidden_states_where_there_is_no_head():
+    logits, shared = normal(N, V), normal(V, seed=3)
+    positions = jnp.arange(N) % V, normal(N, seed=4)
+    inner = Inner(*(jnp.array(x) for x in ([3, 8], [2, 0], [0, 4])), 2)
+
+    def ours(logits):
+        return sum_over_chunks(a_loss, a_token, 4, logits, None, ROWS, inner, shared, positions, N)[0]
+
+    def theirs(logits):
+        scale = jnp.zeros(N).at[inner.slots].add(a_token(logits[inner.rows], inner.places))
+        return a_loss(logits[ROWS], scale, shared, positions)[0]
+
+    pair = (jax.value_and_grad(f)(logits) for f in (ours, theirs))
+    chex.assert_trees_all_close(*pair, rtol=2e-5, atol=2e-6)
 
 
 def test_the_parts_of_a_sum_come_with_and_without_a_gradient():
@@ -47,7 +79,7 @@ def test_the_parts_of_a_sum_come_with_and_without_a_gradient():
     positions = (jnp.arange(N) % V, jnp.ones(N))
 
     def loss(hidden):
-        return sum_over_chunks(a_loss, 4, hidden, head, jnp.zeros(N), jnp.zeros(V), positions, N)
+        return sum_over_chunks(a_loss, None, 4, hidden, head, ROWS, None, jnp.zeros(V), positions, N)
 
     plain = loss(hidden)[1]
     (_, parts), _ = jax.value_and_grad(loss, has_aux=True)(hidden)
@@ -58,28 +90,18 @@ def test_chunks_without_live_positions_are_never_computed():
     """A chunk beyond the live ones would bring its NaN in."""
     hidden = normal(N, D).at[4:].set(jnp.nan)
     weight = jnp.where(jnp.arange(N) < 4, 1.0, 0.0)
-    args = (normal(V, D), jnp.zeros(N), jnp.zeros(V), (jnp.zeros(N, int), weight), 4)
-    value, grad = jax.value_and_grad(lambda h: sum_over_chunks(a_loss, 4, h, *args)[0])(hidden)
+    args = (normal(V, D), jnp.arange(N), None, jnp.zeros(V), (jnp.zeros(N, int), weight), 4)
+    value, grad = jax.value_and_grad(lambda h: sum_over_chunks(a_loss, None, 4, h, *args)[0])(hidden)
     chex.assert_tree_all_finite((value, grad))
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_a_map_over_chunks_equals_the_map_at_once_with_its_gradient(chunk):
-    hidden, head, ask = normal(N, D), normal(V, D, seed=1), normal(N, seed=2)
-
-    def per_position(logits, labels):
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
-
-    labels = jnp.arange(N) % V
-
-    def chunked(hidden, head):
-        return jnp.sum(ask * map_over_chunks(per_position, chunk, hidden, head, labels, N))
-
-    def at_once(hidden, head):
-        return jnp.sum(ask * per_position(head_logits(hidden, head), labels))
-
-    ours = jax.jit(jax.value_and_grad(chunked, (0, 1)))(hidden, head)
-    chex.assert_trees_all_close(ours, jax.value_and_grad(at_once, (0, 1))(hidden, head), rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("live", [0, 6, 13])
+def test_a_map_over_chunks_equals_the_map_at_once(chunk, live):
+    hidden, head, labels = normal(N, D), normal(V, D, seed=1), jnp.arange(N) % V
+    ours = jax.jit(lambda *args: map_over_chunks(a_token, chunk, *args))(hidden, head, ROWS, labels, live)
+    theirs = jnp.where(jnp.arange(N) < live, a_token(head_logits(hidden[ROWS], head), labels), 0.0)
+    chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_packing_puts_what_counts_in_front_in_order():
@@ -135,8 +157,8 @@ def test_in_bfloat16_logits_and_the_heads_gradient_are_accumulated_in_float32():
     hidden, head = normal(64, 32).astype(jnp.bfloat16), normal(V, 32, seed=1)
     assert head_logits(hidden, head).dtype == jnp.float32
     positions = (jnp.zeros(64, int), jnp.ones(64))
-    fn = functools.partial(sum_over_chunks, a_loss, 4)
-    grad = jax.grad(lambda w: fn(hidden, w, jnp.zeros(64), jnp.zeros(V), positions, 64)[0])(head)
+    fn = functools.partial(sum_over_chunks, a_loss, None, 4)
+    grad = jax.grad(lambda w: fn(hidden, w, jnp.arange(64), None, jnp.zeros(V), positions, 64)[0])(head)
     exact = jax.grad(
         lambda w: a_loss(head_logits(hidden.astype(jnp.float32), w), jnp.zeros(64), jnp.zeros(V), positions)[0]
     )(head)

@@ -45,16 +45,21 @@ def test_jsd_takes_probabilities_of_exactly_zero():
         chex.assert_tree_all_finite((value, grad))
 
 
+SORTS = pytest.mark.parametrize("sort", ["auto", "xla", "host"])
+
+
+@SORTS
 @pytest.mark.parametrize("sizes", [(11, 11), (11, 30), (30, 11)])
-def test_sorted_l1_is_the_distance_of_sorted_values(sizes):
+def test_sorted_l1_is_the_distance_of_sorted_values(sizes, sort):
     p, q = distributions(4, sizes[0], seed=1), distributions(4, sizes[1], seed=2)
     n = max(sizes)
     a, b = (-np.sort(-np.pad(x, [(0, 0), (0, n - x.shape[1])])) for x in (p, q))
-    np.testing.assert_allclose(sorted_l1(jnp.float32(p), jnp.float32(q)), np.abs(a - b).sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(sorted_l1(jnp.float32(p), jnp.float32(q), sort), np.abs(a - b).sum(-1), rtol=1e-6)
 
 
+@SORTS
 @pytest.mark.parametrize("sizes", [(11, 11), (11, 30), (30, 11)])
-def test_sorted_l1_has_the_gradient_that_sorting_floats_has(sizes):
+def test_sorted_l1_has_the_gradient_that_sorting_floats_has(sizes, sort):
     p, q = (jnp.float32(distributions(4, n, seed=n + i)) for i, n in enumerate(sizes))
     n = max(sizes)
 
@@ -62,8 +67,24 @@ def test_sorted_l1_has_the_gradient_that_sorting_floats_has(sizes):
         a, b = (jnp.sort(jnp.pad(x, [(0, 0), (n - x.shape[1], 0)])) for x in (p, q))
         return jnp.sum(jnp.abs(a - b) * jnp.arange(1.0, 5)[:, None])
 
-    ours = jax.grad(lambda p, q: jnp.sum(sorted_l1(p, q) * jnp.arange(1.0, 5)), (0, 1))(p, q)
+    ours = jax.grad(lambda p, q: jnp.sum(sorted_l1(p, q, sort) * jnp.arange(1.0, 5)), (0, 1))(p, q)
     chex.assert_trees_all_close(ours, jax.grad(plain, (0, 1))(p, q), rtol=1e-6)
+
+
+def test_host_and_xla_sort_alike_inside_a_compiled_loop():
+    p, q = jnp.float32(distributions(3, 5, 40, seed=1)), jnp.float32(distributions(3, 5, 70, seed=2))
+
+    def total(p, sort):
+        return jax.lax.scan(lambda c, x: (c + sorted_l1(x[0], x[1], sort).sum(), None), 0.0, (p, q))[0]
+
+    host, xla = (jax.jit(jax.value_and_grad(lambda p, s=sort: total(p, s)))(p) for sort in ("host", "xla"))
+    chex.assert_trees_all_close(host, xla, rtol=1e-6)
+
+
+@SORTS
+def test_what_is_no_number_stays_none_when_sorted(sort):
+    p = jnp.array([[0.5, jnp.nan, 0.5]])
+    assert jnp.isnan(sorted_l1(p, jnp.array([[0.2, 0.8]]), sort)).all()
 
 
 def test_top_k_bounds_the_exact_distance_and_meets_it_in_the_end():
