@@ -90,6 +90,7 @@ def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None,
         dtype=dtype,
         param_dtype=dtype,
         revision=model.model_revision,
+        attention=model.attn_implementation,
         special_tokens_in_prompts=special_tokens,
     )
 

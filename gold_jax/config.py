@@ -11,8 +11,10 @@ import dataclasses
 import math
 from typing import Any
 
-from .fields import check_fields, flag, flags_dataclass, read_load_options
+from .fields import check_fields, flag, flags_dataclass, read_attention, read_load_options
 from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
+from .server_flags import ServerFlags
+from .step_ranges import read_steps
 
 __all__ = ["DataArguments", "GOLDConfig", "LossSpec", "ModelArguments", "SFTConfig"]
 
@@ -46,7 +48,7 @@ RULES = (
                 "log_completions_steps",
             ),
             *("num_completions_to_print", "max_completion_length", "max_prompt_length", "num_generations"),
-            "generation_batch_size",
+            *("generation_batch_size", "vllm_sync_frequency"),
         ),
     ),
     (
@@ -55,6 +57,7 @@ RULES = (
         (
             *("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"),
             *("temperature", "uld_student_temperature", "uld_teacher_temperature", "alm_temperature"),
+            "vllm_server_timeout",
         ),
     ),
     (
@@ -85,9 +88,16 @@ class ModelArguments:
         "itself always keeps float32 weights.",
         choices=("auto", "float32", "bfloat16"),
     )
+    attn_implementation: str | None = flag(
+        None,
+        "How attention over whole sequences is computed: auto (by platform, model and length; so is none), plain, blockwise "
+        "(long sequences in little memory, anywhere), cudnn (NVIDIA GPUs) or splash (TPUs).",
+    )
 
     def __post_init__(self):
         check_fields(self)
+        self.attn_implementation, notices = read_attention("--attn_implementation", self.attn_implementation)
+        self.notices += notices
 
 
 @flags_dataclass
@@ -155,6 +165,9 @@ class SFTConfig:
     log_completions: bool = flag(False, "Show sampled prompts and completions from time to time.")
     log_completions_steps: int = flag(100, "Updates between two tables of completions.")
     num_completions_to_print: int | None = flag(None, "How many completions such a table shows; none: all.")
+    profile_steps: list[str] | None = flag(
+        None, "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes."
+    )
     # precision and memory
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
     gradient_checkpointing: bool = flag(
@@ -186,7 +199,7 @@ class SFTConfig:
     pad_to_multiple_of: int | None = flag(None, "Pad lengths to multiples of this; none or auto: to a few buckets.")
     shuffle_dataset: bool = flag(False, "Shuffle the data set once, before batches are drawn.")
     trust_remote_code: bool = flag(False, "Allow tokenizers and configurations that ship their own Python code.")
-    model_init_kwargs: dict | str | None = flag(None, "JSON with dtype or revision for a model given by name.")
+    model_init_kwargs: dict | str | None = flag(None, "JSON with dtype, revision or attn_implementation for the model.")
     loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
 
     def __post_init__(self):
@@ -203,6 +216,8 @@ class SFTConfig:
             raise ValueError(
                 f"--max_steps is {self.max_steps}; it must be at least 1, or -1 to go by num_train_epochs."
             )
+        last = self.max_steps if self.max_steps > 0 else None
+        self.profile_steps = read_steps("profile_steps", self.profile_steps, last)
         given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
         legal = SCHEDULES[self.lr_scheduler_type]
         for key, value in given.items():
@@ -238,7 +253,7 @@ class SFTConfig:
 
 
 @flags_dataclass
-class GOLDConfig(SFTConfig):
+class GOLDConfig(ServerFlags, SFTConfig):
     """Settings of on-policy distillation between any two tokenizers."""
 
     learning_rate: float = flag(1e-7, "Peak learning rate of AdamW.")
@@ -249,7 +264,7 @@ class GOLDConfig(SFTConfig):
     teacher_model_name_or_path: str | None = flag(None, "The teacher: a folder or a hub id.")
     teacher_model_revision: str | None = flag(None, "Branch, tag or commit of the teacher on the hub.")
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: where the teacher is.")
-    teacher_model_init_kwargs: dict | str | None = flag(None, "JSON with dtype or revision for the teacher.")
+    teacher_model_init_kwargs: dict | str | None = flag(None, "As model_init_kwargs, for the teacher.")
     teacher_template_kwargs: dict | str | None = flag(
         None, "JSON with variables for the teacher's chat template; none: those of template_kwargs."
     )
@@ -311,6 +326,7 @@ class GOLDConfig(SFTConfig):
 
     def _check(self) -> None:
         super()._check()
+        self.notices += self.check_server()
         self.projection_mask = [] if self.projection_mask in (None, ["none"]) else self.projection_mask
         for kind in self.projection_mask:
             if kind not in MASKS:

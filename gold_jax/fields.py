@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import enum
+import fnmatch
 import functools
 import json
 import math
@@ -205,12 +206,33 @@ _WORDS = {
     str: "text",
 }
 
+# How attention over whole sequences is computed: "auto", and the implementations of gold_jax.models.attention.
+ATTENTION = ("auto", "plain", "blockwise", "cudnn", "splash")
+# Shell patterns of what PyTorch's transformers calls its own; with a slash: kernels on the hub.
+_TORCH_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_*", "paged|*", "*/*")
+
 # Options of from_pretrained that place or speed up a PyTorch model and change no number here.
-_PLACEMENT = ("attn_implementation", "device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
+_PLACEMENT = ("device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
+
+
+def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]]:
+    """One of `ATTENTION`, or None where nothing was said, and a notice where PyTorch's name has "auto" in its place.
+
+    Raises:
+        ValueError: a name that neither this project nor transformers has; `where` is what it begins with.
+    """
+    value = None if value is None or str(value).lower() in ("none", "null") else str(value)
+    if value is None or value in ATTENTION:
+        return value, []
+    if any(fnmatch.fnmatchcase(value, pattern) for pattern in _TORCH_ATTENTION):
+        taken = "plain, blockwise, cudnn or splash, by platform, model and length"
+        return "auto", [f"{where}: {value} is PyTorch's; in its place stands auto ({taken})."]
+    legal = f"one of {', '.join(ATTENTION)} (PyTorch's names, such as sdpa, count as auto)"
+    raise ValueError(f"{where} is {value!r}; it must be {legal}{nearest(value, ATTENTION)}.")
 
 
 def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], list[str]]:
-    """The `dtype` and `revision` of a TRL `model_init_kwargs`, and notices for options that mean nothing here.
+    """What `model_init_kwargs` of TRL holds of `dtype`, `revision` and `attn_implementation`, and notices about the rest.
 
     Raises:
         ValueError: for an option that would change the model and is not there.
@@ -225,8 +247,11 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
             options["dtype"] = dtype
         elif key == "revision":
             options["revision"] = value
+        elif key == "attn_implementation":
+            options[key], said = read_attention(f"--{name}: {key}", value)
+            notices += said
         elif key in _PLACEMENT:
             notices.append(f"--{name}: {key} has no part here; JAX places and compiles the model.")
         else:
-            raise ValueError(f"--{name} has {key!r}; it must hold only dtype and revision.")
+            raise ValueError(f"--{name} has {key!r}; it must hold only dtype, revision and attn_implementation.")
     return options, notices

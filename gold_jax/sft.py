@@ -17,7 +17,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the model to train, a folder or a hub id")
     train, evaluation = load_split(data, training)
-    training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision} | training.model_init_kwargs
+    named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    training.model_init_kwargs = named | training.model_init_kwargs
     training.notices = notices
     SFTTrainer(
         model.model_name_or_path,

@@ -19,7 +19,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if training.teacher_model_name_or_path is None:
         raise ValueError("--teacher_model_name_or_path is missing: the teacher, a folder or a hub id")
     train, evaluation = load_split(data, training)
-    training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision} | training.model_init_kwargs
+    named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    training.model_init_kwargs = named | training.model_init_kwargs
+    same = {"attn_implementation": model.attn_implementation}
+    training.teacher_model_init_kwargs = same | training.teacher_model_init_kwargs
     training.notices = notices
     GOLDTrainer(
         model.model_name_or_path,

@@ -44,7 +44,6 @@ def answer(name: str, value: Any = True) -> list[str]:
 
 # text -> the flags that it answers
 _NOTICES = {
-    "XLA compiles and fuses attention; no kernel is chosen by hand.": "attn_implementation",
     "The loss never holds all logits and XLA fuses the layers, which is what these kernels are for.": (
         "use_liger_kernel liger_kernel_config"
     ),
@@ -68,10 +67,9 @@ _NOTICES = {
     "--gradient_checkpointing recomputes activations; they are not moved to the host.": "activation_offloading",
     "jax.checkpoint has no such options.": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
     "XLA owns the device's memory.": "torch_empty_cache_steps skip_memory_metrics",
-    "The built-in sampler writes the completions, on the training devices and with the current weights.": (
-        "use_vllm vllm_mode vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout "
+    "The built-in sampler needs none of it, and a server (--vllm_mode server) is started with settings of its own.": (
         "vllm_group_port vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_length "
-        "vllm_model_impl vllm_sync_frequency vllm_enable_sleep_mode"
+        "vllm_model_impl vllm_enable_sleep_mode"
     ),
     "The sampler keeps its key-value cache; training needs none.": "use_cache",
     "The models here have no dropout.": "disable_dropout",

@@ -389,7 +389,7 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
     assert "Be brief.\n\n" + tiny.ROWS[1][0] in told[1]
     (batch,) = windows.train(0, examples, trainer.loop.state.params).batches
     texts = [
-        codec.tokenizer.decode(side.tokens[0][side.mask[0]])
+        codec.tokenizer.decode(side.lines.tokens[0, side.lines.place[0, 0][side.lines.mask[0, 0]]])
         for codec, side in ((windows.student, batch.student), (windows.teacher, batch.teacher))
     ]
     assert "brief" not in texts[0] and "brief" in texts[1]

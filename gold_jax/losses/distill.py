@@ -1,7 +1,8 @@
 """The distillation loss: two models' hidden states and the merge-index arrays of `text.batch`, to one number.
 
-Letters: `B` rows, `T` and `U` student and teacher tokens, `G` groups, `M` tokens inside merged groups, `D` and `E`
-widths, `V` and `W` rows of the heads, `K` matched entries.
+Letters: `B` rows, `N` and `O` student and teacher tokens of a whole batch, `G` groups, `M` tokens inside merged groups, `D`
+and `E` widths, `V` and `W` rows of the heads, `K` matched entries. Positions number hidden states in the order in which
+they come, whatever axes they have before the last.
 """
 
 import functools
@@ -28,9 +29,9 @@ class MergeIndex(Protocol):
 class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
-    `weight` is `[V, D]` with its rows ordered as `text.vocabulary.VocabularyMap` says (matched entries first);
-    `place [V]` gives the row of a token id. Where it is None, the model's hidden states are logits `[B, T, V]` in the
-    order of token ids, and `order [V]` is the map's. `softcap` and `temperature` are Python floats. `route [V - K]` is
+    `weight` is `[V, D]`; `place [V]` gives the row of a token id in the order that `text.vocabulary.VocabularyMap` says
+    (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
+    then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and `temperature` are Python floats. `route [V - K]` is
     `VocabularyMap`'s, needed where a comparison projects. `stops` are the rows of the model's stop tokens, the one that
     it writes first: their probabilities are added up there; None leaves every one by itself.
     """
@@ -44,6 +45,7 @@ class Head(NamedTuple):
     order: jax.Array | None = None
 
 
+@jax.named_scope("loss")
 def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
     """`head[order]`, whose gradient is a gather too (`order` is a permutation) and not a scatter. `[V, D]` to `[V, D]`."""
     return _permute(0, head, order, inverse)
@@ -97,16 +99,15 @@ def _columns(head: Head, token: jax.Array) -> jax.Array:
     return token if head.order is not None else head.place[token]
 
 
-def _rows(position: jax.Array, length: int) -> jax.Array:
-    """Positions `[B, M]` in rows of `length` tokens as numbers of the flattened `[B·T]`, flattened."""
-    return (position + length * jnp.arange(position.shape[0])[:, None]).reshape(-1)
+def _flat(hidden: jax.Array) -> jax.Array:
+    return hidden.reshape(-1, hidden.shape[-1])
 
 
 def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Array, mask: jax.Array, chunk: int):
     """Log-probability of given tokens at given positions. Not differentiable.
 
     Args:
-      hidden: `[B, T, D]`.
+      hidden: `[..., D]`.
       head: the side's head.
       position: `[B, M]` the position whose state predicts the token.
       token: `[B, M]` token ids.
@@ -117,35 +118,33 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
       `[B, M]` in nats, zero where the mask is false.
     """
     index, live = pack(mask)
-    rows, places = _rows(position, hidden.shape[1])[index], _columns(head, token).reshape(-1)[index]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    packed = map_over_chunks(_token_fn(head), chunk, flat, head.weight, rows, places, live)
+    rows, places = position.reshape(-1)[index], _columns(head, token).reshape(-1)[index]
+    packed = map_over_chunks(_token_fn(head), chunk, _flat(hidden), head.weight, rows, places, live)
     return jnp.zeros(mask.size, jnp.float32).at[index].set(packed, unique_indices=True).reshape(mask.shape)
 
 
-def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array, length: int) -> Inner:
+def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array) -> Inner:
     """The inner tokens of the groups that `weight [B, G]` counts, for `losses.chunked`; slots number its groups packed.
 
     Args:
       head: the side's head.
       index: the side's merge-index arrays.
       weight: `[B, G]`, zero where a group does not count.
-      length: `T`, tokens of a row.
     """
-    rows, groups = weight.shape
-    counted = weight > 0
-    slot = jnp.cumsum(counted.reshape(-1)) - 1  # as `pack` numbers them
+    groups, counted = weight.shape[1], weight > 0
+    slot = (jnp.cumsum(counted.reshape(-1)) - 1).reshape(weight.shape)  # as `pack` numbers them
     there = jnp.minimum(index.inner_group, groups - 1)
     inside = (index.inner_group < groups) & jnp.take_along_axis(counted, there, 1)
     order, live = pack(inside)
     return Inner(
-        _rows(index.inner_position, length)[order],
+        index.inner_position.reshape(-1)[order],
         _columns(head, index.inner_token).reshape(-1)[order],
-        jnp.maximum(slot[_rows(there, groups)[order]], 0),
+        jnp.maximum(jnp.take_along_axis(slot, there, 1).reshape(-1)[order], 0),
         live,
     )
 
 
+@jax.named_scope("loss")
 def distill_loss(
     student_hidden: jax.Array,
     student_head: Head,
@@ -165,10 +164,10 @@ def distill_loss(
     Only the positions that groups need meet the heads, `chunk` at a time (see `losses.chunked`).
 
     Args:
-      student_hidden: `[B, T, D]`, or logits `[B, T, V]` (see `Head`); differentiated.
+      student_hidden: `[..., D]`, `N` of them, or logits `[..., V]` (see `Head`); differentiated.
       student_head: `[V, D]` ordered, differentiated.
       student_index: the student's merge-index arrays.
-      teacher_hidden: `[B, U, E]`, a constant.
+      teacher_hidden: `[..., E]`, `O` of them, a constant.
       teacher_head: `[W, E]` ordered, a constant.
       teacher_index: the teacher's merge-index arrays.
       weight: `[B, G]` float32, zero where there is no group. One over the number of groups in the whole global batch
@@ -182,8 +181,7 @@ def distill_loss(
     Returns:
       The loss in nats (for `sorted`, probability), and its parts weighted alike.
     """
-    lengths = student_hidden.shape[1], teacher_hidden.shape[1]
-    student_hidden, teacher_hidden = (x.reshape(-1, x.shape[-1]) for x in (student_hidden, teacher_hidden))
+    student_hidden, teacher_hidden = _flat(student_hidden), _flat(teacher_hidden)
     teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
     index, live = pack(weight > 0)
 
@@ -209,7 +207,7 @@ def distill_loss(
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
-    theirs = inner_tokens(teacher_head, teacher_index, weight, lengths[1])
+    theirs = inner_tokens(teacher_head, teacher_index, weight)
     teacher_logp = map_over_chunks(
         _token_fn(teacher_head), chunk, teacher_hidden, teacher_weight, theirs.rows, theirs.places, theirs.live
     )
@@ -220,11 +218,11 @@ def distill_loss(
         chunk,
         student_hidden,
         student_head.weight,
-        packed(_rows(student_index.base, lengths[0])),
-        inner_tokens(student_head, student_index, weight, lengths[0]),
+        packed(student_index.base),
+        inner_tokens(student_head, student_index, weight),
         (teacher_hidden, teacher_weight, _routes(student_head, options), _routes(teacher_head, options)),
         (
-            packed(_rows(teacher_index.base, lengths[1])),
+            packed(teacher_index.base),
             text(student_head, student_index),
             teacher_inner,
             text(teacher_head, teacher_index),
@@ -250,15 +248,17 @@ def _routes(head: Head, options: CompareOptions) -> tuple[jax.Array, jax.Array]:
     return route, members[event] - 1
 
 
+@jax.named_scope("loss")
 def cross_entropy(
-    hidden: jax.Array, head: Head, labels: jax.Array, weight: jax.Array, *, chunk: int = 256
+    hidden: jax.Array, head: Head, position: jax.Array, labels: jax.Array, weight: jax.Array, *, chunk: int = 256
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Sum of `weight · −log p(label)` over the positions whose weight is not zero.
 
     Args:
-      hidden: `[B, T, D]`, differentiated.
+      hidden: `[..., D]`, differentiated.
       head: `[V, D]`, differentiated.
-      labels: `[B, T]` the token that stands behind each position.
+      position: `[B, T]` the positions that predict.
+      labels: `[B, T]` the token that stands behind each.
       weight: `[B, T]` float32, zero where nothing is predicted.
       chunk: positions per chunk.
 
@@ -275,6 +275,6 @@ def cross_entropy(
         correct = jnp.where(used & (jnp.max(logp, -1) <= label_logp), weight, 0.0)
         return jnp.sum(jnp.where(used, -weight * label_logp, 0.0)), {"correct": jnp.sum(correct)}
 
-    positions = head.place[jnp.maximum(labels, 0).reshape(-1)[index]], weight.reshape(-1)[index]
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    return sum_over_chunks(chunk_loss, None, chunk, flat, head.weight, index, None, (), positions, live)
+    positions = _columns(head, jnp.maximum(labels, 0)).reshape(-1)[index], weight.reshape(-1)[index]
+    rows = position.reshape(-1)[index]
+    return sum_over_chunks(chunk_loss, None, chunk, _flat(hidden), head.weight, rows, None, (), positions, live)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gold_jax.models import layer
+from gold_jax.models.attention import check_model, current_platform, describe, over_layers
+from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
 
 
@@ -91,18 +93,16 @@ class Layers(nnx.Module):
 class Cache(NamedTuple):
     """Keys and values of what has been read, one pair of arrays per layer so that XLA updates each in place.
 
+    A row's tokens stand in its first slots, whatever the other rows hold: a token's slot is its rotary position.
+
     Attributes:
         keys, values: tuples of L arrays [B, kv_heads, S, head_dim], S slots.
-        mask: bool [B, S], slots that hold a token.
-        slot: int32 scalar, the slot that the next token goes to (the same for every row).
-        position: int32 [B], the rotary position of the next token.
+        length: int32 [B], tokens that each row holds; its next one goes to this slot.
     """
 
     keys: tuple[jax.Array, ...]
     values: tuple[jax.Array, ...]
-    mask: jax.Array
-    slot: jax.Array
-    position: jax.Array
+    length: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -116,16 +116,32 @@ class Decoder(nnx.Module):
         dtype: dtype of computation.
         param_dtype: dtype in which parameters are stored.
         remat: recompute each layer in the backward pass instead of keeping its activations.
+        attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
+        platform: the one of `models.attention.PLATFORMS` that the model is to run on.
     """
 
     def __init__(
-        self, config: DecoderConfig, key: jax.Array, *, dtype=jnp.float32, param_dtype=jnp.float32, remat=False
+        self,
+        config: DecoderConfig,
+        key: jax.Array,
+        *,
+        dtype=jnp.float32,
+        param_dtype=jnp.float32,
+        remat=False,
+        attention="auto",
+        platform=None,
     ):
-        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model`."""
+        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model`.
+
+        `platform` None is where JAX runs now; name it for a model that is compiled here to run elsewhere.
+        """
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.param_dtype = jnp.dtype(param_dtype)
         self.remat = remat
+        self.attention = attention
+        self.platform = current_platform() if platform is None else platform
+        check_model(config, self.dtype, self.attention, self.platform)
         self.layers = Layers()
         for index, (path, info) in enumerate(parameters(config).items()):
             if info.init == "matrix":
@@ -138,16 +154,18 @@ class Decoder(nnx.Module):
 
     @classmethod
     def from_config(
-        cls, config: DecoderConfig, key, dtype=jnp.float32, param_dtype=jnp.float32, remat=False
+        cls, config: DecoderConfig, key, dtype=jnp.float32, param_dtype=jnp.float32, remat=False, **options
     ) -> "Decoder":
-        """A randomly initialised model; `key` is a PRNG key or an int seed."""
+        """A randomly initialised model; `key` is a PRNG key or an int seed, `options` are `attention` and `platform`."""
         key = jax.random.key(key) if isinstance(key, int) else key
-        return cls(config, key, dtype=dtype, param_dtype=param_dtype, remat=remat)
+        return cls(config, key, dtype=dtype, param_dtype=param_dtype, remat=remat, **options)
 
     @classmethod
-    def abstract(cls, config: DecoderConfig, dtype=jnp.float32, param_dtype=jnp.float32, remat=False) -> "Decoder":
-        """A model whose parameters are `jax.ShapeDtypeStruct`s: to plan with, or to fill."""
-        return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat))
+    def abstract(
+        cls, config: DecoderConfig, dtype=jnp.float32, param_dtype=jnp.float32, remat=False, **options
+    ) -> "Decoder":
+        """A model whose parameters are `jax.ShapeDtypeStruct`s: to plan with, or to fill. Arguments as `from_config`."""
+        return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat, **options))
 
     @true_float32
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -162,6 +180,38 @@ class Decoder(nnx.Module):
         """
         return self._run(tokens, mask, keep_cache=False)[0]
 
+    @true_float32
+    def read_lines(self, tokens: jax.Array, place: jax.Array, owner: jax.Array, mask: jax.Array) -> jax.Array:
+        """Hidden states after the final norm, of rows that are laid end to end and share what they begin with.
+
+        Args:
+            tokens: int32 [S, N], the tokens of each line.
+            place: int32 [S, R, T], where in its line each token of a row stands; rows are padded on the right.
+            owner: int32 [S, N], one of the line's slots `R·T` at which a token stands, the same in all of them.
+            mask: bool [S, R, T], True where a row has a token.
+
+        Returns:
+            [S, N, D] in `dtype`. Values of the padding at a line's end are finite and mean nothing.
+        """
+        lines, rows, length = place.shape
+        place = place.reshape(lines, -1)
+
+        def spread(x):  # [S, N, H, K] -> [B, T, H, K]
+            flat = x.reshape(*x.shape[:2], -1)
+            return _fetch(flat, place).reshape(lines * rows, length, *x.shape[2:])
+
+        def collect(x):  # [B, T, F] -> [S, N, F]
+            return _fetch(x.reshape(lines, rows * length, -1), owner)
+
+        def around(attend):
+            return lambda query, key, value: collect(attend(*map(spread, (query, key, value))))
+
+        return self._layers(tokens, owner % length, mask.reshape(-1, length), around, keep_cache=False)[0]
+
+    def attention_in_words(self) -> str:
+        """Which implementation of attention this model's settings come to."""
+        return describe(self.config, self.dtype, self.attention, self.platform)
+
     def head_weight(self) -> jax.Array:
         """The output projection [V, D], in `param_dtype`: the embedding where the two are tied."""
         return self.embedding[...] if self.config.tied else self.head[...]
@@ -171,22 +221,23 @@ class Decoder(nnx.Module):
         """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
         weight = self.head_weight().astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), weight, preferred_element_type=jnp.float32)
-        return layer.softcap(logits, self.config.final_softcap)
+        return capped(logits, self.config.final_softcap)
 
     @true_float32
     def decode_logits(self, hidden: jax.Array) -> jax.Array:
         """`logits` of a few hidden states [B, D], computed as `decode_step` computes: faster on CPUs."""
         weight = self.head_weight().astype(self.dtype)
         logits = jnp.matmul(weight, layer.columns(hidden.astype(self.dtype)), preferred_element_type=jnp.float32)
-        return layer.softcap(layer.columns(logits), self.config.final_softcap)
+        return capped(layer.columns(logits), self.config.final_softcap)
 
+    @jax.named_scope("prefill")
     @true_float32
     def prefill(self, tokens: jax.Array, mask: jax.Array, cache_len: int) -> tuple[jax.Array, Cache]:
-        """Read left-padded prompts.
+        """Read prompts.
 
         Args:
-            tokens, mask: [B, P], padding on the left.
-            cache_len: slots of the cache (static), at least P plus the tokens to come.
+            tokens, mask: [B, P], the tokens of a row together, padding on either side.
+            cache_len: slots of the cache (static), at least P; P plus the tokens to come is enough.
 
         Returns:
             Hidden states [B, D] of the last tokens, and the cache.
@@ -196,7 +247,11 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"cache_len is {cache_len}, less than the {length} tokens of the prompts that it must hold."
             )
-        hidden, (keys, values) = self._run(tokens, mask, keep_cache=True)
+        count = mask.sum(axis=1, dtype=jnp.int32)
+        order = jnp.arange(length)
+        tokens = jnp.take_along_axis(tokens, (order + jnp.argmax(mask, axis=1)[:, None]) % length, axis=1)
+        hidden, (keys, values) = self._run(tokens, order < count[:, None], keep_cache=True)
+        last = jnp.maximum(count - 1, 0)[:, None, None]
 
         def to_slots(
             stacked,
@@ -204,15 +259,10 @@ class Decoder(nnx.Module):
             padded = jnp.pad(jnp.swapaxes(stacked, 2, 3), ((0, 0),) * 3 + ((0, cache_len - length), (0, 0)))
             return tuple(padded[index] for index in range(self.config.layers))
 
-        cache = Cache(
-            keys=to_slots(keys),
-            values=to_slots(values),
-            mask=jnp.pad(mask.astype(bool), ((0, 0), (0, cache_len - length))),
-            slot=jnp.int32(length),
-            position=mask.sum(axis=1, dtype=jnp.int32),
-        )
-        return hidden[:, -1], cache
+        cache = Cache(keys=to_slots(keys), values=to_slots(values), length=count)
+        return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
+    @jax.named_scope("decode")
     def decoding_weights(self) -> layer.DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
@@ -221,6 +271,7 @@ class Decoder(nnx.Module):
         stacked = {name: value[...] for name, value in nnx.to_pure_dict(nnx.state(self.layers)).items()}
         return layer.decoding_weights(self.config, stacked, self.dtype)
 
+    @jax.named_scope("decode")
     @true_float32
     def decode_step(
         self, tokens: jax.Array, cache: Cache, weights: layer.DecodingWeights | None = None
@@ -229,7 +280,7 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [B].
-            cache: of `prefill` or of the step before; its `slot` must be less than its number of slots.
+            cache: of `prefill` or of the step before. A row that is full is read wrongly: see to it that there is room.
             weights: `decoding_weights()`, made outside the loop; None makes them here.
 
         Returns:
@@ -237,10 +288,10 @@ class Decoder(nnx.Module):
         """
         config = self.config
         weights = self.decoding_weights() if weights is None else weights
-        slots = cache.mask.shape[1]
-        mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, jnp.ones_like(cache.mask[:, :1]), cache.slot, axis=1)
-        near = None if config.window is None else mask & (cache.slot - jnp.arange(slots) < config.window)
-        tables = self._tables(cache.position[:, None])
+        back = cache.length[:, None] - jnp.arange(cache.keys[0].shape[2])
+        seen = back >= 0
+        near = None if config.window is None else seen & (back < config.window)
+        tables = self._tables(cache.length[:, None])
         x = self._embed(tokens).T
         keys, values = [], []
         for index in range(config.layers):
@@ -250,13 +301,13 @@ class Decoder(nnx.Module):
                 weights[index],
                 x,
                 tables[int(sliding)],
-                near if sliding else mask,
-                (cache.keys[index], cache.values[index], cache.slot),
+                near if sliding else seen,
+                (cache.keys[index], cache.values[index], cache.length),
             )
             keys.append(key)
             values.append(value)
         hidden = layer.rms_norm(config, x.T, self.final_norm[...])
-        return hidden, Cache(tuple(keys), tuple(values), mask, cache.slot + 1, cache.position + 1)
+        return hidden, Cache(tuple(keys), tuple(values), cache.length + 1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         x = self.embedding[...][tokens].astype(self.dtype)
@@ -271,22 +322,21 @@ class Decoder(nnx.Module):
         return tables, tables if local == full else local.tables(positions, self.config.head_dim)
 
     def _run(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool):
-        config = self.config
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        order = jnp.arange(tokens.shape[1])
-        allowed = mask[:, None, :] & (order[None, :] <= order[:, None])
-        near = allowed
-        if config.window is not None and config.window < tokens.shape[1]:
-            near = allowed & (positions[:, :, None] - positions[:, None, :] < config.window)
+        return self._layers(tokens, positions, mask, lambda attend: attend, keep_cache=keep_cache)
+
+    def _layers(self, tokens, positions, mask, around, *, keep_cache: bool):
+        """All layers over tokens in any arrangement, that `around` changes for attention into rows as `mask` has them."""
+        config = self.config
+        attend = over_layers(config, mask, self.dtype, self.attention, self.platform)
         tables = self._tables(positions)
 
         def body(x, scanned):
             weights, sliding = scanned
             weights = {name: value.astype(self.dtype) for name, value in weights.items()}
             table = _choose(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
-            seen = _choose(sliding, config, (allowed, near), same=near is allowed)
-            x, key, value = layer.forward(config, weights, x, table, seen)
+            x, key, value = layer.forward(config, weights, x, table, around(functools.partial(attend, sliding)))
             return x, (key, value) if keep_cache else None
 
         if self.remat:
@@ -294,6 +344,11 @@ class Decoder(nnx.Module):
         stacked = {name: value[...] for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)}
         x, kept = jax.lax.scan(body, self._embed(tokens), (stacked, jnp.asarray(config.sliding)))
         return layer.rms_norm(config, x, self.final_norm[...]), kept
+
+
+def _fetch(x: jax.Array, index: jax.Array) -> jax.Array:
+    """`x [S, N, F]` at `index [S, M]` of each line: `[S, M, F]`. Indices must be in range."""
+    return jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(x, index)
 
 
 def _choose(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):

@@ -1,19 +1,20 @@
 """The arithmetic of one decoder layer, as functions of arrays: over whole sequences, and over one token with a cache.
 
-Shapes: B rows, T queries, S keys, D width, H heads, N key-value heads, K head_dim, F inner width of the MLP.
+Shapes: B rows, T tokens, S slots of the cache, D width, H heads, N key-value heads, K head_dim, F inner width of the MLP.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
+from gold_jax.models.attention import shares
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.rope import rotate
 
 Weights = dict[str, jax.Array]
 DecodingWeights = list[Weights]
-
-# Far below any score, yet finite: a query that may see nothing gets an even softmax instead of NaN.
-_HIDDEN = -1e30
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -29,54 +30,43 @@ def rms_norm(config: DecoderConfig, x: jax.Array, weight: jax.Array) -> jax.Arra
     return (wide * scale * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
 
 
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-    """`cap · tanh(x / cap)`, or x where there is no cap."""
-    return x if cap is None else cap * jnp.tanh(x / cap)
-
-
-def attend(config: DecoderConfig, query: jax.Array, key: jax.Array, value: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Grouped-query attention.
-
-    Args:
-        query: [B, T, H, K]; key, value: [B, S, N, K]; allowed: bool [B, T, S].
-
-    Returns:
-        [B, T, H * K] in the query's dtype.
-    """
-    rows, length, heads, size = query.shape
-    query = query.reshape(rows, length, config.kv_heads, heads // config.kv_heads, size)
-    scores = jnp.einsum("btngk,bsnk->bngts", query, key, preferred_element_type=jnp.float32)
-    weights = _shares(config, scores, allowed[:, None, None]).astype(value.dtype)
-    return jnp.einsum("bngts,bsnk->btngk", weights, value).reshape(rows, length, heads * size)
-
-
-def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, allowed: jax.Array):
+def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, attend: Callable[..., jax.Array]):
     """One layer over whole sequences.
 
     Args:
         weights: the layer's parameters by the names of `decoder.layer_parameters`, in the compute dtype.
-        x: [B, T, D]; table: cosines and sines [B, T, K / 2]; allowed: bool [B, T, S = T].
+        x: [B, T, D]; table: cosines and sines [B, T, K / 2].
+        attend: attention of queries [B, T, H, K], keys and values [B, T, N, K], to [B, T, H * K].
 
     Returns:
         x [B, T, D], and the rotated keys and the values [B, T, N, K].
     """
     rows, length, _ = x.shape
-    normed = rms_norm(config, x, weights["attention_norm"])
+    normed = _norm(config, x, weights["attention_norm"])
     query, key, value = (
         linear(weights, name, normed).reshape(rows, length, -1, config.head_dim) for name in ("query", "key", "value")
     )
     query, key = _place_heads(config, weights, query, key, table)
-    attended = linear(weights, "out", attend(config, query, key, value, allowed))
+    attended = linear(weights, "out", attend(query, key, value))
     if config.sandwich_norms:
-        attended = rms_norm(config, attended, weights["attention_out_norm"])
+        attended = _norm(config, attended, weights["attention_out_norm"])
     x = x + attended
 
-    normed = rms_norm(config, x, weights["mlp_norm"])
-    gated = _ACTIVATIONS[config.activation](linear(weights, "gate", normed)) * linear(weights, "up", normed)
+    normed = _norm(config, x, weights["mlp_norm"])
+    gated = _gate(config, linear(weights, "gate", normed), linear(weights, "up", normed))
     made = linear(weights, "down", gated)
     if config.sandwich_norms:
-        made = rms_norm(config, made, weights["mlp_out_norm"])
+        made = _norm(config, made, weights["mlp_out_norm"])
     return x + made, key, value
+
+
+# What lies between two products costs less to compute again than to keep: the backward pass reads their inputs alone.
+_norm = jax.checkpoint(rms_norm, static_argnums=(0,), prevent_cse=False)
+
+
+@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
+def _gate(config: DecoderConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
+    return _ACTIVATIONS[config.activation](gate) * up
 
 
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
@@ -97,12 +87,12 @@ def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, 
 
     Args:
         weights: one of `decoding_weights`; x: [D, B]; table: cosines and sines [B, 1, K / 2].
-        allowed: bool [B, S]; cache: keys and values [B, N, S, K], and the slot to write to.
+        allowed: bool [B, S]; cache: keys and values [B, N, S, K], and the slots [B] to write to.
 
     Returns:
         x [D, B], and the two caches with the token in them.
     """
-    keys, values, slot = cache
+    keys, values, slots = cache
     groups = config.heads // config.kv_heads
 
     normed = _norm_columns(config, x, weights["attention_norm"])
@@ -110,9 +100,11 @@ def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, 
     heads = jnp.moveaxis(heads, 2, 0)[:, None]  # [B, 1, H + 2N, K]
     query, key, value = jnp.split(heads, (config.heads, config.heads + config.kv_heads), axis=2)
     query, key = _place_heads(config, weights, query, key, table)
-    at = (0, 0, slot, 0)
-    keys = jax.lax.dynamic_update_slice(keys, jnp.swapaxes(key, 1, 2), at)
-    values = jax.lax.dynamic_update_slice(values, jnp.swapaxes(value, 1, 2), at)
+    rows = jnp.arange(x.shape[1])
+    keys, values = (
+        old.at[rows, :, slots].set(new[:, 0], indices_are_sorted=True, unique_indices=True)
+        for old, new in ((keys, key), (values, value))
+    )
     query = query.reshape(-1, config.kv_heads, groups, config.head_dim)
     scores = jnp.einsum("bngk,bnsk->bngs", query, keys, preferred_element_type=jnp.float32)
     shares = _shares(config, scores, allowed[:, None, None]).astype(values.dtype)
@@ -174,6 +166,4 @@ def _place_heads(config: DecoderConfig, weights: Weights, query: jax.Array, key:
 
 
 def _shares(config: DecoderConfig, scores: jax.Array, allowed: jax.Array) -> jax.Array:
-    """Softmax over the last axis of unscaled float32 scores, among what is allowed."""
-    scores = softcap(scores * config.query_scale, config.attention_softcap)
-    return jax.nn.softmax(jnp.where(allowed, scores, _HIDDEN), axis=-1)
+    return shares(scores, allowed, softcap=config.attention_softcap, scale=config.query_scale)

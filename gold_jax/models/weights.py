@@ -19,6 +19,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig
 
+from gold_jax.models.attention import check_model, current_platform
 from gold_jax.models.config import FAMILIES, DecoderConfig
 from gold_jax.models.decoder import Decoder, ParamInfo, parameters
 
@@ -68,6 +69,8 @@ def load_model(
     remat: bool = False,
     revision: str | None = None,
     place: Callable[[np.ndarray, tuple], jax.Array] | None = None,
+    attention: str = "auto",
+    platform: str | None = None,
 ) -> Decoder:
     """Read a model from a folder or from the Hugging Face hub.
 
@@ -78,13 +81,17 @@ def load_model(
         remat: recompute layers in the backward pass.
         revision: hub revision.
         place: puts a finished host array on devices, given the array and its logical axes; None: the default device.
+        attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
+        platform: the one of `models.attention.PLATFORMS` that the model is to run on; None: where JAX runs now.
 
     Raises:
         FileNotFoundError: no such folder, or the folder lacks a file.
-        ValueError: config or tensors that do not fit; every fault found is in the one message.
+        ValueError: config or tensors that do not fit; every fault found is in the one message. Or attention that cannot
+            be computed so.
     """
     folder = model_folder(name_or_path, revision=revision)
     config = read_config(folder)
+    check_model(config, dtype, attention, current_platform() if platform is None else platform)
     files = _Tensors(folder)
     checked = files.check(config)
     untied, config = checked.tied != config.tied, checked
@@ -97,7 +104,7 @@ def load_model(
     source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
     config = dataclasses.replace(config, source=json.dumps(source))
     kept = common if param_dtype == "auto" else param_dtype
-    model = Decoder.abstract(config, dtype, kept, remat)
+    model = Decoder.abstract(config, dtype, kept, remat, attention=attention, platform=platform)
     for path, value in values.items():
         owner = model.layers if len(path) == 2 else model
         getattr(owner, path[-1]).set_value(value)

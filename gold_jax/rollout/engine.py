@@ -43,7 +43,9 @@ class Engine(Protocol):
             prompts: token ids int32 [P] of each; one without tokens gets an empty completion.
             max_new_tokens: most tokens of a completion.
             key: PRNG key.
-            temperature, top_k, top_p: as in `rollout.sampler.generate_tokens`.
+            temperature: divides the logits; 0 takes the likeliest token always.
+            top_k: draw among the k likeliest tokens; 0 is off.
+            top_p: then among the fewest tokens that together have this share; 1 is off.
             stop_ids: tokens that end a completion.
             pad_id: the token to pad with; what it is does not matter.
         """

@@ -1,11 +1,7 @@
-"""Sampling completions on the device: prefill, then one jitted loop with a key-value cache.
+"""The built-in engine: which rows are written when, on the host; what is done to them is in `rollout.rows`."""
 
-Temperature, top-k, top-p, key and stop tokens are traced values, so that changing them compiles nothing.
-"""
-
-import functools
+import collections
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,203 +9,241 @@ import numpy as np
 from flax import nnx
 
 from gold_jax.models.decoder import Decoder
+from gold_jax.rollout import rows as device
+from gold_jax.rollout.engine import Sampled
+from gold_jax.rollout.rows import Settings
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
-_BLOCK = 256  # entries of the vocabulary per block in `_draw`
+
+_SMALLEST = 32  # widths of prompts, slots, and the room that slots leave, at the least
+_FEWEST = 8  # fewer rows are not worth a program of their own: weights are read for one row as for eight
+_REFILL = 4  # prompts join when a fourth of the rows is free
+_CHEAP = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once
 
 
-class Rollout(NamedTuple):
-    """What was sampled.
+class SamplingEngine:
+    """Writes completions with the model itself; an `rollout.engine.Engine`.
 
-    Attributes:
-        tokens: int32 [B, N]; 0 after a row's end.
-        lengths: int32 [B], tokens of each row, its stop token included; 0 for rows whose prompt is empty.
-        logprobs: float32 [B, N], log-probability of each token under the model itself (temperature 1, nothing left out).
+    At most `rows` rows are written at once. The device goes on by itself until there is something to do: when a fourth of
+    the rows is free and prompts wait, they join; when none waits and half the rows are done, the others go on in half as
+    many; when a row's slots are full, all get twice as many. Prompts go from the longest to the shortest.
+
+    What a row draws depends on the key, its index and its own prompt alone, whatever `rows` is and the other rows do (as
+    far as rounding goes: a product of other shapes may round otherwise).
+
+    Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of two.
+    In one call the rows only shrink and there is one number of slots where the cache is small beside the weights; never are there
+    more than one program for each number of rows and two for each number of slots.
+    Reading prompts compiles once for each of these and width of prompts (32, 48, 64, 96, 128, …).
     """
 
-    tokens: jax.Array
-    lengths: jax.Array
-    logprobs: jax.Array
+    def __init__(self, rows: int = 32):
+        """Make an engine that writes at most as many rows at once."""
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, got {rows}.")
+        self.rows = rows
+
+    def generate(
+        self,
+        model: Decoder | tuple,
+        prompts: Sequence[np.ndarray],
+        *,
+        max_new_tokens: int,
+        key: jax.Array,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        stop_ids: Sequence[int] = (),
+        pad_id: int = 0,
+    ) -> list[Sampled]:
+        """See `Engine.generate`.
+
+        Args:
+            model: as there.
+            prompts: as there.
+            max_new_tokens: a static size: each new value compiles once.
+            key: as there.
+            temperature, top_k, top_p, stop_ids: as there; changing them compiles nothing.
+            pad_id: as there.
+
+        Raises:
+            ValueError: a setting out of its range, or a token that the model does not have.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}.")
+        if top_k < 0:
+            raise ValueError(f"top_k must be 0 (off) or more, got {top_k}.")
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
+        stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
+        stops[: len(stop_ids)] = stop_ids
+        settings = Settings(*map(jnp.asarray, (
+            np.float32(temperature), np.int32(top_k), np.float32(top_p), stops, np.int32(max_new_tokens)
+        )))  # fmt: skip
+        prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
+        graphdef, params = nnx.split(model) if isinstance(model, nnx.Module) else model
+        return _Writing(graphdef, params, prompts, settings, key, pad_id, self.rows).finish()
 
 
-def generate_tokens(
-    model: Decoder | tuple,
-    tokens: jax.Array,
-    mask: jax.Array,
-    *,
-    max_new_tokens: int,
-    key: jax.Array,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stop_ids: Sequence[int] = (),
-) -> Rollout:
-    """Sample a completion of every prompt.
+class _Writing:
+    """One call of an engine: which prompt each row of the device holds, and what comes next."""
 
-    What a row draws depends on the key, its index and its own prompt, not on how far the batch was padded.
+    def __init__(self, graphdef, params, prompts: list[np.ndarray], settings: Settings, key, pad_id: int, rows: int):
+        model = nnx.merge(graphdef, params)
+        check_tokens(prompts, model.config.vocab_size)
+        self.model, self.config, self.dtype = (graphdef, params), model.config, model.dtype
+        self.prompts, self.settings, self.key, self.pad_id = prompts, settings, key, pad_id
+        self.new = int(settings.limit)
+        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        self.waiting = collections.deque(i for i in longest_first if len(prompts[i]))
+        self.sizes = halves(rows)
+        size = min(size for size in self.sizes if size >= min(rows, len(self.waiting)))
+        # Of each row: the number of its prompt, -1 where none is left to be fetched; tokens read; whether it goes on.
+        self.owner, self.length, self.alive = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
+        self.fetched: list[tuple] = []
 
-    Args:
-        model: a `Decoder`, or its `(graphdef, params)`.
-        tokens, mask: int32 and bool [B, P], prompts padded on the left. A row without tokens is left out (length 0).
-        max_new_tokens: N, a static size: each new value, like each new shape, compiles once.
-        key: PRNG key.
-        temperature: divides the logits; 0 takes the likeliest token always.
-        top_k: draw among the k likeliest tokens; 0 is off.
-        top_p: then among the fewest tokens that together have this share; 1 is off.
-        stop_ids: tokens that end a row.
+    def finish(self) -> list[Sampled]:
+        """Write everything."""
+        found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
+        if not self.waiting:
+            return found
+        self.weights = device.decoding_weights(*self.model)
+        self.slots = self._fitting_slots(len(self.prompts[self.waiting[0]]) - 1)
+        self.cache, self.ledger = device.empty(
+            self.key, config=self.config, dtype=self.dtype, rows=len(self.alive), slots=self.slots, new=self.new
+        )
+        while True:
+            while self.waiting and (~self.alive).sum() >= self._joining():
+                self._admit()
+            if not self.alive.any():
+                break
+            self._fit()
+            self._write()
+        self._put_aside()
+        # All that was drawn comes back here, in one transfer.
+        for (tokens, logprobs, count), owner in jax.device_get(self.fetched):
+            for row in np.flatnonzero(owner >= 0):
+                n = count[row]
+                found[owner[row]] = Sampled(tokens[row, :n], logprobs[row, :n])
+        return found
+
+    def _joining(self) -> int:
+        """How many prompts join at once."""
+        size = len(self.alive)
+        quarter = max(1, size // _REFILL)
+        return min(len(self.waiting), quarter if self.alive.any() else size)
+
+    def _admit(self) -> None:
+        """Read the next prompts into free rows."""
+        self._put_aside()
+        count, size = self._joining(), len(self.alive)
+        space = size if count > size // _REFILL else max(1, size // _REFILL)
+        chosen = [self.waiting.popleft() for _ in range(count)]
+        places = np.full(space, size, np.int32)
+        places[:count] = np.flatnonzero(~self.alive)[:count]
+        lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
+        tokens = np.full((space, prompt_width(lengths.max())), self.pad_id, np.int32)
+        for row, i in enumerate(chosen):
+            tokens[row, : lengths[row]] = self.prompts[i][:-1]
+        self.cache, self.ledger = device.admit(
+            *self.model,
+            self.cache,
+            self.ledger,
+            tokens,
+            _padded(lengths, space),
+            _padded([self.prompts[i][-1] for i in chosen], space),
+            _padded(chosen, space),
+            places,
+            self.key,
+        )
+        rows = places[:count]
+        self.owner[rows], self.length[rows], self.alive[rows] = chosen, lengths, True
+
+    def _fit(self) -> None:
+        """Leave rows that are done behind where nobody waits for them, and have slots for what comes next."""
+        size = len(self.alive)
+        if not self.waiting:
+            size = min(s for s in self.sizes if s >= max(self.alive.sum(), min(_FEWEST, size)))
+        longest = self.length[self.alive].max()
+        slots = self._fitting_slots(longest)
+        if longest < self.slots < 4 * slots:
+            slots = self.slots
+        if (size, slots) == (len(self.alive), self.slots):
+            return
+        self._put_aside()
+        rows = np.argsort(~self.alive, kind="stable")[:size]
+        self.cache, self.ledger = device.resize(self.cache, self.ledger, rows, slots=slots)
+        self.owner, self.length, self.alive, self.slots = self.owner[rows], self.length[rows], self.alive[rows], slots
+
+    def _fitting_slots(self, longest: int) -> int:
+        """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
+        owners = self.owner[self.alive] if self.alive.any() else [self.waiting[0]]
+        enough = doubled(max(len(self.prompts[i]) for i in owners) - 1 + self.new)
+        config, itemsize = self.config, self.dtype.itemsize
+        slot = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1])) * itemsize
+        if _CHEAP * len(self.alive) * enough * slot <= weights:
+            return enough
+        return min(enough, doubled(longest + _SMALLEST))
+
+    def _write(self) -> None:
+        """Let the device go on until there is something to do."""
+        size = len(self.alive)
+        if self.waiting:
+            fewest = size - self._joining()
+        else:
+            fewest = max((s for s in self.sizes if _FEWEST <= s < size), default=0)
+        most = self.slots - self.length[self.alive].max()
+        self.cache, self.ledger, steps = device.write(
+            *self.model, self.weights, self.cache, self.ledger, self.settings, np.int32(most), np.int32(fewest)
+        )
+        done, steps = jax.device_get((self.ledger.done, steps))
+        self.length += steps * self.alive
+        self.alive = ~done
+
+    def _put_aside(self) -> None:
+        """Keep what the rows that are done have drawn, before their places are taken."""
+        owner = np.where(self.alive, -1, self.owner)
+        if (owner >= 0).any():
+            drawn = self.ledger.tokens, self.ledger.logprobs, self.ledger.count
+            for array in drawn:
+                array.copy_to_host_async()
+            self.fetched.append((drawn, owner))
+        self.owner = np.where(self.alive, self.owner, -1)
+
+
+def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
+    """See that a model has every token of the prompts.
 
     Raises:
-        ValueError: a setting out of its range.
+        ValueError: it has not, and which.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 (greedy) or more, got {temperature}.")
-    if top_k < 0:
-        raise ValueError(f"top_k must be 0 (off) or more, got {top_k}.")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
-    graphdef, params = nnx.split(model) if isinstance(model, nnx.Module) else model
-    stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
-    stops[: len(stop_ids)] = stop_ids
-    return _generate(
-        graphdef,
-        params,
-        jnp.asarray(tokens, jnp.int32),
-        jnp.asarray(mask, bool),
-        key,
-        jnp.float32(temperature),
-        jnp.int32(top_k),
-        jnp.float32(top_p),
-        jnp.asarray(stops),
-        max_new_tokens=max_new_tokens,
-    )
+    for number, prompt in enumerate(prompts):
+        wrong = prompt[(prompt < 0) | (prompt >= vocab_size)]
+        if len(wrong):
+            raise ValueError(f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}.")
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens"))
-def _generate(graphdef, params, tokens, mask, key, temperature, top_k, top_p, stops, *, max_new_tokens):
-    model = nnx.merge(graphdef, params)
-    rows, prompt = tokens.shape
-    hidden, cache = model.prefill(tokens, mask, prompt + max_new_tokens)
-    weights = model.decoding_weights()
-    row_keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
-
-    def sample(hidden, step, rollout, done):
-        """Draw one token per row and note it; rows that are done stay as they are."""
-        logits = model.decode_logits(hidden)
-        uniform = jax.vmap(lambda row_key: jax.random.uniform(jax.random.fold_in(row_key, step)))(row_keys)
-        token = jnp.where(done, 0, draw(logits, uniform, temperature, top_k, top_p))
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-        logprob = jnp.where(done, 0.0, chosen - jax.nn.logsumexp(logits, axis=1))
-        rollout = Rollout(
-            jax.lax.dynamic_update_slice(rollout.tokens, token[:, None], (0, step)),
-            rollout.lengths + ~done,
-            jax.lax.dynamic_update_slice(rollout.logprobs, logprob[:, None], (0, step)),
-        )
-        return token, rollout, done | (token[:, None] == stops).any(axis=1)
-
-    shape = (rows, max_new_tokens)
-    empty = Rollout(jnp.zeros(shape, jnp.int32), jnp.zeros(rows, jnp.int32), jnp.zeros(shape, jnp.float32))
-    start = sample(hidden, jnp.int32(0), empty, ~mask.any(axis=1))
-
-    def body(state):
-        step, cache, (token, rollout, done) = state
-        hidden, cache = model.decode_step(token, cache, weights)
-        return step + 1, cache, sample(hidden, step, rollout, done)
-
-    def going(state):
-        step, _, (_, _, done) = state
-        return (step < max_new_tokens) & ~done.all()
-
-    return jax.lax.while_loop(going, body, (jnp.int32(1), cache, start))[2][1]
+def halves(rows: int) -> list[int]:
+    """`rows`, half of it, and so on, rounded up, down to 1."""
+    return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]
 
 
-def draw(
-    logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """One token per row.
-
-    The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are kept.
-
-    Args:
-        logits: float32 [B, V].
-        uniform: float32 [B] in [0, 1), the only randomness.
-        temperature, top_k, top_p: scalars as in `generate_tokens`.
-
-    Returns:
-        int32 [B].
-    """
-
-    def greedy(logits):
-        return jnp.argmax(logits, axis=1).astype(jnp.int32)
-
-    def sampled(logits):
-        return _draw(filtered_weights(logits, temperature, top_k, top_p), uniform)
-
-    return jax.lax.cond(temperature == 0, greedy, sampled, logits)
+def doubled(length: int) -> int:
+    """The smallest of 32, 64, 128, … that holds `length`."""
+    return max(_SMALLEST, 1 << (int(length) - 1).bit_length())
 
 
-def filtered_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Unnormalised probabilities float32 [B, V], 0 for entries that the filters leave out."""
-    scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    weights = jnp.exp(scaled)
-    order = _order(scaled)
-
-    def keep_k(weights):
-        def enough(threshold):
-            return (order >= threshold[:, None]).sum(axis=1) >= top_k
-
-        return jnp.where(order >= _largest(enough, weights)[:, None], weights, 0.0)
-
-    def keep_p(weights):
-        share = top_p * weights.sum(axis=1)
-
-        def enough(threshold):
-            return jnp.where(order >= threshold[:, None], weights, 0.0).sum(axis=1) >= share
-
-        return jnp.where(order >= _largest(enough, weights)[:, None], weights, 0.0)
-
-    weights = jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
-    return jax.lax.cond(top_p < 1, keep_p, lambda weights: weights, weights)
+def prompt_width(length: int) -> int:
+    """The smallest of 32, 48, 64, 96, 128, … that holds `length`."""
+    size = doubled(length)
+    return size * 3 // 4 if length <= size * 3 // 4 and size > _SMALLEST else size
 
 
-def _order(values: jax.Array) -> jax.Array:
-    """uint32 that compare as the floats do: the bit pattern, its negative half turned over."""
-    bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits >= sign, ~bits, bits | sign)
+def _padded(values, size: int) -> np.ndarray:
+    return np.pad(np.asarray(values, np.int32), (0, size - len(values)))
 
 
-def _largest(enough, like: jax.Array) -> jax.Array:
-    """The largest threshold of each row, uint32 [B], that is `enough`: 32 halvings instead of a sort."""
-
-    def halve(index, threshold):
-        higher = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        return jnp.where(enough(higher), higher, threshold)
-
-    return jax.lax.fori_loop(0, 32, halve, jnp.zeros(like.shape[0], jnp.uint32))
-
-
-def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Invert the cumulative sum at `uniform`: first among blocks of the vocabulary, then within the block."""
-    rows, size = weights.shape
-    blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
-    block, rest = _invert(blocks.sum(axis=2), uniform)
-    own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    inner, _ = _invert(own, rest)
-    return (block * _BLOCK + inner).astype(jnp.int32)
-
-
-def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Index [B] where the cumulative share of weights [B, C] first exceeds uniform, and how far into it, in [0, 1)."""
-    sums = jnp.cumsum(weights, axis=1)
-    target = uniform * sums[:, -1]
-    # Rounding may put the target at the very end: then the last entry that weighs anything, never one left out.
-    last = weights.shape[1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=1)
-    index = jnp.minimum((sums <= target[:, None]).sum(axis=1), last)
-    weight = jnp.take_along_axis(weights, index[:, None], axis=1)[:, 0]
-    before = jnp.take_along_axis(sums, index[:, None], axis=1)[:, 0] - weight
-    return index, jnp.clip((target - before) / weight, 0.0, 1.0)
-
-
-__all__ = ["Rollout", "draw", "filtered_weights", "generate_tokens"]
+__all__ = ["SamplingEngine"]

@@ -1,7 +1,8 @@
 """From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
 
 A row is ragged and belongs to the host; a batch is rectangular and goes to the device. Letters: `B` rows, `T` and `U`
-student and teacher tokens, `G` groups, `M` tokens inside merged groups. Everything here is numpy.
+student and teacher tokens, `G` groups, `M` tokens inside merged groups; `S` lines of `N` tokens (see `text.lines`).
+Everything here is numpy.
 """
 
 import dataclasses
@@ -13,21 +14,29 @@ import numpy as np
 from gold_jax.text.align import group_ends
 from gold_jax.text.chat import Codec
 from gold_jax.text.drawn import Drawn
+from gold_jax.text.lines import Lines, pack_lines, pad_right, positions
 
 IGNORE = -1
 NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
 
 
 class Side(NamedTuple):
-    """One model's part of a batch, int32 but for the mask. Padding is on the right."""
+    """One model's part of a batch, int32. Positions number the tokens of all lines, `[S·N]`."""
 
-    tokens: np.ndarray  # [B, T] prompt, completion, stop token
-    mask: np.ndarray  # [B, T] bool, true where there is a token
+    lines: Lines
     base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
     token: np.ndarray  # [B, G] token of the group's text that this distribution is over
     inner_position: np.ndarray  # [B, M] positions that predict further tokens of the text …
     inner_token: np.ndarray  # [B, M] … at this token …
     inner_group: np.ndarray  # [B, M] … into this group; G where there is none
+
+
+class Labels(NamedTuple):
+    """What cross-entropy learns. Positions number the tokens of all lines, `[S·N]`."""
+
+    position: np.ndarray  # [B, T] int32, the position that predicts the label
+    token: np.ndarray  # [B, T] int32, IGNORE where nothing is predicted
+    weight: np.ndarray  # [B, T] float32
 
 
 class Batch(NamedTuple):
@@ -36,17 +45,14 @@ class Batch(NamedTuple):
     student: Side
     teacher: Side
     weight: np.ndarray  # [B, G] float32, zero where there is no group that counts
-    labels: np.ndarray  # [B, T] the student token behind each position, IGNORE where it is no target
-    label_weight: np.ndarray  # [B, T] float32
+    labels: Labels  # the student's completion tokens
 
 
 class TokenBatch(NamedTuple):
     """A padded batch for cross-entropy alone."""
 
-    tokens: np.ndarray  # [B, T] int32
-    mask: np.ndarray  # [B, T] bool
-    labels: np.ndarray  # [B, T] int32, IGNORE where nothing is predicted
-    label_weight: np.ndarray  # [B, T] float32
+    lines: Lines
+    labels: Labels
 
 
 class Half(NamedTuple):
@@ -160,14 +166,6 @@ def _fit(student: Half, teacher: Half, count: int, student_limit: int, teacher_l
     return student, teacher, min(count, a, b)
 
 
-def bucket(length: int, *, smallest: int = 32) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, … that holds `length`: at most a third is padding, shapes stay few."""
-    size = smallest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     """Which of a row's groups enter the loss: bool `[groups]`.
 
@@ -235,11 +233,13 @@ def build_batches(
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
+    lines: int = 1,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
     `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens.
+    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. The rows of a batch lie
+    in so many `lines`, one for each device that shares it.
     """
     keeps = [counted_groups(row, merge, groups) for row in rows]
     weights = normalise(keeps, normalization)
@@ -248,66 +248,72 @@ def build_batches(
     batches = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
-        chosen = rows[part]
-        # A row has no more groups than student tokens, so the group arrays need no bucket of their own.
-        width = bucket(max(len(r.student.prompt) + len(r.student.completion) for r in chosen))
-        counts = [r.groups for r in chosen]
-        sides = [
-            _pad_side([r.student for r in chosen], counts, merge, text, batch_size, width, student_pad),
-            _pad_side([r.teacher for r in chosen], counts, merge, text, batch_size, width, teacher_pad),
-        ]
+        chosen, counts = rows[part], [r.groups for r in rows[part]]
+        student, teacher = (
+            pack_lines([_tokens(h) for h in halves], batch_size, lines, pad=pad)
+            for halves, pad in (
+                ([r.student for r in chosen], student_pad),
+                ([r.teacher for r in chosen], teacher_pad),
+            )
+        )
+        width = student.place.shape[
+            -1
+        ]  # a row has no more groups than student tokens: groups need no bucket of their own
         batches.append(
             Batch(
-                *sides,
+                _pad_side(student, [r.student for r in chosen], counts, merge, text, batch_size, width),
+                _pad_side(teacher, [r.teacher for r in chosen], counts, merge, text, batch_size, width),
                 weight=pad_right(weights[part], batch_size, width, np.float32),
-                labels=pad_right([t[0] for t in targets[part]], batch_size, width, np.int32, IGNORE),
-                label_weight=pad_right(label_weights[part], batch_size, width, np.float32),
+                labels=_pad_labels(student, [t[0] for t in targets[part]], label_weights[part], batch_size),
             )
         )
     return batches
 
 
+def _tokens(half: Half) -> np.ndarray:
+    return np.concatenate([half.prompt, half.completion])
+
+
 def _targets(half: Half) -> tuple[np.ndarray, np.ndarray]:
     """Labels and mask `[P + T]`: every completion token is the label of the position before it."""
-    tokens = np.concatenate([half.prompt, half.completion])
+    tokens = _tokens(half)
     labels = np.append(tokens[1:], IGNORE)
     counted = np.zeros(len(tokens), bool)
     counted[max(0, len(half.prompt) - 1) : max(0, len(tokens) - 1)] = True
     return np.where(counted, labels, IGNORE), counted
 
 
-def pad_right(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
-    """Ragged rows as one array `[height, width]`, filled up behind each row and below the last."""
-    out = np.full((height, width), fill, dtype)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def pad_left(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
-    """As `pad_right`, filled up before each row: what sampling wants of prompts."""
-    return pad_right([row[::-1] for row in rows], height, width, dtype, fill)[:, ::-1]
-
-
 def _pad_side(
-    halves: Sequence[Half], counts: Sequence[int], merge: str, text: bool, height: int, groups: int, pad: int
+    lines: Lines, halves: Sequence[Half], counts: Sequence[int], merge: str, text: bool, height: int, groups: int
 ) -> Side:
-    tokens = [np.concatenate([h.prompt, h.completion]) for h in halves]
-    width = bucket(max(len(t) for t in tokens))
+    place = positions(lines)
+    width = place.shape[1]
     base, stands, position, token, group = zip(*(_merge_index(h, n, merge, text) for h, n in zip(halves, counts)))
     return Side(
-        tokens=pad_right(tokens, height, width, np.int32, pad),
-        mask=pad_right([np.ones(len(t), bool) for t in tokens], height, width, bool),
-        base=pad_right(base, height, groups, np.int32),
+        lines,
+        base=pad_right([place[i, x] for i, x in enumerate(base)], height, groups, np.int32),
         token=pad_right(stands, height, groups, np.int32),
-        inner_position=pad_right(position, height, width, np.int32),
+        inner_position=pad_right([place[i, x] for i, x in enumerate(position)], height, width, np.int32),
         inner_token=pad_right(token, height, width, np.int32),
         inner_group=pad_right(group, height, width, np.int32, groups),
     )
 
 
+def _pad_labels(lines: Lines, tokens: Sequence[np.ndarray], weights: Sequence[np.ndarray], height: int) -> Labels:
+    place = positions(lines)
+    width = place.shape[1]
+    return Labels(
+        place, pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)
+    )
+
+
 def build_token_batches(
-    rows: Sequence[tuple[np.ndarray, np.ndarray]], batch_size: int, *, normalization: str = "groups", pad: int = 0
+    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    batch_size: int,
+    *,
+    normalization: str = "groups",
+    pad: int = 0,
+    lines: int = 1,
 ) -> list[TokenBatch]:
     """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it."""
     labels = [np.append(ids[1:], IGNORE) for ids, _ in rows]
@@ -316,20 +322,7 @@ def build_token_batches(
     batches = []
     for start in range(0, len(rows), batch_size):
         part = slice(start, start + batch_size)
-        ids = [r[0] for r in rows[part]]
-        width = bucket(max(len(x) for x in ids))
-        batches.append(
-            TokenBatch(
-                tokens=pad_right(ids, batch_size, width, np.int32, pad),
-                mask=pad_right([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
-                labels=pad_right(
-                    [np.where(m, y, IGNORE) for m, y in zip(masks[part], labels[part])],
-                    batch_size,
-                    width,
-                    np.int32,
-                    IGNORE,
-                ),
-                label_weight=pad_right(weights[part], batch_size, width, np.float32),
-            )
-        )
+        packed = pack_lines([ids for ids, _ in rows[part]], batch_size, lines, pad=pad)
+        tokens = [np.where(m, y, IGNORE) for m, y in zip(masks[part], labels[part])]
+        batches.append(TokenBatch(packed, _pad_labels(packed, tokens, weights[part], batch_size)))
     return batches

@@ -10,11 +10,12 @@ import numpy as np
 from flax import nnx
 
 from gold_jax.losses.distill import Head, token_logp
-from gold_jax.rollout.sampler import generate_tokens
-from gold_jax.text.batch import bucket, pad_left, pad_right
+from gold_jax.rollout.engine import Engine
+from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
 from gold_jax.text.drawn import Drawn, completion_from_ids
+from gold_jax.text.lines import pack_lines, pad_right, positions
 
 MODEL_WINDOW = 1 << 20
 
@@ -42,14 +43,12 @@ class Score:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
-def _completion_nll(graph, params, tokens, mask, counted, chunk):
-    """Negative log-likelihood `[B]` in nats of the tokens behind the positions that `counted [B, T]` marks."""
+def _completion_nll(graph, params, lines, position, behind, counted, chunk):
+    """Negative log-likelihood `[B]` in nats of the tokens `behind` the positions `[B, T]` that `counted` marks."""
     model = nnx.merge(graph, params)
     weight = model.head_weight()
     head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
-    position = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    behind = jnp.roll(tokens, -1, axis=1)
-    return -token_logp(model(tokens, mask), head, position, behind, counted, chunk).sum(1)
+    return -token_logp(model.read_lines(*lines), head, position, behind, counted, chunk).sum(1)
 
 
 def score_completions(
@@ -101,10 +100,11 @@ def score_completions(
             begin = scored[0, 1] if len(prompts[i]) == 0 and len(scored) else 0
             sizes[i] = scored[-1, 1] - begin if len(scored) else 0
             tokens[i] = mark.sum()
-        width = bucket(max(len(x) for x in ids))
-        batch = pad_right(ids, batch_size, width, np.int32, codec.pad_id)
-        mask = pad_right([np.ones(len(x), bool) for x in ids], batch_size, width, bool)
-        nll = _completion_nll(graph, params, batch, mask, pad_right(counted, batch_size, width, bool), chunk)
+        lines = pack_lines(ids, batch_size, pad=codec.pad_id)
+        width = lines.place.shape[-1]
+        behind = pad_right([x[1:] for x in ids], batch_size, width, np.int32)
+        marks = pad_right(counted, batch_size, width, bool)
+        nll = _completion_nll(graph, params, lines, positions(lines), behind, marks, chunk)
         bits[rows] = np.asarray(nll)[: len(rows)] / np.log(2)
     return Score(bits, sizes, tokens, cut)
 
@@ -120,31 +120,31 @@ def sample_completions(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    engine: Engine | None = None,
 ) -> list[Drawn]:
-    """Completions that a model draws for prompts (texts or lists of messages), in order; temperature 0 is greedy."""
-    options = dict(max_new_tokens=max_new_tokens, key=key, batch_size=batch_size)
-    drawn = _drawn(model, codec, prompts, **options, temperature=temperature, top_k=top_k, top_p=top_p)
-    return [completion for completion, _ in drawn]
+    """Completions that a model draws for prompts, in order.
+
+    Args:
+      model: a `Decoder` or its `(graphdef, params)`.
+      codec: its codec.
+      prompts: texts or lists of messages.
+      max_new_tokens: most tokens of a completion.
+      key: PRNG key.
+      batch_size: most rows that the built-in engine writes at once.
+      temperature, top_k, top_p: as in `rollout.engine.Engine.generate`; temperature 0 is greedy.
+      engine: what writes; None for the built-in one.
+    """
+    engine = SamplingEngine(batch_size) if engine is None else engine
+    options = dict(max_new_tokens=max_new_tokens, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
+    return [completion for completion, _ in _drawn(model, codec, prompts, engine, **options)]
 
 
-def _drawn(model, codec: Codec, prompts: Sequence, *, max_new_tokens, key, batch_size, **filters):
+def _drawn(model, codec: Codec, prompts: Sequence, engine: Engine, **options):
     """Each completion with the log-probabilities, float32 [N], that the model itself gave to what it drew."""
-    for start in range(0, len(prompts), batch_size):
-        chosen = prompts[start : start + batch_size]
-        ids = [codec.encode_prompt(p) for p in chosen]
-        width = bucket(max(len(x) for x in ids))
-        drawn = generate_tokens(
-            model,
-            pad_left(ids, batch_size, width, np.int32, codec.pad_id),
-            pad_left([np.ones(len(x), bool) for x in ids], batch_size, width, bool),
-            max_new_tokens=max_new_tokens,
-            key=jax.random.fold_in(key, start),
-            stop_ids=codec.stop_ids,
-            **filters,
-        )
-        tokens, lengths, logprobs = map(np.asarray, drawn)
-        for i, prompt in enumerate(chosen):
-            yield completion_from_ids(codec, tokens[i, : lengths[i]], after=prompt), logprobs[i]
+    ids = [codec.encode_prompt(p) for p in prompts]
+    drawn = engine.generate(model, ids, stop_ids=codec.stop_ids, pad_id=codec.pad_id, **options)
+    for prompt, completion in zip(prompts, drawn):
+        yield completion_from_ids(codec, completion.ids, after=prompt), completion.logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +207,7 @@ def measure_gaps(
     """
 
     def written(who, key):
-        options = dict(
-            max_new_tokens=max_new_tokens, key=key, batch_size=batch_size, temperature=1.0, top_k=0, top_p=1.0
-        )
-        return list(_drawn(*who, prompts, **options))
+        return list(_drawn(*who, prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key))
 
     def readable(drawn):
         return [i for i, (d, _) in enumerate(drawn) if d.text.strip()]

@@ -16,7 +16,9 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
+from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
+from gold_jax.training import profile
 from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, save_final_model
 from gold_jax.training.evaluation import exact_match, score_completions
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
@@ -67,6 +69,9 @@ class Loop:
         self.total_steps = args.max_steps
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
+        self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
+        if self.profile_steps:
+            task.windows = profile.watched(task.windows)
         self.schedule = make_schedule(args, self.total_steps)
         optimizer = make_optimizer(args, self.total_steps)
         self.graph, params = nnx.split(task.student.model)
@@ -113,13 +118,14 @@ class Loop:
         per_epoch = self.order.steps_per_epoch
         window = self._window(0)
         since, tokens, table_due = time.perf_counter(), 0, 0
-        for step in range(total):
-            with uninterrupted():
+        for step in self._steps(log):
+            with uninterrupted(), profile.host_part(profile.STARTING):
                 metrics = self.step.train(self.state, self.task.constants, window.batches)
                 current, self.done = window, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
             window = self._window(step + 1) if step + 1 < total else None
-            jax.block_until_ready(metrics["loss"])
+            with profile.host_part(profile.WAITING):
+                jax.block_until_ready(metrics["loss"])
 
             means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
             tokens += current.stats["tokens"]
@@ -144,6 +150,19 @@ class Loop:
                 prune_checkpoints(self.output, args.save_total_limit)
                 since, tokens = time.perf_counter(), 0
 
+    def _steps(self, log: MetricLog) -> Iterator[int]:
+        """0, 1, … up to the last update, those of `profile_steps` traced."""
+        folder = self.output / "profile"
+
+        def settle():
+            jax.block_until_ready((self.state.params, self.state.optimizer))
+
+        def show(summary):
+            log.flush()
+            profile.show_summary(self.console, summary, folder)
+
+        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show)
+
     def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
         return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
 
@@ -151,6 +170,7 @@ class Loop:
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
         return self.task.windows.train(step, examples, self.state.params)
 
+    @profile.as_host_part(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         if self.task.eval is None:
@@ -171,6 +191,7 @@ class Loop:
         """The student as it stands now."""
         return self.task.student._replace(model=nnx.merge(self.graph, self.state.params))
 
+    @profile.as_host_part(profile.SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
         return save_final_model(self.student.model, self.task.student.codec.tokenizer, folder, dtype=self.save_dtype)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from transformers import AutoTokenizer
 
+from gold_jax.models.attention import check_model
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.weights import load_model
 from gold_jax.quickstart import PREFIX, resolve
@@ -38,6 +39,7 @@ def load_participant(
     eos_token: str | None = None,
     special_tokens_in_prompts: bool = False,
     trust_remote_code: bool = False,
+    attention: str | None = None,
     role: str = "model",
 ) -> Participant:
     """Brings a model and its tokenizer together, from disk, the hub or memory.
@@ -54,6 +56,7 @@ def load_participant(
       eos_token: a token that ends a turn, in place of the tokenizer's own end token.
       special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
       trust_remote_code: let the tokenizer run its own Python code.
+      attention: "auto" or one of `models.attention.IMPLEMENTATIONS`; None: "auto", or what a model in memory has.
       role: what error messages call it.
 
     Raises:
@@ -66,7 +69,7 @@ def load_participant(
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
     model, tokenizer = (_found(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
-    model = _model(model, dtype, param_dtype, remat, revision)
+    model = _model(model, dtype, param_dtype, remat, revision, attention)
     if isinstance(source, str | pathlib.Path):
         source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     if not hasattr(source, "apply_chat_template"):
@@ -104,9 +107,11 @@ def _found(source: Any) -> Any:
     return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
-def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | None) -> Decoder:
+def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | None, attention: str | None) -> Decoder:
     if isinstance(model, str | pathlib.Path):
-        return load_model(model, dtype=dtype, param_dtype=param_dtype, remat=remat, revision=revision)
+        return load_model(
+            model, dtype=dtype, param_dtype=param_dtype, remat=remat, revision=revision, attention=attention or "auto"
+        )
     if isinstance(model, tuple) and len(model) == 2:
         model = nnx.merge(*model)
     if not isinstance(model, Decoder):
@@ -118,6 +123,8 @@ def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | Non
     # Training donates parameters: a copy leaves the caller's whole.
     model = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, param_dtype), state))
     model.dtype, model.param_dtype, model.remat = jnp.dtype(dtype), jnp.dtype(param_dtype), remat
+    model.attention = attention or model.attention
+    check_model(model.config, model.dtype, model.attention, model.platform)
     return model
 
 

@@ -18,7 +18,8 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.compare import CompareOptions
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, order_rows
 from gold_jax.models.decoder import Decoder
-from gold_jax.text.batch import Batch, TokenBatch
+from gold_jax.text.batch import Batch, Side, TokenBatch
+from gold_jax.text.lines import Lines, power_of_two
 from gold_jax.text.vocabulary import VocabularyMap
 
 
@@ -104,7 +105,33 @@ def _is_identity(order: np.ndarray) -> bool:
     return bool((order == np.arange(len(order))).all())
 
 
-LossFn = Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+def _hidden(scope: str, model: Decoder, lines: Lines) -> jax.Array:
+    """A model's hidden states, `[S, N, D]`, under a scope that tells the models apart in a profile."""
+    with jax.named_scope(scope):
+        return model.read_lines(*lines)
+
+
+class LossFn(NamedTuple):
+    """A loss in two programs: what no gradient goes through, and what one does.
+
+    Attributes:
+      prepare: `prepare(constants, batch) -> batch`: puts in what the teacher says; None where there is nothing to do.
+      loss: `loss(params, constants, batch) -> (loss, parts)` of a prepared batch.
+    """
+
+    prepare: Callable[[Any, Any], Any] | None
+    loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
+
+    def __call__(self, params, constants, batch):
+        """Both, one after the other."""
+        return self.loss(params, constants, batch if self.prepare is None else self.prepare(constants, batch))
+
+
+class Read(NamedTuple):
+    """The teacher's side of a batch once the teacher has read it: hidden states `[O, E]` in place of the tokens."""
+
+    hidden: jax.Array
+    side: Side
 
 
 def make_distillation_loss(
@@ -113,12 +140,20 @@ def make_distillation_loss(
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
     options = compare_options(spec, vocabulary)
 
+    def prepare(constants: Constants, batch: Batch):
+        frozen = nnx.merge(teacher, constants.teacher)
+        hidden = _hidden("teacher", frozen, batch.teacher.lines)
+        hidden = hidden.reshape(-1, hidden.shape[-1])
+        # The student's program sees few different sizes, though the teacher's lines come in more.
+        padding = power_of_two(len(hidden)) - len(hidden)
+        return batch._replace(teacher=Read(jnp.pad(hidden, [(0, padding), (0, 0)]), batch.teacher._replace(lines=None)))
+
     def loss(params, constants: Constants, batch: Batch):
-        model, frozen = nnx.merge(student, params), nnx.merge(teacher, constants.teacher)
-        hidden = model(batch.student.tokens, batch.student.mask)
-        weight = model.head_weight()
-        if constants.student_order is not None:
-            weight = order_rows(weight, constants.student_order, constants.student_place)
+        model = nnx.merge(student, params)
+        hidden = _hidden("student", model, batch.student.lines)
+        weight, order = model.head_weight(), constants.student_order
+        if order is not None and batch.weight.size > weight.shape[1]:  # order the smaller: the head, or all its logits
+            weight, order = order_rows(weight, order, constants.student_place), None
         head = Head(
             weight,
             constants.student_place,
@@ -126,6 +161,7 @@ def make_distillation_loss(
             spec.student_temperature,
             constants.student_route,
             constants.student_stops,
+            order,
         )
         total, parts = jnp.float32(0), {}
         if spec.distillation_weight:
@@ -133,16 +169,16 @@ def make_distillation_loss(
                 hidden,
                 head,
                 batch.student,
-                jax.lax.stop_gradient(frozen(batch.teacher.tokens, batch.teacher.mask)),
+                batch.teacher.hidden,
                 Head(
                     constants.teacher_head,
                     constants.teacher_place,
-                    frozen.config.final_softcap,
+                    nnx.merge(teacher, constants.teacher).config.final_softcap,
                     spec.teacher_temperature,
                     constants.teacher_route,
                     constants.teacher_stops,
                 ),
-                batch.teacher,
+                batch.teacher.side,
                 batch.weight,
                 compare=spec.compare,
                 options=options,
@@ -152,12 +188,12 @@ def make_distillation_loss(
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
             plain = head._replace(temperature=1.0, stops=None)
-            value, more = cross_entropy(hidden, plain, batch.labels, batch.label_weight, chunk=chunk)
+            value, more = cross_entropy(hidden, plain, *batch.labels, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
         return total, parts
 
-    return loss
+    return LossFn(prepare if spec.distillation_weight else None, loss)
 
 
 def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
@@ -167,12 +203,10 @@ def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
         model = nnx.merge(student, params)
         weight = model.head_weight()
         head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
-        value, parts = cross_entropy(
-            model(batch.tokens, batch.mask), head, batch.labels, batch.label_weight, chunk=chunk
-        )
+        value, parts = cross_entropy(_hidden("student", model, batch.lines), head, *batch.labels, chunk=chunk)
         return value, {"token_accuracy": parts["correct"]}
 
-    return loss
+    return LossFn(None, loss)
 
 
 @dataclasses.dataclass
@@ -191,8 +225,9 @@ class Step:
     """
 
     def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation | None):
-        gradient = jax.value_and_grad(loss, has_aux=True)
+        gradient = jax.value_and_grad(loss.loss, has_aux=True)
 
+        @jax.named_scope("optimizer")
         def update(params, state, grads):
             updates, state = optimizer.update(grads, state, params)
             return optax.apply_updates(params, updates), state, optax.global_norm(grads)
@@ -213,28 +248,32 @@ class Step:
         self._first = jax.jit(first)
         self._add = jax.jit(add, donate_argnums=(1, 2))
         self._update = jax.jit(update, donate_argnums=(0, 1))
-        self._evaluate = jax.jit(loss)
+        self._evaluate = jax.jit(loss.loss)
+        self._prepare = None if loss.prepare is None else jax.jit(loss.prepare)
 
     @property
     def compiled(self) -> int:
         """Number of compiled programs so far."""
-        return sum(f._cache_size() for f in (self._fused, self._first, self._add, self._update, self._evaluate))
+        programs = self._fused, self._first, self._add, self._update, self._evaluate, self._prepare
+        return sum(f._cache_size() for f in programs if f is not None)
+
+    def _prepared(self, constants, batch):
+        return batch if self._prepare is None else self._prepare(constants, batch)
 
     def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed."""
+        head = self._prepared(constants, batches[0])
         if len(batches) == 1:
-            state.params, state.optimizer, metrics, norm = self._fused(
-                state.params, state.optimizer, constants, batches[0]
-            )
+            state.params, state.optimizer, metrics, norm = self._fused(state.params, state.optimizer, constants, head)
         else:
-            metrics, grads = self._first(state.params, constants, batches[0])
+            metrics, grads = self._first(state.params, constants, head)
             for batch in batches[1:]:
-                metrics, grads = self._add(state.params, grads, metrics, constants, batch)
+                metrics, grads = self._add(state.params, grads, metrics, constants, self._prepared(constants, batch))
             state.params, state.optimizer, norm = self._update(state.params, state.optimizer, grads)
         loss, parts = metrics
         return {"loss": loss, "grad_norm": norm, **parts}
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""
-        loss, parts = self._evaluate(params, constants, batch)
+        loss, parts = self._evaluate(params, constants, self._prepared(constants, batch))
         return {"loss": loss, **parts}

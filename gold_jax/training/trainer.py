@@ -11,6 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
@@ -94,6 +95,7 @@ class SFTTrainer:
             tokenizer,
             dtype=self.dtype,
             revision=options.get("revision"),
+            attention=options.get("attn_implementation"),
             chat_template=read_template(a.chat_template_path) if mine and a.chat_template_path else None,
             template_kwargs=a.template_kwargs if mine else a.teacher_template_kwargs or a.template_kwargs,
             special_tokens_in_prompts=a.special_tokens_in_prompts,
@@ -146,6 +148,7 @@ class SFTTrainer:
             **rows,
             "data": f"{len(kept)} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "precision": f"{self.dtype} compute, float32 parameters",
+            "attention": self.student.model.attention_in_words(),
             "device": f"{device.device_kind} ({jax.default_backend()})",
             "output": self.args.output_dir,
         }
@@ -288,6 +291,7 @@ class GOLDTrainer(SFTTrainer):
             check_evaluation(self.eval_examples, student.codec, teacher.codec)
         self.notices += notices
         self.teacher_name = teacher.name
+        engine = self._engine()
         self._tell(
             {
                 "teacher": f"{teacher.name} ({teacher.model.config.family})",
@@ -296,6 +300,7 @@ class GOLDTrainer(SFTTrainer):
                 else f"{sizes[0]:,} and {sizes[1]:,} rows, {vocabulary.matched:,} matched by surface",
                 "loss": self.spec.describe(),
                 "completions": f"{a.lmbda:.0%} by the student"
+                + (f" through {a.rollout_server} at {a.server_url}" if engine is not None else "")
                 + (f", {1 - a.lmbda:.0%} by the teacher" if a.seq_kd and a.lmbda < 1 else "")
                 + (f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""),
             },
@@ -325,6 +330,8 @@ class GOLDTrainer(SFTTrainer):
             generation_batch_size=a.generation_batch_size or 32,
             teacher_model=nnx.split(restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
             teacher_context=a.teacher_context,
+            engine=engine,
+            sync=None if engine is None else engine.sync,
         )
 
         def teacher_score():
@@ -334,6 +341,28 @@ class GOLDTrainer(SFTTrainer):
         task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
         rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
         return self._make_loop(task, rows // a.num_generations, a.max_completion_length)
+
+    def _engine(self) -> ServerEngine | None:
+        """The server that writes for the student, found to be there; None for the built-in sampler."""
+        a = self.args
+        if a.server_url is None:
+            return None
+        if a.lmbda == 0:
+            self.notices.append("--use_vllm: no effect with --lmbda 0, where the student writes nothing")
+            return None
+        engine = ServerEngine(
+            a.server_url,
+            a.rollout_weights_dir or pathlib.Path(a.output_dir) / ".rollout_weights",
+            kind=a.rollout_server,
+            vocab_size=self.student.model.config.vocab_size,
+            timeout=a.vllm_server_timeout,
+            sync_every=a.vllm_sync_frequency,
+            sync_first=a.rollout_sync_first,
+            dtype=self.dtype,
+            api_key=os.environ.get("VLLM_API_KEY"),
+        )
+        engine.check(a.prompt_budget + a.max_completion_length)
+        return engine
 
     def _card(self) -> dict[str, Any]:
         return {"teacher": self.teacher_name, "loss": self.spec.describe()}

@@ -6,13 +6,14 @@ writes itself, and the sampling keys are pure functions of the seed and the step
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
 
 from gold_jax.loss_spec import LossSpec
+from gold_jax.rollout.engine import Engine
 from gold_jax.text.batch import Row, build_batches, build_rows, build_token_batches, counted_groups
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
@@ -66,6 +67,8 @@ class DistillationWindows:
     The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
     teacher. An update's completions are sampled together, `generation_batch_size` rows at a time, however it is split
     into micro-batches. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
+    `engine` writes for the student in place of the built-in sampler, after `sync` has been given the student (graph and
+    parameters) and the number of updates that it has seen.
     """
 
     student: Codec
@@ -87,6 +90,8 @@ class DistillationWindows:
     generation_batch_size: int = 32
     teacher_model: Any = None
     teacher_context: str | None = None
+    engine: Engine | None = None
+    sync: Callable[[tuple, int], Any] | None = None
 
     def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
         """See `Windows.train`."""
@@ -97,7 +102,9 @@ class DistillationWindows:
         others = [e for e, on in zip(examples, on_policy) if not on]
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         model = (self.student_graph, params)
-        drawn = self._sample(model, self.student, [e.prompt for e in written], key) if written else []
+        if written and self.sync is not None:
+            self.sync(model, step)
+        drawn = self._sample(model, self.student, [e.prompt for e in written], key, self.engine) if written else []
         given = [e.completion for e in others]
         if others and self.teacher_model is not None:
             given = self._by_teacher(others, jax.random.fold_in(key, 1))
@@ -113,7 +120,7 @@ class DistillationWindows:
         samples = [(self.student.render(e.prompt), d.text) for e, d in zip(written, drawn)]
         return Window(self._batches(rows, self.batch_size), stats, samples)
 
-    def _sample(self, model, codec: Codec, prompts: list, key) -> list[Drawn]:
+    def _sample(self, model, codec: Codec, prompts: list, key, engine: Engine | None = None) -> list[Drawn]:
         return sample_completions(
             model,
             codec,
@@ -124,6 +131,7 @@ class DistillationWindows:
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
+            engine=engine,
         )
 
     def _by_teacher(self, examples: list[Example], key) -> list[Drawn]:

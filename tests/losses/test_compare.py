@@ -12,6 +12,7 @@ from gold_jax.losses.compare import COMPARES, CompareOptions, Merged, prefix_eve
 from gold_jax.losses.distill import Head, distill_loss
 from gold_jax.text.batch import Half, Row, build_batches
 from losses import reference
+from losses.arranged import in_rows
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 V, W, K, D, E = 19, 23, 11, 4, 6
@@ -23,9 +24,9 @@ def setting(seed=0, masked=False):
     """Rows, hidden states and heads of both sides, orders, and routes (to every kind of event)."""
     rng = np.random.default_rng(seed)
     rows = []
-    for s, t in GROUPS:
+    for i, (s, t) in enumerate(GROUPS):
         halves = (
-            Half(np.zeros(2, np.int32), rng.integers(0, n, len(g)).astype(np.int32), np.array(g))
+            Half(np.full(2, i, np.int32), rng.integers(0, n, len(g)).astype(np.int32), np.array(g))
             for g, n in ((s, V), (t, W))
         )
         rows.append(Row(*halves, groups=max(s) + 1, text="", stopped=False))
@@ -69,7 +70,7 @@ def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare
     rows, hs, ws, ht, wt, order_s, order_t, route_s, route_t = setting(masked=masked)
     options = CompareOptions(K, beta, *weights, masked=masked, temperature=3.0)
     built = build_batches(rows, 2, merge=merge, groups=groups, text=compare in OF_TEXT)
-    (batch,) = jax.tree.map(jnp.asarray, built)
+    batch = jax.tree.map(jnp.asarray, in_rows(*built))
     f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
 
     def ours(hidden, head):
@@ -96,7 +97,7 @@ def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare
 def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
     rows, hs, ws, ht, wt, order_s, order_t, route_s, route_t = setting()
     built = build_batches(rows, 2, merge=merge, groups="all", text=compare in OF_TEXT)
-    (batch,) = jax.tree.map(jnp.asarray, built)
+    batch = jax.tree.map(jnp.asarray, in_rows(*built))
     hs, ws, ht, wt = (jnp.asarray(x, jnp.float32) for x in (hs, ws, ht, wt))
     orders = [jnp.asarray(o) for o in (order_s, order_t)]
     heads = [Head(None, jnp.argsort(o), 5.0, 0.7, jnp.asarray(r), order=o) for o, r in zip(orders, (route_s, route_t))]

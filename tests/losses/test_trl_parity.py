@@ -16,6 +16,7 @@ from gold_jax.text.align import group_ends
 from gold_jax.text.batch import Half, Row, build_batches
 from gold_jax.text.surface import surfaces_of
 from gold_jax.text.vocabulary import VocabularyMap
+from losses.arranged import in_rows, width
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 _spec = importlib.util.spec_from_file_location("make_trl_golden", GOLDEN / "make_trl_golden.py")
@@ -31,14 +32,14 @@ def name(case):
     return f"{case['merge']}-{where}-{kind}-{case['weights']}-beta{case['beta']}"
 
 
-def to_row(row, positional):
+def to_row(row, positional, prompt):
     ids = [np.array(row[f"{side}_ids"], np.int32) for side in ("student", "teacher")]
     if positional:
         groups = [np.arange(len(x)) for x in ids]
         count = min(map(len, ids))
     else:
         *groups, count = group_ends(np.array(row["student_ends"]), np.array(row["teacher_ends"]))
-    prompt = np.zeros(recipe.PROMPT, np.int32)
+    prompt = np.full(recipe.PROMPT, prompt, np.int32)
     return Row(*(Half(prompt, x, g) for x, g in zip(ids, groups)), groups=count, text="", stopped=False)
 
 
@@ -53,10 +54,9 @@ def relative(ours, theirs):
 
 def check(case, rows, sizes, vocabulary: VocabularyMap):
     groups = "all" if case["extended"] else "positional"
-    made = [to_row(r, groups == "positional") for r in rows]
-    (batch,) = jax.tree.map(
-        jnp.asarray, build_batches(made, len(made), merge=case["merge"], groups="all", normalization="row_mean")
-    )
+    made = [to_row(r, groups == "positional", i) for i, r in enumerate(rows)]
+    (batch,) = build_batches(made, len(made), merge=case["merge"], groups="all", normalization="row_mean")
+    batch = jax.tree.map(jnp.asarray, in_rows(batch))
     hs, ws, ht, wt = recipe.inputs(rows, *sizes)
     weights = case["weights"] or (None, None)
     options = CompareOptions(vocabulary.matched, case["beta"], *weights)
@@ -64,7 +64,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
     place = jnp.argsort(order)
     teacher_place = jnp.asarray(np.argsort(vocabulary.teacher_order))
     teacher_head = jnp.asarray(wt[vocabulary.teacher_order], jnp.float32)
-    teacher_hidden = padded(ht, batch.teacher.tokens.shape[1])
+    teacher_hidden = padded(ht, width(batch.teacher))
 
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(hidden, head, batch, teacher_hidden, teacher_head):
@@ -81,7 +81,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
             chunk=16,
         )[0]
 
-    ours = padded(hs, batch.student.tokens.shape[1]), jnp.asarray(ws, jnp.float32)
+    ours = padded(hs, width(batch.student)), jnp.asarray(ws, jnp.float32)
     value, (d_hidden, d_head) = jax.jit(loss)(*ours, batch, teacher_hidden, teacher_head)
     probe = np.random.default_rng(5).standard_normal((sizes[0], 2))
     d_hidden = np.asarray(d_hidden, np.float64)[:, : hs.shape[1]]
@@ -115,25 +115,25 @@ def test_gkd_with_one_tokenizer_equals_trl(case):
     hs, ws, ht, wt = recipe.inputs(rows, 40, 40)
     made = [
         Row(
-            *[Half(np.zeros(recipe.PROMPT, np.int32), np.array(r["student_ids"], np.int32), np.arange(7))] * 2,
+            *[Half(np.full(recipe.PROMPT, i, np.int32), np.array(r["student_ids"], np.int32), np.arange(7))] * 2,
             7,
             "",
             False,
         )
-        for r in rows
+        for i, r in enumerate(rows)
     ]
-    (batch,) = jax.tree.map(jnp.asarray, build_batches(made, 2, merge="chain", groups="all"))
+    (batch,) = build_batches(made, 2, merge="chain", groups="all")
+    batch = jax.tree.map(jnp.asarray, in_rows(batch))
     place = jnp.arange(40)
-    width = batch.student.tokens.shape[1]
 
     def loss(hidden):
         heads = [Head(jnp.asarray(w, jnp.float32), place, temperature=case["temperature"]) for w in (ws, wt)]
         return distill_loss(
-            hidden, heads[0], batch.student, padded(ht[:, : hs.shape[1]], width), heads[1], batch.teacher,
+            hidden, heads[0], batch.student, padded(ht[:, : hs.shape[1]], width(batch.student)), heads[1], batch.teacher,
             jnp.asarray(batch.weight), compare="shared", options=CompareOptions(40, case["beta"]), chunk=4,
         )[0]  # fmt: skip
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(padded(hs, width))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(padded(hs, width(batch.student)))
     assert relative(value, case["loss"]) < TOLERANCE
     assert relative(gradient[:, : hs.shape[1]], case["d_hidden"]) < TOLERANCE
 

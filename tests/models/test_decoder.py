@@ -1,13 +1,16 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from gold_jax.models.decoder import Decoder, parameters
 from gold_jax.models.weights import load_model
+from gold_jax.text.lines import pack_lines, pad_right, positions
 
 from . import tiny
 
@@ -104,12 +107,54 @@ def test_remat_gives_the_same_gradient(load):
     jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4), plain, again)
 
 
-def test_remat_recomputes_every_layer(load):
+def test_remat_multiplies_every_layer_once_more(load):
     tokens, mask = tiny.batch()
-    for remat in (False, True):
+
+    def products(remat):
         graphdef, params = nnx.split(load("llama", remat=remat))
-        text = str(jax.make_jaxpr(nnx.merge(graphdef, params).__call__)(tokens, mask))
-        assert ("checkpoint" in text or "remat" in text) == remat
+        gradient = jax.grad(lambda params: nnx.merge(graphdef, params)(tokens, mask).sum())
+        return str(jax.make_jaxpr(gradient)(params)).count("dot_general")
+
+    assert products(remat=True) > products(remat=False)
+
+
+@pytest.mark.parametrize("name", ["llama", *VARIED])
+def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient(load, name):
+    """Beginnings that rows share stand in a line once; what any row asks of them adds up."""
+    rng = np.random.default_rng(0)
+    base = rng.integers(0, 40, 12).astype(np.int32)
+    rows = [
+        base,
+        np.r_[base[:7], 3, 4],
+        np.r_[base[:7], 3, 9, 11, 13],
+        base[:4],
+        np.zeros(0, np.int32),
+        rng.integers(0, 40, 9),
+    ]
+    rows = [np.asarray(row, np.int32) for row in rows]
+    lines = pack_lines(rows, 6, 2)
+    width = lines.place.shape[-1]
+    tokens = jnp.asarray(pad_right(rows, 6, width, np.int32))
+    mask = jnp.asarray(lines.mask.reshape(6, width))
+    model = load(name)
+    graphdef, params = nnx.split(model)
+    ask = jnp.asarray(rng.standard_normal((6, width, model.config.width)), jnp.float32) * mask[..., None]
+
+    def by_rows(params):
+        return nnx.merge(graphdef, params)(tokens, mask)
+
+    def by_lines(params):
+        hidden = nnx.merge(graphdef, params).read_lines(*map(jnp.asarray, lines))
+        return hidden.reshape(-1, hidden.shape[-1])[positions(lines)]
+
+    outcomes = []
+    for read in (by_lines, by_rows):
+        value, gradient = jax.jit(jax.value_and_grad(lambda p, read=read: jnp.sum(ask * read(p))))(params)
+        outcomes.append((jnp.where(mask[..., None], read(params), 0.0), value, gradient))
+    chex.assert_trees_all_close(outcomes[0][0], outcomes[1][0], rtol=1e-5, atol=1e-5)
+    scale = optax.global_norm(outcomes[1][2])
+    difference = optax.global_norm(jax.tree.map(jnp.subtract, outcomes[0][2], outcomes[1][2]))
+    assert difference < 1e-5 * scale
 
 
 def test_bfloat16_computes_from_float32_masters(load):

@@ -2,7 +2,6 @@ import json
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,8 +10,10 @@ from transformers import LlamaConfig
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.weights import load_model
-from gold_jax.rollout import sampler
-from gold_jax.rollout.sampler import draw, filtered_weights, generate_tokens
+from gold_jax.rollout import rows as device
+from gold_jax.rollout.sampler import SamplingEngine
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 NEW = 6
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models" / "greedy.json"
@@ -33,53 +34,45 @@ def model() -> Decoder:
     return model
 
 
-def left_padded(prompts: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    tokens = np.zeros((len(prompts), length), np.int32)
-    mask = np.zeros((len(prompts), length), bool)
-    for row, prompt in enumerate(prompts):
-        tokens[row, length - len(prompt) :] = prompt
-        mask[row, length - len(prompt) :] = True
-    return tokens, mask
-
-
 PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 35], [8]]
 
 
-def generate(model, prompts=PROMPTS, length=8, key=0, **options):
-    tokens, mask = left_padded(prompts, length)
-    return jax.device_get(generate_tokens(model, tokens, mask, max_new_tokens=NEW, key=jax.random.key(key), **options))
+def generate(model, prompts=PROMPTS, rows=8, key=0, new=NEW, **options):
+    prompts = [np.array(prompt, np.int32) for prompt in prompts]
+    return SamplingEngine(rows).generate(model, prompts, max_new_tokens=new, key=jax.random.key(key), **options)
+
+
+def ids(drawn) -> list[list[int]]:
+    return [completion.ids.tolist() for completion in drawn]
 
 
 def read_again(model, prompt, completion) -> np.ndarray:
     """Log-probabilities [N, V] from which each token of a completion was drawn, by one forward pass."""
-    tokens, mask = left_padded([prompt + completion.tolist()], 8 + NEW)
-    logits = jax.jit(lambda model, tokens, mask: model.logits(model(tokens, mask)))(model, tokens, mask)
-    return np.asarray(jax.nn.log_softmax(logits))[0, 7:-1]
+    tokens = np.pad(prompt + completion.tolist(), (0, 8 + NEW))[None, : 8 + NEW]
+    logits = jax.jit(lambda model, *read: model.logits(model(*read)))(model, tokens, np.ones(tokens.shape, bool))
+    return np.asarray(jax.nn.log_softmax(logits))[0, len(prompt) - 1 :][: len(completion)]
 
 
 def test_greedy_takes_the_likeliest_token_each_time(model):
-    rollout = generate(model, temperature=0)
-    assert rollout.lengths.tolist() == [NEW] * 3
-    for prompt, tokens in zip(PROMPTS, rollout.tokens):
-        np.testing.assert_array_equal(read_again(model, prompt, tokens).argmax(axis=1), tokens)
+    drawn = generate(model, temperature=0)
+    assert [len(completion.ids) for completion in drawn] == [NEW] * 3
+    for prompt, completion in zip(PROMPTS, drawn):
+        np.testing.assert_array_equal(read_again(model, prompt, completion.ids).argmax(axis=1), completion.ids)
 
 
 def test_logprobs_are_those_of_the_model_itself(model):
-    rollout = generate(model, temperature=2.0, top_k=5)
-    for prompt, tokens, logprobs in zip(PROMPTS, rollout.tokens, rollout.logprobs):
-        expected = read_again(model, prompt, tokens)[np.arange(NEW), tokens]
-        np.testing.assert_allclose(logprobs, expected, atol=1e-5)
+    for prompt, completion in zip(PROMPTS, generate(model, temperature=2.0, top_k=5)):
+        expected = read_again(model, prompt, completion.ids)[np.arange(NEW), completion.ids]
+        np.testing.assert_allclose(completion.logprobs, expected, atol=1e-5)
 
 
 def test_a_row_ends_with_its_stop_token_and_the_others_go_on(model):
-    free = generate(model, temperature=0)
-    stop = int(free.tokens[1, 2])
-    rollout = generate(model, temperature=0, stop_ids=[49, stop])
-    first = [row.tolist().index(stop) + 1 if stop in row else NEW for row in free.tokens]
-    assert rollout.lengths.tolist() == first and min(first) < NEW
-    for row, length in enumerate(first):
-        np.testing.assert_array_equal(rollout.tokens[row, :length], free.tokens[row, :length])
-        assert not rollout.tokens[row, length:].any() and not rollout.logprobs[row, length:].any()
+    free = ids(generate(model, temperature=0))
+    stop = free[1][2]
+    drawn = generate(model, temperature=0, stop_ids=[49, stop])
+    ends = [row.index(stop) + 1 if stop in row else NEW for row in free]
+    assert min(ends) < NEW and ids(drawn) == [row[:end] for row, end in zip(free, ends)]
+    assert [len(completion.logprobs) for completion in drawn] == ends
 
 
 def test_sampling_ends_when_every_row_has_ended(model):
@@ -91,44 +84,130 @@ def test_sampling_ends_when_every_row_has_ended(model):
             return super().decode_step(*arguments)
 
     counting = Counting.from_config(model.config, 0)
-    stop = int(generate(counting, prompts=PROMPTS[:1], temperature=0).tokens[0, 1])
-    Counting.steps = 0
-    assert generate(counting, prompts=PROMPTS[:1], temperature=0, stop_ids=[stop]).lengths[0] <= 2
+    stop = ids(generate(counting, prompts=PROMPTS[:1], temperature=0))[0][1]
     jax.effects_barrier()
-    assert Counting.steps <= 1
+    Counting.steps = 0
+    (drawn,) = generate(counting, prompts=PROMPTS[:1], temperature=0, stop_ids=[stop])
+    jax.effects_barrier()
+    assert len(drawn.ids) <= 2 and Counting.steps == len(drawn.ids)
 
 
-def test_a_row_without_prompt_is_left_out(model):
-    rollout = generate(model, prompts=[PROMPTS[0], [], PROMPTS[2]], temperature=0)
-    assert rollout.lengths.tolist() == [NEW, 0, NEW] and not rollout.tokens[1].any()
-    np.testing.assert_array_equal(rollout.tokens[0], generate(model, temperature=0).tokens[0])
+def test_a_prompt_without_tokens_gets_an_empty_completion(model):
+    drawn = generate(model, prompts=[PROMPTS[0], [], PROMPTS[2]], temperature=0)
+    assert [len(completion.ids) for completion in drawn] == [NEW, 0, NEW] and drawn[1].logprobs.shape == (0,)
+    assert ids(drawn)[0] == ids(generate(model, temperature=0))[0]
+    assert ids(generate(model, prompts=[[], []])) == [[], []] and generate(model, prompts=[]) == []
 
 
-def test_what_a_row_draws_does_not_depend_on_padding_or_on_the_rows_below(model):
-    plain = generate(model, key=5)
-    np.testing.assert_array_equal(generate(model, length=16, key=5).tokens, plain.tokens)
-    np.testing.assert_array_equal(generate(model, prompts=PROMPTS[:2], key=5).tokens, plain.tokens[:2])
-    assert not np.array_equal(generate(model, key=6).tokens, plain.tokens)
+def test_equal_prompts_draw_differently_and_keys_matter(model):
+    drawn = ids(generate(model, prompts=[PROMPTS[0]] * 3, temperature=3.0))
+    assert len(set(map(tuple, drawn))) == 3
+    assert ids(generate(model, prompts=[PROMPTS[0]] * 3, temperature=3.0, key=6)) != drawn
 
 
-def test_equal_prompts_draw_differently(model):
-    rollout = generate(model, prompts=[PROMPTS[0]] * 3, temperature=3.0)
-    assert len({tuple(row) for row in rollout.tokens}) == 3
+# Many prompts of many lengths, some of which end early: rows join, shrink, and get more slots.
+MANY = [np.random.default_rng(i).integers(0, 50, size).tolist() for i, size in enumerate([5, 1, 3, 20, 2, 40] * 6)]
+STOPS = [1, 2]
+
+
+@pytest.fixture(scope="module")
+def alone(model):
+    """What each of many prompts draws in a row of its own, by temperature."""
+    return {t: ids(generate(model, MANY, rows=1, new=40, stop_ids=STOPS, temperature=t)) for t in (0, 1)}
+
+
+@pytest.mark.parametrize("temperature", (0, 1))
+@pytest.mark.parametrize("rows", (2, 4, 8, 64))
+def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(model, alone, rows, temperature):
+    found = generate(model, MANY, rows=rows, new=40, stop_ids=STOPS, temperature=temperature)
+    assert ids(found) == alone[temperature]
+
+
+def test_prompts_end_at_different_times_in_these_tests(alone):
+    lengths = [len(row) for row in alone[1]]
+    assert len(set(lengths)) > 10 and max(lengths) == 40
+
+
+def test_the_place_in_the_list_and_the_prompt_decide_what_is_drawn(model):
+    plain = ids(generate(model, MANY))
+    changed = MANY.copy()
+    changed[4] = [7] * 90
+    found = ids(generate(model, changed))
+    assert found[4] != plain[4] and found[:4] + found[5:] == plain[:4] + plain[5:]
+    assert ids(generate(model, MANY[:9])) == plain[:9]
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """Records which programs run, and over how many rows and slots."""
+    found = []
+
+    def record(name, run):
+        def recording(*arguments, **options):
+            out = run(*arguments, **options)
+            found.append((name, *out[0].keys[0].shape[:3:2]))
+            return out
+
+        monkeypatch.setattr(device, name, recording)
+
+    for name in ("admit", "resize", "write"):
+        record(name, getattr(device, name))
+    return found
+
+
+def test_a_small_batch_is_read_and_written_by_one_program_each(model, events):
+    generate(model, PROMPTS, rows=4, temperature=0)
+    assert events == [("admit", 4, 32), ("write", 4, 32)]
+
+
+def test_free_rows_are_filled_from_the_prompts_that_wait(model, events):
+    generate(model, MANY, rows=8, new=40, stop_ids=STOPS)
+    written = [event for event in events if event[0] == "write"]
+    assert [event[0] for event in events].count("admit") > 4 and len(written) > 4
+    assert {rows for _, rows, _ in events} == {8}
+
+
+def test_rows_that_are_done_are_left_behind_when_no_prompt_waits(model, events):
+    generate(model, MANY, rows=64, new=40, stop_ids=STOPS)
+    rows = [rows for name, rows, _ in events if name == "write"]
+    assert rows == [64, 32, 16]
+
+
+def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):
+    drawn = generate(model, [[3] * 20] * 8, rows=8, new=300)
+    assert [len(completion.ids) for completion in drawn] == [300] * 8
+    assert [slots for name, _, slots in events if name == "write"] == [64, 128, 256, 512]
+
+
+def test_slots_shrink_when_a_long_row_has_left(model, events):
+    generate(model, [[3] * 500] + [[4, 5]] * 20, rows=4, new=8)
+    slots = [slots for name, _, slots in events if name == "write"]
+    assert slots[0] == 512 and slots[-1] == 32
 
 
 def test_settings_compile_nothing_anew(model):
+    programs = (device.write, device.admit, device.empty, device.decoding_weights)
     generate(model)
-    compiled = sampler._generate._cache_size()
+    compiled = [program._cache_size() for program in programs]
     for options in (
         {"temperature": 0},
         {"top_k": 7, "key": 3},
         {"top_p": 0.5},
         {"stop_ids": [1, 2, 3]},
         {"temperature": 0.3},
+        {"prompts": [[4] * 20] * 4},
     ):
         generate(model, **options)
     generate(nnx.split(model))
-    assert sampler._generate._cache_size() == compiled
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_the_programs_are_no_more_than_pairs_of_rows_and_slots(model):
+    device.write.clear_cache()
+    for count in (1, 3, 4, 9, 36):
+        generate(model, MANY[:count], rows=16, new=40, stop_ids=STOPS)
+    rows, slots = (1, 4, 16), (64, 128)
+    assert device.write._cache_size() <= len(rows) * len(slots)
 
 
 @pytest.mark.parametrize(
@@ -139,68 +218,14 @@ def test_settings_compile_nothing_anew(model):
         ({"top_k": -1}, "top_k must be 0"),
         ({"top_p": 0.0}, "top_p must lie in"),
         ({"top_p": 1.5}, "top_p must lie in"),
+        ({"new": 0}, "max_new_tokens must be at least 1"),
+        ({"rows": 0}, "rows must be at least 1"),
+        ({"prompts": [[1], [2, 50]]}, "prompt 1 holds token 50, but the model has tokens 0 to 49"),
     ],
 )
 def test_a_setting_out_of_range_is_refused(model, options, words):
     with pytest.raises(ValueError, match=words):
         generate(model, **options)
-
-
-def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> np.ndarray:
-    """Probabilities [V] after transformers' filters, by sorting."""
-    logits = logits.astype(np.float64) / temperature
-    if top_k:
-        logits = np.where(logits >= np.sort(logits)[-top_k], logits, -np.inf)
-    probabilities = np.exp(logits - logits.max())
-    probabilities /= probabilities.sum()
-    if top_p < 1:
-        order = np.argsort(probabilities)[::-1]
-        before = np.cumsum(probabilities[order]) - probabilities[order]
-        probabilities[order[before >= top_p]] = 0
-    return probabilities / probabilities.sum()
-
-
-@pytest.mark.parametrize("temperature", (0.5, 1.0, 1.7))
-@pytest.mark.parametrize("top_k", (0, 1, 5, 999, 5000))
-@pytest.mark.parametrize("top_p", (1.0, 0.9, 0.3, 1e-6))
-def test_the_filters_keep_what_sorting_would_keep(temperature, top_k, top_p):
-    logits = 3 * np.random.default_rng(0).standard_normal((4, 1000)).astype(np.float32)
-    weights = np.asarray(jax.jit(filtered_weights)(logits, temperature, top_k, top_p), np.float64)
-    for row in range(4):
-        expected = reference(logits[row], temperature, min(top_k, 1000), top_p)
-        np.testing.assert_array_equal(weights[row] > 0, expected > 0)
-        np.testing.assert_allclose(weights[row] / weights[row].sum(), expected, rtol=1e-4)
-
-
-def test_entries_that_tie_with_the_last_one_kept_are_kept():
-    logits = jnp.array([[1.0, 2.0, 2.0, 0.0, -jnp.inf]])
-    assert (filtered_weights(logits, 1.0, 1, 1.0) > 0).tolist() == [[False, True, True, False, False]]
-    assert (filtered_weights(logits, 1.0, 4, 1.0) > 0).tolist() == [[True, True, True, True, False]]
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 0.8), (1.5, 40, 1.0), (1.2, 60, 0.9)]
-)
-def test_tokens_come_as_often_as_their_probabilities_say(temperature, top_k, top_p):
-    count, size = 40_000, 600  # several blocks of the vocabulary, the last one partly filled
-    logits = 2 * np.random.default_rng(1).standard_normal(size).astype(np.float32)
-    uniform = jax.random.uniform(jax.random.key(0), (count,))
-    tokens = jax.jit(jax.vmap(lambda u: draw(logits[None], u[None], temperature, top_k, top_p)[0]))(uniform)
-    expected = reference(logits, temperature, top_k, top_p)
-    found = np.bincount(tokens, minlength=size)
-    assert not found[expected == 0].any()
-    kept = expected > 0
-    # Pearson's statistic is near its degrees of freedom, with variance twice that: six deviations off is chance never.
-    statistic = (((found - count * expected) ** 2)[kept] / (count * expected[kept])).sum()
-    freedom = kept.sum() - 1
-    assert abs(statistic - freedom) < 6 * np.sqrt(2 * freedom) + 10
-
-
-def test_the_ends_of_the_unit_interval_draw_tokens_that_are_kept():
-    logits = np.full((1, 600), -40.0, np.float32)
-    logits[0, [5, 300, 301]] = 0
-    for u, expected in ((0.0, 5), (1 - 2**-24, 301), (0.5, 300)):
-        assert int(draw(jnp.asarray(logits), jnp.array([u], jnp.float32), 1.0, 3, 1.0)[0]) == expected
 
 
 def chat(tokenizer, prompts):
@@ -211,11 +236,8 @@ def chat(tokenizer, prompts):
     return [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
 
 
-def greedy(folder, ids, new, stop):
-    tokens, mask = left_padded(ids, max(map(len, ids)))
-    options = {"key": jax.random.key(0), "temperature": 0, "stop_ids": [stop]}
-    rollout = jax.device_get(generate_tokens(load_model(folder), tokens, mask, max_new_tokens=new, **options))
-    return [row[:length].tolist() for row, length in zip(rollout.tokens, rollout.lengths)]
+def greedy(folder, prompts, new, stop):
+    return ids(generate(load_model(folder), prompts, new=new, temperature=0, stop_ids=[stop]))
 
 
 @pytest.mark.assets

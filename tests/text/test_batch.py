@@ -7,13 +7,11 @@ from gold_jax.text.batch import (
     NO_GROUP,
     Half,
     Row,
-    bucket,
     build_batches,
     build_rows,
     build_token_batches,
     counted_groups,
     normalise,
-    pad_left,
 )
 from gold_jax.text.chat import Codec
 from gold_jax.text.drawn import completion_from_ids
@@ -62,9 +60,10 @@ def test_a_merge_reads_the_positions_that_its_formula_names(merge, base, multipl
 
 def test_the_tokens_that_are_labels_are_those_of_the_completion():
     (batch,) = build_batches([row([0, 1], [0, 1], 2)], 1, merge="chain", groups="all")
-    assert batch.student.tokens[0, :4].tolist() == [0, 1, 100, 101]
-    assert batch.labels[0, :5].tolist() == [IGNORE, 100, 101, IGNORE, IGNORE]
-    np.testing.assert_allclose(batch.label_weight[0, :4], [0, 0.5, 0.5, 0])
+    assert batch.student.lines.tokens[0, :4].tolist() == [0, 1, 100, 101]
+    assert batch.labels.token[0, :5].tolist() == [IGNORE, 100, 101, IGNORE, IGNORE]
+    assert batch.labels.position[0, :3].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(batch.labels.weight[0, :4], [0, 0.5, 0.5, 0])
 
 
 def test_one_to_one_leaves_merged_groups_out():
@@ -91,20 +90,6 @@ def test_weights_are_the_same_however_rows_are_split_into_micro_batches():
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="groups or row_mean"):
         normalise([np.ones(1, bool)], "mean")
-
-
-def test_buckets_are_few_and_waste_at_most_a_third():
-    sizes = sorted({bucket(n) for n in range(1, 5000)})
-    assert sizes[:6] == [32, 48, 64, 96, 128, 192] and len(sizes) == 16
-    assert all(bucket(n) >= n and (n < 32 or bucket(n) < n * 1.5) for n in range(1, 5000))
-
-
-def test_prompts_for_sampling_end_at_the_right_edge():
-    assert pad_left([np.array([1, 2]), np.array([3])], 3, 4, np.int32, 9).tolist() == [
-        [9, 9, 1, 2],
-        [9, 9, 9, 3],
-        [9, 9, 9, 9],
-    ]
 
 
 def test_both_stop_tokens_form_the_last_group():
@@ -148,7 +133,7 @@ def test_a_prompt_that_fills_the_window_leaves_a_row_that_counts_for_nothing():
     (r,) = build_rows(student, teacher, ["a rather long question"], ["yes"], max_length=2)
     assert r.groups == 0
     (batch,) = build_batches([r], 2, merge="chain", groups="all")
-    assert batch.weight.sum() == 0 and batch.label_weight.sum() == 0
+    assert batch.weight.sum() == 0 and batch.labels.weight.sum() == 0
 
 
 def test_what_the_student_drew_keeps_its_own_tokens():
@@ -181,5 +166,5 @@ def test_positional_pairs_cut_to_the_shorter_side_and_end_with_the_stop_tokens()
 def test_token_batches_count_a_token_at_the_position_before_it():
     rows = [(np.array([5, 6, 7], np.int32), np.array([True, False, True]))]
     (batch,) = build_token_batches(rows, 2)
-    assert batch.labels[0, :4].tolist() == [IGNORE, 7, IGNORE, IGNORE]  # nothing stands before the first token
-    assert batch.label_weight.sum() == 1 and batch.mask.sum() == 3
+    assert batch.labels.token[0, :4].tolist() == [IGNORE, 7, IGNORE, IGNORE]  # nothing stands before the first token
+    assert batch.labels.weight.sum() == 1 and batch.lines.mask.sum() == 3

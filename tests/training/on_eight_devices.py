@@ -26,7 +26,8 @@ def main():
         gradient = jax.jit(jax.value_and_grad(lambda p, c, b, loss=loss: loss(p, c, b)[0]))
         (batch,) = batches(spec, 8)
         value, grads = gradient(params, constants, batch)
-        others = jax.device_put((params, constants), everywhere), jax.device_put(batch, rows)
+        (shared,) = batches(spec, 8, lines=8)  # a line for each device
+        others = jax.device_put((params, constants), everywhere), jax.device_put(shared, rows)
         again, more = gradient(*others[0], others[1])
         difference = optax.global_norm(jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), more, grads))
         found[spec.name] = {

@@ -68,9 +68,15 @@ def built(spec, tied=True):
     return make_distillation_loss(graph, teacher_graph, spec, vocabularies, chunk=4), params, constants
 
 
-def batches(spec, micro, normalization="groups", count=8):
+def batches(spec, micro, normalization="groups", count=8, lines=1):
     """The micro-batches of one global batch."""
     made = build_batches(
-        rows(count), micro, merge=spec.merge, groups=spec.groups, text=spec.of_text, normalization=normalization
+        rows(count),
+        micro,
+        merge=spec.merge,
+        groups=spec.groups,
+        text=spec.of_text,
+        normalization=normalization,
+        lines=lines,
     )
     return jax.tree.map(jax.numpy.asarray, made)

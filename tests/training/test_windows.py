@@ -74,7 +74,7 @@ def test_fine_tuning_learns_to_stop():
 def test_sequences_keep_their_start_where_they_are_longer_than_the_window():
     window = TokenWindows(codec(), 1, 1, 5, "completion").train(0, [Example("x", "a long answer, and longer")], None)
     (batch,) = window.batches
-    assert batch.mask.sum() == 5 and np.count_nonzero(batch.label_weight) == window.stats["targets"]
+    assert batch.lines.mask.sum() == 5 and np.count_nonzero(batch.labels.weight) == window.stats["targets"]
 
 
 @pytest.mark.parametrize(

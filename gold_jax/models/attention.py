@@ -1,0 +1,369 @@
+"""Attention over whole sequences: one meaning, four ways to compute it.
+
+| name | is | holds `[T, T]` scores |
+| --- | --- | --- |
+| `plain` | a float32 softmax over all scores | yes |
+| `blockwise` | a running softmax over blocks of queries and keys, in plain JAX: any platform, any model | no |
+| `cudnn` | cuDNN's flash attention, through `jax.nn.dot_product_attention`: NVIDIA GPUs, 16-bit, no soft cap | no |
+| `splash` | JAX's Pallas kernel for TPUs | no |
+
+`auto` takes one of them for a platform that is named, never looked up while tracing: a program compiled on a CPU host for a TPU
+gets the TPU's. (`jax.lax.platform_dependent` would decide at lowering, but every branch is then traced and differentiated
+everywhere: cuDNN's cannot be where there is no cuDNN, and each branch's residuals are kept for all.)
+
+Shapes: B rows, T tokens, H heads, N key-value heads, K head_dim. The tokens of a row stand together, padding on either side.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gold_jax.models.blockwise import HIDDEN, block_size, blockwise, capped
+from gold_jax.models.config import DecoderConfig
+
+IMPLEMENTATIONS = ("plain", "blockwise", "cudnn", "splash")
+PLATFORMS = ("cpu", "cuda", "tpu", "other")
+
+# Up to this many tokens the scores are no larger than the other activations, and nothing is faster than `plain`.
+PLAIN_LENGTH = 256
+_SPLASH_LANES = 128  # a TPU's vector width, of which the kernel's blocks must be multiples
+
+
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    mask: jax.Array,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    implementation: str = "auto",
+    platform: str | None = None,
+) -> jax.Array:
+    """Causal grouped-query self-attention: `softmax(cap(scale · q·k)) v` over the tokens up to a query's own.
+
+    Args:
+        query: [B, T, H, K]; key, value: [B, T, N, K], H a multiple of N.
+        mask: bool [B, T], where there is a token.
+        window: how many tokens a query sees, its own included; None for all before it.
+        softcap: `cap · tanh(score / cap)` on scores; None for none.
+        scale: factor on scores; None for `K ** -0.5`.
+        implementation: "auto" or one of `IMPLEMENTATIONS`.
+        platform: one of `PLATFORMS`, where it will run; None for where JAX runs now.
+
+    Returns:
+        [B, T, H, K] in the query's dtype. Values at padding are finite and mean nothing.
+
+    Raises:
+        ValueError: an implementation that does not exist, or that cannot compute this here.
+    """
+    (rows, length, heads, size), expected = query.shape, (*query.shape[:2], key.shape[2], query.shape[3])
+    if key.shape != expected or value.shape != expected or heads % key.shape[2] or mask.shape != (rows, length):
+        raise ValueError(
+            f"attention takes query [B, T, H, K], key and value [B, T, N, K] and mask [B, T] with H a multiple of N; got "
+            f"{query.shape}, {key.shape}, {value.shape} and {mask.shape}."
+        )
+    platform = current_platform() if platform is None else platform
+    asked = _Asked(implementation, platform, query.dtype, size, softcap)
+    shape = _Shape(window, softcap, size**-0.5 if scale is None else scale)
+    return _compute(choose(*asked, length=length), platform, shape, query, key, value, mask.astype(bool))
+
+
+class _Asked(NamedTuple):
+    """What an implementation is chosen by, length aside."""
+
+    implementation: str
+    platform: str
+    dtype: jnp.dtype
+    head_dim: int
+    softcap: float | None
+
+
+class _Shape(NamedTuple):
+    """What is computed, as static values."""
+
+    window: int | None
+    softcap: float | None
+    scale: float
+
+
+def choose(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None, *, length: int) -> str:
+    """The one of `IMPLEMENTATIONS` that computes attention over `length` tokens.
+
+    Raises:
+        ValueError: as `check`.
+    """
+    check(implementation, platform, dtype, head_dim, softcap)
+    if implementation != "auto":
+        return implementation
+    if length <= PLAIN_LENGTH:
+        return "plain"
+    # float32 models are wanted exact: there the kernels' own products would be the less exact part.
+    if platform == "tpu" and jnp.dtype(dtype).itemsize == 2:
+        return "splash"
+    # Heads wider than 128 need a Hopper card, which a name alone does not tell.
+    if platform == "cuda" and head_dim <= 128 and not _fault("cudnn", platform, dtype, head_dim, softcap):
+        return "cudnn"
+    return "blockwise"
+
+
+def check(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None) -> None:
+    """See that a setting exists and can do what a model needs.
+
+    Raises:
+        ValueError: it does not or cannot, and why.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
+        raise ValueError(
+            f"attention implementation {implementation!r} is not known; it must be auto, {', '.join(IMPLEMENTATIONS)}."
+        )
+    if platform not in PLATFORMS:
+        raise ValueError(f"platform {platform!r} is not known; it must be one of {', '.join(PLATFORMS)}.")
+    fault = _fault(implementation, platform, dtype, head_dim, softcap)
+    if fault:
+        raise ValueError(f"attention implementation {implementation!r} cannot be used: {fault}.")
+
+
+def check_model(config: DecoderConfig, dtype, implementation: str, platform: str) -> None:
+    """`check` for a model, whose family an error names."""
+    try:
+        check(implementation, platform, dtype, config.head_dim, config.attention_softcap)
+    except ValueError as error:
+        raise ValueError(f"The {config.family} model: {error}") from None
+
+
+def _fault(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None) -> str | None:
+    """Why an implementation cannot compute this, or None."""
+    if implementation == "splash" and platform != "tpu":
+        return f"it is a kernel for TPUs, and the model is for {platform}; blockwise runs everywhere"
+    if implementation != "cudnn":
+        return None
+    if platform != "cuda":
+        return f"it needs an NVIDIA GPU, Ampere or newer, and the model is for {platform}; blockwise runs everywhere"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it computes in bfloat16 or float16, not {jnp.dtype(dtype).name}; use --bf16, or blockwise"
+    if softcap is not None:
+        return f"the model caps its attention scores at {softcap:g}, which cuDNN has no way to do; use blockwise"
+    if head_dim % 8 or head_dim > 256:
+        return f"its heads are at most 256 wide and a multiple of 8, the model's are {head_dim}; use blockwise"
+    return None
+
+
+def current_platform() -> str:
+    """The one of `PLATFORMS` that JAX runs on; `cuda` where cuDNN's flash attention does (Ampere or newer)."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend if backend in PLATFORMS else "other"
+    device = jax.local_devices()[0]
+    # ROCm calls itself gpu too; its cards are named gfx…, NVIDIA's by a number such as 9.0.
+    capability = str(getattr(device, "compute_capability", ""))
+    modern = capability.replace(".", "").isdigit() and float(capability) >= 8
+    return "cuda" if modern else "other"
+
+
+def over_layers(
+    config: DecoderConfig, mask: jax.Array, dtype, implementation: str, platform: str
+) -> Callable[..., jax.Array]:
+    """The attention of a scan over a model's layers, with what all layers share computed once.
+
+    Args:
+        config: the model's.
+        mask: bool [B, T], where there is a token.
+        dtype: of queries, keys and values.
+        implementation, platform: as in `attention`.
+
+    Returns:
+        A function of a traced bool, whether the layer slides, and of queries [B, T, H, K], keys and values [B, T, N, K]; it
+        gives [B, T, H * K].
+
+    Raises:
+        ValueError: as `attention`.
+    """
+    length = mask.shape[1]
+    chosen = choose(implementation, platform, dtype, config.head_dim, config.attention_softcap, length=length)
+    window = config.window if config.window is not None and config.window < length else None
+    used = {window if sliding else None for sliding in config.sliding}
+    windows = [window for window in dict.fromkeys((None, window)) if window in used]  # one, or none and one
+    cap, scale = config.attention_softcap, config.query_scale
+
+    if chosen == "plain":
+        allowed = [_allowed(mask, window) for window in windows]
+
+        def attend(sliding, query, key, value):
+            seen = allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1])
+            return plain(query, key, value, seen, softcap=cap, scale=scale)
+
+    else:
+        # A kernel's window is static, which layer it is for is not: both are compiled, one runs.
+        kernels = [
+            functools.partial(_compute, chosen, platform, _Shape(window, cap, scale), mask=mask) for window in windows
+        ]
+
+        def attend(sliding, query, key, value):
+            if len(kernels) == 1:
+                return kernels[0](query, key, value)
+            return jax.lax.cond(sliding, *kernels[::-1], query, key, value)
+
+    return lambda sliding, query, key, value: attend(sliding, query, key, value).reshape(*query.shape[:2], -1)
+
+
+def describe(config: DecoderConfig, dtype, implementation: str, platform: str) -> str:
+    """What a model's `choose` comes to, in words."""
+    asked = implementation, platform, dtype, config.head_dim, config.attention_softcap
+    short, long = (choose(*asked, length=length) for length in (1, PLAIN_LENGTH + 1))
+    return short if short == long else f"{short} up to {PLAIN_LENGTH} tokens, {long} beyond"
+
+
+def _compute(implementation: str, platform: str, shape: _Shape, query, key, value, mask) -> jax.Array:
+    if implementation == "plain":
+        allowed = _allowed(mask, shape.window)
+        return plain(query, key, value, allowed, softcap=shape.softcap, scale=shape.scale)
+    if implementation == "blockwise":
+        # CPUs want blocks that stay in their caches, accelerators few steps.
+        return blockwise(query, key, value, mask, *shape, block=128 if platform == "cpu" else 512)
+    return {"cudnn": cudnn, "splash": splash}[implementation](query, key, value, mask, *shape)
+
+
+def plain(query, key, value, allowed: jax.Array, *, softcap: float | None, scale: float) -> jax.Array:
+    """Attention with all scores at once.
+
+    Args:
+        query: [B, T, H, K]; key, value: [B, S, N, K]; allowed: bool [B, T, S].
+        softcap, scale: as in `attention`.
+
+    Returns:
+        [B, T, H, K] in the query's dtype.
+    """
+    rows, length, _, size = query.shape
+    grouped = query.reshape(rows, length, key.shape[2], -1, size)
+    scores = jnp.einsum("btngk,bsnk->bngts", grouped, key, preferred_element_type=jnp.float32)
+    weights = shares(scores, allowed[:, None, None], softcap=softcap, scale=scale).astype(value.dtype)
+    return jnp.einsum("bngts,bsnk->btngk", weights, value).reshape(query.shape)
+
+
+def shares(scores: jax.Array, allowed: jax.Array, *, softcap: float | None, scale: float) -> jax.Array:
+    """Softmax over the last axis of unscaled float32 scores, among what is allowed."""
+    return jax.nn.softmax(jnp.where(allowed, capped(scores * scale, softcap), HIDDEN), axis=-1)
+
+
+def _allowed(mask: jax.Array, window: int | None) -> jax.Array:
+    """What each query sees: bool [B, T, T]."""
+    order = jnp.arange(mask.shape[1])
+    back = order[:, None] - order[None, :]
+    seen = mask[:, None, :] & (back >= 0)
+    return seen if window is None else seen & (back < window)
+
+
+def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cudnn") -> jax.Array:
+    """cuDNN's flash attention; arguments as `attention`, shapes too. `kernel`: jax.nn's name for what computes it.
+
+    cuDNN knows how many tokens a row has, not where they stand: rows are turned until their tokens stand first. (A mask
+    would be [B, 1, T, T].)
+    """
+    del softcap  # `check` has seen to it that there is none
+    start = jnp.argmax(mask, axis=1)
+    # A row without tokens reads one of padding: a softmax over nothing is not finite everywhere.
+    lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
+    out = jax.nn.dot_product_attention(
+        *(_turned(x, start) for x in (query, key, value)),
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation=kernel,
+    )
+    inside = jnp.arange(mask.shape[1]) < lengths[:, None]
+    return _turned(jnp.where(inside[..., None, None], out, 0), -start)
+
+
+@jax.custom_vjp
+def _turned(x: jax.Array, start: jax.Array) -> jax.Array:
+    """Every row of x [B, T, …] turned so that its slot `start` [B] comes first."""
+    order = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
+    return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
+
+
+# The gradient of a turn is the turn back: a gather, where JAX would scatter.
+_turned.defvjp(lambda x, start: (_turned(x, start), start), lambda start, gradient: (_turned(gradient, -start), None))
+
+
+def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512, interpret: bool = False) -> jax.Array:
+    """JAX's Pallas kernel for TPUs; arguments as `attention`, shapes too.
+
+    `block`: most queries and keys in a step. `interpret`: compute what the kernel says, slowly, on any platform.
+
+    Padding attends to padding as tokens do to tokens, so that no softmax is over nothing.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads = query.shape[1:3]
+    size = block_size(length, block, multiple=_SPLASH_LANES)
+    extra = -length % size
+    query, key, value = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (query * scale, key, value))
+    segments = jnp.pad(mask, ((0, 0), (0, extra))).astype(jnp.int32)
+    square = (length + extra,) * 2
+    # Reaching `window - 1` back and none ahead is causal as well.
+    static = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+
+    def compute(query, key, value, segments):  # heads outside tokens
+        kernel = kernels.make_splash_mha(
+            masks.MultiHeadMask([static] * heads),
+            block_sizes=kernels.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, size)),
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
+        rows = jax.vmap(lambda q, k, v, own: kernel(q, k, v, segment_ids=kernels.SegmentIds(own, own)))
+        return rows(query, key, value, segments)
+
+    if query.dtype == jnp.float32:
+        compute = _precise(compute)
+    out = compute(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), segments)
+    return jnp.swapaxes(out, 1, 2)[:, :length]
+
+
+_SPLASH_BLOCKS = (
+    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
+    *("block_q_dq", "block_kv_dq"),
+)
+
+
+def _precise(function: Callable) -> Callable:
+    """A function that multiplies float32 as float32, in its gradient too, which JAX traces outside the caller's setting."""
+    highest = functools.partial(jax.default_matmul_precision, "highest")
+
+    @jax.custom_vjp
+    def precise(*args):
+        with highest():
+            return function(*args)
+
+    def forward(*args):
+        with highest():
+            return jax.vjp(function, *args)
+
+    def backward(pullback, gradient):
+        with highest():
+            return pullback(gradient)
+
+    precise.defvjp(forward, backward)
+    return precise
+
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "PLATFORMS",
+    "attention",
+    "check",
+    "check_model",
+    "choose",
+    "current_platform",
+    "describe",
+    "over_layers",
+]

@@ -1,0 +1,18 @@
+"""Batches whose hidden states come row by row, `[B, T, D]`, as references make them."""
+
+import numpy as np
+
+
+def in_rows(batch):
+    """The batch with positions counted in rows of `T` slots; no two rows may begin alike, or a slot would serve both."""
+    sides = []
+    for side in (batch.student, batch.teacher):
+        slots = side.lines.place.shape[1] * side.lines.place.shape[2]
+        slot = (side.lines.owner + slots * np.arange(len(side.lines.owner))[:, None]).reshape(-1)
+        sides.append(side._replace(base=slot[side.base], inner_position=slot[side.inner_position]))
+    return batch._replace(student=sides[0], teacher=sides[1])
+
+
+def width(side):
+    """`T`, padding included."""
+    return side.lines.place.shape[-1]
