@@ -1,16 +1,18 @@
-"""The loss alone, from logits, forward and backward, beside TRL's.
+"""The loss alone, forward and backward, beside TRL's: from logits, or from hidden states and heads.
 
-    python benchmarks/loss.py STUDENT_VOCABULARY TEACHER_VOCABULARY ANSWER_TOKENS --peer_python PYTHON [--rounds 5]
+    python benchmarks/loss.py STUDENT_VOCABULARY TEACHER_VOCABULARY ANSWER_TOKENS --peer_python PYTHON [--hidden] [--rounds 5]
 
-PYTHON is one with torch and TRL. Batch 2, logits from a standard normal, a prompt of 8 tokens, student tokens of 4
-bytes, teacher tokens of 2, 2, 4 and 8 bytes in turn, three quarters of the student's vocabulary shared. Both sides
-get the same numbers; each runs in a process of its own, and its time is the median of several calls after the first.
+PYTHON is one with torch and TRL. Batch 2, logits (or hidden states of width 576 and 640, and heads) from a standard normal,
+a prompt of 8 tokens, student tokens of 4 bytes, teacher tokens of 2, 2, 4 and 8 bytes in turn, three quarters of the
+student's vocabulary shared. Both sides get the same numbers; each runs in a process of its own. Its time is the median of
+several calls after the first, its memory what a call adds at its peak to the process at rest, inputs in place.
 """
 
 import argparse
+import ctypes
 import json
 import os
-import resource
+import pathlib
 import statistics
 import sys
 import time
@@ -18,6 +20,8 @@ import time
 import numpy as np
 
 BATCH, PROMPT = 2, 8
+WIDTHS = 576, 640
+CHUNK = 32  # positions whose logits are held at once
 WAYS = {
     "exact": ("chain", "hybrid", 0),
     "top-k 1024": ("chain", "hybrid", 1024),
@@ -26,23 +30,51 @@ WAYS = {
 }
 
 
-def inputs(student: int, teacher: int, answer: int):
-    """Logits and token ids of both sides, and the bytes at which each answer token ends."""
+def inputs(student: int, teacher: int, answer: int, hidden: bool):
+    """Logits, or hidden states and heads, and token ids of both sides; and the bytes at which each answer token ends."""
     rng, length = np.random.default_rng(0), PROMPT + answer
-    logits = [rng.standard_normal((BATCH, length, size), dtype=np.float32) for size in (student, teacher)]
+    heads = [None, None]
+    if hidden:
+        states = [rng.standard_normal((BATCH, length, width), dtype=np.float32) for width in WIDTHS]
+        heads = [
+            rng.standard_normal((size, width), dtype=np.float32) / width**0.5
+            for size, width in zip((student, teacher), WIDTHS)
+        ]
+    else:
+        states = [rng.standard_normal((BATCH, length, size), dtype=np.float32) for size in (student, teacher)]
     ids = [rng.integers(0, size, (BATCH, length)) for size in (student, teacher)]
     ends = [np.cumsum(np.resize(lengths, answer)) for lengths in ([4], [2, 2, 4, 8])]
-    return logits, ids, ends
+    return states, heads, ids, ends
 
 
-def report(seconds: list[float], **more) -> None:
-    """The line that `side_by_side` reads."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps(dict(seconds=statistics.median(seconds), peak_gb=peak, **more)))
+def resident(kind: str = "VmRSS") -> int:
+    """KiB of this process: now, or (`VmHWM`) at most since it was last reset."""
+    return int(pathlib.Path("/proc/self/status").read_text().split(kind + ":")[1].split()[0])
 
 
-def ours(student: int, teacher: int, answer: int, way: str, calls: int) -> None:
-    """This project's loss and its gradient with respect to the student's logits."""
+def measured(call, calls: int, **more) -> None:
+    """Calls once to warm up and then several times, and prints the line that `side_by_side` reads."""
+    found = call()
+    times = []
+    del found
+    ctypes.CDLL(None).malloc_trim(0)
+    rest = resident()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    for _ in range(calls):
+        value = gradient = None  # those of the call before are no part of this one
+        start = time.perf_counter()
+        value, gradient = call()
+        times.append(time.perf_counter() - start)
+    added = (resident("VmHWM") - rest) / 2**20
+    print(
+        json.dumps(
+            dict(seconds=statistics.median(times), peak_gb=added, loss=float(value), gradient=gradient(), **more)
+        )
+    )
+
+
+def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls: int) -> None:
+    """This project's loss and its gradient with respect to the student's logits, or hidden states and head."""
     import jax
     import jax.numpy as jnp
 
@@ -52,49 +84,52 @@ def ours(student: int, teacher: int, answer: int, way: str, calls: int) -> None:
     from gold_jax.text.batch import Half, Row, build_batches
 
     merge, compare, top_k = WAYS[way]
-    logits, ids, ends = inputs(student, teacher, answer)
+    states, heads, ids, ends = inputs(student, teacher, answer, hidden)
     *groups, count = group_ends(*ends)
     rows = [
         Row(*(Half(x[i, :PROMPT], x[i, PROMPT:], g) for x, g in zip(ids, groups)), count, "", False)
         for i in range(BATCH)
     ]
     (batch,) = build_batches(rows, BATCH, merge=merge, groups="all", text=compare == "events", normalization="row_mean")
-    batch = jax.tree.map(jnp.asarray, batch)
     shared = student - student // 4
     first = np.arange(student // 4, student)
     orders = [np.r_[first, np.arange(student // 4)], np.arange(teacher)]
     rng = np.random.default_rng(1)
     routes = [np.sort(rng.integers(0, shared + 1, size - shared)) for size in (student, teacher)]
-    heads = [
+    options = CompareOptions(shared, 0.0, 1.0, 1.0, top_k)
+    laid = []
+    for side, x in zip((batch.student, batch.teacher), states):  # as the lines of the batch hold them
+        line = np.zeros((side.lines.tokens.size, x.shape[-1]), np.float32)
+        line[side.lines.place[side.lines.mask]] = x.reshape(-1, x.shape[-1])
+        laid.append(jnp.asarray(line))
+    maps = [
         Head(
-            None, jnp.argsort(jnp.asarray(o)), route=jnp.asarray(r, jnp.int32), order=jnp.asarray(o) if k == 0 else None
+            None, jnp.asarray(np.argsort(o)), route=jnp.asarray(r, jnp.int32), order=jnp.asarray(o) if k == 0 else None
         )
         for k, (o, r) in enumerate(zip(orders, routes))
     ]
-    options = CompareOptions(shared, 0.0, 1.0, 1.0, top_k)
+    weights = [None if w is None else jnp.asarray(w) for w in heads]
+    batch = jax.tree.map(jnp.asarray, batch._replace(student=batch.student._replace(lines=None), teacher=batch.teacher._replace(lines=None), labels=None))  # fmt: skip
+    del states, heads, rows
 
-    def loss(student_logits, teacher_logits, batch, places, routes, order):
-        student_head = heads[0]._replace(place=places[0], route=routes[0], order=order)
-        teacher_head = heads[1]._replace(place=places[1], route=routes[1])
+    def loss(student_state, student_weight, teacher_state, teacher_weight, batch, maps):
         return distill_loss(
-            student_logits, student_head, batch.student, teacher_logits, teacher_head, batch.teacher, batch.weight,
-            compare=compare, options=options, merge=merge, chunk=64,
+            student_state, maps[0]._replace(weight=student_weight, softcap=None, temperature=1.0), batch.student,
+            teacher_state, maps[1]._replace(weight=teacher_weight, softcap=None, temperature=1.0), batch.teacher,
+            batch.weight, compare=compare, options=options, merge=merge, chunk=CHUNK,
         )[0]  # fmt: skip
 
-    step = jax.jit(jax.value_and_grad(loss))
-    widths = [batch.student.tokens.shape[1], batch.teacher.tokens.shape[1]]
-    padded = [jnp.pad(jnp.asarray(x), [(0, 0), (0, w - x.shape[1]), (0, 0)]) for x, w in zip(logits, widths)]
-    del logits
-    arguments = (*padded, batch, [h.place for h in heads], [h.route for h in heads], heads[0].order)
-    times = []
-    for _ in range(calls + 1):
-        start = time.perf_counter()
+    step = jax.jit(jax.value_and_grad(loss, (0, 1) if hidden else 0))
+    arguments = laid[0], weights[0], laid[1], weights[1], batch, maps
+
+    def call():
         value, gradient = jax.block_until_ready(step(*arguments))
-        times.append(time.perf_counter() - start)
-    report(times[1:], loss=float(value), gradient=float(jnp.linalg.norm(gradient)))
+        return value, lambda: float(jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))))
+
+    measured(call, calls)
 
 
-def peer(student: int, teacher: int, answer: int, calls: int) -> None:
+def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> None:
     """TRL's hybrid loss on the same numbers, merged by the chain rule."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import types
@@ -102,7 +137,7 @@ def peer(student: int, teacher: int, answer: int, calls: int) -> None:
     import torch
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    logits, ids, ends = inputs(student, teacher, answer)
+    states, heads, ids, ends = inputs(student, teacher, answer, hidden)
     settings = types.SimpleNamespace(
         beta=0.0, use_extended_uld=True, uld_use_hybrid_loss=True, uld_token_merge_strategy="bayesian",
         uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,
@@ -124,16 +159,21 @@ def peer(student: int, teacher: int, answer: int, calls: int) -> None:
         return y
 
     loss = ULDLoss(settings, tokenizer(0, student), tokenizer(student // 4, teacher))
-    ours, theirs = torch.tensor(logits[0], requires_grad=True), torch.tensor(logits[1])
-    del logits
-    times = []
-    for _ in range(calls + 1):
-        ours.grad = None
-        start = time.perf_counter()
-        value = loss(ours, theirs, *map(labels, ids), *map(torch.tensor, ids), *map(spans, ends))
+    ours, theirs = torch.tensor(states[0], requires_grad=True), torch.tensor(states[1])
+    weights = [None if w is None else torch.tensor(w, requires_grad=k == 0) for k, w in enumerate(heads)]
+    leaves = [ours] + ([weights[0]] if hidden else [])
+    del states, heads
+    arguments = [*map(labels, ids), *map(torch.tensor, ids), *map(spans, ends)]
+
+    def call():
+        for leaf in leaves:
+            leaf.grad = None
+        logits = [x if w is None else x @ w.T for x, w in zip((ours, theirs), weights)]
+        value = loss(*logits, *arguments)
         value.backward()
-        times.append(time.perf_counter() - start)
-    report(times[1:], loss=value.item(), gradient=ours.grad.norm().item())
+        return value, lambda: float(sum((leaf.grad**2).sum() for leaf in leaves) ** 0.5)
+
+    measured(call, calls)
 
 
 def main() -> None:
@@ -144,21 +184,25 @@ def main() -> None:
     parser.add_argument("--peer_python", default=sys.executable)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3)
+    parser.add_argument("--hidden", action="store_true", help="start from hidden states and heads")
+    parser.add_argument("--no_peer", action="store_true", help="this project alone")
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--side", choices=["peer", *WAYS])
     args = parser.parse_args()
     sizes = args.student, args.teacher, args.answer
     if args.side == "peer":
-        return peer(*sizes, args.calls)
+        return peer(*sizes, args.hidden, args.calls)
     if args.side:
-        return ours(*sizes, args.side, args.calls)
+        return ours(*sizes, args.hidden, args.side, args.calls)
     from side_by_side import alternate, table
 
-    tail = [__file__, *map(str, sizes), "--calls", str(args.calls), "--side"]
-    commands = {"TRL": [args.peer_python, *tail, "peer"]} | {way: [sys.executable, *tail, way] for way in WAYS}
+    tail = [__file__, *map(str, sizes), "--calls", str(args.calls), *(["--hidden"] if args.hidden else []), "--side"]
+    commands = {} if args.no_peer else {"TRL": [args.peer_python, *tail, "peer"]}
+    commands |= {way: [sys.executable, *tail, way] for way in args.ways}
     found = alternate(commands, args.rounds)
-    print(table(found, "TRL"))
-    print(f"loss and gradient norm: TRL {found['TRL'][0]['loss']:.6f} {found['TRL'][0]['gradient']:.6f}, "
-          f"exact {found['exact'][0]['loss']:.6f} {found['exact'][0]['gradient']:.6f}")  # fmt: skip
+    print(table(found, "TRL"), flush=True)
+    for name, runs in found.items():
+        print(f"{name}: loss {runs[0]['loss']:.6f}, gradient norm {runs[0]['gradient']:.6f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs commands in turn, several times, and prints how their figures compare: medians, spread, ratios.
 
 Each command prints one JSON object as its last line, with `seconds` (of the work, without set-up) and `peak_gb` (of the
-process). They take turns, so that whatever else the machine does falls on all alike.
+process, or of what the work adds to it). They take turns, so that whatever else the machine does falls on all alike.
 """
 
 import json
@@ -28,7 +28,11 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> str:
         "| | seconds: median (least to most) | peak, GB | times faster | of the peer's peak |",
         "| --- | --- | --- | --- | --- |",
     ]
-    of_peer = {key: statistics.median(row[key] for row in found[peer]) for key in ("seconds", "peak_gb")}
+    of_peer = (
+        {key: statistics.median(row[key] for row in found[peer]) for key in ("seconds", "peak_gb")}
+        if peer in found
+        else None
+    )
     for name, rows in found.items():
         seconds = [row["seconds"] for row in rows]
         middle, peak = statistics.median(seconds), statistics.median(row["peak_gb"] for row in rows)
@@ -37,7 +41,7 @@ def table(found: Mapping[str, Sequence[Mapping[str, float]]], peer: str) -> str:
                 f"{of_peer['seconds'] / middle:.2f}",
                 f"{peak / of_peer['peak_gb']:.2f}",
             ]
-            if name != peer
+            if of_peer and name != peer
             else ["", ""]
         )
         lines.append(

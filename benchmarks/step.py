@@ -24,9 +24,7 @@ QUESTIONS = [
     "Name two gases in the air.",
     "Give a synonym for happy.",
 ]
-ANSWER = (
-    "The answer depends on the question, but here is a short and clear reply that stays on the topic at hand and then stops."
-)
+ANSWER = "The answer depends on the question, but here is a short and clear reply that stays on the topic at hand and then stops."
 SETTINGS = dict(
     per_device_train_batch_size=4, gradient_accumulation_steps=1, learning_rate=1e-5, beta=0.0, temperature=1.0, top_p=0.95,
     max_completion_length=64, max_length=128, logging_steps=1, save_strategy="no", seed=42, gradient_checkpointing=False,

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 
 
+ROWS_AT_ONCE = 8192  # of a head's gradient
+
+
 class Inner(NamedTuple):
     """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
 
@@ -182,9 +185,24 @@ def _add(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, wei
     d_hidden, d_head = gradients
     if weight is not None:
         d_logits = d_logits.astype(hidden.dtype)
-        d_head = d_head + _multiply("cv,cd->vd", d_logits, hidden)
+        d_head = _add_product(d_head, d_logits, hidden)
         d_logits = _multiply("cv,vd->cd", d_logits, weight)
     return d_hidden.at[rows].add(d_logits, mode="promise_in_bounds"), d_head
+
+
+def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
+    """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the product is never held whole."""
+
+    def add(total, start, size):
+        product = _multiply("cv,cd->vd", jax.lax.dynamic_slice_in_dim(d_logits, start, size, 1), hidden)
+        block = jax.lax.dynamic_slice_in_dim(total, start, size, 0) + product
+        return jax.lax.dynamic_update_slice_in_dim(total, block, start, 0)
+
+    size = total.shape[0]
+    whole, rest = divmod(size, ROWS_AT_ONCE)
+    if whole:
+        total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, i * ROWS_AT_ONCE, ROWS_AT_ONCE), total)
+    return add(total, whole * ROWS_AT_ONCE, rest) if rest else total
 
 
 def _through_tokens(token_fn, chunk, hidden, weight, inner: Inner, d_scale, gradients):

@@ -21,6 +21,7 @@ from gold_jax.text.data import Example
 from gold_jax.training import profile
 from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, save_final_model
 from gold_jax.training.evaluation import exact_match, score_completions
+from gold_jax.training.host_memory import release_freed_memory
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.participant import Participant
@@ -77,6 +78,7 @@ class Loop:
         self.graph, params = nnx.split(task.student.model)
         task.student = task.student._replace(model=None)  # steps donate the parameters: this is their only owner
         self.state = TrainState(params, jax.jit(optimizer.init)(params))
+        release_freed_memory()
         self.step = Step(task.loss, optimizer)
         self.done = 0
         self.history: list[dict[str, Any]] = []
@@ -126,6 +128,8 @@ class Loop:
             window = self._window(step + 1) if step + 1 < total else None
             with profile.host_part(profile.WAITING):
                 jax.block_until_ready(metrics["loss"])
+            if step == 0:
+                release_freed_memory()
 
             means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
             tokens += current.stats["tokens"]

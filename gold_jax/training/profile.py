@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gold_jax.training.timesheet import Sheet, shared, sheets
+from gold_jax.training.timesheet import Sheet, shared, sheets, union, within
 from gold_jax.training.trace import (
     COMPILING,
     PARTS,
@@ -198,9 +198,11 @@ def summarise(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _sheets(trace: Trace) -> list[Sheet]:
+    evaluated = union(span for span in trace.host if span.what == EVALUATION)
     return sheets(
         trace.steps,
-        trace.host,
+        # An evaluation encodes and pads too, but not for the next update.
+        [span for span in trace.host if span.what in (EVALUATION, COMPILING) or not within(span, evaluated)],
         shared(trace.threads, trace.running, lambda operation: holds_others(trace.source(operation))),
         part=lambda operation: trace.source(operation).part or OTHER,
         apart=EVALUATION,
@@ -243,7 +245,11 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: str | os.
         box=box.SIMPLE_HEAD, title=f"Where the time goes: step {numbers}, {summary['device']}", title_justify="left"
     )
     table.add_column("")
-    for head in ("mean s", "%", *(f"step {s['step']}" for s in steps if 1 < len(steps) <= 4)):
+    for head in (
+        "s" if len(steps) == 1 else "mean s",
+        "%",
+        *(f"step {s['step']}" for s in steps if 1 < len(steps) <= 4),
+    ):
         table.add_column(head, justify="right")
 
     def row(name: str, *path: str, style: str = "") -> None:
@@ -261,6 +267,9 @@ def show_summary(console: Console, summary: Mapping[str, Any], folder: str | os.
         for name, spent in mean[side].items():
             if spent > 0 or name in (OTHER, IDLE):
                 row(f"  {name}", side, name)
+    table.add_section()
+    row("the next update's rows", "ahead", "seconds", style="bold")
+    row("  while the device is busy", "ahead", "hidden")
     console.print(table)
     ahead = mean["ahead"]
     share = 100 * ahead["hidden"] / ahead["seconds"] if ahead["seconds"] else 0.0

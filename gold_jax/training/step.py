@@ -42,7 +42,8 @@ def freeze_teacher(
 ) -> tuple[nnx.GraphDef, Constants]:
     """Splits the teacher and reorders its head once, so that column `i` faces the student's column `i`.
 
-    An untied head is reordered in the parameters themselves and never held twice.
+    It is reordered in the parameters themselves and never held twice: of a teacher whose embedding is its head, tokens
+    have to be looked up by their `teacher_place` from then on.
 
     Args:
       teacher: the teacher.
@@ -53,8 +54,7 @@ def freeze_teacher(
     head = teacher.head_weight()
     if not _is_identity(vocabulary.teacher_order):
         head = jax.jit(lambda x: jnp.take(x, order, axis=0))(head)
-        if not teacher.config.tied:
-            teacher.head[...] = head
+        (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
     graph, params = nnx.split(teacher)
     student_place, teacher_place = (
         np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
@@ -96,8 +96,8 @@ def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions
 def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Decoder:
     """The teacher as it was before `freeze_teacher`, to measure it by itself."""
     teacher = nnx.merge(graph, constants.teacher)
-    if not teacher.config.tied:
-        teacher.head[...] = jnp.take(constants.teacher_head, jnp.asarray(np.argsort(vocabulary.teacher_order)), axis=0)
+    head = jnp.take(constants.teacher_head, jnp.asarray(np.argsort(vocabulary.teacher_order)), axis=0)
+    (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
     return teacher
 
 
@@ -142,7 +142,10 @@ def make_distillation_loss(
 
     def prepare(constants: Constants, batch: Batch):
         frozen = nnx.merge(teacher, constants.teacher)
-        hidden = _hidden("teacher", frozen, batch.teacher.lines)
+        lines = batch.teacher.lines
+        if frozen.config.tied:
+            lines = lines._replace(tokens=constants.teacher_place[lines.tokens])
+        hidden = _hidden("teacher", frozen, lines)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         # The student's program sees few different sizes, though the teacher's lines come in more.
         padding = power_of_two(len(hidden)) - len(hidden)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gold_jax.losses import chunked
 from gold_jax.losses.chunked import Inner, head_logits, map_over_chunks, sum_over_chunks
 from gold_jax.losses.distill import Head, cross_entropy, order_rows, pack, token_logp
 
@@ -56,6 +57,20 @@ def test_a_sum_over_chunks_equals_the_sum_at_once_with_its_gradient(chunk, live,
     theirs = jax.value_and_grad(at_once, (0, 1))(hidden, head)
     chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=4e-6)
     chex.assert_trees_all_close(jax.jit(chunked)(hidden, head), theirs[0], rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 17])
+def test_a_heads_gradient_is_the_same_however_many_rows_are_made_at_once(monkeypatch, rows):
+    hidden, head, positions = normal(N, D), normal(V, D, seed=1), (jnp.arange(N) % V, normal(N, seed=4))
+
+    def gradient(head):
+        return jax.grad(
+            lambda w: sum_over_chunks(a_loss, None, 4, hidden, w, ROWS, None, jnp.zeros(V), positions, N)[0]
+        )(head)
+
+    whole = gradient(head)
+    monkeypatch.setattr(chunked, "ROWS_AT_ONCE", rows)
+    chex.assert_trees_all_close(gradient(head), whole, rtol=1e-6, atol=1e-7)
 
 
 def test_logits_take_the_place_of_hidden_states_where_there_is_no_head():
