@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-
 ROWS_AT_ONCE = 8192  # of a head's gradient
 
 

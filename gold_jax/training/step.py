@@ -115,16 +115,17 @@ class LossFn(NamedTuple):
     """A loss in two programs: what no gradient goes through, and what one does.
 
     Attributes:
-      prepare: `prepare(constants, batch) -> batch`: puts in what the teacher says; None where there is nothing to do.
-      loss: `loss(params, constants, batch) -> (loss, parts)` of a prepared batch.
+      read: `read(constants, lines) -> hidden states [O, E]` of the teacher; None where there is none. It sees the teacher's
+        lines alone, so that it is compiled for their shapes and no others.
+      loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
     """
 
-    prepare: Callable[[Any, Any], Any] | None
+    read: Callable[[Any, Lines], jax.Array] | None
     loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
     def __call__(self, params, constants, batch):
         """Both, one after the other."""
-        return self.loss(params, constants, batch if self.prepare is None else self.prepare(constants, batch))
+        return self.loss(params, constants, with_teacher(self.read, constants, batch))
 
 
 class Read(NamedTuple):
@@ -134,22 +135,27 @@ class Read(NamedTuple):
     side: Side
 
 
+def with_teacher(read: Callable[[Any, Lines], jax.Array] | None, constants: Any, batch: Any) -> Any:
+    """The batch with what the teacher's hidden states are in place of its tokens; as it is where there is no teacher."""
+    if read is None:
+        return batch
+    return batch._replace(teacher=Read(read(constants, batch.teacher.lines), batch.teacher._replace(lines=None)))
+
+
 def make_distillation_loss(
     student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
 ) -> LossFn:
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
     options = compare_options(spec, vocabulary)
 
-    def prepare(constants: Constants, batch: Batch):
+    def read(constants: Constants, lines: Lines):
         frozen = nnx.merge(teacher, constants.teacher)
-        lines = batch.teacher.lines
         if frozen.config.tied:
             lines = lines._replace(tokens=constants.teacher_place[lines.tokens])
         hidden = _hidden("teacher", frozen, lines)
         hidden = hidden.reshape(-1, hidden.shape[-1])
         # The student's program sees few different sizes, though the teacher's lines come in more.
-        padding = power_of_two(len(hidden)) - len(hidden)
-        return batch._replace(teacher=Read(jnp.pad(hidden, [(0, padding), (0, 0)]), batch.teacher._replace(lines=None)))
+        return jnp.pad(hidden, [(0, power_of_two(len(hidden)) - len(hidden)), (0, 0)])
 
     def loss(params, constants: Constants, batch: Batch):
         model = nnx.merge(student, params)
@@ -196,7 +202,7 @@ def make_distillation_loss(
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
         return total, parts
 
-    return LossFn(prepare if spec.distillation_weight else None, loss)
+    return LossFn(read if spec.distillation_weight else None, loss)
 
 
 def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
@@ -252,31 +258,30 @@ class Step:
         self._add = jax.jit(add, donate_argnums=(1, 2))
         self._update = jax.jit(update, donate_argnums=(0, 1))
         self._evaluate = jax.jit(loss.loss)
-        self._prepare = None if loss.prepare is None else jax.jit(loss.prepare)
+        self._read = None if loss.read is None else jax.jit(loss.read)
 
     @property
     def compiled(self) -> int:
         """Number of compiled programs so far."""
-        programs = self._fused, self._first, self._add, self._update, self._evaluate, self._prepare
+        programs = self._fused, self._first, self._add, self._update, self._evaluate, self._read
         return sum(f._cache_size() for f in programs if f is not None)
-
-    def _prepared(self, constants, batch):
-        return batch if self._prepare is None else self._prepare(constants, batch)
 
     def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed."""
-        head = self._prepared(constants, batches[0])
+        head = with_teacher(self._read, constants, batches[0])
         if len(batches) == 1:
             state.params, state.optimizer, metrics, norm = self._fused(state.params, state.optimizer, constants, head)
         else:
             metrics, grads = self._first(state.params, constants, head)
             for batch in batches[1:]:
-                metrics, grads = self._add(state.params, grads, metrics, constants, self._prepared(constants, batch))
+                metrics, grads = self._add(
+                    state.params, grads, metrics, constants, with_teacher(self._read, constants, batch)
+                )
             state.params, state.optimizer, norm = self._update(state.params, state.optimizer, grads)
         loss, parts = metrics
         return {"loss": loss, "grad_norm": norm, **parts}
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""
-        loss, parts = self._evaluate(params, constants, self._prepared(constants, batch))
+        loss, parts = self._evaluate(params, constants, with_teacher(self._read, constants, batch))
         return {"loss": loss, **parts}

@@ -116,13 +116,21 @@ def test_gradients_that_come_in_at_padding_stay_finite(name):
     assert all(jnp.isfinite(gradient).all() for gradient in pullback(arrays[3]))
 
 
-def test_blockwise_visits_no_block_that_the_window_leaves_empty():
+def test_blockwise_visits_no_block_that_causality_or_the_window_leaves_empty():
     *arrays, mask = inputs(64, 2, 1)
     query, key, value = arrays[:3]
-    # What is never read may be anything: keys of the first block are too far back for the last queries.
-    broken = key.at[:, :16].set(jnp.nan)
-    clean, dirty = (kernel_like("blockwise", 8, None)(query, keys, value, mask) for keys in (key, broken))
-    np.testing.assert_array_equal(clean[0, 32:], dirty[0, 32:])
+    # What is never read may be anything, while a share of 0 times NaN would show.
+    first, last = value.at[:, :16].set(jnp.nan), value.at[:, 48:].set(jnp.nan)
+    clean, far, ahead = (kernel_like("blockwise", 8, None)(query, key, values, mask) for values in (value, first, last))
+    np.testing.assert_array_equal(clean[0, 32:], far[0, 32:])
+    np.testing.assert_array_equal(clean[0, :48], ahead[0, :48])
+
+
+def test_blockwise_gives_nothing_where_nothing_is_seen():
+    *arrays, mask = inputs(41, 4, 2)
+    out, pullback = jax.vjp(lambda *args: kernel_like("blockwise", None, None)(*args, mask), *arrays[:3])
+    assert not out[4].any() and not out[1, : 41 // 3].any()
+    assert not any(gradient[4].any() for gradient in pullback(jnp.ones_like(out)))
 
 
 def test_blockwise_never_holds_all_scores():

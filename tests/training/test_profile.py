@@ -109,11 +109,26 @@ def test_the_table_shows_parts_in_seconds_and_per_cent_what_overlapped_and_opera
     assert "student forward 3.000 37.5 3.000 3.000".split() in lines
     assert "optimizer 1.000 12.5 2.000 0.000".split() in lines
     assert "idle 4.000 50.0 3.000 5.000".split() in lines
+    assert "while the device is busy 2.000 25.0 2.000 2.000".split() in lines
     assert not any(line[:2] == ["teacher", "forward"] for line in lines)
     text = " ".join(word for line in lines for word in line)
     assert "took the host 3.000 s, of which 2.000 s (67 %) while the device was busy" in text
     assert "3.000 s 37.5 % 1.5 × dot student forward: while/body/dot_general" in text
     assert "compiled" not in text
+
+
+def test_what_an_evaluation_encodes_is_not_for_the_next_update(tmp_path):
+    work = [("rendering and encoding", 0, 1), ("evaluation", 2, 6), ("rendering and encoding", 3, 4)]
+    compiling = event("backend_compile_and_load", 4, 5)
+    write(tmp_path / "a.xplane.pb", step(1, 0, 8, compiling, *(event(PREFIX + name, s, e) for name, s, e in work)))
+    (one,) = summarise(tmp_path)["steps"]
+    assert {name: spent for name, spent in one["host"].items() if spent} == {
+        "rendering and encoding": 1,
+        "evaluation": 3,
+        "compiling programs": 1,
+        "other": 3,
+    }
+    assert one["ahead"]["seconds"] == 1
 
 
 def test_steps_that_compiled_are_named(tmp_path):

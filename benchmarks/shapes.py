@@ -1,0 +1,73 @@
+"""How many programs a run compiles: the shapes of its steps, without taking them.
+
+    python benchmarks/shapes.py ASSETS DATA.jsonl [--steps 200] [--batch 4] [--max_length 512] [--new_tokens 64]
+
+DATA has GSM8K's columns. Off-policy, completions are the data's; for on-policy their first `--new_tokens` tokens stand in
+for what the student would write, which may be shorter but is never longer. Printed with it: how many tokens are computed
+to one that is there, in lines as they are and in rows padded to the longest of a batch.
+"""
+
+import argparse
+import json
+import pathlib
+
+import jax
+import numpy as np
+
+
+def main() -> None:
+    """Counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("assets")
+    parser.add_argument("data")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    args = parser.parse_args()
+    from gold_jax.text.batch import build_batches, build_rows
+    from gold_jax.text.chat import Codec
+    from gold_jax.text.drawn import completion_from_ids
+    from gold_jax.text.lines import power_of_two
+    from gold_jax.training.participant import load_tokenizer
+    from gold_jax.training.windows import Order
+
+    student, teacher = (
+        Codec(load_tokenizer(f"{args.assets}/{name}")) for name in ("smollm2-135m-gpt2tok", "smollm2-135m-instruct")
+    )
+    rows = [json.loads(line) for line in pathlib.Path(args.data).read_text(encoding="utf-8").splitlines()]
+    order = Order(len(rows), args.batch, 42)
+    print(
+        "| completions | teacher's programs | student's programs | computed tokens to one, in lines | in padded rows |"
+    )
+    print("| --- | --- | --- | --- | --- |")
+    for mode in ("off", "on"):
+        programs, computed, padded, there = (set(), set()), 0, 0, 0
+        for step in range(args.steps):
+            chosen = [rows[i] for i in order(step)]
+            prompts = [[{"role": "user", "content": row["question"]}] for row in chosen]
+            completions = [row["answer"] for row in chosen]
+            if mode == "on":
+                drawn = [
+                    student.encode_completion(c, after=p).ids[: args.new_tokens] for c, p in zip(completions, prompts)
+                ]
+                completions = [completion_from_ids(student, ids, after=p) for ids, p in zip(drawn, prompts)]
+            made = build_rows(student, teacher, prompts, completions, max_length=args.max_length)
+            (batch,) = build_batches(made, args.batch, merge="chain", groups="all")
+            read = power_of_two(batch.teacher.lines.tokens.size)
+            programs[0].add(str(jax.tree.map(np.shape, batch.teacher.lines)))
+            programs[1].add(
+                str(jax.tree.map(np.shape, (batch.student.lines, batch.teacher._replace(lines=None), read)))
+            )
+            for side in (batch.student.lines, batch.teacher.lines):
+                lengths = side.mask.reshape(args.batch, -1).sum(1)
+                computed += side.tokens.size
+                padded += args.batch * int(lengths.max())
+                there += int(lengths.sum())
+        print(
+            f"| {mode}-policy | {len(programs[0])} | {len(programs[1])} | {computed / there:.2f} | {padded / there:.2f} |"
+        )
+
+
+if __name__ == "__main__":
+    main()
