@@ -173,6 +173,11 @@ def test_a_flag_is_read_in_every_spelling(argv, name, value):
             ["one of the two"],
         ),
         (["--teacher_model_init_kwargs", '{"load_in_4bit": true}'], ["--teacher_model_init_kwargs", "'load_in_4bit'"]),
+        (
+            ["--attn_implementation", "blokwise"],
+            ["--attn_implementation", "'blokwise'", "cudnn", "nearest is blockwise"],
+        ),
+        (["--model_init_kwargs", '{"attn_implementation": "x"}'], ["--model_init_kwargs: attn_implementation", "'x'"]),
         (["--fp16"], ["--fp16", "--bf16"]),
         (["--use_peft"], ["--use_peft", "LoRA is not in this version"]),
         (["--load_in_4bit"], ["--load_in_4bit", "not in this version"]),
@@ -215,6 +220,24 @@ def test_flags_of_pytorch_are_accepted_and_each_is_answered_once():
     )
     assert [notice.split(":")[0] for notice in notices] == ["--deepspeed", "--fsdp", "--tf32", "--use_vllm"]
     assert "built-in sampler" in notices[-1]
+
+
+@pytest.mark.parametrize("name", ("eager", "sdpa", "flash_attention_2", "paged|sdpa", "kernels-community/flash-attn"))
+def test_pytorch_s_attention_is_accepted_and_answered(name):
+    model, *_, notices = gold("--attn_implementation", name)
+    assert model.attn_implementation == "auto"
+    assert len(notices) == 1 and all(word in notices[0] for word in (name, "auto", "blockwise", "cudnn", "splash"))
+    args = GOLDConfig(model_init_kwargs={"attn_implementation": name})
+    assert args.model_init_kwargs == {"attn_implementation": "auto"} and len(args.notices) == 1
+
+
+def test_attention_of_this_project_is_taken_without_a_word():
+    for name in ("auto", "plain", "blockwise", "cudnn", "splash"):
+        model, *_, notices = gold("--attn_implementation", name)
+        assert model.attn_implementation == name and not notices
+    assert (
+        ModelArguments().attn_implementation is ModelArguments(attn_implementation="none").attn_implementation is None
+    )
 
 
 def test_what_is_switched_off_or_happens_anyway_is_not_mentioned():
