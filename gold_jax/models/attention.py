@@ -192,10 +192,11 @@ def over_layers(
 
     if chosen == "plain":
         allowed = [_allowed(mask, window) for window in windows]
+        # The backward pass computes the scores again: kept, they would be the largest thing a layer leaves behind.
+        lean = jax.checkpoint(functools.partial(plain, softcap=cap, scale=scale), prevent_cse=False)
 
         def attend(sliding, query, key, value):
-            seen = allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1])
-            return plain(query, key, value, seen, softcap=cap, scale=scale)
+            return lean(query, key, value, allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1]))
 
     else:
         # A kernel's window is static, which layer it is for is not: both are compiled, one runs.

@@ -1,0 +1,60 @@
+import pytest
+from flax import nnx
+
+from gold_jax import GOLDConfig, GOLDTrainer, train
+from gold_jax.models.weights import load_model
+from gold_jax.training import trainer
+from gold_jax.training.participant import load_participant
+
+
+def load(world, model, **options):
+    return load_participant(model, world / "student_tokenizer", dtype="float32", **options).model
+
+
+def test_attention_is_what_was_asked_for_or_auto(world):
+    assert load(world, world / "student").attention == "auto"
+    assert load(world, world / "student", attention="blockwise").attention == "blockwise"
+
+
+def test_a_model_in_memory_keeps_its_attention_unless_another_is_asked_for(world):
+    model = load_model(world / "student", attention="plain")
+    assert load(world, model).attention == load(world, nnx.split(model)).attention == "plain"
+    assert load(world, model, attention="blockwise").attention == "blockwise"
+    assert model.attention == "plain"
+
+
+def test_attention_that_cannot_be_computed_is_refused_for_models_by_name_and_in_memory(world):
+    for model in (world / "student", load_model(world / "student")):
+        with pytest.raises(ValueError, match="The .* model: .*'splash' cannot be used: .* for cpu; blockwise"):
+            load(world, model, attention="splash")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What attention each participant is loaded with, by role; loading the teacher ends the run."""
+    found = {}
+
+    def record(*args, **options):
+        found[options["role"]] = options["attention"]
+        if options["role"] == "teacher":
+            raise InterruptedError
+        return load_participant(*args, **options)
+
+    monkeypatch.setattr(trainer, "load_participant", record)
+    return found
+
+
+def test_the_flag_is_for_student_and_teacher(world, asked):
+    names = f"--model_name_or_path {world}/student --teacher_model_name_or_path {world}/teacher"
+    with pytest.raises(InterruptedError):
+        train.main(f"{names} --dataset_name {world}/data --attn_implementation blockwise".split())
+    assert asked == {"student": "blockwise", "teacher": "blockwise"}
+
+
+def test_each_model_s_own_options_choose_its_attention(world, asked):
+    options = {"model_init_kwargs": {"attn_implementation": "sdpa"}}
+    options |= {"teacher_model_init_kwargs": {"attn_implementation": "plain"}}
+    with pytest.raises(InterruptedError):
+        rows = [{"prompt": "a", "completion": "b"}]
+        GOLDTrainer(str(world / "student"), str(world / "teacher"), args=GOLDConfig(**options), train_dataset=rows)
+    assert asked == {"student": "auto", "teacher": "plain"}
