@@ -73,7 +73,7 @@ _NOTICES = {
     ),
     "The sampler keeps its key-value cache; training needs none.": "use_cache",
     "The models here have no dropout.": "disable_dropout",
-    "Batches fall into a few padded lengths, so little is computed on padding.": "padding_free",
+    "Rows always lie end to end, so nothing is computed on padding between them.": "padding_free",
     "Nothing is packed, so no way of packing is needed.": "packing_strategy",
     "Padding is masked; which token stands there does not matter.": "pad_token",
     "The loss is always a mean over the whole global batch.": "average_tokens_across_devices",

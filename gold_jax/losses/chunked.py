@@ -45,7 +45,14 @@ def head_logits(hidden: jax.Array, head: jax.Array | None, softcap: float | None
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """An einsum accumulated in float32. Float32 factors are multiplied as such: GPUs and TPUs would round them first."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return jnp.einsum(subscripts, a, b, precision=precision, preferred_element_type=jnp.float32)
+    product = functools.partial(jnp.einsum, subscripts, precision=precision, preferred_element_type=jnp.float32)
+    if a.dtype == jnp.float32:
+        return product(a, b)
+    # XLA's CPU compiler has no such product of two bfloat16 matrices in every layout; widened, the result is the same.
+    widened = functools.partial(jnp.einsum, subscripts, precision=jax.lax.Precision.HIGHEST)
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: widened(a.astype(jnp.float32), b.astype(jnp.float32)), default=product
+    )
 
 
 def _whole_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
