@@ -58,7 +58,7 @@ def _some_rows(ours, theirs, loss, signs, start: int, stop: int) -> None:
         signs[row, order] = sign
         beyond = float(theirs[row].sum(dtype=np.float64) - other.sum(dtype=np.float64))
         rest = float(mine[: len(mine) - common].sum(dtype=np.float64))
-        loss[row] = np.abs(difference).sum(dtype=np.float64) + rest + max(0.0, beyond)
+        loss[row] = np.abs(difference).sum(dtype=np.float64) + rest + np.maximum(0.0, beyond)  # not max: it drops NaN
 
 
 def _largest(values: np.ndarray, count: int) -> np.ndarray:

@@ -82,9 +82,13 @@ def test_host_and_xla_sort_alike_inside_a_compiled_loop():
 
 
 @SORTS
-def test_what_is_no_number_stays_none_when_sorted(sort):
-    p = jnp.array([[0.5, jnp.nan, 0.5]])
-    assert jnp.isnan(sorted_l1(p, jnp.array([[0.2, 0.8]]), sort)).all()
+@pytest.mark.parametrize(
+    "bits", [0x7FC00000, 0xFFC00000]
+)  # what processors make of 0/0 has its sign bit set: the latter
+def test_what_is_no_number_stays_none_when_sorted(sort, bits):
+    nan = np.uint32(bits).view(np.float32)
+    p, q = jnp.asarray(np.array([[0.5, nan, 0.2, 0.3, 0.1]], np.float32)), jnp.array([[0.2, 0.8]])
+    assert jnp.isnan(sorted_l1(p, q, sort)).all() and jnp.isnan(sorted_l1(q, p, sort)).all()
 
 
 def test_top_k_bounds_the_exact_distance_and_meets_it_in_the_end():
