@@ -25,10 +25,10 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64)
     args = parser.parse_args()
+    from gold_jax.sizes import power_of_two
     from gold_jax.text.batch import build_batches, build_rows
     from gold_jax.text.chat import Codec
     from gold_jax.text.drawn import completion_from_ids
-    from gold_jax.text.lines import power_of_two
     from gold_jax.training.participant import load_tokenizer
     from gold_jax.training.windows import Order
 

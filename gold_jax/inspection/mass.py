@@ -12,7 +12,8 @@ from gold_jax.inspection.report import Mass
 from gold_jax.inspection.vocabularies import KINDS
 from gold_jax.losses.chunked import sum_over_chunks
 from gold_jax.losses.distill import pack
-from gold_jax.text.lines import bucket, pad_right
+from gold_jax.sizes import bucket
+from gold_jax.text.lines import pad_right
 from gold_jax.training.participant import Participant
 
 

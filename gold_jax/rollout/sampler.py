@@ -12,6 +12,7 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.rollout import rows as device
 from gold_jax.rollout.engine import Sampled
 from gold_jax.rollout.rows import Settings
+from gold_jax.sizes import bucket, power_of_two
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
@@ -144,7 +145,7 @@ class _Writing:
         places = np.full(space, size, np.int32)
         places[:count] = np.flatnonzero(~self.alive)[:count]
         lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
-        tokens = np.full((space, prompt_width(lengths.max())), self.pad_id, np.int32)
+        tokens = np.full((space, bucket(int(lengths.max()), smallest=_SMALLEST)), self.pad_id, np.int32)
         for row, i in enumerate(chosen):
             tokens[row, : lengths[row]] = self.prompts[i][:-1]
         self.cache, self.ledger = device.admit(
@@ -180,13 +181,13 @@ class _Writing:
     def _fitting_slots(self, longest: int) -> int:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
         owners = self.owner[self.alive] if self.alive.any() else [self.waiting[0]]
-        enough = doubled(max(len(self.prompts[i]) for i in owners) - 1 + self.new)
+        enough = _slots(max(len(self.prompts[i]) for i in owners) - 1 + self.new)
         config, itemsize = self.config, self.dtype.itemsize
         slot = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1])) * itemsize
         if _CHEAP * len(self.alive) * enough * slot <= weights:
             return enough
-        return min(enough, doubled(longest + _SMALLEST))
+        return min(enough, _slots(longest + _SMALLEST))
 
     def _write(self) -> None:
         """Let the device go on until there is something to do."""
@@ -231,15 +232,9 @@ def halves(rows: int) -> list[int]:
     return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]
 
 
-def doubled(length: int) -> int:
-    """The smallest of 32, 64, 128, … that holds `length`."""
-    return max(_SMALLEST, 1 << (int(length) - 1).bit_length())
-
-
-def prompt_width(length: int) -> int:
-    """The smallest of 32, 48, 64, 96, 128, … that holds `length`."""
-    size = doubled(length)
-    return size * 3 // 4 if length <= size * 3 // 4 and size > _SMALLEST else size
+def _slots(length: int) -> int:
+    """How many slots hold `length` tokens: 32, 64, 128, …"""
+    return power_of_two(int(length), smallest=_SMALLEST)
 
 
 def _padded(values, size: int) -> np.ndarray:

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gold_jax.sizes import bucket, line_bucket
+
 
 class Lines(NamedTuple):
     """The tokens of a batch, one line for each device that shares it."""
@@ -78,35 +80,9 @@ def positions(lines: Lines) -> np.ndarray:
     return shifted.reshape(-1, lines.place.shape[-1])
 
 
-def bucket(length: int, *, smallest: int = 32) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, … that holds `length`: at most a third is padding, shapes stay few."""
-    size = smallest
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
-def line_bucket(length: int, *, smallest: int = 32) -> int:
-    """The smallest of 32, 40, 48, 56, 64, 80, 96, … (four to an octave) that holds `length`: a tenth is padding on average."""
-    octave = smallest
-    while 2 * octave < length:
-        octave *= 2
-    return next(size for size in range(octave, 2 * octave + 1, octave // 4) if size >= length)
-
-
-def power_of_two(length: int) -> int:
-    """The smallest power of two that holds `length`."""
-    return 1 << max(0, length - 1).bit_length()
-
-
 def pad_right(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
     """Ragged rows as one array `[height, width]`, filled up behind each row and below the last."""
     out = np.full((height, width), fill, dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
-
-
-def pad_left(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
-    """As `pad_right`, filled up before each row: what sampling wants of prompts."""
-    return pad_right([row[::-1] for row in rows], height, width, dtype, fill)[:, ::-1]

@@ -18,8 +18,9 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.compare import CompareOptions
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, order_rows
 from gold_jax.models.decoder import Decoder
+from gold_jax.sizes import power_of_two
 from gold_jax.text.batch import Batch, Side, TokenBatch
-from gold_jax.text.lines import Lines, power_of_two
+from gold_jax.text.lines import Lines
 from gold_jax.text.vocabulary import VocabularyMap
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from gold_jax.text.lines import bucket, line_bucket, pack_lines, pad_left, positions, power_of_two
+from gold_jax.text.lines import pack_lines, positions
 
 
 def rows(*texts):
@@ -51,24 +51,3 @@ def test_positions_number_the_tokens_of_all_lines():
 def test_rows_that_cannot_be_shared_out_are_refused():
     with pytest.raises(ValueError, match="6 rows cannot be shared out evenly among 4 devices"):
         pack_lines(rows("a"), 6, 4)
-
-
-def test_buckets_are_few_and_waste_at_most_a_third():
-    sizes = sorted({bucket(n) for n in range(1, 5000)})
-    assert sizes[:6] == [32, 48, 64, 96, 128, 192] and len(sizes) == 16
-    assert all(bucket(n) >= n and (n < 32 or bucket(n) < n * 1.5) for n in range(1, 5000))
-
-
-def test_prompts_for_sampling_end_at_the_right_edge():
-    assert pad_left([np.array([1, 2]), np.array([3])], 3, 4, np.int32, 9).tolist() == [
-        [9, 9, 1, 2],
-        [9, 9, 9, 3],
-        [9, 9, 9, 9],
-    ]
-
-
-def test_sizes_of_lines_are_few_and_waste_at_most_a_quarter():
-    sizes = sorted({line_bucket(n) for n in range(1, 5000)})
-    assert sizes[:7] == [32, 40, 48, 56, 64, 80, 96] and len(sizes) == 30
-    assert all(n <= line_bucket(n) < max(33, n * 1.25) for n in range(1, 5000))
-    assert [power_of_two(n) for n in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
