@@ -31,15 +31,14 @@ class Inner(NamedTuple):
     live: jax.Array
 
 
-def head_logits(hidden: jax.Array, head: jax.Array | None, softcap: float | None = None) -> jax.Array:
-    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32, with the optional soft cap: float32 `[..., V]`.
+def head_logits(hidden: jax.Array, head: jax.Array | None) -> jax.Array:
+    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32: float32 `[..., V]`.
 
     Without a head, `hidden` are logits already.
     """
     if head is None:
         return hidden.astype(jnp.float32)
-    logits = _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
-    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
 
 
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

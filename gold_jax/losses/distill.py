@@ -31,9 +31,9 @@ class Head(NamedTuple):
 
     `weight` is `[V, D]`; `place [V]` gives the row of a token id in the order that `text.vocabulary.VocabularyMap` says
     (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
-    then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and `temperature` are Python floats. `route [V - K]` is
-    `VocabularyMap`'s, needed where a comparison projects. `stops` are the rows of the model's stop tokens, the one that
-    it writes first: their probabilities are added up there; None leaves every one by itself.
+    then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
+    `temperature` are Python floats. `route [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stops` are the
+    rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every one by itself.
     """
 
     weight: jax.Array | None
@@ -73,10 +73,13 @@ def pack(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return jnp.argsort(~flat, stable=True), jnp.sum(flat)
 
 
+def _tempered(logits: jax.Array, softcap: float | None, temperature: float) -> jax.Array:
+    capped = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+    return capped / temperature
+
+
 def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
-    if head.softcap is not None:
-        logits = head.softcap * jnp.tanh(logits / head.softcap)
-    logp = jax.nn.log_softmax(logits / head.temperature, -1)
+    logp = jax.nn.log_softmax(_tempered(logits, head.softcap, head.temperature), -1)
     if head.stops is None:
         return logp
     together = jax.nn.logsumexp(logp[:, head.stops], -1)
@@ -84,9 +87,7 @@ def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
 
 
 def _token_logp(logits, places, softcap, temperature):
-    if softcap is not None:
-        logits = softcap * jnp.tanh(logits / softcap)
-    logits = logits / temperature
+    logits = _tempered(logits, softcap, temperature)
     return jnp.take_along_axis(logits, places[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
 
