@@ -160,6 +160,8 @@ def _read_dict(value: Any) -> dict:
 
 
 def _read_list(value: Any) -> list[str]:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return [str(value)]  # what YAML makes of a single step
     if not isinstance(value, str | list | tuple):
         raise TypeError
     return listed(value)

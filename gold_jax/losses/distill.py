@@ -33,7 +33,8 @@ class Head(NamedTuple):
     (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
     then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
     `temperature` are Python floats. `route [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stops` are the
-    rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every one by itself.
+    rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every
+    one by itself.
     """
 
     weight: jax.Array | None

@@ -45,6 +45,7 @@ def test_what_is_no_step_is_an_error_that_says_what_is(given):
 
 def test_steps_beyond_the_runs_end_are_an_error_that_names_it():
     assert GOLDConfig(profile_steps="2-4,4", max_steps=4).profile_steps == [2, 3, 4]
+    assert GOLDConfig(profile_steps=3, max_steps=4).profile_steps == [3]
     with pytest.raises(ValueError, match=r"--profile_steps has '3-5', but the run ends with step 4"):
         GOLDConfig(profile_steps="3-5", max_steps=4)
 
