@@ -41,6 +41,8 @@ from gold_jax.rollout.client import Client, ServerError
 from gold_jax.rollout.engine import Sampled
 
 CONCURRENCY = 64
+# Servers take what is not said of these from a model's generation_config.json; completions are drawn as asked and no other way.
+_NOTHING_ELSE = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Asked(NamedTuple):
@@ -104,7 +106,7 @@ class VLLM:
             "ignore_eos": True,
             "return_token_ids": True,
             "logprobs": 0,
-            **{"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+            **_NOTHING_ELSE,
         }
 
     def read(self, answer: Any, prompt: list[int], asked: Asked) -> Told:
@@ -162,7 +164,7 @@ class SGLang:
                 "sampling_seed": seed,
                 "stop_token_ids": asked.stop_ids,
                 "ignore_eos": True,
-                **{"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0},
+                **_NOTHING_ELSE,
             },
         }
 
