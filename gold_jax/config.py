@@ -200,7 +200,9 @@ class SFTConfig:
     shuffle_dataset: bool = flag(False, "Shuffle the data set once, before batches are drawn.")
     trust_remote_code: bool = flag(False, "Allow tokenizers and configurations that ship their own Python code.")
     model_init_kwargs: dict | str | None = flag(None, "JSON with dtype, revision or attn_implementation for the model.")
-    loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
+    loss_chunk: int | None = flag(
+        None, "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere."
+    )
 
     def __post_init__(self):
         check_fields(self, RULES)

@@ -28,7 +28,9 @@ class EvaluateArguments:
     )
     max_length: int | None = flag(None, "Longest sequence in tokens; none: no limit.")
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
-    loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
+    loss_chunk: int | None = flag(
+        None, "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere."
+    )
     predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")
     max_new_tokens: int = flag(128, "Most tokens of a completion that is written for a measure.")
     teacher_model_name_or_path: str | None = flag(
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model.model_name_or_path is None or args.dataset_name is None:
         missing = "--model_name_or_path" if model.model_name_or_path is None else "--dataset_name"
         raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
+    from gold_jax.losses.chunked import chunk_size
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import exact_match, score_completions
 
@@ -60,7 +63,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     examples = examples[: args.max_samples] if args.max_samples else examples
     who = load_reader(model, args.tokenizer_name_or_path, args.bf16, special_tokens=args.special_tokens_in_prompts)
     score = score_completions(
-        who.model, who.codec, examples, batch_size=args.batch_size, max_length=args.max_length, chunk=args.loss_chunk
+        who.model,
+        who.codec,
+        examples,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        chunk=chunk_size(args.loss_chunk),
     )
     found = {
         "bits_per_byte": score.bits_per_byte,
@@ -95,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) -> dict[str, float]:
     import jax
 
+    from gold_jax.losses.chunked import chunk_size
     from gold_jax.training.evaluation import measure_gaps
 
     named = ModelArguments(model_name_or_path=args.teacher_model_name_or_path, dtype=model.dtype)
@@ -108,7 +117,7 @@ def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) ->
         max_new_tokens=args.max_new_tokens,
         key=jax.random.key(args.seed),
         batch_size=args.batch_size,
-        chunk=args.loss_chunk,
+        chunk=chunk_size(args.loss_chunk),
     )
     return {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | dataclasses.asdict(gaps)
 

@@ -36,7 +36,9 @@ class InspectArguments:
     )
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
     max_length: int = flag(1024, "Longest sequence in tokens that a model reads.")
-    loss_chunk: int = flag(128, "Positions whose logits are in memory at once.")
+    loss_chunk: int | None = flag(
+        None, "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere."
+    )
     trust_remote_code: bool = flag(False, "Let tokenizers run their own Python code.")
 
     def __post_init__(self):
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = None if args.html is None else _writable(args.html)
     texts = _texts(args)
     from gold_jax.inspection.pair import inspect_pair
+    from gold_jax.losses.chunked import chunk_size
 
     report = inspect_pair(
         args.student,
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         models=args.models,
         bf16=args.bf16,
         max_length=args.max_length,
-        chunk=args.loss_chunk,
+        chunk=chunk_size(args.loss_chunk),
         trust_remote_code=args.trust_remote_code,
     )
     if page is not None:

@@ -15,6 +15,15 @@ import jax.numpy as jnp
 ROWS_AT_ONCE = 8192  # of a head's gradient
 
 
+def chunk_size(asked: int | None) -> int:
+    """Positions whose logits are held at once: as asked, or what runs best where JAX runs.
+
+    A CPU multiplies 64 rows by a head as it lies; for more it first makes a copy of the head in another order. Accelerators
+    read the head once a chunk and want many rows for it.
+    """
+    return asked or (64 if jax.default_backend() == "cpu" else 256)
+
+
 class Inner(NamedTuple):
     """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
 

@@ -1,21 +1,24 @@
-"""Drawing tokens from logits: temperature, top-k and top-p without sorting, and one uniform number for each token."""
+"""Drawing tokens from logits: temperature, top-k and top-p, without sorting."""
 
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 256  # entries of the vocabulary per block in `_draw`
+_BLOCK = 256  # entries of the vocabulary per block in `entry_at`
 
 
-def draw(
-    logits: jax.Array, uniform: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
+def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """One token per row.
 
     The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are kept.
 
+    Top-p is drawn, not filtered: a token that turns out not to be among the likeliest that together have `top_p` is drawn
+    again, among those that are likelier than it. All that may be kept are likelier than what is not, so every further draw is
+    among all of them still, and what is kept comes as often as its probability says. One draw does more often than not,
+    where a filter would have to find its threshold first.
+
     Args:
         logits: float32 [B, V].
-        uniform: float32 [B] in [0, 1), the only randomness.
+        keys: PRNG keys [B], the only randomness.
         temperature, top_k, top_p: scalars as in `rollout.engine.Engine.generate`.
 
     Returns:
@@ -26,33 +29,48 @@ def draw(
         return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
     def sampled(logits):
-        return _draw(filtered_weights(logits, temperature, top_k, top_p), uniform)
+        weights = top_k_weights(logits, temperature, top_k)
+        share = top_p * weights.sum(axis=1)
+
+        def draw_again(state):
+            tries, token, kept = state
+            # Nothing is left out before the first draw.
+            lighter = jnp.where(tries == 0, 0.0, _at(weights, token))
+            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
+            drawn = entry_at(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
+            token = jnp.where(kept, token, drawn)
+            return tries + 1, token, kept | (top_p >= 1) | within(weights, token, share)
+
+        start = jnp.int32(0), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)
+        return jax.lax.while_loop(lambda state: ~state[2].all(), draw_again, start)[1]
 
     return jax.lax.cond(temperature == 0, greedy, sampled, logits)
 
 
-def filtered_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """Unnormalised probabilities float32 [B, V], 0 for entries that the filters leave out."""
+def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array) -> jax.Array:
+    """Unnormalised probabilities float32 [B, V], 0 for entries that are not among the `top_k` likeliest."""
     scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
     weights = jnp.exp(scaled)
-    order = _order(scaled)
 
     def keep_k(weights):
+        order = _order(scaled)
+
         def enough(threshold):
             return (order >= threshold[:, None]).sum(axis=1) >= top_k
 
         return jnp.where(order >= _largest(enough, weights)[:, None], weights, 0.0)
 
-    def keep_p(weights):
-        share = top_p * weights.sum(axis=1)
+    return jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
 
-        def enough(threshold):
-            return jnp.where(order >= threshold[:, None], weights, 0.0).sum(axis=1) >= share
 
-        return jnp.where(order >= _largest(enough, weights)[:, None], weights, 0.0)
+def within(weights: jax.Array, token: jax.Array, share: jax.Array) -> jax.Array:
+    """Bool [B]: whether a row's token is among the fewest that together weigh `share [B]` or more: the likelier ones do not."""
+    heavier = jnp.where(weights > _at(weights, token)[:, None], weights, 0.0)
+    return ~(heavier.sum(axis=1) >= share)  # true where nothing is a number, or drawing would never end
 
-    weights = jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
-    return jax.lax.cond(top_p < 1, keep_p, lambda weights: weights, weights)
+
+def _at(weights: jax.Array, token: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]
 
 
 def _order(values: jax.Array) -> jax.Array:
@@ -72,8 +90,11 @@ def _largest(enough, like: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 32, halve, jnp.zeros(like.shape[0], jnp.uint32))
 
 
-def _draw(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """Invert the cumulative sum at `uniform`: first among blocks of the vocabulary, then within the block."""
+def entry_at(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+    """The entry [B] of weights [B, V] at which their cumulative share passes a number in [0, 1) for each row.
+
+    First among blocks of the vocabulary, then within the block.
+    """
     rows, size = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
     block, rest = _invert(blocks.sum(axis=2), uniform)
@@ -94,4 +115,4 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Arra
     return index, jnp.clip((target - before) / weight, 0.0, 1.0)
 
 
-__all__ = ["draw", "filtered_weights"]
+__all__ = ["draw", "entry_at", "top_k_weights", "within"]

@@ -54,18 +54,14 @@ class Ledger(NamedTuple):
     logprobs: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def decoding_weights(graphdef, params):
-    """The weights in the form that `write` reads them: a copy, made once for many steps."""
-    return nnx.merge(graphdef, params).decoding_weights()
-
-
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "rows", "slots", "new"))
 def empty(key, *, config: DecoderConfig, dtype, rows: int, slots: int, new: int) -> tuple[Cache, Ledger]:
     """Rows that nobody has joined, with room for `new` tokens each."""
-    shape = (rows, config.kv_heads, slots, config.head_dim)
     zeros = jnp.zeros(rows, jnp.int32)
-    keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(config.layers)) for _ in range(2))
+    keys, values = (
+        tuple(jnp.zeros((rows, config.kv_heads, *shape), dtype) for _ in range(config.layers))
+        for shape in ((config.head_dim, slots), (slots, config.head_dim))
+    )
     ledger = Ledger(
         pending=zeros,
         key=jnp.broadcast_to(key, (rows,)),
@@ -97,12 +93,9 @@ def admit(
     width = tokens.shape[1]
     _, fresh = nnx.merge(graphdef, params).prefill(tokens, jnp.arange(width) < lengths[:, None], width)
 
-    def into(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[places, :, :width].set(new, mode="drop")
-
     cache = Cache(
-        tuple(map(into, cache.keys, fresh.keys)),
-        tuple(map(into, cache.values, fresh.values)),
+        tuple(old.at[places, :, :, :width].set(new, mode="drop") for old, new in zip(cache.keys, fresh.keys)),
+        tuple(old.at[places, :, :width].set(new, mode="drop") for old, new in zip(cache.values, fresh.values)),
         cache.length.at[places].set(lengths, mode="drop"),
     )
     ledger = ledger._replace(
@@ -122,7 +115,7 @@ def write(
 
     Args:
         graphdef, params: the model.
-        weights: its `decoding_weights`.
+        weights: its `decoding_weights()`.
         cache: given away; the slots left in every row that goes on must be `most` or more.
         ledger: of the same rows.
         settings: how to draw.
@@ -145,7 +138,7 @@ def write(
             steps + 1,
             # A row that is done reads on without harm in its first slot, where there is always room.
             cache._replace(length=jnp.where(ledger.done, 0, cache.length)),
-            _note(model.decode_logits(hidden), ledger, settings),
+            _note(model.decode_logits(hidden, weights), ledger, settings),
         )
 
     steps, cache, ledger = jax.lax.while_loop(going, step, (jnp.int32(0), cache, ledger))
@@ -156,8 +149,8 @@ def write(
 def _note(logits: jax.Array, ledger: Ledger, settings: Settings) -> Ledger:
     """Draw one token per row and write it down; rows that are done stay as they are."""
     done, count = ledger.done, ledger.count
-    uniform = jax.vmap(lambda key, count: jax.random.uniform(jax.random.fold_in(key, count)))(ledger.key, count)
-    token = draw(logits, uniform, settings.temperature, settings.top_k, settings.top_p)
+    keys = jax.vmap(jax.random.fold_in)(ledger.key, count)
+    token = draw(logits, keys, settings.temperature, settings.top_k, settings.top_p)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     logprob = chosen - jax.nn.logsumexp(logits, axis=1)
     at = jnp.arange(len(token)), jnp.where(done, ledger.tokens.shape[1], count)
@@ -181,12 +174,13 @@ def resize(cache: Cache, ledger: Ledger, rows: jax.Array, *, slots: int) -> tupl
         slots: of the new cache.
     """
 
-    def fit(old: jax.Array) -> jax.Array:
-        kept = old[rows, :, :slots]
-        return jnp.pad(kept, ((0, 0), (0, 0), (0, slots - kept.shape[2]), (0, 0)))
+    def fit(old: jax.Array, axis: int) -> jax.Array:
+        kept = jax.lax.slice_in_dim(old[rows], 0, min(slots, old.shape[axis]), axis=axis)
+        return jnp.pad(kept, [(0, slots - kept.shape[axis] if other == axis else 0) for other in range(4)])
 
-    cache = Cache(tuple(map(fit, cache.keys)), tuple(map(fit, cache.values)), cache.length[rows])
+    keys, values = (tuple(fit(old, axis) for old in both) for both, axis in ((cache.keys, 3), (cache.values, 2)))
+    cache = Cache(keys, values, cache.length[rows])
     return cache, jax.tree.map(lambda old: old[rows], ledger)
 
 
-__all__ = ["Ledger", "Settings", "admit", "decoding_weights", "empty", "resize", "write"]
+__all__ = ["Ledger", "Settings", "admit", "empty", "resize", "write"]

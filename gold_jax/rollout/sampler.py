@@ -110,7 +110,7 @@ class _Writing:
         found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
         if not self.waiting:
             return found
-        self.weights = device.decoding_weights(*self.model)
+        self.weights = nnx.merge(*self.model).decoding_weights()
         self.slots = self._fitting_slots(len(self.prompts[self.waiting[0]]) - 1)
         self.cache, self.ledger = device.empty(
             self.key, config=self.config, dtype=self.dtype, rows=len(self.alive), slots=self.slots, new=self.new

@@ -16,12 +16,13 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
+from gold_jax.host_memory import release_freed_memory
+from gold_jax.losses.chunked import chunk_size
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.training import profile
 from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, save_final_model
 from gold_jax.training.evaluation import exact_match, score_completions
-from gold_jax.training.host_memory import release_freed_memory
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.participant import Participant
@@ -128,8 +129,6 @@ class Loop:
             window = self._window(step + 1) if step + 1 < total else None
             with profile.host_part(profile.WAITING):
                 jax.block_until_ready(metrics["loss"])
-            if step == 0:
-                release_freed_memory()
 
             means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
             tokens += current.stats["tokens"]
@@ -247,7 +246,7 @@ def uninterrupted() -> Iterator[None]:
 def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
     """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
     batch = args.per_device_eval_batch_size
-    score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=args.loss_chunk)
+    score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk))
     found = {"eval_bits_per_byte": score.bits_per_byte}
     if args.predict_with_generate:
         found["eval_exact_match"] = exact_match(

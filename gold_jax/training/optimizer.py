@@ -100,4 +100,19 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransfo
     )
     if not config.max_grad_norm:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), adamw)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales gradients so that their global norm is at most `limit`.
+
+    What `optax.clip_by_global_norm` computes, as one factor: a product by it is computed where it is read, while XLA would
+    write optax's quotient of every gradient to memory, as much again as the gradients take.
+    """
+
+    def update(updates, state, params=None):
+        norm = optax.global_norm(updates)
+        factor = jnp.where(norm < limit, 1.0, limit / norm)
+        return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

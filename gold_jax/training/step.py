@@ -14,6 +14,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from gold_jax.host_memory import release_freed_memory
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.compare import CompareOptions
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, order_rows
@@ -227,6 +228,33 @@ class TrainState:
     optimizer: Any
 
 
+class Program:
+    """A jitted function that is compiled for new shapes before it runs, not while it does.
+
+    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more memory
+    than any other.
+    """
+
+    def __init__(self, function: Callable, donate: Sequence[int] = ()):
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._seen: set = set()
+
+    def __call__(self, *args):
+        """Calls the function."""
+        leaves, structure = jax.tree.flatten(args)
+        shapes = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if shapes not in self._seen:
+            self._seen.add(shapes)
+            self._jitted.lower(*args).compile()  # JAX finds it again when the function is called
+            release_freed_memory()
+        return self._jitted(*args)
+
+    @property
+    def compiled(self) -> int:
+        """For how many different arguments it has been compiled."""
+        return self._jitted._cache_size()
+
+
 class Step:
     """The jitted functions of a run: `train` over a window of micro-batches, `evaluate` for a loss alone.
 
@@ -254,18 +282,18 @@ class Step:
             more, new = gradient(params, constants, batch)
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-        self._fused = jax.jit(fused, donate_argnums=(0, 1))
-        self._first = jax.jit(first)
-        self._add = jax.jit(add, donate_argnums=(1, 2))
-        self._update = jax.jit(update, donate_argnums=(0, 1))
-        self._evaluate = jax.jit(loss.loss)
-        self._read = None if loss.read is None else jax.jit(loss.read)
+        self._fused = Program(fused, donate=(0, 1))
+        self._first = Program(first)
+        self._add = Program(add, donate=(1, 2))
+        self._update = Program(update, donate=(0, 1))
+        self._evaluate = Program(loss.loss)
+        self._read = None if loss.read is None else Program(loss.read)
 
     @property
     def compiled(self) -> int:
         """Number of compiled programs so far."""
         programs = self._fused, self._first, self._add, self._update, self._evaluate, self._read
-        return sum(f._cache_size() for f in programs if f is not None)
+        return sum(program.compiled for program in programs if program is not None)
 
     def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed."""

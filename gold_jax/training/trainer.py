@@ -11,6 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.losses.chunked import chunk_size
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
@@ -123,7 +124,7 @@ class SFTTrainer:
             self.student.codec, a.per_device_train_batch_size, a.per_device_eval_batch_size, a.max_length, counted
         )
         graph, _ = nnx.split(self.student.model)
-        loss = make_cross_entropy_loss(graph, chunk=a.loss_chunk)
+        loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
         self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, kept)
         task = Task(self.student, loss, (), windows, self.train_examples, kept, self.eval_examples)
         return self._make_loop(task, a.per_device_train_batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
@@ -309,7 +310,9 @@ class GOLDTrainer(SFTTrainer):
         stops = None if one else (student.codec.stop_ids, teacher.codec.stop_ids)
         teacher_graph, constants = freeze_teacher(teacher.model, vocabulary, stops)
         student_graph, _ = nnx.split(student.model)
-        loss = make_distillation_loss(student_graph, teacher_graph, self.spec, vocabulary, chunk=a.loss_chunk)
+        loss = make_distillation_loss(
+            student_graph, teacher_graph, self.spec, vocabulary, chunk=chunk_size(a.loss_chunk)
+        )
         windows = DistillationWindows(
             student=student.codec,
             teacher=teacher.codec,

@@ -145,7 +145,7 @@ def events(monkeypatch):
     def record(name, run):
         def recording(*arguments, **options):
             out = run(*arguments, **options)
-            found.append((name, *out[0].keys[0].shape[:3:2]))
+            found.append((name, *out[0].values[0].shape[:3:2]))
             return out
 
         monkeypatch.setattr(device, name, recording)
@@ -170,7 +170,7 @@ def test_free_rows_are_filled_from_the_prompts_that_wait(model, events):
 def test_rows_that_are_done_are_left_behind_when_no_prompt_waits(model, events):
     generate(model, MANY, rows=64, new=40, stop_ids=STOPS)
     rows = [rows for name, rows, _ in events if name == "write"]
-    assert rows == [64, 32, 16]
+    assert rows == [64, 32, 16, 8]
 
 
 def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):
@@ -186,7 +186,7 @@ def test_slots_shrink_when_a_long_row_has_left(model, events):
 
 
 def test_settings_compile_nothing_anew(model):
-    programs = (device.write, device.admit, device.empty, device.decoding_weights)
+    programs = (device.write, device.admit, device.empty)
     generate(model)
     compiled = [program._cache_size() for program in programs]
     for options in (

@@ -18,6 +18,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.text.batch import build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.step import (
+    Program,
     Step,
     TrainState,
     freeze_teacher,
@@ -112,3 +113,14 @@ def test_cross_entropy_trains_a_small_model_to_say_what_it_is_shown():
     assert losses[-1] < 0.05 < 1 < losses[0]
     assert float(step.evaluate(state.params, (), batch)["token_accuracy"]) == pytest.approx(1)
     assert step.compiled == 2  # one program to train, one to evaluate
+
+
+def test_a_program_is_compiled_once_for_each_shape_though_it_is_compiled_ahead():
+    seconds = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, duration, **_: seconds.append(duration) if name.endswith("backend_compile_duration") else None
+    )
+    program = Program(lambda x, y: x + y)
+    for size in (3, 4, 3):
+        np.testing.assert_array_equal(program(np.ones(size, np.float32), np.float32(1)), np.full(size, 2.0))
+    assert program.compiled == len(seconds) == 2
