@@ -51,7 +51,7 @@ def ours(assets: str, pieces: list[str]) -> None:
     """This project's."""
     import numpy as np
 
-    from gold_jax.text.align import group_ends
+    from gold_jax.text.align import groups_of
     from gold_jax.text.batch import Half, Row, build_batches
     from gold_jax.text.encode import PlainEncoder
 
@@ -63,7 +63,7 @@ def ours(assets: str, pieces: list[str]) -> None:
         return [encoder.encode(pieces) for encoder in encoders]
 
     def align(sides):
-        return [group_ends(a.spans[:, 1], b.spans[:, 1]) for a, b in zip(*sides)]
+        return groups_of(*([x.spans[:, 1] for x in side] for side in sides))
 
     def all_of_it():
         sides = encode()

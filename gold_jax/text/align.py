@@ -1,13 +1,21 @@
 """Groups: the pieces of a text at whose ends both tokenizations end a token."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder, spans_from_offsets, spans_from_surfaces
 
-__all__ = ["Alignment", "align", "group_ends", "groups_holding", "spans_from_offsets", "spans_from_surfaces"]
+__all__ = [
+    "Alignment",
+    "align",
+    "group_ends",
+    "groups_holding",
+    "groups_of",
+    "spans_from_offsets",
+    "spans_from_surfaces",
+]
 
 
 def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]:
@@ -31,39 +39,69 @@ def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]
     >>> group_ends([2, 4, 5], [4, 5])
     (array([0, 0, 1], dtype=int32), array([0, 1], dtype=int32), 2)
     """
-    ours, theirs = np.asarray(student_ends, np.int32), np.asarray(teacher_ends, np.int32)
-    total = int(ours[-1]) if ours.size else 0
-    if total != (int(theirs[-1]) if theirs.size else 0):
-        raise ValueError(
-            f"two tokenizations of one text end at the same byte, but the student's ends at {total} and the teacher's at "
-            f"{int(theirs[-1]) if theirs.size else 0}"
-        )
-    for side, ends in (("student", ours), ("teacher", theirs)):
-        if ends.size and (ends[0] < 0 or (ends[1:] < ends[:-1]).any()):
-            raise ValueError(f"the ends of the {side}'s tokens must not fall, as they do in {ends[:20].tolist()}…")
-    if total == 0:
-        count = int(ours.size > 0 and theirs.size > 0)
-        return np.zeros(ours.size, np.int32), np.zeros(theirs.size, np.int32), count
+    (found,) = groups_of([student_ends], [teacher_ends])
+    return found
+
+
+def groups_of(student_ends: Sequence, teacher_ends: Sequence) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    """`group_ends` of many texts at once: its arguments and its results, one for each text.
+
+    Raises:
+        ValueError: as `group_ends`.
+    """
+    ours, theirs = ([np.asarray(ends, np.int32) for ends in side] for side in (student_ends, teacher_ends))
+    totals = np.array([int(ends[-1]) if ends.size else 0 for ends in ours], np.int64)
+    for total, ends in zip(totals, theirs):
+        if total != (int(ends[-1]) if ends.size else 0):
+            raise ValueError(
+                f"two tokenizations of one text end at the same byte, but the student's ends at {total} and the teacher's at "
+                f"{int(ends[-1]) if ends.size else 0}"
+            )
+    # All texts lie end to end, a byte apart, so that a token without bytes at a text's start is none at another's end.
+    starts = np.cumsum(totals + 1) - totals - 1
+    (ours, our_cuts), (theirs, their_cuts) = (_end_to_end(side, starts) for side in (ours, theirs))
+    for side, ends, cuts in (("student", ours, our_cuts), ("teacher", theirs, their_cuts)):
+        falls = np.flatnonzero(ends[1:] < ends[:-1])
+        below = np.flatnonzero(ends < np.repeat(starts, np.diff(cuts)))
+        if falls.size or below.size:
+            row = np.searchsorted(cuts, min([*falls[:1], *below[:1]]), side="right") - 1
+            shown = (ends[cuts[row] : cuts[row + 1]][:20] - starts[row]).tolist()
+            raise ValueError(f"the ends of the {side}'s tokens must not fall, as they do in {shown}…")
     # One mark per byte is cheaper than any merge of the two lists: nothing is sorted or searched for.
-    ends_here = np.zeros(total + 1, np.bool_)
+    ends_here = np.zeros(int(starts[-1] + totals[-1]) + 1 if len(starts) else 0, np.bool_)
     ends_here[theirs] = True
-    ends_here[0] = False
-    student_group, count = _number(ours, ends_here)
+    ends_here[starts] = False
+    student_group = _number(ours, ends_here)
     ends_here[theirs] = False
     ends_here[ours] = True
-    ends_here[0] = False
-    teacher_group, _ = _number(theirs, ends_here)
-    return student_group, teacher_group, count
+    ends_here[starts] = False
+    teacher_group = _number(theirs, ends_here)
+    found, before = [], 0
+    for row, total in enumerate(totals):
+        a, b = student_group[our_cuts[row] : our_cuts[row + 1]], teacher_group[their_cuts[row] : their_cuts[row + 1]]
+        if total:
+            count = int(a[-1]) + 1 - before
+            found.append((a - np.int32(before), b - np.int32(before), count))
+            before += count
+        else:
+            found.append((np.zeros(len(a), np.int32), np.zeros(len(b), np.int32), int(len(a) > 0 and len(b) > 0)))
+    return found
 
 
-def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> tuple[np.ndarray, int]:
-    """The group of each token of one side, and how many groups there are."""
+def _end_to_end(ends: Sequence[np.ndarray], starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The ends of all texts' tokens where texts begin at `starts`, and where each text's tokens begin and end among them."""
+    sizes = np.array([len(x) for x in ends], np.int64)
+    joined = np.concatenate([*ends, np.zeros(0, np.int32)])
+    return joined + np.repeat(starts, sizes), np.concatenate([[0], np.cumsum(sizes)])
+
+
+def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> np.ndarray:
+    """The group of each token of one side, int32, counted through all texts."""
     closes = other_ends_here[ends]
     closes[:-1] &= ends[1:] != ends[:-1]  # of tokens that end together, the last closes the group
     after = np.cumsum(closes, dtype=np.int32)
-    count = int(after[-1])
     after -= closes
-    return after, count
+    return after
 
 
 def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:

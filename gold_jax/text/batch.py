@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gold_jax.text.align import group_ends
+from gold_jax.text.align import groups_of
 from gold_jax.text.chat import Codec
 from gold_jax.text.drawn import Drawn
 from gold_jax.text.lines import Lines, pack_lines, pad_right, positions
@@ -114,23 +114,25 @@ def build_rows(
     """
     drawn, unknown_ours = zip(*_encode_texts(student, prompts, completions)) if prompts else ((), ())
     others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=prompts)
+    paired = positional or one_vocabulary
+    aligned = [] if paired else groups_of([d.spans[:, 1] for d in drawn], [o.spans[:, 1] for o in others])
     rows = []
     for i, (prompt, ours) in enumerate(zip(prompts, drawn)):
         s_ids, t_ids = ours.ids, others[i].ids
-        if positional or one_vocabulary:
+        if paired:
             s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
             count = min(len(s_ids), len(t_ids))
         else:
-            s_group, t_group, count = group_ends(ours.spans[:, 1], others[i].spans[:, 1])
+            s_group, t_group, count = aligned[i]
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
         unknown = s_group[unknown_ours[i]]
         if not one_vocabulary:
             unknown = np.concatenate([unknown, t_group[others[i].unknown]])
         if ours.stopped:
-            paired = not (skip_student_stop or skip_teacher_stop)
+            taught = not (skip_student_stop or skip_teacher_stop)
             s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
-            s_group, t_group = (np.append(g, count if paired else NO_GROUP) for g in (s_group, t_group))
-            count += paired
+            s_group, t_group = (np.append(g, count if taught else NO_GROUP) for g in (s_group, t_group))
+            count += taught
         told = (teacher_prompts or prompts)[i]
         s_prompt = student.encode_prompt(prompt)
         t_prompt = s_prompt if teacher is student and told is prompt else teacher.encode_prompt(told)

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strings import random_strings
 
-from gold_jax.text.align import align, group_ends, groups_holding
+from gold_jax.text.align import align, group_ends, groups_holding, groups_of
 from gold_jax.text.encode import Encoded, PlainEncoder
 
 
@@ -47,6 +47,31 @@ def test_tokens_without_bytes_at_the_start_join_the_first_group(cuts, ours, thei
     assert set(student_group) == set(teacher_group) == set(range(count))
     plain = group_ends(*cuts)
     assert (student_group[ours:] == plain[0]).all() and (teacher_group[theirs:] == plain[1]).all()
+
+
+def without_bytes():
+    return st.tuples(st.lists(st.just(0), max_size=2), st.lists(st.just(0), max_size=2))
+
+
+@given(st.lists(st.one_of(two_cuts(), without_bytes(), st.tuples(without_bytes(), two_cuts()))))
+@settings(max_examples=200, deadline=None)
+def test_many_texts_are_cut_as_each_by_itself(texts):
+    texts = [[[*a, *b] for a, b in zip(*text)] if isinstance(text[0], tuple) else text for text in texts]
+    found = groups_of([ours for ours, _ in texts], [theirs for _, theirs in texts])
+    assert len(found) == len(texts)
+    for (ours, theirs, count), text in zip(found, texts):
+        alone = group_ends(*text)
+        assert (ours.tolist(), theirs.tolist(), count) == (alone[0].tolist(), alone[1].tolist(), alone[2])
+        assert ours.dtype == theirs.dtype == np.int32
+
+
+def test_a_text_among_many_whose_ends_fall_is_shown():
+    with pytest.raises(ValueError, match=r"ends of the teacher's tokens must not fall, as they do in \[3, 1, 4\]"):
+        groups_of([[2, 5], [4]], [[5], [3, 1, 4]])
+    with pytest.raises(ValueError, match="student's ends at 4 and the teacher's at 3"):
+        groups_of([[2, 5], [4]], [[5], [3]])
+    with pytest.raises(ValueError, match=r"as they do in \[-1, 4\]"):
+        groups_of([[2, 5], [-1, 4]], [[5], [4]])
 
 
 def test_an_example_by_hand():
