@@ -1,6 +1,7 @@
 """The loss alone, forward and backward, beside TRL's: from logits, or from hidden states and heads.
 
     python benchmarks/loss.py STUDENT_VOCABULARY TEACHER_VOCABULARY ANSWER_TOKENS --peer_python PYTHON [--hidden] [--rounds 5]
+    python benchmarks/loss.py 32000 49152 128 --grow      # this project alone, over tokens and vocabularies
 
 PYTHON is one with torch and TRL. Batch 2, logits (or hidden states of width 576 and 640, and heads) from a standard normal,
 a prompt of 8 tokens, student tokens of 4 bytes, teacher tokens of 2, 2, 4 and 8 bytes in turn, three quarters of the
@@ -14,6 +15,7 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import time
 
@@ -21,7 +23,7 @@ import numpy as np
 
 BATCH, PROMPT = 2, 8
 WIDTHS = 576, 640
-CHUNK = 32  # positions whose logits are held at once
+CHUNK = 64  # positions whose logits are held at once
 WAYS = {
     "exact": ("chain", "hybrid", 0),
     "top-k 1024": ("chain", "hybrid", 1024),
@@ -176,6 +178,34 @@ def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> N
     measured(call, calls)
 
 
+def grow(ways: list[str], calls: int) -> None:
+    """A table of this project's times and memory over answer tokens and vocabularies, from hidden states and heads."""
+    sizes = [(32000, 49152, n) for n in (128, 256, 512, 1024, 2048, 4096)]
+    sizes += [(n, n, 128) for n in (32000, 65536, 131072, 262144)]
+    print(
+        "| student × teacher entries | answer tokens a row | "
+        + " | ".join(ways)
+        + " |\n"
+        + "| --- " * (2 + len(ways))
+        + "|"
+    )
+    for student, teacher, answer in sizes:
+        cells = []
+        for way in ways:
+            command = [
+                sys.executable,
+                __file__,
+                *map(str, (student, teacher, answer)),
+                "--hidden",
+                "--calls",
+                str(calls),
+            ]
+            ran = subprocess.run([*command, "--side", way], capture_output=True, text=True, check=True)
+            found = json.loads(ran.stdout.strip().splitlines()[-1])
+            cells.append(f"{found['seconds']:.3f} s, {found['peak_gb']:.2f} GB")
+        print(f"| {student:,} × {teacher:,} | {answer} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     """Alternates, or is one of the sides."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -187,6 +217,7 @@ def main() -> None:
     parser.add_argument("--hidden", action="store_true", help="start from hidden states and heads")
     parser.add_argument("--no_peer", action="store_true", help="this project alone")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--grow", action="store_true", help="this project alone, from hidden states")
     parser.add_argument("--side", choices=["peer", *WAYS])
     args = parser.parse_args()
     sizes = args.student, args.teacher, args.answer
@@ -196,6 +227,8 @@ def main() -> None:
         return ours(*sizes, args.hidden, args.side, args.calls)
     from side_by_side import alternate, table
 
+    if args.grow:
+        return grow(args.ways, args.calls)
     tail = [__file__, *map(str, sizes), "--calls", str(args.calls), *(["--hidden"] if args.hidden else []), "--side"]
     commands = {} if args.no_peer else {"TRL": [args.peer_python, *tail, "peer"]}
     commands |= {way: [sys.executable, *tail, way] for way in args.ways}

@@ -350,7 +350,6 @@ class Decoder(nnx.Module):
 
         def body(x, scanned):
             weights, sliding = scanned
-            weights = {name: value.astype(self.dtype) for name, value in weights.items()}
             table = _choose(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
             x, key, value = layer.forward(config, weights, x, table, around(functools.partial(attend, sliding)))
             return x, (key, value) if keep_cache else None

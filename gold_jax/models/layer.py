@@ -33,7 +33,7 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
     """One layer over whole sequences.
 
     Args:
-        weights: the layer's parameters by the names of `decoder.layer_parameters`, in the compute dtype.
+        weights: the layer's parameters by the names of `decoder.layer_parameters`, in any dtype.
         x: [B, T, D]; table: cosines and sines [B, T, K / 2].
         attend: attention of queries [B, T, H, K], keys and values [B, T, N, K], to [B, T, H * K].
 
@@ -41,32 +41,51 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
         x [B, T, D], and the rotated keys and the values [B, T, N, K].
     """
     rows, length, _ = x.shape
-    normed = _norm(config, x, weights["attention_norm"])
     query, key, value = (
-        linear(weights, name, normed).reshape(rows, length, -1, config.head_dim) for name in ("query", "key", "value")
+        y.reshape(rows, length, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
     query, key = _place_heads(config, weights, query, key, table)
     return _after_attention(config, weights, x, attend(query, key, value)), key, value
 
 
-# What lies between two products costs less to compute again than to keep: the backward pass reads their inputs alone.
-_norm = jax.checkpoint(rms_norm, static_argnums=(0,), prevent_cse=False)
+# What lies between two products costs less to compute again than to keep, and so does a matrix in the compute dtype: the
+# backward pass reads the inputs of these functions alone.
+_keep_inputs = functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
+_ATTENTION = "attention_norm", ("query", "key", "value")
+_MLP = "mlp_norm", ("gate", "up")
 
 
-@functools.partial(jax.checkpoint, static_argnums=(0,), prevent_cse=False)
-def _gate(config: DecoderConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
-    return _ACTIVATIONS[config.activation](gate) * up
+@_keep_inputs
+def _normed_products(names: tuple, config: DecoderConfig, weights: Weights, x: jax.Array) -> tuple[jax.Array, ...]:
+    norm, products = names
+    normed = rms_norm(config, x, weights[norm])
+    return tuple(linear(weights, name, normed) for name in products)
+
+
+@_keep_inputs
+def _norm(name: str, config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    return rms_norm(config, x, weights[name])
+
+
+@_keep_inputs
+def _product(name: str, config: DecoderConfig, weights: Weights, x: jax.Array) -> jax.Array:
+    return linear(weights, name, x)
+
+
+@_keep_inputs
+def _gated_product(name: str, config: DecoderConfig, weights: Weights, gate: jax.Array, up: jax.Array) -> jax.Array:
+    return linear(weights, name, _ACTIVATIONS[config.activation](gate) * up)
 
 
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
-    """`x @ weights[name]`, plus `weights[name + "_bias"]` where there is one.
+    """`x @ weights[name]`, plus `weights[name + "_bias"]` where there is one, in x's dtype.
 
     Rows and positions become one axis for the product: CPUs multiply the gradient of a matrix, which sums over both, a
     third faster when there is one axis to sum over.
     """
-    y = x.reshape(-1, x.shape[-1]) @ weights[name]
+    y = x.reshape(-1, x.shape[-1]) @ weights[name].astype(x.dtype)
     bias = weights.get(f"{name}_bias")
-    return (y if bias is None else y + bias).reshape(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, allowed: jax.Array, cache: tuple):
@@ -82,9 +101,8 @@ def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, 
     keys, values, slots = cache
     rows = x.shape[0]
 
-    normed = rms_norm(config, x, weights["attention_norm"])
     query, key, value = (
-        linear(weights, name, normed).reshape(rows, 1, -1, config.head_dim) for name in ("query", "key", "value")
+        y.reshape(rows, 1, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
     query, key = _place_heads(config, weights, query, key, table)
     row = jnp.arange(rows)
@@ -99,15 +117,13 @@ def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, 
 
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """What follows attention in a layer: its output projection and the MLP, each added to x [..., D]."""
-    attended = linear(weights, "out", attended)
+    attended = _product("out", config, weights, attended)
     if config.sandwich_norms:
-        attended = _norm(config, attended, weights["attention_out_norm"])
+        attended = _norm("attention_out_norm", config, weights, attended)
     x = x + attended
-    normed = _norm(config, x, weights["mlp_norm"])
-    gated = _gate(config, linear(weights, "gate", normed), linear(weights, "up", normed))
-    made = linear(weights, "down", gated)
+    made = _gated_product("down", config, weights, *_normed_products(_MLP, config, weights, x))
     if config.sandwich_norms:
-        made = _norm(config, made, weights["mlp_out_norm"])
+        made = _norm("mlp_out_norm", config, weights, made)
     return x + made
 
 
