@@ -85,7 +85,7 @@ call() {
   if [[ $DRY_RUN ]]; then
     printf '%s\n' "$(command_line "$@")" >&3
   else
-    "$@"
+    "$@" 3>&-
   fi
 }
 

@@ -52,7 +52,8 @@ start() {
   printf '== %s %s\n' "$(date '+%F %T')" "$*" >>"$folder/log"
   cd "$checkout"
   # A session of its own, so that the end of the ssh connection does not reach it.
-  PATH=$venv/bin:$PATH PYTHONUNBUFFERED=1 setsid bash "$0" hold "${folder##*/}" "$@" >>"$folder/log" 2>&1 </dev/null &
+  PATH=$venv/bin:$PATH PYTHONUNBUFFERED=1 setsid bash tpu_scripts/on_worker.sh hold "${folder##*/}" "$@" \
+    >>"$folder/log" 2>&1 </dev/null &
   printf 'gold_jax %s %s started\n' "$(hostname)" "${folder##*/}"
 }
 

@@ -9,8 +9,8 @@ where() { # the arguments that say where the TPU is
 }
 
 create_tpu() {
-  local capacity=()
-  if [[ $CAPACITY != on-demand ]]; then capacity=(--"$CAPACITY"); fi
+  local tier=()
+  if [[ $CAPACITY != on-demand ]]; then tier=(--"$CAPACITY"); fi
   where
   if [[ $KIND == queued ]]; then
     set -- gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${SCOPE[@]}" \
@@ -19,7 +19,7 @@ create_tpu() {
     set -- gcloud compute tpus tpu-vm create "$NAME" "${SCOPE[@]}" \
       --accelerator-type="$ACCELERATOR" --version="$RUNTIME"
   fi
-  call "$@" ${capacity[@]+"${capacity[@]}"} ${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}
+  call "$@" ${tier[@]+"${tier[@]}"} ${CREATE_ARGS[@]+"${CREATE_ARGS[@]}"}
 }
 
 delete_tpu() { # delete_tpu [--quiet]
@@ -42,7 +42,7 @@ described() { # described (queued-resources|tpu-vm) FIELD
     return
   fi
   error=$(mktemp)
-  if state=$("$@" 2>"$error") && [[ $state ]]; then
+  if state=$("$@" 2>"$error" 3>&-) && [[ $state ]]; then
     echo "$state"
   elif grep -q -e NOT_FOUND -e 'not found' "$error"; then
     echo MISSING
@@ -53,17 +53,21 @@ described() { # described (queued-resources|tpu-vm) FIELD
   rm -f "$error"
 }
 
-# One state for the queued resource and its VM: an ACTIVE queued resource may have a VM that is gone already.
+# One state for the queued resource and its VM: an ACTIVE queued resource may have a VM that is being taken away, or is
+# gone already (GONE).
 tpu_state() {
   local state=ACTIVE
   if [[ $KIND == queued ]]; then state=$(described queued-resources state.state); fi
-  if [[ $state == ACTIVE || $DRY_RUN ]]; then state=$(described tpu-vm state); fi
+  if [[ $state == ACTIVE || $DRY_RUN ]]; then
+    state=$(described tpu-vm state)
+    if [[ $KIND == queued && $state == MISSING ]]; then state=GONE; fi
+  fi
   echo "$state"
 }
 
 # Waits until the TPU is ready; with --recreate, makes it anew where it is gone or was taken away.
 await_tpu() {
-  local state last='' trouble=0 made=''
+  local state last='' trouble=0 attempts=0 made=''
   while :; do
     state=$(tpu_state)
     if [[ $DRY_RUN ]]; then
@@ -83,19 +87,15 @@ await_tpu() {
       trouble=$((trouble + 1))
       if ((trouble >= 10)); then die "gcloud could not say ten times running how $NAME is"; fi
       ;;
-    SUSPENDED | FAILED | PREEMPTED | TERMINATED | MISSING)
-      if [[ ${1:-} != --recreate ]]; then
-        die "$NAME is $state"
-      elif [[ $made && $state == FAILED ]]; then
+    SUSPENDED | FAILED | PREEMPTED | TERMINATED | GONE | MISSING)
+      if [[ ${1:-} != --recreate ]]; then die "$NAME is $state"; fi
+      if [[ $made && $state == FAILED ]]; then
         die "$NAME was made anew and FAILED: gcloud compute tpus queued-resources describe $NAME says why"
-      elif [[ $made && $state == MISSING ]]; then
-        : # not listed yet
-      else
-        if [[ $state != MISSING ]]; then delete_tpu --quiet || say "could not delete $NAME yet"; fi
-        if create_tpu; then made=1; else say "could not create $NAME yet"; fi
-        trouble=$((trouble + 1))
-        if ((trouble >= 100)); then die "$NAME could not be had in a hundred attempts"; fi
       fi
+      attempts=$((attempts + 1))
+      if ((attempts > 100)); then die "$NAME could not be had in a hundred attempts"; fi
+      if [[ $state != MISSING ]]; then delete_tpu --quiet || say "could not delete $NAME yet"; fi
+      if create_tpu; then made=1; else say "could not create $NAME yet"; fi
       ;;
     *) trouble=0 ;;
     esac
