@@ -112,3 +112,22 @@ def test_a_run_is_resumed_over_preemptions_until_it_has_ended_well(scripts, work
     assert done.returncode == 0, done.stderr
     assert log(worker).count("exit code 75") == 2 and log(worker).count("exit code 0") == 1
     assert "start 2 with --resume_from_checkpoint latest" in log(worker)
+
+
+def test_a_worker_whose_python_is_too_old_gets_a_newer_one_from_uv(scripts, worker):
+    stub = (
+        "#!/bin/sh\n"
+        f'echo "$PWD: $0 $*" >>{scripts.folder}/log\n'
+        'if [ "$1" = -c ]; then exit 1; fi\n'
+        f'if [ "$2" = uv ]; then mkdir -p {worker}/gold_jax_venv/bin; cp "$0" {worker}/gold_jax_venv/bin/python; fi\n'
+        f"if [ -d {worker}/gold_jax_venv/bin ]; then cp $0 {worker}/gold_jax_venv/bin/pip; fi\n"
+    )
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        (scripts.folder / "bin" / name).write_text(stub)
+        (scripts.folder / "bin" / name).chmod(0o755)
+    for again in (False, True):
+        done = scripts.run("install", *WHERE)
+        assert done.returncode == 0 and "installed" in done.stdout, done.stderr
+        said = (scripts.folder / "log").read_text().replace(str(scripts.folder), "").splitlines()
+        assert said[-1] == "/home/gold_jax: /home/gold_jax_venv/bin/python -m pip install --quiet .[tpu]"
+        assert sum(" -m uv venv " in line and line.endswith("/gold_jax_venv") for line in said) == 1, again
