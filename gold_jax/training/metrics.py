@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -189,6 +190,19 @@ class RunningMean:
         means = {name: total / self._weights[name] for name, total in self._sums.items()}
         self.__init__()
         return means
+
+    def state(self) -> dict[str, list]:
+        """What has been taken in since the last log, fit for JSON; waits for the device."""
+        return {
+            name: [float(total), str(getattr(total, "dtype", "")), float(self._weights[name])]
+            for name, total in self._sums.items()
+        }
+
+    def restore(self, state: Mapping[str, Sequence]) -> None:
+        """Goes on from what `state` gave, to the last bit."""
+        for name, (total, dtype, weight) in state.items():
+            self._sums[name] = np.dtype(dtype).type(total) if dtype else total
+            self._weights[name] = weight
 
 
 def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:

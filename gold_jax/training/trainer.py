@@ -11,6 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.fields import read_value
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
@@ -164,8 +165,12 @@ class SFTTrainer:
         """The student as it stands now, a `Decoder`."""
         return self.loop.student.model
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
+
+        Args:
+          resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as the
+            settings say.
 
         Returns:
           The closing evaluation's metrics; empty without evaluation data.
@@ -173,7 +178,10 @@ class SFTTrainer:
         a = self.args
         if a.push_to_hub:
             a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
-        results = self.loop.train()
+        resume = a.resume_from_checkpoint
+        if resume_from_checkpoint is not None:
+            resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
+        results = self.loop.train(resume)
         write_model_card(
             a.output_dir,
             method=self.method,
