@@ -63,27 +63,32 @@ def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> epath.Path:
     return epath.Path(output_dir) / f"checkpoint-{step}"
 
 
-def saved_at(checkpoint: str | os.PathLike) -> float:
-    """When a checkpoint was saved, in seconds: by its own notes, else by its folder's time."""
-    path = epath.Path(checkpoint)
+def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
+    """The `checkpoint-STEP` folders of a folder, whole or not, those saved last first.
+
+    A higher step alone says nothing: it may be an earlier run's.
+    """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [(path, re.fullmatch(r"checkpoint-(\d+)", path.name)) for path in folder.iterdir()]
+    dated = [(_saved_at(path), int(match.group(1)), path) for path, match in found if match and path.is_dir()]
+    return [path for _, _, path in sorted(dated, reverse=True)]
+
+
+def _saved_at(checkpoint: epath.Path) -> int:
+    """When a checkpoint was saved, in whole seconds: by its own notes, else by its folder's time."""
     try:
-        return float(json.loads((path / "run.json").read_text())["saved"])
+        return int(json.loads((checkpoint / "run.json").read_text())["saved"])
     except (OSError, ValueError, KeyError, TypeError):
-        return float(path.stat().mtime)
+        return int(checkpoint.stat().mtime)
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[epath.Path]:
-    """Remove the oldest `checkpoint-STEP` folders until `limit` are left (None: all stay); returns what was removed.
-
-    The oldest are those saved first: an earlier run's folder with a higher step must not push out this run's.
-    """
+    """Remove the `checkpoint-STEP` folders saved first until `limit` are left (None: all stay); returns them."""
     if limit is None:
         return []
-    found = []
-    for path in epath.Path(output_dir).iterdir():
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and path.is_dir():
-            found.append((saved_at(path), int(match.group(1)), path))
-    removed = [path for _, _, path in sorted(found)[: max(0, len(found) - limit)]]
+    removed = checkpoints_in(output_dir)[limit:]
     for path in removed:
         path.rmtree()
     return removed

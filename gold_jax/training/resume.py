@@ -13,7 +13,8 @@ from etils import epath
 
 from gold_jax.config import SFTConfig
 from gold_jax.text.data import Example
-from gold_jax.training.saves import BadCheckpoint, check_arrays, checkpoints_in, is_checkpoint, read_notes, restore
+from gold_jax.training.checkpoint import checkpoints_in
+from gold_jax.training.saves import BadCheckpoint, check_arrays, is_checkpoint, read_notes, restore
 
 # What may change between two parts of a run without a word: where and how often things are told, kept and sent.
 FREE = frozenset(

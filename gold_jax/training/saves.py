@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, saved_at
+from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints
 
 NOTES, STATE = "run.json", "state"
 FORMAT = 1
@@ -230,14 +230,6 @@ def is_checkpoint(path: Any) -> bool:
     return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path / NOTES).exists()
 
 
-def checkpoints_in(folder: Any) -> list[epath.Path]:
-    """The checkpoints of a folder, those saved last first, whole or not."""
-    folder = epath.Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if re.fullmatch(r"checkpoint-\d+", p.name)), key=saved_at, reverse=True)
-
-
 def read_notes(path: Any) -> dict[str, Any]:
     """The notes of a checkpoint.
 
@@ -257,6 +249,14 @@ def read_notes(path: Any) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{NOTES} is damaged ({reason(error)})") from error
     return notes
+
+
+def abstract_of(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array of a checkpoint by its name, on one device: what `restore` takes where there is no run."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=here) for name, (shape, dtype, _) in notes["arrays"].items()
+    }
 
 
 def check_arrays(path: Any, notes: Mapping[str, Any], abstract: Any) -> None:
