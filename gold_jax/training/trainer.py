@@ -19,7 +19,7 @@ from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.loop import Loop, Task, measures
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant, load_tokenizer
-from gold_jax.training.report import create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.step import (
     freeze_teacher,
     make_cross_entropy_loss,
@@ -177,7 +177,10 @@ class SFTTrainer:
         """
         a = self.args
         if a.push_to_hub:
-            a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
+            try:
+                a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
+            except HubSilent as error:
+                self.console.print(str(error), markup=False, soft_wrap=True)
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
