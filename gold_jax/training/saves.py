@@ -122,6 +122,7 @@ class Checkpoints:
         """Waits for the save under way and lets go of orbax's threads."""
         self.finish()
         self._saver.close()
+        logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def _attempt(self, action: Callable[[], Any]) -> bool:
         """Whether it worked. A run must outlive a full disk or a storage that does not answer."""
