@@ -31,9 +31,10 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        from gold_jax.training.faults import Diverged
         from gold_jax.training.report import HubError
 
-        if not isinstance(error, HubError):
+        if not isinstance(error, HubError | Diverged):
             raise
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(1) from None

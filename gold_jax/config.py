@@ -41,6 +41,7 @@ RULES = (
             ),
             *(
                 "save_total_limit",
+                "max_skipped_updates",
                 "max_length",
                 "max_new_tokens",
                 "max_eval_samples",
@@ -158,6 +159,18 @@ class SFTConfig:
     save_strategy: str = flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"))
     save_steps: float = flag(500, "Updates between two saves; below 1: a share of all.")
     save_total_limit: int | None = flag(None, "How many saves to keep; none: all.")
+    checkpoint_dir: str | None = flag(
+        None, "Where saves on the way go, each a folder checkpoint-STEP; may be gs://bucket/folder. None: output_dir."
+    )
+    resume_from_checkpoint: str | None = flag(
+        None,
+        "Go on from a save: its folder, or latest (true means the same) for the newest whole one of checkpoint_dir, where a run "
+        "that has none begins anew.",
+    )
+    max_skipped_updates: int = flag(
+        10,
+        "Stop after this many updates in a row whose loss or gradients were not finite; each such update is left out.",
+    )
     report_to: list[str] | None = flag(None, "Trackers: trackio, wandb, tensorboard, all (those installed) or none.")
     run_name: str | None = flag(None, "Name of the run in the tracker.")
     project: str = flag("gold_jax", "Project in the tracker.", aliases=["trackio_project"])
@@ -209,6 +222,10 @@ class SFTConfig:
         self._check()
 
     def _check(self) -> None:
+        if "://" in self.output_dir:
+            raise ValueError(
+                f"--output_dir is {self.output_dir!r}; it must be a local folder. --checkpoint_dir may be in a bucket."
+            )
         self.report_to = [] if self.report_to in (None, ["none"]) else self.report_to
         for name in self.report_to:
             if name not in (*TRACKERS, "all"):

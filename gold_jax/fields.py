@@ -19,6 +19,7 @@ from .trl_flags import ANSWERS, answer
 
 _TRUE = ("true", "yes", "t", "y", "1", "on")
 _FALSE = ("false", "no", "f", "n", "0", "off")
+_SWITCHED = {"resume_from_checkpoint": "latest"}  # text fields that may be true, which means this, or false: none
 
 # (what is legal, in words, whether a value is, the fields that must be so). None and infinities never come here.
 Rule = tuple[str, Callable[[float], bool], tuple[str, ...]]
@@ -132,6 +133,8 @@ def read_value(cls: type, name: str, value: Any) -> Any:
     field = next(f for f in dataclasses.fields(cls) if f.name == name)
     choices = field.metadata.get("choices")
     value = value.value if isinstance(value, enum.Enum) else value
+    if name in _SWITCHED and str(value).lower() in ("true", "false"):
+        value = _SWITCHED[name] if str(value).lower() == "true" else None
     if isinstance(value, str) and value.lower() in ("none", "null") and (str not in types or choices or dict in types):
         if choices and value in choices:
             return value

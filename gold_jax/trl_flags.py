@@ -95,7 +95,10 @@ _NOTICES = {
     "Completions are printed and logged as they are, repeated prompts too.": "wandb_log_unique_prompts",
     "Trackio's own defaults hold.": "trackio_bucket_id trackio_static_space_id",
     "No best model is picked.": "metric_for_best_model greater_is_better",
-    "Weights are always safetensors, written by the first process.": "save_safetensors save_on_each_node save_only_model",
+    "Weights are always safetensors, written by the first process.": "save_safetensors save_on_each_node",
+    "A save always holds what a run needs to go on as well; --save_total_limit says how many stay.": "save_only_model",
+    "SIGTERM always has the run save a checkpoint and end with exit code 75.": "enable_jit_checkpoint",
+    "There are no callbacks.": "restore_callback_states_from_checkpoint",
     "The model is pushed once, at the end.": "hub_strategy hub_always_push",
     "Rows are not grouped by length.": "length_column_name",
     "Files of an earlier run in --output_dir are overwritten.": "overwrite_output_dir",
@@ -119,9 +122,7 @@ _REFUSALS = {
     "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.": (
         "packing eval_packing"
     ),
-    "continuing a run is not in this version; give the saved model as --model_name_or_path to train on from it.": (
-        "resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint enable_jit_checkpoint"
-    ),
+    "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
     "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.": (
         "dataset_streaming"
     ),

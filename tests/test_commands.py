@@ -524,3 +524,29 @@ def test_ctrl_c_ends_a_process_with_130_and_a_checkpoint(world, tmp_path):
     assert "Interrupted after" in out and "Traceback" not in err
     (saved,) = (tmp_path / "out").glob("checkpoint-*")
     assert load_model(saved).config.layers == 2
+
+
+def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(world, tmp_path):
+    out = tmp_path / "out"
+    line = (
+        "gold_jax.sft", "--model_name_or_path", world / "student", "--dataset_name", world / "data", "--output_dir", out,
+        "--logging_steps", "1", "--resume_from_checkpoint", "latest", "--lr_scheduler_type", "constant", "--max_steps",
+    )  # fmt: skip
+    process = shell(*line, "100000")
+    try:
+        for said in process.stdout:
+            if said.startswith("step 3 "):
+                process.send_signal(signal.SIGTERM)
+                break
+        said, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 75, err
+    assert said.count("Preempted after") == 1 and "Traceback" not in err
+    (saved,) = out.glob("checkpoint-*")
+    done = int(saved.name.removeprefix("checkpoint-"))
+    process = shell(*line, str(done + 2))
+    said, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert f"Resumed from {saved}: {done} of {done + 2} updates are done." in said and "another --max_steps" in said
+    assert [row["step"] for row in lines(out / "metrics.jsonl")] == list(range(1, done + 3))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import re
 import shutil
 from typing import Any
+
+from etils import epath
 
 from gold_jax.models.weights import save_model
 
@@ -55,23 +58,37 @@ def _drop_old_weights(folder: pathlib.Path) -> None:
             path.unlink()
 
 
-def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> pathlib.Path:
-    """Where the model after `step` updates is saved."""
-    return pathlib.Path(output_dir) / f"checkpoint-{step}"
+def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> epath.Path:
+    """Where the checkpoint after `step` updates is, locally or in a bucket."""
+    return epath.Path(output_dir) / f"checkpoint-{step}"
 
 
-def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[pathlib.Path]:
-    """Remove the oldest `checkpoint-STEP` folders until `limit` are left (None: all stay); returns what was removed.
+def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
+    """The `checkpoint-STEP` folders of a folder, whole or not, those saved last first.
 
-    The oldest are those written first: an earlier run's folder with a higher step must not push out this run's.
+    A higher step alone says nothing: it may be an earlier run's.
     """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return []
+    found = [(path, re.fullmatch(r"checkpoint-(\d+)", path.name)) for path in folder.iterdir()]
+    dated = [(_saved_at(path), int(match.group(1)), path) for path, match in found if match and path.is_dir()]
+    return [path for _, _, path in sorted(dated, reverse=True)]
+
+
+def _saved_at(checkpoint: epath.Path) -> int:
+    """When a checkpoint was saved, in whole seconds: by its own notes, else by its folder's time."""
+    try:
+        return int(json.loads((checkpoint / "run.json").read_text())["saved"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return int(checkpoint.stat().mtime)
+
+
+def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[epath.Path]:
+    """Remove the `checkpoint-STEP` folders saved first until `limit` are left (None: all stay); returns them."""
     if limit is None:
         return []
-    found = []
-    for path in pathlib.Path(output_dir).glob("checkpoint-*"):
-        if path.is_dir() and (match := re.fullmatch(r"checkpoint-(\d+)", path.name)):
-            found.append((path.stat().st_mtime_ns, int(match.group(1)), path))
-    removed = [path for _, _, path in sorted(found)[: max(0, len(found) - limit)]]
+    removed = checkpoints_in(output_dir)[limit:]
     for path in removed:
-        shutil.rmtree(path)
+        path.rmtree()
     return removed

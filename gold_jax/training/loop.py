@@ -1,11 +1,9 @@
 """The training loop, from top to bottom: what happens in a run, whatever is learned."""
 
-import contextlib
 import dataclasses
+import functools
 import json
 import pathlib
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,14 +19,20 @@ from gold_jax.losses.chunked import chunk_size
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.training import profile
-from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, save_final_model
+from gold_jax.training.checkpoint import save_final_model
 from gold_jax.training.evaluation import exact_match, score_completions
+from gold_jax.training.faults import Diverged, Skips, explain
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.participant import Participant
 from gold_jax.training.report import make_trackers
+from gold_jax.training.resume import cut_back, describe_run, find_and_restore
+from gold_jax.training.saves import Checkpoints, reason
 from gold_jax.training.step import LossFn, Step, TrainState
+from gold_jax.training.stopping import Preempted, Stop
 from gold_jax.training.windows import Order, Windows, measurable
+
+LOGS = ("metrics.jsonl", "completions.jsonl")
 
 
 @dataclasses.dataclass
@@ -81,63 +85,95 @@ class Loop:
         self.state = TrainState(params, jax.jit(optimizer.init)(params))
         release_freed_memory()
         self.step = Step(task.loss, optimizer)
+        self.run = describe_run(args, task.train, task.kept, prompts_per_step)
+        self.skips = Skips()
+        self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
         self.history: list[dict[str, Any]] = []
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        An interrupted run saves what it has learned in a checkpoint folder.
+        A run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does.
+
+        Raises:
+          FileNotFoundError, ValueError: as `find_and_restore`.
+          Preempted: SIGTERM came.
+          Diverged: `max_skipped_updates` updates in a row were left out.
+          OSError: the student cannot be written; the text says where it still is.
         """
-        args = self.args
         self.output.mkdir(parents=True, exist_ok=True)
-        for name in ("metrics.jsonl", "completions.jsonl"):  # an earlier run's lines are not this one's
-            (self.output / name).unlink(missing_ok=True)
-        before = self.evaluate() if args.eval_on_start else {}
+        self.checkpoints = Checkpoints(
+            self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
+        )
+        try:
+            return self._train(resume)
+        finally:
+            self.checkpoints.close()
+
+    def _train(self, resume: str | None) -> dict[str, float]:
+        args = self.args
         means = RunningMean()
+        unmeasured = self._resume(resume, means) if resume else None
+        if self.done == 0:
+            for name in LOGS:  # an earlier run's lines are not this one's
+                (self.output / name).unlink(missing_ok=True)
+        self.checkpoints.remove_unfinished()
+        begun = [row for row in self.history if row["step"] == 0]
+        before = begun[0] if begun else self.evaluate() if args.eval_on_start and self.done == 0 else {}
         with MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(args.report_to, args)) as log:
-            if before:
+            if before and not begun:
                 self._record(log, before)
-            try:
-                self._updates(log, means)
-            except KeyboardInterrupt:
-                log.flush()
-                folder = self.save(checkpoint_folder(self.output, self.done))
-                said = f"Interrupted after {self.done} updates; the student is saved in {folder}."
-                self.console.print(said, markup=False, soft_wrap=True)
-                raise
-            self.save(self.output)  # before anything else is measured: whatever goes wrong then, this is not lost
+            if unmeasured and self.done < self.total_steps:
+                self._record(log, self.evaluate())
+            with Stop() as stop:
+                try:
+                    self._updates(log, means, stop)
+                except KeyboardInterrupt:
+                    if stop.twice:
+                        raise
+                    stop.asked = stop.asked or "interrupt"
+                if stop.asked:
+                    self._leave(log, means, stop)
+            self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
             after = self.evaluate() if self.task.eval is not None else {}
             if after:
                 self._record(log, after)
         self._close(before, after)
         return after
 
-    def _updates(self, log: MetricLog, means: RunningMean) -> None:
+    def _updates(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
         args, total = self.args, self.total_steps
         log_every, eval_every, save_every = (
             args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")
         )
         per_epoch = self.order.steps_per_epoch
-        window = self._window(0)
+        window = stop.breakable(self._window, self.done) if self.done < total else None
         since, tokens, table_due = time.perf_counter(), 0, 0
         for step in self._steps(log):
-            with uninterrupted(), profile.host_part(profile.STARTING):
+            if window is None:  # asked to end
+                return
+            with profile.host_part(profile.STARTING):
                 metrics = self.step.train(self.state, self.task.constants, window.batches)
                 current, self.done = window, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
-            window = self._window(step + 1) if step + 1 < total else None
+            window = stop.breakable(self._window, step + 1) if step + 1 < total else None
             with profile.host_part(profile.WAITING):
                 jax.block_until_ready(metrics["loss"])
 
+            learning_rate = float(self.schedule(step - self.skips.total))  # an update that is left out takes none
+            self.skips.add(metrics.pop("skipped"))
             means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
             tokens += current.stats["tokens"]
             due = self.done % log_every == 0 or self.done == total or (step == 0 and args.logging_first_step)
             if due:
                 now = time.perf_counter()
-                speed = {"tokens_per_second": tokens / (now - since), "learning_rate": float(self.schedule(step))}
-                self._record(log, {**means.take(), **speed})
+                speed = {"tokens_per_second": tokens / (now - since), "learning_rate": learning_rate}
+                skipped = {"skipped": self.skips.total} if self.skips.total else {}
+                self._record(log, {**means.take(), **speed, **skipped})
                 since, tokens = now, 0
+            if self.skips.in_a_row >= args.max_skipped_updates:
+                self._give_up(log, means, metrics, step)
             if current.samples and args.log_completions:
                 self._keep(current.samples)
                 if step >= table_due:
@@ -145,16 +181,25 @@ class Loop:
                     log.flush()
                     completions_table(self.console, current.samples, args.num_completions_to_print, step=self.done)
             ends = self.done % per_epoch == 0
-            if self._due(args.eval_strategy, eval_every, ends) and self.done < total and self.task.eval is not None:
-                self._record(log, self.evaluate())
+            self.unmeasured = (
+                self._due(args.eval_strategy, eval_every, ends) and self.done < total and self.task.eval is not None
+            )
+            if self.unmeasured:
+                measured = stop.breakable(self.evaluate)
+                if measured is not None:
+                    self._record(log, measured)
+                    self.unmeasured = False
                 since, tokens = time.perf_counter(), 0
+            stop.look(self.done)
+            if stop.asked:
+                return
             if self._due(args.save_strategy, save_every, ends) and self.done < total:
-                self.save(checkpoint_folder(self.output, self.done))
-                prune_checkpoints(self.output, args.save_total_limit)
+                self._checkpoint(log, means)
                 since, tokens = time.perf_counter(), 0
+            self.checkpoints.poll()
 
     def _steps(self, log: MetricLog) -> Iterator[int]:
-        """0, 1, … up to the last update, those of `profile_steps` traced."""
+        """The updates that are left, those of `profile_steps` traced."""
         folder = self.output / "profile"
 
         def settle():
@@ -164,7 +209,91 @@ class Loop:
             log.flush()
             profile.show_summary(self.console, summary, folder)
 
-        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show)
+        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
+
+    def _resume(self, wanted: str, means: RunningMean) -> bool:
+        """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._arrays())
+
+        def free():
+            self.state = TrainState(None, None)
+
+        found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free)
+        if found is None:
+            return False
+        path, notes, arrays = found
+        if notes["step"] > self.total_steps:
+            raise ValueError(
+                f"{path} has seen {notes['step']} updates, and this run makes {self.total_steps}; raise --max_steps or "
+                "--num_train_epochs."
+            )
+        self.state = TrainState(arrays["params"], arrays["optimizer"])
+        self.done, self.skips = notes["step"], Skips(**notes["skips"])
+        means.restore(notes["means"])
+        self.checkpoints.last = path
+        self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
+        self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
+        return notes["unmeasured"]
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"params": self.state.params, "optimizer": self.state.optimizer}
+
+    @profile.as_host_part(profile.SAVING)
+    def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
+        """Begins to save all that the run needs to go on; the device goes on meanwhile."""
+        log.flush()  # no line up to here may be missing where the run goes on
+        student = None
+        if jax.process_count() == 1:
+            host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
+            model = nnx.merge(self.graph, host)
+            student = functools.partial(
+                save_final_model, model, self.task.student.codec.tokenizer, dtype=self.save_dtype
+            )
+        notes = {
+            "run": self.run,
+            "means": means.state(),
+            "skips": self.skips.state(),
+            "unmeasured": self.unmeasured,
+        }
+        self.checkpoints.save(self.done, self._arrays(), notes, student)
+
+    def _leave(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
+        """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
+        log.flush()
+        what = "Interrupted" if stop.asked == "interrupt" else "Preempted"
+        if self.done:
+            self._checkpoint(log, means)
+        saved = self.checkpoints.finish() and self.done > 0
+        where = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
+        if not saved:
+            where = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+        self._say(f"{what} after {self.done} updates; {where}. --resume_from_checkpoint latest goes on.")
+        raise KeyboardInterrupt if stop.asked == "interrupt" else Preempted
+
+    def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
+        log.flush()
+        rows = [self.task.kept[i] for i in self.order(step)]
+        why = explain(self.done, self.skips, metrics, self.state.params, rows, self.args)
+        if self.skips.total < self.done:  # the state of the last good update, to go on from with other settings
+            self.skips.in_a_row = 0
+            self._checkpoint(log, means)
+        self.checkpoints.finish()
+        raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
+
+    def _save_student(self) -> None:
+        self.checkpoints.finish()
+        try:
+            self.save(self.output)
+        except OSError as error:
+            last = self.checkpoints.last
+            still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
+            raise OSError(
+                f"the student could not be saved in {self.output} ({reason(error)}) after {self.done} updates; {still}. Make "
+                "room, then run the same command with --resume_from_checkpoint latest."
+            ) from error
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
 
     def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
         return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
@@ -221,26 +350,6 @@ class Loop:
             self.console,
             [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
         )
-
-
-@contextlib.contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done.
-
-    An update consumes the parameters and gives new ones; an interrupt between the two would leave nothing to save.
-    """
-    own = threading.current_thread() is threading.main_thread()
-    if not own or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    held = []
-    signal.signal(signal.SIGINT, lambda *_: held.append(True))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    if held:
-        raise KeyboardInterrupt
 
 
 def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:

@@ -9,9 +9,11 @@ import os
 import pathlib
 import queue
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 from rich import box
 from rich.console import Console
 from rich.panel import Panel
@@ -19,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 11  # least width of a column of the terminal's log
+PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
 class Tracker(Protocol):
@@ -35,7 +38,8 @@ class MetricLog:
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
-    holds nothing up. An error in any of them is shown once and the run goes on.
+    holds nothing up. An error in any of them is shown once and the run goes on; so is a tracker that does not answer, for
+    which even `close` waits no longer than `PATIENCE`.
     """
 
     def __init__(
@@ -52,7 +56,7 @@ class MetricLog:
             OSError: if the file cannot be opened.
         """
         self._console = console
-        self._trackers = list(trackers)
+        self._senders = [_Sender(tracker, self._complain) for tracker in trackers]
         self._file = None
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,7 +79,7 @@ class MetricLog:
         self._queue.put({**row, **values})
 
     def flush(self) -> None:
-        """Wait until everything handed over is written; call it before printing something else."""
+        """Wait until everything handed over is in the file and on the terminal; call it before printing something else."""
         self._queue.join()
 
     def close(self) -> None:
@@ -84,8 +88,8 @@ class MetricLog:
             return
         self._queue.put(None)
         self._thread.join()
-        for tracker in self._trackers:
-            self._try(type(tracker).__name__, tracker.close)
+        for sender in self._senders:
+            sender.close()
         if self._file is not None:
             self._try("the log file", self._file.close)
 
@@ -109,9 +113,8 @@ class MetricLog:
         plain = {name: plain_value(value) for name, value in row.items()}
         if self._file is not None:
             self._try("the log file", self._write_line, plain)
-        for tracker in self._trackers:
-            values = {name: value for name, value in plain.items() if name != "step"}
-            self._try(type(tracker).__name__, tracker.log, values, plain["step"])
+        for sender in self._senders:
+            sender.send({name: value for name, value in plain.items() if name != "step"}, plain["step"])
         if self._console is not None:
             self._try("the terminal", self._show, plain)
 
@@ -138,10 +141,50 @@ class MetricLog:
         try:
             function(*arguments)
         except Exception as error:  # a run must outlive whatever its reporting does
-            if what not in self._complained and self._console is not None:
-                self._complained.add(what)
-                text = f"{what} failed and the run goes on without it: {type(error).__name__}: {error}"
-                self._console.print(Text(text, style="yellow"), soft_wrap=True)
+            self._complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+
+    def _complain(self, what: str, why: str) -> None:
+        if what not in self._complained and self._console is not None:
+            self._complained.add(what)
+            self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
+
+
+class _Sender:
+    """Sends to one tracker from a thread of its own: whether it answers concerns nobody else."""
+
+    def __init__(self, tracker: Tracker, complain: Callable[[str, str], None]):
+        self._tracker, self._name, self._complain = tracker, type(tracker).__name__, complain
+        self._queue: queue.Queue = queue.Queue()
+        self._since: float | None = None  # when the call that is under way began
+        self._thread = threading.Thread(target=self._work, name=f"gold_jax {self._name}", daemon=True)
+        self._thread.start()
+
+    def send(self, values: Mapping[str, Any], step: int) -> None:
+        """Hand over the metrics of one step."""
+        self._queue.put((self._tracker.log, values, step))
+        since = self._since
+        if since is not None and time.monotonic() - since > PATIENCE:
+            self._complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
+
+    def close(self) -> None:
+        """Have it send what is left, for as long as `PATIENCE`."""
+        self._queue.put((self._tracker.close,))
+        self._queue.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
+            self._complain(
+                self._name + " at the end", "did not answer; what it has not taken is in metrics.jsonl alone."
+            )
+
+    def _work(self) -> None:
+        while (call := self._queue.get()) is not None:
+            function, *arguments = call
+            self._since = time.monotonic()
+            try:
+                function(*arguments)
+            except Exception as error:  # as in MetricLog
+                self._complain(self._name, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            self._since = None
 
 
 def plain_value(value: Any) -> Any:
@@ -189,6 +232,19 @@ class RunningMean:
         means = {name: total / self._weights[name] for name, total in self._sums.items()}
         self.__init__()
         return means
+
+    def state(self) -> dict[str, list]:
+        """What has been taken in since the last log, fit for JSON; waits for the device."""
+        return {
+            name: [float(total), str(getattr(total, "dtype", "")), float(self._weights[name])]
+            for name, total in self._sums.items()
+        }
+
+    def restore(self, state: Mapping[str, Sequence]) -> None:
+        """Goes on from what `state` gave, to the last bit."""
+        for name, (total, dtype, weight) in state.items():
+            self._sums[name] = np.dtype(dtype).type(total) if dtype else total
+            self._weights[name] = weight
 
 
 def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:

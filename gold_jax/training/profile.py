@@ -93,8 +93,9 @@ def profiled(
     *,
     settle: Callable[[], Any],
     show: Callable[[dict], Any],
+    first: int = 0,
 ) -> Iterator[int]:
-    """The steps 0, 1, …, `total - 1`, some of them traced. With no numbers it is a range.
+    """The steps `first`, …, `total - 1`, some of them traced. With no numbers it is a range.
 
     Args:
       total: how many steps there are.
@@ -102,15 +103,17 @@ def profiled(
       folder: where traces and the summary go; an earlier run's are deleted.
       settle: waits until the device has nothing to do: no step's work is in another's trace.
       show: gets the summary after the last of the steps; where there is none, `{"failed": why}`.
+      first: the step to begin with; what was to be traced before it is not.
     """
+    numbers = [number for number in numbers if number > first]
     if not numbers:
-        yield from range(total)
+        yield from range(first, total)
         return
     folder = pathlib.Path(folder)
     shutil.rmtree(folder / "plugins" / "profile", ignore_errors=True)
     (folder / "summary.json").unlink(missing_ok=True)
     with contextlib.ExitStack() as tracing:
-        for step in range(total):
+        for step in range(first, total):
             number = step + 1
             if number not in numbers:
                 yield step

@@ -24,6 +24,10 @@ class HubError(RuntimeError):
     """The hub refused or could not be reached; the text says where the model lies."""
 
 
+class HubSilent(HubError):
+    """The hub does not answer now; it may later."""
+
+
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
     """Start the trackers that a run reports to.
 
@@ -143,6 +147,7 @@ def create_hub_repository(
         The repository's full name.
 
     Raises:
+        HubSilent: it does not answer.
         HubError: with what the hub said.
     """
     from huggingface_hub import HfApi
@@ -151,6 +156,11 @@ def create_hub_repository(
     try:
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:
+        if _no_answer(error):
+            raise HubSilent(
+                f"--push_to_hub: the hub does not answer ({type(error).__name__}: {_first_line(error)}); training goes on, and "
+                "the push is tried when it is done."
+            ) from error
         raise HubError(
             f"--push_to_hub cannot use the repository {repo_id!r}: {type(error).__name__}: {_first_line(error)}. Log in with "
             "`hf auth login` or give --hub_token, and check --hub_model_id."
@@ -199,6 +209,18 @@ def push_to_hub(
             f"The push to the hub failed ({type(error).__name__}: {_first_line(error)}), but nothing is lost: the model lies in "
             f"{folder}. Upload it with: hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
         ) from error
+
+
+def _no_answer(error: BaseException) -> bool:
+    """Whether an error means that the hub could not be reached or was down, and not that it refused."""
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False  # the user said so
+    down = getattr(getattr(error, "response", None), "status_code", 0) >= 500
+    # By name: whose error it is, httpx's or httpx2's, depends on the version of huggingface_hub.
+    transport = any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+    return down or transport or isinstance(error, ConnectionError | TimeoutError)
 
 
 def _first_line(error: Exception) -> str:

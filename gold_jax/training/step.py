@@ -266,14 +266,19 @@ class Step:
         gradient = jax.value_and_grad(loss.loss, has_aux=True)
 
         @jax.named_scope("optimizer")
-        def update(params, state, grads):
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+        def update(params, state, grads, loss):
+            norm = optax.global_norm(grads)
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            updates, new = optimizer.update(grads, state, params)
+            after = optax.apply_updates(params, updates), new
+            # Elementwise, so that it fuses with the update and donated buffers are still written in place.
+            params, state = jax.tree.map(lambda now, before: jnp.where(finite, now, before), after, (params, state))
+            return params, state, {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
 
         def fused(params, state, constants, batch):
             metrics, grads = gradient(params, constants, batch)
-            params, state, norm = update(params, state, grads)
-            return params, state, metrics, norm
+            params, state, done = update(params, state, grads, metrics[0])
+            return params, state, metrics, done
 
         def first(params, constants, batch):
             return gradient(params, constants, batch)
@@ -296,19 +301,22 @@ class Step:
         return sum(program.compiled for program in programs if program is not None)
 
     def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
-        """One update from the micro-batches of a window; returns at once, with metrics that are still being computed."""
+        """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.
+
+        Where loss or gradients are not finite, `skipped` is 1 and the state stays as it was.
+        """
         head = with_teacher(self._read, constants, batches[0])
         if len(batches) == 1:
-            state.params, state.optimizer, metrics, norm = self._fused(state.params, state.optimizer, constants, head)
+            state.params, state.optimizer, metrics, done = self._fused(state.params, state.optimizer, constants, head)
         else:
             metrics, grads = self._first(state.params, constants, head)
             for batch in batches[1:]:
                 metrics, grads = self._add(
                     state.params, grads, metrics, constants, with_teacher(self._read, constants, batch)
                 )
-            state.params, state.optimizer, norm = self._update(state.params, state.optimizer, grads)
+            state.params, state.optimizer, done = self._update(state.params, state.optimizer, grads, metrics[0])
         loss, parts = metrics
-        return {"loss": loss, "grad_norm": norm, **parts}
+        return {"loss": loss, **done, **parts}
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""

@@ -11,6 +11,7 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.fields import read_value
 from gold_jax.losses.chunked import chunk_size
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
@@ -19,7 +20,7 @@ from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.loop import Loop, Task, measures
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant, load_tokenizer
-from gold_jax.training.report import create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.step import (
     freeze_teacher,
     make_cross_entropy_loss,
@@ -165,16 +166,26 @@ class SFTTrainer:
         """The student as it stands now, a `Decoder`."""
         return self.loop.student.model
 
-    def train(self) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
+
+        Args:
+          resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as the
+            settings say.
 
         Returns:
           The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
         if a.push_to_hub:
-            a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
-        results = self.loop.train()
+            try:
+                a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
+            except HubSilent as error:
+                self.console.print(str(error), markup=False, soft_wrap=True)
+        resume = a.resume_from_checkpoint
+        if resume_from_checkpoint is not None:
+            resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
+        results = self.loop.train(resume)
         write_model_card(
             a.output_dir,
             method=self.method,

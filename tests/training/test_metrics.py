@@ -1,13 +1,24 @@
 import io
 import json
 import threading
+import time
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
 
-from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, header, json_line, shown
+from gold_jax.training import metrics
+from gold_jax.training.metrics import (
+    MetricLog,
+    RunningMean,
+    before_after,
+    completions_table,
+    header,
+    json_line,
+    plain_value,
+    shown,
+)
 
 
 def console(terminal, width=100):
@@ -91,6 +102,41 @@ def test_a_tracker_that_fails_is_reported_once_and_the_rest_goes_on(tmp_path):
     assert written(screen).count("Recorder failed and the run goes on without it: OSError: [gone]") == 1
     assert len(working.calls) == len(failing.calls) == len(rows_of(tmp_path / "metrics.jsonl")) == 3
     assert failing.closed
+
+
+def test_a_tracker_that_does_not_answer_is_reported_and_waited_for_no_longer(monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    answer = threading.Event()
+
+    class Silent(Recorder):
+        def log(self, values, step):
+            answer.wait(60)
+
+    screen = console(terminal=False)
+    log = MetricLog(tmp_path / "metrics.jsonl", screen, trackers=[Silent()])
+    for step in (1, 2, 3):
+        log.log(step, {"loss": 1.0})
+        log.flush()
+        time.sleep(0.06)
+    log.close()
+    answer.set()
+    said = written(screen)
+    assert said.count("Silent has not answered") == 1 and "Silent at the end did not answer" in said
+    assert len(rows_of(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_a_mean_goes_on_where_another_stood_to_the_last_bit():
+    values = [{"loss": jnp.float32(0.1 * i), "share": 0.3 * i} for i in range(7)]
+    whole, first, second = RunningMean(), RunningMean(), RunningMean()
+    for row in values:
+        whole.add(row)
+    for row in values[:3]:
+        first.add(row)
+    second.restore(json.loads(json.dumps(first.state())))
+    for row in values[3:]:
+        second.add(row)
+    one, other = whole.take(), second.take()
+    assert all(plain_value(one[name]) == plain_value(other[name]) for name in one)
 
 
 def test_logging_does_not_wait_for_a_slow_tracker():

@@ -1,3 +1,4 @@
+import functools
 import sys
 import types
 
@@ -8,6 +9,7 @@ import yaml
 from gold_jax.config import SFTConfig
 from gold_jax.training.report import (
     HubError,
+    HubSilent,
     create_hub_repository,
     grouped,
     make_trackers,
@@ -219,3 +221,21 @@ def test_a_card_is_renewed_but_a_foreign_readme_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     write_model_card(tmp_path, method="GOLD distillation", base_model="org/third")
     assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", ["transport", "down", "timeout"])
+def test_a_hub_that_does_not_answer_is_told_from_one_that_refuses(error, monkeypatch, tmp_path):
+    def failing(self, *arguments, **options):
+        if error == "down":
+            raised = RuntimeError("bad gateway")
+            raised.response = types.SimpleNamespace(status_code=502)
+            raise raised
+        raise TimeoutError("slow")
+
+    if error == "transport":  # the very error of the client, from a port where nobody listens
+        api = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9")
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    else:
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", failing)
+    with pytest.raises(HubSilent, match="does not answer.*training goes on"):
+        create_hub_repository("U/M", tmp_path, None, None)

@@ -71,6 +71,24 @@ def test_accumulated_micro_batches_update_as_the_whole_batch_does():
     chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+def test_an_update_that_is_not_finite_leaves_all_as_it_was(micro):
+    graph, params = nnx.split(decoder(V, 3))
+    optimizer = optax.adam(1e-2)
+    step = Step(make_cross_entropy_loss(graph, chunk=8), optimizer)
+    state = TrainState(params, optimizer.init(params))
+    shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
+    fine = build_token_batches(shown, 2) * micro
+    bad = jax.tree.map(lambda x: np.full_like(x, np.inf) if x.dtype == np.float32 else x, fine)
+    assert int(step.train(state, (), fine)["skipped"]) == 0
+    before = jax.tree.map(np.array, (state.params, state.optimizer))
+    metrics = step.train(state, (), bad)
+    assert int(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
+    chex.assert_trees_all_equal((state.params, state.optimizer), before)
+    assert int(step.train(state, (), fine)["skipped"]) == 0
+    assert not np.array_equal(state.params["embedding"][...], before[0]["embedding"][...])
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(
     "merge, compare", [("chain", "shared"), ("boundary", "projected"), ("boundary", "events"), ("boundary", "alm")]

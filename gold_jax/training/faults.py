@@ -1,0 +1,77 @@
+"""Updates whose loss or gradients are not finite: counted, and explained where they do not end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gold_jax.config import SFTConfig
+from gold_jax.training.saves import named
+
+
+class Diverged(RuntimeError):
+    """Too many updates in a row had to be left out; the text says what was seen and what may help."""
+
+
+class Skips:
+    """How many updates were left out so far.
+
+    Attributes:
+      total: of the whole run.
+      in_a_row: since the last update that was made.
+    """
+
+    def __init__(self, total: int = 0, in_a_row: int = 0):
+        self.total, self.in_a_row = total, in_a_row
+
+    def add(self, skipped: Any) -> None:
+        """Counts one update; waits for it."""
+        skipped = int(skipped)
+        self.total += skipped
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+
+    def state(self) -> dict[str, int]:
+        """Fit for JSON; the arguments of a new one."""
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+
+def explain(
+    step: int, skips: Skips, metrics: Mapping[str, Any], params: Any, rows: Sequence[int], args: SFTConfig
+) -> str:
+    """What can be said of a run that makes no more updates.
+
+    Args:
+      step: updates so far, those left out too.
+      skips: how many were left out.
+      metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
+      params: the student's parameters.
+      rows: numbers of the rows that the last update was to learn from.
+      args: reads learning_rate, max_grad_norm, bf16 and max_skipped_updates.
+    """
+    odd = [name for name, x in named(params).items() if not bool(jnp.isfinite(x).all())]
+    loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
+    parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
+    shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    if odd:
+        cause = (
+            f"The parameters themselves are not finite ({', '.join(odd[:3])}): the model was broken before training."
+        )
+    elif not np.isfinite(loss):
+        cause = f"The parameters are finite, the loss is {loss}."
+    else:
+        cause = f"Parameters and loss ({loss:.4g}) are finite, the gradient's norm is {norm}."
+    advice = [f"a lower --learning_rate than {args.learning_rate:g}", "a look at these rows"]
+    if args.bf16 or (args.bf16 is None and jax.default_backend() != "cpu"):
+        advice.append("--bf16 false, to see whether it is bfloat16's precision")
+    if not args.max_grad_norm:
+        advice.append("--max_grad_norm 1")
+    return (
+        f"{skips.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
+        f"out ({skips.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} Not "
+        f"finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
+        f"{'; '.join(advice)}."
+    )

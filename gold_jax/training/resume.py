@@ -1,0 +1,172 @@
+"""Going on with a run: which checkpoint, whether it is of this run, and its logs cut back to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from gold_jax.config import SFTConfig
+from gold_jax.text.data import Example
+from gold_jax.training.checkpoint import checkpoints_in
+from gold_jax.training.saves import BadCheckpoint, check_arrays, is_checkpoint, read_notes, restore
+
+# What may change between two parts of a run without a word: where and how often things are told, kept and sent.
+FREE = frozenset(
+    "output_dir checkpoint_dir resume_from_checkpoint max_skipped_updates "
+    "logging_steps logging_first_step log_completions log_completions_steps num_completions_to_print "
+    "eval_strategy eval_steps eval_on_start predict_with_generate per_device_eval_batch_size "
+    "save_strategy save_steps save_total_limit report_to run_name project trackio_space_id profile_steps "
+    "push_to_hub hub_model_id hub_private_repo trust_remote_code "
+    "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout rollout_weights_dir rollout_sync_first".split()
+)
+# What may change, but makes another run of it from there on: a line says so.
+TOLD = frozenset(
+    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type lr_scheduler_kwargs "
+    "warmup_ratio warmup_steps num_train_epochs max_steps bf16 gradient_checkpointing loss_chunk uld_sort pad_to_multiple_of "
+    "model_init_kwargs teacher_model_init_kwargs teacher_model_name_or_path teacher_model_revision "
+    "teacher_tokenizer_name_or_path".split()
+)
+_SAMPLED_ROWS = 64
+
+
+def describe_run(args: SFTConfig, examples: Sequence[Example], kept: Sequence[int], prompts_per_step: int) -> dict:
+    """What a checkpoint remembers of its run, fit for JSON: every setting, and what the training data were.
+
+    Args:
+      args: the settings.
+      examples: all rows.
+      kept: which of them are learned from.
+      prompts_per_step: how many of these an update reads.
+    """
+    digest = hashlib.sha256()
+    for i in range(0, len(kept), max(1, len(kept) // _SAMPLED_ROWS)):
+        e = examples[kept[i]]
+        digest.update(repr((kept[i], e.prompt, e.completion)).encode())
+    about = {
+        **args.to_dict(),
+        "rows to learn from": len(kept),
+        "rows of an update": prompts_per_step,
+        "the text of the training data": digest.hexdigest()[:16],
+    }
+    return json.loads(json.dumps(about, default=str))
+
+
+def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> list[str]:
+    """Compares the run of a checkpoint with the one that is to go on from it.
+
+    Returns:
+      A line for each difference that changes what comes after.
+
+    Raises:
+      ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
+    """
+    wrong, lines = [], []
+    for name in now:
+        if name in FREE or name not in saved or saved[name] == now[name]:
+            continue  # a setting that the checkpoint does not know came after it
+        shown = f"--{name}" if " " not in name else name
+        if name in TOLD or _harmless(name, saved, now):
+            lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
+        else:
+            wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")
+    if wrong:
+        raise ValueError(
+            f"this run cannot go on from {where}: {'; '.join(wrong)}. Resume with what it was saved with, or begin a new run "
+            f"from its weights with --model_name_or_path {where}."
+        )
+    return lines
+
+
+def _harmless(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether another split into micro-batches leaves every update its rows and who writes them."""
+    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        return False
+    return saved.get("rows of an update") == now["rows of an update"] and now.get("lmbda", 0) in (0, 1)
+
+
+def find_and_restore(
+    wanted: str,
+    folder: Any,
+    run: Mapping[str, Any],
+    abstract: Any,
+    say: Callable[[str], Any],
+    free: Callable[[], Any] = lambda: None,
+) -> tuple[epath.Path, dict[str, Any], Any] | None:
+    """The checkpoint to go on from: its folder, its notes, and the state in it.
+
+    Args:
+      wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
+      folder: where this run has its checkpoints.
+      run: what `describe_run` says of this run.
+      abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
+      say: is given a line for every checkpoint that is not whole and for every difference that matters.
+      free: is called before arrays are read, so that the state as it stands need not be held beside the one that comes.
+
+    Returns:
+      None where "latest" finds no checkpoint at all.
+
+    Raises:
+      FileNotFoundError: there is nothing at this path.
+      ValueError: the checkpoint is of another run or model, or none of those found is whole.
+    """
+    named = wanted != "latest"
+    where = epath.Path(wanted if named else folder)
+    if named and not where.is_dir():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint names {wanted}, which is not a folder; it must be a checkpoint's, or latest"
+        )
+    found = [where] if named and is_checkpoint(where) else checkpoints_in(where)
+    if not found:
+        if named:
+            raise FileNotFoundError(f"--resume_from_checkpoint names {wanted}, which holds no folder checkpoint-STEP")
+        say(f"There is no checkpoint in {where} yet: the run begins anew.")
+        return None
+    bad = []
+    for path in found:
+        try:
+            notes = read_notes(path)
+            check_arrays(path, notes, abstract)
+            lines = check_run(notes["run"], run, path)
+            free()
+            state = restore(path, notes, abstract)
+        except BadCheckpoint as error:
+            bad.append(f"{path} is not whole: {error}")
+            say(f"{bad[-1]}. " + ("Trying the one before it." if path != found[-1] else "There is none before it."))
+            continue
+        for line in lines:
+            say(line)
+        return path, notes, state
+    others = [p for p in checkpoints_in(where.parent) if p != where] if found == [where] else []
+    hint = f"; others are there: {', '.join(p.name for p in others[:5])}" if others else ""
+    raise ValueError(
+        f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. Name another with --resume_from_checkpoint, or "
+        "leave it out to begin anew."
+    )
+
+
+def cut_back(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
+    """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
+
+    A last line that was cut off goes too. Where there is no log, there is none afterwards.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", 0) <= step:
+            kept.append((line, row))
+    beside = path.with_name(path.name + ".unfinished")
+    beside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
+    os.replace(beside, path)
+    return [row for _, row in kept]

@@ -1,0 +1,86 @@
+"""Ctrl-C and SIGTERM: a run that is asked to end does so where nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
+
+T = TypeVar("T")
+EX_TEMPFAIL = 75  # of sysexits.h: what failed will succeed if it is started again
+
+
+class Preempted(SystemExit):
+    """A run ended because the system asked for it, its state saved; exit code 75."""
+
+    def __init__(self):
+        super().__init__(EX_TEMPFAIL)
+
+
+class _CutShort(KeyboardInterrupt):
+    """Ends a part that may be cut short. A kind of KeyboardInterrupt, for which libraries clean up after themselves."""
+
+
+class Stop:
+    """Hears Ctrl-C and SIGTERM while it is entered, and holds them until a run can end.
+
+    Between an update and what is logged of it nothing may come, so `asked` is for the run to look at. Drawing up the next
+    batch and evaluating may take minutes and lose nothing by being cut short: `breakable` calls them. A second
+    Ctrl-C ends the run at once.
+
+    Signals are left alone outside the main thread and where something else already handles them. In a run of several
+    processes a preemption is heard through JAX's runtime, which has all processes end after the same update.
+
+    Attributes:
+      asked: None, "interrupt" or "preemption".
+      twice: whether Ctrl-C came a second time.
+    """
+
+    def __init__(self):
+        self.asked: str | None = None
+        self.twice = False
+        self._breakable = False
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            ours = {signal.SIGINT: signal.default_int_handler}
+            if jax.process_count() == 1:
+                ours[signal.SIGTERM] = signal.SIG_DFL
+            for number, usual in ours.items():
+                if signal.getsignal(number) is usual:
+                    self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+    def _hear(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.asked == "interrupt":
+            self.twice = True
+            raise KeyboardInterrupt
+        self.asked = self.asked or ("interrupt" if number == signal.SIGINT else "preemption")
+        if self._breakable:
+            self._breakable = False
+            raise _CutShort
+
+    def breakable(self, part: Callable[..., T], *arguments: Any) -> T | None:
+        """What a part gives; None where it was not begun, or cut short, because the run is asked to end."""
+        try:
+            self._breakable = True
+            return None if self.asked else part(*arguments)
+        except _CutShort:
+            return None
+        finally:
+            self._breakable = False
+
+    def look(self, step: int) -> None:
+        """Asks JAX's runtime, in a run of several processes, whether one of them is to be preempted."""
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.asked = self.asked or "preemption"

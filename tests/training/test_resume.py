@@ -1,0 +1,362 @@
+"""Runs that end midway and go on: nothing is lost, nothing comes twice."""
+
+import json
+import os
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+from rich.console import Console
+
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
+from gold_jax.models.weights import load_model
+from gold_jax.training import faults, loop
+from gold_jax.training.resume import check_run, cut_back
+from gold_jax.training.step import Step
+from gold_jax.training.stopping import Preempted
+
+pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+QUICK = {
+    "max_steps": 6, "logging_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
+    "max_length": 64, "seed": 7,
+}  # fmt: skip
+
+
+def sft(world, output, **changes):
+    console = Console(file=open(os.devnull, "w"), width=200, record=True)
+    args = SFTConfig(output_dir=str(output), **(QUICK | changes))
+    return SFTTrainer(str(world / "student"), args, str(world / "data" / "train.jsonl"), console=console)
+
+
+def gold(world, output, **changes):
+    rows = [tiny.conversation(*row) for row in tiny.ROWS]
+    console = Console(file=open(os.devnull, "w"), width=200, record=True)
+    settings = QUICK | {"lmbda": 0.5, "max_completion_length": 8, "max_length": 128} | changes
+    args = GOLDConfig(output_dir=str(output), **settings)
+    return GOLDTrainer(str(world / "student"), str(world / "teacher"), args, rows[:5], rows[4:], console=console)
+
+
+def stopped_in(monkeypatch, update, number=signal.SIGTERM):
+    """Sends this process a signal during an update."""
+    train_step, calls = Step.train, []
+
+    def stopping(self, *arguments):
+        metrics = train_step(self, *arguments)
+        calls.append(1)
+        if len(calls) == update:
+            os.kill(os.getpid(), number)
+        return metrics
+
+    monkeypatch.setattr(Step, "train", stopping)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A run of fine-tuning that nothing stopped, with saves after updates 2 and 4."""
+    output = tmp_path_factory.mktemp("finished")
+    trainer = sft(world, output)
+    trainer.train()
+    return output, held(trainer)
+
+
+def held(trainer):
+    state = trainer.loop.state
+    return [np.array(x) for x in jax.tree.leaves((state.params, state.optimizer))]
+
+
+def copied(finished, tmp_path):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steady(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def damage(checkpoint):
+    """Changes some bytes in the middle of the largest file of the arrays."""
+    files = [path for path in (checkpoint / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    largest.write_bytes(content)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_bit(world, tmp_path, monkeypatch):
+    flags = dict(
+        max_steps=40, logging_steps=3, save_strategy="no", eval_strategy="steps", eval_steps=10, log_completions=True,
+        log_completions_steps=100,
+    )  # fmt: skip
+    whole = gold(world, tmp_path / "whole", **flags)
+    whole.train()
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 20)
+        first = gold(world, tmp_path / "parts", **flags)
+        with pytest.raises(Preempted) as end:
+            first.train()
+    assert end.value.code == 75
+    assert "Preempted after 20 updates" in first.console.export_text()
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-20"]
+    # An evaluation was due after this update and had to wait.
+    assert not [row for row in lines(tmp_path / "parts" / "metrics.jsonl") if row["step"] == 20]
+    second = gold(world, tmp_path / "parts", **flags)
+    second.train(resume_from_checkpoint=True)
+    assert same(held(second), held(whole))
+    logs = [steady(lines(tmp_path / name / "metrics.jsonl")) for name in ("parts", "whole")]
+    assert logs[0] == logs[1] and len(logs[0]) == 13 + 1 + 4
+    drawn = [lines(tmp_path / name / "completions.jsonl") for name in ("parts", "whole")]
+    assert drawn[0] == drawn[1] and drawn[0]
+    assert steady(second.log_history) == steady(whole.log_history)
+
+
+def test_resuming_from_any_save_gives_the_same_student_and_the_same_log(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    trainer = sft(world, output, resume_from_checkpoint=str(output / "checkpoint-2"))
+    trainer.train()
+    assert same(held(trainer), finished[1])
+    assert steady(lines(output / "metrics.jsonl")) == steady(lines(finished[0] / "metrics.jsonl"))
+    assert "Resumed from" in trainer.console.export_text()
+
+
+def test_a_save_is_also_a_student_that_opens_by_itself(finished):
+    assert load_model(finished[0] / "checkpoint-2").config.layers == 2
+    assert (finished[0] / "checkpoint-2" / "tokenizer.json").is_file()
+    assert not list(finished[0].glob("*orbax*"))
+
+
+@pytest.mark.parametrize("fault", ["damaged arrays", "no notes", "half of the notes", "no arrays", "a file missing"])
+def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(fault, world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    newest = output / "checkpoint-4"
+    if fault == "damaged arrays":
+        damage(newest)
+    elif fault == "no notes":
+        (newest / "run.json").unlink()
+    elif fault == "half of the notes":
+        text = (newest / "run.json").read_text()
+        (newest / "run.json").write_text(text[: len(text) // 2])
+    elif fault == "no arrays":
+        shutil.rmtree(newest / "state")
+    else:
+        shutil.rmtree(newest / "state" / "ocdbt.process_0" / "d")
+    trainer = sft(world, output, resume_from_checkpoint="latest")
+    trainer.train()
+    said = trainer.console.export_text()
+    assert f"{newest} is not whole" in said and f"Resumed from {output / 'checkpoint-2'}" in said
+    assert same(held(trainer), finished[1])
+    # The bad one has been written anew.
+    again = sft(world, output, resume_from_checkpoint=str(newest))
+    again.train()
+    assert same(held(again), finished[1])
+
+
+def test_where_no_checkpoint_is_whole_the_run_says_so_and_does_not_begin_anew(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    for step in (2, 4):
+        damage(output / f"checkpoint-{step}")
+    with pytest.raises(ValueError, match="no whole checkpoint is left.*checkpoint-4.*checkpoint-2"):
+        sft(world, output).train("latest")
+
+
+def test_a_checkpoint_asked_for_by_name_is_not_replaced_by_another(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    damage(output / "checkpoint-4")
+    with pytest.raises(ValueError, match="others are there: checkpoint-2"):
+        sft(world, output).train(str(output / "checkpoint-4"))
+
+
+def test_latest_begins_anew_where_there_is_nothing_and_says_so(world, tmp_path):
+    trainer = sft(world, tmp_path / "out", max_steps=1, resume_from_checkpoint="latest")
+    trainer.train()
+    assert "no checkpoint in" in trainer.console.export_text() and trainer.loop.done == 1
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_a_path_without_a_checkpoint_is_an_error(name, world, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"--resume_from_checkpoint names .*{name}"):
+        sft(world, tmp_path / "out").train(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"seed": 8}, "--seed is 8 and was 7"),
+        ({"per_device_train_batch_size": 1}, "--per_device_train_batch_size is 1 and was 2.*rows of an update is 1"),
+        ({"max_length": 32}, "--max_length is 32 and was 64"),
+        ({"completion_only_loss": False}, "--completion_only_loss is False and was None"),
+    ],
+)
+def test_a_run_of_other_settings_cannot_go_on_and_says_which(change, says, world, finished, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        sft(world, copied(finished, tmp_path), **change).train("latest")
+
+
+def test_other_rows_or_another_model_are_noticed(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    rows = [tiny.conversation(*row) for row in tiny.ROWS]
+    args = SFTConfig(output_dir=str(output), **QUICK)
+    with pytest.raises(ValueError, match="rows to learn from is 6 and was 4"):
+        SFTTrainer(str(world / "student"), args, rows).train("latest")
+    with pytest.raises(ValueError, match="the text of the training data"):
+        SFTTrainer(str(world / "student"), args, rows[1:5]).train("latest")
+    larger = tiny.write_student(tmp_path / "larger", rows=600)
+    with pytest.raises(ValueError, match="another student.*embedding.*419.*600"):
+        SFTTrainer(str(larger), args, str(world / "data" / "train.jsonl")).train("latest")
+
+
+def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    trainer = sft(
+        world, output, learning_rate=1e-3, logging_steps=1, per_device_train_batch_size=1, gradient_accumulation_steps=2
+    )
+    trainer.train("latest")
+    said = trainer.console.export_text()
+    assert "another --learning_rate: 0.001, until the checkpoint 0.01" in said and "logging_steps" not in said
+    assert not same(held(trainer), finished[1])
+
+
+def test_how_an_update_is_split_matters_where_the_student_writes_a_share_of_the_parts():
+    saved = {"gradient_accumulation_steps": 1, "rows of an update": 4, "lmbda": 0.5}
+    now = saved | {"gradient_accumulation_steps": 2}
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps is 2 and was 1"):
+        check_run(saved, now, "here")
+    assert len(check_run(saved | {"lmbda": 1}, now | {"lmbda": 1}, "here")) == 1
+
+
+def test_fewer_updates_than_the_checkpoint_has_seen_are_refused(world, finished, tmp_path):
+    with pytest.raises(ValueError, match="seen 4 updates.*makes 3.*--max_steps"):
+        sft(world, copied(finished, tmp_path), max_steps=3).train("latest")
+
+
+def test_checkpoints_may_lie_elsewhere(world, finished, tmp_path):
+    elsewhere = tmp_path / "bucket"
+    sft(world, tmp_path / "out", checkpoint_dir=str(elsewhere), save_total_limit=1).train()
+    assert [path.name for path in elsewhere.iterdir()] == ["checkpoint-4"]
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    trainer = sft(world, tmp_path / "another", checkpoint_dir=str(elsewhere))
+    trainer.train("latest")
+    assert same(held(trainer), finished[1])
+
+
+def test_what_a_killed_save_left_behind_is_removed(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    left = output / "checkpoint-6.orbax-checkpoint-tmp"
+    left.mkdir()
+    sft(world, output).train("latest")
+    assert not left.exists()
+
+
+def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "eval_loss": 1}\n{"step": 4, "lo')
+    assert [row["step"] for row in cut_back(log, 2)] == [1, 2, 2]
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
+    assert cut_back(tmp_path / "none.jsonl", 2) == [] and not (tmp_path / "none.jsonl").exists()
+
+
+def test_a_full_disk_ends_no_run_and_the_last_whole_checkpoint_stays(world, finished, tmp_path, monkeypatch):
+    save, calls = loop.save_final_model, []
+
+    def full(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:  # the second checkpoint
+            raise OSError(28, "No space left on device")
+        return save(*arguments, **options)
+
+    monkeypatch.setattr(loop, "save_final_model", full)
+    trainer = sft(world, tmp_path / "out")
+    trainer.train()
+    said = trainer.console.export_text()
+    assert "checkpoint-4 could not be written" in said and "no space left on the disk" in said
+    assert f"the last whole one is {tmp_path / 'out' / 'checkpoint-2'}" in said
+    assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+    assert same(held(trainer), finished[1])
+
+
+def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_where_the_student_is(world, tmp_path, monkeypatch):
+    save = loop.save_final_model
+
+    def full(model, tokenizer, folder, **options):
+        if str(folder) == str(tmp_path / "out"):
+            raise OSError(28, "No space left on device")
+        return save(model, tokenizer, folder, **options)
+
+    monkeypatch.setattr(loop, "save_final_model", full)
+    trainer = sft(world, tmp_path / "out")
+    with pytest.raises(OSError, match="no space left.*after 6 updates.*checkpoint-4.*--resume_from_checkpoint latest"):
+        trainer.train()
+
+
+def endless(x):
+    return x * np.float32(np.inf) if x.dtype == np.float32 else x
+
+
+def poisoned(monkeypatch, updates):
+    """Windows whose loss is not finite in some updates (counted from 1)."""
+    make = SFTTrainer._make_loop
+
+    def with_poison(self, task, *arguments):
+        train = task.windows.train
+
+        def window(step, examples, params):
+            made = train(step, examples, params)
+            if step + 1 in updates:
+                made.batches = [jax.tree.map(endless, batch) for batch in made.batches]
+            return made
+
+        task.windows.train = window
+        return make(self, task, *arguments)
+
+    monkeypatch.setattr(SFTTrainer, "_make_loop", with_poison)
+
+
+def test_updates_that_are_not_finite_are_left_out_and_counted(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {2, 3})
+    trainer = sft(world, tmp_path / "out", logging_steps=1, lr_scheduler_type="linear")
+    trainer.train()
+    rows = lines(tmp_path / "out" / "metrics.jsonl")
+    assert [row.get("skipped") for row in rows] == [None, 1, 2, 2, 2, 2]
+    assert [row["loss"] is None for row in rows] == [False, True, True, False, False, False]
+    assert all(np.isfinite(x).all() for x in held(trainer))
+    counts = [x for x in held(trainer) if x.dtype == np.int32]
+    assert counts and all(count == 4 for count in counts)
+    # An update that was left out used up no learning rate.
+    assert rows[3]["learning_rate"] == rows[1]["learning_rate"] == pytest.approx(1e-2 * 5 / 6)
+
+
+def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(world, tmp_path, monkeypatch):
+    poisoned(monkeypatch, {3, 4, 5})
+    trainer = sft(world, tmp_path / "out", max_skipped_updates=2, save_strategy="no")
+    with pytest.raises(faults.Diverged) as end:
+        trainer.train()
+    said = str(end.value)
+    assert "2 updates in a row, up to update 4" in said and "The parameters are finite, the loss is " in said
+    assert "it read rows" in said and "lower --learning_rate than 0.01" in said and "checkpoint-4" in said
+    after = sft(world, tmp_path / "out", max_skipped_updates=2, learning_rate=1e-3)
+    after.train("latest")
+    assert after.loop.done == 6 and after.loop.skips.total == 3
+
+
+def test_broken_parameters_are_told_from_a_broken_loss():
+    params = {"embedding": np.array([1.0, np.nan]), "norm": np.ones(2)}
+    metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.nan)}
+    args = SFTConfig(max_grad_norm=0)
+    said = faults.explain(4, faults.Skips(4, 4), metrics, params, range(20), args)
+    assert "parameters themselves are not finite (embedding)" in said and "--max_grad_norm 1" in said
+    assert "rows 0, 1, 2, 3, 4, 5, 6, 7, …" in said
+    fine = {"embedding": np.ones(2)}
+    said = faults.explain(4, faults.Skips(4, 4), {"loss": 1.5, "grad_norm": np.inf}, fine, [1], args)
+    assert "finite, the gradient's norm is inf" in said

@@ -1,0 +1,173 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gold_jax.training import saves
+from gold_jax.training.checkpoint import checkpoints_in
+from gold_jax.training.saves import BadCheckpoint, Checkpoints, checksums, named, read_notes, renamed, restore
+
+
+def state(seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        "params": {"a": jnp.asarray(rng.normal(size=(6, 4)), jnp.float32), "b": jnp.zeros((3,), jnp.bfloat16)},
+        "optimizer": (jnp.int32(3), [jnp.asarray(rng.normal(size=8), jnp.float32)]),
+    }
+
+
+def abstract(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    said = []
+    made = Checkpoints(tmp_path, limit=2, say=said.append)
+    made.said = said
+    yield made
+    made.close()
+
+
+def test_what_is_saved_comes_back_to_the_last_bit_with_its_notes(checkpoints, tmp_path):
+    checkpoints.save(5, state(), {"means": {"loss": [0.1, "float32", 1.0]}})
+    assert checkpoints.finish() and checkpoints.last.name == "checkpoint-5"
+    notes = read_notes(checkpoints.last)
+    assert notes["step"] == 5 and notes["means"] == {"loss": [0.1, "float32", 1.0]}
+    found = restore(checkpoints.last, notes, abstract(state()))
+    assert same(found, state()) and jax.tree.structure(found) == jax.tree.structure(state())
+
+
+def test_what_is_saved_may_be_donated_at_once(checkpoints):
+    consume = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
+    tree = state()
+    checkpoints.save(1, tree, {})
+    tree = consume(tree)
+    checkpoints.finish()
+    assert same(restore(checkpoints.last, read_notes(checkpoints.last), abstract(tree)), state())
+
+
+def test_saving_goes_on_in_the_background_and_looks_like_no_checkpoint_until_it_is_whole(checkpoints, tmp_path):
+    hold = threading.Event()
+    checkpoints.save(1, state(), {}, lambda folder: hold.wait(60))
+    checkpoints.poll()
+    assert not (tmp_path / "checkpoint-1").exists() and checkpoints_in(tmp_path) == []
+    hold.set()
+    assert checkpoints.finish() and (tmp_path / "checkpoint-1").is_dir()
+
+
+def test_the_oldest_are_removed_when_a_newer_one_is_whole(checkpoints, tmp_path):
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(), {})
+    assert checkpoints.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_save_that_fails_is_told_and_leaves_the_one_before_and_nothing_else(checkpoints, tmp_path):
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(1, state(), {})
+    checkpoints.save(2, state(), {}, full)
+    assert not checkpoints.finish()
+    (line,) = checkpoints.said
+    assert (
+        "checkpoint-2 could not be written" in line and "no space left on the disk" in line and "checkpoint-1." in line
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    checkpoints.save(3, state(), {})
+    assert checkpoints.finish() and checkpoints.last.name == "checkpoint-3"
+
+
+def test_a_failure_is_seen_without_waiting(checkpoints):
+    failed = threading.Event()
+
+    def full(folder):
+        failed.set()
+        raise OSError(28, "No space left on device")
+
+    checkpoints.save(1, state(), {}, full)
+    failed.wait(60)
+    for thread in threading.enumerate():
+        if thread.name == "async_save":
+            thread.join()
+    checkpoints.poll()
+    assert len(checkpoints.said) == 1 and "there is no whole one yet" in checkpoints.said[0]
+
+
+@pytest.mark.parametrize("change", ["one bit", "two elements swapped", "an element of another array"])
+def test_any_change_of_an_array_changes_its_checksum(change):
+    arrays = named(state())
+    before = np.asarray(checksums(arrays))
+    a = np.array(arrays["params.a"])
+    if change == "one bit":
+        a.view(np.uint32)[2, 3] ^= 1
+    elif change == "two elements swapped":
+        a[0, 0], a[5, 3] = a[5, 3], a[0, 0]
+    else:
+        a[0, 0] = 0
+    after = np.asarray(checksums({**arrays, "params.a": jnp.asarray(a)}))
+    assert (before != after).sum() == 1
+
+
+def test_an_array_that_reads_back_as_another_is_told_by_name(checkpoints):
+    checkpoints.save(1, state(), {})
+    checkpoints.finish()
+    notes = read_notes(checkpoints.last)
+    notes["arrays"]["params.a"][2] ^= 1
+    with pytest.raises(BadCheckpoint, match="params.a in it differ from what was saved"):
+        restore(checkpoints.last, notes, abstract(state()))
+
+
+def test_notes_of_a_later_format_are_not_guessed_at(checkpoints):
+    checkpoints.save(1, state(), {})
+    checkpoints.finish()
+    path = checkpoints.last / saves.NOTES
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    with pytest.raises(BadCheckpoint, match="format 99"):
+        read_notes(checkpoints.last)
+
+
+def test_names_of_a_tree_find_their_places_again():
+    tree = state()
+    assert list(named(tree)) == ["optimizer.0", "optimizer.1.0", "params.a", "params.b"]
+    assert same(renamed(tree, dict(reversed(named(tree).items()))), tree)
+
+
+RESHARD = """
+import sys, jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from gold_jax.training.saves import Checkpoints, read_notes, restore
+devices = np.array(jax.devices())
+eight = NamedSharding(jax.sharding.Mesh(devices.reshape(8), ("fsdp",)), P("fsdp"))
+four = NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("data", "fsdp")), P(None, "fsdp"))
+one = jax.sharding.SingleDeviceSharding(devices[3])
+value = np.arange(16 * 8, dtype=np.float32).reshape(16, 8) / 7
+checkpoints = Checkpoints(sys.argv[1])
+checkpoints.save(1, {"x": jax.device_put(value, eight)}, {})
+assert checkpoints.finish()
+for target in (eight, four, one):
+    notes = read_notes(checkpoints.last)
+    found = restore(checkpoints.last, notes, {"x": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target)})["x"]
+    assert found.sharding == target and np.array_equal(found, value), target
+"""
+
+
+def test_a_checkpoint_is_read_onto_another_mesh(tmp_path):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    root = str(pathlib.Path(__file__).parents[2])
+    environment = os.environ | flags | {"PYTHONPATH": root}
+    command = [sys.executable, "-c", RESHARD, str(tmp_path)]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert ran.returncode == 0, ran.stderr[-2000:]

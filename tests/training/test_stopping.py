@@ -1,0 +1,92 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from gold_jax.training.stopping import Preempted, Stop
+
+
+def send(number):
+    os.kill(os.getpid(), number)
+
+
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number, asked", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "preemption")])
+def test_a_signal_is_held_until_the_run_looks(number, asked):
+    with Stop() as stop:
+        assert stop.asked is None
+        send(number)
+        assert stop.asked == asked
+
+
+def test_what_may_be_cut_short_is_and_gives_nothing():
+    after = []
+
+    def part(x):
+        send(signal.SIGTERM)
+        after.append(x)
+
+    with Stop() as stop:
+        assert stop.breakable(lambda x: x + 1, 2) == 3
+        assert stop.breakable(part, 1) is None
+        assert stop.asked == "preemption" and after == []
+        assert stop.breakable(part, 1) is None  # not even begun
+
+
+def test_an_error_of_what_may_be_cut_short_is_not_hidden():
+    with Stop() as stop, pytest.raises(ZeroDivisionError):
+        stop.breakable(lambda: 1 / 0)
+
+
+def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
+    with Stop() as stop:
+        send(signal.SIGTERM)
+        send(signal.SIGTERM)
+    with Stop() as stop:
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert stop.twice
+
+
+def test_signals_are_as_before_afterwards_and_those_of_others_are_left_alone():
+    with Stop():
+        pass
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+    with Stop() as stop:
+        send(signal.SIGTERM)
+    assert heard == [1] and stop.asked is None
+
+
+def test_outside_the_main_thread_nothing_is_touched():
+    seen = []
+
+    def elsewhere():
+        with Stop() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.asked))
+
+    thread = threading.Thread(target=elsewhere)
+    thread.start()
+    thread.join()
+    assert seen == [(signal.SIG_DFL, None)]
+
+
+def test_a_preempted_process_ends_with_75():
+    code = "from gold_jax.training.stopping import Preempted; raise Preempted"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 75
+    assert Preempted().code == 75
