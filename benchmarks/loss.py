@@ -23,7 +23,7 @@ import numpy as np
 
 BATCH, PROMPT = 2, 8
 WIDTHS = 576, 640
-CHUNK = 64  # positions whose logits are held at once
+CHUNK = 32  # positions whose logits are held at once
 WAYS = {
     "exact": ("chain", "hybrid", 0),
     "top-k 1024": ("chain", "hybrid", 1024),

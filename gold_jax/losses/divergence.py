@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.host_sort import l1_and_signs
+from gold_jax.losses.host_sort import can_sort_here, l1_and_signs
 
 
 def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
@@ -62,7 +62,7 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
       student: probabilities `[..., V]`, float32, none negative.
       teacher: probabilities `[..., W]`, float32, none negative.
       sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on CPUs,
-        where XLA sorts slowly, and XLA elsewhere.
+        where XLA sorts slowly (unless the process may use one core alone), and XLA elsewhere.
 
     Returns:
       `[...]`, between 0 and the two sums together.
@@ -81,7 +81,8 @@ def _l1_and_signs(ours, theirs, sort):
     ways = {"xla": _by_xla, "host": l1_and_signs}
     flat = [x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (ours, theirs)]
     if sort == "auto":
-        loss, signs = jax.lax.platform_dependent(*flat, cpu=ways["host"], default=ways["xla"])
+        on_cpus = ways["host" if can_sort_here() else "xla"]
+        loss, signs = jax.lax.platform_dependent(*flat, cpu=on_cpus, default=ways["xla"])
     else:
         loss, signs = ways[sort](*flat)
     return loss.reshape(ours.shape[:-1]), signs.reshape(ours.shape)

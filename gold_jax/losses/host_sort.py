@@ -11,6 +11,12 @@ import jax
 import numpy as np
 
 
+def can_sort_here() -> bool:
+    """Whether programs on CPUs may call back: with a single core JAX has a single thread, and its callbacks wait for another."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores > 1
+
+
 def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The L1 distance of both sides sorted, the shorter padded with zeros, and its gradient for the first.
 
@@ -20,7 +26,12 @@ def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Arr
 
     Returns:
       The distance float32 `[C]`, and int8 `[C, V]`: 1 for values larger than what stands opposite, -1 for smaller ones.
+
+    Raises:
+      ValueError: this process may use a single core.
     """
+    if not can_sort_here():
+        raise ValueError("sorting on the host takes two cores or more, and this process may use one; sort with xla.")
     rows = ours.shape[0]
     shapes = jax.ShapeDtypeStruct((rows,), np.float32), jax.ShapeDtypeStruct(ours.shape, np.int8)
     return jax.pure_callback(_l1_and_signs, shapes, ours, theirs, vmap_method="sequential")

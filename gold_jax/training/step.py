@@ -269,10 +269,13 @@ class Step:
         def update(params, state, grads, loss):
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-            updates, new = optimizer.update(grads, state, params)
-            after = optax.apply_updates(params, updates), new
-            # Elementwise, so that it fuses with the update and donated buffers are still written in place.
-            params, state = jax.tree.map(lambda now, before: jnp.where(finite, now, before), after, (params, state))
+
+            def take(params, state, grads):
+                updates, state = optimizer.update(grads, state, params)
+                return optax.apply_updates(params, updates), state
+
+            # One branch or the other, in place: to choose afterwards, old and new state would have to be held side by side.
+            params, state = jax.lax.cond(finite, take, lambda params, state, _: (params, state), params, state, grads)
             return params, state, {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
 
         def fused(params, state, constants, batch):

@@ -1,4 +1,7 @@
 import doctest
+import os
+import subprocess
+import sys
 
 import chex
 import jax
@@ -102,3 +105,22 @@ def test_top_k_bounds_the_exact_distance_and_meets_it_in_the_end():
 
 def test_the_examples_in_the_docstrings_are_true():
     assert doctest.testmod(divergence).failed == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be told its cores here")
+def test_on_a_single_core_nothing_waits_for_a_callback_that_cannot_run():
+    script = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+import jax, jax.numpy as jnp
+from gold_jax.losses.divergence import sorted_l1
+p, q = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 64, 20_000)))
+print(float(jax.jit(sorted_l1)(p, q).sum()))
+try:
+    sorted_l1(p, q, "host")
+except ValueError as error:
+    print(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert float(ran.stdout.splitlines()[0]) > 0 and "two cores" in ran.stdout
