@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pathlib
 import re
 import tempfile
@@ -97,7 +98,9 @@ class Checkpoints:
         self._written.clear()
         self._attempt(
             lambda: self._saver.save(
-                checkpoint_folder(self.folder, step), args=_Args(state=ocp.args.StandardSave(arrays)), force=True
+                _absolute(checkpoint_folder(self.folder, step)),
+                args=_Args(state=ocp.args.StandardSave(arrays)),
+                force=True,
             )
         )
 
@@ -163,6 +166,11 @@ class _Handler(ocp.CompositeCheckpointHandler):
 @ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
 class _Args(ocp.args.Composite):
     """What `_Handler` saves and restores."""
+
+
+def _absolute(path: Any) -> epath.Path:
+    """A path as orbax takes it."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
@@ -299,7 +307,7 @@ def restore(path: Any, notes: Mapping[str, Any], abstract: Any) -> Any:
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in target.items()}
     try:
         with ocp.Checkpointer(_Handler()) as reader:
-            arrays = reader.restore(path, args=_Args(state=ocp.args.StandardRestore(target)))[STATE]
+            arrays = reader.restore(_absolute(path), args=_Args(state=ocp.args.StandardRestore(target)))[STATE]
     except Exception as error:
         raise BadCheckpoint(f"its arrays cannot be read ({reason(error)})") from error
     sums = dict(zip(sorted(arrays), np.asarray(checksums(arrays)).tolist()))

@@ -49,6 +49,16 @@ def test_what_is_saved_comes_back_to_the_last_bit_with_its_notes(checkpoints, tm
     assert same(found, state()) and jax.tree.structure(found) == jax.tree.structure(state())
 
 
+def test_a_folder_named_from_where_the_run_stands_is_written_and_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = Checkpoints("runs/one", say=pytest.fail)
+    made.save(2, state(), {})
+    made.close()
+    assert str(made.last) == "runs/one/checkpoint-2" and (tmp_path / "runs/one/checkpoint-2/run.json").exists()
+    found = restore("runs/one/checkpoint-2", read_notes("runs/one/checkpoint-2"), abstract(state()))
+    assert same(found, state())
+
+
 def test_what_is_saved_may_be_donated_at_once(checkpoints):
     consume = jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)
     tree = state()
