@@ -233,7 +233,7 @@ class Decoder(nnx.Module):
         return capped(logits, self.config.final_softcap)
 
     @true_float32
-    def decode_logits(self, hidden: jax.Array, weights: "DecodingWeights | None" = None) -> jax.Array:
+    def decode_logits(self, hidden: jax.Array, weights: DecodingWeights | None = None) -> jax.Array:
         """`logits` of a few hidden states [B, D]; `weights` as in `decode_step`.
 
         A large matrix times a few columns is a third faster on CPUs than a few rows times its transpose; the barriers keep
@@ -275,7 +275,7 @@ class Decoder(nnx.Module):
         cache = Cache(keys=to_slots(keys, 4), values=to_slots(values, 3), length=count)
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
-    def decoding_weights(self) -> "DecodingWeights":
+    def decoding_weights(self) -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
         A scan, or a slice inside the loop, would copy every layer's weights for every token. What is one CPU's and in `dtype`
@@ -290,7 +290,7 @@ class Decoder(nnx.Module):
     @jax.named_scope("decode")
     @true_float32
     def decode_step(
-        self, tokens: jax.Array, cache: Cache, weights: "DecodingWeights | None" = None
+        self, tokens: jax.Array, cache: Cache, weights: DecodingWeights | None = None
     ) -> tuple[jax.Array, Cache]:
         """Read one token per row.
 
