@@ -5,6 +5,7 @@ positions alone: packed to the front, padding costs nothing, and shapes stay sta
 `P` positions, `C` positions of a chunk, `M` tokens, `D` width, `V` rows of the head.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,6 +40,31 @@ class Inner(NamedTuple):
     places: jax.Array
     slots: jax.Array
     live: jax.Array
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axes"])
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """The columns of a head that a device holds, where every device of a mesh sums over positions of its own.
+
+    Attributes:
+      part: `[V, D / devices]`.
+      axes: the mesh axes over which the columns are cut, the outermost first.
+    """
+
+    part: jax.Array
+    axes: tuple[str, ...]
+
+    def joined(self, gradient: jax.Array) -> "Cut":
+        """What a gradient `[V, D]` of the whole head, one on each device, comes to for the device's own columns."""
+        return Cut(jax.lax.psum_scatter(gradient, self.axes, scatter_dimension=1, tiled=True), self.axes)
+
+
+def whole(head: jax.Array | Cut | None, dtype) -> jax.Array | None:
+    """A head `[V, D]` in the dtype that it is multiplied in; None where there is none."""
+    if isinstance(head, Cut):
+        return jax.lax.all_gather(head.part.astype(dtype), head.axes, axis=1, tiled=True)
+    return None if head is None else head.astype(dtype)
 
 
 def head_logits(hidden: jax.Array, head: jax.Array | None) -> jax.Array:
@@ -137,7 +163,7 @@ def sum_over_chunks(
       token_fn: `token_fn(logits [C, V], places [C]) -> log-probabilities [C]` of the inner tokens.
       chunk: `C`.
       hidden: `[N, D]`, differentiated.
-      head: `[V, D]`, differentiated, or None where `hidden` are logits.
+      head: `[V, D]`, differentiated, a device's part of it, or None where `hidden` are logits.
       rows: `[P]` the row of each position, live positions first.
       inner: the inner tokens; None where there are none.
       shared: arrays that every chunk sees whole (not differentiated).
@@ -147,14 +173,15 @@ def sum_over_chunks(
     Returns:
       The sum, and the sums of the parts (not differentiated).
     """
-    scale = _scales(token_fn, chunk, hidden, head, rows, inner)
+    weight = whole(head, hidden.dtype)
+    scale = _scales(token_fn, chunk, hidden, weight, rows, inner)
     padded, count = _whole_chunks((rows, scale, positions), live, chunk)
 
     def step(i, total):
         r, x, p = _slice(padded, i * chunk, chunk)
-        return jax.tree.map(jnp.add, total, fn(head_logits(fetch(hidden, r), head), x, shared, p))
+        return jax.tree.map(jnp.add, total, fn(head_logits(fetch(hidden, r), weight), x, shared, p))
 
-    return jax.lax.fori_loop(0, count, step, _zeros(fn, chunk, hidden, head, shared, padded))
+    return jax.lax.fori_loop(0, count, step, _zeros(fn, chunk, hidden, weight, shared, padded))
 
 
 def _scales(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
@@ -173,7 +200,7 @@ def _zeros(fn, chunk, hidden, head, shared, padded):
 
 
 def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positions, live):
-    weight = None if head is None else head.astype(hidden.dtype)
+    weight = whole(head, hidden.dtype)
     scale = _scales(token_fn, chunk, hidden, weight, rows, inner)
     padded, count = _whole_chunks((rows, scale, positions), live, chunk)
 
@@ -186,13 +213,16 @@ def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positio
         d_scale = jax.lax.dynamic_update_slice_in_dim(d_scale, d_x, i * chunk, 0)
         return jax.tree.map(jnp.add, total, (value, parts)), _add(gradients, d_logits, r, h, weight), d_scale
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), None if head is None else jnp.zeros(head.shape, jnp.float32)
+    zeros = jnp.zeros(hidden.shape, jnp.float32), None if head is None else jnp.zeros(weight.shape, jnp.float32)
     start = _zeros(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
     total, gradients, d_scale = jax.lax.fori_loop(0, count, step, start)
     if inner is not None:
         gradients = _through_tokens(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
     d_hidden, d_head = gradients
-    return total, (d_hidden.astype(hidden.dtype), None if head is None else d_head.astype(head.dtype))
+    if isinstance(head, Cut):
+        d_head = head.joined(d_head)
+    d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)  # nothing where there is no head
+    return total, (d_hidden.astype(hidden.dtype), d_head)
 
 
 def _add(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: jax.Array | None):

@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.chunked import Inner, fetch, head_logits, map_over_chunks, sum_over_chunks
+from gold_jax.losses.chunked import Cut, Inner, fetch, head_logits, map_over_chunks, sum_over_chunks, whole
 from gold_jax.losses.compare import COMPARES, CompareOptions, Merged
 
 
@@ -29,7 +29,7 @@ class MergeIndex(Protocol):
 class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
-    `weight` is `[V, D]`; `place [V]` gives the row of a token id in the order that `text.vocabulary.VocabularyMap` says
+    `weight` is `[V, D]`, or a device's part of that; `place [V]` gives the row of a token id in the order that `text.vocabulary.VocabularyMap` says
     (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
     then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
     `temperature` are Python floats. `route [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stops` are the
@@ -37,7 +37,7 @@ class Head(NamedTuple):
     one by itself.
     """
 
-    weight: jax.Array | None
+    weight: jax.Array | Cut | None
     place: jax.Array
     softcap: float | None = None
     temperature: float = 1.0
@@ -66,6 +66,18 @@ _permute.defvjp(
     lambda axis, x, order, inverse: (_permute(axis, x, order, inverse), inverse),
     lambda axis, inverse, cotangent: (jnp.take(cotangent, inverse, axis=axis, mode="clip"), None, None),
 )
+
+
+def across_lines(position: jax.Array, lines: int, length: int) -> jax.Array:
+    """Positions `[B, M]`, numbered in the line of so many tokens that a row lies in, numbered through all lines."""
+    first = jnp.arange(len(position)) // (len(position) // lines) * length
+    return position + first[:, None].astype(position.dtype)
+
+
+def shared_out(weight: jax.Array, parts: int, part: jax.Array) -> jax.Array:
+    """Weights `[B, G]` of which every `parts`-th that counts is kept, from number `part` on; the others are zero."""
+    number = (jnp.cumsum(weight.reshape(-1) > 0) - 1).reshape(weight.shape)
+    return jnp.where(number % parts == part, weight, 0.0)
 
 
 def pack(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -185,6 +197,7 @@ def distill_loss(
     """
     student_hidden, teacher_hidden = _flat(student_hidden), _flat(teacher_hidden)
     teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
+    teacher_weight = whole(teacher_weight, teacher_hidden.dtype)
     index, live = pack(weight > 0)
 
     def packed(x):

@@ -168,7 +168,7 @@ def current_platform() -> str:
 
 def over_layers(
     config: DecoderConfig, mask: jax.Array, dtype, implementation: str, platform: str
-) -> Callable[..., jax.Array]:
+) -> tuple[jax.Array | list[jax.Array], Callable[..., jax.Array]]:
     """The attention of a scan over a model's layers, with what all layers share computed once.
 
     Args:
@@ -178,8 +178,8 @@ def over_layers(
         implementation, platform: as in `attention`.
 
     Returns:
-        A function of a traced bool, whether the layer slides, and of queries [B, T, H, K], keys and values [B, T, N, K]; it
-        gives [B, T, H * K].
+        What all layers share, arrays with an axis of rows first; and a function of it, of a traced bool, whether the layer
+        slides, and of queries [B, T, H, K], keys and values [B, T, N, K], which gives [B, T, H * K].
 
     Raises:
         ValueError: as `attention`.
@@ -192,25 +192,27 @@ def over_layers(
     cap, scale = config.attention_softcap, config.query_scale
 
     if chosen == "plain":
-        allowed = [_allowed(mask, window) for window in windows]
+        shared = [_allowed(mask, window) for window in windows]
         # The backward pass computes the scores again: kept, they would be the largest thing a layer leaves behind.
         lean = jax.checkpoint(functools.partial(plain, softcap=cap, scale=scale), prevent_cse=False)
 
-        def attend(sliding, query, key, value):
+        def attend(allowed, sliding, query, key, value):
             return lean(query, key, value, allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1]))
 
     else:
         # A kernel's window is static, which layer it is for is not: both are compiled, one runs.
-        kernels = [
-            functools.partial(_compute, chosen, platform, _Shape(window, cap, scale), mask=mask) for window in windows
-        ]
+        kernels = [functools.partial(_compute, chosen, platform, _Shape(window, cap, scale)) for window in windows]
+        shared = mask
 
-        def attend(sliding, query, key, value):
+        def attend(mask, sliding, query, key, value):
             if len(kernels) == 1:
-                return kernels[0](query, key, value)
-            return jax.lax.cond(sliding, *kernels[::-1], query, key, value)
+                return kernels[0](query, key, value, mask)
+            return jax.lax.cond(sliding, *kernels[::-1], query, key, value, mask)
 
-    return lambda sliding, query, key, value: attend(sliding, query, key, value).reshape(*query.shape[:2], -1)
+    def flat(shared, sliding, query, key, value):
+        return attend(shared, sliding, query, key, value).reshape(*query.shape[:2], -1)
+
+    return shared, flat
 
 
 def describe(config: DecoderConfig, dtype, implementation: str, platform: str) -> str:

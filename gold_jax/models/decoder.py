@@ -18,6 +18,9 @@ from gold_jax.models import layer
 from gold_jax.models.attention import check_model, current_platform, describe, over_layers
 from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
+from gold_jax.parallel import exchange
+from gold_jax.parallel.exchange import Spread
+from gold_jax.parallel.layout import Placement
 
 
 class ParamInfo(NamedTuple):
@@ -98,7 +101,8 @@ class Cache(NamedTuple):
 
     Attributes:
         keys: tuple of L arrays [B, kv_heads, head_dim, S], S slots: a query's product with them then reads them as they lie.
-        values: tuple of L arrays [B, kv_heads, S, head_dim].
+        values: tuple of L arrays [B, kv_heads, S, head_dim]. On a mesh a head may be there several times, once for each of the
+            devices that share its queries (`Placement.kv_copies`).
         length: int32 [B], tokens that each row holds; its next one goes to this slot.
     """
 
@@ -127,6 +131,7 @@ class Decoder(nnx.Module):
         remat: recompute each layer in the backward pass instead of keeping its activations.
         attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
         platform: the one of `models.attention.PLATFORMS` that the model is to run on.
+        placement: the mesh that it lies on and how; None: one device.
     """
 
     def __init__(
@@ -139,8 +144,9 @@ class Decoder(nnx.Module):
         remat=False,
         attention="auto",
         platform=None,
+        placement: Placement | None = None,
     ):
-        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model`.
+        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model` and `place`.
 
         `platform` None is where JAX runs now; name it for a model that is compiled here to run elsewhere.
         """
@@ -150,6 +156,7 @@ class Decoder(nnx.Module):
         self.remat = remat
         self.attention = attention
         self.platform = current_platform() if platform is None else platform
+        self.placement = placement
         check_model(config, self.dtype, self.attention, self.platform)
         self.layers = Layers()
         for index, (path, info) in enumerate(parameters(config).items()):
@@ -165,7 +172,7 @@ class Decoder(nnx.Module):
     def from_config(
         cls, config: DecoderConfig, key, dtype=jnp.float32, param_dtype=jnp.float32, remat=False, **options
     ) -> "Decoder":
-        """A randomly initialised model; `key` is a PRNG key or an int seed, `options` are `attention` and `platform`."""
+        """A randomly initialised model; `key` is a PRNG key or an int seed, `options`: `attention`, `platform`, `placement`."""
         key = jax.random.key(key) if isinstance(key, int) else key
         return cls(config, key, dtype=dtype, param_dtype=param_dtype, remat=remat, **options)
 
@@ -202,20 +209,37 @@ class Decoder(nnx.Module):
         Returns:
             [S, N, D] in `dtype`. Values of the padding at a line's end are finite and mean nothing.
         """
-        lines, rows, length = place.shape
-        place = place.reshape(lines, -1)
+        _, rows, length = place.shape
 
-        def spread(x):  # [S, N, H, K] -> [B, T, H, K]
-            flat = x.reshape(*x.shape[:2], -1)
-            return _fetch(flat, place).reshape(lines * rows, length, *x.shape[2:])
+        def around(attend, arrangement, sliding, query, key, value):
+            (place, owner), shared = arrangement
+            lines = len(place)
 
-        def collect(x):  # [B, T, F] -> [S, N, F]
-            return _fetch(x.reshape(lines, rows * length, -1), owner)
+            def spread(x):  # [S, N, H, K] -> [B, T, H, K]
+                flat = x.reshape(*x.shape[:2], -1)
+                return _fetch(flat, place.reshape(lines, -1)).reshape(lines * rows, length, *x.shape[2:])
 
-        def around(attend):
-            return lambda query, key, value: collect(attend(*map(spread, (query, key, value))))
+            attended = attend(shared, sliding, *map(spread, (query, key, value)))
+            return _fetch(attended.reshape(lines, rows * length, -1), owner)  # [B, T, F] -> [S, N, F]
 
-        return self._layers(tokens, owner % length, mask.reshape(-1, length), around, keep_cache=False)[0]
+        rows_of_lines = mask.reshape(-1, length)
+        return self._layers(tokens, owner % length, rows_of_lines, around, (place, owner), keep_cache=False)[0]
+
+    def place(self, placement: Placement) -> "Decoder":
+        """This model with its parameters on a mesh."""
+        graph, params = nnx.split(self)
+        placed = nnx.merge(graph, jax.device_put(params, self.shardings(placement)))
+        placed.placement = placement
+        return placed
+
+    def shardings(self, placement: Placement):
+        """Where every parameter is kept on a mesh: a tree like `nnx.state(model)`."""
+        table = parameters(self.config)
+        named = {path: placement.stored(info.shape, info.spec) for path, info in table.items()}
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: named[tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))],
+            nnx.state(self),
+        )
 
     def attention_in_words(self) -> str:
         """Which implementation of attention this model's settings come to."""
@@ -267,25 +291,41 @@ class Decoder(nnx.Module):
         hidden, (keys, values) = self._run(tokens, order < count[:, None], keep_cache=True)
         last = jnp.maximum(count - 1, 0)[:, None, None]
 
+        copies = self.kv_copies
+
         def to_slots(stacked, axis):  # [L, B, P, N, K] -> L times [B, N, S, K] or, with the slots last, [B, N, K, S]
-            moved = jnp.moveaxis(stacked, 2, axis)
+            moved = jnp.moveaxis(stacked if copies == 1 else jnp.repeat(stacked, copies, axis=3), 2, axis)
             padding = [(0, cache_len - length if other == axis else 0) for other in range(5)]
             return tuple(jnp.pad(moved, padding)[index] for index in range(self.config.layers))
 
         cache = Cache(keys=to_slots(keys, 4), values=to_slots(values, 3), length=count)
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
+    @property
+    def kv_copies(self) -> int:
+        """How often each key-value head stands in the cache."""
+        heads = self.config.heads, self.config.kv_heads
+        return 1 if self.placement is None else self.placement.kv_copies(*heads)
+
     def decoding_weights(self) -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
         A scan, or a slice inside the loop, would copy every layer's weights for every token. What is one CPU's and in `dtype`
-        already is looked at where it lies; else this is a copy.
+        already is looked at where it lies; else this is a copy. On a mesh it is cut over `tensor` alone, so that a token needs no
+        weight from another device.
         """
         names = [name for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)]
         stacked = {name: getattr(self.layers, name)[...] for name in names}
-        apart = _views if all(_can_be_viewed(x, self.dtype) for x in stacked.values()) else _copies
-        columns = [apart(x, self.dtype) for x in stacked.values()]
-        return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], self.head_weight().astype(self.dtype))
+        head, where = self.head_weight(), self.placement
+        if where is not None:
+            specs = {name: info.spec for name, info in layer_parameters(self.config).items()}
+            columns = [_copies(x, self.dtype, where.decoding(x.shape[1:], specs[name])) for name, x in stacked.items()]
+            head = _whole(head, self.dtype, where.decoding(head.shape, ("vocab", "embed")))
+        else:
+            apart = _views if all(_can_be_viewed(x, self.dtype) for x in stacked.values()) else _copies
+            columns = [apart(x, self.dtype) for x in stacked.values()]
+            head = head.astype(self.dtype)
+        return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], head)
 
     @jax.named_scope("decode")
     @true_float32
@@ -319,6 +359,7 @@ class Decoder(nnx.Module):
                 tables[int(sliding)],
                 near if sliding else seen,
                 (cache.keys[index], cache.values[index], cache.length),
+                self.placement,
             )
             keys.append(key)
             values.append(value)
@@ -326,7 +367,11 @@ class Decoder(nnx.Module):
         return hidden, Cache(tuple(keys), tuple(values), cache.length + 1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        x = self.embedding[...][tokens].astype(self.dtype)
+        table = self.embedding[...]
+        if self.placement is None:
+            x = table[tokens].astype(self.dtype)
+        else:
+            x = exchange.lookup(self.placement, table, tokens, self.dtype)
         if self.config.embedding_scale == 1.0:
             return x
         return x * jnp.asarray(self.config.embedding_scale, self.dtype)
@@ -340,25 +385,49 @@ class Decoder(nnx.Module):
     def _run(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool):
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        return self._layers(tokens, positions, mask, lambda attend: attend, keep_cache=keep_cache)
 
-    def _layers(self, tokens, positions, mask, around, *, keep_cache: bool):
-        """All layers over tokens in any arrangement, that `around` changes for attention into rows as `mask` has them."""
-        config = self.config
-        attend = over_layers(config, mask, self.dtype, self.attention, self.platform)
+        def around(attend, arrangement, *arguments):
+            return attend(arrangement[1], *arguments)
+
+        return self._layers(tokens, positions, mask, around, (), keep_cache=keep_cache)
+
+    def _layers(self, tokens, positions, mask, around, arrays, *, keep_cache: bool):
+        """All layers over tokens in any arrangement, that `around` changes for attention into rows as `mask` has them.
+
+        It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
+        """
+        config, where = self.config, self.placement
+        shared, attend = over_layers(config, mask, self.dtype, self.attention, self.platform)
+        attend, arrangement = functools.partial(around, attend), (arrays, shared)
+        if where is not None:
+            attend = exchange.over_heads(where, attend, config.heads, config.kv_heads)
         tables = self._tables(positions)
 
         def body(x, scanned):
             weights, sliding = scanned
             table = _choose(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
-            x, key, value = layer.forward(config, weights, x, table, around(functools.partial(attend, sliding)))
-            return x, (key, value) if keep_cache else None
+            attend_here = functools.partial(attend, arrangement, sliding)
+            x, key, value = layer.forward(config, weights, x, table, attend_here)
+            return self._by_rows(x), (key, value) if keep_cache else None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        stacked = {name: value[...] for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)}
-        x, kept = jax.lax.scan(body, self._embed(tokens), (stacked, jnp.asarray(config.sliding)))
+        x, kept = jax.lax.scan(body, self._by_rows(self._embed(tokens)), (self._stacked(), jnp.asarray(config.sliding)))
         return layer.rms_norm(config, x, self.final_norm[...]), kept
+
+    def _stacked(self) -> dict[str, jax.Array | Spread]:
+        """The parameters of all layers by name."""
+        stacked = {name: value[...] for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)}
+        if self.placement is None:
+            return stacked
+        where, table = self.placement, layer_parameters(self.config)
+        return {
+            name: Spread(x, *(place(table[name].shape, table[name].spec) for place in (where.stored, where.used)))
+            for name, x in stacked.items()
+        }
+
+    def _by_rows(self, x: jax.Array) -> jax.Array:
+        return x if self.placement is None else self.placement.by_rows(x)
 
 
 def _fetch(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -379,9 +448,15 @@ def _views(x: jax.Array, dtype) -> list[jax.Array]:
     return [jax.device_put(part, x.sharding, may_alias=True) for part in host]
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _copies(x: jax.Array, dtype) -> list[jax.Array]:
-    return [part.astype(dtype) for part in x]
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _copies(x: jax.Array, dtype, sharding=None) -> list[jax.Array]:
+    return [_whole(part, dtype, sharding) for part in x]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _whole(x: jax.Array, dtype, sharding=None) -> jax.Array:
+    x = x.astype(dtype)
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _choose(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):

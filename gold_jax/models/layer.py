@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from gold_jax.models.attention import shares
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.rope import rotate
+from gold_jax.parallel.exchange import Spread, over_cache
+from gold_jax.parallel.layout import Placement
 
-Weights = dict[str, jax.Array]
+Weights = dict[str, jax.Array | Spread]
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -88,7 +90,15 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     return (y if bias is None else y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
-def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, allowed: jax.Array, cache: tuple):
+def decode(
+    config: DecoderConfig,
+    weights: Weights,
+    x: jax.Array,
+    table: tuple,
+    allowed: jax.Array,
+    cache: tuple,
+    placement: Placement | None = None,
+):
     """One layer over one token per row.
 
     Args:
@@ -98,21 +108,28 @@ def decode(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, 
     Returns:
         x [B, D], and the two caches with the token in them.
     """
-    keys, values, slots = cache
     rows = x.shape[0]
-
     query, key, value = (
         y.reshape(rows, 1, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
     query, key = _place_heads(config, weights, query, key, table)
-    row = jnp.arange(rows)
-    keys = keys.at[row, :, :, slots].set(key[:, 0], indices_are_sorted=True, unique_indices=True)
-    values = values.at[row, :, slots].set(value[:, 0], indices_are_sorted=True, unique_indices=True)
-    query = query.reshape(rows, config.kv_heads, -1, config.head_dim)
+    attend = functools.partial(_attend_to_cache, config)
+    if placement is not None:
+        attend = over_cache(placement, attend, config.heads, config.kv_heads)
+    attended, keys, values = attend(query, key, value, allowed, *cache)
+    return _after_attention(config, weights, x, attended), keys, values
+
+
+def _attend_to_cache(config: DecoderConfig, query, key, value, allowed, keys, values, slots):
+    """Attention of one token per row, [B, 1, heads, K], to the cache with it in its slot: [B, H * K], and the caches."""
+    rows = jnp.arange(len(query))
+    keys = keys.at[rows, :, :, slots].set(key[:, 0], indices_are_sorted=True, unique_indices=True)
+    values = values.at[rows, :, slots].set(value[:, 0], indices_are_sorted=True, unique_indices=True)
+    query = query.reshape(len(query), key.shape[2], -1, config.head_dim)
     scores = jnp.einsum("bngk,bnks->bngs", query, keys, preferred_element_type=jnp.float32)
     weighed = shares(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
-    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(values.dtype), values).reshape(rows, -1)
-    return _after_attention(config, weights, x, attended), keys, values
+    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(values.dtype), values)
+    return attended.reshape(len(query), -1), keys, values
 
 
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:

@@ -1,27 +1,37 @@
 """Hugging Face safetensors in and out, tensor by tensor.
 
-The mapping is the table `NAMES`. Reading fills one stacked parameter at a time and hands it to the device, writing fetches
-one at a time, so that the host never holds a second copy of the model.
+The mapping is the table `NAMES`. Reading fills one device's shard of one parameter at a time and hands it over; writing
+fetches one layer of it at a time where devices share it. So no host holds a model, nor a big one's stacks, whole.
 """
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
-import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes  # noqa: F401  (importing it teaches numpy, and so safetensors, the name bfloat16)
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding, SingleDeviceSharding
 from transformers import AutoConfig
 
 from gold_jax.models.attention import check_model, current_platform
 from gold_jax.models.config import FAMILIES, DecoderConfig
 from gold_jax.models.decoder import Decoder, ParamInfo, parameters
+from gold_jax.models.weight_files import (
+    CODES,
+    FLOATS,
+    Entry,
+    TensorFolder,
+    listed,
+    read_json,
+    write_json,
+    write_tensors,
+)
 
 # Parameter path -> tensor name after the prefix; {} is the layer. Matrices of layers are [out, in] in the file.
 NAMES = {
@@ -56,9 +66,6 @@ SANDWICH_NAMES = {
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
-_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_CODES = {name: code for code, name in _FLOATS.items()}
-SHARD_BYTES = 5 * 10**9
 
 
 def load_model(
@@ -68,7 +75,7 @@ def load_model(
     param_dtype="float32",
     remat: bool = False,
     revision: str | None = None,
-    place: Callable[[np.ndarray, tuple], jax.Array] | None = None,
+    sharding: Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding] | None = None,
     attention: str = "auto",
     platform: str | None = None,
 ) -> Decoder:
@@ -80,7 +87,8 @@ def load_model(
         param_dtype: dtype in which parameters are kept: "float32", "bfloat16", or "auto" for what the files have.
         remat: recompute layers in the backward pass.
         revision: hub revision.
-        place: puts a finished host array on devices, given the array and its logical axes; None: the default device.
+        sharding: where a parameter is to lie, given its shape, layers stacked, and its logical axes (`ParamInfo.spec`);
+            each process reads what its own devices hold. None: all on the default device.
         attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
         platform: the one of `models.attention.PLATFORMS` that the model is to run on; None: where JAX runs now.
 
@@ -92,13 +100,19 @@ def load_model(
     folder = model_folder(name_or_path, revision=revision)
     config = read_config(folder)
     check_model(config, dtype, attention, current_platform() if platform is None else platform)
-    files = _Tensors(folder)
+    files = _ModelFiles(folder)
     checked = files.check(config)
     untied, config = checked.tied != config.tied, checked
-    place = place or (lambda array, spec: jnp.asarray(array))
     values, dtypes = {}, {}
     for path, info in parameters(config).items():
-        values[path] = place(files.stack(config, path, info, param_dtype, dtypes), info.spec)
+        found = files.dtypes(config, path, info)
+        dtypes |= found
+        kind = np.result_type(*map(np.dtype, set(found.values()))) if param_dtype == "auto" else np.dtype(param_dtype)
+        read = functools.partial(files.read, config, path, info, kind)
+        if sharding is None:
+            values[path] = jnp.asarray(read(tuple(slice(0, size) for size in info.shape)))
+        else:
+            values[path] = _placed(read, info.shape, kind, sharding(info.shape, info.spec))
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     exceptions = {name: kind for name, kind in dtypes.items() if kind != common}
     source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
@@ -141,7 +155,7 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """The `DecoderConfig` of a model folder or hub id, with what `save_model` needs to write it back."""
     folder = model_folder(name_or_path)
-    raw = _read_json(folder / "config.json", required=True)
+    raw = read_json(folder / "config.json", required=True)
     kind = raw.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
@@ -155,7 +169,7 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
         raise ValueError(
             f"{folder / 'config.json'}: transformers cannot read it ({type(error).__name__}: {error})."
         ) from error
-    source = {"config": raw, "generation_config": _read_json(folder / "generation_config.json")}
+    source = {"config": raw, "generation_config": read_json(folder / "generation_config.json")}
     return dataclasses.replace(config, source=json.dumps(source))
 
 
@@ -163,100 +177,122 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
     """Write safetensors and `config.json` that transformers opens.
 
     A model that came from `load_model` keeps its config, tensor names and generation config. The language part of a
-    multimodal model is written as the text model that it is.
+    multimodal model is written as the text model that it is. Where a run has several processes all of them call this
+    together, the first one writes, and each returns when that is done.
 
     Args:
-        model: the decoder; its parameters may lie on several devices of this host.
+        model: the decoder; its parameters may lie on any devices of the run, or be numpy arrays.
         folder: made if it is not there; a model already in it is replaced.
         dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else `param_dtype`.
 
     Raises:
         ValueError: unknown dtype, or a config that was not read from a transformers config.
+        OSError: the folder cannot be written; said by the process that writes.
     """
-    if dtype not in ("auto", *_CODES):
-        raise ValueError(f"dtype {dtype!r} is not known. Known are auto, {', '.join(_CODES)}.")
+    if dtype not in ("auto", *CODES):
+        raise ValueError(f"dtype {dtype!r} is not known. Known are auto, {', '.join(CODES)}.")
     config, source = model.config, json.loads(model.config.source)
     if "config" not in source:
         raise ValueError(
             "The model's DecoderConfig was made by hand and has no config.json to write; use DecoderConfig.from_hf."
         )
-    folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     common = source.get("dtype", str(model.param_dtype)) if dtype == "auto" else dtype
     exceptions = source.get("dtypes", {}) if dtype == "auto" else {}
-    entries = []
+    plan = []
     for path, info in parameters(config).items():
-        for index, (name, shape) in enumerate(_tensors_of(config, path, info)):
-            entries.append(_Entry(name, shape, exceptions.get(name, common), path, index))
-    entries.sort(key=lambda entry: -entry.itemsize)  # keeps every tensor aligned
-    _write_shards(model, folder, entries)
-    _write_json(folder / "config.json", _config_to_write(config, source, common))
-    if source.get("generation_config"):
-        _write_json(folder / "generation_config.json", source["generation_config"])
+        for layer, (name, shape) in enumerate(_tensors_of(config, path, info)):
+            plan.append((Entry(name, shape, exceptions.get(name, common)), path, layer))
+    plan.sort(key=lambda planned: -planned[0].itemsize)  # keeps every tensor aligned
+    tensors = _fetched(model, [(path, layer) for _, path, layer in plan])
+    try:
+        if jax.process_index() == 0:
+            folder = pathlib.Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder, [entry for entry, _, _ in plan], tensors)
+            write_json(folder / "config.json", _config_to_write(config, source, common))
+            if source.get("generation_config"):
+                write_json(folder / "generation_config.json", source["generation_config"])
+    finally:
+        if jax.process_count() > 1:
+            for _ in tensors:  # to fetch takes all processes, whether or not the first one could write
+                pass
+            multihost_utils.sync_global_devices("save_model")
 
 
-class _Tensors:
-    """The tensors of a model folder, found but not yet read."""
+class _ModelFiles:
+    """The tensors of a model folder by the parameters that they make up."""
 
     def __init__(self, folder: pathlib.Path):
-        self.folder = folder
-        self.files: dict[str, object] = {}  # tensor name -> open file
-        faults = []
-        for path in _weight_files(folder, faults):
-            try:
-                opened = safe_open(path, "np")
-                self.files.update(dict.fromkeys(opened.keys(), opened))
-            except (SafetensorError, OSError) as error:
-                faults.append(f"{path.name} is not a whole safetensors file ({error})")
-        if faults:
-            raise ValueError(f"The weights in {folder} cannot be read: {_listed(faults)}. Copy or download them again.")
-        found = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in self.files]
+        self.tensors = TensorFolder(folder)
+        names = self.tensors.names
+        found = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names]
         self.prefix = found[0] if found else PREFIXES[0]
-        self.head = next((name for name in HEADS if name in self.files), HEADS[0])
+        self.head = next((name for name in HEADS if name in names), HEADS[0])
 
     def check(self, config: DecoderConfig) -> DecoderConfig:
         """Compare names, shapes and dtypes with what the config asks for; gives the config, untied where the files are."""
-        if config.tied and self.head in self.files and not self._same(self.head, self.prefix + NAMES["embedding",]):
+        tensors, embedding = self.tensors, self.prefix + NAMES["embedding",]
+        if config.tied and {self.head, embedding} <= tensors.names and not tensors.same(self.head, embedding):
             # transformers, too, takes the head that is there.
             config = dataclasses.replace(config, tied=False)
         faults, wanted = [], {self.head} if config.tied else set()
         for path, info in parameters(config).items():
             for name, shape in self._names(config, path, info):
                 wanted.add(name)
-                if name not in self.files:
+                if name not in tensors.names:
                     faults.append(f"{name} is missing (expected {list(shape)})")
                     continue
-                view = self.files[name].get_slice(name)
-                if tuple(view.get_shape()) != shape:
-                    faults.append(f"{name} has the shape {view.get_shape()}, expected {list(shape)}")
-                if view.get_dtype() not in _FLOATS:
-                    faults.append(f"{name} is {view.get_dtype()}, expected one of {', '.join(_FLOATS)}")
-        unexpected = sorted(name for name in self.files if name not in wanted and not _IGNORED.search(name))
+                if tensors.shape(name) != shape:
+                    faults.append(f"{name} has the shape {list(tensors.shape(name))}, expected {list(shape)}")
+                if tensors.code(name) not in FLOATS:
+                    faults.append(f"{name} is {tensors.code(name)}, expected one of {', '.join(FLOATS)}")
+        unexpected = sorted(name for name in tensors.names if name not in wanted and not _IGNORED.search(name))
         faults += [f"{name} is unexpected" for name in unexpected]
         if faults:
-            raise ValueError(f"The tensors in {self.folder} do not fit its {config.family} config: {_listed(faults)}.")
+            raise ValueError(
+                f"The tensors in {tensors.folder} do not fit its {config.family} config: {listed(faults)}."
+            )
         return config
 
-    def stack(self, config: DecoderConfig, path: tuple, info: ParamInfo, dtype: str, dtypes: dict) -> np.ndarray:
-        """One parameter, its layers stacked; notes each tensor's dtype by its name when saved."""
+    def dtypes(self, config: DecoderConfig, path: tuple, info: ParamInfo) -> dict[str, str]:
+        """The dtypes that one parameter's tensors have, by their names when saved."""
+        saved = [name for name, _ in _tensors_of(config, path, info)]
+        return {name: FLOATS[self.tensors.code(own)] for name, (own, _) in zip(saved, self._names(config, path, info))}
+
+    def read(
+        self, config: DecoderConfig, path: tuple, info: ParamInfo, dtype: np.dtype, index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
+        array = np.empty([part.stop - part.start for part in index], dtype)
         names = [name for name, _ in self._names(config, path, info)]
-        kinds = [_FLOATS[self.files[name].get_slice(name).get_dtype()] for name in names]
-        dtypes.update(zip((name for name, _ in _tensors_of(config, path, info)), kinds))
-        kind = np.result_type(*map(np.dtype, set(kinds))) if dtype == "auto" else np.dtype(dtype)
-        array = np.empty(info.shape, kind)
-        rows = array if len(path) == 2 else array[None]
-        for row, name in zip(rows, names):
-            tensor = self.files[name].get_tensor(name)
-            row[...] = tensor.T if len(path) == 2 else tensor
+        if len(path) == 1:
+            array[...] = self.tensors.read(names[0], index)
+            return array
+        for row, name in zip(array, names[index[0]]):
+            row[...] = self.tensors.read(name, index[:0:-1]).T
         return array
 
     def _names(self, config: DecoderConfig, path: tuple, info: ParamInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in _tensors_of(config, path, info):
             yield (self.head if path == ("head",) else self.prefix + name.removeprefix("model.")), shape
 
-    def _same(self, first: str, second: str) -> bool:
-        one, other = (self.files[name].get_tensor(name) for name in (first, second))
-        return one.shape == other.shape and np.array_equal(one, other)
+
+def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, where: Sharding) -> jax.Array:
+    """One parameter as `where` says, each of its parts that this process's devices hold read once."""
+    holders: dict[tuple, list[jax.Device]] = {}
+    for device, index in where.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
+        holders.setdefault(bounds, []).append(device)
+    pieces = []
+    for bounds, devices in holders.items():
+        pieces += _on_each(read(tuple(slice(*ends) for ends in bounds)), devices, where.memory_kind)
+    return jax.make_array_from_single_device_arrays(shape, where, pieces, dtype=dtype)
+
+
+def _on_each(part: np.ndarray, devices: list[jax.Device], memory_kind: str | None) -> list[jax.Array]:
+    """Copies on devices. Waits for them: else the host would read ahead, and hold all that is on its way."""
+    there = [jax.device_put(part, SingleDeviceSharding(device, memory_kind=memory_kind)) for device in devices]
+    return jax.block_until_ready(there)
 
 
 def _tensors_of(config: DecoderConfig, path: tuple, info: ParamInfo) -> list[tuple[str, tuple[int, ...]]]:
@@ -269,88 +305,35 @@ def _tensors_of(config: DecoderConfig, path: tuple, info: ParamInfo) -> list[tup
     return [(name.format(index), info.shape[:0:-1]) for index in range(config.layers)]
 
 
-def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]:
-    index = _read_json(folder / "model.safetensors.index.json")
-    if index is not None:
-        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
-        faults += [
-            f"model.safetensors.index.json names {path.name}, which is not there" for path in paths if not path.exists()
-        ]
-        return [path for path in paths if path.exists()]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-    if pickled and not others:
-        raise ValueError(
-            f"{folder} holds its weights as {_listed(pickled)} alone. Pickled weights can run code and are not read; save "
-            "the model with safe_serialization=True."
-        )
-    hint = f" (it holds {_listed(others)}, but no index)" if others else ""
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}.")
+def _fetched(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
+    """The tensors of parameters and layers, each when it is asked for and laid out as its file has it.
+
+    What processes share all of them must ask for, in the same order.
+    """
+    last, value = None, None
+    for path, layer in plan:
+        if path != last:
+            last, value = path, None  # no two at a time
+            value = getattr(model.layers if len(path) == 2 else model, path[-1])[...]
+            if not (isinstance(value, jax.Array) and len(value.sharding.device_set) > 1):
+                value = np.asarray(value)
+        if isinstance(value, np.ndarray):
+            yield value[layer].T if len(path) == 2 else value
+        else:
+            yield _gathered(_layer(value, layer)).T if len(path) == 2 else _gathered(jnp.copy(value))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """One tensor to write."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    path: tuple[str, ...]
-    layer: int
-
-    @property
-    def itemsize(self) -> int:
-        return np.dtype(self.dtype).itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.itemsize
+@jax.jit
+def _layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
+    """One layer, cut as the stack is. (If the axis of layers is cut, each device gathers its part of all of them.)"""
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _write_shards(model: Decoder, folder: pathlib.Path, entries: list[_Entry]) -> None:
-    shards: list[list[_Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(other.nbytes for other in shards[-1]) + entry.nbytes > SHARD_BYTES:
-            shards.append([])
-        shards[-1].append(entry)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards):
-        _write_file(model, folder / name, shard)
-    index = folder / "model.safetensors.index.json"
-    if len(shards) > 1:
-        weight_map = {entry.name: name for name, shard in zip(names, shards) for entry in shard}
-        total = sum(entry.nbytes for entry in entries)
-        _write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    else:
-        index.unlink(missing_ok=True)
-    for path in folder.glob("model*.safetensors"):  # shards of a model that was here before
-        if path.name not in names:
-            path.unlink()
-
-
-def _write_file(model: Decoder, path: pathlib.Path, entries: list[_Entry]) -> None:
-    header, offset = {"__metadata__": {"format": "pt"}}, 0
-    for entry in entries:
-        span = [offset, offset + entry.nbytes]
-        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
-        offset += entry.nbytes
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        fetched, array = None, None
-        for entry in entries:
-            if fetched != entry.path:
-                owner = model.layers if len(entry.path) == 2 else model
-                fetched, array = entry.path, np.asarray(getattr(owner, entry.path[-1])[...])
-            tensor = array[entry.layer].T if len(entry.path) == 2 else array
-            file.write(np.ascontiguousarray(tensor).astype(np.dtype(entry.dtype)).reshape(-1).view(np.uint8))
-    os.replace(unfinished, path)
+def _gathered(array: jax.Array) -> np.ndarray:
+    """An array from several devices, whole. It keeps what was fetched as long as it lives: give none that stays."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _config_to_write(config: DecoderConfig, source: dict, dtype: str) -> dict:
@@ -362,28 +345,6 @@ def _config_to_write(config: DecoderConfig, source: dict, dtype: str) -> dict:
         raw["tie_word_embeddings"] = False
     raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = dtype
     return raw
-
-
-def _read_json(path: pathlib.Path, *, required: bool = False) -> dict | None:
-    if not path.exists():
-        if required:
-            raise FileNotFoundError(
-                f"{path.parent} has no {path.name}; a model folder holds one beside its *.safetensors."
-            )
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
-
-
-def _write_json(path: pathlib.Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _listed(items: list[str], limit: int = 40) -> str:
-    more = len(items) - limit
-    return "; ".join(items[:limit]) + (f"; and {more} more" if more > 0 else "")
 
 
 __all__ = ["load_model", "model_folder", "read_config", "save_model"]

@@ -4,7 +4,6 @@ import collections
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -25,7 +24,7 @@ _CHEAP = 4  # a cache of at most a fourth of the weights' bytes gets all its slo
 class SamplingEngine:
     """Writes completions with the model itself; an `rollout.engine.Engine`.
 
-    At most `rows` rows are written at once. The device goes on by itself until there is something to do: when a fourth of
+    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device goes on by itself until there is something to do: when a fourth of
     the rows is free and prompts wait, they join; when none waits and half the rows are done, the others go on in half as
     many; when a row's slots are full, all get twice as many. Prompts go from the longest to the shortest.
 
@@ -80,9 +79,9 @@ class SamplingEngine:
             raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
         stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
-        settings = Settings(*map(jnp.asarray, (
+        settings = Settings(
             np.float32(temperature), np.int32(top_k), np.float32(top_p), stops, np.int32(max_new_tokens)
-        )))  # fmt: skip
+        )
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         graphdef, params = nnx.split(model) if isinstance(model, nnx.Module) else model
         return _Writing(graphdef, params, prompts, settings, key, pad_id, self.rows).finish()
@@ -99,8 +98,11 @@ class _Writing:
         self.new = int(settings.limit)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.waiting = collections.deque(i for i in longest_first if len(prompts[i]))
-        self.sizes = halves(rows)
-        size = min(size for size in self.sizes if size >= min(rows, len(self.waiting)))
+        self.placement = model.placement
+        self.shards = 1 if model.placement is None else model.placement.shards
+        each = -(-rows // self.shards)
+        self.sizes = [self.shards * size for size in halves(each)]
+        size = min(size for size in self.sizes if size >= min(self.shards * each, len(self.waiting)))
         # Of each row: the number of its prompt, -1 where none is left to be fetched; tokens read; whether it goes on.
         self.owner, self.length, self.alive = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.fetched: list[tuple] = []
@@ -113,7 +115,13 @@ class _Writing:
         self.weights = nnx.merge(*self.model).decoding_weights()
         self.slots = self._fitting_slots(len(self.prompts[self.waiting[0]]) - 1)
         self.cache, self.ledger = device.empty(
-            self.key, config=self.config, dtype=self.dtype, rows=len(self.alive), slots=self.slots, new=self.new
+            self.key,
+            config=self.config,
+            dtype=self.dtype,
+            placement=self.placement,
+            rows=len(self.alive),
+            slots=self.slots,
+            new=self.new,
         )
         while True:
             while self.waiting and (~self.alive).sum() >= self._joining():
@@ -130,43 +138,59 @@ class _Writing:
                 found[owner[row]] = Sampled(tokens[row, :n], logprobs[row, :n])
         return found
 
+    def _quarter(self) -> int:
+        """How many prompts join rows that are being written: as many for each shard."""
+        return self.shards * max(1, len(self.alive) // self.shards // _REFILL)
+
     def _joining(self) -> int:
-        """How many prompts join at once."""
-        size = len(self.alive)
-        quarter = max(1, size // _REFILL)
-        return min(len(self.waiting), quarter if self.alive.any() else size)
+        """How many rows must be free for prompts to join."""
+        return min(len(self.waiting), self._quarter() if self.alive.any() else len(self.alive))
 
     def _admit(self) -> None:
         """Read the next prompts into free rows."""
         self._put_aside()
-        count, size = self._joining(), len(self.alive)
-        space = size if count > size // _REFILL else max(1, size // _REFILL)
-        chosen = [self.waiting.popleft() for _ in range(count)]
-        places = np.full(space, size, np.int32)
-        places[:count] = np.flatnonzero(~self.alive)[:count]
+        size = len(self.alive)
+        space = size if self._joining() > self._quarter() else self._quarter()
+        each, own = space // self.shards, size // self.shards
+        places = np.full((self.shards, each), size, np.int32)
+        for shard, alive in enumerate(self.alive.reshape(self.shards, own)):
+            free = np.flatnonzero(~alive)[:each]
+            places[shard, : len(free)] = shard * own + free
+        # Round after round each shard gets one, so that all have about as much to do.
+        taken = np.flatnonzero(places.T.reshape(-1) < size)[: len(self.waiting)]
+        taken = taken % self.shards * each + taken // self.shards
+        chosen = [self.waiting.popleft() for _ in taken]
+        rows, places = places.reshape(-1)[taken], np.full(space, size, np.int32)
+        places[taken] = rows
         lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
         tokens = np.full((space, bucket(int(lengths.max()), smallest=_SMALLEST)), self.pad_id, np.int32)
-        for row, i in enumerate(chosen):
-            tokens[row, : lengths[row]] = self.prompts[i][:-1]
+        for row, i in zip(taken, chosen):
+            tokens[row, : len(self.prompts[i]) - 1] = self.prompts[i][:-1]
+
+        def spread(values):
+            out = np.zeros(space, np.int32)
+            out[taken] = values
+            return out
+
         self.cache, self.ledger = device.admit(
             *self.model,
             self.cache,
             self.ledger,
             tokens,
-            _padded(lengths, space),
-            _padded([self.prompts[i][-1] for i in chosen], space),
-            _padded(chosen, space),
+            spread(lengths),
+            spread([self.prompts[i][-1] for i in chosen]),
+            spread(chosen),
             places,
             self.key,
         )
-        rows = places[:count]
         self.owner[rows], self.length[rows], self.alive[rows] = chosen, lengths, True
 
     def _fit(self) -> None:
         """Leave rows that are done behind where nobody waits for them, and have slots for what comes next."""
-        size = len(self.alive)
+        size, alive = len(self.alive), self.alive.reshape(self.shards, -1)
         if not self.waiting:
-            size = min(s for s in self.sizes if s >= max(self.alive.sum(), min(_FEWEST, size)))
+            needed = max(alive.sum(axis=1).max(), min(_FEWEST, alive.shape[1]))
+            size = min(s for s in self.sizes if s >= self.shards * needed)
         longest = self.length[self.alive].max()
         slots = self._fitting_slots(longest)
         if longest < self.slots < 4 * slots:
@@ -174,8 +198,9 @@ class _Writing:
         if (size, slots) == (len(self.alive), self.slots):
             return
         self._put_aside()
-        rows = np.argsort(~self.alive, kind="stable")[:size]
-        self.cache, self.ledger = device.resize(self.cache, self.ledger, rows, slots=slots)
+        kept = np.argsort(~alive, axis=1, kind="stable")[:, : size // self.shards]
+        rows = (kept + alive.shape[1] * np.arange(self.shards)[:, None]).reshape(-1).astype(np.int32)
+        self.cache, self.ledger = device.resize(self.cache, self.ledger, rows, placement=self.placement, slots=slots)
         self.owner, self.length, self.alive, self.slots = self.owner[rows], self.length[rows], self.alive[rows], slots
 
     def _fitting_slots(self, longest: int) -> int:
@@ -185,20 +210,26 @@ class _Writing:
         config, itemsize = self.config, self.dtype.itemsize
         slot = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1])) * itemsize
-        if _CHEAP * len(self.alive) * enough * slot <= weights:
+        if _CHEAP * (len(self.alive) // self.shards) * enough * slot <= weights:
             return enough
         return min(enough, _slots(longest + _SMALLEST))
 
     def _write(self) -> None:
         """Let the device go on until there is something to do."""
-        size = len(self.alive)
+        size, fewest, fewest_each = len(self.alive), 0, 0
         if self.waiting:
             fewest = size - self._joining()
         else:
-            fewest = max((s for s in self.sizes if _FEWEST <= s < size), default=0)
+            smaller = [s // self.shards for s in self.sizes if s < size]
+            fewest_each = max((s for s in smaller if s >= _FEWEST), default=0)
         most = self.slots - self.length[self.alive].max()
         self.cache, self.ledger, steps = device.write(
-            *self.model, self.weights, self.cache, self.ledger, self.settings, np.int32(most), np.int32(fewest)
+            *self.model,
+            self.weights,
+            self.cache,
+            self.ledger,
+            self.settings,
+            *map(np.int32, (most, fewest, fewest_each)),
         )
         done, steps = jax.device_get((self.ledger.done, steps))
         self.length += steps * self.alive
@@ -235,10 +266,6 @@ def halves(rows: int) -> list[int]:
 def _slots(length: int) -> int:
     """How many slots hold `length` tokens: 32, 64, 128, …"""
     return power_of_two(int(length), smallest=_SMALLEST)
-
-
-def _padded(values, size: int) -> np.ndarray:
-    return np.pad(np.asarray(values, np.int32), (0, size - len(values)))
 
 
 __all__ = ["SamplingEngine"]

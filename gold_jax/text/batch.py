@@ -21,7 +21,7 @@ NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
 
 
 class Side(NamedTuple):
-    """One model's part of a batch, int32. Positions number the tokens of all lines, `[S·N]`."""
+    """One model's part of a batch, int32. Positions number the tokens of the line that a row lies in."""
 
     lines: Lines
     base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
@@ -32,7 +32,7 @@ class Side(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What cross-entropy learns. Positions number the tokens of all lines, `[S·N]`."""
+    """What cross-entropy learns. Positions number the tokens of the line that a row lies in."""
 
     position: np.ndarray  # [B, T] int32, the position that predicts the label
     token: np.ndarray  # [B, T] int32, IGNORE where nothing is predicted

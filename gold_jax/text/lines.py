@@ -74,10 +74,8 @@ def _lay(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def positions(lines: Lines) -> np.ndarray:
-    """Where the tokens of rows stand among those of all lines `[S·N]`: int32 `[B, T]`; behind a row's end any."""
-    size = lines.tokens.shape[1]
-    shifted = lines.place + size * np.arange(len(lines.tokens), dtype=np.int32)[:, None, None]
-    return shifted.reshape(-1, lines.place.shape[-1])
+    """Where in its line each token of a row stands: int32 `[B, T]`; behind a row's end any."""
+    return lines.place.reshape(-1, lines.place.shape[-1])
 
 
 def pad_right(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:

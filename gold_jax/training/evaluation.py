@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from gold_jax.losses.distill import Head, token_logp
+from gold_jax.losses.distill import Head, across_lines, token_logp
+from gold_jax.parallel.exchange import over_rows
+from gold_jax.parallel.layout import ROWS
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.text.chat import Codec
@@ -46,9 +49,18 @@ class Score:
 def _completion_nll(graph, params, lines, position, behind, counted, chunk):
     """Negative log-likelihood `[B]` in nats of the tokens `behind` the positions `[B, T]` that `counted` marks."""
     model = nnx.merge(graph, params)
-    weight = model.head_weight()
-    head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
-    return -token_logp(model.read_lines(*lines), head, position, behind, counted, chunk).sum(1)
+    where, hidden, weight = model.placement, model.read_lines(*lines), model.head_weight()
+
+    def found(hidden, weight, position, behind, counted):
+        head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
+        position = across_lines(position, *hidden.shape[:2])
+        return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
+
+    if where is not None:  # every device on its own rows, the head whole
+        weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), where.everywhere)
+        by_rows = P(ROWS)
+        found = over_rows(where, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
+    return found(hidden, weight, position, behind, counted)
 
 
 def score_completions(

@@ -13,12 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.loss_spec import LossSpec
+from gold_jax.losses.chunked import Cut
 from gold_jax.losses.compare import CompareOptions
-from gold_jax.losses.distill import Head, cross_entropy, distill_loss, order_rows
+from gold_jax.losses.distill import Head, across_lines, cross_entropy, distill_loss, order_rows, shared_out
+from gold_jax.mesh_flags import AXES
 from gold_jax.models.decoder import Decoder
+from gold_jax.parallel.exchange import over_rows
+from gold_jax.parallel.layout import ROWS, Placement, axes_of
 from gold_jax.sizes import power_of_two
 from gold_jax.text.batch import Batch, Side, TokenBatch
 from gold_jax.text.lines import Lines
@@ -52,10 +57,9 @@ def freeze_teacher(
       vocabulary: the order of either head.
       stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
     """
-    order = jnp.asarray(vocabulary.teacher_order)
     head = teacher.head_weight()
     if not _is_identity(vocabulary.teacher_order):
-        head = jax.jit(lambda x: jnp.take(x, order, axis=0))(head)
+        head = _rows_of(head, vocabulary.teacher_order)
         (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
     graph, params = nnx.split(teacher)
     student_place, teacher_place = (
@@ -63,20 +67,28 @@ def freeze_teacher(
     )
 
     def stop_rows(place, ids):
-        return jnp.asarray(place[list(ids)]) if len(ids) > 1 else None
+        return place[list(ids)] if len(ids) > 1 else None
 
     ours, theirs = stops or ((), ())
-    return graph, Constants(
-        teacher=params,
-        teacher_head=head,
-        teacher_place=jnp.asarray(teacher_place),
-        student_order=None if _is_identity(vocabulary.student_order) else jnp.asarray(vocabulary.student_order),
-        student_place=jnp.asarray(student_place),
-        student_route=jnp.asarray(vocabulary.student_route),
-        teacher_route=jnp.asarray(vocabulary.teacher_route),
+    about = Constants(
+        teacher=None,
+        teacher_head=None,
+        teacher_place=teacher_place,
+        student_order=None if _is_identity(vocabulary.student_order) else vocabulary.student_order,
+        student_place=student_place,
+        student_route=vocabulary.student_route,
+        teacher_route=vocabulary.teacher_route,
         student_stops=stop_rows(student_place, ours),
         teacher_stops=stop_rows(teacher_place, theirs),
     )
+    where = teacher.placement
+    about = jax.tree.map(jnp.asarray, about) if where is None else where.put(about)
+    return graph, about._replace(teacher=params, teacher_head=head)
+
+
+def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
+    """`head[order]`, lying where the head lies: a mesh cuts columns, never rows."""
+    return jax.jit(lambda x: jnp.take(x, order, axis=0), out_shardings=head.sharding)(head)
 
 
 def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions:
@@ -98,9 +110,24 @@ def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions
 def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Decoder:
     """The teacher as it was before `freeze_teacher`, to measure it by itself."""
     teacher = nnx.merge(graph, constants.teacher)
-    head = jnp.take(constants.teacher_head, jnp.asarray(np.argsort(vocabulary.teacher_order)), axis=0)
+    head = _rows_of(constants.teacher_head, np.argsort(vocabulary.teacher_order))
     (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
     return teacher
+
+
+def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
+    """Where an optimizer's state lies: what it keeps for a parameter where that lies, all else everywhere.
+
+    Args:
+      optimizer: the transformation.
+      params: the parameters, or their shapes.
+      shardings: theirs, of one mesh.
+    """
+    everywhere = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
+    state = jax.eval_shape(optimizer.init, params)
+    return optax.tree.map_params(
+        optimizer, lambda _, where: where, state, shardings, transform_non_params=lambda _: everywhere
+    )
 
 
 def _is_identity(order: np.ndarray) -> bool:
@@ -117,7 +144,7 @@ class LossFn(NamedTuple):
     """A loss in two programs: what no gradient goes through, and what one does.
 
     Attributes:
-      read: `read(constants, lines) -> hidden states [O, E]` of the teacher; None where there is none. It sees the teacher's
+      read: `read(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is none. It sees the teacher's
         lines alone, so that it is compiled for their shapes and no others.
       loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
     """
@@ -131,7 +158,7 @@ class LossFn(NamedTuple):
 
 
 class Read(NamedTuple):
-    """The teacher's side of a batch once the teacher has read it: hidden states `[O, E]` in place of the tokens."""
+    """The teacher's side of a batch once the teacher has read it: hidden states `[S, O, E]` in place of the tokens."""
 
     hidden: jax.Array
     side: Side
@@ -155,20 +182,29 @@ def make_distillation_loss(
         if frozen.config.tied:
             lines = lines._replace(tokens=constants.teacher_place[lines.tokens])
         hidden = _hidden("teacher", frozen, lines)
-        hidden = hidden.reshape(-1, hidden.shape[-1])
         # The student's program sees few different sizes, though the teacher's lines come in more.
-        return jnp.pad(hidden, [(0, power_of_two(len(hidden)) - len(hidden)), (0, 0)])
+        extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
+        return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
 
     def loss(params, constants: Constants, batch: Batch):
-        model = nnx.merge(student, params)
+        model, frozen = nnx.merge(student, params), nnx.merge(teacher, constants.teacher)
         hidden = _hidden("student", model, batch.student.lines)
-        weight, order = model.head_weight(), constants.student_order
-        if order is not None and batch.weight.size > weight.shape[1]:  # order the smaller: the head, or all its logits
-            weight, order = order_rows(weight, order, constants.student_place), None
+        batch = batch._replace(student=batch.student._replace(lines=None))
+        heads = model.head_weight(), constants.teacher_head
+        about = constants._replace(teacher=None, teacher_head=None)
+        placements = model.placement, frozen.placement
+        return _on_mesh(placements, compared, (hidden, batch), heads, (about, model.config, frozen.config))
+
+    def compared(by_rows, heads, whole):
+        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, whole
+        lines, order = hidden.shape[:2], constants.student_order
+        # Order the smaller: the head, or all its logits.
+        if order is not None and batch.weight.size > hidden.shape[-1]:
+            weight, order = _ordered(weight, order, constants.student_place), None
         head = Head(
             weight,
             constants.student_place,
-            model.config.final_softcap,
+            config.final_softcap,
             spec.student_temperature,
             constants.student_route,
             constants.student_stops,
@@ -179,17 +215,17 @@ def make_distillation_loss(
             value, parts = distill_loss(
                 hidden,
                 head,
-                batch.student,
+                _numbered(batch.student, *lines),
                 batch.teacher.hidden,
                 Head(
-                    constants.teacher_head,
+                    teacher_weight,
                     constants.teacher_place,
-                    nnx.merge(teacher, constants.teacher).config.final_softcap,
+                    teacher_config.final_softcap,
                     spec.teacher_temperature,
                     constants.teacher_route,
                     constants.teacher_stops,
                 ),
-                batch.teacher.side,
+                _numbered(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
                 batch.weight,
                 compare=spec.compare,
                 options=options,
@@ -199,7 +235,8 @@ def make_distillation_loss(
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
             plain = head._replace(temperature=1.0, stops=None)
-            value, more = cross_entropy(hidden, plain, *batch.labels, chunk=chunk)
+            labels = batch.labels._replace(position=across_lines(batch.labels.position, *lines))
+            value, more = cross_entropy(hidden, plain, *labels, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
         return total, parts
@@ -207,14 +244,68 @@ def make_distillation_loss(
     return LossFn(read if spec.distillation_weight else None, loss)
 
 
+def _ordered(head: jax.Array | Cut, order: jax.Array, place: jax.Array) -> jax.Array | Cut:
+    return jax.tree.map(lambda x: order_rows(x, order, place), head)
+
+
+def _numbered(side: Side, lines: int, length: int) -> Side:
+    """A side whose positions number the tokens of all lines that are here."""
+    base, inner = (across_lines(x, lines, length) for x in (side.base, side.inner_position))
+    return side._replace(base=base, inner_position=inner)
+
+
+def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, about: tuple):
+    """`compared(by_rows, heads, about)`, sums over positions, which every device of a mesh finds for positions of its own.
+
+    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each. A
+    device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so that it is
+    less to send the head to the positions than their logits to each other.
+
+    Args:
+      placements: of each head.
+      by_rows: hidden states `[S, N, D]` and a batch.
+      heads: `[V, D]` of either model.
+      about: what every device sees whole, arrays or not.
+    """
+    if placements[0] is None:
+        return compared(by_rows, heads, about)
+    where = placements[0]
+    cuts = [p.stored(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
+    arrays, *others = about
+
+    def local(by_rows, heads, arrays):
+        heads = tuple(Cut(x, axes_of(cut, 1)) if axes_of(cut, 1) else x for x, cut in zip(heads, cuts))
+        if where.tensor > 1:
+            by_rows = by_rows[0], _shared_out(by_rows[1], where.tensor, jax.lax.axis_index("tensor"))
+        return jax.tree.map(lambda x: x[None], compared(by_rows, heads, (arrays, *others)))
+
+    specs = P(ROWS), tuple(cut.spec for cut in cuts), P()
+    found = over_rows(where, local, specs, P(AXES))(by_rows, heads, arrays)
+    return jax.tree.map(jnp.sum, found)
+
+
+def _shared_out(batch: Batch | TokenBatch, parts: int, part: jax.Array):
+    """A batch whose weights are kept for one part of its positions."""
+    labels = batch.labels._replace(weight=shared_out(batch.labels.weight, parts, part))
+    if isinstance(batch, TokenBatch):
+        return batch._replace(labels=labels)
+    return batch._replace(labels=labels, weight=shared_out(batch.weight, parts, part))
+
+
 def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
     """The loss of a `TokenBatch`: the mean cross-entropy over its targets."""
 
     def loss(params, _constants, batch: TokenBatch):
         model = nnx.merge(student, params)
-        weight = model.head_weight()
-        head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
-        value, parts = cross_entropy(_hidden("student", model, batch.lines), head, *batch.labels, chunk=chunk)
+        hidden, heads = _hidden("student", model, batch.lines), (model.head_weight(),)
+        by_rows = hidden, batch._replace(lines=None)
+        return _on_mesh((model.placement,), compared, by_rows, heads, ((), model.config))
+
+    def compared(by_rows, heads, about):
+        (hidden, batch), (weight,), (_, config) = by_rows, heads, about
+        head = Head(weight, jnp.arange(config.vocab_size), config.final_softcap)
+        labels = batch.labels._replace(position=across_lines(batch.labels.position, *hidden.shape[:2]))
+        value, parts = cross_entropy(hidden, head, *labels, chunk=chunk)
         return value, {"token_accuracy": parts["correct"]}
 
     return LossFn(None, loss)
@@ -262,8 +353,17 @@ class Step:
       compiled: how many different shapes have been compiled so far.
     """
 
-    def __init__(self, loss: LossFn, optimizer: optax.GradientTransformation | None):
-        gradient = jax.value_and_grad(loss.loss, has_aux=True)
+    def __init__(
+        self, loss: LossFn, optimizer: optax.GradientTransformation | None, shardings: TrainState | None = None
+    ):
+        """`shardings` says where the parameters and the optimizer's state lie on a mesh, and so gradients; None: one device."""
+
+        def settled(tree, where):
+            return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
+
+        def gradient(params, constants, batch):
+            metrics, grads = jax.value_and_grad(loss.loss, has_aux=True)(params, constants, batch)
+            return metrics, settled(grads, shardings and shardings.params)
 
         @jax.named_scope("optimizer")
         def update(params, state, grads, loss):
@@ -276,6 +376,8 @@ class Step:
 
             # One branch or the other, in place: to choose afterwards, old and new state would have to be held side by side.
             params, state = jax.lax.cond(finite, take, lambda params, state, _: (params, state), params, state, grads)
+            if shardings is not None:
+                params, state = settled((params, state), (shardings.params, shardings.optimizer))
             return params, state, {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
 
         def fused(params, state, constants, batch):

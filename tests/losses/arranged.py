@@ -7,9 +7,13 @@ def in_rows(batch):
     """The batch with positions counted in rows of `T` slots; no two rows may begin alike, or a slot would serve both."""
     sides = []
     for side in (batch.student, batch.teacher):
-        slots = side.lines.place.shape[1] * side.lines.place.shape[2]
-        slot = (side.lines.owner + slots * np.arange(len(side.lines.owner))[:, None]).reshape(-1)
-        sides.append(side._replace(base=slot[side.base], inner_position=slot[side.inner_position]))
+        lines, height, width = side.lines.place.shape
+        line = np.repeat(np.arange(lines), height)[:, None]
+
+        def slot(position, side=side, line=line, slots=height * width):
+            return side.lines.owner[line, position] + slots * line
+
+        sides.append(side._replace(base=slot(side.base), inner_position=slot(side.inner_position)))
     return batch._replace(student=sides[0], teacher=sides[1])
 
 

@@ -145,7 +145,7 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
 
     def by_lines(params):
         hidden = nnx.merge(graphdef, params).read_lines(*map(jnp.asarray, lines))
-        return hidden.reshape(-1, hidden.shape[-1])[positions(lines)]
+        return hidden[np.arange(6)[:, None] // 3, positions(lines)]
 
     outcomes = []
     for read in (by_lines, by_rows):

@@ -1,15 +1,17 @@
 import json
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gold_jax.models import weights
+from gold_jax.models import weight_files
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.weights import load_model, model_folder, save_model
@@ -94,7 +96,7 @@ def test_a_multimodal_checkpoint_is_saved_as_its_language_model(tmp_path):
 
 def test_a_big_model_is_saved_in_shards_and_read_from_them(tmp_path, monkeypatch):
     source = tiny.write_folder("qwen2", tmp_path / "source")
-    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 30_000)
     save_model(load_model(source), tmp_path / "copy")
     index = json.loads((tmp_path / "copy/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -110,7 +112,7 @@ def test_a_big_model_is_saved_in_shards_and_read_from_them(tmp_path, monkeypatch
 
 
 def test_a_missing_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(weight_files, "SHARD_BYTES", 30_000)
     save_model(load_model(tiny.write_folder("qwen2", tmp_path / "source")), tmp_path / "copy")
     sorted((tmp_path / "copy").glob("model-*"))[1].unlink()
     with pytest.raises(ValueError, match="names model-00002-of-.*which is not there"):
@@ -162,15 +164,28 @@ def test_a_base_model_without_prefix_is_read(tmp_path):
     np.testing.assert_array_equal(load_model(source).layers.query[...], expected)
 
 
-def test_finished_arrays_are_placed_by_their_axes(tmp_path):
-    seen = {}
+def test_parameters_lie_where_their_shapes_and_axes_say(tmp_path):
+    seen, here = {}, SingleDeviceSharding(jax.devices()[0])
 
-    def place(array, spec):
-        seen[spec] = array.shape
-        return jnp.asarray(array)
+    def sharding(shape, spec):
+        seen[spec] = shape
+        return here
 
-    load_model(tiny.write_folder("llama", tmp_path), place=place)
+    folder = tiny.write_folder("llama", tmp_path)
+    model = load_model(folder, sharding=sharding)
     assert seen["layers", "embed", "mlp"] == (3, 32, 48) and seen["vocab", "embed"] == (40, 32)
+    plain = jax.tree.leaves(nnx.state(load_model(folder)))
+    for placed, free in zip(jax.tree.leaves(nnx.state(model)), plain, strict=True):
+        assert placed.committed and not free.committed  # as sharded arrays are, and as the default device's are
+        np.testing.assert_array_equal(placed, free)
+
+
+def test_a_model_of_numpy_arrays_is_saved_like_its_original(tmp_path):
+    model = load_model(tiny.write_folder("qwen3_biases", tmp_path / "source"), param_dtype="bfloat16")
+    graph, state = nnx.split(model)
+    save_model(model, tmp_path / "one", dtype="float32")
+    save_model(nnx.merge(graph, jax.tree.map(np.array, state)), tmp_path / "other", dtype="float32")
+    assert_same_bits(tensors(tmp_path / "one"), tensors(tmp_path / "other"))
 
 
 def test_every_fault_of_the_tensors_is_in_one_error(tmp_path):

@@ -59,19 +59,19 @@ def rows(count, seed=0):
     return made
 
 
-def built(spec, tied=True):
+def built(spec, tied=True, place=lambda model, where: model, placements=(None, None)):
     """The loss of a method, the student's parameters, the constants."""
-    student, teacher = decoder(V, 1), decoder(W, 2, tied)
+    student, teacher = place(decoder(V, 1), placements[0]), place(decoder(W, 2, tied), placements[1])
     graph, params = nnx.split(student)
     vocabularies = vocabulary()
     teacher_graph, constants = freeze_teacher(teacher, vocabularies, STOPS)
     return make_distillation_loss(graph, teacher_graph, spec, vocabularies, chunk=4), params, constants
 
 
-def batches(spec, micro, normalization="groups", count=8, lines=1):
+def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0):
     """The micro-batches of one global batch."""
     made = build_batches(
-        rows(count),
+        rows(count, seed),
         micro,
         merge=spec.merge,
         groups=spec.groups,

@@ -1,0 +1,126 @@
+"""Where the parts of a model lie on a mesh.
+
+A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. What is cut how:
+
+| | stored | while it is computed with | in decoding |
+| --- | --- | --- | --- |
+| matrices of layers | width over `fsdp`, heads and inner width over `tensor` | heads and inner width over `tensor` | the same |
+| embedding and head | width over `fsdp` and `tensor` | looked up where they lie; whole for a loss | vocabulary over `tensor` |
+| cache, batches, activations | | rows over `data` and `fsdp`, heads over `tensor` | the same |
+
+The layout `full` cuts the width over `data` too (for a large teacher beside a small student), `replicated` over none of
+the two. An axis of an array that a mesh axis does not divide is not cut.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gold_jax.mesh_flags import LAYOUTS
+
+ROWS = ("data", "fsdp")
+_WIDTH = {"fsdp": ("fsdp",), "full": ("data", "fsdp"), "replicated": ()}
+_TENSOR = ("heads", "kv_heads", "mlp")
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """A mesh and how a model lies on it; hashable, so that a jitted function may be compiled for it.
+
+    Attributes:
+      mesh: with the axes of `mesh_flags.AXES`.
+      layout: one of `mesh_flags.LAYOUTS`.
+    """
+
+    mesh: Mesh
+    layout: str = "fsdp"
+
+    def __post_init__(self):
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"the layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}.")
+
+    @property
+    def shards(self) -> int:
+        """How many parts the rows of a batch are shared out to."""
+        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+
+    @property
+    def tensor(self) -> int:
+        """How many devices work on the same rows."""
+        return self.mesh.shape["tensor"]
+
+    def on(self, *spec: Any) -> NamedSharding:
+        """A sharding by mesh axes."""
+        return NamedSharding(self.mesh, P(*spec))
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """The sharding of what every device holds whole."""
+        return self.on()
+
+    def stored(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+        """How a parameter is kept, given its shape and logical axes (`models.decoder.ParamInfo.spec`)."""
+        width = _WIDTH[self.layout] + (("tensor",) if "vocab" in logical else ())
+        return self._cut(shape, logical, {"embed": width, **dict.fromkeys(_TENSOR, ("tensor",))})
+
+    def used(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+        """How a layer's parameter lies while it is multiplied with: cut over `tensor` alone."""
+        return self._cut(shape, logical, dict.fromkeys(_TENSOR, ("tensor",)))
+
+    def decoding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+        """As `used`, the vocabulary cut over `tensor` as well."""
+        return self._cut(shape, logical, dict.fromkeys((*_TENSOR, "vocab"), ("tensor",)))
+
+    def rows(self, count: int) -> tuple[str, ...] | None:
+        """The mesh axes over which so many rows are shared out; None where they cannot be shared evenly."""
+        return None if count % self.shards else ROWS
+
+    def by_rows(self, x: jax.Array) -> jax.Array:
+        """`x` with its first axis shared out."""
+        return jax.lax.with_sharding_constraint(x, self.on(self.rows(x.shape[0])))
+
+    def heads(self, count: int) -> str | None:
+        """The mesh axis over which so many heads are shared out; None where they cannot be shared evenly."""
+        return None if self.tensor == 1 or count % self.tensor else "tensor"
+
+    def kv_copies(self, heads: int, kv_heads: int) -> int:
+        """How often each key-value head must be there, so that every `tensor` device has those of its own heads."""
+        if self.heads(heads) is None:
+            return 1
+        return math.lcm(kv_heads, self.tensor) // kv_heads
+
+    def put(self, tree: Any, *spec: Any) -> Any:
+        """Host arrays, the same in every process, as arrays on the mesh; leaves that are None stay."""
+        sharding = self.on(*spec)
+
+        def place(x):
+            x = np.asarray(x)
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+        return jax.tree.map(place, tree)
+
+    def _cut(self, shape, logical, rules: dict[str, tuple[str, ...]]) -> NamedSharding:
+        def axes(size, name):
+            wanted = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)
+            if not wanted or size % math.prod(self.mesh.shape[axis] for axis in wanted):
+                return None
+            return wanted if len(wanted) > 1 else wanted[0]
+
+        spec = list(map(axes, shape, logical))
+        while spec and spec[-1] is None:  # as JAX writes the shardings of results
+            spec.pop()
+        return self.on(*spec)
+
+
+def axes_of(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
+    """The mesh axes over which one axis of an array is cut."""
+    spec = sharding.spec
+    found = spec[axis] if axis < len(spec) else None
+    return () if found is None else (found,) if isinstance(found, str) else tuple(found)

@@ -1,0 +1,104 @@
+"""Three steps of every method on meshes of eight devices against one device: prints the largest relative differences.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/parallel/on_eight_devices.py [MESH …]
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+
+sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
+
+from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
+
+from gold_jax.parallel.layout import Placement  # noqa: E402
+from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
+from gold_jax.text.batch import build_token_batches  # noqa: E402
+from gold_jax.training.step import Step, TrainState, make_cross_entropy_loss, optimizer_shardings  # noqa: E402
+
+MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
+STEPS = 3
+RATE = 0.5
+
+
+def token_batches(lines, step):
+    """Micro-batches of cross-entropy."""
+    made = [(np.concatenate([r.student.prompt, r.student.completion]), ...) for r in rows(8, step)]
+    made = [(ids, np.arange(len(ids)) > 0) for ids, _ in made]
+    return build_token_batches(made, 8, lines=lines)
+
+
+def steps(method, placement=None, teacher=None, remat=True):
+    """Losses and gradients of three steps of plain descent."""
+    lines = 1 if placement is None else placement.shards
+    if method == "sft":
+        graph, params = nnx.split(placed(decoder(V, 1, tied=False), placement, remat))
+        loss, constants, made = make_cross_entropy_loss(graph, chunk=4), (), token_batches
+    else:
+        place = lambda model, where: placed(model, where, remat)  # noqa: E731
+        loss, params, constants = built(
+            method, tied=len(method.name) % 2 == 0, place=place, placements=(placement, teacher)
+        )
+
+        def made(lines, step):
+            return batches(method, 8, lines=lines, seed=step)
+
+    optimizer = optax.sgd(RATE)
+    shardings = None
+    if placement is not None:
+        where = jax.tree.map(lambda x: x.sharding, params)
+        shardings = TrainState(where, optimizer_shardings(optimizer, params, where))
+    step = Step(loss, optimizer, shardings)
+    state = TrainState(params, optimizer.init(params))
+    found = []
+    for number in range(STEPS):
+        before = jax.tree.map(np.array, state.params)
+        (batch,) = made(lines, number)
+        if placement is not None:
+            batch = placement.put(batch, ("data", "fsdp"))
+        metrics = step.train(state, constants, [batch])
+        after = jax.tree.map(np.array, state.params)
+        if placement is not None:
+            assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params
+        found.append((float(metrics["loss"]), jax.tree.map(lambda a, b: (a - b) / RATE, before, after)))
+    assert step.compiled <= 2 * STEPS
+    return found
+
+
+def placed(model, placement, remat):
+    model.remat = remat
+    return model if placement is None else model.place(placement)
+
+
+def main():
+    jax.config.update("jax_disable_most_optimizations", True)  # most of the time goes into compiling
+    jax.config.update("jax_default_matmul_precision", "highest")
+    assert jax.device_count() == 8
+    plain = {}
+    found = {}
+    for text in sys.argv[1:] or MESHES:
+        mesh = make_mesh(mesh_sizes(text, 8))
+        for number, method in enumerate([*SPECS, "sft"]):
+            name = method if method == "sft" else method.name
+            if name not in plain:
+                plain[name] = steps(method)
+            # Layouts and recomputation come round with the methods.
+            layouts = [("fsdp", "fsdp"), ("fsdp", "full"), ("replicated", "fsdp")][number % 3]
+            others = steps(method, *(Placement(mesh, layout) for layout in layouts), remat=number % 2 == 0)
+            loss = gradient = 0.0
+            for (value, grads), (again, more) in zip(plain[name], others):
+                difference = optax.global_norm(jax.tree.map(np.subtract, more, grads))
+                loss = max(loss, abs(again - value) / abs(value))
+                gradient = max(gradient, float(difference / optax.global_norm(grads)))
+            found[f"{text} {name}"] = {"loss": loss, "gradient": gradient}
+            print(text, name, *layouts, f"{loss:.1e} {gradient:.1e}", file=sys.stderr, flush=True)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What is drawn on meshes of eight devices against one device: prints how many completions of each mesh differ, and scores.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/parallel/sampling_on_eight_devices.py
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
+
+from training.small import V, decoder  # noqa: E402
+
+from gold_jax.parallel.layout import Placement  # noqa: E402
+from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
+from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
+
+MESHES = ("data=8", "fsdp"), ("fsdp=8", "full"), ("fsdp=4,tensor=2", "fsdp"), ("data=2,fsdp=2,tensor=2", "full")
+
+
+def main():
+    jax.config.update("jax_disable_most_optimizations", True)
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, V, int(rng.integers(1, 40))).astype(np.int32) for _ in range(37)]
+    options = dict(max_new_tokens=40, key=jax.random.key(3), temperature=0.8, top_k=30, top_p=0.95, stop_ids=[7, 11])
+    model = decoder(V, 1)
+
+    def drawn(model, rows):
+        return SamplingEngine(rows).generate(nnx.split(model), prompts, **options)
+
+    expected = drawn(model, 16)
+    found = {}
+    for text, layout in MESHES:
+        placed = model.place(Placement(make_mesh(mesh_sizes(text, 8)), layout))
+        ours = drawn(placed, 15)  # not a multiple of the shards: a few more are written at once
+        same = [np.array_equal(a.ids, b.ids) for a, b in zip(expected, ours)]
+        gaps = [
+            np.abs(a.logprobs - b.logprobs).max() for a, b, equal in zip(expected, ours, same) if equal and len(a.ids)
+        ]
+        found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
+    lengths = [len(d.ids) for d in expected]
+    print(json.dumps({"meshes": found, "lengths": [min(lengths), max(lengths)], "distinct": len(set(lengths))}))
+
+
+if __name__ == "__main__":
+    main()
