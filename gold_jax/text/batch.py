@@ -6,7 +6,7 @@ Everything here is numpy.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,8 +14,10 @@ import numpy as np
 from gold_jax.text.align import groups_of
 from gold_jax.text.chat import Codec
 from gold_jax.text.drawn import Drawn
-from gold_jax.text.lines import Lines, pack_lines, pad_right, positions
+from gold_jax.text.lines import Lines, lay_lines, pad_lines, pad_right, positions
+from gold_jax.text.share import Share
 
+ALONE = Share()
 IGNORE = -1
 NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
 
@@ -211,22 +213,26 @@ def _merge_index(half: Half, groups: int, merge: str, text: bool):
     return np.maximum(base, 0), token[stands], np.maximum(state[inner], 0), token[inner], group[inner]
 
 
-def normalise(masks: Sequence[np.ndarray], normalization: str) -> list[np.ndarray]:
+def normalise(
+    masks: Sequence[np.ndarray], normalization: str, total: int | None = None, rows: int | None = None
+) -> list[np.ndarray]:
     """The weight of every entry of a global batch, from the masks of its rows.
 
     `groups`: one over the number of entries in all rows, so that any split into micro-batches, devices or hosts gives
-    one number. `row_mean`: the mean over rows of the mean over a row's entries, as TRL takes it.
+    one number. `row_mean`: the mean over rows of the mean over a row's entries, as TRL takes it. `total` entries and `rows`
+    are those of the whole batch, where these masks are a part of it.
     """
     if normalization == "groups":
-        total = max(1, sum(int(m.sum()) for m in masks))
+        total = max(1, sum(int(m.sum()) for m in masks) if total is None else total)
         return [m.astype(np.float32) / np.float32(total) for m in masks]
     if normalization == "row_mean":
-        return [m.astype(np.float32) / np.float32(max(1, m.sum()) * len(masks)) for m in masks]
+        rows = len(masks) if rows is None else rows
+        return [m.astype(np.float32) / np.float32(max(1, m.sum()) * rows) for m in masks]
     raise ValueError(f"normalization must be groups or row_mean, not {normalization!r}")
 
 
 def build_batches(
-    rows: Sequence[Row],
+    rows: Sequence[Row | None],
     batch_size: int,
     *,
     merge: str,
@@ -235,41 +241,55 @@ def build_batches(
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
-    lines: int = 1,
+    share: Share = ALONE,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
     `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. The rows of a batch lie
-    in so many `lines`, one for each device that shares it.
+    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `share` says in how
+    many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are not in the result.
     """
-    keeps = [counted_groups(row, merge, groups) for row in rows]
-    weights = normalise(keeps, normalization)
-    targets = [_targets(row.student) for row in rows]
-    label_weights = normalise([t[1] for t in targets], normalization)
+    parts, whole = share.parts(len(rows), batch_size), len(rows)
+    numbers = [i for part in parts for i in part]
+    keeps = {i: counted_groups(rows[i], merge, groups) for i in numbers}
+    targets = {i: _targets(rows[i].student) for i in numbers}
+    counted = [i for i in numbers if share.counts(i, batch_size)]
+    totals = share.total(np.array([sum(int(x[i].sum()) for i in counted) for x in (keeps, _masks(targets))]))
+    weights, label_weights = (
+        dict(zip(numbers, normalise(list(masks.values()), normalization, int(total), whole)))
+        for masks, total in zip((keeps, _masks(targets)), totals)
+    )
+    laid = [
+        [
+            lay_lines([_tokens(half(rows[i])) for i in part], share.height(batch_size) * len(share.mine), len(share.mine))
+            for half in (lambda row: row.student, lambda row: row.teacher)
+        ]
+        for part in parts
+    ]
+    sizes = share.largest(np.array([[side.sizes for side in both] for both in laid])).tolist()
     batches = []
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        chosen, counts = rows[part], [r.groups for r in rows[part]]
-        student, teacher = (
-            pack_lines([_tokens(h) for h in halves], batch_size, lines, pad=pad)
-            for halves, pad in (
-                ([r.student for r in chosen], student_pad),
-                ([r.teacher for r in chosen], teacher_pad),
-            )
-        )
-        width = student.place.shape[
-            -1
-        ]  # a row has no more groups than student tokens: groups need no bucket of their own
+    for part, both, (ours, theirs) in zip(parts, laid, sizes):
+        chosen, counts, height = [rows[i] for i in part], [rows[i].groups for i in part], both[0].height
+        height *= len(share.mine)
+        student = pad_lines(both[0], *ours, pad=student_pad)
+        teacher = pad_lines(both[1], *theirs, pad=teacher_pad)
+        # A row has no more groups than student tokens: groups need no bucket of their own.
+        width = student.place.shape[-1]
         batches.append(
             Batch(
-                _pad_side(student, [r.student for r in chosen], counts, merge, text, batch_size, width),
-                _pad_side(teacher, [r.teacher for r in chosen], counts, merge, text, batch_size, width),
-                weight=pad_right(weights[part], batch_size, width, np.float32),
-                labels=_pad_labels(student, [t[0] for t in targets[part]], label_weights[part], batch_size),
+                _pad_side(student, [r.student for r in chosen], counts, merge, text, height, width),
+                _pad_side(teacher, [r.teacher for r in chosen], counts, merge, text, height, width),
+                weight=pad_right([weights[i] for i in part], height, width, np.float32),
+                labels=_pad_labels(
+                    student, [targets[i][0] for i in part], [label_weights[i] for i in part], height
+                ),
             )
         )
     return batches
+
+
+def _masks(targets: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
+    return {i: mask for i, (_, mask) in targets.items()}
 
 
 def _tokens(half: Half) -> np.ndarray:
@@ -290,7 +310,8 @@ def _pad_side(
 ) -> Side:
     place = positions(lines)
     width = place.shape[1]
-    base, stands, position, token, group = zip(*(_merge_index(h, n, merge, text) for h, n in zip(halves, counts)))
+    found = [_merge_index(h, n, merge, text) for h, n in zip(halves, counts)]
+    base, stands, position, token, group = zip(*found) if found else ((),) * 5
     return Side(
         lines,
         base=pad_right([place[i, x] for i, x in enumerate(base)], height, groups, np.int32),
@@ -310,21 +331,28 @@ def _pad_labels(lines: Lines, tokens: Sequence[np.ndarray], weights: Sequence[np
 
 
 def build_token_batches(
-    rows: Sequence[tuple[np.ndarray, np.ndarray]],
+    rows: Sequence[tuple[np.ndarray, np.ndarray] | None],
     batch_size: int,
     *,
     normalization: str = "groups",
     pad: int = 0,
-    lines: int = 1,
+    share: Share = ALONE,
 ) -> list[TokenBatch]:
-    """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it."""
-    labels = [np.append(ids[1:], IGNORE) for ids, _ in rows]
-    masks = [np.append(counted[1:], False) for _, counted in rows]
-    weights = normalise(masks, normalization)
+    """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it.
+
+    `share` as in `build_batches`.
+    """
+    parts = share.parts(len(rows), batch_size)
+    numbers = [i for part in parts for i in part]
+    masks = {i: np.append(rows[i][1][1:], False) for i in numbers}
+    total = share.total(np.array([sum(int(masks[i].sum()) for i in numbers if share.counts(i, batch_size))]))
+    weights = dict(zip(numbers, normalise(list(masks.values()), normalization, int(total[0]), len(rows))))
+    labels = {i: np.where(masks[i], np.append(rows[i][0][1:], IGNORE), IGNORE) for i in numbers}
+    height = share.height(batch_size) * len(share.mine)
+    laid = [lay_lines([rows[i][0] for i in part], height, len(share.mine)) for part in parts]
     batches = []
-    for start in range(0, len(rows), batch_size):
-        part = slice(start, start + batch_size)
-        packed = pack_lines([ids for ids, _ in rows[part]], batch_size, lines, pad=pad)
-        tokens = [np.where(m, y, IGNORE) for m, y in zip(masks[part], labels[part])]
-        batches.append(TokenBatch(packed, _pad_labels(packed, tokens, weights[part], batch_size)))
+    for part, lines, sizes in zip(parts, laid, share.largest(np.array([x.sizes for x in laid])).tolist()):
+        packed = pad_lines(lines, *sizes, pad=pad)
+        chosen = [labels[i] for i in part], [weights[i] for i in part]
+        batches.append(TokenBatch(packed, _pad_labels(packed, *chosen, height)))
     return batches

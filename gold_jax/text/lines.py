@@ -24,8 +24,49 @@ class Lines(NamedTuple):
     mask: np.ndarray  # [S, R, T] bool, true where there is a token
 
 
+class Laid(NamedTuple):
+    """Rows that are laid out and not yet padded.
+
+    Attributes:
+      lines: of each line its tokens, and where in it those of each row stand.
+      height: `R`.
+    """
+
+    lines: list[tuple[np.ndarray, list[np.ndarray]]]
+    height: int
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """Tokens of the longest row, and of the longest line."""
+        longest = max((len(w) for _, where in self.lines for w in where), default=0)
+        return longest, max(len(tokens) for tokens, _ in self.lines)
+
+
+def lay_lines(rows: Sequence[np.ndarray], batch_size: int, lines: int = 1) -> Laid:
+    """Lays rows out, as many to a line as `batch_size / lines`; arguments as `pack_lines`."""
+    if batch_size % lines:
+        raise ValueError(f"{batch_size} rows cannot be shared out evenly among {lines} devices")
+    height = batch_size // lines
+    return Laid([_lay(rows[k * height : (k + 1) * height]) for k in range(lines)], height)
+
+
+def pad_lines(laid: Laid, longest_row: int, longest_line: int, *, pad: int = 0) -> Lines:
+    """Pads what is laid out to the buckets that hold rows and lines of these lengths."""
+    width, length, count = bucket(longest_row), line_bucket(longest_line), len(laid.lines)
+    place = np.stack([pad_right(where, laid.height, width, np.int32) for _, where in laid.lines])
+    sizes = [[len(w) for w in where] + [0] * (laid.height - len(where)) for _, where in laid.lines]
+    mask = np.arange(width) < np.array(sizes)[..., None]
+    owner = np.zeros((count, length), np.int32)
+    slots = np.arange(laid.height * width, dtype=np.int32)
+    for k in range(count):
+        there = mask[k].reshape(-1)
+        # From the last slot to the first, so that the first is what stays.
+        owner[k, place[k].reshape(-1)[there][::-1]] = slots[there][::-1]
+    return Lines(pad_right([tokens for tokens, _ in laid.lines], count, length, np.int32, pad), place, owner, mask)
+
+
 def pack_lines(rows: Sequence[np.ndarray], batch_size: int, lines: int = 1, *, pad: int = 0) -> Lines:
-    """Lays rows out, as many to a line as `batch_size / lines`; rows that lack are empty.
+    """Rows in lines, as many to a line as `batch_size / lines`; rows that lack are empty.
 
     Args:
       rows: int32 `[T]` each, at most `batch_size` of them.
@@ -36,22 +77,8 @@ def pack_lines(rows: Sequence[np.ndarray], batch_size: int, lines: int = 1, *, p
     Raises:
       ValueError: `lines` does not divide `batch_size`.
     """
-    if batch_size % lines:
-        raise ValueError(f"{batch_size} rows cannot be shared out evenly among {lines} devices")
-    height = batch_size // lines
-    width = bucket(max(len(row) for row in rows))
-    laid = [_lay(rows[k * height : (k + 1) * height]) for k in range(lines)]
-    length = line_bucket(max(len(tokens) for tokens, _ in laid))
-    place = np.stack([pad_right(where, height, width, np.int32) for _, where in laid])
-    sizes = [[len(w) for w in where] + [0] * (height - len(where)) for _, where in laid]
-    mask = np.arange(width) < np.array(sizes)[..., None]
-    owner = np.zeros((lines, length), np.int32)
-    slots = np.arange(height * width, dtype=np.int32)
-    for k in range(lines):
-        there = mask[k].reshape(-1)
-        # From the last slot to the first, so that the first is what stays.
-        owner[k, place[k].reshape(-1)[there][::-1]] = slots[there][::-1]
-    return Lines(pad_right([tokens for tokens, _ in laid], lines, length, np.int32, pad), place, owner, mask)
+    laid = lay_lines(rows, batch_size, lines)
+    return pad_lines(laid, *laid.sizes, pad=pad)
 
 
 def _lay(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:

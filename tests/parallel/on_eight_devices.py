@@ -19,6 +19,7 @@ from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
 from gold_jax.parallel.layout import Placement  # noqa: E402
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
+from gold_jax.text.share import Share  # noqa: E402
 from gold_jax.training.step import Step, TrainState, make_cross_entropy_loss, optimizer_shardings  # noqa: E402
 
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
@@ -30,7 +31,7 @@ def token_batches(lines, step):
     """Micro-batches of cross-entropy."""
     made = [(np.concatenate([r.student.prompt, r.student.completion]), ...) for r in rows(8, step)]
     made = [(ids, np.arange(len(ids)) > 0) for ids, _ in made]
-    return build_token_batches(made, 8, lines=lines)
+    return build_token_batches(made, 8, share=Share.whole(lines))
 
 
 def steps(method, placement=None, teacher=None, remat=True):

@@ -9,6 +9,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.rope import Rope
 from gold_jax.text.batch import Half, Row, build_batches
+from gold_jax.text.share import Share
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.step import freeze_teacher, make_distillation_loss
 
@@ -77,6 +78,6 @@ def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0):
         groups=spec.groups,
         text=spec.of_text,
         normalization=normalization,
-        lines=lines,
+        share=Share.whole(lines),
     )
     return jax.tree.map(jax.numpy.asarray, made)

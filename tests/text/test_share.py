@@ -1,0 +1,108 @@
+import jax
+import numpy as np
+import pytest
+from training.small import rows
+
+from gold_jax.text.batch import build_batches, build_token_batches
+from gold_jax.text.share import Share
+
+OWNER = (0, 0, 1, 2)
+LINES = ((0, 1), (2, 3), (3,))  # the last two processes both hold devices of line 3; process 1 does not count it
+
+
+class Together:
+    """Processes that run one after the other: what each says is kept, and answered when all are asked again."""
+
+    def __init__(self, count):
+        self.said = [[] for _ in range(count)]
+        self.count = count
+
+    def share(self, process, owner=OWNER, lines=LINES):
+        call = iter(range(10**6))
+
+        def exchange(combine):
+            def with_others(values):
+                number = next(call)
+                if len(self.said[process]) == number:
+                    self.said[process].append(values)
+                everyone = [said[number] if number < len(said) else values for said in self.said]
+                return combine(everyone)
+
+            return with_others
+
+        return Share(
+            owner, lines[process], process, exchange(sum), exchange(lambda x: np.max(x, axis=0)), exchange(list)
+        )
+
+
+def by_all(build, count=3):
+    """What every process builds, in rounds, until each knows what the others say at every exchange."""
+    together = Together(count)
+    for _ in range(4):
+        found = [build(together.share(process)) for process in range(count)]
+    return found
+
+
+def put_together(parts, height):
+    """The arrays of the whole batch, from those of every process's lines."""
+
+    def joined(*arrays):
+        unit = len(arrays[0]) // len(LINES[0])
+        lines = {line: x[k * unit : (k + 1) * unit] for x, own in zip(arrays, LINES) for k, line in enumerate(own)}
+        return np.concatenate([lines[line] for line in range(len(OWNER))])
+
+    return jax.tree.map(joined, *parts)
+
+
+@pytest.mark.parametrize("normalization", ["groups", "row_mean"])
+@pytest.mark.parametrize("count", [8, 13])
+def test_processes_make_together_what_one_makes_alone(normalization, count):
+    made = rows(count, seed=3)
+    options = dict(merge="chain", groups="all", normalization=normalization)
+    alone = build_batches(made, 8, share=Share.whole(4), **options)
+
+    def build(share):
+        here = set(share.here(count, 8))
+        return build_batches([row if i in here else None for i, row in enumerate(made)], 8, share=share, **options)
+
+    parts = by_all(build)
+    for number, whole in enumerate(alone):
+        together = put_together([found[number] for found in parts], 2)
+        jax.tree.map(np.testing.assert_array_equal, together, whole)
+
+
+def test_labels_too():
+    made = [(np.concatenate([r.student.prompt, r.student.completion]), ...) for r in rows(13, 1)]
+    made = [(ids, np.arange(len(ids)) % 3 > 0) for ids, _ in made]
+    alone = build_token_batches(made, 8, share=Share.whole(4))
+
+    def build(share):
+        here = set(share.here(13, 8))
+        return build_token_batches([row if i in here else None for i, row in enumerate(made)], 8, share=share)
+
+    parts = by_all(build)
+    for number, whole in enumerate(alone):
+        jax.tree.map(np.testing.assert_array_equal, put_together([found[number] for found in parts], 2), whole)
+
+
+def test_every_row_counts_for_one_process():
+    shares = [Share(OWNER, lines, process) for process, lines in enumerate(LINES)]
+    for row in range(16):
+        assert sum(share.counts(row, 8) for share in shares) == 1
+    assert shares[1].here(13, 8) == [4, 5, 6, 7, 12]
+    assert shares[2].here(13, 8) == [6, 7]
+
+
+def test_token_ids_of_all_rows_are_known_to_all():
+    ids = [np.arange(i + 1, dtype=np.int32) for i in range(13)]
+    wanted = [0, 2, 3, 5, 6, 8, 12]
+
+    def build(share):
+        mine = {i: ids[i] for i in share.here(13, 8)}
+        try:
+            return share.all_of(wanted, mine, 8)
+        except StopIteration:  # the others have not spoken yet
+            return None
+
+    for found in by_all(build):
+        assert [x.tolist() for x in found] == [ids[i].tolist() for i in wanted]
