@@ -1,0 +1,235 @@
+"""The text of a compiled program (`compiled.as_text()`), read as far as planning needs it.
+
+A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is its
+value. Nothing is checked: the text is the compiler's.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+
+_NAME = re.compile(r"%?([\w.\-]+)")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)"
+    r"=(?:\{([^}]*)\}|%?([\w.\-]+))"
+)
+_COMPARE = {"LT": 0, "LE": 1, "GT": 0, "GE": -1, "NE": 0}  # what the bound has to be moved by
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line: `%name = type opcode(operands), attributes`.
+
+    Attributes:
+        name: without the percent sign.
+        type: of the result, layouts included.
+        opcode: "all-reduce", "fusion", ….
+        operands: names of instructions; of a constant or a parameter, the text between the parentheses.
+        attributes: the rest of the line.
+    """
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    attributes: str
+
+    @property
+    def called(self) -> list[str]:
+        """Computations that it calls; a while loop's two are attributes of their own."""
+        names = []
+        for several, one in _CALLED.findall(self.attributes):
+            names += _NAME.findall(several) if several else [one]
+        return names
+
+    def attribute(self, name: str) -> str | None:
+        """The word after `name=`, without a percent sign."""
+        found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
+        return found and found[1]
+
+    @property
+    def op_name(self) -> str:
+        """Which part of the JAX program it comes from, as `jit(f)/jvp()/while/body/dot_general`."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Computation:
+    """Instructions by name, in order, and the one that is the value."""
+
+    name: str
+    instructions: dict[str, Instruction]
+    root: Instruction
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Computations by name, and the name of the entry."""
+
+    computations: dict[str, Computation]
+    entry: str
+
+
+def read(text: str) -> Program:
+    """Parse the text of an optimized module."""
+    computations: dict[str, Computation] = {}
+    name, entry, own, root = None, None, {}, None
+    for line in text.splitlines():
+        if name is None:
+            if line.endswith("{") and not line[0].isspace() and not line.startswith("HloModule"):
+                marked = line.startswith("ENTRY ")
+                name = _NAME.match(line.removeprefix("ENTRY "))[1]
+                entry = name if marked else entry
+                own, root = {}, None
+        elif line.startswith("}"):  # what follows says where it runs, as on a v6e's SparseCores
+            if own:
+                computations[name] = Computation(name, own, root or list(own.values())[-1])
+            name = None
+        else:
+            instruction = _instruction(line)
+            if instruction:
+                own[instruction.name] = instruction
+                root = instruction if line.lstrip().startswith("ROOT ") else root
+    if entry not in computations:
+        raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
+    return Program(computations, entry)
+
+
+def _instruction(line: str) -> Instruction | None:
+    start = _INSTRUCTION.match(line)
+    if not start:
+        return None
+    begin = start.end()
+    end = _closing(line, begin) if line[begin] == "(" else line.index(" ", begin)
+    opened = line.index("(", end)
+    closed = _closing(line, opened)
+    opcode, inside = line[end:opened].strip(), line[opened + 1 : closed - 1]
+    if opcode in ("constant", "parameter"):
+        operands = (inside,)
+    else:  # operands may carry their types: the name is the last word
+        operands = tuple(part.split()[-1].lstrip("%") for part in top_level(inside) if part.split())
+    return Instruction(start[2], line[begin:end], opcode, operands, line[closed:])
+
+
+def _closing(text: str, start: int) -> int:
+    """The place after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for place in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[place], 0)
+        if not depth:
+            return place + 1
+    return len(text)
+
+
+def top_level(text: str) -> list[str]:
+    """What stands between the commas that are in no bracket, comments left out."""
+    parts, depth, part = [], 0, ""
+    for character in re.sub(r"/\*.*?\*/", "", text):
+        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
+        if character == "," and not depth:
+            parts.append(part.strip())
+            part = ""
+        else:
+            part += character
+    return [*parts, part.strip()]
+
+
+def elements(type_: str) -> list[str]:
+    """The types in a tuple's; a type that is none, alone."""
+    return top_level(type_[1:-1]) if type_.startswith("(") else [type_]
+
+
+def size(type_: str) -> int:
+    """Bytes of an array, or of all arrays in a tuple, without what layouts pad."""
+    total = 0.0
+    for dtype, dimensions in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", type_)):
+        bits = re.search(r"\d+", dtype)
+        bits = int(bits[0]) if bits else 8 * (dtype == "pred")
+        total += math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d) * bits / 8
+    return math.ceil(total)
+
+
+def trip_count(program: Program, inside: Computation, loop: Instruction) -> int | None:
+    """How often a while loop runs, where the text tells: what the compiler noted, or what it counts from, by and to.
+
+    TPU programs come without the note. Their scans compare a counter, one element of the loop's tuple, with a constant.
+    """
+    noted = re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes)
+    if noted:
+        return int(noted[1])
+    condition = program.computations[loop.attribute("condition")]
+    body = program.computations[loop.attribute("body")]
+    values = functools.partial(_carried_constant, inside, loop, body)
+    test, scope = condition.root, {}
+    if test.opcode == "fusion":
+        called = program.computations[test.called[0]]
+        scope = {x.name: test.operands[int(x.operands[0])] for x in _parameters(called)}
+        test = called.root
+    direction = test.attribute("direction")
+    if test.opcode != "compare" or direction not in _COMPARE:
+        return None
+    left, right = (_source(condition, scope.get(name, name)) for name in test.operands)
+    index, bound = _element(left), _constant(right)
+    if bound is None and _element(right) is not None:
+        bound = values(_element(right))
+    if index is None or bound is None:
+        return None
+    begin = _constant(_initial(inside, loop, index))
+    step = _step(body, index)
+    step = 1 if step is None and direction in ("LT", "LE", "NE") else step
+    if begin is None or not step:
+        return None
+    return max(0, math.ceil((bound + _COMPARE[direction] - begin) / step))
+
+
+def _parameters(computation: Computation):
+    return [x for x in computation.instructions.values() if x.opcode == "parameter"]
+
+
+def _source(computation: Computation, name: str) -> Instruction | None:
+    """The instruction that a value comes from, through what leaves it as it is."""
+    found = computation.instructions.get(name)
+    while found and found.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier"):
+        found = computation.instructions.get(found.operands[0])
+    return found
+
+
+def _constant(found: Instruction | None) -> int | None:
+    if found and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.operands[0]):
+        return int(found.operands[0])
+    return None
+
+
+def _element(found: Instruction | None) -> int | None:
+    """Which element of the loop's tuple an instruction of its body or condition reads."""
+    return int(found.attribute("index")) if found and found.opcode == "get-tuple-element" else None
+
+
+def _initial(inside: Computation, loop: Instruction, index: int) -> Instruction | None:
+    made = _source(inside, loop.operands[0])
+    return _source(inside, made.operands[index]) if made and made.opcode == "tuple" else None
+
+
+def _carried_constant(inside: Computation, loop: Instruction, body: Computation, index: int) -> int | None:
+    """What an element of the loop's tuple is, if it starts as a constant and the body hands it on."""
+    if body.root.opcode != "tuple" or _element(_source(body, body.root.operands[index])) != index:
+        return None
+    return _constant(_initial(inside, loop, index))
+
+
+def _step(body: Computation, index: int) -> int | None:
+    """What the body adds to its counter."""
+    made = _source(body, body.root.operands[index]) if body.root.opcode == "tuple" else None
+    if not made or made.opcode not in ("add", "subtract"):
+        return None
+    left, right = (_source(body, name) for name in made.operands)
+    if made.opcode == "add" and _element(left) is None:
+        left, right = right, left
+    by = _constant(right)
+    if _element(left) != index or by is None:
+        return None
+    return by if made.opcode == "add" else -by

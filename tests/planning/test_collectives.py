@@ -1,0 +1,331 @@
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from gold_jax.planning.collectives import Traffic, read_collectives
+
+MESH = {"data": 2, "fsdp": 2, "tensor": 2}
+KIB, MIB = 2**10, 2**20
+ADD = """
+add {
+  x = f32[] parameter(0)
+  y = f32[] parameter(1)
+  ROOT sum = f32[] add(x, y)
+}
+"""
+
+
+def read(body: str, *, before: str = "", mesh=MESH, **options):
+    return read_collectives(f"HloModule m\n{ADD}{before}\nENTRY main {{\n{body}\n}}\n", mesh, **options)
+
+
+def one(line: str, **options) -> tuple[str, str, float]:
+    """Axes, operation and bytes of a program of one collective."""
+    ((axes, ops),) = read(f"  p = f32[1024]{{0}} parameter(0)\n  ROOT r = {line}", **options).by_axes.items()
+    ((op, sent),) = ops.items()
+    assert sent.count == 1
+    return axes, op, sent.bytes
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1},{2,3},{4,5},{6,7}}", "tensor"),
+        ("{{0,2},{1,3},{4,6},{5,7}}", "fsdp"),
+        ("{{0,4},{1,5},{2,6},{3,7}}", "data"),
+        ("[4,2]<=[8]", "tensor"),
+        ("[4,2]<=[4,2]T(0,1)", "tensor"),
+        ("[4,2]<=[2,4]T(1,0)", "data"),
+        ("[4,2]<=[2,2,2]T(0,2,1)", "fsdp"),
+        ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}", "fsdp"),
+        ("mesh['x'=8] {'x':(4)2}", "tensor"),
+        ("mesh['x'=4,'y'=2], device_ids=([2,4]T(1,0)) {'y'}", "data"),
+        ("mesh['x'=2,'y'=4], device_ids=(0,2,4,6,1,3,5,7) {'x'}", "tensor"),
+    ],
+)
+def test_groups_of_two_are_named_by_the_axis_they_span(groups, axes):
+    line = (
+        f"f32[1024]{{0}} all-reduce(p), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=add"
+    )
+    assert one(line) == (axes, "all-reduce", 4 * KIB)
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("{{0,1,2,3},{4,5,6,7}}", "fsdp+tensor"),
+        ("[2,4]<=[2,2,2]T(1,0,2)", "data+tensor"),
+        ("mesh['a'=2,'b'=2,'c'=2] {'a','b'}", "data+fsdp"),
+    ],
+)
+def test_groups_of_four_span_two_axes_in_the_meshs_order(groups, axes):
+    line = (
+        f"f32[1024]{{0}} all-reduce(p), channel_id=1, replica_groups={groups}, use_global_device_ids=true, to_apply=add"
+    )
+    assert one(line) == (axes, "all-reduce", 2 * 4 * KIB * 3 / 4)
+
+
+@pytest.mark.parametrize("groups", ["replica_groups={}", "replica_groups={{0}}", "replica_groups=[1,8]<=[8]"])
+def test_no_groups_and_groups_of_the_one_replica_are_everyone(groups):
+    flag = ", use_global_device_ids=true" if "<=" in groups else ""
+    assert one(f"f32[1024]{{0}} all-reduce(p), channel_id=1, {groups}{flag}, to_apply=add") == (
+        "data+fsdp+tensor",
+        "all-reduce",
+        2 * 4 * KIB * 7 / 8,
+    )
+
+
+FSDP = "channel_id=1, replica_groups={{0,2},{1,3},{4,6},{5,7}}, use_global_device_ids=true"
+
+
+@pytest.mark.parametrize(
+    ("line", "op", "sent"),
+    [
+        (f"f32[2048]{{0}} all-gather(p), {FSDP}, dimensions={{0}}", "all-gather", 4 * KIB),
+        (f"(f32[1024]{{0}}, f32[2048]{{0}}) all-gather-start(p), {FSDP}, dimensions={{0}}", "all-gather", 4 * KIB),
+        (
+            f"((f32[8]{{0}}, bf16[4]{{0}}), (f32[16]{{0}}, bf16[8]{{0}})) all-gather-start(p, p), {FSDP}",
+            "all-gather",
+            (64 + 16) / 2,
+        ),
+        (f"f32[512]{{0}} reduce-scatter(p), {FSDP}, dimensions={{0}}, to_apply=add", "reduce-scatter", 2 * KIB),
+        (
+            f"((f32[1024]{{0}}), f32[512]{{0}}, u32[]{{:S(2)}}) reduce-scatter-start(p), {FSDP}, to_apply=add",
+            "reduce-scatter",
+            2 * KIB,
+        ),
+        (f"f32[1024]{{0}} all-reduce-start(p), {FSDP}, to_apply=add", "all-reduce", 4 * KIB),
+        (
+            f"(f32[1024]{{0}}, bf16[2,4]{{1,0:T(8,128)(2,1)}}) all-reduce(p, p), {FSDP}, to_apply=add",
+            "all-reduce",
+            4112,
+        ),
+        (f"f32[2,512]{{1,0}} all-to-all(p), {FSDP}, dimensions={{0}}", "all-to-all", 2 * KIB),
+        (f"(f32[512]{{0}}, /*index=1*/f32[512]{{0}}) all-to-all(p, p), {FSDP}", "all-to-all", 2 * KIB),
+        ("f32[1024]{0} collective-permute(p), source_target_pairs={{0,2},{4,6}}", "collective-permute", 4 * KIB),
+        (
+            "(f32[8]{0}, f32[8]{0}, u32[], u32[]) collective-permute-start(p), source_target_pairs={{0,2},{2,0}}",
+            "collective-permute",
+            32,
+        ),
+        (f"s4[1024]{{0:E(4)}} all-reduce(p), {FSDP}, to_apply=add", "all-reduce", 512),
+        (f"pred[1024]{{0}} all-reduce(p), {FSDP}, to_apply=add", "all-reduce", 1024),
+        (f"f8e4m3fn[1024]{{0}} all-reduce(p), {FSDP}, to_apply=add", "all-reduce", 1024),
+    ],
+)
+def test_bytes_follow_the_ring_formulas(line, op, sent):
+    assert one(line) == ("fsdp", op, sent)
+
+
+def test_a_permutation_that_turns_two_axes_at_once_is_named_by_both():
+    line = "f32[1024]{0} collective-permute(p), channel_id=3, source_target_pairs={{0,3},{1,2},{3,0},{2,1}}"
+    assert one(line) == ("fsdp+tensor", "collective-permute", 4 * KIB)
+
+
+def test_groups_of_one_device_send_nothing():
+    line = "f32[8]{0} all-reduce(p), channel_id=1, replica_groups=[8,1]<=[8], use_global_device_ids=true, to_apply=add"
+    assert read(f"  p = f32[8]{{0}} parameter(0)\n  ROOT r = {line}").by_axes == {}
+
+
+def test_async_wrappers_count_at_their_start_alone():
+    wrapped = f"""
+wrapped {{
+  p = f32[1024]{{0}} parameter(0)
+  ROOT r = f32[512]{{0}} reduce-scatter(p), {FSDP}, dimensions={{0}}, to_apply=add
+}}, execution_thread="sparsecore"
+"""
+    body = """  p = f32[1024]{0} parameter(0)
+  s = ((f32[1024]{0}), f32[512]{0}, u32[]) async-start(p), async_execution_thread="sparsecore", calls=wrapped
+  u = ((f32[1024]{0}), f32[512]{0}, u32[]) async-update(s), calls=wrapped
+  ROOT d = f32[512]{0} async-done(u), calls=wrapped"""
+    assert read(body, before=wrapped).by_axes == {"fsdp": {"reduce-scatter": Traffic(2 * KIB, 1)}}
+
+
+PIECE = 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}'
+TPU_PIECES = f"""
+%start (p.1: f32[1024]) -> (f32[1024], f32[2048], u32[]) {{
+  %p.1 = f32[1024]{{0:T(1024)S(1)}} parameter(0)
+  %all-gather.1 = f32[2048]{{0:T(1024)}} all-gather(%p.1), {FSDP}, dimensions={{0}}, {PIECE}
+  ROOT %c.1 = (f32[1024]{{0}}, f32[2048]{{0}}, u32[]{{:S(2)}}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}}
+
+%meanwhile (p.2: f32[1024]) -> (f32[1024], f32[2048]) {{
+  %p.2 = f32[1024]{{0:T(1024)S(1)}} parameter(0)
+  %all-gather.2 = f32[2048]{{0:T(1024)S(1)}} all-gather(%p.2), {FSDP}, dimensions={{0}}, {PIECE}
+  ROOT %t.2 = (f32[1024]{{0}}, f32[2048]{{0}}) tuple(%p.2, %all-gather.2)
+}}
+
+%done (p.3: f32[1024]) -> f32[2048] {{
+  %p.3 = f32[1024]{{0:T(1024)S(1)}} parameter(0)
+  %all-gather.3 = f32[2048]{{0:T(1024)}} all-gather(%p.3), {FSDP}, dimensions={{0}}, {PIECE}
+  ROOT %c.3 = f32[2048]{{0:T(1024)S(1)}} custom-call(%p.3, %all-gather.3), custom_call_target="AsyncCollectiveDone"
+}}
+
+%all-reduce-scatter (p.4: f32[2048]) -> f32[1024] {{
+  %p.4 = f32[2048]{{0:T(1024)S(1)}} parameter(0)
+  %all-reduce.4 = f32[2048]{{0:T(1024)}} all-reduce(%p.4), {FSDP}, to_apply=%add
+  %partition-id.4 = u32[] partition-id()
+  ROOT %dynamic-slice.4 = f32[1024]{{0:T(1024)S(1)}} dynamic-slice(%all-reduce.4, %partition-id.4), dynamic_slice_sizes={{1024}}
+}}
+"""
+
+
+def test_the_pieces_of_a_tpus_asynchronous_gather_are_one_and_its_fused_scatter_is_a_scatter():
+    body = """  %p = f32[1024]{0:T(1024)} parameter(0)
+  %s = (f32[1024]{0}, f32[2048]{0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, calls=%start
+  %g = f32[1024]{0} get-tuple-element(%s), index=0
+  %m = (f32[1024]{0}, f32[2048]{0}) fusion(%g), kind=kOutput, calls=%meanwhile
+  %d = f32[2048]{0:T(1024)S(1)} fusion(%g), kind=kCustom, calls=%done
+  ROOT %r = f32[1024]{0:T(1024)S(1)} fusion(%d), kind=kCustom, calls=%all-reduce-scatter"""
+    found = read(body, before=TPU_PIECES).by_axes
+    assert found == {"fsdp": {"all-gather": Traffic(4 * KIB, 1), "reduce-scatter": Traffic(4 * KIB, 1)}}
+
+
+def loop(condition: str, *, start="constant(0)", step="constant(1)", attributes="", **options):
+    """A program with an all-reduce of 4 KiB over "tensor" in a while loop."""
+    before = f"""
+condition {{
+  t = (s32[], f32[1024]{{0}}, s32[]) parameter(0)
+  i = s32[]{{:T(128)}} get-tuple-element(t), index=0
+  n = s32[]{{:T(128)}} get-tuple-element(t), index=2
+  c = s32[]{{:T(128)}} constant(12)
+  ROOT less = pred[]{{:T(512)}} {condition}
+}}
+
+body {{
+  t = (s32[], f32[1024]{{0}}, s32[]) parameter(0)
+  i = s32[]{{:T(128)}} get-tuple-element(t), index=0
+  x = f32[1024]{{0}} get-tuple-element(t), index=1
+  n = s32[]{{:T(128)}} get-tuple-element(t), index=2
+  k = s32[]{{:T(128)}} {step}
+  copied = s32[]{{:T(128)S(6)}} copy(i)
+  next = s32[]{{:T(128)}} add(copied, k)
+  r = f32[1024]{{0}} all-reduce(x), channel_id=1, replica_groups=[4,2]<=[8], use_global_device_ids=true, to_apply=add
+  ROOT out = (s32[], f32[1024]{{0}}, s32[]) tuple(next, r, /*index=2*/n)
+}}
+"""
+    body = f"""  p = f32[1024]{{0}} parameter(0)
+  z = s32[]{{:T(128)}} {start}
+  zc = s32[]{{:T(128)}} copy(z)
+  n = s32[]{{:T(128)}} constant(9)
+  t = (s32[], f32[1024]{{0}}, s32[]) tuple(zc, p, n)
+  ROOT w = (s32[], f32[1024]{{0}}, s32[]) while(t), condition=condition, body=body, metadata={{op_name="jit(f)/while"}}{attributes}"""
+    return read(body, before=before, **options)
+
+
+COUNTED = "compare(i, c), direction=LT"
+
+
+@pytest.mark.parametrize(
+    ("options", "trips"),
+    [
+        ({"condition": COUNTED}, 12),
+        ({"condition": "compare(i, n), direction=LT"}, 9),
+        ({"condition": "compare(i, c), direction=LE"}, 13),
+        ({"condition": COUNTED, "start": "constant(2)"}, 10),
+        ({"condition": COUNTED, "step": "constant(5)"}, 3),
+        ({"condition": "compare(i, n), direction=GT", "start": "constant(20)", "step": "constant(-1)"}, 11),
+        ({"condition": COUNTED, "attributes": ', backend_config={"known_trip_count":{"n":"4"}}'}, 4),
+    ],
+)
+def test_what_is_in_a_loop_counts_as_often_as_the_loop_runs(options, trips):
+    found = loop(**options)
+    assert found.by_axes == {"tensor": {"all-reduce": Traffic(4 * KIB * trips, trips)}}
+    assert not found.unknown_loops
+
+
+@pytest.mark.parametrize("options", [{"condition": "custom-call(i)"}, {"condition": COUNTED, "start": "parameter(1)"}])
+def test_a_loop_that_does_not_say_how_often_it_runs_counts_once_and_is_named(options):
+    found = loop(**options)
+    assert found.over("tensor") == Traffic(4 * KIB, 1)
+    assert found.unknown_loops == ("jit(f)/while",)
+    assert loop(**options, unknown_trips=6).total == Traffic(24 * KIB, 6)
+
+
+def test_of_a_conditional_the_dearer_branch_counts():
+    branches = "".join(
+        f"""
+branch.{size} {{
+  p = f32[{size}]{{0}} parameter(0)
+  ROOT r = f32[{size}]{{0}} all-reduce(p), {FSDP}, to_apply=add
+}}
+"""
+        for size in (8, 64, 16)
+    )
+    body = """  p = s32[] parameter(0)
+  x = f32[64]{0} parameter(1)
+  ROOT r = f32[64]{0} conditional(p, x, x, x), branch_computations={branch.8, branch.64, branch.16}"""
+    assert read(body, before=branches).total == Traffic(256, 1)
+    two = "  ROOT r = f32[64]{0} conditional(p, x, x), true_computation=branch.16, false_computation=branch.8"
+    assert read(body.rsplit("\n", 1)[0] + "\n" + two, before=branches).total == Traffic(64, 1)
+
+
+def test_a_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no text of a compiled program"):
+        read_collectives("module @jit_f {\n}\n", MESH)
+
+
+def compiled(where: str) -> dict:
+    script = pathlib.Path(__file__).with_name("compiled_programs.py")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8" if where == "cpu" else "",
+        "PYTHONPATH": str(script.parents[2]),
+    }
+    done = subprocess.run(
+        [sys.executable, script, where], env=environment, check=True, timeout=300, capture_output=True, text=True
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "cpu",
+        pytest.param(
+            "v5e:2x4",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(
+                    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+                ),
+            ],
+        ),
+    ],
+)
+def test_compiled_programs_send_what_they_say(where):
+    found = compiled(where)
+    layers, gathered = 5, 512 * 512 * 4 * 7 / 8
+    assert found["chain"] == {
+        "by_axes": {
+            "fsdp": {
+                "all-gather": {"bytes": 2 * layers * gathered, "count": 2 * layers},
+                "reduce-scatter": {"bytes": layers * gathered, "count": layers},
+            }
+        },
+        "unknown_loops": [],
+    }
+    assert found["every_kind"]["by_axes"] == {
+        "data": {
+            "all-reduce": {"bytes": 2 * MIB, "count": 1},
+            "collective-permute": {"bytes": 2 * MIB, "count": 1},
+        },
+        "data+fsdp": {"all-gather": {"bytes": 6 * MIB, "count": 1}},
+        "data+tensor": {"all-reduce": {"bytes": 7 * 3 * 3 * MIB, "count": 21}},
+        "fsdp": {"reduce-scatter": {"bytes": 2 * MIB, "count": 1}},
+        "tensor": {
+            "all-reduce": {"bytes": 2 * MIB, "count": 1},
+            "all-to-all": {"bytes": 2 * MIB, "count": 1},
+            "collective-permute": {"bytes": 20 * MIB, "count": 10},
+        },
+    }
+    assert len(found["every_kind"]["unknown_loops"]) == 1
+    assert found["partitioned"]["by_axes"] == {"tensor": {"all-reduce": {"bytes": 128 * 128 * 4, "count": 1}}}
