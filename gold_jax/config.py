@@ -13,6 +13,7 @@ from typing import Any
 
 from .fields import check_fields, flag, flags_dataclass, read_attention, read_load_options
 from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
+from .mesh_flags import LAYOUTS, MeshFlags
 from .server_flags import ServerFlags
 from .step_ranges import read_steps
 
@@ -58,7 +59,7 @@ RULES = (
         (
             *("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "adam_epsilon"),
             *("temperature", "uld_student_temperature", "uld_teacher_temperature", "alm_temperature"),
-            "vllm_server_timeout",
+            *("vllm_server_timeout", "process_timeout"),
         ),
     ),
     (
@@ -119,7 +120,7 @@ class DataArguments:
 
 
 @flags_dataclass
-class SFTConfig:
+class SFTConfig(MeshFlags):
     """Settings of supervised fine-tuning, and of every other kind of training here.
 
     Raises:
@@ -222,6 +223,7 @@ class SFTConfig:
         self._check()
 
     def _check(self) -> None:
+        self.check_mesh()
         if "://" in self.output_dir:
             raise ValueError(
                 f"--output_dir is {self.output_dir!r}; it must be a local folder. --checkpoint_dir may be in a bucket."
@@ -287,6 +289,9 @@ class GOLDConfig(ServerFlags, SFTConfig):
     teacher_template_kwargs: dict | str | None = flag(
         None, "JSON with variables for the teacher's chat template; none: those of template_kwargs."
     )
+    teacher_layout: str = flag(
+        "fsdp", "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS
+    )
     teacher_context: str | None = flag(
         None, "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it."
     )
@@ -299,7 +304,9 @@ class GOLDConfig(ServerFlags, SFTConfig):
     max_completion_length: int = flag(128, "Most tokens of a sampled completion.", aliases=["max_new_tokens"])
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.")
     generation_batch_size: int | None = flag(
-        None, "Most completions sampled at once, those of an update together where they fit in; none: 32."
+        None,
+        "Most completions sampled at once on all devices, those of an update together where they fit in; none: 32 a device "
+        "(a shard of data x fsdp).",
     )
     num_generations: int = flag(1, "Completions sampled for each prompt.")
     # the loss

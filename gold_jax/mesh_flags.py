@@ -1,6 +1,10 @@
-"""What `--mesh` and the layouts may say; without JAX, because flags are read before it starts."""
+"""The flags of devices and processes; without JAX, because flags are read before it starts."""
 
 from __future__ import annotations
+
+import dataclasses
+
+from .fields import flag
 
 AXES = ("data", "fsdp", "tensor")
 LAYOUTS = ("fsdp", "full", "replicated")
@@ -25,3 +29,33 @@ def read_mesh(text: str | None) -> dict[str, int]:
             )
         found[name] = int(size)
     return found
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeshFlags:
+    """Over which devices a run is spread, and how its processes find each other."""
+
+    mesh: str | None = flag(
+        None,
+        "Sizes of the axes data, fsdp and tensor over which the run is spread, such as fsdp=4,tensor=2; rows are shared out to "
+        "data x fsdp. None or auto: fsdp over all devices.",
+    )
+    layout: str = flag(
+        "fsdp",
+        "What a model's width is cut over: fsdp; full: data and fsdp; replicated: neither.",
+        choices=LAYOUTS,
+    )
+    coordinator_address: str | None = flag(
+        None,
+        "HOST:PORT of process 0, in a run of several processes; none: found out on TPU pods, under Slurm and Open MPI, or by "
+        "JAX_COORDINATOR_ADDRESS.",
+    )
+    num_processes: int | None = flag(None, "How many processes the run has; none: as above, JAX_NUM_PROCESSES.")
+    process_id: int | None = flag(None, "Which of them this is, from 0; none: as above, JAX_PROCESS_ID.")
+    process_timeout: float = flag(
+        60.0, "Seconds after which a process that does not answer is taken for lost, and the others end."
+    )
+
+    def check_mesh(self) -> None:
+        """Raises ValueError where `mesh` is none."""
+        read_mesh(self.mesh)

@@ -106,6 +106,29 @@ class Placement:
 
         return jax.tree.map(place, tree)
 
+    def owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
+        parts = self.mesh.devices.reshape(self.shards, -1)  # `tensor` is the last axis
+        holders = [sorted({device.process_index for device in part}) for part in parts]
+        mine = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
+        return tuple(found[0] for found in holders), mine
+
+    def put_rows(self, batch: Any) -> Any:
+        """Host arrays that hold the rows, or lines, of this process's shards, as arrays on the mesh."""
+        sharding, (_, mine) = self.on(ROWS), self.owners()
+        where = {shard: k for k, shard in enumerate(mine)}
+
+        def place(x):
+            unit = len(x) // len(mine)
+
+            def part(index):
+                start = where[(index[0].start or 0) // unit] * unit
+                return x[start : start + unit]
+
+            return jax.make_array_from_callback((unit * self.shards, *x.shape[1:]), sharding, part)
+
+        return jax.tree.map(place, batch)
+
     def _cut(self, shape, logical, rules: dict[str, tuple[str, ...]]) -> NamedSharding:
         def axes(size, name):
             wanted = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)

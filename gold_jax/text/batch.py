@@ -261,7 +261,9 @@ def build_batches(
     )
     laid = [
         [
-            lay_lines([_tokens(half(rows[i])) for i in part], share.height(batch_size) * len(share.mine), len(share.mine))
+            lay_lines(
+                [_tokens(half(rows[i])) for i in part], share.height(batch_size) * len(share.mine), len(share.mine)
+            )
             for half in (lambda row: row.student, lambda row: row.teacher)
         ]
         for part in parts
@@ -280,9 +282,7 @@ def build_batches(
                 _pad_side(student, [r.student for r in chosen], counts, merge, text, height, width),
                 _pad_side(teacher, [r.teacher for r in chosen], counts, merge, text, height, width),
                 weight=pad_right([weights[i] for i in part], height, width, np.float32),
-                labels=_pad_labels(
-                    student, [targets[i][0] for i in part], [label_weights[i] for i in part], height
-                ),
+                labels=_pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height),
             )
         )
     return batches

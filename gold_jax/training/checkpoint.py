@@ -9,6 +9,7 @@ import re
 import shutil
 from typing import Any
 
+import jax
 from etils import epath
 
 from gold_jax.models.weights import save_model
@@ -18,7 +19,8 @@ def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, d
     """Write weights, config and tokenizer into a folder that transformers and vLLM open.
 
     Everything is written beside the folder first and then moved into it, so that a run that is stopped while saving
-    leaves the files that were there before. Other files of the folder (logs, a model card) stay.
+    leaves the files that were there before. Other files of the folder (logs, a model card) stay. In a run of several
+    processes all call it, and the first one writes.
 
     Args:
         model: a `gold_jax.models.decoder.Decoder`.
@@ -30,8 +32,11 @@ def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, d
         The folder.
     """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     staging = folder / ".saving"
+    if jax.process_index():
+        save_model(model, staging, dtype=dtype)
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:

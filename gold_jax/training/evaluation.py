@@ -60,6 +60,8 @@ def _completion_nll(graph, params, lines, position, behind, counted, chunk):
         weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), where.everywhere)
         by_rows = P(ROWS)
         found = over_rows(where, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
+        nll = found(hidden, weight, position, behind, counted)
+        return jax.lax.with_sharding_constraint(nll, where.everywhere)
     return found(hidden, weight, position, behind, counted)
 
 
@@ -75,7 +77,7 @@ def score_completions(
       model: a `Decoder` or its `(graphdef, params)`.
       codec: its codec.
       examples: with completions.
-      batch_size: rows at a time.
+      batch_size: rows at a time; on a mesh, the next multiple of its shards.
       max_length: longest sequence in tokens; None for no limit.
       chunk: positions whose logits are held at once.
 
@@ -84,6 +86,9 @@ def score_completions(
     """
     graph, params = nnx.split(model) if isinstance(model, nnx.Module) else model
     examples = list(examples)
+    where = nnx.merge(graph, params).placement
+    shards = 1 if where is None else where.shards
+    batch_size = -(-batch_size // shards) * shards
     for i, e in enumerate(examples):
         if e.completion is None:
             raise ValueError(
@@ -112,11 +117,12 @@ def score_completions(
             begin = scored[0, 1] if len(prompts[i]) == 0 and len(scored) else 0
             sizes[i] = scored[-1, 1] - begin if len(scored) else 0
             tokens[i] = mark.sum()
-        lines = pack_lines(ids, batch_size, pad=codec.pad_id)
+        lines = pack_lines(ids, batch_size, shards, pad=codec.pad_id)
         width = lines.place.shape[-1]
         behind = pad_right([x[1:] for x in ids], batch_size, width, np.int32)
         marks = pad_right(counted, batch_size, width, bool)
-        nll = _completion_nll(graph, params, lines, positions(lines), behind, marks, chunk)
+        batch = lines, positions(lines), behind, marks
+        nll = _completion_nll(graph, params, *(batch if where is None else where.put(batch, ROWS)), chunk)
         bits[rows] = np.asarray(nll)[: len(rows)] / np.log(2)
     return Score(bits, sizes, tokens, cut)
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.losses.chunked import chunk_size
+from gold_jax.parallel import processes
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.training import profile
@@ -26,9 +27,9 @@ from gold_jax.training.metrics import MetricLog, RunningMean, before_after, comp
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.participant import Participant
 from gold_jax.training.report import make_trackers
-from gold_jax.training.resume import cut_back, describe_run, find_and_restore
+from gold_jax.training.resume import FREE, cut_back, describe_run, find_and_restore
 from gold_jax.training.saves import Checkpoints, reason
-from gold_jax.training.step import LossFn, Step, TrainState
+from gold_jax.training.step import LossFn, Step, TrainState, optimizer_shardings
 from gold_jax.training.stopping import Preempted, Stop
 from gold_jax.training.windows import Order, Windows, measurable
 
@@ -63,11 +64,22 @@ class Loop:
         args: SFTConfig,
         *,
         prompts_per_step: int,
+        batch_size: int,
         console: Console,
         max_new_tokens: int,
         save_dtype: str = "auto",
     ):
-        """Sets a run up; `max_new_tokens` bounds greedy completions in evaluation, `save_dtype` is as in `save_model`."""
+        """Sets a run up.
+
+        Args:
+          task: what it is made of.
+          args: its settings.
+          prompts_per_step: rows of the data that an update reads.
+          batch_size: rows of a micro-batch, on all devices.
+          console: where it tells what it does; nowhere in all processes but the first.
+          max_new_tokens: bounds greedy completions in evaluation.
+          save_dtype: as in `save_model`.
+        """
         self.task, self.args, self.console = task, args, console
         self.max_new_tokens, self.save_dtype = max_new_tokens, save_dtype
         self.output = pathlib.Path(args.output_dir)
@@ -76,16 +88,24 @@ class Loop:
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
+        self.profile_steps = self.profile_steps if processes.is_first() else []
         if self.profile_steps:
             task.windows = profile.watched(task.windows)
         self.schedule = make_schedule(args, self.total_steps)
         optimizer = make_optimizer(args, self.total_steps)
         self.graph, params = nnx.split(task.student.model)
         task.student = task.student._replace(model=None)  # steps donate the parameters: this is their only owner
-        self.state = TrainState(params, jax.jit(optimizer.init)(params))
+        self.placement = where = nnx.merge(self.graph, params).placement
+        shardings = None
+        if where is not None:
+            kept = jax.tree.map(lambda x: x.sharding, params)
+            shardings = TrainState(kept, optimizer_shardings(optimizer, params, kept))
+        start = jax.jit(optimizer.init, out_shardings=shardings and shardings.optimizer)
+        self.state = TrainState(params, start(params))
         release_freed_memory()
-        self.step = Step(task.loss, optimizer)
-        self.run = describe_run(args, task.train, task.kept, prompts_per_step)
+        self.step = Step(task.loss, optimizer, shardings, *(() if where is None else (where.put_rows,)))
+        self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
+        processes.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -102,7 +122,8 @@ class Loop:
           Diverged: `max_skipped_updates` updates in a row were left out.
           OSError: the student cannot be written; the text says where it still is.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
+        if processes.is_first():
+            self.output.mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpoints(
             self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
         )
@@ -115,13 +136,13 @@ class Loop:
         args = self.args
         means = RunningMean()
         unmeasured = self._resume(resume, means) if resume else None
-        if self.done == 0:
+        if self.done == 0 and processes.is_first():
             for name in LOGS:  # an earlier run's lines are not this one's
                 (self.output / name).unlink(missing_ok=True)
         self.checkpoints.remove_unfinished()
         begun = [row for row in self.history if row["step"] == 0]
         before = begun[0] if begun else self.evaluate() if args.eval_on_start and self.done == 0 else {}
-        with MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(args.report_to, args)) as log:
+        with self._log() as log:
             if before and not begun:
                 self._record(log, before)
             if unmeasured and self.done < self.total_steps:
@@ -141,6 +162,12 @@ class Loop:
                 self._record(log, after)
         self._close(before, after)
         return after
+
+    def _log(self) -> MetricLog:
+        """Where metrics go; nowhere in all processes but the first."""
+        if not processes.is_first():
+            return MetricLog(None)
+        return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
 
     def _updates(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
         args, total = self.args, self.total_steps
@@ -174,7 +201,7 @@ class Loop:
                 since, tokens = now, 0
             if self.skips.in_a_row >= args.max_skipped_updates:
                 self._give_up(log, means, metrics, step)
-            if current.samples and args.log_completions:
+            if current.samples and args.log_completions and processes.is_first():
                 self._keep(current.samples)
                 if step >= table_due:
                     table_due = step - step % args.log_completions_steps + args.log_completions_steps
@@ -219,6 +246,7 @@ class Loop:
             self.state = TrainState(None, None)
 
         found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free)
+        processes.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return False
         path, notes, arrays = found
@@ -231,7 +259,8 @@ class Loop:
         self.done, self.skips = notes["step"], Skips(**notes["skips"])
         means.restore(notes["means"])
         self.checkpoints.last = path
-        self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
+        if processes.is_first():
+            self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
         return notes["unmeasured"]
 
@@ -354,7 +383,8 @@ class Loop:
 
 def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
     """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
-    batch = args.per_device_eval_batch_size
+    where = who.model.placement
+    batch = args.per_device_eval_batch_size * (1 if where is None else where.shards)
     score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk))
     found = {"eval_bits_per_byte": score.bits_per_byte}
     if args.predict_with_generate:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from gold_jax.models.attention import check_model
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.weights import load_model
+from gold_jax.parallel.layout import Placement
 from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.chat import Codec
 
@@ -40,6 +41,7 @@ def load_participant(
     special_tokens_in_prompts: bool = False,
     trust_remote_code: bool = False,
     attention: str | None = None,
+    placement: Placement | None = None,
     role: str = "model",
 ) -> Participant:
     """Brings a model and its tokenizer together, from disk, the hub or memory.
@@ -57,6 +59,7 @@ def load_participant(
       special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
       trust_remote_code: let the tokenizer run its own Python code.
       attention: "auto" or one of `models.attention.IMPLEMENTATIONS`; None: "auto", or what a model in memory has.
+      placement: the mesh that the model is to lie on and how; None: one device.
       role: what error messages call it.
 
     Raises:
@@ -69,7 +72,7 @@ def load_participant(
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
     model, tokenizer = (_found(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
-    model = _model(model, dtype, param_dtype, remat, revision, attention)
+    model = _model(model, dtype, param_dtype, remat, revision, attention, placement)
     if isinstance(source, str | pathlib.Path):
         source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     if not hasattr(source, "apply_chat_template"):
@@ -107,11 +110,27 @@ def _found(source: Any) -> Any:
     return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
-def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | None, attention: str | None) -> Decoder:
+def _model(
+    model,
+    dtype: str,
+    param_dtype: str,
+    remat: bool,
+    revision: str | None,
+    attention: str | None,
+    placement: Placement | None,
+) -> Decoder:
     if isinstance(model, str | pathlib.Path):
-        return load_model(
-            model, dtype=dtype, param_dtype=param_dtype, remat=remat, revision=revision, attention=attention or "auto"
+        loaded = load_model(
+            model,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            remat=remat,
+            revision=revision,
+            attention=attention or "auto",
+            sharding=None if placement is None else placement.stored,
         )
+        loaded.placement = placement
+        return loaded
     if isinstance(model, tuple) and len(model) == 2:
         model = nnx.merge(*model)
     if not isinstance(model, Decoder):
@@ -125,7 +144,7 @@ def _model(model, dtype: str, param_dtype: str, remat: bool, revision: str | Non
     model.dtype, model.param_dtype, model.remat = jnp.dtype(dtype), jnp.dtype(param_dtype), remat
     model.attention = attention or model.attention
     check_model(model.config, model.dtype, model.attention, model.platform)
-    return model
+    return model if placement is None else model.place(placement)
 
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):

@@ -23,6 +23,7 @@ FREE = frozenset(
     "eval_strategy eval_steps eval_on_start predict_with_generate per_device_eval_batch_size "
     "save_strategy save_steps save_total_limit report_to run_name project trackio_space_id profile_steps "
     "push_to_hub hub_model_id hub_private_repo trust_remote_code "
+    "mesh layout teacher_layout coordinator_address num_processes process_id process_timeout generation_batch_size "
     "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout rollout_weights_dir rollout_sync_first".split()
 )
 # What may change, but makes another run of it from there on: a line says so.
@@ -33,9 +34,12 @@ TOLD = frozenset(
     "teacher_tokenizer_name_or_path".split()
 )
 _SAMPLED_ROWS = 64
+_MICRO = "rows of a micro-batch"
 
 
-def describe_run(args: SFTConfig, examples: Sequence[Example], kept: Sequence[int], prompts_per_step: int) -> dict:
+def describe_run(
+    args: SFTConfig, examples: Sequence[Example], kept: Sequence[int], prompts_per_step: int, batch_size: int
+) -> dict:
     """What a checkpoint remembers of its run, fit for JSON: every setting, and what the training data were.
 
     Args:
@@ -43,6 +47,7 @@ def describe_run(args: SFTConfig, examples: Sequence[Example], kept: Sequence[in
       examples: all rows.
       kept: which of them are learned from.
       prompts_per_step: how many of these an update reads.
+      batch_size: rows of a micro-batch, on all devices.
     """
     digest = hashlib.sha256()
     for i in range(0, len(kept), max(1, len(kept) // _SAMPLED_ROWS)):
@@ -52,6 +57,7 @@ def describe_run(args: SFTConfig, examples: Sequence[Example], kept: Sequence[in
         **args.to_dict(),
         "rows to learn from": len(kept),
         "rows of an update": prompts_per_step,
+        _MICRO: batch_size,
         "the text of the training data": digest.hexdigest()[:16],
     }
     return json.loads(json.dumps(about, default=str))
@@ -68,7 +74,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
     """
     wrong, lines = [], []
     for name in now:
-        if name in FREE or name not in saved or saved[name] == now[name]:
+        if name in FREE or name == _MICRO or name not in saved or saved[name] == now[name]:
             continue  # a setting that the checkpoint does not know came after it
         shown = f"--{name}" if " " not in name else name
         if name in TOLD or _harmless(name, saved, now):
@@ -84,10 +90,11 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
 
 
 def _harmless(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether another split into micro-batches leaves every update its rows and who writes them."""
+    """Whether another split into devices and micro-batches leaves every update its rows and who writes them."""
     if name not in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         return False
-    return saved.get("rows of an update") == now["rows of an update"] and now.get("lmbda", 0) in (0, 1)
+    same = saved.get(_MICRO, saved.get("per_device_train_batch_size")) == now[_MICRO]
+    return saved.get("rows of an update") == now["rows of an update"] and (same or now.get("lmbda", 0) in (0, 1))
 
 
 def find_and_restore(

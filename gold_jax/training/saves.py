@@ -118,7 +118,8 @@ class Checkpoints:
         """Waits for the save under way and removes the oldest checkpoints; returns whether the last save went well."""
         if self._step is not None and self._attempt(self._saver.wait_until_finished):
             self.last, self._step = checkpoint_folder(self.folder, self._step), None
-            self._attempt(lambda: prune_checkpoints(self.folder, self.limit))
+            if jax.process_index() == 0:
+                self._attempt(lambda: prune_checkpoints(self.folder, self.limit))
         return self.failed is None
 
     def close(self) -> None:
@@ -146,6 +147,8 @@ class Checkpoints:
 
     def remove_unfinished(self) -> None:
         """Removes what a save that was cut short left behind."""
+        if jax.process_index():
+            return
         for path in self.folder.iterdir():
             if _UNFINISHED.fullmatch(path.name):
                 path.rmtree()

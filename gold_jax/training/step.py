@@ -354,9 +354,21 @@ class Step:
     """
 
     def __init__(
-        self, loss: LossFn, optimizer: optax.GradientTransformation | None, shardings: TrainState | None = None
+        self,
+        loss: LossFn,
+        optimizer: optax.GradientTransformation | None,
+        shardings: TrainState | None = None,
+        place: Callable[[Any], Any] = lambda batch: batch,
     ):
-        """`shardings` says where the parameters and the optimizer's state lie on a mesh, and so gradients; None: one device."""
+        """Compiles nothing yet.
+
+        Args:
+          loss: what is minimised.
+          optimizer: what is done with gradients.
+          shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
+          place: puts a batch of host arrays on the mesh.
+        """
+        self._place = place
 
         def settled(tree, where):
             return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
@@ -410,6 +422,7 @@ class Step:
 
         Where loss or gradients are not finite, `skipped` is 1 and the state stays as it was.
         """
+        batches = [self._place(batch) for batch in batches]
         head = with_teacher(self._read, constants, batches[0])
         if len(batches) == 1:
             state.params, state.optimizer, metrics, done = self._fused(state.params, state.optimizer, constants, head)
@@ -425,5 +438,5 @@ class Step:
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""
-        loss, parts = self._evaluate(params, constants, with_teacher(self._read, constants, batch))
+        loss, parts = self._evaluate(params, constants, with_teacher(self._read, constants, self._place(batch)))
         return {"loss": loss, **parts}

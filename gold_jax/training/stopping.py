@@ -33,7 +33,8 @@ class Stop:
     Ctrl-C ends the run at once.
 
     Signals are left alone outside the main thread and where something else already handles them. In a run of several
-    processes a preemption is heard through JAX's runtime, which has all processes end after the same update.
+    processes a preemption is heard through JAX's runtime, which has all processes end after the same update; Ctrl-C ends the
+    process that it is pressed in, and so the others, with nothing saved.
 
     Attributes:
       asked: None, "interrupt" or "preemption".
@@ -47,10 +48,8 @@ class Stop:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            ours = {signal.SIGINT: signal.default_int_handler}
-            if jax.process_count() == 1:
-                ours[signal.SIGTERM] = signal.SIG_DFL
+        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
+            ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
             for number, usual in ours.items():
                 if signal.getsignal(number) is usual:
                     self._before[number] = signal.signal(number, self._hear)

@@ -13,9 +13,13 @@ from rich.console import Console
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.fields import read_value
 from gold_jax.losses.chunked import chunk_size
+from gold_jax.parallel import processes
+from gold_jax.parallel.layout import Placement
+from gold_jax.parallel.mesh import make_mesh, mesh_in_words, mesh_sizes
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
+from gold_jax.text.share import Share
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.loop import Loop, Task, measures
 from gold_jax.training.metrics import header
@@ -67,7 +71,8 @@ class SFTTrainer:
     ):
         """Loads what is named and checks everything that can be checked before the first update."""
         self.args = args if args is not None else self._default_args()
-        self.console = console or Console()
+        processes.start(self.args.coordinator_address, self.args.num_processes, self.args.process_id)
+        self.console = (console or Console()) if processes.is_first() else Console(quiet=True)
         self.command = command
         self.notices = list(self.args.notices)
         self.dtype = compute_dtype(self.args.bf16)
@@ -79,9 +84,17 @@ class SFTTrainer:
         self.eval_examples = None if eval_dataset is None else load_examples(eval_dataset, text_column=text_column)
         options = self.args.model_init_kwargs
         self.save_dtype = options.get("dtype") or "float32"
-        self.student = self._load("student", model, processing_class, options, remat=self.args.gradient_checkpointing)
-        if jax.device_count() > 1:
-            self.notices.append(f"this version trains on one device; the other {jax.device_count() - 1} stay idle")
+        self.placement = place_run(self.args.mesh, self.args.layout)
+        self.shards = 1 if self.placement is None else self.placement.shards
+        self.share = share_of(self.placement)
+        self.student = self._load(
+            "student",
+            model,
+            processing_class,
+            options,
+            remat=self.args.gradient_checkpointing,
+            placement=self.placement,
+        )
         self.loop = self._loop()
 
     @staticmethod
@@ -121,14 +134,20 @@ class SFTTrainer:
         if self.eval_examples is not None:
             check_evaluation(self.eval_examples, self.student.codec)
         self.notices += notices
+        batch_size = a.per_device_train_batch_size * self.shards
         windows = TokenWindows(
-            self.student.codec, a.per_device_train_batch_size, a.per_device_eval_batch_size, a.max_length, counted
+            self.student.codec,
+            batch_size,
+            a.per_device_eval_batch_size * self.shards,
+            a.max_length,
+            counted,
+            self.share,
         )
         graph, _ = nnx.split(self.student.model)
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
         self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, kept)
         task = Task(self.student, loss, (), windows, self.train_examples, kept, self.eval_examples)
-        return self._make_loop(task, a.per_device_train_batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
+        return self._make_loop(task, batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
 
     def _make_loop(self, task: Task, prompts_per_step: int, max_new_tokens: int) -> Loop:
         self.student = self.student._replace(model=None)  # from here on the loop owns the parameters
@@ -136,6 +155,7 @@ class SFTTrainer:
             task,
             self.args,
             prompts_per_step=prompts_per_step,
+            batch_size=self.args.per_device_train_batch_size * self.shards,
             console=self.console,
             max_new_tokens=max_new_tokens,
             save_dtype=self.save_dtype,
@@ -152,9 +172,14 @@ class SFTTrainer:
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": self.student.model.attention_in_words(),
             "device": f"{device.device_kind} ({jax.default_backend()})",
+            "mesh": None if self.placement is None else self._mesh_in_words(),
             "output": self.args.output_dir,
         }
         header(self.console, self.title, about, self.notices)
+
+    def _mesh_in_words(self) -> str:
+        hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        return f"{mesh_in_words(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -177,7 +202,7 @@ class SFTTrainer:
           The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
-        if a.push_to_hub:
+        if a.push_to_hub and processes.is_first():
             try:
                 a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
             except HubSilent as error:
@@ -186,6 +211,8 @@ class SFTTrainer:
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
         results = self.loop.train(resume)
+        if not processes.is_first():
+            return results
         write_model_card(
             a.output_dir,
             method=self.method,
@@ -274,7 +301,15 @@ class GOLDTrainer(SFTTrainer):
         a = self.args
         options = dict(a.teacher_model_init_kwargs)
         options["revision"] = options.get("revision") or a.teacher_model_revision
-        teacher = self._load("teacher", self._teacher_source, self._teacher_tokenizer, options, param_dtype=self.dtype)
+        placement = None if self.placement is None else Placement(self.placement.mesh, a.teacher_layout)
+        teacher = self._load(
+            "teacher",
+            self._teacher_source,
+            self._teacher_tokenizer,
+            options,
+            param_dtype=self.dtype,
+            placement=placement,
+        )
         student = self.student
         one = same_vocabulary(student.codec, teacher.codec)
         self.spec = a.loss_spec(one)
@@ -330,8 +365,8 @@ class GOLDTrainer(SFTTrainer):
             student_graph=student_graph,
             spec=self.spec,
             one_vocabulary=one,
-            batch_size=a.per_device_train_batch_size,
-            eval_batch_size=a.per_device_eval_batch_size,
+            batch_size=a.per_device_train_batch_size * self.shards,
+            eval_batch_size=a.per_device_eval_batch_size * self.shards,
             micro_batches=a.gradient_accumulation_steps,
             lmbda=a.lmbda,
             num_generations=a.num_generations,
@@ -341,11 +376,12 @@ class GOLDTrainer(SFTTrainer):
             top_k=a.top_k,
             top_p=a.top_p,
             seed=a.seed,
-            generation_batch_size=a.generation_batch_size or 32,
+            generation_batch_size=a.generation_batch_size or 32 * self.shards,
             teacher_model=nnx.split(restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
             teacher_context=a.teacher_context,
             engine=engine,
             sync=None if engine is None else engine.sync,
+            share=self.share,
         )
 
         def teacher_score():
@@ -353,7 +389,7 @@ class GOLDTrainer(SFTTrainer):
             return measures(whole, measurable(self.eval_examples), a, a.max_completion_length)
 
         task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
-        rows = a.per_device_train_batch_size * a.gradient_accumulation_steps
+        rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps
         return self._make_loop(task, rows // a.num_generations, a.max_completion_length)
 
     def _engine(self) -> ServerEngine | None:
@@ -364,6 +400,11 @@ class GOLDTrainer(SFTTrainer):
         if a.lmbda == 0:
             self.notices.append("--use_vllm: no effect with --lmbda 0, where the student writes nothing")
             return None
+        if processes.count() > 1:
+            raise ValueError(
+                "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
+                "sampler writes the completions on all devices."
+            )
         engine = ServerEngine(
             a.server_url,
             a.rollout_weights_dir or pathlib.Path(a.output_dir) / ".rollout_weights",
@@ -389,6 +430,27 @@ def compute_dtype(bf16: bool | None) -> str:
     """bfloat16 where asked for, or by default on accelerators; float32 on CPUs, which are no faster with less."""
     wanted = jax.default_backend() != "cpu" if bf16 is None else bf16
     return "bfloat16" if wanted else "float32"
+
+
+def place_run(mesh: str | None, layout: str) -> Placement | None:
+    """The mesh over all devices that a run is spread over; None where there is one device.
+
+    Raises:
+      ValueError: as `mesh_sizes`.
+    """
+    sizes = mesh_sizes(mesh, jax.device_count())
+    return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
+
+
+def share_of(placement: Placement | None) -> Share:
+    """Which rows this process makes."""
+    if placement is None:
+        return Share()
+    if processes.count() == 1:
+        return Share.whole(placement.shards)
+    owner, mine = placement.owners()
+    exchange = processes.total, processes.largest, processes.gather_ragged
+    return Share(owner, mine, processes.index(), *exchange)
 
 
 def same_vocabulary(student: Codec, teacher: Codec) -> bool:

@@ -6,7 +6,7 @@ writes itself, and the sampling keys are pure functions of the seed and the step
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,11 +14,12 @@ import numpy as np
 
 from gold_jax.loss_spec import LossSpec
 from gold_jax.rollout.engine import Engine
-from gold_jax.text.batch import Row, build_batches, build_rows, build_token_batches, counted_groups
+from gold_jax.rollout.sampler import SamplingEngine
+from gold_jax.text.batch import ALONE, Row, build_batches, build_rows, build_token_batches, counted_groups
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
-from gold_jax.text.drawn import Drawn
-from gold_jax.training.evaluation import sample_completions
+from gold_jax.text.drawn import Drawn, completion_from_ids
+from gold_jax.text.share import Share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,9 @@ class DistillationWindows:
     into micro-batches. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
     `engine` writes for the student in place of the built-in sampler, after `sync` has been given the student (graph and
     parameters) and the number of updates that it has seen.
+
+    `batch_size` and `eval_batch_size` count the rows of all devices, and `share` says which of them this process makes. All
+    processes sample together, whoever's the rows are.
     """
 
     student: Codec
@@ -92,53 +96,68 @@ class DistillationWindows:
     teacher_context: str | None = None
     engine: Engine | None = None
     sync: Callable[[tuple, int], Any] | None = None
+    share: Share = ALONE
 
     def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
         """See `Windows.train`."""
         examples = [e for e in examples for _ in range(self.num_generations)]
         chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
         on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
-        written = [e for e, on in zip(examples, on_policy) if on]
-        others = [e for e, on in zip(examples, on_policy) if not on]
+        here = self.share.here(len(examples), self.batch_size)
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         model = (self.student_graph, params)
+        written = np.flatnonzero(on_policy).tolist()
         if written and self.sync is not None:
             self.sync(model, step)
-        drawn = self._sample(model, self.student, [e.prompt for e in written], key, self.engine) if written else []
-        given = [e.completion for e in others]
+        completions: dict[int, str | Drawn] = {i: examples[i].completion for i in here}
+        drawn = {}
+        if written:
+            prompts = {i: examples[i].prompt for i in here if on_policy[i]}
+            drawn = self._sample(model, self.student, prompts, written, key, self.engine)
+        others = np.flatnonzero(~on_policy).tolist()
         if others and self.teacher_model is not None:
-            given = self._by_teacher(others, jax.random.fold_in(key, 1))
-        source, rest = iter(drawn), iter(given)
-        completions = [next(source if on else rest) for on in on_policy]
-        rows = self._rows(examples, completions)
-        stats = self._describe(rows)
-        if drawn:
-            stats["completion_tokens"] = float(np.mean([len(d.ids) + d.stopped for d in drawn]))
-            stats["stopped"] = float(np.mean([d.stopped for d in drawn]))
-            stats["damaged"] = float(np.mean([d.damaged for d in drawn]))
-        stats["on_policy"] = float(on_policy.mean())
-        samples = [(self.student.render(e.prompt), d.text) for e, d in zip(written, drawn)]
-        return Window(self._batches(rows, self.batch_size), stats, samples)
+            asked = {i: examples[i] for i in here if not on_policy[i]}
+            completions |= self._by_teacher(asked, others, jax.random.fold_in(key, 1))
+        completions |= drawn
+        made = self._rows([examples[i] for i in here], [completions[i] for i in here])
+        rows = dict(zip(here, made))
+        stats = self._describe(rows, drawn) | {"on_policy": float(on_policy.mean())}
+        samples = [(self.student.render(examples[i].prompt), d.text) for i, d in drawn.items()]
+        return Window(self._batches(rows, len(examples), self.batch_size), stats, samples)
 
-    def _sample(self, model, codec: Codec, prompts: list, key, engine: Engine | None = None) -> list[Drawn]:
-        return sample_completions(
+    def _sample(
+        self, model, codec: Codec, prompts: Mapping[int, Any], wanted: Sequence[int], key, engine: Engine | None = None
+    ) -> dict[int, Drawn]:
+        """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
+        rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
+        ids = {i: codec.encode_prompt(prompt) for i, prompt in prompts.items()}
+        sampled = (engine or SamplingEngine(rows)).generate(
             model,
-            codec,
-            prompts,
+            self.share.all_of(wanted, ids, self.batch_size),
             max_new_tokens=self.max_new_tokens,
             key=key,
-            batch_size=sampling_rows(len(prompts), self.batch_size, self.generation_batch_size),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            engine=engine,
+            stop_ids=codec.stop_ids,
+            pad_id=codec.pad_id,
         )
+        return {
+            i: completion_from_ids(codec, completion.ids, after=prompts[i])
+            for i, completion in zip(wanted, sampled)
+            if i in prompts
+        }
 
-    def _by_teacher(self, examples: list[Example], key) -> list[Drawn]:
+    def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, Drawn]:
         """What the teacher writes, as the student reads it."""
-        drawn = self._sample(self.teacher_model, self.teacher, self._told(examples), key)
-        read = self.student.encode_completions([d.text for d in drawn], after=[e.prompt for e in examples])
-        return [Drawn(e.ids, e.spans, d.text, d.stopped, d.damaged) for e, d in zip(read, drawn)]
+        told = dict(zip(examples, self._told(list(examples.values()))))
+        drawn = self._sample(self.teacher_model, self.teacher, told, wanted, key)
+        read = self.student.encode_completions(
+            [drawn[i].text for i in examples], after=[e.prompt for e in examples.values()]
+        )
+        return {
+            i: Drawn(e.ids, e.spans, drawn[i].text, drawn[i].stopped, drawn[i].damaged) for i, e in zip(examples, read)
+        }
 
     def _told(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher is told them."""
@@ -150,7 +169,10 @@ class DistillationWindows:
 
     def evaluate(self, examples: Sequence[Example]) -> list:
         """See `Windows.evaluate`; always on the data set's completions."""
-        return self._batches(self._rows(examples, [e.completion for e in examples]), self.eval_batch_size)
+        here = self.share.here(len(examples), self.eval_batch_size)
+        mine = [examples[i] for i in here]
+        rows = dict(zip(here, self._rows(mine, [e.completion for e in mine])))
+        return self._batches(rows, len(examples), self.eval_batch_size)
 
     def _rows(self, examples, completions) -> list[Row]:
         return build_rows(
@@ -166,9 +188,9 @@ class DistillationWindows:
             skip_teacher_stop=self.spec.skip_teacher_stop,
         )
 
-    def _batches(self, rows: list[Row], batch_size: int) -> list:
+    def _batches(self, rows: Mapping[int, Row], count: int, batch_size: int) -> list:
         return build_batches(
-            rows,
+            [rows.get(i) for i in range(count)],
             batch_size,
             merge=self.spec.merge,
             groups="all" if self.spec.groups == "positional" else self.spec.groups,
@@ -176,15 +198,37 @@ class DistillationWindows:
             normalization=self.spec.normalization,
             student_pad=self.student.pad_id,
             teacher_pad=self.teacher.pad_id,
+            share=self.share,
         )
 
-    def _describe(self, rows: list[Row]) -> dict[str, float]:
-        groups = sum(r.groups for r in rows)
-        plain = sum(int(counted_groups(r, "boundary", "one_to_one").sum()) for r in rows)
-        tokens = sum(len(r.student.prompt) + len(r.student.completion) for r in rows)
+    def _describe(self, rows: Mapping[int, Row], drawn: Mapping[int, Drawn]) -> dict[str, float]:
+        """What the rows of all processes hold."""
+
+        def counted(found: Mapping[int, Any]) -> list:
+            return [x for i, x in found.items() if self.share.counts(i, self.batch_size)]
+
+        rows, drawn = counted(rows), counted(drawn)
+        groups, plain, unknown, tokens, written, length, stopped, damaged = self.share.total(
+            np.array(
+                [
+                    sum(r.groups for r in rows),
+                    sum(int(counted_groups(r, "boundary", "one_to_one").sum()) for r in rows),
+                    sum(len(np.unique(r.unknown)) for r in rows),
+                    sum(len(r.student.prompt) + len(r.student.completion) for r in rows),
+                    len(drawn),
+                    sum(len(d.ids) + d.stopped for d in drawn),
+                    sum(d.stopped for d in drawn),
+                    sum(d.damaged for d in drawn),
+                ]
+            )
+        ).tolist()
         found = {"groups": groups, "one_to_one": plain / max(1, groups), "tokens": tokens}
-        unknown = sum(len(np.unique(r.unknown)) for r in rows)
-        return found | {"unknown": unknown / max(1, groups)} if unknown else found
+        if unknown:
+            found["unknown"] = unknown / max(1, groups)
+        if written:
+            sums = {"completion_tokens": length, "stopped": stopped, "damaged": damaged}
+            found |= {name: value / written for name, value in sums.items()}
+        return found
 
 
 def sampling_rows(prompts: int, batch_size: int, limit: int) -> int:
@@ -204,20 +248,27 @@ class TokenWindows:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
+    share: Share = ALONE
 
     def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
         """See `Windows.train`."""
-        rows = self._rows(examples)
-        stats = {"tokens": sum(len(ids) for ids, _ in rows), "targets": sum(int(c[1:].sum()) for _, c in rows)}
-        return Window(build_token_batches(rows, self.batch_size, pad=self.codec.pad_id), stats)
+        rows = self._rows(examples, self.batch_size)
+        counted = [row for i, row in enumerate(rows) if row is not None and self.share.counts(i, self.batch_size)]
+        sums = [sum(len(ids) for ids, _ in counted), sum(int(c[1:].sum()) for _, c in counted)]
+        tokens, targets = self.share.total(np.array(sums)).tolist()
+        batches = build_token_batches(rows, self.batch_size, pad=self.codec.pad_id, share=self.share)
+        return Window(batches, {"tokens": tokens, "targets": targets})
 
     def evaluate(self, examples: Sequence[Example]) -> list:
         """See `Windows.evaluate`."""
-        return build_token_batches(self._rows(examples), self.eval_batch_size, pad=self.codec.pad_id)
+        rows = self._rows(examples, self.eval_batch_size)
+        return build_token_batches(rows, self.eval_batch_size, pad=self.codec.pad_id, share=self.share)
 
-    def _rows(self, examples):
-        rows = [self._row(e) for e in examples]
-        return [(ids[: self.max_length], counted[: self.max_length]) for ids, counted in rows]
+    def _rows(self, examples: Sequence[Example], batch_size: int) -> list:
+        """The rows that are made here, None for the others."""
+        here = set(self.share.here(len(examples), batch_size))
+        rows = [self._row(e) if i in here else None for i, e in enumerate(examples)]
+        return [row and (row[0][: self.max_length], row[1][: self.max_length]) for row in rows]
 
     def _row(self, example: Example):
         if self.counted != "completion" and example.messages:
