@@ -314,18 +314,29 @@ class Decoder(nnx.Module):
         already is looked at where it lies; else this is a copy. On a mesh it is cut over `tensor` alone, so that a token needs no
         weight from another device.
         """
-        names = [name for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)]
+        names = self._names()
         stacked = {name: getattr(self.layers, name)[...] for name in names}
-        head, where = self.head_weight(), self.placement
-        if where is not None:
-            specs = {name: info.spec for name, info in layer_parameters(self.config).items()}
-            columns = [_copies(x, self.dtype, where.decoding(x.shape[1:], specs[name])) for name, x in stacked.items()]
-            head = _whole(head, self.dtype, where.decoding(head.shape, ("vocab", "embed")))
+        head = self.head_weight()
+        if self.placement is not None:
+            own, whole = self.decoding_shardings().layers[0], self.decoding_shardings().head
+            columns = [_copies(x, self.dtype, own[name]) for name, x in stacked.items()]
+            head = _whole(head, self.dtype, whole)
         else:
             apart = _views if all(_can_be_viewed(x, self.dtype) for x in stacked.values()) else _copies
             columns = [apart(x, self.dtype) for x in stacked.values()]
             head = head.astype(self.dtype)
         return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], head)
+
+    def decoding_shardings(self) -> DecodingWeights:
+        """Where the weights that decoding reads lie on the model's mesh."""
+        table, where, config = layer_parameters(self.config), self.placement, self.config
+        own = {name: where.decoding(table[name].shape, table[name].spec) for name in self._names()}
+        head = where.decoding((config.vocab_size, config.width), ("vocab", "embed"))
+        return DecodingWeights([dict(own) for _ in range(config.layers)], head)
+
+    def _names(self) -> list[str]:
+        """The parameters of a layer."""
+        return [name for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)]
 
     @jax.named_scope("decode")
     @true_float32

@@ -85,7 +85,8 @@ def read(text: str) -> Program:
                 name = _NAME.match(line.removeprefix("ENTRY "))[1]
                 entry = name if marked else entry
                 own, root = {}, None
-        elif line.startswith("}"):  # what follows says where it runs, as on a v6e's SparseCores
+        # What follows says where it runs, as on a v6e's SparseCores. Kernels' own metadata goes over several lines, with braces.
+        elif line == "}" or line.startswith("}, execution_thread"):
             if own:
                 computations[name] = Computation(name, own, root or list(own.values())[-1])
             name = None

@@ -81,16 +81,19 @@ def empty(
     return _settled(placement, Cache(keys, values, zeros)), _everywhere(placement, ledger)
 
 
+def cache_shardings(placement: Placement, cache: Cache) -> Cache:
+    """Where a cache lies on a mesh: rows over shards, heads over `tensor`."""
+    rows, heads = cache.keys[0].shape[:2]
+    by_head = placement.on(placement.rows(rows), placement.heads(heads))
+    by_heads = (by_head,) * len(cache.keys)
+    return Cache(by_heads, by_heads, placement.on(placement.rows(rows)))
+
+
 def _settled(placement: Placement | None, cache: Cache) -> Cache:
     """A cache shared out over a mesh."""
     if placement is None:
         return cache
-    rows, heads = cache.keys[0].shape[:2]
-    by_head, by_row = placement.on(placement.rows(rows), placement.heads(heads)), placement.on(placement.rows(rows))
-    return Cache(
-        *jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, by_head), (cache.keys, cache.values)),
-        jax.lax.with_sharding_constraint(cache.length, by_row),
-    )
+    return jax.lax.with_sharding_constraint(cache, cache_shardings(placement, cache))
 
 
 def _everywhere(placement: Placement | None, tree):
@@ -241,4 +244,4 @@ def _taken(slots: int, cache: Cache, rows: jax.Array) -> Cache:
     return Cache(keys, values, cache.length[rows])
 
 
-__all__ = ["Ledger", "Settings", "admit", "empty", "resize", "write"]
+__all__ = ["Ledger", "Settings", "admit", "cache_shardings", "empty", "resize", "write"]

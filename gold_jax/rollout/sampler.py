@@ -11,7 +11,7 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.rollout import rows as device
 from gold_jax.rollout.engine import Sampled
 from gold_jax.rollout.rows import Settings
-from gold_jax.sizes import bucket, power_of_two
+from gold_jax.sizes import bucket, line_bucket, power_of_two
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
@@ -206,13 +206,14 @@ class _Writing:
     def _fitting_slots(self, longest: int) -> int:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
         owners = self.owner[self.alive] if self.alive.any() else [self.waiting[0]]
-        enough = _slots(max(len(self.prompts[i]) for i in owners) - 1 + self.new)
+        needed = max(len(self.prompts[i]) for i in owners) - 1 + self.new
+        enough = _slots(needed)
         config, itemsize = self.config, self.dtype.itemsize
         slot = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1])) * itemsize
         if _CHEAP * (len(self.alive) // self.shards) * enough * slot <= weights:
             return enough
-        return min(enough, _slots(longest + _SMALLEST))
+        return min(slots_for(needed), _slots(longest + _SMALLEST))
 
     def _write(self) -> None:
         """Let the device go on until there is something to do."""
@@ -261,6 +262,11 @@ def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
 def halves(rows: int) -> list[int]:
     """`rows`, half of it, and so on, rounded up, down to 1."""
     return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]
+
+
+def slots_for(length: int) -> int:
+    """How many slots a cache has at most that is to hold `length` tokens: no more than a fourth stays empty."""
+    return line_bucket(int(length), smallest=_SMALLEST)
 
 
 def _slots(length: int) -> int:

@@ -154,7 +154,11 @@ class LossFn(NamedTuple):
 
     def __call__(self, params, constants, batch):
         """Both, one after the other."""
-        return self.loss(params, constants, with_teacher(self.read, constants, batch))
+        return self.loss(params, constants, self.with_teacher(constants, batch))
+
+    def with_teacher(self, constants: Any, batch: Any) -> Any:
+        """The batch as `loss` takes it."""
+        return batch if self.read is None else with_hidden(batch, self.read(constants, batch.teacher.lines))
 
 
 class Read(NamedTuple):
@@ -164,11 +168,9 @@ class Read(NamedTuple):
     side: Side
 
 
-def with_teacher(read: Callable[[Any, Lines], jax.Array] | None, constants: Any, batch: Any) -> Any:
-    """The batch with what the teacher's hidden states are in place of its tokens; as it is where there is no teacher."""
-    if read is None:
-        return batch
-    return batch._replace(teacher=Read(read(constants, batch.teacher.lines), batch.teacher._replace(lines=None)))
+def with_hidden(batch: Batch, hidden: jax.Array) -> Batch:
+    """The batch with the teacher's hidden states in place of its tokens."""
+    return batch._replace(teacher=Read(hidden, batch.teacher._replace(lines=None)))
 
 
 def make_distillation_loss(
@@ -340,6 +342,10 @@ class Program:
             release_freed_memory()
         return self._jitted(*args)
 
+    def lower(self, *args):
+        """The function lowered for arguments, or for their shapes: to compile it ahead, perhaps for devices elsewhere."""
+        return self._jitted.lower(*args)
+
     @property
     def compiled(self) -> int:
         """For how many different arguments it has been compiled."""
@@ -350,6 +356,8 @@ class Step:
     """The jitted functions of a run: `train` over a window of micro-batches, `evaluate` for a loss alone.
 
     Attributes:
+      loss: what is minimised.
+      programs: the jitted functions by name.
       compiled: how many different shapes have been compiled so far.
     """
 
@@ -404,39 +412,47 @@ class Step:
             more, new = gradient(params, constants, batch)
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-        self._fused = Program(fused, donate=(0, 1))
-        self._first = Program(first)
-        self._add = Program(add, donate=(1, 2))
-        self._update = Program(update, donate=(0, 1))
-        self._evaluate = Program(loss.loss)
-        self._read = None if loss.read is None else Program(loss.read)
+        self.loss = loss
+        self.programs = {
+            "fused": Program(fused, donate=(0, 1)),
+            "first": Program(first),
+            "add": Program(add, donate=(1, 2)),
+            "update": Program(update, donate=(0, 1)),
+            "evaluate": Program(loss.loss),
+        }
+        if loss.read is not None:
+            self.programs["read"] = Program(loss.read)
 
     @property
     def compiled(self) -> int:
         """Number of compiled programs so far."""
-        programs = self._fused, self._first, self._add, self._update, self._evaluate, self._read
-        return sum(program.compiled for program in programs if program is not None)
+        return sum(program.compiled for program in self.programs.values())
+
+    def _read(self, constants: Any, batch: Any) -> Any:
+        """A batch on the mesh that the teacher, where there is one, has read."""
+        batch = self._place(batch)
+        if "read" not in self.programs:
+            return batch
+        return with_hidden(batch, self.programs["read"](constants, batch.teacher.lines))
 
     def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.
 
         Where loss or gradients are not finite, `skipped` is 1 and the state stays as it was.
         """
-        batches = [self._place(batch) for batch in batches]
-        head = with_teacher(self._read, constants, batches[0])
+        run = self.programs
+        head = self._read(constants, batches[0])
         if len(batches) == 1:
-            state.params, state.optimizer, metrics, done = self._fused(state.params, state.optimizer, constants, head)
+            state.params, state.optimizer, metrics, done = run["fused"](state.params, state.optimizer, constants, head)
         else:
-            metrics, grads = self._first(state.params, constants, head)
+            metrics, grads = run["first"](state.params, constants, head)
             for batch in batches[1:]:
-                metrics, grads = self._add(
-                    state.params, grads, metrics, constants, with_teacher(self._read, constants, batch)
-                )
-            state.params, state.optimizer, done = self._update(state.params, state.optimizer, grads, metrics[0])
+                metrics, grads = run["add"](state.params, grads, metrics, constants, self._read(constants, batch))
+            state.params, state.optimizer, done = run["update"](state.params, state.optimizer, grads, metrics[0])
         loss, parts = metrics
         return {"loss": loss, **done, **parts}
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""
-        loss, parts = self._evaluate(params, constants, with_teacher(self._read, constants, self._place(batch)))
+        loss, parts = self.programs["evaluate"](params, constants, self._read(constants, batch))
         return {"loss": loss, **parts}

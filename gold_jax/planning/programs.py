@@ -1,0 +1,346 @@
+"""The programs of a run, compiled for devices that are not here: what they hold, what they send, and how long compiling takes.
+
+Nothing of a model is there but its shapes. The step, its loss and the sampler are those that training calls; a batch has rows as
+long as the settings allow, which share no beginning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.loss_spec import LossSpec
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.decoder import Decoder
+from gold_jax.parallel.layout import ROWS, Placement
+from gold_jax.planning.collectives import Collectives, read_collectives
+from gold_jax.rollout import rows as sampling
+from gold_jax.rollout.sampler import STOP_SLOTS, slots_for
+from gold_jax.sizes import bucket
+from gold_jax.text.batch import Half, Row, build_batches, build_token_batches
+from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.optimizer import make_optimizer
+from gold_jax.training.step import (
+    Constants,
+    Step,
+    TrainState,
+    make_cross_entropy_loss,
+    make_distillation_loss,
+    optimizer_shardings,
+    with_hidden,
+)
+from gold_jax.training.windows import sampling_rows
+
+CHUNK = 256  # what `losses.chunked.chunk_size` takes on accelerators
+
+
+class Pair(NamedTuple):
+    """The models of a run.
+
+    Attributes:
+      student, teacher: their configs; no teacher is fine-tuning.
+      matched: entries that the two vocabularies share; None: they are one and the same.
+    """
+
+    student: DecoderConfig
+    teacher: DecoderConfig | None = None
+    matched: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program, in bytes of one device.
+
+    Attributes:
+      arguments: what it is given.
+      fresh: what it returns in memory of its own, not in its arguments' place.
+      temporaries: what it needs while it runs.
+      seconds: that compiling took.
+      collectives: what it sends.
+      error: what the compiler said where it gave up; then the numbers are zero.
+    """
+
+    arguments: int = 0
+    fresh: int = 0
+    temporaries: int = 0
+    seconds: float = 0.0
+    collectives: Collectives | None = None
+    error: str | None = None
+
+
+class PlannedRun:
+    """A run's programs and what lies on a device, before anything is there.
+
+    Args:
+      args: the settings.
+      pair: the models.
+      placement: of the student; its mesh may be of devices that are only described.
+      platform: what the devices are, of `models.attention.PLATFORMS`.
+      attention: as in `Decoder`.
+    """
+
+    def __init__(
+        self, args: SFTConfig, pair: Pair, placement: Placement, *, platform: str = "tpu", attention: str | None = None
+    ):
+        self.args, self.pair, self.placement = args, pair, placement
+        self.dtype = "float32" if args.bf16 is False else "bfloat16"
+        make = functools.partial(Decoder.abstract, dtype=self.dtype, attention=attention or "auto", platform=platform)
+        self.student = make(pair.student, remat=args.gradient_checkpointing, placement=placement)
+        self.graph, self.params = self._placed(self.student)
+        self.optimizer = make_optimizer(args, total_steps=1000)
+        kept = jax.tree.map(lambda x: x.sharding, self.params)
+        self.shardings = TrainState(kept, optimizer_shardings(self.optimizer, self.params, kept))
+        self.state = jax.tree.map(_abstract, jax.eval_shape(self.optimizer.init, self.params), self.shardings.optimizer)
+        self.constants: Any = ()
+        self.teacher = None
+        chunk = args.loss_chunk or CHUNK
+        if pair.teacher is None:
+            loss = make_cross_entropy_loss(self.graph, chunk=chunk)
+        else:
+            where = Placement(placement.mesh, args.teacher_layout)
+            self.teacher = make(pair.teacher, param_dtype=self.dtype, placement=where)
+            teacher_graph, teacher_params = self._placed(self.teacher)
+            self.spec: LossSpec = args.loss_spec(pair.matched is None)
+            vocabulary = self._vocabulary()
+            self.constants = self._constants(teacher_params, vocabulary)
+            loss = make_distillation_loss(self.graph, teacher_graph, self.spec, vocabulary, chunk=chunk)
+        self.step = Step(loss, self.optimizer, self.shardings)
+
+    # what is there
+
+    @property
+    def rows(self) -> int:
+        """Rows of a micro-batch, on all devices."""
+        return self.args.per_device_train_batch_size * self.placement.shards
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest row."""
+        return self.args.max_length or 1024
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the longest prompt."""
+        return self.args.prompt_budget if isinstance(self.args, GOLDConfig) else self.length // 2
+
+    @property
+    def samples(self) -> bool:
+        """Whether the student writes completions."""
+        return isinstance(self.args, GOLDConfig) and self.pair.teacher is not None and self.args.lmbda > 0
+
+    def resident(self) -> dict[str, int]:
+        """Bytes of one device that are taken all the time, by part."""
+        found = {"student": held(self.params), "optimizer": held(self.state)}
+        if self.pair.teacher is not None:
+            # A tied teacher's head is its embedding, reordered where it lies.
+            mine = self.constants._replace(teacher_head=None) if self.pair.teacher.tied else self.constants
+            found["teacher"] = held(mine)
+        if self.args.gradient_accumulation_steps > 1:
+            found["gradients"] = held(self.params)
+        return found
+
+    # its programs
+
+    def programs(self) -> dict[str, Callable[[], Any]]:
+        """Every program of an update, lowered when called."""
+        batch, found = self.batch(), {}
+        if self.teacher is not None and self.spec.distillation_weight:
+            lines = batch.teacher.lines
+            read = self.step.programs["read"]
+            found["teacher"] = lambda: read.lower(self.constants, lines)
+            hidden = jax.eval_shape(self.step.loss.read, self.constants, lines)
+            hidden = _abstract(hidden, self.placement.on(ROWS))
+            batch = with_hidden(batch, hidden)
+        names = ("fused",) if self.args.gradient_accumulation_steps == 1 else ("first", "add", "update")
+        metrics = jax.eval_shape(self.step.loss.loss, self.params, self.constants, batch)
+        metrics = jax.tree.map(lambda x: _abstract(x, self.placement.everywhere), metrics)
+        given = {
+            "fused": (self.params, self.state, self.constants, batch),
+            "first": (self.params, self.constants, batch),
+            "add": (self.params, self.params, metrics, self.constants, batch),
+            "update": (self.params, self.state, self.params, metrics[0]),
+        }
+        for name in names:
+            program = self.step.programs[name]
+            found[_SHOWN[name]] = lambda program=program, name=name: program.lower(*given[name])
+        if self.samples:
+            found |= {"prefill": self._admit, "decoding": self._write}
+        return found
+
+    def batch(self) -> Any:
+        """A micro-batch of rows as long as they may be, as shapes on the mesh."""
+        rng, each = np.random.default_rng(0), self.args.per_device_train_batch_size
+        made, prompt = [], min(self.prompt_length, self.length - 1)
+        for _ in range(each):
+            sides = []
+            for config in (self.pair.student, self.pair.teacher or self.pair.student):
+                ids = rng.integers(0, config.vocab_size, self.length).astype(np.int32)
+                sides.append(Half(ids[:prompt], ids[prompt:], np.arange(self.length - prompt)))
+            made.append(Row(*sides, groups=self.length - prompt, text="", stopped=True))
+        if self.pair.teacher is None:
+            rows = [(np.concatenate(r.student[:2]), np.arange(self.length) >= prompt) for r in made]
+            (batch,) = build_token_batches(rows, each)
+        else:
+            groups = "all" if self.spec.groups == "positional" else self.spec.groups
+            (batch,) = build_batches(made, each, merge=self.spec.merge, groups=groups, text=self.spec.of_text)
+        shards, where = self.placement.shards, self.placement.on(ROWS)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] * shards, *x.shape[1:]), x.dtype, sharding=where), batch
+        )
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows that are written at once, on all devices."""
+        args, shards = self.args, self.placement.shards
+        prompts = self.rows * args.gradient_accumulation_steps
+        asked = sampling_rows(prompts, self.rows, args.generation_batch_size or 32 * shards)
+        return -(-min(asked, prompts) // shards) * shards
+
+    @property
+    def slots(self) -> int:
+        """Slots of the cache at its largest."""
+        return slots_for(self.prompt_length - 1 + self.args.max_completion_length)
+
+    def cache(self) -> Any:
+        """The cache and what is known of the rows, as shapes on the mesh."""
+        return self._sampling()[:2]
+
+    def decoding_weights(self) -> Any:
+        """The copy of the weights that decoding reads, as shapes on the mesh."""
+        return self._sampling()[2]
+
+    @functools.cache  # noqa: B019  (lives as long as the plan)
+    def _sampling(self) -> tuple:
+        config, where = self.pair.student, self.placement
+        empty = functools.partial(
+            sampling.empty.__wrapped__,
+            config=config,
+            dtype=jnp.dtype(self.dtype),
+            placement=where,
+            rows=self.sampled_rows,
+            slots=self.slots,
+            new=self.args.max_completion_length,
+        )
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        cache, ledger = jax.eval_shape(empty, key)
+        weights = jax.eval_shape(lambda params: nnx.merge(self.graph, params).decoding_weights(), self.params)
+        return (
+            jax.tree.map(_abstract, cache, sampling.cache_shardings(where, cache)),
+            jax.tree.map(lambda x: _abstract(x, where.everywhere), ledger),
+            jax.tree.map(_abstract, weights, self.student.decoding_shardings()),
+        )
+
+    def _write(self):
+        cache, ledger, weights = self._sampling()
+        integer = jax.ShapeDtypeStruct((), jnp.int32)
+        real = jax.ShapeDtypeStruct((), jnp.float32)
+        stops = jax.ShapeDtypeStruct((STOP_SLOTS,), jnp.int32)
+        settings = sampling.Settings(real, integer, real, stops, integer)
+        return sampling.write.lower(
+            self.graph, self.params, weights, cache, ledger, settings, integer, integer, integer
+        )
+
+    def _admit(self):
+        cache, ledger, _ = self._sampling()
+        width = bucket(self.prompt_length - 1)
+
+        def integers(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+        rows, key = self.sampled_rows, jax.eval_shape(lambda: jax.random.key(0))
+        each = [integers(rows)] * 4
+        return sampling.admit.lower(self.graph, self.params, cache, ledger, integers(rows, width), *each, key)
+
+    # how it is made
+
+    def _placed(self, model: Decoder) -> tuple[Any, Any]:
+        graph, params = nnx.split(model)
+        return graph, jax.tree.map(_abstract, params, model.shardings(model.placement))
+
+    def _vocabulary(self) -> VocabularyMap:
+        sizes = self.pair.student.vocab_size, self.pair.teacher.vocab_size
+        if self.pair.matched is None:
+            return VocabularyMap.identity(*sizes)
+        matched = self.pair.matched
+        # Any order that is not the entries' own.
+        orders = [np.roll(np.arange(size, dtype=np.int32), 1) for size in sizes]
+        routes = [np.full(size - matched, matched, np.int32) for size in sizes]
+        return VocabularyMap(*orders, matched, matched, *sizes, *routes)
+
+    def _constants(self, params: Any, vocabulary: VocabularyMap) -> Constants:
+        teacher = self.teacher
+        here = teacher.placement.everywhere
+
+        def integers(array):
+            return jax.ShapeDtypeStruct(array.shape, jnp.int32, sharding=here)
+
+        identity = self.pair.matched is None
+        head = (self.pair.teacher.vocab_size, self.pair.teacher.width)
+        return Constants(
+            teacher=params,
+            teacher_head=jax.ShapeDtypeStruct(
+                head, teacher.param_dtype, sharding=teacher.placement.stored(head, ("vocab", "embed"))
+            ),
+            teacher_place=integers(vocabulary.teacher_order),
+            student_order=None if identity else integers(vocabulary.student_order),
+            student_place=integers(vocabulary.student_order),
+            student_route=integers(vocabulary.student_route),
+            teacher_route=integers(vocabulary.teacher_route),
+            student_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
+            teacher_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
+        )
+
+
+_SHOWN = {"fused": "student", "first": "student", "add": "student, further micro-batches", "update": "optimizer"}
+
+
+def compile_program(lower: Callable[[], Any], mesh: Mapping[str, int], *, trips: int = 1) -> Program:
+    """Compiles a program for the devices of its shardings.
+
+    Args:
+      lower: gives the lowered program.
+      mesh: sizes of the mesh's axes.
+      trips: how often a loop runs whose number of turns only the run knows.
+    """
+    start = time.perf_counter()
+    try:
+        compiled = lower().compile()
+    except Exception as error:
+        if "memory" not in str(error).lower():
+            raise
+        return Program(seconds=time.perf_counter() - start, error=" ".join(str(error).split()))
+    seconds = time.perf_counter() - start
+    about = compiled.memory_analysis()
+    return Program(
+        about.argument_size_in_bytes,
+        about.output_size_in_bytes - about.alias_size_in_bytes,
+        about.temp_size_in_bytes,
+        seconds,
+        read_collectives(compiled.as_text(), mesh, unknown_trips=trips),
+    )
+
+
+def held(tree: Any) -> int:
+    """Bytes that a tree of arrays, or of their shapes, takes on one device of its mesh."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+        for x in jax.tree.leaves(tree)
+        if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+
+__all__ = ["Pair", "PlannedRun", "Program", "compile_program", "held"]
