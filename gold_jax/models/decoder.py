@@ -370,6 +370,7 @@ class Decoder(nnx.Module):
                 tables[int(sliding)],
                 near if sliding else seen,
                 (cache.keys[index], cache.values[index], cache.length),
+                self.platform,
                 self.placement,
             )
             keys.append(key)

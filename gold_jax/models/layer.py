@@ -97,6 +97,7 @@ def decode(
     table: tuple,
     allowed: jax.Array,
     cache: tuple,
+    platform: str,
     placement: Placement | None = None,
 ):
     """One layer over one token per row.
@@ -104,6 +105,7 @@ def decode(
     Args:
         weights: as in `forward`; x: [B, D]; table: cosines and sines [B, 1, K / 2].
         allowed: bool [B, S]; cache: keys [B, N, K, S], values [B, N, S, K], and the slots [B] to write to.
+        platform, placement: the model's.
 
     Returns:
         x [B, D], and the two caches with the token in them.
@@ -113,23 +115,41 @@ def decode(
         y.reshape(rows, 1, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
     query, key = _place_heads(config, weights, query, key, table)
-    attend = functools.partial(_attend_to_cache, config)
+    attend = functools.partial(_attend_to_cache, config, platform)
     if placement is not None:
         attend = over_cache(placement, attend, config.heads, config.kv_heads)
     attended, keys, values = attend(query, key, value, allowed, *cache)
     return _after_attention(config, weights, x, attended), keys, values
 
 
-def _attend_to_cache(config: DecoderConfig, query, key, value, allowed, keys, values, slots):
+def _attend_to_cache(config: DecoderConfig, platform: str, query, key, value, allowed, keys, values, slots):
     """Attention of one token per row, [B, 1, heads, K], to the cache with it in its slot: [B, H * K], and the caches."""
-    rows = jnp.arange(len(query))
-    keys = keys.at[rows, :, :, slots].set(key[:, 0], indices_are_sorted=True, unique_indices=True)
-    values = values.at[rows, :, slots].set(value[:, 0], indices_are_sorted=True, unique_indices=True)
+    put = _row_by_row if platform == "tpu" else _all_rows
+    keys, values = put(keys, key[:, 0], slots, 3), put(values, value[:, 0], slots, 2)
     query = query.reshape(len(query), key.shape[2], -1, config.head_dim)
     scores = jnp.einsum("bngk,bnks->bngs", query, keys, preferred_element_type=jnp.float32)
     weighed = shares(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
     attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(values.dtype), values)
     return attended.reshape(len(query), -1), keys, values
+
+
+def _all_rows(cache: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+    """A cache with `new` [B, N, K] in each row's slot, slots being one of its axes."""
+    rows = jnp.arange(len(new))
+    at = cache.at[rows, :, :, slots] if axis == 3 else cache.at[rows, :, slots]
+    return at.set(new, indices_are_sorted=True, unique_indices=True)
+
+
+def _row_by_row(cache: jax.Array, new: jax.Array, slots: jax.Array, axis: int) -> jax.Array:
+    """As `_all_rows`, for TPUs: there a scatter copies the whole cache into another layout and back for every token.
+
+    A loop in the program would have the cache copied as well; written out, every row is put where it belongs.
+    """
+    for row in range(len(new)):
+        start = [row, 0, 0, 0]
+        start[axis] = slots[row]
+        cache = jax.lax.dynamic_update_slice(cache, jnp.expand_dims(new[row : row + 1], axis), start)
+    return cache
 
 
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:

@@ -93,8 +93,10 @@ def _harmless(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bo
     """Whether another split into devices and micro-batches leaves every update its rows and who writes them."""
     if name not in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         return False
-    same = saved.get(_MICRO, saved.get("per_device_train_batch_size")) == now[_MICRO]
-    return saved.get("rows of an update") == now["rows of an update"] and (same or now.get("lmbda", 0) in (0, 1))
+    if saved.get("rows of an update") != now["rows of an update"]:
+        return False
+    micro = saved.get(_MICRO, saved.get("per_device_train_batch_size"))  # before there were meshes, the two were one
+    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(_MICRO))
 
 
 def find_and_restore(

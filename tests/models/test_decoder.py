@@ -157,6 +157,19 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
     assert difference < 1e-5 * scale
 
 
+def test_a_tpu_puts_tokens_into_the_cache_row_by_row_and_computes_the_same(load):
+    model, (tokens, mask) = load("qwen3"), tiny.batch()
+    outcomes = []
+    for platform in ("cpu", "tpu"):
+        model.platform = platform
+        _, cache = model.prefill(tokens, mask, tokens.shape[1] + 2)
+        for token in (1, 2):
+            hidden, cache = model.decode_step(jnp.full(len(tokens), token), cache)
+        outcomes.append((hidden, cache))
+    model.platform = "cpu"
+    chex.assert_trees_all_equal(*outcomes)
+
+
 def test_bfloat16_computes_from_float32_masters(load):
     model = load("qwen3", dtype="bfloat16")
     tokens, mask = tiny.batch()

@@ -236,6 +236,16 @@ def test_how_an_update_is_split_matters_where_the_student_writes_a_share_of_the_
     assert len(check_run(saved | {"lmbda": 1}, now | {"lmbda": 1}, "here")) == 1
 
 
+def test_another_mesh_matters_where_it_makes_other_micro_batches():
+    saved = {"per_device_train_batch_size": 1, "rows of an update": 8, "rows of a micro-batch": 8, "lmbda": 0.5, "mesh": "fsdp=8"}
+    now = saved | {"per_device_train_batch_size": 2, "mesh": "fsdp=4"}
+    (line,) = check_run(saved, now, "here")
+    assert "--per_device_train_batch_size: 2" in line
+    other = saved | {"gradient_accumulation_steps": 2, "rows of a micro-batch": 4}
+    with pytest.raises(ValueError, match="--gradient_accumulation_steps is 2 and was 1"):
+        check_run(saved | {"gradient_accumulation_steps": 1}, other, "here")
+
+
 def test_fewer_updates_than_the_checkpoint_has_seen_are_refused(world, finished, tmp_path):
     with pytest.raises(ValueError, match="seen 4 updates.*makes 3.*--max_steps"):
         sft(world, copied(finished, tmp_path), max_steps=3).train("latest")
