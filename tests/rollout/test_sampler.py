@@ -176,7 +176,7 @@ def test_rows_that_are_done_are_left_behind_when_no_prompt_waits(model, events):
 def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):
     drawn = generate(model, [[3] * 20] * 8, rows=8, new=300)
     assert [len(completion.ids) for completion in drawn] == [300] * 8
-    assert [slots for name, _, slots in events if name == "write"] == [64, 128, 256, 512]
+    assert [slots for name, _, slots in events if name == "write"] == [64, 128, 256, 320]
 
 
 def test_slots_shrink_when_a_long_row_has_left(model, events):
