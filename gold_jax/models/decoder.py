@@ -320,7 +320,8 @@ class Decoder(nnx.Module):
         if self.placement is not None:
             own, whole = self.decoding_shardings().layers[0], self.decoding_shardings().head
             columns = [_copies(x, self.dtype, own[name]) for name, x in stacked.items()]
-            head = _whole(head, self.dtype, whole)
+            # Columns are cut in training, rows here: XLA takes it whole in between, and says so unless it is told to.
+            head = _whole(_whole(head, self.dtype, self.placement.everywhere), self.dtype, whole)
         else:
             apart = _views if all(_can_be_viewed(x, self.dtype) for x in stacked.values()) else _copies
             columns = [apart(x, self.dtype) for x in stacked.values()]

@@ -194,7 +194,7 @@ def write(
         return steps + 1, _settled(model.placement, cache), _everywhere(model.placement, ledger)
 
     steps, cache, ledger = jax.lax.while_loop(going, step, (jnp.int32(0), cache, ledger))
-    return cache, ledger, steps
+    return _settled(model.placement, cache), *_everywhere(model.placement, (ledger, steps))
 
 
 @jax.named_scope("draw")

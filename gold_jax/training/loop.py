@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
+from gold_jax.parallel.watch import WAITING, Watch
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.training import profile
@@ -106,6 +108,7 @@ class Loop:
         self.step = Step(task.loss, optimizer, shardings, *(() if where is None else (where.put_rows,)))
         self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
         processes.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
+        self.watch = Watch(shout)  # nobody, until `train` enters one
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -124,13 +127,15 @@ class Loop:
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpoints(
-            self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
-        )
-        try:
-            return self._train(resume)
-        finally:
-            self.checkpoints.close()
+        limit = self.args.process_timeout
+        with Watch(shout, lost_after=limit, lag_after=2 * limit) as self.watch:
+            self.checkpoints = Checkpoints(
+                self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
+            )
+            try:
+                return self._train(resume)
+            finally:
+                self.checkpoints.close()
 
     def _train(self, resume: str | None) -> dict[str, float]:
         args = self.args
@@ -186,6 +191,7 @@ class Loop:
             # The device works on this update; the host meanwhile draws up the next one.
             window = stop.breakable(self._window, step + 1) if step + 1 < total else None
             with profile.host_part(profile.WAITING):
+                self.watch.at(step + 1, WAITING)
                 jax.block_until_ready(metrics["loss"])
 
             learning_rate = float(self.schedule(step - self.skips.total))  # an update that is left out takes none
@@ -270,6 +276,7 @@ class Loop:
     @profile.as_host_part(profile.SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
+        self.watch.at(self.done, "saving a checkpoint")
         log.flush()  # no line up to here may be missing where the run goes on
         student = None
         if jax.process_count() == 1:
@@ -310,6 +317,7 @@ class Loop:
         raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
 
     def _save_student(self) -> None:
+        self.watch.at(self.done, "saving the student")
         self.checkpoints.finish()
         try:
             self.save(self.output)
@@ -328,12 +336,14 @@ class Loop:
         return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
 
     def _window(self, step: int):
+        self.watch.at(step, "making the batch")
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
         return self.task.windows.train(step, examples, self.state.params)
 
     @profile.as_host_part(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
+        self.watch.at(self.done, "evaluating")
         if self.task.eval is None:
             raise ValueError(
                 "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
@@ -379,6 +389,11 @@ class Loop:
             self.console,
             [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
         )
+
+
+def shout(line: str) -> None:
+    """Says a line in whatever process this is, also where the console is another's."""
+    print(f"gold_jax: {line}", file=sys.stderr, flush=True)
 
 
 def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:

@@ -16,12 +16,13 @@ from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import make_mesh, mesh_in_words, mesh_sizes
+from gold_jax.parallel.watch import Watch
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
 from gold_jax.text.share import Share
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.loop import Loop, Task, measures
+from gold_jax.training.loop import Loop, Task, measures, shout
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant, load_tokenizer
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
@@ -70,32 +71,34 @@ class SFTTrainer:
         dataset_name: str | None = None,
     ):
         """Loads what is named and checks everything that can be checked before the first update."""
-        self.args = args if args is not None else self._default_args()
-        processes.start(self.args.coordinator_address, self.args.num_processes, self.args.process_id)
+        self.args = a = args if args is not None else self._default_args()
+        processes.start(a.coordinator_address, a.num_processes, a.process_id)
         self.console = (console or Console()) if processes.is_first() else Console(quiet=True)
         self.command = command
-        self.notices = list(self.args.notices)
-        self.dtype = compute_dtype(self.args.bf16)
+        self.notices = list(a.notices)
+        self.dtype = compute_dtype(a.bf16)
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
-        text_column = self.args.dataset_text_field
-        self.train_examples = load_examples(train_dataset, text_column=text_column)
-        self.eval_examples = None if eval_dataset is None else load_examples(eval_dataset, text_column=text_column)
-        options = self.args.model_init_kwargs
-        self.save_dtype = options.get("dtype") or "float32"
-        self.placement = place_run(self.args.mesh, self.args.layout)
-        self.shards = 1 if self.placement is None else self.placement.shards
-        self.share = share_of(self.placement)
-        self.student = self._load(
-            "student",
-            model,
-            processing_class,
-            options,
-            remat=self.args.gradient_checkpointing,
-            placement=self.placement,
-        )
-        self.loop = self._loop()
+        with Watch(shout, lost_after=a.process_timeout, lag_after=2 * a.process_timeout) as watch:
+            watch.at(0, "loading data and models")
+            self.train_examples = load_examples(train_dataset, text_column=a.dataset_text_field)
+            self.eval_examples = eval_dataset
+            if eval_dataset is not None:
+                self.eval_examples = load_examples(eval_dataset, text_column=a.dataset_text_field)
+            self.save_dtype = a.model_init_kwargs.get("dtype") or "float32"
+            self.placement = place_run(a.mesh, a.layout)
+            self.shards = 1 if self.placement is None else self.placement.shards
+            self.share = share_of(self.placement)
+            self.student = self._load(
+                "student",
+                model,
+                processing_class,
+                a.model_init_kwargs,
+                remat=a.gradient_checkpointing,
+                placement=self.placement,
+            )
+            self.loop = self._loop()
 
     @staticmethod
     def _default_args() -> SFTConfig:

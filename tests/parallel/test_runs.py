@@ -1,0 +1,159 @@
+"""Whole runs of several processes and on several meshes: the same numbers, and what happens when a process ends."""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from parallel.run_several import finish, free_address
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[2]
+QUICK = {
+    "config": "embedded:quickstart",
+    "mesh": "fsdp=4,tensor=2",
+    "per_device_train_batch_size": 2,
+    "max_steps": 6,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "eval_on_start": False,
+    "eval_strategy": "no",
+    "log_completions": False,
+    "warmup_steps": 0,
+    "seed": 2,
+}
+
+
+def begin(output, number=1, index=0, address=None, **changes) -> subprocess.Popen:
+    """One process of a run of `number` with eight devices in all."""
+    flags = [f"--{name}={value}" for name, value in ({**QUICK, "output_dir": output} | changes).items()]
+    several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(index)}
+    environment = os.environ | (several if number > 1 else {}) | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "gold_jax.train", *flags]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def begin_two(output, **changes) -> list[subprocess.Popen]:
+    address = free_address()
+    return [begin(output, 2, index, address, **changes) for index in range(2)]
+
+
+def ends(*runs, timeout=400) -> list[tuple[int, str]]:
+    """Exit code and all that was said, of each."""
+    found = [finish(run, timeout) for run in runs]
+    return [(code, out + err) for code, out, err in found]
+
+
+def log(output):
+    return [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other, tolerance=1e-5):
+    """The same losses and the same student, as far as sums in another order go."""
+    assert [row["step"] for row in log(one)] == [row["step"] for row in log(other)] == list(range(1, 7))
+    for a, b in zip(log(one), log(other)):
+        names = {"loss", "grad_norm", "groups", "on_policy", "completion_tokens", "stopped"}
+        assert names & set(a) == names & set(b)
+        for name in names & set(a):
+            assert a[name] == pytest.approx(b[name], rel=tolerance), (a["step"], name)
+    students = [load_file(pathlib.Path(folder) / "model.safetensors") for folder in (one, other)]
+    for name, values in students[0].items():
+        np.testing.assert_allclose(values, students[1][name], rtol=1e-4, atol=2e-5, err_msg=name)
+
+
+def wait_for(condition, run, timeout=300):
+    until = time.monotonic() + timeout
+    while not condition():
+        assert run.poll() is None and time.monotonic() < until, run.communicate()
+        time.sleep(0.05)
+
+
+def reached(output, step):
+    path = pathlib.Path(output) / "metrics.jsonl"
+    return lambda: path.exists() and f'"step": {step},' in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run of one process with eight devices that nothing stopped."""
+    output = tmp_path_factory.mktemp("one")
+    ((code, said),) = ends(begin(output))
+    assert code == 0, said[-3000:]
+    assert "mesh: fsdp=4,tensor=2 (8 devices)" in said
+    assert {row["on_policy"] for row in log(output)} == {0, 1}  # both kinds of batches
+    return output
+
+
+def test_two_processes_with_four_devices_are_one_with_eight(one, tmp_path):
+    (code, said), (other, quiet) = ends(*begin_two(tmp_path))
+    assert code == other == 0, said[-3000:] + quiet[-3000:]
+    assert "(8 devices of 2 processes)" in said and "updates done" not in quiet
+    assert_same(one, tmp_path)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_is_killed_the_other_names_it_and_ends(tmp_path, killed):
+    runs = begin_two(tmp_path, process_timeout=4, max_steps=2000)
+    wait_for(reached(tmp_path, 3), runs[0])
+    runs[killed].kill()
+    start = time.monotonic()
+    code, said = ends(runs[1 - killed], timeout=90)[0]
+    ends(runs[killed])
+    assert code == 75, said[-3000:]
+    assert re.search(rf"\(process {killed}\) .*Start the run again with --resume_from_checkpoint latest", said), said[-3000:]
+    assert time.monotonic() - start < 60
+
+
+def test_a_preempted_run_saves_and_goes_on_with_another_number_of_processes(one, tmp_path):
+    runs = begin_two(tmp_path)
+    wait_for(reached(tmp_path, 2), runs[0])
+    runs[1].send_signal(signal.SIGTERM)  # the platform's notice may come to any of them
+    for code, said in ends(*runs):
+        assert code == 75, said[-3000:]
+    saved = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    assert saved and (tmp_path / saved[-1] / "run.json").exists()
+    changes = {"mesh": "data=2,fsdp=2", "per_device_train_batch_size": 2, "resume_from_checkpoint": "latest"}
+    ((code, said),) = ends(begin(tmp_path, **changes | {"mesh": "fsdp=4,tensor=2"}))
+    assert code == 0 and "Resumed from" in said, said[-3000:]
+    assert_same(one, tmp_path)
+
+
+@pytest.mark.parametrize("mesh, rows", [("fsdp=8", 1), ("data=2,fsdp=2,tensor=2", 2)])
+def test_a_run_goes_on_on_another_mesh(one, tmp_path, mesh, rows):
+    changes = {"mesh": mesh, "per_device_train_batch_size": rows}
+    checkpoint = one / "checkpoint-4"
+    ((code, said),) = ends(begin(tmp_path, resume_from_checkpoint=checkpoint, **changes))
+    assert code == 0 and f"Resumed from {checkpoint}: 4 of 6" in said, said[-3000:]
+    for row in log(tmp_path):
+        match = log(one)[row["step"] - 1]
+        assert row["loss"] == pytest.approx(match["loss"], rel=1e-5)
+    assert [row["step"] for row in log(tmp_path)] == [5, 6]
+
+
+def test_what_one_process_cannot_load_ends_all_with_its_error(tmp_path):
+    address = free_address()
+    runs = [begin(tmp_path, 2, 0, address), begin(tmp_path, 2, 1, address, model_name_or_path=tmp_path / "nowhere")]
+    (code, said), (other, error) = ends(*runs, timeout=120)
+    assert (code, other) == (1, 2), said[-2000:] + error[-2000:]
+    assert "nowhere" in error and re.search(r"\(process 1\) ended with an error.*nowhere", said)
+
+
+def test_processes_with_other_settings_end_with_what_differs(tmp_path):
+    address = free_address()
+    runs = [begin(tmp_path, 2, 0, address), begin(tmp_path, 2, 1, address, seed=3)]
+    for code, said in ends(*runs, timeout=200):
+        assert code in (1, 2) and "seed" in said and "(process 1) has 3" in said, said[-2000:]
