@@ -77,16 +77,24 @@ def with_one(argv: Sequence[str], flag: str) -> list[str]:
     return [*others, f"{flag}={BETWEEN.join(values)}" if values else flag]
 
 
-def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None, *, special_tokens: bool = False):
+def load_reader(
+    model: ModelArguments,
+    tokenizer: str | None,
+    bf16: bool | None,
+    *,
+    mesh: str | None = None,
+    special_tokens: bool = False,
+):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `Participant`.
 
-    `special_tokens` has the strings of special tokens in plain-text prompts read as those tokens.
+    It is spread over all devices, as `mesh` says. `special_tokens` has the strings of special tokens in plain-text prompts read
+    as those tokens.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_participant`.
+      FileNotFoundError, ValueError: as `load_participant` and `mesh_sizes`.
     """
     from gold_jax.training.participant import load_participant
-    from gold_jax.training.trainer import compute_dtype
+    from gold_jax.training.trainer import compute_dtype, place_run
 
     dtype = compute_dtype(bf16)
     return load_participant(
@@ -97,6 +105,7 @@ def load_reader(model: ModelArguments, tokenizer: str | None, bf16: bool | None,
         revision=model.model_revision,
         attention=model.attn_implementation,
         special_tokens_in_prompts=special_tokens,
+        placement=place_run(mesh),
     )
 
 

@@ -8,6 +8,7 @@ from gold_jax.command import load_reader, run
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
+from gold_jax.mesh_flags import mesh_flag
 
 
 @flags_dataclass
@@ -38,6 +39,7 @@ class EvaluateArguments:
     )
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: the one beside it.")
     seed: int = flag(42, "Seed of sampling, for the gaps.")
+    mesh: str | None = mesh_flag()
     json: bool = flag(False, "Print one JSON object.")
 
     def __post_init__(self):
@@ -61,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_column=args.dataset_text_field,
     )
     examples = examples[: args.max_samples] if args.max_samples else examples
-    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, special_tokens=args.special_tokens_in_prompts)
+    who = load_reader(
+        model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.special_tokens_in_prompts
+    )
     score = score_completions(
         who.model,
         who.codec,
@@ -108,7 +112,11 @@ def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) ->
 
     named = ModelArguments(model_name_or_path=args.teacher_model_name_or_path, dtype=model.dtype)
     teacher = load_reader(
-        named, args.teacher_tokenizer_name_or_path, args.bf16, special_tokens=args.special_tokens_in_prompts
+        named,
+        args.teacher_tokenizer_name_or_path,
+        args.bf16,
+        mesh=args.mesh,
+        special_tokens=args.special_tokens_in_prompts,
     )
     gaps = measure_gaps(
         who[:2],

@@ -9,6 +9,7 @@ from gold_jax.command import BETWEEN, load_reader, run, with_one
 from gold_jax.config import RULES, ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
+from gold_jax.mesh_flags import mesh_flag
 
 
 @flags_dataclass
@@ -31,6 +32,7 @@ class GenerateArguments:
     batch_size: int = flag(8, "Prompts at a time.")
     seed: int = flag(42, "Seed of sampling.")
     bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
+    mesh: str | None = mesh_flag()
     json: bool = flag(False, "Print one JSON object a line.")
 
     def __post_init__(self):
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.dataset_name is not None:
         rows = load_examples(args.dataset_name, split=args.dataset_split)
         prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
-    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, special_tokens=args.raw)
+    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.raw)
     start = time.perf_counter()
     drawn = sample_completions(
         who.model,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from .fields import flag
 
@@ -29,6 +30,13 @@ def read_mesh(text: str | None) -> dict[str, int]:
             )
         found[name] = int(size)
     return found
+
+
+def mesh_flag() -> Any:
+    """The field `mesh` of a command that does not train."""
+    return flag(
+        None, "Sizes of the mesh's axes, as in training, such as fsdp=4,tensor=2; none or auto: fsdp over all devices."
+    )
 
 
 @dataclasses.dataclass(kw_only=True)

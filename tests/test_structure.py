@@ -9,11 +9,13 @@ import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "gold_jax"
 FORBIDDEN = {
-    "text": {"jax", "flax", "optax", "models", "losses", "rollout", "training", "inspection"},
-    "losses": {"text", "models", "rollout", "training", "inspection", "transformers"},
-    "models": {"text", "losses", "rollout", "training", "inspection"},
-    "rollout": {"text", "losses", "training", "inspection"},
-    "training": {"inspection"},
+    "text": {"jax", "flax", "optax", "parallel", "models", "losses", "rollout", "training", "inspection", "planning"},
+    "parallel": {"text", "models", "losses", "rollout", "training", "inspection", "planning", "transformers"},
+    "losses": {"text", "parallel", "models", "rollout", "training", "inspection", "planning", "transformers"},
+    "models": {"text", "losses", "rollout", "training", "inspection", "planning"},
+    "rollout": {"text", "losses", "training", "inspection", "planning"},
+    "training": {"inspection", "planning"},
+    "planning": {"inspection"},
     "inspection": {"jax", "flax", "optax", "models", "losses", "rollout", "training"},
 }
 # What looks at models, and what brings everything together.

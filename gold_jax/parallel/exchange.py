@@ -41,7 +41,7 @@ class Spread:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gathered(dtype, stored, used, x):
-    # Without the barrier XLA may gather first and round afterwards, which sends twice as much.
+    # Said twice, or XLA may gather first and round afterwards, which sends twice as much.
     small = jax.lax.with_sharding_constraint(x.astype(dtype), stored)
     return jax.lax.with_sharding_constraint(small, used)
 

@@ -435,7 +435,7 @@ def compute_dtype(bf16: bool | None) -> str:
     return "bfloat16" if wanted else "float32"
 
 
-def place_run(mesh: str | None, layout: str) -> Placement | None:
+def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
     """The mesh over all devices that a run is spread over; None where there is one device.
 
     Raises:
