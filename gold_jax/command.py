@@ -94,7 +94,7 @@ def load_reader(
       FileNotFoundError, ValueError: as `load_participant` and `mesh_sizes`.
     """
     from gold_jax.training.participant import load_participant
-    from gold_jax.training.trainer import compute_dtype, place_run
+    from gold_jax.training.setting import compute_dtype, place_run
 
     dtype = compute_dtype(bf16)
     return load_participant(

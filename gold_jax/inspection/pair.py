@@ -143,7 +143,7 @@ def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: b
             f"the {role} is a {type(source).__name__} without a model to read the texts with; give a Participant, or the "
             "folder or hub id of a model, or compare the tokenizers alone (models=False)"
         )
-    from gold_jax.training.trainer import compute_dtype
+    from gold_jax.training.setting import compute_dtype
 
     dtype = compute_dtype(bf16)
     return load_participant(source, dtype=dtype, param_dtype=dtype, role=role, trust_remote_code=trust_remote_code)

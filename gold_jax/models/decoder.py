@@ -7,73 +7,20 @@ alive at a time. Norms, rotations, softmax and logits are float32 whatever `dtyp
 
 import contextlib
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from gold_jax.models import layer
 from gold_jax.models.attention import check_model, current_platform, describe, over_layers
 from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
+from gold_jax.models.decoding import Cache, DecodingWeights, can_be_viewed, copies, views, whole
+from gold_jax.models.parameters import ParamInfo, layer_parameters, parameters
 from gold_jax.parallel import exchange
 from gold_jax.parallel.exchange import Spread
 from gold_jax.parallel.layout import Placement
-
-
-class ParamInfo(NamedTuple):
-    """Shape, logical axes (for a mesh) and kind of initial value of one parameter."""
-
-    shape: tuple[int, ...]
-    spec: tuple[str | None, ...]
-    init: str
-
-
-def layer_parameters(config: DecoderConfig) -> dict[str, ParamInfo]:
-    """What one layer holds, by name, without the leading axis of layers. Matrices are [in, out]."""
-    width, inner = config.width, config.mlp_width
-    q_size, kv_size = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    table = {
-        "attention_norm": ParamInfo((width,), ("embed",), "norm"),
-        "query": ParamInfo((width, q_size), ("embed", "heads"), "matrix"),
-        "key": ParamInfo((width, kv_size), ("embed", "kv_heads"), "matrix"),
-        "value": ParamInfo((width, kv_size), ("embed", "kv_heads"), "matrix"),
-        "out": ParamInfo((q_size, width), ("heads", "embed"), "matrix"),
-        "mlp_norm": ParamInfo((width,), ("embed",), "norm"),
-        "gate": ParamInfo((width, inner), ("embed", "mlp"), "matrix"),
-        "up": ParamInfo((width, inner), ("embed", "mlp"), "matrix"),
-        "down": ParamInfo((inner, width), ("mlp", "embed"), "matrix"),
-    }
-    if config.qkv_bias:
-        table["query_bias"] = ParamInfo((q_size,), ("heads",), "zeros")
-        table["key_bias"] = ParamInfo((kv_size,), ("kv_heads",), "zeros")
-        table["value_bias"] = ParamInfo((kv_size,), ("kv_heads",), "zeros")
-    if config.out_bias:
-        table["out_bias"] = ParamInfo((width,), ("embed",), "zeros")
-    if config.mlp_bias:
-        table["gate_bias"] = ParamInfo((inner,), ("mlp",), "zeros")
-        table["up_bias"] = ParamInfo((inner,), ("mlp",), "zeros")
-        table["down_bias"] = ParamInfo((width,), ("embed",), "zeros")
-    if config.qk_norm:
-        table["query_norm"] = ParamInfo((config.head_dim,), (None,), "norm")
-        table["key_norm"] = ParamInfo((config.head_dim,), (None,), "norm")
-    if config.sandwich_norms:
-        table["attention_out_norm"] = ParamInfo((width,), ("embed",), "norm")
-        table["mlp_out_norm"] = ParamInfo((width,), ("embed",), "norm")
-    return table
-
-
-def parameters(config: DecoderConfig) -> dict[tuple[str, ...], ParamInfo]:
-    """Every parameter of the model by its path in `nnx.state`; layers' come stacked, `("layers", name)`."""
-    table = {("embedding",): ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")}
-    for name, info in layer_parameters(config).items():
-        table["layers", name] = ParamInfo((config.layers, *info.shape), ("layers", *info.spec), info.init)
-    table["final_norm",] = ParamInfo((config.width,), ("embed",), "norm")
-    if not config.tied:
-        table["head",] = ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")
-    return table
 
 
 def true_float32(method):
@@ -92,30 +39,6 @@ def true_float32(method):
 
 class Layers(nnx.Module):
     """The stacked parameters of all layers, one attribute each."""
-
-
-class Cache(NamedTuple):
-    """Keys and values of what has been read, one pair of arrays per layer so that XLA updates each in place.
-
-    A row's tokens stand in its first slots, whatever the other rows hold: a token's slot is its rotary position.
-
-    Attributes:
-        keys: tuple of L arrays [B, kv_heads, head_dim, S], S slots: a query's product with them then reads them as they lie.
-        values: tuple of L arrays [B, kv_heads, S, head_dim]. On a mesh a head may be there several times, once for each of the
-            devices that share its queries (`Placement.kv_copies`).
-        length: int32 [B], tokens that each row holds; its next one goes to this slot.
-    """
-
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
-    length: jax.Array
-
-
-class DecodingWeights(NamedTuple):
-    """What `Decoder.decode_step` reads for every token: each layer's own parameters by name, and the head [V, D]."""
-
-    layers: list[layer.Weights]
-    head: jax.Array
 
 
 class Decoder(nnx.Module):
@@ -318,12 +241,12 @@ class Decoder(nnx.Module):
         stacked = {name: getattr(self.layers, name)[...] for name in names}
         head = self.head_weight()
         if self.placement is not None:
-            own, whole = self.decoding_shardings().layers[0], self.decoding_shardings().head
-            columns = [_copies(x, self.dtype, own[name]) for name, x in stacked.items()]
+            own, where = self.decoding_shardings().layers[0], self.decoding_shardings().head
+            columns = [copies(x, self.dtype, own[name]) for name, x in stacked.items()]
             # Columns are cut in training, rows here: XLA takes it whole in between, and says so unless it is told to.
-            head = _whole(_whole(head, self.dtype, self.placement.everywhere), self.dtype, whole)
+            head = whole(whole(head, self.dtype, self.placement.everywhere), self.dtype, where)
         else:
-            apart = _views if all(_can_be_viewed(x, self.dtype) for x in stacked.values()) else _copies
+            apart = views if all(can_be_viewed(x, self.dtype) for x in stacked.values()) else copies
             columns = [apart(x, self.dtype) for x in stacked.values()]
             head = head.astype(self.dtype)
         return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], head)
@@ -446,30 +369,6 @@ class Decoder(nnx.Module):
 def _fetch(x: jax.Array, index: jax.Array) -> jax.Array:
     """`x [S, N, F]` at `index [S, M]` of each line: `[S, M, F]`. Indices must be in range."""
     return jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(x, index)
-
-
-def _can_be_viewed(x: jax.Array, dtype) -> bool:
-    """Whether parts of an array can be looked at where they lie."""
-    if isinstance(x, jax.core.Tracer) or x.dtype != dtype or not x.is_fully_addressable:
-        return False
-    return {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1
-
-
-def _views(x: jax.Array, dtype) -> list[jax.Array]:
-    """`x [L, …]` as L arrays that share its memory and keep it; as long as they live, `x` is not overwritten if donated."""
-    host = np.asarray(x)
-    return [jax.device_put(part, x.sharding, may_alias=True) for part in host]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _copies(x: jax.Array, dtype, sharding=None) -> list[jax.Array]:
-    return [_whole(part, dtype, sharding) for part in x]
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _whole(x: jax.Array, dtype, sharding=None) -> jax.Array:
-    x = x.astype(dtype)
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _choose(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):

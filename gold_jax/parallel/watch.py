@@ -10,70 +10,15 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import jax
 
 from gold_jax.parallel import processes
+from gold_jax.parallel.beats import EX_TEMPFAIL, Beat, Finding, Heard, Limits, hear, judge, lost
 
-WAITING = "waiting for the device"
-EX_TEMPFAIL = 75  # of sysexits.h: what failed will succeed if it is started again
-AGAIN = "Start the run again with --resume_from_checkpoint latest."
 _entered = itertools.count()  # all processes enter as many watches; each has its own keys in the store
-
-
-class Beat(NamedTuple):
-    """What a process says of itself every few seconds.
-
-    Attributes:
-      number: grows with every beat.
-      step: the update that it is at.
-      doing: and what it does there, such as "making the batch".
-      lasting: for how many seconds, by its own clock.
-      state: "running"; "finished"; "failed", with the error in `why`; "left", because of process `cause`, with the line that it
-        said in `why` and its exit code in `code`.
-    """
-
-    number: int
-    step: int
-    doing: str
-    lasting: float
-    state: str = "running"
-    why: str = ""
-    cause: int = -1
-    code: int = 0
-
-
-class Heard(NamedTuple):
-    """The newest beat of another process, and when it was new, by this process's clock."""
-
-    beat: Beat
-    at: float
-
-
-class Limits(NamedTuple):
-    """Seconds: between beats, until a process is taken for lost, and until one that the others wait for is named."""
-
-    period: float = 2.0
-    lost_after: float = 30.0
-    lag_after: float = 60.0
-
-
-class Finding(NamedTuple):
-    """What is wrong with a process.
-
-    Attributes:
-      kind: "lost", "failed", "left" or "late".
-      process: its index.
-      line: what to say.
-      code: with which this process is to end; None where it goes on.
-    """
-
-    kind: str
-    process: int
-    line: str
-    code: int | None = None
 
 
 class Store(Protocol):
@@ -84,108 +29,6 @@ class Store(Protocol):
 
     def all(self) -> dict[int, str]:
         """The texts of all processes that have put one."""
-
-
-def judge(
-    now: float,
-    heard: Mapping[int, Heard],
-    mine: Beat,
-    *,
-    me: int,
-    named: Sequence[str],
-    contact: float,
-    limits: Limits,
-) -> list[Finding]:
-    """What is wrong with the other processes; what ends the run first.
-
-    Args:
-      now: this process's clock, in seconds.
-      heard: the others' newest beats; who has not begun to beat is not in it, and not missed.
-      mine: what this process is doing.
-      me: its index.
-      named: what to call each process.
-      contact: when the store last answered.
-      limits: after how long something is wrong.
-    """
-    for process, (beat, _) in heard.items():
-        if beat.state == "left" and beat.cause == me:
-            line = f"The others ended because {named[me]} did not answer them: this process ends too. {AGAIN}"
-            return [Finding("left", process, line, beat.code)]
-        if beat.state == "left":
-            return [Finding("left", beat.cause, beat.why, beat.code)]
-    for process, (beat, _) in heard.items():
-        if beat.state == "failed":
-            line = f"{named[process]} ended with an error at update {beat.step}: {beat.why}. This process ends too."
-            return [Finding("failed", process, line, 1)]
-    if me != 0 and now - contact > limits.lost_after:
-        return [_lost(0, heard, named, f"has not answered for {now - contact:.0f} seconds")]
-    # What is not read cannot be new: a beat's age is that of the last answer.
-    silent = {p: contact - h.at for p, h in heard.items() if h.beat.state == "running"}
-    gone = [p for p in silent if silent[p] > limits.lost_after]
-    if gone:
-        first = max(gone, key=silent.get)
-        with_it = [named[p] for p in silent if p != first and silent[p] > limits.lost_after / 2]
-        return [_lost(first, heard, named, f"has not answered for {silent[first]:.0f} seconds", with_it)]
-    late = _late(heard, mine, me, named, silent, limits)
-    return [] if late is None else [late]
-
-
-def _lost(
-    process: int, heard: Mapping[int, Heard], named: Sequence[str], what: str, with_it: Sequence[str] = ()
-) -> Finding:
-    line = f"{named[process]} {what}"
-    if process in heard:
-        line += f"; it was at update {heard[process].beat.step}, {heard[process].beat.doing}"
-    if with_it:
-        line += f". Nor {'has' if len(with_it) == 1 else 'have'} {', '.join(with_it[:7])}{', …' * (len(with_it) > 7)}"
-    line += f". Without {'them' if with_it else 'it'} the run cannot go on: this process ends. {AGAIN}"
-    return Finding("lost", process, line, EX_TEMPFAIL)
-
-
-def _late(
-    heard: Mapping[int, Heard],
-    mine: Beat,
-    me: int,
-    named: Sequence[str],
-    silent: Mapping[int, float],
-    limits: Limits,
-) -> Finding | None:
-    """Who keeps a process waiting that has waited long enough; the first of those that wait says it."""
-    if mine.doing != WAITING or mine.lasting <= limits.lag_after:
-        return None
-    if any(p < me and heard[p].beat.doing == WAITING for p in silent):
-        return None
-    lasting = {}
-    for process, (beat, _) in heard.items():
-        if beat.state == "finished":
-            line = f"{named[process]} finished its run at update {beat.step}; this process waits for it at update {mine.step}."
-            return Finding("late", process, line)
-        if beat.doing != WAITING and beat.step <= mine.step:
-            lasting[process] = beat.lasting + silent[process]
-    if not lasting:
-        return None
-    slowest = max(lasting, key=lasting.get)
-    beat = heard[slowest].beat
-    line = (
-        f"{named[slowest]} keeps the others waiting: it has been {beat.doing} for {lasting[slowest]:.0f} seconds, at update "
-        f"{beat.step}{f'; {len(lasting) - 1} more are not done either' if len(lasting) > 1 else ''}."
-    )
-    return Finding("late", slowest, line)
-
-
-def hear(heard: Mapping[int, Heard], texts: Mapping[int, str], me: int, now: float) -> dict[int, Heard]:
-    """What is known of the others after the store was read."""
-    known = dict(heard)
-    for process, text in texts.items():
-        if process == me:
-            continue
-        try:
-            beat = Beat(*json.loads(text))
-        except (TypeError, ValueError):
-            continue
-        if process not in known or known[process].beat.number != beat.number:
-            known[process] = Heard(beat, now)
-    return known
 
 
 def from_others(error: BaseException | None) -> bool:
@@ -455,14 +298,14 @@ class Watch:
     def _blamed(self) -> Finding | None:
         address = processes.coordinator_address()
         if self._me != 0 and address and not any(processes.answers(address, 2) for _ in range(2)):
-            return _lost(0, self._heard, self._named, f"is gone: nothing answers at {address} any more")
+            return lost(0, self._heard, self._named, f"is gone: nothing answers at {address} any more")
         silent = {p: self._contact - h.at for p, h in self._heard.items() if h.beat.state == "running"}
         if silent and max(silent.values()) > 2 * self._limits.period + 1:
             longest = max(silent, key=silent.get)
-            return _lost(longest, self._heard, self._named, f"has not answered for {silent[longest]:.0f} seconds")
+            return lost(longest, self._heard, self._named, f"has not answered for {silent[longest]:.0f} seconds")
         absent = [p for p in range(len(self._named)) if p != self._me and p not in self._heard]
         if absent and time.monotonic() - self._began > self._limits.lost_after:
-            return _lost(absent[0], self._heard, self._named, "was gone before it began")
+            return lost(absent[0], self._heard, self._named, "was gone before it began")
         return None
 
 

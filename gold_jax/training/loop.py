@@ -17,8 +17,9 @@ from rich.console import Console
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.losses.chunked import chunk_size
-from gold_jax.parallel import processes
-from gold_jax.parallel.watch import WAITING, Watch
+from gold_jax.parallel import agreement, processes
+from gold_jax.parallel.beats import WAITING
+from gold_jax.parallel.watch import Watch
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.training import profile
@@ -107,7 +108,7 @@ class Loop:
         release_freed_memory()
         self.step = Step(task.loss, optimizer, shardings, *(() if where is None else (where.put_rows,)))
         self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
-        processes.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
+        agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self.watch = Watch(shout)  # nobody, until `train` enters one
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
@@ -252,7 +253,7 @@ class Loop:
             self.state = TrainState(None, None)
 
         found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free)
-        processes.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
+        agreement.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return False
         path, notes, arrays = found

@@ -15,23 +15,18 @@ from gold_jax.fields import read_value
 from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import make_mesh, mesh_in_words, mesh_sizes
+from gold_jax.parallel.mesh import mesh_in_words
 from gold_jax.parallel.watch import Watch
 from gold_jax.rollout.server import ServerEngine
-from gold_jax.text.chat import Codec
 from gold_jax.text.data import load_examples
-from gold_jax.text.share import Share
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.loop import Loop, Task, measures, shout
 from gold_jax.training.metrics import header
-from gold_jax.training.participant import Participant, load_participant, load_tokenizer
+from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.step import (
-    freeze_teacher,
-    make_cross_entropy_loss,
-    make_distillation_loss,
-    restore_teacher,
-)
+from gold_jax.training.setting import compute_dtype, place_run, read_template, same_vocabulary, share_of
+from gold_jax.training.step import make_cross_entropy_loss, make_distillation_loss
+from gold_jax.training.teacher import freeze_teacher, restore_teacher
 from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples, measurable
 
 SFT_NEW_TOKENS = 128
@@ -427,50 +422,3 @@ class GOLDTrainer(SFTTrainer):
 
 
 COUNTED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
-
-
-def compute_dtype(bf16: bool | None) -> str:
-    """bfloat16 where asked for, or by default on accelerators; float32 on CPUs, which are no faster with less."""
-    wanted = jax.default_backend() != "cpu" if bf16 is None else bf16
-    return "bfloat16" if wanted else "float32"
-
-
-def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
-    """The mesh over all devices that a run is spread over; None where there is one device.
-
-    Raises:
-      ValueError: as `mesh_sizes`.
-    """
-    sizes = mesh_sizes(mesh, jax.device_count())
-    return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
-
-
-def share_of(placement: Placement | None) -> Share:
-    """Which rows this process makes."""
-    if placement is None:
-        return Share()
-    if processes.count() == 1:
-        return Share.whole(placement.shards)
-    owner, mine = placement.owners()
-    exchange = processes.total, processes.largest, processes.gather_ragged
-    return Share(owner, mine, processes.index(), *exchange)
-
-
-def same_vocabulary(student: Codec, teacher: Codec) -> bool:
-    """Whether both tokenizers have the same entries under the same ids."""
-    return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
-
-
-def read_template(path: str) -> str:
-    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
-
-    Raises:
-      FileNotFoundError: there is neither.
-      ValueError: that tokenizer has no template.
-    """
-    if os.path.isfile(path):
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    template = load_tokenizer(path).chat_template
-    if not isinstance(template, str):
-        raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")
-    return template

@@ -8,8 +8,9 @@ import time
 
 import numpy as np
 
-from gold_jax.parallel import processes
-from gold_jax.parallel.watch import WAITING, Watch
+from gold_jax.parallel import agreement, processes
+from gold_jax.parallel.beats import WAITING
+from gold_jax.parallel.watch import Watch
 
 
 def told(name, value):
@@ -22,27 +23,27 @@ def exchange(me):
     told("names", processes.names())
     told("first", processes.is_first())
     big = np.array([2**40 + me, -(2**62) - me, me], np.int64)
-    told("gather", processes.gather(big).tolist())
-    told("total", processes.total(np.array([2**40 + me, me], np.int64)).tolist())
-    told("largest", processes.largest(np.array([-me, 2**53 + me], np.int64)).tolist())
+    told("gather", agreement.gather(big).tolist())
+    told("total", agreement.total(np.array([2**40 + me, me], np.int64)).tolist())
+    told("largest", agreement.largest(np.array([-me, 2**53 + me], np.int64)).tolist())
     exact = np.array([np.nan, -0.0, 1e-310, np.pi + me])
-    told("float64", [row.tobytes().hex() for row in processes.gather(exact)])
+    told("float64", [row.tobytes().hex() for row in agreement.gather(exact)])
     told("own", exact.tobytes().hex())
-    told("scalar", processes.total(np.float32(0.5 + me)).tolist())
-    told("many", int(processes.gather(np.full(5000, me, np.int64))[1].sum()))
+    told("scalar", agreement.total(np.float32(0.5 + me)).tolist())
+    told("many", int(agreement.gather(np.full(5000, me, np.int64))[1].sum()))
     rows = [np.arange(me, dtype=np.int32), np.full(3, 2**31 - 1 - me, np.int32)] if me else []
-    told("ragged", [[row.tolist() for row in one] for one in processes.gather_ragged(rows)])
+    told("ragged", [[row.tolist() for row in one] for one in agreement.gather_ragged(rows)])
     long = [np.arange(3000 * me + 1, dtype=np.int32)]
-    told("long", [len(one[0]) for one in processes.gather_ragged(long)])
-    told("json", processes.broadcast_json({"a": [1, "ü" * 2000]} if me == 0 else None)["a"][1][-1])
-    processes.agree("--seed", 3)
+    told("long", [len(one[0]) for one in agreement.gather_ragged(long)])
+    told("json", agreement.broadcast_json({"a": [1, "ü" * 2000]} if me == 0 else None)["a"][1][-1])
+    agreement.agree("--seed", 3)
     for what, value in [("--seed", me), ("the settings", {"lr": 0.1, "batch": 4 + me})]:
         try:
-            processes.agree(what, value)
+            agreement.agree(what, value)
         except ValueError as error:
             told("differ", str(error))
     try:
-        processes.gather(np.zeros(2 + me))
+        agreement.gather(np.zeros(2 + me))
     except ValueError as error:
         told("shapes", str(error))
 
@@ -53,7 +54,7 @@ def lag(me):
         watch.at(1, "making the batch")
         time.sleep(3 * me)
         watch.at(1, WAITING)
-        processes.total(np.arange(2))
+        agreement.total(np.arange(2))
         watch.at(1, "saving")
     told("ended", True)
 
@@ -62,7 +63,7 @@ def end(me, victim, how, folder):
     """One of the two is killed, stopped, or fails, while the other waits for it."""
     with Watch(lambda line: told("said", line), period=0.25, lost_after=4) as watch:
         watch.at(7, "making the batch")
-        processes.total(np.arange(2))
+        agreement.total(np.arange(2))
         if me == int(victim):
             time.sleep(1)  # its beat is heard
             if how == "error":
@@ -70,7 +71,7 @@ def end(me, victim, how, folder):
             pathlib.Path(folder, "ready").write_text(str(os.getpid()))
             time.sleep(120)
         watch.at(7, WAITING)
-        processes.total(np.arange(3))
+        agreement.total(np.arange(3))
     told("ended", True)
 
 

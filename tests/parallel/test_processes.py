@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from gold_jax.parallel import processes
-from gold_jax.parallel.processes import Meant, difference, several, tpu_hosts
+from gold_jax.parallel import agreement, processes
+from gold_jax.parallel.agreement import difference
+from gold_jax.parallel.processes import Meant, several, tpu_hosts
 
 from .run_several import begin, finish, free_address, told
 
@@ -118,23 +119,23 @@ def test_importing_starts_nothing_and_touches_no_device():
 
 
 def test_a_single_process_exchanges_with_itself(monkeypatch):
-    monkeypatch.setattr(processes, "_gather_words", None)
+    monkeypatch.setattr(agreement, "_gather_words", None)
     processes.start()
     values = np.array([[1, 2**60]])
     assert processes.count() == 1 and processes.index() == 0 and processes.is_first()
     assert processes.names() == (f"{socket.gethostname()} (process 0)",)
-    assert processes.gather(values).tolist() == [[[1, 2**60]]]
-    assert processes.total(values).tolist() == processes.largest(values).tolist() == [[1, 2**60]]
-    assert [x.tolist() for x in processes.gather_ragged([np.arange(2, dtype=np.int32)])[0]] == [[0, 1]]
-    assert processes.broadcast_json({"a": (1, None)}) == {"a": [1, None]}
-    processes.agree("--seed", 3)
+    assert agreement.gather(values).tolist() == [[[1, 2**60]]]
+    assert agreement.total(values).tolist() == agreement.largest(values).tolist() == [[1, 2**60]]
+    assert [x.tolist() for x in agreement.gather_ragged([np.arange(2, dtype=np.int32)])[0]] == [[0, 1]]
+    assert agreement.broadcast_json({"a": (1, None)}) == {"a": [1, None]}
+    agreement.agree("--seed", 3)
 
 
 def test_rows_that_are_not_int32_are_refused():
     with pytest.raises(ValueError, match=r"row 1 is int64\[2\]"):
-        processes.gather_ragged([np.zeros(1, np.int32), np.zeros(2, np.int64)])
+        agreement.gather_ragged([np.zeros(1, np.int32), np.zeros(2, np.int64)])
     with pytest.raises(ValueError, match="object"):
-        processes.gather(np.array([None]))
+        agreement.gather(np.array([None]))
 
 
 def test_differences_say_which_processes_have_what():

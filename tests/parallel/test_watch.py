@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from gold_jax.parallel import processes
-from gold_jax.parallel.watch import WAITING, Beat, Heard, Limits, Watch, from_others, hear, judge
+from gold_jax.parallel.beats import WAITING, Beat, Heard, Limits, hear, judge
+from gold_jax.parallel.watch import Watch, from_others
 
 from .run_several import begin, finish, free_address, told
 

@@ -11,7 +11,8 @@ from gold_jax.models.rope import Rope
 from gold_jax.text.batch import Half, Row, build_batches
 from gold_jax.text.share import Share
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.step import freeze_teacher, make_distillation_loss
+from gold_jax.training.step import make_distillation_loss
+from gold_jax.training.teacher import freeze_teacher
 
 V, W, K = 37, 41, 25
 BETAS = (0.0, 0.5, 1.0)

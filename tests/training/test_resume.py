@@ -237,7 +237,13 @@ def test_how_an_update_is_split_matters_where_the_student_writes_a_share_of_the_
 
 
 def test_another_mesh_matters_where_it_makes_other_micro_batches():
-    saved = {"per_device_train_batch_size": 1, "rows of an update": 8, "rows of a micro-batch": 8, "lmbda": 0.5, "mesh": "fsdp=8"}
+    saved = {
+        "per_device_train_batch_size": 1,
+        "rows of an update": 8,
+        "rows of a micro-batch": 8,
+        "lmbda": 0.5,
+        "mesh": "fsdp=8",
+    }
     now = saved | {"per_device_train_batch_size": 2, "mesh": "fsdp=4"}
     (line,) = check_run(saved, now, "here")
     assert "--per_device_train_batch_size: 2" in line

@@ -16,11 +16,10 @@ from gold_jax.training.step import (
     Program,
     Step,
     TrainState,
-    freeze_teacher,
     make_cross_entropy_loss,
     make_distillation_loss,
-    restore_teacher,
 )
+from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
