@@ -10,13 +10,13 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
 
 from gold_jax.parallel import processes
-from gold_jax.parallel.beats import EX_TEMPFAIL, Beat, Finding, Heard, Limits, hear, judge, lost
+from gold_jax.parallel.beats import EX_TEMPFAIL, WAITING, Beat, Finding, Heard, Limits, hear, judge, lost
 
 _entered = itertools.count()  # all processes enter as many watches; each has its own keys in the store
 
@@ -151,6 +151,16 @@ class Watch:
         """Notes what this process does now: the update and a phrase such as "making the batch", "saving" or `WAITING`."""
         if self._mine[:2] != (step, doing):
             self._mine = (step, doing, time.monotonic())
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While it is entered, this process waits for the others; afterwards it goes on with what it was doing."""
+        before = self._mine
+        self.at(before[0], WAITING)
+        try:
+            yield
+        finally:
+            self._mine = before
 
     def explain(self, error: BaseException) -> str | None:
         """Which process's end an error comes of; to be asked by the main thread before it reports the error.

@@ -22,6 +22,7 @@ from gold_jax.parallel.beats import WAITING
 from gold_jax.parallel.watch import Watch
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
+from gold_jax.text.share import Share
 from gold_jax.training import profile
 from gold_jax.training.checkpoint import save_final_model
 from gold_jax.training.evaluation import exact_match, score_completions
@@ -90,6 +91,9 @@ class Loop:
         self.total_steps = args.max_steps
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
+        self.watch = Watch(shout)  # nobody, until `train` enters one
+        if processes.count() > 1:
+            task.windows.share = self._waited_for(task.windows.share)
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if processes.is_first() else []
         if self.profile_steps:
@@ -109,7 +113,6 @@ class Loop:
         self.step = Step(task.loss, optimizer, shardings, *(() if where is None else (where.put_rows,)))
         self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
-        self.watch = Watch(shout)  # nobody, until `train` enters one
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -231,6 +234,18 @@ class Loop:
                 self._checkpoint(log, means)
                 since, tokens = time.perf_counter(), 0
             self.checkpoints.poll()
+
+    def _waited_for(self, share: Share) -> Share:
+        """A share whose exchanges the watch knows of: who comes first there waits for the others."""
+
+        def waited(exchange: Callable) -> Callable:
+            def exchanged(values):
+                with self.watch.waiting():
+                    return exchange(values)
+
+            return exchanged
+
+        return share._replace(total=waited(share.total), largest=waited(share.largest), gather=waited(share.gather))
 
     def _steps(self, log: MetricLog) -> Iterator[int]:
         """The updates that are left, those of `profile_steps` traced."""

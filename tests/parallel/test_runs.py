@@ -33,7 +33,7 @@ QUICK = {
 }
 
 
-def begin(output, number=1, index=0, address=None, **changes) -> subprocess.Popen:
+def begin(output, number=1, index=0, address=None, command=("-m", "gold_jax.train"), **changes) -> subprocess.Popen:
     """One process of a run of `number` with eight devices in all."""
     flags = [f"--{name}={value}" for name, value in ({**QUICK, "output_dir": output} | changes).items()]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(index)}
@@ -44,7 +44,7 @@ def begin(output, number=1, index=0, address=None, **changes) -> subprocess.Pope
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "gold_jax.train", *flags]
+    command = [sys.executable, *command, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -159,3 +159,13 @@ def test_processes_with_other_settings_end_with_what_differs(tmp_path):
     runs = [begin(tmp_path, 2, 0, address), begin(tmp_path, 2, 1, address, seed=3)]
     for code, said in ends(*runs, timeout=200):
         assert code in (1, 2) and "seed" in said and "(process 1) has 3" in said, said[-2000:]
+
+
+def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tmp_path):
+    address, late = free_address(), [str(ROOT / "tests" / "parallel" / "late_train.py")]
+    runs = [begin(tmp_path, 2, i, address, late, process_timeout=2, max_steps=5, lmbda=0) for i in range(2)]
+    (code, said), (other, _) = ends(*runs)
+    assert code == other == 0, said[-2000:]
+    assert re.search(
+        r"\(process 1\) keeps the others waiting: it has been making the batch for \d+ seconds, at update 3", said
+    )

@@ -1,0 +1,22 @@
+"""`python -m gold_jax.train` in which process 1 takes its time over the batch of the fourth update."""
+
+import os
+import sys
+import time
+
+from gold_jax.command import run
+from gold_jax.train import main
+from gold_jax.training.windows import DistillationWindows
+
+made = DistillationWindows.train
+
+
+def late(self, step, *arguments):
+    if step == 3 and os.environ["JAX_PROCESS_ID"] == "1":
+        time.sleep(12)
+    return made(self, step, *arguments)
+
+
+if __name__ == "__main__":
+    DistillationWindows.train = late
+    run("gold_jax.train", main, sys.argv[1:])
