@@ -91,7 +91,7 @@ class Loop:
         self.total_steps = args.max_steps
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
-        self.watch = Watch(shout)  # nobody, until `train` enters one
+        self.watch = watch_over(args.process_timeout)  # nobody, until `train` enters one
         if processes.count() > 1:
             task.windows.share = self._waited_for(task.windows.share)
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
@@ -131,8 +131,7 @@ class Loop:
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
-        limit = self.args.process_timeout
-        with Watch(shout, lost_after=limit, lag_after=2 * limit) as self.watch:
+        with watch_over(self.args.process_timeout) as self.watch:
             self.checkpoints = Checkpoints(
                 self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
             )
@@ -405,6 +404,11 @@ class Loop:
             self.console,
             [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
         )
+
+
+def watch_over(limit: float) -> Watch:
+    """A watch over the run's processes, each lost after so many seconds of silence."""
+    return Watch(shout, period=min(2.0, limit / 5), lost_after=limit, lag_after=2 * limit)
 
 
 def shout(line: str) -> None:

@@ -16,11 +16,10 @@ from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import mesh_in_words
-from gold_jax.parallel.watch import Watch
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.loop import Loop, Task, measures, shout
+from gold_jax.training.loop import Loop, Task, measures, watch_over
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
@@ -75,7 +74,7 @@ class SFTTrainer:
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
-        with Watch(shout, lost_after=a.process_timeout, lag_after=2 * a.process_timeout) as watch:
+        with watch_over(a.process_timeout) as watch:
             watch.at(0, "loading data and models")
             self.train_examples = load_examples(train_dataset, text_column=a.dataset_text_field)
             self.eval_examples = eval_dataset

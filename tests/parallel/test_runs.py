@@ -108,7 +108,7 @@ def test_two_processes_with_four_devices_are_one_with_eight(one, tmp_path):
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_a_process_is_killed_the_other_names_it_and_ends(tmp_path, killed):
-    runs = begin_two(tmp_path, process_timeout=4, max_steps=2000)
+    runs = begin_two(tmp_path, process_timeout=10, max_steps=2000)
     wait_for(reached(tmp_path, 3), runs[0])
     runs[killed].kill()
     start = time.monotonic()
@@ -163,7 +163,7 @@ def test_processes_with_other_settings_end_with_what_differs(tmp_path):
 
 def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tmp_path):
     address, late = free_address(), [str(ROOT / "tests" / "parallel" / "late_train.py")]
-    runs = [begin(tmp_path, 2, i, address, late, process_timeout=2, max_steps=5, lmbda=0) for i in range(2)]
+    runs = [begin(tmp_path, 2, i, address, late, process_timeout=8, max_steps=5, lmbda=0) for i in range(2)]
     (code, said), (other, _) = ends(*runs)
     assert code == other == 0, said[-2000:]
     assert re.search(
