@@ -9,29 +9,31 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import pathlib
+import re
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.config import SFTConfig
 from gold_jax.loss_spec import LossSpec
-from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.parallel.layout import ROWS, Placement
 from gold_jax.planning.collectives import Collectives, read_collectives
+from gold_jax.planning.sizes import CHUNK, Pair, Sizes
 from gold_jax.rollout import rows as sampling
-from gold_jax.rollout.sampler import STOP_SLOTS, slots_for
+from gold_jax.rollout.sampler import STOP_SLOTS
 from gold_jax.sizes import bucket
 from gold_jax.text.batch import Half, Row, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.optimizer import make_optimizer
 from gold_jax.training.step import (
-    Constants,
     Step,
     TrainState,
     make_cross_entropy_loss,
@@ -39,22 +41,7 @@ from gold_jax.training.step import (
     optimizer_shardings,
     with_hidden,
 )
-from gold_jax.training.windows import sampling_rows
-
-CHUNK = 256  # what `losses.chunked.chunk_size` takes on accelerators
-
-
-class Pair(NamedTuple):
-    """The models of a run.
-
-    Attributes:
-      student, teacher: their configs; no teacher is fine-tuning.
-      matched: entries that the two vocabularies share; None: they are one and the same.
-    """
-
-    student: DecoderConfig
-    teacher: DecoderConfig | None = None
-    matched: int | None = None
+from gold_jax.training.teacher import Constants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +51,9 @@ class Program:
     Attributes:
       arguments: what it is given.
       fresh: what it returns in memory of its own, not in its arguments' place.
-      temporaries: what it needs while it runs.
+      temporaries: what it needs while it runs: of all that the compiler lays out, what is neither argument nor result. (Its
+        `temp_size_in_bytes` adds up buffers that are not there at once.)
+      code: the program itself, which lies on the device as long as it may be called.
       seconds: that compiling took.
       collectives: what it sends.
       error: what the compiler said where it gave up; then the numbers are zero.
@@ -73,12 +62,13 @@ class Program:
     arguments: int = 0
     fresh: int = 0
     temporaries: int = 0
+    code: int = 0
     seconds: float = 0.0
     collectives: Collectives | None = None
     error: str | None = None
 
 
-class PlannedRun:
+class PlannedRun(Sizes):
     """A run's programs and what lies on a device, before anything is there.
 
     Args:
@@ -92,8 +82,8 @@ class PlannedRun:
     def __init__(
         self, args: SFTConfig, pair: Pair, placement: Placement, *, platform: str = "tpu", attention: str | None = None
     ):
-        self.args, self.pair, self.placement = args, pair, placement
-        self.dtype = "float32" if args.bf16 is False else "bfloat16"
+        super().__init__(args, pair, placement.shards)
+        self.placement = placement
         make = functools.partial(Decoder.abstract, dtype=self.dtype, attention=attention or "auto", platform=platform)
         self.student = make(pair.student, remat=args.gradient_checkpointing, placement=placement)
         self.graph, self.params = self._placed(self.student)
@@ -118,33 +108,12 @@ class PlannedRun:
 
     # what is there
 
-    @property
-    def rows(self) -> int:
-        """Rows of a micro-batch, on all devices."""
-        return self.args.per_device_train_batch_size * self.placement.shards
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return self.args.max_length or 1024
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.args.prompt_budget if isinstance(self.args, GOLDConfig) else self.length // 2
-
-    @property
-    def samples(self) -> bool:
-        """Whether the student writes completions."""
-        return isinstance(self.args, GOLDConfig) and self.pair.teacher is not None and self.args.lmbda > 0
-
     def resident(self) -> dict[str, int]:
         """Bytes of one device that are taken all the time, by part."""
         found = {"student": held(self.params), "optimizer": held(self.state)}
         if self.pair.teacher is not None:
-            # A tied teacher's head is its embedding, reordered where it lies.
-            mine = self.constants._replace(teacher_head=None) if self.pair.teacher.tied else self.constants
-            found["teacher"] = held(mine)
+            # The teacher's head is one of its parameters, reordered where it lies.
+            found["teacher"] = held(self.constants._replace(teacher_head=None))
         if self.args.gradient_accumulation_steps > 1:
             found["gradients"] = held(self.params)
         return found
@@ -193,23 +162,10 @@ class PlannedRun:
         else:
             groups = "all" if self.spec.groups == "positional" else self.spec.groups
             (batch,) = build_batches(made, each, merge=self.spec.merge, groups=groups, text=self.spec.of_text)
-        shards, where = self.placement.shards, self.placement.on(ROWS)
+        where = self.placement.on(ROWS)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] * shards, *x.shape[1:]), x.dtype, sharding=where), batch
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] * self.shards, *x.shape[1:]), x.dtype, sharding=where), batch
         )
-
-    @property
-    def sampled_rows(self) -> int:
-        """Rows that are written at once, on all devices."""
-        args, shards = self.args, self.placement.shards
-        prompts = self.rows * args.gradient_accumulation_steps
-        asked = sampling_rows(prompts, self.rows, args.generation_batch_size or 32 * shards)
-        return -(-min(asked, prompts) // shards) * shards
-
-    @property
-    def slots(self) -> int:
-        """Slots of the cache at its largest."""
-        return slots_for(self.prompt_length - 1 + self.args.max_completion_length)
 
     def cache(self) -> Any:
         """The cache and what is known of the rows, as shapes on the mesh."""
@@ -313,20 +269,35 @@ def compile_program(lower: Callable[[], Any], mesh: Mapping[str, int], *, trips:
       trips: how often a loop runs whose number of turns only the run knows.
     """
     start = time.perf_counter()
-    try:
-        compiled = lower().compile()
-    except Exception as error:
-        if "memory" not in str(error).lower():
-            raise
-        return Program(seconds=time.perf_counter() - start, error=" ".join(str(error).split()))
-    seconds = time.perf_counter() - start
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            compiled = lower().compile(compiler_options={"xla_dump_to": folder})
+        except Exception as error:
+            if "memory" not in str(error).lower():
+                raise
+            return Program(seconds=time.perf_counter() - start, error=" ".join(str(error).split()))
+        seconds, laid_out = time.perf_counter() - start, _laid_out(pathlib.Path(folder))
     about = compiled.memory_analysis()
+    given, fresh = about.argument_size_in_bytes, about.output_size_in_bytes - about.alias_size_in_bytes
     return Program(
-        about.argument_size_in_bytes,
-        about.output_size_in_bytes - about.alias_size_in_bytes,
-        about.temp_size_in_bytes,
+        given,
+        fresh,
+        max(about.peak_memory_in_bytes, laid_out) - given - fresh,
+        about.generated_code_size_in_bytes,
         seconds,
         read_collectives(compiled.as_text(), mesh, unknown_trips=trips),
+    )
+
+
+def _laid_out(folder: pathlib.Path) -> int:
+    """Bytes of all that a compiler laid out in a device's memory, as it says in its files; 0 where it does not.
+
+    The peak that `memory_analysis` gives, and a program is refused by, is of what is used at once. What is used at several times
+    has to lie in one place, which takes a few per cent more.
+    """
+    reports = [path.read_text() for path in folder.glob("*memory-usage-report.txt")]
+    return max(
+        (int(size) for text in reports for size in re.findall(r"color=0\)\s+Total bytes: (\d+)", text)), default=0
     )
 
 

@@ -1,0 +1,159 @@
+"""`python -m gold_jax.plan`: what a training run would take of devices that are not here, and whether it fits."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from gold_jax.command import run
+from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
+from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.flags import FlagError, parse_args, read_args
+from gold_jax.planning.environment import need_compiler, prepare
+from gold_jax.planning.hardware import FORMS, read_topology
+
+if TYPE_CHECKING:
+    from gold_jax.planning.report import Report
+
+_RULES = (("at least 1", lambda v: v >= 1, ("search_limit", "matched")),)
+
+
+@flags_dataclass
+class PlanArguments:
+    """For which devices `gold_jax.plan` plans, and what it looks for."""
+
+    topology: str | None = flag(
+        None, "The devices: a TPU slice such as v5e:2x4, v5e-8 or v5p:2x2x4, or GPUs such as gpu:8xh100-80gb."
+    )
+    search: bool = flag(
+        False, "Also look for the mesh and the rows per device with which most tokens are learned a second."
+    )
+    search_limit: int = flag(6, "How many ways the search compiles at most, that which was asked for included.")
+    matched: int | None = flag(
+        None,
+        "Entries that the two vocabularies share, where not both tokenizers are on this disk (gold_jax.inspect tells).",
+    )
+    json: bool = flag(False, "Print one JSON object.")
+
+    def __post_init__(self):
+        check_fields(self, _RULES)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses the flags of `gold_jax.train` or `gold_jax.sft` and its own, plans, shows the report (with `--json`, an object)."""
+    prepare()
+    argv = sys.argv[1:] if argv is None else list(argv)
+    model, _, training, args, notices = parse_args(
+        argv, ModelArguments, DataArguments, _settings(argv), PlanArguments, prog="gold_jax.plan", doc=__doc__
+    )
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    with console.status("reading configs") as status:  # nothing of it is shown where there is no terminal
+        report = plan_run(model, training, args, lambda what: status.update(f"gold_jax.plan: {what}"))
+    if args.json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+        return
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+    report.print()
+
+
+def _settings(argv: Sequence[str]) -> type[SFTConfig]:
+    """The settings that a command line and its file are: fine-tuning's where they name nothing else, else distillation's."""
+    if "-h" in argv or "--help" in argv:
+        return GOLDConfig
+    try:
+        read_args(argv, ModelArguments, DataArguments, SFTConfig, PlanArguments)
+    except FlagError:
+        return GOLDConfig  # whose errors are told
+    return SFTConfig
+
+
+def plan_run(
+    model: ModelArguments, training: SFTConfig, args: PlanArguments, told: Callable[[str], None] = lambda _: None
+) -> "Report":
+    """Plans a run.
+
+    Args:
+        model: the student.
+        training: the run's settings, with a teacher's name or without.
+        args: for which devices.
+        told: is told what is being done.
+
+    Raises:
+        ValueError: settings, names or devices that make no run.
+        FileNotFoundError: a model that is not found.
+        ImportError: the TPU compiler is needed and not installed.
+    """
+    if args.topology is None:
+        raise ValueError(f"--topology is missing: {FORMS}")
+    topology = read_topology(args.topology)
+    if model.model_name_or_path is None:
+        raise ValueError("--model_name_or_path is missing: the student, a folder or a hub id")
+    if topology.kind == "tpu":
+        need_compiler(topology.name)
+    from gold_jax.parallel.mesh import mesh_sizes
+    from gold_jax.planning.advice import advice
+    from gold_jax.planning.compiled import by_compiling
+    from gold_jax.planning.models import find_model, find_vocabularies
+    from gold_jax.planning.outcome import Asked, by_arithmetic
+    from gold_jax.planning.report import Report
+    from gold_jax.planning.search import search
+    from gold_jax.planning.sizes import Pair
+
+    mesh = mesh_sizes(training.mesh, topology.devices)
+    options = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
+    options |= training.model_init_kwargs
+    student = find_model(model.model_name_or_path, revision=options["revision"], role="student")
+    teacher = vocabularies = None
+    name = getattr(training, "teacher_model_name_or_path", None)
+    if name is not None:
+        revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
+        teacher = find_model(name, revision=revision, role="teacher")
+        told("reading tokenizers")
+        vocabularies = find_vocabularies(
+            student,
+            teacher,
+            matched=args.matched,
+            teacher_tokenizer=training.teacher_tokenizer_name_or_path,
+            mask=tuple(training.projection_mask),
+            trust_remote_code=training.trust_remote_code,
+        )
+    pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
+    asked = Asked(training, pair, topology, mesh, options["attn_implementation"])
+    compiles = topology.kind == "tpu"
+    plan = by_compiling(asked, told) if compiles else by_arithmetic(asked)
+    found = None
+    if args.search:
+        found = search(plan, by_compiling if compiles else None, limit=args.search_limit, told=told)
+    told("looking for what would help")
+    helps = () if plan.fits else advice(plan)
+    return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh, args))
+
+
+def _notes(training: SFTConfig, pair, mesh: dict[str, int], args: PlanArguments) -> tuple[str, ...]:
+    """What a plan leaves out or had to do without, one sentence each."""
+    notes = []
+    if getattr(training, "seq_kd", False):
+        notes.append("What the teacher writes (--seq_kd) is not planned.")
+    if getattr(training, "server_url", None) and pair.teacher is not None:
+        notes.append(
+            "A server writes the student's completions: it has devices of its own, and no time of it is counted."
+        )
+    if training.bf16 is False:
+        notes.append(
+            "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs; on GPUs they can take longer."
+        )
+    for role, config in (("student", pair.student), ("teacher", pair.teacher)):
+        if config is not None and config.heads % mesh["tensor"]:
+            notes.append(
+                f"tensor={mesh['tensor']} does not divide the {role}'s {config.heads} heads: each device computes all of its attention."
+            )
+    if pair.teacher is None and isinstance(training, GOLDConfig):
+        notes.append("There is no teacher (--teacher_model_name_or_path): this is a plan of fine-tuning.")
+    return tuple(notes)
+
+
+if __name__ == "__main__":
+    run("gold_jax.plan", main)

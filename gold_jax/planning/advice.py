@@ -1,0 +1,193 @@
+"""What to change where a plan does not fit, ordered by what it would save by arithmetic."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gold_jax.config import GOLDConfig
+from gold_jax.planning.hardware import Topology, read_topology
+from gold_jax.planning.meshes import mesh_flag, meshes
+from gold_jax.planning.outcome import Asked, Plan, by_arithmetic
+
+_WORTH = 0.01  # of the limit: what saves less gets no line
+_LARGEST = 64  # how many times larger a slice may be that is suggested
+_FLAGS = {"max_completion_length": "max_new_tokens"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """A change, and what it would come to.
+
+    Attributes:
+        flags: the change as flags.
+        why: what it does, in a few words.
+        peak: bytes of a device at its fullest then: the plan's, less what the change saves by arithmetic.
+        saves: bytes.
+        fits: whether that is little enough.
+    """
+
+    flags: str
+    why: str
+    peak: int
+    saves: int
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    kind: str
+    why: str
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    mesh: dict[str, int] | None = None
+    topology: Topology | None = None
+
+
+def advice(plan: Plan) -> tuple[Advice, ...]:
+    """Changes that would make a plan smaller, the one that saves most first; then, if none of them alone is enough, several.
+
+    Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they are,
+    where they can: fewer at a time are more micro-batches.
+    """
+    changes = list(_changes(plan.asked))
+    estimated = functools.partial(_estimated, plan, by_arithmetic(plan.asked).peak)
+    best = {}
+    for change in changes:
+        made = estimated([change])
+        if made is not None and made.saves >= _WORTH * plan.limit:
+            rank = made.fits, -made.saves if made.fits else made.saves
+            best[change.kind] = max(best.get(change.kind, (rank, made)), (rank, made), key=lambda found: found[0])
+    found = sorted((made for _, made in best.values()), key=lambda made: -made.saves)
+    gentle = [change for change in changes if change.kind not in ("slice", "length")]
+    if any(kind not in ("slice", "length") and made.fits for kind, (_, made) in best.items()):
+        return tuple(found)
+    return (*found, *_together(gentle, estimated))
+
+
+def _together(changes: Sequence[_Change], estimated) -> tuple[Advice, ...]:
+    """Changes added one by one, always that which leaves least, until it fits; none where all of them are not enough."""
+    chosen: list[_Change] = []
+    while True:
+        kinds = {change.kind for change in chosen}
+        tried = [(estimated([*chosen, change]), change) for change in changes if change.kind not in kinds]
+        tried = [(made, change) for made, change in tried if made is not None]
+        if not tried:
+            return ()
+        # The least change that is enough, or else the one that leaves least.
+        enough = [pair for pair in tried if pair[0].fits]
+        made, change = (
+            max(enough, key=lambda pair: pair[0].peak) if enough else min(tried, key=lambda pair: pair[0].peak)
+        )
+        chosen.append(change)
+        if made.fits:
+            return (made,)
+
+
+def _estimated(plan: Plan, before: int, changes: Sequence[_Change]) -> Advice | None:
+    """What changes would come to together; None where they make no run."""
+    try:
+        asked, flags = _changed(plan.asked, changes)
+        saves = before - by_arithmetic(asked).peak
+    except ValueError:
+        return None
+    peak = max(0, plan.peak - saves)
+    return Advice(flags, "; ".join(change.why for change in changes), peak, saves, peak <= plan.limit)
+
+
+def _changed(asked: Asked, changes: Sequence[_Change]) -> tuple[Asked, str]:
+    """A run with changes, its micro-batches such that an update keeps its rows, and the flags that make it.
+
+    Raises:
+        ValueError: its rows cannot be kept.
+    """
+    settings = {name: value for change in changes for name, value in change.settings.items()}
+    mesh = next((change.mesh for change in changes if change.mesh), asked.mesh)
+    topology = next((change.topology for change in changes if change.topology), None)
+    args, sizes = asked.args, asked.footprint()
+    wanted = sizes.rows * args.gradient_accumulation_steps
+    rows = settings.get("per_device_train_batch_size", args.per_device_train_batch_size)
+    passes, rest = divmod(wanted, rows * mesh["data"] * mesh["fsdp"])
+    if topology is not None and (rest or not passes):  # more devices than the rows are enough for
+        passes, rest = args.gradient_accumulation_steps, 0
+    if rest or not passes or rows * passes % getattr(args, "num_generations", 1):
+        raise ValueError("the rows of an update cannot be shared out so")
+    if passes != args.gradient_accumulation_steps:
+        settings["gradient_accumulation_steps"] = passes
+    flags = [f"--topology {topology.name}"] if topology else [f"--mesh {mesh_flag(mesh)}"] if mesh != asked.mesh else []
+    if topology and asked.args.mesh not in (None, "auto"):
+        flags.append(f"--mesh {mesh_flag(mesh)}")
+    flags += [
+        f"--{name}" if value is True else f"--{_FLAGS.get(name, name)} {value}" for name, value in settings.items()
+    ]
+    return asked.changed(mesh=mesh, topology=topology, **settings), " ".join(flags)
+
+
+def _changes(asked: Asked) -> Iterator[_Change]:
+    """Every change to try."""
+    args, sizes = asked.args, asked.footprint()
+    rows = args.per_device_train_batch_size
+    for fewer in range(rows - 1, 0, -1):
+        if rows % fewer == 0:
+            yield _Change("rows", "fewer rows at a time", {"per_device_train_batch_size": fewer})
+    if not args.gradient_checkpointing:
+        yield _Change("checkpointing", "activations computed again", {"gradient_checkpointing": True})
+    for name, whose in (("layout", "student"), ("teacher_layout", "teacher")):
+        for layout, over in (("fsdp", "fsdp"), ("full", "data and fsdp")):
+            if getattr(args, name, layout) != layout and (whose == "student" or sizes.taught):
+                yield _Change(name, f"the {whose} cut over {over}", {name: layout})
+    for mesh in meshes(asked.topology.devices, asked.pair):
+        if mesh != asked.mesh:
+            yield _Change("mesh", "another mesh", mesh=mesh)
+    chunk = sizes.chunk
+    while chunk > 64:
+        chunk //= 2
+        yield _Change("chunk", "fewer positions' logits at once", {"loss_chunk": chunk})
+    if sizes.samples:
+        fewer = sizes.sampled_rows // 2 // sizes.shards * sizes.shards
+        while fewer:
+            yield _Change("sampled", "fewer completions at once", {"generation_batch_size": fewer})
+            fewer = fewer // 2 // sizes.shards * sizes.shards
+    yield from _shorter(args)
+    yield from _larger(asked)
+
+
+def _shorter(args: Any) -> Iterator[_Change]:
+    if not isinstance(args, GOLDConfig):
+        yield _Change("length", "rows half as long", {"max_length": (args.max_length or 1024) // 2})
+    elif args.max_completion_length > 1:
+        new = args.max_completion_length // 2
+        longest = args.max_length - args.max_completion_length + new
+        yield _Change("length", "completions half as long", {"max_completion_length": new, "max_length": longest})
+
+
+def _larger(asked: Asked) -> Iterator[_Change]:
+    """Slices of twice as many chips and more, whose new devices join `fsdp`."""
+    factor = 2
+    while factor <= _LARGEST:
+        larger = times_the_chips(asked.topology, factor)
+        if larger is not None:
+            mesh = asked.mesh | {"fsdp": asked.mesh["fsdp"] * (larger.devices // asked.topology.devices)}
+            yield _Change("slice", f"{larger.chips} chips", mesh=mesh, topology=larger)
+        factor *= 2
+
+
+def times_the_chips(topology: Topology, factor: int) -> Topology | None:
+    """A slice, or so many cards, of `factor` (a power of two) times the chips; None where there is none."""
+    try:
+        if topology.kind == "gpu":
+            return read_topology(f"gpu:{topology.chips * factor}x{topology.chip.name}")
+        shape = list(topology.shape)
+        if math.prod(shape) == 1:
+            if factor < 4:
+                return None  # the next larger slice is a whole host's four chips
+            shape[:2], factor = [2, 2], factor // 4
+        for _ in range(int(math.log2(factor))):
+            smallest = max(range(len(shape)), key=lambda axis: (-shape[axis], axis))
+            shape[smallest] *= 2
+        return read_topology(f"{topology.chip.name}:{'x'.join(map(str, shape))}")
+    except ValueError:
+        return None
+
+
+__all__ = ["Advice", "advice", "times_the_chips"]

@@ -1,0 +1,161 @@
+"""The models of a plan by their names, and what their vocabularies share, without any weight."""
+
+import difflib
+import pathlib
+import re
+import types
+from typing import NamedTuple
+
+from transformers import AutoTokenizer
+
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.weights import read_config
+from gold_jax.planning.known import CONFIGS, known_config
+from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.text.chat import Codec
+from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.participant import stop_ids_of
+
+# Of the smaller vocabulary: Llama 3.2 and Qwen 3 share 85 %, Gemma 3 and Qwen 3 63 % by surfaces.
+ASSUMED_SHARE = 0.72
+
+
+class Model(NamedTuple):
+    """A model of a plan.
+
+    Attributes:
+        name: as it was given.
+        config: its config.
+        folder: where its files are, if they are here.
+        revision: branch, tag or commit on the hub; None: its main one.
+    """
+
+    name: str
+    config: DecoderConfig
+    folder: pathlib.Path | None = None
+    revision: str | None = None
+
+
+class Vocabularies(NamedTuple):
+    """What the vocabularies of a pair share.
+
+    Attributes:
+        matched: entries that both have; None: they are one and the same.
+        how: where that is from: "tokenizers", "given", "configs" (same family and size) or "assumed".
+    """
+
+    matched: int | None
+    how: str
+
+
+def find_model(name: str, *, revision: str | None = None, role: str = "model") -> Model:
+    """A model by a folder, by the name of a well-known one, or by a hub id, of which config.json alone is downloaded.
+
+    Args:
+        name: the folder or name.
+        revision: branch, tag or commit on the hub.
+        role: what errors call it.
+
+    Raises:
+        FileNotFoundError: it is none of these; the text names well-known ones that are near.
+        ValueError: a config that this decoder does not support.
+    """
+    path = resolve(name) if name.startswith(PREFIX) else pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return Model(name, read_config(path), path)
+    known = known_config(name)
+    if known is not None:
+        return Model(name, known, revision=revision)
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise FileNotFoundError(
+            f"the {role} {name!r} is no folder here, and no name of a model on the hub.{_near(name)}"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        file = hf_hub_download(name, "config.json", revision=revision)
+    except Exception as error:
+        said = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise FileNotFoundError(
+            f"the {role} {name!r} is neither a folder here nor a model whose shapes are known without the hub, and the hub did "
+            f"not give its config.json ({type(error).__name__}: {said}).{_near(name)}"
+        ) from error
+    return Model(name, read_config(pathlib.Path(file).parent), revision=revision)
+
+
+def _near(name: str) -> str:
+    """Well-known models of nearly that name, in words."""
+    short = {known.split("/")[-1].lower(): known for known in CONFIGS}
+    found = difflib.get_close_matches(name.split("/")[-1].lower(), short, n=3, cutoff=0.5)
+    return f" Known without the hub are {', '.join(short[key] for key in found)}." if found else ""
+
+
+def find_vocabularies(
+    student: Model,
+    teacher: Model,
+    *,
+    matched: int | None = None,
+    teacher_tokenizer: str | None = None,
+    mask: tuple[str, ...] = (),
+    trust_remote_code: bool = False,
+) -> Vocabularies:
+    """What two vocabularies share: by the tokenizers where both are on this disk, else as given, else by the configs.
+
+    Args:
+        student, teacher: the models.
+        matched: entries that both have, for where the tokenizers are not here.
+        teacher_tokenizer: a folder or hub id, where the tokenizer is not beside the teacher.
+        mask: as in `VocabularyMap.build`.
+        trust_remote_code: let tokenizers run their own Python code.
+
+    Raises:
+        ValueError: more entries matched than the smaller vocabulary has.
+    """
+    sizes = student.config.vocab_size, teacher.config.vocab_size
+    if matched is not None and not 0 < matched <= min(sizes):
+        raise ValueError(
+            f"--matched is {matched}; it must be between 1 and {min(sizes)}, the smaller vocabulary's rows."
+        )
+    ours = _tokenizer(student, None, trust_remote_code)
+    theirs = None if ours is None else _tokenizer(teacher, teacher_tokenizer, trust_remote_code)
+    if theirs is not None:
+        return Vocabularies(_shared(ours, theirs, student, teacher, mask), "tokenizers")
+    if matched is not None:
+        return Vocabularies(matched, "given")
+    if student.config.family == teacher.config.family and sizes[0] == sizes[1]:
+        return Vocabularies(None, "configs")
+    return Vocabularies(round(ASSUMED_SHARE * min(sizes)), "assumed")
+
+
+def _shared(ours, theirs, student: Model, teacher: Model, mask: tuple[str, ...]) -> int | None:
+    """Entries that match each other, stop tokens among them; None where each is its own partner."""
+    if ours.get_vocab() == theirs.get_vocab():
+        return None
+    codecs = [
+        Codec(tokenizer, stop_ids=stop_ids_of(types.SimpleNamespace(config=model.config)))
+        for tokenizer, model in ((ours, student), (theirs, teacher))
+    ]
+    return VocabularyMap.build(
+        *(codec.surfaces for codec in codecs),
+        student_size=student.config.vocab_size,
+        teacher_size=teacher.config.vocab_size,
+        stop=tuple(codec.stop_ids for codec in codecs),
+        mask=mask,
+    ).matched
+
+
+def _tokenizer(model: Model, name: str | None, trust_remote_code: bool):
+    """The tokenizer beside a model, or of another name, if its files are on this disk; else None."""
+    named = model.folder or model.name
+    revision = model.revision
+    if name is not None:
+        named, revision = resolve(name) if name.startswith(PREFIX) else name, None
+    try:
+        return AutoTokenizer.from_pretrained(
+            str(named), revision=revision, local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception:  # each library that reads them has its own errors for files that are not there
+        return None
+
+
+__all__ = ["ASSUMED_SHARE", "Model", "Vocabularies", "find_model", "find_vocabularies"]

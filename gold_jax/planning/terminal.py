@@ -1,0 +1,219 @@
+"""The plan in the terminal: memory by part and moment, time by phase, what would help."""
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from gold_jax.planning.arithmetic import parameter_count
+from gold_jax.planning.meshes import mesh_flag
+from gold_jax.planning.wording import COLUMNS, PARTS, RESOURCES, SHARES, amount, duration, seconds_unit, size, unit_of
+
+if TYPE_CHECKING:
+    from gold_jax.planning.models import Model
+    from gold_jax.planning.report import Report
+
+_PHASES = {
+    "prefill": "prompts read",
+    "decoding": "tokens written",
+    "teacher": "teacher reads",
+    "student": "student learns",
+    "optimizer": "optimizer",
+}
+
+
+def show(report: "Report", console: Console) -> None:
+    """Print a report."""
+    _title(report, console)
+    for part in (_memory, _time, _advice, _search):
+        part(report, console)
+    _section(console, "in short")
+    for sentence in report.findings():
+        _say(console, sentence, "yellow" if "«" in sentence else "")
+    for note in report.notes:
+        _say(console, note, "yellow")
+
+
+def _title(report: "Report", console: Console) -> None:
+    plan, args = report.plan, report.plan.asked.args
+    topology, sizes = plan.asked.topology, plan.asked.footprint()
+    console.print(Text("gold_jax.plan", "bold"))
+    rows = {"student": _model(report.student)}
+    if report.teacher is not None:
+        rows["teacher"] = _model(report.teacher)
+        rows["vocabularies"] = report.vocabularies_in_words()
+    rows["loss"] = report.loss
+    passes = args.gradient_accumulation_steps
+    batches = f" in {passes} micro-batches" if passes > 1 else ""
+    rows["update"] = (
+        f"{sizes.rows * passes:,} rows of {sizes.length:,} tokens{batches}, {args.per_device_train_batch_size} at a time on "
+        f"{'each device' if sizes.placement.tensor == 1 else f'each {sizes.placement.tensor} devices'}"
+    )
+    if sizes.samples:
+        rows["sampling"] = (
+            f"{args.lmbda:.0%} of the completions, {sizes.sampled_rows:,} at once, of {args.max_completion_length:,} tokens after "
+            f"prompts of {sizes.prompt_length:,}"
+        )
+    many = f"{topology.chips} {'chip' if topology.chips == 1 else 'chips'}"
+    cores = f" of {topology.chip.cores} cores" if topology.chip.cores > 1 else ""
+    rows["devices"] = f"{topology.name}: {many}{cores}; {_memory_in_words(report)}"
+    layouts = [
+        f"{who} {layout}"
+        for who, layout in (("student", args.layout), ("teacher", getattr(args, "teacher_layout", "fsdp")))
+        if layout != "fsdp" and (who == "student" or report.teacher is not None)
+    ]
+    mesh = mesh_flag(plan.asked.mesh) if topology.devices > 1 else "one device"
+    rows["mesh"] = "; ".join([mesh, *(f"layout of the {layout}" for layout in layouts)])
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    for name, words in rows.items():
+        table.add_row(Text(f"  {name}", "dim"), Text(words, overflow="fold"))
+    console.print(table)
+
+
+def _model(model: "Model") -> str:
+    config, count = model.config, parameter_count(model.config).total
+    shown = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    return f"{model.name} ({config.family}, {shown} parameters)"
+
+
+def _memory_in_words(report: "Report") -> str:
+    plan, chip = report.plan, report.plan.asked.topology.chip
+    if plan.asked.topology.kind == "tpu":
+        return f"{size(plan.limit)} each"
+    share = plan.limit / chip.hbm_bytes
+    return (
+        f"of {size(chip.hbm_bytes)} each JAX takes {share:.0%}, {size(plan.limit)}, unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
+        "otherwise"
+    )
+
+
+def _section(console: Console, title: str) -> None:
+    console.print()
+    console.print(Rule(Text(title, "bold"), align="left", style="dim", characters="─"))
+
+
+def _say(console: Console, sentence: str, style: str = "") -> None:
+    for line in Text(sentence, style).wrap(console, console.width - 2):
+        console.print(Text("  ").append_text(line), highlight=False)
+
+
+def _table(console: Console, *columns: str, first: str = "", wrap: bool = False) -> Table:
+    between = 0 if console.width < 100 else 1
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, between, 0, 0), header_style="dim", show_edge=False)
+    table.add_column(first, no_wrap=not wrap, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _put(console: Console, table: Table) -> None:
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+
+
+def _memory(report: "Report", console: Console) -> None:
+    plan = report.plan
+    unit, name = unit_of(plan.peak)
+    device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
+    _section(console, f"memory of a {device}, {name}")
+    table = _table(console, "always", *(COLUMNS[moment.program] for moment in plan.moments))
+
+    def shown(count: int | None) -> str:
+        return "" if count is None else f"{count / unit:,.2f}"
+
+    labels = {**PARTS, "teacher": f"{PARTS['teacher']}, {plan.asked.footprint().dtype}"}
+    for part, label in labels.items():
+        sizes = [plan.always.get(part), *(moment.parts.get(part) for moment in plan.moments)]
+        if any(size is not None for size in sizes):
+            table.add_row(label, *map(shown, sizes))
+    table.add_section()
+    always = sum(plan.always.values())
+    totals = [always + moment.total for moment in plan.moments]
+    cells = [Text(shown(total), "bold" if total <= plan.limit else "bold red") for total in totals]
+    table.add_row(Text("together", "bold"), shown(always), *cells)
+    free = [_free(plan.limit - total, unit, bool(moment.error)) for total, moment in zip(totals, plan.moments)]
+    table.add_row(f"free of {shown(plan.limit)}", "", *free)
+    _put(console, table)
+    if any(part in moment.parts for moment in plan.moments for part in SHARES) and plan.compiled:
+        _say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
+
+
+def _free(count: int, unit: int, refused: bool) -> Text:
+    if refused:
+        return Text("refused", "red")
+    return Text(f"{count / unit:,.2f}", "green" if count >= 0 else "red")
+
+
+def _time(report: "Report", console: Console) -> None:
+    plan = report.plan
+    device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
+    factor, unit = seconds_unit(plan.seconds)
+    _section(console, f"an update on each {device}, at least")
+    table = _table(
+        console, "FLOP", "HBM B", "sent B", *RESOURCES.values(), "least", "bound by", first=f"times in {unit}"
+    )
+
+    def row(name: str, counts: list[float], seconds: list[float], slowest: str, style: str = "") -> None:
+        *resources, least = (f"{value / factor:,.2f}" if value else "" for value in seconds)
+        table.add_row(Text(name, style), *map(amount, counts), *resources, Text(least, "bold"), RESOURCES[slowest])
+
+    sums = [0.0] * 7
+    for phase in plan.phases:
+        counts = [phase.flops, phase.hbm_bytes, sum(phase.sent.values())]
+        seconds = [*(getattr(phase.seconds, resource) for resource in RESOURCES), phase.seconds.seconds]
+        row(_PHASES[phase.name], counts, seconds, phase.seconds.slowest)
+        sums = [total + one for total, one in zip(sums, counts + seconds)]
+    table.add_section()
+    row("together", sums[:3], sums[3:], plan.slowest, "bold")
+    _put(console, table)
+    if len(plan.sent) > 1:
+        by_axes = ", ".join(f"{axes} {amount(count)}B" for axes, count in sorted(plan.sent.items()) if count)
+        _say(console, f"sent along {by_axes}", "dim")
+
+
+def _advice(report: "Report", console: Console) -> None:
+    if not report.advice:
+        return
+    _section(console, "what would help, by arithmetic")
+    unit, name = unit_of(report.plan.peak)
+    table = _table(console, f"saves {name}", "leaves", "fits", first="change", wrap=True)
+    for one in report.advice:
+        mark = Text("yes", "green") if one.fits else Text("no", "red")
+        what = Text(one.flags).append(f"\n{one.why}", "dim")
+        table.add_row(what, f"{one.saves / unit:,.2f}", f"{one.peak / unit:,.2f}", mark)
+    _put(console, table)
+
+
+def _search(report: "Report", console: Console) -> None:
+    if report.search is None:
+        return
+    compiled = "compiled" if report.plan.compiled else "by arithmetic"
+    _section(console, f"ways to spread it, {compiled}")
+    unit, name = unit_of(report.plan.peak)
+    table = _table(console, "rows", f"peak {name}", "fits", "update", "tokens/s/chip", "bound by", first="mesh")
+    for one in report.search:
+        plan, args = one.plan, one.plan.asked.args
+        layout = getattr(args, "teacher_layout", "fsdp")
+        mesh = mesh_flag(plan.asked.mesh) + (f", teacher {layout}" if layout != "fsdp" else "")
+        fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
+        table.add_row(
+            Text(mesh).append(" (asked)" if one.asked else "", "dim"),
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            f"{plan.peak / unit:,.2f}",
+            fits,
+            duration(plan.seconds),
+            f"{plan.tokens_per_second / plan.asked.topology.chips:,.0f}",
+            RESOURCES[plan.slowest],
+        )
+    _put(console, table)
+    _say(console, "rows: those of a device (of a shard, along tensor) at once, times micro-batches of an update", "dim")
+    best = report.search[0]
+    asked = " (as asked)" if best.asked else ""
+    _say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")
+
+
+__all__ = ["show"]
