@@ -1,8 +1,10 @@
 """Three steps of every method on meshes of eight devices against one device: prints the largest relative differences.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/parallel/on_eight_devices.py [MESH …]
+With XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu in the environment; names of meshes as arguments.
+`--every N` takes each N-th method alone.
 """
 
+import argparse
 import json
 import pathlib
 import sys
@@ -80,11 +82,14 @@ def main():
     jax.config.update("jax_disable_most_optimizations", True)  # most of the time goes into compiling
     jax.config.update("jax_default_matmul_precision", "highest")
     assert jax.device_count() == 8
-    plain = {}
-    found = {}
-    for text in sys.argv[1:] or MESHES:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("meshes", nargs="*", default=MESHES)
+    parser.add_argument("--every", type=int, default=1)
+    args = parser.parse_args()
+    plain, found = {}, {}
+    for text in args.meshes:
         mesh = make_mesh(mesh_sizes(text, 8))
-        for number, method in enumerate([*SPECS, "sft"]):
+        for number, method in list(enumerate([*SPECS, "sft"]))[:: args.every]:
             name = method if method == "sft" else method.name
             if name not in plain:
                 plain[name] = steps(method)

@@ -28,10 +28,12 @@ def on_eight_devices(script, *arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"])
-def test_three_steps_of_every_method_are_those_of_one_device(mesh):
-    found = on_eight_devices("on_eight_devices.py", mesh)
-    assert len(found) == 13
+@pytest.mark.parametrize(
+    "mesh, every", [("data=8", 4), ("fsdp=8", 4), ("fsdp=4,tensor=2", 4), ("data=2,fsdp=2,tensor=2", 1)]
+)
+def test_three_steps_of_every_method_are_those_of_one_device(mesh, every):
+    found = on_eight_devices("on_eight_devices.py", mesh, "--every", str(every))
+    assert len(found) == (13 if every == 1 else 4)
     for name, errors in found.items():
         assert errors["loss"] < 1e-5 and errors["gradient"] < 1e-5, name
 
