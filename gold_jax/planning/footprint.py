@@ -35,6 +35,8 @@ from gold_jax.planning.sizes import CHUNK, Pair, Sizes
 from gold_jax.sizes import bucket, line_bucket, power_of_two
 
 _INT32 = _FLOAT32 = 4
+ERROR = 0.16  # by which the formula came out too small at most
+FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that are by it
 STUDENT = ("student", "student, further micro-batches")  # programs that go forward and backward
 
 
@@ -319,4 +321,4 @@ def _largest(config: DecoderConfig) -> int:
     return max(math.prod(info.shape) for info in layer_parameters(config).values())
 
 
-__all__ = ["STUDENT", "Footprint", "held"]
+__all__ = ["ERROR", "FORMULA", "STUDENT", "Footprint", "held"]

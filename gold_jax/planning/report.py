@@ -7,6 +7,7 @@ from rich.console import Console
 
 from gold_jax.planning.advice import Advice
 from gold_jax.planning.arithmetic import parameter_count
+from gold_jax.planning.footprint import ERROR, FORMULA
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
 from gold_jax.planning.outcome import Plan
 from gold_jax.planning.search import Candidate
@@ -67,6 +68,9 @@ class Report:
         if plan.fits:
             free = size(plan.limit - plan.peak)
             found.append(f"It fits: at its fullest, when {when}, a {device} holds {held} of {limit}; {free} are free.")
+            by_formula = sum(plan.fullest.parts.get(part, 0) for part in FORMULA)
+            if not plan.compiled and plan.limit - plan.peak < ERROR * by_formula:
+                found.append("That is too close to tell by arithmetic.")
         elif plan.peak > plan.limit:
             over = size(plan.peak - plan.limit)
             found.append(
@@ -85,7 +89,7 @@ class Report:
         else:
             found.append(
                 "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up to "
-                "16 % too small where it was compared with compiled programs, for TPUs."
+                f"{ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
             )
         return found
 

@@ -26,6 +26,11 @@ class Candidate:
     plan: Plan
     asked: bool = False
 
+    @property
+    def update_rows(self) -> int:
+        """Rows of an update."""
+        return self.plan.asked.footprint().rows * self.plan.asked.args.gradient_accumulation_steps
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers that it is compared by."""
         args, plan = self.plan.asked.args, self.plan
@@ -35,6 +40,7 @@ class Candidate:
             "mesh": plan.asked.mesh,
             "rows": args.per_device_train_batch_size,
             "micro_batches": args.gradient_accumulation_steps,
+            "update_rows": self.update_rows,
             "compiled": plan.compiled,
             "fits": plan.fits,
             "peak_bytes": plan.peak,
@@ -54,8 +60,8 @@ def search(
 ) -> tuple[Candidate, ...]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    An update keeps its rows where the devices allow it, and has more where a mesh needs more. For each mesh and layout, rows at
-    once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to fit.
+    For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most are taken, and fewer where
+    these turn out not to fit. An update has as many rows as were asked for, or more where more are there at once.
 
     Args:
         first: the plan of what was asked for.
@@ -101,7 +107,7 @@ def _rows(asked: Asked, mesh: dict[str, int], layouts: dict[str, str]) -> Iterat
     args, shards, rows = asked.args, mesh["data"] * mesh["fsdp"], 1
     wanted = asked.footprint().rows * args.gradient_accumulation_steps
     while rows <= _MOST_ROWS:
-        passes = max(1, wanted // (shards * rows))
+        passes = -(-wanted // (shards * rows))
         if rows * passes % getattr(args, "num_generations", 1) == 0:
             settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes, **layouts}
             yield asked.changed(mesh=mesh, **settings)

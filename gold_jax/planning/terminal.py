@@ -15,6 +15,7 @@ from gold_jax.planning.wording import COLUMNS, PARTS, RESOURCES, SHARES, amount,
 
 if TYPE_CHECKING:
     from gold_jax.planning.models import Model
+    from gold_jax.planning.outcome import Moment
     from gold_jax.planning.report import Report
 
 _PHASES = {
@@ -77,7 +78,7 @@ def _title(report: "Report", console: Console) -> None:
 
 def _model(model: "Model") -> str:
     config, count = model.config, parameter_count(model.config).total
-    shown = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    shown = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
     return f"{model.name} ({config.family}, {shown} parameters)"
 
 
@@ -126,6 +127,8 @@ def _memory(report: "Report", console: Console) -> None:
         return "" if count is None else f"{count / unit:,.2f}"
 
     labels = {**PARTS, "teacher": f"{PARTS['teacher']}, {plan.asked.footprint().dtype}"}
+    if plan.compiled:
+        labels |= {part: f"{PARTS[part]}*" for part in SHARES}
     for part, label in labels.items():
         sizes = [plan.always.get(part), *(moment.parts.get(part) for moment in plan.moments)]
         if any(size is not None for size in sizes):
@@ -135,17 +138,19 @@ def _memory(report: "Report", console: Console) -> None:
     totals = [always + moment.total for moment in plan.moments]
     cells = [Text(shown(total), "bold" if total <= plan.limit else "bold red") for total in totals]
     table.add_row(Text("together", "bold"), shown(always), *cells)
-    free = [_free(plan.limit - total, unit, bool(moment.error)) for total, moment in zip(totals, plan.moments)]
-    table.add_row(f"free of {shown(plan.limit)}", "", *free)
+    whole, its_name = unit_of(plan.limit)
+    label = f"free of {plan.limit / whole:,.2f}" + (f" {its_name}" if whole != unit else "")
+    free = [_free((plan.limit - total) / whole, moment) for total, moment in zip(totals, plan.moments)]
+    table.add_row(label, "", *free)
     _put(console, table)
     if any(part in moment.parts for moment in plan.moments for part in SHARES) and plan.compiled:
         _say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
 
 
-def _free(count: int, unit: int, refused: bool) -> Text:
-    if refused:
+def _free(amount: float, moment: "Moment") -> Text:
+    if moment.error:
         return Text("refused", "red")
-    return Text(f"{count / unit:,.2f}", "green" if count >= 0 else "red")
+    return Text(f"{amount:,.2f}", "green" if amount >= 0 else "red")
 
 
 def _time(report: "Report", console: Console) -> None:
@@ -194,23 +199,26 @@ def _search(report: "Report", console: Console) -> None:
     compiled = "compiled" if report.plan.compiled else "by arithmetic"
     _section(console, f"ways to spread it, {compiled}")
     unit, name = unit_of(report.plan.peak)
-    table = _table(console, "rows", f"peak {name}", "fits", "update", "tokens/s/chip", "bound by", first="mesh")
+    table = _table(console, "rows", "an update", name, "fits", "time", "tokens/s/chip", first="  mesh")
     for one in report.search:
         plan, args = one.plan, one.plan.asked.args
         layout = getattr(args, "teacher_layout", "fsdp")
-        mesh = mesh_flag(plan.asked.mesh) + (f", teacher {layout}" if layout != "fsdp" else "")
+        mesh = mesh_flag(plan.asked.mesh) + (f" T {layout}" if layout != "fsdp" else "")
         fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
         table.add_row(
-            Text(mesh).append(" (asked)" if one.asked else "", "dim"),
+            Text("› " if one.asked else "  ").append(mesh),
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            f"{one.update_rows:,}",
             f"{plan.peak / unit:,.2f}",
             fits,
             duration(plan.seconds),
             f"{plan.tokens_per_second / plan.asked.topology.chips:,.0f}",
-            RESOURCES[plan.slowest],
         )
     _put(console, table)
-    _say(console, "rows: those of a device (of a shard, along tensor) at once, times micro-batches of an update", "dim")
+    words = "rows: at once on a device (along tensor: on a shard), times micro-batches; ›: as asked for"
+    if any(getattr(one.plan.asked.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
+        words += "; T: layout of the teacher"
+    _say(console, words, "dim")
     best = report.search[0]
     asked = " (as asked)" if best.asked else ""
     _say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")
