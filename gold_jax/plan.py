@@ -14,6 +14,7 @@ from gold_jax.planning.hardware import FORMS, read_topology
 
 if TYPE_CHECKING:
     from gold_jax.planning.report import Report
+    from gold_jax.planning.sizes import Pair
 
 _RULES = (("at least 1", lambda v: v >= 1, ("search_limit", "matched")),)
 
@@ -96,8 +97,9 @@ def plan_run(
     from gold_jax.parallel.mesh import mesh_sizes
     from gold_jax.planning.advice import advice
     from gold_jax.planning.compiled import by_compiling
+    from gold_jax.planning.footprint import STUDENT
     from gold_jax.planning.models import find_model, find_vocabularies
-    from gold_jax.planning.outcome import Asked, by_arithmetic
+    from gold_jax.planning.outcome import Asked, Plan, by_arithmetic
     from gold_jax.planning.report import Report
     from gold_jax.planning.search import search
     from gold_jax.planning.sizes import Pair
@@ -123,16 +125,20 @@ def plan_run(
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
     asked = Asked(training, pair, topology, mesh, options["attn_implementation"])
     compiles = topology.kind == "tpu"
+
+    def shorter(way: Asked) -> Plan:  # of two programs with the same gradient, the larger tells enough
+        return by_compiling(way, leave_out=STUDENT[:1] if way.args.gradient_accumulation_steps > 1 else ())
+
     plan = by_compiling(asked, told) if compiles else by_arithmetic(asked)
     found = None
     if args.search:
-        found = search(plan, by_compiling if compiles else None, limit=args.search_limit, told=told)
+        found = search(plan, shorter if compiles else None, limit=args.search_limit, told=told)
     told("looking for what would help")
     helps = () if plan.fits else advice(plan)
-    return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh, args))
+    return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh))
 
 
-def _notes(training: SFTConfig, pair, mesh: dict[str, int], args: PlanArguments) -> tuple[str, ...]:
+def _notes(training: SFTConfig, pair: "Pair", mesh: dict[str, int]) -> tuple[str, ...]:
     """What a plan leaves out or had to do without, one sentence each."""
     notes = []
     if getattr(training, "seq_kd", False):
@@ -143,12 +149,14 @@ def _notes(training: SFTConfig, pair, mesh: dict[str, int], args: PlanArguments)
         )
     if training.bf16 is False:
         notes.append(
-            "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs; on GPUs they can take longer."
+            "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs; on GPUs they can take "
+            "longer."
         )
     for role, config in (("student", pair.student), ("teacher", pair.teacher)):
         if config is not None and config.heads % mesh["tensor"]:
             notes.append(
-                f"tensor={mesh['tensor']} does not divide the {role}'s {config.heads} heads: each device computes all of its attention."
+                f"tensor={mesh['tensor']} does not divide the {role}'s {config.heads} heads: each device computes all of its "
+                "attention."
             )
     if pair.teacher is None and isinstance(training, GOLDConfig):
         notes.append("There is no teacher (--teacher_model_name_or_path): this is a plan of fine-tuning.")

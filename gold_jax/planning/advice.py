@@ -105,15 +105,23 @@ def _changed(asked: Asked, changes: Sequence[_Change]) -> tuple[Asked, str]:
     mesh = next((change.mesh for change in changes if change.mesh), asked.mesh)
     topology = next((change.topology for change in changes if change.topology), None)
     args, sizes = asked.args, asked.footprint()
-    wanted = sizes.rows * args.gradient_accumulation_steps
-    rows = settings.get("per_device_train_batch_size", args.per_device_train_batch_size)
-    passes, rest = divmod(wanted, rows * mesh["data"] * mesh["fsdp"])
-    if topology is not None and (rest or not passes):  # more devices than the rows are enough for
-        passes, rest = args.gradient_accumulation_steps, 0
-    if rest or not passes or rows * passes % getattr(args, "num_generations", 1):
+    rows, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    asked_rows = settings.get("per_device_train_batch_size", rows)
+    whole, rest = divmod(sizes.rows * passes, mesh["data"] * mesh["fsdp"])
+    if topology is not None and (
+        rest or not whole
+    ):  # the rows are not enough for so many devices: there are more of them
+        whole, rest = rows * passes, 0
+    if rest or not whole or whole % getattr(args, "num_generations", 1):
         raise ValueError("the rows of an update cannot be shared out so")
-    if passes != args.gradient_accumulation_steps:
-        settings["gradient_accumulation_steps"] = passes
+    at_once = math.gcd(whole, asked_rows)
+    for name, before, after in (
+        ("per_device_train_batch_size", rows, at_once),
+        ("gradient_accumulation_steps", passes, whole // at_once),
+    ):
+        settings.pop(name, None)
+        if after != before:
+            settings[name] = after
     flags = [f"--topology {topology.name}"] if topology else [f"--mesh {mesh_flag(mesh)}"] if mesh != asked.mesh else []
     if topology and asked.args.mesh not in (None, "auto"):
         flags.append(f"--mesh {mesh_flag(mesh)}")

@@ -18,9 +18,9 @@ begins to go back through the layers; the larger sum is its peak.
 | new gradients | of the device's part of the layers | | 4·layers |
 
 `norms`, of queries and keys where there are any, is 12·(H + N)·K/t. Cross-entropy alone shares the head's gradient out before it
-goes back. Against what libtpu 0.0.42.1 lays out for eight cases (students of 0.13 to 8 B with teachers of 0.36 to 32 B or none, 1 to 16
+goes back. Against what libtpu 0.0.42.1 lays out for nine programs (students of 0.13 to 8 B with teachers of 0.36 to 32 B or none, 1 to 16
 chips, with and without `data`, `tensor`, checkpointing and micro-batches; `Program.temporaries`), a student's step comes out between 16 %
-too small and 2 % too large, in five of eight within 5 %. (What XLA makes of it for GPUs has not been compared.) The other
+too small and 2 % too large, in six of the nine within 5 %. (What XLA makes of it for GPUs has not been compared.) The other
 programs' temporaries, all small beside it, come out within a third, but for a teacher that libtpu cuts into pieces (0.12 for 0.04 GiB).
 """
 

@@ -8,7 +8,6 @@ from gold_jax.planning.meshes import mesh_flag, meshes
 from gold_jax.planning.outcome import Asked, Plan, by_arithmetic
 
 _SLACK = 1.1  # arithmetic is sometimes too large: what does not fit by it may fit when it is compiled
-_MOST_ROWS = 1024
 _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more tokens a second
 
 
@@ -60,8 +59,9 @@ def search(
 ) -> tuple[Candidate, ...]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most are taken, and fewer where
-    these turn out not to fit. An update has as many rows as were asked for, or more where more are there at once.
+    An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer micro-batches. For
+    each mesh and layout, rows at once are doubled while they fit; of those that are as good the most are taken, and fewer where
+    these turn out not to fit.
 
     Args:
         first: the plan of what was asked for.
@@ -103,15 +103,15 @@ def _ways(asked: Asked, slack: float) -> Iterator[list[Plan]]:
 
 
 def _rows(asked: Asked, mesh: dict[str, int], layouts: dict[str, str]) -> Iterator[Asked]:
-    """A mesh with one row at once on each device, then twice as many each time."""
-    args, shards, rows = asked.args, mesh["data"] * mesh["fsdp"], 1
-    wanted = asked.footprint().rows * args.gradient_accumulation_steps
-    while rows <= _MOST_ROWS:
-        passes = -(-wanted // (shards * rows))
-        if rows * passes % getattr(args, "num_generations", 1) == 0:
-            settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": passes, **layouts}
+    """A mesh with one row at once on each shard, then twice as many each time, as far as the rows of an update go."""
+    args, shards = asked.args, mesh["data"] * mesh["fsdp"]
+    whole, rest = divmod(asked.footprint().rows * args.gradient_accumulation_steps, shards)
+    whole += rest > 0  # more rows, where they cannot be shared out evenly
+    counts = {2**k for k in range(whole.bit_length())} | {whole}
+    for rows in sorted(count for count in counts if whole % count == 0):
+        if whole % getattr(args, "num_generations", 1) == 0:
+            settings = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": whole // rows, **layouts}
             yield asked.changed(mesh=mesh, **settings)
-        rows *= 2
 
 
 def _layouts(asked: Asked, mesh: dict[str, int]) -> list[dict[str, str]]:

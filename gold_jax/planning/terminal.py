@@ -199,7 +199,7 @@ def _search(report: "Report", console: Console) -> None:
     compiled = "compiled" if report.plan.compiled else "by arithmetic"
     _section(console, f"ways to spread it, {compiled}")
     unit, name = unit_of(report.plan.peak)
-    table = _table(console, "rows", "an update", name, "fits", "time", "tokens/s/chip", first="  mesh")
+    table = _table(console, "rows", "update", name, "fits", "time", "tok/s/chip", first="  mesh")
     for one in report.search:
         plan, args = one.plan, one.plan.asked.args
         layout = getattr(args, "teacher_layout", "fsdp")
@@ -215,7 +215,7 @@ def _search(report: "Report", console: Console) -> None:
             f"{plan.tokens_per_second / plan.asked.topology.chips:,.0f}",
         )
     _put(console, table)
-    words = "rows: at once on a device (along tensor: on a shard), times micro-batches; ›: as asked for"
+    words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
     if any(getattr(one.plan.asked.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
         words += "; T: layout of the teacher"
     _say(console, words, "dim")
