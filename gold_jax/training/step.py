@@ -356,6 +356,7 @@ class Step:
             state.params, state.optimizer, metrics, done = run["fused"](state.params, state.optimizer, constants, head)
         else:
             metrics, grads = run["first"](state.params, constants, head)
+            del head  # with what the teacher made of it
             for batch in batches[1:]:
                 metrics, grads = run["add"](state.params, grads, metrics, constants, self._read(constants, batch))
             state.params, state.optimizer, done = run["update"](state.params, state.optimizer, grads, metrics[0])
