@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from gold_jax.parallel.beats import EX_TEMPFAIL
+
 T = TypeVar("T")
-EX_TEMPFAIL = 75  # of sysexits.h: what failed will succeed if it is started again
 
 
 class Preempted(SystemExit):
