@@ -6,8 +6,7 @@ from typing import NamedTuple
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
-from gold_jax.rollout.sampler import slots_for
-from gold_jax.sizes import power_of_two
+from gold_jax.rollout.sampler import most_slots
 from gold_jax.training.windows import sampling_rows
 
 CHUNK = 256  # what `losses.chunked.chunk_size` takes on accelerators
@@ -89,13 +88,16 @@ class Sizes:
 
     @property
     def slots(self) -> int:
-        """Slots of the cache at its largest, as the sampler has them: a cache that is small beside the weights has all at once."""
-        return power_of_two(self.longest, smallest=32) if self.cheap else slots_for(self.longest)
+        """Slots of the cache at its largest, as the sampler has them."""
+        return self._most_slots[0]
 
     @property
     def cheap(self) -> bool:
         """Whether the cache is small beside the weights."""
+        return self._most_slots[1]
+
+    @property
+    def _most_slots(self) -> tuple[int, bool]:
         student = self.pair.student
-        slot = 2 * student.layers * student.kv_heads * student.head_dim
-        slots = self.sampled_rows // self.shards * power_of_two(self.longest, smallest=32)
-        return 4 * slots * slot <= sum(math.prod(info.shape) for info in parameters(student).values())
+        weights = sum(math.prod(info.shape) for info in parameters(student).values())
+        return most_slots(student, weights, self.sampled_rows // self.shards, self.longest)

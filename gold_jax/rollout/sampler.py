@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.rollout import rows as device
 from gold_jax.rollout.engine import Sampled
@@ -207,13 +208,9 @@ class _Writing:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
         owners = self.owner[self.alive] if self.alive.any() else [self.waiting[0]]
         needed = max(len(self.prompts[i]) for i in owners) - 1 + self.new
-        enough = _slots(needed)
-        config, itemsize = self.config, self.dtype.itemsize
-        slot = 2 * config.layers * config.kv_heads * config.head_dim * itemsize
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1])) * itemsize
-        if _CHEAP * (len(self.alive) // self.shards) * enough * slot <= weights:
-            return enough
-        return min(slots_for(needed), _slots(longest + _SMALLEST))
+        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1]))
+        most, cheap = most_slots(self.config, weights, len(self.alive) // self.shards, needed)
+        return most if cheap else min(most, _slots(longest + _SMALLEST))
 
     def _write(self) -> None:
         """Let the device go on until there is something to do."""
@@ -264,9 +261,24 @@ def halves(rows: int) -> list[int]:
     return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]
 
 
-def slots_for(length: int) -> int:
-    """How many slots a cache has at most that is to hold `length` tokens: no more than a fourth stays empty."""
-    return line_bucket(int(length), smallest=_SMALLEST)
+def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> tuple[int, bool]:
+    """How many slots a cache has at most that is to hold `length` tokens.
+
+    A cache that is cheap, because it is small beside the weights, has all its slots at once and in few sizes; of another no more
+    than a fourth stays empty.
+
+    Args:
+        config: the model's.
+        weights: how many parameters it has.
+        rows: that a device writes at once.
+        length: tokens of the longest row.
+
+    Returns:
+        The slots, and whether the cache is cheap.
+    """
+    slots = _slots(length)
+    cheap = _CHEAP * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
+    return slots if cheap else line_bucket(int(length), smallest=_SMALLEST), cheap
 
 
 def _slots(length: int) -> int:
