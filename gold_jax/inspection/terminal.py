@@ -5,11 +5,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.padding import Padding
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +14,7 @@ from gold_jax.inspection.characters import marked, percent
 from gold_jax.inspection.findings import findings
 from gold_jax.inspection.tokenization import Counts, CutText, Group, Token
 from gold_jax.inspection.wording import KINDS, MASS, ROUTED, UNMATCHED
+from gold_jax.terminal import columns, put, say, section
 
 if TYPE_CHECKING:
     from gold_jax.inspection.report import Report
@@ -47,16 +45,16 @@ def show(report: "Report", console: Console) -> None:
     """Print a report."""
     _title(report, console)
     for text in report.texts:
-        _section(console, text.name)
+        section(console, text.name)
         for line in lines_of(text, console.width - 1):
             console.print(line, overflow="crop", no_wrap=True, highlight=False)
     for part in (_texts, _shapes, _vocabularies, _mass):
         part(report, console)
-    _section(console, "in short")
+    section(console, "in short")
     for sentence in findings(report):
-        _say(console, sentence)
+        say(console, sentence)
     for note in report.notes:
-        _say(console, note, "yellow")
+        say(console, note, "yellow")
 
 
 def _title(report: "Report", console: Console) -> None:
@@ -69,16 +67,6 @@ def _title(report: "Report", console: Console) -> None:
     legend = Text("     ").append_text(Text(" ").join(Text(word, style) for word, style in words))
     legend.append("  1:1 plain  │ between a group's tokens  · blank")
     console.print(legend)
-
-
-def _section(console: Console, title: str) -> None:
-    console.print()
-    console.print(Rule(Text(title, "bold"), align="left", style="dim", characters="─"))
-
-
-def _say(console: Console, sentence: str, style: str = "") -> None:
-    for line in Text(sentence, style).wrap(console, console.width - 2):
-        console.print(Text("  ").append_text(line), highlight=False)
 
 
 def lines_of(text: CutText, width: int) -> Iterator[Text]:
@@ -164,21 +152,9 @@ def _chopped(text: Text, room: int) -> list[Text]:
     return list(text.divide(cuts))
 
 
-def _table(*columns: str, first: str = "") -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", show_edge=False)
-    table.add_column(first, no_wrap=True)
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _put(console: Console, table: Table) -> None:
-    console.print(Padding(table, (0, 0, 0, 2), expand=False))
-
-
 def _texts(report: "Report", console: Console) -> None:
-    _section(console, "groups")
-    table = _table("bytes", "groups", "1:1", "1:1 bytes", "S bytes/token", "T bytes/token")
+    section(console, "groups")
+    table = columns("bytes", "groups", "1:1", "1:1 bytes", "S bytes/token", "T bytes/token")
 
     def row(name: str, counts: Counts, style: str = "") -> None:
         student, teacher = (f"{value:.2f}" for value in counts.bytes_per_token)
@@ -190,13 +166,13 @@ def _texts(report: "Report", console: Console) -> None:
     if len(report.texts) > 1:
         table.add_section()
         row("all", report.total, "bold")
-    _put(console, table)
+    put(console, table)
 
 
 def _shapes(report: "Report", console: Console) -> None:
     if not report.shapes:
         return
-    _section(console, "merged groups by shape (student : teacher)")
+    section(console, "merged groups by shape (student : teacher)")
     largest = report.shapes[0].count
     for shape in report.shapes[:SHOWN_SHAPES]:
         bar = "█" * max(1, round(_BAR * shape.count / largest))
@@ -207,25 +183,25 @@ def _shapes(report: "Report", console: Console) -> None:
         console.print(line, no_wrap=True, highlight=False)
     rest = report.shapes[SHOWN_SHAPES:]
     if rest:
-        _say(console, f" rest  {sum(shape.count for shape in rest):>6,}  of {len(rest)} more shapes")
+        say(console, f" rest  {sum(shape.count for shape in rest):>6,}  of {len(rest)} more shapes")
 
 
 def _vocabularies(report: "Report", console: Console) -> None:
     figures = report.vocabularies
-    _section(console, "vocabularies")
+    section(console, "vocabularies")
     if figures.identical:
-        _say(console, "Both sides have the same entries under the same ids: every entry is its own partner.\n")
-    table = _table("shared", "student", "teacher", "Jaccard", first="different entries")
+        say(console, "Both sides have the same entries under the same ids: every entry is its own partner.\n")
+    table = columns("shared", "student", "teacher", "Jaccard", first="different entries")
     for name in ("surfaces", "strings"):
         found = getattr(figures, name)
         counts = (f"{count:,}" for count in (found.shared, found.student, found.teacher))
         table.add_row(f"by {name}", *counts, Text(f"{found.jaccard:.3f}", "bold"))
-    _put(console, table)
+    put(console, table)
     console.print()
-    table = _table("student", "teacher", first="rows without a partner (by surfaces)")
+    table = columns("student", "teacher", first="rows without a partner (by surfaces)")
     for name, label in UNMATCHED.items():
         table.add_row(label, *(f"{getattr(side, name):,}" for side in (figures.student, figures.teacher)))
-    _put(console, table)
+    put(console, table)
     grid = Table.grid(padding=(0, 2))
     for role, (letter, style) in _SIDES.items():
         for kind, pairs in getattr(figures, role).examples.items():
@@ -234,26 +210,26 @@ def _vocabularies(report: "Report", console: Console) -> None:
                 grid.add_row(Text(letter, style), Text(KINDS[kind], "dim"), Text(written))
     if grid.row_count:
         console.print()
-        _put(console, grid)
+        put(console, grid)
 
 
 def _mass(report: "Report", console: Console) -> None:
     mass = report.mass
     if mass is None:
         return
-    _section(console, f"probability on these texts ({mass.dtype})")
-    table = _table("student", "teacher", first="mean over positions")
+    section(console, f"probability on these texts ({mass.dtype})")
+    table = columns("student", "teacher", first="mean over positions")
     table.add_row("positions", f"{mass.student.positions:,}", f"{mass.teacher.positions:,}", style="dim")
     for name, label in MASS.items():
         table.add_row(label, *(percent(getattr(side, name)) for side in (mass.student, mass.teacher)))
     for kind, label in ROUTED.items():
         table.add_row(label, *(percent(side.share_of_routed(kind)) for side in (mass.student, mass.teacher)))
-    _put(console, table)
+    put(console, table)
     if len(report.texts) == 1:
         return
     console.print()
     names = ("strings", "surfaces", "projected")
-    table = _table("S strings", *names[1:], "T strings", *names[1:], first="by text")
+    table = columns("S strings", *names[1:], "T strings", *names[1:], first="by text")
     for text, sides in zip(report.texts, mass.by_text):
         table.add_row(Text(text.name), *(percent(getattr(side, name)) for side in sides for name in names))
-    _put(console, table)
+    put(console, table)

@@ -2,16 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
-from rich.padding import Padding
-from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
 from gold_jax.planning.arithmetic import parameter_count
 from gold_jax.planning.meshes import mesh_flag
 from gold_jax.planning.wording import COLUMNS, PARTS, RESOURCES, SHARES, amount, duration, seconds_unit, size, unit_of
+from gold_jax.terminal import columns, put, say, section
 
 if TYPE_CHECKING:
     from gold_jax.planning.models import Model
@@ -32,11 +30,11 @@ def show(report: "Report", console: Console) -> None:
     _title(report, console)
     for part in (_memory, _time, _advice, _search):
         part(report, console)
-    _section(console, "in short")
+    section(console, "in short")
     for sentence in report.findings():
-        _say(console, sentence, "yellow" if "«" in sentence else "")
+        say(console, sentence, "yellow" if "«" in sentence else "")
     for note in report.notes:
-        _say(console, note, "yellow")
+        say(console, note, "yellow")
 
 
 def _title(report: "Report", console: Console) -> None:
@@ -93,34 +91,15 @@ def _memory_in_words(report: "Report") -> str:
     )
 
 
-def _section(console: Console, title: str) -> None:
-    console.print()
-    console.print(Rule(Text(title, "bold"), align="left", style="dim", characters="─"))
-
-
-def _say(console: Console, sentence: str, style: str = "") -> None:
-    for line in Text(sentence, style).wrap(console, console.width - 2):
-        console.print(Text("  ").append_text(line), highlight=False)
-
-
-def _table(console: Console, *columns: str, first: str = "", wrap: bool = False) -> Table:
-    between = 0 if console.width < 100 else 1
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, between, 0, 0), header_style="dim", show_edge=False)
-    table.add_column(first, no_wrap=not wrap, overflow="fold")
-    for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
-
-
-def _put(console: Console, table: Table) -> None:
-    console.print(Padding(table, (0, 0, 0, 2), expand=False))
+def _table(console: Console, *names: str, first: str = "", wrap: bool = False) -> Table:
+    return columns(*names, first=first, wrap=wrap, gap=0 if console.width < 100 else 1)
 
 
 def _memory(report: "Report", console: Console) -> None:
     plan = report.plan
     unit, name = unit_of(plan.peak)
     device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
-    _section(console, f"memory of a {device}, {name}")
+    section(console, f"memory of a {device}, {name}")
     table = _table(console, "always", *(COLUMNS[moment.program] for moment in plan.moments))
 
     def shown(count: int | None) -> str:
@@ -142,9 +121,9 @@ def _memory(report: "Report", console: Console) -> None:
     label = f"free of {plan.limit / whole:,.2f}" + (f" {its_name}" if whole != unit else "")
     free = [_free((plan.limit - total) / whole, moment) for total, moment in zip(totals, plan.moments)]
     table.add_row(label, "", *free)
-    _put(console, table)
+    put(console, table)
     if any(part in moment.parts for moment in plan.moments for part in SHARES) and plan.compiled:
-        _say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
+        say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
 
 
 def _free(amount: float, moment: "Moment") -> Text:
@@ -157,7 +136,7 @@ def _time(report: "Report", console: Console) -> None:
     plan = report.plan
     device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
     factor, unit = seconds_unit(plan.seconds)
-    _section(console, f"an update on each {device}, at least")
+    section(console, f"an update on each {device}, at least")
     table = _table(
         console, "FLOP", "HBM B", "sent B", *RESOURCES.values(), "least", "bound by", first=f"times in {unit}"
     )
@@ -174,30 +153,30 @@ def _time(report: "Report", console: Console) -> None:
         sums = [total + one for total, one in zip(sums, counts + seconds)]
     table.add_section()
     row("together", sums[:3], sums[3:], plan.slowest, "bold")
-    _put(console, table)
+    put(console, table)
     if len(plan.sent) > 1:
         by_axes = ", ".join(f"{axes} {amount(count)}B" for axes, count in sorted(plan.sent.items()) if count)
-        _say(console, f"sent along {by_axes}", "dim")
+        say(console, f"sent along {by_axes}", "dim")
 
 
 def _advice(report: "Report", console: Console) -> None:
     if not report.advice:
         return
-    _section(console, "what would help, by arithmetic")
+    section(console, "what would help, by arithmetic")
     unit, name = unit_of(report.plan.peak)
     table = _table(console, f"saves {name}", "leaves", "fits", first="change", wrap=True)
     for one in report.advice:
         mark = Text("yes", "green") if one.fits else Text("no", "red")
         what = Text(one.flags).append(f"\n{one.why}", "dim")
         table.add_row(what, f"{one.saves / unit:,.2f}", f"{one.peak / unit:,.2f}", mark)
-    _put(console, table)
+    put(console, table)
 
 
 def _search(report: "Report", console: Console) -> None:
     if report.search is None:
         return
     compiled = "compiled" if report.plan.compiled else "by arithmetic"
-    _section(console, f"ways to spread it, {compiled}")
+    section(console, f"ways to spread it, {compiled}")
     unit, name = unit_of(report.plan.peak)
     table = _table(console, "rows", "update", name, "fits", "time", "tok/s/chip", first="  mesh")
     for one in report.search:
@@ -214,14 +193,14 @@ def _search(report: "Report", console: Console) -> None:
             duration(plan.seconds),
             f"{plan.tokens_per_second / plan.asked.topology.chips:,.0f}",
         )
-    _put(console, table)
+    put(console, table)
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
     if any(getattr(one.plan.asked.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
         words += "; T: layout of the teacher"
-    _say(console, words, "dim")
+    say(console, words, "dim")
     best = report.search[0]
     asked = " (as asked)" if best.asked else ""
-    _say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")
+    say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")
 
 
 __all__ = ["show"]
