@@ -10,6 +10,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from gold_jax.config import SFTConfig
+from gold_jax.losses.chunked import chunk_size
 from gold_jax.losses.distill import Head, across_lines, token_logp
 from gold_jax.parallel.exchange import over_rows
 from gold_jax.parallel.layout import ROWS
@@ -19,6 +21,7 @@ from gold_jax.text.chat import Codec
 from gold_jax.text.data import Example
 from gold_jax.text.drawn import Drawn, completion_from_ids
 from gold_jax.text.lines import pack_lines, pad_right, positions
+from gold_jax.training.participant import Participant
 
 MODEL_WINDOW = 1 << 20
 
@@ -262,3 +265,16 @@ def exact_match(model, codec: Codec, examples: Sequence[Example], *, max_new_tok
         temperature=0.0,
     )
     return float(np.mean([d.text.strip() == e.completion.strip() for d, e in zip(drawn, examples)]))
+
+
+def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
+    """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
+    where = who.model.placement
+    batch = args.per_device_eval_batch_size * (1 if where is None else where.shards)
+    score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk))
+    found = {"eval_bits_per_byte": score.bits_per_byte}
+    if args.predict_with_generate:
+        found["eval_exact_match"] = exact_match(
+            who.model, who.codec, examples, max_new_tokens=max_new_tokens, batch_size=batch
+        )
+    return found

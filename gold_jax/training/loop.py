@@ -16,7 +16,6 @@ from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
-from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
 from gold_jax.parallel.watch import Watch
@@ -25,7 +24,7 @@ from gold_jax.text.data import Example
 from gold_jax.text.share import Share
 from gold_jax.training import profile
 from gold_jax.training.checkpoint import save_final_model
-from gold_jax.training.evaluation import exact_match, score_completions
+from gold_jax.training.evaluation import measures
 from gold_jax.training.faults import Diverged, Skips, explain
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.optimizer import make_optimizer, make_schedule
@@ -102,7 +101,7 @@ class Loop:
         optimizer = make_optimizer(args, self.total_steps)
         self.graph, params = nnx.split(task.student.model)
         task.student = task.student._replace(model=None)  # steps donate the parameters: this is their only owner
-        self.placement = where = nnx.merge(self.graph, params).placement
+        where = nnx.merge(self.graph, params).placement
         shardings = None
         if where is not None:
             kept = jax.tree.map(lambda x: x.sharding, params)
@@ -110,7 +109,7 @@ class Loop:
         start = jax.jit(optimizer.init, out_shardings=shardings and shardings.optimizer)
         self.state = TrainState(params, start(params))
         release_freed_memory()
-        self.step = Step(task.loss, optimizer, shardings, *(() if where is None else (where.put_rows,)))
+        self.step = Step(task.loss, optimizer, shardings, where and where.put_rows)
         self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self.skips = Skips()
@@ -414,16 +413,3 @@ def watch_over(limit: float) -> Watch:
 def shout(line: str) -> None:
     """Says a line in whatever process this is, also where the console is another's."""
     print(f"gold_jax: {line}", file=sys.stderr, flush=True)
-
-
-def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
-    """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
-    where = who.model.placement
-    batch = args.per_device_eval_batch_size * (1 if where is None else where.shards)
-    score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk))
-    found = {"eval_bits_per_byte": score.bits_per_byte}
-    if args.predict_with_generate:
-        found["eval_exact_match"] = exact_match(
-            who.model, who.codec, examples, max_new_tokens=max_new_tokens, batch_size=batch
-        )
-    return found

@@ -276,7 +276,7 @@ class Step:
         loss: LossFn,
         optimizer: optax.GradientTransformation | None,
         shardings: TrainState | None = None,
-        place: Callable[[Any], Any] = lambda batch: batch,
+        place: Callable[[Any], Any] | None = None,
     ):
         """Compiles nothing yet.
 
@@ -284,7 +284,7 @@ class Step:
           loss: what is minimised.
           optimizer: what is done with gradients.
           shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
-          place: puts a batch of host arrays on the mesh.
+          place: puts a batch of host arrays on the mesh; None: leaves it on the host.
         """
         self._place = place
 
@@ -340,7 +340,7 @@ class Step:
 
     def _read(self, constants: Any, batch: Any) -> Any:
         """A batch on the mesh that the teacher, where there is one, has read."""
-        batch = self._place(batch)
+        batch = batch if self._place is None else self._place(batch)
         if "read" not in self.programs:
             return batch
         return with_hidden(batch, self.programs["read"](constants, batch.teacher.lines))
