@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gold_jax.parallel.processes import count, is_first, names
+from gold_jax.parallel.processes import count, names
 
 _FRAME = 256  # words of the first message: most are shorter
 
@@ -96,19 +96,6 @@ def _unpack(data: bytes) -> list[np.ndarray]:
     lengths, tokens = values[1 : 1 + values[0]], values[1 + values[0] :]
     ends = np.cumsum(lengths)
     return [tokens[end - length : end].copy() for length, end in zip(lengths, ends)]
-
-
-def broadcast_json(value: Any) -> Any:
-    """What process 0 has, in all processes, as JSON gives it back: tuples are lists. What the others have is not looked at."""
-    text = json.dumps(value if is_first() else None)
-    if count() > 1:
-        from jax.experimental import multihost_utils
-
-        data = text.encode()
-        length = int(gather(np.int64(len(data)))[0])
-        words = _words(data if is_first() else b"", _rounded(length))
-        text = np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes()[:length].decode()
-    return json.loads(text)
 
 
 def agree(what: str, value: Any) -> None:

@@ -35,7 +35,6 @@ def exchange(me):
     told("ragged", [[row.tolist() for row in one] for one in agreement.gather_ragged(rows)])
     long = [np.arange(3000 * me + 1, dtype=np.int32)]
     told("long", [len(one[0]) for one in agreement.gather_ragged(long)])
-    told("json", agreement.broadcast_json({"a": [1, "ü" * 2000]} if me == 0 else None)["a"][1][-1])
     agreement.agree("--seed", 3)
     for what, value in [("--seed", me), ("the settings", {"lr": 0.1, "batch": 4 + me})]:
         try:

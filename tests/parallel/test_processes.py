@@ -127,7 +127,6 @@ def test_a_single_process_exchanges_with_itself(monkeypatch):
     assert agreement.gather(values).tolist() == [[[1, 2**60]]]
     assert agreement.total(values).tolist() == agreement.largest(values).tolist() == [[1, 2**60]]
     assert [x.tolist() for x in agreement.gather_ragged([np.arange(2, dtype=np.int32)])[0]] == [[0, 1]]
-    assert agreement.broadcast_json({"a": (1, None)}) == {"a": [1, None]}
     agreement.agree("--seed", 3)
 
 
@@ -190,7 +189,6 @@ def test_rows_of_any_length_reach_all_processes(exchanged):
     top = 2**31 - 2
     for one in exchanged:
         assert of(one, "ragged") == [[[], [[0], [top, top, top]]]] and of(one, "long") == [[1, 3001]]
-        assert of(one, "json") == ["ü"]
 
 
 def test_what_the_processes_disagree_on_is_said_in_all_of_them(exchanged):
