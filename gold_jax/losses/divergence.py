@@ -62,7 +62,7 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
       student: probabilities `[..., V]`, float32, none negative.
       teacher: probabilities `[..., W]`, float32, none negative.
       sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on CPUs,
-        where XLA sorts slowly (unless the process may use one core alone), and XLA elsewhere.
+        where XLA sorts slowly (unless there is one core alone, or several devices), and XLA elsewhere.
 
     Returns:
       `[...]`, between 0 and the two sums together.

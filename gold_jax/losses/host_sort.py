@@ -12,9 +12,13 @@ import numpy as np
 
 
 def can_sort_here() -> bool:
-    """Whether programs on CPUs may call back: with a single core JAX has a single thread, and its callbacks wait for another."""
+    """Whether programs on CPUs may call back.
+
+    A callback waits for another of JAX's threads. With a single core there is none, and where a program runs on several devices
+    they may all be held by a device that waits for this one: both wait for ever.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return cores > 1
+    return cores > 1 and jax.device_count() == 1
 
 
 def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -28,10 +32,13 @@ def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Arr
       The distance float32 `[C]`, and int8 `[C, V]`: 1 for values larger than what stands opposite, -1 for smaller ones.
 
     Raises:
-      ValueError: this process may use a single core.
+      ValueError: this process may use a single core, or there are several devices.
     """
     if not can_sort_here():
-        raise ValueError("sorting on the host takes two cores or more, and this process may use one; sort with xla.")
+        raise ValueError(
+            "sorting on the host takes two cores or more and a single device, and this process has fewer cores or more devices; "
+            "sort with xla."
+        )
     rows = ours.shape[0]
     shapes = jax.ShapeDtypeStruct((rows,), np.float32), jax.ShapeDtypeStruct(ours.shape, np.int8)
     return jax.pure_callback(_l1_and_signs, shapes, ours, theirs, vmap_method="sequential")

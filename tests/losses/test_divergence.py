@@ -124,3 +124,32 @@ except ValueError as error:
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert float(ran.stdout.splitlines()[0]) > 0 and "two cores" in ran.stdout
+
+
+def test_on_several_devices_nothing_waits_for_a_callback_that_another_device_holds_up():
+    script = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec as P
+from gold_jax.losses.divergence import sorted_l1
+assert jax.device_count() == 2
+p, q = jax.nn.softmax(jax.random.normal(jax.random.key(0), (2, 8, 20_000)))
+whole = jax.jit(lambda p, q: sorted_l1(p, q, "xla").sum())(p, q)
+
+def local(p, q):
+    def step(i, total):
+        return total + jax.lax.psum(sorted_l1(p, q).sum(), "data") / 8
+    return jax.lax.fori_loop(0, 8, step, 0.0)[None]
+
+mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+parts = jax.shard_map(local, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False)
+np.testing.assert_allclose(jax.jit(parts)(p, q)[0], whole, rtol=1e-5)
+try:
+    sorted_l1(p, q, "host")
+except ValueError as error:
+    print(error)
+"""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert "a single device" in ran.stdout

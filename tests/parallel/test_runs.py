@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny_models as tiny
 from safetensors.numpy import load_file
 
 from parallel.run_several import finish, free_address
@@ -33,13 +34,15 @@ QUICK = {
 }
 
 
-def begin(output, number=1, index=0, address=None, command=("-m", "gold_jax.train"), **changes) -> subprocess.Popen:
-    """One process of a run of `number` with eight devices in all."""
+def begin(
+    output, number=1, index=0, address=None, command=("-m", "gold_jax.train"), devices=8, **changes
+) -> subprocess.Popen:
+    """One process of a run of `number` with so many devices in all."""
     flags = [f"--{name}={value}" for name, value in ({**QUICK, "output_dir": output} | changes).items()]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(index)}
     environment = os.environ | (several if number > 1 else {}) | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // number}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // number}",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -169,3 +172,27 @@ def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tm
     assert re.search(
         r"\(process 1\) keeps the others waiting: it has been making the batch for \d+ seconds, at update 3", said
     )
+
+
+@pytest.mark.assets
+def test_a_real_pair_learns_on_two_devices_what_it_learns_on_one(assets, tmp_path):
+    questions = ["Who wrote Hamlet?", "What is 17 + 25?", "Name two gases in the air.", "Give a synonym for happy."]
+    rows = [tiny.conversation(question, "The answer is short and clear, and then it stops.") for question in questions]
+    real = {
+        "config": "embedded:quickstart",
+        "model_name_or_path": assets / "smollm2-135m-gpt2tok",
+        "teacher_model_name_or_path": assets / "smollm2-135m-instruct",
+        "dataset_name": tiny.write_rows(tmp_path / "rows.jsonl", rows),
+        "max_steps": 2,
+        "lmbda": 0,
+        "learning_rate": 5e-5,
+        "save_strategy": "no",
+        "uld_sort": "xla",  # equal probabilities have two subgradients, and numpy's sort takes the other one
+    }
+    for devices in (1, 2):
+        changes = {"mesh": f"fsdp={devices}", "per_device_train_batch_size": 4 // devices}
+        ((code, said),) = ends(begin(tmp_path / str(devices), devices=devices, **real | changes))
+        assert code == 0, said[-3000:]
+    for a, b in zip(log(tmp_path / "1"), log(tmp_path / "2"), strict=True):
+        for name in ("loss", "grad_norm", "groups"):
+            assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)
