@@ -5,10 +5,11 @@ import json
 from collections.abc import Sequence
 
 from gold_jax.command import load_reader, run
-from gold_jax.config import RULES, ModelArguments
+from gold_jax.config import ModelArguments
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
 from gold_jax.mesh_flags import mesh_flag
+from gold_jax.rules import RULES
 
 
 @flags_dataclass

@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 
 from gold_jax.command import BETWEEN, run, with_one
-from gold_jax.config import RULES
 from gold_jax.fields import check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
+from gold_jax.rules import RULES
 
 
 @flags_dataclass

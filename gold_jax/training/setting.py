@@ -1,13 +1,15 @@
-"""Where and in what precision a run is computed, and small questions about its tokenizers."""
+"""Where and in what precision a run is computed, who writes its completions, and small questions about its tokenizers."""
 
 import os
 import pathlib
 
 import jax
 
+from gold_jax.config import GOLDConfig
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes
+from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.chat import Codec
 from gold_jax.text.share import Share
 from gold_jax.training.participant import load_tokenizer
@@ -58,3 +60,34 @@ def read_template(path: str) -> str:
     if not isinstance(template, str):
         raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")
     return template
+
+
+def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:
+    """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
+
+    Raises:
+      ServerError: it is not there, or its window is too short.
+      ValueError: the run has several processes.
+    """
+    if args.server_url is None:
+        return None, []
+    if args.lmbda == 0:
+        return None, ["--use_vllm: no effect with --lmbda 0, where the student writes nothing"]
+    if processes.count() > 1:
+        raise ValueError(
+            "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
+            "sampler writes the completions on all devices."
+        )
+    engine = ServerEngine(
+        args.server_url,
+        args.rollout_weights_dir or pathlib.Path(args.output_dir) / ".rollout_weights",
+        kind=args.rollout_server,
+        vocab_size=vocab_size,
+        timeout=args.vllm_server_timeout,
+        sync_every=args.vllm_sync_frequency,
+        sync_first=args.rollout_sync_first,
+        dtype=dtype,
+        api_key=os.environ.get("VLLM_API_KEY"),
+    )
+    engine.check(args.prompt_budget + args.max_completion_length)
+    return engine, []

@@ -16,7 +16,6 @@ from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import mesh_in_words
-from gold_jax.rollout.server import ServerEngine
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.evaluation import measures
@@ -24,7 +23,14 @@ from gold_jax.training.loop import Loop, Task, watch_over
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.setting import compute_dtype, place_run, read_template, same_vocabulary, share_of
+from gold_jax.training.setting import (
+    completion_server,
+    compute_dtype,
+    place_run,
+    read_template,
+    same_vocabulary,
+    share_of,
+)
 from gold_jax.training.step import make_cross_entropy_loss, make_distillation_loss
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples, measurable
@@ -336,7 +342,8 @@ class GOLDTrainer(SFTTrainer):
             check_evaluation(self.eval_examples, student.codec, teacher.codec)
         self.notices += notices
         self.teacher_name = teacher.name
-        engine = self._engine()
+        engine, notices = completion_server(a, student.model.config.vocab_size, self.dtype)
+        self.notices += notices
         self._tell(
             {
                 "teacher": f"{teacher.name} ({teacher.model.config.family})",
@@ -389,33 +396,6 @@ class GOLDTrainer(SFTTrainer):
         task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
         rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps
         return self._make_loop(task, rows // a.num_generations, a.max_completion_length)
-
-    def _engine(self) -> ServerEngine | None:
-        """The server that writes for the student, found to be there; None for the built-in sampler."""
-        a = self.args
-        if a.server_url is None:
-            return None
-        if a.lmbda == 0:
-            self.notices.append("--use_vllm: no effect with --lmbda 0, where the student writes nothing")
-            return None
-        if processes.count() > 1:
-            raise ValueError(
-                "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
-                "sampler writes the completions on all devices."
-            )
-        engine = ServerEngine(
-            a.server_url,
-            a.rollout_weights_dir or pathlib.Path(a.output_dir) / ".rollout_weights",
-            kind=a.rollout_server,
-            vocab_size=self.student.model.config.vocab_size,
-            timeout=a.vllm_server_timeout,
-            sync_every=a.vllm_sync_frequency,
-            sync_first=a.rollout_sync_first,
-            dtype=self.dtype,
-            api_key=os.environ.get("VLLM_API_KEY"),
-        )
-        engine.check(a.prompt_budget + a.max_completion_length)
-        return engine
 
     def _card(self) -> dict[str, Any]:
         return {"teacher": self.teacher_name, "loss": self.spec.describe()}
