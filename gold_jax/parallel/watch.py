@@ -351,3 +351,13 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, ValueError | OSError | TypeError | ImportError) else 1
+
+
+def watch_over(limit: float) -> Watch:
+    """A watch over the run's processes, each lost after so many seconds of silence."""
+    return Watch(shout, period=min(2.0, limit / 5), lost_after=limit, lag_after=2 * limit)
+
+
+def shout(line: str) -> None:
+    """Says a line in whatever process this is, also where the console is another's."""
+    print(f"gold_jax: {line}", file=sys.stderr, flush=True)

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
-from gold_jax.parallel.watch import Watch
+from gold_jax.parallel.watch import watch_over
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.share import Share
@@ -403,13 +402,3 @@ class Loop:
             self.console,
             [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
         )
-
-
-def watch_over(limit: float) -> Watch:
-    """A watch over the run's processes, each lost after so many seconds of silence."""
-    return Watch(shout, period=min(2.0, limit / 5), lost_after=limit, lag_after=2 * limit)
-
-
-def shout(line: str) -> None:
-    """Says a line in whatever process this is, also where the console is another's."""
-    print(f"gold_jax: {line}", file=sys.stderr, flush=True)

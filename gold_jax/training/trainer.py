@@ -16,10 +16,11 @@ from gold_jax.losses.chunked import chunk_size
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import mesh_in_words
+from gold_jax.parallel.watch import watch_over
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.evaluation import measures
-from gold_jax.training.loop import Loop, Task, watch_over
+from gold_jax.training.loop import Loop, Task
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
