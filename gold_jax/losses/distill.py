@@ -29,8 +29,8 @@ class MergeIndex(Protocol):
 class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
-    `weight` is `[V, D]`, or a device's part of that; `place [V]` gives the row of a token id in the order that `text.vocabulary.VocabularyMap` says
-    (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
+    `weight` is `[V, D]`, or a device's part of that; `place [V]` gives the row of a token id in the order that
+    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
     then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
     `temperature` are Python floats. `route [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stops` are the
     rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every
