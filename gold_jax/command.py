@@ -102,11 +102,31 @@ def load_reader(
         tokenizer,
         dtype=dtype,
         param_dtype=dtype,
+        read_dtype=model.dtype,
         revision=model.model_revision,
         attention=model.attn_implementation,
         special_tokens_in_prompts=special_tokens,
         placement=place_run(mesh),
     )
+
+
+def _evaluates(data: DataArguments, training: SFTConfig) -> bool:
+    return training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
+
+
+def unread(data: DataArguments, training: SFTConfig) -> list[str]:
+    """A line for settings of the data that somebody named and that nothing reads."""
+    lines = []
+    asked = [name for name in ("dataset_test_split", "max_eval_samples") if name in data.given]
+    if asked and not _evaluates(data, training):
+        flags = ", ".join(f"--{name}" for name in asked)
+        lines.append(f"{flags}: no effect without --eval_strategy, --eval_on_start or --eval_dataset_name.")
+    local = data.dataset_name is not None and (
+        os.path.exists(data.dataset_name) or data.dataset_name.startswith("embedded:")
+    )
+    if "dataset_config" in data.given and local:
+        lines.append("--dataset_config: no effect on files; only data sets of the hub have configurations.")
+    return lines
 
 
 def load_split(data: DataArguments, training: SFTConfig):
@@ -124,7 +144,7 @@ def load_split(data: DataArguments, training: SFTConfig):
     train = load_examples(
         data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, text_column=column
     )
-    if training.eval_strategy == "no" and not training.eval_on_start and data.eval_dataset_name is None:
+    if not _evaluates(data, training):
         return train, None
     name, split = data.dataset_name, data.dataset_test_split
     if data.eval_dataset_name is not None:

@@ -47,7 +47,7 @@ class ModelArguments:
         self.notices += notices
 
 
-@flags_dataclass
+@flags_dataclass(rules=RULES)
 class DataArguments:
     """Which data it is trained on."""
 
@@ -64,7 +64,7 @@ class DataArguments:
         check_fields(self)
 
 
-@flags_dataclass
+@flags_dataclass(rules=RULES)
 class SFTConfig(MeshFlags):
     """Settings of supervised fine-tuning, and of every other kind of training here.
 
@@ -164,7 +164,7 @@ class SFTConfig(MeshFlags):
     )
 
     def __post_init__(self):
-        check_fields(self, RULES)
+        check_fields(self)
         self._check()
 
     def _check(self) -> None:
@@ -218,7 +218,7 @@ class SFTConfig(MeshFlags):
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "hub_token"}
 
 
-@flags_dataclass
+@flags_dataclass(rules=RULES)
 class GOLDConfig(ServerFlags, SFTConfig):
     """Settings of on-policy distillation between any two tokenizers."""
 

@@ -12,7 +12,7 @@ from gold_jax.mesh_flags import mesh_flag
 from gold_jax.rules import RULES
 
 
-@flags_dataclass
+@flags_dataclass(rules=RULES)
 class EvaluateArguments:
     """What `gold_jax.evaluate` measures a model on."""
 
@@ -44,7 +44,7 @@ class EvaluateArguments:
     json: bool = flag(False, "Print one JSON object.")
 
     def __post_init__(self):
-        check_fields(self, RULES)
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -42,12 +43,22 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def flags_dataclass(cls: type) -> type:
-    """`dataclass` whose constructor also answers what is not a field.
+def flags_dataclass(cls: type | None = None, *, rules: Iterable[Rule] = ()) -> Any:
+    """`dataclass` of settings that answers what is not a field, in its constructor and when an attribute is set.
 
     Other names of a field set that field; flags that TRL has and this project has not are refused or noted in
-    `self.notices` (a list of lines to show once); any other name is a TypeError that names the nearest one.
+    `self.notices` (a list of lines to show once); any other name is an error that names the nearest one. A value that is set
+    later is read and held to its range like one that is given to the constructor.
+
+    What it adds to a class: `notices`; `given`, the fields that were named, whatever their value; `replace(**changes)`, a
+    changed copy; `frozen_copy()`, a copy checked again that cannot be changed.
+
+    Args:
+        cls: the class; None: a decorator for it is returned.
+        rules: what numbers its fields may have.
     """
+    if cls is None:
+        return functools.partial(flags_dataclass, rules=tuple(rules))
     cls = dataclasses.dataclass(kw_only=True)(cls)
     generated = cls.__init__
 
@@ -55,20 +66,73 @@ def flags_dataclass(cls: type) -> type:
     def __init__(self, **given):
         names = field_names(cls)
         known: dict[str, Any] = {}
-        self.notices = []
+        _set(self, notices=[], _state="new")
         for name, value in given.items():
             if name in names:
                 if names[name] in known:
                     raise TypeError(f"{cls.__name__} got {names[name]!r} twice, once under another name; give it once.")
                 known[names[name]] = value
             elif name in ANSWERS:
-                self.notices += answer(name, value)
+                self.notices.extend(answer(name, value))
             else:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
+        _set(self, given=_named(cls, known))
         generated(self, **known)
+        _set(self, _state="made")
 
-    cls.__init__ = __init__
+    def __setattr__(self, name, value):
+        names = field_names(cls)
+        state = self.__dict__.get("_state", "new")
+        if state == "new" or name == "notices":
+            _set(self, **{name: value})
+        elif state == "frozen":
+            raise AttributeError(
+                f"{name!r} cannot be set to {value!r}: these settings belong to a trainer that was made with them. Change a copy, "
+                f"such as args.replace({name}=...), and make another trainer with it."
+            )
+        elif name in names:
+            value = read_value(cls, names[name], value)
+            check_rules({names[name]: value}, cls._rules)
+            _set(self, **{names[name]: value}, given=self.given | {names[name]})
+        elif name in ANSWERS:
+            self.notices.extend(answer(name, value))
+        else:
+            raise AttributeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
+
+    def copied(self, changes: Mapping[str, Any], state: str):
+        names = field_names(cls)
+        if unknown := [name for name in changes if name not in (*names, "notices")]:
+            raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}{nearest(unknown[0], names)}.")
+        twin = cls.__new__(cls)
+        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(cls)}
+        changes = {names.get(name, name): value for name, value in changes.items()}
+        notices = list(changes.pop("notices", self.notices))
+        _set(twin, _state="new", **(values | changes), notices=notices, given=self.given | set(changes))
+        twin.__post_init__()
+        _set(twin, notices=list(dict.fromkeys(twin.notices)), _state=state)
+        return twin
+
+    def replace(self, **changes):
+        """A copy with some fields (or `notices`) other, checked as a new one is."""
+        return copied(self, changes, "made")
+
+    def frozen_copy(self):
+        """A copy, checked as a new one is, in which nothing can be set."""
+        return copied(self, {}, "frozen")
+
+    cls.__init__, cls.__setattr__, cls.replace, cls.frozen_copy = __init__, __setattr__, replace, frozen_copy
+    cls._rules = tuple(rules)
     return cls
+
+
+def _set(settings: Any, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(settings, name, value)
+
+
+def _named(cls: type, known: Mapping[str, Any]) -> frozenset[str]:
+    """The fields that somebody named; `dataclasses.replace` names all of them, which says nothing of any."""
+    return frozenset(known) if len(known) < len(dataclasses.fields(cls)) else frozenset()
 
 
 @functools.cache
@@ -106,8 +170,8 @@ def listed(value: Any) -> list[str]:
     return text.replace(",", " ").split()
 
 
-def check_fields(settings: Any, rules: Iterable[Rule] = ()) -> None:
-    """Turn every field into its type and hold it to its choices and to the rules.
+def check_fields(settings: Any) -> None:
+    """Turn every field into its type and hold it to its choices and to the rules of its class.
 
     Raises:
         ValueError: naming the flag, the value and what is legal.
@@ -116,9 +180,18 @@ def check_fields(settings: Any, rules: Iterable[Rule] = ()) -> None:
     for f in dataclasses.fields(cls):
         value = getattr(settings, f.name)
         setattr(settings, f.name, read_value(cls, f.name, value))
+    check_rules({f.name: getattr(settings, f.name) for f in dataclasses.fields(cls)}, cls._rules)
+
+
+def check_rules(values: Mapping[str, Any], rules: Iterable[Rule]) -> None:
+    """Hold values, by their fields' names, to the rules.
+
+    Raises:
+        ValueError: naming the flag, the value and what is legal.
+    """
     for words, legal, names in rules:
         for name in names:
-            value = getattr(settings, name, None)
+            value = values.get(name)
             if value is not None and not (math.isfinite(value) and legal(value)):
                 raise ValueError(f"--{name} is {value}; it must be {words}.")
 

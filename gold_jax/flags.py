@@ -49,7 +49,7 @@ def read_args(argv: Sequence[str], *dataclass_types: type, prog: str = "gold_jax
     owner = {name: cls for cls in dataclass_types for name in field_names(cls)}
     given, files, wants_help = _split(list(argv))
     if wants_help:
-        _parser(dataclass_types, prog, doc).parse_args(["--help"])
+        _help(dataclass_types, prog, doc)
     notices: list[str] = []
     from_file: dict[str, tuple[Any, str]] = {}
     for path in files:
@@ -68,16 +68,13 @@ def read_args(argv: Sequence[str], *dataclass_types: type, prog: str = "gold_jax
                 raise FlagError(f"in {path}: {error}") from None
     try:
         canonical = _canonical(given, owner, notices)
-        parser = _parser(dataclass_types, prog, doc)
-        parser.set_defaults(**{name: value for name, (value, _) in from_file.items() if name not in canonical})
-        arguments = [f"--{name}={value}" for name, value in canonical.items()]
-        filled = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+        named = {name: value for name, (value, _) in from_file.items()} | canonical
+        filled = [cls(**{n: v for n, v in named.items() if owner[n] is cls}) for cls in dataclass_types]
     except ValueError as error:
-        named = re.match(r"--(\w+)", str(error))
-        name = named.group(1) if named else None
+        flag = re.match(r"--(\w+)", str(error))
+        name = flag.group(1) if flag else None
         where = f" (it stands in {from_file[name][1]})" if name in from_file and name not in given else ""
         raise FlagError(f"{error}{where}") from None
-    filled = filled[: len(dataclass_types)]
     for settings in filled:
         notices += settings.notices
     return [*filled, list(dict.fromkeys(notices))]
@@ -159,20 +156,13 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     return content
 
 
-def _parser(dataclass_types: Sequence[type], prog: str, doc: str | None) -> Any:
+def _help(dataclass_types: Sequence[type], prog: str, doc: str | None) -> None:
+    """Print what all flags mean, and exit."""
     from transformers import HfArgumentParser  # slow to import, and only needed here
 
-    class Parser(HfArgumentParser):
-        def error(self, message: str):
-            raise FlagError(message)
-
-    parser = Parser(dataclass_types, prog=prog, description=doc, allow_abbrev=False)
+    parser = HfArgumentParser(dataclass_types, prog=prog, description=doc, allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; flags win over it.")
     for action in parser._actions:
-        # The dataclasses read and check every value themselves, with the same words from flags, YAML and Python.
-        if action.dest in ("help", "config") or action.nargs == 0:
-            continue
         if action.choices:
-            action.metavar = "{" + ",".join(action.choices) + "}"
-        action.type, action.choices = str, None
-    return parser
+            action.metavar = "{" + ",".join(map(str, action.choices)) + "}"
+    parser.parse_args(["--help"])

@@ -12,8 +12,13 @@ from gold_jax.flags import parse_args
 from gold_jax.mesh_flags import mesh_flag
 from gold_jax.rules import RULES
 
+_RULES = (
+    *((text, legal, tuple(n for n in names if n != "temperature")) for text, legal, names in RULES),
+    ("at least 0 (0: the likeliest token always)", lambda v: v >= 0, ("temperature",)),
+)
 
-@flags_dataclass
+
+@flags_dataclass(rules=_RULES)
 class GenerateArguments:
     """What `gold_jax.generate` writes, and how."""
 
@@ -37,13 +42,7 @@ class GenerateArguments:
     json: bool = flag(False, "Print one JSON object a line.")
 
     def __post_init__(self):
-        check_fields(
-            self, tuple((text, rule, tuple(n for n in names if n != "temperature")) for text, rule, names in RULES)
-        )
-        if self.temperature < 0:
-            raise ValueError(
-                f"--temperature is {self.temperature}; it must be at least 0 (0: the likeliest token always)."
-            )
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,7 +11,7 @@ from gold_jax.flags import parse_args
 from gold_jax.rules import RULES
 
 
-@flags_dataclass
+@flags_dataclass(rules=RULES)
 class InspectArguments:
     """Which pair `gold_jax.inspect` looks at, on what texts, and where it writes."""
 
@@ -42,7 +42,7 @@ class InspectArguments:
     trust_remote_code: bool = flag(False, "Let tokenizers run their own Python code.")
 
     def __post_init__(self):
-        check_fields(self, RULES)
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

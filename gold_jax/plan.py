@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _RULES = (("at least 1", lambda v: v >= 1, ("search_limit", "matched")),)
 
 
-@flags_dataclass
+@flags_dataclass(rules=_RULES)
 class PlanArguments:
     """For which devices `gold_jax.plan` plans, and what it looks for."""
 
@@ -37,7 +37,7 @@ class PlanArguments:
     json: bool = flag(False, "Print one JSON object.")
 
     def __post_init__(self):
-        check_fields(self, _RULES)
+        check_fields(self)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

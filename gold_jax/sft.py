@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from gold_jax.command import load_split, run
+from gold_jax.command import load_split, run, unread
 from gold_jax.config import DataArguments, ModelArguments, SFTConfig
 from gold_jax.flags import parse_args
 
@@ -18,8 +18,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError("--model_name_or_path is missing: the model to train, a folder or a hub id")
     train, evaluation = load_split(data, training)
     named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
-    training.model_init_kwargs = named | training.model_init_kwargs
-    training.notices = notices
+    training = training.replace(
+        model_init_kwargs=named | training.model_init_kwargs, notices=[*notices, *unread(data, training)]
+    )
     SFTTrainer(
         model.model_name_or_path,
         training,

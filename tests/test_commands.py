@@ -446,13 +446,10 @@ def test_a_trained_student_is_saved_before_the_closing_evaluation_can_fail(world
 def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, monkeypatch, capsys):
     train_step = Step.train
 
-    def interrupted(self, state, *arguments):
-        old = state.params
-        metrics = train_step(self, state, *arguments)
-        new, state.params = state.params, old  # as if the new parameters had not been assigned yet
-        os.kill(os.getpid(), signal.SIGINT)
-        state.params = new
-        return metrics
+    def interrupted(self, *arguments):
+        new = train_step(self, *arguments)
+        os.kill(os.getpid(), signal.SIGINT)  # the old parameters are donated, the new ones not assigned yet
+        return new
 
     monkeypatch.setattr(Step, "train", interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)

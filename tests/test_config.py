@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from gold_jax import no_effect
 from gold_jax.config import DataArguments, GOLDConfig, LossSpec, ModelArguments, SFTConfig
 from gold_jax.fields import field_names
 from gold_jax.flags import FlagError, parse_args, read_args
@@ -465,3 +466,111 @@ def test_every_flag_of_the_installed_trl_is_implemented_or_answered():
     command = [python, str(GOLDEN / "make_trl_flags.py"), "--print"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert unanswered(json.loads(output.strip().splitlines()[-1])) == []
+
+
+# Settings after they were made
+
+
+@pytest.mark.parametrize("cls", [GOLDConfig, SFTConfig, ModelArguments, DataArguments])
+def test_an_attribute_that_is_no_setting_is_refused_and_the_nearest_named(cls):
+    name = {GOLDConfig: "lmbda", SFTConfig: "seed"}.get(cls, dataclasses.fields(cls)[0].name)
+    wrong = name[:-2] + name[-1]
+    with pytest.raises(AttributeError, match=f"{cls.__name__} has no field '{wrong}'; the nearest is {name}"):
+        setattr(cls(), wrong, 1)
+
+
+def test_a_setting_that_is_set_later_is_read_and_held_to_its_range():
+    settings = GOLDConfig()
+    settings.lmbda, settings.max_new_tokens, settings.report_to = "0.25", 64, "wandb"
+    assert (settings.lmbda, settings.max_completion_length, settings.report_to) == (0.25, 64, ["wandb"])
+    with pytest.raises(ValueError, match="--lmbda is 2.0; it must be between 0 and 1"):
+        settings.lmbda = 2
+    with pytest.raises(ValueError, match="--compare is 'all'; it must be one of sorted"):
+        settings.compare = "all"
+    assert settings.lmbda == 0.25
+    with pytest.raises(ValueError, match="use --bf16"):
+        settings.fp16 = True  # TRL's, refused as it is in the constructor
+    settings.dataloader_num_workers = 4
+    assert any("worker processes" in notice for notice in settings.notices)
+
+
+def test_a_changed_copy_leaves_the_settings_and_is_checked_as_a_whole():
+    settings = GOLDConfig(max_length=200, template_kwargs={"a": [1]}, dataloader_num_workers=4)
+    copy = settings.replace(max_new_tokens=64, seed=3)
+    assert (copy.max_completion_length, copy.seed, settings.max_completion_length, settings.seed) == (64, 3, 128, 42)
+    assert copy.notices == settings.notices and copy.notices is not settings.notices
+    copy.template_kwargs["a"].append(2)
+    assert settings.template_kwargs == {"a": [1]}
+    with pytest.raises(ValueError, match="--max_completion_length is 300"):
+        settings.replace(max_completion_length=300)
+    with pytest.raises(TypeError, match="no field 'sede'; the nearest is seed"):
+        settings.replace(sede=1)
+
+
+def test_a_frozen_copy_takes_no_change_and_says_what_to_do():
+    settings = GOLDConfig(lmbda=0.25)
+    frozen = settings.frozen_copy()
+    assert frozen == settings
+    with pytest.raises(AttributeError, match=r"args.replace\(lmbda=...\), and make another trainer"):
+        frozen.lmbda = 1
+    settings.lmbda = 1
+    assert frozen.lmbda == 0.25 and frozen.replace(lmbda=0.5).lmbda == 0.5
+
+
+def test_what_was_set_after_the_constructor_is_checked_with_the_rest_when_a_copy_is_taken():
+    settings = GOLDConfig(max_length=100, max_completion_length=50)
+    settings.max_completion_length = 100
+    with pytest.raises(ValueError, match="leaves no room for a prompt"):
+        settings.frozen_copy()
+
+
+def test_settings_know_which_of_them_were_named():
+    assert GOLDConfig(lmbda=0.5, max_new_tokens=128).given == {"lmbda", "max_completion_length"}
+    assert dataclasses.replace(GOLDConfig(seed=3)).given == frozenset()  # it names every field
+    assert config("--lmbda", "0.5", "--no_bf16").given == {"lmbda", "bf16"}
+    settings = GOLDConfig()
+    settings.beta = 0.5
+    assert settings.given == {"beta"}
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        (dict(shuffle_dataset=True), "--shuffle_dataset: rows always come in a new random order"),
+        (dict(pad_to_multiple_of=8), "--pad_to_multiple_of: lengths are always padded to a few buckets"),
+        (dict(vllm_mode="colocate"), "--vllm_mode: no effect without --use_vllm"),
+        (dict(vllm_mode="server"), "--vllm_mode: no effect without --use_vllm"),
+        (dict(completion_only_loss=True), "--completion_only_loss: no effect in distillation"),
+        (dict(top_p=0.9, top_k=3, lmbda=0), "--top_p, --top_k: no effect with --lmbda 0 and without --seq_kd"),
+        (dict(temperature=0.9, lmbda=0), "--temperature: no effect with --lmbda 0"),
+        (dict(lmbda=1, seq_kd=True), "--seq_kd: no effect with --lmbda 1"),
+        (dict(uld_use_hybrid_loss=True), "--uld_use_hybrid_loss: no effect without --use_uld_loss"),
+        (dict(loss="uld", beta=0.5), "--beta: no effect on --compare sorted"),
+        (dict(loss="events", uld_top_k=5), "--uld_top_k: no effect on --compare events"),
+        (dict(loss="gold", alm_temperature=7.0), "--alm_temperature: no effect on --compare hybrid"),
+        (dict(loss="strict", uld_token_merge_strategy="observed"), "--uld_token_merge_strategy: no effect with strict"),
+        (dict(eval_steps=3), "--eval_steps: no effect without --eval_strategy steps"),
+        (dict(save_strategy="epoch", save_steps=3), "--save_steps: no effect without --save_strategy steps"),
+        (dict(max_steps=3, num_train_epochs=1), "--num_train_epochs: no effect with --max_steps"),
+        (dict(hub_model_id="U/M"), "--hub_model_id: no effect without --push_to_hub"),
+        (dict(predict_with_generate=True), "--predict_with_generate: no effect without rows to evaluate on"),
+        (
+            dict(lr_scheduler_type="constant", warmup_steps=3),
+            "--warmup_steps: no effect with --lr_scheduler_type constant",
+        ),
+        (dict(log_completions_steps=5), "--log_completions_steps: no effect without --log_completions"),
+    ],
+)
+def test_a_named_setting_that_changes_nothing_is_told(named, says):
+    settings = GOLDConfig(**named)
+    (line,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    assert line.startswith(says)
+
+
+def test_settings_that_nobody_named_are_not_told():
+    for settings in (GOLDConfig(), GOLDConfig(loss="events", lmbda=0), dataclasses.replace(GOLDConfig(lmbda=0))):
+        told = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+        assert told == []
+    assert no_effect.notices(SFTConfig(), evaluates=True) == []
+    quick = config("--config", "embedded:quickstart")
+    assert no_effect.notices(quick, quick.loss_spec(False), evaluates=True) == []

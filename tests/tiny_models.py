@@ -1,6 +1,7 @@
 """Tiny model folders and data for tests of whole runs: random weights, toy tokenizers, all made in a moment."""
 
 import contextlib
+import copy
 import json
 import pathlib
 
@@ -9,6 +10,8 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 from text.toy_tokenizers import CHATML, LLAMA2, byte_level, sentencepiece
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 _SHAPE = {
     "hidden_size": 32,
@@ -41,6 +44,13 @@ def student_tokenizer():
 def teacher_tokenizer():
     """BPE over blanks with byte fallback and Llama 2's template, which takes users and assistants alone."""
     return sentencepiece(template=LLAMA2)
+
+
+def beginning_tokenizer():
+    """The student's tokenizer without a template, which here puts a token before every text."""
+    backend = copy.deepcopy(student_tokenizer().backend_tokenizer)
+    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
 
 def config(kind: str, rows: int, **changes) -> dict:

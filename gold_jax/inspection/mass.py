@@ -6,12 +6,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gold_jax.inspection.report import Mass
 from gold_jax.inspection.vocabularies import KINDS
 from gold_jax.losses.chunked import sum_over_chunks
 from gold_jax.losses.distill import pack
+from gold_jax.models.functional import merge, split
 from gold_jax.sizes import bucket
 from gold_jax.text.lines import pad_right
 from gold_jax.training.participant import Participant
@@ -35,7 +35,7 @@ def measure(
     Returns:
         One `Mass` for each text, NaN where no token is predicted; and which texts did not fit.
     """
-    graph, params = nnx.split(who.model)
+    graph, params = split(who.model)
     codec = who.codec
     start = codec.encode_prompt("")
     rows = jnp.asarray(kinds, jnp.float32)
@@ -58,7 +58,7 @@ def measure(
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
 def _sums(graph, params, tokens, mask, counted, kinds, chunk):
     """The mass of every kind, `[K]`, summed over the positions of one row that `counted [1, T]` marks."""
-    model = nnx.merge(graph, params)
+    model = merge(graph, params)
     index, live = pack(counted)
     softcap = model.config.final_softcap
 

@@ -17,10 +17,14 @@ from gold_jax.models.attention import check_model, current_platform, describe, o
 from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoding import Cache, DecodingWeights, can_be_viewed, copies, views, whole
-from gold_jax.models.parameters import ParamInfo, layer_parameters, parameters
+from gold_jax.models.functional import Params, merge, split
+from gold_jax.models.parameters import ParamInfo, layer_parameters, nested, parameters
 from gold_jax.parallel import exchange
 from gold_jax.parallel.exchange import Spread
 from gold_jax.parallel.layout import Placement
+
+# What a decoder is told beside its config and parameters: arguments of its constructor, and its attributes.
+SETTINGS = ("dtype", "param_dtype", "remat", "attention", "platform", "placement")
 
 
 def true_float32(method):
@@ -44,8 +48,9 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model up to its head.
 
-    `nnx.split(model)` gives `(graphdef, params)` whose only variables are `nnx.Param`s; each carries its logical axes, such
-    as `("layers", "embed", "heads")`, under the metadata key `spec`.
+    Its only variables are `nnx.Param`s; each carries its logical axes, such as `("layers", "embed", "heads")`, under the
+    metadata key `spec`. `models.functional.split` gives `(graphdef, params)`, a value that nothing else shares. Once made, a
+    decoder is not written into: `replace` makes another.
 
     Attributes:
         config: the `DecoderConfig`.
@@ -148,21 +153,32 @@ class Decoder(nnx.Module):
         rows_of_lines = mask.reshape(-1, length)
         return self._layers(tokens, owner % length, rows_of_lines, around, (place, owner), keep_cache=False)[0]
 
+    @classmethod
+    def from_params(cls, config: DecoderConfig, params: Params, **settings) -> "Decoder":
+        """A model that holds the given parameters.
+
+        Args:
+            config: what it is.
+            params: nested dicts by the paths of `models.parameters.parameters`, of arrays (of any kind) or their shapes.
+            settings: `dtype`, `param_dtype`, `remat`, `attention`, `platform` and `placement`, as the constructor has them.
+        """
+        graph, _ = split(cls.abstract(config, **settings))
+        return merge(graph, params)
+
+    def replace(self, params: Params | None = None, **settings) -> "Decoder":
+        """Another model, with these parameters or settings in place of this one's, which stays as it is."""
+        own = {name: getattr(self, name) for name in SETTINGS}
+        return Decoder.from_params(self.config, split(self)[1] if params is None else params, **(own | settings))
+
     def place(self, placement: Placement) -> "Decoder":
         """This model with its parameters on a mesh."""
-        graph, params = nnx.split(self)
-        placed = nnx.merge(graph, jax.device_put(params, self.shardings(placement)))
-        placed.placement = placement
-        return placed
+        _, params = split(self)
+        return self.replace(jax.device_put(params, self.shardings(placement)), placement=placement)
 
-    def shardings(self, placement: Placement):
-        """Where every parameter is kept on a mesh: a tree like `nnx.state(model)`."""
+    def shardings(self, placement: Placement) -> Params:
+        """Where every parameter is kept on a mesh: a tree like the parameters."""
         table = parameters(self.config)
-        named = {path: placement.stored(info.shape, info.spec) for path, info in table.items()}
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: named[tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))],
-            nnx.state(self),
-        )
+        return nested({path: placement.stored(info.shape, info.spec) for path, info in table.items()})
 
     def attention_in_words(self) -> str:
         """Which implementation of attention this model's settings come to."""

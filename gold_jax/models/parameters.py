@@ -1,6 +1,7 @@
 """What a decoder holds: every parameter's shape, logical axes and kind of initial value."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from gold_jax.models.config import DecoderConfig
 
@@ -48,7 +49,7 @@ def layer_parameters(config: DecoderConfig) -> dict[str, ParamInfo]:
 
 
 def parameters(config: DecoderConfig) -> dict[tuple[str, ...], ParamInfo]:
-    """Every parameter of the model by its path in `nnx.state`; layers' come stacked, `("layers", name)`."""
+    """Every parameter of the model by its path in the tree of parameters; layers' come stacked, `("layers", name)`."""
     table = {("embedding",): ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")}
     for name, info in layer_parameters(config).items():
         table["layers", name] = ParamInfo((config.layers, *info.shape), ("layers", *info.spec), info.init)
@@ -56,3 +57,14 @@ def parameters(config: DecoderConfig) -> dict[tuple[str, ...], ParamInfo]:
     if not config.tied:
         table["head",] = ParamInfo((config.vocab_size, config.width), ("vocab", "embed"), "matrix")
     return table
+
+
+def nested(by_path: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Values by their paths as nested dicts."""
+    tree: dict[str, Any] = {}
+    for (*parents, name), value in by_path.items():
+        place = tree
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[name] = value
+    return tree

@@ -21,7 +21,8 @@ from transformers import AutoConfig
 
 from gold_jax.models.attention import check_model, current_platform
 from gold_jax.models.config import FAMILIES, DecoderConfig
-from gold_jax.models.decoder import Decoder, ParamInfo, parameters
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.parameters import ParamInfo, nested, parameters
 from gold_jax.models.weight_files import (
     CODES,
     FLOATS,
@@ -73,6 +74,7 @@ def load_model(
     *,
     dtype="float32",
     param_dtype="float32",
+    read_dtype: str = "auto",
     remat: bool = False,
     revision: str | None = None,
     sharding: Callable[[tuple[int, ...], tuple[str | None, ...]], Sharding] | None = None,
@@ -85,6 +87,8 @@ def load_model(
         name_or_path: a folder with `config.json` and safetensors (one file, or shards with an index), or a hub id.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which parameters are kept: "float32", "bfloat16", or "auto" for what the files have.
+        read_dtype: dtype to which tensors are rounded when they are read, whatever they are kept in: "float32", "bfloat16", or
+            "auto" for none but that of the files.
         remat: recompute layers in the backward pass.
         revision: hub revision.
         sharding: where a parameter is to lie, given its shape, layers stacked, and its logical axes (`ParamInfo.spec`);
@@ -107,8 +111,12 @@ def load_model(
     for path, info in parameters(config).items():
         found = files.dtypes(config, path, info)
         dtypes |= found
-        kind = np.result_type(*map(np.dtype, set(found.values()))) if param_dtype == "auto" else np.dtype(param_dtype)
-        read = functools.partial(files.read, config, path, info, kind)
+        own = np.result_type(*map(np.dtype, set(found.values())))
+        kind = own if param_dtype == "auto" else np.dtype(param_dtype)
+        rounded = own if read_dtype == "auto" else np.dtype(read_dtype)
+        # What loses nothing by it is read into the kept dtype at once.
+        rounded = kind if np.can_cast(own, rounded) else rounded
+        read = functools.partial(_rounded, functools.partial(files.read, config, path, info, rounded), kind)
         if sharding is None:
             values[path] = jnp.asarray(read(tuple(slice(0, size) for size in info.shape)))
         else:
@@ -118,11 +126,8 @@ def load_model(
     source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
     config = dataclasses.replace(config, source=json.dumps(source))
     kept = common if param_dtype == "auto" else param_dtype
-    model = Decoder.abstract(config, dtype, kept, remat, attention=attention, platform=platform)
-    for path, value in values.items():
-        owner = model.layers if len(path) == 2 else model
-        getattr(owner, path[-1]).set_value(value)
-    return model
+    settings = {"dtype": dtype, "param_dtype": kept, "remat": remat, "attention": attention, "platform": platform}
+    return Decoder.from_params(config, nested(values), **settings)
 
 
 def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None) -> pathlib.Path:
@@ -275,6 +280,10 @@ class _ModelFiles:
     def _names(self, config: DecoderConfig, path: tuple, info: ParamInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
         for name, shape in _tensors_of(config, path, info):
             yield (self.head if path == ("head",) else self.prefix + name.removeprefix("model.")), shape
+
+
+def _rounded(read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
+    return read(index).astype(dtype, copy=False)
 
 
 def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, where: Sharding) -> jax.Array:

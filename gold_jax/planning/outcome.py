@@ -1,6 +1,5 @@
 """What a plan comes to: memory by part and moment, seconds by phase, whether it fits."""
 
-import copy
 import dataclasses
 from typing import Any
 
@@ -47,10 +46,9 @@ class Asked:
         self, *, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any
     ) -> "Asked":
         """The same with other settings, or on another mesh."""
-        args = copy.copy(self.args)
-        for name, value in settings.items():
-            setattr(args, name, value)
-        return dataclasses.replace(self, args=args, mesh=mesh or self.mesh, topology=topology or self.topology)
+        return dataclasses.replace(
+            self, args=self.args.replace(**settings), mesh=mesh or self.mesh, topology=topology or self.topology
+        )
 
 
 @dataclasses.dataclass(frozen=True)

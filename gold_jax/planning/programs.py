@@ -19,11 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from gold_jax.config import SFTConfig
 from gold_jax.loss_spec import LossSpec
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import merge, split
 from gold_jax.parallel.layout import ROWS, Placement
 from gold_jax.planning.collectives import Collectives, read_collectives
 from gold_jax.planning.sizes import CHUNK, Pair, Sizes
@@ -189,7 +189,7 @@ class PlannedRun(Sizes):
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         cache, ledger = jax.eval_shape(empty, key)
-        weights = jax.eval_shape(lambda params: nnx.merge(self.graph, params).decoding_weights(), self.params)
+        weights = jax.eval_shape(lambda params: merge(self.graph, params).decoding_weights(), self.params)
         return (
             jax.tree.map(_abstract, cache, sampling.cache_shardings(where, cache)),
             jax.tree.map(lambda x: _abstract(x, where.everywhere), ledger),
@@ -220,7 +220,7 @@ class PlannedRun(Sizes):
     # how it is made
 
     def _placed(self, model: Decoder) -> tuple[Any, Any]:
-        graph, params = nnx.split(model)
+        graph, params = split(model)
         return graph, jax.tree.map(_abstract, params, model.shardings(model.placement))
 
     def _vocabulary(self) -> VocabularyMap:

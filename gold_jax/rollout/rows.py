@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Cache
+from gold_jax.models.functional import merge
 from gold_jax.parallel.exchange import over_rows
 from gold_jax.parallel.layout import ROWS, Placement
 from gold_jax.rollout.draw import draw
@@ -133,7 +133,7 @@ def admit(
         key: PRNG key of all prompts.
     """
     width = tokens.shape[1]
-    model = nnx.merge(graphdef, params)
+    model = merge(graphdef, params)
     where = model.placement
     if where is not None:
         tokens, lengths = (where.by_rows(x) for x in (tokens, lengths))
@@ -177,7 +177,7 @@ def write(
     Returns:
         The cache, the ledger, and how many tokens were drawn.
     """
-    model = nnx.merge(graphdef, params)
+    model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.shards
 
     def going(state):

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import merge, split
 from gold_jax.rollout import rows as device
 from gold_jax.rollout.engine import Sampled
 from gold_jax.rollout.rows import Settings
@@ -84,15 +84,14 @@ class SamplingEngine:
             np.float32(temperature), np.int32(top_k), np.float32(top_p), stops, np.int32(max_new_tokens)
         )
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        graphdef, params = nnx.split(model) if isinstance(model, nnx.Module) else model
-        return _Writing(graphdef, params, prompts, settings, key, pad_id, self.rows).finish()
+        return _Writing(*split(model), prompts, settings, key, pad_id, self.rows).finish()
 
 
 class _Writing:
     """One call of an engine: which prompt each row of the device holds, and what comes next."""
 
     def __init__(self, graphdef, params, prompts: list[np.ndarray], settings: Settings, key, pad_id: int, rows: int):
-        model = nnx.merge(graphdef, params)
+        model = merge(graphdef, params)
         check_tokens(prompts, model.config.vocab_size)
         self.model, self.config, self.dtype = (graphdef, params), model.config, model.dtype
         self.prompts, self.settings, self.key, self.pad_id = prompts, settings, key, pad_id
@@ -113,7 +112,7 @@ class _Writing:
         found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
         if not self.waiting:
             return found
-        self.weights = nnx.merge(*self.model).decoding_weights()
+        self.weights = merge(*self.model).decoding_weights()
         self.slots = self._fitting_slots(len(self.prompts[self.waiting[0]]) - 1)
         self.cache, self.ledger = device.empty(
             self.key,

@@ -34,8 +34,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from flax import nnx
 
+from gold_jax.models.functional import merge, split
 from gold_jax.models.weights import save_model
 from gold_jax.rollout.client import Client, ServerError
 from gold_jax.rollout.engine import Sampled
@@ -279,9 +279,9 @@ class ServerEngine:
         Raises:
           ServerError: the server did not load them.
         """
-        if self.pushed is not None and updates - self.pushed < self.sync_every:
+        if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False
-        model = model if isinstance(model, nnx.Module) else nnx.merge(*model)
+        model = merge(*split(model))
         # A name of its own for every push: nothing that a server or a file system remembers of a path can be stale.
         folder = self.weights_dir / f"update-{updates}-{uuid.uuid4().hex[:8]}"
         unfinished = folder.with_name(f".{folder.name}")
@@ -296,6 +296,10 @@ class ServerEngine:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder, self.pushed = folder, updates
         return True
+
+    def restart(self) -> None:
+        """Has the next `sync` push whatever it is given: the numbers of updates begin anew, with other weights."""
+        self.pushed = None
 
     def generate(
         self,

@@ -114,8 +114,9 @@ def build_rows(
     Returns:
       A row each. A row may have no group at all: it then counts for nothing.
     """
-    drawn, unknown_ours = zip(*_encode_texts(student, prompts, completions)) if prompts else ((), ())
-    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=prompts)
+    told = prompts if teacher_prompts is None else teacher_prompts
+    drawn = _encode_texts(student, prompts, completions)
+    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=told)
     paired = positional or one_vocabulary
     aligned = [] if paired else groups_of([d.spans[:, 1] for d in drawn], [o.spans[:, 1] for o in others])
     rows = []
@@ -127,7 +128,7 @@ def build_rows(
         else:
             s_group, t_group, count = aligned[i]
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
-        unknown = s_group[unknown_ours[i]]
+        unknown = s_group[ours.unknown]
         if not one_vocabulary:
             unknown = np.concatenate([unknown, t_group[others[i].unknown]])
         if ours.stopped:
@@ -135,9 +136,8 @@ def build_rows(
             s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
             s_group, t_group = (np.append(g, count if taught else NO_GROUP) for g in (s_group, t_group))
             count += taught
-        told = (teacher_prompts or prompts)[i]
         s_prompt = student.encode_prompt(prompt)
-        t_prompt = s_prompt if teacher is student and told is prompt else teacher.encode_prompt(told)
+        t_prompt = s_prompt if teacher is student and told[i] is prompt else teacher.encode_prompt(told[i])
         ours_half = Half(s_prompt, s_ids.astype(np.int32), s_group)
         theirs_half = Half(t_prompt, t_ids.astype(np.int32), t_group)
         halves_and_count = _fit(ours_half, theirs_half, count, max_length, teacher_max_length)
@@ -145,16 +145,11 @@ def build_rows(
     return rows
 
 
-def _encode_texts(student: Codec, prompts, completions):
-    """Texts become `Drawn` in one call to the tokenizer, what was drawn already stays; and which tokens are unknown."""
+def _encode_texts(student: Codec, prompts, completions) -> list[Drawn]:
+    """Texts become `Drawn` in one call to the tokenizer, what was drawn already stays."""
     texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
     encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
-    for c in completions:
-        if isinstance(c, str):
-            e = next(encoded)
-            yield Drawn(ids=e.ids, spans=e.spans, text=c, stopped=True, damaged=False), e.unknown
-        else:
-            yield c, np.zeros(len(c.ids), bool)
+    return [Drawn.of_text(c, next(encoded)) if isinstance(c, str) else c for c in completions]
 
 
 def _fit(student: Half, teacher: Half, count: int, student_limit: int, teacher_limit: int | None):

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from gold_jax.quickstart import PREFIX, resolve
-from gold_jax.text.rows import kind_of, messages_of, optional_text, told_beside
+from gold_jax.text.rows import kind_of, messages_of, optional_text, refuse_preferences, told_beside
 from gold_jax.text.template import Conversation
 
 ACCEPTED = (
@@ -25,12 +25,21 @@ class Example:
             it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
         teacher_context: what the teacher alone is told before the prompt, see `template.with_context`; None: nothing.
+        unread: the row's columns that hold something and that nothing reads.
     """
 
     prompt: str | list[dict]
     completion: str | None = None
     messages: list[dict] | None = None
     teacher_context: str | None = None
+    unread: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+
+    @property
+    def fingerprint(self) -> bytes:
+        """All that is learned from the row, the same for rows that are read alike."""
+        return repr((self.prompt, self.completion, self.messages, self.teacher_context)).encode(
+            "utf-8", "surrogatepass"
+        )
 
     @property
     def calls_tools(self) -> bool:
@@ -180,25 +189,36 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
         text_column: the column that stands for `text`.
 
     Raises:
-        ValueError: the row has none of the forms, or something in it is not as `rows.messages_of` and `rows.told_beside`
-            take it. It names the row and its columns.
+        ValueError: the row has none of the forms, it is one of preferences, or something in it is not as `rows.messages_of` and
+            `rows.told_beside` take it. It names the row and its columns.
     """
     where = f"row {index} of {source}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
     context = optional_text(row, "teacher_context", where)
-    if row.get("messages") is not None or row.get("prompt") is not None:
-        example = _conversation(row, where) if row.get("messages") is not None else _prompt(row, where)
-        return dataclasses.replace(_told(example, row, where), teacher_context=context)
-    if row.get(text_column) is not None:
-        text = row[text_column]
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: {text_column!r} must be text, not {kind_of(text)}")
-        return Example("", text, teacher_context=context)
+    for form, columns in (("messages", ()), ("prompt", ("completion",)), (text_column, ())):
+        if row.get(form) is None:
+            continue
+        refuse_preferences(row, where)
+        if form == text_column:
+            example, beside = _text(row, form, where), ()
+        else:
+            example = _conversation(row, where) if form == "messages" else _prompt(row, where)
+            example, beside = _told(example, row, where), ("tools", "chat_template_kwargs")
+        read = {form, *columns, *beside, "teacher_context"}
+        unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
+        return dataclasses.replace(example, teacher_context=context, unread=unread)
     columns = ", ".join(map(str, row)) or "none"
     empty = [c for c in ("messages", "prompt", text_column) if c in row]
     hint = f" ({', '.join(empty)} is there but null)" if empty else ""
     raise ValueError(f"{where} has the columns {columns}{hint}; accepted are {ACCEPTED}")
+
+
+def _text(row: Mapping, column: str, where: str) -> Example:
+    text = row[column]
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: {column!r} must be text, not {kind_of(text)}")
+    return Example("", text)
 
 
 def _conversation(row: Mapping, where: str) -> Example:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from gold_jax.text.chat import Codec, Prompt
-from gold_jax.text.encode import spans_from_surfaces
+from gold_jax.text.encode import Encoded, spans_from_surfaces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,6 +19,8 @@ class Drawn:
         stopped: whether a stop token ended it.
         damaged: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
             tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
+        unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a model drew
+            has none, because it ends before the first; a text that was encoded may.
     """
 
     ids: np.ndarray
@@ -26,6 +28,16 @@ class Drawn:
     text: str
     stopped: bool
     damaged: bool
+    unknown: np.ndarray = None  # False for every token unless given
+
+    def __post_init__(self):
+        if self.unknown is None:
+            object.__setattr__(self, "unknown", np.zeros(len(self.ids), np.bool_))
+
+    @classmethod
+    def of_text(cls, text: str, encoded: Encoded, *, stopped: bool = True, damaged: bool = False) -> "Drawn":
+        """A text that a tokenizer has encoded, in the form of what a model drew."""
+        return cls(encoded.ids, encoded.spans, text, stopped, damaged, encoded.unknown)
 
 
 def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Drawn:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from gold_jax.text.template import refused_variables
 
 
@@ -52,6 +54,25 @@ def told_beside(row: Mapping, where: str) -> dict[str, Any]:
             raise ValueError(f"{where}: 'chat_template_kwargs' cannot hold {wrong}")
         told["template_kwargs"] = dict(variables)
     return told
+
+
+def refuse_preferences(row: Mapping, where: str) -> None:
+    """See that a row is not one of preferences, whose bad answer would be learned as a good one.
+
+    Raises:
+        ValueError: it has `chosen` and `rejected`, or an answer with `label` false.
+    """
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        raise ValueError(
+            f"{where} has the columns 'chosen' and 'rejected': it compares two answers, and here one is learned. Rename the one "
+            "that is to be learned to 'completion', and leave the other out"
+        )
+    answered = row.get("completion") is not None or row.get("messages") is not None
+    if answered and isinstance(row.get("label"), bool | np.bool_) and not row["label"]:
+        raise ValueError(
+            f"{where} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
+            "true, and leave the column out"
+        )
 
 
 def optional_text(row: Mapping, column: str, where: str) -> str | None:

@@ -83,8 +83,7 @@ class VocabularyMap:
             for side, ids, size in (("student", stops[0], student_size), ("teacher", stops[1], teacher_size)):
                 if outside := [i for i in ids if not 0 <= i < size]:
                     raise ValueError(f"the {side}'s stop token {outside[0]} lies outside its head of {size} rows")
-            pairs = {i: j for i, j in pairs.items() if i not in stops[0] and j not in stops[1]}
-            pairs[stops[0][0]] = stops[1][0]
+            pairs = _with_stops(pairs, stops)
         matched = sorted(pairs.items())
         column: dict[bytes, int] = {}
         if by == "surfaces":
@@ -111,13 +110,37 @@ class VocabularyMap:
         )
 
     @classmethod
-    def identity(cls, student_size: int, teacher_size: int | None = None) -> "VocabularyMap":
-        """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched."""
+    def identity(
+        cls,
+        student_size: int,
+        teacher_size: int | None = None,
+        *,
+        stop: tuple[Sequence[int], Sequence[int]] | None = None,
+    ) -> "VocabularyMap":
+        """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched.
+
+        Args:
+            student_size, teacher_size: rows of the heads; None: as many as the student's.
+            stop: the stop tokens of either model, that first which it writes. Where these two differ they match each other by
+                role, as in `build`; the same id then means two things, so that no stop token matches its own id.
+        """
         sizes = (student_size, student_size if teacher_size is None else teacher_size)
-        matched = min(sizes)
-        orders = [np.arange(size, dtype=np.int32) for size in sizes]
-        routes = [np.full(size - matched, matched, np.int32) for size in sizes]
-        return cls(*orders, matched, matched, *sizes, *routes)
+        pairs = {i: i for i in range(min(sizes))}
+        if stop is None or stop[0][0] == stop[1][0]:
+            stop = ((), ())
+        else:
+            pairs = _with_stops(pairs, stop)
+        matched, sides = sorted(pairs.items()), []
+        for k, size in enumerate(sizes):
+            first = np.array([pair[k] for pair in matched], np.int32)
+            rest = np.setdiff1d(np.arange(size, dtype=np.int32), first, assume_unique=True)
+            route = np.full(len(rest), len(matched), np.int32)
+            if stop[k]:
+                route[np.isin(rest, stop[k])] = next(c for c, pair in enumerate(matched) if pair[k] == stop[k][0])
+            by_route = np.argsort(route, kind="stable")
+            sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
+        (ours, our_route), (theirs, their_route) = sides
+        return cls(ours, theirs, len(matched), min(sizes), *sizes, our_route, their_route)
 
     def jaccard(self) -> float:
         """What both vocabularies have over what either has, each surface (or string) counted once.
@@ -127,6 +150,12 @@ class VocabularyMap:
         """
         union = self.student_distinct + self.teacher_distinct - self.shared
         return self.shared / union if union else 1.0
+
+
+def _with_stops(pairs: dict[int, int], stops: Sequence[Sequence[int]]) -> dict[int, int]:
+    """Pairs of ids in which no stop token is matched but the first of either side, with each other."""
+    ours, theirs = stops
+    return {i: j for i, j in pairs.items() if i not in ours and j not in theirs} | {ours[0]: theirs[0]}
 
 
 def kind_of(surface: bytes) -> str | None:

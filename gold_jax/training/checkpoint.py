@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -61,6 +63,15 @@ def _drop_old_weights(folder: pathlib.Path) -> None:
     for pattern in ("model*.safetensors", "model*.safetensors.index.json"):
         for path in folder.glob(pattern):
             path.unlink()
+
+
+def earlier_names(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
+    """Names for files of an earlier run that a new one would write over: `metrics.1.jsonl`, all with the first free number."""
+    folder = pathlib.Path(folder)
+    for number in itertools.count(1):
+        found = [f"{pathlib.Path(name).stem}.{number}{pathlib.Path(name).suffix}" for name in names]
+        if not any((folder / name).exists() for name in found):
+            return found
 
 
 def checkpoint_folder(output_dir: str | os.PathLike, step: int) -> epath.Path:

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.config import SFTConfig
 from gold_jax.losses.chunked import chunk_size
 from gold_jax.losses.distill import Head, across_lines, token_logp
+from gold_jax.models.functional import merge, split
 from gold_jax.parallel.exchange import over_rows
 from gold_jax.parallel.layout import ROWS
 from gold_jax.rollout.engine import Engine
@@ -51,7 +51,7 @@ class Score:
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
 def _completion_nll(graph, params, lines, position, behind, counted, chunk):
     """Negative log-likelihood `[B]` in nats of the tokens `behind` the positions `[B, T]` that `counted` marks."""
-    model = nnx.merge(graph, params)
+    model = merge(graph, params)
     where, hidden, weight = model.placement, model.read_lines(*lines), model.head_weight()
 
     def found(hidden, weight, position, behind, counted):
@@ -87,9 +87,9 @@ def score_completions(
     Raises:
       ValueError: an example has no completion.
     """
-    graph, params = nnx.split(model) if isinstance(model, nnx.Module) else model
+    graph, params = split(model)
     examples = list(examples)
-    where = nnx.merge(graph, params).placement
+    where = merge(graph, params).placement
     shards = 1 if where is None else where.shards
     batch_size = -(-batch_size // shards) * shards
     for i, e in enumerate(examples):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,11 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
+from gold_jax.models.functional import Params, merge
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
 from gold_jax.parallel.watch import watch_over
@@ -22,7 +25,7 @@ from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.share import Share
 from gold_jax.training import profile
-from gold_jax.training.checkpoint import save_final_model
+from gold_jax.training.checkpoint import checkpoints_in, earlier_names, save_final_model
 from gold_jax.training.evaluation import measures
 from gold_jax.training.faults import Diverged, Skips, explain
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
@@ -40,24 +43,31 @@ LOGS = ("metrics.jsonl", "completions.jsonl")
 
 @dataclasses.dataclass
 class Task:
-    """What a run is made of, beside its settings."""
+    """What a run is made of, beside its settings.
+
+    `student` is without its model, which is `graph` and `params`; the run donates `params`, so nobody else may hold them.
+    """
 
     student: Participant
+    graph: nnx.GraphDef
+    params: Params
     loss: LossFn
     constants: Any
     windows: Windows
     train: Sequence[Example]
     kept: list[int]
+    about: Mapping[str, str]  # what the run depends on beside its settings, for checkpoints
     eval: Sequence[Example] | None
     teacher_score: Callable[[], Mapping[str, float]] | None = None
+    restart: Callable[[], Any] | None = None  # called before each further training of the same student
 
 
 class Loop:
     """One training run.
 
     Attributes:
-      history: every logged line, oldest first.
-      state: the student's parameters and the optimizer's state.
+      history: every logged line of the last `train`, oldest first.
+      state: the student's parameters and, once `train` was called, the optimizer's state.
     """
 
     def __init__(
@@ -82,7 +92,7 @@ class Loop:
           max_new_tokens: bounds greedy completions in evaluation.
           save_dtype: as in `save_model`.
         """
-        self.task, self.args, self.console = task, args, console
+        self.args, self.console = args, console
         self.max_new_tokens, self.save_dtype = max_new_tokens, save_dtype
         self.output = pathlib.Path(args.output_dir)
         self.order = Order(len(task.kept), prompts_per_step, args.seed)
@@ -90,27 +100,28 @@ class Loop:
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
         self.watch = watch_over(args.process_timeout)  # nobody, until `train` enters one
+        windows = task.windows
         if processes.count() > 1:
-            task.windows.share = self._waited_for(task.windows.share)
+            windows = dataclasses.replace(windows, share=self._waited_for(windows.share))
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if processes.is_first() else []
         if self.profile_steps:
-            task.windows = profile.watched(task.windows)
+            windows = profile.watched(windows)
         self.schedule = make_schedule(args, self.total_steps)
-        optimizer = make_optimizer(args, self.total_steps)
-        self.graph, params = nnx.split(task.student.model)
-        task.student = task.student._replace(model=None)  # steps donate the parameters: this is their only owner
-        where = nnx.merge(self.graph, params).placement
+        self.optimizer = make_optimizer(args, self.total_steps)
+        self.graph, params = task.graph, task.params
+        self.task = dataclasses.replace(task, windows=windows, params=None)  # the state alone owns what steps donate
+        where = merge(self.graph, params).placement
         shardings = None
         if where is not None:
             kept = jax.tree.map(lambda x: x.sharding, params)
-            shardings = TrainState(kept, optimizer_shardings(optimizer, params, kept))
-        start = jax.jit(optimizer.init, out_shardings=shardings and shardings.optimizer)
-        self.state = TrainState(params, start(params))
-        release_freed_memory()
-        self.step = Step(task.loss, optimizer, shardings, where and where.put_rows)
-        self.run = describe_run(args, task.train, task.kept, prompts_per_step, batch_size)
+            shardings = TrainState(kept, optimizer_shardings(self.optimizer, params, kept))
+        self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=shardings and shardings.optimizer)
+        self.state = TrainState(params, None)
+        self.step = Step(task.loss, self.optimizer, shardings, where and where.put_rows)
+        self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
+        self._trained = False
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -119,7 +130,7 @@ class Loop:
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        A run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does.
+        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does.
 
         Raises:
           FileNotFoundError, ValueError: as `find_and_restore`.
@@ -127,6 +138,7 @@ class Loop:
           Diverged: `max_skipped_updates` updates in a row were left out.
           OSError: the student cannot be written; the text says where it still is.
         """
+        self._begin()
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
         with watch_over(self.args.process_timeout) as self.watch:
@@ -143,8 +155,7 @@ class Loop:
         means = RunningMean()
         unmeasured = self._resume(resume, means) if resume else None
         if self.done == 0 and processes.is_first():
-            for name in LOGS:  # an earlier run's lines are not this one's
-                (self.output / name).unlink(missing_ok=True)
+            self._set_aside()
         self.checkpoints.remove_unfinished()
         begun = [row for row in self.history if row["step"] == 0]
         before = begun[0] if begun else self.evaluate() if args.eval_on_start and self.done == 0 else {}
@@ -159,7 +170,7 @@ class Loop:
                 except KeyboardInterrupt:
                     if stop.twice:
                         raise
-                    stop.asked = stop.asked or "interrupt"
+                    stop.ask("interrupt")
                 if stop.asked:
                     self._leave(log, means, stop)
             self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
@@ -168,6 +179,31 @@ class Loop:
                 self._record(log, after)
         self._close(before, after)
         return after
+
+    def _begin(self) -> None:
+        """A run's state before its first update: the parameters as they are, all else new."""
+        params = self._params()
+        if self._trained and self.task.restart is not None:
+            self.task.restart()
+        self._trained = True
+        self.state = TrainState(params, None)  # an optimizer's state of before is let go of first
+        self.state = TrainState(params, self._init_optimizer(params))
+        release_freed_memory()
+        self.done, self.skips, self.unmeasured, self.history = 0, Skips(), False, []
+
+    def _set_aside(self) -> None:
+        """Gives what an earlier run left in `output_dir` names that this run does not use, and says so."""
+        logs = [name for name in LOGS if (self.output / name).exists()]
+        for name, earlier in zip(logs, earlier_names(self.output, logs)):
+            os.replace(self.output / name, self.output / earlier)
+            self._say(f"{self.output / name} is an earlier run's: it is called {earlier} from now on.")
+        old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
+        if old and self.args.save_strategy != "no":
+            shown = ", ".join(old[:3]) + (f" and {len(old) - 3} more" if len(old) > 3 else "")
+            self._say(
+                f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
+                "same step, and --save_total_limit counts them too."
+            )
 
     def _log(self) -> MetricLog:
         """Where metrics go; nowhere in all processes but the first."""
@@ -187,7 +223,7 @@ class Loop:
             if window is None:  # asked to end
                 return
             with profile.host_part(profile.STARTING):
-                metrics = self.step.train(self.state, self.task.constants, window.batches)
+                self.state, metrics = self.step.train(self.state, self.task.constants, window.batches)
                 current, self.done = window, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
             window = stop.breakable(self._window, step + 1) if step + 1 < total else None
@@ -249,7 +285,7 @@ class Loop:
         folder = self.output / "profile"
 
         def settle():
-            jax.block_until_ready((self.state.params, self.state.optimizer))
+            jax.block_until_ready(self.state)
 
         def show(summary):
             log.flush()
@@ -260,6 +296,7 @@ class Loop:
     def _resume(self, wanted: str, means: RunningMean) -> bool:
         """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._arrays())
+        parts = {name: jax.tree.structure(part) for name, part in self.state._asdict().items()}
 
         def free():
             self.state = TrainState(None, None)
@@ -274,17 +311,25 @@ class Loop:
                 f"{path} has seen {notes['step']} updates, and this run makes {self.total_steps}; raise --max_steps or "
                 "--num_train_epochs."
             )
-        self.state = TrainState(arrays["params"], arrays["optimizer"])
+        self.state = TrainState(
+            *(jax.tree.unflatten(where, jax.tree.leaves(arrays[part])) for part, where in parts.items())
+        )
         self.done, self.skips = notes["step"], Skips(**notes["skips"])
         means.restore(notes["means"])
-        self.checkpoints.last = path
+        self.checkpoints.read(path)
         if processes.is_first():
             self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
         return notes["unmeasured"]
 
     def _arrays(self) -> dict[str, Any]:
-        return {"params": self.state.params, "optimizer": self.state.optimizer}
+        """The state as a checkpoint names it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
+
+        def boxed(x):
+            return {"value": x}
+
+        optimizer = optax.tree.map_params(self.optimizer, boxed, self.state.optimizer)
+        return {"params": jax.tree.map(boxed, self.state.params), "optimizer": optimizer}
 
     @profile.as_host_part(profile.SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
@@ -294,7 +339,7 @@ class Loop:
         student = None
         if jax.process_count() == 1:
             host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
-            model = nnx.merge(self.graph, host)
+            model = merge(self.graph, host)
             student = functools.partial(
                 save_final_model, model, self.task.student.codec.tokenizer, dtype=self.save_dtype
             )
@@ -324,7 +369,7 @@ class Loop:
         rows = [self.task.kept[i] for i in self.order(step)]
         why = explain(self.done, self.skips, metrics, self.state.params, rows, self.args)
         if self.skips.total < self.done:  # the state of the last good update, to go on from with other settings
-            self.skips.in_a_row = 0
+            self.skips = Skips(self.skips.total)
             self._checkpoint(log, means)
         self.checkpoints.finish()
         raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
@@ -351,7 +396,7 @@ class Loop:
     def _window(self, step: int):
         self.watch.at(step, "making the batch")
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
-        return self.task.windows.train(step, examples, self.state.params)
+        return self.task.windows.train(step, examples, self._params())
 
     @profile.as_host_part(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
@@ -366,14 +411,19 @@ class Loop:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         totals: dict[str, float] = {}
         for batch in self.task.windows.evaluate(examples):
-            for name, value in self.step.evaluate(self.state.params, self.task.constants, batch).items():
+            for name, value in self.step.evaluate(self._params(), self.task.constants, batch).items():
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
         return totals | measures(self.student, examples, self.args, self.max_new_tokens)
 
     @property
     def student(self) -> Participant:
-        """The student as it stands now."""
-        return self.task.student._replace(model=nnx.merge(self.graph, self.state.params))
+        """The student as it stands now; its arrays are donated by the next update, so take a copy of what is to last."""
+        return self.task.student._replace(model=merge(self.graph, self._params()))
+
+    def _params(self) -> Params:
+        if self.state.params is None:
+            raise ValueError("the parameters went when a checkpoint could not be read; make a new trainer")
+        return self.state.params
 
     @profile.as_host_part(profile.SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from transformers import AutoTokenizer
 
-from gold_jax.models.attention import check_model
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import merge, split
 from gold_jax.models.weights import load_model
 from gold_jax.parallel.layout import Placement
 from gold_jax.quickstart import PREFIX, resolve
@@ -33,6 +32,7 @@ def load_participant(
     *,
     dtype: str,
     param_dtype: str = "float32",
+    read_dtype: str = "auto",
     remat: bool = False,
     revision: str | None = None,
     chat_template: str | None = None,
@@ -51,6 +51,7 @@ def load_participant(
       tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
       dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
       param_dtype: dtype in which the parameters are kept; a model in memory is copied into it.
+      read_dtype: dtype to which the parameters are rounded first, "auto" for none, as in `load_model`.
       remat: recompute layers in the backward pass.
       revision: hub revision of both.
       chat_template: a Jinja template in place of the tokenizer's own.
@@ -72,18 +73,20 @@ def load_participant(
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
     model, tokenizer = (_found(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
-    model = _model(model, dtype, param_dtype, remat, revision, attention, placement)
-    if isinstance(source, str | pathlib.Path):
+    model = _model(model, dtype, param_dtype, read_dtype, remat, revision, attention, placement)
+    named = isinstance(source, str | pathlib.Path)
+    if named:
         source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     if not hasattr(source, "apply_chat_template"):
         raise TypeError(
             f"the {role}'s tokenizer is a {type(source).__name__}; give a folder, a hub id or a transformers tokenizer (of a "
             "tokenizers.Tokenizer: transformers.PreTrainedTokenizerFast(tokenizer_object=…, eos_token=…))"
         )
+    if not named:
+        source = copy.deepcopy(source)  # to call one sets its truncation and padding: the caller's stays as it is
     if eos_token is not None:
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")
-        source = copy.deepcopy(source)  # the caller's stays as it is
         source.eos_token = eos_token
     codec = Codec(
         source,
@@ -114,6 +117,7 @@ def _model(
     model,
     dtype: str,
     param_dtype: str,
+    read_dtype: str,
     remat: bool,
     revision: str | None,
     attention: str | None,
@@ -124,26 +128,31 @@ def _model(
             model,
             dtype=dtype,
             param_dtype=param_dtype,
+            read_dtype=read_dtype,
             remat=remat,
             revision=revision,
             attention=attention or "auto",
             sharding=None if placement is None else placement.stored,
         )
-        loaded.placement = placement
-        return loaded
+        return loaded if placement is None else loaded.replace(placement=placement)
     if isinstance(model, tuple) and len(model) == 2:
-        model = nnx.merge(*model)
+        model = merge(*split(model))
     if not isinstance(model, Decoder):
         raise TypeError(
             f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; "
             "gold_jax.load_model reads Hugging Face folders"
         )
-    graph, state = nnx.split(model)
     # Training donates parameters: a copy leaves the caller's whole.
-    model = nnx.merge(graph, jax.tree.map(lambda x: jnp.array(x, param_dtype), state))
-    model.dtype, model.param_dtype, model.remat = jnp.dtype(dtype), jnp.dtype(param_dtype), remat
-    model.attention = attention or model.attention
-    check_model(model.config, model.dtype, model.attention, model.platform)
+    rounded = param_dtype if read_dtype == "auto" else read_dtype
+    params = jax.tree.map(lambda x: jnp.array(jnp.asarray(x, rounded), param_dtype), split(model)[1])
+    model = model.replace(
+        params,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        remat=remat,
+        attention=attention or model.attention,
+        placement=None,
+    )
     return model if placement is None else model.place(placement)
 
 

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from gold_jax.config import SFTConfig
-from gold_jax.text.data import Example
+from gold_jax.text.chat import Codec
 from gold_jax.training.checkpoint import checkpoints_in
 from gold_jax.training.saves import BadCheckpoint, check_arrays, is_checkpoint, read_notes, restore
 
@@ -33,34 +34,51 @@ TOLD = frozenset(
     "model_init_kwargs teacher_model_init_kwargs teacher_model_name_or_path teacher_model_revision "
     "teacher_tokenizer_name_or_path".split()
 )
-_SAMPLED_ROWS = 64
+_TEACHER = ("the teacher's weights", "the teacher's template and tokenizer")
 _MICRO = "rows of a micro-batch"
+_DATA = "the training data"
 
 
 def describe_run(
-    args: SFTConfig, examples: Sequence[Example], kept: Sequence[int], prompts_per_step: int, batch_size: int
-) -> dict:
-    """What a checkpoint remembers of its run, fit for JSON: every setting, and what the training data were.
+    args: SFTConfig, about: Mapping[str, str], rows: int, prompts_per_step: int, batch_size: int
+) -> dict[str, Any]:
+    """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
 
     Args:
       args: the settings.
-      examples: all rows.
-      kept: which of them are learned from.
+      about: digests of data, templates, tokenizers and weights, by what each is of.
+      rows: how many rows are learned from.
       prompts_per_step: how many of these an update reads.
       batch_size: rows of a micro-batch, on all devices.
     """
-    digest = hashlib.sha256()
-    for i in range(0, len(kept), max(1, len(kept) // _SAMPLED_ROWS)):
-        e = examples[kept[i]]
-        digest.update(repr((kept[i], e.prompt, e.completion)).encode())
-    about = {
+    found = {
         **args.to_dict(),
-        "rows to learn from": len(kept),
+        "rows to learn from": rows,
         "rows of an update": prompts_per_step,
         _MICRO: batch_size,
-        "the text of the training data": digest.hexdigest()[:16],
+        **about,
     }
-    return json.loads(json.dumps(about, default=str))
+    return json.loads(json.dumps(found, default=str))
+
+
+def describe_codec(whose: str, codec: Codec) -> dict[str, str]:
+    """A digest of what decides how texts become tokens: the template in force, the vocabulary, the stop tokens."""
+    entries = sorted(codec.tokenizer.get_vocab().items())
+    told = codec.template.source, codec.stop_ids, codec.special_tokens_in_prompts, entries
+    return {f"{whose}'s template and tokenizer": _digest(repr(told))}
+
+
+def describe_weights(params: Any) -> str:
+    """A digest of a model's last norm and first embeddings, the same in hardly two models; empty where other hosts hold them."""
+    parts = params["final_norm"], params["embedding"][:16]
+    if not all(part.is_fully_addressable for part in parts):
+        return ""
+    return _digest(b"".join(np.asarray(part, np.float32).tobytes() for part in parts))
+
+
+def _digest(content: str | bytes) -> str:
+    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> list[str]:
@@ -73,11 +91,15 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
       ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
     """
     wrong, lines = [], []
+    if _DATA in now and _DATA not in saved:
+        lines.append(
+            f"{where} was saved by an earlier version, which did not describe its training data in full: see that they are the same"
+        )
     for name in now:
         if name in FREE or name == _MICRO or name not in saved or saved[name] == now[name]:
             continue  # a setting that the checkpoint does not know came after it
         shown = f"--{name}" if " " not in name else name
-        if name in TOLD or _harmless(name, saved, now):
+        if name in TOLD or name in _TEACHER or _harmless(name, saved, now):
             lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
         else:
             wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")

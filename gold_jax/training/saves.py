@@ -122,6 +122,10 @@ class Checkpoints:
                 self._attempt(lambda: prune_checkpoints(self.folder, self.limit))
         return self.failed is None
 
+    def read(self, checkpoint: epath.Path) -> None:
+        """Remembers a checkpoint that was read whole as the `last`."""
+        self.last = checkpoint
+
     def close(self) -> None:
         """Waits for the save under way and lets go of orbax's threads."""
         self.finish()

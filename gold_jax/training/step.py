@@ -4,7 +4,6 @@ A loss here is `fn(params, constants, batch) -> (loss, parts)`; weights in the b
 the whole global batch, so gradients of micro-batches simply add up.
 """
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from gold_jax.losses.chunked import Cut
 from gold_jax.losses.distill import Head, across_lines, cross_entropy, distill_loss, order_rows, shared_out
 from gold_jax.mesh_flags import AXES
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import merge
 from gold_jax.parallel.exchange import over_rows
 from gold_jax.parallel.layout import ROWS, Placement, axes_of
 from gold_jax.sizes import power_of_two
@@ -90,7 +90,7 @@ def make_distillation_loss(
     options = compare_options(spec, vocabulary)
 
     def read(constants: Constants, lines: Lines):
-        frozen = nnx.merge(teacher, constants.teacher)
+        frozen = merge(teacher, constants.teacher)
         if frozen.config.tied:
             lines = lines._replace(tokens=constants.teacher_place[lines.tokens])
         hidden = _hidden("teacher", frozen, lines)
@@ -99,7 +99,7 @@ def make_distillation_loss(
         return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
 
     def loss(params, constants: Constants, batch: Batch):
-        model, frozen = nnx.merge(student, params), nnx.merge(teacher, constants.teacher)
+        model, frozen = merge(student, params), merge(teacher, constants.teacher)
         hidden = _hidden("student", model, batch.student.lines)
         batch = batch._replace(student=batch.student._replace(lines=None))
         heads = model.head_weight(), constants.teacher_head
@@ -208,7 +208,7 @@ def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
     """The loss of a `TokenBatch`: the mean cross-entropy over its targets."""
 
     def loss(params, _constants, batch: TokenBatch):
-        model = nnx.merge(student, params)
+        model = merge(student, params)
         hidden, heads = _hidden("student", model, batch.lines), (model.head_weight(),)
         by_rows = hidden, batch._replace(lines=None)
         return _on_mesh((model.placement,), compared, by_rows, heads, ((), model.config))
@@ -223,8 +223,7 @@ def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
     return LossFn(None, loss)
 
 
-@dataclasses.dataclass
-class TrainState:
+class TrainState(NamedTuple):
     """Parameters (float32) and the optimizer's state; both are donated to every step."""
 
     params: Any
@@ -345,23 +344,23 @@ class Step:
             return batch
         return with_hidden(batch, self.programs["read"](constants, batch.teacher.lines))
 
-    def train(self, state: TrainState, constants: Any, batches: list) -> dict[str, jax.Array]:
+    def train(self, state: TrainState, constants: Any, batches: list) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.
 
-        Where loss or gradients are not finite, `skipped` is 1 and the state stays as it was.
+        The state given is donated. Where loss or gradients are not finite, `skipped` is 1 and the new state holds what it held.
         """
         run = self.programs
         head = self._read(constants, batches[0])
         if len(batches) == 1:
-            state.params, state.optimizer, metrics, done = run["fused"](state.params, state.optimizer, constants, head)
+            *state, metrics, done = run["fused"](*state, constants, head)
         else:
             metrics, grads = run["first"](state.params, constants, head)
             del head  # with what the teacher made of it
             for batch in batches[1:]:
                 metrics, grads = run["add"](state.params, grads, metrics, constants, self._read(constants, batch))
-            state.params, state.optimizer, done = run["update"](state.params, state.optimizer, grads, metrics[0])
+            *state, done = run["update"](*state, grads, metrics[0])
         loss, parts = metrics
-        return {"loss": loss, **done, **parts}
+        return TrainState(*state), {"loss": loss, **done, **parts}
 
     def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""

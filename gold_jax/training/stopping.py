@@ -61,11 +61,15 @@ class Stop:
             signal.signal(number, before)
         self._before.clear()
 
+    def ask(self, why: str) -> None:
+        """Asks the run to end, as a signal does; the first reason stays."""
+        self.asked = self.asked or why
+
     def _hear(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.asked == "interrupt":
             self.twice = True
             raise KeyboardInterrupt
-        self.asked = self.asked or ("interrupt" if number == signal.SIGINT else "preemption")
+        self.ask("interrupt" if number == signal.SIGINT else "preemption")
         if self._breakable:
             self._breakable = False
             raise _CutShort
@@ -83,4 +87,4 @@ class Stop:
     def look(self, step: int) -> None:
         """Asks JAX's runtime, in a run of several processes, whether one of them is to be preempted."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.asked = self.asked or "preemption"
+            self.ask("preemption")

@@ -11,6 +11,7 @@ from flax import nnx
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.compare import CompareOptions
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import Params, merge
 from gold_jax.text.vocabulary import VocabularyMap
 
 
@@ -29,23 +30,27 @@ class Constants(NamedTuple):
 
 
 def freeze_teacher(
-    teacher: Decoder, vocabulary: VocabularyMap, stops: tuple[Sequence[int], Sequence[int]] | None = None
-) -> tuple[nnx.GraphDef, Constants]:
-    """Splits the teacher and reorders its head once, so that column `i` faces the student's column `i`.
+    graph: nnx.GraphDef,
+    params: Params,
+    vocabulary: VocabularyMap,
+    stops: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> Constants:
+    """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
-    It is reordered in the parameters themselves and never held twice: of a teacher whose embedding is its head, tokens
-    have to be looked up by their `teacher_place` from then on.
+    The reordered head stands in the place of the teacher's own in the parameters of the result, so that it is not held twice
+    where nobody else holds the own one: of a teacher whose embedding is its head, tokens have to be looked up by their
+    `teacher_place`. The arrays given stay as they are.
 
     Args:
-      teacher: the teacher.
+      graph, params: the teacher, as `models.functional.split` gives it.
       vocabulary: the order of either head.
       stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
     """
+    teacher = merge(graph, params)
     head = teacher.head_weight()
     if not _is_identity(vocabulary.teacher_order):
         head = _rows_of(head, vocabulary.teacher_order)
-        (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
-    graph, params = nnx.split(teacher)
+        params = _with_head(teacher, params, head)
     student_place, teacher_place = (
         np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
     )
@@ -67,7 +72,19 @@ def freeze_teacher(
     )
     where = teacher.placement
     about = jax.tree.map(jnp.asarray, about) if where is None else where.put(about)
-    return graph, about._replace(teacher=params, teacher_head=head)
+    return about._replace(teacher=params, teacher_head=head)
+
+
+def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Params:
+    """The teacher's parameters as `freeze_teacher` was given them, to use the teacher by itself. The constants stay as they are."""
+    if _is_identity(vocabulary.teacher_order):
+        return constants.teacher
+    head = _rows_of(constants.teacher_head, np.argsort(vocabulary.teacher_order))
+    return _with_head(merge(graph, constants.teacher), constants.teacher, head)
+
+
+def _with_head(model: Decoder, params: Params, head: jax.Array) -> Params:
+    return {**params, "embedding" if model.config.tied else "head": head}
 
 
 def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
@@ -89,14 +106,6 @@ def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions
         masked=any(bool((route > matched).any()) for route in routes),
         temperature=spec.alm_temperature,
     )
-
-
-def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Decoder:
-    """The teacher as it was before `freeze_teacher`, to measure it by itself."""
-    teacher = nnx.merge(graph, constants.teacher)
-    head = _rows_of(constants.teacher_head, np.argsort(vocabulary.teacher_order))
-    (teacher.embedding if teacher.config.tied else teacher.head)[...] = head
-    return teacher
 
 
 def _is_identity(order: np.ndarray) -> bool:

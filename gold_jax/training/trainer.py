@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from flax import nnx
 from rich.console import Console
 
+from gold_jax import no_effect
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.fields import read_value
 from gold_jax.losses.chunked import chunk_size
+from gold_jax.models.functional import ModelValue, count, merge, split
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import mesh_in_words
@@ -24,6 +24,7 @@ from gold_jax.training.loop import Loop, Task
 from gold_jax.training.metrics import header
 from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.resume import describe_codec, describe_weights
 from gold_jax.training.setting import (
     completion_server,
     compute_dtype,
@@ -73,7 +74,9 @@ class SFTTrainer:
         dataset_name: str | None = None,
     ):
         """Loads what is named and checks everything that can be checked before the first update."""
-        self.args = a = args if args is not None else self._default_args()
+        # A copy, checked again: what was set on the settings since they were made is held to the same rules.
+        self.args = a = (args if args is not None else self._default_args()).frozen_copy()
+        self.hub_model_id = a.hub_model_id
         processes.start(a.coordinator_address, a.num_processes, a.process_id)
         self.console = (console or Console()) if processes.is_first() else Console(quiet=True)
         self.command = command
@@ -88,7 +91,10 @@ class SFTTrainer:
             self.eval_examples = eval_dataset
             if eval_dataset is not None:
                 self.eval_examples = load_examples(eval_dataset, text_column=a.dataset_text_field)
-            self.save_dtype = a.model_init_kwargs.get("dtype") or "float32"
+            elif a.eval_strategy != "no" or a.eval_on_start:
+                asked = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
+                raise ValueError(f"{asked} needs rows to evaluate on: pass eval_dataset, or leave it out")
+            self.save_dtype = a.model_init_kwargs.get("dtype", "float32")
             self.placement = place_run(a.mesh, a.layout)
             self.shards = 1 if self.placement is None else self.placement.shards
             self.share = share_of(self.placement)
@@ -114,10 +120,13 @@ class SFTTrainer:
             model,
             tokenizer,
             dtype=self.dtype,
+            read_dtype=options.get("dtype", "auto"),
             revision=options.get("revision"),
             attention=options.get("attn_implementation"),
             chat_template=read_template(a.chat_template_path) if mine and a.chat_template_path else None,
-            template_kwargs=a.template_kwargs if mine else a.teacher_template_kwargs or a.template_kwargs,
+            template_kwargs=a.template_kwargs
+            if mine or a.teacher_template_kwargs is None
+            else a.teacher_template_kwargs,
             special_tokens_in_prompts=a.special_tokens_in_prompts,
             eos_token=a.eos_token if mine else None,
             trust_remote_code=a.trust_remote_code,
@@ -128,7 +137,7 @@ class SFTTrainer:
     def _loop(self) -> Loop:
         a = self.args
         counted = "assistant" if a.assistant_only_loss else "all" if a.completion_only_loss is False else "completion"
-        kept, notices = check_examples(
+        checked = check_examples(
             self.train_examples,
             self.student.codec,
             # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
@@ -138,7 +147,7 @@ class SFTTrainer:
         )
         if self.eval_examples is not None:
             check_evaluation(self.eval_examples, self.student.codec)
-        self.notices += notices
+        self.notices += checked.notices
         batch_size = a.per_device_train_batch_size * self.shards
         windows = TokenWindows(
             self.student.codec,
@@ -148,14 +157,23 @@ class SFTTrainer:
             counted,
             self.share,
         )
-        graph, _ = nnx.split(self.student.model)
+        self.notices += no_effect.notices(a, evaluates=self.eval_examples is not None)
+        self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, checked.kept)
+        graph, params = self._take_student()
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
-        self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, kept)
-        task = Task(self.student, loss, (), windows, self.train_examples, kept, self.eval_examples)
+        about = {"the training data": checked.digest, **describe_codec("the student", self.student.codec)}
+        task = Task(
+            self.student, graph, params, loss, (), windows, self.train_examples, checked.kept, about, self.eval_examples
+        )
         return self._make_loop(task, batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
 
+    def _take_student(self) -> ModelValue:
+        """The student as a value, which the loop is to own alone."""
+        value = split(self.student.model)
+        self.student = self.student._replace(model=None)
+        return value
+
     def _make_loop(self, task: Task, prompts_per_step: int, max_new_tokens: int) -> Loop:
-        self.student = self.student._replace(model=None)  # from here on the loop owns the parameters
         return Loop(
             task,
             self.args,
@@ -168,7 +186,7 @@ class SFTTrainer:
 
     def _tell(self, rows: Mapping[str, Any], kept: Sequence[int]) -> None:
         config = self.student.model.config
-        size = sum(int(np.prod(x.shape)) for x in jax.tree.leaves(nnx.state(self.student.model)))
+        size = count(split(self.student.model)[1])
         device = jax.devices()[0]
         about = {
             "student": f"{self.student.name} ({config.family}, {size / 1e6:.1f} M parameters)",
@@ -193,7 +211,10 @@ class SFTTrainer:
 
     @property
     def model(self):
-        """The student as it stands now, a `Decoder`."""
+        """The student as it stands now, a `Decoder` of its own: what is written into it is not trained.
+
+        The next `train` takes its arrays (they are donated); save a copy of a model that is to last.
+        """
         return self.loop.student.model
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
@@ -209,7 +230,9 @@ class SFTTrainer:
         a = self.args
         if a.push_to_hub and processes.is_first():
             try:
-                a.hub_model_id = create_hub_repository(a.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token)
+                self.hub_model_id = create_hub_repository(
+                    self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
+                )
             except HubSilent as error:
                 self.console.print(str(error), markup=False, soft_wrap=True)
         resume = a.resume_from_checkpoint
@@ -246,7 +269,7 @@ class SFTTrainer:
     def push_to_hub(self) -> str:
         """Uploads `output_dir`; returns the address of the commit."""
         a = self.args
-        url = push_to_hub(a.output_dir, a.hub_model_id, a.hub_private_repo, a.hub_token)
+        url = push_to_hub(a.output_dir, self.hub_model_id, a.hub_private_repo, a.hub_token)
         self.console.print(f"Pushed to {url}", markup=False, soft_wrap=True)
         return url
 
@@ -319,18 +342,20 @@ class GOLDTrainer(SFTTrainer):
         one = same_vocabulary(student.codec, teacher.codec)
         self.spec = a.loss_spec(one)
         sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
+        stops = student.codec.stop_ids, teacher.codec.stop_ids
+        by_role = not one or student.codec.stop_id != teacher.codec.stop_id
         if one:
-            vocabulary = VocabularyMap.identity(*sizes)
+            vocabulary = VocabularyMap.identity(*sizes, stop=stops)
         else:
             vocabulary = VocabularyMap.build(
                 student.codec.surfaces,
                 teacher.codec.surfaces,
                 student_size=sizes[0],
                 teacher_size=sizes[1],
-                stop=(student.codec.stop_ids, teacher.codec.stop_ids),
+                stop=stops,
                 mask=self.spec.mask,
             )
-        kept, notices = check_examples(
+        checked = check_examples(
             self.train_examples,
             student.codec,
             budget=a.prompt_budget,
@@ -338,17 +363,20 @@ class GOLDTrainer(SFTTrainer):
             if a.lmbda == 1 or a.seq_kd
             else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
             teacher=teacher.codec,
+            student_writes=a.lmbda > 0,
+            teacher_writes=a.seq_kd and a.lmbda < 1,
+            teacher_context=a.teacher_context,
         )
         if self.eval_examples is not None:
             check_evaluation(self.eval_examples, student.codec, teacher.codec)
-        self.notices += notices
+        self.notices += checked.notices + no_effect.notices(a, self.spec, evaluates=self.eval_examples is not None)
         self.teacher_name = teacher.name
         engine, notices = completion_server(a, student.model.config.vocab_size, self.dtype)
         self.notices += notices
         self._tell(
             {
                 "teacher": f"{teacher.name} ({teacher.model.config.family})",
-                "vocabularies": "one and the same"
+                "vocabularies": "one and the same" + (", stop tokens matched by role" if by_role else "")
                 if one
                 else f"{sizes[0]:,} and {sizes[1]:,} rows, {vocabulary.matched:,} matched by surface",
                 "loss": self.spec.describe(),
@@ -357,11 +385,19 @@ class GOLDTrainer(SFTTrainer):
                 + (f", {1 - a.lmbda:.0%} by the teacher" if a.seq_kd and a.lmbda < 1 else "")
                 + (f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""),
             },
-            kept,
+            checked.kept,
         )
-        stops = None if one else (student.codec.stop_ids, teacher.codec.stop_ids)
-        teacher_graph, constants = freeze_teacher(teacher.model, vocabulary, stops)
-        student_graph, _ = nnx.split(student.model)
+        teacher_graph, teacher_params = split(teacher.model)
+        constants = freeze_teacher(teacher_graph, teacher_params, vocabulary, stops if by_role else None)
+        about = {
+            "the training data": checked.digest,
+            **describe_codec("the student", student.codec),
+            **describe_codec("the teacher", teacher.codec),
+            "the teacher's weights": describe_weights(teacher_params),
+        }
+        teacher = teacher._replace(model=None)  # from here on the constants hold its parameters
+        del teacher_params
+        student_graph, student_params = self._take_student()
         loss = make_distillation_loss(
             student_graph, teacher_graph, self.spec, vocabulary, chunk=chunk_size(a.loss_chunk)
         )
@@ -383,7 +419,7 @@ class GOLDTrainer(SFTTrainer):
             top_p=a.top_p,
             seed=a.seed,
             generation_batch_size=a.generation_batch_size or 32 * self.shards,
-            teacher_model=nnx.split(restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
+            teacher_model=(teacher_graph, restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
             teacher_context=a.teacher_context,
             engine=engine,
             sync=None if engine is None else engine.sync,
@@ -391,10 +427,24 @@ class GOLDTrainer(SFTTrainer):
         )
 
         def teacher_score():
-            whole = teacher._replace(model=restore_teacher(teacher_graph, constants, vocabulary))
+            params = restore_teacher(teacher_graph, constants, vocabulary)
+            whole = teacher._replace(model=merge(teacher_graph, params))
             return measures(whole, measurable(self.eval_examples), a, a.max_completion_length)
 
-        task = Task(student, loss, constants, windows, self.train_examples, kept, self.eval_examples, teacher_score)
+        task = Task(
+            self.student,
+            student_graph,
+            student_params,
+            loss,
+            constants,
+            windows,
+            self.train_examples,
+            checked.kept,
+            about,
+            self.eval_examples,
+            teacher_score,
+            restart=None if engine is None else engine.restart,
+        )
         rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps
         return self._make_loop(task, rows // a.num_generations, a.max_completion_length)
 

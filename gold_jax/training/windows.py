@@ -4,7 +4,9 @@ A window is the rows of one update, split into micro-batches. Which rows it hold
 writes itself, and the sampling keys are pure functions of the seed and the step.
 """
 
+import collections
 import dataclasses
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -156,7 +158,8 @@ class DistillationWindows:
             [drawn[i].text for i in examples], after=[e.prompt for e in examples.values()]
         )
         return {
-            i: Drawn(e.ids, e.spans, drawn[i].text, drawn[i].stopped, drawn[i].damaged) for i, e in zip(examples, read)
+            i: Drawn.of_text(drawn[i].text, e, stopped=drawn[i].stopped, damaged=drawn[i].damaged)
+            for i, e in zip(examples, read)
         }
 
     def _told(self, examples: Sequence[Example]) -> list:
@@ -281,6 +284,21 @@ class TokenWindows:
         return ids, np.ones_like(counted) if self.counted == "all" else counted
 
 
+@dataclasses.dataclass(frozen=True)
+class CheckedRows:
+    """What is known of a data set once all its rows were looked at.
+
+    Attributes:
+      kept: numbers of the rows that can be learned from.
+      notices: lines about the others, and about what in the rows nobody reads.
+      digest: of all that is learned from the rows that are kept, in hexadecimal.
+    """
+
+    kept: list[int]
+    notices: list[str]
+    digest: str
+
+
 def check_examples(
     examples: Sequence[Example],
     codec: Codec,
@@ -289,7 +307,10 @@ def check_examples(
     need_completion: str | None,
     teacher: Codec | None = None,
     learns_calls: bool = False,
-) -> tuple[list[int], list[str]]:
+    student_writes: bool = False,
+    teacher_writes: bool = False,
+    teacher_context: str | None = None,
+) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot.
 
     Args:
@@ -300,16 +321,26 @@ def check_examples(
       teacher: a teacher's codec, whose template must take every row as well.
       learns_calls: whether an answer that calls tools can be learned, as whole conversations can. A completion cannot
         hold it, because every template writes calls in its own way; such rows are left out where one is needed.
+      student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a token.
+      teacher_context: what the teacher is told before every prompt.
 
     Raises:
       ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
     """
-    kept, long, calls, markup = [], 0, 0, []
+    digest, unread = hashlib.sha256(), collections.Counter()
+    kept, long, calls, blank, markup = [], 0, 0, 0, []
+    # Nothing is drawn after no token at all.
+    mute = student_writes and len(codec.encode_prompt("")) == 0
+    mute_teacher = teacher_writes and len(teacher.encode_prompt("")) == 0
     for i, e in enumerate(examples):
+        unread.update(e.unread)
         if need_completion and e.completion is None:
             raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}")
         if need_completion and e.calls_tools and not learns_calls:
             calls += 1
+            continue
+        if e.prompt == "" and (mute or mute_teacher and not (teacher_context or e.teacher_context)):
+            blank += 1
             continue
         text, *_ = _renderings(e, f"row {i} of the data set", codec, teacher)
         if isinstance(e.prompt, str) and not codec.special_tokens_in_prompts and codec.special_strings_in(e.prompt):
@@ -320,24 +351,37 @@ def check_examples(
                 long += 1
                 continue
         kept.append(i)
+        digest.update(b"%d\0%b\0" % (i, e.fingerprint))
+    whose = "student" if mute else "teacher"
+    left_out = [
+        (
+            long,
+            f"whose prompt is longer than {budget} tokens",
+            "raise --max_prompt_length or --max_length, or lower --max_completion_length",
+        ),
+        (calls, "whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
+        (
+            blank,
+            f"without a prompt, before which the {whose}'s tokenizer puts no token, so that nothing can be drawn",
+            "--lmbda 0 without --seq_kd learns them",
+        ),
+    ]
+    left_out = [found for found in left_out if found[0]]
     if not kept:
-        raise ValueError(
-            f"none of the {len(examples)} rows has a prompt of at most {budget} tokens"
-            + (f" ({calls} have an answer that calls tools, which only --assistant_only_loss learns)" if calls else "")
-            + "; raise --max_prompt_length or --max_length, or lower --max_completion_length"
-        )
-    notices = []
-    if long:
-        notices.append(f"left out {long} of {len(examples)} rows whose prompt is longer than {budget} tokens")
-    if calls:
-        notices.append(f"left out {calls} of {len(examples)} rows whose last answer calls tools, which is no text")
+        why = "; ".join(f"{count} {words} ({remedy})" for count, words, remedy in left_out)
+        raise ValueError(f"none of the {len(examples)} rows can be learned from: {why}")
+    notices = [f"left out {count} of {len(examples)} rows {words}" for count, words, _ in left_out]
     if markup:
         first = codec.special_strings_in(examples[markup[0]].prompt)[0]
         notices.append(
             f"{len(markup)} prompts, that of row {markup[0]} first, hold the string of a special token such as {first}, read "
             "as plain text; --special_tokens_in_prompts reads it as the token"
         )
-    return kept, notices
+    if unread:
+        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in unread.most_common(8))
+        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
+        notices.append(f"columns of the data that nothing reads: {shown}{more}")
+    return CheckedRows(kept, notices, digest.hexdigest())
 
 
 def measurable(examples: Sequence[Example]) -> list[Example]:

@@ -1,13 +1,10 @@
 """Where probability lies, against a computation in numpy that knows of no map, no chunk and no padding."""
 
-import copy
 import re
 
 import numpy as np
 import pytest
 import tiny_models as tiny
-from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from gold_jax.inspection.mass import measure
 from gold_jax.inspection.report import Mass
@@ -23,17 +20,10 @@ def quick(request):
         yield
 
 
-def beginning_tokenizer():
-    """The student's tokenizer, which here puts a token before every text."""
-    backend = copy.deepcopy(tiny.student_tokenizer().backend_tokenizer)
-    backend.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    student = load_participant(tiny.write_student(folder / "student"), beginning_tokenizer(), dtype="float32")
+    student = load_participant(tiny.write_student(folder / "student"), tiny.beginning_tokenizer(), dtype="float32")
     return student, load_participant(tiny.write_teacher(folder / "teacher"), dtype="float32")
 
 

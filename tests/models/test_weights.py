@@ -288,3 +288,19 @@ def test_a_real_model_comes_back_bit_for_bit(assets, name, tmp_path):
     assert_same_bits(original, tensors(tmp_path))
     for file in ("config.json", "generation_config.json"):
         assert json.loads((tmp_path / file).read_text()) == json.loads((assets / name / file).read_text())
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16", "auto"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_tensors_are_rounded_to_the_dtype_in_which_they_are_to_be_read(stored, kept, tmp_path):
+    source = tiny.write_folder("llama_tied", tmp_path)
+    kind = np.dtype(stored)
+    rewrite(source, lambda found: found.update({name: value.astype(kind) for name, value in found.items()}))
+    as_is = load_model(source, param_dtype=kept)
+    rounded = load_model(source, param_dtype=kept, read_dtype="bfloat16")
+    exact = load_model(source, param_dtype=kept, read_dtype="float32")
+    for one, other, third in zip(*(jax.tree.leaves(nnx.state(m)) for m in (as_is, rounded, exact)), strict=True):
+        assert one.dtype == other.dtype == third.dtype
+        np.testing.assert_array_equal(one.astype(jnp.bfloat16), other.astype(jnp.bfloat16))
+        np.testing.assert_array_equal(other, other.astype(jnp.bfloat16).astype(other.dtype))
+        np.testing.assert_array_equal(one, third)

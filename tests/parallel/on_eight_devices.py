@@ -12,7 +12,8 @@ import sys
 import jax
 import numpy as np
 import optax
-from flax import nnx
+
+from gold_jax.models.functional import split
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
 
@@ -40,7 +41,7 @@ def steps(method, placement=None, teacher=None, remat=True):
     """Losses and gradients of three steps of plain descent."""
     lines = 1 if placement is None else placement.shards
     if method == "sft":
-        graph, params = nnx.split(placed(decoder(V, 1, tied=False), placement, remat))
+        graph, params = split(placed(decoder(V, 1, tied=False), placement, remat))
         loss, constants, made = make_cross_entropy_loss(graph, chunk=4), (), token_batches
     else:
         place = lambda model, where: placed(model, where, remat)  # noqa: E731
@@ -64,7 +65,7 @@ def steps(method, placement=None, teacher=None, remat=True):
         (batch,) = made(lines, number)
         if placement is not None:
             batch = placement.put(batch, ("data", "fsdp"))
-        metrics = step.train(state, constants, [batch])
+        state, metrics = step.train(state, constants, [batch])
         after = jax.tree.map(np.array, state.params)
         if placement is not None:
             assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params
@@ -74,7 +75,7 @@ def steps(method, placement=None, teacher=None, remat=True):
 
 
 def placed(model, placement, remat):
-    model.remat = remat
+    model = model.replace(remat=remat)
     return model if placement is None else model.place(placement)
 
 

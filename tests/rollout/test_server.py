@@ -163,6 +163,15 @@ def test_weights_are_pushed_when_the_servers_are_so_many_updates_old(server, stu
     model = load_model(student)
     assert [step for step in (0, 1, 2, 4, 5, 6, 7, 20, 21) if at.sync(model, step)] == [0, 4, 7, 20]
     assert server.paths().count(RELOAD[server.kind]) == 4
+
+
+def test_updates_that_are_counted_anew_are_pushed_again(server, student, tmp_path):
+    at = engine(server, tmp_path, sync_every=3)
+    model = load_model(student)
+    assert at.sync(model, 4) and at.sync(model, 1)  # a smaller number can only be another run's
+    assert not at.sync(model, 1)
+    at.restart()
+    assert at.sync(model, 1)
     held = engine(server, tmp_path, sync_every=2, sync_first=False)
     assert [step for step in range(5) if held.sync(model, step)] == [2, 4]
 

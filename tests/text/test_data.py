@@ -332,3 +332,51 @@ def test_a_broken_file_is_named(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ')
     with pytest.raises(ValueError, match="rows.jsonl.*cannot be read as json"):
         load_examples(tmp_path / "rows.jsonl")
+
+
+# What nobody reads
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "'chosen' and 'rejected': it compares two answers"),
+        ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "'chosen' and 'rejected'"),
+        ({"prompt": "q", "completion": "a", "label": False}, "'label' false: its answer is marked as bad"),
+        ({"messages": [USER, ANSWER], "label": False}, "'label' false"),
+    ],
+)
+def test_rows_of_preferences_are_refused_and_named(row, says):
+    with pytest.raises(ValueError, match=f"row 3 of the data set 'd' has .*{says}"):
+        example(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"prompt": "q", "label": False}, {"text": "t", "label": False}, {"prompt": "q", "completion": "a", "label": True}],
+)
+def test_labels_of_what_is_no_bad_answer_are_no_matter(row):
+    assert example(row).unread == ("label",)
+
+
+def test_columns_that_hold_something_and_that_nothing_reads_are_known():
+    assert example({"prompt": "q", "completion": "a", "id": 3, "note": None}).unread == ("id",)
+    assert example({"messages": [USER, ANSWER], "prompt": "q", "tools": []}).unread == ("prompt",)
+    assert example({"prompt": "q", "response": "a", "text": "t"}).unread == ("response", "text")
+    assert example({"text": "t", "teacher_context": "c", "tools": [{}]}).unread == ("tools",)
+    assert (
+        example({"prompt": [USER], "completion": "a", "chat_template_kwargs": {"a": 1}, "teacher_context": "c"}).unread
+        == ()
+    )
+
+
+def test_a_fingerprint_tells_apart_whatever_is_learned_from_a_row():
+    row = {"prompt": [USER], "completion": "a"}
+    others = [
+        {"completion": "b"},
+        {"teacher_context": "c"},
+        {"chat_template_kwargs": {"a": 1}},
+        {"tools": [{"name": "f"}]},
+    ]
+    found = {example(row | other).fingerprint for other in ({}, *others)}
+    assert len(found) == 5 and example(row | {"id": 7}).fingerprint in found

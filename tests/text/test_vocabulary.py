@@ -142,3 +142,17 @@ def test_runs_of_blanks_and_numerals_can_be_masked():
     assert routes[("numerals", "whitespace")] == {2: 3, 3: 3, 4: 3, 5: 1, 6: 3}
     with pytest.raises(ValueError, match="not 'words'"):
         build(student, teacher, mask=["words"])
+
+
+def test_one_vocabulary_matches_by_id_where_the_stop_tokens_are_the_same():
+    mapping = VocabularyMap.identity(4, 5, stop=((2,), (2, 1)))
+    assert pairs(mapping) == [(i, i) for i in range(4)]
+    assert mapping.teacher_order.tolist() == list(range(5)) and mapping.teacher_route.tolist() == [4]
+
+
+def test_one_vocabulary_matches_other_stop_tokens_by_role_and_never_by_their_ids():
+    mapping = VocabularyMap.identity(5, 6, stop=((3,), (1, 3)))
+    assert pairs(mapping) == [(0, 0), (2, 2), (3, 1), (4, 4)]
+    assert mapping.student_order.tolist() == [0, 2, 3, 4, 1] and mapping.student_route.tolist() == [4]
+    # The teacher's further stop token goes where its first one is; padding goes nowhere.
+    assert mapping.teacher_order.tolist() == [0, 2, 1, 4, 3, 5] and mapping.teacher_route.tolist() == [2, 4]

@@ -2,11 +2,11 @@
 
 import jax
 import numpy as np
-from flax import nnx
 
 from gold_jax.loss_spec import PRESETS, LossSpec
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import split
 from gold_jax.models.rope import Rope
 from gold_jax.text.batch import Half, Row, build_batches
 from gold_jax.text.share import Share
@@ -36,8 +36,9 @@ def decoder(vocabulary, seed, tied=True):
         query_scale=8**-0.5,
     )  # fmt: skip
     model = Decoder.from_config(config, seed)
-    model.embedding[...] = model.embedding[...] * 20  # distributions that differ, as trained models' do
-    return model
+    _, params = split(model)
+    # Distributions that differ, as trained models' do.
+    return model.replace({**params, "embedding": params["embedding"] * 20})
 
 
 def vocabulary(seed=0):
@@ -64,9 +65,10 @@ def rows(count, seed=0):
 def built(spec, tied=True, place=lambda model, where: model, placements=(None, None)):
     """The loss of a method, the student's parameters, the constants."""
     student, teacher = place(decoder(V, 1), placements[0]), place(decoder(W, 2, tied), placements[1])
-    graph, params = nnx.split(student)
+    graph, params = split(student)
     vocabularies = vocabulary()
-    teacher_graph, constants = freeze_teacher(teacher, vocabularies, STOPS)
+    teacher_graph, teacher_params = split(teacher)
+    constants = freeze_teacher(teacher_graph, teacher_params, vocabularies, STOPS)
     return make_distillation_loss(graph, teacher_graph, spec, vocabularies, chunk=4), params, constants
 
 

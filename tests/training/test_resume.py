@@ -210,7 +210,7 @@ def test_other_rows_or_another_model_are_noticed(world, finished, tmp_path):
     args = SFTConfig(output_dir=str(output), **QUICK)
     with pytest.raises(ValueError, match="rows to learn from is 6 and was 4"):
         SFTTrainer(str(world / "student"), args, rows).train("latest")
-    with pytest.raises(ValueError, match="the text of the training data"):
+    with pytest.raises(ValueError, match="the training data"):
         SFTTrainer(str(world / "student"), args, rows[1:5]).train("latest")
     larger = tiny.write_student(tmp_path / "larger", rows=600)
     with pytest.raises(ValueError, match="another student.*embedding.*419.*600"):
@@ -376,3 +376,68 @@ def test_broken_parameters_are_told_from_a_broken_loss():
     fine = {"embedding": np.ones(2)}
     said = faults.explain(4, faults.Skips(4, 4), {"loss": 1.5, "grad_norm": np.inf}, fine, [1], args)
     assert "finite, the gradient's norm is inf" in said
+
+
+# What a run depends on
+
+
+@pytest.fixture(scope="module")
+def distilled(world, tmp_path_factory):
+    """A distillation with a save after update 1, and how to make a trainer that goes on from it."""
+    rows = [tiny.conversation(*row) | {"teacher_context": f"note {n}"} for n, row in enumerate(tiny.ROWS[:4])]
+
+    def made(output, rows=rows, teacher=world / "teacher", **changes):
+        console = Console(file=open(os.devnull, "w"), width=200, record=True)
+        settings = QUICK | {"lmbda": 0.0, "max_steps": 2, "max_completion_length": 8, "max_length": 128} | changes
+        args = GOLDConfig(output_dir=str(output), **settings)
+        return GOLDTrainer(str(world / "student"), str(teacher), args, rows, console=console)
+
+    output = tmp_path_factory.mktemp("distilled")
+    made(output, save_steps=1).train()
+    return output, rows, made
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda row: row | {"teacher_context": "another"},
+        lambda row: row | {"messages": [{"role": "user", "content": "Hello."}, *row["messages"]]},
+        lambda row: row | {"chat_template_kwargs": {"a": 1}},
+    ],
+)
+def test_any_change_of_what_is_learned_from_any_row_is_noticed(change, distilled, tmp_path):
+    output, rows, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    with pytest.raises(ValueError, match="the training data"):
+        made(folder, [*rows[:3], change(rows[3])]).train("latest")
+
+
+def test_another_template_is_noticed(distilled, tmp_path):
+    output, _, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    (tmp_path / "other.jinja").write_text("{# another #}" + tiny.student_tokenizer().chat_template)
+    with pytest.raises(ValueError, match="the student's template and tokenizer"):
+        made(folder, chat_template_path=str(tmp_path / "other.jinja")).train("latest")
+
+
+def test_another_teacher_is_told(distilled, tmp_path):
+    output, _, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    teacher = tiny.write_model(tmp_path / "teacher", "qwen3", tiny.teacher_tokenizer(), seed=5)
+    trainer = made(folder, teacher=teacher)
+    trainer.train("latest")
+    assert "resumed with another the teacher's weights" in " ".join(trainer.console.export_text().split())
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):
+    output, _, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    for notes in folder.glob("checkpoint-*/run.json"):
+        row = json.loads(notes.read_text())
+        row["run"] = {k: v for k, v in row["run"].items() if not k.startswith("the ")} | {
+            "the text of the training data": "x"
+        }
+        notes.write_text(json.dumps(row))
+    trainer = made(folder)
+    trainer.train("latest")
+    assert "was saved by an earlier version" in trainer.console.export_text()

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import tiny_models as tiny
 from toy_tokenizers import byte_level
 
 from gold_jax.text.chat import Codec
@@ -31,7 +32,8 @@ def examples(*rows):
 
 def test_rows_with_too_long_prompts_are_left_out_and_counted():
     data = examples({"prompt": "short", "completion": "a"}, {"prompt": "long " * 50, "completion": "b"})
-    kept, notices = check_examples(data, codec(), budget=20, need_completion=None)
+    checked = check_examples(data, codec(), budget=20, need_completion=None)
+    kept, notices = checked.kept, checked.notices
     assert kept == [0] and "left out 1 of 2 rows" in notices[0]
 
 
@@ -96,16 +98,53 @@ def a_call():
 
 def test_an_answer_that_calls_tools_is_no_completion():
     data = examples(a_call(), {"prompt": "x", "completion": "y"})
-    kept, notices = check_examples(data, codec(), budget=None, need_completion="it must be there")
+    checked = check_examples(data, codec(), budget=None, need_completion="it must be there")
+    kept, notices = checked.kept, checked.notices
     assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools" in notices[0]
-    assert check_examples(data, codec(), budget=None, need_completion=None)[0] == [0, 1]
-    assert check_examples(data, codec(), budget=None, need_completion="…", learns_calls=True)[0] == [0, 1]
+    assert check_examples(data, codec(), budget=None, need_completion=None).kept == [0, 1]
+    assert check_examples(data, codec(), budget=None, need_completion="…", learns_calls=True).kept == [0, 1]
     assert [e.completion for e in measurable(data)] == ["y"]
 
 
 def test_special_strings_in_plain_prompts_are_told():
     data = examples({"prompt": "What does <|im_end|> do?", "completion": "It ends."})
-    _, (notice,) = check_examples(data, codec(), budget=None, need_completion=None)
+    (notice,) = check_examples(data, codec(), budget=None, need_completion=None).notices
     assert "row 0" in notice and "<|im_end|>" in notice and "--special_tokens_in_prompts" in notice
     told = Codec(byte_level(), special_tokens_in_prompts=True)
-    assert check_examples(data, told, budget=None, need_completion=None)[1] == []
+    assert check_examples(data, told, budget=None, need_completion=None).notices == []
+
+
+def test_columns_that_nothing_reads_are_told_with_the_number_of_their_rows():
+    data = examples({"prompt": "x", "completion": "y", "response": "z"}, {"prompt": "x", "completion": "y"})
+    (notice,) = check_examples(data, codec(), budget=None, need_completion=None).notices
+    assert notice == "columns of the data that nothing reads: 'response' (1 rows)"
+
+
+def test_rows_without_a_prompt_are_left_out_where_nothing_could_be_drawn_after_no_token():
+    data = examples({"text": "t"}, {"prompt": "x", "completion": "y"})
+    plain = dict(budget=None, need_completion=None)
+    assert check_examples(data, codec(), **plain).kept == [0, 1]
+    checked = check_examples(data, codec(), student_writes=True, **plain)
+    assert checked.kept == [1] and "left out 1 of 2 rows without a prompt" in checked.notices[0]
+    begins = Codec(tiny.beginning_tokenizer())
+    assert len(begins.encode_prompt("")) and check_examples(data, begins, student_writes=True, **plain).kept == [0, 1]
+    teacher = dict(teacher=codec(), teacher_writes=True)
+    assert check_examples(data, begins, **teacher, **plain).kept == [1]
+    assert check_examples(data, begins, teacher_context="c", **teacher, **plain).kept == [0, 1]
+    with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 without a prompt.*--lmbda 0"):
+        check_examples(examples({"text": "t"}), codec(), student_writes=True, **plain)
+
+
+def test_the_digest_of_the_rows_knows_all_that_is_learned_from_them():
+    row = {"prompt": "x", "completion": "y"}
+    digests = {
+        check_examples(examples(*rows), codec(), budget=None, need_completion=None).digest
+        for rows in (
+            [row],
+            [row, row],
+            [row | {"teacher_context": "c"}],
+            [row | {"completion": "z"}],
+            [row | {"id": 1}],
+        )
+    }
+    assert len(digests) == 4

@@ -1,0 +1,43 @@
+"""A model as a value: what describes it (hashable) and its parameters, a nested dict of arrays.
+
+`nnx.merge` and `nnx.split` share Variables, so that what is written into a merged module shows in the state it came from.
+These two share nothing but arrays, which nobody can write into.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+Params = Mapping[str, Any]
+ModelValue = tuple[nnx.GraphDef, Params]
+
+
+def split(model: nnx.Module | tuple[nnx.GraphDef, Any]) -> ModelValue:
+    """The graph definition of a model and its parameters as nested dicts of arrays (or of their shapes).
+
+    Args:
+      model: a module, or its `(graphdef, state)`, where the state is an `nnx.State` or such dicts already.
+    """
+    graph, state = nnx.split(model) if isinstance(model, nnx.Module) else model
+    return graph, _arrays(state)
+
+
+def merge(graph: nnx.GraphDef, params: Params) -> Any:
+    """A module with Variables of its own that hold the arrays of `params`. Make it where it is used, and do not keep it."""
+    return nnx.merge(graph, params)
+
+
+def _arrays(state: Any) -> Any:
+    if isinstance(state, nnx.Variable):
+        (value,) = jax.tree.leaves(state)
+        return value
+    if isinstance(state, Mapping):  # an nnx.State is one
+        return {name: _arrays(value) for name, value in state.items()}
+    return state
+
+
+def count(params: Params) -> int:
+    """How many numbers all parameters hold together."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,100 @@
+"""Parameters are values: nothing in the package writes into a module, or into what somebody else holds."""
+
+import ast
+import pathlib
+
+PACKAGE = pathlib.Path(__file__).parents[1] / "gold_jax"
+# Where something is written into, and why that harms nobody: (file, function, kind of write).
+ALLOWED = {
+    # a module during its construction
+    ("models/decoder.py", "__init__", "setattr"),
+    # numpy arrays that the function itself has made
+    ("models/weights.py", "read", "[...] ="),
+    # settings during their construction, and what is set on them by their owner
+    ("fields.py", "check_fields", "setattr"),
+    ("fields.py", "_set", "setattr"),
+    ("config.py", "_check", "setattr"),
+    # frozen dataclasses during their construction
+    ("text/encode.py", "__post_init__", "setattr"),
+    ("text/drawn.py", "__post_init__", "setattr"),
+    ("text/surface.py", "__post_init__", "setattr"),
+    # copies that the function itself has made
+    ("training/profile.py", "watched", "setattr"),
+    ("training/profile.py", "_with_parts", "setattr"),
+    ("text/encode.py", "__init__", "attribute"),
+    ("text/encode.py", "_hide_pieces", "attribute"),
+    ("text/encode.py", "_mark_dropped", "attribute"),
+    ("text/encode.py", "_remove_prefix", "attribute"),
+    ("text/special.py", "_with_other_names", "attribute"),
+    ("training/participant.py", "load_participant", "attribute"),
+    # objects of other libraries that the function itself has made
+    ("flags.py", "_help", "attribute"),
+    ("training/profile.py", "_tracing", "attribute"),
+    ("quickstart/tokenization.py", "make_teacher_tokenizer", "attribute"),
+    ("quickstart/tokenization.py", "make_student_tokenizer", "attribute"),
+    ("parallel/processes.py", "on_abort", "attribute"),
+    ("parallel/watch.py", "end_process", "attribute"),
+    ("parallel/watch.py", "_leave", "attribute"),
+}
+OWN = ("self", "cls")
+MODULE_WRITES = ("set_value", "set_raw_value", "set_metadata", "update_from_state")
+
+
+def writes(tree):
+    """(function, kind, line) of everything that looks like a write into an object."""
+
+    def walk(node, function):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        targets = []
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+            targets = [node.target]
+        for target in targets:
+            for part in ast.walk(target):
+                if isinstance(part, ast.Subscript) and isinstance(part.ctx, ast.Store):
+                    if isinstance(part.slice, ast.Constant) and part.slice.value is Ellipsis:
+                        yield function, "[...] =", node.lineno
+                if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store):
+                    if not (isinstance(part.value, ast.Name) and part.value.id in OWN):
+                        yield function, "attribute", node.lineno
+        if isinstance(node, ast.Call):
+            name = getattr(node.func, "attr", getattr(node.func, "id", None))
+            if name in ("setattr", "__setattr__"):
+                yield function, "setattr", node.lineno
+            if name in MODULE_WRITES:
+                yield function, name, node.lineno
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function)
+
+    yield from walk(tree, None)
+
+
+def found():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = str(path.relative_to(PACKAGE))
+        for function, kind, line in writes(ast.parse(path.read_text(encoding="utf-8"))):
+            yield name, function, kind, line
+
+
+def test_nothing_is_written_into_but_in_the_places_that_are_named():
+    strangers = [
+        f"{name}:{line}: {kind} in {function}"
+        for name, function, kind, line in found()
+        if (name, function, kind) not in ALLOWED
+    ]
+    assert not strangers, "\n".join(strangers)
+
+
+def test_every_place_that_is_named_is_still_there():
+    assert {(name, function, kind) for name, function, kind, _ in found()} >= ALLOWED
+
+
+def test_modules_and_values_are_turned_into_each_other_in_one_place():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path.name == "functional.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx":
+                assert node.attr not in ("merge", "split", "state", "update", "clone"), f"{path.name}:{node.lineno}"

@@ -1,0 +1,161 @@
+"""A trainer that is used more than once: nothing of a call is left behind in the next."""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+import tiny_models as tiny
+from rich.console import Console
+
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, load_model, save_model
+from gold_jax.models.functional import split
+
+pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
+QUICK = {
+    "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no",
+    "max_length": 128, "max_completion_length": 8, "lmbda": 0.5, "seq_kd": True, "top_k": 5,
+}  # fmt: skip
+
+
+def console():
+    return Console(file=open(os.devnull, "w"), width=200, record=True)
+
+
+def gold(world, output, student=None, evaluation=ROWS[:2], **changes):
+    """A trainer whose teacher has its embedding for a head, and another vocabulary."""
+    args = GOLDConfig(output_dir=str(output), **(QUICK | changes))
+    models = str(student or world / "student"), str(world / "tied")
+    return GOLDTrainer(*models, args, ROWS, evaluation, console=console())
+
+
+@pytest.fixture(scope="module")
+def pair(world):
+    tiny.write_model(world / "tied", "llama", tiny.teacher_tokenizer(), seed=2)
+    return world
+
+
+def arrays(trainer):
+    return [np.array(x) for x in jax.tree.leaves(trainer.loop.state.params)]
+
+
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def steady(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def twice(pair, tmp_path_factory):
+    """A trainer that has trained twice, and what it stood at in between."""
+    output = tmp_path_factory.mktemp("twice")
+    trainer = gold(pair, output)
+    before = trainer.evaluate()
+    assert trainer.evaluate() == before
+    closing = trainer.train()
+    between = {
+        "evaluated": trainer.evaluate(),
+        "closing": closing,
+        "arrays": arrays(trainer),
+        "saved": trainer.save_model(output / "between"),
+        "log": steady(trainer.log_history),
+    }
+    trainer.train()
+    return trainer, between, output
+
+
+def test_an_evaluation_after_training_is_that_which_training_ends_with(twice):
+    _, between, _ = twice
+    assert between["evaluated"] == between["closing"]
+
+
+def test_an_evaluation_is_the_same_whoever_writes_the_completions_of_training(pair, tmp_path):
+    plain = gold(pair, tmp_path / "plain", seq_kd=False).evaluate()
+    assert gold(pair, tmp_path / "taught").evaluate() == plain
+
+
+def test_training_again_goes_on_from_the_weights_with_all_else_new(twice, pair, tmp_path):
+    trainer, between, _ = twice
+    fresh = gold(pair, tmp_path / "fresh", student=between["saved"])
+    fresh.train()
+    assert not same(arrays(trainer), between["arrays"])
+    assert same(arrays(trainer), arrays(fresh))
+    assert steady(trainer.log_history) == steady(fresh.log_history) != between["log"]
+
+
+def test_a_later_run_in_a_folder_keeps_the_logs_of_an_earlier_one_and_says_so(twice):
+    trainer, between, output = twice
+    assert steady(lines(output / "metrics.1.jsonl")) == between["log"]
+    assert steady(lines(output / "metrics.jsonl")) == steady(trainer.log_history)
+    assert "is an earlier run's: it is called metrics.1.jsonl from now on" in trainer.console.export_text(clear=False)
+
+
+def test_going_on_from_a_checkpoint_is_the_same_for_a_trainer_that_has_trained(pair, tmp_path):
+    trainer = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
+    trainer.train()
+    first, log = arrays(trainer), steady(trainer.log_history)
+    trainer.train(resume_from_checkpoint=True)
+    assert same(arrays(trainer), first) and steady(trainer.log_history) == log
+    assert "Resumed from" in trainer.console.export_text()
+
+
+def test_a_run_that_finds_checkpoints_of_an_earlier_one_says_what_becomes_of_them(pair, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "evaluation": None, "lmbda": 0.0, "seq_kd": False}
+    for expected in (False, True):
+        trainer = gold(pair, tmp_path / "out", **settings)
+        trainer.train()
+        told = "holds checkpoints of an earlier run (checkpoint-1)" in trainer.console.export_text()
+        assert told == expected
+
+
+def test_settings_that_were_handed_over_stay_the_callers_and_the_trainers_stay_its_own(pair, tmp_path):
+    args = GOLDConfig(output_dir=str(tmp_path / "out"), **QUICK)
+    before = args.to_dict()
+    trainer = GOLDTrainer(str(pair / "student"), str(pair / "tied"), args, ROWS, console=console())
+    assert args.to_dict() == before
+    args.lmbda = 1.0
+    assert trainer.args.lmbda == 0.5
+    with pytest.raises(AttributeError, match="make another trainer"):
+        trainer.args.lmbda = 1.0
+
+
+def test_a_model_that_a_trainer_gives_is_its_own(pair, tmp_path):
+    trainer = gold(pair, tmp_path / "out")
+    model, before = trainer.model, trainer.evaluate()
+    model.final_norm[...] = 0 * model.final_norm[...]
+    assert trainer.evaluate() == before
+
+
+@pytest.mark.parametrize("settings", [{"eval_strategy": "steps"}, {"eval_strategy": "epoch"}, {"eval_on_start": True}])
+def test_an_evaluation_that_is_asked_for_needs_rows(settings, world, tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), **settings)
+    with pytest.raises(ValueError, match=f"--{next(iter(settings))}.* needs rows to evaluate on: pass eval_dataset"):
+        SFTTrainer(str(world / "student"), args, ROWS)
+
+
+def test_stop_tokens_of_one_vocabulary_match_by_role(pair, tmp_path):
+    """A copy of the student that ends with another token, the two tokens' embeddings exchanged, is the same model."""
+    tokenizer, student = tiny.student_tokenizer(), load_model(pair / "student")
+    end, other = (tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>"))
+    order = np.arange(student.config.vocab_size)
+    order[[end, other]] = other, end
+    params = split(student)[1]
+    folder = tiny.write_model(tmp_path / "other", "llama", tokenizer)
+    save_model(student.replace({**params, "embedding": params["embedding"][order]}), folder, dtype="float32")
+    settings = json.loads((folder / "tokenizer_config.json").read_text()) | {"eos_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    template = tokenizer.chat_template.replace("<|im_end|>", "<|endoftext|>")
+    (folder / "chat_template.jinja").write_text(template)
+    args = GOLDConfig(output_dir=str(tmp_path / "out"), lmbda=0.0, max_steps=1, save_strategy="no", beta=0.0)
+    rows = [{"prompt": question, "completion": answer} for question, answer in tiny.ROWS[:2]]  # read by no template
+    trainer = GOLDTrainer(str(pair / "student"), str(folder), args, rows, rows, console=console())
+    assert trainer.spec.name == "gkd" and "stop tokens matched by role" in trainer.console.export_text()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-6)
