@@ -134,5 +134,6 @@ def assert_evaluates(output, given: dict, *, rows=None, pair=None, rel=REL, **pa
     wanted = pair.evaluate(examples(rows))
     found = measured(output, rows, **given | package)
     assert set(found) == set(wanted)
-    assert not differences(found, wanted, rel)
+    said = differences(found, wanted, rel)
+    assert said == []
     return wanted

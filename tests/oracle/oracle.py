@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 
 SMALLEST = 1e-300
+KEPT: dict = {}  # hidden states that NumPy has found, with the weights that they are of
 
 
 # models
@@ -105,7 +106,14 @@ def hidden_states(xp, weights, config: dict, ids):
 def log_probabilities(xp, weights, config, ids, temperature=1.0):
     """`[B, T, V]`, natural logarithms."""
     name = "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
-    logits = hidden_states(xp, weights, config, ids) @ weights[name].T / temperature
+    if xp is np:  # the same rows are read again and again
+        kept = KEPT.setdefault((id(weights), ids.shape, ids.tobytes()), [weights, None])
+        if kept[1] is None:
+            kept[1] = hidden_states(xp, weights, config, ids)
+        hidden = kept[1]
+    else:
+        hidden = hidden_states(xp, weights, config, ids)
+    logits = hidden @ weights[name].T / temperature
     logits = logits - logits.max(-1, keepdims=True)
     return logits - xp.log(xp.exp(logits).sum(-1, keepdims=True))
 

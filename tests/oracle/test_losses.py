@@ -12,51 +12,58 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ALONE = [
     {},
-    {"beta": 0.0},
-    {"beta": 1.0},
     {"beta": 0.3, "uld_hybrid_matched_weight": 0.25, "uld_hybrid_unmatched_weight": 2.0},
-    {"merge": "boundary"},
     {"merge": "observed"},
     {"groups": "one_to_one"},
-    {"groups": "positional"},
-    {"compare": "sorted"},
-    {"compare": "shared"},
     {"compare": "shared_rest"},
-    {"compare": "projected"},
-    {"compare": "events"},
-    {"compare": "alm"},
     {"normalization": "row_mean", "uld_crossentropy_weight": 0.5},
-    {"uld_crossentropy_weight": 0.7},
     {"uld_crossentropy_weight": 1.3, "uld_distillation_weight": 0.0},
-    {"uld_distillation_weight": 0.4},
     {"uld_student_temperature": 0.7, "uld_crossentropy_weight": 0.5},
     {"uld_teacher_temperature": 1.6},
-    {"temperature": 0.5},
     {"uld_skip_student_eos": True},
-    {"uld_skip_teacher_eos": True},
     {"uld_top_k": 5},
-    {"loss_chunk": 7},
-    {"loss": "gold"},
     {"loss": "uld"},
-    {"loss": "uld_extended"},
     {"loss": "strict"},
-    {"loss": "projected"},
     {"loss": "projected", "beta": 0.0},
-    {"loss": "events"},
     {"loss": "events", "beta": 0.0},
-    {"loss": "events", "beta": 1.0},
-    {"loss": "alm"},
     {"loss": "alm", "alm_temperature": 3.0, "beta": 0.0},
     {"loss": "reverse_kl", "lmbda": 1.0},
     {"use_uld_loss": True},
-    {"use_uld_loss": True, "uld_use_hybrid_loss": True},
     {"use_uld_loss": True, "use_extended_uld": False},
-    {"use_uld_loss": True, "use_extended_uld": False, "uld_use_hybrid_loss": True},
     {"use_uld_loss": True, "uld_token_merge_strategy": "observed"},
-    {"use_uld_loss": True, "uld_token_merge_strategy": "bayesian"},
-    {"max_length": 30, "max_completion_length": 8},
     {"max_length": 30, "max_completion_length": 8, "loss": "events", "uld_crossentropy_weight": 1.0},
 ]
+MORE_ALONE = [
+    {"beta": 0.0},
+    {"beta": 1.0},
+    {"merge": "boundary"},
+    {"groups": "positional"},
+    {"compare": "sorted"},
+    {"compare": "shared"},
+    {"compare": "projected"},
+    {"compare": "events"},
+    {"compare": "alm"},
+    {"uld_crossentropy_weight": 0.7},
+    {"uld_distillation_weight": 0.4},
+    {"temperature": 0.5},
+    {"uld_skip_teacher_eos": True},
+    {"loss_chunk": 7},
+    {"loss": "gold"},
+    {"loss": "uld_extended"},
+    {"loss": "projected"},
+    {"loss": "events"},
+    {"loss": "events", "beta": 1.0},
+    {"loss": "alm"},
+    {"use_uld_loss": True, "uld_use_hybrid_loss": True},
+    {"use_uld_loss": True, "use_extended_uld": False, "uld_use_hybrid_loss": True},
+    {"use_uld_loss": True, "uld_token_merge_strategy": "bayesian"},
+    {"max_length": 30, "max_completion_length": 8},
+]
+
+
+def slow(given: dict):
+    """The same setting, marked slow."""
+    return pytest.param(given, marks=pytest.mark.slow)
 
 
 def in_words(given: dict) -> str:
@@ -64,7 +71,7 @@ def in_words(given: dict) -> str:
     return " ".join(f"{name}={value}" for name, value in given.items()) or "the defaults"
 
 
-@pytest.mark.parametrize("given", ALONE, ids=in_words)
+@pytest.mark.parametrize("given", [*ALONE, *(slow(given) for given in MORE_ALONE)], ids=in_words)
 def test_a_setting_of_the_loss_means_what_the_mathematics_say(given, tmp_path):
     cases.assert_evaluates(tmp_path, given)
 
@@ -119,11 +126,11 @@ def wide(tmp_path_factory):
 @pytest.mark.parametrize(
     "given",
     [
-        {"loss": "projected", "projection_mask": ["whitespace"]},
-        {"loss": "projected", "projection_mask": ["numerals"]},
+        slow({"loss": "projected", "projection_mask": ["whitespace"]}),
+        slow({"loss": "projected", "projection_mask": ["numerals"]}),
         {"loss": "events", "projection_mask": ["whitespace", "numerals"]},
         {"loss": "events", "merge": "chain", "projection_mask": ["whitespace", "numerals"], "beta": 0.0},
-        {"loss": "projected"},
+        slow({"loss": "projected"}),
     ],
     ids=in_words,
 )
@@ -151,14 +158,14 @@ def sibling(tmp_path_factory):
 @pytest.mark.parametrize(
     "given",
     [
-        {},
+        slow({}),
         {"temperature": 0.5, "beta": 0.0},
         {"loss": "gkd", "temperature": 1.7, "beta": 1.0, "uld_student_temperature": 3.0},
-        {"loss": "gold"},
-        {"loss": "uld_extended"},
-        {"loss": "events"},
-        {"loss": "alm", "uld_crossentropy_weight": 1.0},
-        {"loss": "gkd", "max_length": 30, "max_completion_length": 8},
+        slow({"loss": "gold"}),
+        slow({"loss": "uld_extended"}),
+        slow({"loss": "events"}),
+        slow({"loss": "alm", "uld_crossentropy_weight": 1.0}),
+        slow({"loss": "gkd", "max_length": 30, "max_completion_length": 8}),
     ],
     ids=in_words,
 )
@@ -167,7 +174,7 @@ def test_one_tokenizer_is_compared_token_by_token(given, sibling, tmp_path):
     cases.assert_evaluates(tmp_path, given, pair=pair, teacher=sibling)
 
 
-@pytest.mark.parametrize("given", [{}, {"loss": "alm"}, {"loss": "gold", "beta": 0.0}], ids=in_words)
+@pytest.mark.parametrize("given", [{}, slow({"loss": "alm"}), slow({"loss": "gold", "beta": 0.0})], ids=in_words)
 def test_one_vocabulary_with_two_stop_tokens_is_matched_by_role(given, sibling, tmp_path):
     text = (sibling / "chat_template.jinja").read_text().replace("eos_token", "'<question>'")
     other = cases.copied(sibling, tmp_path / "other", template=text, config={"eos_token_id": 3})
@@ -177,29 +184,33 @@ def test_one_vocabulary_with_two_stop_tokens_is_matched_by_role(given, sibling, 
     cases.assert_evaluates(tmp_path, given, pair=pair, teacher=other)
 
 
-@pytest.mark.parametrize("loss", ["gold", "events", "uld"])
+@pytest.mark.parametrize("loss", ["events", slow("gold"), slow("uld")])
 def test_student_and_teacher_may_change_places(loss, tmp_path):
     # The teacher puts blanks before texts here, and writes them before answers.
     pair = cases.teacher(), cases.student()
     cases.assert_evaluates(tmp_path, {"loss": loss}, pair=pair, student=cases.TEACHER, teacher=cases.STUDENT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [{"uld_sort": "xla"}, {"uld_sort": "host", "loss": "uld"}], ids=in_words)
 def test_who_sorts_changes_no_value(given, tmp_path):
     cases.assert_evaluates(tmp_path, given)
 
 
+@pytest.mark.slow
 def test_rows_of_an_evaluation_are_normalised_together_however_many_are_read_at_once(tmp_path):
     cases.assert_evaluates(tmp_path, {"uld_crossentropy_weight": 0.5}, per_device_eval_batch_size=3)
     cases.assert_evaluates(tmp_path, {"normalization": "row_mean"}, per_device_eval_batch_size=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["plain", "blockwise"])
 def test_how_attention_is_computed_changes_no_value(attention, tmp_path):
     options = {"attn_implementation": attention}
     cases.assert_evaluates(tmp_path, {}, model_init_kwargs=options, teacher_model_init_kwargs=options)
 
 
+@pytest.mark.slow
 def test_computing_in_bfloat16_stays_near(tmp_path):
     wanted = o.Pair(cases.student(), cases.teacher()).evaluate(cases.examples())
     found = cases.measured(tmp_path, cases.ROWS, bf16=True)
