@@ -168,9 +168,7 @@ class Side:
         bfloat16: whether the weights are rounded when they are read.
     """
 
-    def __init__(
-        self, folder, style, stops, *, leads, takes_system=True, variables=None, bfloat16=False, markup=False
-    ):
+    def __init__(self, folder, style, stops, *, leads, takes_system=True, variables=None, bfloat16=False, markup=False):
         folder = pathlib.Path(folder)
         self.config = json.loads((folder / "config.json").read_text())
         self.weights = read_weights(folder)

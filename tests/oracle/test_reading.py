@@ -19,7 +19,11 @@ def test_a_teacher_s_context_comes_before_that_of_a_row(context, tmp_path):
     cases.assert_evaluates(tmp_path, {"teacher_context": context})
 
 
-@pytest.mark.parametrize("rows", [[cases.ROWS[7]], [cases.ROWS[4], cases.ROWS[7]]], ids=["alone", "with a plain one"])
+@pytest.mark.parametrize(
+    "rows",
+    [pytest.param([cases.ROWS[7]], marks=pytest.mark.slow), [cases.ROWS[4], cases.ROWS[7]]],
+    ids=["alone", "with a plain one"],
+)
 def test_a_text_after_a_context_is_no_text_from_its_beginning_to_the_teacher(rows, tmp_path):
     pair = cases.teacher(), cases.student()
     rows = [*rows, {"text": "The baker was near.", "teacher_context": "Once more:"}]
@@ -69,7 +73,9 @@ def brief_pair(tmp_path_factory):
     """A student and a teacher whose templates read the variable `brief`."""
     folder = tmp_path_factory.mktemp("brief")
     text = (cases.STUDENT / "chat_template.jinja").read_text()
-    student = cases.copied(cases.STUDENT, folder / "student", template=text.replace("bos_token }}", "bos_token }}" + BRIEF))
+    student = cases.copied(
+        cases.STUDENT, folder / "student", template=text.replace("bos_token }}", "bos_token }}" + BRIEF)
+    )
     text = (cases.TEACHER / "chat_template.jinja").read_text()
     order = BRIEF.replace("<question> ", "<|user|>")
     return student, cases.copied(cases.TEACHER, folder / "teacher", template=order + text)
@@ -78,10 +84,10 @@ def brief_pair(tmp_path_factory):
 @pytest.mark.parametrize(
     "given, student, teacher",
     [
-        ({"template_kwargs": {"brief": "short"}}, "short", "short"),
+        pytest.param({"template_kwargs": {"brief": "short"}}, "short", "short", marks=pytest.mark.slow),
         ({"template_kwargs": {"brief": "short"}, "teacher_template_kwargs": {"brief": "long"}}, "short", "long"),
         ({"template_kwargs": {"brief": "short"}, "teacher_template_kwargs": {}}, "short", None),
-        ({"teacher_template_kwargs": {"brief": "long"}}, None, "long"),
+        pytest.param({"teacher_template_kwargs": {"brief": "long"}}, None, "long", marks=pytest.mark.slow),
     ],
     ids=["for both", "for each", "none for the teacher", "for the teacher alone"],
 )
@@ -91,7 +97,6 @@ def test_template_variables_go_to_both_unless_the_teacher_has_its_own(given, stu
         o.Side(brief_pair[0], brief(o.student_style), ["</s>"], leads=True, variables={"brief": student}),
         o.Side(brief_pair[1], brief(o.teacher_style), ["<|end|>"], leads=False, variables={"brief": teacher}),
     )
-    assert sides[0].prompt_ids("a") and student in (None, "short")
     cases.assert_evaluates(tmp_path, given, rows=rows, pair=sides, student=brief_pair[0], teacher=brief_pair[1])
 
 
@@ -145,7 +150,8 @@ def test_weights_are_rounded_when_they_are_read_where_dtype_says_so(rounded, exa
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("auto", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
 def test_training_keeps_float32_weights_however_they_were_read(dtype, exact, tmp_path):
     data = cases.write_rows(tmp_path / "rows.jsonl", CHATTY[:1])
     found = cases.trained(

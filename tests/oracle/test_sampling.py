@@ -20,7 +20,13 @@ def written(tmp_path, pair: o.Pair, how: str, *flags, rows=PROMPTS, limit=40, **
     """The first logged line of a run in which somebody writes every completion, and what the oracle has for it."""
     data = cases.write_rows(tmp_path / "rows.jsonl", rows)
     command = ["--dataset_name", data, "--max_steps", 1, "--per_device_train_batch_size", len(rows), "--top_k", 1]
-    command += ["--max_completion_length", limit, "--lmbda", int(how == "student"), *(["--seq_kd"] * (how == "teacher"))]
+    command += [
+        "--max_completion_length",
+        limit,
+        "--lmbda",
+        int(how == "student"),
+        *(["--seq_kd"] * (how == "teacher")),
+    ]
     found = cases.trained(tmp_path / "run", *command, *flags, **models)[0]
     weights = pair.student.weights
     made = [
@@ -32,7 +38,7 @@ def written(tmp_path, pair: o.Pair, how: str, *flags, rows=PROMPTS, limit=40, **
     keeps = [o.counted(row, pair.settings | {"merge": "boundary", "groups": "one_to_one"}) for row in made]
     groups = sum(row.groups for row in made)
     wanted = {"loss": total, **parts, "groups": groups, "one_to_one": sum(k.sum() for k in keeps) / groups}
-    if how == "student" and pair.settings["compare"] == "hybrid":
+    if pair.settings["compare"] in ("events", "strict"):
         gradient = o.gradient_of(lambda xp, w: o.loss_of(xp, w, batch)[0], weights)
         wanted["grad_norm"] = np.sqrt(sum((g**2).sum() for g in gradient.values()))
     return found, wanted, made
@@ -153,9 +159,7 @@ def test_an_update_s_share_of_own_completions_follows_lmbda_seed_and_step(tmp_pa
         own = np.random.default_rng((7, step, 1)).random(4) < 0.5
         assert line["on_policy"] == own.mean()
         chosen = [rows[i] for i in o.row_order(4, 4, 7, step)]
-        made = [
-            pair.by_student(e, pair.student.weights, 40) if mine else pair.row(e) for e, mine in zip(chosen, own)
-        ]
+        made = [pair.by_student(e, pair.student.weights, 40) if mine else pair.row(e) for e, mine in zip(chosen, own)]
         total, parts = o.loss_of(np, pair.student.weights, pair.batch(made))
         assert cases.differences(line, {"loss": total, **parts}) == []
 
@@ -215,7 +219,12 @@ def test_exact_matches_are_counted_of_greedy_completions(tmp_path):
     teacher = cases.teacher()
     rows = [*PROMPTS, {"prompt": [cases.user("Please spell 7.")], "completion": "no"}]
     found = cases.measured(
-        tmp_path, rows, student=cases.TEACHER, teacher=cases.STUDENT, predict_with_generate=True, max_completion_length=40
+        tmp_path,
+        rows,
+        student=cases.TEACHER,
+        teacher=cases.STUDENT,
+        predict_with_generate=True,
+        max_completion_length=40,
     )
     right = 0
     for e in cases.examples(rows):

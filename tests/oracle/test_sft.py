@@ -15,7 +15,7 @@ MODES = {"completion": {}, "assistant": {"assistant_only_loss": True}, "all": {"
 ROWS = [cases.ROWS[0], cases.ROWS[1], cases.ROWS[2], cases.ROWS[3], cases.ROWS[4]]
 
 
-@pytest.mark.parametrize("max_length", [None, 24])
+@pytest.mark.parametrize("max_length", [pytest.param(None, marks=pytest.mark.slow), 24])
 @pytest.mark.parametrize("learned", MODES)
 def test_each_mode_learns_what_it_says_up_to_the_longest_length(learned, max_length, tmp_path):
     from gold_jax import SFTConfig, SFTTrainer
@@ -31,16 +31,42 @@ def test_each_mode_learns_what_it_says_up_to_the_longest_length(learned, max_len
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.parametrize("learned", ["completion", *(pytest.param(m, marks=pytest.mark.slow) for m in ("assistant", "all"))])
+@pytest.mark.parametrize(
+    "learned", ["completion", *(pytest.param(m, marks=pytest.mark.slow) for m in ("assistant", "all"))]
+)
 def test_updates_of_fine_tuning_are_adamw_s(learned, tmp_path):
     from gold_jax import sft
 
-    rows = [cases.ROWS[1], cases.ROWS[2] | {"teacher_context": None}, {"messages": [cases.user("So?"), cases.assistant("No.")]}]
+    rows = [
+        cases.ROWS[1],
+        cases.ROWS[2] | {"teacher_context": None},
+        {"messages": [cases.user("So?"), cases.assistant("No.")]},
+    ]
     rows = [{"messages": row["messages"]} for row in rows]
     data = cases.write_rows(tmp_path / "rows.jsonl", rows)
     command = ["--model_name_or_path", "embedded:student", "--dataset_name", data, "--output_dir", tmp_path / "run"]
-    command += ["--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2, "--max_steps", 2, "--report_to", "none"]
-    command += ["--learning_rate", 1e-3, "--weight_decay", 0.1, "--logging_steps", 1, "--save_strategy", "no", "--seed", 3]
+    command += [
+        "--per_device_train_batch_size",
+        1,
+        "--gradient_accumulation_steps",
+        2,
+        "--max_steps",
+        2,
+        "--report_to",
+        "none",
+    ]
+    command += [
+        "--learning_rate",
+        1e-3,
+        "--weight_decay",
+        0.1,
+        "--logging_steps",
+        1,
+        "--save_strategy",
+        "no",
+        "--seed",
+        3,
+    ]
     command += [word for name, value in MODES[learned].items() for word in (f"--{name}", str(value).lower())]
     sft.main([str(word) for word in command])
     lines = (pathlib.Path(tmp_path) / "run" / "metrics.jsonl").read_text().splitlines()
