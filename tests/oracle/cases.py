@@ -5,8 +5,9 @@ import json
 import pathlib
 import shutil
 
-from oracle import oracle as o
 from rich.console import Console
+
+from oracle import oracle as o
 
 ASSETS = pathlib.Path(o.__file__).parents[2] / "gold_jax" / "quickstart" / "assets"
 STUDENT, TEACHER = ASSETS / "student", ASSETS / "teacher"

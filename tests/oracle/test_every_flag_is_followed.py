@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 
 import pytest
+
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
 
 LOSS = "test_losses.test_a_setting_of_the_loss_means_what_the_mathematics_say"
@@ -95,7 +96,7 @@ REASONS = {
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",
-    "shuffle_dataset": "It is answered by the order of rows, which is shuffled in any case.",
+    "shuffle_dataset": "Rows come in shuffled order in any case, and nothing reads the flag.",
     "trust_remote_code": "It lets a tokenizer run code of its own; the embedded ones have none.",
     "top_p": "It bounds draws, which depend on JAX's keys: see the tests of drawing.",
     "generation_batch_size": "It splits sampling into calls, and a row's draws do not depend on the others.",
@@ -111,7 +112,7 @@ FIELDS = sorted(
 )
 
 
-def tests_here() -> set[str]:
+def found_here() -> set[str]:
     """`module.function` of every test beside this one."""
     return {
         f"{path.stem}.{node.name}"
@@ -125,7 +126,7 @@ def tests_here() -> set[str]:
 def test_every_setting_is_compared_with_the_oracle_or_cannot_reach_the_numbers(name):
     assert (name in COMPARED) != (name in REASONS), f"{name} must stand in one of the two tables"
     if name in COMPARED:
-        assert COMPARED[name] in tests_here()
+        assert COMPARED[name] in found_here()
 
 
 def test_the_table_names_no_setting_that_is_gone():

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+
 from oracle import cases
 from oracle import oracle as o
 

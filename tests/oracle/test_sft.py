@@ -5,9 +5,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from rich.console import Console
+
 from oracle import cases
 from oracle import oracle as o
-from rich.console import Console
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
