@@ -12,7 +12,7 @@ from oracle import oracle as o
 ASSETS = pathlib.Path(o.__file__).parents[2] / "gold_jax" / "quickstart" / "assets"
 STUDENT, TEACHER = ASSETS / "student", ASSETS / "teacher"
 
-GRADIENT_REL = 4e-6
+GRADIENT_REL = 2e-6
 """A gradient's norm adds up what float32 rounds in every parameter, forward and backward."""
 REL, ABS = 1e-6, 1e-7
 """Float32 on one side: values agree to a millionth, and where they are small, to a ten-millionth of a nat or probability."""

@@ -519,7 +519,8 @@ def divergence(xp, p, q, beta: float):
 
 def sorted_distance(xp, p, q, top_k: int):
     """L1 of the sorted values, and the mass beyond the largest `top_k`."""
-    p, q = (xp.sort(x, axis=-1)[:, ::-1] for x in (p, q))
+    # What is constant is sorted here: XLA would take seconds to do so while it compiles.
+    p, q = ((np if isinstance(x, np.ndarray) else xp).sort(x, axis=-1)[:, ::-1] for x in (p, q))
     tail = 0.0
     if top_k:
         tail = p[:, top_k:].sum(-1) + q[:, top_k:].sum(-1)

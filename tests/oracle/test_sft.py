@@ -32,9 +32,8 @@ def test_each_mode_learns_what_it_says_up_to_the_longest_length(learned, max_len
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.parametrize(
-    "learned", ["completion", *(pytest.param(m, marks=pytest.mark.slow) for m in ("assistant", "all"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("learned", MODES)
 def test_updates_of_fine_tuning_are_adamw_s(learned, tmp_path):
     from gold_jax import sft
 
