@@ -7,7 +7,7 @@ import tempfile
 import time
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "text")]
+sys.path += [str(HERE.parent), str(HERE), str(HERE / "text")]
 
 import tiny_models as tiny  # noqa: E402
 from hypothesis import HealthCheck, Phase, Verbosity, settings  # noqa: E402

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tiny_models as tiny
 from flax import nnx
-from hypothesis import note
+from hypothesis import currently_in_test_context, note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from rich.console import Console
@@ -219,6 +219,11 @@ def read_log(output: pathlib.Path) -> list[dict]:
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 
+def _say(line: str) -> None:
+    if currently_in_test_context():
+        note(line)
+
+
 @dataclasses.dataclass
 class Live:
     """A trainer that lives in a story."""
@@ -262,7 +267,11 @@ class Story(RuleBasedStateMachine):
         try:
             self.look()
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.forget()
+
+    def forget(self):
+        """Removes what the story wrote."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     @initialize(watched=st.booleans())
     def begin(self, watched):
@@ -412,12 +421,9 @@ class Story(RuleBasedStateMachine):
             with usual_interrupts():
                 result = one.trainer.train()
         except (OSError, KeyboardInterrupt) as error:
-            note(f"train() ended by {error!r}")
-            fresh_checkpoint = one.output.exists() and any(
-                json.loads(p.read_text())["run"] for p in one.output.glob("checkpoint-*/run.json")
-            )
-            # Which run the newest checkpoint is of is not told here where an earlier run left one too.
-            one.begun = before if fresh_checkpoint and had in (None, before) else None
+            _say(f"train() ended by {error!r}")
+            # Where an earlier run left a checkpoint too, it is not told here which run the newest one is of.
+            one.begun = before if had in (None, before) else None
         else:
             one.begun = before
             self._ended(one, before, result)
@@ -459,7 +465,7 @@ class Story(RuleBasedStateMachine):
         try:
             call()
         except (ValueError, TypeError, OSError) as error:
-            note(f"refused: {error}")
+            _say(f"refused: {error}")
         else:
             raise AssertionError("it was not refused")
 
