@@ -66,6 +66,8 @@ MORE = {
     "accumulated": DISTILL | {"loss": "gold", "lmbda": 0.5, "gradient_accumulation_steps": 2, "num_generations": 2},
     "sft of whole sequences": BASE | {"completion_only_loss": False, "save_strategy": "no"},
 }
+# All of a length, so that few shapes are compiled.
+SHORT = [(f"{x} dogs?", f"The fox {y}.") for x in ("24", "48") for y in ("jumps", "is there", "x + 1", "größer")]
 CHECKS = ("answers", "weights", "logs", "owned")
 PAIRS = {"tiny": ("student", "teacher"), "embedded": ("embedded:student", "embedded:teacher")}
 
@@ -123,8 +125,8 @@ class World:
         tiny.write_teacher(folder / "teacher")
         self.student, self.teacher = (n if ":" in n else str(folder / n) for n in PAIRS[pair])
         self.paths = [resolve(n) if ":" in n else n for n in (self.student, self.teacher)]
-        rows = [{"prompt": q, "completion": a} for q, a in tiny.ROWS]
-        rows += [tiny.conversation(*row) for row in tiny.ROWS[:2]]
+        rows = [{"prompt": q, "completion": a} for q, a in SHORT[:6]]
+        rows += [tiny.conversation(*row) for row in SHORT[6:]]
         if pair == "embedded":
             rows = [
                 {"prompt": f"How do you say {n}?", "completion": f"{n} is one two three."} for n in range(5160, 5168)
