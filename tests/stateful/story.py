@@ -121,8 +121,9 @@ class World:
     def __init__(self, folder: pathlib.Path, pair: str = "tiny", settings: dict | None = None, checks=CHECKS):
         self.folder, self.checks = folder, set(checks)
         self.settings = SETTINGS if settings is None else settings
-        tiny.write_student(folder / "student")
-        tiny.write_teacher(folder / "teacher")
+        # The teacher's embedding is its head, whose rows are reordered while it teaches: what disturbs them shows.
+        tiny.write_model(folder / "student", "qwen3", tiny.student_tokenizer())
+        tiny.write_model(folder / "teacher", "llama", tiny.teacher_tokenizer(), seed=1)
         self.student, self.teacher = (n if ":" in n else str(folder / n) for n in PAIRS[pair])
         self.paths = [resolve(n) if ":" in n else n for n in (self.student, self.teacher)]
         rows = [{"prompt": q, "completion": a} for q, a in SHORT[:6]]
