@@ -83,8 +83,6 @@ class Caller:
     def trainer(self, kind="gold", split=False, **changes):
         student, teacher = self.split if split else (self.student, self.teacher)
         args = getattr(self, kind)
-        for name, value in changes.pop("settings", {}).items():
-            setattr(args, name, value)
         given = {
             "train_dataset": self.rows,
             "eval_dataset": self.data,
@@ -114,7 +112,7 @@ RETURN = {
     "SFTTrainer": lambda c: c.trainer("sft").train(),
     "SFTTrainer on a split model": lambda c: c.trainer("sft", split=True).train(),
     "SFTTrainer.save_model": lambda c: c.trainer("sft").save_model(c.folder / "saved"),
-    "align": lambda c: gold_jax.align(*(codec.encode_completion("größer 24").spans for codec in c.codecs)),
+    "align": lambda c: gold_jax.align(*c.tokenizers, c.texts["one"]),
     "VocabularyMap": lambda c: gold_jax.VocabularyMap.build(
         *surfaces(c), student_size=500, teacher_size=600, stop=tuple(codec.stop_ids for codec in c.codecs), mask=c.mask
     ),
@@ -161,13 +159,23 @@ RAISE = {
     "GOLDTrainer with a bad row": lambda c: c.trainer(train_dataset=c.rows + BAD_ROWS),
     "GOLDTrainer with a row without completion": lambda c: c.trainer(train_dataset=[*c.rows, {"prompt": "x"}]),
     "GOLDTrainer with the wrong tokenizer": lambda c: c.trainer(processing_class=object()),
-    "GOLDTrainer with an unknown end token": lambda c: c.trainer(settings={"eos_token": "<no such>"}),
+    "GOLDTrainer with an unknown end token": lambda c: c.trainer(),
     "GOLDTrainer.train from nothing": lambda c: c.trainer().train(resume_from_checkpoint=str(c.folder / "none")),
+    "GOLDTrainer that is to evaluate without rows": lambda c: c.trainer(eval_dataset=None),
+    "GOLDTrainer with a pair of answers": lambda c: c.trainer(
+        train_dataset=[*c.rows, {"prompt": "x", "completion": "y", "chosen": "y", "rejected": "z"}]
+    ),
+    "GOLDTrainer with an answer that is called wrong": lambda c: c.trainer(
+        train_dataset=[*c.rows, {"prompt": "x", "completion": "y", "label": False}]
+    ),
+    "GOLDConfig to which an unknown setting is assigned": lambda c: setattr(c.gold, "learning_rates", 1),
     "SFTTrainer without data": lambda c: c.trainer("sft", train_dataset=None),
     "SFTTrainer with the wrong tokenizer": lambda c: c.trainer("sft", processing_class=c.folder / "nothing"),
     "SFTTrainer.evaluate without rows": lambda c: c.trainer("sft", eval_dataset=None).evaluate(),
     "SFTTrainer.save_model under a file": lambda c: c.trainer("sft").save_model(c.world / "data/train.jsonl" / "x"),
-    "Codec with a broken template": lambda c: gold_jax.Codec(c.tokenizers[0], chat_template="{{ messages[0] }"),
+    "Codec whose template refuses": lambda c: gold_jax.Codec(
+        c.tokenizers[0], chat_template="{{ raise_exception('no') }}"
+    ).encode_prompts(c.prompts),
     "Codec.encode_turns": lambda c: gold_jax.Codec(c.tokenizers[1]).encode_turns([{"role": "x", "content": "y"}]),
     "load_model": lambda c: gold_jax.load_model(c.folder / "none"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.world / "data/train.jsonl" / "x"),
@@ -197,10 +205,16 @@ def test_what_was_handed_over_is_as_it_was_after(what, caller):
     owned.check()
 
 
+SETTINGS = {
+    "GOLDTrainer with an unknown end token": {"eos_token": "<no such>"},
+    "GOLDTrainer that is to evaluate without rows": {"eval_strategy": "steps"},
+}
+
+
 @pytest.mark.parametrize("what", RAISE)
 def test_what_was_handed_over_is_as_it_was_after_an_error_of(what, caller):
-    if what == "GOLDTrainer with an unknown end token":
-        caller.gold = gold_jax.GOLDConfig(output_dir=str(caller.folder / "gold"), eos_token="<no such>", **GOLD)
+    more = SETTINGS.get(what, {})
+    caller.gold = gold_jax.GOLDConfig(output_dir=str(caller.folder / "gold"), **GOLD, **more)
     owned = Owned(**vars(caller))
     with pytest.raises(Exception) as error:
         RAISE[what](caller)
