@@ -160,15 +160,18 @@ class World:
             assert weights(load_model(folder)) == name, "what save_model wrote is not the trainer's model"
         return name
 
-    def _new(self, setting: str, name: str):
+    def _new(self, setting: str, name: str, changes: dict | None = None):
+        student = str(self.folder / "weights" / name)
         with tempfile.TemporaryDirectory() as output:
-            yield self.trainer(setting, pathlib.Path(output), str(self.folder / "weights" / name))[0]
+            yield self.trainer(setting, pathlib.Path(output), student, changes=changes or {})[0]
 
     def measures(self, setting: str, name: str) -> dict[str, float]:
-        """What a new trainer on these weights measures."""
-        key = "measures", setting, name
+        """What a new trainer on these weights measures, one with no other settings than those that a measure asks for."""
+        about = ("loss", "predict_with_generate", "completion_only_loss")
+        key = "measures", *(self.settings[setting].get(name) for name in about), name
         if key not in self.known:
-            for trainer in self._new(setting, name):
+            plain = {"seq_kd": False, "lmbda": 0.0} if "loss" in self.settings[setting] else {}
+            for trainer in self._new(setting, name, plain):
                 self.known[key] = trainer.evaluate()
         return self.known[key]
 
@@ -276,10 +279,11 @@ class Story(RuleBasedStateMachine):
         """Removes what the story wrote."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @initialize(watched=st.booleans())
-    def begin(self, watched):
+    @initialize(watched=st.booleans(), number=st.integers(0, 99))
+    def begin(self, watched, number):
         """Half of the stories look at their trainers after every call, so that looking disturbs nothing unseen."""
         self.watched = watched
+        self._make(self._setting(number), self.world.student)
 
     # what there is to choose from
 
@@ -345,6 +349,12 @@ class Story(RuleBasedStateMachine):
     @rule(which=which)
     def train(self, which):
         self._train(self._pick(which))
+
+    @rule(which=which)
+    def train_and_look(self, which):
+        if self.live:
+            self._train(self._pick(which))
+            self.look()
 
     def _train(self, one: Live) -> None:
         before = self.world.keep(one.trainer)
