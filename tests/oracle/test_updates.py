@@ -101,7 +101,7 @@ MORE = {
 )
 def test_three_updates_are_adamw_s_on_the_gradient_of_the_loss(name, tmp_path):
     given = SETTINGS.get(name) or {"per_device_train_batch_size": 2, "learning_rate": 1e-4} | MORE[name]
-    # Six rows of one kind of column each, so that a file can hold them.
+    # Rows of one form, so that a file can hold them.
     rows = [{"messages": [cases.user(q), cases.assistant(a)]} for q, a in QUESTIONS]
     data = cases.write_rows(tmp_path / "rows.jsonl", rows)
     found = cases.trained(
