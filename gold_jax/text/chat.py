@@ -1,5 +1,6 @@
 """One model's way of reading: its chat template, its tokens for prompts and answers, its stop tokens."""
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -23,6 +24,7 @@ class Codec:
         template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
         special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these tokens,
             as they do in a prompt that somebody rendered before. In messages they never do, see `special.Guard`.
+        copy_tokenizer: work with a copy; False where nobody else uses or changes the tokenizer, to save the time.
 
     Attributes:
         surfaces: the tokenizer's surfaces; stop tokens have none.
@@ -43,7 +45,10 @@ class Codec:
         chat_template: str | None = None,
         template_kwargs: dict | None = None,
         special_tokens_in_prompts: bool = False,
+        copy_tokenizer: bool = True,
     ):
+        # To call a tokenizer sets its truncation and padding, and whoever holds it may change it.
+        tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
         self.tokenizer = tokenizer
         self.name = name_of(tokenizer)
         self.template = ChatTemplate(tokenizer, chat_template, template_kwargs)

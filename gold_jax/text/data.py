@@ -57,7 +57,9 @@ class Examples(Sequence):
     """
 
     def __init__(self, rows, source: str, text_column: str = "text"):
-        self.rows, self.source, self.text_column = rows, source, text_column
+        # The list is the caller's to change afterwards; the rows in it are not copied.
+        self.rows = list(rows) if isinstance(rows, list) else rows
+        self.source, self.text_column = source, text_column
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no row to train on")
         self[0]

@@ -6,10 +6,12 @@ import json
 import os
 import pathlib
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -17,6 +19,7 @@ from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
+from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, merge
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
@@ -122,6 +125,7 @@ class Loop:
         self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self._trained = False
+        self._lent: list[weakref.ref] = []
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -186,6 +190,11 @@ class Loop:
         if self._trained and self.task.restart is not None:
             self.task.restart()
         self._trained = True
+        if any(model() is not None for model in self._lent):
+            params = jax.tree.map(
+                jnp.copy, params
+            )  # somebody holds a model of them, and updates donate what they are given
+        self._lent.clear()
         self.state = TrainState(params, None)  # an optimizer's state of before is let go of first
         self.state = TrainState(params, self._init_optimizer(params))
         release_freed_memory()
@@ -301,16 +310,11 @@ class Loop:
         def free():
             self.state = TrainState(None, None)
 
-        found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free)
+        found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free, self.total_steps)
         agreement.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return False
         path, notes, arrays = found
-        if notes["step"] > self.total_steps:
-            raise ValueError(
-                f"{path} has seen {notes['step']} updates, and this run makes {self.total_steps}; raise --max_steps or "
-                "--num_train_epochs."
-            )
         self.state = TrainState(
             *(jax.tree.unflatten(where, jax.tree.leaves(arrays[part])) for part, where in parts.items())
         )
@@ -415,9 +419,15 @@ class Loop:
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
         return totals | measures(self.student, examples, self.args, self.max_new_tokens)
 
+    def lend(self) -> Decoder:
+        """The student's model as it stands now, to be kept as long as one likes: `train` leaves its arrays alone."""
+        model = self.student.model
+        self._lent.append(weakref.ref(model))
+        return model
+
     @property
     def student(self) -> Participant:
-        """The student as it stands now; its arrays are donated by the next update, so take a copy of what is to last."""
+        """The student as it stands now, to be used at once: the next update takes its arrays."""
         return self.task.student._replace(model=merge(self.graph, self._params()))
 
     def _params(self) -> Params:

@@ -94,6 +94,7 @@ def load_participant(
         chat_template=chat_template,
         template_kwargs=dict(template_kwargs or {}),
         special_tokens_in_prompts=special_tokens_in_prompts,
+        copy_tokenizer=False,
     )
     largest = max(source.get_vocab().values(), default=-1)
     if largest >= model.config.vocab_size:

@@ -128,6 +128,7 @@ def find_and_restore(
     abstract: Any,
     say: Callable[[str], Any],
     free: Callable[[], Any] = lambda: None,
+    last: int | None = None,
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
     """The checkpoint to go on from: its folder, its notes, and the state in it.
 
@@ -137,7 +138,9 @@ def find_and_restore(
       run: what `describe_run` says of this run.
       abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
       say: is given a line for every checkpoint that is not whole and for every difference that matters.
-      free: is called before arrays are read, so that the state as it stands need not be held beside the one that comes.
+      free: is called before arrays are read, so that the state as it stands need not be held beside the one that comes. What is
+        refused is refused before.
+      last: how many updates this run makes; None: any.
 
     Returns:
       None where "latest" finds no checkpoint at all.
@@ -164,6 +167,11 @@ def find_and_restore(
             notes = read_notes(path)
             check_arrays(path, notes, abstract)
             lines = check_run(notes["run"], run, path)
+            if last is not None and notes["step"] > last:
+                raise ValueError(
+                    f"{path} has seen {notes['step']} updates, and this run makes {last}; raise --max_steps or "
+                    "--num_train_epochs."
+                )
             free()
             state = restore(path, notes, abstract)
         except BadCheckpoint as error:

@@ -207,15 +207,12 @@ class SFTTrainer:
     @property
     def log_history(self) -> list[dict[str, Any]]:
         """Every logged line, oldest first."""
-        return self.loop.history
+        return [dict(row) for row in self.loop.history]
 
     @property
     def model(self):
-        """The student as it stands now, a `Decoder` of its own: what is written into it is not trained.
-
-        The next `train` takes its arrays (they are donated); save a copy of a model that is to last.
-        """
-        return self.loop.student.model
+        """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
+        return self.loop.lend()
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.

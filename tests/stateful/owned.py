@@ -75,6 +75,8 @@ def fingerprint(thing: Any) -> Any:
         return (type(thing).__name__, repr(thing))
     if isinstance(thing, Mapping):
         return {k: fingerprint(v) for k, v in thing.items()}
+    if isinstance(thing, frozenset):
+        return sorted(map(repr, thing))
     if isinstance(thing, Sequence):
         return [type(thing).__name__, *map(fingerprint, thing)]
     return {k: fingerprint(v) for k, v in copy.copy(vars(thing)).items()}
