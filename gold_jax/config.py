@@ -31,8 +31,8 @@ class ModelArguments:
     model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.")
     dtype: str = flag(
         "float32",
-        "In which type weights are read and the trained model is saved ('auto': as the checkpoint has it); training "
-        "itself always keeps float32 weights.",
+        "In which type weights are read (rounded to it) and the trained model is saved; 'auto': as the checkpoint has it. "
+        "Training itself always keeps float32 weights.",
         choices=("auto", "float32", "bfloat16"),
     )
     attn_implementation: str | None = flag(
@@ -155,8 +155,8 @@ class SFTConfig(MeshFlags):
     )
     assistant_only_loss: bool = flag(False, "Learn every answer of the assistant's in a conversation.")
     eos_token: str | None = flag(None, "Token that ends a turn; none: what the chat template writes.")
-    pad_to_multiple_of: int | None = flag(None, "Pad lengths to multiples of this; none or auto: to a few buckets.")
-    shuffle_dataset: bool = flag(False, "Shuffle the data set once, before batches are drawn.")
+    pad_to_multiple_of: int | None = flag(None, "No effect: lengths are always padded to a few buckets.")
+    shuffle_dataset: bool = flag(False, "No effect: rows come in a new random order in every epoch.")
     trust_remote_code: bool = flag(False, "Allow tokenizers and configurations that ship their own Python code.")
     model_init_kwargs: dict | str | None = flag(None, "JSON with dtype, revision or attn_implementation for the model.")
     loss_chunk: int | None = flag(
@@ -230,9 +230,11 @@ class GOLDConfig(ServerFlags, SFTConfig):
     teacher_model_name_or_path: str | None = flag(None, "The teacher: a folder or a hub id.")
     teacher_model_revision: str | None = flag(None, "Branch, tag or commit of the teacher on the hub.")
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: where the teacher is.")
-    teacher_model_init_kwargs: dict | str | None = flag(None, "As model_init_kwargs, for the teacher.")
+    teacher_model_init_kwargs: dict | str | None = flag(
+        None, "As model_init_kwargs, for the teacher, which is not saved: dtype rounds its weights when they are read."
+    )
     teacher_template_kwargs: dict | str | None = flag(
-        None, "JSON with variables for the teacher's chat template; none: those of template_kwargs."
+        None, "JSON with variables for the teacher's chat template; none: those of template_kwargs; {}: no variables."
     )
     teacher_layout: str = flag(
         "fsdp", "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS

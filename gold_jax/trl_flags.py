@@ -101,7 +101,7 @@ _NOTICES = {
     "There are no callbacks.": "restore_callback_states_from_checkpoint",
     "The model is pushed once, at the end.": "hub_strategy hub_always_push",
     "Rows are not grouped by length.": "length_column_name",
-    "Files of an earlier run in --output_dir are overwritten.": "overwrite_output_dir",
+    "A later run in --output_dir replaces the model; an earlier run's logs stay under other names.": "overwrite_output_dir",
     "It has no effect without LoRA, which this version has not.": (
         "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
         "lora_task_type use_rslora use_dora"
