@@ -40,6 +40,12 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         raise SystemExit(1) from None
 
 
+def show(notices: Sequence[str]) -> None:
+    """Prints lines about flags on stderr, where they are in no output's way."""
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
+
+
 def _about_input(error: Exception) -> bool:
     """Whether an error speaks of what the user gave: this package raised it, or the system did. Others are bugs."""
     if isinstance(error, OSError | ImportError):

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from .fields import check_fields, flag, flags_dataclass, read_attention, read_load_options
+from .fields import Settings, check_fields, flag, flags_dataclass, read_attention, read_load_options
 from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
 from .mesh_flags import LAYOUTS, MeshFlags
 from .rules import RULES, SCHEDULES
@@ -24,7 +24,7 @@ TRACKERS = ("trackio", "wandb", "tensorboard")
 
 
 @flags_dataclass
-class ModelArguments:
+class ModelArguments(Settings):
     """Which model is trained."""
 
     model_name_or_path: str | None = flag(None, "The model to train: a folder or a hub id.")
@@ -48,7 +48,7 @@ class ModelArguments:
 
 
 @flags_dataclass(rules=RULES)
-class DataArguments:
+class DataArguments(Settings):
     """Which data it is trained on."""
 
     dataset_name: str | None = flag(None, "The data set: a hub id, or a JSON, JSONL or Parquet file or folder.")
@@ -65,7 +65,7 @@ class DataArguments:
 
 
 @flags_dataclass(rules=RULES)
-class SFTConfig(MeshFlags):
+class SFTConfig(MeshFlags, Settings):
     """Settings of supervised fine-tuning, and of every other kind of training here.
 
     Raises:

@@ -4,16 +4,16 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from gold_jax.command import load_reader, run
+from gold_jax.command import load_reader, run, show
 from gold_jax.config import ModelArguments
-from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
 from gold_jax.mesh_flags import mesh_flag
 from gold_jax.rules import RULES
 
 
 @flags_dataclass(rules=RULES)
-class EvaluateArguments:
+class EvaluateArguments(Settings):
     """What `gold_jax.evaluate` measures a model on."""
 
     dataset_name: str | None = flag(
@@ -49,10 +49,11 @@ class EvaluateArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, scores the rows, prints the figures (with `--json`, one JSON object)."""
-    model, args, _ = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
+    model, args, notices = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
     if model.model_name_or_path is None or args.dataset_name is None:
         missing = "--model_name_or_path" if model.model_name_or_path is None else "--dataset_name"
         raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
+    show(notices)
     from gold_jax.losses.chunked import chunk_size
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import exact_match, score_completions
@@ -111,7 +112,11 @@ def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) ->
     from gold_jax.losses.chunked import chunk_size
     from gold_jax.training.evaluation import measure_gaps
 
-    named = ModelArguments(model_name_or_path=args.teacher_model_name_or_path, dtype=model.dtype)
+    named = ModelArguments(
+        model_name_or_path=args.teacher_model_name_or_path,
+        dtype=model.dtype,
+        attn_implementation=model.attn_implementation,
+    )
     teacher = load_reader(
         named,
         args.teacher_tokenizer_name_or_path,

@@ -43,15 +43,68 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
+class Settings:
+    """What every class of flags has: it answers names that are no field, wherever they are given or set.
+
+    A value that is set later is read and held to its range like one that is given to the constructor. What follows from it
+    (`eval_steps` from `logging_steps`) follows in the copies that `replace` and `frozen_copy` make, which are constructed anew
+    from what was named.
+
+    Attributes:
+        notices: lines to show once, about flags in whose place something else stands.
+    """
+
+    _rules: tuple[Rule, ...] = ()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The fields that somebody named, whatever their value; of all of them (`dataclasses.replace`) those not by default."""
+        if len(self._named) < len(dataclasses.fields(self)):
+            return frozenset(self._named)
+        plain = type(self)()
+        return frozenset(name for name in self._named if getattr(self, name) != getattr(plain, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        cls, state = type(self), self.__dict__.get("_state", "new")
+        names = field_names(cls)
+        if state == "new" or name == "notices":
+            _set(self, **{name: value})
+        elif state == "frozen":
+            raise AttributeError(
+                f"{name!r} cannot be set to {value!r}: these settings belong to a trainer that was made with them. Change a copy, "
+                f"such as args.replace({name}=...), and make another trainer with it."
+            )
+        elif name in names:
+            own = names[name]
+            value = read_value(cls, own, value)
+            check_rules({own: value}, cls._rules)
+            _set(self, **{own: value}, _named=self._named | {own: value})
+        elif name in ANSWERS:
+            self.notices.extend(answer(name, value))
+        else:
+            raise AttributeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
+
+    def replace(self, **changes):
+        """A new one of the same class, with some fields (or `notices`) other than in this one."""
+        names = field_names(type(self))
+        notices = changes.pop("notices", self.notices)
+        own = {names.get(name, name): value for name, value in changes.items()}
+        fresh = type(self)(**(copy.deepcopy(self._named) | own))
+        fresh.notices = list(dict.fromkeys([*notices, *fresh.notices]))
+        return fresh
+
+    def frozen_copy(self):
+        """As `replace` without changes, and nothing can be set in it."""
+        fresh = self.replace()
+        _set(fresh, _state="frozen")
+        return fresh
+
+
 def flags_dataclass(cls: type | None = None, *, rules: Iterable[Rule] = ()) -> Any:
-    """`dataclass` of settings that answers what is not a field, in its constructor and when an attribute is set.
+    """`dataclass` for a subclass of `Settings`, with a constructor that also answers what is not a field.
 
-    Other names of a field set that field; flags that TRL has and this project has not are refused or noted in
-    `self.notices` (a list of lines to show once); any other name is an error that names the nearest one. A value that is set
-    later is read and held to its range like one that is given to the constructor.
-
-    What it adds to a class: `notices`; `given`, the fields that were named, whatever their value; `replace(**changes)`, a
-    changed copy; `frozen_copy()`, a copy checked again that cannot be changed.
+    Other names of a field set that field; flags that TRL has and this project has not are refused or noted in `notices`; any
+    other name is a TypeError that names the nearest one.
 
     Args:
         cls: the class; None: a decorator for it is returned.
@@ -76,63 +129,17 @@ def flags_dataclass(cls: type | None = None, *, rules: Iterable[Rule] = ()) -> A
                 self.notices.extend(answer(name, value))
             else:
                 raise TypeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
-        _set(self, given=_named(cls, known))
+        _set(self, _named=known)
         generated(self, **known)
         _set(self, _state="made")
 
-    def __setattr__(self, name, value):
-        names = field_names(cls)
-        state = self.__dict__.get("_state", "new")
-        if state == "new" or name == "notices":
-            _set(self, **{name: value})
-        elif state == "frozen":
-            raise AttributeError(
-                f"{name!r} cannot be set to {value!r}: these settings belong to a trainer that was made with them. Change a copy, "
-                f"such as args.replace({name}=...), and make another trainer with it."
-            )
-        elif name in names:
-            value = read_value(cls, names[name], value)
-            check_rules({names[name]: value}, cls._rules)
-            _set(self, **{names[name]: value}, given=self.given | {names[name]})
-        elif name in ANSWERS:
-            self.notices.extend(answer(name, value))
-        else:
-            raise AttributeError(f"{cls.__name__} has no field {name!r}{nearest(name, names)}.")
-
-    def copied(self, changes: Mapping[str, Any], state: str):
-        names = field_names(cls)
-        if unknown := [name for name in changes if name not in (*names, "notices")]:
-            raise TypeError(f"{cls.__name__} has no field {unknown[0]!r}{nearest(unknown[0], names)}.")
-        twin = cls.__new__(cls)
-        values = {f.name: copy.deepcopy(getattr(self, f.name)) for f in dataclasses.fields(cls)}
-        changes = {names.get(name, name): value for name, value in changes.items()}
-        notices = list(changes.pop("notices", self.notices))
-        _set(twin, _state="new", **(values | changes), notices=notices, given=self.given | set(changes))
-        twin.__post_init__()
-        _set(twin, notices=list(dict.fromkeys(twin.notices)), _state=state)
-        return twin
-
-    def replace(self, **changes):
-        """A copy with some fields (or `notices`) other, checked as a new one is."""
-        return copied(self, changes, "made")
-
-    def frozen_copy(self):
-        """A copy, checked as a new one is, in which nothing can be set."""
-        return copied(self, {}, "frozen")
-
-    cls.__init__, cls.__setattr__, cls.replace, cls.frozen_copy = __init__, __setattr__, replace, frozen_copy
-    cls._rules = tuple(rules)
+    cls.__init__, cls._rules = __init__, tuple(rules)
     return cls
 
 
 def _set(settings: Any, **values: Any) -> None:
     for name, value in values.items():
         object.__setattr__(settings, name, value)
-
-
-def _named(cls: type, known: Mapping[str, Any]) -> frozenset[str]:
-    """The fields that somebody named; `dataclasses.replace` names all of them, which says nothing of any."""
-    return frozenset(known) if len(known) < len(dataclasses.fields(cls)) else frozenset()
 
 
 @functools.cache

@@ -58,6 +58,8 @@ def read_args(argv: Sequence[str], *dataclass_types: type, prog: str = "gold_jax
             try:
                 if name in owner:
                     own = field_names(owner[name])[name]
+                    if own in from_file and from_file[own][1] == path:
+                        raise ValueError(f"{own} is there twice, once as {name}; give it once.")
                     from_file[own] = (read_value(owner[name], own, value), path)
                 elif name in ANSWERS:
                     # the command line may have switched it off
@@ -111,6 +113,9 @@ def _canonical(given: Mapping[str, list[str]], owner: Mapping[str, type], notice
         positive = name.removeprefix("no_")
         if name in owner:
             own = field_names(owner[name])[name]
+            if own in canonical:
+                other = next(n for n in given if n != name and n in owner and field_names(owner[n])[n] == own)
+                raise FlagError(f"--{name} and --{other} are one setting; give it once.")
             canonical[own] = _text(name, values, kinds(owner[name], own))
         elif name in ANSWERS:
             notices += answer(name, " ".join(values) if values else True)
@@ -136,6 +141,17 @@ def _text(name: str, values: list[str], types: tuple[type, ...]) -> str:
     return values[0]
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML in which no key comes twice; PyYAML by itself keeps the last."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"the key {twice!r} is there twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: str) -> Mapping[str, Any]:
     if path.startswith(PREFIX):
         try:
@@ -146,7 +162,7 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
         raise FlagError(f"--config names {path}, which is not a file.")
     try:
         with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
+            content = yaml.load(file, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FlagError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     if content is None:

@@ -5,9 +5,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gold_jax.command import BETWEEN, load_reader, run, with_one
+from gold_jax.command import BETWEEN, load_reader, run, show, with_one
 from gold_jax.config import ModelArguments
-from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
 from gold_jax.mesh_flags import mesh_flag
 from gold_jax.rules import RULES
@@ -19,7 +19,7 @@ _RULES = (
 
 
 @flags_dataclass(rules=_RULES)
-class GenerateArguments:
+class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
     prompt: str | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.")
@@ -48,11 +48,12 @@ class GenerateArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line)."""
     argv = with_one(sys.argv[1:] if argv is None else argv, "--prompt")
-    model, args, _ = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
+    model, args, notices = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: a folder or a hub id")
     if not args.prompt and args.dataset_name is None:
         raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name")
+    show(notices)
     import jax
 
     from gold_jax.text.data import load_examples

@@ -5,14 +5,14 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from gold_jax.command import BETWEEN, run, with_one
-from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.command import BETWEEN, run, show, with_one
+from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
 from gold_jax.flags import parse_args
 from gold_jax.rules import RULES
 
 
 @flags_dataclass(rules=RULES)
-class InspectArguments:
+class InspectArguments(Settings):
     """Which pair `gold_jax.inspect` looks at, on what texts, and where it writes."""
 
     student: str | None = flag(
@@ -48,10 +48,11 @@ class InspectArguments:
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, inspects the pair, shows the report (with `--json`, one JSON object), writes the page."""
     argv = with_one(sys.argv[1:] if argv is None else argv, "--text")
-    (args, _) = parse_args(argv, InspectArguments, prog="gold_jax.inspect", doc=__doc__)
+    args, notices = parse_args(argv, InspectArguments, prog="gold_jax.inspect", doc=__doc__)
     for name in ("student", "teacher"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name} is missing: a folder or hub id of a model or a tokenizer, or embedded:{name}")
+    show(notices)
     page = None if args.html is None else _writable(args.html)
     texts = _texts(args)
     from gold_jax.inspection.pair import inspect_pair

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from gold_jax.command import run
+from gold_jax.command import run, show
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
-from gold_jax.fields import check_fields, flag, flags_dataclass
+from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
 from gold_jax.flags import FlagError, parse_args, read_args
 from gold_jax.planning.environment import need_compiler, prepare
 from gold_jax.planning.hardware import FORMS, read_topology
@@ -20,7 +20,7 @@ _RULES = (("at least 1", lambda v: v >= 1, ("search_limit", "matched")),)
 
 
 @flags_dataclass(rules=_RULES)
-class PlanArguments:
+class PlanArguments(Settings):
     """For which devices `gold_jax.plan` plans, and what it looks for."""
 
     topology: str | None = flag(
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, _, training, args, notices = parse_args(
         argv, ModelArguments, DataArguments, _settings(argv), PlanArguments, prog="gold_jax.plan", doc=__doc__
     )
+    show(notices)
     from rich.console import Console
 
     console = Console(stderr=True)
@@ -55,8 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
     report.print()
 
 

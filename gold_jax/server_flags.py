@@ -51,7 +51,7 @@ class ServerFlags:
         return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
 
     def check_server(self) -> list[str]:
-        """Notices about server flags that have no effect.
+        """A notice where the built-in sampler stands in for TRL's.
 
         Raises:
             ValueError: an address that is none.
@@ -61,13 +61,9 @@ class ServerFlags:
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f"--vllm_server_base_url is {url!r}; it must be an address such as http://localhost:8000.")
-        if self.server_url:
+        if not self.use_vllm or self.server_url:
             return []
-        if self.use_vllm:
-            return [
-                "--use_vllm: The built-in sampler writes the completions, on the training devices and with the current "
-                "weights; --vllm_mode server has a running vLLM or SGLang write them."
-            ]
-        fields = {f.name: f.default for f in dataclasses.fields(ServerFlags) if f.name not in ("use_vllm", "vllm_mode")}
-        given = [f"--{name}" for name, default in fields.items() if getattr(self, name) != default]
-        return [f"{', '.join(given)}: no effect without --use_vllm --vllm_mode server."] if given else []
+        return [
+            "--use_vllm: The built-in sampler writes the completions, on the training devices and with the current "
+            "weights; --vllm_mode server has a running vLLM or SGLang write them."
+        ]

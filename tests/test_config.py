@@ -1,8 +1,10 @@
+import copy
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -496,10 +498,10 @@ def test_a_setting_that_is_set_later_is_read_and_held_to_its_range():
 
 def test_a_changed_copy_leaves_the_settings_and_is_checked_as_a_whole():
     settings = GOLDConfig(max_length=200, template_kwargs={"a": [1]}, dataloader_num_workers=4)
-    copy = settings.replace(max_new_tokens=64, seed=3)
-    assert (copy.max_completion_length, copy.seed, settings.max_completion_length, settings.seed) == (64, 3, 128, 42)
-    assert copy.notices == settings.notices and copy.notices is not settings.notices
-    copy.template_kwargs["a"].append(2)
+    other = settings.replace(max_new_tokens=64, seed=3)
+    assert (other.max_completion_length, other.seed, settings.max_completion_length, settings.seed) == (64, 3, 128, 42)
+    assert other.notices == settings.notices and other.notices is not settings.notices
+    other.template_kwargs["a"].append(2)
     assert settings.template_kwargs == {"a": [1]}
     with pytest.raises(ValueError, match="--max_completion_length is 300"):
         settings.replace(max_completion_length=300)
@@ -526,7 +528,7 @@ def test_what_was_set_after_the_constructor_is_checked_with_the_rest_when_a_copy
 
 def test_settings_know_which_of_them_were_named():
     assert GOLDConfig(lmbda=0.5, max_new_tokens=128).given == {"lmbda", "max_completion_length"}
-    assert dataclasses.replace(GOLDConfig(seed=3)).given == frozenset()  # it names every field
+    assert dataclasses.replace(GOLDConfig(seed=3)).given == {"seed"}  # though it names every field
     assert config("--lmbda", "0.5", "--no_bf16").given == {"lmbda", "bf16"}
     settings = GOLDConfig()
     settings.beta = 0.5
@@ -545,14 +547,24 @@ def test_settings_know_which_of_them_were_named():
         (dict(temperature=0.9, lmbda=0), "--temperature: no effect with --lmbda 0"),
         (dict(lmbda=1, seq_kd=True), "--seq_kd: no effect with --lmbda 1"),
         (dict(uld_use_hybrid_loss=True), "--uld_use_hybrid_loss: no effect without --use_uld_loss"),
-        (dict(loss="uld", beta=0.5), "--beta: no effect on --compare sorted"),
-        (dict(loss="events", uld_top_k=5), "--uld_top_k: no effect on --compare events"),
-        (dict(loss="gold", alm_temperature=7.0), "--alm_temperature: no effect on --compare hybrid"),
-        (dict(loss="strict", uld_token_merge_strategy="observed"), "--uld_token_merge_strategy: no effect with strict"),
+        (dict(loss="uld", beta=0.5), "--beta: no effect with loss uld (chain/positional/sorted)"),
+        (
+            dict(loss="events", uld_top_k=5),
+            "--uld_top_k: no effect with loss events (boundary/all/events), which sorts nothing",
+        ),
+        (dict(loss="gold", alm_temperature=7.0), "--alm_temperature: no effect with loss gold (chain/all/hybrid)"),
+        (
+            dict(loss="strict", uld_token_merge_strategy="observed"),
+            "--uld_token_merge_strategy: no effect with loss strict",
+        ),
         (dict(eval_steps=3), "--eval_steps: no effect without --eval_strategy steps"),
         (dict(save_strategy="epoch", save_steps=3), "--save_steps: no effect without --save_strategy steps"),
         (dict(max_steps=3, num_train_epochs=1), "--num_train_epochs: no effect with --max_steps"),
-        (dict(hub_model_id="U/M"), "--hub_model_id: no effect without --push_to_hub"),
+        (dict(vllm_server_port=9), "--vllm_server_port: no effect without --use_vllm --vllm_mode server"),
+        (
+            dict(uld_distillation_weight=0, beta=0.1, loss="gold"),
+            "--loss, --beta: no effect with --uld_distillation_weight 0",
+        ),
         (dict(predict_with_generate=True), "--predict_with_generate: no effect without rows to evaluate on"),
         (
             dict(lr_scheduler_type="constant", warmup_steps=3),
@@ -572,5 +584,45 @@ def test_settings_that_nobody_named_are_not_told():
         told = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
         assert told == []
     assert no_effect.notices(SFTConfig(), evaluates=True) == []
+    off = GOLDConfig(run_name=None, assistant_only_loss=False, uld_top_k=0, loss="events", seq_kd=False, lmbda=1)
+    assert no_effect.notices(off, off.loss_spec(False), evaluates=True) == []
     quick = config("--config", "embedded:quickstart")
     assert no_effect.notices(quick, quick.loss_spec(False), evaluates=True) == []
+
+
+def test_one_setting_under_two_names_is_an_error_on_the_command_line_and_in_a_file(tmp_path):
+    with pytest.raises(FlagError, match="--max_completion_length and --max_new_tokens are one setting"):
+        gold("--max_new_tokens", "5", "--max_completion_length", "7")
+    assert config("--max_new_tokens", "5", "--max_new_tokens", "7").max_completion_length == 7
+    file = tmp_path / "both.yaml"
+    file.write_text("max_new_tokens: 5\nmax_completion_length: 7\n")
+    with pytest.raises(FlagError, match="max_completion_length is there twice, once as max_completion_length"):
+        gold("--config", str(file))
+    file.write_text("beta: 0.5\nseed: 1\nbeta: 0.0\n")
+    with pytest.raises(FlagError, match="is not YAML: the key 'beta' is there twice"):
+        gold("--config", str(file))
+
+
+def test_what_follows_from_a_changed_setting_is_what_a_new_one_has():
+    settings = GOLDConfig(logging_steps=5, eval_strategy="steps")
+    assert settings.replace(logging_steps=50).eval_steps == 50
+    settings.logging_steps, settings.max_completion_length = 2, 800
+    made = GOLDConfig(logging_steps=2, eval_strategy="steps", max_completion_length=800)
+    assert settings.frozen_copy() == settings.replace() == made
+    assert GOLDConfig().replace(max_completion_length=2000).max_length == 2512
+
+
+def test_a_copy_of_a_subclass_is_of_the_subclass():
+    class Own(GOLDConfig):
+        """Settings of somebody's own."""
+
+    assert type(Own(seed=1).replace(seed=2)) is type(Own().frozen_copy()) is Own
+
+
+@pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda s: pickle.loads(pickle.dumps(s))])
+def test_settings_are_copied_and_pickled_with_what_was_named(twin):
+    settings = GOLDConfig(lmbda=0.25, hub_token="secret").frozen_copy()
+    other = twin(settings)
+    assert other == settings and other.given == {"lmbda", "hub_token"} and "secret" not in repr(other)
+    with pytest.raises(AttributeError, match="make another trainer"):
+        other.lmbda = 1

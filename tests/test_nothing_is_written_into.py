@@ -91,6 +91,22 @@ def test_every_place_that_is_named_is_still_there():
     assert {(name, function, kind) for name, function, kind, _ in found()} >= ALLOWED
 
 
+def test_a_module_writes_into_itself_in_its_constructor_alone():
+    modules = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "nnx.Module" for base in node.bases)):
+                continue
+            modules += 1
+            for method in node.body:
+                if isinstance(method, ast.FunctionDef) and method.name != "__init__":
+                    stored = [
+                        n for n in ast.walk(method) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+                    ]
+                    assert not stored, f"{path.name}:{method.lineno}: {node.name}.{method.name}"
+    assert modules
+
+
 def test_modules_and_values_are_turned_into_each_other_in_one_place():
     for path in sorted(PACKAGE.rglob("*.py")):
         if path.name == "functional.py":

@@ -57,8 +57,8 @@ class Examples(Sequence):
     """
 
     def __init__(self, rows, source: str, text_column: str = "text"):
-        # The list is the caller's to change afterwards; the rows in it are not copied.
-        self.rows = list(rows) if isinstance(rows, list) else rows
+        # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
+        self.rows = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
         self.source, self.text_column = source, text_column
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no row to train on")

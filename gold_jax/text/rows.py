@@ -60,7 +60,7 @@ def refuse_preferences(row: Mapping, where: str) -> None:
     """See that a row is not one of preferences, whose bad answer would be learned as a good one.
 
     Raises:
-        ValueError: it has `chosen` and `rejected`, or an answer with `label` false.
+        ValueError: it has `chosen` and `rejected`, or an answer with `label` false (or 0).
     """
     if row.get("chosen") is not None and row.get("rejected") is not None:
         raise ValueError(
@@ -68,7 +68,7 @@ def refuse_preferences(row: Mapping, where: str) -> None:
             "that is to be learned to 'completion', and leave the other out"
         )
     answered = row.get("completion") is not None or row.get("messages") is not None
-    if answered and isinstance(row.get("label"), bool | np.bool_) and not row["label"]:
+    if answered and isinstance(row.get("label"), bool | int | np.bool_) and not row["label"]:
         raise ValueError(
             f"{where} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
             "true, and leave the column out"

@@ -16,6 +16,8 @@ from etils import epath
 
 from gold_jax.models.weights import save_model
 
+_CURRENT = "current_run"
+
 
 def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, dtype: str = "auto") -> pathlib.Path:
     """Write weights, config and tokenizer into a folder that transformers and vLLM open.
@@ -98,6 +100,25 @@ def _saved_at(checkpoint: epath.Path) -> int:
         return int(json.loads((checkpoint / "run.json").read_text())["saved"])
     except (OSError, ValueError, KeyError, TypeError):
         return int(checkpoint.stat().mtime)
+
+
+def current_run(folder: str | os.PathLike) -> str | None:
+    """The id of the run that was started last with its checkpoints in a folder; None where nobody wrote it down."""
+    path = epath.Path(folder) / _CURRENT
+    return path.read_text().strip() if path.exists() else None
+
+
+def set_current_run(folder: str | os.PathLike, run_id: str) -> None:
+    """Writes down which run has its checkpoints in a folder from now on."""
+    (epath.Path(folder) / _CURRENT).write_text(run_id + "\n")
+
+
+def run_of(checkpoint: epath.Path) -> str | None:
+    """The id of the run that saved a checkpoint, empty for those of earlier versions; None where its notes cannot be read."""
+    try:
+        return json.loads((checkpoint / "run.json").read_text()).get("run_id", "")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 def prune_checkpoints(output_dir: str | os.PathLike, limit: int | None) -> list[epath.Path]:

@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import time
-import weakref
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.share import Share
 from gold_jax.training import profile
-from gold_jax.training.checkpoint import checkpoints_in, earlier_names, save_final_model
+from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
 from gold_jax.training.evaluation import measures
 from gold_jax.training.faults import Diverged, Skips, explain
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
@@ -119,13 +119,15 @@ class Loop:
         if where is not None:
             kept = jax.tree.map(lambda x: x.sharding, params)
             shardings = TrainState(kept, optimizer_shardings(self.optimizer, params, kept))
+        self._shardings = shardings
         self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=shardings and shardings.optimizer)
         self.state = TrainState(params, None)
+        self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.step = Step(task.loss, self.optimizer, shardings, where and where.put_rows)
         self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self._trained = False
-        self._lent: list[weakref.ref] = []
+        self._lent = False  # whether somebody may hold the parameters
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -134,7 +136,9 @@ class Loop:
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does.
+        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A run
+        that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does. What it
+        refuses leaves all as it was.
 
         Raises:
           FileNotFoundError, ValueError: as `find_and_restore`.
@@ -142,7 +146,6 @@ class Loop:
           Diverged: `max_skipped_updates` updates in a row were left out.
           OSError: the student cannot be written; the text says where it still is.
         """
-        self._begin()
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
         with watch_over(self.args.process_timeout) as self.watch:
@@ -157,9 +160,13 @@ class Loop:
     def _train(self, resume: str | None) -> dict[str, float]:
         args = self.args
         means = RunningMean()
-        unmeasured = self._resume(resume, means) if resume else None
-        if self.done == 0 and processes.is_first():
-            self._set_aside()
+        found = self._find(resume) if resume else None
+        self._begin()
+        unmeasured = False
+        if found is None:
+            self._start_anew()
+        else:
+            unmeasured = self._go_on(*found, means)
         self.checkpoints.remove_unfinished()
         begun = [row for row in self.history if row["step"] == 0]
         before = begun[0] if begun else self.evaluate() if args.eval_on_start and self.done == 0 else {}
@@ -185,34 +192,40 @@ class Loop:
         return after
 
     def _begin(self) -> None:
-        """A run's state before its first update: the parameters as they are, all else new."""
-        params = self._params()
+        """Forgets what an earlier `train` left, but for the parameters."""
         if self._trained and self.task.restart is not None:
             self.task.restart()
         self._trained = True
-        if any(model() is not None for model in self._lent):
-            params = jax.tree.map(
-                jnp.copy, params
-            )  # somebody holds a model of them, and updates donate what they are given
-        self._lent.clear()
+        self.done, self.skips, self.unmeasured, self.history = 0, Skips(), False, []
+
+    def _start_anew(self) -> None:
+        """A run's state before its first update: the parameters as they are, all else new."""
+        params = self._params()
+        if self._lent:
+            params = jax.tree.map(jnp.copy, params)  # updates donate what they are given
+        self._lent = False
         self.state = TrainState(params, None)  # an optimizer's state of before is let go of first
         self.state = TrainState(params, self._init_optimizer(params))
         release_freed_memory()
-        self.done, self.skips, self.unmeasured, self.history = 0, Skips(), False, []
-
-    def _set_aside(self) -> None:
-        """Gives what an earlier run left in `output_dir` names that this run does not use, and says so."""
-        logs = [name for name in LOGS if (self.output / name).exists()]
-        for name, earlier in zip(logs, earlier_names(self.output, logs)):
-            os.replace(self.output / name, self.output / earlier)
-            self._say(f"{self.output / name} is an earlier run's: it is called {earlier} from now on.")
+        self.run_id = uuid.uuid4().hex
+        if not processes.is_first():
+            return
+        self._set_logs_aside()
         old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
-        if old and self.args.save_strategy != "no":
+        if old:
             shown = ", ".join(old[:3]) + (f" and {len(old) - 3} more" if len(old) > 3 else "")
             self._say(
                 f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
-                "same step, and --save_total_limit counts them too."
+                "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
             )
+        set_current_run(self.checkpoints.folder, self.run_id)
+
+    def _set_logs_aside(self) -> None:
+        """Renames the logs of an earlier run in `output_dir`, and says so."""
+        logs = [name for name in LOGS if (self.output / name).exists()]
+        for name, earlier in zip(logs, earlier_names(self.output, logs)):
+            os.replace(self.output / name, self.output / earlier)
+            self._say(f"Renamed {name} of an earlier run in {self.output} to {earlier}.")
 
     def _log(self) -> MetricLog:
         """Where metrics go; nowhere in all processes but the first."""
@@ -302,38 +315,65 @@ class Loop:
 
         return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
 
-    def _resume(self, wanted: str, means: RunningMean) -> bool:
-        """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._arrays())
-        parts = {name: jax.tree.structure(part) for name, part in self.state._asdict().items()}
+    def _find(self, wanted: str) -> tuple[Any, dict[str, Any], Any] | None:
+        """The checkpoint to go on from, as `find_and_restore` gives it, its arrays as a `TrainState`."""
+        shapes = self._shapes()
 
         def free():
             self.state = TrainState(None, None)
 
-        found = find_and_restore(wanted, self.checkpoints.folder, self.run, abstract, self._say, free, self.total_steps)
+        abstract = self._named_for_checkpoints(shapes)
+        folder = self.checkpoints.folder
+        found = find_and_restore(wanted, folder, self.run, abstract, self._say, free, self.total_steps)
         agreement.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
-            return False
+            return None
         path, notes, arrays = found
-        self.state = TrainState(
-            *(jax.tree.unflatten(where, jax.tree.leaves(arrays[part])) for part, where in parts.items())
+        parts = shapes._asdict().items()
+        return (
+            path,
+            notes,
+            TrainState(
+                *(jax.tree.unflatten(jax.tree.structure(part), jax.tree.leaves(arrays[name])) for name, part in parts)
+            ),
         )
+
+    def _go_on(self, path: Any, notes: Mapping[str, Any], state: TrainState, means: RunningMean) -> bool:
+        """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
+        self.state, self._lent = state, False
         self.done, self.skips = notes["step"], Skips(**notes["skips"])
         means.restore(notes["means"])
         self.checkpoints.read(path)
+        self.run_id = notes.get("run_id", "")
         if processes.is_first():
-            self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
+            if current_run(self.checkpoints.folder) in (None, self.run_id):
+                self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
+            else:  # the logs are of another run than the checkpoint
+                self._set_logs_aside()
+            set_current_run(self.checkpoints.folder, self.run_id)
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
         return notes["unmeasured"]
 
-    def _arrays(self) -> dict[str, Any]:
-        """The state as a checkpoint names it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
+    def _shapes(self) -> TrainState:
+        """The state that a run begins with, as shapes with their shardings."""
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._params())
+        optimizer = jax.eval_shape(self.optimizer.init, params)
+        if self._shardings is None:
+            here = jax.tree.leaves(params)[0].sharding
+            where = jax.tree.map(lambda _: here, optimizer)
+        else:
+            where = self._shardings.optimizer
+        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), optimizer, where)
+        return TrainState(params, placed)
+
+    def _named_for_checkpoints(self, state: TrainState) -> dict[str, Any]:
+        """A state, or its shapes, as checkpoints name it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
 
         def boxed(x):
             return {"value": x}
 
-        optimizer = optax.tree.map_params(self.optimizer, boxed, self.state.optimizer)
-        return {"params": jax.tree.map(boxed, self.state.params), "optimizer": optimizer}
+        optimizer = optax.tree.map_params(self.optimizer, boxed, state.optimizer)
+        return {"params": jax.tree.map(boxed, state.params), "optimizer": optimizer}
 
     @profile.as_host_part(profile.SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
@@ -349,11 +389,12 @@ class Loop:
             )
         notes = {
             "run": self.run,
+            "run_id": self.run_id,
             "means": means.state(),
             "skips": self.skips.state(),
             "unmeasured": self.unmeasured,
         }
-        self.checkpoints.save(self.done, self._arrays(), notes, student)
+        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), notes, student)
 
     def _leave(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
@@ -365,7 +406,8 @@ class Loop:
         where = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
         if not saved:
             where = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
-        self._say(f"{what} after {self.done} updates; {where}. --resume_from_checkpoint latest goes on.")
+        further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
+        self._say(f"{what} after {self.done} updates; {where}.{further}")
         raise KeyboardInterrupt if stop.asked == "interrupt" else Preempted
 
     def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
@@ -421,9 +463,8 @@ class Loop:
 
     def lend(self) -> Decoder:
         """The student's model as it stands now, to be kept as long as one likes: `train` leaves its arrays alone."""
-        model = self.student.model
-        self._lent.append(weakref.ref(model))
-        return model
+        self._lent = True
+        return self.student.model
 
     @property
     def student(self) -> Participant:
@@ -432,7 +473,7 @@ class Loop:
 
     def _params(self) -> Params:
         if self.state.params is None:
-            raise ValueError("the parameters went when a checkpoint could not be read; make a new trainer")
+            raise ValueError("the parameters were freed for a checkpoint that could not be read; make a new trainer")
         return self.state.params
 
     @profile.as_host_part(profile.SAVING)

@@ -9,13 +9,15 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
 from gold_jax.config import SFTConfig
 from gold_jax.text.chat import Codec
-from gold_jax.training.checkpoint import checkpoints_in
-from gold_jax.training.saves import BadCheckpoint, check_arrays, is_checkpoint, read_notes, restore
+from gold_jax.text.surface import backend_of
+from gold_jax.training.checkpoint import checkpoints_in, current_run, run_of
+from gold_jax.training.saves import BadCheckpoint, check_arrays, checksums, is_checkpoint, named, read_notes, restore
 
 # What may change between two parts of a run without a word: where and how often things are told, kept and sent.
 FREE = frozenset(
@@ -23,20 +25,21 @@ FREE = frozenset(
     "logging_steps logging_first_step log_completions log_completions_steps num_completions_to_print "
     "eval_strategy eval_steps eval_on_start predict_with_generate per_device_eval_batch_size "
     "save_strategy save_steps save_total_limit report_to run_name project trackio_space_id profile_steps "
-    "push_to_hub hub_model_id hub_private_repo trust_remote_code "
+    "push_to_hub hub_model_id hub_private_repo trust_remote_code shuffle_dataset pad_to_multiple_of "
     "mesh layout teacher_layout coordinator_address num_processes process_id process_timeout generation_batch_size "
     "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout rollout_weights_dir rollout_sync_first".split()
 )
 # What may change, but makes another run of it from there on: a line says so.
 TOLD = frozenset(
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type lr_scheduler_kwargs "
-    "warmup_ratio warmup_steps num_train_epochs max_steps bf16 gradient_checkpointing loss_chunk uld_sort pad_to_multiple_of "
+    "warmup_ratio warmup_steps num_train_epochs max_steps bf16 gradient_checkpointing loss_chunk uld_sort "
     "model_init_kwargs teacher_model_init_kwargs teacher_model_name_or_path teacher_model_revision "
     "teacher_tokenizer_name_or_path".split()
 )
-_TEACHER = ("the teacher's weights", "the teacher's template and tokenizer")
 _MICRO = "rows of a micro-batch"
-_DATA = "the training data"
+_DATA, _WEIGHTS = "the training data", "the teacher's weights"
+_TEACHER = (_WEIGHTS, "the teacher's template and tokenizer")
+_DIGESTS = (_DATA, "the student's template and tokenizer")
 
 
 def describe_run(
@@ -62,18 +65,20 @@ def describe_run(
 
 
 def describe_codec(whose: str, codec: Codec) -> dict[str, str]:
-    """A digest of what decides how texts become tokens: the template in force, the vocabulary, the stop tokens."""
-    entries = sorted(codec.tokenizer.get_vocab().items())
-    told = codec.template.source, codec.stop_ids, codec.special_tokens_in_prompts, entries
-    return {f"{whose}'s template and tokenizer": _digest(repr(told))}
+    """A digest of what decides how texts become tokens: template, tokenizer, stop tokens."""
+    backend = backend_of(codec.tokenizer)
+    if backend is None:
+        pipeline: Any = sorted(codec.tokenizer.get_vocab().items())
+    else:
+        # Calling a tokenizer sets its truncation and padding, which say nothing about it.
+        pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
+    return {f"{whose}'s template and tokenizer": _digest(repr((codec.template.source, codec.stop_ids, pipeline)))}
 
 
 def describe_weights(params: Any) -> str:
-    """A digest of a model's last norm and first embeddings, the same in hardly two models; empty where other hosts hold them."""
-    parts = params["final_norm"], params["embedding"][:16]
-    if not all(part.is_fully_addressable for part in parts):
-        return ""
-    return _digest(b"".join(np.asarray(part, np.float32).tobytes() for part in parts))
+    """The dtype of a model's parameters and a digest of all of them, whatever devices they lie on."""
+    dtype = jax.tree.leaves(params)[0].dtype
+    return f"{dtype} {_digest(np.asarray(checksums(named(params))).tobytes())}"
 
 
 def _digest(content: str | bytes) -> str:
@@ -98,9 +103,18 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
     for name in now:
         if name in FREE or name == _MICRO or name not in saved or saved[name] == now[name]:
             continue  # a setting that the checkpoint does not know came after it
+        if name == _WEIGHTS and saved[name].split()[0] != now[name].split()[0]:
+            continue  # kept in another precision, which --bf16 tells
         shown = f"--{name}" if " " not in name else name
         if name in TOLD or name in _TEACHER or _harmless(name, saved, now):
-            lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
+            if name in _TEACHER:
+                lines.append(
+                    f"{name} {'differ' if name == _WEIGHTS else 'differs'} from what the checkpoint was saved with"
+                )
+            else:
+                lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
+        elif name in _DIGESTS:
+            wrong.append(f"{name} differ{'s' if name != _DATA else ''} from what it was saved with")
         else:
             wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")
     if wrong:
@@ -149,15 +163,25 @@ def find_and_restore(
       FileNotFoundError: there is nothing at this path.
       ValueError: the checkpoint is of another run or model, or none of those found is whole.
     """
-    named = wanted != "latest"
-    where = epath.Path(wanted if named else folder)
-    if named and not where.is_dir():
+    by_name = wanted != "latest"
+    where = epath.Path(wanted if by_name else folder)
+    if by_name and not where.is_dir():
         raise FileNotFoundError(
             f"--resume_from_checkpoint names {wanted}, which is not a folder; it must be a checkpoint's, or latest"
         )
-    found = [where] if named and is_checkpoint(where) else checkpoints_in(where)
+    found = [where] if by_name and is_checkpoint(where) else checkpoints_in(where)
+    current = None if by_name else current_run(where)
+    if current is not None:
+        earlier = [path.name for path in found if run_of(path) not in (None, current)]
+        found = [path for path in found if path.name not in earlier]
+        if earlier and not found:
+            say(
+                f"The run that was started last has no checkpoint in {where} yet: it begins anew. Those of earlier runs are passed "
+                f"over ({', '.join(sorted(earlier)[:5])}); --resume_from_checkpoint {where / earlier[0]} goes on from one."
+            )
+            return None
     if not found:
-        if named:
+        if by_name:
             raise FileNotFoundError(f"--resume_from_checkpoint names {wanted}, which holds no folder checkpoint-STEP")
         say(f"There is no checkpoint in {where} yet: the run begins anew.")
         return None

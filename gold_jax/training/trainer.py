@@ -54,8 +54,8 @@ class SFTTrainer:
       dataset_name: what the data set is called, for the model card.
 
     Attributes:
-      student: the model being trained and its codec.
-      log_history: every logged line, oldest first.
+      student: the name and the codec of the model being trained; see `model`.
+      log_history: every logged line of the last `train`, oldest first.
     """
 
     method = "supervised fine-tuning"
@@ -146,7 +146,7 @@ class SFTTrainer:
             learns_calls=counted != "completion",
         )
         if self.eval_examples is not None:
-            check_evaluation(self.eval_examples, self.student.codec)
+            self.notices += check_evaluation(self.eval_examples, self.student.codec)
         self.notices += checked.notices
         batch_size = a.per_device_train_batch_size * self.shards
         windows = TokenWindows(
@@ -365,7 +365,7 @@ class GOLDTrainer(SFTTrainer):
             teacher_context=a.teacher_context,
         )
         if self.eval_examples is not None:
-            check_evaluation(self.eval_examples, student.codec, teacher.codec)
+            self.notices += check_evaluation(self.eval_examples, student.codec, teacher.codec)
         self.notices += checked.notices + no_effect.notices(a, self.spec, evaluates=self.eval_examples is not None)
         self.teacher_name = teacher.name
         engine, notices = completion_server(a, student.model.config.vocab_size, self.dtype)
@@ -393,6 +393,9 @@ class GOLDTrainer(SFTTrainer):
             "the teacher's weights": describe_weights(teacher_params),
         }
         teacher = teacher._replace(model=None)  # from here on the constants hold its parameters
+        # To write, it needs them as they were: of a head that was reordered, that is a second one.
+        writes = a.seq_kd and a.lmbda < 1
+        teacher_model = (teacher_graph, teacher_params) if writes else None
         del teacher_params
         student_graph, student_params = self._take_student()
         loss = make_distillation_loss(
@@ -416,7 +419,7 @@ class GOLDTrainer(SFTTrainer):
             top_p=a.top_p,
             seed=a.seed,
             generation_batch_size=a.generation_batch_size or 32 * self.shards,
-            teacher_model=(teacher_graph, restore_teacher(teacher_graph, constants, vocabulary)) if a.seq_kd else None,
+            teacher_model=teacher_model,
             teacher_context=a.teacher_context,
             engine=engine,
             sync=None if engine is None else engine.sync,
@@ -424,8 +427,8 @@ class GOLDTrainer(SFTTrainer):
         )
 
         def teacher_score():
-            params = restore_teacher(teacher_graph, constants, vocabulary)
-            whole = teacher._replace(model=merge(teacher_graph, params))
+            value = teacher_model or (teacher_graph, restore_teacher(teacher_graph, constants, vocabulary))
+            whole = teacher._replace(model=merge(*value))
             return measures(whole, measurable(self.eval_examples), a, a.max_completion_length)
 
         task = Task(

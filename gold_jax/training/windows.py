@@ -328,10 +328,24 @@ def check_examples(
       ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
     """
     digest, unread = hashlib.sha256(), collections.Counter()
-    kept, long, calls, blank, markup = [], 0, 0, 0, []
-    # Nothing is drawn after no token at all.
-    mute = student_writes and len(codec.encode_prompt("")) == 0
-    mute_teacher = teacher_writes and len(teacher.encode_prompt("")) == 0
+    kept, long, calls, empty, markup = [], 0, 0, collections.Counter(), []
+    # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
+    writers = {"student": codec if student_writes else None, "teacher": teacher if teacher_writes else None}
+    writers = {who: writer for who, writer in writers.items() if writer and not len(writer.encode_prompt(""))}
+
+    def cannot_write(e: Example) -> str | None:
+        """Who would have to write after no token."""
+        for who, writer in writers.items():
+            context = who == "teacher" and (teacher_context or e.teacher_context)
+            if (
+                isinstance(e.prompt, str)
+                and not e.prompt.strip()
+                and not context
+                and not len(writer.encode_prompt(e.prompt))
+            ):
+                return who
+        return None
+
     for i, e in enumerate(examples):
         unread.update(e.unread)
         if need_completion and e.completion is None:
@@ -339,8 +353,8 @@ def check_examples(
         if need_completion and e.calls_tools and not learns_calls:
             calls += 1
             continue
-        if e.prompt == "" and (mute or mute_teacher and not (teacher_context or e.teacher_context)):
-            blank += 1
+        if unable := cannot_write(e):
+            empty[unable] += 1
             continue
         text, *_ = _renderings(e, f"row {i} of the data set", codec, teacher)
         if isinstance(e.prompt, str) and not codec.special_tokens_in_prompts and codec.special_strings_in(e.prompt):
@@ -352,7 +366,6 @@ def check_examples(
                 continue
         kept.append(i)
         digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-    whose = "student" if mute else "teacher"
     left_out = [
         (
             long,
@@ -360,10 +373,13 @@ def check_examples(
             "raise --max_prompt_length or --max_length, or lower --max_completion_length",
         ),
         (calls, "whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
-        (
-            blank,
-            f"without a prompt, before which the {whose}'s tokenizer puts no token, so that nothing can be drawn",
-            "--lmbda 0 without --seq_kd learns them",
+        *(
+            (
+                count,
+                f"without a prompt, before which the {who}'s tokenizer puts no token, so that nothing can be drawn",
+                "--lmbda 0 without --seq_kd learns them",
+            )
+            for who, count in empty.items()
         ),
     ]
     left_out = [found for found in left_out if found[0]]
@@ -378,7 +394,7 @@ def check_examples(
             "as plain text; --special_tokens_in_prompts reads it as the token"
         )
     if unread:
-        shown = ", ".join(f"{name!r} ({count} rows)" for name, count in unread.most_common(8))
+        shown = ", ".join(f"{name!r} (rows: {count:,})" for name, count in unread.most_common(8))
         more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
         notices.append(f"columns of the data that nothing reads: {shown}{more}")
     return CheckedRows(kept, notices, digest.hexdigest())
@@ -389,8 +405,11 @@ def measurable(examples: Sequence[Example]) -> list[Example]:
     return [e for e in examples if e.completion is not None and not e.calls_tools]
 
 
-def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> None:
+def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> list[str]:
     """Makes sure, before the first update, that there is something to evaluate on and that every template takes it.
+
+    Returns:
+      A notice about rows that cannot be measured.
 
     Raises:
       ValueError: no row has a completion, or a chat template refuses one.
@@ -402,6 +421,10 @@ def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> None
             measured += 1
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
+    missing = len(examples) - measured
+    if not missing:
+        return []
+    return [f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"]
 
 
 def _renderings(example: Example, where: str, *codecs: Codec | None) -> list[str]:

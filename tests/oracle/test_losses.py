@@ -66,7 +66,7 @@ MORE_ALONE = [
 
 def slow(given: dict):
     """The same setting, marked slow."""
-    return pytest.param(given, marks=pytest.mark.slow)
+    return pytest.param(given, marks=pytest.mark.long)
 
 
 def in_words(given: dict) -> str:
@@ -96,7 +96,7 @@ MORE = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("given", GRID, ids=in_words)
 def test_every_point_of_the_grid_with_further_settings_means_what_the_mathematics_say(given, tmp_path):
     for more in MORE:
@@ -194,26 +194,26 @@ def test_student_and_teacher_may_change_places(loss, tmp_path):
     cases.assert_evaluates(tmp_path, {"loss": loss}, pair=pair, student=cases.TEACHER, teacher=cases.STUDENT)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("given", [{"uld_sort": "xla"}, {"uld_sort": "host", "loss": "uld"}], ids=in_words)
 def test_who_sorts_changes_no_value(given, tmp_path):
     cases.assert_evaluates(tmp_path, given)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_of_an_evaluation_are_normalised_together_however_many_are_read_at_once(tmp_path):
     cases.assert_evaluates(tmp_path, {"uld_crossentropy_weight": 0.5}, per_device_eval_batch_size=3)
     cases.assert_evaluates(tmp_path, {"normalization": "row_mean"}, per_device_eval_batch_size=3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("attention", ["plain", "blockwise"])
 def test_how_attention_is_computed_changes_no_value(attention, tmp_path):
     options = {"attn_implementation": attention}
     cases.assert_evaluates(tmp_path, {}, model_init_kwargs=options, teacher_model_init_kwargs=options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_computing_in_bfloat16_stays_near(tmp_path):
     wanted = o.Pair(cases.student(), cases.teacher()).evaluate(cases.examples())
     found = cases.measured(tmp_path, cases.ROWS, bf16=True)

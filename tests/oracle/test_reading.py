@@ -14,7 +14,7 @@ CHATTY = [cases.ROWS[0], cases.ROWS[1], cases.ROWS[2]]
 
 
 @pytest.mark.parametrize(
-    "context", ["Say it in words.", pytest.param("Two\nlines", marks=pytest.mark.slow)]
+    "context", ["Say it in words.", pytest.param("Two\nlines", marks=pytest.mark.long)]
 )  # fmt: skip
 def test_a_teacher_s_context_comes_before_that_of_a_row(context, tmp_path):
     cases.assert_evaluates(tmp_path, {"teacher_context": context})
@@ -22,7 +22,7 @@ def test_a_teacher_s_context_comes_before_that_of_a_row(context, tmp_path):
 
 @pytest.mark.parametrize(
     "rows",
-    [pytest.param([cases.ROWS[7]], marks=pytest.mark.slow), [cases.ROWS[4], cases.ROWS[7]]],
+    [pytest.param([cases.ROWS[7]], marks=pytest.mark.long), [cases.ROWS[4], cases.ROWS[7]]],
     ids=["alone", "with a plain one"],
 )
 def test_a_text_after_a_context_is_no_text_from_its_beginning_to_the_teacher(rows, tmp_path):
@@ -32,7 +32,7 @@ def test_a_text_after_a_context_is_no_text_from_its_beginning_to_the_teacher(row
     cases.assert_evaluates(tmp_path, {"loss": "events"}, rows=rows, pair=pair, **options)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_another_column_may_hold_the_text(tmp_path):
     rows = [{"story": "Then Felix walked home."}, {"story": "The farmer was tired.", "text": "nothing"}]
     found = cases.measured(tmp_path, rows, dataset_text_field="story")
@@ -46,7 +46,7 @@ MARKED = [
 ]
 
 
-@pytest.mark.parametrize("read", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("read", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_special_tokens_in_plain_prompts_are_tokens_where_that_is_asked_for(read, tmp_path):
     pair = cases.student(markup=read), cases.teacher(markup=read)
     cases.assert_evaluates(tmp_path, {}, rows=MARKED, pair=pair, special_tokens_in_prompts=read)
@@ -85,10 +85,10 @@ def brief_pair(tmp_path_factory):
 @pytest.mark.parametrize(
     "given, student, teacher",
     [
-        pytest.param({"template_kwargs": {"brief": "short"}}, "short", "short", marks=pytest.mark.slow),
+        pytest.param({"template_kwargs": {"brief": "short"}}, "short", "short", marks=pytest.mark.long),
         ({"template_kwargs": {"brief": "short"}, "teacher_template_kwargs": {"brief": "long"}}, "short", "long"),
         ({"template_kwargs": {"brief": "short"}, "teacher_template_kwargs": {}}, "short", None),
-        pytest.param({"teacher_template_kwargs": {"brief": "long"}}, None, "long", marks=pytest.mark.slow),
+        pytest.param({"teacher_template_kwargs": {"brief": "long"}}, None, "long", marks=pytest.mark.long),
     ],
     ids=["for both", "for each", "none for the teacher", "for the teacher alone"],
 )
@@ -117,7 +117,7 @@ def test_another_chat_template_is_the_student_s_alone(tmp_path):
     cases.assert_evaluates(tmp_path, {}, pair=pair, chat_template_path=str(path))
 
 
-@pytest.mark.parametrize("loss", ["gold", pytest.param("events", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["gold", pytest.param("events", marks=pytest.mark.long)])
 def test_another_end_token_ends_the_student_s_turns_and_counts_as_one_with_the_old(loss, tmp_path):
     pair = o.Side(cases.STUDENT, o.student_style, ["<question>", "</s>"], leads=True), cases.teacher()
     given = {"loss": loss, "beta": 0.0, "uld_crossentropy_weight": 1.0}
@@ -151,7 +151,7 @@ def test_weights_are_rounded_when_they_are_read_where_dtype_says_so(rounded, exa
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "auto"])
 def test_training_keeps_float32_weights_however_they_were_read(dtype, exact, tmp_path):
     data = cases.write_rows(tmp_path / "rows.jsonl", CHATTY[:1])
@@ -173,7 +173,7 @@ def test_training_keeps_float32_weights_however_they_were_read(dtype, exact, tmp
     assert cases.differences(found[1], pair.evaluate(rows, weights)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_tokenizer_of_the_teacher_s_may_lie_elsewhere(tmp_path):
     other = cases.copied(cases.TEACHER, tmp_path / "teacher")
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

@@ -55,7 +55,7 @@ def test_a_student_s_own_completions_keep_the_tokens_that_it_drew(tmp_path):
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("loss", ["events", "alm", "uld", "strict"])
 def test_every_loss_learns_from_what_the_student_wrote(loss, tmp_path):
     pair = o.Pair(cases.student(), cases.teacher(), {"loss": loss})
@@ -63,14 +63,14 @@ def test_every_loss_learns_from_what_the_student_wrote(loss, tmp_path):
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_completion_that_is_cut_by_its_limit_has_no_stop_token(tmp_path):
     found, wanted, made = written(tmp_path, o.Pair(cases.student(), cases.teacher()), "student", limit=6)
     assert not any(row.stopped for row in made)
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_reverse_kl_has_the_log_ratio_for_its_value_and_the_policy_gradient(tmp_path):
     pair = o.Pair(cases.student(), cases.teacher(), {"loss": "reverse_kl"})
     found, wanted, made = written(tmp_path, pair, "student", "--loss", "reverse_kl")
@@ -103,7 +103,7 @@ def test_what_the_teacher_wrote_is_learned_as_the_student_s_tokenizer_writes_it(
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_sequence_level_distillation_is_cross_entropy_on_what_the_teacher_wrote(tmp_path):
     given = {"uld_crossentropy_weight": 1.0, "uld_distillation_weight": 0.0}
     pair = o.Pair(cases.student(), cases.teacher(), given)
@@ -112,7 +112,7 @@ def test_sequence_level_distillation_is_cross_entropy_on_what_the_teacher_wrote(
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_teacher_writes_with_its_context_before_it(tmp_path):
     pair = o.Pair(cases.student(), cases.teacher(), {"teacher_context": "Say it in words."})
     found, wanted, _ = written(tmp_path, pair, "teacher", "--teacher_context", "Say it in words.")
@@ -138,7 +138,7 @@ def test_groups_with_an_unknown_token_of_the_data_do_not_count(lacking, tmp_path
     cases.assert_evaluates(tmp_path, {}, rows=PROMPTS, pair=pair, student=lacking)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_groups_with_an_unknown_token_in_what_the_teacher_wrote_do_not_count(lacking, tmp_path):
     pair = o.Pair(o.Side(lacking, o.student_style, ["</s>"], leads=True), cases.teacher())
     found, wanted, made = written(tmp_path, pair, "teacher", student=str(lacking))
@@ -146,7 +146,7 @@ def test_groups_with_an_unknown_token_in_what_the_teacher_wrote_do_not_count(lac
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_update_s_share_of_own_completions_follows_lmbda_seed_and_step(tmp_path):
     data = cases.write_rows(tmp_path / "rows.jsonl", PROMPTS * 2)
     found = cases.trained(
@@ -165,7 +165,7 @@ def test_an_update_s_share_of_own_completions_follows_lmbda_seed_and_step(tmp_pa
         assert cases.differences(line, {"loss": total, **parts}) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_prompt_is_answered_num_generations_times(tmp_path):
     data = cases.write_rows(tmp_path / "rows.jsonl", [*PROMPTS, cases.ROWS[0]])
     found = cases.trained(
@@ -215,7 +215,7 @@ def test_gaps_are_what_either_model_pays_for_either_s_text(tmp_path):
     assert cases.differences({name: getattr(found, name) for name in wanted}, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_exact_matches_are_counted_of_greedy_completions(tmp_path):
     teacher = cases.teacher()
     rows = [*PROMPTS, {"prompt": [cases.user("Please spell 7.")], "completion": "no"}]

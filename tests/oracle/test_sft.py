@@ -16,7 +16,7 @@ MODES = {"completion": {}, "assistant": {"assistant_only_loss": True}, "all": {"
 ROWS = [cases.ROWS[0], cases.ROWS[1], cases.ROWS[2], cases.ROWS[3], cases.ROWS[4]]
 
 
-@pytest.mark.parametrize("max_length", [pytest.param(None, marks=pytest.mark.slow), 24])
+@pytest.mark.parametrize("max_length", [pytest.param(None, marks=pytest.mark.long), 24])
 @pytest.mark.parametrize("learned", MODES)
 def test_each_mode_learns_what_it_says_up_to_the_longest_length(learned, max_length, tmp_path):
     from gold_jax import SFTConfig, SFTTrainer
@@ -32,7 +32,7 @@ def test_each_mode_learns_what_it_says_up_to_the_longest_length(learned, max_len
     assert cases.differences(found, wanted) == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("learned", MODES)
 def test_updates_of_fine_tuning_are_adamw_s(learned, tmp_path):
     from gold_jax import sft

@@ -97,7 +97,7 @@ MORE = {
 
 
 @pytest.mark.parametrize(
-    "name", [*SETTINGS, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)], ids=lambda name: name
+    "name", [*SETTINGS, *(pytest.param(name, marks=pytest.mark.long) for name in MORE)], ids=lambda name: name
 )
 def test_three_updates_are_adamw_s_on_the_gradient_of_the_loss(name, tmp_path):
     given = SETTINGS.get(name) or {"per_device_train_batch_size": 2, "learning_rate": 1e-4} | MORE[name]
@@ -131,7 +131,7 @@ QUESTIONS = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_epoch_ends_with_the_rows_that_are_left_and_the_next_is_shuffled_anew(tmp_path):
     given = {"per_device_train_batch_size": 2, "learning_rate": 1e-4, "seed": 11}
     rows = [{"messages": [cases.user(q), cases.assistant(a)]} for q, a in QUESTIONS]
@@ -145,7 +145,7 @@ def test_an_epoch_ends_with_the_rows_that_are_left_and_the_next_is_shuffled_anew
     assert [cases.differences(line, right) for line, right in zip(found, wanted)] == [[]] * 5
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_rows_with_a_long_prompt_are_left_out_of_training_alone(tmp_path):
     given = {"per_device_train_batch_size": 5, "learning_rate": 0.0, "max_prompt_length": 9}
     rows = [{"messages": [cases.user(q), cases.assistant(a)]} for q, a in QUESTIONS]

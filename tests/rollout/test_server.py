@@ -7,7 +7,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from gold_jax import GOLDConfig, GOLDTrainer
+from gold_jax import GOLDConfig, GOLDTrainer, no_effect
 from gold_jax.models.weights import load_model
 from gold_jax.rollout.client import ATTEMPTS, Client, ServerError
 from gold_jax.rollout.sampler import SamplingEngine
@@ -164,6 +164,9 @@ def test_weights_are_pushed_when_the_servers_are_so_many_updates_old(server, stu
     assert [step for step in (0, 1, 2, 4, 5, 6, 7, 20, 21) if at.sync(model, step)] == [0, 4, 7, 20]
     assert server.paths().count(RELOAD[server.kind]) == 4
 
+    held = engine(server, tmp_path, sync_every=2, sync_first=False)
+    assert [step for step in range(5) if held.sync(model, step)] == [2, 4]
+
 
 def test_updates_that_are_counted_anew_are_pushed_again(server, student, tmp_path):
     at = engine(server, tmp_path, sync_every=3)
@@ -172,8 +175,6 @@ def test_updates_that_are_counted_anew_are_pushed_again(server, student, tmp_pat
     assert not at.sync(model, 1)
     at.restart()
     assert at.sync(model, 1)
-    held = engine(server, tmp_path, sync_every=2, sync_first=False)
-    assert [step for step in range(5) if held.sync(model, step)] == [2, 4]
 
 
 def test_a_push_leaves_one_whole_folder_under_a_name_of_its_own(server, student, tmp_path, monkeypatch):
@@ -437,8 +438,9 @@ def test_a_server_is_used_only_where_it_is_asked_for():
 
 
 def test_server_flags_without_a_server_are_noted():
-    (notice,) = GOLDConfig(vllm_server_port=8000, rollout_server="sglang").notices
-    assert notice.startswith("--vllm_server_port, --rollout_server: no effect")
+    settings = GOLDConfig(vllm_server_port=8000, rollout_server="sglang")
+    (notice,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    assert notice.startswith("--vllm_server_port, --rollout_server: no effect without --use_vllm --vllm_mode server")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
+from flax import nnx
 from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, load_model, save_model
 from gold_jax.models.functional import split
+from gold_jax.training.step import Step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
@@ -95,7 +97,7 @@ def test_a_later_run_in_a_folder_keeps_the_logs_of_an_earlier_one_and_says_so(tw
     trainer, between, output = twice
     assert steady(lines(output / "metrics.1.jsonl")) == between["log"]
     assert steady(lines(output / "metrics.jsonl")) == steady(trainer.log_history)
-    assert "is an earlier run's: it is called metrics.1.jsonl from now on" in trainer.console.export_text(clear=False)
+    assert "Renamed metrics.jsonl of an earlier run" in trainer.console.export_text(clear=False)
 
 
 def test_going_on_from_a_checkpoint_is_the_same_for_a_trainer_that_has_trained(pair, tmp_path):
@@ -127,11 +129,70 @@ def test_settings_that_were_handed_over_stay_the_callers_and_the_trainers_stay_i
         trainer.args.lmbda = 1.0
 
 
-def test_a_model_that_a_trainer_gives_is_its_own(pair, tmp_path):
-    trainer = gold(pair, tmp_path / "out")
-    model, before = trainer.model, trainer.evaluate()
+def test_a_model_that_a_trainer_gives_lasts_and_is_its_own(pair, tmp_path):
+    trainer = gold(pair, tmp_path / "out", evaluation=None)
+    # The module, its state without it, and one array.
+    model, state, embedding = trainer.model, nnx.state(trainer.model), trainer.model.embedding[...]
+    before = arrays(trainer)
+    trainer.train()
+    trainer.train()
+    assert same([np.array(x) for x in jax.tree.leaves(nnx.state(model))], before)
+    assert same([np.array(x) for x in jax.tree.leaves(state)], before)
+    np.testing.assert_array_equal(embedding, model.embedding[...])
+    model = trainer.model
+    before = arrays(trainer)
     model.final_norm[...] = 0 * model.final_norm[...]
-    assert trainer.evaluate() == before
+    assert same(arrays(trainer), before)
+
+
+def crashing(monkeypatch):
+    """Lets the first update of a run go wrong."""
+
+    def crash(self, *arguments):
+        raise OSError("the device is gone")
+
+    monkeypatch.setattr(Step, "train", crash)
+
+
+def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earlier_one(pair, tmp_path, monkeypatch):
+    trainer = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
+    trainer.train()
+    between, log = arrays(trainer), steady(trainer.log_history)
+    with monkeypatch.context() as patch:
+        crashing(patch)
+        with pytest.raises(OSError, match="the device is gone"):
+            trainer.train()
+    assert same(arrays(trainer), between)
+    trainer.train(resume_from_checkpoint=True)  # the second run has saved nothing
+    said = trainer.console.export_text()
+    assert "The run that was started last has no checkpoint" in said and "it begins anew" in said
+    fresh = gold(pair, tmp_path / "fresh", evaluation=None)
+    fresh.train()
+    fresh.train()
+    assert same(arrays(trainer), arrays(fresh))
+    # By its name the checkpoint of the first run is to be had; its log is another than that which lies there now.
+    first = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
+    for path in (tmp_path / "out").glob("checkpoint-*"):
+        notes = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(notes | {"run_id": "another"}))
+    first.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
+    assert [row["step"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [2]
+    assert log[1]["step"] == 2
+
+
+@pytest.mark.parametrize("wanted", ["missing", "further"])
+def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, pair, tmp_path):
+    trainer = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
+    trainer.train()
+    before, log = arrays(trainer), trainer.log_history
+    path = tmp_path / "nothing"
+    if wanted == "further":
+        path = tmp_path / "out" / "checkpoint-1"
+        notes = json.loads((path / "run.json").read_text())
+        (path / "run.json").write_text(json.dumps(notes | {"step": 9}))
+    with pytest.raises((FileNotFoundError, ValueError), match="nothing|has seen 9 updates, and this run makes 2"):
+        trainer.train(resume_from_checkpoint=str(path))
+    assert same(arrays(trainer), before) and trainer.log_history == log
 
 
 @pytest.mark.parametrize("settings", [{"eval_strategy": "steps"}, {"eval_strategy": "epoch"}, {"eval_on_start": True}])

@@ -260,7 +260,7 @@ def test_fewer_updates_than_the_checkpoint_has_seen_are_refused(world, finished,
 def test_checkpoints_may_lie_elsewhere(world, finished, tmp_path):
     elsewhere = tmp_path / "bucket"
     sft(world, tmp_path / "out", checkpoint_dir=str(elsewhere), save_total_limit=1).train()
-    assert [path.name for path in elsewhere.iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in elsewhere.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     trainer = sft(world, tmp_path / "another", checkpoint_dir=str(elsewhere))
     trainer.train("latest")
@@ -426,7 +426,7 @@ def test_another_teacher_is_told(distilled, tmp_path):
     teacher = tiny.write_model(tmp_path / "teacher", "qwen3", tiny.teacher_tokenizer(), seed=5)
     trainer = made(folder, teacher=teacher)
     trainer.train("latest")
-    assert "resumed with another the teacher's weights" in " ".join(trainer.console.export_text().split())
+    assert "the teacher's weights differ from what the checkpoint was saved with" in trainer.console.export_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):

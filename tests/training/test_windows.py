@@ -117,7 +117,7 @@ def test_special_strings_in_plain_prompts_are_told():
 def test_columns_that_nothing_reads_are_told_with_the_number_of_their_rows():
     data = examples({"prompt": "x", "completion": "y", "response": "z"}, {"prompt": "x", "completion": "y"})
     (notice,) = check_examples(data, codec(), budget=None, need_completion=None).notices
-    assert notice == "columns of the data that nothing reads: 'response' (1 rows)"
+    assert notice == "columns of the data that nothing reads: 'response' (rows: 1)"
 
 
 def test_rows_without_a_prompt_are_left_out_where_nothing_could_be_drawn_after_no_token():
