@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import pathlib
+import re
 
 import pytest
 
@@ -53,7 +54,6 @@ COMPARED = {
     "completion_only_loss": MODE,
     "assistant_only_loss": MODE,
     "eos_token": "test_reading.test_another_end_token_ends_the_student_s_turns_and_counts_as_one_with_the_old",
-    "pad_to_multiple_of": UPDATE,
     "model_init_kwargs": ROUNDED,
     "loss_chunk": LOSS,
     "teacher_model_name_or_path": UPDATE,
@@ -96,7 +96,8 @@ REASONS = {
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",
-    "shuffle_dataset": "Rows come in shuffled order in any case, and nothing reads the flag.",
+    "pad_to_multiple_of": "Lengths are padded to buckets in any case, nothing reads the flag, and a run says so.",
+    "shuffle_dataset": "Rows come in shuffled order in any case, and nothing reads the flag, and a run says so.",
     "trust_remote_code": "It lets a tokenizer run code of its own; the embedded ones have none.",
     "top_p": "It bounds draws, which depend on JAX's keys: see the tests of drawing.",
     "generation_batch_size": "It splits sampling into calls, and a row's draws do not depend on the others.",
@@ -134,8 +135,8 @@ def test_the_table_names_no_setting_that_is_gone():
 
 
 @pytest.mark.parametrize("name", sorted(COMPARED))
-def test_a_test_that_compares_a_setting_mentions_it(name):
-    # Whoever reads the table finds the setting in the test's module, or in what that runs.
+def test_a_test_that_compares_a_setting_sets_it(name):
+    """As a key, a keyword or a flag, in the test's module or in what that runs."""
     folder = pathlib.Path(__file__).parent
     text = "".join((folder / file).read_text() for file in (f"{COMPARED[name].split('.')[0]}.py", "cases.py"))
-    assert name in text
+    assert re.search(rf"""["']{name}["']\s*[:\]]|(?<!\w){name}=|--{name}(?!\w)""", text)

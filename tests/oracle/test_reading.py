@@ -1,7 +1,5 @@
 """What a run reads: rows, templates, contexts, special tokens, weights."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -180,4 +178,3 @@ def test_a_tokenizer_of_the_teacher_s_may_lie_elsewhere(tmp_path):
         (other / name).unlink()
     found = cases.measured(tmp_path / "out", CHATTY, teacher=other, teacher_tokenizer_name_or_path=str(cases.TEACHER))
     assert cases.differences(found, o.Pair(cases.student(), cases.teacher()).evaluate(cases.examples(CHATTY))) == []
-    assert json.dumps(found)
