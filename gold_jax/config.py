@@ -11,7 +11,7 @@ import dataclasses
 import math
 from typing import Any
 
-from .fields import Settings, check_fields, flag, flags_dataclass, read_attention, read_load_options
+from .fields import Settings, check_fields, check_folder, flag, flags_dataclass, read_attention, read_load_options
 from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
 from .mesh_flags import LAYOUTS, MeshFlags
 from .rules import RULES, SCHEDULES
@@ -169,6 +169,10 @@ class SFTConfig(MeshFlags, Settings):
 
     def _check(self) -> None:
         self.check_mesh()
+        for name in ("output_dir", "checkpoint_dir", "resume_from_checkpoint"):
+            check_folder(name, getattr(self, name))
+        if self.seed >= 2**63:
+            raise ValueError(f"--seed is {self.seed}; it must be smaller than 2**63.")
         if "://" in self.output_dir:
             raise ValueError(
                 f"--output_dir is {self.output_dir!r}; it must be a local folder. --checkpoint_dir may be in a bucket."

@@ -90,7 +90,7 @@ class Settings:
         notices = changes.pop("notices", self.notices)
         own = {names.get(name, name): value for name, value in changes.items()}
         fresh = type(self)(**(copy.deepcopy(self._named) | own))
-        fresh.notices = list(dict.fromkeys([*notices, *fresh.notices]))
+        _set(fresh, notices=list(dict.fromkeys([*notices, *fresh.notices])))
         return fresh
 
     def frozen_copy(self):
@@ -233,6 +233,12 @@ def read_value(cls: type, name: str, value: Any) -> Any:
     if choices and value not in choices:
         raise ValueError(f"--{name} is {value!r}; it must be one of {', '.join(choices)}.")
     return value
+
+
+def check_folder(name: str, value: str | None) -> None:
+    """Raises ValueError where a folder is named by an empty text, which would be the current one."""
+    if value is not None and not value.strip():
+        raise ValueError(f"--{name} is {value!r}; it must name a folder.")
 
 
 def _read_dict(value: Any) -> dict:

@@ -59,7 +59,7 @@ def read_args(argv: Sequence[str], *dataclass_types: type, prog: str = "gold_jax
                 if name in owner:
                     own = field_names(owner[name])[name]
                     if own in from_file and from_file[own][1] == path:
-                        raise ValueError(f"{own} is there twice, once as {name}; give it once.")
+                        raise ValueError(f"{name!r} sets {own}, which is there already; give it once.")
                     from_file[own] = (read_value(owner[name], own, value), path)
                 elif name in ANSWERS:
                     # the command line may have switched it off
@@ -109,20 +109,24 @@ def _split(argv: list[str]) -> tuple[dict[str, list[str]], list[str], bool]:
 def _canonical(given: Mapping[str, list[str]], owner: Mapping[str, type], notices: list[str]) -> dict[str, str]:
     """Field name to its text; flags of other projects become notices."""
     canonical: dict[str, str] = {}
+    said: dict[str, str] = {}  # the flag that each field was set by
+
+    def settle(flag: str, own: str, text: str) -> None:
+        if own in said:
+            raise FlagError(f"--{flag} and --{said[own]} are one setting; give it once.")
+        canonical[own], said[own] = text, flag
+
     for name, values in given.items():
         positive = name.removeprefix("no_")
         if name in owner:
             own = field_names(owner[name])[name]
-            if own in canonical:
-                other = next(n for n in given if n != name and n in owner and field_names(owner[n])[n] == own)
-                raise FlagError(f"--{name} and --{other} are one setting; give it once.")
-            canonical[own] = _text(name, values, kinds(owner[name], own))
+            settle(name, own, _text(name, values, kinds(owner[name], own)))
         elif name in ANSWERS:
             notices += answer(name, " ".join(values) if values else True)
         elif positive in owner and bool in kinds(owner[positive], field_names(owner[positive])[positive]):
             if values:
                 raise FlagError(f"--{name} takes no value, but {values[0]!r} follows it.")
-            canonical[field_names(owner[positive])[positive]] = "false"
+            settle(name, field_names(owner[positive])[positive], "false")
         elif positive not in ANSWERS:  # what this project has not need not be switched off
             near = nearest(name, [*owner, *ANSWERS, "config"], prefix="--") or "; --help lists all"
             raise FlagError(f"there is no flag --{name}{near}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .loss_spec import LossSpec
@@ -117,6 +117,11 @@ _DISTILLATION = (
 )  # fmt: skip
 
 
+def fields(args: Any, spec: LossSpec | None = None, *, evaluates: bool) -> frozenset[str]:
+    """The settings that change nothing, whether or not somebody named them. Arguments as `notices`."""
+    return frozenset(name for names, _ in _without_effect(_Run(args, spec, evaluates)) for name in names)
+
+
 def notices(args: Any, spec: LossSpec | None = None, *, evaluates: bool) -> list[str]:
     """A line for each group of settings that somebody named and that change nothing.
 
@@ -127,17 +132,21 @@ def notices(args: Any, spec: LossSpec | None = None, *, evaluates: bool) -> list
       spec: the loss; None where there is no teacher.
       evaluates: whether there are rows to evaluate on.
     """
-    run = _Run(args, spec, evaluates)
     off = {f.name for f in dataclasses.fields(args) if not getattr(args, f.name) and getattr(args, f.name) == f.default}
     lines: dict[str, list[str]] = {}
-    for names, matters, words in (*_ALWAYS, *(_SFT if spec is None else _DISTILLATION)):
-        if not matters(run):
-            if spec is not None:
-                words = words.format(loss=f"loss {spec.name} ({spec.merge}/{spec.groups}/{spec.compare})")
-            found = [name for name in names.split() if name in args.given - off]
-            lines.setdefault(words, []).extend(found)
+    for names, words in _without_effect(_Run(args, spec, evaluates)):
+        lines.setdefault(words, []).extend(name for name in names if name in args.given - off)
     return [
         f"{', '.join(f'--{name}' for name in dict.fromkeys(names))}: {words}."
         for words, names in lines.items()
         if names
     ]
+
+
+def _without_effect(run: _Run) -> Iterator[tuple[list[str], str]]:
+    """Settings without an effect, and why."""
+    spec = run.spec
+    loss = "" if spec is None else f"loss {spec.name} ({spec.merge}/{spec.groups}/{spec.compare})"
+    for names, matters, words in (*_ALWAYS, *(_SFT if spec is None else _DISTILLATION)):
+        if not matters(run):
+            yield names.split(), words.replace("{loss}", loss)

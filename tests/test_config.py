@@ -594,9 +594,16 @@ def test_one_setting_under_two_names_is_an_error_on_the_command_line_and_in_a_fi
     with pytest.raises(FlagError, match="--max_completion_length and --max_new_tokens are one setting"):
         gold("--max_new_tokens", "5", "--max_completion_length", "7")
     assert config("--max_new_tokens", "5", "--max_new_tokens", "7").max_completion_length == 7
+    for argv in (
+        ["--no_seq_kd", "--seq_kd"],
+        ["--seq_kd", "--no_seq_kd"],
+        ["--activation_checkpointing", "--no_gradient_checkpointing"],
+    ):
+        with pytest.raises(FlagError, match="are one setting; give it once"):
+            gold(*argv)
     file = tmp_path / "both.yaml"
     file.write_text("max_new_tokens: 5\nmax_completion_length: 7\n")
-    with pytest.raises(FlagError, match="max_completion_length is there twice, once as max_completion_length"):
+    with pytest.raises(FlagError, match="'max_completion_length' sets max_completion_length, which is there already"):
         gold("--config", str(file))
     file.write_text("beta: 0.5\nseed: 1\nbeta: 0.0\n")
     with pytest.raises(FlagError, match="is not YAML: the key 'beta' is there twice"):
@@ -626,3 +633,14 @@ def test_settings_are_copied_and_pickled_with_what_was_named(twin):
     assert other == settings and other.given == {"lmbda", "hub_token"} and "secret" not in repr(other)
     with pytest.raises(AttributeError, match="make another trainer"):
         other.lmbda = 1
+
+
+@pytest.mark.parametrize("wrong", [{"output_dir": ""}, {"checkpoint_dir": " "}, {"resume_from_checkpoint": ""}])
+def test_an_empty_text_names_no_folder(wrong):
+    with pytest.raises(ValueError, match="it must name a folder"):
+        GOLDConfig(**wrong)
+
+
+def test_a_seed_fits_into_64_bits():
+    with pytest.raises(ValueError, match="--seed is .* smaller than 2"):
+        GOLDConfig(seed=2**63)

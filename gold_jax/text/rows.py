@@ -1,6 +1,7 @@
 """What stands in the columns of a row: messages, tools, template variables, checked and brought into one form."""
 
 import json
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -68,11 +69,18 @@ def refuse_preferences(row: Mapping, where: str) -> None:
             "that is to be learned to 'completion', and leave the other out"
         )
     answered = row.get("completion") is not None or row.get("messages") is not None
-    if answered and isinstance(row.get("label"), bool | int | np.bool_) and not row["label"]:
+    if answered and _is_false(row.get("label")):
         raise ValueError(
             f"{where} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
             "true, and leave the column out"
         )
+
+
+def _is_false(label: Any) -> bool:
+    """Whether a label says no, as whatever kind of value a file or a frame has made of it."""
+    if isinstance(label, str):
+        return label.strip().lower() in ("false", "no", "0", "0.0")
+    return isinstance(label, bool | np.bool_ | numbers.Number) and label == 0
 
 
 def optional_text(row: Mapping, column: str, where: str) -> str | None:

@@ -7,7 +7,7 @@ import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from rich.console import Console
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import Params, merge
+from gold_jax.models.functional import Params, merge, split
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
 from gold_jax.parallel.watch import watch_over
@@ -62,6 +62,7 @@ class Task:
     about: Mapping[str, str]  # what the run depends on beside its settings, for checkpoints
     eval: Sequence[Example] | None
     teacher_score: Callable[[], Mapping[str, float]] | None = None
+    idle: Collection[str] = ()  # settings that have no effect beside the others
     restart: Callable[[], Any] | None = None  # called before each further training of the same student
 
 
@@ -124,10 +125,9 @@ class Loop:
         self.state = TrainState(params, None)
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.step = Step(task.loss, self.optimizer, shardings, where and where.put_rows)
-        self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size)
+        self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size, task.idle)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self._trained = False
-        self._lent = False  # whether somebody may hold the parameters
         self.skips = Skips()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
@@ -200,12 +200,7 @@ class Loop:
 
     def _start_anew(self) -> None:
         """A run's state before its first update: the parameters as they are, all else new."""
-        params = self._params()
-        if self._lent:
-            params = jax.tree.map(jnp.copy, params)  # updates donate what they are given
-        self._lent = False
-        self.state = TrainState(params, None)  # an optimizer's state of before is let go of first
-        self.state = TrainState(params, self._init_optimizer(params))
+        self.state = TrainState(self.state.params, self._init_optimizer(self.state.params))
         release_freed_memory()
         self.run_id = uuid.uuid4().hex
         if not processes.is_first():
@@ -218,14 +213,19 @@ class Loop:
                 f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
                 "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
             )
-        set_current_run(self.checkpoints.folder, self.run_id)
+        self._sign()
+
+    def _sign(self) -> None:
+        """Writes down whose logs and checkpoints these are from now on, where they lie."""
+        for folder in (self.output, self.checkpoints.folder):
+            set_current_run(folder, self.run_id)
 
     def _set_logs_aside(self) -> None:
-        """Renames the logs of an earlier run in `output_dir`, and says so."""
+        """Renames the logs of another run in `output_dir`, and says so."""
         logs = [name for name in LOGS if (self.output / name).exists()]
         for name, earlier in zip(logs, earlier_names(self.output, logs)):
             os.replace(self.output / name, self.output / earlier)
-            self._say(f"Renamed {name} of an earlier run in {self.output} to {earlier}.")
+            self._say(f"Renamed {name} of another run in {self.output} to {earlier}.")
 
     def _log(self) -> MetricLog:
         """Where metrics go; nowhere in all processes but the first."""
@@ -317,14 +317,11 @@ class Loop:
 
     def _find(self, wanted: str) -> tuple[Any, dict[str, Any], Any] | None:
         """The checkpoint to go on from, as `find_and_restore` gives it, its arrays as a `TrainState`."""
+        self.state = self.state._replace(optimizer=None)  # of an earlier `train`: no run goes on from it
         shapes = self._shapes()
-
-        def free():
-            self.state = TrainState(None, None)
-
         abstract = self._named_for_checkpoints(shapes)
         folder = self.checkpoints.folder
-        found = find_and_restore(wanted, folder, self.run, abstract, self._say, free, self.total_steps)
+        found = find_and_restore(wanted, folder, self.run, abstract, self._say, self.total_steps)
         agreement.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return None
@@ -340,23 +337,23 @@ class Loop:
 
     def _go_on(self, path: Any, notes: Mapping[str, Any], state: TrainState, means: RunningMean) -> bool:
         """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
-        self.state, self._lent = state, False
+        self.state = state
         self.done, self.skips = notes["step"], Skips(**notes["skips"])
         means.restore(notes["means"])
         self.checkpoints.read(path)
         self.run_id = notes.get("run_id", "")
         if processes.is_first():
-            if current_run(self.checkpoints.folder) in (None, self.run_id):
+            if (current_run(self.output) or "") == self.run_id:
                 self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
             else:  # the logs are of another run than the checkpoint
                 self._set_logs_aside()
-            set_current_run(self.checkpoints.folder, self.run_id)
+            self._sign()
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
         return notes["unmeasured"]
 
     def _shapes(self) -> TrainState:
         """The state that a run begins with, as shapes with their shardings."""
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self._params())
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
         optimizer = jax.eval_shape(self.optimizer.init, params)
         if self._shardings is None:
             here = jax.tree.leaves(params)[0].sharding
@@ -442,7 +439,7 @@ class Loop:
     def _window(self, step: int):
         self.watch.at(step, "making the batch")
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
-        return self.task.windows.train(step, examples, self._params())
+        return self.task.windows.train(step, examples, self.state.params)
 
     @profile.as_host_part(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
@@ -457,24 +454,19 @@ class Loop:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         totals: dict[str, float] = {}
         for batch in self.task.windows.evaluate(examples):
-            for name, value in self.step.evaluate(self._params(), self.task.constants, batch).items():
+            for name, value in self.step.evaluate(self.state.params, self.task.constants, batch).items():
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
         return totals | measures(self.student, examples, self.args, self.max_new_tokens)
 
     def lend(self) -> Decoder:
-        """The student's model as it stands now, to be kept as long as one likes: `train` leaves its arrays alone."""
-        self._lent = True
-        return self.student.model
+        """A copy of the student's model as it stands now, whose arrays nobody else holds."""
+        student = self.student.model
+        return student.replace(jax.tree.map(jnp.copy, split(student)[1]))
 
     @property
     def student(self) -> Participant:
         """The student as it stands now, to be used at once: the next update takes its arrays."""
-        return self.task.student._replace(model=merge(self.graph, self._params()))
-
-    def _params(self) -> Params:
-        if self.state.params is None:
-            raise ValueError("the parameters were freed for a checkpoint that could not be read; make a new trainer")
-        return self.state.params
+        return self.task.student._replace(model=merge(self.graph, self.state.params))
 
     @profile.as_host_part(profile.SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:

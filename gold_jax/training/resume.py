@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -43,7 +43,12 @@ _DIGESTS = (_DATA, "the student's template and tokenizer")
 
 
 def describe_run(
-    args: SFTConfig, about: Mapping[str, str], rows: int, prompts_per_step: int, batch_size: int
+    args: SFTConfig,
+    about: Mapping[str, str],
+    rows: int,
+    prompts_per_step: int,
+    batch_size: int,
+    idle: Collection[str] = (),
 ) -> dict[str, Any]:
     """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
 
@@ -53,9 +58,10 @@ def describe_run(
       rows: how many rows are learned from.
       prompts_per_step: how many of these an update reads.
       batch_size: rows of a micro-batch, on all devices.
+      idle: settings that have no effect beside the others; they are left out.
     """
     found = {
-        **args.to_dict(),
+        **{name: value for name, value in args.to_dict().items() if name not in idle},
         "rows to learn from": rows,
         "rows of an update": prompts_per_step,
         _MICRO: batch_size,
@@ -114,7 +120,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
             else:
                 lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
         elif name in _DIGESTS:
-            wrong.append(f"{name} differ{'s' if name != _DATA else ''} from what it was saved with")
+            wrong.append(f"{name} differ{'s' if name != _DATA else ''} from what the checkpoint was saved with")
         else:
             wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")
     if wrong:
@@ -141,7 +147,6 @@ def find_and_restore(
     run: Mapping[str, Any],
     abstract: Any,
     say: Callable[[str], Any],
-    free: Callable[[], Any] = lambda: None,
     last: int | None = None,
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
     """The checkpoint to go on from: its folder, its notes, and the state in it.
@@ -152,8 +157,6 @@ def find_and_restore(
       run: what `describe_run` says of this run.
       abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
       say: is given a line for every checkpoint that is not whole and for every difference that matters.
-      free: is called before arrays are read, so that the state as it stands need not be held beside the one that comes. What is
-        refused is refused before.
       last: how many updates this run makes; None: any.
 
     Returns:
@@ -196,7 +199,6 @@ def find_and_restore(
                     f"{path} has seen {notes['step']} updates, and this run makes {last}; raise --max_steps or "
                     "--num_train_epochs."
                 )
-            free()
             state = restore(path, notes, abstract)
         except BadCheckpoint as error:
             bad.append(f"{path} is not whole: {error}")

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from gold_jax import no_effect
 from gold_jax.config import GOLDConfig, SFTConfig
-from gold_jax.fields import read_value
+from gold_jax.fields import check_folder, read_value
 from gold_jax.losses.chunked import chunk_size
 from gold_jax.models.functional import ModelValue, count, merge, split
 from gold_jax.parallel import processes
@@ -74,6 +74,10 @@ class SFTTrainer:
         dataset_name: str | None = None,
     ):
         """Loads what is named and checks everything that can be checked before the first update."""
+        if args is not None and not self._takes(args):
+            raise TypeError(
+                f"args is a {type(args).__name__}; {type(self).__name__} takes a {type(self._default_args()).__name__}"
+            )
         # A copy, checked again: what was set on the settings since they were made is held to the same rules.
         self.args = a = (args if args is not None else self._default_args()).frozen_copy()
         self.hub_model_id = a.hub_model_id
@@ -111,6 +115,10 @@ class SFTTrainer:
     @staticmethod
     def _default_args() -> SFTConfig:
         return SFTConfig()
+
+    @staticmethod
+    def _takes(args: Any) -> bool:
+        return isinstance(args, SFTConfig) and not isinstance(args, GOLDConfig)
 
     def _load(self, role: str, model, tokenizer, options: Mapping, **settings) -> Participant:
         """A participant with this run's precision and, for the student, its template settings."""
@@ -163,7 +171,17 @@ class SFTTrainer:
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
         about = {"the training data": checked.digest, **describe_codec("the student", self.student.codec)}
         task = Task(
-            self.student, graph, params, loss, (), windows, self.train_examples, checked.kept, about, self.eval_examples
+            self.student,
+            graph,
+            params,
+            loss,
+            (),
+            windows,
+            self.train_examples,
+            checked.kept,
+            about,
+            self.eval_examples,
+            idle=no_effect.fields(a, evaluates=self.eval_examples is not None),
         )
         return self._make_loop(task, batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
 
@@ -235,6 +253,7 @@ class SFTTrainer:
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
+            check_folder("resume_from_checkpoint", resume)
         results = self.loop.train(resume)
         if not processes.is_first():
             return results
@@ -302,11 +321,11 @@ class GOLDTrainer(SFTTrainer):
         dataset_name: str | None = None,
     ):
         """Loads both models and checks everything that can be checked before the first update."""
-        args = args if args is not None else self._default_args()
-        self._teacher_source = teacher_model if teacher_model is not None else args.teacher_model_name_or_path
+        settings = args if self._takes(args) else self._default_args()  # what is none is refused below
+        self._teacher_source = teacher_model if teacher_model is not None else settings.teacher_model_name_or_path
         if self._teacher_source is None:
             raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
-        self._teacher_tokenizer = teacher_processing_class or args.teacher_tokenizer_name_or_path
+        self._teacher_tokenizer = teacher_processing_class or settings.teacher_tokenizer_name_or_path
         super().__init__(
             model,
             args,
@@ -321,6 +340,10 @@ class GOLDTrainer(SFTTrainer):
     @staticmethod
     def _default_args() -> GOLDConfig:
         return GOLDConfig()
+
+    @staticmethod
+    def _takes(args: Any) -> bool:
+        return isinstance(args, GOLDConfig)
 
     def _loop(self) -> Loop:
         a = self.args
@@ -443,6 +466,7 @@ class GOLDTrainer(SFTTrainer):
             about,
             self.eval_examples,
             teacher_score,
+            idle=no_effect.fields(a, self.spec, evaluates=self.eval_examples is not None),
             restart=None if engine is None else engine.restart,
         )
         rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps

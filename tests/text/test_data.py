@@ -1,6 +1,7 @@
 import json
 
 import datasets
+import numpy as np
 import pytest
 
 from gold_jax.text.data import Example, load_examples, to_example
@@ -344,6 +345,10 @@ def test_a_broken_file_is_named(tmp_path):
         ({"prompt": [USER], "chosen": [ANSWER], "rejected": [ANSWER]}, "'chosen' and 'rejected'"),
         ({"prompt": "q", "completion": "a", "label": False}, "'label' false: its answer is marked as bad"),
         ({"messages": [USER, ANSWER], "label": False}, "'label' false"),
+        *(
+            ({"prompt": "q", "completion": "a", "label": label}, "'label' false")
+            for label in (0, 0.0, np.int64(0), np.bool_(False), "False", " no")
+        ),
     ],
 )
 def test_rows_of_preferences_are_refused_and_named(row, says):

@@ -97,7 +97,7 @@ def test_a_later_run_in_a_folder_keeps_the_logs_of_an_earlier_one_and_says_so(tw
     trainer, between, output = twice
     assert steady(lines(output / "metrics.1.jsonl")) == between["log"]
     assert steady(lines(output / "metrics.jsonl")) == steady(trainer.log_history)
-    assert "Renamed metrics.jsonl of an earlier run" in trainer.console.export_text(clear=False)
+    assert "Renamed metrics.jsonl of another run" in trainer.console.export_text(clear=False)
 
 
 def test_going_on_from_a_checkpoint_is_the_same_for_a_trainer_that_has_trained(pair, tmp_path):
@@ -180,7 +180,7 @@ def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earl
     assert log[1]["step"] == 2
 
 
-@pytest.mark.parametrize("wanted", ["missing", "further"])
+@pytest.mark.parametrize("wanted", ["missing", "further", "damaged"])
 def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, pair, tmp_path):
     trainer = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
     trainer.train()
@@ -190,7 +190,12 @@ def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, pair, tmp_path):
         path = tmp_path / "out" / "checkpoint-1"
         notes = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(notes | {"step": 9}))
-    with pytest.raises((FileNotFoundError, ValueError), match="nothing|has seen 9 updates, and this run makes 2"):
+    if wanted == "damaged":
+        path = tmp_path / "out" / "checkpoint-1"
+        largest = max((p for p in (path / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:64])
+    says = "nothing|has seen 9 updates, and this run makes 2|no whole checkpoint is left"
+    with pytest.raises((FileNotFoundError, ValueError), match=says):
         trainer.train(resume_from_checkpoint=str(path))
     assert same(arrays(trainer), before) and trainer.log_history == log
 
@@ -220,3 +225,32 @@ def test_stop_tokens_of_one_vocabulary_match_by_role(pair, tmp_path):
     trainer = GOLDTrainer(str(pair / "student"), str(folder), args, rows, rows, console=console())
     assert trainer.spec.name == "gkd" and "stop tokens matched by role" in trainer.console.export_text()
     assert trainer.evaluate()["eval_loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_log_is_cut_back_for_the_run_alone_that_wrote_it(pair, tmp_path):
+    settings = {"evaluation": None, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0, "seq_kd": False}
+    gold(pair, tmp_path / "one", checkpoint_dir=str(tmp_path / "saves"), **settings).train()
+    gold(pair, tmp_path / "two", **settings).train()
+    other = (tmp_path / "two" / "metrics.jsonl").read_text()
+    trainer = gold(pair, tmp_path / "two", checkpoint_dir=str(tmp_path / "saves"), **settings)
+    trainer.train("latest")
+    assert (tmp_path / "two" / "metrics.1.jsonl").read_text() == other
+    assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [2]
+
+
+def test_a_setting_without_effect_does_not_keep_a_run_from_going_on(pair, tmp_path):
+    settings = {"evaluation": None, "save_strategy": "steps", "save_steps": 1, "lmbda": 0.0, "seq_kd": False}
+    gold(pair, tmp_path / "out", **settings).train()
+    trainer = gold(pair, tmp_path / "out", **settings, top_p=0.5, completion_only_loss=True)
+    assert any("--top_p" in notice for notice in trainer.notices)
+    trainer.train("latest")
+    assert "Resumed from" in trainer.console.export_text()
+
+
+@pytest.mark.parametrize(
+    "trainer, args", [(GOLDTrainer, SFTConfig()), (GOLDTrainer, {}), (SFTTrainer, GOLDConfig()), (SFTTrainer, {})]
+)
+def test_settings_of_another_class_are_refused_by_name(trainer, args, pair):
+    given = {"teacher_model": str(pair / "tied")} if trainer is GOLDTrainer else {}
+    with pytest.raises(TypeError, match=f"args is a {type(args).__name__}; {trainer.__name__} takes a"):
+        trainer(str(pair / "student"), args=args, train_dataset=ROWS, **given)
