@@ -196,6 +196,7 @@ class Loop:
         if self._trained and self.task.restart is not None:
             self.task.restart()
         self._trained = True
+        self.state = self.state._replace(optimizer=None)  # let go of before another one is made
         self.done, self.skips, self.unmeasured, self.history = 0, Skips(), False, []
 
     def _start_anew(self) -> None:
