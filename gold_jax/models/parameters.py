@@ -63,8 +63,8 @@ def nested(by_path: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
     """Values by their paths as nested dicts."""
     tree: dict[str, Any] = {}
     for (*parents, name), value in by_path.items():
-        place = tree
+        branch = tree
         for parent in parents:
-            place = place.setdefault(parent, {})
-        place[name] = value
+            branch = branch.setdefault(parent, {})
+        branch[name] = value
     return tree

@@ -114,9 +114,9 @@ def build_rows(
     Returns:
       A row each. A row may have no group at all: it then counts for nothing.
     """
-    told = prompts if teacher_prompts is None else teacher_prompts
+    read_by_teacher = prompts if teacher_prompts is None else teacher_prompts
     drawn = _encode_texts(student, prompts, completions)
-    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=told)
+    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=read_by_teacher)
     paired = positional or one_vocabulary
     aligned = [] if paired else groups_of([d.spans[:, 1] for d in drawn], [o.spans[:, 1] for o in others])
     rows = []
@@ -137,7 +137,11 @@ def build_rows(
             s_group, t_group = (np.append(g, count if taught else NO_GROUP) for g in (s_group, t_group))
             count += taught
         s_prompt = student.encode_prompt(prompt)
-        t_prompt = s_prompt if teacher is student and told[i] is prompt else teacher.encode_prompt(told[i])
+        t_prompt = (
+            s_prompt
+            if teacher is student and read_by_teacher[i] is prompt
+            else teacher.encode_prompt(read_by_teacher[i])
+        )
         ours_half = Half(s_prompt, s_ids.astype(np.int32), s_group)
         theirs_half = Half(t_prompt, t_ids.astype(np.int32), t_group)
         halves_and_count = _fit(ours_half, theirs_half, count, max_length, teacher_max_length)

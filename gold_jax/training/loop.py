@@ -59,10 +59,10 @@ class Task:
     windows: Windows
     train: Sequence[Example]
     kept: list[int]
-    about: Mapping[str, str]  # what the run depends on beside its settings, for checkpoints
+    digests: Mapping[str, str]  # of what the run depends on beside its settings, for checkpoints
     eval: Sequence[Example] | None
     teacher_score: Callable[[], Mapping[str, float]] | None = None
-    idle: Collection[str] = ()  # settings that have no effect beside the others
+    without_effect: Collection[str] = ()  # settings that have no effect beside the others
     restart: Callable[[], Any] | None = None  # called before each further training of the same student
 
 
@@ -125,7 +125,7 @@ class Loop:
         self.state = TrainState(params, None)
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.step = Step(task.loss, self.optimizer, shardings, where and where.put_rows)
-        self.run = describe_run(args, task.about, len(task.kept), prompts_per_step, batch_size, task.idle)
+        self.run = describe_run(args, task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect)
         agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
         self._trained = False
         self.skips = Skips()

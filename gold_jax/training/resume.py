@@ -44,28 +44,28 @@ _DIGESTS = (_DATA, "the student's template and tokenizer")
 
 def describe_run(
     args: SFTConfig,
-    about: Mapping[str, str],
+    digests: Mapping[str, str],
     rows: int,
     prompts_per_step: int,
     batch_size: int,
-    idle: Collection[str] = (),
+    without_effect: Collection[str] = (),
 ) -> dict[str, Any]:
     """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
 
     Args:
       args: the settings.
-      about: digests of data, templates, tokenizers and weights, by what each is of.
+      digests: of data, templates, tokenizers and weights, by what each is of.
       rows: how many rows are learned from.
       prompts_per_step: how many of these an update reads.
       batch_size: rows of a micro-batch, on all devices.
-      idle: settings that have no effect beside the others; they are left out.
+      without_effect: settings that have no effect beside the others; they are left out.
     """
     found = {
-        **{name: value for name, value in args.to_dict().items() if name not in idle},
+        **{name: value for name, value in args.to_dict().items() if name not in without_effect},
         "rows to learn from": rows,
         "rows of an update": prompts_per_step,
         _MICRO: batch_size,
-        **about,
+        **digests,
     }
     return json.loads(json.dumps(found, default=str))
 

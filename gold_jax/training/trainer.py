@@ -169,7 +169,7 @@ class SFTTrainer:
         self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, checked.kept)
         graph, params = self._take_student()
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
-        about = {"the training data": checked.digest, **describe_codec("the student", self.student.codec)}
+        digests = {"the training data": checked.digest, **describe_codec("the student", self.student.codec)}
         task = Task(
             self.student,
             graph,
@@ -179,9 +179,9 @@ class SFTTrainer:
             windows,
             self.train_examples,
             checked.kept,
-            about,
+            digests,
             self.eval_examples,
-            idle=no_effect.fields(a, evaluates=self.eval_examples is not None),
+            without_effect=no_effect.fields(a, evaluates=self.eval_examples is not None),
         )
         return self._make_loop(task, batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
 
@@ -409,7 +409,7 @@ class GOLDTrainer(SFTTrainer):
         )
         teacher_graph, teacher_params = split(teacher.model)
         constants = freeze_teacher(teacher_graph, teacher_params, vocabulary, stops if by_role else None)
-        about = {
+        digests = {
             "the training data": checked.digest,
             **describe_codec("the student", student.codec),
             **describe_codec("the teacher", teacher.codec),
@@ -463,10 +463,10 @@ class GOLDTrainer(SFTTrainer):
             windows,
             self.train_examples,
             checked.kept,
-            about,
+            digests,
             self.eval_examples,
             teacher_score,
-            idle=no_effect.fields(a, self.spec, evaluates=self.eval_examples is not None),
+            without_effect=no_effect.fields(a, self.spec, evaluates=self.eval_examples is not None),
             restart=None if engine is None else engine.restart,
         )
         rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps
