@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from stateful.story import Story, World
 
-STORIES, CALLS = 8, 10
+STORIES, CALLS = 5, 10
 SFT, _, BY_TEACHER, STRICT = range(4)  # numbers of story.SETTINGS
 
 
