@@ -70,7 +70,7 @@ def steps(method, placement=None, teacher=None, remat=True):
         if placement is not None:
             assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params
         found.append((float(metrics["loss"]), jax.tree.map(lambda a, b: (a - b) / RATE, before, after)))
-    assert step.compiled <= 2
+    assert step.compiled <= 3  # the update twice: for parameters as they were made, and as an update gives them
     return found
 
 
