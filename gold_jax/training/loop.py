@@ -345,7 +345,9 @@ class Loop:
         self.run_id = notes.get("run_id", "")
         if processes.is_first():
             if (current_run(self.output) or "") == self.run_id:
-                self.history, _ = (cut_back(self.output / name, self.done) for name in LOGS)
+                self.history, _ = (
+                    cut_back(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
+                )
             else:  # the logs are of another run than the checkpoint
                 self._set_logs_aside()
             self._sign()

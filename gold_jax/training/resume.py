@@ -215,8 +215,10 @@ def find_and_restore(
     )
 
 
-def cut_back(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
+def cut_back(path: str | os.PathLike, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
     """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
+
+    Where the run has `ended` with this step, its closing evaluation comes again too.
 
     A last line that was cut off goes too. Where there is no log, there is none afterwards.
     """
@@ -229,7 +231,9 @@ def cut_back(path: str | os.PathLike, step: int) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue
-        if isinstance(row, dict) and row.get("step", 0) <= step:
+        if not isinstance(row, dict) or ended and row.get("step") == step and any(k.startswith("eval_") for k in row):
+            continue
+        if row.get("step", 0) <= step:
             kept.append((line, row))
     beside = path.with_name(path.name + ".unfinished")
     beside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")

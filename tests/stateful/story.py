@@ -385,9 +385,16 @@ class Story(RuleBasedStateMachine):
             assert logs == sorted([*earlier, "metrics.jsonl"]), f"{self.runs[one.output]} runs left {logs}"
 
     def _has_a_checkpoint(self, one: Live) -> bool:
-        """Of the run that was started last; those of earlier ones are passed over."""
+        return one.begun is not None and self._saved(one) > 0
+
+    def _saved(self, one: Live) -> int:
+        """The last update that the run that was started last has saved; those of earlier runs are passed over."""
         run = current_run(one.output)
-        return one.begun is not None and any(run_of(path) == run for path in one.output.glob("checkpoint-*"))
+        mine = [path for path in one.output.glob("checkpoint-*") if run_of(path) == run]
+        return max((int(path.name.removeprefix("checkpoint-")) for path in mine), default=0)
+
+    def _has_gone_further(self, one: Live) -> bool:
+        return self._saved(one) > 1
 
     @precondition(lambda self: any(map(self._has_a_checkpoint, self.live)))
     @rule(which=which, fresh=st.booleans())
@@ -457,10 +464,10 @@ class Story(RuleBasedStateMachine):
         self._refused(lambda: one.trainer.train(resume_from_checkpoint=str(self.folder / "nothing")))
         assert weights(one.trainer.model) == before, "a run that did not begin changed the model"
 
-    @precondition(lambda self: any(map(self._has_a_checkpoint, self.live)))
+    @precondition(lambda self: any(map(self._has_gone_further, self.live)))
     @rule(which=which)
     def resume_a_run_that_has_gone_further(self, which):
-        able = [one for one in self.live if self._has_a_checkpoint(one)]
+        able = [one for one in self.live if self._has_gone_further(one)]
         one = able[which % len(able)]
         changes = {"max_steps": 1, "save_steps": 1}
         other, _ = self.world.trainer(one.setting, one.output, self.world.student, changes=changes)
