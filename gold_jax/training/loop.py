@@ -214,9 +214,9 @@ class Loop:
                 f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
                 "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
             )
-        self._sign()
+        self._record_run_id()
 
-    def _sign(self) -> None:
+    def _record_run_id(self) -> None:
         """Writes down whose logs and checkpoints these are from now on, where they lie."""
         for folder in (self.output, self.checkpoints.folder):
             set_current_run(folder, self.run_id)
@@ -350,7 +350,7 @@ class Loop:
                 )
             else:  # the logs are of another run than the checkpoint
                 self._set_logs_aside()
-            self._sign()
+            self._record_run_id()
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
         return notes["unmeasured"]
 
@@ -461,7 +461,7 @@ class Loop:
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
         return totals | measures(self.student, examples, self.args, self.max_new_tokens)
 
-    def lend(self) -> Decoder:
+    def copy_model(self) -> Decoder:
         """A copy of the student's model as it stands now, whose arrays nobody else holds."""
         student = self.student.model
         return student.replace(jax.tree.map(jnp.copy, split(student)[1]))

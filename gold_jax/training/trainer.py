@@ -230,7 +230,7 @@ class SFTTrainer:
     @property
     def model(self):
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
-        return self.loop.lend()
+        return self.loop.copy_model()
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
