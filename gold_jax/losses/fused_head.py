@@ -16,14 +16,18 @@ import jax.numpy as jnp
 GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
 
 
-def chunk_size(requested: int | None) -> int:
-    """Positions whose logits are held at once: as asked, or what runs best where JAX runs.
+def chunk_size(requested: int | None, platform: str | None = None) -> int:
+    """Positions whose logits are held at once: as asked, or what runs best on a platform.
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but not
-    for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it; what is
-    best there has not been measured.
+    for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it: on an
+    H200 1,024 took a tenth to a fifth less than 256 (`benchmarks/results/h200.json`), and holds four times as much.
+
+    Args:
+      requested: `--loss_chunk`.
+      platform: one of `models.attention.PLATFORMS`; None: where JAX runs now.
     """
-    return requested or (64 if jax.default_backend() == "cpu" else 256)
+    return requested or (64 if (platform or jax.default_backend()) == "cpu" else 256)
 
 
 class InnerTokens(NamedTuple):

@@ -22,26 +22,18 @@ import numpy as np
 
 from gold_jax.bucketing import bucket
 from gold_jax.config import SFTConfig
-from gold_jax.loss_spec import LossSpec
+from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.parallel.layout import ROW_AXES, Placement
 from gold_jax.planning.collectives import Collectives, read_collectives
-from gold_jax.planning.sizes import CHUNK, Pair, Sizes
+from gold_jax.planning.sizes import Pair, Sizes
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
 from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.optimizer import make_optimizer
-from gold_jax.training.step import (
-    Step,
-    TrainState,
-    make_cross_entropy_loss,
-    make_distillation_loss,
-    optimizer_shardings,
-    with_hidden,
-)
-from gold_jax.training.teacher import StepConstants
+from gold_jax.training.build import Match, build_run
+from gold_jax.training.objective import with_hidden
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,37 +77,26 @@ class PlannedRun(Sizes):
         super().__init__(args, pair, placement.row_shards)
         self.placement = placement
         make = functools.partial(Decoder.abstract, dtype=self.dtype, attention=attention or "auto", platform=platform)
-        self.student = make(pair.student, remat=args.gradient_checkpointing, placement=placement)
-        self.graph, self.params = self._placed(self.student)
-        self.optimizer = make_optimizer(args, total_steps=1000)
-        kept = jax.tree.map(lambda x: x.sharding, self.params)
-        self.shardings = TrainState(kept, optimizer_shardings(self.optimizer, self.params, kept))
-        self.state = jax.tree.map(_abstract, jax.eval_shape(self.optimizer.init, self.params), self.shardings.optimizer)
-        self.constants: Any = ()
-        self.teacher = None
-        chunk = args.loss_chunk or CHUNK
-        if pair.teacher is None:
-            loss = make_cross_entropy_loss(self.graph, chunk=chunk)
-        else:
+        self.student = _placed(make(pair.student, remat=args.gradient_checkpointing, placement=placement))
+        teacher = match = None
+        if pair.teacher is not None:
             teacher_placement = Placement(placement.mesh, args.teacher_layout)
-            self.teacher = make(pair.teacher, param_dtype=self.dtype, placement=teacher_placement)
-            teacher_graph, teacher_params = self._placed(self.teacher)
-            self.spec: LossSpec = args.loss_spec(pair.matched is None)
-            vocabulary = self._vocabulary()
-            self.constants = self._constants(teacher_params, vocabulary)
-            loss = make_distillation_loss(self.graph, teacher_graph, self.spec, vocabulary, chunk=chunk)
-        self.step = Step(loss, self.optimizer, self.shardings)
+            teacher = _placed(make(pair.teacher, param_dtype=self.dtype, placement=teacher_placement))
+            match = _match(pair)
+        sides = [model and LoadedModel(model, None, "") for model in (self.student, teacher)]
+        self.run = build_run(args, *sides, placement, total_steps=1000, match=match)
+        self.state = self.run.shapes()
 
     # what is there
 
     def resident(self) -> dict[str, int]:
         """Bytes of one device that are taken all the time, by part."""
-        found = {"student": device_bytes(self.params), "optimizer": device_bytes(self.state)}
+        found = {"student": device_bytes(self.state.params), "optimizer": device_bytes(self.state.optimizer)}
         if self.pair.teacher is not None:
             # The teacher's head is one of its parameters, reordered where it lies.
-            found["teacher"] = device_bytes(self.constants._replace(teacher_head=None))
+            found["teacher"] = device_bytes(self.run.step.constants._replace(teacher_head=None))
         if self.args.gradient_accumulation_steps > 1:
-            found["gradients"] = device_bytes(self.params)
+            found["gradients"] = device_bytes(self.state.params)
         return found
 
     # its programs
@@ -123,24 +104,24 @@ class PlannedRun(Sizes):
     def programs(self) -> dict[str, Callable[[], Any]]:
         """Every program of an update, lowered when called."""
         batch, found = self.batch(), {}
-        if self.teacher is not None and self.spec.distillation_weight:
+        step, params = self.run.step, self.state.params
+        constants = step.constants
+        if step.objective.teacher_forward is not None:
             lines = batch.teacher.packed
-            read = self.step.programs["read"]
-            found["teacher"] = lambda: read.lower(self.constants, lines)
-            hidden = jax.eval_shape(self.step.loss.read, self.constants, lines)
-            hidden = _abstract(hidden, self.placement.sharding(ROW_AXES))
-            batch = with_hidden(batch, hidden)
+            found["teacher"] = lambda: step.programs["teacher_forward"].lower(constants, lines)
+            hidden = jax.eval_shape(step.objective.teacher_forward, constants, lines)
+            batch = with_hidden(batch, _abstract(hidden, self.placement.sharding(ROW_AXES)))
         names = ("fused",) if self.args.gradient_accumulation_steps == 1 else ("first", "add", "update")
-        metrics = jax.eval_shape(self.step.loss.loss, self.params, self.constants, batch)
+        metrics = jax.eval_shape(step.objective.loss, params, constants, batch)
         metrics = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), metrics)
         given = {
-            "fused": (self.params, self.state, self.constants, batch),
-            "first": (self.params, self.constants, batch),
-            "add": (self.params, self.params, metrics, self.constants, batch),
-            "update": (self.params, self.state, self.params, metrics[0]),
+            "fused": (self.state, constants, batch),
+            "first": (params, constants, batch),
+            "add": (params, params, metrics, constants, batch),
+            "update": (self.state, params, metrics[0]),
         }
         for name in names:
-            program = self.step.programs[name]
+            program = step.programs[name]
             found[_SHOWN[name]] = lambda program=program, name=name: program.lower(*given[name])
         if self.samples:
             found |= {"prefill": self._lower_prefill, "decoding": self._lower_decode}
@@ -160,8 +141,9 @@ class PlannedRun(Sizes):
             rows = [(np.concatenate(r.student[:2]), np.arange(self.length) >= prompt) for r in made]
             (batch,) = build_token_batches(rows, each)
         else:
-            groups = "all" if self.spec.groups == "positional" else self.spec.groups
-            (batch,) = build_batches(made, each, merge=self.spec.merge, groups=groups, text=self.spec.of_text)
+            spec = self.run.spec
+            groups = "all" if spec.groups == "positional" else spec.groups
+            (batch,) = build_batches(made, each, merge=spec.merge, groups=groups, text=spec.of_text)
         sharding = self.placement.sharding(ROW_AXES)
         return jax.tree.map(
             lambda x: jax.ShapeDtypeStruct((x.shape[0] * self.shards, *x.shape[1:]), x.dtype, sharding=sharding), batch
@@ -189,7 +171,7 @@ class PlannedRun(Sizes):
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
         cache, decode_state = jax.eval_shape(empty, key)
-        weights = jax.eval_shape(lambda params: merge(self.graph, params).decoding_weights(), self.params)
+        weights = jax.eval_shape(lambda params: merge(self.run.graph, params).decoding_weights(), self.state.params)
         return (
             jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache)),
             jax.tree.map(lambda x: _abstract(x, placement.replicated), decode_state),
@@ -203,7 +185,7 @@ class PlannedRun(Sizes):
         stops = jax.ShapeDtypeStruct((STOP_SLOTS,), jnp.int32)
         settings = sampling.SamplingOptions(real, integer, real, stops, integer)
         return sampling.decode_until.lower(
-            self.graph, self.params, weights, cache, decode_state, settings, integer, integer, integer
+            self.run.graph, self.state.params, weights, cache, decode_state, settings, integer, integer, integer
         )
 
     def _lower_prefill(self):
@@ -216,47 +198,26 @@ class PlannedRun(Sizes):
         rows, key = self.sampled_rows, jax.eval_shape(lambda: jax.random.key(0))
         each = [integers(rows)] * 4
         return sampling.prefill_into_slots.lower(
-            self.graph, self.params, cache, decode_state, integers(rows, width), *each, key
+            self.run.graph, self.state.params, cache, decode_state, integers(rows, width), *each, key
         )
 
-    # how it is made
 
-    def _placed(self, model: Decoder) -> tuple[Any, Any]:
-        graph, params = split(model)
-        return graph, jax.tree.map(_abstract, params, model.shardings(model.placement))
+def _placed(model: Decoder) -> Decoder:
+    """An abstract model whose parameters' shapes say where they lie."""
+    _, params = split(model)
+    return model.replace(jax.tree.map(_abstract, params, model.shardings(model.placement)))
 
-    def _vocabulary(self) -> VocabularyMap:
-        sizes = self.pair.student.vocab_size, self.pair.teacher.vocab_size
-        if self.pair.matched is None:
-            return VocabularyMap.identity(*sizes)
-        matched = self.pair.matched
-        # Any order that is not the entries' own.
-        orders = [np.roll(np.arange(size, dtype=np.int32), 1) for size in sizes]
-        routes = [np.full(size - matched, matched, np.int32) for size in sizes]
-        return VocabularyMap(*orders, matched, matched, *sizes, *routes)
 
-    def _constants(self, params: Any, vocabulary: VocabularyMap) -> StepConstants:
-        teacher = self.teacher
-        here = teacher.placement.replicated
-
-        def integers(array):
-            return jax.ShapeDtypeStruct(array.shape, jnp.int32, sharding=here)
-
-        identity = self.pair.matched is None
-        head = (self.pair.teacher.vocab_size, self.pair.teacher.width)
-        return StepConstants(
-            teacher=params,
-            teacher_head=jax.ShapeDtypeStruct(
-                head, teacher.param_dtype, sharding=teacher.placement.param_sharding(head, ("vocab", "embed"))
-            ),
-            teacher_row_of_token=integers(vocabulary.teacher_order),
-            student_order=None if identity else integers(vocabulary.student_order),
-            student_row_of_token=integers(vocabulary.student_order),
-            student_prefix_of_unmatched=integers(vocabulary.student_prefix_of_unmatched),
-            teacher_prefix_of_unmatched=integers(vocabulary.teacher_prefix_of_unmatched),
-            student_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
-            teacher_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
-        )
+def _match(pair: Pair) -> Match:
+    """Vocabularies of the sizes given, in an order that is not the entries' own."""
+    sizes = pair.student.vocab_size, pair.teacher.vocab_size
+    if pair.matched is None:
+        return Match(VocabularyMap.identity(*sizes), None, True)
+    matched = pair.matched
+    orders = [np.roll(np.arange(size, dtype=np.int32), 1) for size in sizes]
+    routes = [np.full(size - matched, matched, np.int32) for size in sizes]
+    # Two stop tokens on either side: the usual number.
+    return Match(VocabularyMap(*orders, matched, matched, *sizes, *routes), ((0, 1), (0, 1)), False)
 
 
 _SHOWN = {"fused": "student", "first": "student", "add": "student, further micro-batches", "update": "optimizer"}

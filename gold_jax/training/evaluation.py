@@ -280,7 +280,7 @@ def measures(who: LoadedModel, examples: Sequence[Example], args: SFTConfig, max
     placement = who.model.placement
     batch = args.per_device_eval_batch_size * (1 if placement is None else placement.row_shards)
     score = score_completions(
-        who.model, who.chat_tokenizer, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk)
+        who.model, who.chat_tokenizer, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk, who.model.platform)
     )
     found = {"eval_bits_per_byte": score.bits_per_byte}
     if args.predict_with_generate:

@@ -1,7 +1,6 @@
-"""The training step: losses composed with models, gradients summed over micro-batches, one optimizer update.
+"""The training step: gradients of the objective summed over micro-batches, and one optimizer update.
 
-A loss here is `fn(params, constants, batch) -> (loss, parts)`; weights in the batch already hold the normalisation over
-the whole global batch, so gradients of micro-batches simply add up.
+`state, metrics = step(state, batches)` is a function of values. The state is donated: its buffers become those of the new one.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,225 +8,79 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.bucketing import power_of_two
 from gold_jax.host_memory import release_freed_memory
-from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
-from gold_jax.losses.fused_head import HeadShard
-from gold_jax.mesh_flags import AXES
-from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import merge
-from gold_jax.parallel.exchange import map_shards
-from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
-from gold_jax.text.batch import Batch, Side, TokenBatch
-from gold_jax.text.packing import PackedBatch
-from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.teacher import StepConstants, compare_options
+from gold_jax.training.objective import Objective, with_hidden
 
 
-def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
-    """Where an optimizer's state lies: what it keeps for a parameter where that lies, all else everywhere.
-
-    Args:
-      optimizer: the transformation.
-      params: the parameters, or their shapes.
-      shardings: theirs, of one mesh.
-    """
-    replicated = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
-    state = jax.eval_shape(optimizer.init, params)
-    return optax.tree.map_params(
-        optimizer, lambda _, where: where, state, shardings, transform_non_params=lambda _: replicated
-    )
-
-
-def _hidden(scope: str, model: Decoder, packed: PackedBatch) -> jax.Array:
-    """A model's hidden states, `[S, N, D]`, under a scope that tells the models apart in a profile."""
-    with jax.named_scope(scope):
-        return model.forward_packed(*packed)
-
-
-class LossFn(NamedTuple):
-    """A loss in two programs: what no gradient goes through, and what one does.
+class NonFiniteCounter(NamedTuple):
+    """How many updates were left out because loss or gradients were not finite; int32 scalars.
 
     Attributes:
-      read: `read(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is none. It sees the teacher's
-        lines alone, so that it is compiled for their shapes and no others.
-      loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
+      total: in the whole run.
+      in_a_row: since the last update that was made.
     """
 
-    read: Callable[[Any, PackedBatch], jax.Array] | None
-    loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
-
-    def __call__(self, params, constants, batch):
-        """Both, one after the other."""
-        return self.loss(params, constants, self.with_teacher(constants, batch))
-
-    def with_teacher(self, constants: Any, batch: Any) -> Any:
-        """The batch as `loss` takes it."""
-        return batch if self.read is None else with_hidden(batch, self.read(constants, batch.teacher.packed))
-
-
-class TeacherHidden(NamedTuple):
-    """The teacher's side of a batch once the teacher has read it: hidden states `[S, O, E]` in place of the tokens."""
-
-    hidden: jax.Array
-    side: Side
-
-
-def with_hidden(batch: Batch, hidden: jax.Array) -> Batch:
-    """The batch with the teacher's hidden states in place of its tokens."""
-    return batch._replace(teacher=TeacherHidden(hidden, batch.teacher._replace(packed=None)))
-
-
-def make_distillation_loss(
-    student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
-) -> LossFn:
-    """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
-    options = compare_options(spec, vocabulary)
-
-    def read(constants: StepConstants, packed: PackedBatch):
-        frozen = merge(teacher, constants.teacher)
-        if frozen.config.tied:
-            packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
-        hidden = _hidden("teacher", frozen, packed)
-        # The student's program sees few different sizes, though the teacher's lines come in more.
-        extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
-        return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
-
-    def loss(params, constants: StepConstants, batch: Batch):
-        model, frozen = merge(student, params), merge(teacher, constants.teacher)
-        hidden = _hidden("student", model, batch.student.packed)
-        batch = batch._replace(student=batch.student._replace(packed=None))
-        heads = model.head_weight(), constants.teacher_head
-        replicated = constants._replace(teacher=None, teacher_head=None)
-        placements = model.placement, frozen.placement
-        return _on_mesh(placements, compared, (hidden, batch), heads, (replicated, model.config, frozen.config))
-
-    def compared(by_rows, heads, replicated):
-        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, replicated
-        packed, order = hidden.shape[:2], constants.student_order
-        # Order the smaller: the head, or all its logits.
-        if order is not None and batch.weight.size > hidden.shape[-1]:
-            weight, order = _ordered(weight, order, constants.student_row_of_token), None
-        head = Head(
-            weight,
-            constants.student_row_of_token,
-            config.final_softcap,
-            spec.student_temperature,
-            constants.student_prefix_of_unmatched,
-            constants.student_stops,
-            order,
-        )
-        total, parts = jnp.float32(0), {}
-        if spec.distillation_weight:
-            value, parts = distill_loss(
-                hidden,
-                head,
-                _with_flat_positions(batch.student, *packed),
-                batch.teacher.hidden,
-                Head(
-                    teacher_weight,
-                    constants.teacher_row_of_token,
-                    teacher_config.final_softcap,
-                    spec.teacher_temperature,
-                    constants.teacher_prefix_of_unmatched,
-                    constants.teacher_stops,
-                ),
-                _with_flat_positions(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
-                batch.weight,
-                compare=spec.compare,
-                options=options,
-                merge=spec.merge,
-                chunk=chunk,
-            )
-            total += spec.distillation_weight * value
-        if spec.crossentropy_weight:
-            plain = head._replace(temperature=1.0, stop_rows=None)
-            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *packed))
-            value, more = cross_entropy(hidden, plain, *labels, chunk=chunk)
-            total += spec.crossentropy_weight * value
-            parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
-        return total, parts
-
-    return LossFn(read if spec.distillation_weight else None, loss)
-
-
-def _ordered(head: jax.Array | HeadShard, order: jax.Array, inverse: jax.Array) -> jax.Array | HeadShard:
-    return jax.tree.map(lambda x: order_rows(x, order, inverse), head)
-
-
-def _with_flat_positions(side: Side, packed: int, length: int) -> Side:
-    """A side whose positions number the tokens of all lines that are here."""
-    base, inner = (flatten_positions(x, packed, length) for x in (side.base, side.inner_position))
-    return side._replace(base=base, inner_position=inner)
-
-
-def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
-    """`compared(by_rows, heads, replicated)`, sums over positions, which every device of a mesh finds for positions of its own.
-
-    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each. A
-    device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so that it is
-    less to send the head to the positions than their logits to each other.
-
-    Args:
-      placements: of each head.
-      by_rows: hidden states `[S, N, D]` and a batch.
-      heads: `[V, D]` of either model.
-      replicated: what every device sees whole, arrays or not.
-    """
-    if placements[0] is None:
-        return compared(by_rows, heads, replicated)
-    placement = placements[0]
-    cuts = [p.param_sharding(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
-    arrays, *others = replicated
-
-    def local(by_rows, heads, arrays):
-        heads = tuple(HeadShard(x, sharded_axes(cut, 1)) if sharded_axes(cut, 1) else x for x, cut in zip(heads, cuts))
-        if placement.tensor_size > 1:
-            by_rows = by_rows[0], _split_weights(by_rows[1], placement.tensor_size, jax.lax.axis_index("tensor"))
-        return jax.tree.map(lambda x: x[None], compared(by_rows, heads, (arrays, *others)))
-
-    specs = P(ROW_AXES), tuple(cut.spec for cut in cuts), P()
-    found = map_shards(placement, local, specs, P(AXES))(by_rows, heads, arrays)
-    return jax.tree.map(jnp.sum, found)
-
-
-def _split_weights(batch: Batch | TokenBatch, parts: int, part: jax.Array):
-    """A batch whose weights are kept for one part of its positions."""
-    labels = batch.labels._replace(weight=split_weight(batch.labels.weight, parts, part))
-    if isinstance(batch, TokenBatch):
-        return batch._replace(labels=labels)
-    return batch._replace(labels=labels, weight=split_weight(batch.weight, parts, part))
-
-
-def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
-    """The loss of a `TokenBatch`: the mean cross-entropy over its targets."""
-
-    def loss(params, _constants, batch: TokenBatch):
-        model = merge(student, params)
-        hidden, heads = _hidden("student", model, batch.packed), (model.head_weight(),)
-        by_rows = hidden, batch._replace(packed=None)
-        return _on_mesh((model.placement,), compared, by_rows, heads, ((), model.config))
-
-    def compared(by_rows, heads, replicated):
-        (hidden, batch), (weight,), (_, config) = by_rows, heads, replicated
-        head = Head(weight, jnp.arange(config.vocab_size), config.final_softcap)
-        labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *hidden.shape[:2]))
-        value, parts = cross_entropy(hidden, head, *labels, chunk=chunk)
-        return value, {"token_accuracy": parts["correct"]}
-
-    return LossFn(None, loss)
+    total: jax.Array | np.int32 = np.int32(0)
+    in_a_row: jax.Array | np.int32 = np.int32(0)
 
 
 class TrainState(NamedTuple):
-    """Parameters (float32) and the optimizer's state; both are donated to every step."""
+    """What an update changes; donated to every step.
+
+    Attributes:
+      params: the student's parameters, float32.
+      optimizer: the optimizer's state.
+      step: int32 scalar, updates so far, those left out too.
+      nonfinite: how many of them were left out.
+    """
 
     params: Any
     optimizer: Any
+    step: jax.Array | np.int32 = np.int32(0)
+    nonfinite: NonFiniteCounter = NonFiniteCounter()
+
+
+def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """Where a state lies whose parameters lie where `params` (arrays or shapes) do: the optimizer's state of a parameter beside
+    it, scalars on every device."""
+    kept = jax.tree.map(lambda x: x.sharding, params)
+    one = jax.tree.leaves(kept)[0]
+    everywhere = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
+    state = jax.eval_shape(optimizer.init, params)
+    beside = optax.tree.map_params(
+        optimizer, lambda _, where: where, state, kept, transform_non_params=lambda _: everywhere
+    )
+    return TrainState(kept, beside, everywhere, NonFiniteCounter(everywhere, everywhere))
+
+
+def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
+    """The state that a run begins with, as shapes with their shardings.
+
+    Args:
+      optimizer: the transformation.
+      params: the parameters, or their shapes, with shardings.
+    """
+    state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        state,
+        state_shardings(optimizer, params),
+    )
+
+
+def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
+    """The state that a run begins with. It holds the parameters given, so that the first step donates them."""
+
+    def rest(params):
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(None, optimizer.init(params), zero, NonFiniteCounter(zero, zero))
+
+    where = None if shardings is None else shardings._replace(params=None)
+    return jax.jit(rest, out_shardings=where)(params)._replace(params=params)
 
 
 class Program:
@@ -262,57 +115,64 @@ class Program:
 
 
 class Step:
-    """The jitted functions of a run: `train` over a window of micro-batches, `evaluate` for a loss alone.
+    """One update, and a loss without one, as jitted programs.
 
     Attributes:
-      loss: what is minimised.
-      programs: the jitted functions by name.
-      compiled: how many different shapes have been compiled so far.
+      objective: what is minimised.
+      constants: what the objective reads and no update changes, such as the teacher; arguments of the programs, not baked in.
+      programs: the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add` and
+        `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
     """
 
     def __init__(
         self,
-        loss: LossFn,
+        objective: Objective,
         optimizer: optax.GradientTransformation | None,
+        constants: Any = (),
+        *,
         shardings: TrainState | None = None,
         device_put: Callable[[Any], Any] | None = None,
     ):
         """Compiles nothing yet.
 
         Args:
-          loss: what is minimised.
-          optimizer: what is done with gradients.
-          shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
-          device_put: puts a batch of host arrays on the mesh; None: leaves it on the host.
+          objective: what is minimised.
+          optimizer: the transformation of gradients; None to evaluate alone.
+          constants: the objective's.
+          shardings: where the state lies on a mesh, as `state_shardings`; None: one device.
+          device_put: puts a batch of host arrays on the mesh; None: jit does.
         """
-        self._place = device_put
+        self.objective, self.constants, self._place = objective, constants, device_put
 
-        def settled(tree, where):
+        def constrained(tree, where):
             return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
 
         def gradient(params, constants, batch):
-            metrics, grads = jax.value_and_grad(loss.loss, has_aux=True)(params, constants, batch)
-            return metrics, settled(grads, shardings and shardings.params)
+            metrics, grads = jax.value_and_grad(objective.loss, has_aux=True)(params, constants, batch)
+            return metrics, constrained(grads, shardings and shardings.params)
 
         @jax.named_scope("optimizer")
-        def update(params, state, grads, loss):
+        def update(state: TrainState, grads, loss):
             norm = optax.global_norm(grads)
             finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
-            def take(params, state, grads):
-                updates, state = optimizer.update(grads, state, params)
-                return optax.apply_updates(params, updates), state
+            def take(params, optimizer_state, grads):
+                updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+                return optax.apply_updates(params, updates), optimizer_state
 
             # One branch or the other, in place: to choose afterwards, old and new state would have to be held side by side.
-            params, state = jax.lax.cond(finite, take, lambda params, state, _: (params, state), params, state, grads)
-            if shardings is not None:
-                params, state = settled((params, state), (shardings.params, shardings.optimizer))
-            return params, state, {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
+            params, optimizer_state = jax.lax.cond(
+                finite, take, lambda params, state, _: (params, state), state.params, state.optimizer, grads
+            )
+            left_out = 1 - finite.astype(jnp.int32)
+            counter = NonFiniteCounter(state.nonfinite.total + left_out, (state.nonfinite.in_a_row + 1) * left_out)
+            new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
+            return new, {"grad_norm": norm, "skipped": left_out}
 
-        def fused(params, state, constants, batch):
-            metrics, grads = gradient(params, constants, batch)
-            params, state, done = update(params, state, grads, metrics[0])
-            return params, state, metrics, done
+        def fused(state, constants, batch):
+            metrics, grads = gradient(state.params, constants, batch)
+            state, done = update(state, grads, metrics[0])
+            return state, metrics, done
 
         def first(params, constants, batch):
             return gradient(params, constants, batch)
@@ -321,48 +181,53 @@ class Step:
             more, new = gradient(params, constants, batch)
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-        self.loss = loss
         self.programs = {
-            "fused": Program(fused, donate=(0, 1)),
+            "fused": Program(fused, donate=(0,)),
             "first": Program(first),
             "add": Program(add, donate=(1, 2)),
-            "update": Program(update, donate=(0, 1)),
-            "evaluate": Program(loss.loss),
+            "update": Program(update, donate=(0,)),
+            "evaluate": Program(objective.loss),
         }
-        if loss.read is not None:
-            self.programs["read"] = Program(loss.read)
+        if objective.teacher_forward is not None:
+            self.programs["teacher_forward"] = Program(objective.teacher_forward)
 
     @property
     def compiled(self) -> int:
         """Number of compiled programs so far."""
         return sum(program.compiled for program in self.programs.values())
 
-    def _read(self, constants: Any, batch: Any) -> Any:
-        """A batch on the mesh that the teacher, where there is one, has read."""
-        batch = batch if self._place is None else self._place(batch)
-        if "read" not in self.programs:
-            return batch
-        return with_hidden(batch, self.programs["read"](constants, batch.teacher.packed))
+    def __call__(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, dict[str, jax.Array]]:
+        """One update from its micro-batches; returns at once, with metrics that are still being computed.
 
-    def train(self, state: TrainState, constants: Any, batches: list) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.
+        Args:
+          state: donated.
+          batches: `text.batch.Batch`es or `TokenBatch`es whose weights are normalised together.
 
-        The state given is donated. Where loss or gradients are not finite, `skipped` is 1 and the new state holds what it held.
+        Returns:
+          The new state, and `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where loss or gradients are
+          not finite; then parameters and optimizer are what they were.
         """
-        run = self.programs
-        head = self._read(constants, batches[0])
+        run, constants = self.programs, self.constants
+        head = self._with_teacher(batches[0])
         if len(batches) == 1:
-            *state, metrics, done = run["fused"](*state, constants, head)
+            state, metrics, done = run["fused"](state, constants, head)
         else:
             metrics, grads = run["first"](state.params, constants, head)
-            del head  # with what the teacher made of it
+            del head  # the teacher's hidden states with it
             for batch in batches[1:]:
-                metrics, grads = run["add"](state.params, grads, metrics, constants, self._read(constants, batch))
-            *state, done = run["update"](*state, grads, metrics[0])
+                metrics, grads = run["add"](state.params, grads, metrics, constants, self._with_teacher(batch))
+            state, done = run["update"](state, grads, metrics[0])
         loss, parts = metrics
-        return TrainState(*state), {"loss": loss, **done, **parts}
+        return state, {"loss": loss, **done, **parts}
 
-    def evaluate(self, params: Any, constants: Any, batch: Any) -> dict[str, jax.Array]:
+    def evaluate(self, params: Any, batch: Any) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient."""
-        loss, parts = self.programs["evaluate"](params, constants, self._read(constants, batch))
+        loss, parts = self.programs["evaluate"](params, self.constants, self._with_teacher(batch))
         return {"loss": loss, **parts}
+
+    def _with_teacher(self, batch: Any) -> Any:
+        """A batch on the mesh, after the teacher's forward pass where there is a teacher."""
+        batch = batch if self._place is None else self._place(batch)
+        if "teacher_forward" not in self.programs:
+            return batch
+        return with_hidden(batch, self.programs["teacher_forward"](self.constants, batch.teacher.packed))

@@ -75,6 +75,38 @@ def freeze_teacher(
     return constants._replace(teacher=params, teacher_head=head)
 
 
+def teacher_shapes(
+    graph: nnx.GraphDef,
+    params: Params,
+    vocabulary: VocabularyMap,
+    stops: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> StepConstants:
+    """What `freeze_teacher` gives, as shapes with their shardings; the arguments are its own, `params` shapes too."""
+    teacher = merge(graph, params)
+    where = teacher.placement
+    head = teacher.head_weight()
+
+    def integers(count: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if where is None else where.replicated)
+
+    def stop_rows(ids: Sequence[int]) -> jax.ShapeDtypeStruct | None:
+        return integers(len(ids)) if len(ids) > 1 else None
+
+    ours, theirs = stops or ((), ())
+    ordered = not _is_identity(vocabulary.student_order)
+    return StepConstants(
+        teacher=params,
+        teacher_head=head,
+        teacher_row_of_token=integers(len(vocabulary.teacher_order)),
+        student_order=integers(len(vocabulary.student_order)) if ordered else None,
+        student_row_of_token=integers(len(vocabulary.student_order)),
+        student_prefix_of_unmatched=integers(len(vocabulary.student_prefix_of_unmatched)),
+        teacher_prefix_of_unmatched=integers(len(vocabulary.teacher_prefix_of_unmatched)),
+        student_stops=stop_rows(ours),
+        teacher_stops=stop_rows(theirs),
+    )
+
+
 def restore_teacher(graph: nnx.GraphDef, constants: StepConstants, vocabulary: VocabularyMap) -> Params:
     """The teacher's parameters as `freeze_teacher` was given them, to use the teacher by itself. The constants stay as they are."""
     if _is_identity(vocabulary.teacher_order):

@@ -11,7 +11,7 @@ from gold_jax.models.rope import Rope
 from gold_jax.text.batch import Row, SideTokens, build_batches
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.step import make_distillation_loss
+from gold_jax.training.objective import make_distillation_loss
 from gold_jax.training.teacher import freeze_teacher
 
 V, W, K = 37, 41, 25

@@ -12,13 +12,8 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.models.functional import merge, split
 from gold_jax.text.batch import build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.step import (
-    Program,
-    Step,
-    TrainState,
-    make_cross_entropy_loss,
-    make_distillation_loss,
-)
+from gold_jax.training.objective import make_cross_entropy_loss, make_distillation_loss
+from gold_jax.training.step import Program, Step, init_state
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -45,9 +40,8 @@ def test_accumulated_micro_batches_update_as_the_whole_batch_does():
     for micro in (8, 2):
         loss, params, constants = built(spec)
         optimizer = optax.sgd(0.1)
-        step = Step(loss, optimizer)
-        state = TrainState(params, optimizer.init(params))
-        state, metrics = step.train(state, constants, batches(spec, micro))
+        step = Step(loss, optimizer, constants)
+        state, metrics = step(init_state(optimizer, params), batches(spec, micro))
         ends.append((state.params, metrics["loss"], metrics["grad_norm"]))
         assert step.compiled >= 1
     chex.assert_trees_all_close(*ends, rtol=1e-4, atol=1e-6)
@@ -58,18 +52,20 @@ def test_an_update_that_is_not_finite_leaves_all_as_it_was(micro):
     graph, params = split(decoder(V, 3))
     optimizer = optax.adam(1e-2)
     step = Step(make_cross_entropy_loss(graph, chunk=8), optimizer)
-    state = TrainState(params, optimizer.init(params))
+    state = init_state(optimizer, params)
     shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
     fine = build_token_batches(shown, 2) * micro
     bad = jax.tree.map(lambda x: np.full_like(x, np.inf) if x.dtype == np.float32 else x, fine)
-    state, metrics = step.train(state, (), fine)
+    state, metrics = step(state, fine)
     assert int(metrics["skipped"]) == 0
     before = jax.tree.map(np.array, (state.params, state.optimizer))
-    state, metrics = step.train(state, (), bad)
+    state, metrics = step(state, bad)
     assert int(metrics["skipped"]) == 1 and not np.isfinite(metrics["loss"])
     chex.assert_trees_all_equal((state.params, state.optimizer), before)
-    state, metrics = step.train(state, (), fine)
+    assert (int(state.step), *map(int, state.nonfinite)) == (2, 1, 1)
+    state, metrics = step(state, fine)
     assert int(metrics["skipped"]) == 0
+    assert (int(state.step), *map(int, state.nonfinite)) == (3, 1, 0)
     assert not np.array_equal(state.params["embedding"], before[0]["embedding"])
 
 
@@ -113,15 +109,15 @@ def test_cross_entropy_trains_a_small_model_to_say_what_it_is_shown():
     graph, params = split(decoder(V, 3))
     optimizer = optax.adam(1e-2)
     step = Step(make_cross_entropy_loss(graph, chunk=8), optimizer)
-    state = TrainState(params, optimizer.init(params))
+    state = init_state(optimizer, params)
     shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
     (batch,) = build_token_batches(shown, 2)
     losses = []
     for _ in range(60):
-        state, metrics = step.train(state, (), [batch])
+        state, metrics = step(state, [batch])
         losses.append(float(metrics["loss"]))
     assert losses[-1] < 0.05 < 1 < losses[0]
-    assert float(step.evaluate(state.params, (), batch)["token_accuracy"]) == pytest.approx(1)
+    assert float(step.evaluate(state.params, batch)["token_accuracy"]) == pytest.approx(1)
     assert step.compiled == 2  # one program to train, one to evaluate
 
 
