@@ -506,8 +506,7 @@ def profile(bench: Bench) -> None:
                 for event in line.events:
                     names[event.name] += event.duration_ns
                     kinds[_kind(event.name)] += event.duration_ns
-                    stats = {k: v for k, v in event.stats}
-                    scopes[_scope(str(stats.get("name") or stats.get("tf_op") or ""))] += event.duration_ns
+                    scopes[_scope(dict(event.stats))] += event.duration_ns
     total = sum(names.values())
     bench.add("7 profile", "device busy", 100 * total / 1e9 / wall if wall else 0.0, "% of the trace", wall=wall)
     for title, counter, most in (("kind", kinds, 10), ("scope", scopes, 12), ("kernel", names, 20)):
@@ -526,12 +525,13 @@ def _kind(kernel: str) -> str:
     return "other fusions"
 
 
-def _scope(path: str) -> str:
+def _scope(stats: dict[str, Any]) -> str:
+    """The named scope of a kernel; of those replayed from a CUDA graph, which have no name, the program."""
+    path = str(stats.get("name") or "")
     for scope in ("optimizer", "teacher", "student", "loss", "prefill", "draw"):
         if scope in path:
-            backward = " backward" if "transpose(" in path else ""
-            return scope + backward
-    return "unnamed"
+            return scope + (" backward" if "transpose(" in path else "")
+    return str(stats.get("hlo_module") or "unnamed")
 
 
 # whole runs
