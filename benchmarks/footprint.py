@@ -37,7 +37,7 @@ def main() -> None:
     from gold_jax.planning.footprint import STUDENT
     from gold_jax.planning.hardware import GIB, read_topology
     from gold_jax.planning.known import known_config
-    from gold_jax.planning.outcome import Asked
+    from gold_jax.planning.plan import PlanRequest
     from gold_jax.planning.sizes import Pair
 
     print("| run | program | compiler, GiB | formula, GiB | formula less compiler |")
@@ -47,12 +47,12 @@ def main() -> None:
         topology = read_topology(topology)
         training = (GOLDConfig if teacher else SFTConfig)(output_dir="unused", **settings)
         pair = Pair(known_config(student), teacher and known_config(teacher), matched)
-        asked = Asked(training, pair, topology, mesh_sizes(mesh, topology.devices), None)
-        others = [program for program in asked.footprint().programs() if program not in STUDENT]
-        for moment in by_compiling(asked, leave_out=others).moments:
-            beside = asked.footprint().beside(moment.program)
+        request = PlanRequest(training, pair, topology, mesh_sizes(mesh, topology.devices), None)
+        others = [program for program in request.footprint().programs() if program not in STUDENT]
+        for moment in by_compiling(request, leave_out=others).programs:
+            beside = request.footprint().transient(moment.program)
             found = sum(count for part, count in moment.parts.items() if part not in beside)
-            formula = sum(asked.footprint().temporaries(moment.program).values())
+            formula = sum(request.footprint().temporaries(moment.program).values())
             print(
                 f"| {name} | {moment.program} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",
                 flush=True,

@@ -52,7 +52,7 @@ def ours(assets: str, pieces: list[str]) -> None:
     import numpy as np
 
     from gold_jax.text.align import groups_of
-    from gold_jax.text.batch import Half, Row, build_batches
+    from gold_jax.text.batch import Row, SideTokens, build_batches
     from gold_jax.text.encode import PlainEncoder
 
     backends = tokenizers(assets)
@@ -68,7 +68,7 @@ def ours(assets: str, pieces: list[str]) -> None:
     def all_of_it():
         sides = encode()
         rows = [
-            Row(Half(prompt, a.ids, s), Half(prompt, b.ids, t), count, "", True)
+            Row(SideTokens(prompt, a.ids, s), SideTokens(prompt, b.ids, t), count, "", True)
             for a, b, (s, t, count) in zip(*sides, align(sides))
         ]
         build_batches(rows, 32, merge="chain", groups="all")

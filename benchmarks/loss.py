@@ -83,13 +83,13 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
     from gold_jax.losses.compare import CompareOptions
     from gold_jax.losses.distill import Head, distill_loss
     from gold_jax.text.align import group_ends
-    from gold_jax.text.batch import Half, Row, build_batches
+    from gold_jax.text.batch import Row, SideTokens, build_batches
 
     merge, compare, top_k = WAYS[way]
     states, heads, ids, ends = inputs(student, teacher, answer, hidden)
     *groups, count = group_ends(*ends)
     rows = [
-        Row(*(Half(x[i, :PROMPT], x[i, PROMPT:], g) for x, g in zip(ids, groups)), count, "", False)
+        Row(*(SideTokens(x[i, :PROMPT], x[i, PROMPT:], g) for x, g in zip(ids, groups)), count, "", False)
         for i in range(BATCH)
     ]
     (batch,) = build_batches(rows, BATCH, merge=merge, groups="all", text=compare == "events", normalization="row_mean")
@@ -101,17 +101,20 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
     options = CompareOptions(shared, 0.0, 1.0, 1.0, top_k)
     laid = []
     for side, x in zip((batch.student, batch.teacher), states):  # as the lines of the batch hold them
-        line = np.zeros((side.lines.tokens.size, x.shape[-1]), np.float32)
-        line[side.lines.place[side.lines.mask]] = x.reshape(-1, x.shape[-1])
+        line = np.zeros((side.packed.tokens.size, x.shape[-1]), np.float32)
+        line[side.packed.gather_index[side.packed.mask]] = x.reshape(-1, x.shape[-1])
         laid.append(jnp.asarray(line))
     maps = [
         Head(
-            None, jnp.asarray(np.argsort(o)), route=jnp.asarray(r, jnp.int32), order=jnp.asarray(o) if k == 0 else None
+            None,
+            jnp.asarray(np.argsort(o)),
+            prefix_of_unmatched=jnp.asarray(r, jnp.int32),
+            column_order=jnp.asarray(o) if k == 0 else None,
         )
         for k, (o, r) in enumerate(zip(orders, routes))
     ]
     weights = [None if w is None else jnp.asarray(w) for w in heads]
-    batch = jax.tree.map(jnp.asarray, batch._replace(student=batch.student._replace(lines=None), teacher=batch.teacher._replace(lines=None), labels=None))  # fmt: skip
+    batch = jax.tree.map(jnp.asarray, batch._replace(student=batch.student._replace(packed=None), teacher=batch.teacher._replace(packed=None), labels=None))  # fmt: skip
     del states, heads, rows
 
     def loss(student_state, student_weight, teacher_state, teacher_weight, batch, maps):

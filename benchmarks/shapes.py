@@ -25,18 +25,19 @@ def main() -> None:
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64)
     args = parser.parse_args()
-    from gold_jax.sizes import power_of_two
+    from gold_jax.bucketing import power_of_two
+    from gold_jax.loading import load_tokenizer
     from gold_jax.text.batch import build_batches, build_rows
-    from gold_jax.text.chat import Codec
-    from gold_jax.text.drawn import completion_from_ids
-    from gold_jax.training.participant import load_tokenizer
-    from gold_jax.training.windows import Order
+    from gold_jax.text.chat import ChatTokenizer
+    from gold_jax.text.detokenize import completion_from_ids
+    from gold_jax.training.batches import RowOrder
 
     student, teacher = (
-        Codec(load_tokenizer(f"{args.assets}/{name}")) for name in ("smollm2-135m-gpt2tok", "smollm2-135m-instruct")
+        ChatTokenizer(load_tokenizer(f"{args.assets}/{name}"))
+        for name in ("smollm2-135m-gpt2tok", "smollm2-135m-instruct")
     )
     rows = [json.loads(line) for line in pathlib.Path(args.data).read_text(encoding="utf-8").splitlines()]
-    order = Order(len(rows), args.batch, 42)
+    order = RowOrder(len(rows), args.batch, 42)
     print(
         "| completions | teacher's programs | student's programs | computed tokens to one, in lines | in padded rows |"
     )
@@ -54,12 +55,12 @@ def main() -> None:
                 completions = [completion_from_ids(student, ids, after=p) for ids, p in zip(drawn, prompts)]
             made = build_rows(student, teacher, prompts, completions, max_length=args.max_length)
             (batch,) = build_batches(made, args.batch, merge="chain", groups="all")
-            read = power_of_two(batch.teacher.lines.tokens.size)
-            programs[0].add(str(jax.tree.map(np.shape, batch.teacher.lines)))
+            read = power_of_two(batch.teacher.packed.tokens.size)
+            programs[0].add(str(jax.tree.map(np.shape, batch.teacher.packed)))
             programs[1].add(
-                str(jax.tree.map(np.shape, (batch.student.lines, batch.teacher._replace(lines=None), read)))
+                str(jax.tree.map(np.shape, (batch.student.packed, batch.teacher._replace(packed=None), read)))
             )
-            for side in (batch.student.lines, batch.teacher.lines):
+            for side in (batch.student.packed, batch.teacher.packed):
                 lengths = side.mask.reshape(args.batch, -1).sum(1)
                 computed += side.tokens.size
                 padded += args.batch * int(lengths.max())

@@ -31,7 +31,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
-        from gold_jax.training.faults import Diverged
+        from gold_jax.training.nonfinite import Diverged
         from gold_jax.training.report import HubError
 
         if not isinstance(error, HubError | Diverged):
@@ -91,19 +91,19 @@ def load_reader(
     mesh: str | None = None,
     special_tokens: bool = False,
 ):
-    """The model of a command that does not train, its parameters kept in the compute dtype: a `Participant`.
+    """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
     It is spread over all devices, as `mesh` says. `special_tokens` has the strings of special tokens in plain-text prompts read
     as those tokens.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_participant` and `mesh_sizes`.
+      FileNotFoundError, ValueError: as `load_model_and_tokenizer` and `mesh_sizes`.
     """
-    from gold_jax.training.participant import load_participant
+    from gold_jax.loading import load_model_and_tokenizer
     from gold_jax.training.setting import compute_dtype, place_run
 
     dtype = compute_dtype(bf16)
-    return load_participant(
+    return load_model_and_tokenizer(
         model.model_name_or_path,
         tokenizer,
         dtype=dtype,

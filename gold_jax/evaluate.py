@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         missing = "--model_name_or_path" if model.model_name_or_path is None else "--dataset_name"
         raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
     show(notices)
-    from gold_jax.losses.chunked import chunk_size
+    from gold_jax.losses.fused_head import chunk_size
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import exact_match, score_completions
 
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     score = score_completions(
         who.model,
-        who.codec,
+        who.chat_tokenizer,
         examples,
         batch_size=args.batch_size,
         max_length=args.max_length,
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     }
     if args.predict_with_generate:
         found["exact_match"] = exact_match(
-            who.model, who.codec, examples, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
+            who.model, who.chat_tokenizer, examples, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
         )
     if args.teacher_model_name_or_path is not None:
         found |= _gaps(who, model, args, [e.prompt for e in examples])
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) -> dict[str, float]:
     import jax
 
-    from gold_jax.losses.chunked import chunk_size
+    from gold_jax.losses.fused_head import chunk_size
     from gold_jax.training.evaluation import measure_gaps
 
     named = ModelArguments(

@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start = time.perf_counter()
     drawn = sample_completions(
         who.model,
-        who.codec,
+        who.chat_tokenizer,
         prompts,
         max_new_tokens=args.max_new_tokens,
         key=jax.random.key(args.seed),

@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = None if args.html is None else _writable(args.html)
     texts = _texts(args)
     from gold_jax.inspection.pair import inspect_pair
-    from gold_jax.losses.chunked import chunk_size
+    from gold_jax.losses.fused_head import chunk_size
 
     report = inspect_pair(
         args.student,

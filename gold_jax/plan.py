@@ -71,7 +71,7 @@ def _settings(argv: Sequence[str]) -> type[SFTConfig]:
 
 
 def plan_run(
-    model: ModelArguments, training: SFTConfig, args: PlanArguments, told: Callable[[str], None] = lambda _: None
+    model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None] = lambda _: None
 ) -> "Report":
     """Plans a run.
 
@@ -79,7 +79,7 @@ def plan_run(
         model: the student.
         training: the run's settings, with a teacher's name or without.
         args: for which devices.
-        told: is told what is being done.
+        progress: is told what is being done.
 
     Raises:
         ValueError: settings, names or devices that make no run.
@@ -98,7 +98,7 @@ def plan_run(
     from gold_jax.planning.compiled import by_compiling
     from gold_jax.planning.footprint import STUDENT
     from gold_jax.planning.models import find_model, find_vocabularies
-    from gold_jax.planning.outcome import Asked, Plan, by_arithmetic
+    from gold_jax.planning.plan import Plan, PlanRequest, by_arithmetic
     from gold_jax.planning.report import Report
     from gold_jax.planning.search import search
     from gold_jax.planning.sizes import Pair
@@ -112,7 +112,7 @@ def plan_run(
     if name is not None:
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
         teacher = find_model(name, revision=revision, role="teacher")
-        told("reading tokenizers")
+        progress("reading tokenizers")
         vocabularies = find_vocabularies(
             student,
             teacher,
@@ -122,17 +122,17 @@ def plan_run(
             trust_remote_code=training.trust_remote_code,
         )
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
-    asked = Asked(training, pair, topology, mesh, options["attn_implementation"])
+    request = PlanRequest(training, pair, topology, mesh, options["attn_implementation"])
     compiles = topology.kind == "tpu"
 
-    def shorter(way: Asked) -> Plan:  # of two programs with the same gradient, the larger tells enough
+    def shorter(way: PlanRequest) -> Plan:  # of two programs with the same gradient, the larger tells enough
         return by_compiling(way, leave_out=STUDENT[:1] if way.args.gradient_accumulation_steps > 1 else ())
 
-    plan = by_compiling(asked, told) if compiles else by_arithmetic(asked)
+    plan = by_compiling(request, progress) if compiles else by_arithmetic(request)
     found = None
     if args.search:
-        found = search(plan, shorter if compiles else None, limit=args.search_limit, told=told)
-    told("looking for what would help")
+        found = search(plan, shorter if compiles else None, limit=args.search_limit, progress=progress)
+    progress("looking for what would help")
     helps = () if plan.fits else advice(plan)
     return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh))
 

@@ -17,9 +17,9 @@ import tiny_models as tiny
 from flax import nnx
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, command, evaluate, generate, load_model, sft, train
-from gold_jax.models.weights import save_model
+from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.training.loop import Loop
-from gold_jax.training.participant import load_participant
 from gold_jax.training.step import Step
 
 MAINS = {"train": train.main, "sft": sft.main, "evaluate": evaluate.main, "generate": generate.main}
@@ -109,7 +109,7 @@ def test_the_long_train_command(world, tmp_path, hub, trackio, capsys):
     found = lines(out / "metrics.jsonl")
     assert [row["step"] for row in found] == [1, 2, 2]
     assert all(np.isfinite(row["loss"]) for row in found[:2]) and np.isfinite(found[2]["eval_bits_per_byte"])
-    assert load_participant(out, dtype="float32").model.config.layers == 2
+    assert load_model_and_tokenizer(out, dtype="float32").model.config.layers == 2
     card = (out / "README.md").read_text()
     assert "on-policy distillation" in card and "--uld_use_hybrid_loss" in card and "eval_loss" in card
     assert hub[0] == ("create", "U/M") and hub[-1][:2] == ("upload", "U/M")
@@ -143,7 +143,7 @@ def test_the_long_sft_command(world, tmp_path, hub, trackio, capsys):
         "--warmup_ratio 0.05 --lr_scheduler_type cosine_with_min_lr --use_liger_kernel --max_steps 2",
     )
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2]
-    assert load_participant(out, dtype="float32").model.config.layers == 2
+    assert load_model_and_tokenizer(out, dtype="float32").model.config.layers == 2
     assert "supervised fine-tuning" in (out / "README.md").read_text()
     assert [entry[:2] for entry in hub] == [("create", "U/M"), ("create", "U/M"), ("upload", "U/M")]
     assert trackio.options["config"]["max_length"] == 16384 and trackio.options["config"]["warmup_ratio"] == 0.05
@@ -304,7 +304,7 @@ def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
     written = lines(out / "completions.jsonl")
     assert [row["step"] for row in written] == [step for step in (1, 2, 3, 4) for _ in range(4)]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
-    assert load_participant(out / "checkpoint-3", dtype="float32").model.config.layers == 2
+    assert load_model_and_tokenizer(out / "checkpoint-3", dtype="float32").model.config.layers == 2
     shown = capsys.readouterr().out
     assert "before" in shown and "after" in shown and "exact match" in shown and "teacher" in shown
     assert "Completions at step 1" in shown and "Completions at step 3" in shown
@@ -382,15 +382,15 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
         ),
         rows,
     )
-    windows = trainer.loop.task.windows
+    windows = trainer.loop.task.batch_builder
     examples = [trainer.train_examples[i] for i in range(2)]
     told = [windows.teacher.render(prompt) for prompt in windows._told(examples)]
     assert "Be brief.\n\nThink of dogs.\n\n" + tiny.ROWS[0][0] in told[0]
     assert "Be brief.\n\n" + tiny.ROWS[1][0] in told[1]
-    (batch,) = windows.train(0, examples, trainer.loop.state.params).batches
+    (batch,) = windows.build(0, examples, trainer.loop.state.params).batches
     texts = [
-        codec.tokenizer.decode(side.lines.tokens[0, side.lines.place[0, 0][side.lines.mask[0, 0]]])
-        for codec, side in ((windows.student, batch.student), (windows.teacher, batch.teacher))
+        chat_tokenizer.tokenizer.decode(side.packed.tokens[0, side.packed.gather_index[0, 0][side.packed.mask[0, 0]]])
+        for chat_tokenizer, side in ((windows.student, batch.student), (windows.teacher, batch.teacher))
     ]
     assert "brief" not in texts[0] and "brief" in texts[1]
 

@@ -8,7 +8,7 @@ import tiny_models as tiny
 import tokenizers
 from text import toy_tokenizers as toys
 
-from gold_jax import Codec, align, command, inspect, inspect_pair, load_participant
+from gold_jax import Codec, align, command, inspect, inspect_pair, load_model_and_tokenizer
 from gold_jax.inspection.samples import SAMPLES
 
 TEXT = "The other dog, over the fox; 24 + 48 = 72."
@@ -113,8 +113,8 @@ def test_a_cut_text_is_noted(told):
 
 
 def test_everything_that_a_side_can_be(world):
-    student = load_participant(world / "student", dtype="float32")
-    teacher = load_participant(world / "teacher", dtype="float32")
+    student = load_model_and_tokenizer(world / "student", dtype="float32")
+    teacher = load_model_and_tokenizer(world / "teacher", dtype="float32")
     scored = inspect_pair(student, teacher, {"mine": TEXT})
     assert scored.mass is not None and scored.texts[0].name == "mine" and "mine" in scored._repr_html_()
     named = inspect_pair(str(world / "student"), world / "teacher", [TEXT])
@@ -122,7 +122,7 @@ def test_everything_that_a_side_can_be(world):
     counts = {
         inspect_pair(one, other, TEXT, models=False).total
         for one, other in [
-            (student, teacher.codec),
+            (student, teacher.chat_tokenizer),
             (tiny.student_tokenizer(), tiny.teacher_tokenizer()),
             (Codec(tiny.student_tokenizer()), str(world / "teacher_tokenizer")),
             (tiny.student_tokenizer().backend_tokenizer, tiny.teacher_tokenizer().backend_tokenizer),

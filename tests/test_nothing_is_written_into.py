@@ -9,14 +9,14 @@ ALLOWED = {
     # a module during its construction
     ("models/decoder.py", "__init__", "setattr"),
     # numpy arrays that the function itself has made
-    ("models/weights.py", "read", "[...] ="),
+    ("models/hf_checkpoint.py", "read", "[...] ="),
     # settings during their construction, and what is set on them by their owner
     ("fields.py", "check_fields", "setattr"),
     ("fields.py", "_set", "setattr"),
     ("config.py", "_check", "setattr"),
     # frozen dataclasses during their construction
     ("text/encode.py", "__post_init__", "setattr"),
-    ("text/drawn.py", "__post_init__", "setattr"),
+    ("text/detokenize.py", "__post_init__", "setattr"),
     ("text/surface.py", "__post_init__", "setattr"),
     # copies that the function itself has made
     ("training/profile.py", "watched", "setattr"),
@@ -25,8 +25,8 @@ ALLOWED = {
     ("text/encode.py", "_hide_pieces", "attribute"),
     ("text/encode.py", "_mark_dropped", "attribute"),
     ("text/encode.py", "_remove_prefix", "attribute"),
-    ("text/special.py", "_with_other_names", "attribute"),
-    ("training/participant.py", "load_participant", "attribute"),
+    ("text/special_tokens.py", "_with_other_names", "attribute"),
+    ("loading.py", "load_participant", "attribute"),
     # objects of other libraries that the function itself has made
     ("flags.py", "_help", "attribute"),
     ("training/profile.py", "_tracing", "attribute"),

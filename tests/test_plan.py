@@ -261,7 +261,7 @@ def test_plan_run_gives_a_report_and_tells_what_it_does(world, monkeypatch):
     training = plan.GOLDConfig(output_dir="x", teacher_model_name_or_path=str(world / "teacher"))
     report = plan.plan_run(model, training, plan.PlanArguments(topology="gpu:2xa100-80gb"), heard.append)
     assert (
-        report.plan.fits and "reading tokenizers" in heard and flags_of(report.plan.asked).startswith("--mesh fsdp=2")
+        report.plan.fits and "reading tokenizers" in heard and flags_of(report.plan.request).startswith("--mesh fsdp=2")
     )
 
 

@@ -7,16 +7,16 @@ import re
 
 import pytest
 
-from gold_jax.models.weights import load_model
+from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.quickstart import ASSETS, resolve
 from gold_jax.quickstart.build import RECIPES, build_task, build_tokenizer, main
 from gold_jax.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 from gold_jax.text.align import align
 from gold_jax.text.data import load_examples
-from gold_jax.text.drawn import completion_from_ids
+from gold_jax.text.detokenize import completion_from_ids
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.evaluation import exact_match, sample_completions
-from gold_jax.training.participant import load_participant
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ROLES = ("teacher", "student")
@@ -24,7 +24,7 @@ ROLES = ("teacher", "student")
 
 @pytest.fixture(scope="module")
 def both():
-    return {role: load_participant(resolve(f"embedded:{role}"), dtype="float32", role=role) for role in ROLES}
+    return {role: load_model_and_tokenizer(resolve(f"embedded:{role}"), dtype="float32", role=role) for role in ROLES}
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_the_two_models_are_of_different_families_and_match_their_recipes(both):
 
 
 def test_the_tokenizers_cut_the_same_text_differently(both):
-    student, teacher = (both[role].codec for role in ("student", "teacher"))
+    student, teacher = (both[role].chat_tokenizer for role in ("student", "teacher"))
     question = "How do you say 1542?"
     cut = align(student.tokenizer, teacher.tokenizer, question)
     assert cut.count < len(cut.student.ids)
@@ -116,11 +116,13 @@ def test_the_tokenizers_cut_the_same_text_differently(both):
 
 
 def test_the_templates_and_stop_tokens_differ(both):
-    student, teacher = (both[role].codec for role in ("student", "teacher"))
+    student, teacher = (both[role].chat_tokenizer for role in ("student", "teacher"))
     prompt = task_rows("test")[0]["prompt"]
     assert student.render(prompt) != teacher.render(prompt)
     assert student.template.lead and not teacher.template.lead
-    stops = [codec.tokenizer.convert_ids_to_tokens(codec.stop_id) for codec in (student, teacher)]
+    stops = [
+        chat_tokenizer.tokenizer.convert_ids_to_tokens(chat_tokenizer.stop_id) for chat_tokenizer in (student, teacher)
+    ]
     assert stops == ["</s>", "<|end|>"]
 
 
@@ -129,14 +131,16 @@ def test_the_templates_and_stop_tokens_differ(both):
     "text", ["347 is three hundred forty-seven.", "naïve – 漢字 🙂\n\ttwice", "1  2", "</s><|end|>"]
 )
 def test_the_tokenizers_give_any_text_back(both, role, text):
-    codec = both[role].codec
-    ids = codec.encode_completion(text).ids
-    drawn = completion_from_ids(codec, [*ids.tolist(), codec.stop_id])
-    assert (drawn.text, drawn.stopped, drawn.damaged) == (text, True, False)
+    chat_tokenizer = both[role].chat_tokenizer
+    ids = chat_tokenizer.encode_completion(text).ids
+    drawn = completion_from_ids(chat_tokenizer, [*ids.tolist(), chat_tokenizer.stop_id])
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == (text, True, False)
 
 
 def test_the_teacher_has_learned_the_task_and_the_student_has_not(both, held_out):
-    score = {role: exact_match(who.model, who.codec, held_out, max_new_tokens=32) for role, who in both.items()}
+    score = {
+        role: exact_match(who.model, who.chat_tokenizer, held_out, max_new_tokens=32) for role, who in both.items()
+    }
     assert score["teacher"] >= 0.9
     assert score["student"] <= 0.1
 
@@ -144,7 +148,7 @@ def test_the_teacher_has_learned_the_task_and_the_student_has_not(both, held_out
 def test_the_student_answers_in_the_right_form(both, held_out):
     student = both["student"]
     drawn = sample_completions(
-        student.model, student.codec, [e.prompt for e in held_out], max_new_tokens=32, key=_key()
+        student.model, student.chat_tokenizer, [e.prompt for e in held_out], max_new_tokens=32, key=_key()
     )
     assert sum(d.stopped for d in drawn) >= 45
     assert sum(bool(re.fullmatch(r"\d+ is [a-z -]+\.", d.text)) for d in drawn) >= 40
@@ -155,7 +159,7 @@ def test_a_model_is_built_as_a_folder_that_can_be_loaded(monkeypatch, tmp_path):
     recipe = dataclasses.replace(RECIPES["student"], steps=2)
     monkeypatch.setitem(RECIPES, "student", recipe)
     main(["--only", "student", "--output", str(tmp_path)])
-    built = load_participant(tmp_path / "student", dtype="float32")
+    built = load_model_and_tokenizer(tmp_path / "student", dtype="float32")
     assert built.model.config == load_model(resolve("embedded:student")).config
     assert sorted(p.name for p in (tmp_path / "student").iterdir()) == sorted(
         p.name for p in resolve("embedded:student").iterdir()

@@ -7,18 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gold_jax.bucketing import bucket
 from gold_jax.inspection.report import Mass
 from gold_jax.inspection.vocabularies import KINDS
-from gold_jax.losses.chunked import sum_over_chunks
-from gold_jax.losses.distill import pack
+from gold_jax.loading import LoadedModel
+from gold_jax.losses.distill import compact
+from gold_jax.losses.fused_head import fused_linear_sum
 from gold_jax.models.functional import merge, split
-from gold_jax.sizes import bucket
-from gold_jax.text.lines import pad_right
-from gold_jax.training.participant import Participant
+from gold_jax.text.packing import pad_right
 
 
 def measure(
-    who: Participant, texts: Sequence[str], kinds: np.ndarray, *, max_length: int | None = None, chunk: int = 128
+    who: LoadedModel, texts: Sequence[str], kinds: np.ndarray, *, max_length: int | None = None, chunk: int = 128
 ) -> tuple[list[Mass], list[bool]]:
     """Score texts with a model, each as a text from its beginning.
 
@@ -26,7 +26,7 @@ def measure(
     those that predict a token of the text: all but the first where nothing stands before it.
 
     Args:
-        who: the model and its codec.
+        who: the model and its chat tokenizer.
         texts: the texts.
         kinds: bool [len(KINDS), V], what each row of the head is, see `VocabularyFigures.rows`.
         max_length: longest sequence in tokens; texts are read as far as they fit; None for no limit.
@@ -36,18 +36,18 @@ def measure(
         One `Mass` for each text, NaN where no token is predicted; and which texts did not fit.
     """
     graph, params = split(who.model)
-    codec = who.codec
-    start = codec.encode_prompt("")
+    chat_tokenizer = who.chat_tokenizer
+    start = chat_tokenizer.encode_prompt("")
     rows = jnp.asarray(kinds, jnp.float32)
     found, cut = [], []
-    for answer in codec.encode_completions(texts, after=[""] * len(texts)):
+    for answer in chat_tokenizer.encode_completions(texts, after=[""] * len(texts)):
         whole = np.concatenate([start, answer.ids])
         ids = whole[:max_length]
         cut.append(len(ids) < len(whole))
         width = bucket(len(ids))
         place = np.arange(width)[None]
         counted = (place >= max(1, len(start)) - 1) & (place < len(ids) - 1)
-        tokens = pad_right([ids], 1, width, np.int32, codec.pad_id)
+        tokens = pad_right([ids], 1, width, np.int32, chat_tokenizer.pad_id)
         sums = np.asarray(_sums(graph, params, tokens, place < len(ids), counted, rows, min(chunk, width)), np.float64)
         positions = int(counted.sum())
         means = sums / positions if positions else np.full(len(KINDS), np.nan)
@@ -59,7 +59,7 @@ def measure(
 def _sums(graph, params, tokens, mask, counted, kinds, chunk):
     """The mass of every kind, `[K]`, summed over the positions of one row that `counted [1, T]` marks."""
     model = merge(graph, params)
-    index, live = pack(counted)
+    index, live = compact(counted)
     softcap = model.config.final_softcap
 
     def chunk_mass(logits, _scale, kinds, used):
@@ -70,5 +70,5 @@ def _sums(graph, params, tokens, mask, counted, kinds, chunk):
 
     used = counted[0][index].astype(jnp.float32)
     hidden, head = model(tokens, mask)[0], model.head_weight()
-    _, sums = sum_over_chunks(chunk_mass, None, chunk, hidden, head, index, None, kinds, used, live)
+    _, sums = fused_linear_sum(chunk_mass, None, chunk, hidden, head, index, None, kinds, used, live)
     return jnp.stack([sums[name] for name in KINDS])

@@ -11,11 +11,11 @@ from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
 from gold_jax.inspection.vocabularies import Vocabulary, compare
+from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer
 from gold_jax.quickstart import PREFIX, resolve
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.surface import surfaces_of
-from gold_jax.training.participant import Participant, load_participant, load_tokenizer
 
 MAX_LENGTH = 1024
 _ROLES = ("student", "teacher")
@@ -28,7 +28,7 @@ class _Side(NamedTuple):
     name: str
     vocabulary: Vocabulary
     read: Reader
-    participant: Participant | None
+    participant: LoadedModel | None
 
 
 def inspect_pair(
@@ -46,7 +46,7 @@ def inspect_pair(
 
     Args:
         student: a folder or hub id of a model or a tokenizer, `embedded:student` or `embedded:teacher`, a tokenizer (of
-            transformers, `tokenizers` or tiktoken), a `Codec`, or a `Participant`.
+            transformers, `tokenizers` or tiktoken), a `ChatTokenizer`, or a `LoadedModel`.
         teacher: the same.
         texts: what to cut and read, a text or several, with or without names; None: sample texts of several kinds.
         models: whether the models read the texts, too. None: where both sides are participants or folders that hold
@@ -108,7 +108,7 @@ def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str
 
 def _has_weights(source: Any) -> bool:
     """Whether a source is a model in memory or in a folder here."""
-    if isinstance(source, Participant):
+    if isinstance(source, LoadedModel):
         return source.model is not None
     if not isinstance(source, str | pathlib.Path):
         return False
@@ -123,10 +123,10 @@ def _found(source: str | pathlib.Path) -> str | pathlib.Path:
 def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
     if scored:
         who = _participant(source, role, bf16, trust_remote_code)
-        return _of_codec(who.name, who.codec, who.model.config.vocab_size, who)
-    if isinstance(source, Participant):
-        return _of_codec(source.name, source.codec)
-    if isinstance(source, Codec):
+        return _of_codec(who.name, who.chat_tokenizer, who.model.config.vocab_size, who)
+    if isinstance(source, LoadedModel):
+        return _of_codec(source.name, source.chat_tokenizer)
+    if isinstance(source, ChatTokenizer):
         return _of_codec(_called(source.tokenizer), source)
     name = None
     if isinstance(source, str | pathlib.Path):
@@ -134,9 +134,9 @@ def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_
     return _of_tokenizer(name or _called(source), source)
 
 
-def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> Participant:
+def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> LoadedModel:
     """A side with its model, the parameters kept in the compute dtype."""
-    if isinstance(source, Participant) and source.model is not None:
+    if isinstance(source, LoadedModel) and source.model is not None:
         return source
     if not isinstance(source, str | pathlib.Path):
         raise ValueError(
@@ -146,20 +146,24 @@ def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: b
     from gold_jax.training.setting import compute_dtype
 
     dtype = compute_dtype(bf16)
-    return load_participant(source, dtype=dtype, param_dtype=dtype, role=role, trust_remote_code=trust_remote_code)
+    return load_model_and_tokenizer(
+        source, dtype=dtype, param_dtype=dtype, role=role, trust_remote_code=trust_remote_code
+    )
 
 
-def _of_codec(name: str, codec: Codec, rows: int | None = None, who: Participant | None = None) -> _Side:
-    surfaces = codec.surfaces
-    vocabulary = Vocabulary(surfaces, len(surfaces) if rows is None else rows, codec.stop_ids)
-    return _Side(name, vocabulary, functools.partial(codec.encode_completion, after=_BEFORE), who)
+def _of_codec(
+    name: str, chat_tokenizer: ChatTokenizer, rows: int | None = None, who: LoadedModel | None = None
+) -> _Side:
+    surfaces = chat_tokenizer.surfaces
+    vocabulary = Vocabulary(surfaces, len(surfaces) if rows is None else rows, chat_tokenizer.stop_ids)
+    return _Side(name, vocabulary, functools.partial(chat_tokenizer.encode_completion, after=_BEFORE), who)
 
 
 def _of_tokenizer(name: str, tokenizer: Any) -> _Side:
     """A bare tokenizer; one without a stop token or with a template that cannot be used will do."""
     if hasattr(tokenizer, "apply_chat_template"):
         try:
-            return _of_codec(name, Codec(tokenizer))
+            return _of_codec(name, ChatTokenizer(tokenizer))
         except ValueError:
             pass  # what is wrong with its entries shows below
     surfaces = surfaces_of(tokenizer)

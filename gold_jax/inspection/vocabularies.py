@@ -110,7 +110,9 @@ def compare(student: Vocabulary, teacher: Vocabulary) -> VocabularyFigures:
         mapping = VocabularyMap.identity(student.rows, teacher.rows)
     partners = [_matched_orders(by_strings), _matched_orders(mapping)]
     rows, unmatched = [], []
-    for k, (side, route) in enumerate(zip(sides, (mapping.student_route, mapping.teacher_route))):
+    for k, (side, route) in enumerate(
+        zip(sides, (mapping.student_prefix_of_unmatched, mapping.teacher_prefix_of_unmatched))
+    ):
         order = (mapping.student_order, mapping.teacher_order)[k]
         kinds = _kinds(side, [pair[k] for pair in partners], order[mapping.matched :], route < mapping.matched)
         rows.append(kinds)

@@ -14,29 +14,29 @@ import jax.numpy as jnp
 from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
 
 
-class Merged(NamedTuple):
+class GroupDistribution(NamedTuple):
     """A chunk of groups as one model sees them.
 
     Attributes:
       logp: `[C, V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to less
         than one.
-      missing: `[C]` one less the sum of the merged distribution, as the merge knows it.
-      place: `[C]` column of the token of the group's text that the distribution is over: under `boundary` its first,
+      missing_mass: `[C]` one less the sum of the merged distribution, as the merge knows it.
+      token_column: `[C]` column of the token of the group's text that the distribution is over: under `boundary` its first,
         under `chain` its last.
-      rest: `[C]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
-      whole: `[C]` bool, whether there is none such.
-      route: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its own; `K`
+      suffix_logp: `[C]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
+      is_single_token: `[C]` bool, whether there is none such.
+      prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its own; `K`
         where there is none, `K + 1` where it is masked.
-      company: `[V]` how many other columns give to the same event as each; not 0 for masked columns.
+      event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns.
     """
 
     logp: jax.Array
-    missing: jax.Array
-    place: jax.Array
-    rest: jax.Array
-    whole: jax.Array
-    route: jax.Array
-    company: jax.Array
+    missing_mass: jax.Array
+    token_column: jax.Array
+    suffix_logp: jax.Array
+    is_single_token: jax.Array
+    prefix_column: jax.Array
+    event_siblings: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,22 +67,22 @@ class CompareOptions:
 
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
-Compare = Callable[[Merged, Merged, CompareOptions], Loss]
+Compare = Callable[[GroupDistribution, GroupDistribution, CompareOptions], Loss]
 
 # TRL takes the logarithm of probabilities no smaller than this; merged groups of rare tokens do fall below it.
 HYBRID_FLOOR = 1e-8
 # Below it float32 has no full precision: an event that underflowed has a finite logarithm and no gradient.
 TINY = 1.2e-38
 # Log-probabilities closer to 0 than this count as this: float32 cannot tell what would be left beside them.
-CERTAIN = 6e-8
+LOGP_CEILING = 6e-8
 
 
-def compare_sorted(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_sorted(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """ULD: both distributions sorted and padded, L1. To `[C]` and its parts."""
     return _sorted_part(jnp.exp(student.logp), jnp.exp(teacher.logp), options)
 
 
-def compare_hybrid(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_hybrid(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """GOLD: `w_matched · D_β(matched columns as they stand) + w_unmatched · L1(sorted unmatched)`. To `[C]` and parts.
 
     The matched columns are not renormalised and their probabilities are held above 1e-8, as TRL does; where a side
@@ -91,10 +91,10 @@ def compare_hybrid(student: Merged, teacher: Merged, options: CompareOptions) ->
     k = options.matched
     floor = jnp.log(HYBRID_FLOOR)
 
-    def held(logp):
+    def floored(logp):
         return jnp.where(logp >= floor, logp, floor)
 
-    matched = generalized_jsd(held(student.logp[:, :k]), held(teacher.logp[:, :k]), options.beta)
+    matched = generalized_jsd(floored(student.logp[:, :k]), floored(teacher.logp[:, :k]), options.beta)
     if k < student.logp.shape[-1] and k < teacher.logp.shape[-1]:
         unmatched, parts = _sorted_part(jnp.exp(student.logp[:, k:]), jnp.exp(teacher.logp[:, k:]), options)
     else:
@@ -115,7 +115,7 @@ def _sorted_part(student, teacher, options):
     return loss, {"tail_bound": bound}
 
 
-def compare_shared(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_shared(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """`D_β` over the matched entries, each side renormalised. To `[C]`.
 
     With one tokenizer, where every entry is matched, this is GKD.
@@ -126,7 +126,7 @@ def compare_shared(student: Merged, teacher: Merged, options: CompareOptions) ->
     ), {}
 
 
-def compare_shared_rest(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_shared_rest(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """`D_β` over the matched entries and one bucket with all the rest, so that either side sums to one. To `[C]`.
 
     Where a side has no unmatched entry, a bucket would have nothing to hold there: then it is `compare_shared`.
@@ -136,13 +136,13 @@ def compare_shared_rest(student: Merged, teacher: Merged, options: CompareOption
         return compare_shared(student, teacher, options)
 
     def with_bucket(side):
-        rest = jnp.sum(jnp.exp(side.logp[:, k:]), -1) + side.missing
+        rest = jnp.sum(jnp.exp(side.logp[:, k:]), -1) + side.missing_mass
         return jnp.concatenate([side.logp[:, :k], _log(rest)[:, None]], -1)
 
     return generalized_jsd(with_bucket(student), with_bucket(teacher), options.beta), {}
 
 
-def compare_projected(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_projected(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """`D_β` over prefixes: every column gives its probability to the longest matched prefix of its surface. To `[C]`.
 
     What has no such prefix (special tokens, padding rows, what a merge left out) is one event more.
@@ -151,53 +151,55 @@ def compare_projected(student: Merged, teacher: Merged, options: CompareOptions)
     return generalized_jsd(*map(_log, events), options.beta), _unmatched_mass(student, teacher, options)
 
 
-def compare_events(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_events(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """As `compare_projected`, and the text that stands there is an event of its own, taken out of its prefix. To `[C]`.
 
     A student for whom no entry but the text's own gives to that prefix cannot tell the two apart: then it is not asked
     to, and the text stays in its prefix event. A teacher of that kind says that nothing but the text begins so here; at
     `β = 1` an answer to that would cost without bound, so that there the text stays as well.
     """
-    together = _inseparable(student)
+    together = _is_only_entry_of_event(student)
     if options.beta == 1:
-        together |= _inseparable(teacher)
+        together |= _is_only_entry_of_event(teacher)
     apart = ~together
     events = [text_events(side, apart, options) for side in (student, teacher)]
     return generalized_jsd(*map(_log, events), options.beta), _unmatched_mass(student, teacher, options)
 
 
-def prefix_events(side: Merged, options: CompareOptions) -> jax.Array:
+def prefix_events(side: GroupDistribution, options: CompareOptions) -> jax.Array:
     """The probabilities that `projected` compares, `[C, K + 1]` (`[C, K]` without the rest); they sum to one."""
-    return _kept(_project(jnp.exp(side.logp), side, options), options)
+    return _renormalized(_project(jnp.exp(side.logp), side, options), options)
 
 
-def text_events(side: Merged, apart: jax.Array, options: CompareOptions) -> jax.Array:
+def text_events(side: GroupDistribution, apart: jax.Array, options: CompareOptions) -> jax.Array:
     """The probabilities that `events` compares: the text's, where `apart [C]` says so, then `prefix_events`.
 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
-    rows = jnp.arange(side.place.shape[0])
+    rows = jnp.arange(side.token_column.shape[0])
     p = jnp.exp(side.logp)
-    text = jnp.where(apart, p[rows, side.place] * jnp.exp(side.rest), 0.0)
-    left = jnp.where(apart, -jnp.expm1(side.rest), 1.0)  # of the token's probability, what goes on in another way
-    p = p.at[rows, side.place].multiply(left, unique_indices=True)
-    return _kept(jnp.concatenate([text[:, None], _project(p, side, options)], -1), options)
+    text = jnp.where(apart, p[rows, side.token_column] * jnp.exp(side.suffix_logp), 0.0)
+    left = jnp.where(
+        apart, -jnp.expm1(side.suffix_logp), 1.0
+    )  # of the token's probability, what goes on in another way
+    p = p.at[rows, side.token_column].multiply(left, unique_indices=True)
+    return _renormalized(jnp.concatenate([text[:, None], _project(p, side, options)], -1), options)
 
 
-def _inseparable(side: Merged) -> jax.Array:
+def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
     """Bool `[C]`: the text is one entry, and no other of this side gives to the same event."""
-    return side.whole & (side.company[side.place] == 0)
+    return side.is_single_token & (side.event_siblings[side.token_column] == 0)
 
 
-def _project(p: jax.Array, side: Merged, options: CompareOptions) -> jax.Array:
+def _project(p: jax.Array, side: GroupDistribution, options: CompareOptions) -> jax.Array:
     """`[C, V]` to `[C, K + 2]`: prefixes, what has none, what is masked."""
     k = options.matched
     events = jnp.pad(p[:, :k], [(0, 0), (0, 2)])
-    events = events.at[:, side.route].add(p[:, k:], indices_are_sorted=True)
-    return events.at[:, k].add(side.missing)
+    events = events.at[:, side.prefix_column].add(p[:, k:], indices_are_sorted=True)
+    return events.at[:, k].add(side.missing_mass)
 
 
-def _kept(events: jax.Array, options: CompareOptions) -> jax.Array:
+def _renormalized(events: jax.Array, options: CompareOptions) -> jax.Array:
     """Without the masked and, where not both sides have it, without what has no prefix; summing to one again."""
     events = events[:, :-1] if options.rest else events[:, :-2]
     if options.masked or not options.rest:
@@ -205,7 +207,9 @@ def _kept(events: jax.Array, options: CompareOptions) -> jax.Array:
     return events
 
 
-def _unmatched_mass(student: Merged, teacher: Merged, options: CompareOptions) -> dict[str, jax.Array]:
+def _unmatched_mass(
+    student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions
+) -> dict[str, jax.Array]:
     """What either side gives to entries that the other has not, `[C]` each: how much the projection moves."""
     sides = {"student": student, "teacher": teacher}
     return {
@@ -214,7 +218,7 @@ def _unmatched_mass(student: Merged, teacher: Merged, options: CompareOptions) -
     }
 
 
-def compare_alm(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_alm(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """Approximate likelihood matching: `D_β` between two Bernoulli distributions, "this text" and "another". To `[C]`.
 
     The probability of either side is that of the group's text, raised to one over the temperature.
@@ -224,13 +228,13 @@ def compare_alm(student: Merged, teacher: Merged, options: CompareOptions) -> Lo
     """
 
     def bernoulli(side):
-        x = jnp.minimum(_text_logp(side) / options.temperature, -CERTAIN)
+        x = jnp.minimum(_text_logp(side) / options.temperature, -LOGP_CEILING)
         return jnp.stack([x, jnp.log(-jnp.expm1(x))], -1)
 
     return generalized_jsd(bernoulli(student), bernoulli(teacher), options.beta), {}
 
 
-def compare_reverse_kl(student: Merged, teacher: Merged, options: CompareOptions) -> Loss:
+def compare_reverse_kl(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
     """`KL(student‖teacher)` estimated on text that the student drew. To `[C]`.
 
     The value is the group's log-ratio; the gradient is the policy gradient with that ratio as the reward, each group
@@ -244,9 +248,9 @@ def compare_reverse_kl(student: Merged, teacher: Merged, options: CompareOptions
     return ratio + ratio * (logp - jax.lax.stop_gradient(logp)), {}
 
 
-def _text_logp(side: Merged) -> jax.Array:
+def _text_logp(side: GroupDistribution) -> jax.Array:
     """Log-probability `[C]` of the group's text."""
-    return jnp.take_along_axis(side.logp, side.place[:, None], -1)[:, 0] + side.rest
+    return jnp.take_along_axis(side.logp, side.token_column[:, None], -1)[:, 0] + side.suffix_logp
 
 
 def _log(p: jax.Array) -> jax.Array:

@@ -12,8 +12,16 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.chunked import Cut, Inner, fetch, head_logits, map_over_chunks, sum_over_chunks, whole
-from gold_jax.losses.compare import COMPARES, CompareOptions, Merged
+from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution
+from gold_jax.losses.fused_head import (
+    HeadShard,
+    InnerTokens,
+    fused_linear_map,
+    fused_linear_sum,
+    gather_rows,
+    head_logits,
+    unshard_head,
+)
 
 
 class MergeIndex(Protocol):
@@ -29,21 +37,21 @@ class MergeIndex(Protocol):
 class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
-    `weight` is `[V, D]`, or a device's part of that; `place [V]` gives the row of a token id in the order that
-    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids where `order [V]`, the map's, is given:
+    `weight` is `[V, D]`, or a device's part of that; `row_of_token [V]` gives the row of a token id in the order that
+    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids where `column_order [V]`, the map's, is given:
     then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
-    `temperature` are Python floats. `route [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stops` are the
+    `temperature` are Python floats. `prefix_of_unmatched [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stop_rows` are the
     rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every
     one by itself.
     """
 
-    weight: jax.Array | Cut | None
-    place: jax.Array
+    weight: jax.Array | HeadShard | None
+    row_of_token: jax.Array
     softcap: float | None = None
     temperature: float = 1.0
-    route: jax.Array | None = None
-    stops: jax.Array | None = None
-    order: jax.Array | None = None
+    prefix_of_unmatched: jax.Array | None = None
+    stop_rows: jax.Array | None = None
+    column_order: jax.Array | None = None
 
 
 @jax.named_scope("loss")
@@ -52,9 +60,9 @@ def order_rows(head: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Arr
     return _permute(0, head, order, inverse)
 
 
-def _ordered(logits: jax.Array, head: Head) -> jax.Array:
+def _in_column_order(logits: jax.Array, head: Head) -> jax.Array:
     """Logits with their columns in the head's order, where its rows are not in it already."""
-    return logits if head.order is None else _permute(1, logits, head.order, head.place)
+    return logits if head.column_order is None else _permute(1, logits, head.column_order, head.row_of_token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -68,40 +76,40 @@ _permute.defvjp(
 )
 
 
-def across_lines(position: jax.Array, lines: int, length: int) -> jax.Array:
+def flatten_positions(position: jax.Array, lines: int, length: int) -> jax.Array:
     """Positions `[B, M]`, numbered in the line of so many tokens that a row lies in, numbered through all lines."""
     first = jnp.arange(len(position)) // (len(position) // lines) * length
     return position + first[:, None].astype(position.dtype)
 
 
-def shared_out(weight: jax.Array, parts: int, part: jax.Array) -> jax.Array:
+def split_weight(weight: jax.Array, parts: int, part: jax.Array) -> jax.Array:
     """Weights `[B, G]` of which every `parts`-th that counts is kept, from number `part` on; the others are zero."""
     number = (jnp.cumsum(weight.reshape(-1) > 0) - 1).reshape(weight.shape)
     return jnp.where(number % parts == part, weight, 0.0)
 
 
-def pack(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def compact(mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Indices `[N]` into the flattened mask, true entries first and in order, and how many they are."""
     flat = mask.reshape(-1)
     return jnp.argsort(~flat, stable=True), jnp.sum(flat)
 
 
-def _tempered(logits: jax.Array, softcap: float | None, temperature: float) -> jax.Array:
+def _cap_and_scale(logits: jax.Array, softcap: float | None, temperature: float) -> jax.Array:
     capped = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     return capped / temperature
 
 
 def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
-    logp = jax.nn.log_softmax(_tempered(logits, head.softcap, head.temperature), -1)
-    if head.stops is None:
+    logp = jax.nn.log_softmax(_cap_and_scale(logits, head.softcap, head.temperature), -1)
+    if head.stop_rows is None:
         return logp
-    together = jax.nn.logsumexp(logp[:, head.stops], -1)
-    return logp.at[:, head.stops].set(-jnp.inf).at[:, head.stops[0]].set(together)
+    together = jax.nn.logsumexp(logp[:, head.stop_rows], -1)
+    return logp.at[:, head.stop_rows].set(-jnp.inf).at[:, head.stop_rows[0]].set(together)
 
 
-def _token_logp(logits, places, softcap, temperature):
-    logits = _tempered(logits, softcap, temperature)
-    return jnp.take_along_axis(logits, places[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
+def _token_logp(logits, columns, softcap, temperature):
+    logits = _cap_and_scale(logits, softcap, temperature)
+    return jnp.take_along_axis(logits, columns[:, None], -1)[:, 0] - jax.nn.logsumexp(logits, -1)
 
 
 def _token_fn(head: Head):
@@ -110,7 +118,7 @@ def _token_fn(head: Head):
 
 def _columns(head: Head, token: jax.Array) -> jax.Array:
     """The columns of the logits, as the head gives them, that belong to token ids."""
-    return token if head.order is not None else head.place[token]
+    return token if head.column_order is not None else head.row_of_token[token]
 
 
 def _flat(hidden: jax.Array) -> jax.Array:
@@ -131,14 +139,14 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
     Returns:
       `[B, M]` in nats, zero where the mask is false.
     """
-    index, live = pack(mask)
-    rows, places = position.reshape(-1)[index], _columns(head, token).reshape(-1)[index]
-    packed = map_over_chunks(_token_fn(head), chunk, _flat(hidden), head.weight, rows, places, live)
+    index, live = compact(mask)
+    rows, columns = position.reshape(-1)[index], _columns(head, token).reshape(-1)[index]
+    packed = fused_linear_map(_token_fn(head), chunk, _flat(hidden), head.weight, rows, columns, live)
     return jnp.zeros(mask.size, jnp.float32).at[index].set(packed, unique_indices=True).reshape(mask.shape)
 
 
-def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array) -> Inner:
-    """The inner tokens of the groups that `weight [B, G]` counts, for `losses.chunked`; slots number its groups packed.
+def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array) -> InnerTokens:
+    """The inner tokens of the groups that `weight [B, G]` counts, for `losses.fused_head`; slots number its groups packed.
 
     Args:
       head: the side's head.
@@ -146,11 +154,11 @@ def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array) -> Inner:
       weight: `[B, G]`, zero where a group does not count.
     """
     groups, counted = weight.shape[1], weight > 0
-    slot = (jnp.cumsum(counted.reshape(-1)) - 1).reshape(weight.shape)  # as `pack` numbers them
+    slot = (jnp.cumsum(counted.reshape(-1)) - 1).reshape(weight.shape)  # as `compact` numbers them
     there = jnp.minimum(index.inner_group, groups - 1)
     inside = (index.inner_group < groups) & jnp.take_along_axis(counted, there, 1)
-    order, live = pack(inside)
-    return Inner(
+    order, live = compact(inside)
+    return InnerTokens(
         index.inner_position.reshape(-1)[order],
         _columns(head, index.inner_token).reshape(-1)[order],
         jnp.maximum(jnp.take_along_axis(slot, there, 1).reshape(-1)[order], 0),
@@ -175,7 +183,7 @@ def distill_loss(
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
     """Sum over groups of `weight · comparison(student's merged distribution, teacher's)`.
 
-    Only the positions that groups need meet the heads, `chunk` at a time (see `losses.chunked`).
+    Only the positions that groups need meet the heads, `chunk` at a time (see `losses.fused_head`).
 
     Args:
       student_hidden: `[..., D]`, `N` of them, or logits `[..., V]` (see `Head`); differentiated.
@@ -197,37 +205,47 @@ def distill_loss(
     """
     student_hidden, teacher_hidden = _flat(student_hidden), _flat(teacher_hidden)
     teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
-    teacher_weight = whole(teacher_weight, teacher_hidden.dtype)
-    index, live = pack(weight > 0)
+    teacher_weight = unshard_head(teacher_weight, teacher_hidden.dtype)
+    index, live = compact(weight > 0)
 
     def packed(x):
         return x.reshape(-1)[index]
 
     def text(head, merge_index):
-        return packed(head.place[merge_index.token]), packed(_is_whole(merge_index) | (merge != "boundary"))
+        return packed(head.row_of_token[merge_index.token]), packed(
+            _without_inner_tokens(merge_index) | (merge != "boundary")
+        )
 
     def merged(logits, inner, text, routes, head):
-        logp, (place, whole) = _log_softmax(_ordered(logits, head), head), text
+        logp, (token_column, is_single_token) = _log_softmax(_in_column_order(logits, head), head), text
         if merge == "boundary":
-            return Merged(logp, jnp.zeros_like(inner), place, inner, whole, *routes)
-        return Merged(logp + inner[:, None], -jnp.expm1(inner), place, jnp.zeros_like(inner), whole, *routes)
+            return GroupDistribution(logp, jnp.zeros_like(inner), token_column, inner, is_single_token, *routes)
+        return GroupDistribution(
+            logp + inner[:, None], -jnp.expm1(inner), token_column, jnp.zeros_like(inner), is_single_token, *routes
+        )
 
     def chunk_loss(logits, inner, shared, positions):
         teacher_hidden, teacher_weight, student_routes, teacher_routes = shared
         rows, student_text, teacher_inner, teacher_text, weight = positions
         student = merged(logits, inner, student_text, student_routes, student_head)
-        logits = head_logits(fetch(teacher_hidden, rows), teacher_weight)
+        logits = head_logits(gather_rows(teacher_hidden, rows), teacher_weight)
         teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, teacher_head)
         loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
-    theirs = inner_tokens(teacher_head, teacher_index, weight)
-    teacher_logp = map_over_chunks(
-        _token_fn(teacher_head), chunk, teacher_hidden, teacher_weight, theirs.rows, theirs.places, theirs.live
+    teacher_tokens = inner_tokens(teacher_head, teacher_index, weight)
+    teacher_logp = fused_linear_map(
+        _token_fn(teacher_head),
+        chunk,
+        teacher_hidden,
+        teacher_weight,
+        teacher_tokens.rows,
+        teacher_tokens.columns,
+        teacher_tokens.live,
     )
-    teacher_inner = jnp.zeros(index.shape[0], jnp.float32).at[theirs.slots].add(teacher_logp)
-    return sum_over_chunks(
+    teacher_inner = jnp.zeros(index.shape[0], jnp.float32).at[teacher_tokens.slots].add(teacher_logp)
+    return fused_linear_sum(
         chunk_loss,
         _token_fn(student_head),
         chunk,
@@ -235,7 +253,7 @@ def distill_loss(
         student_head.weight,
         packed(student_index.base),
         inner_tokens(student_head, student_index, weight),
-        (teacher_hidden, teacher_weight, _routes(student_head, options), _routes(teacher_head, options)),
+        (teacher_hidden, teacher_weight, _prefix_routes(student_head, options), _prefix_routes(teacher_head, options)),
         (
             packed(teacher_index.base),
             text(student_head, student_index),
@@ -247,17 +265,21 @@ def distill_loss(
     )
 
 
-def _is_whole(index: MergeIndex) -> jax.Array:
+def _without_inner_tokens(index: MergeIndex) -> jax.Array:
     """Bool `[B, G]`: the groups that have no inner token."""
     groups = index.base.shape[1]
     counts = jax.vmap(lambda group: jnp.zeros(groups + 1, jnp.int32).at[group].add(1))(index.inner_group)
     return counts[:, :groups] == 0
 
 
-def _routes(head: Head, options: CompareOptions) -> tuple[jax.Array, jax.Array]:
-    """Where unmatched rows go, `[V - K]`, nowhere if the head does not say; and each row's company, `[V]` (see `Merged`)."""
+def _prefix_routes(head: Head, options: CompareOptions) -> tuple[jax.Array, jax.Array]:
+    """Where unmatched rows go, `[V - K]`, nowhere if the head does not say; and each row's company, `[V]` (see `GroupDistribution`)."""
     k = options.matched
-    route = jnp.full(head.place.shape[0] - k, k, jnp.int32) if head.route is None else head.route
+    route = (
+        jnp.full(head.row_of_token.shape[0] - k, k, jnp.int32)
+        if head.prefix_of_unmatched is None
+        else head.prefix_of_unmatched
+    )
     event = jnp.concatenate([jnp.arange(k), route])
     members = jnp.zeros(k + 2, jnp.int32).at[event].add(1).at[k + 1].add(1)
     return route, members[event] - 1
@@ -280,16 +302,16 @@ def cross_entropy(
     Returns:
       The loss in nats, and `{"correct": …}`: the weighted share of positions at which the label is the likeliest.
     """
-    index, live = pack(weight > 0)
+    index, live = compact(weight > 0)
 
     def chunk_loss(logits, _scale, _shared, positions):
-        places, weight = positions
+        columns, weight = positions
         logp = _log_softmax(logits, head)
-        label_logp = jnp.take_along_axis(logp, places[:, None], -1)[:, 0]
+        label_logp = jnp.take_along_axis(logp, columns[:, None], -1)[:, 0]
         used = weight > 0
         correct = jnp.where(used & (jnp.max(logp, -1) <= label_logp), weight, 0.0)
         return jnp.sum(jnp.where(used, -weight * label_logp, 0.0)), {"correct": jnp.sum(correct)}
 
     positions = _columns(head, jnp.maximum(labels, 0)).reshape(-1)[index], weight.reshape(-1)[index]
     rows = position.reshape(-1)[index]
-    return sum_over_chunks(chunk_loss, None, chunk, _flat(hidden), head.weight, rows, None, (), positions, live)
+    return fused_linear_sum(chunk_loss, None, chunk, _flat(hidden), head.weight, rows, None, (), positions, live)

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.host_sort import can_sort_here, l1_and_signs
+from gold_jax.losses.host_sort import can_sort_on_host, l1_and_signs
 
 
 def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
@@ -46,9 +46,9 @@ def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: floa
 
 def _kl_terms(p: jax.Array, q: jax.Array) -> jax.Array:
     """`p · log(p/q)` from logarithms; zero, gradient included, where `p` is zero."""
-    there = p > -jnp.inf
-    p = jnp.where(there, p, 0.0)
-    return jnp.where(there, jnp.exp(p) * (p - q), 0.0)
+    positive = p > -jnp.inf
+    p = jnp.where(positive, p, 0.0)
+    return jnp.where(positive, jnp.exp(p) * (p - q), 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -81,7 +81,7 @@ def _l1_and_signs(ours, theirs, sort):
     ways = {"xla": _by_xla, "host": l1_and_signs}
     flat = [x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (ours, theirs)]
     if sort == "auto":
-        on_cpus = ways["host" if can_sort_here() else "xla"]
+        on_cpus = ways["host" if can_sort_on_host() else "xla"]
         loss, signs = jax.lax.platform_dependent(*flat, cpu=on_cpus, default=ways["xla"])
     else:
         loss, signs = ways[sort](*flat)
@@ -100,9 +100,11 @@ def _by_xla(ours, theirs):
         """Padded with zeros in front, so that the largest values stand opposite each other."""
         return jnp.pad(jax.lax.sort(bits(x), dimension=-1, is_stable=False), [(0, 0), (size - x.shape[-1], 0)])
 
-    mine, other = ascending(ours), ascending(theirs)
-    difference = jax.lax.bitcast_convert_type(mine, jnp.float32) - jax.lax.bitcast_convert_type(other, jnp.float32)
-    ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(mine, bits(ours))
+    sorted_ours, sorted_theirs = ascending(ours), ascending(theirs)
+    difference = jax.lax.bitcast_convert_type(sorted_ours, jnp.float32) - jax.lax.bitcast_convert_type(
+        sorted_theirs, jnp.float32
+    )
+    ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(sorted_ours, bits(ours))
     signs = jnp.take_along_axis(jnp.sign(difference).astype(jnp.int8), ranks, -1)
     return jnp.sum(jnp.abs(difference), -1), signs
 

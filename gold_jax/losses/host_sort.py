@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 
-def can_sort_here() -> bool:
+def can_sort_on_host() -> bool:
     """Whether programs on CPUs may call back.
 
     A callback waits for another of JAX's threads. With a single core there is none, and where a program runs on several devices
@@ -34,7 +34,7 @@ def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Arr
     Raises:
       ValueError: this process may use a single core, or there are several devices.
     """
-    if not can_sort_here():
+    if not can_sort_on_host():
         raise ValueError(
             "sorting on the host takes two cores or more and a single device, and this process has fewer cores or more devices; "
             "sort with xla."
@@ -49,7 +49,7 @@ def _l1_and_signs(ours, theirs) -> tuple[np.ndarray, np.ndarray]:
     loss, signs = np.zeros(len(ours), np.float32), np.zeros(ours.shape, np.int8)
     workers = max(1, min(len(ours), os.cpu_count() or 1))
     cuts = np.linspace(0, len(ours), workers + 1).astype(int)
-    work = functools.partial(_some_rows, ours, theirs, loss, signs)
+    work = functools.partial(_sort_rows, ours, theirs, loss, signs)
     if workers == 1:
         work(0, len(ours))
     else:
@@ -58,7 +58,7 @@ def _l1_and_signs(ours, theirs) -> tuple[np.ndarray, np.ndarray]:
     return loss, signs
 
 
-def _some_rows(ours, theirs, loss, signs, start: int, stop: int) -> None:
+def _sort_rows(ours, theirs, loss, signs, start: int, stop: int) -> None:
     """Fills rows `start` to `stop` of the two results."""
     index = np.arange(ours.shape[1], dtype=np.int64)
     common = min(ours.shape[1], theirs.shape[1])
@@ -67,19 +67,19 @@ def _some_rows(ours, theirs, loss, signs, start: int, stop: int) -> None:
         packed = ours[row].view(np.int32).astype(np.int64) << 32 | index
         packed.sort()
         order = packed & 0xFFFFFFFF
-        mine = ours[row][order]
-        other = _largest(theirs[row], common)
-        difference = mine[len(mine) - common :] - other
-        sign = np.ones(len(mine), np.int8)  # beyond the common ones, zero stands opposite
-        sign[: len(mine) - common] = mine[: len(mine) - common] > 0
-        sign[len(mine) - common :] = (difference > 0).view(np.int8) - (difference < 0).view(np.int8)
+        sorted_ours = ours[row][order]
+        sorted_theirs = _largest_ascending(theirs[row], common)
+        difference = sorted_ours[len(sorted_ours) - common :] - sorted_theirs
+        sign = np.ones(len(sorted_ours), np.int8)  # beyond the common ones, zero stands opposite
+        sign[: len(sorted_ours) - common] = sorted_ours[: len(sorted_ours) - common] > 0
+        sign[len(sorted_ours) - common :] = (difference > 0).view(np.int8) - (difference < 0).view(np.int8)
         signs[row, order] = sign
-        beyond = float(theirs[row].sum(dtype=np.float64) - other.sum(dtype=np.float64))
-        rest = float(mine[: len(mine) - common].sum(dtype=np.float64))
+        beyond = float(theirs[row].sum(dtype=np.float64) - sorted_theirs.sum(dtype=np.float64))
+        rest = float(sorted_ours[: len(sorted_ours) - common].sum(dtype=np.float64))
         loss[row] = np.abs(difference).sum(dtype=np.float64) + rest + np.maximum(0.0, beyond)  # not max: it drops NaN
 
 
-def _largest(values: np.ndarray, count: int) -> np.ndarray:
+def _largest_ascending(values: np.ndarray, count: int) -> np.ndarray:
     """The `count` largest values, ascending."""
     bits = values.view(np.int32)
     if 2 * count < len(bits):  # the others need no order

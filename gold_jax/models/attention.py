@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gold_jax.models.blockwise import HIDDEN, block_size, blockwise, capped
+from gold_jax.models.blockwise import MASK_VALUE, block_size, blockwise, capped
 from gold_jax.models.config import DecoderConfig
 
 IMPLEMENTATIONS = ("plain", "blockwise", "cudnn", "splash")
@@ -69,12 +69,12 @@ def attention(
             f"{query.shape}, {key.shape}, {value.shape} and {mask.shape}."
         )
     platform = current_platform() if platform is None else platform
-    asked = _Asked(implementation, platform, query.dtype, size, softcap)
+    requirements = _Requirements(implementation, platform, query.dtype, size, softcap)
     shape = _Shape(window, softcap, size**-0.5 if scale is None else scale)
-    return _compute(choose(*asked, length=length), platform, shape, query, key, value, mask.astype(bool))
+    return _compute(choose(*requirements, length=length), platform, shape, query, key, value, mask.astype(bool))
 
 
-class _Asked(NamedTuple):
+class _Requirements(NamedTuple):
     """What an implementation is chosen by, length aside."""
 
     implementation: str
@@ -107,7 +107,7 @@ def choose(implementation: str, platform: str, dtype, head_dim: int, softcap: fl
     if platform == "tpu" and jnp.dtype(dtype).itemsize == 2:
         return "splash"
     # Heads wider than 128 need a Hopper card, which a name alone does not tell.
-    if platform == "cuda" and head_dim <= 128 and not _fault("cudnn", platform, dtype, head_dim, softcap):
+    if platform == "cuda" and head_dim <= 128 and not _why_unsupported("cudnn", platform, dtype, head_dim, softcap):
         return "cudnn"
     return "blockwise"
 
@@ -124,7 +124,7 @@ def check(implementation: str, platform: str, dtype, head_dim: int, softcap: flo
         )
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is not known; it must be one of {', '.join(PLATFORMS)}.")
-    fault = _fault(implementation, platform, dtype, head_dim, softcap)
+    fault = _why_unsupported(implementation, platform, dtype, head_dim, softcap)
     if fault:
         raise ValueError(f"attention implementation {implementation!r} cannot be used: {fault}.")
 
@@ -137,7 +137,7 @@ def check_model(config: DecoderConfig, dtype, implementation: str, platform: str
         raise ValueError(f"The {config.family} model: {error}") from None
 
 
-def _fault(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None) -> str | None:
+def _why_unsupported(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None) -> str | None:
     """Why an implementation cannot compute this, or None."""
     if implementation == "splash" and platform != "tpu":
         return f"it is a kernel for TPUs, and the model is for {platform}; blockwise runs everywhere"
@@ -166,7 +166,7 @@ def current_platform() -> str:
     return "cuda" if modern else "other"
 
 
-def over_layers(
+def make_layer_attention(
     config: DecoderConfig, mask: jax.Array, dtype, implementation: str, platform: str
 ) -> tuple[jax.Array | list[jax.Array], Callable[..., jax.Array]]:
     """The attention of a scan over a model's layers, with what all layers share computed once.
@@ -217,8 +217,8 @@ def over_layers(
 
 def describe(config: DecoderConfig, dtype, implementation: str, platform: str) -> str:
     """What a model's `choose` comes to, in words."""
-    asked = implementation, platform, dtype, config.head_dim, config.attention_softcap
-    short, long = (choose(*asked, length=length) for length in (1, PLAIN_LENGTH + 1))
+    requirements = implementation, platform, dtype, config.head_dim, config.attention_softcap
+    short, long = (choose(*requirements, length=length) for length in (1, PLAIN_LENGTH + 1))
     return short if short == long else f"{short} up to {PLAIN_LENGTH} tokens, {long} beyond"
 
 
@@ -245,21 +245,21 @@ def plain(query, key, value, allowed: jax.Array, *, softcap: float | None, scale
     rows, length, _, size = query.shape
     grouped = query.reshape(rows, length, key.shape[2], -1, size)
     scores = jnp.einsum("btngk,bsnk->bngts", grouped, key, preferred_element_type=jnp.float32)
-    weights = shares(scores, allowed[:, None, None], softcap=softcap, scale=scale).astype(value.dtype)
+    weights = masked_softmax(scores, allowed[:, None, None], softcap=softcap, scale=scale).astype(value.dtype)
     return jnp.einsum("bngts,bsnk->btngk", weights, value).reshape(query.shape)
 
 
-def shares(scores: jax.Array, allowed: jax.Array, *, softcap: float | None, scale: float) -> jax.Array:
+def masked_softmax(scores: jax.Array, allowed: jax.Array, *, softcap: float | None, scale: float) -> jax.Array:
     """Softmax over the last axis of unscaled float32 scores, among what is allowed."""
-    return jax.nn.softmax(jnp.where(allowed, capped(scores * scale, softcap), HIDDEN), axis=-1)
+    return jax.nn.softmax(jnp.where(allowed, capped(scores * scale, softcap), MASK_VALUE), axis=-1)
 
 
 def _allowed(mask: jax.Array, window: int | None) -> jax.Array:
     """What each query sees: bool [B, T, T]."""
     order = jnp.arange(mask.shape[1])
-    back = order[:, None] - order[None, :]
-    seen = mask[:, None, :] & (back >= 0)
-    return seen if window is None else seen & (back < window)
+    distance = order[:, None] - order[None, :]
+    visible = mask[:, None, :] & (distance >= 0)
+    return visible if window is None else visible & (distance < window)
 
 
 def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cudnn") -> jax.Array:
@@ -273,7 +273,7 @@ def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cud
     # A row without tokens reads one of padding: a softmax over nothing is not finite everywhere.
     lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
     out = jax.nn.dot_product_attention(
-        *(_turned(x, start) for x in (query, key, value)),
+        *(_roll(x, start) for x in (query, key, value)),
         scale=scale,
         is_causal=True,
         query_seq_lengths=lengths,
@@ -282,18 +282,18 @@ def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cud
         implementation=kernel,
     )
     inside = jnp.arange(mask.shape[1]) < lengths[:, None]
-    return _turned(jnp.where(inside[..., None, None], out, 0), -start)
+    return _roll(jnp.where(inside[..., None, None], out, 0), -start)
 
 
 @jax.custom_vjp
-def _turned(x: jax.Array, start: jax.Array) -> jax.Array:
+def _roll(x: jax.Array, start: jax.Array) -> jax.Array:
     """Every row of x [B, T, …] turned so that its slot `start` [B] comes first."""
     order = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
 # The gradient of a turn is the turn back: a gather, where JAX would scatter.
-_turned.defvjp(lambda x, start: (_turned(x, start), start), lambda start, gradient: (_turned(gradient, -start), None))
+_roll.defvjp(lambda x, start: (_roll(x, start), start), lambda start, gradient: (_roll(gradient, -start), None))
 
 
 def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512, interpret: bool = False) -> jax.Array:
@@ -328,7 +328,7 @@ def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512,
         return rows(query, key, value, segments)
 
     if query.dtype == jnp.float32:
-        compute = _precise(compute)
+        compute = _in_full_float32(compute)
     out = compute(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :length]
 
@@ -339,7 +339,7 @@ _SPLASH_BLOCKS = (
 )
 
 
-def _precise(function: Callable) -> Callable:
+def _in_full_float32(function: Callable) -> Callable:
     """A function that multiplies float32 as float32, in its gradient too, which JAX traces outside the caller's setting."""
     highest = functools.partial(jax.default_matmul_precision, "highest")
 
@@ -369,5 +369,5 @@ __all__ = [
     "choose",
     "current_platform",
     "describe",
-    "over_layers",
+    "make_layer_attention",
 ]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 # Far below any score, yet finite: what may not be seen. Softmax over such alone is even, not NaN.
-HIDDEN = -1e30
+MASK_VALUE = -1e30
 
 
 def capped(x: jax.Array, cap: float | None) -> jax.Array:
@@ -69,101 +69,101 @@ def _forward(query, key, value, mask, static: _Static):
     block = static.block
 
     def row_of_blocks(_, index):
-        queries = _part(query, index, block, axis=3)
+        queries = _block(query, index, block, axis=3)
 
-        def step(other, state):
-            highest, total, mixed = state
+        def step(key_index, state):
+            highest, total, weighted = state
             scores, _ = _scores(
-                queries, _part(key, other, block), _part(mask, other, block, axis=1), index, other, static
+                queries, _block(key, key_index, block), _block(mask, key_index, block, axis=1), index, key_index, static
             )
             higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
-            shares = jnp.exp(scores - higher)
-            faded = jnp.exp(highest - higher)
-            total = total * faded + shares.sum(axis=-1, keepdims=True)
-            added = _product("bngts,bnsk->bngtk", shares.astype(value.dtype), _part(value, other, block))
-            return higher, total, mixed * faded + added
+            probs = jnp.exp(scores - higher)
+            rescale = jnp.exp(highest - higher)
+            total = total * rescale + probs.sum(axis=-1, keepdims=True)
+            added = _product("bngts,bnsk->bngtk", probs.astype(value.dtype), _block(value, key_index, block))
+            return higher, total, weighted * rescale + added
 
         # The first maximum lies far above what is hidden, whose exponentials are then 0, and far below every score.
         column = jnp.zeros((rows, heads, groups, block, 1))
-        start = column + HIDDEN / 2, column, jnp.zeros((rows, heads, groups, block, size))
-        highest, total, mixed = jax.lax.fori_loop(*_reach(index, static), step, start)
-        blind = total == 0
-        total = jnp.where(blind, 1, total)
-        return None, ((mixed / total).astype(query.dtype), jnp.where(blind, 0, highest + jnp.log(total)))
+        start = column + MASK_VALUE / 2, column, jnp.zeros((rows, heads, groups, block, size))
+        highest, total, weighted = jax.lax.fori_loop(*_key_block_range(index, static), step, start)
+        fully_masked = total == 0
+        total = jnp.where(fully_masked, 1, total)
+        return None, ((weighted / total).astype(query.dtype), jnp.where(fully_masked, 0, highest + jnp.log(total)))
 
     _, (out, log_sums) = jax.lax.scan(row_of_blocks, None, jnp.arange(length // block))
-    out, log_sums = (_joined(x) for x in (out, log_sums))
+    out, log_sums = (_join_blocks(x) for x in (out, log_sums))
     return out, (query, key, value, mask, out, log_sums)
 
 
-def _backward(static: _Static, kept, gradient):
-    query, key, value, mask, out, log_sums = kept
+def _backward(static: _Static, residuals, gradient):
+    query, key, value, mask, out, log_sums = residuals
     block = static.block
     # The gradient of a softmax is shares · (gradient - their mean under the shares); that mean is this.
     means = (out.astype(jnp.float32) * gradient.astype(jnp.float32)).sum(axis=-1, keepdims=True)
 
     def row_of_blocks(state, index):
-        queries, outward, log_sum, mean = (_part(x, index, block, axis=3) for x in (query, gradient, log_sums, means))
+        queries, outward, log_sum, mean = (_block(x, index, block, axis=3) for x in (query, gradient, log_sums, means))
 
-        def step(other, state):
+        def step(key_index, state):
             d_queries, d_key, d_value = state
-            keys, values = _part(key, other, block), _part(value, other, block)
-            scores, free = _scores(queries, keys, _part(mask, other, block, axis=1), index, other, static)
-            shares = jnp.exp(scores - log_sum)
-            d_scores = shares * (_product("bngtk,bnsk->bngts", outward, values) - mean)
+            keys, values = _block(key, key_index, block), _block(value, key_index, block)
+            scores, unmasked = _scores(queries, keys, _block(mask, key_index, block, axis=1), index, key_index, static)
+            probs = jnp.exp(scores - log_sum)
+            d_scores = probs * (_product("bngtk,bnsk->bngts", outward, values) - mean)
             if static.softcap is not None:
-                d_scores = d_scores * (1 - jnp.square(free / static.softcap))
+                d_scores = d_scores * (1 - jnp.square(unmasked / static.softcap))
             d_scores = (d_scores * static.scale).astype(query.dtype)
             d_queries = d_queries + _product("bngts,bnsk->bngtk", d_scores, keys)
             d_keys = _product("bngts,bngtk->bnsk", d_scores, queries)
-            d_values = _product("bngts,bngtk->bnsk", shares.astype(value.dtype), outward)
-            return d_queries, _add(d_key, other, d_keys), _add(d_value, other, d_values)
+            d_values = _product("bngts,bngtk->bnsk", probs.astype(value.dtype), outward)
+            return d_queries, _add(d_key, key_index, d_keys), _add(d_value, key_index, d_values)
 
-        state = jax.lax.fori_loop(*_reach(index, static), step, (jnp.zeros(queries.shape), *state))
+        state = jax.lax.fori_loop(*_key_block_range(index, static), step, (jnp.zeros(queries.shape), *state))
         return state[1:], state[0].astype(query.dtype)
 
     state = jnp.zeros(key.shape), jnp.zeros(value.shape)
     (d_key, d_value), d_query = jax.lax.scan(row_of_blocks, state, jnp.arange(query.shape[3] // block))
-    return _joined(d_query), d_key.astype(key.dtype), d_value.astype(value.dtype), None
+    return _join_blocks(d_query), d_key.astype(key.dtype), d_value.astype(value.dtype), None
 
 
 _blockwise.defvjp(_forward, _backward)
 
 
-def _reach(index: jax.Array, static: _Static) -> tuple[jax.Array | int, jax.Array]:
+def _key_block_range(index: jax.Array, static: _Static) -> tuple[jax.Array | int, jax.Array]:
     """First and one past the last block of keys that a block of queries sees anything of."""
     first = 0 if static.window is None else jnp.maximum(index * static.block - static.window + 1, 0) // static.block
     return first, index + 1
 
 
-def _scores(queries, keys, mask, index, other, static: _Static) -> tuple[jax.Array, jax.Array]:
+def _scores(queries, keys, mask, index, key_index, static: _Static) -> tuple[jax.Array, jax.Array]:
     """Scores float32 [B, N, G, P, P] of a block of queries and one of keys, and the same with nothing hidden."""
-    free = capped(_product("bngtk,bnsk->bngts", queries, keys) * static.scale, static.softcap)
+    unmasked = capped(_product("bngtk,bnsk->bngts", queries, keys) * static.scale, static.softcap)
     slots = jnp.arange(static.block)
-    back = (index - other) * static.block + slots[:, None] - slots[None, :]
-    seen = back >= 0 if static.window is None else (back >= 0) & (back < static.window)
-    return jnp.where(seen & mask[:, None, None, None, :], free, HIDDEN), free
+    distance = (index - key_index) * static.block + slots[:, None] - slots[None, :]
+    visible = distance >= 0 if static.window is None else (distance >= 0) & (distance < static.window)
+    return jnp.where(visible & mask[:, None, None, None, :], unmasked, MASK_VALUE), unmasked
 
 
-def _product(equation: str, one: jax.Array, other: jax.Array) -> jax.Array:
+def _product(equation: str, one: jax.Array, key_index: jax.Array) -> jax.Array:
     """An einsum in float32; the precision is said here because the backward pass is traced outside the caller's setting."""
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
-    return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, one, key_index, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _part(x: jax.Array, index: jax.Array, block: int, axis: int = 2) -> jax.Array:
+def _block(x: jax.Array, index: jax.Array, block: int, axis: int = 2) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, index * block, block, axis)
 
 
 def _add(x: jax.Array, index: jax.Array, part: jax.Array) -> jax.Array:
     block = part.shape[2]
-    return jax.lax.dynamic_update_slice_in_dim(x, _part(x, index, block) + part, index * block, 2)
+    return jax.lax.dynamic_update_slice_in_dim(x, _block(x, index, block) + part, index * block, 2)
 
 
-def _joined(blocks: jax.Array) -> jax.Array:
+def _join_blocks(blocks: jax.Array) -> jax.Array:
     """Stacked blocks of queries [T / P, B, N, G, P, …] as one [B, N, G, T, …]."""
     moved = jnp.moveaxis(blocks, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])
 
 
-__all__ = ["HIDDEN", "block_size", "blockwise", "capped"]
+__all__ = ["MASK_VALUE", "block_size", "blockwise", "capped"]

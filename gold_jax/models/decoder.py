@@ -13,21 +13,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from gold_jax.models import layer
-from gold_jax.models.attention import check_model, current_platform, describe, over_layers
+from gold_jax.models.attention import check_model, current_platform, describe, make_layer_attention
 from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.decoding import Cache, DecodingWeights, can_be_viewed, copies, views, whole
+from gold_jax.models.decoding import Cache, DecodingWeights, can_view_layers, cast_and_shard, layer_copies, layer_views
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.models.parameters import ParamInfo, layer_parameters, nested, parameters
 from gold_jax.parallel import exchange
-from gold_jax.parallel.exchange import Spread
+from gold_jax.parallel.exchange import ShardedParam
 from gold_jax.parallel.layout import Placement
 
 # What a decoder is told beside its config and parameters: arguments of its constructor, and its attributes.
 SETTINGS = ("dtype", "param_dtype", "remat", "attention", "platform", "placement")
 
 
-def true_float32(method):
+def full_float32(method):
     """A method whose products multiply float32 as float32 where that is the compute dtype.
 
     GPUs and TPUs by default round the factors to fewer bits, which moves logits by far more than this decoder's tolerance.
@@ -74,7 +74,7 @@ class Decoder(nnx.Module):
         platform=None,
         placement: Placement | None = None,
     ):
-        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model` and `place`.
+        """Initialise at random (normal, standard deviation 0.02; norms to one). See also `load_model` and `shard`.
 
         `platform` None is where JAX runs now; name it for a model that is compiled here to run elsewhere.
         """
@@ -111,7 +111,7 @@ class Decoder(nnx.Module):
         """A model whose parameters are `jax.ShapeDtypeStruct`s: to plan with, or to fill. Arguments as `from_config`."""
         return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat, **options))
 
-    @true_float32
+    @full_float32
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
         """Hidden states after the final norm.
 
@@ -124,34 +124,40 @@ class Decoder(nnx.Module):
         """
         return self._run(tokens, mask, keep_cache=False)[0]
 
-    @true_float32
-    def read_lines(self, tokens: jax.Array, place: jax.Array, owner: jax.Array, mask: jax.Array) -> jax.Array:
+    @full_float32
+    def forward_packed(
+        self, tokens: jax.Array, gather_index: jax.Array, first_slot: jax.Array, mask: jax.Array
+    ) -> jax.Array:
         """Hidden states after the final norm, of rows that are laid end to end and share what they begin with.
 
         Args:
             tokens: int32 [S, N], the tokens of each line.
-            place: int32 [S, R, T], where in its line each token of a row stands; rows are padded on the right.
-            owner: int32 [S, N], one of the line's slots `R·T` at which a token stands, the same in all of them.
+            gather_index: int32 [S, R, T], where in its line each token of a row stands; rows are padded on the right.
+            first_slot: int32 [S, N], one of the line's slots `R·T` at which a token stands, the same in all of them.
             mask: bool [S, R, T], True where a row has a token.
 
         Returns:
             [S, N, D] in `dtype`. Values of the padding at a line's end are finite and mean nothing.
         """
-        _, rows, length = place.shape
+        _, rows, length = gather_index.shape
 
-        def around(attend, arrangement, sliding, query, key, value):
-            (place, owner), shared = arrangement
-            lines = len(place)
+        def repack(attend, layout, sliding, query, key, value):
+            (gather_index, first_slot), shared = layout
+            sequences = len(gather_index)
 
-            def spread(x):  # [S, N, H, K] -> [B, T, H, K]
+            def to_rows(x):  # [S, N, H, K] -> [B, T, H, K]
                 flat = x.reshape(*x.shape[:2], -1)
-                return _fetch(flat, place.reshape(lines, -1)).reshape(lines * rows, length, *x.shape[2:])
+                return _gather(flat, gather_index.reshape(sequences, -1)).reshape(
+                    sequences * rows, length, *x.shape[2:]
+                )
 
-            attended = attend(shared, sliding, *map(spread, (query, key, value)))
-            return _fetch(attended.reshape(lines, rows * length, -1), owner)  # [B, T, F] -> [S, N, F]
+            attended = attend(shared, sliding, *map(to_rows, (query, key, value)))
+            return _gather(attended.reshape(sequences, rows * length, -1), first_slot)  # [B, T, F] -> [S, N, F]
 
-        rows_of_lines = mask.reshape(-1, length)
-        return self._layers(tokens, owner % length, rows_of_lines, around, (place, owner), keep_cache=False)[0]
+        row_mask = mask.reshape(-1, length)
+        return self._layers(
+            tokens, first_slot % length, row_mask, repack, (gather_index, first_slot), keep_cache=False
+        )[0]
 
     @classmethod
     def from_params(cls, config: DecoderConfig, params: Params, **settings) -> "Decoder":
@@ -170,7 +176,7 @@ class Decoder(nnx.Module):
         own = {name: getattr(self, name) for name in SETTINGS}
         return Decoder.from_params(self.config, split(self)[1] if params is None else params, **(own | settings))
 
-    def place(self, placement: Placement) -> "Decoder":
+    def shard(self, placement: Placement) -> "Decoder":
         """This model with its parameters on a mesh."""
         _, params = split(self)
         return self.replace(jax.device_put(params, self.shardings(placement)), placement=placement)
@@ -178,9 +184,9 @@ class Decoder(nnx.Module):
     def shardings(self, placement: Placement) -> Params:
         """Where every parameter is kept on a mesh: a tree like the parameters."""
         table = parameters(self.config)
-        return nested({path: placement.stored(info.shape, info.spec) for path, info in table.items()})
+        return nested({path: placement.param_sharding(info.shape, info.spec) for path, info in table.items()})
 
-    def attention_in_words(self) -> str:
+    def describe_attention(self) -> str:
         """Which implementation of attention this model's settings come to."""
         return describe(self.config, self.dtype, self.attention, self.platform)
 
@@ -188,14 +194,14 @@ class Decoder(nnx.Module):
         """The output projection [V, D], in `param_dtype`: the embedding where the two are tied."""
         return self.embedding[...] if self.config.tied else self.head[...]
 
-    @true_float32
+    @full_float32
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Float32 logits [..., V] of hidden states [..., D], soft cap included."""
         weight = self.head_weight().astype(self.dtype)
         logits = jnp.einsum("...d,vd->...v", hidden.astype(self.dtype), weight, preferred_element_type=jnp.float32)
         return capped(logits, self.config.final_softcap)
 
-    @true_float32
+    @full_float32
     def decode_logits(self, hidden: jax.Array, weights: DecodingWeights | None = None) -> jax.Array:
         """`logits` of a few hidden states [B, D]; `weights` as in `decode_step`.
 
@@ -208,7 +214,7 @@ class Decoder(nnx.Module):
         return capped(logits.T, self.config.final_softcap)
 
     @jax.named_scope("prefill")
-    @true_float32
+    @full_float32
     def prefill(self, tokens: jax.Array, mask: jax.Array, cache_len: int) -> tuple[jax.Array, Cache]:
         """Read prompts.
 
@@ -230,10 +236,10 @@ class Decoder(nnx.Module):
         hidden, (keys, values) = self._run(tokens, order < count[:, None], keep_cache=True)
         last = jnp.maximum(count - 1, 0)[:, None, None]
 
-        copies = self.kv_copies
+        repeats = self.kv_repeats
 
         def to_slots(stacked, axis):  # [L, B, P, N, K] -> L times [B, N, S, K] or, with the slots last, [B, N, K, S]
-            moved = jnp.moveaxis(stacked if copies == 1 else jnp.repeat(stacked, copies, axis=3), 2, axis)
+            moved = jnp.moveaxis(stacked if repeats == 1 else jnp.repeat(stacked, repeats, axis=3), 2, axis)
             padding = [(0, cache_len - length if other == axis else 0) for other in range(5)]
             return tuple(jnp.pad(moved, padding)[index] for index in range(self.config.layers))
 
@@ -241,10 +247,10 @@ class Decoder(nnx.Module):
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
     @property
-    def kv_copies(self) -> int:
+    def kv_repeats(self) -> int:
         """How often each key-value head stands in the cache."""
         heads = self.config.heads, self.config.kv_heads
-        return 1 if self.placement is None else self.placement.kv_copies(*heads)
+        return 1 if self.placement is None else self.placement.kv_repeats(*heads)
 
     def decoding_weights(self) -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
@@ -257,21 +263,21 @@ class Decoder(nnx.Module):
         stacked = {name: getattr(self.layers, name)[...] for name in names}
         head = self.head_weight()
         if self.placement is not None:
-            own, where = self.decoding_shardings().layers[0], self.decoding_shardings().head
-            columns = [copies(x, self.dtype, own[name]) for name, x in stacked.items()]
+            own, placement = self.decoding_shardings().layers[0], self.decoding_shardings().head
+            columns = [layer_copies(x, self.dtype, own[name]) for name, x in stacked.items()]
             # Columns are cut in training, rows here: XLA takes it whole in between, and says so unless it is told to.
-            head = whole(whole(head, self.dtype, self.placement.everywhere), self.dtype, where)
+            head = cast_and_shard(cast_and_shard(head, self.dtype, self.placement.replicated), self.dtype, placement)
         else:
-            apart = views if all(can_be_viewed(x, self.dtype) for x in stacked.values()) else copies
+            apart = layer_views if all(can_view_layers(x, self.dtype) for x in stacked.values()) else layer_copies
             columns = [apart(x, self.dtype) for x in stacked.values()]
             head = head.astype(self.dtype)
         return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], head)
 
     def decoding_shardings(self) -> DecodingWeights:
         """Where the weights that decoding reads lie on the model's mesh."""
-        table, where, config = layer_parameters(self.config), self.placement, self.config
-        own = {name: where.decoding(table[name].shape, table[name].spec) for name in self._names()}
-        head = where.decoding((config.vocab_size, config.width), ("vocab", "embed"))
+        table, placement, config = layer_parameters(self.config), self.placement, self.config
+        own = {name: placement.decode_sharding(table[name].shape, table[name].spec) for name in self._names()}
+        head = placement.decode_sharding((config.vocab_size, config.width), ("vocab", "embed"))
         return DecodingWeights([dict(own) for _ in range(config.layers)], head)
 
     def _names(self) -> list[str]:
@@ -279,7 +285,7 @@ class Decoder(nnx.Module):
         return [name for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)]
 
     @jax.named_scope("decode")
-    @true_float32
+    @full_float32
     def decode_step(
         self, tokens: jax.Array, cache: Cache, weights: DecodingWeights | None = None
     ) -> tuple[jax.Array, Cache]:
@@ -295,9 +301,9 @@ class Decoder(nnx.Module):
         """
         config = self.config
         weights = self.decoding_weights() if weights is None else weights
-        back = cache.length[:, None] - jnp.arange(cache.values[0].shape[2])
-        seen = back >= 0
-        near = None if config.window is None else seen & (back < config.window)
+        distance = cache.length[:, None] - jnp.arange(cache.values[0].shape[2])
+        visible = distance >= 0
+        in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])
         x = self._embed(tokens)
         keys, values = [], []
@@ -308,7 +314,7 @@ class Decoder(nnx.Module):
                 weights.layers[index],
                 x,
                 tables[int(sliding)],
-                near if sliding else seen,
+                in_window if sliding else visible,
                 (cache.keys[index], cache.values[index], cache.length),
                 self.platform,
                 self.placement,
@@ -338,56 +344,64 @@ class Decoder(nnx.Module):
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
 
-        def around(attend, arrangement, *arguments):
-            return attend(arrangement[1], *arguments)
+        def repack(attend, layout, *arguments):
+            return attend(layout[1], *arguments)
 
-        return self._layers(tokens, positions, mask, around, (), keep_cache=keep_cache)
+        return self._layers(tokens, positions, mask, repack, (), keep_cache=keep_cache)
 
-    def _layers(self, tokens, positions, mask, around, arrays, *, keep_cache: bool):
-        """All layers over tokens in any arrangement, that `around` changes for attention into rows as `mask` has them.
+    def _layers(self, tokens, positions, mask, repack, arrays, *, keep_cache: bool):
+        """All layers over tokens in any arrangement, that `repack` changes for attention into rows as `mask` has them.
 
         It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
         """
-        config, where = self.config, self.placement
-        shared, attend = over_layers(config, mask, self.dtype, self.attention, self.platform)
-        attend, arrangement = functools.partial(around, attend), (arrays, shared)
-        if where is not None:
-            attend = exchange.over_heads(where, attend, config.heads, config.kv_heads)
+        config, placement = self.config, self.placement
+        shared, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
+        attend, layout = functools.partial(repack, attend), (arrays, shared)
+        if placement is not None:
+            attend = exchange.attention_per_head(placement, attend, config.heads, config.kv_heads)
         tables = self._tables(positions)
 
         def body(x, scanned):
             weights, sliding = scanned
-            table = _choose(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
-            attend_here = functools.partial(attend, arrangement, sliding)
+            table = _select_for_layer(sliding, config, tables, same=config.ropes[0] == config.ropes[1])
+            attend_here = functools.partial(attend, layout, sliding)
             x, key, value = layer.forward(config, weights, x, table, attend_here)
-            return self._by_rows(x), (key, value) if keep_cache else None
+            return self._shard_rows(x), (key, value) if keep_cache else None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        x, kept = jax.lax.scan(body, self._by_rows(self._embed(tokens)), (self._stacked(), jnp.asarray(config.sliding)))
-        return layer.rms_norm(config, x, self.final_norm[...]), kept
+        x, cached = jax.lax.scan(
+            body, self._shard_rows(self._embed(tokens)), (self._stacked(), jnp.asarray(config.sliding))
+        )
+        return layer.rms_norm(config, x, self.final_norm[...]), cached
 
-    def _stacked(self) -> dict[str, jax.Array | Spread]:
+    def _stacked(self) -> dict[str, jax.Array | ShardedParam]:
         """The parameters of all layers by name."""
         stacked = {name: value[...] for name, value in vars(self.layers).items() if isinstance(value, nnx.Param)}
         if self.placement is None:
             return stacked
-        where, table = self.placement, layer_parameters(self.config)
+        placement, table = self.placement, layer_parameters(self.config)
         return {
-            name: Spread(x, *(place(table[name].shape, table[name].spec) for place in (where.stored, where.used)))
+            name: ShardedParam(
+                x,
+                *(
+                    sharding_of(table[name].shape, table[name].spec)
+                    for sharding_of in (placement.param_sharding, placement.compute_sharding)
+                ),
+            )
             for name, x in stacked.items()
         }
 
-    def _by_rows(self, x: jax.Array) -> jax.Array:
-        return x if self.placement is None else self.placement.by_rows(x)
+    def _shard_rows(self, x: jax.Array) -> jax.Array:
+        return x if self.placement is None else self.placement.shard_rows(x)
 
 
-def _fetch(x: jax.Array, index: jax.Array) -> jax.Array:
+def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
     """`x [S, N, F]` at `index [S, M]` of each line: `[S, M, F]`. Indices must be in range."""
     return jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(x, index)
 
 
-def _choose(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):
+def _select_for_layer(sliding: jax.Array, config: DecoderConfig, pair: tuple, *, same: bool):
     """The full (0) or sliding (1) one of a pair of pytrees, without a select where all layers agree."""
     if same or len(set(config.sliding)) == 1:
         return pair[int(config.sliding[0])]

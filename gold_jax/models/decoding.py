@@ -17,7 +17,7 @@ class Cache(NamedTuple):
     Attributes:
         keys: tuple of L arrays [B, kv_heads, head_dim, S], S slots: a query's product with them then reads them as they lie.
         values: tuple of L arrays [B, kv_heads, S, head_dim]. On a mesh a head may be there several times, once for each of the
-            devices that share its queries (`Placement.kv_copies`).
+            devices that share its queries (`Placement.kv_repeats`).
         length: int32 [B], tokens that each row holds; its next one goes to this slot.
     """
 
@@ -33,27 +33,27 @@ class DecodingWeights(NamedTuple):
     head: jax.Array
 
 
-def can_be_viewed(x: jax.Array, dtype) -> bool:
+def can_view_layers(x: jax.Array, dtype) -> bool:
     """Whether parts of an array can be looked at where they lie."""
     if isinstance(x, jax.core.Tracer) or x.dtype != dtype or not x.is_fully_addressable:
         return False
     return {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1
 
 
-def views(x: jax.Array, dtype) -> list[jax.Array]:
+def layer_views(x: jax.Array, dtype) -> list[jax.Array]:
     """`x [L, …]` as L arrays that share its memory and keep it; as long as they live, `x` is not overwritten if donated."""
     host = np.asarray(x)
     return [jax.device_put(part, x.sharding, may_alias=True) for part in host]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def copies(x: jax.Array, dtype, sharding=None) -> list[jax.Array]:
+def layer_copies(x: jax.Array, dtype, sharding=None) -> list[jax.Array]:
     """`x [L, …]` as L arrays of another dtype, on a mesh as `sharding` says."""
-    return [whole(part, dtype, sharding) for part in x]
+    return [cast_and_shard(part, dtype, sharding) for part in x]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def whole(x: jax.Array, dtype, sharding=None) -> jax.Array:
+def cast_and_shard(x: jax.Array, dtype, sharding=None) -> jax.Array:
     """An array in another dtype, on a mesh as `sharding` says."""
     x = x.astype(dtype)
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)

@@ -9,13 +9,19 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from gold_jax.models.attention import shares
+from gold_jax.models.attention import masked_softmax
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.rope import rotate
-from gold_jax.parallel.exchange import Spread, over_cache
+from gold_jax.parallel.exchange import ShardedParam, cached_attention_per_head
 from gold_jax.parallel.layout import Placement
 
-Weights = dict[str, jax.Array | Spread]
+Weights = dict[str, jax.Array | ShardedParam]
+
+
+def in_dtype(weight: jax.Array | ShardedParam, dtype) -> jax.Array:
+    """A weight in the dtype that it is multiplied in; a sharded one is all-gathered after the cast."""
+    return weight.unshard(dtype) if isinstance(weight, ShardedParam) else weight.astype(dtype)
+
 
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -28,7 +34,7 @@ def rms_norm(config: DecoderConfig, x: jax.Array, weight: jax.Array) -> jax.Arra
     """`x / rms(x) · (norm_offset + weight)` over the last axis, in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-    return (wide * scale * (config.norm_offset + weight.astype(jnp.float32))).astype(x.dtype)
+    return (wide * scale * (config.norm_offset + in_dtype(weight, jnp.float32))).astype(x.dtype)
 
 
 def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, attend: Callable[..., jax.Array]):
@@ -46,7 +52,7 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
     query, key, value = (
         y.reshape(rows, length, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
-    query, key = _place_heads(config, weights, query, key, table)
+    query, key = _norm_and_rotate(config, weights, query, key, table)
     return _after_attention(config, weights, x, attend(query, key, value)), key, value
 
 
@@ -85,9 +91,9 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     Rows and positions become one axis for the product: CPUs multiply the gradient of a matrix, which sums over both, a
     third faster when there is one axis to sum over.
     """
-    y = x.reshape(-1, x.shape[-1]) @ weights[name].astype(x.dtype)
+    y = x.reshape(-1, x.shape[-1]) @ in_dtype(weights[name], x.dtype)
     bias = weights.get(f"{name}_bias")
-    return (y if bias is None else y + bias.astype(x.dtype)).reshape(*x.shape[:-1], -1)
+    return (y if bias is None else y + in_dtype(bias, x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def decode(
@@ -114,10 +120,10 @@ def decode(
     query, key, value = (
         y.reshape(rows, 1, -1, config.head_dim) for y in _normed_products(_ATTENTION, config, weights, x)
     )
-    query, key = _place_heads(config, weights, query, key, table)
+    query, key = _norm_and_rotate(config, weights, query, key, table)
     attend = functools.partial(_attend_to_cache, config, platform)
     if placement is not None:
-        attend = over_cache(placement, attend, config.heads, config.kv_heads)
+        attend = cached_attention_per_head(placement, attend, config.heads, config.kv_heads)
     attended, keys, values = attend(query, key, value, allowed, *cache)
     return _after_attention(config, weights, x, attended), keys, values
 
@@ -128,7 +134,7 @@ def _attend_to_cache(config: DecoderConfig, platform: str, query, key, value, al
     keys, values = put(keys, key[:, 0], slots, 3), put(values, value[:, 0], slots, 2)
     query = query.reshape(len(query), key.shape[2], -1, config.head_dim)
     scores = jnp.einsum("bngk,bnks->bngs", query, keys, preferred_element_type=jnp.float32)
-    weighed = shares(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
+    weighed = masked_softmax(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
     attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(values.dtype), values)
     return attended.reshape(len(query), -1), keys, values
 
@@ -164,7 +170,7 @@ def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, atte
     return x + made
 
 
-def _place_heads(config: DecoderConfig, weights: Weights, query: jax.Array, key: jax.Array, table: tuple):
+def _norm_and_rotate(config: DecoderConfig, weights: Weights, query: jax.Array, key: jax.Array, table: tuple):
     """Norm, where there is one, and rotate queries [B, T, H, K] and keys [B, T, N, K]."""
     if config.qk_norm:
         query = rms_norm(config, query, weights["query_norm"])

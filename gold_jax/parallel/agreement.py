@@ -44,7 +44,7 @@ def _words(data: bytes, size: int) -> np.ndarray:
     return np.frombuffer(data.ljust(4 * size, b"\0"), np.uint32)
 
 
-def gather(values: np.ndarray) -> np.ndarray:
+def all_gather(values: np.ndarray) -> np.ndarray:
     """The arrays of all processes, of one shape and dtype: [...] -> [P, ...], bit for bit.
 
     Raises:
@@ -57,22 +57,22 @@ def gather(values: np.ndarray) -> np.ndarray:
         return values[None]
     kind = f"{values.dtype.name}{list(values.shape)}"
     kinds, rows = zip(*(row.split(b"\0", 1) for row in _gather_bytes(kind.encode() + b"\0" + values.tobytes())))
-    if problem := difference("the array that they exchange", [k.decode() for k in kinds], names()):
+    if problem := describe_difference("the array that they exchange", [k.decode() for k in kinds], names()):
         raise ValueError(problem)
     return np.stack([np.frombuffer(row, values.dtype).reshape(values.shape) for row in rows])
 
 
-def total(values: np.ndarray) -> np.ndarray:
+def all_reduce_sum(values: np.ndarray) -> np.ndarray:
     """Sums over the processes, of the same shape: the same in all of them, and exact for whole numbers."""
-    return np.asarray(gather(values).sum(axis=0))
+    return np.asarray(all_gather(values).sum(axis=0))
 
 
-def largest(values: np.ndarray) -> np.ndarray:
+def all_reduce_max(values: np.ndarray) -> np.ndarray:
     """The largest of each number over the processes, of the same shape."""
-    return np.asarray(gather(values).max(axis=0))
+    return np.asarray(all_gather(values).max(axis=0))
 
 
-def gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """The rows of all processes, such as token ids: for each process its own, however many and long.
 
     Args:
@@ -98,7 +98,7 @@ def _unpack(data: bytes) -> list[np.ndarray]:
     return [tokens[end - length : end].copy() for length, end in zip(lengths, ends)]
 
 
-def agree(what: str, value: Any) -> None:
+def assert_same_across_processes(what: str, value: Any) -> None:
     """Checks that all processes have the same.
 
     Args:
@@ -111,14 +111,14 @@ def agree(what: str, value: Any) -> None:
     if count() == 1:
         return
     values = [json.loads(data) for data in _gather_bytes(json.dumps(value, sort_keys=True).encode())]
-    if problem := difference(what, values, names()):
+    if problem := describe_difference(what, values, names()):
         raise ValueError(problem)
 
 
-def difference(what: str, values: Sequence[Any], named: Sequence[str]) -> str | None:
+def describe_difference(what: str, values: Sequence[Any], named: Sequence[str]) -> str | None:
     """How the values of the processes differ, in one sentence; None where they do not.
 
-    >>> difference("--seed", [1, 1, 2], ["a (process 0)", "b (process 1)", "c (process 2)"])
+    >>> describe_difference("--seed", [1, 1, 2], ["a (process 0)", "b (process 1)", "c (process 2)"])
     'The processes differ in --seed: a (process 0) and 1 other have 1; c (process 2) has 2.'
     """
     groups = _groups(values)
@@ -126,10 +126,10 @@ def difference(what: str, values: Sequence[Any], named: Sequence[str]) -> str | 
         return None
     if all(isinstance(value, dict) for value in values):
         keys = [k for k in {k: 0 for value in values for k in value} if len(_groups([v.get(k) for v in values])) > 1]
-        parts = [f"{key}: {_spread(_groups([v.get(key) for v in values]), named)}" for key in keys[:5]]
+        parts = [f"{key}: {_describe_groups(_groups([v.get(key) for v in values]), named)}" for key in keys[:5]]
         more = f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
         return f"The processes differ in {what}. {'; '.join(parts)}{more}."
-    return f"The processes differ in {what}: {_spread(groups, named)}."
+    return f"The processes differ in {what}: {_describe_groups(groups, named)}."
 
 
 def _groups(values: Sequence[Any]) -> dict[str, list[int]]:
@@ -140,7 +140,7 @@ def _groups(values: Sequence[Any]) -> dict[str, list[int]]:
     return dict(sorted(found.items(), key=lambda item: -len(item[1])))
 
 
-def _spread(groups: Mapping[str, Sequence[int]], named: Sequence[str]) -> str:
+def _describe_groups(groups: Mapping[str, Sequence[int]], named: Sequence[str]) -> str:
     parts = []
     for text, (first, *others) in list(groups.items())[:4]:
         who = named[first]

@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 WAITING = "waiting for the device"
 EX_TEMPFAIL = 75  # of sysexits.h: what failed will succeed if it is started again
-AGAIN = "Start the run again with --resume_from_checkpoint latest."
+RESTART_HINT = "Start the run again with --resume_from_checkpoint latest."
 
 
-class Beat(NamedTuple):
+class Heartbeat(NamedTuple):
     """What a process says of itself every few seconds.
 
     Attributes:
@@ -33,10 +33,10 @@ class Beat(NamedTuple):
     code: int = 0
 
 
-class Heard(NamedTuple):
+class PeerState(NamedTuple):
     """The newest beat of another process, and when it was new, by this process's clock."""
 
-    beat: Beat
+    beat: Heartbeat
     at: float
 
 
@@ -48,7 +48,7 @@ class Limits(NamedTuple):
     lag_after: float = 60.0
 
 
-class Finding(NamedTuple):
+class PeerProblem(NamedTuple):
     """What is wrong with a process.
 
     Attributes:
@@ -64,16 +64,16 @@ class Finding(NamedTuple):
     code: int | None = None
 
 
-def judge(
+def diagnose(
     now: float,
-    heard: Mapping[int, Heard],
-    mine: Beat,
+    heard: Mapping[int, PeerState],
+    mine: Heartbeat,
     *,
     me: int,
     named: Sequence[str],
     contact: float,
     limits: Limits,
-) -> list[Finding]:
+) -> list[PeerProblem]:
     """What is wrong with the other processes; what ends the run first.
 
     Args:
@@ -87,14 +87,14 @@ def judge(
     """
     for process, (beat, _) in heard.items():
         if beat.state == "left" and beat.cause == me:
-            line = f"The others ended because {named[me]} did not answer them: this process ends too. {AGAIN}"
-            return [Finding("left", process, line, beat.code)]
+            line = f"The others ended because {named[me]} did not answer them: this process ends too. {RESTART_HINT}"
+            return [PeerProblem("left", process, line, beat.code)]
         if beat.state == "left":
-            return [Finding("left", beat.cause, beat.why, beat.code)]
+            return [PeerProblem("left", beat.cause, beat.why, beat.code)]
     for process, (beat, _) in heard.items():
         if beat.state == "failed":
             line = f"{named[process]} ended with an error at update {beat.step}: {beat.why}. This process ends too."
-            return [Finding("failed", process, line, 1)]
+            return [PeerProblem("failed", process, line, 1)]
     if me != 0 and now - contact > limits.lost_after:
         return [lost(0, heard, named, f"has not answered for {now - contact:.0f} seconds")]
     # What is not read cannot be new: a beat's age is that of the last answer.
@@ -109,26 +109,26 @@ def judge(
 
 
 def lost(
-    process: int, heard: Mapping[int, Heard], named: Sequence[str], what: str, with_it: Sequence[str] = ()
-) -> Finding:
+    process: int, heard: Mapping[int, PeerState], named: Sequence[str], what: str, with_it: Sequence[str] = ()
+) -> PeerProblem:
     """What is said of a process that is lost, and of those that are silent with it."""
     line = f"{named[process]} {what}"
     if process in heard:
         line += f"; it was at update {heard[process].beat.step}, {heard[process].beat.doing}"
     if with_it:
         line += f". Nor {'has' if len(with_it) == 1 else 'have'} {', '.join(with_it[:7])}{', …' * (len(with_it) > 7)}"
-    line += f". Without {'them' if with_it else 'it'} the run cannot go on: this process ends. {AGAIN}"
-    return Finding("lost", process, line, EX_TEMPFAIL)
+    line += f". Without {'them' if with_it else 'it'} the run cannot go on: this process ends. {RESTART_HINT}"
+    return PeerProblem("lost", process, line, EX_TEMPFAIL)
 
 
 def _late(
-    heard: Mapping[int, Heard],
-    mine: Beat,
+    heard: Mapping[int, PeerState],
+    mine: Heartbeat,
     me: int,
     named: Sequence[str],
     silent: Mapping[int, float],
     limits: Limits,
-) -> Finding | None:
+) -> PeerProblem | None:
     """Who keeps a process waiting that has waited long enough; the first of those that wait says it."""
     if mine.doing != WAITING or mine.lasting <= limits.lag_after:
         return None
@@ -138,7 +138,7 @@ def _late(
     for process, (beat, _) in heard.items():
         if beat.state == "finished":
             line = f"{named[process]} finished its run at update {beat.step}; this process waits for it at update {mine.step}."
-            return Finding("late", process, line)
+            return PeerProblem("late", process, line)
         if beat.doing != WAITING and beat.step <= mine.step:
             lasting[process] = beat.lasting + silent[process]
     if not lasting:
@@ -149,19 +149,19 @@ def _late(
         f"{named[slowest]} keeps the others waiting: it has been {beat.doing} for {lasting[slowest]:.0f} seconds, at update "
         f"{beat.step}{f'; {len(lasting) - 1} more are not done either' if len(lasting) > 1 else ''}."
     )
-    return Finding("late", slowest, line)
+    return PeerProblem("late", slowest, line)
 
 
-def hear(heard: Mapping[int, Heard], texts: Mapping[int, str], me: int, now: float) -> dict[int, Heard]:
+def update_peers(heard: Mapping[int, PeerState], texts: Mapping[int, str], me: int, now: float) -> dict[int, PeerState]:
     """What is known of the others after the store was read."""
     known = dict(heard)
     for process, text in texts.items():
         if process == me:
             continue
         try:
-            beat = Beat(*json.loads(text))
+            beat = Heartbeat(*json.loads(text))
         except (TypeError, ValueError):
             continue
         if process not in known or known[process].beat.number != beat.number:
-            known[process] = Heard(beat, now)
+            known[process] = PeerState(beat, now)
     return known

@@ -1,4 +1,4 @@
-"""What devices of a mesh send each other so that a model can be computed: parts of weights, tokens, nothing else.
+"""`shard_map` helpers: FSDP all-gather, sharded embedding lookup, per-head attention.
 
 Letters: S lines or rows, N tokens of each, V vocabulary, D width, H heads, K head_dim.
 """
@@ -15,13 +15,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.parallel.layout import ROWS, Placement, axes_of
+from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["stored", "used"])
 @dataclasses.dataclass(frozen=True)
-class Spread:
-    """A layer's parameter as it lies on a mesh. `astype` brings it into the compute dtype and, so small, to where it is used.
+class ShardedParam:
+    """A layer's parameter as it lies on a mesh. `unshard` casts it to the compute dtype first and all-gathers the smaller copy.
 
     It is gathered anew wherever it is read: what a backward pass keeps is the device's own part.
 
@@ -34,7 +34,7 @@ class Spread:
     stored: NamedSharding
     used: NamedSharding
 
-    def astype(self, dtype) -> jax.Array:
+    def unshard(self, dtype) -> jax.Array:
         """The layer's parameter in another dtype, to be multiplied with."""
         return _gathered(jnp.dtype(dtype), self.stored, self.used, self.value)
 
@@ -58,7 +58,7 @@ def _gathered_backward(dtype, stored, used, like, gradient):
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def over_rows(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+def map_shards(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """A function that every device calls with its own parts."""
     return jax.shard_map(function, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
@@ -69,28 +69,28 @@ def lookup(placement: Placement, table: jax.Array, tokens: jax.Array, dtype) -> 
     A device holds some columns of the table: it looks up what all devices that hold the others want of them, and they
     exchange what they found.
     """
-    sharding = placement.stored(table.shape, ("vocab", "embed"))
-    axes = axes_of(sharding, 1)
-    rows = placement.rows(tokens.shape[0])
+    sharding = placement.param_sharding(table.shape, ("vocab", "embed"))
+    axes = sharded_axes(sharding, 1)
+    rows = placement.row_axes(tokens.shape[0])
     if rows is None:
-        whole = jax.lax.with_sharding_constraint(table.astype(dtype), placement.everywhere)
-        return whole[tokens]
-    shared, same = tuple(a for a in axes if a in ROWS), tuple(a for a in axes if a not in ROWS)
+        unsharded = jax.lax.with_sharding_constraint(table.astype(dtype), placement.replicated)
+        return unsharded[tokens]
+    row_axes, other_axes = tuple(a for a in axes if a in ROW_AXES), tuple(a for a in axes if a not in ROW_AXES)
 
     def local(table, tokens):
-        if shared:
-            tokens = jax.lax.all_gather(tokens, shared, axis=0, tiled=True)
+        if row_axes:
+            tokens = jax.lax.all_gather(tokens, row_axes, axis=0, tiled=True)
         found = table[tokens].astype(dtype)
-        if same:
-            found = jax.lax.all_gather(found, same, axis=found.ndim - 1, tiled=True)
-        if shared:
-            found = jax.lax.all_to_all(found, shared, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
+        if other_axes:
+            found = jax.lax.all_gather(found, other_axes, axis=found.ndim - 1, tiled=True)
+        if row_axes:
+            found = jax.lax.all_to_all(found, row_axes, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
         return found
 
-    return over_rows(placement, local, (sharding.spec, P(rows)), P(rows))(table, tokens)
+    return map_shards(placement, local, (sharding.spec, P(rows)), P(rows))(table, tokens)
 
 
-def over_heads(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
+def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
     """Attention in which every device sees its own rows and heads, so that kernels need know nothing of a mesh.
 
     Args:
@@ -102,30 +102,30 @@ def over_heads(placement: Placement, attend: Callable[..., jax.Array], heads: in
     Returns:
       The same function of whole arrays.
     """
-    copies, axis = placement.kv_copies(heads, kv_heads), placement.heads(heads)
+    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
 
-    def spread(by_rows, sliding, query, key, value):
-        if copies > 1:
-            key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
-        rows = placement.rows(query.shape[0])
+    def sharded(by_rows, sliding, query, key, value):
+        if repeats > 1:
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        rows = placement.row_axes(query.shape[0])
         by_head = P(rows, None, axis)
         specs = (jax.tree.map(lambda _: P(rows), by_rows), P(), by_head, by_head, by_head)
-        return over_rows(placement, attend, specs, by_head)(by_rows, sliding, query, key, value)
+        return map_shards(placement, attend, specs, by_head)(by_rows, sliding, query, key, value)
 
-    return spread
+    return sharded
 
 
-def over_cache(placement: Placement, attend: Callable[..., Any], heads: int, kv_heads: int) -> Callable:
-    """As `over_heads`, for `attend(query [B, 1, H, K], key, value, allowed, keys, values, slots)`, which writes to a cache."""
-    copies, axis = placement.kv_copies(heads, kv_heads), placement.heads(heads)
+def cached_attention_per_head(placement: Placement, attend: Callable[..., Any], heads: int, kv_heads: int) -> Callable:
+    """As `attention_per_head`, for `attend(query [B, 1, H, K], key, value, allowed, keys, values, slots)`, which writes to a cache."""
+    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
 
-    def spread(query, key, value, allowed, keys, values, slots):
-        if copies > 1:
-            key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
-        rows = placement.rows(query.shape[0])
+    def sharded(query, key, value, allowed, keys, values, slots):
+        if repeats > 1:
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        rows = placement.row_axes(query.shape[0])
         new, old = P(rows, None, axis), P(rows, axis)
-        return over_rows(placement, attend, (new, new, new, P(rows), old, old, P(rows)), (old, old, old))(
+        return map_shards(placement, attend, (new, new, new, P(rows), old, old, P(rows)), (old, old, old))(
             query, key, value, allowed, keys, values, slots
         )
 
-    return spread
+    return sharded

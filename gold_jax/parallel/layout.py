@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from gold_jax.mesh_flags import LAYOUTS
 
-ROWS = ("data", "fsdp")
+ROW_AXES = ("data", "fsdp")
 _WIDTH = {"fsdp": ("fsdp",), "full": ("data", "fsdp"), "replicated": ()}
 _TENSOR = ("heads", "kv_heads", "mlp")
 
@@ -47,102 +47,102 @@ class Placement:
             raise ValueError(f"the layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}.")
 
     @property
-    def shards(self) -> int:
+    def row_shards(self) -> int:
         """How many parts the rows of a batch are shared out to."""
-        return math.prod(self.mesh.shape[axis] for axis in ROWS)
+        return math.prod(self.mesh.shape[axis] for axis in ROW_AXES)
 
     @property
-    def tensor(self) -> int:
+    def tensor_size(self) -> int:
         """How many devices work on the same rows."""
         return self.mesh.shape["tensor"]
 
-    def on(self, *spec: Any) -> NamedSharding:
+    def sharding(self, *spec: Any) -> NamedSharding:
         """A sharding by mesh axes."""
         return NamedSharding(self.mesh, P(*spec))
 
     @property
-    def everywhere(self) -> NamedSharding:
+    def replicated(self) -> NamedSharding:
         """The sharding of what every device holds whole."""
-        return self.on()
+        return self.sharding()
 
-    def stored(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+    def param_sharding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
         """How a parameter is kept, given its shape and logical axes (`models.decoder.ParamInfo.spec`)."""
         width = _WIDTH[self.layout] + (("tensor",) if "vocab" in logical else ())
         return self._cut(shape, logical, {"embed": width, **dict.fromkeys(_TENSOR, ("tensor",))})
 
-    def used(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
-        """How a layer's parameter lies while it is multiplied with: cut over `tensor` alone."""
+    def compute_sharding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+        """How a layer's parameter lies while it is multiplied with: cut over `tensor_size` alone."""
         return self._cut(shape, logical, dict.fromkeys(_TENSOR, ("tensor",)))
 
-    def decoding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
-        """As `used`, the vocabulary cut over `tensor` as well."""
+    def decode_sharding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
+        """As `compute_sharding`, the vocabulary cut over `tensor_size` as well."""
         return self._cut(shape, logical, dict.fromkeys((*_TENSOR, "vocab"), ("tensor",)))
 
-    def rows(self, count: int) -> tuple[str, ...] | None:
+    def row_axes(self, count: int) -> tuple[str, ...] | None:
         """The mesh axes over which so many rows are shared out; None where they cannot be shared evenly."""
-        return None if count % self.shards else ROWS
+        return None if count % self.row_shards else ROW_AXES
 
-    def by_rows(self, x: jax.Array) -> jax.Array:
+    def shard_rows(self, x: jax.Array) -> jax.Array:
         """`x` with its first axis shared out."""
-        return jax.lax.with_sharding_constraint(x, self.on(self.rows(x.shape[0])))
+        return jax.lax.with_sharding_constraint(x, self.sharding(self.row_axes(x.shape[0])))
 
-    def heads(self, count: int) -> str | None:
+    def head_axis(self, count: int) -> str | None:
         """The mesh axis over which so many heads are shared out; None where they cannot be shared evenly."""
-        return None if self.tensor == 1 or count % self.tensor else "tensor"
+        return None if self.tensor_size == 1 or count % self.tensor_size else "tensor"
 
-    def kv_copies(self, heads: int, kv_heads: int) -> int:
-        """How often each key-value head must be there, so that every `tensor` device has those of its own heads."""
-        if self.heads(heads) is None:
+    def kv_repeats(self, heads: int, kv_heads: int) -> int:
+        """How often each key-value head must be there, so that every `tensor_size` device has those of its own heads."""
+        if self.head_axis(heads) is None:
             return 1
-        return math.lcm(kv_heads, self.tensor) // kv_heads
+        return math.lcm(kv_heads, self.tensor_size) // kv_heads
 
     def put(self, tree: Any, *spec: Any) -> Any:
         """Host arrays, the same in every process, as arrays on the mesh; leaves that are None stay."""
-        sharding = self.on(*spec)
+        sharding = self.sharding(*spec)
 
-        def place(x):
+        def to_device(x):
             x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(to_device, tree)
 
-    def owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def row_owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
-        parts = self.mesh.devices.reshape(self.shards, -1)  # `tensor` is the last axis
+        parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor_size` is the last axis
         holders = [sorted({device.process_index for device in part}) for part in parts]
-        mine = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
-        return tuple(found[0] for found in holders), mine
+        local = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
+        return tuple(found[0] for found in holders), local
 
     def put_rows(self, batch: Any) -> Any:
         """Host arrays that hold the rows, or lines, of this process's shards, as arrays on the mesh."""
-        sharding, (_, mine) = self.on(ROWS), self.owners()
-        where = {shard: k for k, shard in enumerate(mine)}
+        sharding, (_, local) = self.sharding(ROW_AXES), self.row_owners()
+        index_of_shard = {shard: k for k, shard in enumerate(local)}
 
-        def place(x):
-            unit = len(x) // len(mine)
+        def to_device(x):
+            unit = len(x) // len(local)
 
             def part(index):
-                start = where[(index[0].start or 0) // unit] * unit
+                start = index_of_shard[(index[0].start or 0) // unit] * unit
                 return x[start : start + unit]
 
-            return jax.make_array_from_callback((unit * self.shards, *x.shape[1:]), sharding, part)
+            return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
 
-        return jax.tree.map(place, batch)
+        return jax.tree.map(to_device, batch)
 
     def _cut(self, shape, logical, rules: dict[str, tuple[str, ...]]) -> NamedSharding:
         def axes(size, name):
-            wanted = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)
-            if not wanted or size % math.prod(self.mesh.shape[axis] for axis in wanted):
+            mesh_axes = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)
+            if not mesh_axes or size % math.prod(self.mesh.shape[axis] for axis in mesh_axes):
                 return None
-            return wanted if len(wanted) > 1 else wanted[0]
+            return mesh_axes if len(mesh_axes) > 1 else mesh_axes[0]
 
         spec = list(map(axes, shape, logical))
         while spec and spec[-1] is None:  # as JAX writes the shardings of results
             spec.pop()
-        return self.on(*spec)
+        return self.sharding(*spec)
 
 
-def axes_of(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
+def sharded_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
     """The mesh axes over which one axis of an array is cut."""
     spec = sharding.spec
     found = spec[axis] if axis < len(spec) else None

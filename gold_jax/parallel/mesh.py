@@ -45,6 +45,6 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     )
 
 
-def mesh_in_words(mesh: Mesh) -> str:
+def describe_mesh(mesh: Mesh) -> str:
     """The axes that are larger than one, such as `fsdp=4,tensor=2`."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)

@@ -23,7 +23,7 @@ FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-class Meant(NamedTuple):
+class ClusterSpec(NamedTuple):
     """A run of several processes, as flags and the environment describe it.
 
     Attributes:
@@ -69,13 +69,15 @@ def start(
     """
     if jax.distributed.is_initialized():
         return
-    meant = several(coordinator_address, num_processes, process_id, os.environ) or _pod(os.environ)
-    if meant is None:
+    cluster = cluster_from_flags(coordinator_address, num_processes, process_id, os.environ) or _detect_tpu_pod(
+        os.environ
+    )
+    if cluster is None:
         return
     try:
-        _join(meant, timeout)
+        _join(cluster, timeout)
     except Exception as error:
-        if meant.surely or isinstance(error, ConnectionError):
+        if cluster.surely or isinstance(error, ConnectionError):
             raise
         warnings.warn(f"This TPU host is taken for the only one: JAX found no others ({_brief(error)}).", stacklevel=2)
         return
@@ -83,18 +85,20 @@ def start(
         names()
 
 
-def several(address: str | None, number: int | None, index: int | None, environ: Mapping[str, str]) -> Meant | None:
+def cluster_from_flags(
+    address: str | None, number: int | None, index: int | None, environ: Mapping[str, str]
+) -> ClusterSpec | None:
     """Whether flags, or else the environment, mean several processes; None for one.
 
     Raises:
       ValueError: as `start`.
     """
     address = address or environ.get(VARIABLES[0]) or None
-    number = _whole(environ, VARIABLES[1]) if number is None else number
-    index = _whole(environ, VARIABLES[2]) if index is None else index
-    launcher = _launcher(environ)
+    number = _int_variable(environ, VARIABLES[1]) if number is None else number
+    index = _int_variable(environ, VARIABLES[2]) if index is None else index
+    launcher = _detect_launcher(environ)
     if address is None and number is None and index is None:
-        return Meant(launcher[0]) if launcher else None
+        return ClusterSpec(launcher[0]) if launcher else None
     if launcher and address is not None:
         number = launcher[1] if number is None else number
         index = launcher[2] if index is None else index
@@ -116,10 +120,10 @@ def several(address: str | None, number: int | None, index: int | None, environ:
     if not host or not port.isdigit():
         raise ValueError(f"--coordinator_address is {address}: it must be HOST:PORT, such as 10.0.0.1:1234")
     # A launcher may also say which of the host's devices are this process's own.
-    return Meant("--num_processes", address, number, index, None if launcher else "deactivate")
+    return ClusterSpec("--num_processes", address, number, index, None if launcher else "deactivate")
 
 
-def _whole(environ: Mapping[str, str], name: str) -> int | None:
+def _int_variable(environ: Mapping[str, str], name: str) -> int | None:
     text = environ.get(name)
     if not text:
         return None
@@ -129,29 +133,31 @@ def _whole(environ: Mapping[str, str], name: str) -> int | None:
         raise ValueError(f"{name} is {text!r} in the environment: it must be a whole number") from None
 
 
-def _launcher(environ: Mapping[str, str]) -> tuple[str, int | None, int | None] | None:
+def _detect_launcher(environ: Mapping[str, str]) -> tuple[str, int | None, int | None] | None:
     """Slurm or Open MPI where it started several processes: its name, how many, and which this one is."""
     tasks = None
     if environ.get("SLURM_JOB_ID"):
         # Outside a step, as in a batch script, the number of tasks is that of the allocation, and one process runs.
         inside = environ.get("SLURM_STEP_NODELIST")
-        tasks = _whole(environ, "SLURM_STEP_NUM_TASKS") or (_whole(environ, "SLURM_NTASKS") if inside else None)
-    ranks = _whole(environ, "OMPI_COMM_WORLD_SIZE")
+        tasks = _int_variable(environ, "SLURM_STEP_NUM_TASKS") or (
+            _int_variable(environ, "SLURM_NTASKS") if inside else None
+        )
+    ranks = _int_variable(environ, "OMPI_COMM_WORLD_SIZE")
     if ranks and ranks > 1:
-        return "Open MPI", ranks, _whole(environ, "OMPI_COMM_WORLD_RANK")
+        return "Open MPI", ranks, _int_variable(environ, "OMPI_COMM_WORLD_RANK")
     if tasks and tasks > 1:
-        return "Slurm", tasks, _whole(environ, "SLURM_PROCID")
+        return "Slurm", tasks, _int_variable(environ, "SLURM_PROCID")
     return None
 
 
-def _pod(environ: Mapping[str, str]) -> Meant | None:
+def _detect_tpu_pod(environ: Mapping[str, str]) -> ClusterSpec | None:
     """A Cloud TPU host with others beside it, or of which this is not known; None where there are no TPUs or no others."""
     platforms = environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or "tpu"
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     if "tpu" not in platforms.split(",") or not chips or importlib.util.find_spec("libtpu") is None:
         return None
     hosts = tpu_hosts(environ)
-    return None if hosts == 1 else Meant("the TPU's environment", surely=hosts is not None)
+    return None if hosts == 1 else ClusterSpec("the TPU's environment", surely=hosts is not None)
 
 
 def tpu_hosts(environ: Mapping[str, str]) -> int | None:
@@ -160,25 +166,25 @@ def tpu_hosts(environ: Mapping[str, str]) -> int | None:
     if path := environ.get("TPU_PROCESS_ADDRESSES_PATH"):
         with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
             listed = file.read().strip() or listed
-    slices = _whole(environ, "MEGASCALE_NUM_SLICES") or 1
+    slices = _int_variable(environ, "MEGASCALE_NUM_SLICES") or 1
     if listed:
         return len(listed.split(",")) * slices
     return 1 if environ.get("TPU_SKIP_MDS_QUERY") is not None and slices == 1 else None
 
 
-def _join(meant: Meant, timeout: float) -> None:
+def _join(cluster: ClusterSpec, timeout: float) -> None:
     """Calls `jax.distributed.initialize`, from a thread: where the others do not come it would end the process."""
-    if meant.index == 0 and meant.address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        _check_port(meant)
+    if cluster.index == 0 and cluster.address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        _check_port(cluster)
     outcome: list[BaseException | None] = []
 
     def join() -> None:
         try:
             jax.distributed.initialize(
-                meant.address,
-                meant.number,
-                meant.index,
-                cluster_detection_method=meant.detect,
+                cluster.address,
+                cluster.number,
+                cluster.index,
+                cluster_detection_method=cluster.detect,
                 initialization_timeout=int(timeout) + 60,  # the wait below ends first
             )
             outcome.append(None)
@@ -187,7 +193,7 @@ def _join(meant: Meant, timeout: float) -> None:
 
     def refused() -> None:
         print(
-            f"{_me(meant)} was not let in by process 0 at {_place(meant)}. The line that begins with F, above, says why: "
+            f"{_me(cluster)} was not let in by process 0 at {_place(cluster)}. The line that begins with F, above, says why: "
             "ALREADY_EXISTS where two processes were given the same --process_id, INVALID_ARGUMENT where they were given "
             "different numbers as --num_processes.",
             file=sys.stderr,
@@ -200,10 +206,10 @@ def _join(meant: Meant, timeout: float) -> None:
         thread.start()
         thread.join(timeout)
     if not outcome:
-        if not meant.surely and _address(meant) is None:
+        if not cluster.surely and _address(cluster) is None:
             raise TimeoutError(f"the metadata server did not answer within {timeout:g} seconds")
-        where = f"{_me(meant)} waited {timeout:g} seconds at {_place(meant)}, "
-        if answers(_address(meant), 2):
+        where = f"{_me(cluster)} waited {timeout:g} seconds at {_place(cluster)}, "
+        if answers(_address(cluster), 2):
             raise ConnectionError(
                 f"{where}where process 0 answers, but not all processes came. Start all of them, with the same "
                 f"--coordinator_address and --num_processes, and each with a --process_id of its own."
@@ -219,17 +225,19 @@ def _join(meant: Meant, timeout: float) -> None:
             "JAX's devices were used before the processes of this run were brought together: call "
             "gold_jax.parallel.processes.start first"
         ) from error
-    if meant.address is None and isinstance(error, ValueError):
+    if cluster.address is None and isinstance(error, ValueError):
         raise ValueError(
-            f"{meant.by} says that this run has several processes, but JAX could not find out how they reach each other "
+            f"{cluster.by} says that this run has several processes, but JAX could not find out how they reach each other "
             f"({_brief(error)}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
         ) from error
-    if meant.surely and isinstance(error, jax.errors.JaxRuntimeError):
-        raise ConnectionError(f"{_me(meant)} could not join the others at {_place(meant)}: {_brief(error)}") from error
+    if cluster.surely and isinstance(error, jax.errors.JaxRuntimeError):
+        raise ConnectionError(
+            f"{_me(cluster)} could not join the others at {_place(cluster)}: {_brief(error)}"
+        ) from error
     raise error
 
 
-def _check_port(meant: Meant) -> None:
+def _check_port(cluster: ClusterSpec) -> None:
     """Raises where process 0 cannot listen on its port: JAX's runtime crashes there."""
     for family, anywhere in ((socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0")):
         try:
@@ -239,14 +247,14 @@ def _check_port(meant: Meant) -> None:
         with probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((anywhere, int(meant.address.rpartition(":")[2])))
+                probe.bind((anywhere, int(cluster.address.rpartition(":")[2])))
             except OverflowError:
-                raise ValueError(f"--coordinator_address is {meant.address}: there are no such ports") from None
+                raise ValueError(f"--coordinator_address is {cluster.address}: there are no such ports") from None
             except OSError as error:
                 if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                     continue
                 raise ConnectionError(
-                    f"Process 0 cannot listen on the port of {meant.address} ({error.strerror}). Give another port in "
+                    f"Process 0 cannot listen on the port of {cluster.address} ({error.strerror}). Give another port in "
                     "--coordinator_address, the same one to all processes."
                 ) from error
 
@@ -255,18 +263,18 @@ def _brief(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _me(meant: Meant) -> str:
-    if meant.number is None:
-        return f"This process, one of several as {meant.by} says,"
-    return f"Process {meant.index} of {meant.number}"
+def _me(cluster: ClusterSpec) -> str:
+    if cluster.number is None:
+        return f"This process, one of several as {cluster.by} says,"
+    return f"Process {cluster.index} of {cluster.number}"
 
 
-def _address(meant: Meant) -> str | None:
-    return meant.address or getattr(_runtime(), "coordinator_address", None)
+def _address(cluster: ClusterSpec) -> str | None:
+    return cluster.address or getattr(_runtime(), "coordinator_address", None)
 
 
-def _place(meant: Meant) -> str:
-    return _address(meant) or "the address of process 0"
+def _place(cluster: ClusterSpec) -> str:
+    return _address(cluster) or "the address of process 0"
 
 
 def answers(address: str | None, timeout: float) -> bool:
@@ -299,8 +307,8 @@ def coordinator_address() -> str | None:
 
 
 @contextlib.contextmanager
-def on_abort(told: Callable[[], None]) -> Iterator[None]:
-    """Calls `told` when C++ code aborts this process; it ends as it would have once `told` returns.
+def on_abort(callback: Callable[[], None]) -> Iterator[None]:
+    """Calls `callback` when C++ code aborts this process; it ends as it would have once `callback` returns.
 
     JAX's runtime aborts a process at once when process 0 is gone, whatever its Python code is doing, and Python's own handlers
     of signals run in the main thread alone, which may be waiting for the device. So this handler is C's, and runs in the
@@ -316,7 +324,7 @@ def on_abort(told: Callable[[], None]) -> Iterator[None]:
 
     def aborted(number: int) -> None:
         try:
-            told()
+            callback()
         finally:
             install(number, before)
             again(number)  # held back until this handler returns

@@ -16,7 +16,17 @@ from typing import Any, Protocol
 import jax
 
 from gold_jax.parallel import processes
-from gold_jax.parallel.beats import EX_TEMPFAIL, WAITING, Beat, Finding, Heard, Limits, hear, judge, lost
+from gold_jax.parallel.beats import (
+    EX_TEMPFAIL,
+    WAITING,
+    Heartbeat,
+    Limits,
+    PeerProblem,
+    PeerState,
+    diagnose,
+    lost,
+    update_peers,
+)
 
 _entered = itertools.count()  # all processes enter as many watches; each has its own keys in the store
 
@@ -31,7 +41,7 @@ class Store(Protocol):
         """The texts of all processes that have put one."""
 
 
-def from_others(error: BaseException | None) -> bool:
+def is_caused_by_peers(error: BaseException | None) -> bool:
     """Whether an error may be what this process sees of another one's end."""
     seen = set()
     while error is not None and id(error) not in seen:
@@ -63,7 +73,7 @@ def end_process(code: int) -> None:
     os._exit(code)
 
 
-class Watch:
+class Watchdog:
     """While it is entered, this process tells the others what it is doing, and hears whether they are well.
 
     It is entered once. In a run of one process nothing happens. In one of several, a thread says every `period` seconds that
@@ -107,12 +117,12 @@ class Watch:
         self._mine = (0, "starting", time.monotonic())
         self._state: dict[str, Any] = {}  # of the beats to come
         self._number = itertools.count()
-        self._heard: dict[int, Heard] = {}
+        self._heard: dict[int, PeerState] = {}
         self._began = self._contact = time.monotonic()
         self._over = threading.Event()
         self._found = threading.Event()
         self._left = threading.Event()
-        self._finding: Finding | None = None
+        self._finding: PeerProblem | None = None
         self._leaving = threading.Lock()
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
@@ -123,7 +133,7 @@ class Watch:
         """Whether there is anyone to watch, and a way to."""
         return self._store is not None
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Watchdog:
         if processes.count() == 1:
             return self
         client = processes.coordination()
@@ -162,7 +172,7 @@ class Watch:
         finally:
             self._mine = before
 
-    def explain(self, error: BaseException) -> str | None:
+    def describe_peer_failure(self, error: BaseException) -> str | None:
         """Which process's end an error comes of; to be asked by the main thread before it reports the error.
 
         Waits for up to `lost_after` seconds, and a little, until someone is found to be gone; this process then ends as the
@@ -171,7 +181,7 @@ class Watch:
         Returns:
           The line that is said; None where all processes are well, or nobody watches them.
         """
-        if not self.watching or not from_others(error):
+        if not self.watching or not is_caused_by_peers(error):
             return None
         self._found.wait(self._limits.lost_after + 3 * self._limits.period + 1)
         return self._finding.line if self._finding else None
@@ -181,7 +191,7 @@ class Watch:
             return
         failed = error is not None and not (isinstance(error, SystemExit) and error.code in (None, 0, EX_TEMPFAIL))
         if failed:
-            self.explain(error)
+            self.describe_peer_failure(error)
         if self._found.is_set():
             self._left.wait(20 + 3 * self._limits.period)  # a thread is ending this process
             return
@@ -191,7 +201,7 @@ class Watch:
             return
         self._error = error
         self._last("failed", why=_one_line(error))
-        threading.Thread(target=self._bury, name="watch_bury", daemon=True).start()
+        threading.Thread(target=self._end_after_error, name="watch_bury", daemon=True).start()
 
     def _last(self, state: str, **more: Any) -> None:
         """Says how this process ended, and nothing after that."""
@@ -207,9 +217,9 @@ class Watch:
         thread.start()
         thread.join(2)
 
-    def _beat(self) -> Beat:
+    def _beat(self) -> Heartbeat:
         step, doing, since = self._mine
-        return Beat(next(self._number), step, doing, round(time.monotonic() - since, 1), **self._state)
+        return Heartbeat(next(self._number), step, doing, round(time.monotonic() - since, 1), **self._state)
 
     def _tell(self) -> None:
         with contextlib.suppress(Exception):
@@ -222,7 +232,7 @@ class Watch:
                 self._store.put(self._me, json.dumps(self._beat()))
                 texts = self._store.all()
                 now = time.monotonic()
-                self._heard, self._contact = hear(self._heard, texts, self._me, now), now
+                self._heard, self._contact = update_peers(self._heard, texts, self._me, now), now
             if self._over.wait(self._limits.period):
                 return
 
@@ -230,7 +240,7 @@ class Watch:
         """Looks at what was heard; a thread of its own, because the store may not answer for minutes."""
         late = set()
         while not self._over.wait(self._limits.period / 2):
-            findings = judge(
+            findings = diagnose(
                 time.monotonic(),
                 self._heard,
                 self._beat(),
@@ -258,7 +268,7 @@ class Watch:
             with contextlib.suppress(Exception):
                 print(line, file=sys.stderr, flush=True)
 
-    def _leave(self, finding: Finding) -> None:
+    def _leave(self, finding: PeerProblem) -> None:
         """Says what was found, lets the others know, and ends this process."""
         if not self._leaving.acquire(blocking=False):
             time.sleep(60)  # another thread is ending this process
@@ -272,12 +282,12 @@ class Watch:
         if finding.process != 0 or finding.kind != "lost":
             self._put()
         self._speak(finding.line)
-        self._linger()
+        self._wait_for_peers()
         guard.cancel()
         self._end(finding.code)
         self._left.set()
 
-    def _linger(self) -> None:
+    def _wait_for_peers(self) -> None:
         """Process 0 holds the store: it stays until the others have read why it ends, and ended, but not for ever."""
         until = time.monotonic() + 2 * self._limits.period + 2
         while self._me == 0 and time.monotonic() < until:
@@ -286,14 +296,14 @@ class Watch:
                 return
             time.sleep(self._limits.period / 4)
             with contextlib.suppress(Exception):
-                self._heard = hear(self._heard, self._store.all(), self._me, time.monotonic())
+                self._heard = update_peers(self._heard, self._store.all(), self._me, time.monotonic())
 
-    def _bury(self) -> None:
+    def _end_after_error(self) -> None:
         """Ends a failed process once it has said its error: JAX's own end would wait minutes for the others."""
         while threading.main_thread().is_alive():
             time.sleep(0.2)
         time.sleep(1)  # for what else ends with the process
-        self._linger()
+        self._wait_for_peers()
         self._end(_exit_code(self._error))
 
     def _aborted(self) -> None:
@@ -301,11 +311,11 @@ class Watch:
         if self._error is not None:
             self._end(_exit_code(self._error))
             return
-        finding = self._finding or self._blamed()
+        finding = self._finding or self._find_culprit()
         if finding is not None:
             self._leave(finding)
 
-    def _blamed(self) -> Finding | None:
+    def _find_culprit(self) -> PeerProblem | None:
         address = processes.coordinator_address()
         if self._me != 0 and address and not any(processes.answers(address, 2) for _ in range(2)):
             return lost(0, self._heard, self._named, f"is gone: nothing answers at {address} any more")
@@ -353,11 +363,11 @@ def _exit_code(error: BaseException) -> int:
     return 2 if isinstance(error, ValueError | OSError | TypeError | ImportError) else 1
 
 
-def watch_over(limit: float) -> Watch:
+def make_watchdog(limit: float) -> Watchdog:
     """A watch over the run's processes, each lost after so many seconds of silence."""
-    return Watch(shout, period=min(2.0, limit / 5), lost_after=limit, lag_after=2 * limit)
+    return Watchdog(print_on_every_process, period=min(2.0, limit / 5), lost_after=limit, lag_after=2 * limit)
 
 
-def shout(line: str) -> None:
-    """Says a line in whatever process this is, also where the console is another's."""
+def print_on_every_process(line: str) -> None:
+    """Prints to stderr on every process."""
     print(f"gold_jax: {line}", file=sys.stderr, flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 from gold_jax.config import GOLDConfig
 from gold_jax.planning.hardware import Topology, read_topology
 from gold_jax.planning.meshes import mesh_flag, meshes
-from gold_jax.planning.outcome import Asked, Plan, by_arithmetic
+from gold_jax.planning.plan import Plan, PlanRequest, by_arithmetic
 
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LARGEST = 64  # how many times larger a slice may be that is suggested
@@ -50,8 +50,8 @@ def advice(plan: Plan) -> tuple[Advice, ...]:
     Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they are,
     where they can: fewer at a time are more micro-batches.
     """
-    changes = list(_changes(plan.asked))
-    estimated = functools.partial(_estimated, plan, by_arithmetic(plan.asked).peak)
+    changes = list(_changes(plan.request))
+    estimated = functools.partial(_estimated, plan, by_arithmetic(plan.request).peak)
     best = {}
     for change in changes:
         made = estimated([change])
@@ -87,24 +87,24 @@ def _together(changes: Sequence[_Change], estimated) -> tuple[Advice, ...]:
 def _estimated(plan: Plan, before: int, changes: Sequence[_Change]) -> Advice | None:
     """What changes would come to together; None where they make no run."""
     try:
-        asked, flags = _changed(plan.asked, changes)
-        saves = before - by_arithmetic(asked).peak
+        request, flags = _changed(plan.request, changes)
+        saves = before - by_arithmetic(request).peak
     except ValueError:
         return None
     peak = max(0, plan.peak - saves)
     return Advice(flags, "; ".join(change.why for change in changes), peak, saves, peak <= plan.limit)
 
 
-def _changed(asked: Asked, changes: Sequence[_Change]) -> tuple[Asked, str]:
+def _changed(request: PlanRequest, changes: Sequence[_Change]) -> tuple[PlanRequest, str]:
     """A run with changes, its micro-batches such that an update keeps its rows, and the flags that make it.
 
     Raises:
         ValueError: its rows cannot be kept.
     """
     settings = {name: value for change in changes for name, value in change.settings.items()}
-    mesh = next((change.mesh for change in changes if change.mesh), asked.mesh)
+    mesh = next((change.mesh for change in changes if change.mesh), request.mesh)
     topology = next((change.topology for change in changes if change.topology), None)
-    args, sizes = asked.args, asked.footprint()
+    args, sizes = request.args, request.footprint()
     rows, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
     asked_rows = settings.get("per_device_train_batch_size", rows)
     whole, rest = divmod(sizes.rows * passes, mesh["data"] * mesh["fsdp"])
@@ -122,18 +122,20 @@ def _changed(asked: Asked, changes: Sequence[_Change]) -> tuple[Asked, str]:
         settings.pop(name, None)
         if after != before:
             settings[name] = after
-    flags = [f"--topology {topology.name}"] if topology else [f"--mesh {mesh_flag(mesh)}"] if mesh != asked.mesh else []
-    if topology and asked.args.mesh not in (None, "auto"):
+    flags = (
+        [f"--topology {topology.name}"] if topology else [f"--mesh {mesh_flag(mesh)}"] if mesh != request.mesh else []
+    )
+    if topology and request.args.mesh not in (None, "auto"):
         flags.append(f"--mesh {mesh_flag(mesh)}")
     flags += [
         f"--{name}" if value is True else f"--{_FLAGS.get(name, name)} {value}" for name, value in settings.items()
     ]
-    return asked.changed(mesh=mesh, topology=topology, **settings), " ".join(flags)
+    return request.changed(mesh=mesh, topology=topology, **settings), " ".join(flags)
 
 
-def _changes(asked: Asked) -> Iterator[_Change]:
+def _changes(request: PlanRequest) -> Iterator[_Change]:
     """Every change to try."""
-    args, sizes = asked.args, asked.footprint()
+    args, sizes = request.args, request.footprint()
     rows = args.per_device_train_batch_size
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
@@ -144,8 +146,8 @@ def _changes(asked: Asked) -> Iterator[_Change]:
         for layout, over in (("fsdp", "fsdp"), ("full", "data and fsdp")):
             if getattr(args, name, layout) != layout and (whose == "student" or sizes.taught):
                 yield _Change(name, f"the {whose} cut over {over}", {name: layout})
-    for mesh in meshes(asked.topology.devices, asked.pair):
-        if mesh != asked.mesh:
+    for mesh in meshes(request.topology.devices, request.pair):
+        if mesh != request.mesh:
             yield _Change("mesh", "another mesh", mesh=mesh)
     chunk = sizes.chunk
     while chunk > 64:
@@ -157,7 +159,7 @@ def _changes(asked: Asked) -> Iterator[_Change]:
             yield _Change("sampled", "fewer completions at once", {"generation_batch_size": fewer})
             fewer = fewer // 2 // sizes.shards * sizes.shards
     yield from _shorter(args)
-    yield from _larger(asked)
+    yield from _larger(request)
 
 
 def _shorter(args: Any) -> Iterator[_Change]:
@@ -169,13 +171,13 @@ def _shorter(args: Any) -> Iterator[_Change]:
         yield _Change("length", "completions half as long", {"max_completion_length": new, "max_length": longest})
 
 
-def _larger(asked: Asked) -> Iterator[_Change]:
+def _larger(request: PlanRequest) -> Iterator[_Change]:
     """Slices of twice as many chips and more, whose new devices join `fsdp`."""
     factor = 2
     while factor <= _LARGEST:
-        larger = times_the_chips(asked.topology, factor)
+        larger = times_the_chips(request.topology, factor)
         if larger is not None:
-            mesh = asked.mesh | {"fsdp": asked.mesh["fsdp"] * (larger.devices // asked.topology.devices)}
+            mesh = request.mesh | {"fsdp": request.mesh["fsdp"] * (larger.devices // request.topology.devices)}
             yield _Change("slice", f"{larger.chips} chips", mesh=mesh, topology=larger)
         factor *= 2
 

@@ -10,7 +10,7 @@ from gold_jax.parallel.mesh import make_mesh
 from gold_jax.planning.environment import need_compiler
 from gold_jax.planning.footprint import STUDENT, Footprint
 from gold_jax.planning.hardware import GIB, Topology
-from gold_jax.planning.outcome import Asked, Moment, Plan, check, cost
+from gold_jax.planning.plan import Plan, PlanRequest, ProgramMemory, check, cost
 from gold_jax.planning.programs import PlannedRun, Program, compile_program
 from gold_jax.planning.traffic import sent_by
 from gold_jax.planning.wording import MOMENTS
@@ -18,33 +18,35 @@ from gold_jax.planning.wording import MOMENTS
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
-def by_compiling(asked: Asked, told: Callable[[str], None] = lambda _: None, *, leave_out: Sequence[str] = ()) -> Plan:
+def by_compiling(
+    request: PlanRequest, progress: Callable[[str], None] = lambda _: None, *, leave_out: Sequence[str] = ()
+) -> Plan:
     """A plan for TPUs.
 
     Args:
-        asked: the run.
-        told: is told what is being done.
+        request: the run.
+        progress: is told what is being done.
         leave_out: programs that are not compiled; their moments are left out.
 
     Raises:
         ImportError: the TPU compiler is not installed.
         ValueError: settings that make no run.
     """
-    footprint = asked.footprint()
-    check(asked, footprint)
-    devices = described_devices(asked.topology)
-    where = Placement(make_mesh(asked.mesh, devices), asked.args.layout)
-    run = PlannedRun(asked.args, asked.pair, where, platform=asked.platform, attention=asked.attention)
+    footprint = request.footprint()
+    check(request, footprint)
+    devices = described_devices(request.topology)
+    placement = Placement(make_mesh(request.mesh, devices), request.args.layout)
+    run = PlannedRun(request.args, request.pair, placement, platform=request.platform, attention=request.attention)
     programs = run.programs()
-    moments, code, sent = [], 0, {}
+    memories, code, sent = [], 0, {}
     for number, (name, lower) in enumerate(programs.items(), 1):
-        refused = any(moment.error and moment.program in STUDENT for moment in moments)
+        refused = any(program.error and program.program in STUDENT for program in memories)
         if name in leave_out or (name in STUDENT and refused):
             continue  # a second program with the same gradient is refused as well, and takes as long
-        told(f"compiling {number} of {len(programs)}: {MOMENTS[name]}")
-        program = compile_program(lower, asked.mesh)
+        progress(f"compiling {number} of {len(programs)}: {MOMENTS[name]}")
+        program = compile_program(lower, request.mesh)
         code += program.code
-        moments.append(_moment(footprint, name, program))
+        memories.append(_moment(footprint, name, program))
         if program.collectives is not None:
             sent[name] = {axes: program.collectives.over(axes).bytes for axes in program.collectives.by_axes}
     for name in footprint.programs():
@@ -52,19 +54,23 @@ def by_compiling(asked: Asked, told: Callable[[str], None] = lambda _: None, *, 
         same = next((sent[other] for other in STUDENT if name in STUDENT and other in sent), None)
         sent.setdefault(name, sent_by(footprint, name) if same is None else same)
     return Plan(
-        asked, {**footprint.always(), "programs": code}, tuple(moments), cost(asked, footprint, sent), compiled=True
+        request,
+        {**footprint.resident(), "programs": code},
+        tuple(memories),
+        cost(request, footprint, sent),
+        compiled=True,
     )
 
 
-def _moment(footprint: Footprint, name: str, program: Program) -> Moment:
+def _moment(footprint: Footprint, name: str, program: Program) -> ProgramMemory:
     """What a device holds while a compiled program runs."""
     if program.error is None:
         parts = footprint.split(name, program.temporaries)
     else:
         stated = stated_bytes(program.error)
-        needed = None if stated is None else max(0, stated[0] - footprint.given(name))
+        needed = None if stated is None else max(0, stated[0] - footprint.arguments(name))
         parts = footprint.temporaries(name) if needed is None else footprint.split(name, needed)
-    return Moment(name, {**footprint.beside(name), **parts}, program.seconds, program.error)
+    return ProgramMemory(name, {**footprint.transient(name), **parts}, program.seconds, program.error)
 
 
 def described_devices(topology: Topology) -> Sequence:

@@ -9,14 +9,14 @@ overlaps perfectly in it (computing, reading, sending) does not in a run, and be
 import dataclasses
 from collections.abc import Mapping
 
+from gold_jax.bucketing import bucket
 from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
 from gold_jax.planning import arithmetic
 from gold_jax.planning.arithmetic import Reading, Roofline
-from gold_jax.planning.footprint import STUDENT, Footprint, held
+from gold_jax.planning.footprint import STUDENT, Footprint, device_bytes
 from gold_jax.planning.hardware import Topology
 from gold_jax.planning.traffic import Sent, added, laying_out, link_seconds, times
-from gold_jax.sizes import bucket
 
 # Products of float32 factors as such, `jax.lax.Precision.HIGHEST`, are six of bfloat16 ones on TPUs.
 _FLOAT32_PRODUCTS = 6
@@ -64,7 +64,7 @@ class _Phases:
         self.footprint, self.topology = footprint, topology
         self.platform, self.attention = platform, attention
         self.mesh = dict(footprint.placement.mesh.shape)
-        self.tensor = footprint.placement.tensor
+        self.tensor = footprint.placement.tensor_size
 
     def training(self, sent: Mapping[str, Sent]) -> tuple[Phase, ...]:
         f, c, passes = self.footprint, self.footprint.itemsize, self.footprint.args.gradient_accumulation_steps
@@ -90,7 +90,7 @@ class _Phases:
         kept = f.student / (4 * arithmetic.parameter_count(student).total) * self.tensor
         # Each pass over the layers reads them gathered, in the compute dtype, which they are rounded to once.
         moved["student parameters"] *= c / 4
-        moved["student parameters"] += passes * held(student, f.placement, 4, of="layers") * self.tensor
+        moved["student parameters"] += passes * device_bytes(student, f.placement, 4, of="layers") * self.tensor
         for name in ("gradients", "optimizer"):
             moved[name] *= kept
         needed = 3 * arithmetic.forward(student, read, attention=attention).total_flops
@@ -117,7 +117,7 @@ class _Phases:
         width = bucket(f.prompt_length - 1)
         prompts = Reading(rows * width, [width] * rows)
         read = arithmetic.forward(student, prompts, attention=self._attention(student, width), itemsize=c)
-        copies = f.placement.kv_copies(student.heads, student.kv_heads)
+        copies = f.placement.kv_repeats(student.heads, student.kv_heads)
 
         def cache(slots: int) -> float:
             return copies * rows * arithmetic.cache_bytes(student, slots, itemsize=c)
@@ -140,8 +140,8 @@ class _Phases:
         return 1 if spec is None else bool(spec.distillation_weight) + bool(spec.crossentropy_weight)
 
     def _attention(self, config: DecoderConfig, length: int) -> str:
-        asked = self.attention, self.platform, self.footprint.dtype, config.head_dim, config.attention_softcap
-        return choose(*asked, length=length)
+        requested = self.attention, self.platform, self.footprint.dtype, config.head_dim, config.attention_softcap
+        return choose(*requested, length=length)
 
     def _phase(self, name: str, flops: float, needed: float, hbm_bytes: float, sent: Sent) -> Phase:
         """A phase from the work of one shard."""

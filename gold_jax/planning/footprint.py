@@ -28,11 +28,11 @@ import functools
 import math
 from typing import Any
 
+from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters, parameters
 from gold_jax.parallel.layout import Placement
 from gold_jax.planning.sizes import CHUNK, Pair, Sizes
-from gold_jax.sizes import bucket, line_bucket, power_of_two
 
 _INT32 = _FLOAT32 = 4
 ERROR = 0.16  # by which the formula came out too small at most
@@ -50,7 +50,7 @@ class Footprint(Sizes):
     """
 
     def __init__(self, args: Any, pair: Pair, placement: Placement):
-        super().__init__(args, pair, placement.shards)
+        super().__init__(args, pair, placement.row_shards)
         self.placement = placement
         self.teacher_placement = Placement(placement.mesh, args.teacher_layout) if self.taught else placement
         self.chunk = args.loss_chunk or CHUNK
@@ -58,17 +58,17 @@ class Footprint(Sizes):
 
     # what lies there for long
 
-    def always(self) -> dict[str, int]:
+    def resident(self) -> dict[str, int]:
         """What lies there all the time, by part."""
         found = {"student": self.student, "optimizer": 2 * self.student + 2 * _INT32}
         if self.taught:
-            found["teacher"] = held(self.pair.teacher, self.teacher_placement, self.itemsize) + self._places()
+            found["teacher"] = device_bytes(self.pair.teacher, self.teacher_placement, self.itemsize) + self._places()
         return found
 
     @functools.cached_property
     def student(self) -> int:
         """The student's parameters; its gradients take as much."""
-        return held(self.pair.student, self.placement, _FLOAT32)
+        return device_bytes(self.pair.student, self.placement, _FLOAT32)
 
     def _places(self) -> int:
         """Which entry is which, in full on every device."""
@@ -78,7 +78,7 @@ class Footprint(Sizes):
         orders = 0 if identity else sizes[0] + 4  # the student's order, and both models' stop tokens
         return _INT32 * (2 * sum(sizes) - 2 * matched + orders)
 
-    def beside(self, program: str) -> dict[str, int]:
+    def transient(self, program: str) -> dict[str, int]:
         """What lies there while a program of `programs()` runs and not always, by part; temporaries aside."""
         if program in ("prefill", "decoding"):
             return {"decoding weights": self.decoding_weights, "cache": self.cache}
@@ -90,26 +90,26 @@ class Footprint(Sizes):
             found["teacher's hidden states"] = self.hidden
         return found
 
-    def given(self, program: str) -> int:
+    def arguments(self, program: str) -> int:
         """Arguments of a program: what of all that lies there it is given."""
-        student, beside = self.pair.student, sum(self.beside(program).values())
+        student, transient = self.pair.student, sum(self.transient(program).values())
         table = self._share(student, student.vocab_size * student.width * _FLOAT32)
         if program == "teacher":
-            return self.always()["teacher"] + self.batch
+            return self.resident()["teacher"] + self.batch
         if program == "prefill":
             return self.student + self.cache
         if program == "decoding":
-            return beside + table
+            return transient + table
         if program == "optimizer":
-            return beside + self.student + self.always()["optimizer"]
+            return transient + self.student + self.resident()["optimizer"]
         teacher = 0
         if self.reads:
             size = self.pair.teacher.vocab_size * self.pair.teacher.width * self.itemsize
             teacher = self._places() + self._share(self.pair.teacher, size, self.teacher_placement)
         if not self.accumulates:
-            return beside + self.student + self.always()["optimizer"] + teacher
+            return transient + self.student + self.resident()["optimizer"] + teacher
         # Gradients are the first micro-batch's result, and an argument of the others.
-        return beside + self.student + teacher
+        return transient + self.student + teacher
 
     @property
     def reads(self) -> bool:
@@ -135,7 +135,7 @@ class Footprint(Sizes):
     @property
     def line(self) -> int:
         """Tokens that lie in one device's line, its padding too."""
-        return line_bucket(self.each * self.length)
+        return fine_bucket(self.each * self.length)
 
     @property
     def batch(self) -> int:
@@ -155,9 +155,9 @@ class Footprint(Sizes):
     @property
     def cache(self) -> int:
         """Keys and values of the rows that are written at once, and what is known of these."""
-        config, where = self.pair.student, self.placement
-        heads = config.kv_heads * where.kv_copies(config.heads, config.kv_heads)
-        heads //= 1 if where.heads(heads) is None else where.tensor
+        config, placement = self.pair.student, self.placement
+        heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
+        heads //= 1 if placement.head_axis(heads) is None else placement.tensor_size
         rows = self.sampled_rows // self.shards
         keys = 2 * config.layers * rows * heads * config.head_dim * self.slots * self.itemsize
         new = self.args.max_completion_length
@@ -172,12 +172,13 @@ class Footprint(Sizes):
     @functools.cached_property
     def decoding_weights(self) -> int:
         """The copy of the student that decoding reads."""
-        config, where = self.pair.student, self.placement
+        config, placement = self.pair.student, self.placement
         layers = sum(
-            math.prod(where.decoding(x.shape, x.spec).shard_shape(x.shape)) for x in layer_parameters(config).values()
+            math.prod(placement.decode_sharding(x.shape, x.spec).shard_shape(x.shape))
+            for x in layer_parameters(config).values()
         )
         head = (config.vocab_size, config.width)
-        cut = where.decoding(head, ("vocab", "embed")).shard_shape(head)
+        cut = placement.decode_sharding(head, ("vocab", "embed")).shard_shape(head)
         return self.itemsize * (config.layers * layers + math.prod(cut))
 
     # what a program needs while it runs
@@ -185,12 +186,12 @@ class Footprint(Sizes):
     def temporaries(self, program: str) -> dict[str, int]:
         """What a program needs while it runs, by the formula, by part."""
         if program in STUDENT:
-            back = dict(self._going_back)
+            back = dict(self._backward_peak)
             if self.accumulates and program == STUDENT[0]:
                 del back["new gradients"]  # they are what it returns, and stay
-            return max(self._comparing, back, key=lambda moment: sum(moment.values()))
+            return max(self._loss_peak, back, key=lambda program: sum(program.values()))
         if program == "optimizer":
-            return {"temporaries": max(_held_parts(self.pair.student, self.placement, _FLOAT32).values())}
+            return {"temporaries": max(_device_bytes_of_parts(self.pair.student, self.placement, _FLOAT32).values())}
         needed = {"teacher": self._reading, "prefill": self._prefill, "decoding": self._decoding}[program]()
         return self.split(program, needed)
 
@@ -209,7 +210,7 @@ class Footprint(Sizes):
         return {"activations": total - sum(others.values()), **others}
 
     @functools.cached_property
-    def _comparing(self) -> dict[str, int]:
+    def _loss_peak(self) -> dict[str, int]:
         student, c = self.pair.student, self.itemsize
         loss = _FLOAT32 * (student.vocab_size * student.width + self.line * student.width) + self._logits
         loss += self._gathered(student, self.placement, rounded=c < _FLOAT32)
@@ -218,7 +219,7 @@ class Footprint(Sizes):
         return {"activations": self._kept + 2 * c * self.line * student.width, "loss": loss}
 
     @functools.cached_property
-    def _going_back(self) -> dict[str, int]:
+    def _backward_peak(self) -> dict[str, int]:
         student, c, tensor = self.pair.student, self.itemsize, self._tensor(self.pair.student)
         inner = 5 * student.mlp_width + 2 * student.heads * student.head_dim
         one_layer = c * (self.line * (inner // tensor + 6 * student.width) + 3 * _largest(student) // tensor)
@@ -227,7 +228,7 @@ class Footprint(Sizes):
             "activations": self._kept + one_layer,
             # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
             "loss": head if self.reads else self._share(student, head),
-            "new gradients": held(student, self.placement, _FLOAT32, of="layers"),
+            "new gradients": device_bytes(student, self.placement, _FLOAT32, of="layers"),
         }
 
     @functools.cached_property
@@ -274,44 +275,44 @@ class Footprint(Sizes):
 
     def _tensor(self, config: DecoderConfig) -> int:
         """Devices that one layer's heads and inner width are shared out to."""
-        return 1 if self.placement.heads(config.heads) is None else self.placement.tensor
+        return 1 if self.placement.head_axis(config.heads) is None else self.placement.tensor_size
 
-    def _is_cut(self, config: DecoderConfig, where: Placement) -> bool:
+    def _is_cut(self, config: DecoderConfig, placement: Placement) -> bool:
         head = (config.vocab_size, config.width)
-        return where.stored(head, ("vocab", "embed")).shard_shape(head) != head
+        return placement.param_sharding(head, ("vocab", "embed")).shard_shape(head) != head
 
-    def _share(self, config: DecoderConfig, size: int, where: Placement | None = None) -> int:
+    def _share(self, config: DecoderConfig, size: int, placement: Placement | None = None) -> int:
         """What a device keeps of something as large as the head."""
         head = (config.vocab_size, config.width)
-        cut = (where or self.placement).stored(head, ("vocab", "embed")).shard_shape(head)
+        cut = (placement or self.placement).param_sharding(head, ("vocab", "embed")).shard_shape(head)
         return size * math.prod(cut) // math.prod(head)
 
-    def _gathered(self, config: DecoderConfig, where: Placement, *, rounded: bool = False) -> int:
+    def _gathered(self, config: DecoderConfig, placement: Placement, *, rounded: bool = False) -> int:
         """A head that is gathered, or rounded, to be multiplied with; 0 where it is used as it lies."""
-        return config.vocab_size * config.width * self.itemsize if rounded or self._is_cut(config, where) else 0
+        return config.vocab_size * config.width * self.itemsize if rounded or self._is_cut(config, placement) else 0
 
-    def _rounded(self, config: DecoderConfig, where: Placement) -> int:
+    def _rounded(self, config: DecoderConfig, placement: Placement) -> int:
         """A device's part of the layers in the compute dtype, where they are kept in another."""
-        return 0 if self.itemsize == _FLOAT32 else held(config, where, self.itemsize, of="layers")
+        return 0 if self.itemsize == _FLOAT32 else device_bytes(config, placement, self.itemsize, of="layers")
 
 
-def held(config: DecoderConfig, where: Placement, itemsize: int, *, of: str | None = None) -> int:
+def device_bytes(config: DecoderConfig, placement: Placement, itemsize: int, *, of: str | None = None) -> int:
     """Bytes of a model's parameters on one device of a mesh.
 
     Args:
         config: the model's.
-        where: how it lies.
+        placement: how it lies.
         itemsize: bytes of an entry.
         of: the part that counts, such as "layers"; None: all.
     """
-    parts = _held_parts(config, where, itemsize)
+    parts = _device_bytes_of_parts(config, placement, itemsize)
     return sum(size for path, size in parts.items() if of in (None, path[0]))
 
 
-def _held_parts(config: DecoderConfig, where: Placement, itemsize: int) -> dict[tuple[str, ...], int]:
+def _device_bytes_of_parts(config: DecoderConfig, placement: Placement, itemsize: int) -> dict[tuple[str, ...], int]:
     """Bytes of each parameter on one device."""
     return {
-        path: itemsize * math.prod(where.stored(info.shape, info.spec).shard_shape(info.shape))
+        path: itemsize * math.prod(placement.param_sharding(info.shape, info.spec).shard_shape(info.shape))
         for path, info in parameters(config).items()
     }
 
@@ -321,4 +322,4 @@ def _largest(config: DecoderConfig) -> int:
     return max(math.prod(info.shape) for info in layer_parameters(config).values())
 
 
-__all__ = ["ERROR", "FORMULA", "STUDENT", "Footprint", "held"]
+__all__ = ["ERROR", "FORMULA", "STUDENT", "Footprint", "device_bytes"]

@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 from transformers import AutoTokenizer
 
+from gold_jax.loading import stop_ids_of
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.weights import read_config
+from gold_jax.models.hf_checkpoint import read_config
 from gold_jax.planning.known import CONFIGS, known_config
 from gold_jax.quickstart import PREFIX, resolve
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.participant import stop_ids_of
 
 # Of the smaller vocabulary: Llama 3.2 and Qwen 3 share 85 %, Gemma 3 and Qwen 3 63 % by surfaces.
 ASSUMED_SHARE = 0.72
@@ -131,15 +131,15 @@ def _shared(ours, theirs, student: Model, teacher: Model, mask: tuple[str, ...])
     """Entries that match each other, stop tokens among them; None where each is its own partner."""
     if ours.get_vocab() == theirs.get_vocab():
         return None
-    codecs = [
-        Codec(tokenizer, stop_ids=stop_ids_of(types.SimpleNamespace(config=model.config)))
+    chat_tokenizers = [
+        ChatTokenizer(tokenizer, stop_ids=stop_ids_of(types.SimpleNamespace(config=model.config)))
         for tokenizer, model in ((ours, student), (theirs, teacher))
     ]
     return VocabularyMap.build(
-        *(codec.surfaces for codec in codecs),
+        *(chat_tokenizer.surfaces for chat_tokenizer in chat_tokenizers),
         student_size=student.config.vocab_size,
         teacher_size=teacher.config.vocab_size,
-        stop=tuple(codec.stop_ids for codec in codecs),
+        stop=tuple(chat_tokenizer.stop_ids for chat_tokenizer in chat_tokenizers),
         mask=mask,
     ).matched
 

@@ -20,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gold_jax.bucketing import bucket
 from gold_jax.config import SFTConfig
 from gold_jax.loss_spec import LossSpec
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.parallel.layout import ROWS, Placement
+from gold_jax.parallel.layout import ROW_AXES, Placement
 from gold_jax.planning.collectives import Collectives, read_collectives
 from gold_jax.planning.sizes import CHUNK, Pair, Sizes
-from gold_jax.rollout import rows as sampling
+from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
-from gold_jax.sizes import bucket
-from gold_jax.text.batch import Half, Row, build_batches, build_token_batches
+from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.optimizer import make_optimizer
 from gold_jax.training.step import (
@@ -41,7 +41,7 @@ from gold_jax.training.step import (
     optimizer_shardings,
     with_hidden,
 )
-from gold_jax.training.teacher import Constants
+from gold_jax.training.teacher import StepConstants
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class PlannedRun(Sizes):
     def __init__(
         self, args: SFTConfig, pair: Pair, placement: Placement, *, platform: str = "tpu", attention: str | None = None
     ):
-        super().__init__(args, pair, placement.shards)
+        super().__init__(args, pair, placement.row_shards)
         self.placement = placement
         make = functools.partial(Decoder.abstract, dtype=self.dtype, attention=attention or "auto", platform=platform)
         self.student = make(pair.student, remat=args.gradient_checkpointing, placement=placement)
@@ -97,8 +97,8 @@ class PlannedRun(Sizes):
         if pair.teacher is None:
             loss = make_cross_entropy_loss(self.graph, chunk=chunk)
         else:
-            where = Placement(placement.mesh, args.teacher_layout)
-            self.teacher = make(pair.teacher, param_dtype=self.dtype, placement=where)
+            teacher_placement = Placement(placement.mesh, args.teacher_layout)
+            self.teacher = make(pair.teacher, param_dtype=self.dtype, placement=teacher_placement)
             teacher_graph, teacher_params = self._placed(self.teacher)
             self.spec: LossSpec = args.loss_spec(pair.matched is None)
             vocabulary = self._vocabulary()
@@ -110,12 +110,12 @@ class PlannedRun(Sizes):
 
     def resident(self) -> dict[str, int]:
         """Bytes of one device that are taken all the time, by part."""
-        found = {"student": held(self.params), "optimizer": held(self.state)}
+        found = {"student": device_bytes(self.params), "optimizer": device_bytes(self.state)}
         if self.pair.teacher is not None:
             # The teacher's head is one of its parameters, reordered where it lies.
-            found["teacher"] = held(self.constants._replace(teacher_head=None))
+            found["teacher"] = device_bytes(self.constants._replace(teacher_head=None))
         if self.args.gradient_accumulation_steps > 1:
-            found["gradients"] = held(self.params)
+            found["gradients"] = device_bytes(self.params)
         return found
 
     # its programs
@@ -124,15 +124,15 @@ class PlannedRun(Sizes):
         """Every program of an update, lowered when called."""
         batch, found = self.batch(), {}
         if self.teacher is not None and self.spec.distillation_weight:
-            lines = batch.teacher.lines
+            lines = batch.teacher.packed
             read = self.step.programs["read"]
             found["teacher"] = lambda: read.lower(self.constants, lines)
             hidden = jax.eval_shape(self.step.loss.read, self.constants, lines)
-            hidden = _abstract(hidden, self.placement.on(ROWS))
+            hidden = _abstract(hidden, self.placement.sharding(ROW_AXES))
             batch = with_hidden(batch, hidden)
         names = ("fused",) if self.args.gradient_accumulation_steps == 1 else ("first", "add", "update")
         metrics = jax.eval_shape(self.step.loss.loss, self.params, self.constants, batch)
-        metrics = jax.tree.map(lambda x: _abstract(x, self.placement.everywhere), metrics)
+        metrics = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), metrics)
         given = {
             "fused": (self.params, self.state, self.constants, batch),
             "first": (self.params, self.constants, batch),
@@ -143,7 +143,7 @@ class PlannedRun(Sizes):
             program = self.step.programs[name]
             found[_SHOWN[name]] = lambda program=program, name=name: program.lower(*given[name])
         if self.samples:
-            found |= {"prefill": self._admit, "decoding": self._write}
+            found |= {"prefill": self._lower_prefill, "decoding": self._lower_decode}
         return found
 
     def batch(self) -> Any:
@@ -154,7 +154,7 @@ class PlannedRun(Sizes):
             sides = []
             for config in (self.pair.student, self.pair.teacher or self.pair.student):
                 ids = rng.integers(0, config.vocab_size, self.length).astype(np.int32)
-                sides.append(Half(ids[:prompt], ids[prompt:], np.arange(self.length - prompt)))
+                sides.append(SideTokens(ids[:prompt], ids[prompt:], np.arange(self.length - prompt)))
             made.append(Row(*sides, groups=self.length - prompt, text="", stopped=True))
         if self.pair.teacher is None:
             rows = [(np.concatenate(r.student[:2]), np.arange(self.length) >= prompt) for r in made]
@@ -162,9 +162,9 @@ class PlannedRun(Sizes):
         else:
             groups = "all" if self.spec.groups == "positional" else self.spec.groups
             (batch,) = build_batches(made, each, merge=self.spec.merge, groups=groups, text=self.spec.of_text)
-        where = self.placement.on(ROWS)
+        sharding = self.placement.sharding(ROW_AXES)
         return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((x.shape[0] * self.shards, *x.shape[1:]), x.dtype, sharding=where), batch
+            lambda x: jax.ShapeDtypeStruct((x.shape[0] * self.shards, *x.shape[1:]), x.dtype, sharding=sharding), batch
         )
 
     def cache(self) -> Any:
@@ -177,37 +177,37 @@ class PlannedRun(Sizes):
 
     @functools.cache  # noqa: B019  (lives as long as the plan)
     def _sampling(self) -> tuple:
-        config, where = self.pair.student, self.placement
+        config, placement = self.pair.student, self.placement
         empty = functools.partial(
-            sampling.empty.__wrapped__,
+            sampling.empty_slots.__wrapped__,
             config=config,
             dtype=jnp.dtype(self.dtype),
-            placement=where,
+            placement=placement,
             rows=self.sampled_rows,
             slots=self.slots,
             new=self.args.max_completion_length,
         )
         key = jax.eval_shape(lambda: jax.random.key(0))
-        cache, ledger = jax.eval_shape(empty, key)
+        cache, decode_state = jax.eval_shape(empty, key)
         weights = jax.eval_shape(lambda params: merge(self.graph, params).decoding_weights(), self.params)
         return (
-            jax.tree.map(_abstract, cache, sampling.cache_shardings(where, cache)),
-            jax.tree.map(lambda x: _abstract(x, where.everywhere), ledger),
+            jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache)),
+            jax.tree.map(lambda x: _abstract(x, placement.replicated), decode_state),
             jax.tree.map(_abstract, weights, self.student.decoding_shardings()),
         )
 
-    def _write(self):
-        cache, ledger, weights = self._sampling()
+    def _lower_decode(self):
+        cache, decode_state, weights = self._sampling()
         integer = jax.ShapeDtypeStruct((), jnp.int32)
         real = jax.ShapeDtypeStruct((), jnp.float32)
         stops = jax.ShapeDtypeStruct((STOP_SLOTS,), jnp.int32)
-        settings = sampling.Settings(real, integer, real, stops, integer)
-        return sampling.write.lower(
-            self.graph, self.params, weights, cache, ledger, settings, integer, integer, integer
+        settings = sampling.SamplingOptions(real, integer, real, stops, integer)
+        return sampling.decode_until.lower(
+            self.graph, self.params, weights, cache, decode_state, settings, integer, integer, integer
         )
 
-    def _admit(self):
-        cache, ledger, _ = self._sampling()
+    def _lower_prefill(self):
+        cache, decode_state, _ = self._sampling()
         width = bucket(self.prompt_length - 1)
 
         def integers(*shape):
@@ -215,7 +215,9 @@ class PlannedRun(Sizes):
 
         rows, key = self.sampled_rows, jax.eval_shape(lambda: jax.random.key(0))
         each = [integers(rows)] * 4
-        return sampling.admit.lower(self.graph, self.params, cache, ledger, integers(rows, width), *each, key)
+        return sampling.prefill_into_slots.lower(
+            self.graph, self.params, cache, decode_state, integers(rows, width), *each, key
+        )
 
     # how it is made
 
@@ -233,25 +235,25 @@ class PlannedRun(Sizes):
         routes = [np.full(size - matched, matched, np.int32) for size in sizes]
         return VocabularyMap(*orders, matched, matched, *sizes, *routes)
 
-    def _constants(self, params: Any, vocabulary: VocabularyMap) -> Constants:
+    def _constants(self, params: Any, vocabulary: VocabularyMap) -> StepConstants:
         teacher = self.teacher
-        here = teacher.placement.everywhere
+        here = teacher.placement.replicated
 
         def integers(array):
             return jax.ShapeDtypeStruct(array.shape, jnp.int32, sharding=here)
 
         identity = self.pair.matched is None
         head = (self.pair.teacher.vocab_size, self.pair.teacher.width)
-        return Constants(
+        return StepConstants(
             teacher=params,
             teacher_head=jax.ShapeDtypeStruct(
-                head, teacher.param_dtype, sharding=teacher.placement.stored(head, ("vocab", "embed"))
+                head, teacher.param_dtype, sharding=teacher.placement.param_sharding(head, ("vocab", "embed"))
             ),
-            teacher_place=integers(vocabulary.teacher_order),
+            teacher_row_of_token=integers(vocabulary.teacher_order),
             student_order=None if identity else integers(vocabulary.student_order),
-            student_place=integers(vocabulary.student_order),
-            student_route=integers(vocabulary.student_route),
-            teacher_route=integers(vocabulary.teacher_route),
+            student_row_of_token=integers(vocabulary.student_order),
+            student_prefix_of_unmatched=integers(vocabulary.student_prefix_of_unmatched),
+            teacher_prefix_of_unmatched=integers(vocabulary.teacher_prefix_of_unmatched),
             student_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
             teacher_stops=None if identity else jax.ShapeDtypeStruct((2,), jnp.int32, sharding=here),
         )
@@ -301,7 +303,7 @@ def _laid_out(folder: pathlib.Path) -> int:
     )
 
 
-def held(tree: Any) -> int:
+def device_bytes(tree: Any) -> int:
     """Bytes that a tree of arrays, or of their shapes, takes on one device of its mesh."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
@@ -314,4 +316,4 @@ def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
-__all__ = ["Pair", "PlannedRun", "Program", "compile_program", "held"]
+__all__ = ["Pair", "PlannedRun", "Program", "compile_program", "device_bytes"]

@@ -9,7 +9,7 @@ from gold_jax.planning.advice import Advice
 from gold_jax.planning.arithmetic import parameter_count
 from gold_jax.planning.footprint import ERROR, FORMULA
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
-from gold_jax.planning.outcome import Plan
+from gold_jax.planning.plan import Plan
 from gold_jax.planning.search import Candidate
 from gold_jax.planning.terminal import show
 from gold_jax.planning.wording import MOMENTS, RESOURCES, duration, size
@@ -41,9 +41,9 @@ class Report:
         """What is minimised, in words."""
         if self.teacher is None:
             return "cross-entropy"
-        return self.plan.asked.args.loss_spec(self.vocabularies.matched is None).describe()
+        return self.plan.request.args.loss_spec(self.vocabularies.matched is None).describe()
 
-    def vocabularies_in_words(self) -> str:
+    def describe_vocabularies(self) -> str:
         """What the vocabularies share, and who says so."""
         sizes = " and ".join(f"{model.config.vocab_size:,}" for model in (self.student, self.teacher))
         matched, how = self.vocabularies
@@ -62,13 +62,13 @@ class Report:
     def findings(self) -> list[str]:
         """What the plan says, one sentence each."""
         plan = self.plan
-        device, when = ("chip" if plan.asked.topology.chip.cores == 1 else "core"), MOMENTS[plan.fullest.program]
+        device, when = ("chip" if plan.request.topology.chip.cores == 1 else "core"), MOMENTS[plan.peak_program.program]
         held, limit = size(plan.peak), size(plan.limit)
         found = []
         if plan.fits:
             free = size(plan.limit - plan.peak)
             found.append(f"It fits: at its fullest, when {when}, a {device} holds {held} of {limit}; {free} are free.")
-            by_formula = sum(plan.fullest.parts.get(part, 0) for part in FORMULA)
+            by_formula = sum(plan.peak_program.parts.get(part, 0) for part in FORMULA)
             if not plan.compiled and plan.limit - plan.peak < ERROR * by_formula:
                 found.append("That is too close to tell by arithmetic.")
         elif plan.peak > plan.limit:
@@ -78,11 +78,13 @@ class Report:
             )
         else:
             found.append("It does not fit: the compiler refuses a program.")
-        for moment in plan.refused:
-            found.append(f"The program in which {MOMENTS[moment.program]} is refused by the compiler: «{moment.error}»")
+        for program in plan.refused:
+            found.append(
+                f"The program in which {MOMENTS[program.program]} is refused by the compiler: «{program.error}»"
+            )
         found += self._of_time()
         if plan.compile_seconds is not None:
-            count = sum(moment.seconds is not None for moment in plan.moments)
+            count = sum(program.seconds is not None for program in plan.programs)
             found.append(
                 f"Compiling {count} programs took {duration(plan.compile_seconds)} here; the run does the same when it starts."
             )
@@ -94,7 +96,7 @@ class Report:
         return found
 
     def _of_time(self) -> list[str]:
-        plan, chips = self.plan, self.plan.asked.topology.chips
+        plan, chips = self.plan, self.plan.request.topology.chips
         speed, most = plan.tokens_per_second, RESOURCES[plan.slowest]
         update = (
             f"An update of {plan.tokens:,} tokens takes {duration(plan.seconds)} at least, most of it for {most}: "
@@ -109,8 +111,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""
-        plan, args = self.plan, self.plan.asked.args
-        topology, sizes = plan.asked.topology, plan.asked.footprint()
+        plan, args = self.plan, self.plan.request.args
+        topology, sizes = plan.request.topology, plan.request.footprint()
         vocabularies = None
         if self.vocabularies is not None:
             vocabularies = {**self.vocabularies._asdict(), "one": self.vocabularies.matched is None}
@@ -127,7 +129,7 @@ class Report:
                 "hosts": topology.hosts,
                 "memory_bytes": topology.chip.hbm_bytes,
             },
-            "mesh": plan.asked.mesh,
+            "mesh": plan.request.mesh,
             "update": {
                 "rows": sizes.rows * args.gradient_accumulation_steps,
                 "micro_batches": args.gradient_accumulation_steps,
@@ -141,9 +143,9 @@ class Report:
                 "limit_bytes": plan.limit,
                 "peak_bytes": plan.peak,
                 "free_bytes": plan.limit - plan.peak,
-                "fullest": plan.fullest.program,
-                "always": plan.always,
-                "moments": [{**dataclasses.asdict(moment), "total": moment.total} for moment in plan.moments],
+                "fullest": plan.peak_program.program,
+                "always": plan.resident,
+                "moments": [{**dataclasses.asdict(program), "total": program.total} for program in plan.programs],
             },
             "time": {
                 "seconds": plan.seconds,

@@ -7,9 +7,9 @@ from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
 from gold_jax.rollout.sampler import most_slots
-from gold_jax.training.windows import sampling_rows
+from gold_jax.training.batches import sampling_rows
 
-CHUNK = 256  # what `losses.chunked.chunk_size` takes on accelerators
+CHUNK = 256  # what `losses.fused_head.chunk_size` takes on accelerators
 
 
 class Pair(NamedTuple):
@@ -78,8 +78,8 @@ class Sizes:
         """Rows that are written at once, on all devices."""
         args, shards = self.args, self.shards
         prompts = self.rows * args.gradient_accumulation_steps
-        asked = sampling_rows(prompts, self.rows, args.generation_batch_size or 32 * shards)
-        return -(-min(asked, prompts) // shards) * shards
+        requested = sampling_rows(prompts, self.rows, args.generation_batch_size or 32 * shards)
+        return -(-min(requested, prompts) // shards) * shards
 
     @property
     def longest(self) -> int:

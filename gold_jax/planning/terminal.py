@@ -13,14 +13,14 @@ from gold_jax.terminal import columns, put, say, section
 
 if TYPE_CHECKING:
     from gold_jax.planning.models import Model
-    from gold_jax.planning.outcome import Moment
+    from gold_jax.planning.plan import ProgramMemory
     from gold_jax.planning.report import Report
 
 _PHASES = {
-    "prefill": "prompts read",
-    "decoding": "tokens written",
-    "teacher": "teacher reads",
-    "student": "student learns",
+    "prefill": "prefill",
+    "decoding": "decode",
+    "teacher": "teacher forward",
+    "student": "student forward+backward",
     "optimizer": "optimizer",
 }
 
@@ -38,19 +38,19 @@ def show(report: "Report", console: Console) -> None:
 
 
 def _title(report: "Report", console: Console) -> None:
-    plan, args = report.plan, report.plan.asked.args
-    topology, sizes = plan.asked.topology, plan.asked.footprint()
+    plan, args = report.plan, report.plan.request.args
+    topology, sizes = plan.request.topology, plan.request.footprint()
     console.print(Text("gold_jax.plan", "bold"))
     rows = {"student": _model(report.student)}
     if report.teacher is not None:
         rows["teacher"] = _model(report.teacher)
-        rows["vocabularies"] = report.vocabularies_in_words()
+        rows["vocabularies"] = report.describe_vocabularies()
     rows["loss"] = report.loss
     passes = args.gradient_accumulation_steps
     batches = f" in {passes} micro-batches" if passes > 1 else ""
     rows["update"] = (
         f"{sizes.rows * passes:,} rows of {sizes.length:,} tokens{batches}, {args.per_device_train_batch_size} at a time on "
-        f"{'each device' if sizes.placement.tensor == 1 else f'each {sizes.placement.tensor} devices'}"
+        f"{'each device' if sizes.placement.tensor_size == 1 else f'each {sizes.placement.tensor_size} devices'}"
     )
     if sizes.samples:
         rows["sampling"] = (
@@ -59,13 +59,13 @@ def _title(report: "Report", console: Console) -> None:
         )
     many = f"{topology.chips} {'chip' if topology.chips == 1 else 'chips'}"
     cores = f" of {topology.chip.cores} cores" if topology.chip.cores > 1 else ""
-    rows["devices"] = f"{topology.name}: {many}{cores}; {_memory_in_words(report)}"
+    rows["devices"] = f"{topology.name}: {many}{cores}; {_describe_memory(report)}"
     layouts = [
         f"{who} {layout}"
         for who, layout in (("student", args.layout), ("teacher", getattr(args, "teacher_layout", "fsdp")))
         if layout != "fsdp" and (who == "student" or report.teacher is not None)
     ]
-    mesh = mesh_flag(plan.asked.mesh) if topology.devices > 1 else "one device"
+    mesh = mesh_flag(plan.request.mesh) if topology.devices > 1 else "one device"
     rows["mesh"] = "; ".join([mesh, *(f"layout of the {layout}" for layout in layouts)])
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
@@ -80,9 +80,9 @@ def _model(model: "Model") -> str:
     return f"{model.name} ({config.family}, {shown} parameters)"
 
 
-def _memory_in_words(report: "Report") -> str:
-    plan, chip = report.plan, report.plan.asked.topology.chip
-    if plan.asked.topology.kind == "tpu":
+def _describe_memory(report: "Report") -> str:
+    plan, chip = report.plan, report.plan.request.topology.chip
+    if plan.request.topology.kind == "tpu":
         return f"{size(plan.limit)} each"
     share = plan.limit / chip.hbm_bytes
     return (
@@ -98,43 +98,43 @@ def _table(console: Console, *names: str, first: str = "", wrap: bool = False) -
 def _memory(report: "Report", console: Console) -> None:
     plan = report.plan
     unit, name = unit_of(plan.peak)
-    device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
+    device = "chip" if plan.request.topology.chip.cores == 1 else "core"
     section(console, f"memory of a {device}, {name}")
-    table = _table(console, "always", *(COLUMNS[moment.program] for moment in plan.moments))
+    table = _table(console, "always", *(COLUMNS[program.program] for program in plan.programs))
 
     def shown(count: int | None) -> str:
         return "" if count is None else f"{count / unit:,.2f}"
 
-    labels = {**PARTS, "teacher": f"{PARTS['teacher']}, {plan.asked.footprint().dtype}"}
+    labels = {**PARTS, "teacher": f"{PARTS['teacher']}, {plan.request.footprint().dtype}"}
     if plan.compiled:
         labels |= {part: f"{PARTS[part]}*" for part in SHARES}
     for part, label in labels.items():
-        sizes = [plan.always.get(part), *(moment.parts.get(part) for moment in plan.moments)]
+        sizes = [plan.resident.get(part), *(program.parts.get(part) for program in plan.programs)]
         if any(size is not None for size in sizes):
             table.add_row(label, *map(shown, sizes))
     table.add_section()
-    always = sum(plan.always.values())
-    totals = [always + moment.total for moment in plan.moments]
+    always = sum(plan.resident.values())
+    totals = [always + program.total for program in plan.programs]
     cells = [Text(shown(total), "bold" if total <= plan.limit else "bold red") for total in totals]
     table.add_row(Text("together", "bold"), shown(always), *cells)
     whole, its_name = unit_of(plan.limit)
     label = f"free of {plan.limit / whole:,.2f}" + (f" {its_name}" if whole != unit else "")
-    free = [_free((plan.limit - total) / whole, moment) for total, moment in zip(totals, plan.moments)]
+    free = [_free((plan.limit - total) / whole, program) for total, program in zip(totals, plan.programs)]
     table.add_row(label, "", *free)
     put(console, table)
-    if any(part in moment.parts for moment in plan.moments for part in SHARES) and plan.compiled:
+    if any(part in program.parts for program in plan.programs for part in SHARES) and plan.compiled:
         say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
 
 
-def _free(amount: float, moment: "Moment") -> Text:
-    if moment.error:
+def _free(amount: float, program: "ProgramMemory") -> Text:
+    if program.error:
         return Text("refused", "red")
     return Text(f"{amount:,.2f}", "green" if amount >= 0 else "red")
 
 
 def _time(report: "Report", console: Console) -> None:
     plan = report.plan
-    device = "chip" if plan.asked.topology.chip.cores == 1 else "core"
+    device = "chip" if plan.request.topology.chip.cores == 1 else "core"
     factor, unit = seconds_unit(plan.seconds)
     section(console, f"an update on each {device}, at least")
     table = _table(
@@ -180,27 +180,27 @@ def _search(report: "Report", console: Console) -> None:
     unit, name = unit_of(report.plan.peak)
     table = _table(console, "rows", "update", name, "fits", "time", "tok/s/chip", first="  mesh")
     for one in report.search:
-        plan, args = one.plan, one.plan.asked.args
+        plan, args = one.plan, one.plan.request.args
         layout = getattr(args, "teacher_layout", "fsdp")
-        mesh = mesh_flag(plan.asked.mesh) + (f" T {layout}" if layout != "fsdp" else "")
+        mesh = mesh_flag(plan.request.mesh) + (f" T {layout}" if layout != "fsdp" else "")
         fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
         table.add_row(
-            Text("› " if one.asked else "  ").append(mesh),
+            Text("› " if one.requested else "  ").append(mesh),
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
             f"{one.update_rows:,}",
             f"{plan.peak / unit:,.2f}",
             fits,
             duration(plan.seconds),
-            f"{plan.tokens_per_second / plan.asked.topology.chips:,.0f}",
+            f"{plan.tokens_per_second / plan.request.topology.chips:,.0f}",
         )
     put(console, table)
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
-    if any(getattr(one.plan.asked.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
+    if any(getattr(one.plan.request.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
         words += "; T: layout of the teacher"
     say(console, words, "dim")
     best = report.search[0]
-    asked = " (as asked)" if best.asked else ""
-    say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")
+    request = " (as asked)" if best.requested else ""
+    say(console, f"The first: {best.flags}{request}" if best.plan.fits else "None of them fits.")
 
 
 __all__ = ["show"]

@@ -8,12 +8,12 @@ gradient summed; embeddings exchanged, there and back; along `tensor` what atten
 import math
 from collections.abc import Iterable, Mapping
 
+from gold_jax.bucketing import bucket
 from gold_jax.models.config import DecoderConfig
-from gold_jax.parallel.layout import ROWS, Placement, axes_of
+from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 from gold_jax.planning.arithmetic import parameter_count
 from gold_jax.planning.footprint import Footprint
 from gold_jax.planning.hardware import Topology
-from gold_jax.sizes import bucket
 
 _FLOAT32 = 4
 Sent = dict[str, float]  # bytes by the mesh axes that the devices differ along, as in `Collectives.by_axes`
@@ -27,110 +27,110 @@ def sent_by(footprint: Footprint, program: str) -> Sent:
 
 def laying_out(footprint: Footprint) -> Sent:
     """What it takes to make the copy of the student that decoding reads."""
-    student, where = footprint.pair.student, footprint.placement
+    student, placement = footprint.pair.student, footprint.placement
     count = parameter_count(student)
     c = footprint.itemsize
-    layers = _gather(where, _width_axes(student, where), count.layers * c / where.tensor)
-    return added([layers, _gather(where, _head_axes(student, where), student.vocab_size * student.width * c)])
+    layers = _gather(placement, _width_axes(student, placement), count.layers * c / placement.tensor_size)
+    return added([layers, _gather(placement, _head_axes(student, placement), student.vocab_size * student.width * c)])
 
 
 def _student(footprint: Footprint) -> Sent:
-    student, where, c = footprint.pair.student, footprint.placement, footprint.itemsize
-    layers = parameter_count(student).layers * c / where.tensor
-    width, cut = _width_axes(student, where), _head_axes(student, where)
+    student, placement, c = footprint.pair.student, footprint.placement, footprint.itemsize
+    layers = parameter_count(student).layers * c / placement.tensor_size
+    width, cut = _width_axes(student, placement), _head_axes(student, placement)
     head = student.vocab_size * student.width
     parts = [
-        _gather(where, width, 2 * layers),
-        _summed(where, width, layers),
-        _gather(where, cut, head * c),
-        _summed(where, cut, head * _FLOAT32, also=("tensor",)),
-        _exchange(footprint, student, where, passes=2),
+        _gather(placement, width, 2 * layers),
+        _summed(placement, width, layers),
+        _gather(placement, cut, head * c),
+        _summed(placement, cut, head * _FLOAT32, also=("tensor",)),
+        _exchange(footprint, student, placement, passes=2),
     ]
     if not student.tied:
-        parts.append(_summed(where, cut, head * _FLOAT32, scatter=False))
+        parts.append(_summed(placement, cut, head * _FLOAT32, scatter=False))
     parts.append(_along_tensor(footprint, student, 5 if footprint.args.gradient_checkpointing else 4))
     if footprint.reads:
         teacher = footprint.pair.teacher
         cut = _head_axes(teacher, footprint.teacher_placement)
-        parts.append(_gather(where, cut, teacher.vocab_size * teacher.width * c))
+        parts.append(_gather(placement, cut, teacher.vocab_size * teacher.width * c))
     return added(parts)
 
 
 def _teacher(footprint: Footprint) -> Sent:
-    teacher, where = footprint.pair.teacher, footprint.teacher_placement
-    layers = parameter_count(teacher).layers * footprint.itemsize / where.tensor
-    gathered = _gather(where, _width_axes(teacher, where), layers)
-    return added([gathered, _exchange(footprint, teacher, where), _along_tensor(footprint, teacher, 2)])
+    teacher, placement = footprint.pair.teacher, footprint.teacher_placement
+    layers = parameter_count(teacher).layers * footprint.itemsize / placement.tensor_size
+    gathered = _gather(placement, _width_axes(teacher, placement), layers)
+    return added([gathered, _exchange(footprint, teacher, placement), _along_tensor(footprint, teacher, 2)])
 
 
 def _prefill(footprint: Footprint) -> Sent:
-    student, where = footprint.pair.student, footprint.placement
-    layers = parameter_count(student).layers * footprint.itemsize / where.tensor
+    student, placement = footprint.pair.student, footprint.placement
+    layers = parameter_count(student).layers * footprint.itemsize / placement.tensor_size
     tokens = footprint.sampled_rows // footprint.shards * bucket(footprint.prompt_length - 1)
-    gathered = _gather(where, _width_axes(student, where), layers)
-    exchanged = _exchange(footprint, student, where, tokens=tokens)
+    gathered = _gather(placement, _width_axes(student, placement), layers)
+    exchanged = _exchange(footprint, student, placement, tokens=tokens)
     return added([gathered, exchanged, _along_tensor(footprint, student, 2, tokens=tokens)])
 
 
 def _decoding(footprint: Footprint) -> Sent:
-    student, where = footprint.pair.student, footprint.placement
+    student, placement = footprint.pair.student, footprint.placement
     rows = footprint.sampled_rows // footprint.shards
-    exchanged = _exchange(footprint, student, where, tokens=rows)
+    exchanged = _exchange(footprint, student, placement, tokens=rows)
     return added([exchanged, _along_tensor(footprint, student, 2, tokens=rows)])
 
 
-def _width_axes(config: DecoderConfig, where: Placement) -> tuple[str, ...]:
+def _width_axes(config: DecoderConfig, placement: Placement) -> tuple[str, ...]:
     """The mesh axes that a layer's width is cut over."""
     size = (config.width, config.mlp_width)
-    return axes_of(where.stored(size, ("embed", "mlp")), 0)
+    return sharded_axes(placement.param_sharding(size, ("embed", "mlp")), 0)
 
 
-def _head_axes(config: DecoderConfig, where: Placement) -> tuple[str, ...]:
+def _head_axes(config: DecoderConfig, placement: Placement) -> tuple[str, ...]:
     """The mesh axes that the embedding's and the head's width are cut over."""
-    return axes_of(where.stored((config.vocab_size, config.width), ("vocab", "embed")), 1)
+    return sharded_axes(placement.param_sharding((config.vocab_size, config.width), ("vocab", "embed")), 1)
 
 
-def _gather(where: Placement, axes: tuple[str, ...], size: float) -> Sent:
+def _gather(placement: Placement, axes: tuple[str, ...], size: float) -> Sent:
     """So many bytes gathered, or scattered, over some axes."""
-    n = math.prod(where.mesh.shape[axis] for axis in axes)
-    return {_named(where, axes): size * (n - 1) / n} if n > 1 else {}
+    n = math.prod(placement.mesh.shape[axis] for axis in axes)
+    return {_named(placement, axes): size * (n - 1) / n} if n > 1 else {}
 
 
 def _summed(
-    where: Placement, axes: tuple[str, ...], size: float, *, scatter: bool = True, also: tuple[str, ...] = ()
+    placement: Placement, axes: tuple[str, ...], size: float, *, scatter: bool = True, also: tuple[str, ...] = ()
 ) -> Sent:
     """A gradient summed over all devices that have a part in it, a share of it kept by each along the axes that it is cut over.
 
     `scatter` False: it is cut already when it is made. `also`: axes beside those of rows whose devices have a part.
     """
-    kept = size / math.prod(where.mesh.shape[axis] for axis in axes)
-    rest = tuple(axis for axis in (*ROWS, *also) if axis not in axes and where.mesh.shape[axis] > 1)
-    n = math.prod(where.mesh.shape[axis] for axis in rest)
-    both = {_named(where, rest): 2 * kept * (n - 1) / n} if n > 1 else {}
-    return added([_gather(where, axes, size) if scatter else {}, both])
+    kept = size / math.prod(placement.mesh.shape[axis] for axis in axes)
+    rest = tuple(axis for axis in (*ROW_AXES, *also) if axis not in axes and placement.mesh.shape[axis] > 1)
+    n = math.prod(placement.mesh.shape[axis] for axis in rest)
+    both = {_named(placement, rest): 2 * kept * (n - 1) / n} if n > 1 else {}
+    return added([_gather(placement, axes, size) if scatter else {}, both])
 
 
 def _exchange(
-    footprint: Footprint, config: DecoderConfig, where: Placement, *, passes: int = 1, tokens: int | None = None
+    footprint: Footprint, config: DecoderConfig, placement: Placement, *, passes: int = 1, tokens: int | None = None
 ) -> Sent:
     """Embeddings of a device's tokens, looked up where their columns lie."""
     tokens = footprint.line if tokens is None else tokens
     size = passes * tokens * config.width * footprint.itemsize
-    axes = _head_axes(config, where)
-    shared, same = tuple(a for a in axes if a in ROWS), tuple(a for a in axes if a not in ROWS)
-    return added([_gather(where, shared, size), _gather(where, same, size)])
+    axes = _head_axes(config, placement)
+    shared, same = tuple(a for a in axes if a in ROW_AXES), tuple(a for a in axes if a not in ROW_AXES)
+    return added([_gather(placement, shared, size), _gather(placement, same, size)])
 
 
 def _along_tensor(footprint: Footprint, config: DecoderConfig, times: int, *, tokens: int | None = None) -> Sent:
     """Sums over `tensor` of hidden states, so many in each layer."""
-    t = footprint.placement.tensor
+    t = footprint.placement.tensor_size
     tokens = footprint.line if tokens is None else tokens
     size = times * config.layers * tokens * config.width * footprint.itemsize
     return {"tensor": 2 * size * (t - 1) / t} if t > 1 else {}
 
 
-def _named(where: Placement, axes: tuple[str, ...]) -> str:
-    return "+".join(axis for axis in where.mesh.shape if axis in axes and where.mesh.shape[axis] > 1)
+def _named(placement: Placement, axes: tuple[str, ...]) -> str:
+    return "+".join(axis for axis in placement.mesh.shape if axis in axes and placement.mesh.shape[axis] > 1)
 
 
 def added(parts: Iterable[Mapping[str, float]]) -> Sent:

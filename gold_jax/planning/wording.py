@@ -6,21 +6,21 @@ from gold_jax.planning.hardware import GIB
 
 #: What happens while each program runs.
 MOMENTS = {
-    "teacher": "the teacher reads",
-    "student": "the student learns",
-    "student, further micro-batches": "the student learns from further micro-batches",
-    "optimizer": "the optimizer makes its update",
-    "prefill": "the student reads prompts",
-    "decoding": "the student writes",
+    "teacher": "the teacher's forward pass runs",
+    "student": "the student's forward and backward pass runs",
+    "student, further micro-batches": "the student's pass over further micro-batches runs",
+    "optimizer": "the optimizer updates",
+    "prefill": "prompts are prefilled",
+    "decoding": "tokens are decoded",
 }
 #: The same over a column, in two lines.
 COLUMNS = {
-    "teacher": "teacher\nreads",
-    "student": "student\nlearns",
+    "teacher": "teacher\nforward",
+    "student": "student\nfwd+bwd",
     "student, further micro-batches": "and\nfurther",
     "optimizer": "opti-\nmizer",
-    "prefill": "prompts\nread",
-    "decoding": "tokens\nwritten",
+    "prefill": "prefill",
+    "decoding": "decode",
 }
 #: Parts of memory, in their order.
 PARTS = {

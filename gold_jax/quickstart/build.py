@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from gold_jax.config import SFTConfig
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.weights import save_model
+from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.quickstart import ASSETS
 from gold_jax.quickstart.language import lessons, task_rows
 from gold_jax.quickstart.tokenization import make_student_tokenizer, make_teacher_tokenizer

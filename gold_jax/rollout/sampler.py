@@ -1,4 +1,4 @@
-"""The built-in engine: which rows are written when, on the host; what is done to them is in `rollout.rows`."""
+"""The built-in engine: which rows are written when, on the host; what is done to them is in `rollout.decode_state`."""
 
 import collections
 from collections.abc import Sequence
@@ -6,20 +6,20 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.rollout import rows as device
+from gold_jax.rollout import decode_state as device
+from gold_jax.rollout.decode_state import SamplingOptions
 from gold_jax.rollout.engine import Sampled
-from gold_jax.rollout.rows import Settings
-from gold_jax.sizes import bucket, line_bucket, power_of_two
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
-_SMALLEST = 32  # widths of prompts, slots, and the room that slots leave, at the least
-_FEWEST = 8  # fewer rows are not worth a program of their own: weights are read for one row as for eight
-_REFILL = 4  # prompts join when a fourth of the rows is free
-_CHEAP = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once
+_MIN_LENGTH = 32  # widths of prompts, slots, and the room that slots leave, at the least
+_MIN_ROWS = 8  # fewer rows are not worth a program of their own: weights are read for one row as for eight
+_REFILL_FRACTION = 4  # prompts join when a fourth of the rows is free
+_SMALL_CACHE = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once
 
 
 class SamplingEngine:
@@ -80,90 +80,92 @@ class SamplingEngine:
             raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
         stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
-        settings = Settings(
+        settings = SamplingOptions(
             np.float32(temperature), np.int32(top_k), np.float32(top_p), stops, np.int32(max_new_tokens)
         )
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        return _Writing(*split(model), prompts, settings, key, pad_id, self.rows).finish()
+        return _GenerationRun(*split(model), prompts, settings, key, pad_id, self.rows).finish()
 
 
-class _Writing:
+class _GenerationRun:
     """One call of an engine: which prompt each row of the device holds, and what comes next."""
 
-    def __init__(self, graphdef, params, prompts: list[np.ndarray], settings: Settings, key, pad_id: int, rows: int):
+    def __init__(
+        self, graphdef, params, prompts: list[np.ndarray], settings: SamplingOptions, key, pad_id: int, rows: int
+    ):
         model = merge(graphdef, params)
         check_tokens(prompts, model.config.vocab_size)
         self.model, self.config, self.dtype = (graphdef, params), model.config, model.dtype
         self.prompts, self.settings, self.key, self.pad_id = prompts, settings, key, pad_id
         self.new = int(settings.limit)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        self.waiting = collections.deque(i for i in longest_first if len(prompts[i]))
+        self.queue = collections.deque(i for i in longest_first if len(prompts[i]))
         self.placement = model.placement
-        self.shards = 1 if model.placement is None else model.placement.shards
+        self.shards = 1 if model.placement is None else model.placement.row_shards
         each = -(-rows // self.shards)
         self.sizes = [self.shards * size for size in halves(each)]
-        size = min(size for size in self.sizes if size >= min(self.shards * each, len(self.waiting)))
+        size = min(size for size in self.sizes if size >= min(self.shards * each, len(self.queue)))
         # Of each row: the number of its prompt, -1 where none is left to be fetched; tokens read; whether it goes on.
-        self.owner, self.length, self.alive = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
-        self.fetched: list[tuple] = []
+        self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
+        self.offloaded: list[tuple] = []
 
     def finish(self) -> list[Sampled]:
         """Write everything."""
         found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
-        if not self.waiting:
+        if not self.queue:
             return found
         self.weights = merge(*self.model).decoding_weights()
-        self.slots = self._fitting_slots(len(self.prompts[self.waiting[0]]) - 1)
-        self.cache, self.ledger = device.empty(
+        self.slots = self._fitting_slots(len(self.prompts[self.queue[0]]) - 1)
+        self.cache, self.decode_state = device.empty_slots(
             self.key,
             config=self.config,
             dtype=self.dtype,
             placement=self.placement,
-            rows=len(self.alive),
+            rows=len(self.active),
             slots=self.slots,
             new=self.new,
         )
         while True:
-            while self.waiting and (~self.alive).sum() >= self._joining():
-                self._admit()
-            if not self.alive.any():
+            while self.queue and (~self.active).sum() >= self._rows_needed_free():
+                self._prefill()
+            if not self.active.any():
                 break
-            self._fit()
-            self._write()
-        self._put_aside()
+            self._resize()
+            self._decode()
+        self._offload_finished()
         # All that was drawn comes back here, in one transfer.
-        for (tokens, logprobs, count), owner in jax.device_get(self.fetched):
-            for row in np.flatnonzero(owner >= 0):
+        for (tokens, logprobs, count), prompt_of_row in jax.device_get(self.offloaded):
+            for row in np.flatnonzero(prompt_of_row >= 0):
                 n = count[row]
-                found[owner[row]] = Sampled(tokens[row, :n], logprobs[row, :n])
+                found[prompt_of_row[row]] = Sampled(tokens[row, :n], logprobs[row, :n])
         return found
 
-    def _quarter(self) -> int:
+    def _refill_size(self) -> int:
         """How many prompts join rows that are being written: as many for each shard."""
-        return self.shards * max(1, len(self.alive) // self.shards // _REFILL)
+        return self.shards * max(1, len(self.active) // self.shards // _REFILL_FRACTION)
 
-    def _joining(self) -> int:
+    def _rows_needed_free(self) -> int:
         """How many rows must be free for prompts to join."""
-        return min(len(self.waiting), self._quarter() if self.alive.any() else len(self.alive))
+        return min(len(self.queue), self._refill_size() if self.active.any() else len(self.active))
 
-    def _admit(self) -> None:
+    def _prefill(self) -> None:
         """Read the next prompts into free rows."""
-        self._put_aside()
-        size = len(self.alive)
-        space = size if self._joining() > self._quarter() else self._quarter()
+        self._offload_finished()
+        size = len(self.active)
+        space = size if self._rows_needed_free() > self._refill_size() else self._refill_size()
         each, own = space // self.shards, size // self.shards
-        places = np.full((self.shards, each), size, np.int32)
-        for shard, alive in enumerate(self.alive.reshape(self.shards, own)):
+        row_index = np.full((self.shards, each), size, np.int32)
+        for shard, alive in enumerate(self.active.reshape(self.shards, own)):
             free = np.flatnonzero(~alive)[:each]
-            places[shard, : len(free)] = shard * own + free
+            row_index[shard, : len(free)] = shard * own + free
         # Round after round each shard gets one, so that all have about as much to do.
-        taken = np.flatnonzero(places.T.reshape(-1) < size)[: len(self.waiting)]
+        taken = np.flatnonzero(row_index.T.reshape(-1) < size)[: len(self.queue)]
         taken = taken % self.shards * each + taken // self.shards
-        chosen = [self.waiting.popleft() for _ in taken]
-        rows, places = places.reshape(-1)[taken], np.full(space, size, np.int32)
-        places[taken] = rows
+        chosen = [self.queue.popleft() for _ in taken]
+        rows, row_index = row_index.reshape(-1)[taken], np.full(space, size, np.int32)
+        row_index[taken] = rows
         lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
-        tokens = np.full((space, bucket(int(lengths.max()), smallest=_SMALLEST)), self.pad_id, np.int32)
+        tokens = np.full((space, bucket(int(lengths.max()), smallest=_MIN_LENGTH)), self.pad_id, np.int32)
         for row, i in zip(taken, chosen):
             tokens[row, : len(self.prompts[i]) - 1] = self.prompts[i][:-1]
 
@@ -172,75 +174,82 @@ class _Writing:
             out[taken] = values
             return out
 
-        self.cache, self.ledger = device.admit(
+        self.cache, self.decode_state = device.prefill_into_slots(
             *self.model,
             self.cache,
-            self.ledger,
+            self.decode_state,
             tokens,
             spread(lengths),
             spread([self.prompts[i][-1] for i in chosen]),
             spread(chosen),
-            places,
+            row_index,
             self.key,
         )
-        self.owner[rows], self.length[rows], self.alive[rows] = chosen, lengths, True
+        self.prompt_of_row[rows], self.length[rows], self.active[rows] = chosen, lengths, True
 
-    def _fit(self) -> None:
+    def _resize(self) -> None:
         """Leave rows that are done behind where nobody waits for them, and have slots for what comes next."""
-        size, alive = len(self.alive), self.alive.reshape(self.shards, -1)
-        if not self.waiting:
-            needed = max(alive.sum(axis=1).max(), min(_FEWEST, alive.shape[1]))
+        size, alive = len(self.active), self.active.reshape(self.shards, -1)
+        if not self.queue:
+            needed = max(alive.sum(axis=1).max(), min(_MIN_ROWS, alive.shape[1]))
             size = min(s for s in self.sizes if s >= self.shards * needed)
-        longest = self.length[self.alive].max()
+        longest = self.length[self.active].max()
         slots = self._fitting_slots(longest)
         if longest < self.slots < 4 * slots:
             slots = self.slots
-        if (size, slots) == (len(self.alive), self.slots):
+        if (size, slots) == (len(self.active), self.slots):
             return
-        self._put_aside()
+        self._offload_finished()
         kept = np.argsort(~alive, axis=1, kind="stable")[:, : size // self.shards]
         rows = (kept + alive.shape[1] * np.arange(self.shards)[:, None]).reshape(-1).astype(np.int32)
-        self.cache, self.ledger = device.resize(self.cache, self.ledger, rows, placement=self.placement, slots=slots)
-        self.owner, self.length, self.alive, self.slots = self.owner[rows], self.length[rows], self.alive[rows], slots
+        self.cache, self.decode_state = device.resize_slots(
+            self.cache, self.decode_state, rows, placement=self.placement, slots=slots
+        )
+        self.prompt_of_row, self.length, self.active, self.slots = (
+            self.prompt_of_row[rows],
+            self.length[rows],
+            self.active[rows],
+            slots,
+        )
 
     def _fitting_slots(self, longest: int) -> int:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
-        owners = self.owner[self.alive] if self.alive.any() else [self.waiting[0]]
-        needed = max(len(self.prompts[i]) for i in owners) - 1 + self.new
+        prompts = self.prompt_of_row[self.active] if self.active.any() else [self.queue[0]]
+        needed = max(len(self.prompts[i]) for i in prompts) - 1 + self.new
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1]))
-        most, cheap = most_slots(self.config, weights, len(self.alive) // self.shards, needed)
-        return most if cheap else min(most, _slots(longest + _SMALLEST))
+        max_steps, small = most_slots(self.config, weights, len(self.active) // self.shards, needed)
+        return max_steps if small else min(max_steps, _slots(longest + _MIN_LENGTH))
 
-    def _write(self) -> None:
+    def _decode(self) -> None:
         """Let the device go on until there is something to do."""
-        size, fewest, fewest_each = len(self.alive), 0, 0
-        if self.waiting:
-            fewest = size - self._joining()
+        size, min_active, min_active_per_shard = len(self.active), 0, 0
+        if self.queue:
+            min_active = size - self._rows_needed_free()
         else:
             smaller = [s // self.shards for s in self.sizes if s < size]
-            fewest_each = max((s for s in smaller if s >= _FEWEST), default=0)
-        most = self.slots - self.length[self.alive].max()
-        self.cache, self.ledger, steps = device.write(
+            min_active_per_shard = max((s for s in smaller if s >= _MIN_ROWS), default=0)
+        max_steps = self.slots - self.length[self.active].max()
+        self.cache, self.decode_state, steps = device.decode_until(
             *self.model,
             self.weights,
             self.cache,
-            self.ledger,
+            self.decode_state,
             self.settings,
-            *map(np.int32, (most, fewest, fewest_each)),
+            *map(np.int32, (max_steps, min_active, min_active_per_shard)),
         )
-        done, steps = jax.device_get((self.ledger.done, steps))
-        self.length += steps * self.alive
-        self.alive = ~done
+        done, steps = jax.device_get((self.decode_state.done, steps))
+        self.length += steps * self.active
+        self.active = ~done
 
-    def _put_aside(self) -> None:
+    def _offload_finished(self) -> None:
         """Keep what the rows that are done have drawn, before their places are taken."""
-        owner = np.where(self.alive, -1, self.owner)
-        if (owner >= 0).any():
-            drawn = self.ledger.tokens, self.ledger.logprobs, self.ledger.count
+        prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
+        if (prompt_of_row >= 0).any():
+            drawn = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
             for array in drawn:
                 array.copy_to_host_async()
-            self.fetched.append((drawn, owner))
-        self.owner = np.where(self.alive, self.owner, -1)
+            self.offloaded.append((drawn, prompt_of_row))
+        self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
 
 
 def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
@@ -276,13 +285,13 @@ def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> t
         The slots, and whether the cache is cheap.
     """
     slots = _slots(length)
-    cheap = _CHEAP * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
-    return slots if cheap else line_bucket(int(length), smallest=_SMALLEST), cheap
+    small = _SMALL_CACHE * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
+    return slots if small else fine_bucket(int(length), smallest=_MIN_LENGTH), small
 
 
 def _slots(length: int) -> int:
     """How many slots hold `length` tokens: 32, 64, 128, …"""
-    return power_of_two(int(length), smallest=_SMALLEST)
+    return power_of_two(int(length), smallest=_MIN_LENGTH)
 
 
 __all__ = ["SamplingEngine"]

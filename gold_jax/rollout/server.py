@@ -36,7 +36,7 @@ import jax
 import numpy as np
 
 from gold_jax.models.functional import merge, split
-from gold_jax.models.weights import save_model
+from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.rollout.client import Client, ServerError
 from gold_jax.rollout.engine import Sampled
 

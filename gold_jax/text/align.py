@@ -115,10 +115,10 @@ def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndar
     Returns:
         Bool [G].
     """
-    held = np.zeros(count, np.bool_)
+    holds = np.zeros(count, np.bool_)
     found = group[tokens]
-    held[found[found < count]] = True
-    return held
+    holds[found[found < count]] = True
+    return holds
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
 
 A row is ragged and belongs to the host; a batch is rectangular and goes to the device. Letters: `B` rows, `T` and `U`
-student and teacher tokens, `G` groups, `M` tokens inside merged groups; `S` lines of `N` tokens (see `text.lines`).
+student and teacher tokens, `G` groups, `M` tokens inside merged groups; `S` lines of `N` tokens (see `text.packing`).
 Everything here is numpy.
 """
 
@@ -12,12 +12,12 @@ from typing import NamedTuple
 import numpy as np
 
 from gold_jax.text.align import groups_of
-from gold_jax.text.chat import Codec
-from gold_jax.text.drawn import Drawn
-from gold_jax.text.lines import Lines, lay_lines, pad_lines, pad_right, positions
-from gold_jax.text.share import Share
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.detokenize import SampledCompletion
+from gold_jax.text.packing import PackedBatch, gather_positions, pack_unpadded, pad_packed, pad_right
+from gold_jax.text.process_shard import ProcessShard
 
-ALONE = Share()
+SINGLE_PROCESS = ProcessShard()
 IGNORE = -1
 NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
 
@@ -25,7 +25,7 @@ NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
 class Side(NamedTuple):
     """One model's part of a batch, int32. Positions number the tokens of the line that a row lies in."""
 
-    lines: Lines
+    packed: PackedBatch
     base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
     token: np.ndarray  # [B, G] token of the group's text that this distribution is over
     inner_position: np.ndarray  # [B, M] positions that predict further tokens of the text …
@@ -53,11 +53,11 @@ class Batch(NamedTuple):
 class TokenBatch(NamedTuple):
     """A padded batch for cross-entropy alone."""
 
-    lines: Lines
+    packed: PackedBatch
     labels: Labels
 
 
-class Half(NamedTuple):
+class SideTokens(NamedTuple):
     """One model's tokens of a row: int32 `[P]` and `[T]`, and the group `[T]` of each completion token."""
 
     prompt: np.ndarray
@@ -73,20 +73,20 @@ class Row:
     nothing about the text, so they never count.
     """
 
-    student: Half
-    teacher: Half
+    student: SideTokens
+    teacher: SideTokens
     groups: int
     text: str
     stopped: bool
-    damaged: bool = False
+    invalid_utf8: bool = False
     unknown: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 def build_rows(
-    student: Codec,
-    teacher: Codec,
+    student: ChatTokenizer,
+    teacher: ChatTokenizer,
     prompts: Sequence[str | list],
-    completions: Sequence[str | Drawn],
+    completions: Sequence[str | SampledCompletion],
     *,
     max_length: int,
     teacher_max_length: int | None = None,
@@ -99,8 +99,8 @@ def build_rows(
     """Encodes and aligns prompts with their completions.
 
     Args:
-      student: the student's codec.
-      teacher: the teacher's codec.
+      student: the student's chat tokenizer.
+      teacher: the teacher's chat tokenizer.
       prompts: plain texts or lists of messages; each model renders them with its own template.
       completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
       max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
@@ -114,13 +114,15 @@ def build_rows(
     Returns:
       A row each. A row may have no group at all: it then counts for nothing.
     """
-    read_by_teacher = prompts if teacher_prompts is None else teacher_prompts
-    drawn = _encode_texts(student, prompts, completions)
-    others = drawn if one_vocabulary else teacher.encode_completions([d.text for d in drawn], after=read_by_teacher)
+    prompts_of_teacher = prompts if teacher_prompts is None else teacher_prompts
+    sampled = _encode_texts(student, prompts, completions)
+    others = (
+        sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=prompts_of_teacher)
+    )
     paired = positional or one_vocabulary
-    aligned = [] if paired else groups_of([d.spans[:, 1] for d in drawn], [o.spans[:, 1] for o in others])
+    aligned = [] if paired else groups_of([d.spans[:, 1] for d in sampled], [o.spans[:, 1] for o in others])
     rows = []
-    for i, (prompt, ours) in enumerate(zip(prompts, drawn)):
+    for i, (prompt, ours) in enumerate(zip(prompts, sampled)):
         s_ids, t_ids = ours.ids, others[i].ids
         if paired:
             s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
@@ -132,38 +134,38 @@ def build_rows(
         if not one_vocabulary:
             unknown = np.concatenate([unknown, t_group[others[i].unknown]])
         if ours.stopped:
-            taught = not (skip_student_stop or skip_teacher_stop)
+            counts_stop = not (skip_student_stop or skip_teacher_stop)
             s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
-            s_group, t_group = (np.append(g, count if taught else NO_GROUP) for g in (s_group, t_group))
-            count += taught
+            s_group, t_group = (np.append(g, count if counts_stop else NO_GROUP) for g in (s_group, t_group))
+            count += counts_stop
         s_prompt = student.encode_prompt(prompt)
         t_prompt = (
             s_prompt
-            if teacher is student and read_by_teacher[i] is prompt
-            else teacher.encode_prompt(read_by_teacher[i])
+            if teacher is student and prompts_of_teacher[i] is prompt
+            else teacher.encode_prompt(prompts_of_teacher[i])
         )
-        ours_half = Half(s_prompt, s_ids.astype(np.int32), s_group)
-        theirs_half = Half(t_prompt, t_ids.astype(np.int32), t_group)
-        halves_and_count = _fit(ours_half, theirs_half, count, max_length, teacher_max_length)
-        rows.append(Row(*halves_and_count, ours.text, ours.stopped, ours.damaged, unknown[unknown < count]))
+        ours_half = SideTokens(s_prompt, s_ids.astype(np.int32), s_group)
+        theirs_half = SideTokens(t_prompt, t_ids.astype(np.int32), t_group)
+        halves_and_count = _truncate(ours_half, theirs_half, count, max_length, teacher_max_length)
+        rows.append(Row(*halves_and_count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
     return rows
 
 
-def _encode_texts(student: Codec, prompts, completions) -> list[Drawn]:
-    """Texts become `Drawn` in one call to the tokenizer, what was drawn already stays."""
+def _encode_texts(student: ChatTokenizer, prompts, completions) -> list[SampledCompletion]:
+    """Texts become `SampledCompletion` in one call to the tokenizer, what was drawn already stays."""
     texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
     encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
-    return [Drawn.of_text(c, next(encoded)) if isinstance(c, str) else c for c in completions]
+    return [SampledCompletion.from_text(c, next(encoded)) if isinstance(c, str) else c for c in completions]
 
 
-def _fit(student: Half, teacher: Half, count: int, student_limit: int, teacher_limit: int | None):
+def _truncate(student: SideTokens, teacher: SideTokens, count: int, student_limit: int, teacher_limit: int | None):
     """Cuts both sides to their limits and counts the groups that are whole on both; also drops what none predicts."""
 
     def cut(half, limit):
         room = len(half.completion) if limit is None else max(0, limit - len(half.prompt))
         kept, lost = half.group[:room], half.group[room:]
         first_lost = int(lost.min()) if len(lost) else NO_GROUP
-        return Half(half.prompt, half.completion[:room], kept), first_lost
+        return SideTokens(half.prompt, half.completion[:room], kept), first_lost
 
     (student, a), (teacher, b) = cut(student, student_limit), cut(teacher, teacher_limit)
     return student, teacher, min(count, a, b)
@@ -185,12 +187,12 @@ def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     return keep
 
 
-def _sizes(half: Half, groups: int) -> np.ndarray:
+def _sizes(half: SideTokens, groups: int) -> np.ndarray:
     return np.bincount(half.group[half.group < groups], minlength=groups)[:groups]
 
 
-def _merge_index(half: Half, groups: int, merge: str, text: bool):
-    """`(base [groups], token [groups], inner positions, tokens, groups)` of one side of a row.
+def _merge_index(half: SideTokens, groups: int, merge: str, text: bool):
+    """`(base [groups], token [groups], inner gather_positions, tokens, groups)` of one side of a row.
 
     Positions count from the prompt's start. Under `boundary` the inner tokens are those of the group's text behind its
     first, and there are none unless `text` is asked for.
@@ -202,17 +204,17 @@ def _merge_index(half: Half, groups: int, merge: str, text: bool):
     last = np.searchsorted(group, np.arange(groups), side="right") - 1
     order = np.arange(len(group))
     if merge == "chain":
-        base, stands, inner, state = at[last] - 1, last, order != last[group], at - 1
+        base, token_index, inner, state = at[last] - 1, last, order != last[group], at - 1
     elif merge == "observed":
-        base, stands, inner, state = at[first], last, order != first[group], at
+        base, token_index, inner, state = at[first], last, order != first[group], at
     elif merge == "boundary":
-        base, stands, inner, state = at[first] - 1, first, (order != first[group]) & text, at - 1
+        base, token_index, inner, state = at[first] - 1, first, (order != first[group]) & text, at - 1
     else:
         raise ValueError(f"merge must be chain, observed or boundary, not {merge!r}")
-    return np.maximum(base, 0), token[stands], np.maximum(state[inner], 0), token[inner], group[inner]
+    return np.maximum(base, 0), token[token_index], np.maximum(state[inner], 0), token[inner], group[inner]
 
 
-def normalise(
+def normalized_weights(
     masks: Sequence[np.ndarray], normalization: str, total: int | None = None, rows: int | None = None
 ) -> list[np.ndarray]:
     """The weight of every entry of a global batch, from the masks of its rows.
@@ -240,42 +242,46 @@ def build_batches(
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
-    share: Share = ALONE,
+    process_shard: ProcessShard = SINGLE_PROCESS,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
     `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `share` says in how
+    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard` says in how
     many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are not in the result.
     """
-    parts, whole = share.parts(len(rows), batch_size), len(rows)
+    parts, row_count = process_shard.local_rows_per_batch(len(rows), batch_size), len(rows)
     numbers = [i for part in parts for i in part]
     keeps = {i: counted_groups(rows[i], merge, groups) for i in numbers}
-    targets = {i: _targets(rows[i].student) for i in numbers}
-    counted = [i for i in numbers if share.counts(i, batch_size)]
-    totals = share.total(np.array([sum(int(x[i].sum()) for i in counted) for x in (keeps, _masks(targets))]))
+    targets = {i: _next_token_targets(rows[i].student) for i in numbers}
+    counted = [i for i in numbers if process_shard.is_owner(i, batch_size)]
+    totals = process_shard.all_reduce_sum(
+        np.array([sum(int(x[i].sum()) for i in counted) for x in (keeps, _masks(targets))])
+    )
     weights, label_weights = (
-        dict(zip(numbers, normalise(list(masks.values()), normalization, int(total), whole)))
+        dict(zip(numbers, normalized_weights(list(masks.values()), normalization, int(total), row_count)))
         for masks, total in zip((keeps, _masks(targets)), totals)
     )
-    laid = [
+    unpadded = [
         [
-            lay_lines(
-                [_tokens(half(rows[i])) for i in part], share.height(batch_size) * len(share.mine), len(share.mine)
+            pack_unpadded(
+                [_tokens(half(rows[i])) for i in part],
+                process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards),
+                len(process_shard.local_shards),
             )
             for half in (lambda row: row.student, lambda row: row.teacher)
         ]
         for part in parts
     ]
-    sizes = share.largest(np.array([[side.sizes for side in both] for both in laid])).tolist()
+    sizes = process_shard.all_reduce_max(np.array([[side.longest for side in both] for both in unpadded])).tolist()
     batches = []
-    for part, both, (ours, theirs) in zip(parts, laid, sizes):
-        chosen, counts, height = [rows[i] for i in part], [rows[i].groups for i in part], both[0].height
-        height *= len(share.mine)
-        student = pad_lines(both[0], *ours, pad=student_pad)
-        teacher = pad_lines(both[1], *theirs, pad=teacher_pad)
+    for part, both, (ours, theirs) in zip(parts, unpadded, sizes):
+        chosen, counts, height = [rows[i] for i in part], [rows[i].groups for i in part], both[0].rows_per_sequence
+        height *= len(process_shard.local_shards)
+        student = pad_packed(both[0], *ours, pad=student_pad)
+        teacher = pad_packed(both[1], *theirs, pad=teacher_pad)
         # A row has no more groups than student tokens: groups need no bucket of their own.
-        width = student.place.shape[-1]
+        width = student.gather_index.shape[-1]
         batches.append(
             Batch(
                 _pad_side(student, [r.student for r in chosen], counts, merge, text, height, width),
@@ -291,11 +297,11 @@ def _masks(targets: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np
     return {i: mask for i, (_, mask) in targets.items()}
 
 
-def _tokens(half: Half) -> np.ndarray:
+def _tokens(half: SideTokens) -> np.ndarray:
     return np.concatenate([half.prompt, half.completion])
 
 
-def _targets(half: Half) -> tuple[np.ndarray, np.ndarray]:
+def _next_token_targets(half: SideTokens) -> tuple[np.ndarray, np.ndarray]:
     """Labels and mask `[P + T]`: every completion token is the label of the position before it."""
     tokens = _tokens(half)
     labels = np.append(tokens[1:], IGNORE)
@@ -305,27 +311,35 @@ def _targets(half: Half) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pad_side(
-    lines: Lines, halves: Sequence[Half], counts: Sequence[int], merge: str, text: bool, height: int, groups: int
+    packed: PackedBatch,
+    halves: Sequence[SideTokens],
+    counts: Sequence[int],
+    merge: str,
+    text: bool,
+    height: int,
+    groups: int,
 ) -> Side:
-    place = positions(lines)
-    width = place.shape[1]
+    gather_index = gather_positions(packed)
+    width = gather_index.shape[1]
     found = [_merge_index(h, n, merge, text) for h, n in zip(halves, counts)]
-    base, stands, position, token, group = zip(*found) if found else ((),) * 5
+    base, token_index, position, token, group = zip(*found) if found else ((),) * 5
     return Side(
-        lines,
-        base=pad_right([place[i, x] for i, x in enumerate(base)], height, groups, np.int32),
-        token=pad_right(stands, height, groups, np.int32),
-        inner_position=pad_right([place[i, x] for i, x in enumerate(position)], height, width, np.int32),
+        packed,
+        base=pad_right([gather_index[i, x] for i, x in enumerate(base)], height, groups, np.int32),
+        token=pad_right(token_index, height, groups, np.int32),
+        inner_position=pad_right([gather_index[i, x] for i, x in enumerate(position)], height, width, np.int32),
         inner_token=pad_right(token, height, width, np.int32),
         inner_group=pad_right(group, height, width, np.int32, groups),
     )
 
 
-def _pad_labels(lines: Lines, tokens: Sequence[np.ndarray], weights: Sequence[np.ndarray], height: int) -> Labels:
-    place = positions(lines)
-    width = place.shape[1]
+def _pad_labels(
+    packed: PackedBatch, tokens: Sequence[np.ndarray], weights: Sequence[np.ndarray], height: int
+) -> Labels:
+    gather_index = gather_positions(packed)
+    width = gather_index.shape[1]
     return Labels(
-        place, pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)
+        gather_index, pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)
     )
 
 
@@ -335,23 +349,27 @@ def build_token_batches(
     *,
     normalization: str = "groups",
     pad: int = 0,
-    share: Share = ALONE,
+    process_shard: ProcessShard = SINGLE_PROCESS,
 ) -> list[TokenBatch]:
     """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it.
 
-    `share` as in `build_batches`.
+    `process_shard` as in `build_batches`.
     """
-    parts = share.parts(len(rows), batch_size)
+    parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     numbers = [i for part in parts for i in part]
     masks = {i: np.append(rows[i][1][1:], False) for i in numbers}
-    total = share.total(np.array([sum(int(masks[i].sum()) for i in numbers if share.counts(i, batch_size))]))
-    weights = dict(zip(numbers, normalise(list(masks.values()), normalization, int(total[0]), len(rows))))
+    total = process_shard.all_reduce_sum(
+        np.array([sum(int(masks[i].sum()) for i in numbers if process_shard.is_owner(i, batch_size))])
+    )
+    weights = dict(zip(numbers, normalized_weights(list(masks.values()), normalization, int(total[0]), len(rows))))
     labels = {i: np.where(masks[i], np.append(rows[i][0][1:], IGNORE), IGNORE) for i in numbers}
-    height = share.height(batch_size) * len(share.mine)
-    laid = [lay_lines([rows[i][0] for i in part], height, len(share.mine)) for part in parts]
+    height = process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards)
+    unpadded = [pack_unpadded([rows[i][0] for i in part], height, len(process_shard.local_shards)) for part in parts]
     batches = []
-    for part, lines, sizes in zip(parts, laid, share.largest(np.array([x.sizes for x in laid])).tolist()):
-        packed = pad_lines(lines, *sizes, pad=pad)
+    for part, unpadded_part, sizes in zip(
+        parts, unpadded, process_shard.all_reduce_max(np.array([x.longest for x in unpadded])).tolist()
+    ):
+        packed = pad_packed(unpadded_part, *sizes, pad=pad)
         chosen = [labels[i] for i in part], [weights[i] for i in part]
         batches.append(TokenBatch(packed, _pad_labels(packed, *chosen, height)))
     return batches

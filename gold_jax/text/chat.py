@@ -6,14 +6,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder
-from gold_jax.text.special import Guard, Hidden, HiddenEncoder, SpecialStrings
+from gold_jax.text.special_tokens import EscapedText, EscapedTextEncoder, SpecialStrings, SpecialTokenEscaper
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
 from gold_jax.text.template import ChatTemplate, with_context
 
 Prompt = str | list[dict]
 
 
-class Codec:
+class ChatTokenizer:
     """Turns text into one model's tokens and back.
 
     Args:
@@ -23,7 +23,7 @@ class Codec:
             without any gets the plain format of `template.PLAIN_TEMPLATE`.
         template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
         special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these tokens,
-            as they do in a prompt that somebody rendered before. In messages they never do, see `special.Guard`.
+            as they do in a prompt that somebody rendered before. In messages they never do, see `special.SpecialTokenEscaper`.
         copy_tokenizer: work with a copy; False where nobody else uses or changes the tokenizer, to save the time.
 
     Attributes:
@@ -64,14 +64,14 @@ class Codec:
         stops = [surfaces.strings[i] for i in self.stop_ids if i < len(surfaces) and surfaces.strings[i]]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
-        self._guard = Guard(self.template, self._specials, frame=[*stops, *ends])
-        self._hidden = HiddenEncoder(tokenizer, self._specials)
+        self._escaper = SpecialTokenEscaper(self.template, self._specials, frame=[*stops, *ends])
+        self._escaped_encoder = EscapedTextEncoder(tokenizer, self._specials)
         self.special_tokens_in_prompts = special_tokens_in_prompts
 
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder
         tail = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        special = [i for i in tail if _written(surfaces, i, text)]
+        special = [i for i in tail if _is_written_special(surfaces, i, text)]
         # Some models' stop tokens are added to the vocabulary without being called special.
         added = [i for i in tail if i in known and surfaces.spelling[i].strip()]
         stop = next(iter(special or added), eos)
@@ -93,12 +93,12 @@ class Codec:
 
     def render(self, prompt: Prompt) -> str:
         """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
-        return self._written(prompt).shown
+        return self._render_escaped(prompt).original
 
-    def _written(self, prompt: Prompt) -> Hidden:
+    def _render_escaped(self, prompt: Prompt) -> EscapedText:
         if isinstance(prompt, str) and self.special_tokens_in_prompts:
-            return Hidden(prompt, {})
-        return self._guard.render(prompt, generate=True)
+            return EscapedText(prompt, {})
+        return self._escaper.render(prompt, generate=True)
 
     def encode_prompt(self, prompt: Prompt) -> np.ndarray:
         """The tokens of a prompt, int32 [P], see `encode_prompts`."""
@@ -114,7 +114,7 @@ class Codec:
         Raises:
             ValueError: the template refuses a conversation.
         """
-        written = [self._written(prompt) for prompt in prompts]
+        written = [self._render_escaped(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
         begun = [bool(begin) and w.text.startswith(begin) for w in written]
         special = [isinstance(p, str) and not has for p, has in zip(prompts, begun)]
@@ -122,15 +122,17 @@ class Codec:
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
             batch = iter(
-                self._native([w.text for w in map(written.__getitem__, rows) if not w.strings], special=wanted)
+                self._tokenize([w.text for w in map(written.__getitem__, rows) if not w.strings], special=wanted)
             )
             for row in rows:
-                hidden = written[row]
-                ids = self._hidden.encode(hidden, add_special_tokens=wanted) if hidden.strings else next(batch)
-                result[row] = np.array(self._open(ids, hidden.text) if wanted else ids, np.int32)
+                escaped = written[row]
+                ids = (
+                    self._escaped_encoder.encode(escaped, add_special_tokens=wanted) if escaped.strings else next(batch)
+                )
+                result[row] = np.array(self._without_end_token(ids, escaped.text) if wanted else ids, np.int32)
         return result
 
-    def _native(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
+    def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
         if not texts:
             return []
@@ -138,7 +140,7 @@ class Codec:
             "input_ids"
         ]
 
-    def _open(self, ids: list[int], text: str) -> list[int]:
+    def _without_end_token(self, ids: list[int], text: str) -> list[int]:
         """Without the end token that some tokenizers put after a text, which is to go on here."""
         end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
         while len(ids) > 1 and ids[-1] == end_id and not text.endswith(end):
@@ -165,7 +167,10 @@ class Codec:
         Raises:
             ValueError: a text is not valid Unicode, or its tokens cannot be located in it.
         """
-        lead = [self.leads(text, prompt) for text, prompt in zip(texts, after or [None] * len(texts), strict=True)]
+        lead = [
+            self.has_leading_space(text, prompt)
+            for text, prompt in zip(texts, after or [None] * len(texts), strict=True)
+        ]
         result: list = [None] * len(texts)
         for wanted in set(lead):
             rows = [row for row, has in enumerate(lead) if has == wanted]
@@ -173,7 +178,7 @@ class Codec:
                 result[row] = encoded
         return result
 
-    def leads(self, text: str, after: Prompt | None) -> bool:
+    def has_leading_space(self, text: str, after: Prompt | None) -> bool:
         """Whether a blank that is no part of a completion stands before it, see `encode_completions`."""
         if isinstance(after, str):
             return after == "" and self._plain.begins_with_prefix(text)
@@ -193,43 +198,43 @@ class Codec:
         Raises:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
         """
-        written, answers = self._guard.answers(messages)
+        written, answers = self._escaper.answers(messages)
         text = written.text
         if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
             answers = [(begin - text[:begin].endswith(" "), end) for begin, end in answers]
         if backend_of(self.tokenizer) is None:
-            return self._by_pieces(written, answers)
-        found, offsets = self._located(written)
+            return self._encode_in_pieces(written, answers)
+        found, offsets = self._encode_with_offsets(written)
         ids = np.array(found, np.int32)
         counted = np.zeros(len(ids), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         said = "".join(text[begin:end] for begin, end in answers)
-        if any(_written(self.surfaces, i, said) for i in ids[counted].tolist()):
-            return self._by_pieces(written, answers)  # an answer holds the letters of a special token
+        if any(_is_written_special(self.surfaces, i, said) for i in ids[counted].tolist()):
+            return self._encode_in_pieces(written, answers)  # an answer holds the letters of a special token
         for _, end in answers:
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
         return ids, counted
 
-    def _located(self, written: Hidden) -> tuple[list[int], np.ndarray]:
+    def _encode_with_offsets(self, written: EscapedText) -> tuple[list[int], np.ndarray]:
         """The tokens of what the template wrote, and the characters `[start, end)` that each stands in, [T, 2]."""
         if written.strings:
-            return self._hidden.encode_with_offsets(written)
+            return self._escaped_encoder.encode_with_offsets(written)
         encoding = self.tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         return encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
 
-    def _by_pieces(self, written: Hidden, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    def _encode_in_pieces(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The template's text and the answers each encoded alone, as in generation."""
         ids: list[int] = []
         spans: list[tuple[int, int]] = []
         at, last = 0, len(written.text)
         for begin, end in [*answers, (last, last)]:
             if begin > at:
-                part = written.part(at, begin)
-                ids += self._hidden.encode(part) if part.strings else self._native([part.text])[0]
+                part = written.slice(at, begin)
+                ids += self._escaped_encoder.encode(part) if part.strings else self._tokenize([part.text])[0]
             if end > begin:
                 spans.append((len(ids), 0))
-                ids += self._plain.encode([written.part(begin, end).shown])[0].ids.tolist()
+                ids += self._plain.encode([written.slice(begin, end).original])[0].ids.tolist()
                 spans[-1] = (spans[-1][0], len(ids))
             elif begin < last:
                 spans.append((len(ids), len(ids)))
@@ -249,6 +254,6 @@ class Codec:
                 return
 
 
-def _written(surfaces, i: int, text: str) -> bool:
+def _is_written_special(surfaces, i: int, text: str) -> bool:
     """Whether a token is a special one that stands in the text by its letters (and not the one for unknown bytes)."""
     return surfaces.table[i] is None and surfaces.strings[i] in text

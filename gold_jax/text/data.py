@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from gold_jax.quickstart import PREFIX, resolve
-from gold_jax.text.rows import kind_of, messages_of, optional_text, refuse_preferences, told_beside
+from gold_jax.text.columns import conversation_extras, describe_type, messages_of, optional_text, refuse_preferences
 from gold_jax.text.template import Conversation
 
 ACCEPTED = (
@@ -192,71 +192,71 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
 
     Raises:
         ValueError: the row has none of the forms, it is one of preferences, or something in it is not as `rows.messages_of` and
-            `rows.told_beside` take it. It names the row and its columns.
+            `rows.conversation_extras` take it. It names the row and its columns.
     """
-    where = f"row {index} of {source}"
+    error_prefix = f"row {index} of {source}"
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
-    context = optional_text(row, "teacher_context", where)
+        raise ValueError(f"{error_prefix} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
+    context = optional_text(row, "teacher_context", error_prefix)
     for form, columns in (("messages", ()), ("prompt", ("completion",)), (text_column, ())):
         if row.get(form) is None:
             continue
-        refuse_preferences(row, where)
+        refuse_preferences(row, error_prefix)
         if form == text_column:
-            example, beside = _text(row, form, where), ()
+            example, beside = _text(row, form, error_prefix), ()
         else:
-            example = _conversation(row, where) if form == "messages" else _prompt(row, where)
-            example, beside = _told(example, row, where), ("tools", "chat_template_kwargs")
+            example = _conversation(row, error_prefix) if form == "messages" else _prompt(row, error_prefix)
+            example, beside = _with_extras(example, row, error_prefix), ("tools", "chat_template_kwargs")
         read = {form, *columns, *beside, "teacher_context"}
         unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
         return dataclasses.replace(example, teacher_context=context, unread=unread)
     columns = ", ".join(map(str, row)) or "none"
     empty = [c for c in ("messages", "prompt", text_column) if c in row]
     hint = f" ({', '.join(empty)} is there but null)" if empty else ""
-    raise ValueError(f"{where} has the columns {columns}{hint}; accepted are {ACCEPTED}")
+    raise ValueError(f"{error_prefix} has the columns {columns}{hint}; accepted are {ACCEPTED}")
 
 
-def _text(row: Mapping, column: str, where: str) -> Example:
+def _text(row: Mapping, column: str, error_prefix: str) -> Example:
     text = row[column]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: {column!r} must be text, not {kind_of(text)}")
+        raise ValueError(f"{error_prefix}: {column!r} must be text, not {describe_type(text)}")
     return Example("", text)
 
 
-def _conversation(row: Mapping, where: str) -> Example:
-    messages = messages_of(row["messages"], where, "messages")
+def _conversation(row: Mapping, error_prefix: str) -> Example:
+    messages = messages_of(row["messages"], error_prefix, "messages")
     if messages[-1]["role"] != "assistant":
         return Example(messages)
     return Example(messages[:-1] or "", messages[-1]["content"], messages)
 
 
-def _prompt(row: Mapping, where: str) -> Example:
-    prompt = _text_or_messages(row["prompt"], where, "prompt")
+def _prompt(row: Mapping, error_prefix: str) -> Example:
+    prompt = _text_or_messages(row["prompt"], error_prefix, "prompt")
     if row.get("completion") is None:
         return Example(prompt)
-    completion = _text_or_messages(row["completion"], where, "completion")
+    completion = _text_or_messages(row["completion"], error_prefix, "completion")
     if isinstance(completion, str):
         if isinstance(prompt, str):
             return Example(prompt, completion)
         return Example(prompt, completion, [*prompt, {"role": "assistant", "content": completion}])
     if completion[-1]["role"] != "assistant":
         raise ValueError(
-            f"{where}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
+            f"{error_prefix}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
         )
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     whole = [*asked, *completion]
     return Example(whole[:-1], whole[-1]["content"], whole)
 
 
-def _told(example: Example, row: Mapping, where: str) -> Example:
+def _with_extras(example: Example, row: Mapping, error_prefix: str) -> Example:
     """The example with the row's tools and template variables."""
-    beside = told_beside(row, where)
+    beside = conversation_extras(row, error_prefix)
     if not beside:
         return example
     if isinstance(example.prompt, str) and example.messages is None:
         columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
         raise ValueError(
-            f"{where} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
+            f"{error_prefix} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
             'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
         )
     prompt, messages = (
@@ -265,5 +265,5 @@ def _told(example: Example, row: Mapping, where: str) -> Example:
     return dataclasses.replace(example, prompt=prompt, messages=messages)
 
 
-def _text_or_messages(value, where: str, column: str) -> str | list[dict]:
-    return value if isinstance(value, str) else messages_of(value, where, column)
+def _text_or_messages(value, error_prefix: str, column: str) -> str | list[dict]:
+    return value if isinstance(value, str) else messages_of(value, error_prefix, column)

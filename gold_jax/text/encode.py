@@ -126,13 +126,13 @@ def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[in
     sizes = list(map(len, pieces))
     if b"".join(pieces) == data:
         return list(itertools.accumulate(sizes))
-    whole = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether no character goes on here
+    starts_character = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether no character goes on here
     front = low = at = 0
     for k, piece in enumerate(pieces[:-1]):
         if not piece or not data.startswith(piece, at):
             break
         at += len(piece)
-        if whole[at]:
+        if starts_character[at]:
             front, low = k + 1, at
     back, high = len(run), len(data)
     at = high
@@ -140,7 +140,7 @@ def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[in
         if not pieces[k] or not data.endswith(pieces[k], low, at):
             break
         at -= len(pieces[k])
-        if whole[at]:
+        if starts_character[at]:
             back, high = k, at
     taker = next((k for k in range(front, back) if not surfaces.spells[run[k]]), front)
     before = list(itertools.accumulate(sizes[:front]))

@@ -21,10 +21,10 @@ class VocabularyMap:
         matched: how many pairs there are, the stop tokens' among them.
         shared: how many different surfaces (or strings) both vocabularies have.
         student_distinct, teacher_distinct: how many different surfaces (or strings) each has.
-        student_route: int32 [V - matched], never falling: for each unmatched row, in the order above, the matched column
+        student_prefix_of_unmatched: int32 [V - matched], never falling: for each unmatched row, in the order above, the matched column
             whose surface is the longest prefix of the row's own. `matched` where there is none (special tokens,
             padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens' column.
-        teacher_route: int32 [W - matched], the same for the teacher.
+        teacher_prefix_of_unmatched: int32 [W - matched], the same for the teacher.
     """
 
     student_order: np.ndarray
@@ -33,8 +33,8 @@ class VocabularyMap:
     shared: int
     student_distinct: int
     teacher_distinct: int
-    student_route: np.ndarray
-    teacher_route: np.ndarray
+    student_prefix_of_unmatched: np.ndarray
+    teacher_prefix_of_unmatched: np.ndarray
 
     @classmethod
     def build(
@@ -105,8 +105,8 @@ class VocabularyMap:
             shared=shared,
             student_distinct=len(ours),
             teacher_distinct=len(theirs),
-            student_route=sides[0][1],
-            teacher_route=sides[1][1],
+            student_prefix_of_unmatched=sides[0][1],
+            teacher_prefix_of_unmatched=sides[1][1],
         )
 
     @classmethod

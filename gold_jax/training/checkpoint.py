@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from gold_jax.models.weights import save_model
+from gold_jax.models.hf_checkpoint import save_model
 
 _CURRENT = "current_run"
 

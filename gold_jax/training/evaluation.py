@@ -10,18 +10,18 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.config import SFTConfig
-from gold_jax.losses.chunked import chunk_size
-from gold_jax.losses.distill import Head, across_lines, token_logp
+from gold_jax.loading import LoadedModel
+from gold_jax.losses.distill import Head, flatten_positions, token_logp
+from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import merge, split
-from gold_jax.parallel.exchange import over_rows
-from gold_jax.parallel.layout import ROWS
+from gold_jax.parallel.exchange import map_shards
+from gold_jax.parallel.layout import ROW_AXES
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
-from gold_jax.text.drawn import Drawn, completion_from_ids
-from gold_jax.text.lines import pack_lines, pad_right, positions
-from gold_jax.training.participant import Participant
+from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
+from gold_jax.text.packing import gather_positions, pack, pad_right
 
 MODEL_WINDOW = 1 << 20
 
@@ -49,27 +49,33 @@ class Score:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
-def _completion_nll(graph, params, lines, position, behind, counted, chunk):
+def _completion_nll(graph, params, packed, position, behind, counted, chunk):
     """Negative log-likelihood `[B]` in nats of the tokens `behind` the positions `[B, T]` that `counted` marks."""
     model = merge(graph, params)
-    where, hidden, weight = model.placement, model.read_lines(*lines), model.head_weight()
+    placement, hidden, weight = model.placement, model.forward_packed(*packed), model.head_weight()
 
     def found(hidden, weight, position, behind, counted):
         head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
-        position = across_lines(position, *hidden.shape[:2])
+        position = flatten_positions(position, *hidden.shape[:2])
         return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
 
-    if where is not None:  # every device on its own rows, the head whole
-        weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), where.everywhere)
-        by_rows = P(ROWS)
-        found = over_rows(where, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
+    if placement is not None:  # every device on its own rows, the head whole
+        weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
+        by_rows = P(ROW_AXES)
+        found = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
         nll = found(hidden, weight, position, behind, counted)
-        return jax.lax.with_sharding_constraint(nll, where.everywhere)
+        return jax.lax.with_sharding_constraint(nll, placement.replicated)
     return found(hidden, weight, position, behind, counted)
 
 
 def score_completions(
-    model, codec: Codec, examples: Sequence[Example], *, batch_size: int = 8, max_length: int | None = None, chunk=256
+    model,
+    chat_tokenizer: ChatTokenizer,
+    examples: Sequence[Example],
+    *,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    chunk=256,
 ) -> Score:
     """What the examples' completions cost a model, in bits.
 
@@ -78,7 +84,7 @@ def score_completions(
 
     Args:
       model: a `Decoder` or its `(graphdef, params)`.
-      codec: its codec.
+      chat tokenizer: its chat tokenizer.
       examples: with completions.
       batch_size: rows at a time; on a mesh, the next multiple of its shards.
       max_length: longest sequence in tokens; None for no limit.
@@ -89,16 +95,16 @@ def score_completions(
     """
     graph, params = split(model)
     examples = list(examples)
-    where = merge(graph, params).placement
-    shards = 1 if where is None else where.shards
+    placement = merge(graph, params).placement
+    shards = 1 if placement is None else placement.row_shards
     batch_size = -(-batch_size // shards) * shards
     for i, e in enumerate(examples):
         if e.completion is None:
             raise ValueError(
                 f"row {i} has a prompt but no completion, so nothing can be scored; give rows with answers"
             )
-    prompts = [codec.encode_prompt(e.prompt) for e in examples]
-    answers = codec.encode_completions([e.completion for e in examples], after=[e.prompt for e in examples])
+    prompts = [chat_tokenizer.encode_prompt(e.prompt) for e in examples]
+    answers = chat_tokenizer.encode_completions([e.completion for e in examples], after=[e.prompt for e in examples])
     limit = max_length or MODEL_WINDOW
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
@@ -120,19 +126,19 @@ def score_completions(
             begin = scored[0, 1] if len(prompts[i]) == 0 and len(scored) else 0
             sizes[i] = scored[-1, 1] - begin if len(scored) else 0
             tokens[i] = mark.sum()
-        lines = pack_lines(ids, batch_size, shards, pad=codec.pad_id)
-        width = lines.place.shape[-1]
+        packed = pack(ids, batch_size, shards, pad=chat_tokenizer.pad_id)
+        width = packed.gather_index.shape[-1]
         behind = pad_right([x[1:] for x in ids], batch_size, width, np.int32)
         marks = pad_right(counted, batch_size, width, bool)
-        batch = lines, positions(lines), behind, marks
-        nll = _completion_nll(graph, params, *(batch if where is None else where.put(batch, ROWS)), chunk)
+        batch = packed, gather_positions(packed), behind, marks
+        nll = _completion_nll(graph, params, *(batch if placement is None else placement.put(batch, ROW_AXES)), chunk)
         bits[rows] = np.asarray(nll)[: len(rows)] / np.log(2)
     return Score(bits, sizes, tokens, cut)
 
 
 def sample_completions(
     model,
-    codec: Codec,
+    chat_tokenizer: ChatTokenizer,
     prompts: Sequence,
     *,
     max_new_tokens: int,
@@ -142,12 +148,12 @@ def sample_completions(
     top_k: int = 0,
     top_p: float = 1.0,
     engine: Engine | None = None,
-) -> list[Drawn]:
+) -> list[SampledCompletion]:
     """Completions that a model draws for prompts, in order.
 
     Args:
       model: a `Decoder` or its `(graphdef, params)`.
-      codec: its codec.
+      chat tokenizer: its chat tokenizer.
       prompts: texts or lists of messages.
       max_new_tokens: most tokens of a completion.
       key: PRNG key.
@@ -157,15 +163,15 @@ def sample_completions(
     """
     engine = SamplingEngine(batch_size) if engine is None else engine
     options = dict(max_new_tokens=max_new_tokens, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
-    return [completion for completion, _ in _drawn(model, codec, prompts, engine, **options)]
+    return [completion for completion, _ in _drawn(model, chat_tokenizer, prompts, engine, **options)]
 
 
-def _drawn(model, codec: Codec, prompts: Sequence, engine: Engine, **options):
+def _drawn(model, chat_tokenizer: ChatTokenizer, prompts: Sequence, engine: Engine, **options):
     """Each completion with the log-probabilities, float32 [N], that the model itself gave to what it drew."""
-    ids = [codec.encode_prompt(p) for p in prompts]
-    drawn = engine.generate(model, ids, stop_ids=codec.stop_ids, pad_id=codec.pad_id, **options)
+    ids = [chat_tokenizer.encode_prompt(p) for p in prompts]
+    drawn = engine.generate(model, ids, stop_ids=chat_tokenizer.stop_ids, pad_id=chat_tokenizer.pad_id, **options)
     for prompt, completion in zip(prompts, drawn):
-        yield completion_from_ids(codec, completion.ids, after=prompt), completion.logprobs
+        yield completion_from_ids(chat_tokenizer, completion.ids, after=prompt), completion.logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +221,7 @@ def measure_gaps(
     Blank completions are left out, damaged ones count up to the damage.
 
     Args:
-      student: model and codec, as of a `Participant`.
+      student: model and chat tokenizer, as of a `LoadedModel`.
       teacher: the same.
       prompts: texts or lists of messages.
       max_new_tokens: most tokens of a completion.
@@ -252,12 +258,14 @@ def measure_gaps(
     )
 
 
-def exact_match(model, codec: Codec, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int = 8) -> float:
+def exact_match(
+    model, chat_tokenizer: ChatTokenizer, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int = 8
+) -> float:
     """Share of examples whose greedy completion is the given one, blanks at either end aside."""
     examples = [e for e in examples if e.completion is not None]
     drawn = sample_completions(
         model,
-        codec,
+        chat_tokenizer,
         [e.prompt for e in examples],
         max_new_tokens=max_new_tokens,
         key=jax.random.key(0),
@@ -267,14 +275,16 @@ def exact_match(model, codec: Codec, examples: Sequence[Example], *, max_new_tok
     return float(np.mean([d.text.strip() == e.completion.strip() for d, e in zip(drawn, examples)]))
 
 
-def measures(who: Participant, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
+def measures(who: LoadedModel, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
     """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
-    where = who.model.placement
-    batch = args.per_device_eval_batch_size * (1 if where is None else where.shards)
-    score = score_completions(who.model, who.codec, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk))
+    placement = who.model.placement
+    batch = args.per_device_eval_batch_size * (1 if placement is None else placement.row_shards)
+    score = score_completions(
+        who.model, who.chat_tokenizer, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk)
+    )
     found = {"eval_bits_per_byte": score.bits_per_byte}
     if args.predict_with_generate:
         found["eval_exact_match"] = exact_match(
-            who.model, who.codec, examples, max_new_tokens=max_new_tokens, batch_size=batch
+            who.model, who.chat_tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch
         )
     return found

@@ -19,27 +19,27 @@ from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
+from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
-from gold_jax.parallel.watch import watch_over
+from gold_jax.parallel.watch import make_watchdog
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
-from gold_jax.text.share import Share
+from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training import profile
+from gold_jax.training.batches import BatchBuilder, RowOrder, with_text_completion
 from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
+from gold_jax.training.checkpointing import Checkpoints, describe_error
 from gold_jax.training.evaluation import measures
-from gold_jax.training.faults import Diverged, Skips, explain
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
+from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.optimizer import make_optimizer, make_schedule
-from gold_jax.training.participant import Participant
 from gold_jax.training.report import make_trackers
-from gold_jax.training.resume import FREE, cut_back, describe_run, find_and_restore
-from gold_jax.training.saves import Checkpoints, reason
+from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, find_and_restore, truncate_log
+from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import LossFn, Step, TrainState, optimizer_shardings
-from gold_jax.training.stopping import Preempted, Stop
-from gold_jax.training.windows import Order, Windows, measurable
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 
@@ -51,12 +51,12 @@ class Task:
     `student` is without its model, which is `graph` and `params`; the run donates `params`, so nobody else may hold them.
     """
 
-    student: Participant
+    student: LoadedModel
     graph: nnx.GraphDef
     params: Params
     loss: LossFn
     constants: Any
-    windows: Windows
+    batch_builder: BatchBuilder
     train: Sequence[Example]
     kept: list[int]
     digests: Mapping[str, str]  # of what the run depends on beside its settings, for checkpoints
@@ -99,36 +99,42 @@ class Loop:
         self.args, self.console = args, console
         self.max_new_tokens, self.save_dtype = max_new_tokens, save_dtype
         self.output = pathlib.Path(args.output_dir)
-        self.order = Order(len(task.kept), prompts_per_step, args.seed)
+        self.order = RowOrder(len(task.kept), prompts_per_step, args.seed)
         self.total_steps = args.max_steps
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
-        self.watch = watch_over(args.process_timeout)  # nobody, until `train` enters one
-        windows = task.windows
+        self.watch = make_watchdog(args.process_timeout)  # a no-op watchdog until training starts
+        batch_builder = task.batch_builder
         if processes.count() > 1:
-            windows = dataclasses.replace(windows, share=self._waited_for(windows.share))
+            batch_builder = dataclasses.replace(
+                batch_builder, process_shard=self._with_wait_marked(batch_builder.process_shard)
+            )
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if processes.is_first() else []
         if self.profile_steps:
-            windows = profile.watched(windows)
+            batch_builder = profile.watched(batch_builder)
         self.schedule = make_schedule(args, self.total_steps)
         self.optimizer = make_optimizer(args, self.total_steps)
         self.graph, params = task.graph, task.params
-        self.task = dataclasses.replace(task, windows=windows, params=None)  # the state alone owns what steps donate
-        where = merge(self.graph, params).placement
+        self.task = dataclasses.replace(
+            task, batch_builder=batch_builder, params=None
+        )  # the state alone owns what steps donate
+        placement = merge(self.graph, params).placement
         shardings = None
-        if where is not None:
+        if placement is not None:
             kept = jax.tree.map(lambda x: x.sharding, params)
             shardings = TrainState(kept, optimizer_shardings(self.optimizer, params, kept))
         self._shardings = shardings
         self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=shardings and shardings.optimizer)
         self.state = TrainState(params, None)
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
-        self.step = Step(task.loss, self.optimizer, shardings, where and where.put_rows)
+        self.step = Step(task.loss, self.optimizer, shardings, placement and placement.put_rows)
         self.run = describe_run(args, task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect)
-        agreement.agree("the settings or the data", {k: v for k, v in self.run.items() if k not in FREE})
+        agreement.assert_same_across_processes(
+            "the settings or the data", {k: v for k, v in self.run.items() if k not in IGNORED_ON_RESUME}
+        )
         self._trained = False
-        self.skips = Skips()
+        self.nonfinite = NonFiniteCounter()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self.done = 0
         self.history: list[dict[str, Any]] = []
@@ -148,7 +154,7 @@ class Loop:
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
-        with watch_over(self.args.process_timeout) as self.watch:
+        with make_watchdog(self.args.process_timeout) as self.watch:
             self.checkpoints = Checkpoints(
                 self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
             )
@@ -175,14 +181,14 @@ class Loop:
                 self._record(log, before)
             if unmeasured and self.done < self.total_steps:
                 self._record(log, self.evaluate())
-            with Stop() as stop:
+            with SignalHandler() as stop:
                 try:
                     self._updates(log, means, stop)
                 except KeyboardInterrupt:
-                    if stop.twice:
+                    if stop.interrupted_twice:
                         raise
-                    stop.ask("interrupt")
-                if stop.asked:
+                    stop.request("interrupt")
+                if stop.requested:
                     self._leave(log, means, stop)
             self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
             after = self.evaluate() if self.task.eval is not None else {}
@@ -197,7 +203,7 @@ class Loop:
             self.task.restart()
         self._trained = True
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
-        self.done, self.skips, self.unmeasured, self.history = 0, Skips(), False, []
+        self.done, self.nonfinite, self.unmeasured, self.history = 0, NonFiniteCounter(), False, []
 
     def _start_anew(self) -> None:
         """A run's state before its first update: the parameters as they are, all else new."""
@@ -234,38 +240,38 @@ class Loop:
             return MetricLog(None)
         return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
 
-    def _updates(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
+    def _updates(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
         args, total = self.args, self.total_steps
         log_every, eval_every, save_every = (
             args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")
         )
         per_epoch = self.order.steps_per_epoch
-        window = stop.breakable(self._window, self.done) if self.done < total else None
+        batch = stop.interruptible(self._build_batch, self.done) if self.done < total else None
         since, tokens, table_due = time.perf_counter(), 0, 0
         for step in self._steps(log):
-            if window is None:  # asked to end
+            if batch is None:  # asked to end
                 return
-            with profile.host_part(profile.STARTING):
-                self.state, metrics = self.step.train(self.state, self.task.constants, window.batches)
-                current, self.done = window, step + 1
+            with profile.host_annotation(profile.STARTING):
+                self.state, metrics = self.step.train(self.state, self.task.constants, batch.batches)
+                current, self.done = batch, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
-            window = stop.breakable(self._window, step + 1) if step + 1 < total else None
-            with profile.host_part(profile.WAITING):
+            batch = stop.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+            with profile.host_annotation(profile.WAITING):
                 self.watch.at(step + 1, WAITING)
                 jax.block_until_ready(metrics["loss"])
 
-            learning_rate = float(self.schedule(step - self.skips.total))  # an update that is left out takes none
-            self.skips.add(metrics.pop("skipped"))
+            learning_rate = float(self.schedule(step - self.nonfinite.total))  # an update that is left out takes none
+            self.nonfinite.add(metrics.pop("skipped"))
             means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
             tokens += current.stats["tokens"]
             due = self.done % log_every == 0 or self.done == total or (step == 0 and args.logging_first_step)
             if due:
                 now = time.perf_counter()
                 speed = {"tokens_per_second": tokens / (now - since), "learning_rate": learning_rate}
-                skipped = {"skipped": self.skips.total} if self.skips.total else {}
+                skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
                 self._record(log, {**means.take(), **speed, **skipped})
                 since, tokens = now, 0
-            if self.skips.in_a_row >= args.max_skipped_updates:
+            if self.nonfinite.in_a_row >= args.max_skipped_updates:
                 self._give_up(log, means, metrics, step)
             if current.samples and args.log_completions and processes.is_first():
                 self._keep(current.samples)
@@ -278,20 +284,20 @@ class Loop:
                 self._due(args.eval_strategy, eval_every, ends) and self.done < total and self.task.eval is not None
             )
             if self.unmeasured:
-                measured = stop.breakable(self.evaluate)
+                measured = stop.interruptible(self.evaluate)
                 if measured is not None:
                     self._record(log, measured)
                     self.unmeasured = False
                 since, tokens = time.perf_counter(), 0
-            stop.look(self.done)
-            if stop.asked:
+            stop.poll_preemption(self.done)
+            if stop.requested:
                 return
             if self._due(args.save_strategy, save_every, ends) and self.done < total:
                 self._checkpoint(log, means)
                 since, tokens = time.perf_counter(), 0
             self.checkpoints.poll()
 
-    def _waited_for(self, share: Share) -> Share:
+    def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
         """A share whose exchanges the watch knows of: who comes first there waits for the others."""
 
         def waited(exchange: Callable) -> Callable:
@@ -301,7 +307,11 @@ class Loop:
 
             return exchanged
 
-        return share._replace(total=waited(share.total), largest=waited(share.largest), gather=waited(share.gather))
+        return process_shard._replace(
+            all_reduce_sum=waited(process_shard.all_reduce_sum),
+            all_reduce_max=waited(process_shard.all_reduce_max),
+            all_gather=waited(process_shard.all_gather),
+        )
 
     def _steps(self, log: MetricLog) -> Iterator[int]:
         """The updates that are left, those of `profile_steps` traced."""
@@ -323,36 +333,38 @@ class Loop:
         abstract = self._named_for_checkpoints(shapes)
         folder = self.checkpoints.folder
         found = find_and_restore(wanted, folder, self.run, abstract, self._say, self.total_steps)
-        agreement.agree("the checkpoint that they go on from", None if found is None else str(found[0]))
+        agreement.assert_same_across_processes(
+            "the checkpoint that they go on from", None if found is None else str(found[0])
+        )
         if found is None:
             return None
-        path, notes, arrays = found
+        path, metadata, arrays = found
         parts = shapes._asdict().items()
         return (
             path,
-            notes,
+            metadata,
             TrainState(
                 *(jax.tree.unflatten(jax.tree.structure(part), jax.tree.leaves(arrays[name])) for name, part in parts)
             ),
         )
 
-    def _go_on(self, path: Any, notes: Mapping[str, Any], state: TrainState, means: RunningMean) -> bool:
+    def _go_on(self, path: Any, metadata: Mapping[str, Any], state: TrainState, means: RunningMean) -> bool:
         """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
         self.state = state
-        self.done, self.skips = notes["step"], Skips(**notes["skips"])
-        means.restore(notes["means"])
+        self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
+        means.restore(metadata["means"])
         self.checkpoints.read(path)
-        self.run_id = notes.get("run_id", "")
+        self.run_id = metadata.get("run_id", "")
         if processes.is_first():
             if (current_run(self.output) or "") == self.run_id:
                 self.history, _ = (
-                    cut_back(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
+                    truncate_log(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
                 )
             else:  # the logs are of another run than the checkpoint
                 self._set_logs_aside()
             self._record_run_id()
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
-        return notes["unmeasured"]
+        return metadata["unmeasured"]
 
     def _shapes(self) -> TrainState:
         """The state that a run begins with, as shapes with their shardings."""
@@ -360,10 +372,10 @@ class Loop:
         optimizer = jax.eval_shape(self.optimizer.init, params)
         if self._shardings is None:
             here = jax.tree.leaves(params)[0].sharding
-            where = jax.tree.map(lambda _: here, optimizer)
+            shardings = jax.tree.map(lambda _: here, optimizer)
         else:
-            where = self._shardings.optimizer
-        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), optimizer, where)
+            shardings = self._shardings.optimizer
+        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), optimizer, shardings)
         return TrainState(params, placed)
 
     def _named_for_checkpoints(self, state: TrainState) -> dict[str, Any]:
@@ -375,7 +387,7 @@ class Loop:
         optimizer = optax.tree.map_params(self.optimizer, boxed, state.optimizer)
         return {"params": jax.tree.map(boxed, state.params), "optimizer": optimizer}
 
-    @profile.as_host_part(profile.SAVING)
+    @profile.annotate_host(profile.SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
         self.watch.at(self.done, "saving a checkpoint")
@@ -385,37 +397,37 @@ class Loop:
             host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.graph, host)
             student = functools.partial(
-                save_final_model, model, self.task.student.codec.tokenizer, dtype=self.save_dtype
+                save_final_model, model, self.task.student.chat_tokenizer.tokenizer, dtype=self.save_dtype
             )
-        notes = {
+        metadata = {
             "run": self.run,
             "run_id": self.run_id,
             "means": means.state(),
-            "skips": self.skips.state(),
+            "skips": self.nonfinite.state(),
             "unmeasured": self.unmeasured,
         }
-        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), notes, student)
+        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, student)
 
-    def _leave(self, log: MetricLog, means: RunningMean, stop: Stop) -> None:
+    def _leave(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         log.flush()
-        what = "Interrupted" if stop.asked == "interrupt" else "Preempted"
+        what = "Interrupted" if stop.requested == "interrupt" else "Preempted"
         if self.done:
             self._checkpoint(log, means)
         saved = self.checkpoints.finish() and self.done > 0
-        where = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
+        outcome = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
         if not saved:
-            where = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+            outcome = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
         further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
-        self._say(f"{what} after {self.done} updates; {where}.{further}")
-        raise KeyboardInterrupt if stop.asked == "interrupt" else Preempted
+        self._say(f"{what} after {self.done} updates; {outcome}.{further}")
+        raise KeyboardInterrupt if stop.requested == "interrupt" else Preempted
 
     def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
         log.flush()
         rows = [self.task.kept[i] for i in self.order(step)]
-        why = explain(self.done, self.skips, metrics, self.state.params, rows, self.args)
-        if self.skips.total < self.done:  # the state of the last good update, to go on from with other settings
-            self.skips = Skips(self.skips.total)
+        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, self.args)
+        if self.nonfinite.total < self.done:  # the state of the last good update, to go on from with other settings
+            self.nonfinite = NonFiniteCounter(self.nonfinite.total)
             self._checkpoint(log, means)
         self.checkpoints.finish()
         raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
@@ -429,7 +441,7 @@ class Loop:
             last = self.checkpoints.last
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
             raise OSError(
-                f"the student could not be saved in {self.output} ({reason(error)}) after {self.done} updates; {still}. Make "
+                f"the student could not be saved in {self.output} ({describe_error(error)}) after {self.done} updates; {still}. Make "
                 "room, then run the same command with --resume_from_checkpoint latest."
             ) from error
 
@@ -439,12 +451,12 @@ class Loop:
     def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
         return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
 
-    def _window(self, step: int):
+    def _build_batch(self, step: int):
         self.watch.at(step, "making the batch")
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
-        return self.task.windows.train(step, examples, self.state.params)
+        return self.task.batch_builder.build(step, examples, self.state.params)
 
-    @profile.as_host_part(profile.EVALUATION)
+    @profile.annotate_host(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         self.watch.at(self.done, "evaluating")
@@ -452,11 +464,11 @@ class Loop:
             raise ValueError(
                 "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
             )
-        examples = measurable(self.task.eval)
+        examples = with_text_completion(self.task.eval)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         totals: dict[str, float] = {}
-        for batch in self.task.windows.evaluate(examples):
+        for batch in self.task.batch_builder.build_evaluation(examples):
             for name, value in self.step.evaluate(self.state.params, self.task.constants, batch).items():
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
         return totals | measures(self.student, examples, self.args, self.max_new_tokens)
@@ -467,14 +479,16 @@ class Loop:
         return student.replace(jax.tree.map(jnp.copy, split(student)[1]))
 
     @property
-    def student(self) -> Participant:
+    def student(self) -> LoadedModel:
         """The student as it stands now, to be used at once: the next update takes its arrays."""
         return self.task.student._replace(model=merge(self.graph, self.state.params))
 
-    @profile.as_host_part(profile.SAVING)
+    @profile.annotate_host(profile.SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
-        return save_final_model(self.student.model, self.task.student.codec.tokenizer, folder, dtype=self.save_dtype)
+        return save_final_model(
+            self.student.model, self.task.student.chat_tokenizer.tokenizer, folder, dtype=self.save_dtype
+        )
 
     def _record(self, log: MetricLog, values: Mapping[str, Any]) -> None:
         epoch = round(self.done / self.order.steps_per_epoch, 4)

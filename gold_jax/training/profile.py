@@ -45,32 +45,34 @@ DEVICE = ("student forward", "student backward", *PARTS.values(), EVALUATION)
 OTHER, IDLE = "other", "idle"
 HEAVIEST = 10  # operations that a summary names
 
-# Methods of windows and codecs whose time is a part of its own. A window's own time is that of its batches.
+# Methods of windows and chat tokenizers whose time is a part of its own. A window's own time is that of its batches.
 _WINDOWS = {"train": BATCHES, "_rows": ALIGNMENT, "_sample": SAMPLER, "sync": SAMPLER}
 _CODECS = ("student", "teacher", "codec")
 _ENCODES = ("render", "with_context", "encode_prompt", "encode_prompts", "encode_completions", "encode_turns")
 
 
-def host_part(name: str) -> jax.profiler.TraceAnnotation:
+def host_annotation(name: str) -> jax.profiler.TraceAnnotation:
     """Marks a block as a part of the host's work in a trace; without one it does nothing."""
     return jax.profiler.TraceAnnotation(PREFIX + name)
 
 
-def as_host_part(name: str) -> Callable[[Callable], Callable]:
-    """`host_part` around every call of a function."""
+def annotate_host(name: str) -> Callable[[Callable], Callable]:
+    """`host_annotation` around every call of a function."""
     return functools.partial(jax.profiler.annotate_function, name=PREFIX + name)
 
 
-def watched(windows: Any) -> Any:
+def watched(batch_builder: Any) -> Any:
     """A copy of a window maker whose encoding, alignment, padding and sampling are told apart in a trace.
 
     What it calls, the text package above all, knows nothing of profilers; and a run that is not profiled has no such copy.
     """
-    twin = copy.copy(windows)
-    codecs = {id(c): _with_parts(c, dict.fromkeys(_ENCODES, ENCODING)) for c in _codecs(windows).values()}
-    for name, codec in _codecs(windows).items():  # one codec in two places stays one
-        setattr(twin, name, codecs[id(codec)])
-    parts = _WINDOWS if hasattr(windows, "teacher") else {**_WINDOWS, "_rows": ENCODING}
+    twin = copy.copy(batch_builder)
+    chat_tokenizers = {
+        id(c): _with_parts(c, dict.fromkeys(_ENCODES, ENCODING)) for c in _codecs(batch_builder).values()
+    }
+    for name, chat_tokenizer in _codecs(batch_builder).items():  # one chat tokenizer in two places stays one
+        setattr(twin, name, chat_tokenizers[id(chat_tokenizer)])
+    parts = _WINDOWS if hasattr(batch_builder, "teacher") else {**_WINDOWS, "_rows": ENCODING}
     return _with_parts(twin, parts)
 
 
@@ -82,7 +84,7 @@ def _with_parts(whole: Any, parts: Mapping[str, str]) -> Any:
     twin = copy.copy(whole)
     for name, part in parts.items():
         if callable(getattr(twin, name, None)):
-            setattr(twin, name, as_host_part(part)(getattr(twin, name)))
+            setattr(twin, name, annotate_host(part)(getattr(twin, name)))
     return twin
 
 
@@ -123,7 +125,7 @@ def profiled(
                 tracing.enter_context(_tracing(folder, number, _last(number, numbers)))
             with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
                 yield step
-                with host_part(WAITING):
+                with host_annotation(WAITING):
                     settle()
             if number + 1 not in numbers:
                 tracing.close()

@@ -14,13 +14,21 @@ import numpy as np
 from etils import epath
 
 from gold_jax.config import SFTConfig
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training.checkpoint import checkpoints_in, current_run, run_of
-from gold_jax.training.saves import BadCheckpoint, check_arrays, checksums, is_checkpoint, named, read_notes, restore
+from gold_jax.training.checkpointing import (
+    BadCheckpoint,
+    check_arrays,
+    checksums,
+    is_checkpoint,
+    named_arrays,
+    read_metadata,
+    restore,
+)
 
 # What may change between two parts of a run without a word: where and how often things are told, kept and sent.
-FREE = frozenset(
+IGNORED_ON_RESUME = frozenset(
     "output_dir checkpoint_dir resume_from_checkpoint max_skipped_updates "
     "logging_steps logging_first_step log_completions log_completions_steps num_completions_to_print "
     "eval_strategy eval_steps eval_on_start predict_with_generate per_device_eval_batch_size "
@@ -30,7 +38,7 @@ FREE = frozenset(
     "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout rollout_weights_dir rollout_sync_first".split()
 )
 # What may change, but makes another run of it from there on: a line says so.
-TOLD = frozenset(
+WARNED_ON_RESUME = frozenset(
     "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type lr_scheduler_kwargs "
     "warmup_ratio warmup_steps num_train_epochs max_steps bf16 gradient_checkpointing loss_chunk uld_sort "
     "model_init_kwargs teacher_model_init_kwargs teacher_model_name_or_path teacher_model_revision "
@@ -70,21 +78,25 @@ def describe_run(
     return json.loads(json.dumps(found, default=str))
 
 
-def describe_codec(whose: str, codec: Codec) -> dict[str, str]:
+def describe_tokenizer(whose: str, chat_tokenizer: ChatTokenizer) -> dict[str, str]:
     """A digest of what decides how texts become tokens: template, tokenizer, stop tokens."""
-    backend = backend_of(codec.tokenizer)
+    backend = backend_of(chat_tokenizer.tokenizer)
     if backend is None:
-        pipeline: Any = sorted(codec.tokenizer.get_vocab().items())
+        pipeline: Any = sorted(chat_tokenizer.tokenizer.get_vocab().items())
     else:
         # Calling a tokenizer sets its truncation and padding, which say nothing about it.
         pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    return {f"{whose}'s template and tokenizer": _digest(repr((codec.template.source, codec.stop_ids, pipeline)))}
+    return {
+        f"{whose}'s template and tokenizer": _digest(
+            repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
+        )
+    }
 
 
 def describe_weights(params: Any) -> str:
     """The dtype of a model's parameters and a digest of all of them, whatever devices they lie on."""
     dtype = jax.tree.leaves(params)[0].dtype
-    return f"{dtype} {_digest(np.asarray(checksums(named(params))).tobytes())}"
+    return f"{dtype} {_digest(np.asarray(checksums(named_arrays(params))).tobytes())}"
 
 
 def _digest(content: str | bytes) -> str:
@@ -92,7 +104,7 @@ def _digest(content: str | bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> list[str]:
+def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
     """Compares the run of a checkpoint with the one that is to go on from it.
 
     Returns:
@@ -104,15 +116,15 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
     wrong, lines = [], []
     if _DATA in now and _DATA not in saved:
         lines.append(
-            f"{where} was saved by an earlier version, which did not describe its training data in full: see that they are the same"
+            f"{checkpoint} was saved by an earlier version, which did not describe its training data in full: see that they are the same"
         )
     for name in now:
-        if name in FREE or name == _MICRO or name not in saved or saved[name] == now[name]:
+        if name in IGNORED_ON_RESUME or name == _MICRO or name not in saved or saved[name] == now[name]:
             continue  # a setting that the checkpoint does not know came after it
         if name == _WEIGHTS and saved[name].split()[0] != now[name].split()[0]:
             continue  # kept in another precision, which --bf16 tells
         shown = f"--{name}" if " " not in name else name
-        if name in TOLD or name in _TEACHER or _harmless(name, saved, now):
+        if name in WARNED_ON_RESUME or name in _TEACHER or _is_compatible(name, saved, now):
             if name in _TEACHER:
                 lines.append(
                     f"{name} {'differ' if name == _WEIGHTS else 'differs'} from what the checkpoint was saved with"
@@ -125,13 +137,13 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: Any) -> l
             wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")
     if wrong:
         raise ValueError(
-            f"this run cannot go on from {where}: {'; '.join(wrong)}. Resume with what it was saved with, or begin a new run "
-            f"from its weights with --model_name_or_path {where}."
+            f"this run cannot go on from {checkpoint}: {'; '.join(wrong)}. Resume with what it was saved with, or begin a new run "
+            f"from its weights with --model_name_or_path {checkpoint}."
         )
     return lines
 
 
-def _harmless(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether another split into devices and micro-batches leaves every update its rows and who writes them."""
     if name not in ("per_device_train_batch_size", "gradient_accumulation_steps"):
         return False
@@ -191,22 +203,22 @@ def find_and_restore(
     bad = []
     for path in found:
         try:
-            notes = read_notes(path)
-            check_arrays(path, notes, abstract)
-            lines = check_run(notes["run"], run, path)
-            if last is not None and notes["step"] > last:
+            metadata = read_metadata(path)
+            check_arrays(path, metadata, abstract)
+            lines = check_run(metadata["run"], run, path)
+            if last is not None and metadata["step"] > last:
                 raise ValueError(
-                    f"{path} has seen {notes['step']} updates, and this run makes {last}; raise --max_steps or "
+                    f"{path} has seen {metadata['step']} updates, and this run makes {last}; raise --max_steps or "
                     "--num_train_epochs."
                 )
-            state = restore(path, notes, abstract)
+            state = restore(path, metadata, abstract)
         except BadCheckpoint as error:
             bad.append(f"{path} is not whole: {error}")
             say(f"{bad[-1]}. " + ("Trying the one before it." if path != found[-1] else "There is none before it."))
             continue
         for line in lines:
             say(line)
-        return path, notes, state
+        return path, metadata, state
     others = [p for p in checkpoints_in(where.parent) if p != where] if found == [where] else []
     hint = f"; others are there: {', '.join(p.name for p in others[:5])}" if others else ""
     raise ValueError(
@@ -215,7 +227,7 @@ def find_and_restore(
     )
 
 
-def cut_back(path: str | os.PathLike, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
+def truncate_log(path: str | os.PathLike, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
     """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
 
     Where the run has `ended` with this step, its closing evaluation comes again too.

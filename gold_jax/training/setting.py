@@ -6,13 +6,13 @@ import pathlib
 import jax
 
 from gold_jax.config import GOLDConfig
+from gold_jax.loading import load_tokenizer
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes
 from gold_jax.rollout.server import ServerEngine
-from gold_jax.text.chat import Codec
-from gold_jax.text.share import Share
-from gold_jax.training.participant import load_tokenizer
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.process_shard import ProcessShard
 
 
 def compute_dtype(bf16: bool | None) -> str:
@@ -31,18 +31,18 @@ def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
     return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
 
 
-def share_of(placement: Placement | None) -> Share:
+def process_shard_of(placement: Placement | None) -> ProcessShard:
     """Which rows this process makes."""
     if placement is None:
-        return Share()
+        return ProcessShard()
     if processes.count() == 1:
-        return Share.whole(placement.shards)
-    owner, mine = placement.owners()
-    exchange = agreement.total, agreement.largest, agreement.gather_ragged
-    return Share(owner, mine, processes.index(), *exchange)
+        return ProcessShard.single_process(placement.row_shards)
+    owner, mine = placement.row_owners()
+    exchange = agreement.all_reduce_sum, agreement.all_reduce_max, agreement.all_gather_ragged
+    return ProcessShard(owner, mine, processes.index(), *exchange)
 
 
-def same_vocabulary(student: Codec, teacher: Codec) -> bool:
+def same_vocabulary(student: ChatTokenizer, teacher: ChatTokenizer) -> bool:
     """Whether both tokenizers have the same entries under the same ids."""
     return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
 

@@ -13,20 +13,20 @@ import optax
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
+from gold_jax.bucketing import power_of_two
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.chunked import Cut
-from gold_jax.losses.distill import Head, across_lines, cross_entropy, distill_loss, order_rows, shared_out
+from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
+from gold_jax.losses.fused_head import HeadShard
 from gold_jax.mesh_flags import AXES
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge
-from gold_jax.parallel.exchange import over_rows
-from gold_jax.parallel.layout import ROWS, Placement, axes_of
-from gold_jax.sizes import power_of_two
+from gold_jax.parallel.exchange import map_shards
+from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 from gold_jax.text.batch import Batch, Side, TokenBatch
-from gold_jax.text.lines import Lines
+from gold_jax.text.packing import PackedBatch
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.teacher import Constants, compare_options
+from gold_jax.training.teacher import StepConstants, compare_options
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
@@ -37,17 +37,17 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
       params: the parameters, or their shapes.
       shardings: theirs, of one mesh.
     """
-    everywhere = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
+    replicated = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
     state = jax.eval_shape(optimizer.init, params)
     return optax.tree.map_params(
-        optimizer, lambda _, where: where, state, shardings, transform_non_params=lambda _: everywhere
+        optimizer, lambda _, where: where, state, shardings, transform_non_params=lambda _: replicated
     )
 
 
-def _hidden(scope: str, model: Decoder, lines: Lines) -> jax.Array:
+def _hidden(scope: str, model: Decoder, packed: PackedBatch) -> jax.Array:
     """A model's hidden states, `[S, N, D]`, under a scope that tells the models apart in a profile."""
     with jax.named_scope(scope):
-        return model.read_lines(*lines)
+        return model.forward_packed(*packed)
 
 
 class LossFn(NamedTuple):
@@ -59,7 +59,7 @@ class LossFn(NamedTuple):
       loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
     """
 
-    read: Callable[[Any, Lines], jax.Array] | None
+    read: Callable[[Any, PackedBatch], jax.Array] | None
     loss: Callable[[Any, Any, Any], tuple[jax.Array, dict[str, jax.Array]]]
 
     def __call__(self, params, constants, batch):
@@ -68,10 +68,10 @@ class LossFn(NamedTuple):
 
     def with_teacher(self, constants: Any, batch: Any) -> Any:
         """The batch as `loss` takes it."""
-        return batch if self.read is None else with_hidden(batch, self.read(constants, batch.teacher.lines))
+        return batch if self.read is None else with_hidden(batch, self.read(constants, batch.teacher.packed))
 
 
-class Read(NamedTuple):
+class TeacherHidden(NamedTuple):
     """The teacher's side of a batch once the teacher has read it: hidden states `[S, O, E]` in place of the tokens."""
 
     hidden: jax.Array
@@ -80,7 +80,7 @@ class Read(NamedTuple):
 
 def with_hidden(batch: Batch, hidden: jax.Array) -> Batch:
     """The batch with the teacher's hidden states in place of its tokens."""
-    return batch._replace(teacher=Read(hidden, batch.teacher._replace(lines=None)))
+    return batch._replace(teacher=TeacherHidden(hidden, batch.teacher._replace(packed=None)))
 
 
 def make_distillation_loss(
@@ -89,36 +89,36 @@ def make_distillation_loss(
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
     options = compare_options(spec, vocabulary)
 
-    def read(constants: Constants, lines: Lines):
+    def read(constants: StepConstants, packed: PackedBatch):
         frozen = merge(teacher, constants.teacher)
         if frozen.config.tied:
-            lines = lines._replace(tokens=constants.teacher_place[lines.tokens])
-        hidden = _hidden("teacher", frozen, lines)
+            packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
+        hidden = _hidden("teacher", frozen, packed)
         # The student's program sees few different sizes, though the teacher's lines come in more.
         extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
         return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
 
-    def loss(params, constants: Constants, batch: Batch):
+    def loss(params, constants: StepConstants, batch: Batch):
         model, frozen = merge(student, params), merge(teacher, constants.teacher)
-        hidden = _hidden("student", model, batch.student.lines)
-        batch = batch._replace(student=batch.student._replace(lines=None))
+        hidden = _hidden("student", model, batch.student.packed)
+        batch = batch._replace(student=batch.student._replace(packed=None))
         heads = model.head_weight(), constants.teacher_head
-        about = constants._replace(teacher=None, teacher_head=None)
+        replicated = constants._replace(teacher=None, teacher_head=None)
         placements = model.placement, frozen.placement
-        return _on_mesh(placements, compared, (hidden, batch), heads, (about, model.config, frozen.config))
+        return _on_mesh(placements, compared, (hidden, batch), heads, (replicated, model.config, frozen.config))
 
-    def compared(by_rows, heads, whole):
-        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, whole
-        lines, order = hidden.shape[:2], constants.student_order
+    def compared(by_rows, heads, replicated):
+        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, replicated
+        packed, order = hidden.shape[:2], constants.student_order
         # Order the smaller: the head, or all its logits.
         if order is not None and batch.weight.size > hidden.shape[-1]:
-            weight, order = _ordered(weight, order, constants.student_place), None
+            weight, order = _ordered(weight, order, constants.student_row_of_token), None
         head = Head(
             weight,
-            constants.student_place,
+            constants.student_row_of_token,
             config.final_softcap,
             spec.student_temperature,
-            constants.student_route,
+            constants.student_prefix_of_unmatched,
             constants.student_stops,
             order,
         )
@@ -127,17 +127,17 @@ def make_distillation_loss(
             value, parts = distill_loss(
                 hidden,
                 head,
-                _numbered(batch.student, *lines),
+                _with_flat_positions(batch.student, *packed),
                 batch.teacher.hidden,
                 Head(
                     teacher_weight,
-                    constants.teacher_place,
+                    constants.teacher_row_of_token,
                     teacher_config.final_softcap,
                     spec.teacher_temperature,
-                    constants.teacher_route,
+                    constants.teacher_prefix_of_unmatched,
                     constants.teacher_stops,
                 ),
-                _numbered(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
+                _with_flat_positions(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
                 batch.weight,
                 compare=spec.compare,
                 options=options,
@@ -146,8 +146,8 @@ def make_distillation_loss(
             )
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
-            plain = head._replace(temperature=1.0, stops=None)
-            labels = batch.labels._replace(position=across_lines(batch.labels.position, *lines))
+            plain = head._replace(temperature=1.0, stop_rows=None)
+            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *packed))
             value, more = cross_entropy(hidden, plain, *labels, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
@@ -156,18 +156,18 @@ def make_distillation_loss(
     return LossFn(read if spec.distillation_weight else None, loss)
 
 
-def _ordered(head: jax.Array | Cut, order: jax.Array, place: jax.Array) -> jax.Array | Cut:
-    return jax.tree.map(lambda x: order_rows(x, order, place), head)
+def _ordered(head: jax.Array | HeadShard, order: jax.Array, inverse: jax.Array) -> jax.Array | HeadShard:
+    return jax.tree.map(lambda x: order_rows(x, order, inverse), head)
 
 
-def _numbered(side: Side, lines: int, length: int) -> Side:
+def _with_flat_positions(side: Side, packed: int, length: int) -> Side:
     """A side whose positions number the tokens of all lines that are here."""
-    base, inner = (across_lines(x, lines, length) for x in (side.base, side.inner_position))
+    base, inner = (flatten_positions(x, packed, length) for x in (side.base, side.inner_position))
     return side._replace(base=base, inner_position=inner)
 
 
-def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, about: tuple):
-    """`compared(by_rows, heads, about)`, sums over positions, which every device of a mesh finds for positions of its own.
+def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
+    """`compared(by_rows, heads, replicated)`, sums over positions, which every device of a mesh finds for positions of its own.
 
     Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each. A
     device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so that it is
@@ -177,31 +177,31 @@ def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows
       placements: of each head.
       by_rows: hidden states `[S, N, D]` and a batch.
       heads: `[V, D]` of either model.
-      about: what every device sees whole, arrays or not.
+      replicated: what every device sees whole, arrays or not.
     """
     if placements[0] is None:
-        return compared(by_rows, heads, about)
-    where = placements[0]
-    cuts = [p.stored(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
-    arrays, *others = about
+        return compared(by_rows, heads, replicated)
+    placement = placements[0]
+    cuts = [p.param_sharding(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
+    arrays, *others = replicated
 
     def local(by_rows, heads, arrays):
-        heads = tuple(Cut(x, axes_of(cut, 1)) if axes_of(cut, 1) else x for x, cut in zip(heads, cuts))
-        if where.tensor > 1:
-            by_rows = by_rows[0], _shared_out(by_rows[1], where.tensor, jax.lax.axis_index("tensor"))
+        heads = tuple(HeadShard(x, sharded_axes(cut, 1)) if sharded_axes(cut, 1) else x for x, cut in zip(heads, cuts))
+        if placement.tensor_size > 1:
+            by_rows = by_rows[0], _split_weights(by_rows[1], placement.tensor_size, jax.lax.axis_index("tensor"))
         return jax.tree.map(lambda x: x[None], compared(by_rows, heads, (arrays, *others)))
 
-    specs = P(ROWS), tuple(cut.spec for cut in cuts), P()
-    found = over_rows(where, local, specs, P(AXES))(by_rows, heads, arrays)
+    specs = P(ROW_AXES), tuple(cut.spec for cut in cuts), P()
+    found = map_shards(placement, local, specs, P(AXES))(by_rows, heads, arrays)
     return jax.tree.map(jnp.sum, found)
 
 
-def _shared_out(batch: Batch | TokenBatch, parts: int, part: jax.Array):
+def _split_weights(batch: Batch | TokenBatch, parts: int, part: jax.Array):
     """A batch whose weights are kept for one part of its positions."""
-    labels = batch.labels._replace(weight=shared_out(batch.labels.weight, parts, part))
+    labels = batch.labels._replace(weight=split_weight(batch.labels.weight, parts, part))
     if isinstance(batch, TokenBatch):
         return batch._replace(labels=labels)
-    return batch._replace(labels=labels, weight=shared_out(batch.weight, parts, part))
+    return batch._replace(labels=labels, weight=split_weight(batch.weight, parts, part))
 
 
 def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
@@ -209,14 +209,14 @@ def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> LossFn:
 
     def loss(params, _constants, batch: TokenBatch):
         model = merge(student, params)
-        hidden, heads = _hidden("student", model, batch.lines), (model.head_weight(),)
-        by_rows = hidden, batch._replace(lines=None)
+        hidden, heads = _hidden("student", model, batch.packed), (model.head_weight(),)
+        by_rows = hidden, batch._replace(packed=None)
         return _on_mesh((model.placement,), compared, by_rows, heads, ((), model.config))
 
-    def compared(by_rows, heads, about):
-        (hidden, batch), (weight,), (_, config) = by_rows, heads, about
+    def compared(by_rows, heads, replicated):
+        (hidden, batch), (weight,), (_, config) = by_rows, heads, replicated
         head = Head(weight, jnp.arange(config.vocab_size), config.final_softcap)
-        labels = batch.labels._replace(position=across_lines(batch.labels.position, *hidden.shape[:2]))
+        labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *hidden.shape[:2]))
         value, parts = cross_entropy(hidden, head, *labels, chunk=chunk)
         return value, {"token_accuracy": parts["correct"]}
 
@@ -275,7 +275,7 @@ class Step:
         loss: LossFn,
         optimizer: optax.GradientTransformation | None,
         shardings: TrainState | None = None,
-        place: Callable[[Any], Any] | None = None,
+        device_put: Callable[[Any], Any] | None = None,
     ):
         """Compiles nothing yet.
 
@@ -283,9 +283,9 @@ class Step:
           loss: what is minimised.
           optimizer: what is done with gradients.
           shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
-          place: puts a batch of host arrays on the mesh; None: leaves it on the host.
+          device_put: puts a batch of host arrays on the mesh; None: leaves it on the host.
         """
-        self._place = place
+        self._place = device_put
 
         def settled(tree, where):
             return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
@@ -342,7 +342,7 @@ class Step:
         batch = batch if self._place is None else self._place(batch)
         if "read" not in self.programs:
             return batch
-        return with_hidden(batch, self.programs["read"](constants, batch.teacher.lines))
+        return with_hidden(batch, self.programs["read"](constants, batch.teacher.packed))
 
     def train(self, state: TrainState, constants: Any, batches: list) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.

@@ -15,16 +15,16 @@ from gold_jax.models.functional import Params, merge
 from gold_jax.text.vocabulary import VocabularyMap
 
 
-class Constants(NamedTuple):
+class StepConstants(NamedTuple):
     """What a distillation step reads and never changes; passed to the jitted step, not baked into it."""
 
     teacher: Any  # the teacher's parameters
     teacher_head: jax.Array  # [W, E], rows ordered
-    teacher_place: jax.Array  # [W] row of a token id
+    teacher_row_of_token: jax.Array  # [W] row of a token id
     student_order: jax.Array | None  # [V] None: the student's own order is the matched one
-    student_place: jax.Array  # [V]
-    student_route: jax.Array  # [V - K] the matched column that an unmatched row gives to
-    teacher_route: jax.Array  # [W - K]
+    student_row_of_token: jax.Array  # [V]
+    student_prefix_of_unmatched: jax.Array  # [V - K] the matched column that an unmatched row gives to
+    teacher_prefix_of_unmatched: jax.Array  # [W - K]
     student_stops: jax.Array | None  # rows of the stop tokens, if there are several that count as one
     teacher_stops: jax.Array | None
 
@@ -34,12 +34,12 @@ def freeze_teacher(
     params: Params,
     vocabulary: VocabularyMap,
     stops: tuple[Sequence[int], Sequence[int]] | None = None,
-) -> Constants:
+) -> StepConstants:
     """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
     The reordered head stands in the place of the teacher's own in the parameters of the result, so that it is not held twice
     where nobody else holds the own one: of a teacher whose embedding is its head, tokens have to be looked up by their
-    `teacher_place`. The arrays given stay as they are.
+    `teacher_row_of_token`. The arrays given stay as they are.
 
     Args:
       graph, params: the teacher, as `models.functional.split` gives it.
@@ -51,31 +51,31 @@ def freeze_teacher(
     if not _is_identity(vocabulary.teacher_order):
         head = _rows_of(head, vocabulary.teacher_order)
         params = _with_head(teacher, params, head)
-    student_place, teacher_place = (
+    student_row_of_token, teacher_row_of_token = (
         np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
     )
 
-    def stop_rows(place, ids):
-        return place[list(ids)] if len(ids) > 1 else None
+    def stop_rows(row_of_token, ids):
+        return row_of_token[list(ids)] if len(ids) > 1 else None
 
     ours, theirs = stops or ((), ())
-    about = Constants(
+    constants = StepConstants(
         teacher=None,
         teacher_head=None,
-        teacher_place=teacher_place,
+        teacher_row_of_token=teacher_row_of_token,
         student_order=None if _is_identity(vocabulary.student_order) else vocabulary.student_order,
-        student_place=student_place,
-        student_route=vocabulary.student_route,
-        teacher_route=vocabulary.teacher_route,
-        student_stops=stop_rows(student_place, ours),
-        teacher_stops=stop_rows(teacher_place, theirs),
+        student_row_of_token=student_row_of_token,
+        student_prefix_of_unmatched=vocabulary.student_prefix_of_unmatched,
+        teacher_prefix_of_unmatched=vocabulary.teacher_prefix_of_unmatched,
+        student_stops=stop_rows(student_row_of_token, ours),
+        teacher_stops=stop_rows(teacher_row_of_token, theirs),
     )
-    where = teacher.placement
-    about = jax.tree.map(jnp.asarray, about) if where is None else where.put(about)
-    return about._replace(teacher=params, teacher_head=head)
+    placement = teacher.placement
+    constants = jax.tree.map(jnp.asarray, constants) if placement is None else placement.put(constants)
+    return constants._replace(teacher=params, teacher_head=head)
 
 
-def restore_teacher(graph: nnx.GraphDef, constants: Constants, vocabulary: VocabularyMap) -> Params:
+def restore_teacher(graph: nnx.GraphDef, constants: StepConstants, vocabulary: VocabularyMap) -> Params:
     """The teacher's parameters as `freeze_teacher` was given them, to use the teacher by itself. The constants stay as they are."""
     if _is_identity(vocabulary.teacher_order):
         return constants.teacher
@@ -94,7 +94,10 @@ def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
 
 def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions:
     """What a comparison has to know of the loss and the vocabularies."""
-    matched, routes = vocabulary.matched, (vocabulary.student_route, vocabulary.teacher_route)
+    matched, routes = (
+        vocabulary.matched,
+        (vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched),
+    )
     return CompareOptions(
         matched=matched,
         beta=spec.beta,

@@ -11,31 +11,37 @@ from rich.console import Console
 from gold_jax import no_effect
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.fields import check_folder, read_value
-from gold_jax.losses.chunked import chunk_size
+from gold_jax.loading import LoadedModel, load_model_and_tokenizer
+from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import ModelValue, count, merge, split
 from gold_jax.parallel import processes
 from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import mesh_in_words
-from gold_jax.parallel.watch import watch_over
+from gold_jax.parallel.mesh import describe_mesh
+from gold_jax.parallel.watch import make_watchdog
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.batches import (
+    DistillationBatchBuilder,
+    TokenBatchBuilder,
+    check_evaluation,
+    check_examples,
+    with_text_completion,
+)
 from gold_jax.training.evaluation import measures
 from gold_jax.training.loop import Loop, Task
 from gold_jax.training.metrics import header
-from gold_jax.training.participant import Participant, load_participant
 from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.resume import describe_codec, describe_weights
+from gold_jax.training.resume import describe_tokenizer, describe_weights
 from gold_jax.training.setting import (
     completion_server,
     compute_dtype,
     place_run,
+    process_shard_of,
     read_template,
     same_vocabulary,
-    share_of,
 )
 from gold_jax.training.step import make_cross_entropy_loss, make_distillation_loss
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
-from gold_jax.training.windows import DistillationWindows, TokenWindows, check_evaluation, check_examples, measurable
 
 SFT_NEW_TOKENS = 128
 
@@ -54,7 +60,7 @@ class SFTTrainer:
       dataset_name: what the data set is called, for the model card.
 
     Attributes:
-      student: the name and the codec of the model being trained; see `model`.
+      student: the name and the chat tokenizer of the model being trained; see `model`.
       log_history: every logged line of the last `train`, oldest first.
     """
 
@@ -89,7 +95,7 @@ class SFTTrainer:
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
-        with watch_over(a.process_timeout) as watch:
+        with make_watchdog(a.process_timeout) as watch:
             watch.at(0, "loading data and models")
             self.train_examples = load_examples(train_dataset, text_column=a.dataset_text_field)
             self.eval_examples = eval_dataset
@@ -100,8 +106,8 @@ class SFTTrainer:
                 raise ValueError(f"{asked} needs rows to evaluate on: pass eval_dataset, or leave it out")
             self.save_dtype = a.model_init_kwargs.get("dtype", "float32")
             self.placement = place_run(a.mesh, a.layout)
-            self.shards = 1 if self.placement is None else self.placement.shards
-            self.share = share_of(self.placement)
+            self.shards = 1 if self.placement is None else self.placement.row_shards
+            self.share = process_shard_of(self.placement)
             self.student = self._load(
                 "student",
                 model,
@@ -120,11 +126,11 @@ class SFTTrainer:
     def _takes(args: Any) -> bool:
         return isinstance(args, SFTConfig) and not isinstance(args, GOLDConfig)
 
-    def _load(self, role: str, model, tokenizer, options: Mapping, **settings) -> Participant:
+    def _load(self, role: str, model, tokenizer, options: Mapping, **settings) -> LoadedModel:
         """A participant with this run's precision and, for the student, its template settings."""
         a = self.args
         mine = role == "student"
-        return load_participant(
+        return load_model_and_tokenizer(
             model,
             tokenizer,
             dtype=self.dtype,
@@ -147,18 +153,18 @@ class SFTTrainer:
         counted = "assistant" if a.assistant_only_loss else "all" if a.completion_only_loss is False else "completion"
         checked = check_examples(
             self.train_examples,
-            self.student.codec,
+            self.student.chat_tokenizer,
             # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
             budget=None if a.max_length is None or counted != "completion" else a.max_length - 1,
             need_completion="supervised fine-tuning learns completions, so every row needs one",
             learns_calls=counted != "completion",
         )
         if self.eval_examples is not None:
-            self.notices += check_evaluation(self.eval_examples, self.student.codec)
+            self.notices += check_evaluation(self.eval_examples, self.student.chat_tokenizer)
         self.notices += checked.notices
         batch_size = a.per_device_train_batch_size * self.shards
-        windows = TokenWindows(
-            self.student.codec,
+        batch_builder = TokenBatchBuilder(
+            self.student.chat_tokenizer,
             batch_size,
             a.per_device_eval_batch_size * self.shards,
             a.max_length,
@@ -169,14 +175,17 @@ class SFTTrainer:
         self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, checked.kept)
         graph, params = self._take_student()
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
-        digests = {"the training data": checked.digest, **describe_codec("the student", self.student.codec)}
+        digests = {
+            "the training data": checked.digest,
+            **describe_tokenizer("the student", self.student.chat_tokenizer),
+        }
         task = Task(
             self.student,
             graph,
             params,
             loss,
             (),
-            windows,
+            batch_builder,
             self.train_examples,
             checked.kept,
             digests,
@@ -211,16 +220,16 @@ class SFTTrainer:
             **rows,
             "data": f"{len(kept)} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "precision": f"{self.dtype} compute, float32 parameters",
-            "attention": self.student.model.attention_in_words(),
+            "attention": self.student.model.describe_attention(),
             "device": f"{device.device_kind} ({jax.default_backend()})",
-            "mesh": None if self.placement is None else self._mesh_in_words(),
+            "mesh": None if self.placement is None else self._describe_mesh(),
             "output": self.args.output_dir,
         }
         header(self.console, self.title, about, self.notices)
 
-    def _mesh_in_words(self) -> str:
+    def _describe_mesh(self) -> str:
         hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
-        return f"{mesh_in_words(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
+        return f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -359,17 +368,17 @@ class GOLDTrainer(SFTTrainer):
             placement=placement,
         )
         student = self.student
-        one = same_vocabulary(student.codec, teacher.codec)
+        one = same_vocabulary(student.chat_tokenizer, teacher.chat_tokenizer)
         self.spec = a.loss_spec(one)
         sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
-        stops = student.codec.stop_ids, teacher.codec.stop_ids
-        by_role = not one or student.codec.stop_id != teacher.codec.stop_id
+        stops = student.chat_tokenizer.stop_ids, teacher.chat_tokenizer.stop_ids
+        by_role = not one or student.chat_tokenizer.stop_id != teacher.chat_tokenizer.stop_id
         if one:
             vocabulary = VocabularyMap.identity(*sizes, stop=stops)
         else:
             vocabulary = VocabularyMap.build(
-                student.codec.surfaces,
-                teacher.codec.surfaces,
+                student.chat_tokenizer.surfaces,
+                teacher.chat_tokenizer.surfaces,
                 student_size=sizes[0],
                 teacher_size=sizes[1],
                 stop=stops,
@@ -377,18 +386,18 @@ class GOLDTrainer(SFTTrainer):
             )
         checked = check_examples(
             self.train_examples,
-            student.codec,
+            student.chat_tokenizer,
             budget=a.prompt_budget,
             need_completion=None
             if a.lmbda == 1 or a.seq_kd
             else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
-            teacher=teacher.codec,
+            teacher=teacher.chat_tokenizer,
             student_writes=a.lmbda > 0,
             teacher_writes=a.seq_kd and a.lmbda < 1,
             teacher_context=a.teacher_context,
         )
         if self.eval_examples is not None:
-            self.notices += check_evaluation(self.eval_examples, student.codec, teacher.codec)
+            self.notices += check_evaluation(self.eval_examples, student.chat_tokenizer, teacher.chat_tokenizer)
         self.notices += checked.notices + no_effect.notices(a, self.spec, evaluates=self.eval_examples is not None)
         self.teacher_name = teacher.name
         engine, notices = completion_server(a, student.model.config.vocab_size, self.dtype)
@@ -411,8 +420,8 @@ class GOLDTrainer(SFTTrainer):
         constants = freeze_teacher(teacher_graph, teacher_params, vocabulary, stops if by_role else None)
         digests = {
             "the training data": checked.digest,
-            **describe_codec("the student", student.codec),
-            **describe_codec("the teacher", teacher.codec),
+            **describe_tokenizer("the student", student.chat_tokenizer),
+            **describe_tokenizer("the teacher", teacher.chat_tokenizer),
             "the teacher's weights": describe_weights(teacher_params),
         }
         teacher = teacher._replace(model=None)  # from here on the constants hold its parameters
@@ -424,9 +433,9 @@ class GOLDTrainer(SFTTrainer):
         loss = make_distillation_loss(
             student_graph, teacher_graph, self.spec, vocabulary, chunk=chunk_size(a.loss_chunk)
         )
-        windows = DistillationWindows(
-            student=student.codec,
-            teacher=teacher.codec,
+        batch_builder = DistillationBatchBuilder(
+            student=student.chat_tokenizer,
+            teacher=teacher.chat_tokenizer,
             student_graph=student_graph,
             spec=self.spec,
             one_vocabulary=one,
@@ -446,13 +455,13 @@ class GOLDTrainer(SFTTrainer):
             teacher_context=a.teacher_context,
             engine=engine,
             sync=None if engine is None else engine.sync,
-            share=self.share,
+            process_shard=self.share,
         )
 
         def teacher_score():
             value = teacher_model or (teacher_graph, restore_teacher(teacher_graph, constants, vocabulary))
             whole = teacher._replace(model=merge(*value))
-            return measures(whole, measurable(self.eval_examples), a, a.max_completion_length)
+            return measures(whole, with_text_completion(self.eval_examples), a, a.max_completion_length)
 
         task = Task(
             self.student,
@@ -460,7 +469,7 @@ class GOLDTrainer(SFTTrainer):
             student_params,
             loss,
             constants,
-            windows,
+            batch_builder,
             self.train_examples,
             checked.kept,
             digests,

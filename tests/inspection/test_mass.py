@@ -9,7 +9,7 @@ import tiny_models as tiny
 from gold_jax.inspection.mass import measure
 from gold_jax.inspection.report import Mass
 from gold_jax.inspection.vocabularies import KINDS, Vocabulary, compare
-from gold_jax.training.participant import load_participant
+from gold_jax.loading import load_model_and_tokenizer
 
 TEXTS = ["The other dog, over the fox; 24 + 48 = 72.\n    return", "größer 世界 😀", "other foxes"]
 
@@ -23,36 +23,47 @@ def quick(request):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
-    student = load_participant(tiny.write_student(folder / "student"), tiny.beginning_tokenizer(), dtype="float32")
-    return student, load_participant(tiny.write_teacher(folder / "teacher"), dtype="float32")
+    student = load_model_and_tokenizer(
+        tiny.write_student(folder / "student"), tiny.beginning_tokenizer(), dtype="float32"
+    )
+    return student, load_model_and_tokenizer(tiny.write_teacher(folder / "teacher"), dtype="float32")
 
 
 @pytest.fixture(scope="module")
 def figures(pair):
-    return compare(*(Vocabulary(who.codec.surfaces, who.model.config.vocab_size, who.codec.stop_ids) for who in pair))
+    return compare(
+        *(
+            Vocabulary(who.chat_tokenizer.surfaces, who.model.config.vocab_size, who.chat_tokenizer.stop_ids)
+            for who in pair
+        )
+    )
 
 
 def directly(who, other, text: str) -> tuple[int, dict]:
     """Positions and mean mass of one text, entry by entry."""
-    surfaces, strings = who.codec.surfaces, who.codec.surfaces.strings
+    surfaces, strings = who.chat_tokenizer.surfaces, who.chat_tokenizer.surfaces.strings
     size = who.model.config.vocab_size
-    theirs = {entry for entry in other.codec.surfaces.table if entry}
+    theirs = {entry for entry in other.chat_tokenizer.surfaces.table if entry}
     own: dict[bytes, int] = {}  # which of the entries that spell the same is matched: no fallback, then the lowest id
     for i, entry in enumerate(surfaces.table):
         if entry and (entry not in own or surfaces.is_fallback[own[entry]] > surfaces.is_fallback[i]):
             own[entry] = i
     weights = {name: np.zeros(size) for name in KINDS}
     for i, entry in enumerate(surfaces.table):
-        if strings[i] is not None and strings[i] in other.codec.surfaces.strings and strings.index(strings[i]) == i:
+        if (
+            strings[i] is not None
+            and strings[i] in other.chat_tokenizer.surfaces.strings
+            and strings.index(strings[i]) == i
+        ):
             weights["strings"][i] = 1
-        if i == who.codec.stop_id or (entry in theirs and own[entry] == i):
+        if i == who.chat_tokenizer.stop_id or (entry in theirs and own[entry] == i):
             weights["surfaces"][i] = 1
         elif entry and any(entry[:end] in theirs & set(own) for end in range(1, len(entry) + 1)):
             weights["routed"][i] = 1
             weights["whitespace"][i] = bool(re.fullmatch(rb"\s{2,}", entry))
             weights["numerals"][i] = bool(re.fullmatch(rb"\s*[0-9]{2,}\s*", entry))
-    start = who.codec.encode_prompt("").tolist()
-    ids = np.array([start + who.codec.encode_completion(text, after="").ids.tolist()])
+    start = who.chat_tokenizer.encode_prompt("").tolist()
+    ids = np.array([start + who.chat_tokenizer.encode_completion(text, after="").ids.tolist()])
     hidden = who.model(ids, np.ones(ids.shape, bool))
     logits = np.asarray(who.model.logits(hidden), np.float64)[0, max(1, len(start)) - 1 : -1]
     probability = np.exp(logits - logits.max(-1, keepdims=True))
@@ -80,7 +91,7 @@ def test_both_kinds_of_the_routed_are_put_to_the_test(pair, figures):
 
 
 def test_a_token_before_the_text_lets_its_first_token_be_predicted(pair, figures):
-    sizes = [who.codec.encode_completion(TEXTS[0], after="").ids.size for who in pair]
+    sizes = [who.chat_tokenizer.encode_completion(TEXTS[0], after="").ids.size for who in pair]
     found = [measure(who, TEXTS[:1], rows)[0][0].positions for who, rows in zip(pair, figures.rows)]
     assert found == [sizes[0], sizes[1] - 1]
 

@@ -7,11 +7,11 @@ def in_rows(batch):
     """The batch with positions counted in rows of `T` slots; no two rows may begin alike, or a slot would serve both."""
     sides = []
     for side in (batch.student, batch.teacher):
-        lines, height, width = side.lines.place.shape
+        lines, height, width = side.packed.gather_index.shape
         line = np.repeat(np.arange(lines), height)[:, None]
 
         def slot(position, side=side, line=line, slots=height * width):
-            return side.lines.owner[line, position] + slots * line
+            return side.packed.first_slot[line, position] + slots * line
 
         sides.append(side._replace(base=slot(side.base), inner_position=slot(side.inner_position)))
     return batch._replace(student=sides[0], teacher=sides[1])
@@ -19,4 +19,4 @@ def in_rows(batch):
 
 def width(side):
     """`T`, padding included."""
-    return side.lines.place.shape[-1]
+    return side.packed.gather_index.shape[-1]

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from gold_jax.text.batch import Half, Row
+from gold_jax.text.batch import Row, SideTokens
 
 
 @dataclasses.dataclass
@@ -12,10 +12,10 @@ class Side:
     """One group as one model sees it: its merged distribution (columns ordered), and its text."""
 
     p: np.ndarray  # [V]
-    place: int  # column of the text's token that the distribution is over
+    token_column: int  # column of the text's token that the distribution is over
     text: float  # probability of the whole text
-    whole: bool  # the distribution holds all of the text's tokens but that one
-    route: np.ndarray  # [V - K]
+    is_single_token: bool  # the distribution holds all of the text's tokens but that one
+    prefix_column: np.ndarray  # [V - K]
 
 
 def log_softmax(x):
@@ -23,7 +23,7 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def merged(half: Half, group: int, hidden, head, order, route, merge: str) -> Side:
+def merged(half: SideTokens, group: int, hidden, head, order, route, merge: str) -> Side:
     """A group of one side of a row."""
     at = [len(half.prompt) + i for i in np.flatnonzero(half.group == group)]
     tokens = half.completion[half.group == group]
@@ -62,22 +62,22 @@ def events(side: Side, k: int, options, text: bool):
     """Probabilities of prefixes, of what has none and, if asked for, of the text: a dictionary walked entry by entry."""
 
     def event(column):
-        return column if column < k else side.route[column - k]
+        return column if column < k else side.prefix_column[column - k]
 
     found = np.zeros(k + 3)
     for column, p in enumerate(side.p):
         found[event(column)] += p
     found[k] += 1 - side.p.sum()
     if text:
-        found[event(side.place)] -= side.text
+        found[event(side.token_column)] -= side.text
         found[k + 2] = side.text
     kept = np.delete(found, [k + 1] if options.rest else [k, k + 1])
     return kept / kept.sum()
 
 
 def alone(side: Side, k: int) -> bool:
-    event = np.r_[np.arange(k), side.route]
-    return side.whole and event[side.place] <= k and (event == event[side.place]).sum() == 1
+    event = np.r_[np.arange(k), side.prefix_column]
+    return side.is_single_token and event[side.token_column] <= k and (event == event[side.token_column]).sum() == 1
 
 
 def compare(name: str, s: Side, t: Side, o, frozen: float | None = None) -> float:

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from gold_jax.loss_spec import COMPARISONS, OF_TEXT, PROJECTING
-from gold_jax.losses.compare import COMPARES, CompareOptions, Merged, prefix_events, text_events
+from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution, prefix_events, text_events
 from gold_jax.losses.distill import Head, distill_loss
-from gold_jax.text.batch import Half, Row, build_batches
+from gold_jax.text.batch import Row, SideTokens, build_batches
 from losses import reference
 from losses.arranged import in_rows
 
@@ -26,7 +26,7 @@ def setting(seed=0, masked=False):
     rows = []
     for i, (s, t) in enumerate(GROUPS):
         halves = (
-            Half(np.full(2, i, np.int32), rng.integers(0, n, len(g)).astype(np.int32), np.array(g))
+            SideTokens(np.full(2, i, np.int32), rng.integers(0, n, len(g)).astype(np.int32), np.array(g))
             for g, n in ((s, V), (t, W))
         )
         rows.append(Row(*halves, groups=max(s) + 1, text="", stopped=False))
@@ -74,8 +74,8 @@ def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare
     f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
 
     def ours(hidden, head):
-        student = Head(head[order_s], jnp.argsort(jnp.asarray(order_s)), route=jnp.asarray(route_s))
-        teacher = Head(f32(wt)[order_t], jnp.argsort(jnp.asarray(order_t)), route=jnp.asarray(route_t))
+        student = Head(head[order_s], jnp.argsort(jnp.asarray(order_s)), prefix_of_unmatched=jnp.asarray(route_s))
+        teacher = Head(f32(wt)[order_t], jnp.argsort(jnp.asarray(order_t)), prefix_of_unmatched=jnp.asarray(route_t))
         return distill_loss(
             hidden, student, batch.student, f32(ht), teacher, batch.teacher, batch.weight,
             compare=compare, options=options, merge=merge, chunk=3,
@@ -100,7 +100,9 @@ def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
     batch = jax.tree.map(jnp.asarray, in_rows(*built))
     hs, ws, ht, wt = (jnp.asarray(x, jnp.float32) for x in (hs, ws, ht, wt))
     orders = [jnp.asarray(o) for o in (order_s, order_t)]
-    heads = [Head(None, jnp.argsort(o), 5.0, 0.7, jnp.asarray(r), order=o) for o, r in zip(orders, (route_s, route_t))]
+    heads = [
+        Head(None, jnp.argsort(o), 5.0, 0.7, jnp.asarray(r), column_order=o) for o, r in zip(orders, (route_s, route_t))
+    ]
 
     def loss(student, teacher, student_head, teacher_head):
         return distill_loss(
@@ -109,7 +111,7 @@ def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
         )[0]  # fmt: skip
 
     def of_hidden(hidden):
-        heads_ordered = [h._replace(weight=w[o], order=None) for h, w, o in zip(heads, (ws, wt), orders)]
+        heads_ordered = [h._replace(weight=w[o], column_order=None) for h, w, o in zip(heads, (ws, wt), orders)]
         return loss(hidden, ht, *heads_ordered)
 
     value, d_hidden = jax.value_and_grad(of_hidden)(hs)
@@ -119,7 +121,7 @@ def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
 
 
 def sides(rng, groups=40, masked=False, scaled=False):
-    """Random groups of both models as `Merged` (numpy) and as the reference's sides."""
+    """Random groups of both models as `GroupDistribution` (numpy) and as the reference's sides."""
     found = []
     for size in (V, W):
         logp = reference.log_softmax(2 * rng.standard_normal((groups, size)))
@@ -130,11 +132,14 @@ def sides(rng, groups=40, masked=False, scaled=False):
         company = np.array([(event == e).sum() - (e <= K) for e in event])
         if scaled:
             zero, whole = np.zeros(groups), np.ones(groups, bool)
-            side = Merged(logp + inner[:, None], -np.expm1(inner), place, zero, whole, route, company)
+            side = GroupDistribution(logp + inner[:, None], -np.expm1(inner), place, zero, whole, route, company)
         else:
-            side = Merged(logp, np.zeros(groups), place, inner, inner == 0, route, company)
-        text = np.exp(side.logp[np.arange(groups), place] + side.rest)
-        slow = [reference.Side(np.exp(side.logp[i]), place[i], text[i], side.whole[i], route) for i in range(groups)]
+            side = GroupDistribution(logp, np.zeros(groups), place, inner, inner == 0, route, company)
+        text = np.exp(side.logp[np.arange(groups), place] + side.suffix_logp)
+        slow = [
+            reference.Side(np.exp(side.logp[i]), place[i], text[i], side.is_single_token[i], route)
+            for i in range(groups)
+        ]
         found.append((side, slow))
     return found
 
@@ -149,10 +154,10 @@ def test_in_double_precision_values_and_gradients_are_exact(compare, beta, maske
         s, t = jax.tree.map(jnp.asarray, (s, t))
 
         def loss(logp, rest):
-            return COMPARES[compare](s._replace(logp=logp, rest=rest), t, options)[0]
+            return COMPARES[compare](s._replace(logp=logp, suffix_logp=rest), t, options)[0]
 
-        values = loss(s.logp, s.rest)
-        gradient = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(s.logp, s.rest)
+        values = loss(s.logp, s.suffix_logp)
+        gradient = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(s.logp, s.suffix_logp)
         values, gradient = jax.tree.map(np.asarray, (values, gradient))
     expected = [reference.compare(compare, a, b, options) for a, b in zip(slow_s, slow_t)]
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
@@ -162,10 +167,10 @@ def test_in_double_precision_values_and_gradients_are_exact(compare, beta, maske
         # A direction that keeps the distribution's sum, as every step of a model does.
         d = rng.standard_normal(V)
         d -= (a.p * d).sum() / a.p.sum()
-        d_rest = 0.0 if a.whole else rng.standard_normal()
+        d_rest = 0.0 if a.is_single_token else rng.standard_normal()
         slopes = []
         for e in (eps, -eps):
-            text = a.text * np.exp(e * (d[a.place] + d_rest))
+            text = a.text * np.exp(e * (d[a.token_column] + d_rest))
             p = a.p * np.exp(e * d)
             p *= a.p.sum() / p.sum()
             slopes.append(reference.compare(compare, dataclasses.replace(a, p=p, text=text), b, options, frozen))
@@ -187,7 +192,7 @@ def one_side(logits, seed=0):
     place = jnp.asarray(rng.integers(0, logits.shape[1], groups))
     logp = jax.nn.log_softmax(logits)
     alone = jnp.zeros(logits.shape[1], int)
-    return Merged(logp, jnp.zeros(groups), place, inner, inner == 0, jnp.zeros(0, int), alone)
+    return GroupDistribution(logp, jnp.zeros(groups), place, inner, inner == 0, jnp.zeros(0, int), alone)
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
@@ -211,7 +216,7 @@ def test_both_sides_of_projected_and_events_sum_to_one_whatever_the_groups(maske
         for side, _ in sides(np.random.default_rng(seed), masked=masked, scaled=scaled):
             side = single(side)
             for apart in (True, False):
-                p = text_events(side, jnp.full(side.place.shape, apart), options)
+                p = text_events(side, jnp.full(side.token_column.shape, apart), options)
                 np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
             np.testing.assert_allclose(prefix_events(side, options).sum(-1), 1, atol=1e-6)
 
@@ -224,11 +229,11 @@ def test_probabilities_that_underflow_leave_loss_and_gradient_finite(compare, be
     s, t = single(s), single(t)
 
     def loss(logits, rest):
-        return COMPARES[compare](s._replace(logp=jax.nn.log_softmax(logits), rest=rest), t, CompareOptions(K, beta))[
-            0
-        ].sum()
+        return COMPARES[compare](
+            s._replace(logp=jax.nn.log_softmax(logits), suffix_logp=rest), t, CompareOptions(K, beta)
+        )[0].sum()
 
-    value, grads = jax.value_and_grad(loss, (0, 1))(extreme, s.rest * 1e3)
+    value, grads = jax.value_and_grad(loss, (0, 1))(extreme, s.suffix_logp * 1e3)
     assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grads)
 
 

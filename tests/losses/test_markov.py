@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gold_jax.loss_spec import PROJECTING
-from gold_jax.losses.compare import COMPARES, CompareOptions, Merged
+from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution
 from gold_jax.text.align import group_ends
 from gold_jax.text.surface import Surfaces
 from gold_jax.text.vocabulary import VocabularyMap
@@ -71,7 +71,7 @@ def texts(count, transition, seed=1):
 
 
 def both(student_entries, teacher_entries, count=12):
-    """All groups of some texts as `Merged` of both models, under `boundary`, and the options."""
+    """All groups of some texts as `GroupDistribution` of both models, under `boundary`, and the options."""
     transition = chain()
     models = [Model(entries, transition) for entries in (student_entries, teacher_entries)]
     sizes = [len(m.surfaces) for m in models]
@@ -99,11 +99,11 @@ def both(student_entries, teacher_entries, count=12):
                     found[side].append((np.log(p[0])[order], place[ids[0]], rest, len(inside) == 1))
                 assert at == inside[0]
     sides = []
-    for side, route in enumerate((vocabulary.student_route, vocabulary.teacher_route)):
+    for side, route in enumerate((vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched)):
         logp, place, rest, whole = map(np.array, zip(*found[side]))
         event = np.r_[np.arange(k), route]
         company = np.array([(event == e).sum() - 1 for e in event])
-        sides.append(Merged(logp, np.zeros(len(place)), place, rest, whole, route, company))
+        sides.append(GroupDistribution(logp, np.zeros(len(place)), place, rest, whole, route, company))
     return sides, CompareOptions(k, 0.0)
 
 

@@ -13,7 +13,7 @@ import pytest
 from gold_jax.losses.compare import CompareOptions
 from gold_jax.losses.distill import Head, distill_loss, order_rows
 from gold_jax.text.align import group_ends
-from gold_jax.text.batch import Half, Row, build_batches
+from gold_jax.text.batch import Row, SideTokens, build_batches
 from gold_jax.text.surface import surfaces_of
 from gold_jax.text.vocabulary import VocabularyMap
 from losses.arranged import in_rows, width
@@ -40,7 +40,7 @@ def to_row(row, positional, prompt):
     else:
         *groups, count = group_ends(np.array(row["student_ends"]), np.array(row["teacher_ends"]))
     prompt = np.full(recipe.PROMPT, prompt, np.int32)
-    return Row(*(Half(prompt, x, g) for x, g in zip(ids, groups)), groups=count, text="", stopped=False)
+    return Row(*(SideTokens(prompt, x, g) for x, g in zip(ids, groups)), groups=count, text="", stopped=False)
 
 
 def padded(hidden, width):
@@ -62,7 +62,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
     options = CompareOptions(vocabulary.matched, case["beta"], *weights)
     order = jnp.asarray(vocabulary.student_order)
     place = jnp.argsort(order)
-    teacher_place = jnp.asarray(np.argsort(vocabulary.teacher_order))
+    teacher_row_of_token = jnp.asarray(np.argsort(vocabulary.teacher_order))
     teacher_head = jnp.asarray(wt[vocabulary.teacher_order], jnp.float32)
     teacher_hidden = padded(ht, width(batch.teacher))
 
@@ -73,7 +73,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
             Head(order_rows(head, order, place), place, temperature=0.9),
             batch.student,
             teacher_hidden,
-            Head(teacher_head, teacher_place, temperature=1.2),
+            Head(teacher_head, teacher_row_of_token, temperature=1.2),
             batch.teacher,
             batch.weight,
             compare="hybrid" if case["hybrid"] else "sorted",
@@ -115,7 +115,7 @@ def test_gkd_with_one_tokenizer_equals_trl(case):
     hs, ws, ht, wt = recipe.inputs(rows, 40, 40)
     made = [
         Row(
-            *[Half(np.full(recipe.PROMPT, i, np.int32), np.array(r["student_ids"], np.int32), np.arange(7))] * 2,
+            *[SideTokens(np.full(recipe.PROMPT, i, np.int32), np.array(r["student_ids"], np.int32), np.arange(7))] * 2,
             7,
             "",
             False,

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file as tensors_in
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
 
-from gold_jax.models import weights  # noqa: E402
+from gold_jax.models import hf_checkpoint  # noqa: E402
 from gold_jax.models.decoder import parameters  # noqa: E402
-from gold_jax.models.weight_files import TensorFolder  # noqa: E402
-from gold_jax.models.weights import load_model, save_model  # noqa: E402
+from gold_jax.models.hf_checkpoint import load_model, save_model  # noqa: E402
+from gold_jax.models.safetensors_io import TensorFolder  # noqa: E402
 from models import tiny  # noqa: E402
 
 INNER = ("heads", "kv_heads", "mlp", "vocab")
@@ -77,14 +77,14 @@ class Host:
 
     @contextlib.contextmanager
     def watched(self):
-        read, gathered = TensorFolder.read, weights._gathered
+        read, gathered = TensorFolder.read, hf_checkpoint._unshard
         TensorFolder.read = lambda *args: self._read(read, *args)
-        weights._gathered = lambda array: self._noted(gathered(array))
-        weights.np = self
+        hf_checkpoint._unshard = lambda array: self._noted(gathered(array))
+        hf_checkpoint.np = self
         try:
             yield self
         finally:
-            TensorFolder.read, weights._gathered, weights.np = read, gathered, np
+            TensorFolder.read, hf_checkpoint._unshard, hf_checkpoint.np = read, gathered, np
 
 
 def parameters_of(model):

@@ -10,7 +10,7 @@ from gold_jax.fields import ATTENTION
 from gold_jax.models import attention as module
 from gold_jax.models.attention import IMPLEMENTATIONS, PLAIN_LENGTH, attention, choose
 from gold_jax.models.blockwise import block_size, blockwise
-from gold_jax.models.weights import load_model
+from gold_jax.models.hf_checkpoint import load_model
 
 from . import tiny
 
@@ -258,7 +258,7 @@ def test_a_model_is_refused_before_its_weights_are_read(tmp_path):
 def test_a_model_says_what_its_attention_comes_to(tmp_path):
     folder = tiny.write_folder("llama", tmp_path)
     words = {
-        options: load_model(folder, attention=options[0], platform=options[1]).attention_in_words()
+        options: load_model(folder, attention=options[0], platform=options[1]).describe_attention()
         for options in (("auto", "cpu"), ("plain", "cpu"))
     }
     assert words == {("auto", "cpu"): "plain up to 256 tokens, blockwise beyond", ("plain", "cpu"): "plain"}

@@ -10,7 +10,7 @@ from flax import nnx
 
 from gold_jax.models.attention import attention
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.weights import read_config
+from gold_jax.models.hf_checkpoint import read_config
 
 from . import tiny
 

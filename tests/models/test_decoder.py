@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from gold_jax.models.decoder import Decoder, parameters
-from gold_jax.models.weights import load_model
-from gold_jax.text.lines import pack_lines, pad_right, positions
+from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.text.packing import gather_positions, pack, pad_right
 
 from . import tiny
 
@@ -132,8 +132,8 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
         rng.integers(0, 40, 9),
     ]
     rows = [np.asarray(row, np.int32) for row in rows]
-    lines = pack_lines(rows, 6, 2)
-    width = lines.place.shape[-1]
+    lines = pack(rows, 6, 2)
+    width = lines.gather_index.shape[-1]
     tokens = jnp.asarray(pad_right(rows, 6, width, np.int32))
     mask = jnp.asarray(lines.mask.reshape(6, width))
     model = load(name)
@@ -144,8 +144,8 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
         return nnx.merge(graphdef, params)(tokens, mask)
 
     def by_lines(params):
-        hidden = nnx.merge(graphdef, params).read_lines(*map(jnp.asarray, lines))
-        return hidden[np.arange(6)[:, None] // 3, positions(lines)]
+        hidden = nnx.merge(graphdef, params).forward_packed(*map(jnp.asarray, lines))
+        return hidden[np.arange(6)[:, None] // 3, gather_positions(lines)]
 
     outcomes = []
     for read in (by_lines, by_rows):

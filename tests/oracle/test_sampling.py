@@ -180,8 +180,8 @@ def test_every_prompt_is_answered_num_generations_times(tmp_path):
 def test_gaps_are_what_either_model_pays_for_either_s_text(tmp_path):
     import gold_jax
 
-    sides = [gold_jax.load_participant(f"embedded:{who}", dtype="float32") for who in ("student", "teacher")]
-    models = [(p.model, p.codec) for p in sides]
+    sides = [gold_jax.load_model_and_tokenizer(f"embedded:{who}", dtype="float32") for who in ("student", "teacher")]
+    models = [(p.model, p.chat_tokenizer) for p in sides]
     prompts = [row["prompt"] for row in PROMPTS] + ["The old miller"]
     key = jax.random.key(3)
     found = gold_jax.measure_gaps(*models, prompts, max_new_tokens=24, key=key)

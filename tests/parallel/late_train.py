@@ -6,9 +6,9 @@ import time
 
 from gold_jax.command import run
 from gold_jax.train import main
-from gold_jax.training.windows import DistillationWindows
+from gold_jax.training.batches import DistillationBatchBuilder
 
-made = DistillationWindows.train
+made = DistillationBatchBuilder.build
 
 
 def late(self, step, *arguments):
@@ -18,5 +18,5 @@ def late(self, step, *arguments):
 
 
 if __name__ == "__main__":
-    DistillationWindows.train = late
+    DistillationBatchBuilder.build = late
     run("gold_jax.train", main, sys.argv[1:])

@@ -22,7 +22,7 @@ from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
 from gold_jax.parallel.layout import Placement  # noqa: E402
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
-from gold_jax.text.share import Share  # noqa: E402
+from gold_jax.text.process_shard import ProcessShard  # noqa: E402
 from gold_jax.training.step import Step, TrainState, make_cross_entropy_loss, optimizer_shardings  # noqa: E402
 
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
@@ -34,12 +34,12 @@ def token_batches(lines):
     """Micro-batches of cross-entropy."""
     made = [(np.concatenate([r.student.prompt, r.student.completion]), ...) for r in rows(8)]
     made = [(ids, np.arange(len(ids)) > 0) for ids, _ in made]
-    return build_token_batches(made, 8, share=Share.whole(lines))
+    return build_token_batches(made, 8, process_shard=ProcessShard.single_process(lines))
 
 
 def steps(method, placement=None, teacher=None, remat=True):
     """Losses and gradients of three steps of plain descent."""
-    lines = 1 if placement is None else placement.shards
+    lines = 1 if placement is None else placement.row_shards
     if method == "sft":
         graph, params = split(placed(decoder(V, 1, tied=False), placement, remat))
         loss, constants, made = make_cross_entropy_loss(graph, chunk=4), (), token_batches
@@ -76,7 +76,7 @@ def steps(method, placement=None, teacher=None, remat=True):
 
 def placed(model, placement, remat):
     model = model.replace(remat=remat)
-    return model if placement is None else model.place(placement)
+    return model if placement is None else model.shard(placement)
 
 
 def main():

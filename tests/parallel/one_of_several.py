@@ -10,7 +10,7 @@ import numpy as np
 
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
-from gold_jax.parallel.watch import Watch
+from gold_jax.parallel.watch import Watchdog
 
 
 def told(name, value):
@@ -23,46 +23,46 @@ def exchange(me):
     told("names", processes.names())
     told("first", processes.is_first())
     big = np.array([2**40 + me, -(2**62) - me, me], np.int64)
-    told("gather", agreement.gather(big).tolist())
-    told("total", agreement.total(np.array([2**40 + me, me], np.int64)).tolist())
-    told("largest", agreement.largest(np.array([-me, 2**53 + me], np.int64)).tolist())
+    told("gather", agreement.all_gather(big).tolist())
+    told("total", agreement.all_reduce_sum(np.array([2**40 + me, me], np.int64)).tolist())
+    told("largest", agreement.all_reduce_max(np.array([-me, 2**53 + me], np.int64)).tolist())
     exact = np.array([np.nan, -0.0, 1e-310, np.pi + me])
-    told("float64", [row.tobytes().hex() for row in agreement.gather(exact)])
+    told("float64", [row.tobytes().hex() for row in agreement.all_gather(exact)])
     told("own", exact.tobytes().hex())
-    told("scalar", agreement.total(np.float32(0.5 + me)).tolist())
-    told("many", int(agreement.gather(np.full(5000, me, np.int64))[1].sum()))
+    told("scalar", agreement.all_reduce_sum(np.float32(0.5 + me)).tolist())
+    told("many", int(agreement.all_gather(np.full(5000, me, np.int64))[1].sum()))
     rows = [np.arange(me, dtype=np.int32), np.full(3, 2**31 - 1 - me, np.int32)] if me else []
-    told("ragged", [[row.tolist() for row in one] for one in agreement.gather_ragged(rows)])
+    told("ragged", [[row.tolist() for row in one] for one in agreement.all_gather_ragged(rows)])
     long = [np.arange(3000 * me + 1, dtype=np.int32)]
-    told("long", [len(one[0]) for one in agreement.gather_ragged(long)])
-    agreement.agree("--seed", 3)
+    told("long", [len(one[0]) for one in agreement.all_gather_ragged(long)])
+    agreement.assert_same_across_processes("--seed", 3)
     for what, value in [("--seed", me), ("the settings", {"lr": 0.1, "batch": 4 + me})]:
         try:
-            agreement.agree(what, value)
+            agreement.assert_same_across_processes(what, value)
         except ValueError as error:
             told("differ", str(error))
     try:
-        agreement.gather(np.zeros(2 + me))
+        agreement.all_gather(np.zeros(2 + me))
     except ValueError as error:
         told("shapes", str(error))
 
 
 def lag(me):
     """Process 1 takes its time; both end well."""
-    with Watch(lambda line: told("said", line), period=0.2, lost_after=4, lag_after=1.0) as watch:
+    with Watchdog(lambda line: told("said", line), period=0.2, lost_after=4, lag_after=1.0) as watch:
         watch.at(1, "making the batch")
         time.sleep(3 * me)
         watch.at(1, WAITING)
-        agreement.total(np.arange(2))
+        agreement.all_reduce_sum(np.arange(2))
         watch.at(1, "saving")
     told("ended", True)
 
 
 def end(me, victim, how, folder):
     """One of the two is killed, stopped, or fails, while the other waits for it."""
-    with Watch(lambda line: told("said", line), period=0.25, lost_after=4) as watch:
+    with Watchdog(lambda line: told("said", line), period=0.25, lost_after=4) as watch:
         watch.at(7, "making the batch")
-        agreement.total(np.arange(2))
+        agreement.all_reduce_sum(np.arange(2))
         if me == int(victim):
             time.sleep(1)  # its beat is heard
             if how == "error":
@@ -70,7 +70,7 @@ def end(me, victim, how, folder):
             pathlib.Path(folder, "ready").write_text(str(os.getpid()))
             time.sleep(120)
         watch.at(7, WAITING)
-        agreement.total(np.arange(3))
+        agreement.all_reduce_sum(np.arange(3))
     told("ended", True)
 
 

@@ -35,7 +35,7 @@ def main():
     expected = drawn(model, 16)
     found = {}
     for text, layout in MESHES:
-        placed = model.place(Placement(make_mesh(mesh_sizes(text, 8)), layout))
+        placed = model.shard(Placement(make_mesh(mesh_sizes(text, 8)), layout))
         ours = drawn(placed, 15)  # not a multiple of the shards: a few more are written at once
         same = [np.array_equal(a.ids, b.ids) for a, b in zip(expected, ours)]
         gaps = [

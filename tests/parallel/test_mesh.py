@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.mesh_flags import read_mesh
 from gold_jax.models.decoder import parameters
 from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import make_mesh, mesh_in_words, mesh_sizes
+from gold_jax.parallel.mesh import describe_mesh, make_mesh, mesh_sizes
 
 HERE = pathlib.Path(__file__).parent
 
@@ -90,20 +90,20 @@ def abstract_mesh(**sizes):
 )
 def test_layouts_cut_the_width_and_never_the_vocabulary(layout, query, embedding):
     placement = Placement(abstract_mesh(data=2, fsdp=2, tensor=2), layout)
-    assert placement.stored((4, 16, 8), ("layers", "embed", "heads")).spec == query
-    assert placement.stored((37, 16), ("vocab", "embed")).spec == embedding
-    assert placement.used((16, 8), ("embed", "heads")).spec == P(None, "tensor")
+    assert placement.param_sharding((4, 16, 8), ("layers", "embed", "heads")).spec == query
+    assert placement.param_sharding((37, 16), ("vocab", "embed")).spec == embedding
+    assert placement.compute_sharding((16, 8), ("embed", "heads")).spec == P(None, "tensor")
 
 
 def test_what_an_axis_does_not_divide_is_not_cut():
     placement = Placement(abstract_mesh(fsdp=4, tensor=2))
-    assert placement.stored((2, 18, 7), ("layers", "embed", "mlp")).spec == P()
-    assert placement.rows(6) is None and placement.rows(8) == ("data", "fsdp")
+    assert placement.param_sharding((2, 18, 7), ("layers", "embed", "mlp")).spec == P()
+    assert placement.row_axes(6) is None and placement.row_axes(8) == ("data", "fsdp")
 
 
 @pytest.mark.parametrize("heads, kv_heads, tensor, copies", [(32, 8, 4, 1), (32, 8, 16, 2), (4, 1, 4, 4), (9, 3, 2, 1)])
 def test_every_tensor_device_has_the_key_value_heads_of_its_own_heads(heads, kv_heads, tensor, copies):
-    assert Placement(abstract_mesh(tensor=tensor)).kv_copies(heads, kv_heads) == copies
+    assert Placement(abstract_mesh(tensor=tensor)).kv_repeats(heads, kv_heads) == copies
 
 
 def test_a_layout_that_does_not_exist_is_refused():
@@ -112,13 +112,13 @@ def test_a_layout_that_does_not_exist_is_refused():
 
 
 def test_a_mesh_is_told_by_the_axes_that_matter():
-    assert mesh_in_words(make_mesh(mesh_sizes("auto", 1), jax.devices()[:1])) == ""
-    assert mesh_in_words(abstract_mesh(fsdp=4, tensor=2)) == "fsdp=4,tensor=2"
+    assert describe_mesh(make_mesh(mesh_sizes("auto", 1), jax.devices()[:1])) == ""
+    assert describe_mesh(abstract_mesh(fsdp=4, tensor=2)) == "fsdp=4,tensor=2"
 
 
 def test_every_parameter_has_a_place(decoder_config):
     placement = Placement(abstract_mesh(fsdp=2, tensor=2))
-    cut = [placement.stored(info.shape, info.spec).spec for info in parameters(decoder_config).values()]
+    cut = [placement.param_sharding(info.shape, info.spec).spec for info in parameters(decoder_config).values()]
     assert all(spec != P() for spec in cut)
 
 

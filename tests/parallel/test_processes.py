@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gold_jax.parallel import agreement, processes
-from gold_jax.parallel.agreement import difference
-from gold_jax.parallel.processes import Meant, several, tpu_hosts
+from gold_jax.parallel.agreement import describe_difference
+from gold_jax.parallel.processes import ClusterSpec, cluster_from_flags, tpu_hosts
 
 from .run_several import begin, finish, free_address, told
 
@@ -29,29 +29,29 @@ OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5"}
     "flags, environ, meant",
     [
         ((None, None, None), {}, None),
-        (("a:1", 2, 1), {}, Meant("--num_processes", "a:1", 2, 1, "deactivate")),
+        (("a:1", 2, 1), {}, ClusterSpec("--num_processes", "a:1", 2, 1, "deactivate")),
         ((None, 1, None), {}, None),
         (("a:1", 1, 0), {}, None),
         ((None, None, None), {"JAX_NUM_PROCESSES": "1"}, None),
         (
             (None, None, None),
             {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"},
-            Meant("--num_processes", "a:1", 2, 0, "deactivate"),
+            ClusterSpec("--num_processes", "a:1", 2, 0, "deactivate"),
         ),
-        ((None, 3, 1), {"JAX_COORDINATOR_ADDRESS": "a:1"}, Meant("--num_processes", "a:1", 3, 1, "deactivate")),
-        (("b:2", 3, 1), {"JAX_COORDINATOR_ADDRESS": "a:1"}, Meant("--num_processes", "b:2", 3, 1, "deactivate")),
-        ((None, None, None), SLURM, Meant("Slurm")),
-        (("a:1", None, None), SLURM, Meant("--num_processes", "a:1", 4, 3)),
+        ((None, 3, 1), {"JAX_COORDINATOR_ADDRESS": "a:1"}, ClusterSpec("--num_processes", "a:1", 3, 1, "deactivate")),
+        (("b:2", 3, 1), {"JAX_COORDINATOR_ADDRESS": "a:1"}, ClusterSpec("--num_processes", "b:2", 3, 1, "deactivate")),
+        ((None, None, None), SLURM, ClusterSpec("Slurm")),
+        (("a:1", None, None), SLURM, ClusterSpec("--num_processes", "a:1", 4, 3)),
         ((None, None, None), SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
         ((None, None, None), SLURM | {"SLURM_NTASKS": "1"}, None),
         ((None, None, None), {"SLURM_JOB_ID": "9", "SLURM_NTASKS": "4"}, None),  # a batch script, outside of any step
-        ((None, None, None), OPEN_MPI, Meant("Open MPI")),
-        (("a:1", None, None), OPEN_MPI, Meant("--num_processes", "a:1", 8, 5)),
+        ((None, None, None), OPEN_MPI, ClusterSpec("Open MPI")),
+        (("a:1", None, None), OPEN_MPI, ClusterSpec("--num_processes", "a:1", 8, 5)),
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "1"}, None),
     ],
 )
 def test_flags_and_the_environment_say_whether_there_are_several_processes(flags, environ, meant):
-    assert several(*flags, environ) == meant
+    assert cluster_from_flags(*flags, environ) == meant
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_flags_and_the_environment_say_whether_there_are_several_processes(flags
 )
 def test_what_is_missing_or_impossible_is_named(flags, environ, words):
     with pytest.raises(ValueError, match=words):
-        several(*flags, environ)
+        cluster_from_flags(*flags, environ)
 
 
 @pytest.mark.parametrize(
@@ -100,12 +100,12 @@ def test_a_tpu_host_that_finds_no_others_goes_on_alone(monkeypatch):
     def not_found(*_, **__):
         raise ValueError("coordinator_address should be defined.")
 
-    monkeypatch.setattr(processes, "several", lambda *_: None)
-    monkeypatch.setattr(processes, "_pod", lambda _: Meant("the TPU's environment", surely=False))
+    monkeypatch.setattr(processes, "cluster_from_flags", lambda *_: None)
+    monkeypatch.setattr(processes, "_detect_tpu_pod", lambda _: ClusterSpec("the TPU's environment", surely=False))
     monkeypatch.setattr(processes.jax.distributed, "initialize", not_found)
     with pytest.warns(UserWarning, match="the only one: JAX found no others"):
         processes.start()
-    monkeypatch.setattr(processes, "_pod", lambda _: Meant("the TPU's environment"))
+    monkeypatch.setattr(processes, "_detect_tpu_pod", lambda _: ClusterSpec("the TPU's environment"))
     with pytest.raises(ValueError, match="could not find out how they reach each other .* give --coordinator_address"):
         processes.start()
 
@@ -124,33 +124,33 @@ def test_a_single_process_exchanges_with_itself(monkeypatch):
     values = np.array([[1, 2**60]])
     assert processes.count() == 1 and processes.index() == 0 and processes.is_first()
     assert processes.names() == (f"{socket.gethostname()} (process 0)",)
-    assert agreement.gather(values).tolist() == [[[1, 2**60]]]
-    assert agreement.total(values).tolist() == agreement.largest(values).tolist() == [[1, 2**60]]
-    assert [x.tolist() for x in agreement.gather_ragged([np.arange(2, dtype=np.int32)])[0]] == [[0, 1]]
-    agreement.agree("--seed", 3)
+    assert agreement.all_gather(values).tolist() == [[[1, 2**60]]]
+    assert agreement.all_reduce_sum(values).tolist() == agreement.all_reduce_max(values).tolist() == [[1, 2**60]]
+    assert [x.tolist() for x in agreement.all_gather_ragged([np.arange(2, dtype=np.int32)])[0]] == [[0, 1]]
+    agreement.assert_same_across_processes("--seed", 3)
 
 
 def test_rows_that_are_not_int32_are_refused():
     with pytest.raises(ValueError, match=r"row 1 is int64\[2\]"):
-        agreement.gather_ragged([np.zeros(1, np.int32), np.zeros(2, np.int64)])
+        agreement.all_gather_ragged([np.zeros(1, np.int32), np.zeros(2, np.int64)])
     with pytest.raises(ValueError, match="object"):
-        agreement.gather(np.array([None]))
+        agreement.all_gather(np.array([None]))
 
 
 def test_differences_say_which_processes_have_what():
     names = [f"h{i} (process {i})" for i in range(8)]
-    assert difference("--seed", [1] * 8, names) is None
-    assert difference("--seed", [1] * 3 + [2] + [1] * 4, names) == (
+    assert describe_difference("--seed", [1] * 8, names) is None
+    assert describe_difference("--seed", [1] * 3 + [2] + [1] * 4, names) == (
         "The processes differ in --seed: h0 (process 0) and 6 others have 1; h3 (process 3) has 2."
     )
-    many = difference("--seed", list(range(8)), names)
+    many = describe_difference("--seed", list(range(8)), names)
     assert "h3 (process 3) has 3; …" in many and "h4" not in many
     settings = [{"lr": 0.1, "batch": 4}, {"lr": 0.1, "batch": 8, "new": None}, {"lr": 0.2, "batch": 8}]
-    assert difference("the settings", settings, names) == (
+    assert describe_difference("the settings", settings, names) == (
         "The processes differ in the settings. lr: h0 (process 0) and 1 other have 0.1; h2 (process 2) has 0.2; "
         "batch: h1 (process 1) and 1 other have 8; h0 (process 0) has 4."
     )
-    assert len(difference("the text", ["x" * 999, "y"], names)) < 300
+    assert len(describe_difference("the text", ["x" * 999, "y"], names)) < 300
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from gold_jax.parallel import processes
-from gold_jax.parallel.beats import WAITING, Beat, Heard, Limits, hear, judge
-from gold_jax.parallel.watch import Watch, from_others
+from gold_jax.parallel.beats import WAITING, Heartbeat, Limits, PeerState, diagnose, update_peers
+from gold_jax.parallel.watch import Watchdog, is_caused_by_peers
 
 from .run_several import begin, finish, free_address, told
 
@@ -17,20 +17,20 @@ NAMES = ["host0 (process 0)", "host1 (process 1)", "host2 (process 2)", "host3 (
 
 
 def beat(number=1, step=12, doing="making the batch", lasting=1.0, **more):
-    return Beat(number, step, doing, lasting, **more)
+    return Heartbeat(number, step, doing, lasting, **more)
 
 
 def judged(heard, mine=None, *, now=100.0, me=0, contact=None, named=NAMES):
     contact = now if contact is None else contact
-    return judge(now, heard, mine or beat(), me=me, named=named, contact=contact, limits=Limits())
+    return diagnose(now, heard, mine or beat(), me=me, named=named, contact=contact, limits=Limits())
 
 
 def test_processes_that_beat_are_well():
-    assert judged({1: Heard(beat(), 98.0), 2: Heard(beat(doing=WAITING), 71.0)}) == []
+    assert judged({1: PeerState(beat(), 98.0), 2: PeerState(beat(doing=WAITING), 71.0)}) == []
 
 
 def test_who_is_silent_for_too_long_is_lost_and_named():
-    (finding,) = judged({1: Heard(beat(), 98.0), 3: Heard(beat(), 69.0)})
+    (finding,) = judged({1: PeerState(beat(), 98.0), 3: PeerState(beat(), 69.0)})
     assert (finding.kind, finding.process, finding.code) == ("lost", 3, 75)
     assert finding.line == (
         "host3 (process 3) has not answered for 31 seconds; it was at update 12, making the batch. Without it the run cannot "
@@ -39,27 +39,29 @@ def test_who_is_silent_for_too_long_is_lost_and_named():
 
 
 def test_processes_of_one_host_are_lost_together():
-    heard = {1: Heard(beat(), 98.0), 2: Heard(beat(), 70.5), 3: Heard(beat(), 69.0)}
+    heard = {1: PeerState(beat(), 98.0), 2: PeerState(beat(), 70.5), 3: PeerState(beat(), 69.0)}
     (finding,) = judged(heard)
     assert finding.process == 3 and "making the batch. Nor has host2 (process 2). Without them the run" in finding.line
 
 
 def test_who_finished_may_be_silent_and_who_has_not_begun_too():
-    assert judged({1: Heard(beat(state="finished"), 10.0)}) == []
+    assert judged({1: PeerState(beat(state="finished"), 10.0)}) == []
     assert judged({}) == []
 
 
 def test_nobody_is_lost_while_the_store_cannot_be_read_except_its_host():
-    heard = {0: Heard(beat(doing="saving"), 79.0), 1: Heard(beat(), 60.0)}
+    heard = {0: PeerState(beat(doing="saving"), 79.0), 1: PeerState(beat(), 60.0)}
     assert judged(heard, me=2, contact=80.0) == []
     (finding,) = judged(heard, me=2, contact=69.0)
     assert finding.process == 0 and finding.code == 75
     assert finding.line.startswith("host0 (process 0) has not answered for 31 seconds; it was at update 12, saving.")
-    assert judged({1: Heard(beat(), 60.0)}, me=0, contact=69.0) == []  # its own store: JAX sees to that
+    assert judged({1: PeerState(beat(), 60.0)}, me=0, contact=69.0) == []  # its own store: JAX sees to that
 
 
 def test_an_error_of_another_process_is_repeated_at_once():
-    (finding,) = judged({1: Heard(beat(state="failed", why="ValueError: no rows"), 99.9), 2: Heard(beat(), 10.0)})
+    (finding,) = judged(
+        {1: PeerState(beat(state="failed", why="ValueError: no rows"), 99.9), 2: PeerState(beat(), 10.0)}
+    )
     assert finding.code == 1
     assert (
         finding.line
@@ -69,9 +71,9 @@ def test_an_error_of_another_process_is_repeated_at_once():
 
 def test_all_processes_name_the_one_that_the_first_of_them_named():
     left = beat(state="left", why="host3 (process 3) has not answered", cause=3, code=75)
-    (finding,) = judged({1: Heard(left, 99.0), 2: Heard(beat(), 10.0)})
+    (finding,) = judged({1: PeerState(left, 99.0), 2: PeerState(beat(), 10.0)})
     assert (finding.process, finding.line, finding.code) == (3, "host3 (process 3) has not answered", 75)
-    (finding,) = judged({1: Heard(left, 99.0)}, me=3)
+    (finding,) = judged({1: PeerState(left, 99.0)}, me=3)
     assert (
         finding.line.startswith("The others ended because host3 (process 3) did not answer them") and finding.code == 75
     )
@@ -79,7 +81,11 @@ def test_all_processes_name_the_one_that_the_first_of_them_named():
 
 def test_who_keeps_a_process_waiting_is_named():
     mine = beat(doing=WAITING, lasting=61.0)
-    heard = {1: Heard(beat(lasting=70.0), 95.0), 2: Heard(beat(doing=WAITING), 99.0), 3: Heard(beat(step=13), 99.0)}
+    heard = {
+        1: PeerState(beat(lasting=70.0), 95.0),
+        2: PeerState(beat(doing=WAITING), 99.0),
+        3: PeerState(beat(step=13), 99.0),
+    }
     (finding,) = judged(heard, mine)
     assert (finding.kind, finding.process, finding.code) == ("late", 1, None)
     assert finding.line == (
@@ -88,39 +94,41 @@ def test_who_keeps_a_process_waiting_is_named():
 
 
 def test_nobody_is_late_before_one_has_waited_long_or_where_all_wait():
-    late = {1: Heard(beat(lasting=70.0), 99.0)}
+    late = {1: PeerState(beat(lasting=70.0), 99.0)}
     assert judged(late, beat(doing=WAITING, lasting=59.0)) == []
     assert judged(late, beat(doing="saving", lasting=99.0)) == []
-    assert judged({1: Heard(beat(doing=WAITING, lasting=99.0), 99.0)}, beat(doing=WAITING, lasting=99.0)) == []
+    assert judged({1: PeerState(beat(doing=WAITING, lasting=99.0), 99.0)}, beat(doing=WAITING, lasting=99.0)) == []
 
 
 def test_only_the_first_of_those_that_wait_speaks():
-    heard = {1: Heard(beat(doing=WAITING), 99.0), 3: Heard(beat(), 99.0)}
+    heard = {1: PeerState(beat(doing=WAITING), 99.0), 3: PeerState(beat(), 99.0)}
     assert judged(heard, beat(doing=WAITING, lasting=99.0), me=2) == []
-    assert judged({**heard, 1: Heard(beat(), 99.0)}, beat(doing=WAITING, lasting=99.0), me=2)
+    assert judged({**heard, 1: PeerState(beat(), 99.0)}, beat(doing=WAITING, lasting=99.0), me=2)
 
 
 def test_who_finished_while_others_wait_is_named():
-    (finding,) = judged({1: Heard(beat(step=11, state="finished"), 10.0)}, beat(doing=WAITING, lasting=99.0))
+    (finding,) = judged({1: PeerState(beat(step=11, state="finished"), 10.0)}, beat(doing=WAITING, lasting=99.0))
     assert finding.line == "host1 (process 1) finished its run at update 11; this process waits for it at update 12."
 
 
 def test_only_a_new_beat_counts_as_heard():
-    first = hear({}, {0: json.dumps(beat(1)), 1: json.dumps(beat(1)), 2: "not a beat"}, 0, 5.0)
-    assert first == {1: Heard(beat(1), 5.0)}
-    assert hear(first, {1: json.dumps(beat(1))}, 0, 7.0)[1].at == 5.0
-    assert hear(first, {1: json.dumps(beat(2))}, 0, 7.0)[1].at == 7.0
+    first = update_peers({}, {0: json.dumps(beat(1)), 1: json.dumps(beat(1)), 2: "not a beat"}, 0, 5.0)
+    assert first == {1: PeerState(beat(1), 5.0)}
+    assert update_peers(first, {1: json.dumps(beat(1))}, 0, 7.0)[1].at == 5.0
+    assert update_peers(first, {1: json.dumps(beat(2))}, 0, 7.0)[1].at == 7.0
 
 
 def test_errors_that_may_come_from_another_process_are_known():
     broken = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection closed by peer [127.0.0.1]:20883")
-    assert from_others(broken)
-    assert from_others(ValueError("UNKNOWN: Gloo AllGather failed: Read error [::1]:20883: Connection reset by peer"))
+    assert is_caused_by_peers(broken)
+    assert is_caused_by_peers(
+        ValueError("UNKNOWN: Gloo AllGather failed: Read error [::1]:20883: Connection reset by peer")
+    )
     wrapped = ValueError("could not save")
     wrapped.__cause__ = broken
-    assert from_others(wrapped)
-    assert not from_others(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"))
-    assert not from_others(ValueError("Connection closed by peer")) and not from_others(None)
+    assert is_caused_by_peers(wrapped)
+    assert not is_caused_by_peers(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes"))
+    assert not is_caused_by_peers(ValueError("Connection closed by peer")) and not is_caused_by_peers(None)
 
 
 class Client:
@@ -145,7 +153,7 @@ class Client:
         self.kept[f"{self.prefix}{process}"] = json.dumps(beat(*values, **more))
 
     def said(self, process):
-        return Beat(*json.loads(self.kept[f"{self.prefix}{process}"]))
+        return Heartbeat(*json.loads(self.kept[f"{self.prefix}{process}"]))
 
 
 @pytest.fixture
@@ -164,7 +172,7 @@ class Run:
     def __init__(self, **limits):
         self.lines, self.codes, self.ended = [], [], threading.Event()
         limits = {"period": 0.02, "lost_after": 0.3, "lag_after": 0.1} | limits
-        self.watch = Watch(self.lines.append, end=self.end, **limits)
+        self.watch = Watchdog(self.lines.append, end=self.end, **limits)
 
     def end(self, code):
         self.codes.append(code)
@@ -291,8 +299,8 @@ def test_a_broken_connection_is_explained_by_the_loss_behind_it(client):
     with pytest.raises(jax.errors.JaxRuntimeError), run.watch as watch:
         until(lambda: client.prefix)
         client.says(1)
-        assert watch.explain(ValueError("something else")) is None
-        assert watch.explain(error) == run.watch._finding.line
+        assert watch.describe_peer_failure(ValueError("something else")) is None
+        assert watch.describe_peer_failure(error) == run.watch._finding.line
         raise error
     assert run.codes == [75] and len(run.lines) == 1 and client.said(0).state == "left"
 
@@ -322,7 +330,7 @@ def test_a_version_of_jax_without_the_store_is_said(client, monkeypatch):
     run = Run()
     with run.watch as watch:
         watch.at(1, WAITING)
-        assert not watch.watching and watch.explain(ValueError()) is None
+        assert not watch.watching and watch.describe_peer_failure(ValueError()) is None
     assert len(run.lines) == 1 and "do not watch each other" in run.lines[0]
 
 
@@ -331,7 +339,7 @@ def test_a_single_process_watches_nobody():
     with Run().watch as watch:
         watch.at(1, WAITING)
         assert not watch.watching and threading.active_count() == before
-        assert watch.explain(ValueError()) is None
+        assert watch.describe_peer_failure(ValueError()) is None
 
 
 def test_a_slow_process_is_named_and_a_clean_end_is_no_loss():

@@ -10,7 +10,7 @@ from gold_jax.planning.advice import advice, times_the_chips
 from gold_jax.planning.hardware import read_topology
 from gold_jax.planning.known import known_config
 from gold_jax.planning.meshes import mesh_flag, meshes
-from gold_jax.planning.outcome import Asked, by_arithmetic
+from gold_jax.planning.plan import PlanRequest, by_arithmetic
 from gold_jax.planning.search import search
 from gold_jax.planning.sizes import Pair
 from gold_jax.planning.traffic import link_seconds
@@ -18,11 +18,11 @@ from gold_jax.planning.traffic import link_seconds
 QWENS = Pair(known_config("Qwen/Qwen3-4B"), known_config("Qwen/Qwen3-8B"))
 
 
-def asked(topology: str, pair: Pair = QWENS, mesh=None, **settings) -> Asked:
+def asked(topology: str, pair: Pair = QWENS, mesh=None, **settings) -> PlanRequest:
     kind = SFTConfig if pair.teacher is None else GOLDConfig
     slice_ = read_topology(topology)
     mesh = {"data": 1, "fsdp": slice_.devices, "tensor": 1} | (mesh or {})
-    return Asked(kind(output_dir="x", **settings), pair, slice_, mesh)
+    return PlanRequest(kind(output_dir="x", **settings), pair, slice_, mesh)
 
 
 def test_meshes_take_all_devices_and_divide_the_heads():
@@ -92,7 +92,7 @@ def test_where_one_change_is_not_enough_several_are_named():
 def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
     compiled = []
 
-    def compile_plan(one: Asked):
+    def compile_plan(one: PlanRequest):
         compiled.append(one)
         return by_arithmetic(one)
 
@@ -100,14 +100,14 @@ def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
     found = search(first, compile_plan, limit=4)
     assert not first.fits and len(compiled) <= 3 and len(found) <= 4
     assert [one.plan.fits for one in found] == sorted((one.plan.fits for one in found), reverse=True)
-    assert found[0].plan.fits and next(one for one in found if one.asked).plan is first
+    assert found[0].plan.fits and next(one for one in found if one.requested).plan is first
 
 
 def test_a_search_changes_nothing_of_what_was_asked_for():
     first = by_arithmetic(asked("gpu:8xa100-80gb"))
-    before = dict(vars(first.asked.args))
+    before = dict(vars(first.request.args))
     search(first, limit=3)
-    assert vars(first.asked.args) == before
+    assert vars(first.request.args) == before
 
 
 def test_hosts_are_slower_to_send_between_than_within():

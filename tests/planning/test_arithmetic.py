@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from transformers import AutoConfig
 
-from gold_jax.losses.chunked import sum_over_chunks
+from gold_jax.losses.fused_head import fused_linear_sum
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.planning import arithmetic
@@ -83,7 +83,7 @@ def test_the_students_head_is_multiplied_with_three_times():
         def chunk_loss(logits, scale, shared, targets):
             return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1).sum(), {}
 
-        return sum_over_chunks(chunk_loss, None, chunk, hidden, head, rows, None, (), targets, chunk)[0]
+        return fused_linear_sum(chunk_loss, None, chunk, hidden, head, rows, None, (), targets, chunk)[0]
 
     hidden, head = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((chunk, 256), (1024, 256)))
     whole = jax.ShapeDtypeStruct((chunk,), jnp.int32)

@@ -9,7 +9,7 @@ from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.models.config import DecoderConfig
 from gold_jax.parallel.layout import Placement
 from gold_jax.planning.footprint import Footprint
-from gold_jax.planning.programs import PlannedRun, held
+from gold_jax.planning.programs import PlannedRun, device_bytes
 from gold_jax.planning.sizes import Pair
 
 AXES = ("data", "fsdp", "tensor")
@@ -52,11 +52,11 @@ def test_what_stays_is_what_the_shardings_say(mesh, settings):
     run, footprint = both(mesh, **settings)
     resident = run.resident()
     gradients = resident.pop("gradients", 0)
-    assert footprint.always() == resident
-    assert footprint.beside("optimizer").get("gradients", 0) == gradients
-    assert footprint.batch == held(run.batch())
-    assert footprint.cache == held(run.cache())
-    assert footprint.decoding_weights == held(run.decoding_weights())
+    assert footprint.resident() == resident
+    assert footprint.transient("optimizer").get("gradients", 0) == gradients
+    assert footprint.batch == device_bytes(run.batch())
+    assert footprint.cache == device_bytes(run.cache())
+    assert footprint.decoding_weights == device_bytes(run.decoding_weights())
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"lmbda": 0.0}])
@@ -67,14 +67,14 @@ def test_the_programs_are_those_of_the_run(settings):
 
 def test_fine_tuning_has_no_teacher_and_no_cache():
     run, footprint = both((1, 4, 1), Pair(STUDENT))
-    assert footprint.always() == run.resident() and set(run.resident()) == {"student", "optimizer"}
-    assert footprint.batch == held(run.batch())
+    assert footprint.resident() == run.resident() and set(run.resident()) == {"student", "optimizer"}
+    assert footprint.batch == device_bytes(run.batch())
     assert footprint.programs() == list(run.programs()) == ["student"]
 
 
 def test_one_vocabulary_has_no_order():
     run, footprint = both((1, 2, 1), Pair(STUDENT, STUDENT))
-    assert footprint.always() == run.resident()
+    assert footprint.resident() == run.resident()
 
 
 def test_a_compilers_number_is_split_into_parts_that_add_up():

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import jax
 import numpy as np
 
-from gold_jax.models.weights import load_model
+from gold_jax.models.hf_checkpoint import load_model
 
 WINDOW = 160
 

@@ -9,8 +9,8 @@ from transformers import LlamaConfig
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.weights import load_model
-from gold_jax.rollout import rows as device
+from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.sampler import SamplingEngine
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -150,43 +150,43 @@ def events(monkeypatch):
 
         monkeypatch.setattr(device, name, recording)
 
-    for name in ("admit", "resize", "write"):
+    for name in ("prefill_into_slots", "resize_slots", "decode_until"):
         record(name, getattr(device, name))
     return found
 
 
 def test_a_small_batch_is_read_and_written_by_one_program_each(model, events):
     generate(model, PROMPTS, rows=4, temperature=0)
-    assert events == [("admit", 4, 32), ("write", 4, 32)]
+    assert events == [("prefill_into_slots", 4, 32), ("decode_until", 4, 32)]
 
 
 def test_free_rows_are_filled_from_the_prompts_that_wait(model, events):
     generate(model, MANY, rows=8, new=40, stop_ids=STOPS)
-    written = [event for event in events if event[0] == "write"]
-    assert [event[0] for event in events].count("admit") > 4 and len(written) > 4
+    written = [event for event in events if event[0] == "decode_until"]
+    assert [event[0] for event in events].count("prefill_into_slots") > 4 and len(written) > 4
     assert {rows for _, rows, _ in events} == {8}
 
 
 def test_rows_that_are_done_are_left_behind_when_no_prompt_waits(model, events):
     generate(model, MANY, rows=64, new=40, stop_ids=STOPS)
-    rows = [rows for name, rows, _ in events if name == "write"]
+    rows = [rows for name, rows, _ in events if name == "decode_until"]
     assert rows == [64, 32, 16, 8]
 
 
 def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):
     drawn = generate(model, [[3] * 20] * 8, rows=8, new=300)
     assert [len(completion.ids) for completion in drawn] == [300] * 8
-    assert [slots for name, _, slots in events if name == "write"] == [64, 128, 256, 320]
+    assert [slots for name, _, slots in events if name == "decode_until"] == [64, 128, 256, 320]
 
 
 def test_slots_shrink_when_a_long_row_has_left(model, events):
     generate(model, [[3] * 500] + [[4, 5]] * 20, rows=4, new=8)
-    slots = [slots for name, _, slots in events if name == "write"]
+    slots = [slots for name, _, slots in events if name == "decode_until"]
     assert slots[0] == 512 and slots[-1] == 32
 
 
 def test_settings_compile_nothing_anew(model):
-    programs = (device.write, device.admit, device.empty)
+    programs = (device.decode_until, device.prefill_into_slots, device.empty_slots)
     generate(model)
     compiled = [program._cache_size() for program in programs]
     for options in (
@@ -203,11 +203,11 @@ def test_settings_compile_nothing_anew(model):
 
 
 def test_the_programs_are_no_more_than_pairs_of_rows_and_slots(model):
-    device.write.clear_cache()
+    device.decode_until.clear_cache()
     for count in (1, 3, 4, 9, 36):
         generate(model, MANY[:count], rows=16, new=40, stop_ids=STOPS)
     rows, slots = (1, 4, 16), (64, 128)
-    assert device.write._cache_size() <= len(rows) * len(slots)
+    assert device.decode_until._cache_size() <= len(rows) * len(slots)
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,13 @@ import tokenizers
 import transformers
 from flax import nnx
 
+from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
-from gold_jax.text.chat import Codec
-from gold_jax.training.participant import Participant
+from gold_jax.text.chat import ChatTokenizer
 
 
 def digest(arrays: Any) -> str:
-    """A hash of every array's bits, by the name of its place; arrays that were given away to a program have none."""
+    """A hash of every array's bits, by the name of its place; arrays that were donated to a program have none."""
     found = hashlib.sha256()
     leaves = jax.tree_util.tree_flatten_with_path(arrays)[0]
     for name, leaf in sorted((jax.tree_util.keystr(path), leaf) for path, leaf in leaves):
@@ -47,9 +47,9 @@ def fingerprint(thing: Any) -> Any:
         return hash(thing)
     if isinstance(thing, nnx.State):
         return digest(thing)
-    if isinstance(thing, Participant):
+    if isinstance(thing, LoadedModel):
         return [fingerprint(part) for part in thing]
-    if isinstance(thing, Codec):
+    if isinstance(thing, ChatTokenizer):
         plain = {k: v for k, v in vars(thing).items() if isinstance(v, bool | int | str | tuple)}
         return {"settings": plain, "tokenizer": fingerprint(thing.tokenizer)}
     if isinstance(thing, tokenizers.Tokenizer):

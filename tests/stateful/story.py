@@ -31,15 +31,15 @@ from gold_jax import (
     SFTConfig,
     SFTTrainer,
     load_model,
-    load_participant,
+    load_model_and_tokenizer,
     measure_gaps,
     sample_completions,
     score_completions,
 )
+from gold_jax.loading import load_tokenizer
 from gold_jax.quickstart import resolve
 from gold_jax.text.data import load_examples
 from gold_jax.training.checkpoint import current_run, run_of
-from gold_jax.training.participant import load_tokenizer
 
 STEPS, SAVED_AT = 3, 2  # one checkpoint lies on the way of a run
 LIVE = 3  # trainers that live at once
@@ -192,36 +192,36 @@ class World:
                 self.known[key] = Run(weights(load_model(output)), result, read_log(output))
         return self.known[key]
 
-    def answers(self, model, codec) -> dict:
+    def answers(self, model, chat_tokenizer) -> dict:
         """What a model draws and how it reads, for a fixed key."""
         options = {"max_new_tokens": 6, "key": jax.random.key(3), "batch_size": 3}
-        drawn = sample_completions(model, codec, self.prompts, **options)
-        score = score_completions(model, codec, list(load_examples(self.eval_rows)), batch_size=3)
+        drawn = sample_completions(model, chat_tokenizer, self.prompts, **options)
+        score = score_completions(model, chat_tokenizer, list(load_examples(self.eval_rows)), batch_size=3)
         found = {"drawn": [(d.text, tuple(np.asarray(d.ids).tolist()), d.stopped) for d in drawn]}
         return found | {"bits": score.bits.tolist(), "bytes": score.bytes.tolist()}
 
-    def gaps(self, model, codec) -> tuple:
+    def gaps(self, model, chat_tokenizer) -> tuple:
         """The gaps of a model to the teacher, for a fixed key."""
         teacher = self.participant(self.paths[1])
         options = {"max_new_tokens": 6, "key": jax.random.key(4), "batch_size": 3}
         try:
-            return dataclasses.astuple(measure_gaps((model, codec), teacher[:2], self.prompts, **options))
+            return dataclasses.astuple(measure_gaps((model, chat_tokenizer), teacher[:2], self.prompts, **options))
         except ValueError as error:
             return (str(error),)
 
     def participant(self, folder):
-        """A model and its codec, loaded once."""
+        """A model and its chat tokenizer, loaded once."""
         key = "participant", str(folder)
         if key not in self.known:
-            self.known[key] = load_participant(str(folder), dtype="float32")
+            self.known[key] = load_model_and_tokenizer(str(folder), dtype="float32")
         return self.known[key]
 
     def new_answers(self, kind: str, name: str):
         """`answers` or `gaps` of a model loaded anew."""
         key = kind, name
         if key not in self.known:
-            who = load_participant(str(self.folder / "weights" / name), dtype="float32")
-            self.known[key] = getattr(self, kind)(who.model, who.codec)
+            who = load_model_and_tokenizer(str(self.folder / "weights" / name), dtype="float32")
+            self.known[key] = getattr(self, kind)(who.model, who.chat_tokenizer)
         return self.known[key]
 
 
@@ -413,7 +413,7 @@ class Story(RuleBasedStateMachine):
     def sample_and_score(self, which):
         one = self._pick(which)
         name = self.world.keep(one.trainer)
-        found = self.world.answers(one.trainer.model, one.trainer.student.codec)
+        found = self.world.answers(one.trainer.model, one.trainer.student.chat_tokenizer)
         assert found == self.world.new_answers("answers", name)
 
     @precondition(lambda self: self.live)
@@ -421,7 +421,7 @@ class Story(RuleBasedStateMachine):
     def measure_gaps(self, which):
         one = self._pick(which)
         name = self.world.keep(one.trainer)
-        found = self.world.gaps(one.trainer.model, one.trainer.student.codec)
+        found = self.world.gaps(one.trainer.model, one.trainer.student.chat_tokenizer)
         np.testing.assert_equal(found, self.world.new_answers("gaps", name))
 
     @precondition(lambda self: self.live)
@@ -513,6 +513,6 @@ class Story(RuleBasedStateMachine):
             name = self.world.keep(one.trainer)
             wanted = self.world.measures(one.setting, name)
             assert found == wanted, f"{one.setting}: evaluate() says {found}, a new trainer on its weights {wanted}"
-            drawn = self.world.answers(one.trainer.model, one.trainer.student.codec)
+            drawn = self.world.answers(one.trainer.model, one.trainer.student.chat_tokenizer)
             assert drawn == self.world.new_answers("answers", name), f"{one.setting}: it draws or reads otherwise"
             self.world.compared += 1

@@ -12,9 +12,9 @@ from transformers import AutoTokenizer
 
 import gold_jax
 from gold_jax import evaluate, generate, inspect, sft, train
+from gold_jax.loading import LoadedModel
 from gold_jax.text.data import load_examples
 from gold_jax.training.evaluation import exact_match
-from gold_jax.training.participant import Participant
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"numbers": [24, {"of": 48}]}}}
@@ -61,9 +61,12 @@ class Caller:
         self.tokenizers[0].backend_tokenizer.enable_padding(length=40)
         self.tokenizers[1].backend_tokenizer.enable_truncation(max_length=7)
         self.tokenizers[1].padding_side = self.tokenizers[1].truncation_side = "left"
-        self.codecs = [gold_jax.Codec(AutoTokenizer.from_pretrained(world / n)) for n in ("student", "teacher")]
+        self.chat_tokenizers = [
+            gold_jax.Codec(AutoTokenizer.from_pretrained(world / n)) for n in ("student", "teacher")
+        ]
         self.participants = [
-            Participant(model, codec, "mine") for model, codec in zip((self.student, self.teacher), self.codecs)
+            LoadedModel(model, chat_tokenizer, "mine")
+            for model, chat_tokenizer in zip((self.student, self.teacher), self.chat_tokenizers)
         ]
         self.rows = [*(tiny.conversation(*row) for row in tiny.ROWS[:3]), TOOL_ROW]
         self.data = Dataset.from_list([{"prompt": q, "completion": a} for q, a in tiny.ROWS[:2]])
@@ -100,7 +103,7 @@ def caller(world, tmp_path):
 
 
 def surfaces(caller):
-    return [codec.surfaces for codec in caller.codecs]
+    return [chat_tokenizer.surfaces for chat_tokenizer in caller.chat_tokenizers]
 
 
 RETURN = {
@@ -114,18 +117,22 @@ RETURN = {
     "SFTTrainer.save_model": lambda c: c.trainer("sft").save_model(c.folder / "saved"),
     "align": lambda c: gold_jax.align(*c.tokenizers, c.texts["one"]),
     "VocabularyMap": lambda c: gold_jax.VocabularyMap.build(
-        *surfaces(c), student_size=500, teacher_size=600, stop=tuple(codec.stop_ids for codec in c.codecs), mask=c.mask
+        *surfaces(c),
+        student_size=500,
+        teacher_size=600,
+        stop=tuple(chat_tokenizer.stop_ids for chat_tokenizer in c.chat_tokenizers),
+        mask=c.mask,
     ),
     "Codec": lambda c: [
         (k.encode_prompts(c.prompts), k.encode_completions(["größer", "24"]), k.render(c.prompts[1]))
         for k in (gold_jax.Codec(c.tokenizers[0], template_kwargs=c.settings["sft"]["template_kwargs"]),)
     ],
     "Codec.encode_turns": lambda c: gold_jax.Codec(c.tokenizers[0]).encode_turns(c.rows[0]["messages"]),
-    "Codec.with_context": lambda c: c.codecs[0].with_context(c.prompts[1], "Be brief."),
+    "Codec.with_context": lambda c: c.chat_tokenizers[0].with_context(c.prompts[1], "Be brief."),
     "Decoder": lambda c: c.student(np.ones((1, 4), np.int32), np.ones((1, 4), bool)),
     "load_model": lambda c: gold_jax.load_model(c.world / "student"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.folder / "saved", dtype="bfloat16"),
-    "load_participant": lambda c: gold_jax.load_participant(
+    "load_participant": lambda c: gold_jax.load_model_and_tokenizer(
         c.student,
         c.tokenizers[0],
         dtype="bfloat16",
@@ -136,18 +143,20 @@ RETURN = {
         chat_template=c.template,
         template_kwargs=c.settings["sft"]["template_kwargs"],
     ),
-    "load_participant of a split model": lambda c: gold_jax.load_participant(
+    "load_participant of a split model": lambda c: gold_jax.load_model_and_tokenizer(
         c.split[1], c.tokenizers[1], dtype="float32", remat=True
     ),
     "inspect_pair": lambda c: gold_jax.inspect_pair(*c.tokenizers, c.texts),
     "inspect_pair of participants": lambda c: gold_jax.inspect_pair(*c.participants, c.texts),
-    "sample_completions": lambda c: gold_jax.sample_completions(c.student, c.codecs[0], c.prompts, **c.drawing()),
-    "sample_completions of a split model": lambda c: gold_jax.sample_completions(
-        c.split[0], c.codecs[0], c.prompts, **c.drawing()
+    "sample_completions": lambda c: gold_jax.sample_completions(
+        c.student, c.chat_tokenizers[0], c.prompts, **c.drawing()
     ),
-    "score_completions": lambda c: gold_jax.score_completions(c.student, c.codecs[0], c.examples),
+    "sample_completions of a split model": lambda c: gold_jax.sample_completions(
+        c.split[0], c.chat_tokenizers[0], c.prompts, **c.drawing()
+    ),
+    "score_completions": lambda c: gold_jax.score_completions(c.student, c.chat_tokenizers[0], c.examples),
     "measure_gaps": lambda c: gold_jax.measure_gaps(*c.participants_as_pairs(), c.prompts, **c.drawing()),
-    "exact_match": lambda c: exact_match(c.student, c.codecs[0], c.examples, max_new_tokens=4),
+    "exact_match": lambda c: exact_match(c.student, c.chat_tokenizers[0], c.examples, max_new_tokens=4),
     "load_examples": lambda c: list(load_examples(c.rows)),
 }
 Caller.participants_as_pairs = lambda self: [tuple(who[:2]) for who in self.participants]
@@ -179,19 +188,19 @@ RAISE = {
     "Codec.encode_turns": lambda c: gold_jax.Codec(c.tokenizers[1]).encode_turns([{"role": "x", "content": "y"}]),
     "load_model": lambda c: gold_jax.load_model(c.folder / "none"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.world / "data/train.jsonl" / "x"),
-    "load_participant": lambda c: gold_jax.load_participant(
+    "load_participant": lambda c: gold_jax.load_model_and_tokenizer(
         c.student, c.tokenizers[0], dtype="bfloat16", remat=True, eos_token="<no such>"
     ),
-    "load_participant of another's tokenizer": lambda c: gold_jax.load_participant(
+    "load_participant of another's tokenizer": lambda c: gold_jax.load_model_and_tokenizer(
         c.teacher, c.tokenizers[0], dtype="bfloat16", attention="no such"
     ),
     "inspect_pair": lambda c: gold_jax.inspect_pair(*c.tokenizers, {**c.texts, "blank": ""}),
     "inspect_pair of models that are not there": lambda c: gold_jax.inspect_pair(*c.tokenizers, models=True),
     "sample_completions": lambda c: gold_jax.sample_completions(
-        c.student, c.codecs[0], [*c.prompts, [{"role": 3}]], **c.drawing()
+        c.student, c.chat_tokenizers[0], [*c.prompts, [{"role": 3}]], **c.drawing()
     ),
     "score_completions": lambda c: gold_jax.score_completions(
-        c.student, c.codecs[0], [*c.examples, *load_examples([{"prompt": "x"}])]
+        c.student, c.chat_tokenizers[0], [*c.examples, *load_examples([{"prompt": "x"}])]
     ),
     "measure_gaps": lambda c: gold_jax.measure_gaps(*c.participants_as_pairs(), [3], **c.drawing()),
     "load_examples": lambda c: list(load_examples(c.rows + BAD_ROWS)),
@@ -260,7 +269,7 @@ def test_a_command_leaves_its_arguments_and_folders_alone(name, wrong, world, tm
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_tokenizer_that_cuts_and_fills_for_its_owner_reads_whole_texts_here(side, caller):
-    mine, plain = gold_jax.Codec(caller.tokenizers[side]), caller.codecs[side]
+    mine, plain = gold_jax.Codec(caller.tokenizers[side]), caller.chat_tokenizers[side]
     for one, other in zip(mine.encode_prompts(caller.prompts), plain.encode_prompts(caller.prompts)):
         np.testing.assert_array_equal(one, other)
     text = "The quick brown fox jumps over the lazy dog."

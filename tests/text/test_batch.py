@@ -5,20 +5,20 @@ from toy_tokenizers import byte_level, sentencepiece
 from gold_jax.text.batch import (
     IGNORE,
     NO_GROUP,
-    Half,
     Row,
+    SideTokens,
     build_batches,
     build_rows,
     build_token_batches,
     counted_groups,
-    normalise,
+    normalized_weights,
 )
-from gold_jax.text.chat import Codec
-from gold_jax.text.drawn import completion_from_ids
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.detokenize import completion_from_ids
 
 
 def half(prompt, completion, group):
-    return Half(np.arange(prompt, dtype=np.int32), np.array(completion, np.int32), np.array(group))
+    return SideTokens(np.arange(prompt, dtype=np.int32), np.array(completion, np.int32), np.array(group))
 
 
 def row(student_groups, teacher_groups, groups, prompt=2):
@@ -32,8 +32,8 @@ def row(student_groups, teacher_groups, groups, prompt=2):
     )
 
 
-def codecs():
-    return Codec(byte_level()), Codec(sentencepiece())
+def chat_tokenizers():
+    return ChatTokenizer(byte_level()), ChatTokenizer(sentencepiece())
 
 
 def inner(side, i=0):
@@ -60,7 +60,7 @@ def test_a_merge_reads_the_positions_that_its_formula_names(merge, base, multipl
 
 def test_the_tokens_that_are_labels_are_those_of_the_completion():
     (batch,) = build_batches([row([0, 1], [0, 1], 2)], 1, merge="chain", groups="all")
-    assert batch.student.lines.tokens[0, :4].tolist() == [0, 1, 100, 101]
+    assert batch.student.packed.tokens[0, :4].tolist() == [0, 1, 100, 101]
     assert batch.labels.token[0, :5].tolist() == [IGNORE, 100, 101, IGNORE, IGNORE]
     assert batch.labels.position[0, :3].tolist() == [0, 1, 2]
     np.testing.assert_allclose(batch.labels.weight[0, :4], [0, 0.5, 0.5, 0])
@@ -89,11 +89,11 @@ def test_weights_are_the_same_however_rows_are_split_into_micro_batches():
 
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="groups or row_mean"):
-        normalise([np.ones(1, bool)], "mean")
+        normalized_weights([np.ones(1, bool)], "mean")
 
 
 def test_both_stop_tokens_form_the_last_group():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     (r,) = build_rows(student, teacher, [[{"role": "user", "content": "hi"}]], ["hello there"], max_length=100)
     assert r.student.completion[-1] == student.stop_id and r.teacher.completion[-1] == teacher.stop_id
     assert r.student.group[-1] == r.teacher.group[-1] == r.groups - 1
@@ -101,7 +101,7 @@ def test_both_stop_tokens_form_the_last_group():
 
 
 def test_stop_tokens_can_be_left_out_as_trl_does():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     prompt, text = [[{"role": "user", "content": "hi"}]], ["hello there"]
     (taught,) = build_rows(student, teacher, prompt, text, max_length=100)
     (left,) = build_rows(student, teacher, prompt, text, max_length=100, skip_student_stop=True)
@@ -109,7 +109,7 @@ def test_stop_tokens_can_be_left_out_as_trl_does():
 
 
 def test_a_completion_of_no_tokens_teaches_stopping_alone():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     (r,) = build_rows(student, teacher, ["hi"], [""], max_length=100)
     assert r.groups == 1 and r.student.completion.tolist() == [student.stop_id]
     (batch,) = build_batches([r], 1, merge="chain", groups="all")
@@ -117,7 +117,7 @@ def test_a_completion_of_no_tokens_teaches_stopping_alone():
 
 
 def test_a_group_that_does_not_fit_whole_is_cut_off_on_both_sides():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     prompt, text = ["a question"], ["some words that go on and on, and then a number: 12345"]
     (whole,) = build_rows(student, teacher, prompt, text, max_length=1000)
     for limit in range(len(whole.student.prompt), len(whole.student.prompt) + len(whole.student.completion)):
@@ -129,7 +129,7 @@ def test_a_group_that_does_not_fit_whole_is_cut_off_on_both_sides():
 
 
 def test_a_prompt_that_fills_the_window_leaves_a_row_that_counts_for_nothing():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     (r,) = build_rows(student, teacher, ["a rather long question"], ["yes"], max_length=2)
     assert r.groups == 0
     (batch,) = build_batches([r], 2, merge="chain", groups="all")
@@ -137,7 +137,7 @@ def test_a_prompt_that_fills_the_window_leaves_a_row_that_counts_for_nothing():
 
 
 def test_what_the_student_drew_keeps_its_own_tokens():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     ids = [i for c in "hello" for i in student.encode_completion(c, after="x").ids]  # letter by letter
     drawn = completion_from_ids(student, [*ids, student.stop_id], after="x")
     (r,) = build_rows(student, teacher, ["x"], [drawn], max_length=100)
@@ -146,7 +146,7 @@ def test_what_the_student_drew_keeps_its_own_tokens():
 
 
 def test_with_one_vocabulary_the_teacher_reads_the_very_tokens_of_the_student():
-    student, _ = codecs()
+    student, _ = chat_tokenizers()
     ids = [i for c in "hello" for i in student.encode_completion(c, after="x").ids]
     drawn = completion_from_ids(student, ids, after="x")
     (r,) = build_rows(student, student, ["x"], [drawn], max_length=100, one_vocabulary=True)
@@ -154,7 +154,7 @@ def test_with_one_vocabulary_the_teacher_reads_the_very_tokens_of_the_student():
 
 
 def test_positional_pairs_cut_to_the_shorter_side_and_end_with_the_stop_tokens():
-    student, teacher = codecs()
+    student, teacher = chat_tokenizers()
     (r,) = build_rows(student, teacher, ["x"], ["hello there 123"], max_length=100, positional=True)
     shorter = min(len(r.student.completion), len(r.teacher.completion)) - 1
     assert r.groups == shorter + 1
@@ -167,4 +167,4 @@ def test_token_batches_count_a_token_at_the_position_before_it():
     rows = [(np.array([5, 6, 7], np.int32), np.array([True, False, True]))]
     (batch,) = build_token_batches(rows, 2)
     assert batch.labels.token[0, :4].tolist() == [IGNORE, 7, IGNORE, IGNORE]  # nothing stands before the first token
-    assert batch.labels.weight.sum() == 1 and batch.lines.mask.sum() == 3
+    assert batch.labels.weight.sum() == 1 and batch.packed.mask.sum() == 3

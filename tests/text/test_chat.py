@@ -6,8 +6,8 @@ import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_jax.text.chat import Codec
-from gold_jax.text.drawn import completion_from_ids
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.detokenize import completion_from_ids
 from gold_jax.text.template import Conversation
 
 USER = {"role": "user", "content": "the fox?"}
@@ -17,7 +17,7 @@ MORE = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant",
 
 @functools.cache
 def chatml_codec():
-    return Codec(toys.byte_level(template=toys.CHATML))
+    return ChatTokenizer(toys.byte_level(template=toys.CHATML))
 
 
 @pytest.fixture
@@ -27,15 +27,15 @@ def chatml():
 
 @pytest.fixture(scope="module")
 def llama2():
-    return Codec(toys.sentencepiece(template=toys.LLAMA2))
+    return ChatTokenizer(toys.sentencepiece(template=toys.LLAMA2))
 
 
-def tokens(codec, ids):
-    return [codec.surfaces.strings[i] for i in np.asarray(ids).tolist()]
+def tokens(chat_tokenizer, ids):
+    return [chat_tokenizer.surfaces.strings[i] for i in np.asarray(ids).tolist()]
 
 
-def ids_of(codec, text):
-    return codec.encode_completion(text).ids.tolist()
+def ids_of(chat_tokenizer, text):
+    return chat_tokenizer.encode_completion(text).ids.tolist()
 
 
 # Stop tokens
@@ -49,33 +49,37 @@ def test_the_stop_token_is_what_the_template_writes_after_an_answer(chatml, llam
 def test_the_stop_token_of_the_template_goes_before_the_end_token():
     tokenizer = toys.byte_level.__wrapped__(template=toys.CHATML)
     tokenizer.eos_token = "<|endoftext|>"
-    codec = Codec(tokenizer, stop_ids=[1, 2])
-    assert codec.stop_id == 2
-    assert codec.stop_ids == (2, 0, 1)
+    chat_tokenizer = ChatTokenizer(tokenizer, stop_ids=[1, 2])
+    assert chat_tokenizer.stop_id == 2
+    assert chat_tokenizer.stop_ids == (2, 0, 1)
 
 
 def test_without_a_template_the_end_token_stops():
-    assert Codec(toys.byte_level()).stop_ids == (2,)
+    assert ChatTokenizer(toys.byte_level()).stop_ids == (2,)
 
 
 def test_a_template_that_writes_no_stop_token_leaves_the_end_token():
-    codec = Codec(toys.byte_level(), chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
-    assert codec.stop_id == 2
+    chat_tokenizer = ChatTokenizer(
+        toys.byte_level(), chat_template="{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    )
+    assert chat_tokenizer.stop_id == 2
 
 
 def test_a_stop_token_that_is_an_ordinary_added_one_is_found_and_spells_nothing():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_tokens(["<end>"])
-    codec = Codec(tokenizer, chat_template="{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}")
-    assert tokens(codec, [codec.stop_id]) == ["<end>"]
-    assert codec.surfaces.table[codec.stop_id] is None
+    chat_tokenizer = ChatTokenizer(
+        tokenizer, chat_template="{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}"
+    )
+    assert tokens(chat_tokenizer, [chat_tokenizer.stop_id]) == ["<end>"]
+    assert chat_tokenizer.surfaces.table[chat_tokenizer.stop_id] is None
 
 
 def test_no_stop_token_at_all_is_refused():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="has no end token.*set eos_token"):
-        Codec(tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
+        ChatTokenizer(tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
 def test_padding_falls_back_to_the_end_token(chatml, llama2):
@@ -107,29 +111,29 @@ def with_specials(*, markup=False, **kwargs):
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         special_tokens=[("<s>", 1), ("</s>", 2)], pair="$A $B", **kwargs
     )
-    return Codec(tokenizer, special_tokens_in_prompts=markup)
+    return ChatTokenizer(tokenizer, special_tokens_in_prompts=markup)
 
 
 def test_plain_prompts_get_the_tokenizer_own_special_tokens_once():
-    codec = with_specials(single="<s> $A")
-    assert tokens(codec, codec.encode_prompt("the"))[0] == "<s>"
-    assert tokens(codec, codec.encode_prompt("")) == ["<s>"]
+    chat_tokenizer = with_specials(single="<s> $A")
+    assert tokens(chat_tokenizer, chat_tokenizer.encode_prompt("the"))[0] == "<s>"
+    assert tokens(chat_tokenizer, chat_tokenizer.encode_prompt("")) == ["<s>"]
 
 
 def test_special_strings_in_plain_prompts_are_plain_text():
-    codec = with_specials(single="<s> $A </s>")
+    chat_tokenizer = with_specials(single="<s> $A </s>")
     for text in ("<s>the", "the</s>", "a <unk> b"):
-        ids = codec.encode_prompt(text)
-        assert tokens(codec, ids)[0] == "<s>" and codec.surfaces.table[ids[-1]] is not None
-        assert [i for i in ids.tolist() if codec.surfaces.table[i] is None] == [1]
-        assert codec.decode(ids) == b" " + text.encode()
+        ids = chat_tokenizer.encode_prompt(text)
+        assert tokens(chat_tokenizer, ids)[0] == "<s>" and chat_tokenizer.surfaces.table[ids[-1]] is not None
+        assert [i for i in ids.tolist() if chat_tokenizer.surfaces.table[i] is None] == [1]
+        assert chat_tokenizer.decode(ids) == b" " + text.encode()
 
 
 def test_a_prompt_that_was_rendered_before_can_be_read_with_its_special_tokens():
-    codec = with_specials(single="<s> $A </s>", markup=True)
-    assert tokens(codec, codec.encode_prompt("<s>the")).count("<s>") == 1
-    assert tokens(codec, codec.encode_prompt("the</s>"))[-1] == "</s>"
-    assert codec.render("<s>the") == "<s>the"
+    chat_tokenizer = with_specials(single="<s> $A </s>", markup=True)
+    assert tokens(chat_tokenizer, chat_tokenizer.encode_prompt("<s>the")).count("<s>") == 1
+    assert tokens(chat_tokenizer, chat_tokenizer.encode_prompt("the</s>"))[-1] == "</s>"
+    assert chat_tokenizer.render("<s>the") == "<s>the"
 
 
 def test_callers_can_ask_for_special_strings(chatml):
@@ -138,9 +142,9 @@ def test_callers_can_ask_for_special_strings(chatml):
 
 
 def test_plain_prompts_do_not_end_with_an_end_token():
-    codec = with_specials(single="<s> $A </s>")
-    assert "</s>" not in tokens(codec, codec.encode_prompt("the fox"))
-    assert "</s>" not in tokens(codec, codec.encode_prompt("the</s>"))
+    chat_tokenizer = with_specials(single="<s> $A </s>")
+    assert "</s>" not in tokens(chat_tokenizer, chat_tokenizer.encode_prompt("the fox"))
+    assert "</s>" not in tokens(chat_tokenizer, chat_tokenizer.encode_prompt("the</s>"))
 
 
 def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
@@ -148,13 +152,17 @@ def test_the_plain_template_begins_as_the_tokenizer_begins_a_text():
 
 
 def test_a_conversation_brings_its_tools_and_variables():
-    codec = Codec(toys.byte_level(), chat_template="{{ tools }}{{ mood }}" + toys.CHATML, template_kwargs={"mood": "!"})
+    chat_tokenizer = ChatTokenizer(
+        toys.byte_level(), chat_template="{{ tools }}{{ mood }}" + toys.CHATML, template_kwargs={"mood": "!"}
+    )
     told = Conversation([USER], tools=[{"name": "look"}], template_kwargs={"mood": "?"})
-    assert codec.render(told).startswith("[{'name': 'look'}]?<|im_start|>")
-    ids = [codec.encode_prompt(p).tolist() for p in ([USER], told)]
-    assert [codec.encode_prompts([[USER], told])[k].tolist() for k in (0, 1)] == ids
-    whole, counted = codec.encode_turns(told.like(MORE))
-    assert codec.decode(whole).startswith(b"[{'name'") and codec.decode(whole[counted]) == b"the dog.72."
+    assert chat_tokenizer.render(told).startswith("[{'name': 'look'}]?<|im_start|>")
+    ids = [chat_tokenizer.encode_prompt(p).tolist() for p in ([USER], told)]
+    assert [chat_tokenizer.encode_prompts([[USER], told])[k].tolist() for k in (0, 1)] == ids
+    whole, counted = chat_tokenizer.encode_turns(told.like(MORE))
+    assert (
+        chat_tokenizer.decode(whole).startswith(b"[{'name'") and chat_tokenizer.decode(whole[counted]) == b"the dog.72."
+    )
 
 
 def test_context_goes_before_a_prompt_as_the_template_takes_it(chatml, llama2):
@@ -198,16 +206,16 @@ def test_completions_of_a_batch_follow_their_own_prompts(llama2):
 
 
 def test_an_empty_completion_has_no_tokens(chatml, llama2):
-    for codec in (chatml, llama2):
-        encoded = codec.encode_completion("")
+    for chat_tokenizer in (chatml, llama2):
+        encoded = chat_tokenizer.encode_completion("")
         assert encoded.ids.shape == (0,) and encoded.spans.shape == (0, 2)
 
 
 # Whole conversations
 
 
-def counted_text(codec, ids, counted):
-    return [codec.surfaces.strings[i] for i in ids[counted].tolist()]
+def counted_text(chat_tokenizer, ids, counted):
+    return [chat_tokenizer.surfaces.strings[i] for i in ids[counted].tolist()]
 
 
 def test_answers_and_their_stop_tokens_count_in_every_turn(chatml):
@@ -244,10 +252,10 @@ def test_a_conversation_without_an_answer_counts_nothing(chatml):
 def test_a_slow_tokenizer_counts_the_same():
     slow = toys.slow_sentencepiece.__wrapped__()
     slow.chat_template = toys.LLAMA2
-    codec = Codec(slow)
-    ids, counted = codec.encode_turns(MORE)
-    assert codec.decode(ids[counted]).split() == [b"the", b"dog.", b"72."]
-    assert counted_text(codec, ids, counted).count("</s>") == 2
+    chat_tokenizer = ChatTokenizer(slow)
+    ids, counted = chat_tokenizer.encode_turns(MORE)
+    assert chat_tokenizer.decode(ids[counted]).split() == [b"the", b"dog.", b"72."]
+    assert counted_text(chat_tokenizer, ids, counted).count("</s>") == 2
 
 
 # What a model drew
@@ -256,20 +264,20 @@ def test_a_slow_tokenizer_counts_the_same():
 def test_a_drawn_completion_ends_before_its_stop_token(chatml):
     ids = ids_of(chatml, "the dog")
     drawn = completion_from_ids(chatml, [*ids, chatml.stop_id, *ids])
-    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the dog", True, False)
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == ("the dog", True, False)
     assert drawn.ids.tolist() == ids
     assert drawn.spans[-1, 1] == 7
 
 
 def test_a_completion_cut_by_the_length_limit_did_not_stop(chatml):
     drawn = completion_from_ids(chatml, ids_of(chatml, "the dog"))
-    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the dog", False, False)
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == ("the dog", False, False)
 
 
 def test_a_character_cut_off_at_the_end_is_left_out(chatml):
     ids = ids_of(chatml, "the ☃")
     drawn = completion_from_ids(chatml, ids[:-1])
-    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the ", False, True)
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == ("the ", False, True)
     assert chatml.decode(drawn.ids) == b"the "
 
 
@@ -277,7 +285,7 @@ def test_what_follows_a_stray_byte_is_left_out_and_the_stop_token_with_it(chatml
     stray = chatml.surfaces.table.index(b"\xff")
     ids = ids_of(chatml, "the ")
     drawn = completion_from_ids(chatml, [*ids, stray, *ids, chatml.stop_id])
-    assert (drawn.text, drawn.stopped, drawn.damaged) == ("the ", False, True)
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == ("the ", False, True)
     assert drawn.ids.tolist() == ids
 
 
@@ -285,18 +293,18 @@ def test_what_follows_a_stray_byte_is_left_out_and_the_stop_token_with_it(chatml
 def test_what_follows_a_token_without_a_surface_is_left_out(chatml, stray):
     ids = ids_of(chatml, "the ")
     drawn = completion_from_ids(chatml, [*ids, stray, *ids])
-    assert (drawn.text, drawn.damaged) == ("the ", True)
+    assert (drawn.text, drawn.invalid_utf8) == ("the ", True)
 
 
 def test_a_completion_that_is_damaged_from_the_start_is_empty(chatml):
     drawn = completion_from_ids(chatml, [chatml.surfaces.table.index(b"\x98"), *ids_of(chatml, "the")])
-    assert (drawn.text, drawn.damaged) == ("", True)
+    assert (drawn.text, drawn.invalid_utf8) == ("", True)
     assert drawn.spans.shape == (0, 2)
 
 
 def test_nothing_drawn_is_an_empty_completion(chatml):
     drawn = completion_from_ids(chatml, [])
-    assert (drawn.text, drawn.stopped, drawn.damaged) == ("", False, False)
+    assert (drawn.text, drawn.stopped, drawn.invalid_utf8) == ("", False, False)
     assert completion_from_ids(chatml, [chatml.stop_id]).stopped
 
 
@@ -311,21 +319,23 @@ def test_the_blank_of_the_template_is_no_part_of_a_drawn_completion(llama2):
 @given(st.lists(st.integers(-2, 430), max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_any_ids_keep_the_longest_whole_prefix(ids):
-    codec = chatml_codec()
-    drawn = completion_from_ids(codec, ids)
-    limit = ids.index(codec.stop_id) if codec.stop_id in ids else len(ids)
+    chat_tokenizer = chatml_codec()
+    drawn = completion_from_ids(chat_tokenizer, ids)
+    limit = ids.index(chat_tokenizer.stop_id) if chat_tokenizer.stop_id in ids else len(ids)
     best = 0
     for k in range(limit + 1):
-        if k and (not 0 <= ids[k - 1] < len(codec.surfaces) or codec.surfaces.table[ids[k - 1]] is None):
+        if k and (
+            not 0 <= ids[k - 1] < len(chat_tokenizer.surfaces) or chat_tokenizer.surfaces.table[ids[k - 1]] is None
+        ):
             break
         try:
-            codec.surfaces.join(ids[:k]).decode()
+            chat_tokenizer.surfaces.join(ids[:k]).decode()
             best = k
         except UnicodeDecodeError:
             pass
     assert drawn.ids.tolist() == ids[:best]
-    assert drawn.text.encode() == codec.surfaces.join(ids[:best])
-    assert drawn.damaged == (best < limit)
+    assert drawn.text.encode() == chat_tokenizer.surfaces.join(ids[:best])
+    assert drawn.invalid_utf8 == (best < limit)
     assert drawn.stopped == (best == limit < len(ids))
 
 
@@ -333,12 +343,12 @@ def test_any_ids_keep_the_longest_whole_prefix(ids):
 def test_thinking_can_be_turned_off(assets):
     from transformers import AutoTokenizer
 
-    codec = Codec(
+    chat_tokenizer = ChatTokenizer(
         AutoTokenizer.from_pretrained(assets / "tokenizers" / "qwen3"), template_kwargs={"enable_thinking": False}
     )
-    assert codec.render([USER]).endswith("assistant\n<think>\n\n</think>\n\n")
-    ids, counted = codec.encode_turns(MORE)
-    assert codec.decode(ids[counted]) == b"the dog.72."
+    assert chat_tokenizer.render([USER]).endswith("assistant\n<think>\n\n</think>\n\n")
+    ids, counted = chat_tokenizer.encode_turns(MORE)
+    assert chat_tokenizer.decode(ids[counted]) == b"the dog.72."
 
 
 @pytest.mark.assets
@@ -357,26 +367,31 @@ def test_thinking_can_be_turned_off(assets):
 def test_real_codecs(assets, folder, stop, begin):
     from transformers import AutoTokenizer
 
-    codec = Codec(AutoTokenizer.from_pretrained(assets / folder))
-    assert tokens(codec, [codec.stop_id]) == [stop]
-    prompt = tokens(codec, codec.encode_prompt([USER]))
+    chat_tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(assets / folder))
+    assert tokens(chat_tokenizer, [chat_tokenizer.stop_id]) == [stop]
+    prompt = tokens(chat_tokenizer, chat_tokenizer.encode_prompt([USER]))
     assert prompt[0] == begin and prompt[:2] != [begin, begin]
     answer = "größer <|im_end|></s><|eot_id|><end_of_turn><|endoftext|> 👨‍👩‍👧"
-    encoded = codec.encode_completion(answer)
-    assert not [i for i in encoded.ids.tolist() if codec.surfaces.table[i] is None]
-    assert codec.decode(encoded.ids) == answer.encode()
+    encoded = chat_tokenizer.encode_completion(answer)
+    assert not [i for i in encoded.ids.tolist() if chat_tokenizer.surfaces.table[i] is None]
+    assert chat_tokenizer.decode(encoded.ids) == answer.encode()
     for messages in (MORE, [USER, {"role": "assistant", "content": answer}]):
-        ids, counted = codec.encode_turns(messages)
+        ids, counted = chat_tokenizer.encode_turns(messages)
         wanted = "".join(m["content"] for m in messages if m["role"] == "assistant")
-        assert codec.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
-        assert counted_text(codec, ids, counted).count(stop) == len(messages) // 2
-    assert completion_from_ids(codec, [*encoded.ids, codec.stop_id]).text == answer
+        assert chat_tokenizer.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
+        assert counted_text(chat_tokenizer, ids, counted).count(stop) == len(messages) // 2
+    assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer
 
 
 def test_the_blank_that_a_template_writes_before_an_answer_counts_as_part_of_it(llama2):
-    codec = llama2
-    ids, counted = codec.encode_turns([{"role": "user", "content": "one"}, {"role": "assistant", "content": "24 dogs"}])
-    answer = [*ids_of(codec, "24 dogs"), codec.stop_id]
+    chat_tokenizer = llama2
+    ids, counted = chat_tokenizer.encode_turns(
+        [{"role": "user", "content": "one"}, {"role": "assistant", "content": "24 dogs"}]
+    )
+    answer = [*ids_of(chat_tokenizer, "24 dogs"), chat_tokenizer.stop_id]
     said = ids[counted].tolist()
-    assert codec.decode(said).startswith(b" 24 dogs")
-    assert said[-1] == codec.stop_id and codec.decode(said).strip() == codec.decode(answer).strip()
+    assert chat_tokenizer.decode(said).startswith(b" 24 dogs")
+    assert (
+        said[-1] == chat_tokenizer.stop_id
+        and chat_tokenizer.decode(said).strip() == chat_tokenizer.decode(answer).strip()
+    )

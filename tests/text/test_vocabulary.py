@@ -118,16 +118,18 @@ def test_an_unmatched_entry_gives_to_the_longest_matched_prefix_of_its_surface()
     mapping = build(student, teacher, student_size=8)
     assert pairs(mapping) == [(0, 2), (1, 0), (6, 1)]
     others = mapping.student_order[3:].tolist()
-    assert dict(zip(others, mapping.student_route.tolist())) == {2: 1, 3: 1, 4: 3, 5: 3, 7: 3}
-    assert dict(zip(mapping.teacher_order[3:].tolist(), mapping.teacher_route.tolist())) == {3: 2, 4: 2}
-    assert (np.diff(mapping.student_route) >= 0).all() and mapping.student_route.dtype == np.int32
+    assert dict(zip(others, mapping.student_prefix_of_unmatched.tolist())) == {2: 1, 3: 1, 4: 3, 5: 3, 7: 3}
+    assert dict(zip(mapping.teacher_order[3:].tolist(), mapping.teacher_prefix_of_unmatched.tolist())) == {3: 2, 4: 2}
+    assert (
+        np.diff(mapping.student_prefix_of_unmatched) >= 0
+    ).all() and mapping.student_prefix_of_unmatched.dtype == np.int32
 
 
 def test_a_duplicate_gives_to_its_own_surface_and_further_stop_tokens_to_the_stop_tokens():
     student, teacher = surfaces(b"a", b"a", None, None, fallback=[0]), surfaces(b"a", None, b"b")
     mapping = build(student, teacher, stop=((2, 3), (1,)))
     assert pairs(mapping) == [(1, 0), (2, 1)]
-    assert dict(zip(mapping.student_order[2:].tolist(), mapping.student_route.tolist())) == {0: 0, 3: 1}
+    assert dict(zip(mapping.student_order[2:].tolist(), mapping.student_prefix_of_unmatched.tolist())) == {0: 0, 3: 1}
 
 
 def test_runs_of_blanks_and_numerals_can_be_masked():
@@ -136,7 +138,7 @@ def test_runs_of_blanks_and_numerals_can_be_masked():
     routes = {}
     for mask in ((), ("whitespace",), ("numerals", "whitespace")):
         mapping = build(student, teacher, mask=mask)
-        routes[mask] = dict(zip(mapping.student_order[2:].tolist(), mapping.student_route.tolist()))
+        routes[mask] = dict(zip(mapping.student_order[2:].tolist(), mapping.student_prefix_of_unmatched.tolist()))
     assert routes[()] == {2: 0, 3: 0, 4: 2, 5: 1, 6: 0}
     assert routes[("whitespace",)] == {2: 3, 3: 0, 4: 3, 5: 1, 6: 3}
     assert routes[("numerals", "whitespace")] == {2: 3, 3: 3, 4: 3, 5: 1, 6: 3}
@@ -147,12 +149,15 @@ def test_runs_of_blanks_and_numerals_can_be_masked():
 def test_one_vocabulary_matches_by_id_where_the_stop_tokens_are_the_same():
     mapping = VocabularyMap.identity(4, 5, stop=((2,), (2, 1)))
     assert pairs(mapping) == [(i, i) for i in range(4)]
-    assert mapping.teacher_order.tolist() == list(range(5)) and mapping.teacher_route.tolist() == [4]
+    assert mapping.teacher_order.tolist() == list(range(5)) and mapping.teacher_prefix_of_unmatched.tolist() == [4]
 
 
 def test_one_vocabulary_matches_other_stop_tokens_by_role_and_never_by_their_ids():
     mapping = VocabularyMap.identity(5, 6, stop=((3,), (1, 3)))
     assert pairs(mapping) == [(0, 0), (2, 2), (3, 1), (4, 4)]
-    assert mapping.student_order.tolist() == [0, 2, 3, 4, 1] and mapping.student_route.tolist() == [4]
+    assert mapping.student_order.tolist() == [0, 2, 3, 4, 1] and mapping.student_prefix_of_unmatched.tolist() == [4]
     # The teacher's further stop token goes where its first one is; padding goes nowhere.
-    assert mapping.teacher_order.tolist() == [0, 2, 1, 4, 3, 5] and mapping.teacher_route.tolist() == [2, 4]
+    assert mapping.teacher_order.tolist() == [0, 2, 1, 4, 3, 5] and mapping.teacher_prefix_of_unmatched.tolist() == [
+        2,
+        4,
+    ]

@@ -150,15 +150,15 @@ def check_log(folder: pathlib.Path) -> list[str]:
 
 def check_checkpoints(folder: pathlib.Path) -> list[str]:
     """Checkpoints that are not what was saved."""
-    from gold_jax.training import saves
+    from gold_jax.training import checkpointing
 
     wrong = []
     for step in whole(folder):
         path = folder / f"checkpoint-{step}"
         try:
-            notes = saves.read_notes(path)
-            saves.restore(path, notes, saves.abstract_of(notes))
-        except saves.BadCheckpoint as error:
+            notes = checkpointing.read_metadata(path)
+            checkpointing.restore(path, notes, checkpointing.abstract_arrays(notes))
+        except checkpointing.BadCheckpoint as error:
             wrong.append(f"{path.name}: {error}")
     return wrong
 

@@ -8,8 +8,8 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
 from gold_jax.models.rope import Rope
-from gold_jax.text.batch import Half, Row, build_batches
-from gold_jax.text.share import Share
+from gold_jax.text.batch import Row, SideTokens, build_batches
+from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.step import make_distillation_loss
 from gold_jax.training.teacher import freeze_teacher
@@ -57,7 +57,7 @@ def rows(count, seed=0):
         for size in (V, W):
             group = np.repeat(np.arange(groups), rng.integers(1, 3, groups))
             prompt = rng.integers(0, size, int(rng.integers(1, 7))).astype(np.int32)
-            sides.append(Half(prompt, rng.integers(0, size, len(group)).astype(np.int32), group))
+            sides.append(SideTokens(prompt, rng.integers(0, size, len(group)).astype(np.int32), group))
         made.append(Row(*sides, groups=groups, text="", stopped=False))
     return made
 
@@ -81,6 +81,6 @@ def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0):
         groups=spec.groups,
         text=spec.of_text,
         normalization=normalization,
-        share=Share.whole(lines),
+        process_shard=ProcessShard.single_process(lines),
     )
     return jax.tree.map(jax.numpy.asarray, made)

@@ -11,12 +11,12 @@ from training.traces import event, plane, program, step, write
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.step_ranges import read_steps
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.training import profile
-from gold_jax.training.profile import host_part, profiled, show_summary, summarise, watched
+from gold_jax.training.batches import TokenBatchBuilder
+from gold_jax.training.profile import host_annotation, profiled, show_summary, summarise, watched
 from gold_jax.training.trace import PREFIX
-from gold_jax.training.windows import TokenWindows
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -150,7 +150,7 @@ def turn(numbers, folder, total=5, work=lambda step: None):
     double = jax.jit(lambda x: 2 * x)
     for at in profiled(total, numbers, folder, settle=x.block_until_ready, show=shown.append):
         work(at)
-        with host_part("alignment"):
+        with host_annotation("alignment"):
             x = double(x)
     return shown
 
@@ -193,11 +193,11 @@ def test_a_trace_that_cannot_be_read_is_told_and_the_run_goes_on(tmp_path, monke
 def test_watching_changes_neither_the_windows_nor_what_they_make():
     from text.toy_tokenizers import byte_level
 
-    windows = TokenWindows(Codec(byte_level()), 1, 1, None, "completion")
-    before = dict(vars(windows))
-    twin = watched(windows)
-    one, other = (w.train(0, [Example("x", "y")], None) for w in (windows, twin))
-    assert vars(windows) == before and twin.codec is not windows.codec
+    builder = TokenBatchBuilder(ChatTokenizer(byte_level()), 1, 1, None, "completion")
+    before = dict(vars(builder))
+    twin = watched(builder)
+    one, other = (w.build(0, [Example("x", "y")], None) for w in (builder, twin))
+    assert vars(builder) == before and twin.chat_tokenizer is not builder.chat_tokenizer
     assert one.stats == other.stats
     jax.tree.map(np.testing.assert_array_equal, one.batches, other.batches)
 
@@ -234,8 +234,8 @@ def test_a_profiled_run_learns_what_any_other_does(runs):
 def test_a_run_without_the_flag_has_nothing_to_do_with_profiles(runs):
     trainer, out, text = runs[None]
     assert not (out / "profile").exists() and "Where the time goes" not in text
-    windows = trainer.loop.task.windows
-    assert not any(callable(value) for name, value in vars(windows).items() if name in ("train", "_rows", "_sample"))
+    builder = trainer.loop.task.batch_builder
+    assert not any(callable(value) for name, value in vars(builder).items() if name in ("train", "_rows", "_sample"))
 
 
 def test_the_parts_of_every_step_add_up_to_its_time(runs):

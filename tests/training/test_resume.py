@@ -12,11 +12,11 @@ import tiny_models as tiny
 from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
-from gold_jax.models.weights import load_model
-from gold_jax.training import faults, loop
-from gold_jax.training.resume import check_run, cut_back
+from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.training import loop, nonfinite
+from gold_jax.training.resume import check_run, truncate_log
+from gold_jax.training.signals import Preempted
 from gold_jax.training.step import Step
-from gold_jax.training.stopping import Preempted
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 QUICK = {
@@ -278,9 +278,9 @@ def test_what_a_killed_save_left_behind_is_removed(world, finished, tmp_path):
 def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "eval_loss": 1}\n{"step": 4, "lo')
-    assert [row["step"] for row in cut_back(log, 2)] == [1, 2, 2]
+    assert [row["step"] for row in truncate_log(log, 2)] == [1, 2, 2]
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
-    assert cut_back(tmp_path / "none.jsonl", 2) == [] and not (tmp_path / "none.jsonl").exists()
+    assert truncate_log(tmp_path / "none.jsonl", 2) == [] and not (tmp_path / "none.jsonl").exists()
 
 
 def test_a_full_disk_ends_no_run_and_the_last_whole_checkpoint_stays(world, finished, tmp_path, monkeypatch):
@@ -325,7 +325,7 @@ def poisoned(monkeypatch, updates):
     make = SFTTrainer._make_loop
 
     def with_poison(self, task, *arguments):
-        train = task.windows.train
+        train = task.batch_builder.build
 
         def window(step, examples, params):
             made = train(step, examples, params)
@@ -333,7 +333,7 @@ def poisoned(monkeypatch, updates):
                 made.batches = [jax.tree.map(endless, batch) for batch in made.batches]
             return made
 
-        task.windows.train = window
+        task.batch_builder.build = window
         return make(self, task, *arguments)
 
     monkeypatch.setattr(SFTTrainer, "_make_loop", with_poison)
@@ -356,25 +356,27 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(world, tmp_path, m
 def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(world, tmp_path, monkeypatch):
     poisoned(monkeypatch, {3, 4, 5})
     trainer = sft(world, tmp_path / "out", max_skipped_updates=2, save_strategy="no")
-    with pytest.raises(faults.Diverged) as end:
+    with pytest.raises(nonfinite.Diverged) as end:
         trainer.train()
     said = str(end.value)
     assert "2 updates in a row, up to update 4" in said and "The parameters are finite, the loss is " in said
     assert "it read rows" in said and "lower --learning_rate than 0.01" in said and "checkpoint-4" in said
     after = sft(world, tmp_path / "out", max_skipped_updates=2, learning_rate=1e-3)
     after.train("latest")
-    assert after.loop.done == 6 and after.loop.skips.total == 3
+    assert after.loop.done == 6 and after.loop.nonfinite.total == 3
 
 
 def test_broken_parameters_are_told_from_a_broken_loss():
     params = {"embedding": np.array([1.0, np.nan]), "norm": np.ones(2)}
     metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.nan)}
     args = SFTConfig(max_grad_norm=0)
-    said = faults.explain(4, faults.Skips(4, 4), metrics, params, range(20), args)
+    said = nonfinite.describe_divergence(4, nonfinite.NonFiniteCounter(4, 4), metrics, params, range(20), args)
     assert "parameters themselves are not finite (embedding)" in said and "--max_grad_norm 1" in said
     assert "rows 0, 1, 2, 3, 4, 5, 6, 7, …" in said
     fine = {"embedding": np.ones(2)}
-    said = faults.explain(4, faults.Skips(4, 4), {"loss": 1.5, "grad_norm": np.inf}, fine, [1], args)
+    said = nonfinite.describe_divergence(
+        4, nonfinite.NonFiniteCounter(4, 4), {"loss": 1.5, "grad_norm": np.inf}, fine, [1], args
+    )
     assert "finite, the gradient's norm is inf" in said
 
 

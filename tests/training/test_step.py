@@ -99,7 +99,7 @@ def test_the_teacher_computes_the_same_before_and_after_its_head_is_reordered(ti
     order = vocabulary().teacher_order
     graph, params = split(teacher)
     constants = freeze_teacher(graph, params, vocabulary())
-    looked_up = constants.teacher_place[tokens] if tied else tokens
+    looked_up = constants.teacher_row_of_token[tokens] if tied else tokens
     hidden = merge(graph, constants.teacher)(looked_up, mask)
     np.testing.assert_allclose(hidden @ constants.teacher_head.T, before[..., order], rtol=1e-5, atol=1e-5)
     again = merge(graph, restore_teacher(graph, constants, vocabulary()))

@@ -15,7 +15,7 @@ from gold_jax.planning.traffic import Sent, added, sent_by
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class PlanRequest:
     """A run to plan.
 
     Attributes:
@@ -44,7 +44,7 @@ class Asked:
 
     def changed(
         self, *, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any
-    ) -> "Asked":
+    ) -> "PlanRequest":
         """The same with other settings, or on another mesh."""
         return dataclasses.replace(
             self, args=self.args.replace(**settings), mesh=mesh or self.mesh, topology=topology or self.topology
@@ -52,7 +52,7 @@ class Asked:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class ProgramMemory:
     """What a device holds while a program runs, beside what lies there always.
 
     Attributes:
@@ -78,39 +78,39 @@ class Plan:
     """What a run takes of each device.
 
     Attributes:
-        asked: the run.
-        always: bytes by part of what lies there all the time.
-        moments: the programs of an update and what each needs besides.
+        request: the run.
+        resident: bytes by part of what lies there all the time.
+        programs: the programs of an update and what each needs besides.
         phases: what an update costs.
         compiled: whether moments and phases are those of compiled programs; else all is arithmetic.
     """
 
-    asked: Asked
-    always: dict[str, int]
-    moments: tuple[Moment, ...]
+    request: PlanRequest
+    resident: dict[str, int]
+    programs: tuple[ProgramMemory, ...]
     phases: tuple[Phase, ...]
     compiled: bool = False
 
     @property
     def limit(self) -> int:
         """Bytes that a run may fill of a device: on GPUs what JAX takes when it starts."""
-        chip = self.asked.topology.chip
-        return chip.hbm_bytes if self.asked.topology.kind == "tpu" else int(GPU_SHARE * chip.hbm_bytes)
+        chip = self.request.topology.chip
+        return chip.hbm_bytes if self.request.topology.kind == "tpu" else int(GPU_SHARE * chip.hbm_bytes)
 
     @property
-    def fullest(self) -> Moment:
+    def peak_program(self) -> ProgramMemory:
         """The moment that needs most."""
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.programs, key=lambda program: program.total)
 
     @property
     def peak(self) -> int:
         """Bytes of a device at its fullest."""
-        return sum(self.always.values()) + self.fullest.total
+        return sum(self.resident.values()) + self.peak_program.total
 
     @property
-    def refused(self) -> tuple[Moment, ...]:
+    def refused(self) -> tuple[ProgramMemory, ...]:
         """The programs that the compiler refused."""
-        return tuple(moment for moment in self.moments if moment.error)
+        return tuple(program for program in self.programs if program.error)
 
     @property
     def fits(self) -> bool:
@@ -125,8 +125,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Tokens that the student learns from in an update, prompts too."""
-        sizes = self.asked.footprint()
-        return sizes.rows * sizes.length * self.asked.args.gradient_accumulation_steps
+        sizes = self.request.footprint()
+        return sizes.rows * sizes.length * self.request.args.gradient_accumulation_steps
 
     @property
     def tokens_per_second(self) -> float:
@@ -137,7 +137,7 @@ class Plan:
     def model_share(self) -> float:
         """Share of the chips' operations in an update's least time that the models need."""
         needed = sum(phase.model_flops for phase in self.phases)
-        return needed / (self.seconds * self.asked.topology.chip.flops)
+        return needed / (self.seconds * self.request.topology.chip.flops)
 
     @property
     def slowest(self) -> str:
@@ -155,39 +155,39 @@ class Plan:
     @property
     def compile_seconds(self) -> float | None:
         """That compiling took; None where nothing was compiled."""
-        spent = [moment.seconds for moment in self.moments if moment.seconds is not None]
+        spent = [program.seconds for program in self.programs if program.seconds is not None]
         return sum(spent) if spent else None
 
 
-def by_arithmetic(asked: Asked) -> Plan:
+def by_arithmetic(request: PlanRequest) -> Plan:
     """A plan for which nothing is compiled.
 
     Raises:
         ValueError: settings that make no run, such as attention that the devices cannot compute.
     """
-    footprint = asked.footprint()
-    check(asked, footprint)
-    moments = tuple(
-        Moment(program, {**footprint.beside(program), **footprint.temporaries(program)})
+    footprint = request.footprint()
+    check(request, footprint)
+    programs = tuple(
+        ProgramMemory(program, {**footprint.transient(program), **footprint.temporaries(program)})
         for program in footprint.programs()
     )
     sent = {program: sent_by(footprint, program) for program in footprint.programs()}
-    return Plan(asked, footprint.always(), moments, cost(asked, footprint, sent))
+    return Plan(request, footprint.resident(), programs, cost(request, footprint, sent))
 
 
-def check(asked: Asked, footprint: Footprint) -> None:
+def check(request: PlanRequest, footprint: Footprint) -> None:
     """See that the models can be computed on the devices.
 
     Raises:
         ValueError: they cannot, and why.
     """
-    for config in filter(None, asked.pair[:2]):
-        check_model(config, footprint.dtype, asked.attention or "auto", asked.platform)
+    for config in filter(None, request.pair[:2]):
+        check_model(config, footprint.dtype, request.attention or "auto", request.platform)
 
 
-def cost(asked: Asked, footprint: Footprint, sent: dict[str, Sent]) -> tuple[Phase, ...]:
+def cost(request: PlanRequest, footprint: Footprint, sent: dict[str, Sent]) -> tuple[Phase, ...]:
     """The phases of an update in which each program sends so much."""
-    return phases(footprint, asked.topology, sent, platform=asked.platform, attention=asked.attention or "auto")
+    return phases(footprint, request.topology, sent, platform=request.platform, attention=request.attention or "auto")
 
 
-__all__ = ["Asked", "Moment", "Plan", "by_arithmetic", "check", "cost"]
+__all__ = ["Plan", "PlanRequest", "ProgramMemory", "by_arithmetic", "check", "cost"]

@@ -4,7 +4,7 @@ import pytest
 from training.small import rows
 
 from gold_jax.text.batch import build_batches, build_token_batches
-from gold_jax.text.share import Share
+from gold_jax.text.process_shard import ProcessShard
 
 OWNER = (0, 0, 1, 2)
 LINES = ((0, 1), (2, 3), (3,))  # the last two processes both hold devices of line 3; process 1 does not count it
@@ -30,7 +30,7 @@ class Together:
 
             return with_others
 
-        return Share(
+        return ProcessShard(
             owner, lines[process], process, exchange(sum), exchange(lambda x: np.max(x, axis=0)), exchange(list)
         )
 
@@ -59,11 +59,13 @@ def put_together(parts, height):
 def test_processes_make_together_what_one_makes_alone(normalization, count):
     made = rows(count, seed=3)
     options = dict(merge="chain", groups="all", normalization=normalization)
-    alone = build_batches(made, 8, share=Share.whole(4), **options)
+    alone = build_batches(made, 8, process_shard=ProcessShard.single_process(4), **options)
 
     def build(share):
-        here = set(share.here(count, 8))
-        return build_batches([row if i in here else None for i, row in enumerate(made)], 8, share=share, **options)
+        here = set(share.local_rows(count, 8))
+        return build_batches(
+            [row if i in here else None for i, row in enumerate(made)], 8, process_shard=share, **options
+        )
 
     parts = by_all(build)
     for number, whole in enumerate(alone):
@@ -74,11 +76,11 @@ def test_processes_make_together_what_one_makes_alone(normalization, count):
 def test_labels_too():
     made = [(np.concatenate([r.student.prompt, r.student.completion]), ...) for r in rows(13, 1)]
     made = [(ids, np.arange(len(ids)) % 3 > 0) for ids, _ in made]
-    alone = build_token_batches(made, 8, share=Share.whole(4))
+    alone = build_token_batches(made, 8, process_shard=ProcessShard.single_process(4))
 
     def build(share):
-        here = set(share.here(13, 8))
-        return build_token_batches([row if i in here else None for i, row in enumerate(made)], 8, share=share)
+        here = set(share.local_rows(13, 8))
+        return build_token_batches([row if i in here else None for i, row in enumerate(made)], 8, process_shard=share)
 
     parts = by_all(build)
     for number, whole in enumerate(alone):
@@ -86,11 +88,11 @@ def test_labels_too():
 
 
 def test_every_row_counts_for_one_process():
-    shares = [Share(OWNER, lines, process) for process, lines in enumerate(LINES)]
+    shares = [ProcessShard(OWNER, lines, process) for process, lines in enumerate(LINES)]
     for row in range(16):
-        assert sum(share.counts(row, 8) for share in shares) == 1
-    assert shares[1].here(13, 8) == [4, 5, 6, 7, 12]
-    assert shares[2].here(13, 8) == [6, 7]
+        assert sum(share.is_owner(row, 8) for share in shares) == 1
+    assert shares[1].local_rows(13, 8) == [4, 5, 6, 7, 12]
+    assert shares[2].local_rows(13, 8) == [6, 7]
 
 
 def test_token_ids_of_all_rows_are_known_to_all():
@@ -98,9 +100,9 @@ def test_token_ids_of_all_rows_are_known_to_all():
     wanted = [0, 2, 3, 5, 6, 8, 12]
 
     def build(share):
-        mine = {i: ids[i] for i in share.here(13, 8)}
+        mine = {i: ids[i] for i in share.local_rows(13, 8)}
         try:
-            return share.all_of(wanted, mine, 8)
+            return share.gather_token_ids(wanted, mine, 8)
         except StopIteration:  # the others have not spoken yet
             return None
 

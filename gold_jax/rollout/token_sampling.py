@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 256  # entries of the vocabulary per block in `entry_at`
+_BLOCK = 256  # entries of the vocabulary per block in `inverse_cdf`
 
 
-def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def sample_tokens(
+    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
+) -> jax.Array:
     """One token per row.
 
     The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are kept.
@@ -30,16 +32,16 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.
 
     def sampled(logits):
         weights = top_k_weights(logits, temperature, top_k)
-        share = top_p * weights.sum(axis=1)
+        nucleus_mass = top_p * weights.sum(axis=1)
 
         def draw_again(state):
             tries, token, kept = state
             # Nothing is left out before the first draw.
-            lighter = jnp.where(tries == 0, 0.0, _at(weights, token))
+            lighter = jnp.where(tries == 0, 0.0, _weight_of(weights, token))
             uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
-            drawn = entry_at(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
+            drawn = inverse_cdf(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
             token = jnp.where(kept, token, drawn)
-            return tries + 1, token, kept | (top_p >= 1) | within(weights, token, share)
+            return tries + 1, token, kept | (top_p >= 1) | in_nucleus(weights, token, nucleus_mass)
 
         start = jnp.int32(0), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)
         return jax.lax.while_loop(lambda state: ~state[2].all(), draw_again, start)[1]
@@ -53,34 +55,34 @@ def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array) -
     weights = jnp.exp(scaled)
 
     def keep_k(weights):
-        order = _order(scaled)
+        order = _sortable_bits(scaled)
 
         def enough(threshold):
             return (order >= threshold[:, None]).sum(axis=1) >= top_k
 
-        return jnp.where(order >= _largest(enough, weights)[:, None], weights, 0.0)
+        return jnp.where(order >= _largest_threshold(enough, weights)[:, None], weights, 0.0)
 
     return jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
 
 
-def within(weights: jax.Array, token: jax.Array, share: jax.Array) -> jax.Array:
-    """Bool [B]: whether a row's token is among the fewest that together weigh `share [B]` or more: the likelier ones do not."""
-    heavier = jnp.where(weights > _at(weights, token)[:, None], weights, 0.0)
-    return ~(heavier.sum(axis=1) >= share)  # true where nothing is a number, or drawing would never end
+def in_nucleus(weights: jax.Array, token: jax.Array, nucleus_mass: jax.Array) -> jax.Array:
+    """Bool [B]: whether a row's token is among the fewest that together weigh `nucleus_mass [B]` or more: the likelier ones do not."""
+    heavier = jnp.where(weights > _weight_of(weights, token)[:, None], weights, 0.0)
+    return ~(heavier.sum(axis=1) >= nucleus_mass)  # true where nothing is a number, or drawing would never end
 
 
-def _at(weights: jax.Array, token: jax.Array) -> jax.Array:
+def _weight_of(weights: jax.Array, token: jax.Array) -> jax.Array:
     return jnp.take_along_axis(weights, token[:, None], axis=1)[:, 0]
 
 
-def _order(values: jax.Array) -> jax.Array:
+def _sortable_bits(values: jax.Array) -> jax.Array:
     """uint32 that compare as the floats do: the bit pattern, its negative half turned over."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 
-def _largest(enough, like: jax.Array) -> jax.Array:
+def _largest_threshold(enough, like: jax.Array) -> jax.Array:
     """The largest threshold of each row, uint32 [B], that is `enough`: 32 halvings instead of a sort."""
 
     def halve(index, threshold):
@@ -90,20 +92,20 @@ def _largest(enough, like: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 32, halve, jnp.zeros(like.shape[0], jnp.uint32))
 
 
-def entry_at(weights: jax.Array, uniform: jax.Array) -> jax.Array:
+def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
     """The entry [B] of weights [B, V] at which their cumulative share passes a number in [0, 1) for each row.
 
     First among blocks of the vocabulary, then within the block.
     """
     rows, size = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
-    block, rest = _invert(blocks.sum(axis=2), uniform)
-    own = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
-    inner, _ = _invert(own, rest)
+    block, rest = _inverse_cdf(blocks.sum(axis=2), uniform)
+    block_weights = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+    inner, _ = _inverse_cdf(block_weights, rest)
     return (block * _BLOCK + inner).astype(jnp.int32)
 
 
-def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Index [B] where the cumulative share of weights [B, C] first exceeds uniform, and how far into it, in [0, 1)."""
     sums = jnp.cumsum(weights, axis=1)
     target = uniform * sums[:, -1]
@@ -115,4 +117,4 @@ def _invert(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax.Arra
     return index, jnp.clip((target - before) / weight, 0.0, 1.0)
 
 
-__all__ = ["draw", "entry_at", "top_k_weights", "within"]
+__all__ = ["in_nucleus", "inverse_cdf", "sample_tokens", "top_k_weights"]

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.training import saves
+from gold_jax.training import checkpointing
 from gold_jax.training.checkpoint import checkpoints_in
-from gold_jax.training.saves import BadCheckpoint, Checkpoints, checksums, named, read_notes, renamed, restore
+from gold_jax.training.checkpointing import (
+    BadCheckpoint,
+    Checkpoints,
+    checksums,
+    from_named_arrays,
+    named_arrays,
+    read_metadata,
+    restore,
+)
 
 
 def state(seed=0):
@@ -43,7 +51,7 @@ def checkpoints(tmp_path):
 def test_what_is_saved_comes_back_to_the_last_bit_with_its_notes(checkpoints, tmp_path):
     checkpoints.save(5, state(), {"means": {"loss": [0.1, "float32", 1.0]}})
     assert checkpoints.finish() and checkpoints.last.name == "checkpoint-5"
-    notes = read_notes(checkpoints.last)
+    notes = read_metadata(checkpoints.last)
     assert notes["step"] == 5 and notes["means"] == {"loss": [0.1, "float32", 1.0]}
     found = restore(checkpoints.last, notes, abstract(state()))
     assert same(found, state()) and jax.tree.structure(found) == jax.tree.structure(state())
@@ -55,7 +63,7 @@ def test_a_folder_named_from_where_the_run_stands_is_written_and_read(tmp_path, 
     made.save(2, state(), {})
     made.close()
     assert str(made.last) == "runs/one/checkpoint-2" and (tmp_path / "runs/one/checkpoint-2/run.json").exists()
-    found = restore("runs/one/checkpoint-2", read_notes("runs/one/checkpoint-2"), abstract(state()))
+    found = restore("runs/one/checkpoint-2", read_metadata("runs/one/checkpoint-2"), abstract(state()))
     assert same(found, state())
 
 
@@ -65,7 +73,7 @@ def test_what_is_saved_may_be_donated_at_once(checkpoints):
     checkpoints.save(1, tree, {})
     tree = consume(tree)
     checkpoints.finish()
-    assert same(restore(checkpoints.last, read_notes(checkpoints.last), abstract(tree)), state())
+    assert same(restore(checkpoints.last, read_metadata(checkpoints.last), abstract(tree)), state())
 
 
 def test_saving_goes_on_in_the_background_and_looks_like_no_checkpoint_until_it_is_whole(checkpoints, tmp_path):
@@ -118,7 +126,7 @@ def test_a_failure_is_seen_without_waiting(checkpoints):
 
 @pytest.mark.parametrize("change", ["one bit", "two elements swapped", "an element of another array"])
 def test_any_change_of_an_array_changes_its_checksum(change):
-    arrays = named(state())
+    arrays = named_arrays(state())
     before = np.asarray(checksums(arrays))
     a = np.array(arrays["params.a"])
     if change == "one bit":
@@ -134,7 +142,7 @@ def test_any_change_of_an_array_changes_its_checksum(change):
 def test_an_array_that_reads_back_as_another_is_told_by_name(checkpoints):
     checkpoints.save(1, state(), {})
     checkpoints.finish()
-    notes = read_notes(checkpoints.last)
+    notes = read_metadata(checkpoints.last)
     notes["arrays"]["params.a"][2] ^= 1
     with pytest.raises(BadCheckpoint, match="params.a in it differ from what was saved"):
         restore(checkpoints.last, notes, abstract(state()))
@@ -143,22 +151,22 @@ def test_an_array_that_reads_back_as_another_is_told_by_name(checkpoints):
 def test_notes_of_a_later_format_are_not_guessed_at(checkpoints):
     checkpoints.save(1, state(), {})
     checkpoints.finish()
-    path = checkpoints.last / saves.NOTES
+    path = checkpoints.last / checkpointing.METADATA
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(BadCheckpoint, match="format 99"):
-        read_notes(checkpoints.last)
+        read_metadata(checkpoints.last)
 
 
 def test_names_of_a_tree_find_their_places_again():
     tree = state()
-    assert list(named(tree)) == ["optimizer.0", "optimizer.1.0", "params.a", "params.b"]
-    assert same(renamed(tree, dict(reversed(named(tree).items()))), tree)
+    assert list(named_arrays(tree)) == ["optimizer.0", "optimizer.1.0", "params.a", "params.b"]
+    assert same(from_named_arrays(tree, dict(reversed(named_arrays(tree).items()))), tree)
 
 
 RESHARD = """
 import sys, jax, jax.numpy as jnp, numpy as np
 from jax.sharding import NamedSharding, PartitionSpec as P
-from gold_jax.training.saves import Checkpoints, read_notes, restore
+from gold_jax.training.checkpointing import Checkpoints, read_metadata, restore
 devices = np.array(jax.devices())
 eight = NamedSharding(jax.sharding.Mesh(devices.reshape(8), ("fsdp",)), P("fsdp"))
 four = NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("data", "fsdp")), P(None, "fsdp"))
@@ -168,7 +176,7 @@ checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {"x": jax.device_put(value, eight)}, {})
 assert checkpoints.finish()
 for target in (eight, four, one):
-    notes = read_notes(checkpoints.last)
+    notes = read_metadata(checkpoints.last)
     found = restore(checkpoints.last, notes, {"x": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target)})["x"]
     assert found.sharding == target and np.array_equal(found, value), target
 """

@@ -1,4 +1,4 @@
-"""A model and the codec that reads and writes for it: what each side of a distillation is."""
+"""Loads a model with its tokenizer and chat template."""
 
 import copy
 import json
@@ -12,21 +12,21 @@ from transformers import AutoTokenizer
 
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.models.weights import load_model
+from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.parallel.layout import Placement
 from gold_jax.quickstart import PREFIX, resolve
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 
 
-class Participant(NamedTuple):
+class LoadedModel(NamedTuple):
     """A student or a teacher."""
 
     model: Decoder
-    codec: Codec
+    chat_tokenizer: ChatTokenizer
     name: str
 
 
-def load_participant(
+def load_model_and_tokenizer(
     model: Any,
     tokenizer: Any = None,
     *,
@@ -43,7 +43,7 @@ def load_participant(
     attention: str | None = None,
     placement: Placement | None = None,
     role: str = "model",
-) -> Participant:
+) -> LoadedModel:
     """Brings a model and its tokenizer together, from disk, the hub or memory.
 
     Args:
@@ -71,7 +71,7 @@ def load_participant(
     name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
     if tokenizer is None and not isinstance(model, str | pathlib.Path):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
-    model, tokenizer = (_found(x) for x in (model, tokenizer))
+    model, tokenizer = (_resolve_embedded(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
     model = _model(model, dtype, param_dtype, read_dtype, remat, revision, attention, placement)
     named = isinstance(source, str | pathlib.Path)
@@ -88,7 +88,7 @@ def load_participant(
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")
         source.eos_token = eos_token
-    codec = Codec(
+    chat_tokenizer = ChatTokenizer(
         source,
         stop_ids=stop_ids_of(model),
         chat_template=chat_template,
@@ -96,20 +96,20 @@ def load_participant(
         special_tokens_in_prompts=special_tokens_in_prompts,
         copy_tokenizer=False,
     )
-    largest = max(source.get_vocab().values(), default=-1)
-    if largest >= model.config.vocab_size:
-        lost = sorted(i for i in source.get_vocab().values() if i >= model.config.vocab_size)
-        spelled = [i for i in lost if codec.surfaces.table[i] is not None or i in codec.stop_ids]
+    largest_id = max(source.get_vocab().values(), default=-1)
+    if largest_id >= model.config.vocab_size:
+        beyond = sorted(i for i in source.get_vocab().values() if i >= model.config.vocab_size)
+        spelled = [i for i in beyond if chat_tokenizer.surfaces.table[i] is not None or i in chat_tokenizer.stop_ids]
         if spelled:
             raise ValueError(
-                f"the {role}'s tokenizer has {len(lost)} ids beyond the {model.config.vocab_size} rows of its model "
+                f"the {role}'s tokenizer has {len(beyond)} ids beyond the {model.config.vocab_size} rows of its model "
                 f"(first: {spelled[0]}, {source.convert_ids_to_tokens(spelled[0])!r}): it is not this model's tokenizer. "
                 "A model may have more rows than its tokenizer has ids, never fewer."
             )
-    return Participant(model, codec, name)
+    return LoadedModel(model, chat_tokenizer, name)
 
 
-def _found(source: Any) -> Any:
+def _resolve_embedded(source: Any) -> Any:
     """What comes with the package, by its `embedded:…` name; everything else as it is."""
     return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
@@ -133,7 +133,7 @@ def _model(
             remat=remat,
             revision=revision,
             attention=attention or "auto",
-            sharding=None if placement is None else placement.stored,
+            sharding=None if placement is None else placement.param_sharding,
         )
         return loaded if placement is None else loaded.replace(placement=placement)
     if isinstance(model, tuple) and len(model) == 2:
@@ -154,7 +154,7 @@ def _model(
         attention=attention or model.attention,
         placement=None,
     )
-    return model if placement is None else model.place(placement)
+    return model if placement is None else model.shard(placement)
 
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):

@@ -13,57 +13,57 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-ROWS_AT_ONCE = 8192  # of a head's gradient
+GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
 
 
-def chunk_size(asked: int | None) -> int:
+def chunk_size(requested: int | None) -> int:
     """Positions whose logits are held at once: as asked, or what runs best where JAX runs.
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but not
     for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it; what is
     best there has not been measured.
     """
-    return asked or (64 if jax.default_backend() == "cpu" else 256)
+    return requested or (64 if jax.default_backend() == "cpu" else 256)
 
 
-class Inner(NamedTuple):
+class InnerTokens(NamedTuple):
     """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
 
     Attributes:
       rows: `[M]` the row whose state predicts the token.
-      places: `[M]` the token's column of the logits.
+      columns: `[M]` the token's column of the logits.
       slots: `[M]` which of the positions it belongs to.
       live: how many there are.
     """
 
     rows: jax.Array
-    places: jax.Array
+    columns: jax.Array
     slots: jax.Array
     live: jax.Array
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["part"], meta_fields=["axes"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
-class Cut:
+class HeadShard:
     """The columns of a head that a device holds, where every device of a mesh sums over positions of its own.
 
     Attributes:
-      part: `[V, D / devices]`.
+      shard: `[V, D / devices]`.
       axes: the mesh axes over which the columns are cut, the outermost first.
     """
 
-    part: jax.Array
+    shard: jax.Array
     axes: tuple[str, ...]
 
-    def joined(self, gradient: jax.Array) -> "Cut":
+    def reduce_scatter(self, gradient: jax.Array) -> "HeadShard":
         """What a gradient `[V, D]` of the whole head, one on each device, comes to for the device's own columns."""
-        return Cut(jax.lax.psum_scatter(gradient, self.axes, scatter_dimension=1, tiled=True), self.axes)
+        return HeadShard(jax.lax.psum_scatter(gradient, self.axes, scatter_dimension=1, tiled=True), self.axes)
 
 
-def whole(head: jax.Array | Cut | None, dtype) -> jax.Array | None:
+def unshard_head(head: jax.Array | HeadShard | None, dtype) -> jax.Array | None:
     """A head `[V, D]` in the dtype that it is multiplied in; None where there is none."""
-    if isinstance(head, Cut):
-        return jax.lax.all_gather(head.part.astype(dtype), head.axes, axis=1, tiled=True)
+    if isinstance(head, HeadShard):
+        return jax.lax.all_gather(head.shard.astype(dtype), head.axes, axis=1, tiled=True)
     return None if head is None else head.astype(dtype)
 
 
@@ -90,7 +90,7 @@ def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
-def _whole_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
+def _pad_to_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
     """Pads every `[P, ...]` leaf to whole chunks; returns it with the number of chunks that hold a live position."""
     size = jax.tree.leaves(positions)[0].shape[0]
     extra = -size % chunk
@@ -102,12 +102,12 @@ def _slice(tree, start, chunk):
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), tree)
 
 
-def fetch(hidden: jax.Array, rows: jax.Array) -> jax.Array:
+def gather_rows(hidden: jax.Array, rows: jax.Array) -> jax.Array:
     """Rows of `hidden [N, D]` by number, `[C, D]`. The numbers must be in range."""
     return hidden.at[rows].get(mode="promise_in_bounds")
 
 
-def map_over_chunks(
+def fused_linear_map(
     fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array | None, rows: jax.Array, positions: Any, live
 ) -> jax.Array:
     """One number per position from its logits. Not differentiable.
@@ -125,25 +125,25 @@ def map_over_chunks(
       `[P]` float32, zero beyond the live ones.
     """
     size, head = rows.shape[0], None if head is None else head.astype(hidden.dtype)
-    padded, count = _whole_chunks((rows, positions), live, chunk)
+    padded, count = _pad_to_chunks((rows, positions), live, chunk)
 
     def step(i, out):
         r, p = _slice(padded, i * chunk, chunk)
-        return jax.lax.dynamic_update_slice_in_dim(out, fn(head_logits(fetch(hidden, r), head), p), i * chunk, 0)
+        return jax.lax.dynamic_update_slice_in_dim(out, fn(head_logits(gather_rows(hidden, r), head), p), i * chunk, 0)
 
     out = jax.lax.fori_loop(0, count, step, jnp.zeros(padded[0].shape[0], jnp.float32))[:size]
     return jnp.where(jnp.arange(size) < live, out, 0.0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def sum_over_chunks(
+def fused_linear_sum(
     fn: Callable,
     token_fn: Callable | None,
     chunk: int,
     hidden: jax.Array,
     head: jax.Array | None,
     rows: jax.Array,
-    inner: Inner | None,
+    inner: InnerTokens | None,
     shared: Any,
     positions: Any,
     live,
@@ -173,59 +173,63 @@ def sum_over_chunks(
     Returns:
       The sum, and the sums of the parts (not differentiated).
     """
-    weight = whole(head, hidden.dtype)
-    scale = _scales(token_fn, chunk, hidden, weight, rows, inner)
-    padded, count = _whole_chunks((rows, scale, positions), live, chunk)
+    weight = unshard_head(head, hidden.dtype)
+    scale = _inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
+    padded, count = _pad_to_chunks((rows, scale, positions), live, chunk)
 
     def step(i, total):
         r, x, p = _slice(padded, i * chunk, chunk)
-        return jax.tree.map(jnp.add, total, fn(head_logits(fetch(hidden, r), weight), x, shared, p))
+        return jax.tree.map(jnp.add, total, fn(head_logits(gather_rows(hidden, r), weight), x, shared, p))
 
-    return jax.lax.fori_loop(0, count, step, _zeros(fn, chunk, hidden, weight, shared, padded))
+    return jax.lax.fori_loop(0, count, step, _zero_sums(fn, chunk, hidden, weight, shared, padded))
 
 
-def _scales(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
+def _inner_logp_sums(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
     """The sum of each position's inner log-probabilities, `[P]`."""
     if inner is None:
         return jnp.zeros(rows.shape[0], jnp.float32)
-    logp = map_over_chunks(token_fn, chunk, hidden, head, inner.rows, inner.places, inner.live)
+    logp = fused_linear_map(token_fn, chunk, hidden, head, inner.rows, inner.columns, inner.live)
     return jnp.zeros(rows.shape[0], jnp.float32).at[inner.slots].add(logp)
 
 
-def _zeros(fn, chunk, hidden, head, shared, padded):
+def _zero_sums(fn, chunk, hidden, head, shared, padded):
     """What `fn` returns, as zeros: the sum before the first chunk."""
     r, x, p = _slice(padded, 0, chunk)
-    shapes = jax.eval_shape(lambda: fn(head_logits(fetch(hidden, r), head), x, shared, p))
+    shapes = jax.eval_shape(lambda: fn(head_logits(gather_rows(hidden, r), head), x, shared, p))
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
 
 def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positions, live):
-    weight = whole(head, hidden.dtype)
-    scale = _scales(token_fn, chunk, hidden, weight, rows, inner)
-    padded, count = _whole_chunks((rows, scale, positions), live, chunk)
+    weight = unshard_head(head, hidden.dtype)
+    scale = _inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
+    padded, count = _pad_to_chunks((rows, scale, positions), live, chunk)
 
     def step(i, carry):
         total, gradients, d_scale = carry
         r, x, p = _slice(padded, i * chunk, chunk)
-        h = fetch(hidden, r)
+        h = gather_rows(hidden, r)
         value, pullback, parts = jax.vjp(lambda z, x: fn(z, x, shared, p), head_logits(h, weight), x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
         d_scale = jax.lax.dynamic_update_slice_in_dim(d_scale, d_x, i * chunk, 0)
-        return jax.tree.map(jnp.add, total, (value, parts)), _add(gradients, d_logits, r, h, weight), d_scale
+        return (
+            jax.tree.map(jnp.add, total, (value, parts)),
+            _accumulate_gradients(gradients, d_logits, r, h, weight),
+            d_scale,
+        )
 
     zeros = jnp.zeros(hidden.shape, jnp.float32), None if head is None else jnp.zeros(weight.shape, jnp.float32)
-    start = _zeros(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
+    start = _zero_sums(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
     total, gradients, d_scale = jax.lax.fori_loop(0, count, step, start)
     if inner is not None:
-        gradients = _through_tokens(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
+        gradients = _add_inner_gradients(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
     d_hidden, d_head = gradients
-    if isinstance(head, Cut):
-        d_head = head.joined(d_head)
+    if isinstance(head, HeadShard):
+        d_head = head.reduce_scatter(d_head)
     d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)  # nothing where there is no head
     return total, (d_hidden.astype(hidden.dtype), d_head)
 
 
-def _add(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: jax.Array | None):
+def _accumulate_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: jax.Array | None):
     """Gradients of hidden states and head with those of one chunk added; without a head the logits' own is the first."""
     d_hidden, d_head = gradients
     if weight is not None:
@@ -244,23 +248,25 @@ def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> ja
         return jax.lax.dynamic_update_slice_in_dim(total, block, start, 0)
 
     size = total.shape[0]
-    whole, rest = divmod(size, ROWS_AT_ONCE)
-    if whole:
-        total = jax.lax.fori_loop(0, whole, lambda i, total: add(total, i * ROWS_AT_ONCE, ROWS_AT_ONCE), total)
-    return add(total, whole * ROWS_AT_ONCE, rest) if rest else total
+    full_blocks, rest = divmod(size, GRADIENT_BLOCK_ROWS)
+    if full_blocks:
+        total = jax.lax.fori_loop(
+            0, full_blocks, lambda i, total: add(total, i * GRADIENT_BLOCK_ROWS, GRADIENT_BLOCK_ROWS), total
+        )
+    return add(total, full_blocks * GRADIENT_BLOCK_ROWS, rest) if rest else total
 
 
-def _through_tokens(token_fn, chunk, hidden, weight, inner: Inner, d_scale, gradients):
+def _add_inner_gradients(token_fn, chunk, hidden, weight, inner: InnerTokens, d_scale, gradients):
     """The gradients with those of the inner tokens' log-probabilities added, each times its position's `d_scale`."""
     live = jnp.arange(inner.rows.shape[0]) < inner.live
     factor = jnp.where(live, d_scale[inner.slots], 0.0)
-    padded, count = _whole_chunks((inner.rows, inner.places, factor), inner.live, chunk)
+    padded, count = _pad_to_chunks((inner.rows, inner.columns, factor), inner.live, chunk)
 
     def step(i, gradients):
-        r, places, f = _slice(padded, i * chunk, chunk)
-        h = fetch(hidden, r)
-        _, pullback = jax.vjp(lambda z: token_fn(z, places), head_logits(h, weight))
-        return _add(gradients, pullback(f)[0], r, h, weight)
+        r, columns, f = _slice(padded, i * chunk, chunk)
+        h = gather_rows(hidden, r)
+        _, pullback = jax.vjp(lambda z: token_fn(z, columns), head_logits(h, weight))
+        return _accumulate_gradients(gradients, pullback(f)[0], r, h, weight)
 
     return jax.lax.fori_loop(0, count, step, gradients)
 
@@ -271,4 +277,4 @@ def _sum_backward(fn, token_fn, chunk, gradients, cotangent):
     return (*scaled, None, None, None, None, None)
 
 
-sum_over_chunks.defvjp(_sum_forward, _sum_backward)
+fused_linear_sum.defvjp(_sum_forward, _sum_backward)

@@ -23,7 +23,7 @@ _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden:
+class EscapedText:
     """A text in which some strings are hidden.
 
     Attributes:
@@ -35,13 +35,13 @@ class Hidden:
     strings: dict[str, str]
 
     @property
-    def shown(self) -> str:
+    def original(self) -> str:
         """The text as it was."""
-        return _show(self.text, self.strings)
+        return _unescape(self.text, self.strings)
 
-    def part(self, begin: int, end: int) -> "Hidden":
+    def slice(self, begin: int, end: int) -> "EscapedText":
         """The characters `[begin, end)`, where a hidden string is one."""
-        return Hidden(self.text[begin:end], self.strings)
+        return EscapedText(self.text[begin:end], self.strings)
 
 
 class SpecialStrings:
@@ -66,19 +66,19 @@ class SpecialStrings:
         """Those that stand in texts; each once, in the order in which they come."""
         return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
 
-    def hide(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
-        """A text, or every text in nested lists and dicts, with stand-ins for these strings.
+    def escape(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
+        """A text, or every text in nested lists and dicts, with placeholders for these strings.
 
         Args:
             value: the text, list or dict.
-            strings: stand-in to string, as `Hidden` has it.
+            strings: placeholder to string, as `EscapedText` has it.
             keep: strings to leave as they are.
         """
         marks = {string: mark for mark, string in strings.items()}
-        return _changed(value, lambda t: self.pattern.sub(lambda m: m[0] if m[0] in keep else marks[m[0]], t))
+        return _map_strings(value, lambda t: self.pattern.sub(lambda m: m[0] if m[0] in keep else marks[m[0]], t))
 
 
-class Guard:
+class SpecialTokenEscaper:
     """Renders prompts with special strings of users' text hidden.
 
     What is hidden: every special string in contents, names, tool calls, tools and a row's own template variables. Roles
@@ -103,68 +103,70 @@ class Guard:
         self._specials = specials
         self._frame_given = frozenset(frame)
 
-    def render(self, prompt: str | list[dict], *, generate: bool = False) -> Hidden:
+    def render(self, prompt: str | list[dict], *, generate: bool = False) -> EscapedText:
         """A prompt as the template writes it; a plain text as it is.
 
         Raises:
             ValueError: the template refuses the conversation.
         """
         if isinstance(prompt, str):
-            strings = self._stand_ins(prompt)
-            return Hidden(self._specials.hide(prompt, strings), strings)
-        return self._with_hidden(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
+            strings = self._placeholders(prompt)
+            return EscapedText(self._specials.escape(prompt, strings), strings)
+        return self._with_escaped(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
 
-    def answers(self, messages: list[dict]) -> tuple[Hidden, list[tuple[int, int]]]:
+    def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""
-        return self._with_hidden(messages, self._template.answers)
+        return self._with_escaped(messages, self._template.answers)
 
-    def _with_hidden(self, messages: list[dict], work: Callable) -> tuple[Hidden, list]:
-        strings = self._stand_ins(messages)
+    def _with_escaped(self, messages: list[dict], work: Callable) -> tuple[EscapedText, list]:
+        strings = self._placeholders(messages)
         if not strings:
             text, spans = work(messages)
-            return Hidden(text, {}), spans
+            return EscapedText(text, {}), spans
         try:
-            text, spans = work(self._hidden(messages, strings, self._sought(messages, strings)))
+            text, spans = work(
+                self._escape_messages(messages, strings, self._strings_the_template_looks_for(messages, strings))
+            )
         except ValueError:
             work(messages)  # complains in the user's own words
             raise
         for mark in strings:  # a template may write tools as JSON in ASCII
-            escaped = _escaped(mark)
+            escaped = _json_escape(mark)
             spans = [tuple(at - (len(escaped) - 1) * text.count(escaped, 0, at) for at in span) for span in spans]
             text = text.replace(escaped, mark)
-        return Hidden(text, strings), spans
+        return EscapedText(text, strings), spans
 
-    def _stand_ins(self, prompt) -> dict[str, str]:
-        found = self._specials.found_in(_texts_of(prompt))
+    def _placeholders(self, prompt) -> dict[str, str]:
+        found = self._specials.found_in(_user_texts(prompt))
         if not found:
             return {}
-        return dict(zip(stand_ins(len(found), "".join(_texts_of(prompt)) + self._template.source), found))
+        return dict(zip(placeholders(len(found), "".join(_user_texts(prompt)) + self._template.source), found))
 
-    def _hidden(self, messages: list[dict], strings: dict[str, str], keep: frozenset[str]) -> list[dict]:
-        hide = functools.partial(self._specials.hide, strings=strings)
-        hidden = [
+    def _escape_messages(self, messages: list[dict], strings: dict[str, str], keep: frozenset[str]) -> list[dict]:
+        hide = functools.partial(self._specials.escape, strings=strings)
+        escaped = [
             {k: v if k == "role" else hide(v, keep=keep if m.get("role") == "assistant" else frozenset()) for k, v in m.items()}
             for m in messages
         ]  # fmt: skip
         if not isinstance(messages, Conversation):
-            return hidden
-        return Conversation(hidden, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
+            return escaped
+        return Conversation(escaped, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
 
-    def _sought(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
+    def _strings_the_template_looks_for(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
         """What the template looks for in assistants' messages and may find there."""
-        said = self._specials.found_in(_texts_of([m for m in messages if m.get("role") == "assistant"]))
-        sought = frozenset(s for s in said if s in self._template.source and s not in self._frame)
-        if not sought:
-            return sought
+        said = self._specials.found_in(_user_texts([m for m in messages if m.get("role") == "assistant"]))
+        literals = frozenset(s for s in said if s in self._template.source and s not in self._frame)
+        if not literals:
+            return literals
 
         def written(keep):
-            return _show(self._template.render(self._hidden(messages, strings, keep)), strings)
+            return _unescape(self._template.render(self._escape_messages(messages, strings, keep)), strings)
 
-        whole = written(sought)
-        for string in sorted(sought):
-            if written(sought - {string}) == whole:
-                sought -= {string}
-        return sought
+        full = written(literals)
+        for string in sorted(literals):
+            if written(literals - {string}) == full:
+                literals -= {string}
+        return literals
 
     @functools.cached_property
     def _frame(self) -> frozenset[str]:
@@ -175,7 +177,7 @@ class Guard:
         return self._frame_given.union(self._specials.found_in([turn, self._template.tail]))
 
 
-class HiddenEncoder:
+class EscapedTextEncoder:
     """Encodes texts with hidden strings: these as plain text, everything else as the tokenizer by itself reads it.
 
     Args:
@@ -191,43 +193,43 @@ class HiddenEncoder:
         self._names: dict[str, str] = {}
         self._renamed: Any = None  # made when it is first needed
 
-    def encode(self, hidden: Hidden, *, add_special_tokens: bool = False) -> list[int]:
+    def encode(self, escaped: EscapedText, *, add_special_tokens: bool = False) -> list[int]:
         """The tokens of a text.
 
         Args:
-            hidden: the text.
+            escaped: the text.
             add_special_tokens: whether the tokenizer puts its own special tokens around it.
         """
         if backend_of(self._tokenizer) is None:
-            return self._by_stretches(hidden, add_special_tokens)
-        return self._as_renamed(hidden, add_special_tokens)[0]
+            return self._encode_segments(escaped, add_special_tokens)
+        return self._encode_with_renamed(escaped, add_special_tokens)[0]
 
-    def encode_with_offsets(self, hidden: Hidden) -> tuple[list[int], np.ndarray]:
+    def encode_with_offsets(self, escaped: EscapedText) -> tuple[list[int], np.ndarray]:
         """The tokens of a text, and the characters `[start, end)` of the hidden text that each stands in, int64 [T, 2].
 
         For tokenizers with a `tokenizers` backend alone: others tell no offsets.
         """
-        return self._as_renamed(hidden, False)
+        return self._encode_with_renamed(escaped, False)
 
-    def _as_renamed(self, hidden: Hidden, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
+    def _encode_with_renamed(self, escaped: EscapedText, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
         # One string for every character of the hidden text; "" inside a token that the template wrote.
-        pieces = [hidden.strings.get(char, char) for char in hidden.text]
-        written = self._written(hidden.text)
+        pieces = [escaped.strings.get(char, char) for char in escaped.text]
+        written = self._template_specials(escaped.text)
         shown = "".join(pieces)
         if self._renamed is None or any(name in shown for name in self._names.values()):
             backend, strings = backend_of(self._tokenizer), self._specials.tokens
             entries = "".join(entry for entry in backend.get_vocab() if len(entry) == 1)  # Gemma's has private-use ones
-            self._names = dict(zip(strings, stand_ins(len(strings), shown + entries)))
-            self._renamed = _with_other_names(backend, self._names)
+            self._names = dict(zip(strings, placeholders(len(strings), shown + entries)))
+            self._renamed = _with_renamed_special_tokens(backend, self._names)
         ends = np.arange(1, len(pieces) + 1)
         for begin, end, string in written:
             pieces[begin:end] = [self._names[string], *[""] * (end - begin - 1)]
             ends[begin] = end
         encoding = self._renamed.encode("".join(pieces), add_special_tokens=add_special_tokens)
         offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return encoding.ids, _in_hidden(offsets, np.array([len(piece) for piece in pieces], np.int64), ends)
+        return encoding.ids, _to_escaped_offsets(offsets, np.array([len(piece) for piece in pieces], np.int64), ends)
 
-    def _written(self, text: str) -> Iterator[tuple[int, int, str]]:
+    def _template_specials(self, text: str) -> Iterator[tuple[int, int, str]]:
         """Where the tokenizer by itself reads a special token in a text that holds none of the user's."""
         if not self._specials.pattern.search(text):
             return
@@ -238,22 +240,22 @@ class HiddenEncoder:
             if at >= 0:  # else the token for unknown characters, which nobody wrote
                 yield at, at + len(string), string
 
-    def _by_stretches(self, hidden: Hidden, add_special_tokens: bool) -> list[int]:
+    def _encode_segments(self, escaped: EscapedText, add_special_tokens: bool) -> list[int]:
         """For tokenizers that are all Python: they read every stretch between two added tokens by itself."""
         tokens = {token.content: token for token in self._tokenizer.added_tokens_decoder.values()}
-        parts = re.split(f"({_any_of(list(tokens))})", hidden.text) if tokens else [hidden.text]
+        parts = re.split(f"({_any_of(list(tokens))})", escaped.text) if tokens else [escaped.text]
         ids: list[int] = []
         native = ""  # what has been passed since the last stretch with something hidden
         for k, part in enumerate(parts):
-            if hidden.strings.keys().isdisjoint(part):
+            if escaped.strings.keys().isdisjoint(part):
                 native += part
                 continue
-            stretch = _show(part, hidden.strings)
+            segment = _unescape(part, escaped.strings)
             if k > 0 and tokens[parts[k - 1]].rstrip:
-                stretch = stretch.lstrip()
+                segment = segment.lstrip()
             if k + 1 < len(parts) and tokens[parts[k + 1]].lstrip:
-                stretch = stretch.rstrip()
-            ids += self._encode(native) + self._encode(stretch, split_special_tokens=True)
+                segment = segment.rstrip()
+            ids += self._encode(native) + self._encode(segment, split_special_tokens=True)
             native = ""
         ids += self._encode(native)
         return self._tokenizer.build_inputs_with_special_tokens(ids) if add_special_tokens else ids
@@ -262,7 +264,7 @@ class HiddenEncoder:
         return self._tokenizer.encode(text, add_special_tokens=False, **kwargs) if text else []
 
 
-def stand_ins(count: int, text: str) -> list[str]:
+def placeholders(count: int, text: str) -> list[str]:
     """Private-use characters that do not stand in a text, nor their JSON escapes.
 
     Raises:
@@ -270,23 +272,23 @@ def stand_ins(count: int, text: str) -> list[str]:
     """
     lower = text.lower()
     free = (chr(i) for first, last in _PRIVATE for i in range(first, last))
-    marks = list(itertools.islice((c for c in free if c not in text and _escaped(c) not in lower), count))
+    marks = list(itertools.islice((c for c in free if c not in text and _json_escape(c) not in lower), count))
     if len(marks) < count:
         raise ValueError(f"a text uses nearly all private-use characters of Unicode; {count} free ones are needed")
     return marks
 
 
-def _escaped(char: str) -> str:
+def _json_escape(char: str) -> str:
     return json.dumps(char)[1:-1]
 
 
-def _show(text: str, strings: dict[str, str]) -> str:
+def _unescape(text: str, strings: dict[str, str]) -> str:
     for mark, string in strings.items():
         text = text.replace(mark, string)
     return text
 
 
-def _in_hidden(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
+def _to_escaped_offsets(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """Offsets in a text, [T, 2], as offsets in a hidden text each of whose characters has become so and so many."""
     piece = np.repeat(np.arange(len(lengths)), lengths)  # character of the text -> character of the hidden text
     begin = np.append(piece, len(lengths))[offsets[:, 0]]
@@ -294,7 +296,7 @@ def _in_hidden(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np
     return np.stack([begin, np.where(offsets[:, 1] > offsets[:, 0], end, begin)], 1)
 
 
-def _with_other_names(backend, names: dict[str, str]):
+def _with_renamed_special_tokens(backend, names: dict[str, str]):
     """A copy of a `tokenizers.Tokenizer` whose special tokens have other strings and the same ids.
 
     Nothing in the copy spells the old strings as one token: neither the vocabulary of a Unigram model, which would
@@ -334,32 +336,32 @@ def _any_of(strings: Sequence[str]) -> str:
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
-def _texts_of(prompt: str | list[dict]) -> Iterator[str]:
+def _user_texts(prompt: str | list[dict]) -> Iterator[str]:
     """Every text that a user has a say in: of messages all but their roles, and what they are told beside."""
     if isinstance(prompt, str):
         yield prompt
         return
     for message in prompt:
-        yield from _texts_in([item for key, item in message.items() if key != "role"])
+        yield from _nested_texts([item for key, item in message.items() if key != "role"])
     if isinstance(prompt, Conversation):
-        yield from _texts_in((prompt.tools, prompt.template_kwargs))
+        yield from _nested_texts((prompt.tools, prompt.template_kwargs))
 
 
-def _texts_in(value: Any) -> Iterator[str]:
+def _nested_texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from _texts_in([*value.keys(), *value.values()])
+        yield from _nested_texts([*value.keys(), *value.values()])
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _texts_in(item)
+            yield from _nested_texts(item)
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {_changed(key, change): _changed(item, change) for key, item in value.items()}
+        return {_map_strings(key, change): _map_strings(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_changed(item, change) for item in value]
+        return [_map_strings(item, change) for item in value]
     return value

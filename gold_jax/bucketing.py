@@ -9,7 +9,7 @@ def bucket(length: int, *, smallest: int = 32) -> int:
     return size
 
 
-def line_bucket(length: int, *, smallest: int = 32) -> int:
+def fine_bucket(length: int, *, smallest: int = 32) -> int:
     """The smallest of 32, 40, 48, 56, 64, 80, 96, … (four to an octave) that holds `length`: a tenth is padding on average."""
     octave = max(smallest, power_of_two(length) // 2)
     return next(size for size in range(octave, 2 * octave + 1, octave // 4) if size >= length)

@@ -4,12 +4,12 @@ import dataclasses
 
 import numpy as np
 
-from gold_jax.text.chat import Codec, Prompt
+from gold_jax.text.chat import ChatTokenizer, Prompt
 from gold_jax.text.encode import Encoded, spans_from_surfaces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Drawn:
+class SampledCompletion:
     """A completion that a model drew.
 
     Attributes:
@@ -17,7 +17,7 @@ class Drawn:
         spans: int32 [T, 2], the bytes of `text` that each token spells.
         text: the completion.
         stopped: whether a stop token ended it.
-        damaged: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
+        invalid_utf8: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
             tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
         unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a model drew
             has none, because it ends before the first; a text that was encoded may.
@@ -27,7 +27,7 @@ class Drawn:
     spans: np.ndarray
     text: str
     stopped: bool
-    damaged: bool
+    invalid_utf8: bool
     unknown: np.ndarray = None  # False for every token unless given
 
     def __post_init__(self):
@@ -35,12 +35,14 @@ class Drawn:
             object.__setattr__(self, "unknown", np.zeros(len(self.ids), np.bool_))
 
     @classmethod
-    def of_text(cls, text: str, encoded: Encoded, *, stopped: bool = True, damaged: bool = False) -> "Drawn":
+    def from_text(
+        cls, text: str, encoded: Encoded, *, stopped: bool = True, invalid_utf8: bool = False
+    ) -> "SampledCompletion":
         """A text that a tokenizer has encoded, in the form of what a model drew."""
-        return cls(encoded.ids, encoded.spans, text, stopped, damaged, encoded.unknown)
+        return cls(encoded.ids, encoded.spans, text, stopped, invalid_utf8, encoded.unknown)
 
 
-def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Drawn:
+def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | None = None) -> SampledCompletion:
     """Read what a model drew after a prompt.
 
     The tokens end before the first stop token. Where they spell something that is not UTF-8 (a character cut off by the
@@ -52,7 +54,7 @@ def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Dr
     left out.
 
     Args:
-        codec: the codec of the model that drew.
+        chat tokenizer: the chat tokenizer of the model that drew.
         ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
         after: the prompt, as for `encode_completions`.
 
@@ -60,55 +62,59 @@ def completion_from_ids(codec: Codec, ids, *, after: Prompt | None = None) -> Dr
         The longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
     """
     ids = np.asarray(ids, np.int32)
-    stops = np.flatnonzero(np.isin(ids, codec.stop_ids))
+    stops = np.flatnonzero(np.isin(ids, chat_tokenizer.stop_ids))
     ids = ids[: stops[0]] if stops.size else ids
-    size = len(codec.surfaces)
-    strays = np.flatnonzero((ids < 0) | (ids >= size) | ~codec.surfaces.spells[np.clip(ids, 0, size - 1)])
-    clean = ids[: strays[0]] if strays.size else ids
-    read = _by_surfaces if codec.surfaces.reversible else _by_decoder
-    spans, text = read(codec, clean, after)
-    damaged = len(spans) < len(ids)
-    return Drawn(ids[: len(spans)], spans, text, bool(stops.size) and not damaged, damaged)
+    size = len(chat_tokenizer.surfaces)
+    invalid = np.flatnonzero((ids < 0) | (ids >= size) | ~chat_tokenizer.surfaces.spells[np.clip(ids, 0, size - 1)])
+    clean = ids[: invalid[0]] if invalid.size else ids
+    read = _decode_by_surfaces if chat_tokenizer.surfaces.reversible else _decode_by_tokenizer
+    spans, text = read(chat_tokenizer, clean, after)
+    invalid_utf8 = len(spans) < len(ids)
+    return SampledCompletion(ids[: len(spans)], spans, text, bool(stops.size) and not invalid_utf8, invalid_utf8)
 
 
-def _by_surfaces(codec: Codec, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+def _decode_by_surfaces(chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
     """The spans of the tokens that are kept, and their text, where the joined surfaces are the text."""
-    data = codec.surfaces.join(ids.tolist())
-    spans = spans_from_surfaces(codec.surfaces, ids)
+    data = chat_tokenizer.surfaces.join(ids.tolist())
+    spans = spans_from_surfaces(chat_tokenizer.surfaces, ids)
     try:
         data.decode()
     except UnicodeDecodeError as error:
-        kept = _whole(spans[:, 1], data, error.start)
+        kept = _count_complete_tokens(spans[:, 1], data, error.start)
         spans = spans[:kept]
         data = data[: spans[-1, 1] if kept else 0]
-    if data.startswith(b" ") and _begins_with_blank(codec, after):
+    if data.startswith(b" ") and _starts_with_space(chat_tokenizer, after):
         data, spans = data[1:], np.maximum(spans - 1, 0)
     return spans, data.decode()
 
 
-def _by_decoder(codec: Codec, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+def _decode_by_tokenizer(
+    chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None
+) -> tuple[np.ndarray, str]:
     """The same where only the tokenizer's decoder knows the text."""
-    text = codec.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    again = codec.encode_completion(text, after=after)
-    both = min(len(ids), len(again.ids))
-    differ = np.flatnonzero(ids[:both] != again.ids[:both])
-    agreed = int(differ[0]) if differ.size else both
+    text = chat_tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = chat_tokenizer.encode_completion(text, after=after)
+    overlap = min(len(ids), len(again.ids))
+    differ = np.flatnonzero(ids[:overlap] != again.ids[:overlap])
+    agreed = int(differ[0]) if differ.size else overlap
     data, spans = text.encode(), again.spans
     if agreed < len(again.ids) or agreed < len(ids):
-        agreed = _whole(spans[:agreed, 1], data, len(data))
+        agreed = _count_complete_tokens(spans[:agreed, 1], data, len(data))
         data = data[: spans[agreed - 1, 1] if agreed else 0]
     return spans[:agreed], data.decode()
 
 
-def _whole(ends: np.ndarray, data: bytes, valid: int) -> int:
+def _count_complete_tokens(ends: np.ndarray, data: bytes, valid: int) -> int:
     """How many tokens there are up to the last that ends with a character within the first `valid` bytes."""
     inside = np.frombuffer(data + b" ", np.uint8)[ends] & 0xC0 == 0x80  # the next byte continues a character
-    whole = np.flatnonzero((ends <= valid) & ((ends == valid) | ~inside))
-    return int(whole[-1]) + 1 if whole.size else 0
+    complete = np.flatnonzero((ends <= valid) & ((ends == valid) | ~inside))
+    return int(complete[-1]) + 1 if complete.size else 0
 
 
-def _begins_with_blank(codec: Codec, after: Prompt | None) -> bool:
+def _starts_with_space(chat_tokenizer: ChatTokenizer, after: Prompt | None) -> bool:
     """Whether the first token of any completion there holds a blank that belongs to the template or the tokenizer."""
-    if codec.leads("", after):
+    if chat_tokenizer.has_leading_space("", after):
         return True
-    return codec.surfaces.join(codec.encode_completion("a", after=after).ids.tolist()).startswith(b" ")
+    return chat_tokenizer.surfaces.join(chat_tokenizer.encode_completion("a", after=after).ids.tolist()).startswith(
+        b" "
+    )

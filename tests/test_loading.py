@@ -2,13 +2,13 @@ import pytest
 from flax import nnx
 
 from gold_jax import GOLDConfig, GOLDTrainer, train
-from gold_jax.models.weights import load_model
+from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.training import trainer
-from gold_jax.training.participant import load_participant
 
 
 def load(world, model, **options):
-    return load_participant(model, world / "student_tokenizer", dtype="float32", **options).model
+    return load_model_and_tokenizer(model, world / "student_tokenizer", dtype="float32", **options).model
 
 
 def test_attention_is_what_was_asked_for_or_auto(world):
@@ -38,9 +38,9 @@ def asked(monkeypatch):
         found[options["role"]] = options["attention"]
         if options["role"] == "teacher":
             raise InterruptedError
-        return load_participant(*args, **options)
+        return load_model_and_tokenizer(*args, **options)
 
-    monkeypatch.setattr(trainer, "load_participant", record)
+    monkeypatch.setattr(trainer, "load_model_and_tokenizer", record)
     return found
 
 

@@ -31,7 +31,7 @@ from etils import epath
 
 from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints
 
-NOTES, STATE = "run.json", "state"
+METADATA, STATE = "run.json", "state"
 FORMAT = 1
 _UNFINISHED = re.compile(r"checkpoint-\d+\.orbax-checkpoint-tmp.*")
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
@@ -71,7 +71,7 @@ class Checkpoints:
         self,
         step: int,
         state: Any,
-        notes: Mapping[str, Any],
+        metadata: Mapping[str, Any],
         student: Callable[[pathlib.Path], Any] | None = None,
     ) -> None:
         """Begins to write a checkpoint and returns when `state` has been copied, so that it may change or be donated.
@@ -79,19 +79,19 @@ class Checkpoints:
         Args:
           step: updates made so far.
           state: a pytree of arrays, sharded in any way.
-          notes: anything that JSON can hold, for `read_notes`.
+          metadata: anything that JSON can hold, for `read_metadata`.
           student: writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
-        arrays = named(state)
+        arrays = named_arrays(state)
         sums = checksums(arrays)
 
         def beside(folder: epath.Path) -> None:
-            about = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
+            info = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
             if student is not None:
                 _write_student(student, folder)
-            row = {**notes, "format": FORMAT, "step": step, "saved": time.time(), "arrays": about}
-            (folder / NOTES).write_text(json.dumps(row))
+            row = {**metadata, "format": FORMAT, "step": step, "saved": time.time(), "arrays": info}
+            (folder / METADATA).write_text(json.dumps(row))
 
         kinds = {name: (list(x.shape), str(x.dtype)) for name, x in arrays.items()}
         self._step, self._beside, self.failed = step, beside, None
@@ -139,7 +139,7 @@ class Checkpoints:
             return True
         except Exception as error:
             step, self._step = self._step, None
-            self.failed = reason(error)
+            self.failed = describe_error(error)
             what = "old checkpoints could not be removed" if step is None else f"checkpoint-{step} could not be written"
             kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
             self.say(f"{what} to {self.folder} ({self.failed}); training goes on, and {kept}.")
@@ -194,7 +194,7 @@ def _write_student(write: Callable[[pathlib.Path], Any], folder: epath.Path) -> 
             epath.Path(path).copy(folder / path.name)
 
 
-def named(tree: Any) -> dict[str, Any]:
+def named_arrays(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by the names of their places, such as `params.layers.query`; no class of it is kept.
 
     Raises:
@@ -207,9 +207,9 @@ def named(tree: Any) -> dict[str, Any]:
     return found
 
 
-def renamed(tree: Any, arrays: Mapping[str, Any]) -> Any:
+def from_named_arrays(tree: Any, arrays: Mapping[str, Any]) -> Any:
     """The pytree with the arrays of these names in its leaves' places."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named(tree)])
+    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
 
 
 @jax.jit
@@ -218,21 +218,21 @@ def checksums(arrays: Mapping[str, jax.Array]) -> jax.Array:
 
     Sums of integers do not depend on their order, so that a checkpoint read onto another mesh has the same ones.
     """
-    return jnp.stack([_sum_of_bits(arrays[name]) for name in sorted(arrays)])
+    return jnp.stack([_checksum(arrays[name]) for name in sorted(arrays)])
 
 
-def _sum_of_bits(x: jax.Array) -> jax.Array:
+def _checksum(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-    place = jnp.zeros(bits.shape, jnp.uint32)
+    position = jnp.zeros(bits.shape, jnp.uint32)
     for axis in range(bits.ndim):
-        place += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)  # an odd weight: a change of one element always shows
+        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
+    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)  # an odd weight: a change of one element always shows
 
 
-def reason(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """What an error says in one line."""
     text = " ".join(str(error).split())
     if "No space left on device" in text:
@@ -243,52 +243,53 @@ def reason(error: BaseException) -> str:
 def is_checkpoint(path: Any) -> bool:
     """Whether a folder has a checkpoint's name, or its notes."""
     path = epath.Path(path)
-    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path / NOTES).exists()
+    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path / METADATA).exists()
 
 
-def read_notes(path: Any) -> dict[str, Any]:
+def read_metadata(path: Any) -> dict[str, Any]:
     """The notes of a checkpoint.
 
     Raises:
       BadCheckpoint: it was not written to its end, or its notes cannot be read.
     """
     path = epath.Path(path)
-    if not (path / NOTES).exists():
-        raise BadCheckpoint(f"it has no {NOTES}: it was not written to its end, or it holds a model alone")
+    if not (path / METADATA).exists():
+        raise BadCheckpoint(f"it has no {METADATA}: it was not written to its end, or it holds a model alone")
     if not (path / STATE).is_dir():
         raise BadCheckpoint(f"it has no {STATE}/")
     try:
-        notes = json.loads((path / NOTES).read_text())
-        if notes["format"] != FORMAT:
-            raise BadCheckpoint(f"it has the format {notes['format']}, and this version reads {FORMAT}")
-        notes["step"], notes["arrays"], notes["saved"]
+        metadata = json.loads((path / METADATA).read_text())
+        if metadata["format"] != FORMAT:
+            raise BadCheckpoint(f"it has the format {metadata['format']}, and this version reads {FORMAT}")
+        metadata["step"], metadata["arrays"], metadata["saved"]
     except (ValueError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{NOTES} is damaged ({reason(error)})") from error
-    return notes
+        raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
+    return metadata
 
 
-def abstract_of(notes: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_arrays(metadata: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
     """Every array of a checkpoint by its name, on one device: what `restore` takes where there is no run."""
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=here) for name, (shape, dtype, _) in notes["arrays"].items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        for name, (shape, dtype, _) in metadata["arrays"].items()
     }
 
 
-def check_arrays(path: Any, notes: Mapping[str, Any], abstract: Any) -> None:
+def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
     """Makes sure that a checkpoint is of this model and optimizer, before any array is read.
 
     Raises:
       ValueError: naming the arrays that differ.
     """
-    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in named(abstract).items()}
-    there = {name: about[:2] for name, about in notes["arrays"].items()}
-    faults = [f"{name} is missing" for name in wanted if name not in there]
-    faults += [f"{name} is in it, but not in this run" for name in there if name not in wanted]
+    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in named_arrays(abstract).items()}
+    saved_arrays = {name: info[:2] for name, info in metadata["arrays"].items()}
+    faults = [f"{name} is missing" for name in wanted if name not in saved_arrays]
+    faults += [f"{name} is in it, but not in this run" for name in saved_arrays if name not in wanted]
     faults += [
-        f"{name} is {there[name][1]}{there[name][0]}, here {wanted[name][1]}{wanted[name][0]}"
+        f"{name} is {saved_arrays[name][1]}{saved_arrays[name][0]}, here {wanted[name][1]}{wanted[name][0]}"
         for name in wanted
-        if name in there and there[name] != wanted[name]
+        if name in saved_arrays and saved_arrays[name] != wanted[name]
     ]
     if faults:
         more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
@@ -298,28 +299,28 @@ def check_arrays(path: Any, notes: Mapping[str, Any], abstract: Any) -> None:
         )
 
 
-def restore(path: Any, notes: Mapping[str, Any], abstract: Any) -> Any:
+def restore(path: Any, metadata: Mapping[str, Any], abstract: Any) -> Any:
     """The state of a checkpoint, bit for bit.
 
     Args:
       path: the checkpoint's folder.
-      notes: what `read_notes` gave for it.
+      metadata: what `read_metadata` gave for it.
       abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the result,
         whatever mesh the checkpoint was saved from.
 
     Raises:
       BadCheckpoint: something in it cannot be read, or is not what was saved.
     """
-    path, target = epath.Path(path), named(abstract)
+    path, target = epath.Path(path), named_arrays(abstract)
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in target.items()}
     try:
         with ocp.Checkpointer(_Handler()) as reader:
             arrays = reader.restore(_absolute(path), args=_Args(state=ocp.args.StandardRestore(target)))[STATE]
     except Exception as error:
-        raise BadCheckpoint(f"its arrays cannot be read ({reason(error)})") from error
+        raise BadCheckpoint(f"its arrays cannot be read ({describe_error(error)})") from error
     sums = dict(zip(sorted(arrays), np.asarray(checksums(arrays)).tolist()))
-    bad = [name for name, (_, _, saved) in notes["arrays"].items() if sums[name] != saved]
+    bad = [name for name, (_, _, saved) in metadata["arrays"].items() if sums[name] != saved]
     if bad:
         shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
         raise BadCheckpoint(f"{shown} in it differ from what was saved")
-    return renamed(abstract, arrays)
+    return from_named_arrays(abstract, arrays)

@@ -7,8 +7,14 @@ import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gold_jax.text.chat import Codec
-from gold_jax.text.special import Guard, Hidden, HiddenEncoder, SpecialStrings, stand_ins
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.special_tokens import (
+    EscapedText,
+    EscapedTextEncoder,
+    SpecialStrings,
+    SpecialTokenEscaper,
+    placeholders,
+)
 from gold_jax.text.template import FIXED_DATE, ChatTemplate, Conversation
 
 HARMLESS = "the quick fox"
@@ -58,7 +64,7 @@ KINDS = {
 
 @functools.cache
 def codec_of(kind):
-    return Codec(KINDS[kind]())
+    return ChatTokenizer(KINDS[kind]())
 
 
 def conversation(text):
@@ -69,14 +75,16 @@ def conversation(text):
     ]
 
 
-def specials_in(codec, ids):
+def specials_in(chat_tokenizer, ids):
     return [
-        i for i in np.asarray(ids).tolist() if codec.surfaces.table[i] is None and i != codec.tokenizer.unk_token_id
+        i
+        for i in np.asarray(ids).tolist()
+        if chat_tokenizer.surfaces.table[i] is None and i != chat_tokenizer.tokenizer.unk_token_id
     ]
 
 
-def strings_of(codec):
-    return list(SpecialStrings(codec.tokenizer).tokens)
+def strings_of(chat_tokenizer):
+    return list(SpecialStrings(chat_tokenizer.tokenizer).tokens)
 
 
 # Prompts
@@ -84,62 +92,85 @@ def strings_of(codec):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_strings_in_messages_make_no_special_token(kind):
-    codec = codec_of(kind)
-    for text in (" and ".join(strings_of(codec)), "".join(strings_of(codec)), *strings_of(codec)):
-        ids = codec.encode_prompt(conversation(text))
-        assert specials_in(codec, ids) == specials_in(codec, codec.encode_prompt(conversation(HARMLESS))), text
-        by_template = codec.decode(codec.encode_prompt(conversation(HARMLESS))).count(text.encode())
-        assert codec.decode(ids).count(text.encode()) == 2 + by_template
+    chat_tokenizer = codec_of(kind)
+    for text in (
+        " and ".join(strings_of(chat_tokenizer)),
+        "".join(strings_of(chat_tokenizer)),
+        *strings_of(chat_tokenizer),
+    ):
+        ids = chat_tokenizer.encode_prompt(conversation(text))
+        assert specials_in(chat_tokenizer, ids) == specials_in(
+            chat_tokenizer, chat_tokenizer.encode_prompt(conversation(HARMLESS))
+        ), text
+        by_template = chat_tokenizer.decode(chat_tokenizer.encode_prompt(conversation(HARMLESS))).count(text.encode())
+        assert chat_tokenizer.decode(ids).count(text.encode()) == 2 + by_template
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stretch_without_special_strings_is_read_as_ever(kind):
-    codec = codec_of(kind)
-    last = strings_of(codec)[-1]
+    chat_tokenizer = codec_of(kind)
+    last = strings_of(chat_tokenizer)[-1]
     said = [{"role": "user", "content": HARMLESS}, {"role": "assistant", "content": "72"}]
     whole = [*said, {"role": "user", "content": last}]
-    ids = codec.encode_prompt(whole).tolist()
-    alone = codec.tokenizer(codec.template.render(said), add_special_tokens=False)["input_ids"]
-    frame = max(k for k, i in enumerate(alone) if codec.surfaces.table[i] is None)
+    ids = chat_tokenizer.encode_prompt(whole).tolist()
+    alone = chat_tokenizer.tokenizer(chat_tokenizer.template.render(said), add_special_tokens=False)["input_ids"]
+    frame = max(k for k, i in enumerate(alone) if chat_tokenizer.surfaces.table[i] is None)
     assert ids[: frame + 1] == alone[: frame + 1]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizer_that_reads_hidden_text_reads_other_text_as_ever(kind):
-    codec = codec_of(kind)
-    encoder = HiddenEncoder(codec.tokenizer, SpecialStrings(codec.tokenizer))
-    for text in (codec.template.render(conversation("größer 世界 <think>24</think>")), "", " a", "a  b\n"):
-        native = codec.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids, offsets = encoder.encode_with_offsets(Hidden(text, {}))
+    chat_tokenizer = codec_of(kind)
+    encoder = EscapedTextEncoder(chat_tokenizer.tokenizer, SpecialStrings(chat_tokenizer.tokenizer))
+    for text in (chat_tokenizer.template.render(conversation("größer 世界 <think>24</think>")), "", " a", "a  b\n"):
+        native = chat_tokenizer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, offsets = encoder.encode_with_offsets(EscapedText(text, {}))
         assert ids == native["input_ids"]
         assert offsets.tolist() == [list(pair) for pair in native["offset_mapping"]]
-        assert encoder.encode(Hidden(text, {}), add_special_tokens=True) == codec.tokenizer(text)["input_ids"]
+        assert (
+            encoder.encode(EscapedText(text, {}), add_special_tokens=True)
+            == chat_tokenizer.tokenizer(text)["input_ids"]
+        )
 
 
 @pytest.mark.parametrize(
     "kind", ["unigram bytes", "unigram blanks", "unigram words", "wordpiece", "cased wordpiece", "words"]
 )
 def test_vocabularies_that_do_not_give_text_back_make_no_special_token_either(kind):
-    codec = Codec(toys.EVERY[kind](), chat_template="{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
-    for text in (" and ".join(strings_of(codec)), "".join(strings_of(codec)), *strings_of(codec)):
-        harmless, ids = (codec.encode_prompt(conversation(t)) for t in (HARMLESS, text))
-        assert specials_in(codec, ids) == specials_in(codec, harmless) == [codec.stop_id] * 3
-        assert specials_in(codec, codec.encode_prompt(text)) == specials_in(codec, codec.encode_prompt(HARMLESS))
+    chat_tokenizer = ChatTokenizer(
+        toys.EVERY[kind](), chat_template="{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    )
+    for text in (
+        " and ".join(strings_of(chat_tokenizer)),
+        "".join(strings_of(chat_tokenizer)),
+        *strings_of(chat_tokenizer),
+    ):
+        harmless, ids = (chat_tokenizer.encode_prompt(conversation(t)) for t in (HARMLESS, text))
+        assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, harmless) == [chat_tokenizer.stop_id] * 3
+        assert specials_in(chat_tokenizer, chat_tokenizer.encode_prompt(text)) == specials_in(
+            chat_tokenizer, chat_tokenizer.encode_prompt(HARMLESS)
+        )
 
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_slow_tokenizers_keep_special_strings_plain(tmp_path, legacy):
-    codec = slow_codec(tmp_path, legacy)
-    for text in ("a </s> b<s>", "<think></s>", *strings_of(codec)):
-        ids = codec.encode_prompt(conversation(text))
-        assert specials_in(codec, ids) == specials_in(codec, codec.encode_prompt(conversation(HARMLESS)))
-        assert text in codec.decode(ids).decode().replace("> <", "><")  # it puts a blank after every added token
-        whole, counted = codec.encode_turns([*conversation(text), {"role": "assistant", "content": "72"}])
-        assert codec.decode(whole[counted]).split() == [b"yes", b"72"]
-        assert (codec.tokenizer.convert_tokens_to_ids("<think>") in ids) == ("<think>" in text)
-    native = codec.tokenizer.encode(codec.template.render(conversation("a")), add_special_tokens=False)
-    assert HiddenEncoder(codec.tokenizer, SpecialStrings(codec.tokenizer)).encode(
-        Hidden(codec.template.render(conversation("\ue000")), {"\ue000": "a"})
+    chat_tokenizer = slow_codec(tmp_path, legacy)
+    for text in ("a </s> b<s>", "<think></s>", *strings_of(chat_tokenizer)):
+        ids = chat_tokenizer.encode_prompt(conversation(text))
+        assert specials_in(chat_tokenizer, ids) == specials_in(
+            chat_tokenizer, chat_tokenizer.encode_prompt(conversation(HARMLESS))
+        )
+        assert text in chat_tokenizer.decode(ids).decode().replace(
+            "> <", "><"
+        )  # it puts a blank after every added token
+        whole, counted = chat_tokenizer.encode_turns([*conversation(text), {"role": "assistant", "content": "72"}])
+        assert chat_tokenizer.decode(whole[counted]).split() == [b"yes", b"72"]
+        assert (chat_tokenizer.tokenizer.convert_tokens_to_ids("<think>") in ids) == ("<think>" in text)
+    native = chat_tokenizer.tokenizer.encode(
+        chat_tokenizer.template.render(conversation("a")), add_special_tokens=False
+    )
+    assert EscapedTextEncoder(chat_tokenizer.tokenizer, SpecialStrings(chat_tokenizer.tokenizer)).encode(
+        EscapedText(chat_tokenizer.template.render(conversation("\ue000")), {"\ue000": "a"})
     ) == native  # fmt: skip
 
 
@@ -151,8 +182,11 @@ def test_slow_tokenizers_take_the_blanks_beside_a_token_of_the_template():
         {"additional_special_tokens": [AddedToken("<mid>", lstrip=True, rstrip=True, special=True)]}
     )
     slow.chat_template = "{{ 'the <mid> ' + messages[0]['content'] + ' <mid> fox' + eos_token }}"
-    codec = Codec(slow)
-    assert codec.decode(codec.encode_prompt([{"role": "user", "content": "</s>dog"}])) == b" the </s>dog fox"
+    chat_tokenizer = ChatTokenizer(slow)
+    assert (
+        chat_tokenizer.decode(chat_tokenizer.encode_prompt([{"role": "user", "content": "</s>dog"}]))
+        == b" the </s>dog fox"
+    )
 
 
 def slow_codec(folder, legacy=True):
@@ -163,34 +197,36 @@ def slow_codec(folder, legacy=True):
         slow = type(slow)(vocab_file=str(model), bos_token="<s>", eos_token="</s>", unk_token="<unk>", legacy=False)
     slow.add_tokens(["<think>"])
     slow.chat_template = toys.LLAMA2
-    return Codec(slow)
+    return ChatTokenizer(slow)
 
 
 def test_plain_prompts_of_slow_tokenizers_are_plain(tmp_path):
-    codec = slow_codec(tmp_path)
-    ids = codec.encode_prompt("a</s> b")
-    assert specials_in(codec, ids) == specials_in(codec, codec.encode_prompt("a b"))
-    assert codec.decode(ids) == b" a</s> b"
+    chat_tokenizer = slow_codec(tmp_path)
+    ids = chat_tokenizer.encode_prompt("a</s> b")
+    assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, chat_tokenizer.encode_prompt("a b"))
+    assert chat_tokenizer.decode(ids) == b" a</s> b"
 
 
 def test_ordinary_added_tokens_are_read_as_ever():
-    codec = codec_of("byte_level")
-    think = codec.tokenizer.convert_tokens_to_ids("<think>")
+    chat_tokenizer = codec_of("byte_level")
+    think = chat_tokenizer.tokenizer.convert_tokens_to_ids("<think>")
     for text in ("<think>", "<think><|im_end|>", "<|im_end|><think>"):
-        assert codec.encode_prompt(conversation(text)).tolist().count(think) == 2
-        assert codec.encode_prompt(text).tolist().count(think) == 1
+        assert chat_tokenizer.encode_prompt(conversation(text)).tolist().count(think) == 2
+        assert chat_tokenizer.encode_prompt(text).tolist().count(think) == 1
 
 
 def test_a_stop_token_that_is_an_ordinary_added_one_is_plain_text_in_messages():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_tokens(["<end>"])
-    codec = Codec(tokenizer, chat_template="{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}")
-    assert codec.encode_prompt(conversation("a<end>b")).tolist().count(codec.stop_id) == 3
-    assert codec.special_strings_in("<end>") == ["<end>"]
+    chat_tokenizer = ChatTokenizer(
+        tokenizer, chat_template="{% for m in messages %}{{ m['content'] + '<end>' }}{% endfor %}"
+    )
+    assert chat_tokenizer.encode_prompt(conversation("a<end>b")).tolist().count(chat_tokenizer.stop_id) == 3
+    assert chat_tokenizer.special_strings_in("<end>") == ["<end>"]
 
 
 def test_strings_in_names_calls_tools_and_variables_of_a_row_are_plain_too():
-    codec = Codec(
+    chat_tokenizer = ChatTokenizer(
         toys.byte_level(),
         chat_template="{{ mood }}{{ tools | tojson }}{% for m in messages %}{{ m | tojson }}{{ '<|im_end|>' }}{% endfor %}",
         template_kwargs={"mood": "<|im_start|>"},
@@ -200,11 +236,14 @@ def test_strings_in_names_calls_tools_and_variables_of_a_row_are_plain_too():
         [{"role": "assistant", "name": "<|im_end|>", "content": "a", "tool_calls": [call]}],
         tools=[{"name": "<|endoftext|>", "enum": ("<|im_end|>",)}],
     )
-    ids = codec.encode_prompt(told)
-    assert [codec.surfaces.strings[i] for i in specials_in(codec, ids)] == ["<|im_start|>", "<|im_end|>"]
-    assert codec.render(told) == codec.template.render(told, generate=True)
+    ids = chat_tokenizer.encode_prompt(told)
+    assert [chat_tokenizer.surfaces.strings[i] for i in specials_in(chat_tokenizer, ids)] == [
+        "<|im_start|>",
+        "<|im_end|>",
+    ]
+    assert chat_tokenizer.render(told) == chat_tokenizer.template.render(told, generate=True)
     told.template_kwargs = {"mood": "<|im_end|>"}
-    assert len(specials_in(codec, codec.encode_prompt(told))) == 1
+    assert len(specials_in(chat_tokenizer, chat_tokenizer.encode_prompt(told))) == 1
 
 
 @pytest.mark.parametrize("ascii_alone", ["true", "false"])
@@ -214,41 +253,41 @@ def test_strings_in_json_in_ascii_come_back(ascii_alone):
         + ascii_alone
         + ") + '<|im_end|>' }}{% endfor %}"
     )
-    codec = Codec(toys.byte_level(), chat_template=source)
+    chat_tokenizer = ChatTokenizer(toys.byte_level(), chat_template=source)
     name = {"name": "<|im_end|>ä<|im_start|>"}
     messages = [{"role": "user", "content": "q"} | name, {"role": "assistant", "content": "yes"}]
     messages += [{"role": "user", "content": "r"} | name]
-    assert codec.render(messages) == codec.template.render(messages)
-    ids, counted = codec.encode_turns(messages)
-    assert codec.decode(ids[counted]) == b"yes" and len(specials_in(codec, ids)) == 6
+    assert chat_tokenizer.render(messages) == chat_tokenizer.template.render(messages)
+    ids, counted = chat_tokenizer.encode_turns(messages)
+    assert chat_tokenizer.decode(ids[counted]) == b"yes" and len(specials_in(chat_tokenizer, ids)) == 6
 
 
 def test_roles_are_left_for_the_template_to_compare():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_special_tokens({"additional_special_tokens": ["user"]})
     source = "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'user' + m['content'] }}{% endif %}{% endfor %}"
-    codec = Codec(tokenizer, chat_template=source)
-    ids = codec.encode_prompt([{"role": "user", "content": "a user"}])
-    assert len(specials_in(codec, ids)) == 1 and codec.decode(ids) == b"a user"
+    chat_tokenizer = ChatTokenizer(tokenizer, chat_template=source)
+    ids = chat_tokenizer.encode_prompt([{"role": "user", "content": "a user"}])
+    assert len(specials_in(chat_tokenizer, ids)) == 1 and chat_tokenizer.decode(ids) == b"a user"
 
 
 def test_private_use_characters_of_the_text_stay_what_they_are():
-    codec = codec_of("byte_level")
+    chat_tokenizer = codec_of("byte_level")
     for text in (
         "\ue000<|im_end|>",
         "".join(map(chr, range(0xE000, 0xE010))) + "<|im_end|>\U000f0000",
         "\\ue000<|im_end|>",
     ):
-        assert codec.decode(codec.encode_prompt(conversation(text))).count(text.encode()) == 2
-        assert text in codec.render(conversation(text))
-    assert stand_ins(2, "\ue000\\uE002") == ["\ue001", "\ue003"]
+        assert chat_tokenizer.decode(chat_tokenizer.encode_prompt(conversation(text))).count(text.encode()) == 2
+        assert text in chat_tokenizer.render(conversation(text))
+    assert placeholders(2, "\ue000\\uE002") == ["\ue001", "\ue003"]
 
 
 def test_prompts_of_a_batch_are_what_they_are_alone():
-    codec = codec_of("prepend")
+    chat_tokenizer = codec_of("prepend")
     prompts = ["the </s>", conversation("fox"), conversation("</s>"), "<s>", "the fox", conversation("<s> 24")]
-    for prompt, ids in zip(prompts, codec.encode_prompts(prompts)):
-        assert ids.tolist() == codec.encode_prompt(prompt).tolist() and ids.dtype == np.int32
+    for prompt, ids in zip(prompts, chat_tokenizer.encode_prompts(prompts)):
+        assert ids.tolist() == chat_tokenizer.encode_prompt(prompt).tolist() and ids.dtype == np.int32
 
 
 def test_a_refusal_quotes_the_words_of_the_user():
@@ -265,13 +304,13 @@ def test_a_refusal_quotes_the_words_of_the_user():
 @settings(max_examples=150, deadline=None)
 @pytest.mark.parametrize("kind", ["byte_level", "prepend", "metaspace"])
 def test_any_text_is_read_as_itself(kind, parts):
-    codec = codec_of(kind)
+    chat_tokenizer = codec_of(kind)
     text = "".join(parts).replace("s>", "s>" if kind != "byte_level" else "|im_end|>")
-    frame = specials_in(codec, codec.encode_prompt(conversation(HARMLESS)))
-    ids = codec.encode_prompt(conversation(f"x{text}x"))
-    assert specials_in(codec, ids) == frame
-    assert codec.decode(ids).count(f"x{text}x".encode()) == 2
-    assert codec.decode(codec.encode_prompt(text)) in (text.encode(), b" " + text.encode())
+    frame = specials_in(chat_tokenizer, chat_tokenizer.encode_prompt(conversation(HARMLESS)))
+    ids = chat_tokenizer.encode_prompt(conversation(f"x{text}x"))
+    assert specials_in(chat_tokenizer, ids) == frame
+    assert chat_tokenizer.decode(ids).count(f"x{text}x".encode()) == 2
+    assert chat_tokenizer.decode(chat_tokenizer.encode_prompt(text)) in (text.encode(), b" " + text.encode())
 
 
 # Answers that a template looks into
@@ -289,7 +328,7 @@ THINKER = (
 def thinker():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<t>", "</t>"]})
-    return Codec(tokenizer, chat_template=THINKER)
+    return ChatTokenizer(tokenizer, chat_template=THINKER)
 
 
 def test_a_template_finds_what_it_looks_for_in_an_answer():
@@ -325,8 +364,8 @@ def test_strings_that_a_template_looks_for_together_are_found_together():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
     either = "{% for m in messages %}{% if '<a>' in m['content'] or '<b>' in m['content'] %}seen{% endif %}{% endfor %}"
-    guard = Guard(ChatTemplate(tokenizer, either), SpecialStrings(tokenizer))
-    assert guard.render([{"role": "assistant", "content": "<a><b>"}]).shown == "seen"
+    guard = SpecialTokenEscaper(ChatTemplate(tokenizer, either), SpecialStrings(tokenizer))
+    assert guard.render([{"role": "assistant", "content": "<a><b>"}]).original == "seen"
 
 
 # Whole conversations
@@ -334,14 +373,16 @@ def test_strings_that_a_template_looks_for_together_are_found_together():
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "stripping"])
 def test_answers_are_counted_beside_special_strings(kind):
-    codec = codec_of(kind)
-    text = " and ".join(strings_of(codec))
+    chat_tokenizer = codec_of(kind)
+    text = " and ".join(strings_of(chat_tokenizer))
     for said in ("yes 72", f"yes {text}"):
-        ids, counted = codec.encode_turns([*conversation(text), {"role": "assistant", "content": said}])
-        plain, plain_counted = codec.encode_turns([*conversation(HARMLESS), {"role": "assistant", "content": "yes 72"}])
-        assert specials_in(codec, ids) == specials_in(codec, plain)
-        assert codec.decode(ids[counted]).replace(b" ", b"") == f"yes{said}".encode().replace(b" ", b"")
-        assert specials_in(codec, ids[counted]) == specials_in(codec, plain[plain_counted])
+        ids, counted = chat_tokenizer.encode_turns([*conversation(text), {"role": "assistant", "content": said}])
+        plain, plain_counted = chat_tokenizer.encode_turns(
+            [*conversation(HARMLESS), {"role": "assistant", "content": "yes 72"}]
+        )
+        assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, plain)
+        assert chat_tokenizer.decode(ids[counted]).replace(b" ", b"") == f"yes{said}".encode().replace(b" ", b"")
+        assert specials_in(chat_tokenizer, ids[counted]) == specials_in(chat_tokenizer, plain[plain_counted])
         if said == "yes 72":
             assert ids[counted].tolist() == plain[plain_counted].tolist()
 
@@ -354,44 +395,47 @@ def real_codec(folder):
     from transformers import AutoTokenizer
 
     template = toys.LLAMA2 if folder.name == "llama2" else None
-    return Codec(AutoTokenizer.from_pretrained(folder), chat_template=template)
+    return ChatTokenizer(AutoTokenizer.from_pretrained(folder), chat_template=template)
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2"])
 def test_real_tokenizers_keep_all_their_special_strings_plain(assets, name):
-    codec = real_codec(assets / "tokenizers" / name)
-    text = "a " + " and ".join(strings_of(codec)) + " b"
-    ids, harmless = (codec.encode_prompt(conversation(t)) for t in (text, HARMLESS))
-    assert specials_in(codec, ids) == specials_in(codec, harmless)
-    assert codec.decode(ids).count(text.encode()) == 2
-    assert codec.tokenizer.decode(ids).count(text) == 2
-    assert codec.special_strings_in(text) == strings_of(codec)
+    chat_tokenizer = real_codec(assets / "tokenizers" / name)
+    text = "a " + " and ".join(strings_of(chat_tokenizer)) + " b"
+    ids, harmless = (chat_tokenizer.encode_prompt(conversation(t)) for t in (text, HARMLESS))
+    assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, harmless)
+    assert chat_tokenizer.decode(ids).count(text.encode()) == 2
+    assert chat_tokenizer.tokenizer.decode(ids).count(text) == 2
+    assert chat_tokenizer.special_strings_in(text) == strings_of(chat_tokenizer)
     turns = [
         c.encode_turns([*conversation(t), {"role": "assistant", "content": "72"}])
-        for c, t in ((codec, text), (codec, HARMLESS))
+        for c, t in ((chat_tokenizer, text), (chat_tokenizer, HARMLESS))
     ]
-    assert specials_in(codec, turns[0][0]) == specials_in(codec, turns[1][0])
+    assert specials_in(chat_tokenizer, turns[0][0]) == specials_in(chat_tokenizer, turns[1][0])
     assert turns[0][0][turns[0][1]].tolist() == turns[1][0][turns[1][1]].tolist()
-    plain = codec.encode_prompt(text)
-    assert specials_in(codec, plain) == specials_in(codec, codec.encode_prompt(HARMLESS))
-    assert codec.decode(plain).decode().removeprefix(" ") == text
+    plain = chat_tokenizer.encode_prompt(text)
+    assert specials_in(chat_tokenizer, plain) == specials_in(chat_tokenizer, chat_tokenizer.encode_prompt(HARMLESS))
+    assert chat_tokenizer.decode(plain).decode().removeprefix(" ") == text
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3"])
 def test_real_tokenizers_read_ordinary_messages_as_transformers_does(assets, name):
-    codec = real_codec(assets / "tokenizers" / name)
+    chat_tokenizer = real_codec(assets / "tokenizers" / name)
     messages = conversation("größer  <think> 24\n\n\n世界 😀")
-    expected = codec.tokenizer.apply_chat_template(
+    expected = chat_tokenizer.tokenizer.apply_chat_template(
         messages,
-        chat_template=codec.template.source,
+        chat_template=chat_tokenizer.template.source,
         add_generation_prompt=True,
         return_dict=False,
         date_string=FIXED_DATE,
     )
-    assert codec.encode_prompt(messages).tolist() == expected
-    text = codec.render(messages)
-    encoder = HiddenEncoder(codec.tokenizer, SpecialStrings(codec.tokenizer))
-    assert encoder.encode(Hidden(text, {})) == expected
-    assert encoder.encode(Hidden("the fox", {}), add_special_tokens=True) == codec.tokenizer("the fox")["input_ids"]
+    assert chat_tokenizer.encode_prompt(messages).tolist() == expected
+    text = chat_tokenizer.render(messages)
+    encoder = EscapedTextEncoder(chat_tokenizer.tokenizer, SpecialStrings(chat_tokenizer.tokenizer))
+    assert encoder.encode(EscapedText(text, {})) == expected
+    assert (
+        encoder.encode(EscapedText("the fox", {}), add_special_tokens=True)
+        == chat_tokenizer.tokenizer("the fox")["input_ids"]
+    )

@@ -23,7 +23,7 @@ from gold_jax.models.attention import check_model, current_platform
 from gold_jax.models.config import FAMILIES, DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.parameters import ParamInfo, nested, parameters
-from gold_jax.models.weight_files import (
+from gold_jax.models.safetensors_io import (
     CODES,
     FLOATS,
     Entry,
@@ -208,7 +208,7 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
         for layer, (name, shape) in enumerate(_tensors_of(config, path, info)):
             plan.append((Entry(name, shape, exceptions.get(name, common)), path, layer))
     plan.sort(key=lambda planned: -planned[0].itemsize)  # keeps every tensor aligned
-    tensors = _fetched(model, [(path, layer) for _, path, layer in plan])
+    tensors = _to_host(model, [(path, layer) for _, path, layer in plan])
     try:
         if jax.process_index() == 0:
             folder = pathlib.Path(folder)
@@ -286,19 +286,19 @@ def _rounded(read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.nd
     return read(index).astype(dtype, copy=False)
 
 
-def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, where: Sharding) -> jax.Array:
-    """One parameter as `where` says, each of its parts that this process's devices hold read once."""
+def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+    """One parameter as `sharding` says, each of its parts that this process's devices hold read once."""
     holders: dict[tuple, list[jax.Device]] = {}
-    for device, index in where.addressable_devices_indices_map(shape).items():
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape))
         holders.setdefault(bounds, []).append(device)
     pieces = []
     for bounds, devices in holders.items():
-        pieces += _on_each(read(tuple(slice(*ends) for ends in bounds)), devices, where.memory_kind)
-    return jax.make_array_from_single_device_arrays(shape, where, pieces, dtype=dtype)
+        pieces += _replicate_to_devices(read(tuple(slice(*ends) for ends in bounds)), devices, sharding.memory_kind)
+    return jax.make_array_from_single_device_arrays(shape, sharding, pieces, dtype=dtype)
 
 
-def _on_each(part: np.ndarray, devices: list[jax.Device], memory_kind: str | None) -> list[jax.Array]:
+def _replicate_to_devices(part: np.ndarray, devices: list[jax.Device], memory_kind: str | None) -> list[jax.Array]:
     """Copies on devices. Waits for them: else the host would read ahead, and hold all that is on its way."""
     there = [jax.device_put(part, SingleDeviceSharding(device, memory_kind=memory_kind)) for device in devices]
     return jax.block_until_ready(there)
@@ -314,7 +314,7 @@ def _tensors_of(config: DecoderConfig, path: tuple, info: ParamInfo) -> list[tup
     return [(name.format(index), info.shape[:0:-1]) for index in range(config.layers)]
 
 
-def _fetched(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
+def _to_host(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
     """The tensors of parameters and layers, each when it is asked for and laid out as its file has it.
 
     What processes share all of them must ask for, in the same order.
@@ -329,7 +329,7 @@ def _fetched(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.n
         if isinstance(value, np.ndarray):
             yield value[layer].T if len(path) == 2 else value
         else:
-            yield _gathered(_layer(value, layer)).T if len(path) == 2 else _gathered(jnp.copy(value))
+            yield _unshard(_layer(value, layer)).T if len(path) == 2 else _unshard(jnp.copy(value))
 
 
 @jax.jit
@@ -338,7 +338,7 @@ def _layer(stacked: jax.Array, layer: jax.Array) -> jax.Array:
     return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
 
 
-def _gathered(array: jax.Array) -> np.ndarray:
+def _unshard(array: jax.Array) -> np.ndarray:
     """An array from several devices, whole. It keeps what was fetched as long as it lives: give none that stays."""
     if array.is_fully_addressable:
         return np.asarray(array)

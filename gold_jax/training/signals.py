@@ -22,15 +22,15 @@ class Preempted(SystemExit):
         super().__init__(EX_TEMPFAIL)
 
 
-class _CutShort(KeyboardInterrupt):
+class _Interrupted(KeyboardInterrupt):
     """Ends a part that may be cut short. A kind of KeyboardInterrupt, for which libraries clean up after themselves."""
 
 
-class Stop:
+class SignalHandler:
     """Hears Ctrl-C and SIGTERM while it is entered, and holds them until a run can end.
 
-    Between an update and what is logged of it nothing may come, so `asked` is for the run to look at. Drawing up the next
-    batch and evaluating may take minutes and lose nothing by being cut short: `breakable` calls them. A second
+    Between an update and what is logged of it nothing may come, so `requested` is for the run to look at. Drawing up the next
+    batch and evaluating may take minutes and lose nothing by being cut short: `interruptible` calls them. A second
     Ctrl-C ends the run at once.
 
     Signals are left alone outside the main thread and where something else already handles them. In a run of several
@@ -38,22 +38,22 @@ class Stop:
     process that it is pressed in, and so the others, with nothing saved.
 
     Attributes:
-      asked: None, "interrupt" or "preemption".
-      twice: whether Ctrl-C came a second time.
+      requested: None, "interrupt" or "preemption".
+      interrupted_twice: whether Ctrl-C came a second time.
     """
 
     def __init__(self):
-        self.asked: str | None = None
-        self.twice = False
-        self._breakable = False
+        self.requested: str | None = None
+        self.interrupted_twice = False
+        self._interruptible = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             ours = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
             for number, usual in ours.items():
                 if signal.getsignal(number) is usual:
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -61,30 +61,30 @@ class Stop:
             signal.signal(number, before)
         self._before.clear()
 
-    def ask(self, why: str) -> None:
+    def request(self, why: str) -> None:
         """Asks the run to end, as a signal does; the first reason stays."""
-        self.asked = self.asked or why
+        self.requested = self.requested or why
 
-    def _hear(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.asked == "interrupt":
-            self.twice = True
+    def _handle(self, number: int, _frame: object) -> None:
+        if number == signal.SIGINT and self.requested == "interrupt":
+            self.interrupted_twice = True
             raise KeyboardInterrupt
-        self.ask("interrupt" if number == signal.SIGINT else "preemption")
-        if self._breakable:
-            self._breakable = False
-            raise _CutShort
+        self.request("interrupt" if number == signal.SIGINT else "preemption")
+        if self._interruptible:
+            self._interruptible = False
+            raise _Interrupted
 
-    def breakable(self, part: Callable[..., T], *arguments: Any) -> T | None:
+    def interruptible(self, part: Callable[..., T], *arguments: Any) -> T | None:
         """What a part gives; None where it was not begun, or cut short, because the run is asked to end."""
         try:
-            self._breakable = True
-            return None if self.asked else part(*arguments)
-        except _CutShort:
+            self._interruptible = True
+            return None if self.requested else part(*arguments)
+        except _Interrupted:
             return None
         finally:
-            self._breakable = False
+            self._interruptible = False
 
-    def look(self, step: int) -> None:
+    def poll_preemption(self, step: int) -> None:
         """Asks JAX's runtime, in a run of several processes, whether one of them is to be preempted."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
-            self.ask("preemption")
+            self.request("preemption")

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gold_jax.training.stopping import Preempted, Stop
+from gold_jax.training.signals import Preempted, SignalHandler
 
 
 def send(number):
@@ -25,10 +25,10 @@ def usual_handlers():
 
 @pytest.mark.parametrize("number, asked", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "preemption")])
 def test_a_signal_is_held_until_the_run_looks(number, asked):
-    with Stop() as stop:
-        assert stop.asked is None
+    with SignalHandler() as stop:
+        assert stop.requested is None
         send(number)
-        assert stop.asked == asked
+        assert stop.requested == asked
 
 
 def test_what_may_be_cut_short_is_and_gives_nothing():
@@ -38,47 +38,47 @@ def test_what_may_be_cut_short_is_and_gives_nothing():
         send(signal.SIGTERM)
         after.append(x)
 
-    with Stop() as stop:
-        assert stop.breakable(lambda x: x + 1, 2) == 3
-        assert stop.breakable(part, 1) is None
-        assert stop.asked == "preemption" and after == []
-        assert stop.breakable(part, 1) is None  # not even begun
+    with SignalHandler() as stop:
+        assert stop.interruptible(lambda x: x + 1, 2) == 3
+        assert stop.interruptible(part, 1) is None
+        assert stop.requested == "preemption" and after == []
+        assert stop.interruptible(part, 1) is None  # not even begun
 
 
 def test_an_error_of_what_may_be_cut_short_is_not_hidden():
-    with Stop() as stop, pytest.raises(ZeroDivisionError):
-        stop.breakable(lambda: 1 / 0)
+    with SignalHandler() as stop, pytest.raises(ZeroDivisionError):
+        stop.interruptible(lambda: 1 / 0)
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
-    with Stop() as stop:
+    with SignalHandler() as stop:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
-    with Stop() as stop:
+    with SignalHandler() as stop:
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        assert stop.twice
+        assert stop.interrupted_twice
 
 
 def test_signals_are_as_before_afterwards_and_those_of_others_are_left_alone():
-    with Stop():
+    with SignalHandler():
         pass
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-    with Stop() as stop:
+    with SignalHandler() as stop:
         send(signal.SIGTERM)
-    assert heard == [1] and stop.asked is None
+    assert heard == [1] and stop.requested is None
 
 
 def test_outside_the_main_thread_nothing_is_touched():
     seen = []
 
     def elsewhere():
-        with Stop() as stop:
-            seen.append((signal.getsignal(signal.SIGTERM), stop.asked))
+        with SignalHandler() as stop:
+            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -87,6 +87,6 @@ def test_outside_the_main_thread_nothing_is_touched():
 
 
 def test_a_preempted_process_ends_with_75():
-    code = "from gold_jax.training.stopping import Preempted; raise Preempted"
+    code = "from gold_jax.training.signals import Preempted; raise Preempted"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 75
     assert Preempted().code == 75

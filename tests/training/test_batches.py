@@ -3,18 +3,18 @@ import pytest
 import tiny_models as tiny
 from toy_tokenizers import byte_level
 
-from gold_jax.text.chat import Codec
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, load_examples
-from gold_jax.training.windows import Order, TokenWindows, check_examples, measurable, sampling_rows
+from gold_jax.training.batches import RowOrder, TokenBatchBuilder, check_examples, sampling_rows, with_text_completion
 
 
-def codec():
-    return Codec(byte_level())
+def chat_tokenizer():
+    return ChatTokenizer(byte_level())
 
 
 @pytest.mark.parametrize("rows, per_step", [(10, 3), (12, 4), (1, 8)])
 def test_every_epoch_goes_through_every_row_once_in_an_order_of_its_own(rows, per_step):
-    order = Order(rows, per_step, seed=0)
+    order = RowOrder(rows, per_step, seed=0)
     per_epoch = order.steps_per_epoch
     epochs = [[i for k in range(per_epoch) for i in order(e * per_epoch + k)] for e in range(3)]
     assert all(sorted(epoch) == list(range(rows)) for epoch in epochs)
@@ -22,8 +22,8 @@ def test_every_epoch_goes_through_every_row_once_in_an_order_of_its_own(rows, pe
 
 
 def test_the_order_depends_on_the_seed_and_the_step_alone():
-    assert Order(100, 7, seed=1)(25) == Order(100, 7, seed=1)(25)
-    assert Order(100, 7, seed=1)(25) != Order(100, 7, seed=2)(25)
+    assert RowOrder(100, 7, seed=1)(25) == RowOrder(100, 7, seed=1)(25)
+    assert RowOrder(100, 7, seed=1)(25) != RowOrder(100, 7, seed=2)(25)
 
 
 def examples(*rows):
@@ -32,25 +32,25 @@ def examples(*rows):
 
 def test_rows_with_too_long_prompts_are_left_out_and_counted():
     data = examples({"prompt": "short", "completion": "a"}, {"prompt": "long " * 50, "completion": "b"})
-    checked = check_examples(data, codec(), budget=20, need_completion=None)
+    checked = check_examples(data, chat_tokenizer(), budget=20, need_completion=None)
     kept, notices = checked.kept, checked.notices
     assert kept == [0] and "left out 1 of 2 rows" in notices[0]
 
 
 def test_prompts_that_are_all_too_long_are_an_error_that_says_what_to_raise():
     with pytest.raises(ValueError, match="--max_prompt_length"):
-        check_examples(examples({"prompt": "long " * 50}), codec(), budget=20, need_completion=None)
+        check_examples(examples({"prompt": "long " * 50}), chat_tokenizer(), budget=20, need_completion=None)
 
 
 def test_a_row_without_the_completion_that_it_needs_is_named():
     data = examples({"prompt": "x", "completion": "y"}, {"prompt": "x"})
     with pytest.raises(ValueError, match="row 1 .* because"):
-        check_examples(data, codec(), budget=None, need_completion="because")
+        check_examples(data, chat_tokenizer(), budget=None, need_completion="because")
 
 
-def counted_text(windows, example):
-    ids, counted = windows._row(example)
-    return windows.codec.tokenizer.decode(ids[counted])
+def counted_text(builder, example):
+    ids, counted = builder._row(example)
+    return builder.chat_tokenizer.tokenizer.decode(ids[counted])
 
 
 def test_fine_tuning_counts_the_completion_the_turns_or_everything():
@@ -61,22 +61,27 @@ def test_fine_tuning_counts_the_completion_the_turns_or_everything():
         {"role": "assistant", "content": "second"},
     ]
     example = Example(chat[:-1], "second", chat)
-    texts = {c: counted_text(TokenWindows(codec(), 1, 1, None, c), example) for c in ("completion", "assistant", "all")}
+    texts = {
+        c: counted_text(TokenBatchBuilder(chat_tokenizer(), 1, 1, None, c), example)
+        for c in ("completion", "assistant", "all")
+    }
     assert "second" in texts["completion"] and "first" not in texts["completion"]
     assert "second" in texts["assistant"] and "first" in texts["assistant"] and "two" not in texts["assistant"]
     assert all(word in texts["all"] for word in ("one", "first", "two", "second"))
 
 
 def test_fine_tuning_learns_to_stop():
-    windows = TokenWindows(codec(), 1, 1, None, "completion")
-    ids, counted = windows._row(Example("x", "y"))
-    assert ids[-1] == windows.codec.stop_id and counted[-1]
+    builder = TokenBatchBuilder(chat_tokenizer(), 1, 1, None, "completion")
+    ids, counted = builder._row(Example("x", "y"))
+    assert ids[-1] == builder.chat_tokenizer.stop_id and counted[-1]
 
 
 def test_sequences_keep_their_start_where_they_are_longer_than_the_window():
-    window = TokenWindows(codec(), 1, 1, 5, "completion").train(0, [Example("x", "a long answer, and longer")], None)
-    (batch,) = window.batches
-    assert batch.lines.mask.sum() == 5 and np.count_nonzero(batch.labels.weight) == window.stats["targets"]
+    made = TokenBatchBuilder(chat_tokenizer(), 1, 1, 5, "completion").build(
+        0, [Example("x", "a long answer, and longer")], None
+    )
+    (batch,) = made.batches
+    assert batch.packed.mask.sum() == 5 and np.count_nonzero(batch.labels.weight) == made.stats["targets"]
 
 
 @pytest.mark.parametrize(
@@ -98,47 +103,47 @@ def a_call():
 
 def test_an_answer_that_calls_tools_is_no_completion():
     data = examples(a_call(), {"prompt": "x", "completion": "y"})
-    checked = check_examples(data, codec(), budget=None, need_completion="it must be there")
+    checked = check_examples(data, chat_tokenizer(), budget=None, need_completion="it must be there")
     kept, notices = checked.kept, checked.notices
     assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools" in notices[0]
-    assert check_examples(data, codec(), budget=None, need_completion=None).kept == [0, 1]
-    assert check_examples(data, codec(), budget=None, need_completion="…", learns_calls=True).kept == [0, 1]
-    assert [e.completion for e in measurable(data)] == ["y"]
+    assert check_examples(data, chat_tokenizer(), budget=None, need_completion=None).kept == [0, 1]
+    assert check_examples(data, chat_tokenizer(), budget=None, need_completion="…", learns_calls=True).kept == [0, 1]
+    assert [e.completion for e in with_text_completion(data)] == ["y"]
 
 
 def test_special_strings_in_plain_prompts_are_told():
     data = examples({"prompt": "What does <|im_end|> do?", "completion": "It ends."})
-    (notice,) = check_examples(data, codec(), budget=None, need_completion=None).notices
+    (notice,) = check_examples(data, chat_tokenizer(), budget=None, need_completion=None).notices
     assert "row 0" in notice and "<|im_end|>" in notice and "--special_tokens_in_prompts" in notice
-    told = Codec(byte_level(), special_tokens_in_prompts=True)
+    told = ChatTokenizer(byte_level(), special_tokens_in_prompts=True)
     assert check_examples(data, told, budget=None, need_completion=None).notices == []
 
 
 def test_columns_that_nothing_reads_are_told_with_the_number_of_their_rows():
     data = examples({"prompt": "x", "completion": "y", "response": "z"}, {"prompt": "x", "completion": "y"})
-    (notice,) = check_examples(data, codec(), budget=None, need_completion=None).notices
+    (notice,) = check_examples(data, chat_tokenizer(), budget=None, need_completion=None).notices
     assert notice == "columns of the data that nothing reads: 'response' (rows: 1)"
 
 
 def test_rows_without_a_prompt_are_left_out_where_nothing_could_be_drawn_after_no_token():
     data = examples({"text": "t"}, {"prompt": "x", "completion": "y"})
     plain = dict(budget=None, need_completion=None)
-    assert check_examples(data, codec(), **plain).kept == [0, 1]
-    checked = check_examples(data, codec(), student_writes=True, **plain)
+    assert check_examples(data, chat_tokenizer(), **plain).kept == [0, 1]
+    checked = check_examples(data, chat_tokenizer(), student_writes=True, **plain)
     assert checked.kept == [1] and "left out 1 of 2 rows without a prompt" in checked.notices[0]
-    begins = Codec(tiny.beginning_tokenizer())
+    begins = ChatTokenizer(tiny.beginning_tokenizer())
     assert len(begins.encode_prompt("")) and check_examples(data, begins, student_writes=True, **plain).kept == [0, 1]
-    teacher = dict(teacher=codec(), teacher_writes=True)
+    teacher = dict(teacher=chat_tokenizer(), teacher_writes=True)
     assert check_examples(data, begins, **teacher, **plain).kept == [1]
     assert check_examples(data, begins, teacher_context="c", **teacher, **plain).kept == [0, 1]
     with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 without a prompt.*--lmbda 0"):
-        check_examples(examples({"text": "t"}), codec(), student_writes=True, **plain)
+        check_examples(examples({"text": "t"}), chat_tokenizer(), student_writes=True, **plain)
 
 
 def test_the_digest_of_the_rows_knows_all_that_is_learned_from_them():
     row = {"prompt": "x", "completion": "y"}
     digests = {
-        check_examples(examples(*rows), codec(), budget=None, need_completion=None).digest
+        check_examples(examples(*rows), chat_tokenizer(), budget=None, need_completion=None).digest
         for rows in (
             [row],
             [row, row],

@@ -1,4 +1,4 @@
-from gold_jax.sizes import bucket, line_bucket, power_of_two
+from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 
 
 def test_buckets_are_few_and_waste_at_most_a_third():
@@ -8,9 +8,9 @@ def test_buckets_are_few_and_waste_at_most_a_third():
 
 
 def test_sizes_of_lines_are_few_and_waste_at_most_a_quarter():
-    sizes = sorted({line_bucket(n) for n in range(1, 5000)})
+    sizes = sorted({fine_bucket(n) for n in range(1, 5000)})
     assert sizes[:7] == [32, 40, 48, 56, 64, 80, 96] and len(sizes) == 30
-    assert all(n <= line_bucket(n) < max(33, n * 1.25) for n in range(1, 5000))
+    assert all(n <= fine_bucket(n) < max(33, n * 1.25) for n in range(1, 5000))
 
 
 def test_powers_of_two_hold_what_is_asked_of_them():

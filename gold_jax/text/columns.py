@@ -10,7 +10,7 @@ import numpy as np
 from gold_jax.text.template import refused_variables
 
 
-def messages_of(value, where: str, column: str) -> list[dict]:
+def messages_of(value, error_prefix: str, column: str) -> list[dict]:
     """Checked copies of messages.
 
     Keys without a value are left out (data sets fill in keys that other rows have), at any depth. Content that is a list
@@ -19,45 +19,49 @@ def messages_of(value, where: str, column: str) -> list[dict]:
 
     Args:
         value: what the row has.
-        where: the row, for messages.
+        error_prefix: the row, for messages.
         column: the column, for messages.
 
     Raises:
         ValueError: it is no list of messages, it is empty, or a message lacks its role or its content.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        raise ValueError(f"{where}: {column!r} must be a list of {{role, content}} messages, not {kind_of(value)}")
+        raise ValueError(
+            f"{error_prefix}: {column!r} must be a list of {{role, content}} messages, not {describe_type(value)}"
+        )
     if not value:
-        raise ValueError(f"{where}: {column!r} is an empty list; it needs at least one message")
-    return [_message(message, where, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
+        raise ValueError(f"{error_prefix}: {column!r} is an empty list; it needs at least one message")
+    return [_message(message, error_prefix, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
 
 
-def told_beside(row: Mapping, where: str) -> dict[str, Any]:
+def conversation_extras(row: Mapping, error_prefix: str) -> dict[str, Any]:
     """A row's `tools` and template variables, as `Conversation` takes them; what is null or empty is left out.
 
     Raises:
         ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place not
             valid JSON, or a variable has a name that rendering needs.
     """
-    told = {}
-    tools = _parsed(row.get("tools"), where, "tools", "a list of JSON schemas")
+    extras = {}
+    tools = _parsed(row.get("tools"), error_prefix, "tools", "a list of JSON schemas")
     if tools:
-        told["tools"] = _tools(tools, where)
-    variables = _parsed(row.get("chat_template_kwargs"), where, "chat_template_kwargs", "a dict of template variables")
+        extras["tools"] = _tools(tools, error_prefix)
+    variables = _parsed(
+        row.get("chat_template_kwargs"), error_prefix, "chat_template_kwargs", "a dict of template variables"
+    )
     if variables:
         if not isinstance(variables, Mapping):
             raise ValueError(
-                f"{where}: 'chat_template_kwargs' must be a dict of template variables, such as "
-                f'{{"enable_thinking": false}}, not {kind_of(variables)}'
+                f"{error_prefix}: 'chat_template_kwargs' must be a dict of template variables, such as "
+                f'{{"enable_thinking": false}}, not {describe_type(variables)}'
             )
         wrong = refused_variables(variables)
         if wrong:
-            raise ValueError(f"{where}: 'chat_template_kwargs' cannot hold {wrong}")
-        told["template_kwargs"] = dict(variables)
-    return told
+            raise ValueError(f"{error_prefix}: 'chat_template_kwargs' cannot hold {wrong}")
+        extras["template_kwargs"] = dict(variables)
+    return extras
 
 
-def refuse_preferences(row: Mapping, where: str) -> None:
+def refuse_preferences(row: Mapping, error_prefix: str) -> None:
     """See that a row is not one of preferences, whose bad answer would be learned as a good one.
 
     Raises:
@@ -65,13 +69,13 @@ def refuse_preferences(row: Mapping, where: str) -> None:
     """
     if row.get("chosen") is not None and row.get("rejected") is not None:
         raise ValueError(
-            f"{where} has the columns 'chosen' and 'rejected': it compares two answers, and here one is learned. Rename the one "
+            f"{error_prefix} has the columns 'chosen' and 'rejected': it compares two answers, and here one is learned. Rename the one "
             "that is to be learned to 'completion', and leave the other out"
         )
     answered = row.get("completion") is not None or row.get("messages") is not None
     if answered and _is_false(row.get("label")):
         raise ValueError(
-            f"{where} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
+            f"{error_prefix} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
             "true, and leave the column out"
         )
 
@@ -83,7 +87,7 @@ def _is_false(label: Any) -> bool:
     return isinstance(label, bool | np.bool_ | numbers.Number) and label == 0
 
 
-def optional_text(row: Mapping, column: str, where: str) -> str | None:
+def optional_text(row: Mapping, column: str, error_prefix: str) -> str | None:
     """A column that is text or null; an empty text counts as null.
 
     Raises:
@@ -91,51 +95,51 @@ def optional_text(row: Mapping, column: str, where: str) -> str | None:
     """
     value = row.get(column)
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}: {column!r} must be text or null, not {kind_of(value)}")
+        raise ValueError(f"{error_prefix}: {column!r} must be text or null, not {describe_type(value)}")
     return value or None
 
 
-def kind_of(value) -> str:
+def describe_type(value) -> str:
     """What messages call a value."""
     return "missing or null" if value is None else f"a {type(value).__name__}"
 
 
-def _message(message, where: str, which: str) -> dict:
+def _message(message, error_prefix: str, which: str) -> dict:
     if not isinstance(message, Mapping):
-        raise ValueError(f"{where}: {which} must have role and content, but is {kind_of(message)}")
+        raise ValueError(f"{error_prefix}: {which} must have role and content, but is {describe_type(message)}")
     if not isinstance(message.get("role"), str):
-        raise ValueError(f"{where}: the role of {which} must be text, not {kind_of(message.get('role'))}")
+        raise ValueError(f"{error_prefix}: the role of {which} must be text, not {describe_type(message.get('role'))}")
     known = _without_nulls(message)
     calls = known.pop("tool_calls", None)
     if calls:
-        known["tool_calls"] = _calls(calls, where, which)
+        known["tool_calls"] = _calls(calls, error_prefix, which)
     content = known.get("content")
     if content is None and calls and known["role"] == "assistant":
         content = ""
-    known["content"] = _text(content, where, which)
+    known["content"] = _text(content, error_prefix, which)
     return known
 
 
-def _text(content, where: str, which: str) -> str:
+def _text(content, error_prefix: str, which: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise ValueError(f"{where}: the content of {which} must be text, not {kind_of(content)}")
+        raise ValueError(f"{error_prefix}: the content of {which} must be text, not {describe_type(content)}")
     for k, part in enumerate(content):
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else kind_of(part)
+            kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else describe_type(part)
             raise ValueError(
-                f"{where}: the content of {which} must be text or a list of text parts, "
+                f"{error_prefix}: the content of {which} must be text or a list of text parts, "
                 f'{{"type": "text", "text": …}}, but its part {k} is {kind}, not text; only text can be read'
             )
     return "".join(part["text"] for part in content)
 
 
-def _calls(calls, where: str, which: str) -> list[dict]:
+def _calls(calls, error_prefix: str, which: str) -> list[dict]:
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        kind = kind_of(next(c for c in calls if not isinstance(c, Mapping)) if isinstance(calls, list) else calls)
+        kind = describe_type(next(c for c in calls if not isinstance(c, Mapping)) if isinstance(calls, list) else calls)
         raise ValueError(
-            f"{where}: the tool_calls of {which} must be a list of calls, "
+            f"{error_prefix}: the tool_calls of {which} must be a list of calls, "
             f'{{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}, not {kind}'
         )
     return [_call(call) for call in calls]
@@ -154,22 +158,23 @@ def _call(call: dict) -> dict:
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
-def _tools(tools, where: str) -> list[dict]:
+def _tools(tools, error_prefix: str) -> list[dict]:
     if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
-        raise ValueError(f"{where}: 'tools' must be a list of JSON schemas, not {kind_of(tools)}")
+        raise ValueError(f"{error_prefix}: 'tools' must be a list of JSON schemas, not {describe_type(tools)}")
     found = [
-        _parsed(t, where, f"tools[{k}]", "a JSON schema") if isinstance(t, str) else t for k, t in enumerate(tools)
+        _parsed(t, error_prefix, f"tools[{k}]", "a JSON schema") if isinstance(t, str) else t
+        for k, t in enumerate(tools)
     ]
     for k, tool in enumerate(found):
         if not isinstance(tool, Mapping):
             raise ValueError(
-                f"{where}: 'tools[{k}]' must be a JSON schema, such as "
-                f'{{"type": "function", "function": {{"name": …, "parameters": {{…}}}}}}, not {kind_of(tool)}'
+                f"{error_prefix}: 'tools[{k}]' must be a JSON schema, such as "
+                f'{{"type": "function", "function": {{"name": …, "parameters": {{…}}}}}}, not {describe_type(tool)}'
             )
     return found
 
 
-def _parsed(value, where: str, column: str, wanted: str):
+def _parsed(value, error_prefix: str, column: str, wanted: str):
     """A column that may be a string of JSON; nulls are dropped from what is none, where data sets fill them in."""
     if not isinstance(value, str):
         return _without_nulls(value)
@@ -178,7 +183,9 @@ def _parsed(value, where: str, column: str, wanted: str):
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"{where}: {column!r} is text but no valid JSON ({error}); it must be {wanted}") from None
+        raise ValueError(
+            f"{error_prefix}: {column!r} is text but no valid JSON ({error}); it must be {wanted}"
+        ) from None
 
 
 def _without_nulls(value):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses import chunked
-from gold_jax.losses.chunked import Inner, head_logits, map_over_chunks, sum_over_chunks
-from gold_jax.losses.distill import Head, cross_entropy, order_rows, pack, token_logp
+from gold_jax.losses import fused_head
+from gold_jax.losses.distill import Head, compact, cross_entropy, order_rows, token_logp
+from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum, head_logits
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 N, D, V = 13, 5, 17
@@ -39,17 +39,19 @@ def test_a_sum_over_chunks_equals_the_sum_at_once_with_its_gradient(chunk, live,
     labels = jnp.arange(N) % V
     weight = jnp.where(jnp.arange(N) < live, normal(N, seed=4), 0.0)
     inner = (
-        None if tokens is None else Inner(*(jnp.array(x) for x in ([3, 8, 3, 11], [2, 0, 16, 5], [0, 4, 0, 1])), tokens)
+        None
+        if tokens is None
+        else InnerTokens(*(jnp.array(x) for x in ([3, 8, 3, 11], [2, 0, 16, 5], [0, 4, 0, 1])), tokens)
     )
 
     def chunked(hidden, head):
         args = hidden, head, ROWS, inner, shared, (labels, weight), live
-        return 3 * sum_over_chunks(a_loss, a_token, chunk, *args)[0]
+        return 3 * fused_linear_sum(a_loss, a_token, chunk, *args)[0]
 
     def at_once(hidden, head):
         scale = jnp.zeros(N)
         if tokens:
-            logp = a_token(head_logits(hidden[inner.rows[:tokens]], head), inner.places[:tokens])
+            logp = a_token(head_logits(hidden[inner.rows[:tokens]], head), inner.columns[:tokens])
             scale = scale.at[inner.slots[:tokens]].add(logp)
         return 3 * a_loss(head_logits(hidden[ROWS], head), scale, shared, (labels, weight))[0]
 
@@ -65,24 +67,24 @@ def test_a_heads_gradient_is_the_same_however_many_rows_are_made_at_once(monkeyp
 
     def gradient(head):
         return jax.grad(
-            lambda w: sum_over_chunks(a_loss, None, 4, hidden, w, ROWS, None, jnp.zeros(V), positions, N)[0]
+            lambda w: fused_linear_sum(a_loss, None, 4, hidden, w, ROWS, None, jnp.zeros(V), positions, N)[0]
         )(head)
 
     whole = gradient(head)
-    monkeypatch.setattr(chunked, "ROWS_AT_ONCE", rows)
+    monkeypatch.setattr(fused_head, "GRADIENT_BLOCK_ROWS", rows)
     chex.assert_trees_all_close(gradient(head), whole, rtol=1e-6, atol=1e-7)
 
 
 def test_logits_take_the_place_of_hidden_states_where_there_is_no_head():
     logits, shared = normal(N, V), normal(V, seed=3)
     positions = jnp.arange(N) % V, normal(N, seed=4)
-    inner = Inner(*(jnp.array(x) for x in ([3, 8], [2, 0], [0, 4])), 2)
+    inner = InnerTokens(*(jnp.array(x) for x in ([3, 8], [2, 0], [0, 4])), 2)
 
     def ours(logits):
-        return sum_over_chunks(a_loss, a_token, 4, logits, None, ROWS, inner, shared, positions, N)[0]
+        return fused_linear_sum(a_loss, a_token, 4, logits, None, ROWS, inner, shared, positions, N)[0]
 
     def theirs(logits):
-        scale = jnp.zeros(N).at[inner.slots].add(a_token(logits[inner.rows], inner.places))
+        scale = jnp.zeros(N).at[inner.slots].add(a_token(logits[inner.rows], inner.columns))
         return a_loss(logits[ROWS], scale, shared, positions)[0]
 
     pair = (jax.value_and_grad(f)(logits) for f in (ours, theirs))
@@ -94,7 +96,7 @@ def test_the_parts_of_a_sum_come_with_and_without_a_gradient():
     positions = (jnp.arange(N) % V, jnp.ones(N))
 
     def loss(hidden):
-        return sum_over_chunks(a_loss, None, 4, hidden, head, ROWS, None, jnp.zeros(V), positions, N)
+        return fused_linear_sum(a_loss, None, 4, hidden, head, ROWS, None, jnp.zeros(V), positions, N)
 
     plain = loss(hidden)[1]
     (_, parts), _ = jax.value_and_grad(loss, has_aux=True)(hidden)
@@ -106,7 +108,7 @@ def test_chunks_without_live_positions_are_never_computed():
     hidden = normal(N, D).at[4:].set(jnp.nan)
     weight = jnp.where(jnp.arange(N) < 4, 1.0, 0.0)
     args = (normal(V, D), jnp.arange(N), None, jnp.zeros(V), (jnp.zeros(N, int), weight), 4)
-    value, grad = jax.value_and_grad(lambda h: sum_over_chunks(a_loss, None, 4, h, *args)[0])(hidden)
+    value, grad = jax.value_and_grad(lambda h: fused_linear_sum(a_loss, None, 4, h, *args)[0])(hidden)
     chex.assert_tree_all_finite((value, grad))
 
 
@@ -114,13 +116,13 @@ def test_chunks_without_live_positions_are_never_computed():
 @pytest.mark.parametrize("live", [0, 6, 13])
 def test_a_map_over_chunks_equals_the_map_at_once(chunk, live):
     hidden, head, labels = normal(N, D), normal(V, D, seed=1), jnp.arange(N) % V
-    ours = jax.jit(lambda *args: map_over_chunks(a_token, chunk, *args))(hidden, head, ROWS, labels, live)
+    ours = jax.jit(lambda *args: fused_linear_map(a_token, chunk, *args))(hidden, head, ROWS, labels, live)
     theirs = jnp.where(jnp.arange(N) < live, a_token(head_logits(hidden[ROWS], head), labels), 0.0)
     chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
 def test_packing_puts_what_counts_in_front_in_order():
-    index, live = pack(jnp.array([[False, True, True], [True, False, False]]))
+    index, live = compact(jnp.array([[False, True, True], [True, False, False]]))
     assert index[:3].tolist() == [1, 2, 3] and live == 3
 
 
@@ -174,7 +176,7 @@ def test_in_bfloat16_logits_and_the_heads_gradient_are_accumulated_in_float32():
     hidden, head = normal(64, 32).astype(jnp.bfloat16), normal(V, 32, seed=1)
     assert head_logits(hidden, head).dtype == jnp.float32
     positions = (jnp.zeros(64, int), jnp.ones(64))
-    fn = functools.partial(sum_over_chunks, a_loss, None, 4)
+    fn = functools.partial(fused_linear_sum, a_loss, None, 4)
     grad = jax.grad(lambda w: fn(hidden, w, jnp.arange(64), None, jnp.zeros(V), positions, 64)[0])(head)
     exact = jax.grad(
         lambda w: a_loss(head_logits(hidden.astype(jnp.float32), w), jnp.zeros(64), jnp.zeros(V), positions)[0]

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from gold_jax.config import SFTConfig
-from gold_jax.training.saves import named
+from gold_jax.training.checkpointing import named_arrays
 
 
 class Diverged(RuntimeError):
     """Too many updates in a row had to be left out; the text says what was seen and what may help."""
 
 
-class Skips:
+class NonFiniteCounter:
     """How many updates were left out so far.
 
     Attributes:
@@ -39,27 +39,25 @@ class Skips:
         return {"total": self.total, "in_a_row": self.in_a_row}
 
 
-def explain(
-    step: int, skips: Skips, metrics: Mapping[str, Any], params: Any, rows: Sequence[int], args: SFTConfig
+def describe_divergence(
+    step: int, counter: NonFiniteCounter, metrics: Mapping[str, Any], params: Any, rows: Sequence[int], args: SFTConfig
 ) -> str:
     """What can be said of a run that makes no more updates.
 
     Args:
       step: updates so far, those left out too.
-      skips: how many were left out.
+      counter: how many were left out.
       metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
       params: the student's parameters.
       rows: numbers of the rows that the last update was to learn from.
       args: reads learning_rate, max_grad_norm, bf16 and max_skipped_updates.
     """
-    odd = [name for name, x in named(params).items() if not bool(jnp.isfinite(x).all())]
+    nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-    if odd:
-        cause = (
-            f"The parameters themselves are not finite ({', '.join(odd[:3])}): the model was broken before training."
-        )
+    if nonfinite:
+        cause = f"The parameters themselves are not finite ({', '.join(nonfinite[:3])}): the model was broken before training."
     elif not np.isfinite(loss):
         cause = f"The parameters are finite, the loss is {loss}."
     else:
@@ -70,8 +68,8 @@ def explain(
     if not args.max_grad_norm:
         advice.append("--max_grad_norm 1")
     return (
-        f"{skips.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({skips.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} Not "
+        f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} Not "
         f"finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
         f"{'; '.join(advice)}."
     )

@@ -11,10 +11,10 @@ from jax.sharding import SingleDeviceSharding
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from gold_jax.models import weight_files
+from gold_jax.models import safetensors_io
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.weights import load_model, model_folder, save_model
+from gold_jax.models.hf_checkpoint import load_model, model_folder, save_model
 
 from . import tiny
 
@@ -96,7 +96,7 @@ def test_a_multimodal_checkpoint_is_saved_as_its_language_model(tmp_path):
 
 def test_a_big_model_is_saved_in_shards_and_read_from_them(tmp_path, monkeypatch):
     source = tiny.write_folder("qwen2", tmp_path / "source")
-    monkeypatch.setattr(weight_files, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 30_000)
     save_model(load_model(source), tmp_path / "copy")
     index = json.loads((tmp_path / "copy/model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2
@@ -112,7 +112,7 @@ def test_a_big_model_is_saved_in_shards_and_read_from_them(tmp_path, monkeypatch
 
 
 def test_a_missing_shard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(weight_files, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 30_000)
     save_model(load_model(tiny.write_folder("qwen2", tmp_path / "source")), tmp_path / "copy")
     sorted((tmp_path / "copy").glob("model-*"))[1].unlink()
     with pytest.raises(ValueError, match="names model-00002-of-.*which is not there"):

@@ -1,6 +1,6 @@
 """What each update learns from: rows in a fixed random order, and batches made from them.
 
-A window is the rows of one update, split into micro-batches. Which rows it holds, which micro-batches the student
+An update batch is the rows of one update, split into micro-batches. Which rows it holds, which micro-batches the student
 writes itself, and the sampling keys are pure functions of the seed and the step.
 """
 
@@ -17,16 +17,16 @@ import numpy as np
 from gold_jax.loss_spec import LossSpec
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
-from gold_jax.text.batch import ALONE, Row, build_batches, build_rows, build_token_batches, counted_groups
-from gold_jax.text.chat import Codec
+from gold_jax.text.batch import SINGLE_PROCESS, Row, build_batches, build_rows, build_token_batches, counted_groups
+from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
-from gold_jax.text.drawn import Drawn, completion_from_ids
-from gold_jax.text.share import Share
+from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
+from gold_jax.text.process_shard import ProcessShard
 
 
 @dataclasses.dataclass(frozen=True)
-class Order:
-    """The order in which rows are learned from: shuffled anew in every epoch, the last window of an epoch may be short."""
+class RowOrder:
+    """The order in which rows are learned from: shuffled anew in every epoch, the last update of an epoch may be short."""
 
     rows: int
     per_step: int
@@ -45,7 +45,7 @@ class Order:
 
 
 @dataclasses.dataclass
-class Window:
+class UpdateBatch:
     """The micro-batches of one update, what they hold, and samples to look at."""
 
     batches: list
@@ -53,19 +53,19 @@ class Window:
     samples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
 
-class Windows(Protocol):
-    """Makes windows and evaluation batches."""
+class BatchBuilder(Protocol):
+    """Makes update batches and evaluation batches."""
 
-    def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
-        """The window of an update, given its rows and the student's current parameters."""
+    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
+        """The batch of an update, given its rows and the student's current parameters."""
 
-    def evaluate(self, examples: Sequence[Example]) -> list:
+    def build_evaluation(self, examples: Sequence[Example]) -> list:
         """All batches of an evaluation, normalised over all rows together."""
 
 
 @dataclasses.dataclass
-class DistillationWindows:
-    """Windows of on-policy distillation: a share λ of the micro-batches is written by the student.
+class DistillationBatchBuilder:
+    """Batches of on-policy distillation: a share λ of the micro-batches is written by the student.
 
     The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
     teacher. An update's completions are sampled together, `generation_batch_size` rows at a time, however it is split
@@ -73,12 +73,12 @@ class DistillationWindows:
     `engine` writes for the student in place of the built-in sampler, after `sync` has been given the student (graph and
     parameters) and the number of updates that it has seen.
 
-    `batch_size` and `eval_batch_size` count the rows of all devices, and `share` says which of them this process makes. All
+    `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this process makes. All
     processes sample together, whoever's the rows are.
     """
 
-    student: Codec
-    teacher: Codec
+    student: ChatTokenizer
+    teacher: ChatTokenizer
     student_graph: Any
     spec: LossSpec
     one_vocabulary: bool
@@ -98,71 +98,79 @@ class DistillationWindows:
     teacher_context: str | None = None
     engine: Engine | None = None
     sync: Callable[[tuple, int], Any] | None = None
-    share: Share = ALONE
+    process_shard: ProcessShard = SINGLE_PROCESS
 
-    def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
-        """See `Windows.train`."""
+    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
+        """See `BatchBuilder.build`."""
         examples = [e for e in examples for _ in range(self.num_generations)]
         chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
         on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
-        here = self.share.here(len(examples), self.batch_size)
+        local_rows = self.process_shard.local_rows(len(examples), self.batch_size)
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         model = (self.student_graph, params)
-        written = np.flatnonzero(on_policy).tolist()
-        if written and self.sync is not None:
+        student_rows = np.flatnonzero(on_policy).tolist()
+        if student_rows and self.sync is not None:
             self.sync(model, step)
-        completions: dict[int, str | Drawn] = {i: examples[i].completion for i in here}
-        drawn = {}
-        if written:
-            prompts = {i: examples[i].prompt for i in here if on_policy[i]}
-            drawn = self._sample(model, self.student, prompts, written, key, self.engine)
-        others = np.flatnonzero(~on_policy).tolist()
-        if others and self.teacher_model is not None:
-            asked = {i: examples[i] for i in here if not on_policy[i]}
-            completions |= self._by_teacher(asked, others, jax.random.fold_in(key, 1))
-        completions |= drawn
-        made = self._rows([examples[i] for i in here], [completions[i] for i in here])
-        rows = dict(zip(here, made))
-        stats = self._describe(rows, drawn) | {"on_policy": float(on_policy.mean())}
-        samples = [(self.student.render(examples[i].prompt), d.text) for i, d in drawn.items()]
-        return Window(self._batches(rows, len(examples), self.batch_size), stats, samples)
+        completions: dict[int, str | SampledCompletion] = {i: examples[i].completion for i in local_rows}
+        sampled = {}
+        if student_rows:
+            prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
+            sampled = self._sample(model, self.student, prompts, student_rows, key, self.engine)
+        teacher_rows = np.flatnonzero(~on_policy).tolist()
+        if teacher_rows and self.teacher_model is not None:
+            remaining = {i: examples[i] for i in local_rows if not on_policy[i]}
+            completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
+        completions |= sampled
+        made = self._rows([examples[i] for i in local_rows], [completions[i] for i in local_rows])
+        rows = dict(zip(local_rows, made))
+        stats = self._describe(rows, sampled) | {"on_policy": float(on_policy.mean())}
+        samples = [(self.student.render(examples[i].prompt), d.text) for i, d in sampled.items()]
+        return UpdateBatch(self._batches(rows, len(examples), self.batch_size), stats, samples)
 
     def _sample(
-        self, model, codec: Codec, prompts: Mapping[int, Any], wanted: Sequence[int], key, engine: Engine | None = None
-    ) -> dict[int, Drawn]:
+        self,
+        model,
+        chat_tokenizer: ChatTokenizer,
+        prompts: Mapping[int, Any],
+        wanted: Sequence[int],
+        key,
+        engine: Engine | None = None,
+    ) -> dict[int, SampledCompletion]:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
-        ids = {i: codec.encode_prompt(prompt) for i, prompt in prompts.items()}
+        ids = {i: chat_tokenizer.encode_prompt(prompt) for i, prompt in prompts.items()}
         sampled = (engine or SamplingEngine(rows)).generate(
             model,
-            self.share.all_of(wanted, ids, self.batch_size),
+            self.process_shard.gather_token_ids(wanted, ids, self.batch_size),
             max_new_tokens=self.max_new_tokens,
             key=key,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
-            stop_ids=codec.stop_ids,
-            pad_id=codec.pad_id,
+            stop_ids=chat_tokenizer.stop_ids,
+            pad_id=chat_tokenizer.pad_id,
         )
         return {
-            i: completion_from_ids(codec, completion.ids, after=prompts[i])
+            i: completion_from_ids(chat_tokenizer, completion.ids, after=prompts[i])
             for i, completion in zip(wanted, sampled)
             if i in prompts
         }
 
-    def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, Drawn]:
+    def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
-        told = dict(zip(examples, self._told(list(examples.values()))))
-        drawn = self._sample(self.teacher_model, self.teacher, told, wanted, key)
+        prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
+        sampled = self._sample(self.teacher_model, self.teacher, prompts, wanted, key)
         read = self.student.encode_completions(
-            [drawn[i].text for i in examples], after=[e.prompt for e in examples.values()]
+            [sampled[i].text for i in examples], after=[e.prompt for e in examples.values()]
         )
         return {
-            i: Drawn.of_text(drawn[i].text, e, stopped=drawn[i].stopped, damaged=drawn[i].damaged)
+            i: SampledCompletion.from_text(
+                sampled[i].text, e, stopped=sampled[i].stopped, invalid_utf8=sampled[i].invalid_utf8
+            )
             for i, e in zip(examples, read)
         }
 
-    def _told(self, examples: Sequence[Example]) -> list:
+    def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher is told them."""
         contexts = [[c for c in (self.teacher_context, e.teacher_context) if c] for e in examples]
         return [
@@ -170,11 +178,11 @@ class DistillationWindows:
             for e, context in zip(examples, contexts)
         ]
 
-    def evaluate(self, examples: Sequence[Example]) -> list:
-        """See `Windows.evaluate`; always on the data set's completions."""
-        here = self.share.here(len(examples), self.eval_batch_size)
-        mine = [examples[i] for i in here]
-        rows = dict(zip(here, self._rows(mine, [e.completion for e in mine])))
+    def build_evaluation(self, examples: Sequence[Example]) -> list:
+        """See `BatchBuilder.build_evaluation`; always on the data set's completions."""
+        local_rows = self.process_shard.local_rows(len(examples), self.eval_batch_size)
+        local_examples = [examples[i] for i in local_rows]
+        rows = dict(zip(local_rows, self._rows(local_examples, [e.completion for e in local_examples])))
         return self._batches(rows, len(examples), self.eval_batch_size)
 
     def _rows(self, examples, completions) -> list[Row]:
@@ -186,7 +194,7 @@ class DistillationWindows:
             max_length=self.max_length,
             positional=self.spec.groups == "positional",
             one_vocabulary=self.one_vocabulary,
-            teacher_prompts=self._told(examples),
+            teacher_prompts=self._teacher_prompts(examples),
             skip_student_stop=self.spec.skip_student_stop,
             skip_teacher_stop=self.spec.skip_teacher_stop,
         )
@@ -201,27 +209,27 @@ class DistillationWindows:
             normalization=self.spec.normalization,
             student_pad=self.student.pad_id,
             teacher_pad=self.teacher.pad_id,
-            share=self.share,
+            process_shard=self.process_shard,
         )
 
-    def _describe(self, rows: Mapping[int, Row], drawn: Mapping[int, Drawn]) -> dict[str, float]:
+    def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> dict[str, float]:
         """What the rows of all processes hold."""
 
         def counted(found: Mapping[int, Any]) -> list:
-            return [x for i, x in found.items() if self.share.counts(i, self.batch_size)]
+            return [x for i, x in found.items() if self.process_shard.is_owner(i, self.batch_size)]
 
-        rows, drawn = counted(rows), counted(drawn)
-        groups, plain, unknown, tokens, written, length, stopped, damaged = self.share.total(
+        rows, sampled = counted(rows), counted(sampled)
+        groups, plain, unknown, tokens, written, length, stopped, invalid_utf8 = self.process_shard.all_reduce_sum(
             np.array(
                 [
                     sum(r.groups for r in rows),
                     sum(int(counted_groups(r, "boundary", "one_to_one").sum()) for r in rows),
                     sum(len(np.unique(r.unknown)) for r in rows),
                     sum(len(r.student.prompt) + len(r.student.completion) for r in rows),
-                    len(drawn),
-                    sum(len(d.ids) + d.stopped for d in drawn),
-                    sum(d.stopped for d in drawn),
-                    sum(d.damaged for d in drawn),
+                    len(sampled),
+                    sum(len(d.ids) + d.stopped for d in sampled),
+                    sum(d.stopped for d in sampled),
+                    sum(d.invalid_utf8 for d in sampled),
                 ]
             )
         ).tolist()
@@ -229,7 +237,7 @@ class DistillationWindows:
         if unknown:
             found["unknown"] = unknown / max(1, groups)
         if written:
-            sums = {"completion_tokens": length, "stopped": stopped, "damaged": damaged}
+            sums = {"completion_tokens": length, "stopped": stopped, "damaged": invalid_utf8}
             found |= {name: value / written for name, value in sums.items()}
         return found
 
@@ -243,43 +251,49 @@ def sampling_rows(prompts: int, batch_size: int, limit: int) -> int:
 
 
 @dataclasses.dataclass
-class TokenWindows:
-    """Windows of supervised fine-tuning."""
+class TokenBatchBuilder:
+    """Batches of supervised fine-tuning."""
 
-    codec: Codec
+    chat_tokenizer: ChatTokenizer
     batch_size: int
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    share: Share = ALONE
+    process_shard: ProcessShard = SINGLE_PROCESS
 
-    def train(self, step: int, examples: Sequence[Example], params: Any) -> Window:
-        """See `Windows.train`."""
+    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
+        """See `BatchBuilder.build`."""
         rows = self._rows(examples, self.batch_size)
-        counted = [row for i, row in enumerate(rows) if row is not None and self.share.counts(i, self.batch_size)]
+        counted = [
+            row for i, row in enumerate(rows) if row is not None and self.process_shard.is_owner(i, self.batch_size)
+        ]
         sums = [sum(len(ids) for ids, _ in counted), sum(int(c[1:].sum()) for _, c in counted)]
-        tokens, targets = self.share.total(np.array(sums)).tolist()
-        batches = build_token_batches(rows, self.batch_size, pad=self.codec.pad_id, share=self.share)
-        return Window(batches, {"tokens": tokens, "targets": targets})
+        tokens, targets = self.process_shard.all_reduce_sum(np.array(sums)).tolist()
+        batches = build_token_batches(
+            rows, self.batch_size, pad=self.chat_tokenizer.pad_id, process_shard=self.process_shard
+        )
+        return UpdateBatch(batches, {"tokens": tokens, "targets": targets})
 
-    def evaluate(self, examples: Sequence[Example]) -> list:
-        """See `Windows.evaluate`."""
+    def build_evaluation(self, examples: Sequence[Example]) -> list:
+        """See `BatchBuilder.build_evaluation`."""
         rows = self._rows(examples, self.eval_batch_size)
-        return build_token_batches(rows, self.eval_batch_size, pad=self.codec.pad_id, share=self.share)
+        return build_token_batches(
+            rows, self.eval_batch_size, pad=self.chat_tokenizer.pad_id, process_shard=self.process_shard
+        )
 
     def _rows(self, examples: Sequence[Example], batch_size: int) -> list:
         """The rows that are made here, None for the others."""
-        here = set(self.share.here(len(examples), batch_size))
-        rows = [self._row(e) if i in here else None for i, e in enumerate(examples)]
+        local_rows = set(self.process_shard.local_rows(len(examples), batch_size))
+        rows = [self._row(e) if i in local_rows else None for i, e in enumerate(examples)]
         return [row and (row[0][: self.max_length], row[1][: self.max_length]) for row in rows]
 
     def _row(self, example: Example):
         if self.counted != "completion" and example.messages:
-            ids, counted = self.codec.encode_turns(example.messages)
+            ids, counted = self.chat_tokenizer.encode_turns(example.messages)
         else:
-            prompt = self.codec.encode_prompt(example.prompt)
-            answer = self.codec.encode_completion(example.completion, after=example.prompt).ids
-            ids = np.concatenate([prompt, answer, [self.codec.stop_id]]).astype(np.int32)
+            prompt = self.chat_tokenizer.encode_prompt(example.prompt)
+            answer = self.chat_tokenizer.encode_completion(example.completion, after=example.prompt).ids
+            ids = np.concatenate([prompt, answer, [self.chat_tokenizer.stop_id]]).astype(np.int32)
             counted = np.arange(len(ids)) >= len(prompt)
         return ids, np.ones_like(counted) if self.counted == "all" else counted
 
@@ -301,11 +315,11 @@ class CheckedRows:
 
 def check_examples(
     examples: Sequence[Example],
-    codec: Codec,
+    chat_tokenizer: ChatTokenizer,
     *,
     budget: int | None,
     need_completion: str | None,
-    teacher: Codec | None = None,
+    teacher: ChatTokenizer | None = None,
     learns_calls: bool = False,
     student_writes: bool = False,
     teacher_writes: bool = False,
@@ -315,10 +329,10 @@ def check_examples(
 
     Args:
       examples: all rows.
-      codec: the student's codec.
+      chat tokenizer: the student's chat tokenizer.
       budget: most tokens of a prompt; rows with longer ones are left out. None: any.
       need_completion: why every row must have a completion, for the error; None if it need not.
-      teacher: a teacher's codec, whose template must take every row as well.
+      teacher: a teacher's chat tokenizer, whose template must take every row as well.
       learns_calls: whether an answer that calls tools can be learned, as whole conversations can. A completion cannot
         hold it, because every template writes calls in its own way; such rows are left out where one is needed.
       student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a token.
@@ -330,7 +344,7 @@ def check_examples(
     digest, unread = hashlib.sha256(), collections.Counter()
     kept, long, calls, empty, markup = [], 0, 0, collections.Counter(), []
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
-    writers = {"student": codec if student_writes else None, "teacher": teacher if teacher_writes else None}
+    writers = {"student": chat_tokenizer if student_writes else None, "teacher": teacher if teacher_writes else None}
     writers = {who: writer for who, writer in writers.items() if writer and not len(writer.encode_prompt(""))}
 
     def cannot_write(e: Example) -> str | None:
@@ -356,12 +370,16 @@ def check_examples(
         if unable := cannot_write(e):
             empty[unable] += 1
             continue
-        text, *_ = _renderings(e, f"row {i} of the data set", codec, teacher)
-        if isinstance(e.prompt, str) and not codec.special_tokens_in_prompts and codec.special_strings_in(e.prompt):
+        text, *_ = _render_all(e, f"row {i} of the data set", chat_tokenizer, teacher)
+        if (
+            isinstance(e.prompt, str)
+            and not chat_tokenizer.special_tokens_in_prompts
+            and chat_tokenizer.special_strings_in(e.prompt)
+        ):
             markup.append(i)
         if budget is not None:
             # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
-            if len(text.encode()) + 2 > budget and len(codec.encode_prompt(e.prompt)) > budget:
+            if len(text.encode()) + 2 > budget and len(chat_tokenizer.encode_prompt(e.prompt)) > budget:
                 long += 1
                 continue
         kept.append(i)
@@ -388,7 +406,7 @@ def check_examples(
         raise ValueError(f"none of the {len(examples)} rows can be learned from: {why}")
     notices = [f"left out {count} of {len(examples)} rows {words}" for count, words, _ in left_out]
     if markup:
-        first = codec.special_strings_in(examples[markup[0]].prompt)[0]
+        first = chat_tokenizer.special_strings_in(examples[markup[0]].prompt)[0]
         notices.append(
             f"{len(markup)} prompts, that of row {markup[0]} first, hold the string of a special token such as {first}, read "
             "as plain text; --special_tokens_in_prompts reads it as the token"
@@ -400,12 +418,12 @@ def check_examples(
     return CheckedRows(kept, notices, digest.hexdigest())
 
 
-def measurable(examples: Sequence[Example]) -> list[Example]:
+def with_text_completion(examples: Sequence[Example]) -> list[Example]:
     """The rows that have a completion in text."""
     return [e for e in examples if e.completion is not None and not e.calls_tools]
 
 
-def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> list[str]:
+def check_evaluation(examples: Sequence[Example], *chat_tokenizers: ChatTokenizer | None) -> list[str]:
     """Makes sure, before the first update, that there is something to evaluate on and that every template takes it.
 
     Returns:
@@ -416,8 +434,8 @@ def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> list
     """
     measured = 0
     for i, e in enumerate(examples):
-        if measurable([e]):
-            _renderings(e, f"row {i} of the evaluation data", *codecs)
+        if with_text_completion([e]):
+            _render_all(e, f"row {i} of the evaluation data", *chat_tokenizers)
             measured += 1
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
@@ -427,9 +445,11 @@ def check_evaluation(examples: Sequence[Example], *codecs: Codec | None) -> list
     return [f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"]
 
 
-def _renderings(example: Example, where: str, *codecs: Codec | None) -> list[str]:
+def _render_all(example: Example, error_prefix: str, *chat_tokenizers: ChatTokenizer | None) -> list[str]:
     """The prompt as each template writes it; an error says which row it is."""
     try:
-        return [codec.render(example.prompt) for codec in codecs if codec is not None]
+        return [
+            chat_tokenizer.render(example.prompt) for chat_tokenizer in chat_tokenizers if chat_tokenizer is not None
+        ]
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{error_prefix}: {error}") from error

@@ -1,0 +1,267 @@
+"""The rows that are being written, on the device, and the programs that change them.
+
+Rows are independent: each has its own slots in the cache, its own key and its own count of tokens, so that what it draws
+does not depend on where it stands or on what the others do. Temperature, top-k, top-p, key, stop tokens and limits are
+traced values; a program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width of prompts). On a mesh each shard
+has an equal part of the rows, which stay there: caches never travel. What is known of all rows is known everywhere.
+
+Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows that join, P width of their prompts.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.decoder import Cache
+from gold_jax.models.functional import merge
+from gold_jax.parallel.exchange import map_shards
+from gold_jax.parallel.layout import ROW_AXES, Placement
+from gold_jax.rollout.token_sampling import sample_tokens
+
+
+class SamplingOptions(NamedTuple):
+    """How tokens are drawn, all traced.
+
+    Attributes:
+        temperature, top_k, top_p: as in `rollout.engine.Engine.generate`.
+        stops: int32 [any], tokens that end a row; -1 is none.
+        limit: int32, most tokens of a row.
+    """
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    stops: jax.Array
+    limit: jax.Array
+
+
+class DecodeState(NamedTuple):
+    """What is known of each row beside its cache.
+
+    Attributes:
+        next_token: int32 [R], the token that it reads next.
+        key: PRNG key [R]; what a row draws is a function of it and of how many tokens it has drawn.
+        count: int32 [R], tokens drawn.
+        done: bool [R]; an empty slot is done.
+        tokens, logprobs: int32 and float32 [R, N], what was drawn and its log-probability under the model itself.
+    """
+
+    next_token: jax.Array
+    key: jax.Array
+    count: jax.Array
+    done: jax.Array
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new"))
+def empty_slots(
+    key, *, config: DecoderConfig, dtype, placement: Placement | None = None, rows: int, slots: int, new: int
+) -> tuple[Cache, DecodeState]:
+    """Empty decode slots with room for `new` tokens each."""
+    heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
+    zeros = jnp.zeros(rows, jnp.int32)
+    keys, values = (
+        tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
+        for shape in ((config.head_dim, slots), (slots, config.head_dim))
+    )
+    decode_state = DecodeState(
+        next_token=zeros,
+        key=jnp.broadcast_to(key, (rows,)),
+        count=zeros,
+        done=jnp.ones(rows, bool),
+        tokens=jnp.zeros((rows, new), jnp.int32),
+        logprobs=jnp.zeros((rows, new), jnp.float32),
+    )
+    return _constrain_cache(placement, Cache(keys, values, zeros)), _replicated(placement, decode_state)
+
+
+def cache_shardings(placement: Placement, cache: Cache) -> Cache:
+    """Where a cache lies on a mesh: rows over shards, heads over `tensor`."""
+    rows, heads = cache.keys[0].shape[:2]
+    by_head = placement.sharding(placement.row_axes(rows), placement.head_axis(heads))
+    by_heads = (by_head,) * len(cache.keys)
+    return Cache(by_heads, by_heads, placement.sharding(placement.row_axes(rows)))
+
+
+def _constrain_cache(placement: Placement | None, cache: Cache) -> Cache:
+    """A cache shared out over a mesh."""
+    if placement is None:
+        return cache
+    return jax.lax.with_sharding_constraint(cache, cache_shardings(placement, cache))
+
+
+def _replicated(placement: Placement | None, tree):
+    return tree if placement is None else jax.lax.with_sharding_constraint(tree, placement.replicated)
+
+
+def _per_shard(
+    placement: Placement | None, change: Callable, cache: Cache, row_index: jax.Array, *more: Cache
+) -> Cache:
+    """`change(cache, row_index, *more)`, on a mesh in every shard by itself, where places number the shard's own rows."""
+    if placement is None:
+        return change(cache, row_index, *more)
+    rows, heads = cache.keys[0].shape[:2]
+    by_head, by_row = P(ROW_AXES, placement.head_axis(heads)), P(ROW_AXES)
+    specs = Cache(by_head, by_head, by_row)
+
+    def local(cache, row_index, *more):
+        return change(cache, row_index - jax.lax.axis_index(ROW_AXES) * (rows // placement.row_shards), *more)
+
+    return map_shards(placement, local, (specs, by_row, *(specs,) * len(more)), specs)(cache, row_index, *more)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def prefill_into_slots(
+    graphdef, params, cache: Cache, decode_state: DecodeState, tokens, lengths, next_token, index, row_index, key
+) -> tuple[Cache, DecodeState]:
+    """Read prompts into rows that are free.
+
+    Args:
+        graphdef, params: the model.
+        cache: donated.
+        decode state: of the same rows.
+        tokens: int32 [F, P], all of each prompt but its last token, padded on the right.
+        lengths: int32 [F], how many tokens that is.
+        next_token: int32 [F], the last one.
+        index: int32 [F], number of the prompt among all; folded into the key.
+        row_index: int32 [F], the rows that they join; R for none, where there are fewer prompts than F. On a mesh the prompts
+            that join a shard's rows stand in its part of F.
+        key: PRNG key of all prompts.
+    """
+    width = tokens.shape[1]
+    model = merge(graphdef, params)
+    placement = model.placement
+    if placement is not None:
+        tokens, lengths = (placement.shard_rows(x) for x in (tokens, lengths))
+    _, prefilled = model.prefill(tokens, jnp.arange(width) < lengths[:, None], width)
+    cache = _per_shard(placement, _scatter_rows, cache, row_index, prefilled._replace(length=lengths))
+    decode_state = decode_state._replace(
+        next_token=decode_state.next_token.at[row_index].set(next_token, mode="drop"),
+        key=decode_state.key.at[row_index].set(
+            jax.vmap(functools.partial(jax.random.fold_in, key))(index), mode="drop"
+        ),
+        count=decode_state.count.at[row_index].set(0, mode="drop"),
+        done=decode_state.done.at[row_index].set(False, mode="drop"),
+    )
+    return _constrain_cache(placement, cache), _replicated(placement, decode_state)
+
+
+def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
+    """A cache with the first slots of some rows, those there are, taken from another."""
+    width = prefilled.values[0].shape[2]
+    return Cache(
+        tuple(old.at[row_index, :, :, :width].set(new, mode="drop") for old, new in zip(cache.keys, prefilled.keys)),
+        tuple(old.at[row_index, :, :width].set(new, mode="drop") for old, new in zip(cache.values, prefilled.values)),
+        cache.length.at[row_index].set(prefilled.length, mode="drop"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def decode_until(
+    graphdef,
+    params,
+    weights,
+    cache: Cache,
+    decode_state: DecodeState,
+    options: SamplingOptions,
+    max_steps,
+    min_active,
+    min_active_per_shard,
+) -> tuple[Cache, DecodeState, jax.Array]:
+    """Draw tokens for all rows until there is something else to do.
+
+    Args:
+        graphdef, params: the model.
+        weights: its `decoding_weights()`.
+        cache: donated; the slots left in every row that goes on must be `max_steps` or more.
+        decode state: of the same rows.
+        options: how to draw.
+        max_steps: int32, most tokens to draw now.
+        min_active: int32; ends when no more than this many rows go on …
+        min_active_per_shard: int32; … or no more than this many in any shard of the mesh.
+
+    Returns:
+        The cache, the decode state, and how many tokens were drawn.
+    """
+    model = merge(graphdef, params)
+    shards = 1 if model.placement is None else model.placement.row_shards
+
+    def keep_going(state):
+        steps, _, decode_state = state
+        each = (~decode_state.done).reshape(shards, -1).sum(axis=1)
+        return (steps < max_steps) & (each.sum() > min_active) & (each.max() > min_active_per_shard)
+
+    def step(state):
+        steps, cache, decode_state = state
+        hidden, cache = model.decode_step(decode_state.next_token, cache, weights)
+        # A row that is done reads on without harm in its first slot, where there is always room.
+        cache = cache._replace(length=jnp.where(decode_state.done, 0, cache.length))
+        decode_state = _sample_and_record(model.decode_logits(hidden, weights), decode_state, options)
+        return steps + 1, _constrain_cache(model.placement, cache), _replicated(model.placement, decode_state)
+
+    steps, cache, decode_state = jax.lax.while_loop(keep_going, step, (jnp.int32(0), cache, decode_state))
+    return _constrain_cache(model.placement, cache), *_replicated(model.placement, (decode_state, steps))
+
+
+@jax.named_scope("draw")
+def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: SamplingOptions) -> DecodeState:
+    """Draw one token per row and write it down; rows that are done stay as they are."""
+    done, count = decode_state.done, decode_state.count
+    keys = jax.vmap(jax.random.fold_in)(decode_state.key, count)
+    token = sample_tokens(logits, keys, options.temperature, options.top_k, options.top_p)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
+    logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+    at = jnp.arange(len(token)), jnp.where(done, decode_state.tokens.shape[1], count)
+    after = count + ~done
+    return decode_state._replace(
+        next_token=token,
+        count=after,
+        done=done | (token[:, None] == options.stops).any(axis=1) | (after == options.limit),
+        tokens=decode_state.tokens.at[at].set(token, mode="drop"),
+        logprobs=decode_state.logprobs.at[at].set(logprob, mode="drop"),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("placement", "slots"))
+def resize_slots(
+    cache: Cache, decode_state: DecodeState, rows: jax.Array, *, placement: Placement | None = None, slots: int
+) -> tuple[Cache, DecodeState]:
+    """Go on with some of the rows, and with more or fewer slots, enough for what these rows hold.
+
+    Args:
+        cache, decode state: of R rows.
+        rows: int32 [any], which to keep, in their new order; on a mesh as many of each shard, in the order of the shards.
+        placement: of the model.
+        slots: of the new cache.
+    """
+    cache = _per_shard(placement, functools.partial(_gather_rows, slots), cache, rows)
+    decode_state = jax.tree.map(lambda old: old[rows], decode_state)
+    return _constrain_cache(placement, cache), _replicated(placement, decode_state)
+
+
+def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
+    """Some rows of a cache, with as many slots."""
+
+    def fit(old: jax.Array, axis: int) -> jax.Array:
+        kept = jax.lax.slice_in_dim(old[rows], 0, min(slots, old.shape[axis]), axis=axis)
+        return jnp.pad(kept, [(0, slots - kept.shape[axis] if other == axis else 0) for other in range(4)])
+
+    keys, values = (tuple(fit(old, axis) for old in both) for both, axis in ((cache.keys, 3), (cache.values, 2)))
+    return Cache(keys, values, cache.length[rows])
+
+
+__all__ = [
+    "DecodeState",
+    "SamplingOptions",
+    "cache_shardings",
+    "decode_until",
+    "empty_slots",
+    "prefill_into_slots",
+    "resize_slots",
+]
