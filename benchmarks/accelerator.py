@@ -148,7 +148,7 @@ def random_model(config, seed: int, **settings):
 def random_batch(configs, rows: int, prompt: int, answer: int, merge: str, text: bool):
     """A batch of random tokens whose groups are 1:1 for half of the text."""
     from gold_jax.text.align import group_ends
-    from gold_jax.text.batch import Half, Row, build_batches
+    from gold_jax.text.batch import Row, SideTokens, build_batches
 
     rng, made = np.random.default_rng(0), []
     for _ in range(rows):
@@ -162,7 +162,7 @@ def random_batch(configs, rows: int, prompt: int, answer: int, merge: str, text:
         halves = []
         for config, groups in zip(configs, (student_groups, teacher_groups)):
             ids = rng.integers(0, config.vocab_size, prompt + answer).astype(np.int32)
-            halves.append(Half(ids[:prompt], ids[prompt:], groups))
+            halves.append(SideTokens(ids[:prompt], ids[prompt:], groups))
         made.append(Row(*halves, groups=count, text="", stopped=True))
     (batch,) = build_batches(made, rows, merge=merge, groups="all", text=text)
     return batch
@@ -173,7 +173,7 @@ class StepUnderTest:
 
     def __init__(self, bench: Bench, loss: str = "gold"):
         from gold_jax.config import GOLDConfig
-        from gold_jax.losses.chunked import chunk_size
+        from gold_jax.losses.fused_head import chunk_size
         from gold_jax.models.functional import count
         from gold_jax.text.vocabulary import VocabularyMap
         from gold_jax.training.optimizer import make_optimizer
@@ -327,7 +327,7 @@ def _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype, d
     def drawn(seed, shape, scale):
         return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * scale
 
-    sizes = batch.student.lines.tokens.size, batch.teacher.lines.tokens.size
+    sizes = batch.student.packed.tokens.size, batch.teacher.packed.tokens.size
     arrays = []
     for number, (config, n) in enumerate(zip((student, teacher), sizes)):
         arrays += [
@@ -339,12 +339,14 @@ def _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype, d
         Head(
             None,
             np.arange(c.vocab_size, dtype=np.int32),
-            route=np.sort(rng.integers(0, options.matched + 1, c.vocab_size - options.matched)).astype(np.int32),
+            prefix_of_unmatched=np.sort(rng.integers(0, options.matched + 1, c.vocab_size - options.matched)).astype(
+                np.int32
+            ),
         )
         for c in (student, teacher)
     ]
     flat = batch._replace(
-        student=batch.student._replace(lines=None), teacher=batch.teacher._replace(lines=None), labels=None
+        student=batch.student._replace(packed=None), teacher=batch.teacher._replace(packed=None), labels=None
     )
     put = functools.partial(jax.device_put, device=device or jax.devices()[0])
     arrays = [put(jnp.asarray(x, dtype)) for x in arrays]
@@ -603,10 +605,10 @@ def greedy_tokens(trainer) -> list[list[int]]:
     from gold_jax.models.functional import split
     from gold_jax.rollout.sampler import SamplingEngine
 
-    codec, model = trainer.student.codec, split(trainer.model)
-    prompts = [codec.encode_prompt(example.prompt) for example in list(trainer.train_examples)[:8]]
+    chat_tokenizer, model = trainer.student.chat_tokenizer, split(trainer.model)
+    prompts = [chat_tokenizer.encode_prompt(example.prompt) for example in list(trainer.train_examples)[:8]]
     drawn = SamplingEngine(8).generate(
-        model, prompts, max_new_tokens=16, key=jax.random.key(0), temperature=0.0, stop_ids=codec.stop_ids
+        model, prompts, max_new_tokens=16, key=jax.random.key(0), temperature=0.0, stop_ids=chat_tokenizer.stop_ids
     )
     return [[int(t) for t in d.ids] for d in drawn]
 
