@@ -173,39 +173,37 @@ class StepUnderTest:
 
     def __init__(self, bench: Bench, loss: str = "gold"):
         from gold_jax.config import GOLDConfig
-        from gold_jax.losses.fused_head import chunk_size
-        from gold_jax.models.functional import count
+        from gold_jax.loading import LoadedModel
+        from gold_jax.models.functional import count, merge
         from gold_jax.text.vocabulary import VocabularyMap
-        from gold_jax.training.optimizer import make_optimizer
-        from gold_jax.training.step import Step, TrainState, make_distillation_loss
-        from gold_jax.training.teacher import freeze_teacher
+        from gold_jax.training.build import Match, build_run
 
         self.configs = student, teacher = decoder_configs(bench)
         self.rows, self.prompt, self.answer = (2, 8, 24) if bench.small else (4, 512, 512)
         dtype = "float32" if bench.small else "bfloat16"
-        self.args = GOLDConfig(
-            output_dir=tempfile.gettempdir(), loss=loss, learning_rate=1e-5, gradient_checkpointing=True
+        args = GOLDConfig(output_dir=tempfile.gettempdir(), loss=loss, learning_rate=1e-5, gradient_checkpointing=True)
+        models = (
+            random_model(student, 0, dtype=dtype, remat=True),
+            random_model(teacher, 1, dtype=dtype, param_dtype=dtype),
         )
-        self.graph, params = random_model(student, 0, dtype=dtype, remat=True)
-        graph, teacher_params = random_model(teacher, 1, dtype=dtype, param_dtype=dtype)
-        self.sizes = count(params), count(teacher_params)
+        self.sizes = [count(params) for _, params in models]
         matched = int(0.7 * student.vocab_size)
         orders = [
             np.random.default_rng(i).permutation(c.vocab_size).astype(np.int32) for i, c in enumerate(self.configs)
         ]
         routes = [np.full(c.vocab_size - matched, matched, np.int32) for c in self.configs]
         vocabulary = VocabularyMap(*orders, matched, matched, student.vocab_size, teacher.vocab_size, *routes)
-        spec = self.args.loss_spec(False)
-        self.constants = freeze_teacher(graph, teacher_params, vocabulary, ((1, 2), (3, 4)))
-        del teacher_params
-        optimizer = make_optimizer(self.args, total_steps=1000)
-        self.step = Step(make_distillation_loss(self.graph, graph, spec, vocabulary, chunk=chunk_size(None)), optimizer)
-        self.state = TrainState(params, jax.jit(optimizer.init)(params))
-        self.batch = random_batch(self.configs, self.rows, self.prompt, self.answer, spec.merge, spec.of_text)
+        sides = [LoadedModel(merge(*model), None, "") for model in models]
+        del models
+        run = build_run(args, *sides, total_steps=1000, match=Match(vocabulary, ((1, 2), (3, 4)), False))
+        del sides
+        self.step, self.constants = run.step, run.step.constants
+        self.state = run.init(run.params)
+        self.batch = random_batch(self.configs, self.rows, self.prompt, self.answer, run.spec.merge, run.spec.of_text)
 
     def train(self):
         """One update; its metrics."""
-        self.state, metrics = self.step.train(self.state, self.constants, [self.batch])
+        self.state, metrics = self.step(self.state, [self.batch])
         return metrics
 
     def flops(self) -> float:
@@ -234,12 +232,14 @@ def full_step(bench: Bench) -> None:
     if bench.peak:
         bench.add("4 step", "model FLOPs of the peak", 100 * under.flops() / seconds / bench.peak, "%")
     for name, call in {
-        "teacher's forward pass": lambda: under.step.programs["read"](under.constants, under.batch.teacher.lines)
+        "teacher's forward pass": lambda: under.step.programs["teacher_forward"](
+            under.constants, under.batch.teacher.lines
+        )
     }.items():
         seconds, spread = timed(call, 5, 1)
         bench.add("4 step", name, seconds * 1e3, "ms", spread=spread * 1e3)
     measured = peak_bytes(bench.device)
-    compiled = under.step.programs["fused"].lower(*under.state, under.constants, _read(under)).compile()
+    compiled = under.step.programs["fused"].lower(under.state, under.constants, _with_teacher(under)).compile()
     about = compiled.memory_analysis()
     alone = (
         about.argument_size_in_bytes + about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes
@@ -257,8 +257,8 @@ def full_step(bench: Bench) -> None:
     bench.under = under
 
 
-def _read(under: StepUnderTest):
-    return under.step.loss.with_teacher(under.constants, under.batch)
+def _with_teacher(under: StepUnderTest):
+    return under.step.objective.with_teacher(under.constants, under.batch)
 
 
 def decoding(bench: Bench) -> None:

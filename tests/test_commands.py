@@ -382,7 +382,7 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
         ),
         rows,
     )
-    windows = trainer.loop.task.batch_builder
+    windows = trainer.loop.run.batches
     examples = [trainer.train_examples[i] for i in range(2)]
     told = [windows.teacher.render(prompt) for prompt in windows._told(examples)]
     assert "Be brief.\n\nThink of dogs.\n\n" + tiny.ROWS[0][0] in told[0]
@@ -415,7 +415,7 @@ def test_one_tokenizer_for_both_is_gkd(world, tmp_path, capsys):
 
 
 def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypatch, capsys):
-    train_step, calls = Step.train, []
+    train_step, calls = Step.__call__, []
 
     def interrupted(self, *arguments):
         calls.append(1)
@@ -423,7 +423,7 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
             raise KeyboardInterrupt
         return train_step(self, *arguments)
 
-    monkeypatch.setattr(Step, "train", interrupted)
+    monkeypatch.setattr(Step, "__call__", interrupted)
     with pytest.raises(SystemExit) as end:
         distil(world, tmp_path / "out", lmbda=0, max_steps=3, logging_steps=1)
     assert end.value.code == 130
@@ -444,14 +444,14 @@ def test_a_trained_student_is_saved_before_the_closing_evaluation_can_fail(world
 
 
 def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, monkeypatch, capsys):
-    train_step = Step.train
+    train_step = Step.__call__
 
     def interrupted(self, *arguments):
         new = train_step(self, *arguments)
         os.kill(os.getpid(), signal.SIGINT)  # the old parameters are donated, the new ones not assigned yet
         return new
 
-    monkeypatch.setattr(Step, "train", interrupted)
+    monkeypatch.setattr(Step, "__call__", interrupted)
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as end:

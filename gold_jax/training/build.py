@@ -18,6 +18,7 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import Params, split
 from gold_jax.parallel.layout import Placement
 from gold_jax.rollout.server import ServerEngine
+from gold_jax.text.batch import SINGLE_PROCESS
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.vocabulary import VocabularyMap
@@ -26,8 +27,6 @@ from gold_jax.training.objective import make_cross_entropy_loss, make_distillati
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.step import Step, TrainState, init_state, state_shapes, state_shardings
 from gold_jax.training.teacher import freeze_teacher, teacher_shapes
-
-ALONE = ProcessShard()
 
 
 class Match(NamedTuple):
@@ -85,7 +84,7 @@ def build_run(
     *,
     total_steps: int,
     match: Match | None = None,
-    share: ProcessShard = ALONE,
+    process_shard: ProcessShard = SINGLE_PROCESS,
     engine: ServerEngine | None = None,
 ) -> Run:
     """Everything that an update needs.
@@ -97,7 +96,7 @@ def build_run(
       placement: the mesh that both lie on; None: one device.
       total_steps: updates of the whole run, for the schedule.
       match: how the vocabularies face each other; None: as the tokenizers say.
-      share: which rows this process makes.
+      process_shard: which rows this process makes.
       engine: writes for the student in place of the built-in sampler.
     """
     graph, params = split(student.model)
@@ -111,7 +110,7 @@ def build_run(
     if teacher is None:
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=place)
         batches = student.chat_tokenizer and TokenBatchBuilder(
-            student.chat_tokenizer, rows, eval_rows, args.max_length, counted_tokens(args), share
+            student.chat_tokenizer, rows, eval_rows, args.max_length, counted_tokens(args), process_shard
         )
         return Run(graph, params, step=step, batches=batches, **common)
 
@@ -149,7 +148,7 @@ def build_run(
             teacher_context=args.teacher_context,
             engine=engine,
             sync=None if engine is None else engine.sync,
-            process_shard=share,
+            process_shard=process_shard,
         )
     return Run(graph, params, step=step, batches=batches, spec=spec, teacher_graph=teacher_graph, match=match, **common)
 

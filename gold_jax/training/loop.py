@@ -1,8 +1,10 @@
 """The training loop, from top to bottom: what happens in a run, whatever is learned."""
 
+import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import time
@@ -14,14 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import Params, merge, split
+from gold_jax.models.functional import merge, split
 from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.beats import WAITING
 from gold_jax.parallel.watch import make_watchdog
@@ -29,115 +30,130 @@ from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training import profile
-from gold_jax.training.batches import BatchBuilder, RowOrder, with_text_completion
+from gold_jax.training.batches import RowOrder, UpdateBatch, with_text_completion
+from gold_jax.training.build import Run
 from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
 from gold_jax.training.checkpointing import Checkpoints, describe_error
 from gold_jax.training.evaluation import measures
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
-from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.report import make_trackers
 from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, find_and_restore, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
-from gold_jax.training.step import LossFn, Step, TrainState, optimizer_shardings
+from gold_jax.training.step import TrainState
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 
 
-@dataclasses.dataclass
-class Task:
-    """What a run is made of, beside its settings.
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """The rows that a run learns from and is measured on.
 
-    `student` is without its model, which is `graph` and `params`; the run donates `params`, so nobody else may hold them.
+    Attributes:
+      train: all rows.
+      kept: numbers of those that can be learned from.
+      eval: rows to evaluate on, or None.
+      rows_per_step: rows of the data that an update reads.
+      batch_size: rows of a micro-batch, on all devices.
+      seed: of their order.
+      digests: of what the run depends on beside its settings, for checkpoints.
+      without_effect: settings that have no effect beside the others.
     """
 
-    student: LoadedModel
-    graph: nnx.GraphDef
-    params: Params
-    loss: LossFn
-    constants: Any
-    batch_builder: BatchBuilder
     train: Sequence[Example]
     kept: list[int]
-    digests: Mapping[str, str]  # of what the run depends on beside its settings, for checkpoints
     eval: Sequence[Example] | None
-    teacher_score: Callable[[], Mapping[str, float]] | None = None
-    without_effect: Collection[str] = ()  # settings that have no effect beside the others
-    restart: Callable[[], Any] | None = None  # called before each further training of the same student
+    rows_per_step: int
+    batch_size: int
+    seed: int
+    digests: Mapping[str, str]
+    without_effect: Collection[str] = ()
+
+    @property
+    def order(self) -> RowOrder:
+        """Which of the kept rows each update reads."""
+        return RowOrder(len(self.kept), self.rows_per_step, self.seed)
+
+    def total_steps(self, args: SFTConfig) -> int:
+        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to."""
+        if args.max_steps >= 0:
+            return args.max_steps
+        return max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+
+    def rows(self, step: int) -> list[int]:
+        """Numbers of the rows of an update among all rows."""
+        return [self.kept[i] for i in self.order(step)]
 
 
 class Loop:
     """One training run.
 
     Attributes:
+      run: step, batches and optimizer.
+      data: its rows.
       history: every logged line of the last `train`, oldest first.
-      state: the student's parameters and, once `train` was called, the optimizer's state.
+      state: the student's parameters and, once `train` was called, the optimizer's state. Steps donate it.
+      done: updates so far.
+      nonfinite: how many of them were left out, as Python ints.
     """
 
     def __init__(
         self,
-        task: Task,
+        run: Run,
+        student: LoadedModel,
+        data: Data,
         args: SFTConfig,
         *,
-        prompts_per_step: int,
-        batch_size: int,
         console: Console,
         max_new_tokens: int,
-        save_dtype: str = "auto",
+        teacher_score: Callable[[], Mapping[str, float]] | None = None,
+        restart: Callable[[], Any] | None = None,
     ):
-        """Sets a run up.
+        """Sets a run up; computes nothing.
 
         Args:
-          task: what it is made of.
-          args: its settings.
-          prompts_per_step: rows of the data that an update reads.
-          batch_size: rows of a micro-batch, on all devices.
-          console: where it tells what it does; nowhere in all processes but the first.
+          run: what `build_run` gives. Nobody else may hold its parameters, because updates donate them.
+          student: name and tokenizer of the student; its model is in `run`.
+          data: the rows.
+          args: the settings.
+          console: where it prints; a quiet one in all processes but the first.
           max_new_tokens: bounds greedy completions in evaluation.
-          save_dtype: as in `save_model`.
+          teacher_score: measures the teacher on the evaluation rows.
+          restart: called before each further training of the same student.
         """
-        self.args, self.console = args, console
-        self.max_new_tokens, self.save_dtype = max_new_tokens, save_dtype
+        self.args, self.console, self.data = args, console, data
+        self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
-        self.order = RowOrder(len(task.kept), prompts_per_step, args.seed)
-        self.total_steps = args.max_steps
-        if args.max_steps < 0:
-            self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
-        self.watch = make_watchdog(args.process_timeout)  # a no-op watchdog until training starts
-        batch_builder = task.batch_builder
+        self.order, self.total_steps = data.order, data.total_steps(args)
+        self.watch = make_watchdog(args.process_timeout)  # a no-op until training starts
+        batches = run.batches
         if processes.count() > 1:
-            batch_builder = dataclasses.replace(
-                batch_builder, process_shard=self._with_wait_marked(batch_builder.process_shard)
-            )
+            batches = dataclasses.replace(batches, process_shard=self._with_wait_marked(batches.process_shard))
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if processes.is_first() else []
         if self.profile_steps:
-            batch_builder = profile.watched(batch_builder)
-        self.schedule = make_schedule(args, self.total_steps)
-        self.optimizer = make_optimizer(args, self.total_steps)
-        self.graph, params = task.graph, task.params
-        self.task = dataclasses.replace(
-            task, batch_builder=batch_builder, params=None
-        )  # the state alone owns what steps donate
-        placement = merge(self.graph, params).placement
-        shardings = None
-        if placement is not None:
-            kept = jax.tree.map(lambda x: x.sharding, params)
-            shardings = TrainState(kept, optimizer_shardings(self.optimizer, params, kept))
-        self._shardings = shardings
-        self._init_optimizer = jax.jit(self.optimizer.init, out_shardings=shardings and shardings.optimizer)
-        self.state = TrainState(params, None)
+            batches = profile.watched(batches)
+        self.state = TrainState(run.params, None)
+        self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
+        self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
-        self.step = Step(task.loss, self.optimizer, shardings, placement and placement.put_rows)
-        self.run = describe_run(args, task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect)
+        self.description = describe_run(
+            args, data.digests, len(data.kept), data.rows_per_step, data.batch_size, data.without_effect
+        )
         agreement.assert_same_across_processes(
-            "the settings or the data", {k: v for k, v in self.run.items() if k not in IGNORED_ON_RESUME}
+            "the settings or the data", {k: v for k, v in self.description.items() if k not in IGNORED_ON_RESUME}
         )
         self._trained = False
-        self.nonfinite = NonFiniteCounter()
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forgets what an earlier `train` left, but for the parameters."""
+        self.state = self.state._replace(optimizer=None)  # let go of before another one is made
+        self.done, self.nonfinite, self.history = 0, NonFiniteCounter(0, 0), []
+        self._means = RunningMean()
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
-        self.done = 0
-        self.history: list[dict[str, Any]] = []
+
+    # the run
 
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
@@ -154,151 +170,102 @@ class Loop:
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)
-        with make_watchdog(self.args.process_timeout) as self.watch:
-            self.checkpoints = Checkpoints(
-                self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
-            )
-            try:
-                return self._train(resume)
-            finally:
-                self.checkpoints.close()
-
-    def _train(self, resume: str | None) -> dict[str, float]:
-        args = self.args
-        means = RunningMean()
-        found = self._find(resume) if resume else None
-        self._begin()
-        unmeasured = False
-        if found is None:
-            self._start_anew()
-        else:
-            unmeasured = self._go_on(*found, means)
-        self.checkpoints.remove_unfinished()
-        begun = [row for row in self.history if row["step"] == 0]
-        before = begun[0] if begun else self.evaluate() if args.eval_on_start and self.done == 0 else {}
-        with self._log() as log:
-            if before and not begun:
-                self._record(log, before)
-            if unmeasured and self.done < self.total_steps:
-                self._record(log, self.evaluate())
-            with SignalHandler() as stop:
-                try:
-                    self._updates(log, means, stop)
-                except KeyboardInterrupt:
-                    if stop.interrupted_twice:
-                        raise
-                    stop.request("interrupt")
-                if stop.requested:
-                    self._leave(log, means, stop)
-            self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
-            after = self.evaluate() if self.task.eval is not None else {}
-            if after:
-                self._record(log, after)
-        self._close(before, after)
+        with (
+            make_watchdog(self.args.process_timeout) as self.watch,
+            contextlib.closing(self._open_checkpoints()) as self.checkpoints,
+        ):
+            found = self._find_checkpoint(resume) if resume else None
+            if self._trained and self._restart is not None:
+                self._restart()
+            self._trained = True
+            self._reset()
+            if found is None:
+                self._start_anew()
+            else:
+                self._go_on(*found)
+            self.checkpoints.remove_unfinished()
+            with self._open_log() as self._log:
+                before = self._evaluate_before()
+                with SignalHandler() as signals:
+                    try:
+                        self._updates(signals)
+                    except KeyboardInterrupt:
+                        if signals.interrupted_twice:
+                            raise
+                        signals.request("interrupt")
+                    if signals.requested:
+                        self._leave(signals)
+                self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
+                after = self.evaluate() if self.data.eval is not None else {}
+                if after:
+                    self._record(after)
+            self._show_result(before, after)
         return after
 
-    def _begin(self) -> None:
-        """Forgets what an earlier `train` left, but for the parameters."""
-        if self._trained and self.task.restart is not None:
-            self.task.restart()
-        self._trained = True
-        self.state = self.state._replace(optimizer=None)  # let go of before another one is made
-        self.done, self.nonfinite, self.unmeasured, self.history = 0, NonFiniteCounter(), False, []
-
-    def _start_anew(self) -> None:
-        """A run's state before its first update: the parameters as they are, all else new."""
-        self.state = TrainState(self.state.params, self._init_optimizer(self.state.params))
-        release_freed_memory()
-        self.run_id = uuid.uuid4().hex
-        if not processes.is_first():
-            return
-        self._set_logs_aside()
-        old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
-        if old:
-            shown = ", ".join(old[:3]) + (f" and {len(old) - 3} more" if len(old) > 3 else "")
-            self._say(
-                f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
-                "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
-            )
-        self._record_run_id()
-
-    def _record_run_id(self) -> None:
-        """Writes down whose logs and checkpoints these are from now on, where they lie."""
-        for folder in (self.output, self.checkpoints.folder):
-            set_current_run(folder, self.run_id)
-
-    def _set_logs_aside(self) -> None:
-        """Renames the logs of another run in `output_dir`, and says so."""
-        logs = [name for name in LOGS if (self.output / name).exists()]
-        for name, earlier in zip(logs, earlier_names(self.output, logs)):
-            os.replace(self.output / name, self.output / earlier)
-            self._say(f"Renamed {name} of another run in {self.output} to {earlier}.")
-
-    def _log(self) -> MetricLog:
-        """Where metrics go; nowhere in all processes but the first."""
-        if not processes.is_first():
-            return MetricLog(None)
-        return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
-
-    def _updates(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
-        args, total = self.args, self.total_steps
-        log_every, eval_every, save_every = (
-            args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")
-        )
-        per_epoch = self.order.steps_per_epoch
-        batch = stop.interruptible(self._build_batch, self.done) if self.done < total else None
-        since, tokens, table_due = time.perf_counter(), 0, 0
-        for step in self._steps(log):
+    def _updates(self, signals: SignalHandler) -> None:
+        """Build batch, step, log, evaluate, save, stop."""
+        run, args, total = self.run, self.args, self.total_steps
+        self._since, self._tokens, self._table_due = time.perf_counter(), 0, 0
+        batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
+        for step in self._steps():
             if batch is None:  # asked to end
                 return
             with profile.host_annotation(profile.STARTING):
-                self.state, metrics = self.step.train(self.state, self.task.constants, batch.batches)
+                self.state, metrics = run.step(self.state, batch.batches)  # asynchronous: returns before it is computed
                 current, self.done = batch, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
-            batch = stop.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+            batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
             with profile.host_annotation(profile.WAITING):
                 self.watch.at(step + 1, WAITING)
                 jax.block_until_ready(metrics["loss"])
-
-            learning_rate = float(self.schedule(step - self.nonfinite.total))  # an update that is left out takes none
-            self.nonfinite.add(metrics.pop("skipped"))
-            means.add({**metrics, **{k: v for k, v in current.stats.items() if k != "tokens"}})
-            tokens += current.stats["tokens"]
-            due = self.done % log_every == 0 or self.done == total or (step == 0 and args.logging_first_step)
-            if due:
-                now = time.perf_counter()
-                speed = {"tokens_per_second": tokens / (now - since), "learning_rate": learning_rate}
-                skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
-                self._record(log, {**means.take(), **speed, **skipped})
-                since, tokens = now, 0
+            self._log_update(step, current, metrics)
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
-                self._give_up(log, means, metrics, step)
+                self._give_up(metrics, step)
             if current.samples and args.log_completions and processes.is_first():
-                self._keep(current.samples)
-                if step >= table_due:
-                    table_due = step - step % args.log_completions_steps + args.log_completions_steps
-                    log.flush()
-                    completions_table(self.console, current.samples, args.num_completions_to_print, step=self.done)
-            ends = self.done % per_epoch == 0
-            self.unmeasured = (
-                self._due(args.eval_strategy, eval_every, ends) and self.done < total and self.task.eval is not None
-            )
+                self._log_completions(step, current.samples)
+            self.unmeasured = self.data.eval is not None and self._is_due("eval")
             if self.unmeasured:
-                measured = stop.interruptible(self.evaluate)
+                measured = signals.interruptible(self.evaluate)
                 if measured is not None:
-                    self._record(log, measured)
+                    self._record(measured)
                     self.unmeasured = False
-                since, tokens = time.perf_counter(), 0
-            stop.poll_preemption(self.done)
-            if stop.requested:
+                self._restart_clock()
+            signals.poll_preemption(self.done)
+            if signals.requested:
                 return
-            if self._due(args.save_strategy, save_every, ends) and self.done < total:
-                self._checkpoint(log, means)
-                since, tokens = time.perf_counter(), 0
+            if self._is_due("save"):
+                self._save_checkpoint()
+                self._restart_clock()
             self.checkpoints.poll()
 
+    def _build_batch(self, step: int) -> UpdateBatch:
+        self.watch.at(step, "making the batch")
+        return self.run.batches.build(step, [self.data.train[i] for i in self.data.rows(step)], self.state.params)
+
+    def _is_due(self, what: str) -> bool:
+        """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
+        strategy = getattr(self.args, f"{what}_strategy")
+        if self.done >= self.total_steps or strategy not in ("epoch", "steps"):
+            return False
+        if strategy == "epoch":
+            return self.done % self.order.steps_per_epoch == 0
+        return self.done % self.args.interval(f"{what}_steps", self.total_steps) == 0
+
+    def _steps(self) -> Iterator[int]:
+        """The updates that are left, those of `profile_steps` traced."""
+        folder = self.output / "profile"
+
+        def settle():
+            jax.block_until_ready(self.state)
+
+        def show(summary):
+            self._log.flush()
+            profile.show_summary(self.console, summary, folder)
+
+        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
+
     def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
-        """A share whose exchanges the watch knows of: who comes first there waits for the others."""
+        """A shard whose exchanges the watchdog knows of: who comes first there waits for the others."""
 
         def waited(exchange: Callable) -> Callable:
             def exchanged(values):
@@ -313,46 +280,182 @@ class Loop:
             all_gather=waited(process_shard.all_gather),
         )
 
-    def _steps(self, log: MetricLog) -> Iterator[int]:
-        """The updates that are left, those of `profile_steps` traced."""
-        folder = self.output / "profile"
+    # logging
 
-        def settle():
-            jax.block_until_ready(self.state)
+    def _open_log(self) -> MetricLog:
+        """Where metrics go; nowhere in all processes but the first."""
+        if not processes.is_first():
+            return MetricLog(None)
+        return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
 
-        def show(summary):
-            log.flush()
-            profile.show_summary(self.console, summary, folder)
+    def _log_update(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> None:
+        """Takes in the metrics of an update; logs their means since the last line where a line is due."""
+        learning_rate = float(self.run.schedule(step - self.nonfinite.total))  # an update that is left out takes none
+        self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
+        del metrics["skipped"]
+        self._means.add({**metrics, **{k: v for k, v in batch.stats.items() if k != "tokens"}})
+        self._tokens += batch.stats["tokens"]
+        every = self.args.interval("logging_steps", self.total_steps)
+        first = step == 0 and self.args.logging_first_step
+        if self.done % every == 0 or self.done == self.total_steps or first:
+            seconds = time.perf_counter() - self._since
+            speed = {"tokens_per_second": self._tokens / seconds, "learning_rate": learning_rate}
+            skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
+            self._record({**self._means.take(), **speed, **skipped})
+            self._restart_clock()
 
-        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
+    def _restart_clock(self) -> None:
+        """Counts tokens a second from here."""
+        self._since, self._tokens = time.perf_counter(), 0
 
-    def _find(self, wanted: str) -> tuple[Any, dict[str, Any], Any] | None:
-        """The checkpoint to go on from, as `find_and_restore` gives it, its arrays as a `TrainState`."""
+    def _record(self, values: Mapping[str, Any]) -> None:
+        epoch = round(self.done / self.order.steps_per_epoch, 4)
+        plain = {name: plain_value(value) for name, value in values.items()}
+        self.history.append({"step": self.done, "epoch": epoch, **plain})
+        self._log.log(self.done, plain, epoch=epoch)
+
+    def _log_completions(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+        """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
+        with open(self.output / "completions.jsonl", "a", encoding="utf-8") as file:
+            for prompt, completion in samples:
+                row = {"step": self.done, "prompt": prompt, "completion": completion}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        every = self.args.log_completions_steps
+        if step >= self._table_due:
+            self._table_due = step - step % every + every
+            self._log.flush()
+            completions_table(self.console, samples, self.args.num_completions_to_print, step=self.done)
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    # evaluation
+
+    @profile.annotate_host(profile.EVALUATION)
+    def evaluate(self) -> dict[str, float]:
+        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
+        self.watch.at(self.done, "evaluating")
+        if self.data.eval is None:
+            raise ValueError(
+                "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
+            )
+        examples = with_text_completion(self.data.eval)
+        if not examples:
+            raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
+        totals: dict[str, float] = {}
+        for batch in self.run.batches.build_evaluation(examples):
+            for name, value in self.run.step.evaluate(self.state.params, batch).items():
+                totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
+        return totals | measures(self.student, examples, self.args, self.max_new_tokens)
+
+    def _evaluate_before(self) -> Mapping[str, float]:
+        """The measures before the first update where they are asked for, or as the log of a resumed run has them."""
+        if logged := [row for row in self.history if row["step"] == 0]:
+            before = logged[0]
+        elif self.args.eval_on_start and self.done == 0:
+            before = self.evaluate()
+            self._record(before)
+        else:
+            before = {}
+        if self.unmeasured and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
+            self._record(self.evaluate())
+        return before
+
+    def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        self.console.print(f"{self.done} updates done; {self.run.step.compiled} programs compiled for them.")
+        if not after:
+            return
+        teacher = self._teacher_score() if self._teacher_score else {}
+        names = [n for n in after if n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match")]
+        before_after(
+            self.console,
+            [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
+        )
+
+    # the student
+
+    def copy_model(self) -> Decoder:
+        """A copy of the student's model as it stands now, whose arrays nobody else holds."""
+        student = self.student.model
+        return student.replace(jax.tree.map(jnp.copy, split(student)[1]))
+
+    @property
+    def student(self) -> LoadedModel:
+        """The student as it stands now, to be used at once: the next update takes its arrays."""
+        return self._student._replace(model=merge(self.run.graph, self.state.params))
+
+    @profile.annotate_host(profile.SAVING)
+    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
+        """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
+        tokenizer = self._student.chat_tokenizer.tokenizer
+        return save_final_model(self.student.model, tokenizer, folder, dtype=self.save_dtype)
+
+    def _save_student(self) -> None:
+        self.watch.at(self.done, "saving the student")
+        self.checkpoints.finish()
+        try:
+            self.save(self.output)
+        except OSError as error:
+            last = self.checkpoints.last
+            still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
+            raise OSError(
+                f"the student could not be saved in {self.output} ({describe_error(error)}) after {self.done} updates; {still}. "
+                "Make room, then run the same command with --resume_from_checkpoint latest."
+            ) from error
+
+    # checkpoints
+
+    def _open_checkpoints(self) -> Checkpoints:
+        folder = self.args.checkpoint_dir or self.output
+        return Checkpoints(folder, limit=self.args.save_total_limit, say=self._say)
+
+    def _start_anew(self) -> None:
+        """A run's state before its first update: the parameters as they are, all else new."""
+        self.state = self.run.init(self.state.params)
+        release_freed_memory()
+        self.run_id = uuid.uuid4().hex
+        if not processes.is_first():
+            return
+        self._set_logs_aside()
+        old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
+        if old:
+            shown = ", ".join(old[:3]) + (f" and {len(old) - 3} more" if len(old) > 3 else "")
+            self._say(
+                f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
+                "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
+            )
+        self._record_run_id()
+
+    def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
+        """The checkpoint to go on from: its path, metadata and state."""
         self.state = self.state._replace(optimizer=None)  # of an earlier `train`: no run goes on from it
-        shapes = self._shapes()
+        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
+        shapes = self.run.shapes(params)
         abstract = self._named_for_checkpoints(shapes)
         folder = self.checkpoints.folder
-        found = find_and_restore(wanted, folder, self.run, abstract, self._say, self.total_steps)
+        found = find_and_restore(wanted, folder, self.description, abstract, self._say, self.total_steps)
         agreement.assert_same_across_processes(
             "the checkpoint that they go on from", None if found is None else str(found[0])
         )
         if found is None:
             return None
         path, metadata, arrays = found
-        parts = shapes._asdict().items()
-        return (
-            path,
-            metadata,
-            TrainState(
-                *(jax.tree.unflatten(jax.tree.structure(part), jax.tree.leaves(arrays[name])) for name, part in parts)
-            ),
+        params, optimizer = (
+            jax.tree.unflatten(jax.tree.structure(getattr(shapes, part)), jax.tree.leaves(arrays[part]))
+            for part in ("params", "optimizer")
         )
+        scalars = metadata["step"], metadata["skips"]["total"], metadata["skips"]["in_a_row"]
+        step, total, in_a_row = jax.device_put(
+            tuple(np.int32(x) for x in scalars), (shapes.step.sharding, *(x.sharding for x in shapes.nonfinite))
+        )
+        return path, metadata, TrainState(params, optimizer, step, NonFiniteCounter(total, in_a_row))
 
-    def _go_on(self, path: Any, metadata: Mapping[str, Any], state: TrainState, means: RunningMean) -> bool:
-        """Puts the run where a checkpoint was saved; returns whether an evaluation was due there and not made."""
+    def _go_on(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
+        """Puts the run where a checkpoint was saved."""
         self.state = state
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
-        means.restore(metadata["means"])
+        self._means.restore(metadata["means"])
+        self.unmeasured = metadata["unmeasured"]
         self.checkpoints.read(path)
         self.run_id = metadata.get("run_id", "")
         if processes.is_first():
@@ -364,19 +467,18 @@ class Loop:
                 self._set_logs_aside()
             self._record_run_id()
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
-        return metadata["unmeasured"]
 
-    def _shapes(self) -> TrainState:
-        """The state that a run begins with, as shapes with their shardings."""
-        params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
-        optimizer = jax.eval_shape(self.optimizer.init, params)
-        if self._shardings is None:
-            here = jax.tree.leaves(params)[0].sharding
-            shardings = jax.tree.map(lambda _: here, optimizer)
-        else:
-            shardings = self._shardings.optimizer
-        placed = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), optimizer, shardings)
-        return TrainState(params, placed)
+    def _record_run_id(self) -> None:
+        """Writes down whose logs and checkpoints these are from now on, where they lie."""
+        for folder in (self.output, self.checkpoints.folder):
+            set_current_run(folder, self.run_id)
+
+    def _set_logs_aside(self) -> None:
+        """Renames the logs of another run in `output_dir`, and says so."""
+        logs = [name for name in LOGS if (self.output / name).exists()]
+        for name, earlier in zip(logs, earlier_names(self.output, logs)):
+            os.replace(self.output / name, self.output / earlier)
+            self._say(f"Renamed {name} of another run in {self.output} to {earlier}.")
 
     def _named_for_checkpoints(self, state: TrainState) -> dict[str, Any]:
         """A state, or its shapes, as checkpoints name it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
@@ -384,131 +486,48 @@ class Loop:
         def boxed(x):
             return {"value": x}
 
-        optimizer = optax.tree.map_params(self.optimizer, boxed, state.optimizer)
+        optimizer = optax.tree.map_params(self.run.optimizer, boxed, state.optimizer)
         return {"params": jax.tree.map(boxed, state.params), "optimizer": optimizer}
 
     @profile.annotate_host(profile.SAVING)
-    def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
+    def _save_checkpoint(self) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
         self.watch.at(self.done, "saving a checkpoint")
-        log.flush()  # no line up to here may be missing where the run goes on
+        self._log.flush()  # no line up to here may be missing where the run goes on
         student = None
         if jax.process_count() == 1:
             host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
-            model = merge(self.graph, host)
-            student = functools.partial(
-                save_final_model, model, self.task.student.chat_tokenizer.tokenizer, dtype=self.save_dtype
-            )
+            tokenizer = self._student.chat_tokenizer.tokenizer
+            student = functools.partial(save_final_model, merge(self.run.graph, host), tokenizer, dtype=self.save_dtype)
         metadata = {
-            "run": self.run,
+            "run": self.description,
             "run_id": self.run_id,
-            "means": means.state(),
-            "skips": self.nonfinite.state(),
+            "means": self._means.state(),
+            "skips": self.nonfinite._asdict(),
             "unmeasured": self.unmeasured,
         }
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, student)
 
-    def _leave(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
+    def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
-        log.flush()
-        what = "Interrupted" if stop.requested == "interrupt" else "Preempted"
+        self._log.flush()
+        what = "Interrupted" if signals.requested == "interrupt" else "Preempted"
         if self.done:
-            self._checkpoint(log, means)
+            self._save_checkpoint()
         saved = self.checkpoints.finish() and self.done > 0
         outcome = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
         if not saved:
             outcome = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
         further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
         self._say(f"{what} after {self.done} updates; {outcome}.{further}")
-        raise KeyboardInterrupt if stop.requested == "interrupt" else Preempted
+        raise KeyboardInterrupt if signals.requested == "interrupt" else Preempted
 
-    def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
-        log.flush()
-        rows = [self.task.kept[i] for i in self.order(step)]
+    def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:
+        self._log.flush()
+        rows = self.data.rows(step)
         why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, self.args)
         if self.nonfinite.total < self.done:  # the state of the last good update, to go on from with other settings
-            self.nonfinite = NonFiniteCounter(self.nonfinite.total)
-            self._checkpoint(log, means)
+            self.nonfinite = self.nonfinite._replace(in_a_row=0)
+            self._save_checkpoint()
         self.checkpoints.finish()
         raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
-
-    def _save_student(self) -> None:
-        self.watch.at(self.done, "saving the student")
-        self.checkpoints.finish()
-        try:
-            self.save(self.output)
-        except OSError as error:
-            last = self.checkpoints.last
-            still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            raise OSError(
-                f"the student could not be saved in {self.output} ({describe_error(error)}) after {self.done} updates; {still}. Make "
-                "room, then run the same command with --resume_from_checkpoint latest."
-            ) from error
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
-
-    def _due(self, strategy: str, every: int, epoch_ends: bool) -> bool:
-        return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
-
-    def _build_batch(self, step: int):
-        self.watch.at(step, "making the batch")
-        examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
-        return self.task.batch_builder.build(step, examples, self.state.params)
-
-    @profile.annotate_host(profile.EVALUATION)
-    def evaluate(self) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
-        self.watch.at(self.done, "evaluating")
-        if self.task.eval is None:
-            raise ValueError(
-                "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
-            )
-        examples = with_text_completion(self.task.eval)
-        if not examples:
-            raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-        totals: dict[str, float] = {}
-        for batch in self.task.batch_builder.build_evaluation(examples):
-            for name, value in self.step.evaluate(self.state.params, self.task.constants, batch).items():
-                totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
-        return totals | measures(self.student, examples, self.args, self.max_new_tokens)
-
-    def copy_model(self) -> Decoder:
-        """A copy of the student's model as it stands now, whose arrays nobody else holds."""
-        student = self.student.model
-        return student.replace(jax.tree.map(jnp.copy, split(student)[1]))
-
-    @property
-    def student(self) -> LoadedModel:
-        """The student as it stands now, to be used at once: the next update takes its arrays."""
-        return self.task.student._replace(model=merge(self.graph, self.state.params))
-
-    @profile.annotate_host(profile.SAVING)
-    def save(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
-        return save_final_model(
-            self.student.model, self.task.student.chat_tokenizer.tokenizer, folder, dtype=self.save_dtype
-        )
-
-    def _record(self, log: MetricLog, values: Mapping[str, Any]) -> None:
-        epoch = round(self.done / self.order.steps_per_epoch, 4)
-        plain = {name: plain_value(value) for name, value in values.items()}
-        self.history.append({"step": self.done, "epoch": epoch, **plain})
-        log.log(self.done, plain, epoch=epoch)
-
-    def _keep(self, samples: Sequence[tuple[str, str]]) -> None:
-        with open(self.output / "completions.jsonl", "a", encoding="utf-8") as file:
-            for prompt, completion in samples:
-                row = {"step": self.done, "prompt": prompt, "completion": completion}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-    def _close(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        self.console.print(f"{self.done} updates done; {self.step.compiled} programs compiled for them.")
-        if not after:
-            return
-        teacher = self.task.teacher_score() if self.task.teacher_score else {}
-        names = [n for n in after if n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match")]
-        before_after(
-            self.console,
-            [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
-        )

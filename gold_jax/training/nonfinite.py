@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,26 +17,16 @@ class Diverged(RuntimeError):
     """Too many updates in a row had to be left out; the text says what was seen and what may help."""
 
 
-class NonFiniteCounter:
-    """How many updates were left out so far.
+class NonFiniteCounter(NamedTuple):
+    """How many updates were left out because loss or gradients were not finite: int32 scalars in a `TrainState`.
 
     Attributes:
-      total: of the whole run.
+      total: in the whole run.
       in_a_row: since the last update that was made.
     """
 
-    def __init__(self, total: int = 0, in_a_row: int = 0):
-        self.total, self.in_a_row = total, in_a_row
-
-    def add(self, skipped: Any) -> None:
-        """Counts one update; waits for it."""
-        skipped = int(skipped)
-        self.total += skipped
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-
-    def state(self) -> dict[str, int]:
-        """Fit for JSON; the arguments of a new one."""
-        return {"total": self.total, "in_a_row": self.in_a_row}
+    total: Any = np.int32(0)
+    in_a_row: Any = np.int32(0)
 
 
 def describe_divergence(

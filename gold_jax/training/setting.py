@@ -11,7 +11,6 @@ from gold_jax.parallel import agreement, processes
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes
 from gold_jax.rollout.server import ServerEngine
-from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.process_shard import ProcessShard
 
 
@@ -40,11 +39,6 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
     owner, mine = placement.row_owners()
     exchange = agreement.all_reduce_sum, agreement.all_reduce_max, agreement.all_gather_ragged
     return ProcessShard(owner, mine, processes.index(), *exchange)
-
-
-def same_vocabulary(student: ChatTokenizer, teacher: ChatTokenizer) -> bool:
-    """Whether both tokenizers have the same entries under the same ids."""
-    return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
 
 
 def read_template(path: str) -> str:

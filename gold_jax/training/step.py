@@ -13,19 +13,8 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.host_memory import release_freed_memory
+from gold_jax.training.nonfinite import NonFiniteCounter
 from gold_jax.training.objective import Objective, with_hidden
-
-
-class NonFiniteCounter(NamedTuple):
-    """How many updates were left out because loss or gradients were not finite; int32 scalars.
-
-    Attributes:
-      total: in the whole run.
-      in_a_row: since the last update that was made.
-    """
-
-    total: jax.Array | np.int32 = np.int32(0)
-    in_a_row: jax.Array | np.int32 = np.int32(0)
 
 
 class TrainState(NamedTuple):

@@ -47,7 +47,7 @@ class _Setup:
     notices: list[str]
     dtype: str
     placement: Placement | None
-    share: ProcessShard
+    process_shard: ProcessShard
 
     @classmethod
     def read(cls, args: SFTConfig, title: str, train_dataset, eval_dataset, console, dataset_name) -> "_Setup":
@@ -79,7 +79,7 @@ class _Setup:
             notices=list(a.notices),
             dtype=compute_dtype(a.bf16),
             placement=placement,
-            share=process_shard_of(placement),
+            process_shard=process_shard_of(placement),
         )
 
     @property
@@ -156,7 +156,7 @@ class _Trainer:
         self.args, self.console, self.notices = setup.args, setup.console, setup.notices
         self.train_examples, self.eval_examples = setup.train, setup.eval
         self.dataset_name, self.command = setup.dataset_name, command
-        self.placement, self.share = setup.placement, setup.share
+        self.placement, self.process_shard = setup.placement, setup.process_shard
         self.hub_model_id = setup.args.hub_model_id
         self.student, self.loop, self._card = student, loop, card
 
@@ -289,7 +289,9 @@ def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
         describe_tokenizer("the student", student.chat_tokenizer),
         no_effect.fields(a, evaluates=evaluates),
     )
-    run = build_run(a, student, placement=setup.placement, total_steps=data.total_steps(a), share=setup.share)
+    run = build_run(
+        a, student, placement=setup.placement, total_steps=data.total_steps(a), process_shard=setup.process_shard
+    )
     return Loop(run, student._replace(model=None), data, a, console=setup.console, max_new_tokens=SFT_NEW_TOKENS)
 
 
@@ -391,7 +393,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         setup.placement,
         total_steps=data.total_steps(a),
         match=match,
-        share=setup.share,
+        process_shard=setup.process_shard,
         engine=engine,
     )
     teacher = teacher._replace(model=None)  # from here on the constants of the step hold its parameters

@@ -100,7 +100,7 @@ def test_a_run_that_stops_and_goes_on_is_like_one_that_does_not(at, flags, runs,
 
 def test_a_run_that_is_preempted_and_goes_on_is_like_one_that_is_not(runs, tmp_path, monkeypatch):
     plain = runs()
-    update, made = Step.train, []
+    update, made = Step.__call__, []
 
     def preempted(self, *arguments):
         metrics = update(self, *arguments)
@@ -112,7 +112,7 @@ def test_a_run_that_is_preempted_and_goes_on_is_like_one_that_is_not(runs, tmp_p
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with monkeypatch.context() as patched:
-            patched.setattr(Step, "train", preempted)
+            patched.setattr(Step, "__call__", preempted)
             with pytest.raises(SystemExit) as end:
                 run(tmp_path / "out")
     finally:

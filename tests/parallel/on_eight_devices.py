@@ -23,7 +23,8 @@ from gold_jax.parallel.layout import Placement  # noqa: E402
 from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
 from gold_jax.text.process_shard import ProcessShard  # noqa: E402
-from gold_jax.training.step import Step, TrainState, make_cross_entropy_loss, optimizer_shardings  # noqa: E402
+from gold_jax.training.objective import make_cross_entropy_loss  # noqa: E402
+from gold_jax.training.step import Step, init_state, state_shardings  # noqa: E402
 
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
 STEPS = 3
@@ -53,19 +54,16 @@ def steps(method, placement=None, teacher=None, remat=True):
             return batches(method, 8, lines=lines)
 
     optimizer = optax.sgd(RATE)
-    shardings = None
-    if placement is not None:
-        where = jax.tree.map(lambda x: x.sharding, params)
-        shardings = TrainState(where, optimizer_shardings(optimizer, params, where))
-    step = Step(loss, optimizer, shardings)
-    state = TrainState(params, optimizer.init(params))
+    shardings = None if placement is None else state_shardings(optimizer, params)
+    step = Step(loss, optimizer, constants, shardings=shardings)
+    state = init_state(optimizer, params, shardings)
     found = []
     for _ in range(STEPS):  # on the same rows: most of the time goes into compiling, once for every shape
         before = jax.tree.map(np.array, state.params)
         (batch,) = made(lines)
         if placement is not None:
             batch = placement.put(batch, ("data", "fsdp"))
-        state, metrics = step.train(state, constants, [batch])
+        state, metrics = step(state, [batch])
         after = jax.tree.map(np.array, state.params)
         if placement is not None:
             assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params

@@ -505,7 +505,7 @@ def test_a_run_pushes_where_and_as_rarely_as_it_is_told(world, vllm, tmp_path, o
     settings = dict(vllm_sync_frequency=2, rollout_sync_first=False, rollout_weights_dir=str(folder))
     loop = trainer(world, tmp_path / "out", vllm.url, **settings).loop
     for step in range(4):
-        loop.task.batch_builder.build(step, loop.task.train[:2], loop.state.params)
+        loop.run.batches.build(step, loop.data.train[:2], loop.state.params)
     assert [p for p in vllm.paths() if p != "/v1/models"] == [
         *["/v1/completions"] * 4,
         *["/collective_rpc", "/reset_prefix_cache"],
@@ -517,13 +517,13 @@ def test_a_run_pushes_where_and_as_rarely_as_it_is_told(world, vllm, tmp_path, o
 
 def test_weights_go_through_a_hidden_folder_of_the_run_where_none_is_named(world, server, tmp_path, own_cache):
     loop = trainer(world, tmp_path / "out", server.url, rollout_server=server.kind).loop
-    loop.task.batch_builder.build(0, loop.task.train[:2], loop.state.params)
+    loop.run.batches.build(0, loop.data.train[:2], loop.state.params)
     assert len(list((tmp_path / "out" / ".rollout_weights").iterdir())) == 1
 
 
 def test_a_run_that_asks_nothing_of_the_student_asks_nothing_of_the_server(world, vllm, tmp_path, own_cache):
     run = trainer(world, tmp_path / "out", vllm.url, lmbda=0.0)
-    assert run.loop.task.batch_builder.engine is run.loop.task.batch_builder.sync is None
+    assert run.loop.run.batches.engine is run.loop.run.batches.sync is None
     assert vllm.asked == [] and any("--lmbda 0" in notice for notice in run.notices)
 
 
@@ -531,7 +531,7 @@ def test_the_teacher_and_evaluations_write_with_the_built_in_sampler(world, vllm
     settings = dict(lmbda=0.5, seq_kd=True, gradient_accumulation_steps=2, predict_with_generate=True)
     run = trainer(world, tmp_path / "out", vllm.url, **settings)
     mixed = next(s for s in range(20) if (np.random.default_rng((42, s, 1)).random(2) < 0.5).sum() == 1)
-    window = run.loop.task.batch_builder.build(mixed, run.train_examples[:4], run.loop.state.params)
+    window = run.loop.run.batches.build(mixed, run.train_examples[:4], run.loop.state.params)
     assert window.stats["on_policy"] == 0.5
     assert vllm.paths().count("/v1/completions") == 2
     assert "eval_exact_match" in run.evaluate()

@@ -54,16 +54,16 @@ def work(folder: pathlib.Path) -> None:
         log_completions_steps=1000, resume_from_checkpoint="latest", seed=3,
     )  # fmt: skip
     trainer = GOLDTrainer("embedded:student", "embedded:teacher", args, rows, console=Console(width=300))
-    loop, train = trainer.loop, Step.train
+    loop, train = trainer.loop, Step.__call__
 
     def told(self, state, *arguments):
         """Writes down each update with its rows as it is begun, in one write: a kill cannot cut it in two."""
-        row = {"start": os.getpid(), "step": loop.done + 1, "rows": [loop.task.kept[i] for i in loop.order(loop.done)]}
+        row = {"start": os.getpid(), "step": loop.done + 1, "rows": [loop.data.kept[i] for i in loop.order(loop.done)]}
         with open(folder / "read.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         return train(self, state, *arguments)
 
-    Step.train = told
+    Step.__call__ = told
     trainer.train()
     held = {f"{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves((loop.state.params, loop.state.optimizer)))}
     np.savez(folder / "held.npz", **held)

@@ -151,7 +151,7 @@ def crashing(monkeypatch):
     def crash(self, *arguments):
         raise OSError("the device is gone")
 
-    monkeypatch.setattr(Step, "train", crash)
+    monkeypatch.setattr(Step, "__call__", crash)
 
 
 def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earlier_one(pair, tmp_path, monkeypatch):

@@ -234,7 +234,7 @@ def test_a_profiled_run_learns_what_any_other_does(runs):
 def test_a_run_without_the_flag_has_nothing_to_do_with_profiles(runs):
     trainer, out, text = runs[None]
     assert not (out / "profile").exists() and "Where the time goes" not in text
-    builder = trainer.loop.task.batch_builder
+    builder = trainer.loop.run.batches
     assert not any(callable(value) for name, value in vars(builder).items() if name in ("train", "_rows", "_sample"))
 
 

@@ -41,7 +41,7 @@ def gold(world, output, **changes):
 
 def stopped_in(monkeypatch, update, number=signal.SIGTERM):
     """Sends this process a signal during an update."""
-    train_step, calls = Step.train, []
+    train_step, calls = Step.__call__, []
 
     def stopping(self, *arguments):
         metrics = train_step(self, *arguments)
@@ -50,7 +50,7 @@ def stopped_in(monkeypatch, update, number=signal.SIGTERM):
             os.kill(os.getpid(), number)
         return metrics
 
-    monkeypatch.setattr(Step, "train", stopping)
+    monkeypatch.setattr(Step, "__call__", stopping)
 
 
 @pytest.fixture(scope="module")
