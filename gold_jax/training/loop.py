@@ -48,7 +48,8 @@ LOGS = ("metrics.jsonl", "completions.jsonl")
 class Task:
     """What a run is made of, beside its settings.
 
-    `student` is without its model, which is `graph` and `params`; the run donates `params`, so nobody else may hold them.
+    `student` is without its model, which is `graph` and `params`; the run donates `params`, so nobody else may hold
+    them.
     """
 
     student: LoadedModel
@@ -70,8 +71,8 @@ class Loop:
     """One training run.
 
     Attributes:
-      history: every logged line of the last `train`, oldest first.
-      state: the student's parameters and, once `train` was called, the optimizer's state.
+        history: every logged line of the last `train`, oldest first.
+        state: the student's parameters and, once `train` was called, the optimizer's state.
     """
 
     def __init__(
@@ -88,13 +89,13 @@ class Loop:
         """Sets a run up.
 
         Args:
-          task: what it is made of.
-          args: its settings.
-          prompts_per_step: rows of the data that an update reads.
-          batch_size: rows of a micro-batch, on all devices.
-          console: where it tells what it does; nowhere in all processes but the first.
-          max_new_tokens: bounds greedy completions in evaluation.
-          save_dtype: as in `save_model`.
+            task: what it is made of.
+            args: its settings.
+            prompts_per_step: rows of the data that an update reads.
+            batch_size: rows of a micro-batch, on all devices.
+            console: where it tells what it does; nowhere in all processes but the first.
+            max_new_tokens: bounds greedy completions in evaluation.
+            save_dtype: as in `save_model`.
         """
         self.args, self.console = args, console
         self.max_new_tokens, self.save_dtype = max_new_tokens, save_dtype
@@ -142,15 +143,15 @@ class Loop:
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A run
-        that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does. What it
-        refuses leaves all as it was.
+        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A
+        run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint`
+        does. What it refuses leaves all as it was.
 
         Raises:
-          FileNotFoundError, ValueError: as `find_and_restore`.
-          Preempted: SIGTERM came.
-          Diverged: `max_skipped_updates` updates in a row were left out.
-          OSError: the student cannot be written; the text says where it still is.
+            FileNotFoundError, ValueError: as `find_and_restore`.
+            Preempted: SIGTERM came.
+            Diverged: `max_skipped_updates` updates in a row were left out.
+            OSError: the student cannot be written; the text says where it still is.
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)

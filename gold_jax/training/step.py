@@ -33,9 +33,9 @@ def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, sh
     """Where an optimizer's state lies: what it keeps for a parameter where that lies, all else everywhere.
 
     Args:
-      optimizer: the transformation.
-      params: the parameters, or their shapes.
-      shardings: theirs, of one mesh.
+        optimizer: the transformation.
+        params: the parameters, or their shapes.
+        shardings: theirs, of one mesh.
     """
     replicated = jax.sharding.NamedSharding(jax.tree.leaves(shardings)[0].mesh, P())
     state = jax.eval_shape(optimizer.init, params)
@@ -54,9 +54,9 @@ class LossFn(NamedTuple):
     """A loss in two programs: what no gradient goes through, and what one does.
 
     Attributes:
-      read: `read(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is none. It sees the teacher's
-        lines alone, so that it is compiled for their shapes and no others.
-      loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
+        read: `read(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is none. It sees the
+            teacher's lines alone, so that it is compiled for their shapes and no others.
+        loss: `loss(params, constants, batch) -> (loss, parts)` of a batch that the teacher has read.
     """
 
     read: Callable[[Any, PackedBatch], jax.Array] | None
@@ -169,15 +169,15 @@ def _with_flat_positions(side: Side, packed: int, length: int) -> Side:
 def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
     """`compared(by_rows, heads, replicated)`, sums over positions, which every device of a mesh finds for positions of its own.
 
-    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each. A
-    device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so that it is
-    less to send the head to the positions than their logits to each other.
+    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each.
+    A device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so
+    that it is less to send the head to the positions than their logits to each other.
 
     Args:
-      placements: of each head.
-      by_rows: hidden states `[S, N, D]` and a batch.
-      heads: `[V, D]` of either model.
-      replicated: what every device sees whole, arrays or not.
+        placements: of each head.
+        by_rows: hidden states `[S, N, D]` and a batch.
+        heads: `[V, D]` of either model.
+        replicated: what every device sees whole, arrays or not.
     """
     if placements[0] is None:
         return compared(by_rows, heads, replicated)
@@ -233,8 +233,8 @@ class TrainState(NamedTuple):
 class Program:
     """A jitted function that is compiled for new shapes before it runs, not while it does.
 
-    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more memory
-    than any other.
+    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more
+    memory than any other.
     """
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
@@ -265,9 +265,9 @@ class Step:
     """The jitted functions of a run: `train` over a window of micro-batches, `evaluate` for a loss alone.
 
     Attributes:
-      loss: what is minimised.
-      programs: the jitted functions by name.
-      compiled: how many different shapes have been compiled so far.
+        loss: what is minimised.
+        programs: the jitted functions by name.
+        compiled: how many different shapes have been compiled so far.
     """
 
     def __init__(
@@ -280,10 +280,10 @@ class Step:
         """Compiles nothing yet.
 
         Args:
-          loss: what is minimised.
-          optimizer: what is done with gradients.
-          shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
-          device_put: puts a batch of host arrays on the mesh; None: leaves it on the host.
+            loss: what is minimised.
+            optimizer: what is done with gradients.
+            shardings: where parameters (and so gradients) and the optimizer's state lie on a mesh; None: one device.
+            device_put: puts a batch of host arrays on the mesh; None: leaves it on the host.
         """
         self._place = device_put
 
@@ -347,7 +347,8 @@ class Step:
     def train(self, state: TrainState, constants: Any, batches: list) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from the micro-batches of a window; returns at once, with metrics that are still being computed.
 
-        The state given is donated. Where loss or gradients are not finite, `skipped` is 1 and the new state holds what it held.
+        The state given is donated. Where loss or gradients are not finite, `skipped` is 1 and the new state holds what
+        it held.
         """
         run = self.programs
         head = self._read(constants, batches[0])

@@ -50,18 +50,18 @@ class SFTTrainer:
     """Supervised fine-tuning: cross-entropy on completions, on every assistant turn, or on whole sequences.
 
     Args:
-      model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
-      args: the settings.
-      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-      eval_dataset: the same, or None.
-      processing_class: the tokenizer, or its name; None takes the one beside the model.
-      console: where progress is shown; None for the terminal.
-      command: the command line, for the model card.
-      dataset_name: what the data set is called, for the model card.
+        model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+        args: the settings.
+        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+        eval_dataset: the same, or None.
+        processing_class: the tokenizer, or its name; None takes the one beside the model.
+        console: where progress is shown; None for the terminal.
+        command: the command line, for the model card.
+        dataset_name: what the data set is called, for the model card.
 
     Attributes:
-      student: the name and the chat tokenizer of the model being trained; see `model`.
-      log_history: every logged line of the last `train`, oldest first.
+        student: the name and the chat tokenizer of the model being trained; see `model`.
+        log_history: every logged line of the last `train`, oldest first.
     """
 
     method = "supervised fine-tuning"
@@ -245,11 +245,11 @@ class SFTTrainer:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
 
         Args:
-          resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as the
-            settings say.
+            resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
+                the settings say.
 
         Returns:
-          The closing evaluation's metrics; empty without evaluation data.
+            The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
         if a.push_to_hub and processes.is_first():
@@ -303,13 +303,14 @@ class GOLDTrainer(SFTTrainer):
     """On-policy distillation from a teacher with any tokenizer.
 
     Args:
-      model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
-      teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
-      args: the settings.
-      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-      eval_dataset: the same, or None.
-      processing_class: the student's tokenizer, or its name; None takes the one beside the model.
-      teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside it.
+        model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+        teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
+        args: the settings.
+        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+        eval_dataset: the same, or None.
+        processing_class: the student's tokenizer, or its name; None takes the one beside the model.
+        teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
+            it.
     """
 
     method = "on-policy distillation"
