@@ -93,11 +93,11 @@ def load_reader(
 ):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
-    It is spread over all devices, as `mesh` says. `special_tokens` has the strings of special tokens in plain-text prompts read
-    as those tokens.
+    It is spread over all devices, as `mesh` says. `special_tokens` has the strings of special tokens in plain-text
+    prompts read as those tokens.
 
     Raises:
-      FileNotFoundError, ValueError: as `load_model_and_tokenizer` and `mesh_sizes`.
+        FileNotFoundError, ValueError: as `load_model_and_tokenizer` and `mesh_sizes`.
     """
     from gold_jax.loading import load_model_and_tokenizer
     from gold_jax.training.setting import compute_dtype, place_run
@@ -139,8 +139,8 @@ def load_split(data: DataArguments, training: SFTConfig):
     """The rows to train on and, where the settings ask for evaluation, those to evaluate on: `Examples` or None.
 
     Raises:
-      FileNotFoundError: a file is missing.
-      ValueError: no data set is named, or it has no row of a known form.
+        FileNotFoundError: a file is missing.
+        ValueError: no data set is named, or it has no row of a known form.
     """
     from gold_jax.text.data import load_examples
 

@@ -46,9 +46,9 @@ def flag(
 class Settings:
     """What every class of flags has: it answers names that are no field, wherever they are given or set.
 
-    A value that is set later is read and held to its range like one that is given to the constructor. What follows from it
-    (`eval_steps` from `logging_steps`) follows in the copies that `replace` and `frozen_copy` make, which are constructed anew
-    from what was named.
+    A value that is set later is read and held to its range like one that is given to the constructor. What follows from
+    it (`eval_steps` from `logging_steps`) follows in the copies that `replace` and `frozen_copy` make, which are
+    constructed anew from what was named.
 
     Attributes:
         notices: lines to show once, about flags in whose place something else stands.
@@ -103,8 +103,8 @@ class Settings:
 def flags_dataclass(cls: type | None = None, *, rules: Iterable[Rule] = ()) -> Any:
     """`dataclass` for a subclass of `Settings`, with a constructor that also answers what is not a field.
 
-    Other names of a field set that field; flags that TRL has and this project has not are refused or noted in `notices`; any
-    other name is a TypeError that names the nearest one.
+    Other names of a field set that field; flags that TRL has and this project has not are refused or noted in
+    `notices`; any other name is a TypeError that names the nearest one.
 
     Args:
         cls: the class; None: a decorator for it is returned.

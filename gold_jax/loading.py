@@ -47,26 +47,27 @@ def load_model_and_tokenizer(
     """Brings a model and its tokenizer together, from disk, the hub or memory.
 
     Args:
-      model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, or what `nnx.split` gives for one: `(graphdef, state)`.
-      tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
-      dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
-      param_dtype: dtype in which the parameters are kept; a model in memory is copied into it.
-      read_dtype: dtype to which the parameters are rounded first, "auto" for none, as in `load_model`.
-      remat: recompute layers in the backward pass.
-      revision: hub revision of both.
-      chat_template: a Jinja template in place of the tokenizer's own.
-      template_kwargs: variables for the template.
-      eos_token: a token that ends a turn, in place of the tokenizer's own end token.
-      special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
-      trust_remote_code: let the tokenizer run its own Python code.
-      attention: "auto" or one of `models.attention.IMPLEMENTATIONS`; None: "auto", or what a model in memory has.
-      placement: the mesh that the model is to lie on and how; None: one device.
-      role: what error messages call it.
+        model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, or what `nnx.split` gives for
+            one: `(graphdef, state)`.
+        tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
+        dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
+        param_dtype: dtype in which the parameters are kept; a model in memory is copied into it.
+        read_dtype: dtype to which the parameters are rounded first, "auto" for none, as in `load_model`.
+        remat: recompute layers in the backward pass.
+        revision: hub revision of both.
+        chat_template: a Jinja template in place of the tokenizer's own.
+        template_kwargs: variables for the template.
+        eos_token: a token that ends a turn, in place of the tokenizer's own end token.
+        special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
+        trust_remote_code: let the tokenizer run its own Python code.
+        attention: "auto" or one of `models.attention.IMPLEMENTATIONS`; None: "auto", or what a model in memory has.
+        placement: the mesh that the model is to lie on and how; None: one device.
+        role: what error messages call it.
 
     Raises:
-      FileNotFoundError: the folder or a file in it is missing.
-      ValueError: something in it does not fit; no tokenizer is known; or the tokenizer has more entries than the model
-        has rows.
+        FileNotFoundError: the folder or a file in it is missing.
+        ValueError: something in it does not fit; no tokenizer is known; or the tokenizer has more entries than the
+            model has rows.
     """
     name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
     if tokenizer is None and not isinstance(model, str | pathlib.Path):
@@ -161,7 +162,7 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
     """The tokenizer of a folder or hub id.
 
     Raises:
-      FileNotFoundError: there is none.
+        FileNotFoundError: there is none.
     """
     try:
         return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)

@@ -18,7 +18,7 @@ def read_mesh(text: str | None) -> dict[str, int]:
     {'fsdp': 4, 'tensor': 2}
 
     Raises:
-      ValueError: another form, an axis that does not exist or is named twice, or a size below 1.
+        ValueError: another form, an axis that does not exist or is named twice, or a size below 1.
     """
     found: dict[str, int] = {}
     for part in "" if text in (None, "auto") else text.replace(" ", "").split(","):

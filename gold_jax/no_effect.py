@@ -128,9 +128,9 @@ def notices(args: Any, spec: LossSpec | None = None, *, evaluates: bool) -> list
     Settings that were named only to be off (false, none, zero where that is the default) are no matter.
 
     Args:
-      args: an `SFTConfig`, or a `GOLDConfig` with its loss.
-      spec: the loss; None where there is no teacher.
-      evaluates: whether there are rows to evaluate on.
+        args: an `SFTConfig`, or a `GOLDConfig` with its loss.
+        spec: the loss; None where there is no teacher.
+        evaluates: whether there are rows to evaluate on.
     """
     off = {f.name for f in dataclasses.fields(args) if not getattr(args, f.name) and getattr(args, f.name) == f.default}
     lines: dict[str, list[str]] = {}

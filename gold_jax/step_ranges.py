@@ -18,7 +18,8 @@ def read_steps(name: str, given: Iterable[str | int] | None, last: int | None = 
         last: the run's last step; None: not known.
 
     Raises:
-        ValueError: what is neither a number nor a range, a range that ends before it starts, or a step that there is not.
+        ValueError: what is neither a number nor a range, a range that ends before it starts, or a step that there is
+            not.
     """
     parts = [str(part) for part in given or ()]
     if parts == ["none"]:

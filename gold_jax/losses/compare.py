@@ -18,16 +18,16 @@ class GroupDistribution(NamedTuple):
     """A chunk of groups as one model sees them.
 
     Attributes:
-      logp: `[C, V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to less
-        than one.
-      missing_mass: `[C]` one less the sum of the merged distribution, as the merge knows it.
-      token_column: `[C]` column of the token of the group's text that the distribution is over: under `boundary` its first,
-        under `chain` its last.
-      suffix_logp: `[C]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
-      is_single_token: `[C]` bool, whether there is none such.
-      prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its own; `K`
-        where there is none, `K + 1` where it is masked.
-      event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns.
+        logp: `[C, V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to
+            less than one.
+        missing_mass: `[C]` one less the sum of the merged distribution, as the merge knows it.
+        token_column: `[C]` column of the token of the group's text that the distribution is over: under `boundary` its
+            first, under `chain` its last.
+        suffix_logp: `[C]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
+        is_single_token: `[C]` bool, whether there is none such.
+        prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its
+            own; `K` where there is none, `K + 1` where it is masked.
+        event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns.
     """
 
     logp: jax.Array
@@ -44,15 +44,15 @@ class CompareOptions:
     """What a comparison may need to know beside the two distributions; all of it static.
 
     Attributes:
-      matched: number of leading columns that mean the same on both sides.
-      beta: skew of the divergence, as in `generalized_jsd`.
-      matched_weight, unmatched_weight: of `hybrid`; None for both means `matched / teacher vocabulary` and its
-        complement.
-      top_k: how many values of sorted tails are compared; 0: all.
-      sort: who sorts whole tails, as in `sorted_l1`.
-      rest: whether both sides have columns that are routed nowhere, so that these can be an event of their own.
-      masked: whether any column is masked, so that what is left has to be renormalised.
-      temperature: of `alm`: probabilities are raised to one over it.
+        matched: number of leading columns that mean the same on both sides.
+        beta: skew of the divergence, as in `generalized_jsd`.
+        matched_weight, unmatched_weight: of `hybrid`; None for both means `matched / teacher vocabulary` and its
+            complement.
+        top_k: how many values of sorted tails are compared; 0: all.
+        sort: who sorts whole tails, as in `sorted_l1`.
+        rest: whether both sides have columns that are routed nowhere, so that these can be an event of their own.
+        masked: whether any column is masked, so that what is left has to be renormalised.
+        temperature: of `alm`: probabilities are raised to one over it.
     """
 
     matched: int

@@ -1,8 +1,8 @@
 """The distillation loss: two models' hidden states and the merge-index arrays of `text.batch`, to one number.
 
-Letters: `B` rows, `N` and `O` student and teacher tokens of a whole batch, `G` groups, `M` tokens inside merged groups, `D`
-and `E` widths, `V` and `W` rows of the heads, `K` matched entries. Positions number hidden states in the order in which
-they come, whatever axes they have before the last.
+Letters: `B` rows, `N` and `O` student and teacher tokens of a whole batch, `G` groups, `M` tokens inside merged groups,
+`D` and `E` widths, `V` and `W` rows of the heads, `K` matched entries. Positions number hidden states in the order in
+which they come, whatever axes they have before the last.
 """
 
 import functools
@@ -38,11 +38,11 @@ class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
     `weight` is `[V, D]`, or a device's part of that; `row_of_token [V]` gives the row of a token id in the order that
-    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids where `column_order [V]`, the map's, is given:
-    then logits are put in order a chunk at a time. Without `weight` the hidden states are logits `[..., V]`. `softcap` and
-    `temperature` are Python floats. `prefix_of_unmatched [V - K]` is `VocabularyMap`'s, needed where a comparison projects. `stop_rows` are the
-    rows of the model's stop tokens, the one that it writes first: their probabilities are added up there; None leaves every
-    one by itself.
+    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids
+    where `column_order [V]`, the map's, is given: then logits are put in order a chunk at a time. Without `weight` the
+    hidden states are logits `[..., V]`. `softcap` and `temperature` are Python floats. `prefix_of_unmatched [V - K]` is
+    `VocabularyMap`'s, needed where a comparison projects. `stop_rows` are the rows of the model's stop tokens, the one
+    that it writes first: their probabilities are added up there; None leaves every one by itself.
     """
 
     weight: jax.Array | HeadShard | None
@@ -129,15 +129,15 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
     """Log-probability of given tokens at given positions. Not differentiable.
 
     Args:
-      hidden: `[..., D]`.
-      head: the side's head.
-      position: `[B, M]` the position whose state predicts the token.
-      token: `[B, M]` token ids.
-      mask: `[B, M]` which of them count.
-      chunk: positions per chunk.
+        hidden: `[..., D]`.
+        head: the side's head.
+        position: `[B, M]` the position whose state predicts the token.
+        token: `[B, M]` token ids.
+        mask: `[B, M]` which of them count.
+        chunk: positions per chunk.
 
     Returns:
-      `[B, M]` in nats, zero where the mask is false.
+        `[B, M]` in nats, zero where the mask is false.
     """
     index, live = compact(mask)
     rows, columns = position.reshape(-1)[index], _columns(head, token).reshape(-1)[index]
@@ -149,9 +149,9 @@ def inner_tokens(head: Head, index: MergeIndex, weight: jax.Array) -> InnerToken
     """The inner tokens of the groups that `weight [B, G]` counts, for `losses.fused_head`; slots number its groups packed.
 
     Args:
-      head: the side's head.
-      index: the side's merge-index arrays.
-      weight: `[B, G]`, zero where a group does not count.
+        head: the side's head.
+        index: the side's merge-index arrays.
+        weight: `[B, G]`, zero where a group does not count.
     """
     groups, counted = weight.shape[1], weight > 0
     slot = (jnp.cumsum(counted.reshape(-1)) - 1).reshape(weight.shape)  # as `compact` numbers them
@@ -186,22 +186,22 @@ def distill_loss(
     Only the positions that groups need meet the heads, `chunk` at a time (see `losses.fused_head`).
 
     Args:
-      student_hidden: `[..., D]`, `N` of them, or logits `[..., V]` (see `Head`); differentiated.
-      student_head: `[V, D]` ordered, differentiated.
-      student_index: the student's merge-index arrays.
-      teacher_hidden: `[..., E]`, `O` of them, a constant.
-      teacher_head: `[W, E]` ordered, a constant.
-      teacher_index: the teacher's merge-index arrays.
-      weight: `[B, G]` float32, zero where there is no group. One over the number of groups in the whole global batch
-        gives the mean over groups, however the batch is split.
-      compare: a name in `losses.compare.COMPARES`.
-      options: its options.
-      merge: what becomes of the inner tokens' probabilities: under "boundary" they belong to the group's text alone,
-        otherwise they multiply its distribution.
-      chunk: positions per chunk.
+        student_hidden: `[..., D]`, `N` of them, or logits `[..., V]` (see `Head`); differentiated.
+        student_head: `[V, D]` ordered, differentiated.
+        student_index: the student's merge-index arrays.
+        teacher_hidden: `[..., E]`, `O` of them, a constant.
+        teacher_head: `[W, E]` ordered, a constant.
+        teacher_index: the teacher's merge-index arrays.
+        weight: `[B, G]` float32, zero where there is no group. One over the number of groups in the whole global batch
+            gives the mean over groups, however the batch is split.
+        compare: a name in `losses.compare.COMPARES`.
+        options: its options.
+        merge: what becomes of the inner tokens' probabilities: under "boundary" they belong to the group's text alone,
+            otherwise they multiply its distribution.
+        chunk: positions per chunk.
 
     Returns:
-      The loss in nats (for `sorted`, probability), and its parts weighted alike.
+        The loss in nats (for `sorted`, probability), and its parts weighted alike.
     """
     student_hidden, teacher_hidden = _flat(student_hidden), _flat(teacher_hidden)
     teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
@@ -292,15 +292,15 @@ def cross_entropy(
     """Sum of `weight · −log p(label)` over the positions whose weight is not zero.
 
     Args:
-      hidden: `[..., D]`, differentiated.
-      head: `[V, D]`, differentiated.
-      position: `[B, T]` the positions that predict.
-      labels: `[B, T]` the token that stands behind each.
-      weight: `[B, T]` float32, zero where nothing is predicted.
-      chunk: positions per chunk.
+        hidden: `[..., D]`, differentiated.
+        head: `[V, D]`, differentiated.
+        position: `[B, T]` the positions that predict.
+        labels: `[B, T]` the token that stands behind each.
+        weight: `[B, T]` float32, zero where nothing is predicted.
+        chunk: positions per chunk.
 
     Returns:
-      The loss in nats, and `{"correct": …}`: the weighted share of positions at which the label is the likeliest.
+        The loss in nats, and `{"correct": …}`: the weighted share of positions at which the label is the likeliest.
     """
     index, live = compact(weight > 0)
 

@@ -19,12 +19,12 @@ def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: floa
     the columns as they stand. A column to which a side gives exactly zero adds nothing to that side's term.
 
     Args:
-      student_logp: natural log-probabilities `[..., K]`.
-      teacher_logp: the same entries on the teacher's side `[..., K]`.
-      beta: a Python float in `[0, 1]`.
+        student_logp: natural log-probabilities `[..., K]`.
+        teacher_logp: the same entries on the teacher's side `[..., K]`.
+        beta: a Python float in `[0, 1]`.
 
     Returns:
-      `[...]`, in nats.
+        `[...]`, in nats.
 
     Source: Agarwal et al., "On-Policy Distillation of Language Models", equation 1 (arXiv 2306.13649).
 
@@ -59,13 +59,13 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
     order of theirs gives a subgradient.
 
     Args:
-      student: probabilities `[..., V]`, float32, none negative.
-      teacher: probabilities `[..., W]`, float32, none negative.
-      sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on CPUs,
-        where XLA sorts slowly (unless there is one core alone, or several devices), and XLA elsewhere.
+        student: probabilities `[..., V]`, float32, none negative.
+        teacher: probabilities `[..., W]`, float32, none negative.
+        sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on
+            CPUs, where XLA sorts slowly (unless there is one core alone, or several devices), and XLA elsewhere.
 
     Returns:
-      `[...]`, between 0 and the two sums together.
+        `[...]`, between 0 and the two sums together.
 
     Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
 
@@ -128,13 +128,13 @@ def sorted_l1_top_k(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax
     """`sorted_l1` over the `k` largest values of either side, and a bound on what the tails can add.
 
     Args:
-      student: probabilities `[..., V]`.
-      teacher: probabilities `[..., W]`.
-      k: how many values are compared; more than a side holds means all of it.
+        student: probabilities `[..., V]`.
+        teacher: probabilities `[..., W]`.
+        k: how many values are compared; more than a side holds means all of it.
 
     Returns:
-      The distance `[...]` over the heads, and the bound `[...]`: the exact distance lies between the first and the sum
-      of both, because the tails differ by at most their two masses.
+        The distance `[...]` over the heads, and the bound `[...]`: the exact distance lies between the first and the
+        sum of both, because the tails differ by at most their two masses.
     """
     size = max(min(k, student.shape[-1]), min(k, teacher.shape[-1]))
 

@@ -19,13 +19,14 @@ GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
 def chunk_size(requested: int | None, platform: str | None = None) -> int:
     """Positions whose logits are held at once: as asked, or what runs best on a platform.
 
-    Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but not
-    for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it: on an
-    H200 1,024 took a tenth to a fifth less than 256 (`benchmarks/results/h200.json`), and holds four times as much.
+    Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
+    not for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it:
+    on an H200 1,024 took a tenth to a fifth less than 256 (`benchmarks/results/h200.json`), and holds four times as
+    much.
 
     Args:
-      requested: `--loss_chunk`.
-      platform: one of `models.attention.PLATFORMS`; None: where JAX runs now.
+        requested: `--loss_chunk`.
+        platform: one of `models.attention.PLATFORMS`; None: where JAX runs now.
     """
     return requested or (64 if (platform or jax.default_backend()) == "cpu" else 256)
 
@@ -34,10 +35,10 @@ class InnerTokens(NamedTuple):
     """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
 
     Attributes:
-      rows: `[M]` the row whose state predicts the token.
-      columns: `[M]` the token's column of the logits.
-      slots: `[M]` which of the positions it belongs to.
-      live: how many there are.
+        rows: `[M]` the row whose state predicts the token.
+        columns: `[M]` the token's column of the logits.
+        slots: `[M]` which of the positions it belongs to.
+        live: how many there are.
     """
 
     rows: jax.Array
@@ -52,8 +53,8 @@ class HeadShard:
     """The columns of a head that a device holds, where every device of a mesh sums over positions of its own.
 
     Attributes:
-      shard: `[V, D / devices]`.
-      axes: the mesh axes over which the columns are cut, the outermost first.
+        shard: `[V, D / devices]`.
+        axes: the mesh axes over which the columns are cut, the outermost first.
     """
 
     shard: jax.Array
@@ -117,16 +118,16 @@ def fused_linear_map(
     """One number per position from its logits. Not differentiable.
 
     Args:
-      fn: `fn(hidden[rows] @ headᵀ [C, V], positions) -> [C]`.
-      chunk: `C`.
-      hidden: `[N, D]`.
-      head: `[V, D]`, or None where `hidden` are logits.
-      rows: `[P]` which rows are looked at, live ones first.
-      positions: arrays `[P, ...]` cut along with `rows`.
-      live: number of live positions.
+        fn: `fn(hidden[rows] @ headᵀ [C, V], positions) -> [C]`.
+        chunk: `C`.
+        hidden: `[N, D]`.
+        head: `[V, D]`, or None where `hidden` are logits.
+        rows: `[P]` which rows are looked at, live ones first.
+        positions: arrays `[P, ...]` cut along with `rows`.
+        live: number of live positions.
 
     Returns:
-      `[P]` float32, zero beyond the live ones.
+        `[P]` float32, zero beyond the live ones.
     """
     size, head = rows.shape[0], None if head is None else head.astype(hidden.dtype)
     padded, count = _pad_to_chunks((rows, positions), live, chunk)
@@ -161,21 +162,21 @@ def fused_linear_sum(
     forward half runs.
 
     Args:
-      fn: `fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`, where `scale` is
-        the sum of each position's inner tokens' log-probabilities. It must ignore padding positions by itself (a weight
-        of zero).
-      token_fn: `token_fn(logits [C, V], places [C]) -> log-probabilities [C]` of the inner tokens.
-      chunk: `C`.
-      hidden: `[N, D]`, differentiated.
-      head: `[V, D]`, differentiated, a device's part of it, or None where `hidden` are logits.
-      rows: `[P]` the row of each position, live positions first.
-      inner: the inner tokens; None where there are none.
-      shared: arrays that every chunk sees whole (not differentiated).
-      positions: arrays `[P, ...]` cut along with `rows` (not differentiated).
-      live: number of live positions, an integer scalar.
+        fn: `fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`, where `scale`
+            is the sum of each position's inner tokens' log-probabilities. It must ignore padding positions by itself (a
+            weight of zero).
+        token_fn: `token_fn(logits [C, V], places [C]) -> log-probabilities [C]` of the inner tokens.
+        chunk: `C`.
+        hidden: `[N, D]`, differentiated.
+        head: `[V, D]`, differentiated, a device's part of it, or None where `hidden` are logits.
+        rows: `[P]` the row of each position, live positions first.
+        inner: the inner tokens; None where there are none.
+        shared: arrays that every chunk sees whole (not differentiated).
+        positions: arrays `[P, ...]` cut along with `rows` (not differentiated).
+        live: number of live positions, an integer scalar.
 
     Returns:
-      The sum, and the sums of the parts (not differentiated).
+        The sum, and the sums of the parts (not differentiated).
     """
     weight = unshard_head(head, hidden.dtype)
     scale = _inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)

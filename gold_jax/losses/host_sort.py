@@ -14,8 +14,8 @@ import numpy as np
 def can_sort_on_host() -> bool:
     """Whether programs on CPUs may call back.
 
-    A callback waits for another of JAX's threads. With a single core there is none, and where a program runs on several devices
-    they may all be held by a device that waits for this one: both wait for ever.
+    A callback waits for another of JAX's threads. With a single core there is none, and where a program runs on several
+    devices they may all be held by a device that waits for this one: both wait for ever.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores > 1 and jax.device_count() == 1
@@ -25,14 +25,15 @@ def l1_and_signs(ours: jax.Array, theirs: jax.Array) -> tuple[jax.Array, jax.Arr
     """The L1 distance of both sides sorted, the shorter padded with zeros, and its gradient for the first.
 
     Args:
-      ours: float32 `[C, V]`, none negative.
-      theirs: float32 `[C, W]`, none negative.
+        ours: float32 `[C, V]`, none negative.
+        theirs: float32 `[C, W]`, none negative.
 
     Returns:
-      The distance float32 `[C]`, and int8 `[C, V]`: 1 for values larger than what stands opposite, -1 for smaller ones.
+        The distance float32 `[C]`, and int8 `[C, V]`: 1 for values larger than what stands opposite, -1 for smaller
+        ones.
 
     Raises:
-      ValueError: this process may use a single core, or there are several devices.
+        ValueError: this process may use a single core, or there are several devices.
     """
     if not can_sort_on_host():
         raise ValueError(

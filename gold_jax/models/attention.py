@@ -7,11 +7,12 @@
 | `cudnn` | cuDNN's flash attention, through `jax.nn.dot_product_attention`: NVIDIA GPUs, 16-bit, no soft cap | no |
 | `splash` | JAX's Pallas kernel for TPUs | no |
 
-`auto` takes one of them for a platform that is named, never looked up while tracing: a program compiled on a CPU host for a TPU
-gets the TPU's. (`jax.lax.platform_dependent` would decide at lowering, but every branch is then traced and differentiated
-everywhere: cuDNN's cannot be where there is no cuDNN, and each branch's residuals are kept for all.)
+`auto` takes one of them for a platform that is named, never looked up while tracing: a program compiled on a CPU host
+for a TPU gets the TPU's. (`jax.lax.platform_dependent` would decide at lowering, but every branch is then traced and
+differentiated everywhere: cuDNN's cannot be where there is no cuDNN, and each branch's residuals are kept for all.)
 
-Shapes: B rows, T tokens, H heads, N key-value heads, K head_dim. The tokens of a row stand together, padding on either side.
+Shapes: B rows, T tokens, H heads, N key-value heads, K head_dim. The tokens of a row stand together, padding on either
+side.
 """
 
 import functools
@@ -178,8 +179,8 @@ def make_layer_attention(
         implementation, platform: as in `attention`.
 
     Returns:
-        What all layers share, arrays with an axis of rows first; and a function of it, of a traced bool, whether the layer
-        slides, and of queries [B, T, H, K], keys and values [B, T, N, K], which gives [B, T, H * K].
+        What all layers share, arrays with an axis of rows first; and a function of it, of a traced bool, whether the
+        layer slides, and of queries [B, T, H, K], keys and values [B, T, N, K], which gives [B, T, H * K].
 
     Raises:
         ValueError: as `attention`.

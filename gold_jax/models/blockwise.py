@@ -1,8 +1,8 @@
 """Attention by a running softmax over blocks of queries and keys, in plain JAX, with a gradient of its own.
 
 Nothing of the size [T, T] is ever held: the forward pass keeps the output and each query's log-sum of exponentials, the
-backward pass computes the scores again from them (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2).
-Blocks that causality or the window leave empty are not visited.
+backward pass computes the scores again from them (FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and
+2). Blocks that causality or the window leave empty are not visited.
 
 Shapes: B rows, T tokens, H = N · G heads, N key-value heads, K head_dim; blocks of P queries and P keys.
 """

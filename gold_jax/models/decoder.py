@@ -1,8 +1,8 @@
 """One flax.nnx decoder for every family that `DecoderConfig` describes.
 
-Parameters of all layers are stacked `[L, ...]` and scanned, so that compiling takes the time of one layer. They are stored
-in `param_dtype` (float32 masters for training) and cast to the compute `dtype` inside the scan: only one layer's copy is
-alive at a time. Norms, rotations, softmax and logits are float32 whatever `dtype` is.
+Parameters of all layers are stacked `[L, ...]` and scanned, so that compiling takes the time of one layer. They are
+stored in `param_dtype` (float32 masters for training) and cast to the compute `dtype` inside the scan: only one layer's
+copy is alive at a time. Norms, rotations, softmax and logits are float32 whatever `dtype` is.
 """
 
 import contextlib
@@ -30,7 +30,8 @@ SETTINGS = ("dtype", "param_dtype", "remat", "attention", "platform", "placement
 def full_float32(method):
     """A method whose products multiply float32 as float32 where that is the compute dtype.
 
-    GPUs and TPUs by default round the factors to fewer bits, which moves logits by far more than this decoder's tolerance.
+    GPUs and TPUs by default round the factors to fewer bits, which moves logits by far more than this decoder's
+    tolerance.
     """
 
     @functools.wraps(method)
@@ -48,9 +49,9 @@ class Layers(nnx.Module):
 class Decoder(nnx.Module):
     """A causal language model up to its head.
 
-    Its only variables are `nnx.Param`s; each carries its logical axes, such as `("layers", "embed", "heads")`, under the
-    metadata key `spec`. `models.functional.split` gives `(graphdef, params)`, a value that nothing else shares. Once made, a
-    decoder is not written into: `replace` makes another.
+    Its only variables are `nnx.Param`s; each carries its logical axes, such as `("layers", "embed", "heads")`, under
+    the metadata key `spec`. `models.functional.split` gives `(graphdef, params)`, a value that nothing else shares.
+    Once made, a decoder is not written into: `replace` makes another.
 
     Attributes:
         config: the `DecoderConfig`.
@@ -117,7 +118,8 @@ class Decoder(nnx.Module):
 
         Args:
             tokens: int32 [B, T].
-            mask: bool [B, T], True where there is a token. Padding may stand on either side of a row; a row may be empty.
+            mask: bool [B, T], True where there is a token. Padding may stand on either side of a row; a row may be
+                empty.
 
         Returns:
             [B, T, D] in `dtype`. Values at padding are finite and mean nothing.
@@ -165,8 +167,10 @@ class Decoder(nnx.Module):
 
         Args:
             config: what it is.
-            params: nested dicts by the paths of `models.parameters.parameters`, of arrays (of any kind) or their shapes.
-            settings: `dtype`, `param_dtype`, `remat`, `attention`, `platform` and `placement`, as the constructor has them.
+            params: nested dicts by the paths of `models.parameters.parameters`, of arrays (of any kind) or their
+                shapes.
+            settings: `dtype`, `param_dtype`, `remat`, `attention`, `platform` and `placement`, as the constructor has
+                them.
         """
         graph, _ = split(cls.abstract(config, **settings))
         return merge(graph, params)
@@ -205,8 +209,8 @@ class Decoder(nnx.Module):
     def decode_logits(self, hidden: jax.Array, weights: DecodingWeights | None = None) -> jax.Array:
         """`logits` of a few hidden states [B, D]; `weights` as in `decode_step`.
 
-        A large matrix times a few columns is a third faster on CPUs than a few rows times its transpose; the barriers keep
-        XLA from making the one of the other.
+        A large matrix times a few columns is a third faster on CPUs than a few rows times its transpose; the barriers
+        keep XLA from making the one of the other.
         """
         head = self.decoding_weights().head if weights is None else weights.head
         columns = jax.lax.optimization_barrier(hidden.astype(self.dtype).T)
@@ -255,9 +259,9 @@ class Decoder(nnx.Module):
     def decoding_weights(self) -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
-        A scan, or a slice inside the loop, would copy every layer's weights for every token. What is one CPU's and in `dtype`
-        already is looked at where it lies; else this is a copy. On a mesh it is cut over `tensor` alone, so that a token needs no
-        weight from another device.
+        A scan, or a slice inside the loop, would copy every layer's weights for every token. What is one CPU's and in
+        `dtype` already is looked at where it lies; else this is a copy. On a mesh it is cut over `tensor` alone, so
+        that a token needs no weight from another device.
         """
         names = self._names()
         stacked = {name: getattr(self.layers, name)[...] for name in names}

@@ -1,7 +1,7 @@
 """A model as a value: what describes it (hashable) and its parameters, a nested dict of arrays.
 
-`nnx.merge` and `nnx.split` share Variables, so that what is written into a merged module shows in the state it came from.
-These two share nothing but arrays, which nobody can write into.
+`nnx.merge` and `nnx.split` share Variables, so that what is written into a merged module shows in the state it came
+from. These two share nothing but arrays, which nobody can write into.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def split(model: nnx.Module | tuple[nnx.GraphDef, Any]) -> ModelValue:
     """The graph definition of a model and its parameters as nested dicts of arrays (or of their shapes).
 
     Args:
-      model: a module, or its `(graphdef, state)`, where the state is an `nnx.State` or such dicts already.
+        model: a module, or its `(graphdef, state)`, where the state is an `nnx.State` or such dicts already.
     """
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else model
     return graph, _arrays(state)

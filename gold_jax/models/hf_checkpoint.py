@@ -87,8 +87,8 @@ def load_model(
         name_or_path: a folder with `config.json` and safetensors (one file, or shards with an index), or a hub id.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which parameters are kept: "float32", "bfloat16", or "auto" for what the files have.
-        read_dtype: dtype to which tensors are rounded when they are read, whatever they are kept in: "float32", "bfloat16", or
-            "auto" for none but that of the files.
+        read_dtype: dtype to which tensors are rounded when they are read, whatever they are kept in: "float32",
+            "bfloat16", or "auto" for none but that of the files.
         remat: recompute layers in the backward pass.
         revision: hub revision.
         sharding: where a parameter is to lie, given its shape, layers stacked, and its logical axes (`ParamInfo.spec`);
@@ -188,7 +188,8 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
     Args:
         model: the decoder; its parameters may lie on any devices of the run, or be numpy arrays.
         folder: made if it is not there; a model already in it is replaced.
-        dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else `param_dtype`.
+        dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else
+            `param_dtype`.
 
     Raises:
         ValueError: unknown dtype, or a config that was not read from a transformers config.

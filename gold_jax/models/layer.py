@@ -1,6 +1,7 @@
 """The arithmetic of one decoder layer, as functions of arrays: over whole sequences, and over one token with a cache.
 
-Shapes: B rows, T tokens, S slots of the cache, D width, H heads, N key-value heads, K head_dim, F inner width of the MLP.
+Shapes: B rows, T tokens, S slots of the cache, D width, H heads, N key-value heads, K head_dim, F inner width of the
+MLP.
 """
 
 import functools

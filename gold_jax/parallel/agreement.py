@@ -48,7 +48,7 @@ def all_gather(values: np.ndarray) -> np.ndarray:
     """The arrays of all processes, of one shape and dtype: [...] -> [P, ...], bit for bit.
 
     Raises:
-      ValueError: shapes or dtypes differ, or the dtype is not of numbers.
+        ValueError: shapes or dtypes differ, or the dtype is not of numbers.
     """
     values = np.asarray(values)
     if values.dtype.hasobject:
@@ -76,10 +76,10 @@ def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     """The rows of all processes, such as token ids: for each process its own, however many and long.
 
     Args:
-      rows: one-dimensional int32 arrays.
+        rows: one-dimensional int32 arrays.
 
     Raises:
-      ValueError: a row is something else.
+        ValueError: a row is something else.
     """
     rows = [np.asarray(row) for row in rows]
     for i, row in enumerate(rows):
@@ -102,11 +102,11 @@ def assert_same_across_processes(what: str, value: Any) -> None:
     """Checks that all processes have the same.
 
     Args:
-      what: what it is, for the error: "--seed", "the settings".
-      value: anything that JSON can hold; of mappings, the error shows the keys that differ.
+        what: what it is, for the error: "--seed", "the settings".
+        value: anything that JSON can hold; of mappings, the error shows the keys that differ.
 
     Raises:
-      ValueError: in all processes; says which have what.
+        ValueError: in all processes; says which have what.
     """
     if count() == 1:
         return

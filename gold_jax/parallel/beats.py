@@ -15,12 +15,12 @@ class Heartbeat(NamedTuple):
     """What a process says of itself every few seconds.
 
     Attributes:
-      number: grows with every beat.
-      step: the update that it is at.
-      doing: and what it does there, such as "making the batch".
-      lasting: for how many seconds, by its own clock.
-      state: "running"; "finished"; "failed", with the error in `why`; "left", because of process `cause`, with the line that it
-        said in `why` and its exit code in `code`.
+        number: grows with every beat.
+        step: the update that it is at.
+        doing: and what it does there, such as "making the batch".
+        lasting: for how many seconds, by its own clock.
+        state: "running"; "finished"; "failed", with the error in `why`; "left", because of process `cause`, with the
+            line that it said in `why` and its exit code in `code`.
     """
 
     number: int
@@ -52,10 +52,10 @@ class PeerProblem(NamedTuple):
     """What is wrong with a process.
 
     Attributes:
-      kind: "lost", "failed", "left" or "late".
-      process: its index.
-      line: what to say.
-      code: with which this process is to end; None where it goes on.
+        kind: "lost", "failed", "left" or "late".
+        process: its index.
+        line: what to say.
+        code: with which this process is to end; None where it goes on.
     """
 
     kind: str
@@ -77,13 +77,13 @@ def diagnose(
     """What is wrong with the other processes; what ends the run first.
 
     Args:
-      now: this process's clock, in seconds.
-      heard: the others' newest beats; who has not begun to beat is not in it, and not missed.
-      mine: what this process is doing.
-      me: its index.
-      named: what to call each process.
-      contact: when the store last answered.
-      limits: after how long something is wrong.
+        now: this process's clock, in seconds.
+        heard: the others' newest beats; who has not begun to beat is not in it, and not missed.
+        mine: what this process is doing.
+        me: its index.
+        named: what to call each process.
+        contact: when the store last answered.
+        limits: after how long something is wrong.
     """
     for process, (beat, _) in heard.items():
         if beat.state == "left" and beat.cause == me:

@@ -26,8 +26,8 @@ class ShardedParam:
     It is gathered anew wherever it is read: what a backward pass keeps is the device's own part.
 
     Attributes:
-      value: the parameter, or those of all layers stacked.
-      stored, used: the shardings of one layer's.
+        value: the parameter, or those of all layers stacked.
+        stored, used: the shardings of one layer's.
     """
 
     value: jax.Array
@@ -94,13 +94,13 @@ def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], h
     """Attention in which every device sees its own rows and heads, so that kernels need know nothing of a mesh.
 
     Args:
-      placement: the mesh.
-      attend: `attend(by_rows, sliding, query [S, N, H, K], key, value) -> [S, N, H·K]`; the arrays of `by_rows` have an axis
-        of rows or lines first.
-      heads, kv_heads: how many there are.
+        placement: the mesh.
+        attend: `attend(by_rows, sliding, query [S, N, H, K], key, value) -> [S, N, H·K]`; the arrays of `by_rows` have
+            an axis of rows or lines first.
+        heads, kv_heads: how many there are.
 
     Returns:
-      The same function of whole arrays.
+        The same function of whole arrays.
     """
     repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
 

@@ -35,8 +35,8 @@ class Placement:
     """A mesh and how a model lies on it; hashable, so that a jitted function may be compiled for it.
 
     Attributes:
-      mesh: with the axes of `mesh_flags.AXES`.
-      layout: one of `mesh_flags.LAYOUTS`.
+        mesh: with the axes of `mesh_flags.AXES`.
+        layout: one of `mesh_flags.LAYOUTS`.
     """
 
     mesh: Mesh

@@ -23,7 +23,7 @@ def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
     {'data': 1, 'fsdp': 4, 'tensor': 2}
 
     Raises:
-      ValueError: as `read_mesh`, or the sizes do not come to the number of devices.
+        ValueError: as `read_mesh`, or the sizes do not come to the number of devices.
     """
     named = read_mesh(text)
     product = math.prod(named.values())

@@ -27,12 +27,12 @@ class ClusterSpec(NamedTuple):
     """A run of several processes, as flags and the environment describe it.
 
     Attributes:
-      by: who says that there are several, for error messages.
-      address: HOST:PORT of process 0; None where JAX is to find it out, with the other two.
-      number: how many processes there are.
-      index: which of them this one is.
-      detect: what `jax.distributed.initialize` is given as `cluster_detection_method`; None lets it look around.
-      surely: whether there are several, and not perhaps one.
+        by: who says that there are several, for error messages.
+        address: HOST:PORT of process 0; None where JAX is to find it out, with the other two.
+        number: how many processes there are.
+        index: which of them this one is.
+        detect: what `jax.distributed.initialize` is given as `cluster_detection_method`; None lets it look around.
+        surely: whether there are several, and not perhaps one.
     """
 
     by: str
@@ -52,20 +52,21 @@ def start(
 ) -> None:
     """Brings the processes of a run together; nothing happens where there is one. Must come before JAX's first use of a device.
 
-    There are several where the arguments or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, in a Slurm step
-    or under Open MPI with more than one task, and on a Cloud TPU pod; the last three are found out by JAX. Nothing happens either
-    where `jax.distributed` was initialized before.
+    There are several where the arguments or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say so, in a
+    Slurm step or under Open MPI with more than one task, and on a Cloud TPU pod; the last three are found out by JAX.
+    Nothing happens either where `jax.distributed` was initialized before.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, the same in all processes.
-      num_processes: how many there are.
-      process_id: which of them this one is, from 0. Slurm and Open MPI tell this and the number where only the address is given.
-      timeout: seconds to wait for the others.
+        coordinator_address: HOST:PORT of process 0, the same in all processes.
+        num_processes: how many there are.
+        process_id: which of them this one is, from 0. Slurm and Open MPI tell this and the number where only the
+            address is given.
+        timeout: seconds to wait for the others.
 
     Raises:
-      ValueError: one of the three is missing or makes no sense; the text names the flag.
-      ConnectionError: the others were not found in time.
-      RuntimeError: JAX's devices were used before.
+        ValueError: one of the three is missing or makes no sense; the text names the flag.
+        ConnectionError: the others were not found in time.
+        RuntimeError: JAX's devices were used before.
     """
     if jax.distributed.is_initialized():
         return
@@ -91,7 +92,7 @@ def cluster_from_flags(
     """Whether flags, or else the environment, mean several processes; None for one.
 
     Raises:
-      ValueError: as `start`.
+        ValueError: as `start`.
     """
     address = address or environ.get(VARIABLES[0]) or None
     number = _int_variable(environ, VARIABLES[1]) if number is None else number
@@ -310,9 +311,9 @@ def coordinator_address() -> str | None:
 def on_abort(callback: Callable[[], None]) -> Iterator[None]:
     """Calls `callback` when C++ code aborts this process; it ends as it would have once `callback` returns.
 
-    JAX's runtime aborts a process at once when process 0 is gone, whatever its Python code is doing, and Python's own handlers
-    of signals run in the main thread alone, which may be waiting for the device. So this handler is C's, and runs in the
-    thread that aborts. Nothing is done where there is no such thing.
+    JAX's runtime aborts a process at once when process 0 is gone, whatever its Python code is doing, and Python's own
+    handlers of signals run in the main thread alone, which may be waiting for the device. So this handler is C's, and
+    runs in the thread that aborts. Nothing is done where there is no such thing.
     """
     try:
         library = ctypes.CDLL(None)
@@ -357,7 +358,7 @@ def names() -> tuple[str, ...]:
     """What to call each process, such as "host3 (process 3)". Told once: the first time all processes must ask; `start` does.
 
     Raises:
-      ConnectionError: a process did not tell its host within five minutes.
+        ConnectionError: a process did not tell its host within five minutes.
     """
     hosts = [socket.gethostname()]
     if count() > 1:

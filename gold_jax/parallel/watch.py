@@ -76,20 +76,20 @@ def end_process(code: int) -> None:
 class Watchdog:
     """While it is entered, this process tells the others what it is doing, and hears whether they are well.
 
-    It is entered once. In a run of one process nothing happens. In one of several, a thread says every `period` seconds that
-    this process lives, in the store that JAX keeps in process 0, and another one looks at what the others say:
+    It is entered once. In a run of one process nothing happens. In one of several, a thread says every `period` seconds
+    that this process lives, in the store that JAX keeps in process 0, and another one looks at what the others say:
 
     - Who has been silent for `lost_after` seconds is lost: each of the others names it in one line and ends with exit code 75,
       so that what supervises the run starts it again.
     - Who ended with an error says so; the others repeat it and end with exit code 1.
     - Whom a process has waited for at the device for `lag_after` seconds is named, once for each update; the run goes on.
 
-    They end from the thread, because the main thread may be waiting for a device that will never answer. An error that leaves
-    the `with` block marks this process as failed; one that may come of another one's end is explained first. Preemption (exit
-    code 75) and the end of the block are no failure.
+    They end from the thread, because the main thread may be waiting for a device that will never answer. An error that
+    leaves the `with` block marks this process as failed; one that may come of another one's end is explained first.
+    Preemption (exit code 75) and the end of the block are no failure.
 
-    Where process 0 dies, JAX's runtime aborts the others at once; they name it before they end. Where JAX's own heartbeats find
-    a lost process first (100 seconds, by default), the same.
+    Where process 0 dies, JAX's runtime aborts the others at once; they name it before they end. Where JAX's own
+    heartbeats find a lost process first (100 seconds, by default), the same.
     """
 
     def __init__(
@@ -104,11 +104,12 @@ class Watchdog:
         """Prepares a watch; nothing is started.
 
         Args:
-          say: prints a line, from any thread. It must print in every process: where process 0 is gone, others must speak.
-          period: seconds between what a process says of itself.
-          lost_after: seconds of silence after which a process is lost.
-          lag_after: seconds of waiting after which the one that is waited for is named.
-          end: ends this process with an exit code.
+            say: prints a line, from any thread. It must print in every process: where process 0 is gone, others must
+                speak.
+            period: seconds between what a process says of itself.
+            lost_after: seconds of silence after which a process is lost.
+            lag_after: seconds of waiting after which the one that is waited for is named.
+            end: ends this process with an exit code.
         """
         self._say, self._end = say, end
         self._limits = Limits(period, lost_after, lag_after)
@@ -175,11 +176,11 @@ class Watchdog:
     def describe_peer_failure(self, error: BaseException) -> str | None:
         """Which process's end an error comes of; to be asked by the main thread before it reports the error.
 
-        Waits for up to `lost_after` seconds, and a little, until someone is found to be gone; this process then ends as the
-        class says, so that what is returned is seen only where `end` returns.
+        Waits for up to `lost_after` seconds, and a little, until someone is found to be gone; this process then ends as
+        the class says, so that what is returned is seen only where `end` returns.
 
         Returns:
-          The line that is said; None where all processes are well, or nobody watches them.
+            The line that is said; None where all processes are well, or nobody watches them.
         """
         if not self.watching or not is_caused_by_peers(error):
             return None

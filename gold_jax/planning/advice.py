@@ -47,8 +47,8 @@ class _Change:
 def advice(plan: Plan) -> tuple[Advice, ...]:
     """Changes that would make a plan smaller, the one that saves most first; then, if none of them alone is enough, several.
 
-    Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they are,
-    where they can: fewer at a time are more micro-batches.
+    Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they
+    are, where they can: fewer at a time are more micro-batches.
     """
     changes = list(_changes(plan.request))
     estimated = functools.partial(_estimated, plan, by_arithmetic(plan.request).peak)

@@ -1,9 +1,10 @@
 """What a step costs by arithmetic: parameters, FLOPs, bytes of memory traffic, and the time that a chip needs for them.
 
-The compiler's own cost analysis counts the body of a loop once, whatever its trips, so that a model of scanned layers seems
-to cost one layer. These counts take the shapes of a `DecoderConfig` instead. A multiplication with an addition is two FLOPs;
-what is not a matrix product is left out of FLOPs (about a hundredth). Bytes are those between memory and compute if all that
-stands between two products were fused into them: a floor, which programs exceed. All counts are for all devices together.
+The compiler's own cost analysis counts the body of a loop once, whatever its trips, so that a model of scanned layers
+seems to cost one layer. These counts take the shapes of a `DecoderConfig` instead. A multiplication with an addition is
+two FLOPs; what is not a matrix product is left out of FLOPs (about a hundredth). Bytes are those between memory and
+compute if all that stands between two products were fused into them: a floor, which programs exceed. All counts are for
+all devices together.
 
 Letters as in `models.decoder`: D width, L layers, H heads, K head_dim, V vocabulary, T tokens of a row.
 """
@@ -177,9 +178,9 @@ def training_step(
 ) -> Work:
     """One update: the student forward and backward, the teacher forward, both heads, the optimizer.
 
-    The loss goes forward and backward at once, so that the student's head is multiplied with three times at each position
-    (logits, the gradients of hidden states and of itself) and the teacher's once. At inner tokens, whose log-probabilities
-    are wanted before the loss and whose gradients after it, they are four and one.
+    The loss goes forward and backward at once, so that the student's head is multiplied with three times at each
+    position (logits, the gradients of hidden states and of itself) and the teacher's once. At inner tokens, whose
+    log-probabilities are wanted before the loss and whose gradients after it, they are four and one.
 
     Args:
         student: the student's config.

@@ -10,7 +10,8 @@ Bytes are those that one device sends over its links, by the ring formulas, for 
 | all-to-all | `size · (n-1) / n` | the operand |
 | collective-permute, collective-broadcast | `size` | the operand |
 
-times the trips of the loops around it. A `-start` counts and its `-done` does not. How TPU programs look (libtpu 0.0.42.1):
+times the trips of the loops around it. A `-start` counts and its `-done` does not. How TPU programs look (libtpu
+0.0.42.1):
 
 - An all-gather that runs while something else is computed stands in the text three times or more: in a fusion that ends in
   a custom call to `AsyncCollectiveStart`, in the fusions that compute meanwhile, and in one that ends in
@@ -85,8 +86,8 @@ def read_collectives(text: str, mesh: Mapping[str, int], *, unknown_trips: int =
 
     Args:
         text: `compiled.as_text()`.
-        mesh: sizes of the mesh's axes in its order, as `dict(mesh.shape)`. A device's id in the program is its position in
-            the mesh, rows first.
+        mesh: sizes of the mesh's axes in its order, as `dict(mesh.shape)`. A device's id in the program is its position
+            in the mesh, rows first.
         unknown_trips: how often a loop runs that does not say.
     """
     tally = _Reader(hlo.read(text), dict(mesh), unknown_trips)

@@ -1,9 +1,10 @@
 """What an update costs each device at least: operations, memory traffic, bytes sent, and the seconds that follow.
 
-Work is counted by `planning.arithmetic` for the rows of one shard and divided by the devices along `tensor`; gradients and optimizer
-by what a device keeps of them. Rows are as long as they may be and every token is a group of its own. Of the completions a share
-of lmbda is written by the student, all to their full length, in a cache of which the slots in use are read. It is a floor: what
-overlaps perfectly in it (computing, reading, sending) does not in a run, and between the phases it counts no time at all.
+Work is counted by `planning.arithmetic` for the rows of one shard and divided by the devices along `tensor`; gradients
+and optimizer by what a device keeps of them. Rows are as long as they may be and every token is a group of its own. Of
+the completions a share of lmbda is written by the student, all to their full length, in a cache of which the slots in
+use are read. It is a floor: what overlaps perfectly in it (computing, reading, sending) does not in a run, and between
+the phases it counts no time at all.
 """
 
 import dataclasses
@@ -51,7 +52,8 @@ def phases(
     Args:
         footprint: the run.
         topology: its devices.
-        sent: of each program of the footprint, what one device sends each time that it runs; of decoding, for one token.
+        sent: of each program of the footprint, what one device sends each time that it runs; of decoding, for one
+            token.
         platform, attention: as in `models.attention.choose`.
     """
     made = _Phases(footprint, topology, platform, attention)

@@ -1,9 +1,9 @@
 """What a run holds on one device, by arithmetic: exactly what lies there for long, by a formula what a program needs meanwhile.
 
-The formula, in bytes, has the letters of `models.decoder` (L layers, D width, F inner width, H heads of size K, N key-value heads,
-V vocabulary), W and E for the teacher's V and D, n tokens of one device's line, C positions of a chunk, c bytes of an activation,
-t devices along `tensor`, m entries of a layer's largest matrix. A student's step is fullest either when it compares or when it
-begins to go back through the layers; the larger sum is its peak.
+The formula, in bytes, has the letters of `models.decoder` (L layers, D width, F inner width, H heads of size K, N
+key-value heads, V vocabulary), W and E for the teacher's V and D, n tokens of one device's line, C positions of a
+chunk, c bytes of an activation, t devices along `tensor`, m entries of a layer's largest matrix. A student's step is
+fullest either when it compares or when it begins to go back through the layers; the larger sum is its peak.
 
 | part | what | when it compares | when it goes back |
 | --- | --- | --- | --- |
@@ -17,11 +17,12 @@ begins to go back through the layers; the larger sum is its peak.
 | | logits, tails to sort, gradient of hidden states | 8·C·(V + W) + 12·C·tails + 4·n·D | |
 | new gradients | of the device's part of the layers | | 4·layers |
 
-`norms`, of queries and keys where there are any, is 12·(H + N)·K/t. Cross-entropy alone shares the head's gradient out before it
-goes back. Against what libtpu 0.0.42.1 lays out for nine programs (students of 0.13 to 8 B with teachers of 0.36 to 32 B or none, 1 to 16
-chips, with and without `data`, `tensor`, checkpointing and micro-batches; `Program.temporaries`), a student's step comes out between 16 %
-too small and 2 % too large, in six of the nine within 5 %. (What XLA makes of it for GPUs has not been compared.) The other
-programs' temporaries, all small beside it, come out within a third, but for a teacher that libtpu cuts into pieces (0.12 for 0.04 GiB).
+`norms`, of queries and keys where there are any, is 12·(H + N)·K/t. Cross-entropy alone shares the head's gradient out
+before it goes back. Against what libtpu 0.0.42.1 lays out for nine programs (students of 0.13 to 8 B with teachers of
+0.36 to 32 B or none, 1 to 16 chips, with and without `data`, `tensor`, checkpointing and micro-batches;
+`Program.temporaries`), a student's step comes out between 16 % too small and 2 % too large, in six of the nine within 5
+%. (What XLA makes of it for GPUs has not been compared.) The other programs' temporaries, all small beside it, come out
+within a third, but for a teacher that libtpu cuts into pieces (0.12 for 0.04 GiB).
 """
 
 import functools
@@ -197,7 +198,8 @@ class Footprint(Sizes):
 
     def split(self, program: str, total: int) -> dict[str, int]:
         """What a compiler says that a program needs, by part: of a student's step the loss and the gradients by the formula, the
-        rest being activations. Where rows move to a larger cache and that takes more than writing does, the smaller one stands
+        rest being activations. Where rows move to a larger cache and that takes more than writing does, the smaller one
+        stands
         in its place."""
         if program == "decoding" and self.growing > total:
             return {"smaller cache": self.growing}

@@ -1,15 +1,16 @@
 """Accelerators by name: how much they hold, how fast they compute, read and talk; slices of them by a short text.
 
-Every figure is that of one JAX device, the thing a mesh has positions for: a chip, or, on v3 and tpu7x, one of a chip's two
-cores (`Chip.cores` tells). FLOP/s are dense bfloat16 with float32 sums.
+Every figure is that of one JAX device, the thing a mesh has positions for: a chip, or, on v3 and tpu7x, one of a chip's
+two cores (`Chip.cores` tells). FLOP/s are dense bfloat16 with float32 sums.
 
-Sources. TPUs: the "System architecture" pages of docs.cloud.google.com/tpu (v3, v4, v5e, v5p, v6e, tpu7x); v3's and v4's
-links from Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (656 Gbit/s a link, four) and
-"TPU v4" (arXiv:2304.01433; 50 GB/s a link, six). Google's newer pages give both directions of the links together: v5e 400,
-v6e 800, v5p and tpu7x 1,200 GB/s a chip; half of that is here. The memory of TPUs is no vendor's figure but the limit that
-the compiler (libtpu 0.0.42.1) enforces: «exceeds available HBM (15.75G)». GPUs: NVIDIA's data sheets of the A100, H100,
-H200, L4, L40S and A10G, HGX B200, and the Ada and Blackwell white papers for RTX cards; their memory is what CUDA reports
-as a card's total, which is less than the name says. Networks: what NICs a host of the cloud, or a DGX, has.
+Sources. TPUs: the "System architecture" pages of docs.cloud.google.com/tpu (v3, v4, v5e, v5p, v6e, tpu7x); v3's and
+v4's links from Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (656 Gbit/s a link,
+four) and "TPU v4" (arXiv:2304.01433; 50 GB/s a link, six). Google's newer pages give both directions of the links
+together: v5e 400, v6e 800, v5p and tpu7x 1,200 GB/s a chip; half of that is here. The memory of TPUs is no vendor's
+figure but the limit that the compiler (libtpu 0.0.42.1) enforces: «exceeds available HBM (15.75G)». GPUs: NVIDIA's data
+sheets of the A100, H100, H200, L4, L40S and A10G, HGX B200, and the Ada and Blackwell white papers for RTX cards; their
+memory is what CUDA reports as a card's total, which is less than the name says. Networks: what NICs a host of the
+cloud, or a DGX, has.
 """
 
 import dataclasses
@@ -32,10 +33,11 @@ class Chip:
         hbm_bytes: memory. TPUs: what the compiler lets a program fill. GPUs: all of it, of which JAX takes `GPU_SHARE`.
         flops: peak dense bfloat16 FLOP/s.
         hbm_bandwidth: bytes/s between memory and compute.
-        interconnect: bytes/s that leave the device over all its links to others at once, in one direction: ICI on TPUs, where
-            only a slice with wrapped axes and traffic along every axis has use for all of them (`Topology.interconnect` has
-            those of a slice); NVLink or PCIe on GPUs.
-        network: bytes/s in one direction of its share of the host's NICs; None where that depends on who built the host.
+        interconnect: bytes/s that leave the device over all its links to others at once, in one direction: ICI on TPUs,
+            where only a slice with wrapped axes and traffic along every axis has use for all of them
+            (`Topology.interconnect` has those of a slice); NVLink or PCIe on GPUs.
+        network: bytes/s in one direction of its share of the host's NICs; None where that depends on who built the
+            host.
         host: chips of a full host.
         cores: devices per chip.
         links: links to neighbours: 4 in a 2D torus, 6 in a 3D one; GPUs, through a switch, 1.

@@ -1,7 +1,7 @@
 """The text of a compiled program (`compiled.as_text()`), read as far as planning needs it.
 
-A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is its
-value. Nothing is checked: the text is the compiler's.
+A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is
+its value. Nothing is checked: the text is the compiler's.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """Configs of well-known models, to plan a run with before anything is downloaded.
 
-Each is what the `config.json` on the hub says of shapes and rotations, and `transformers` reads it as it would read the file.
-Of Gemma 3's multimodal models it is the language part. An instruction-tuned model and its base have one shape.
+Each is what the `config.json` on the hub says of shapes and rotations, and `transformers` reads it as it would read the
+file. Of Gemma 3's multimodal models it is the language part. An instruction-tuned model and its base have one shape.
 """
 
 from typing import Any

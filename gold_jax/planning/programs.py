@@ -1,7 +1,7 @@
 """The programs of a run, compiled for devices that are not here: what they hold, what they send, and how long compiling takes.
 
-Nothing of a model is there but its shapes. The step, its loss and the sampler are those that training calls; a batch has rows as
-long as the settings allow, which share no beginning.
+Nothing of a model is there but its shapes. The step, its loss and the sampler are those that training calls; a batch
+has rows as long as the settings allow, which share no beginning.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Program:
     """One compiled program, in bytes of one device.
 
     Attributes:
-      arguments: what it is given.
-      fresh: what it returns in memory of its own, not in its arguments' place.
-      temporaries: what it needs while it runs: of all that the compiler lays out, what is neither argument nor result. (Its
-        `temp_size_in_bytes` adds up buffers that are not there at once.)
-      code: the program itself, which lies on the device as long as it may be called.
-      seconds: that compiling took.
-      collectives: what it sends.
-      error: what the compiler said where it gave up; then the numbers are zero.
+        arguments: what it is given.
+        fresh: what it returns in memory of its own, not in its arguments' place.
+        temporaries: what it needs while it runs: of all that the compiler lays out, what is neither argument nor
+            result. (Its `temp_size_in_bytes` adds up buffers that are not there at once.)
+        code: the program itself, which lies on the device as long as it may be called.
+        seconds: that compiling took.
+        collectives: what it sends.
+        error: what the compiler said where it gave up; then the numbers are zero.
     """
 
     arguments: int = 0
@@ -64,11 +64,11 @@ class PlannedRun(Sizes):
     """A run's programs and what lies on a device, before anything is there.
 
     Args:
-      args: the settings.
-      pair: the models.
-      placement: of the student; its mesh may be of devices that are only described.
-      platform: what the devices are, of `models.attention.PLATFORMS`.
-      attention: as in `Decoder`.
+        args: the settings.
+        pair: the models.
+        placement: of the student; its mesh may be of devices that are only described.
+        platform: what the devices are, of `models.attention.PLATFORMS`.
+        attention: as in `Decoder`.
     """
 
     def __init__(
@@ -227,9 +227,9 @@ def compile_program(lower: Callable[[], Any], mesh: Mapping[str, int], *, trips:
     """Compiles a program for the devices of its shardings.
 
     Args:
-      lower: gives the lowered program.
-      mesh: sizes of the mesh's axes.
-      trips: how often a loop runs whose number of turns only the run knows.
+        lower: gives the lowered program.
+        mesh: sizes of the mesh's axes.
+        trips: how often a loop runs whose number of turns only the run knows.
     """
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -255,8 +255,8 @@ def compile_program(lower: Callable[[], Any], mesh: Mapping[str, int], *, trips:
 def _laid_out(folder: pathlib.Path) -> int:
     """Bytes of all that a compiler laid out in a device's memory, as it says in its files; 0 where it does not.
 
-    The peak that `memory_analysis` gives, and a program is refused by, is of what is used at once. What is used at several times
-    has to lie in one place, which takes a few per cent more.
+    The peak that `memory_analysis` gives, and a program is refused by, is of what is used at once. What is used at
+    several times has to lie in one place, which takes a few per cent more.
     """
     reports = [path.read_text() for path in folder.glob("*memory-usage-report.txt")]
     return max(

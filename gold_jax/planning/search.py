@@ -59,9 +59,9 @@ def search(
 ) -> tuple[Candidate, ...]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer micro-batches. For
-    each mesh and layout, rows at once are doubled while they fit; of those that are as good the most are taken, and fewer where
-    these turn out not to fit.
+    An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer
+    micro-batches. For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most
+    are taken, and fewer where these turn out not to fit.
 
     Args:
         first: the plan of what was asked for.

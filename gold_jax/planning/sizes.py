@@ -16,8 +16,8 @@ class Pair(NamedTuple):
     """The models of a run.
 
     Attributes:
-      student, teacher: their configs; no teacher is fine-tuning.
-      matched: entries that the two vocabularies share; None: they are one and the same.
+        student, teacher: their configs; no teacher is fine-tuning.
+        matched: entries that the two vocabularies share; None: they are one and the same.
     """
 
     student: DecoderConfig
@@ -29,9 +29,9 @@ class Sizes:
     """How much there is of everything in a run, by its settings and its models' shapes.
 
     Args:
-      args: the settings.
-      pair: the models.
-      shards: parts that the rows of a batch are shared out to.
+        args: the settings.
+        pair: the models.
+        shards: parts that the rows of a batch are shared out to.
     """
 
     def __init__(self, args: SFTConfig, pair: Pair, shards: int):

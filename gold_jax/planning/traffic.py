@@ -1,8 +1,9 @@
 """What the devices send each other in an update, by arithmetic, and how long that takes at least.
 
-Counted by the ring formulas of `planning.collectives`, for one device: layers' weights gathered for the forward and again for the
-backward pass, in the compute dtype; their gradients summed where they are kept, likewise; heads gathered and the head's float32
-gradient summed; embeddings exchanged, there and back; along `tensor` what attention's output projection and the MLP's add up.
+Counted by the ring formulas of `planning.collectives`, for one device: layers' weights gathered for the forward and
+again for the backward pass, in the compute dtype; their gradients summed where they are kept, likewise; heads gathered
+and the head's float32 gradient summed; embeddings exchanged, there and back; along `tensor` what attention's output
+projection and the MLP's add up.
 """
 
 import math
@@ -150,8 +151,9 @@ def times(sent: Mapping[str, float], factor: float) -> Sent:
 def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: Topology) -> float:
     """The least time that sending takes.
 
-    On TPUs all links of the slice share all traffic. GPUs of one host have their links to each other, `Chip.interconnect`; what
-    a group of several hosts' GPUs has to bring from host to host goes over the hosts' networks besides, at the same time.
+    On TPUs all links of the slice share all traffic. GPUs of one host have their links to each other,
+    `Chip.interconnect`; what a group of several hosts' GPUs has to bring from host to host goes over the hosts'
+    networks besides, at the same time.
     """
     within, between = 0.0, 0.0
     for axes, size in sent.items():

@@ -2,7 +2,8 @@
 
 The teacher's is a byte-level BPE that has seen many numbers in words; the student's is built as SentencePiece's BPE is
 (`▁` for blanks, byte fallback) from text with few of them, so that it cuts such words into other and smaller pieces.
-Training a BPE gives the same merges every time, which training a Unigram model does not (its sums depend on the threads).
+Training a BPE gives the same merges every time, which training a Unigram model does not (its sums depend on the
+threads).
 """
 
 import json

@@ -25,14 +25,14 @@ class Client:
     `ATTEMPTS` times; what the server says is wrong with the question (4xx) is not asked again.
 
     Args:
-      base_url: such as "http://localhost:8000".
-      timeout: seconds in which a question must be answered, all attempts together.
-      started: how such a server is started, for the errors.
-      api_key: sent as a bearer token; None sends none.
-      pause: seconds before the second attempt; doubled before each further one, up to 8.
+        base_url: such as "http://localhost:8000".
+        timeout: seconds in which a question must be answered, all attempts together.
+        started: how such a server is started, for the errors.
+        api_key: sent as a bearer token; None sends none.
+        pause: seconds before the second attempt; doubled before each further one, up to 8.
 
     Raises:
-      ValueError: the address is not one of HTTP.
+        ValueError: the address is not one of HTTP.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Client:
         """What the server answers to a GET, read as JSON.
 
         Raises:
-          ServerError: see the class.
+            ServerError: see the class.
         """
         return self._ask(path, None)
 
@@ -56,7 +56,7 @@ class Client:
         """What the server answers to a POST of a JSON body (None: an empty one), read as JSON; None if it says nothing.
 
         Raises:
-          ServerError: see the class.
+            ServerError: see the class.
         """
         return self._ask(path, b"" if body is None else json.dumps(body).encode())
 

@@ -1,9 +1,10 @@
 """The rows that are being written, on the device, and the programs that change them.
 
-Rows are independent: each has its own slots in the cache, its own key and its own count of tokens, so that what it draws
-does not depend on where it stands or on what the others do. Temperature, top-k, top-p, key, stop tokens and limits are
-traced values; a program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width of prompts). On a mesh each shard
-has an equal part of the rows, which stay there: caches never travel. What is known of all rows is known everywhere.
+Rows are independent: each has its own slots in the cache, its own key and its own count of tokens, so that what it
+draws does not depend on where it stands or on what the others do. Temperature, top-k, top-p, key, stop tokens and
+limits are traced values; a program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width
+of prompts). On a mesh each shard has an equal part of the rows, which stay there: caches never travel. What is known of
+all rows is known everywhere.
 
 Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows that join, P width of their prompts.
 """
@@ -130,8 +131,8 @@ def prefill_into_slots(
         lengths: int32 [F], how many tokens that is.
         next_token: int32 [F], the last one.
         index: int32 [F], number of the prompt among all; folded into the key.
-        row_index: int32 [F], the rows that they join; R for none, where there are fewer prompts than F. On a mesh the prompts
-            that join a shard's rows stand in its part of F.
+        row_index: int32 [F], the rows that they join; R for none, where there are fewer prompts than F. On a mesh the
+            prompts that join a shard's rows stand in its part of F.
         key: PRNG key of all prompts.
     """
     width = tokens.shape[1]
@@ -236,7 +237,8 @@ def resize_slots(
 
     Args:
         cache, decode state: of R rows.
-        rows: int32 [any], which to keep, in their new order; on a mesh as many of each shard, in the order of the shards.
+        rows: int32 [any], which to keep, in their new order; on a mesh as many of each shard, in the order of the
+            shards.
         placement: of the model.
         slots: of the new cache.
     """

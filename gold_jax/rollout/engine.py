@@ -12,8 +12,8 @@ class Sampled(NamedTuple):
 
     Attributes:
         ids: int32 [N], the stop token that ended it included.
-        logprobs: float32 [N], log-probability of each token under the model itself (temperature 1, nothing left out); NaN
-            where the engine does not tell.
+        logprobs: float32 [N], log-probability of each token under the model itself (temperature 1, nothing left out);
+            NaN where the engine does not tell.
     """
 
     ids: np.ndarray

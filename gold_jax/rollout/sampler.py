@@ -25,17 +25,18 @@ _SMALL_CACHE = 4  # a cache of at most a fourth of the weights' bytes gets all i
 class SamplingEngine:
     """Writes completions with the model itself; an `rollout.engine.Engine`.
 
-    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device goes on by itself until there is something to do: when a fourth of
-    the rows is free and prompts wait, they join; when none waits and half the rows are done, the others go on in half as
-    many; when a row's slots are full, all get twice as many. Prompts go from the longest to the shortest.
+    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device goes on by itself
+    until there is something to do: when a fourth of the rows is free and prompts wait, they join; when none waits and
+    half the rows are done, the others go on in half as many; when a row's slots are full, all get twice as many.
+    Prompts go from the longest to the shortest.
 
-    What a row draws depends on the key, its index and its own prompt alone, whatever `rows` is and the other rows do (as
-    far as rounding goes: a product of other shapes may round otherwise).
+    What a row draws depends on the key, its index and its own prompt alone, whatever `rows` is and the other rows do
+    (as far as rounding goes: a product of other shapes may round otherwise).
 
-    Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of two.
-    In one call the rows only shrink and there is one number of slots where the cache is small beside the weights; never are there
-    more than one program for each number of rows and two for each number of slots.
-    Reading prompts compiles once for each of these and width of prompts (32, 48, 64, 96, 128, …).
+    Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of
+    two. In one call the rows only shrink and there is one number of slots where the cache is small beside the weights;
+    never are there more than one program for each number of rows and two for each number of slots. Reading prompts
+    compiles once for each of these and width of prompts (32, 48, 64, 96, 128, …).
     """
 
     def __init__(self, rows: int = 32):
@@ -272,8 +273,8 @@ def halves(rows: int) -> list[int]:
 def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> tuple[int, bool]:
     """How many slots a cache has at most that is to hold `length` tokens.
 
-    A cache that is cheap, because it is small beside the weights, has all its slots at once and in few sizes; of another no more
-    than a fourth stays empty.
+    A cache that is cheap, because it is small beside the weights, has all its slots at once and in few sizes; of
+    another no more than a fourth stays empty.
 
     Args:
         config: the model's.

@@ -17,9 +17,9 @@ Fields and routes, as they stood in the servers' sources and documentation in 20
   loads a folder, `POST /reset_prefix_cache` forgets what the old weights computed; both routes are there only
   where the server was started with `VLLM_SERVER_DEV_MODE=1`.
 * SGLang, `POST /generate` with `input_ids` and `return_logprob` (0.5): `meta_info.output_token_logprobs` holds
-  (log-probability, id, text) for each drawn token, the stop token too; `output_ids` is not read, because in some versions
-  it begins with the end of the prompt (issue 17240). The log-probabilities are divided by the temperature, so they
-  are the model's own at temperature 1 and when greedy alone. `sampling_seed` (0.5.3 and newer) is honoured under
+  (log-probability, id, text) for each drawn token, the stop token too; `output_ids` is not read, because in some
+  versions it begins with the end of the prompt (issue 17240). The log-probabilities are divided by the temperature, so
+  they are the model's own at temperature 1 and when greedy alone. `sampling_seed` (0.5.3 and newer) is honoured under
   `--enable-deterministic-inference`. `POST /update_weights_from_disk` loads a folder and forgets the old cache.
 * Both list the model and its window under `GET /v1/models`.
 """
@@ -59,10 +59,10 @@ class Told(NamedTuple):
     """What a server says about one completion.
 
     Attributes:
-      ids: token ids, not yet checked.
-      logprobs: one for each id, or None where it does not tell the model's own.
-      finish: "stop", "length", or another reason to end.
-      matched: the id of the stop token that ended it, if it says so.
+        ids: token ids, not yet checked.
+        logprobs: one for each id, or None where it does not tell the model's own.
+        finish: "stop", "length", or another reason to end.
+        matched: the id of the stop token that ended it, if it says so.
     """
 
     ids: Any
@@ -203,20 +203,20 @@ class ServerEngine:
     The server answers with the weights that `sync` pushed last, whatever model `generate` is given.
 
     Args:
-      base_url: such as "http://localhost:8000".
-      weights_dir: folder for pushed weights, which the server must be able to read under the same absolute path.
-      kind: "vllm" or "sglang".
-      vocab_size: rows of the student's head; ids beyond are an error. None: not checked.
-      timeout: seconds for each answer; a server that is starting is waited for as long.
-      sync_every: updates between two pushes.
-      sync_first: push before the first rollouts too; False where the server already has the student's weights.
-      dtype: type of pushed weights, as in `save_model`.
-      api_key: bearer token, where the server wants one.
-      concurrency: most completions asked for at once.
-      pause: seconds before a second attempt, as in `Client`.
+        base_url: such as "http://localhost:8000".
+        weights_dir: folder for pushed weights, which the server must be able to read under the same absolute path.
+        kind: "vllm" or "sglang".
+        vocab_size: rows of the student's head; ids beyond are an error. None: not checked.
+        timeout: seconds for each answer; a server that is starting is waited for as long.
+        sync_every: updates between two pushes.
+        sync_first: push before the first rollouts too; False where the server already has the student's weights.
+        dtype: type of pushed weights, as in `save_model`.
+        api_key: bearer token, where the server wants one.
+        concurrency: most completions asked for at once.
+        pause: seconds before a second attempt, as in `Client`.
 
     Raises:
-      ValueError: an unknown kind, or no HTTP address.
+        ValueError: an unknown kind, or no HTTP address.
     """
 
     def __init__(
@@ -248,10 +248,10 @@ class ServerEngine:
         """Make sure that a server of the right kind is there.
 
         Args:
-          longest: most tokens of a prompt and its completion together.
+            longest: most tokens of a prompt and its completion together.
 
         Raises:
-          ServerError: it is not, or its window is too short.
+            ServerError: it is not, or its window is too short.
         """
         answer = self.client.get("/v1/models")
         try:
@@ -270,14 +270,14 @@ class ServerEngine:
         """Push the student's weights where those that the server has are `sync_every` updates old.
 
         Args:
-          model: a `Decoder`, or its `(graphdef, params)` as they stand now.
-          updates: how many updates these have seen.
+            model: a `Decoder`, or its `(graphdef, params)` as they stand now.
+            updates: how many updates these have seen.
 
         Returns:
-          Whether they were pushed.
+            Whether they were pushed.
 
         Raises:
-          ServerError: the server did not load them.
+            ServerError: the server did not load them.
         """
         if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False
@@ -319,7 +319,7 @@ class ServerEngine:
         Each prompt is a request with a seed of its own, made of the key and the prompt's index.
 
         Raises:
-          ServerError: the server refuses a setting, or a completion is missing or is not what was asked for.
+            ServerError: the server refuses a setting, or a completion is missing or is not what was asked for.
         """
         asked = Asked(max_new_tokens, float(temperature), int(top_k), float(top_p), [int(i) for i in stop_ids])
         seeds = _seeds(key, len(prompts))

@@ -11,12 +11,13 @@ def sample_tokens(
 ) -> jax.Array:
     """One token per row.
 
-    The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are kept.
+    The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are
+    kept.
 
-    Top-p is drawn, not filtered: a token that turns out not to be among the likeliest that together have `top_p` is drawn
-    again, among those that are likelier than it. All that may be kept are likelier than what is not, so every further draw is
-    among all of them still, and what is kept comes as often as its probability says. One draw does more often than not,
-    where a filter would have to find its threshold first.
+    Top-p is drawn, not filtered: a token that turns out not to be among the likeliest that together have `top_p` is
+    drawn again, among those that are likelier than it. All that may be kept are likelier than what is not, so every
+    further draw is among all of them still, and what is kept comes as often as its probability says. One draw does more
+    often than not, where a filter would have to find its threshold first.
 
     Args:
         logits: float32 [B, V].

@@ -99,20 +99,20 @@ def build_rows(
     """Encodes and aligns prompts with their completions.
 
     Args:
-      student: the student's chat tokenizer.
-      teacher: the teacher's chat tokenizer.
-      prompts: plain texts or lists of messages; each model renders them with its own template.
-      completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
-      max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
-      teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
-      positional: pair tokens by position, as the first ULD did, instead of by bytes.
-      one_vocabulary: both have the same entries: the teacher reads the very tokens of the student, all groups `1:1`.
-      teacher_prompts: other prompts for the teacher alone.
-      skip_student_stop: leave the student's stop token out of the groups.
-      skip_teacher_stop: the same for the teacher; either one leaves the pair out.
+        student: the student's chat tokenizer.
+        teacher: the teacher's chat tokenizer.
+        prompts: plain texts or lists of messages; each model renders them with its own template.
+        completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
+        max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
+        teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
+        positional: pair tokens by position, as the first ULD did, instead of by bytes.
+        one_vocabulary: both have the same entries: the teacher reads the very tokens of the student, all groups `1:1`.
+        teacher_prompts: other prompts for the teacher alone.
+        skip_student_stop: leave the student's stop token out of the groups.
+        skip_teacher_stop: the same for the teacher; either one leaves the pair out.
 
     Returns:
-      A row each. A row may have no group at all: it then counts for nothing.
+        A row each. A row may have no group at all: it then counts for nothing.
     """
     prompts_of_teacher = prompts if teacher_prompts is None else teacher_prompts
     sampled = _encode_texts(student, prompts, completions)
@@ -220,8 +220,8 @@ def normalized_weights(
     """The weight of every entry of a global batch, from the masks of its rows.
 
     `groups`: one over the number of entries in all rows, so that any split into micro-batches, devices or hosts gives
-    one number. `row_mean`: the mean over rows of the mean over a row's entries, as TRL takes it. `total` entries and `rows`
-    are those of the whole batch, where these masks are a part of it.
+    one number. `row_mean`: the mean over rows of the mean over a row's entries, as TRL takes it. `total` entries and
+    `rows` are those of the whole batch, where these masks are a part of it.
     """
     if normalization == "groups":
         total = max(1, sum(int(m.sum()) for m in masks) if total is None else total)
@@ -247,8 +247,9 @@ def build_batches(
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
     `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard` says in how
-    many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are not in the result.
+    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard`
+    says in how many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are
+    not in the result.
     """
     parts, row_count = process_shard.local_rows_per_batch(len(rows), batch_size), len(rows)
     numbers = [i for part in parts for i in part]

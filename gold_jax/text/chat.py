@@ -22,8 +22,9 @@ class ChatTokenizer:
         chat_template: a Jinja template, or a file that holds one, in the place of the tokenizer's own. A tokenizer
             without any gets the plain format of `template.PLAIN_TEMPLATE`.
         template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
-        special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these tokens,
-            as they do in a prompt that somebody rendered before. In messages they never do, see `special.SpecialTokenEscaper`.
+        special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these
+            tokens, as they do in a prompt that somebody rendered before. In messages they never do, see
+            `special.SpecialTokenEscaper`.
         copy_tokenizer: work with a copy; False where nobody else uses or changes the tokenizer, to save the time.
 
     Attributes:
@@ -108,8 +109,8 @@ class ChatTokenizer:
         """The tokens of prompts, int32 [P] each.
 
         Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
-        `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that look
-        like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token.
+        `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that
+        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token.
 
         Raises:
             ValueError: the template refuses a conversation.
@@ -157,12 +158,13 @@ class ChatTokenizer:
         """The tokens of answers, without stop tokens; strings in them that look like special tokens are plain text.
 
         Where the template writes a blank before an answer the first token holds it (Llama 2: `▁Yes`), and where a
-        completion is a text from its beginning, so does a tokenizer that puts a blank there. The blank is no part of the
-        completion: the spans cover its own bytes.
+        completion is a text from its beginning, so does a tokenizer that puts a blank there. The blank is no part of
+        the completion: the spans cover its own bytes.
 
         Args:
             texts: the completions.
-            after: what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's beginning.
+            after: what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's
+                beginning.
 
         Raises:
             ValueError: a text is not valid Unicode, or its tokens cannot be located in it.

@@ -13,9 +13,10 @@ from gold_jax.text.template import refused_variables
 def messages_of(value, error_prefix: str, column: str) -> list[dict]:
     """Checked copies of messages.
 
-    Keys without a value are left out (data sets fill in keys that other rows have), at any depth. Content that is a list
-    of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty one;
-    arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they are.
+    Keys without a value are left out (data sets fill in keys that other rows have), at any depth. Content that is a
+    list of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty
+    one; arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they
+    are.
 
     Args:
         value: what the row has.
@@ -38,8 +39,8 @@ def conversation_extras(row: Mapping, error_prefix: str) -> dict[str, Any]:
     """A row's `tools` and template variables, as `Conversation` takes them; what is null or empty is left out.
 
     Raises:
-        ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place not
-            valid JSON, or a variable has a name that rendering needs.
+        ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place
+            not valid JSON, or a variable has a name that rendering needs.
     """
     extras = {}
     tools = _parsed(row.get("tools"), error_prefix, "tools", "a list of JSON schemas")

@@ -21,8 +21,8 @@ class Example:
 
     Attributes:
         prompt: text, or a list of messages: a `Conversation` where the row has tools or template variables.
-        completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls tools
-            it is what it says beside, see `calls_tools`.
+        completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls
+            tools it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
         teacher_context: what the teacher alone is told before the prompt, see `template.with_context`; None: nothing.
         unread: the row's columns that hold something and that nothing reads.
@@ -96,8 +96,8 @@ def load_examples(
     """Open a data set.
 
     Args:
-        source: a hub id; `embedded:task`; the path of a .json, .jsonl or .parquet file or of a folder of them; a `datasets.Dataset`, a
-            `datasets.DatasetDict` (its `split` is taken), or a list of dicts.
+        source: a hub id; `embedded:task`; the path of a .json, .jsonl or .parquet file or of a folder of them; a
+            `datasets.Dataset`, a `datasets.DatasetDict` (its `split` is taken), or a list of dicts.
         config: the configuration of a hub data set.
         split: which split, such as "train" or "train[:100]". A single file is a "train" split. Files in a folder whose
             names begin with a split's name (`test.jsonl`, `test-00000-of-00002.parquet`) are that split; if none does,
@@ -107,8 +107,8 @@ def load_examples(
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
-        ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms that
-            `to_example` takes. Later rows are looked at when they are asked for.
+        ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms
+            that `to_example` takes. Later rows are looked at when they are asked for.
     """
     if isinstance(source, (str, pathlib.Path)):
         name = str(source)
@@ -176,9 +176,9 @@ def _load(name: str, config: str | None, split: str):
 def to_example(row, index: int, source: str, *, text_column: str = "text") -> Example:
     """One row as an example.
 
-    The forms: `messages` (a list of {role, content}; a last message that is not an assistant's makes it a prompt alone);
-    `prompt` and `completion`, each a text or a list of messages; `prompt` alone; `text`, which is a completion of an
-    empty prompt. They are looked for in this order.
+    The forms: `messages` (a list of {role, content}; a last message that is not an assistant's makes it a prompt
+    alone); `prompt` and `completion`, each a text or a list of messages; `prompt` alone; `text`, which is a completion
+    of an empty prompt. They are looked for in this order.
 
     Beside them a row may have `tools` (a list of JSON schemas) and `chat_template_kwargs` (template variables of this
     row), each also as a string of JSON, which go with messages (a `text` is whole, so that it passes them over), and
@@ -191,8 +191,8 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
         text_column: the column that stands for `text`.
 
     Raises:
-        ValueError: the row has none of the forms, it is one of preferences, or something in it is not as `rows.messages_of` and
-            `rows.conversation_extras` take it. It names the row and its columns.
+        ValueError: the row has none of the forms, it is one of preferences, or something in it is not as
+            `rows.messages_of` and `rows.conversation_extras` take it. It names the row and its columns.
     """
     error_prefix = f"row {index} of {source}"
     if not isinstance(row, Mapping):

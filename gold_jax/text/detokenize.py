@@ -17,10 +17,10 @@ class SampledCompletion:
         spans: int32 [T, 2], the bytes of `text` that each token spells.
         text: the completion.
         stopped: whether a stop token ended it.
-        invalid_utf8: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
-            tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
-        unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a model drew
-            has none, because it ends before the first; a text that was encoded may.
+        invalid_utf8: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or,
+            where a tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
+        unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a
+            model drew has none, because it ends before the first; a text that was encoded may.
     """
 
     ids: np.ndarray

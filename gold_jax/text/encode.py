@@ -205,7 +205,8 @@ class PlainEncoder:
                 part of the text: spans count from the text's first byte.
 
         Raises:
-            ValueError: a text is not valid Unicode, or the tokens that the tokenizer makes of it cannot be located in it.
+            ValueError: a text is not valid Unicode, or the tokens that the tokenizer makes of it cannot be located in
+                it.
         """
         data = [_utf8(text, self.name) for text in texts]
         blank = b" " if lead and self.prefix != "forced" else b""

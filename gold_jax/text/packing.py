@@ -1,10 +1,10 @@
 """Rows of tokens laid end to end in lines, what they begin with in common once, and the padding of shapes.
 
-Almost everything a decoder does to a token it does to that token alone, so tokens may stand anywhere. Only attention needs
-rows, and finds them by number. A line holds no padding but at its end; and a beginning that rows share, such as the system
-message of a template or a prompt that is answered several times, is read once: its hidden states are the same in
-every row, and the gradients of all rows add up in them. Letters: `B` rows, `T` tokens of a row, `S` lines of `N` tokens
-and `R = B / S` rows each. Everything here is numpy.
+Almost everything a decoder does to a token it does to that token alone, so tokens may stand anywhere. Only attention
+needs rows, and finds them by number. A line holds no padding but at its end; and a beginning that rows share, such as
+the system message of a template or a prompt that is answered several times, is read once: its hidden states are the
+same in every row, and the gradients of all rows add up in them. Letters: `B` rows, `T` tokens of a row, `S` lines of
+`N` tokens and `R = B / S` rows each. Everything here is numpy.
 """
 
 from collections.abc import Sequence
@@ -28,8 +28,8 @@ class UnpaddedBatch(NamedTuple):
     """Rows that are laid out and not yet padded.
 
     Attributes:
-      sequences: of each line its tokens, and where in it those of each row stand.
-      rows_per_sequence: `R`.
+        sequences: of each line its tokens, and where in it those of each row stand.
+        rows_per_sequence: `R`.
     """
 
     sequences: list[tuple[np.ndarray, list[np.ndarray]]]
@@ -84,13 +84,13 @@ def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *,
     """Rows in lines, as many to a line as `batch_size / num_sequences`; rows that lack are empty.
 
     Args:
-      rows: int32 `[T]` each, at most `batch_size` of them.
-      batch_size: `B`.
-      num_sequences: `S`.
-      pad: the token to fill lines up with.
+        rows: int32 `[T]` each, at most `batch_size` of them.
+        batch_size: `B`.
+        num_sequences: `S`.
+        pad: the token to fill lines up with.
 
     Raises:
-      ValueError: `num_sequences` does not divide `batch_size`.
+        ValueError: `num_sequences` does not divide `batch_size`.
     """
     unpadded = pack_unpadded(rows, batch_size, num_sequences)
     return pad_packed(unpadded, *unpadded.longest, pad=pad)

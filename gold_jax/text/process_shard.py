@@ -1,7 +1,8 @@
 """Which rows of a batch a process makes, where several processes make one batch together.
 
-The rows of a micro-batch lie in lines, one for each shard of the mesh, and a process makes the lines that its devices hold. Two
-processes make the same line where the devices of one shard belong to both; it counts for the first of them. Numpy alone.
+The rows of a micro-batch lie in lines, one for each shard of the mesh, and a process makes the lines that its devices
+hold. Two processes make the same line where the devices of one shard belong to both; it counts for the first of them.
+Numpy alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ class ProcessShard(NamedTuple):
     """A process's part of every micro-batch.
 
     Attributes:
-      owners: of each line, the process for which it counts.
-      local_shards: the lines made here, ascending.
-      process_index: this process.
-      all_reduce_sum: sums of an array over all processes.
-      all_reduce_max: maxima of an array over all processes.
-      all_gather: from a list of int32 arrays the lists of all processes.
+        owners: of each line, the process for which it counts.
+        local_shards: the lines made here, ascending.
+        process_index: this process.
+        all_reduce_sum: sums of an array over all processes.
+        all_reduce_max: maxima of an array over all processes.
+        all_gather: from a list of int32 arrays the lists of all processes.
     """
 
     owners: tuple[int, ...] = (0,)
@@ -49,7 +50,7 @@ class ProcessShard(NamedTuple):
         """Rows of a line.
 
         Raises:
-          ValueError: they cannot be shared out evenly.
+            ValueError: they cannot be shared out evenly.
         """
         if batch_size % self.num_shards:
             raise ValueError(f"{batch_size} rows cannot be shared out evenly among {self.num_shards} devices")

@@ -49,8 +49,8 @@ class SpecialStrings:
 
     Args:
         tokenizer: a transformers tokenizer.
-        also: strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those that
-            are no added tokens are left out, since a tokenizer does not look for them.
+        also: strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those
+            that are no added tokens are left out, since a tokenizer does not look for them.
 
     Attributes:
         tokens: string to added token. A string of blanks alone is not among them: it is text to everyone.
@@ -88,9 +88,9 @@ class SpecialTokenEscaper:
     before it, and has to find it. Such a string is left alone in assistants' messages, and what the template still
     writes of it is read as the token that it names, if all of this holds: the template's source mentions it; with
     it hidden the template would write something else; and it is no part of the frame of turns, that is, neither a token
-    that the template writes around a user's turn or after an answer, nor a beginning, end or stop token. The frame stays
-    plain text wherever it stands, looked for or not: a conversation must not be cut up by what is said in it. In a user's
-    text nothing is left alone.
+    that the template writes around a user's turn or after an answer, nor a beginning, end or stop token. The frame
+    stays plain text wherever it stands, looked for or not: a conversation must not be cut up by what is said in it. In
+    a user's text nothing is left alone.
 
     Args:
         template: the chat template.

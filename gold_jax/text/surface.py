@@ -35,9 +35,9 @@ class Surfaces:
         strings: the raw vocabulary string of each entry; None for ids that no entry has.
         is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
         name: the tokenizer's name, for messages.
-        reversible: whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed). False
-            for WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by its own
-            decoder, and its surfaces serve to match vocabularies.
+        reversible: whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed).
+            False for WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by
+            its own decoder, and its surfaces serve to match vocabularies.
         lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
         spells: bool [size], False where the table says None.
         spelling: the table with b"" in the place of None, for joining.
@@ -85,8 +85,8 @@ def surfaces_of(tokenizer) -> Surfaces:
         The surfaces; their size is the highest id and one.
 
     Raises:
-        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters with
-            a mark at the end of words.
+        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters
+            with a mark at the end of words.
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)

@@ -241,8 +241,8 @@ def with_context(prompt: str | list[dict], context: str, template: ChatTemplate)
         template: the template of the model that is to read it.
 
     Returns:
-        Of a text, the context, a blank line and the text. Of messages, the same with the context at the beginning of the
-        system message, which is put there if there is none; where the template takes no system messages, at the
+        Of a text, the context, a blank line and the text. Of messages, the same with the context at the beginning of
+        the system message, which is put there if there is none; where the template takes no system messages, at the
         beginning of the first user message. Tools and template variables stay.
     """
     if not context:

@@ -21,9 +21,10 @@ class VocabularyMap:
         matched: how many pairs there are, the stop tokens' among them.
         shared: how many different surfaces (or strings) both vocabularies have.
         student_distinct, teacher_distinct: how many different surfaces (or strings) each has.
-        student_prefix_of_unmatched: int32 [V - matched], never falling: for each unmatched row, in the order above, the matched column
-            whose surface is the longest prefix of the row's own. `matched` where there is none (special tokens,
-            padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens' column.
+        student_prefix_of_unmatched: int32 [V - matched], never falling: for each unmatched row, in the order above, the
+            matched column whose surface is the longest prefix of the row's own. `matched` where there is none (special
+            tokens, padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens'
+            column.
         teacher_prefix_of_unmatched: int32 [W - matched], the same for the teacher.
     """
 
@@ -56,8 +57,8 @@ class VocabularyMap:
         Args:
             student: the student's surfaces.
             teacher: the teacher's surfaces.
-            student_size: rows of the student's head (V). Rows beyond the tokenizer's ids are padding and stay unmatched;
-                special tokens beyond the rows (Gemma 3's image token) are left out.
+            student_size: rows of the student's head (V). Rows beyond the tokenizer's ids are padding and stay
+                unmatched; special tokens beyond the rows (Gemma 3's image token) are left out.
             teacher_size: rows of the teacher's head (W).
             stop: either model's stop token, or all of them with the one that is written first. The two first match each
                 other by role, whatever they are called.
@@ -121,8 +122,9 @@ class VocabularyMap:
 
         Args:
             student_size, teacher_size: rows of the heads; None: as many as the student's.
-            stop: the stop tokens of either model, that first which it writes. Where these two differ they match each other by
-                role, as in `build`; the same id then means two things, so that no stop token matches its own id.
+            stop: the stop tokens of either model, that first which it writes. Where these two differ they match each
+                other by role, as in `build`; the same id then means two things, so that no stop token matches its own
+                id.
         """
         sizes = (student_size, student_size if teacher_size is None else teacher_size)
         pairs = {i: i for i in range(min(sizes))}

@@ -1,7 +1,7 @@
 """What each update learns from: rows in a fixed random order, and batches made from them.
 
-An update batch is the rows of one update, split into micro-batches. Which rows it holds, which micro-batches the student
-writes itself, and the sampling keys are pure functions of the seed and the step.
+An update batch is the rows of one update, split into micro-batches. Which rows it holds, which micro-batches the
+student writes itself, and the sampling keys are pure functions of the seed and the step.
 """
 
 import collections
@@ -73,8 +73,8 @@ class DistillationBatchBuilder:
     `engine` writes for the student in place of the built-in sampler, after `sync` has been given the student (graph and
     parameters) and the number of updates that it has seen.
 
-    `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this process makes. All
-    processes sample together, whoever's the rows are.
+    `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this
+    process makes. All processes sample together, whoever's the rows are.
     """
 
     student: ChatTokenizer
@@ -303,9 +303,9 @@ class CheckedRows:
     """What is known of a data set once all its rows were looked at.
 
     Attributes:
-      kept: numbers of the rows that can be learned from.
-      notices: lines about the others, and about what in the rows nobody reads.
-      digest: of all that is learned from the rows that are kept, in hexadecimal.
+        kept: numbers of the rows that can be learned from.
+        notices: lines about the others, and about what in the rows nobody reads.
+        digest: of all that is learned from the rows that are kept, in hexadecimal.
     """
 
     kept: list[int]
@@ -328,18 +328,19 @@ def check_examples(
     """Which rows can be learned from, and notices about those that cannot.
 
     Args:
-      examples: all rows.
-      chat tokenizer: the student's chat tokenizer.
-      budget: most tokens of a prompt; rows with longer ones are left out. None: any.
-      need_completion: why every row must have a completion, for the error; None if it need not.
-      teacher: a teacher's chat tokenizer, whose template must take every row as well.
-      learns_calls: whether an answer that calls tools can be learned, as whole conversations can. A completion cannot
-        hold it, because every template writes calls in its own way; such rows are left out where one is needed.
-      student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a token.
-      teacher_context: what the teacher is told before every prompt.
+        examples: all rows.
+        chat tokenizer: the student's chat tokenizer.
+        budget: most tokens of a prompt; rows with longer ones are left out. None: any.
+        need_completion: why every row must have a completion, for the error; None if it need not.
+        teacher: a teacher's chat tokenizer, whose template must take every row as well.
+        learns_calls: whether an answer that calls tools can be learned, as whole conversations can. A completion cannot
+            hold it, because every template writes calls in its own way; such rows are left out where one is needed.
+        student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a
+            token.
+        teacher_context: what the teacher is told before every prompt.
 
     Raises:
-      ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
+        ValueError: a row lacks its completion, a chat template refuses one, or no row is left.
     """
     digest, unread = hashlib.sha256(), collections.Counter()
     kept, long, calls, empty, markup = [], 0, 0, collections.Counter(), []
@@ -427,10 +428,10 @@ def check_evaluation(examples: Sequence[Example], *chat_tokenizers: ChatTokenize
     """Makes sure, before the first update, that there is something to evaluate on and that every template takes it.
 
     Returns:
-      A notice about rows that cannot be measured.
+        A notice about rows that cannot be measured.
 
     Raises:
-      ValueError: no row has a completion, or a chat template refuses one.
+        ValueError: no row has a completion, or a chat template refuses one.
     """
     measured = 0
     for i, e in enumerate(examples):

@@ -1,7 +1,7 @@
 """`build_run`: from settings and two models to everything that an update needs, with arrays or with their shapes alone.
 
-Trainers call it with loaded models, `gold_jax.plan` with models whose parameters are `jax.ShapeDtypeStruct`s, and so both have
-the same programs.
+Trainers call it with loaded models, `gold_jax.plan` with models whose parameters are `jax.ShapeDtypeStruct`s, and so
+both have the same programs.
 """
 
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ class Match(NamedTuple):
     """How the vocabularies of a pair face each other.
 
     Attributes:
-      vocabulary: the order of either head.
-      stops: the stop tokens of student and teacher, matched by role; None where they match as all other entries do.
-      same: whether both tokenizers have the same entries under the same ids.
+        vocabulary: the order of either head.
+        stops: the stop tokens of student and teacher, matched by role; None where they match as all other entries do.
+        same: whether both tokenizers have the same entries under the same ids.
     """
 
     vocabulary: VocabularyMap
@@ -47,13 +47,13 @@ class Run(NamedTuple):
     """What an update needs.
 
     Attributes:
-      graph: the student's graph definition.
-      params: its parameters, arrays or shapes. The first update donates them.
-      optimizer, schedule: the gradient transformation and its learning rates.
-      shardings: where the state lies on a mesh; None: one device.
-      step: `state, metrics = step(state, batches)`.
-      batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
-      spec, teacher_graph, match: of a distillation.
+        graph: the student's graph definition.
+        params: its parameters, arrays or shapes. The first update donates them.
+        optimizer, schedule: the gradient transformation and its learning rates.
+        shardings: where the state lies on a mesh; None: one device.
+        step: `state, metrics = step(state, batches)`.
+        batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
+        spec, teacher_graph, match: of a distillation.
     """
 
     graph: nnx.GraphDef
@@ -90,14 +90,14 @@ def build_run(
     """Everything that an update needs.
 
     Args:
-      args: the settings.
-      student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
-      teacher: the model that it learns from; None: supervised fine-tuning.
-      placement: the mesh that both lie on; None: one device.
-      total_steps: updates of the whole run, for the schedule.
-      match: how the vocabularies face each other; None: as the tokenizers say.
-      process_shard: which rows this process makes.
-      engine: writes for the student in place of the built-in sampler.
+        args: the settings.
+        student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
+        teacher: the model that it learns from; None: supervised fine-tuning.
+        placement: the mesh that both lie on; None: one device.
+        total_steps: updates of the whole run, for the schedule.
+        match: how the vocabularies face each other; None: as the tokenizers say.
+        process_shard: which rows this process makes.
+        engine: writes for the student in place of the built-in sampler.
     """
     graph, params = split(student.model)
     optimizer = make_optimizer(args, total_steps)
@@ -164,8 +164,8 @@ def match_vocabularies(args: Any, student: LoadedModel, teacher: LoadedModel) ->
     """How the vocabularies of two models face each other, by their tokenizers.
 
     Args:
-      args: reads `loss_spec`, whose masks keep entries out of a projection.
-      student, teacher: models with tokenizers.
+        args: reads `loss_spec`, whose masks keep entries out of a projection.
+        student, teacher: models with tokenizers.
     """
     same = same_vocabulary(student.chat_tokenizer, teacher.chat_tokenizer)
     sizes = student.model.config.vocab_size, teacher.model.config.vocab_size

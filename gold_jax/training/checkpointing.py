@@ -6,8 +6,8 @@ A checkpoint is a folder `checkpoint-STEP` that holds
     run.json          the step, the settings, what the log stood at, and a checksum of every array
     *.safetensors …   the student as transformers and vLLM open it, where it was given
 
-orbax writes all of it beside its place and commits it as its last act: by renaming the folder, or with a marker in it where
-the storage (`gs://`) has no renaming.
+orbax writes all of it beside its place and commits it as its last act: by renaming the folder, or with a marker in it
+where the storage (`gs://`) has no renaming.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`.
 
     Attributes:
-      folder: where they are.
-      last: the newest that this object has written or read whole; None before that.
-      failed: why the last save failed; None if it did not.
+        folder: where they are.
+        last: the newest that this object has written or read whole; None before that.
+        failed: why the last save failed; None if it did not.
     """
 
     def __init__(self, folder: Any, *, limit: int | None = None, say: Callable[[str], Any] = print):
         """Keeps at most `limit` checkpoints (None: all); `say` is given a line where a save fails, which ends no run.
 
         Raises:
-          OSError: the folder cannot be made.
+            OSError: the folder cannot be made.
         """
         self.folder = epath.Path(folder)
         self.limit, self.say = limit, say
@@ -77,10 +77,10 @@ class Checkpoints:
         """Begins to write a checkpoint and returns when `state` has been copied, so that it may change or be donated.
 
         Args:
-          step: updates made so far.
-          state: a pytree of arrays, sharded in any way.
-          metadata: anything that JSON can hold, for `read_metadata`.
-          student: writes the student into the folder that it is given, from another thread.
+            step: updates made so far.
+            state: a pytree of arrays, sharded in any way.
+            metadata: anything that JSON can hold, for `read_metadata`.
+            student: writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -198,7 +198,7 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     """The leaves of a pytree by the names of their places, such as `params.layers.query`; no class of it is kept.
 
     Raises:
-      ValueError: two leaves have the same name.
+        ValueError: two leaves have the same name.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
@@ -250,7 +250,7 @@ def read_metadata(path: Any) -> dict[str, Any]:
     """The notes of a checkpoint.
 
     Raises:
-      BadCheckpoint: it was not written to its end, or its notes cannot be read.
+        BadCheckpoint: it was not written to its end, or its notes cannot be read.
     """
     path = epath.Path(path)
     if not (path / METADATA).exists():
@@ -280,7 +280,7 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
     """Makes sure that a checkpoint is of this model and optimizer, before any array is read.
 
     Raises:
-      ValueError: naming the arrays that differ.
+        ValueError: naming the arrays that differ.
     """
     wanted = {name: [list(x.shape), str(x.dtype)] for name, x in named_arrays(abstract).items()}
     saved_arrays = {name: info[:2] for name, info in metadata["arrays"].items()}
@@ -303,13 +303,13 @@ def restore(path: Any, metadata: Mapping[str, Any], abstract: Any) -> Any:
     """The state of a checkpoint, bit for bit.
 
     Args:
-      path: the checkpoint's folder.
-      metadata: what `read_metadata` gave for it.
-      abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the result,
-        whatever mesh the checkpoint was saved from.
+        path: the checkpoint's folder.
+        metadata: what `read_metadata` gave for it.
+        abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the
+            result, whatever mesh the checkpoint was saved from.
 
     Raises:
-      BadCheckpoint: something in it cannot be read, or is not what was saved.
+        BadCheckpoint: something in it cannot be read, or is not what was saved.
     """
     path, target = epath.Path(path), named_arrays(abstract)
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in target.items()}

@@ -31,10 +31,10 @@ class Score:
     """What completions cost a model.
 
     Attributes:
-      bits: negative log2-likelihood of each completion's tokens given its prompt, `[N]`.
-      bytes: UTF-8 length of each completion, as far as it was scored, `[N]`.
-      tokens: tokens scored, `[N]`.
-      cut: how many rows did not fit in the window and were scored as far as they did.
+        bits: negative log2-likelihood of each completion's tokens given its prompt, `[N]`.
+        bytes: UTF-8 length of each completion, as far as it was scored, `[N]`.
+        tokens: tokens scored, `[N]`.
+        cut: how many rows did not fit in the window and were scored as far as they did.
     """
 
     bits: np.ndarray
@@ -83,15 +83,15 @@ def score_completions(
     number means the same for every tokenizer and template.
 
     Args:
-      model: a `Decoder` or its `(graphdef, params)`.
-      chat tokenizer: its chat tokenizer.
-      examples: with completions.
-      batch_size: rows at a time; on a mesh, the next multiple of its shards.
-      max_length: longest sequence in tokens; None for no limit.
-      chunk: positions whose logits are held at once.
+        model: a `Decoder` or its `(graphdef, params)`.
+        chat tokenizer: its chat tokenizer.
+        examples: with completions.
+        batch_size: rows at a time; on a mesh, the next multiple of its shards.
+        max_length: longest sequence in tokens; None for no limit.
+        chunk: positions whose logits are held at once.
 
     Raises:
-      ValueError: an example has no completion.
+        ValueError: an example has no completion.
     """
     graph, params = split(model)
     examples = list(examples)
@@ -152,14 +152,14 @@ def sample_completions(
     """Completions that a model draws for prompts, in order.
 
     Args:
-      model: a `Decoder` or its `(graphdef, params)`.
-      chat tokenizer: its chat tokenizer.
-      prompts: texts or lists of messages.
-      max_new_tokens: most tokens of a completion.
-      key: PRNG key.
-      batch_size: most rows that the built-in engine writes at once.
-      temperature, top_k, top_p: as in `rollout.engine.Engine.generate`; temperature 0 is greedy.
-      engine: what writes; None for the built-in one.
+        model: a `Decoder` or its `(graphdef, params)`.
+        chat tokenizer: its chat tokenizer.
+        prompts: texts or lists of messages.
+        max_new_tokens: most tokens of a completion.
+        key: PRNG key.
+        batch_size: most rows that the built-in engine writes at once.
+        temperature, top_k, top_p: as in `rollout.engine.Engine.generate`; temperature 0 is greedy.
+        engine: what writes; None for the built-in one.
     """
     engine = SamplingEngine(batch_size) if engine is None else engine
     options = dict(max_new_tokens=max_new_tokens, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -182,11 +182,11 @@ class Gaps:
     teacher does not expect.
 
     Attributes:
-      student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
-      teacher_on_student: what the student's text costs the teacher.
-      student_on_student: what the student spent on the tokens that it drew; reading its text anew would hide draws that
-        are not its tokenizer's own way of writing.
-      ended: share of the student's completions that ended by themselves.
+        student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
+        teacher_on_student: what the student's text costs the teacher.
+        student_on_student: what the student spent on the tokens that it drew; reading its text anew would hide draws
+            that are not its tokenizer's own way of writing.
+        ended: share of the student's completions that ended by themselves.
     """
 
     student_on_teacher: float
@@ -221,16 +221,16 @@ def measure_gaps(
     Blank completions are left out, damaged ones count up to the damage.
 
     Args:
-      student: model and chat tokenizer, as of a `LoadedModel`.
-      teacher: the same.
-      prompts: texts or lists of messages.
-      max_new_tokens: most tokens of a completion.
-      key: PRNG key.
-      batch_size: prompts at a time.
-      chunk: positions whose logits are held at once.
+        student: model and chat tokenizer, as of a `LoadedModel`.
+        teacher: the same.
+        prompts: texts or lists of messages.
+        max_new_tokens: most tokens of a completion.
+        key: PRNG key.
+        batch_size: prompts at a time.
+        chunk: positions whose logits are held at once.
 
     Raises:
-      ValueError: a model wrote nothing that could be read.
+        ValueError: a model wrote nothing that could be read.
     """
 
     def written(who, key):

@@ -50,14 +50,14 @@ class Data:
     """The rows that a run learns from and is measured on.
 
     Attributes:
-      train: all rows.
-      kept: numbers of those that can be learned from.
-      eval: rows to evaluate on, or None.
-      rows_per_step: rows of the data that an update reads.
-      batch_size: rows of a micro-batch, on all devices.
-      seed: of their order.
-      digests: of what the run depends on beside its settings, for checkpoints.
-      without_effect: settings that have no effect beside the others.
+        train: all rows.
+        kept: numbers of those that can be learned from.
+        eval: rows to evaluate on, or None.
+        rows_per_step: rows of the data that an update reads.
+        batch_size: rows of a micro-batch, on all devices.
+        seed: of their order.
+        digests: of what the run depends on beside its settings, for checkpoints.
+        without_effect: settings that have no effect beside the others.
     """
 
     train: Sequence[Example]
@@ -89,12 +89,12 @@ class Loop:
     """One training run.
 
     Attributes:
-      run: step, batches and optimizer.
-      data: its rows.
-      history: every logged line of the last `train`, oldest first.
-      state: the student's parameters and, once `train` was called, the optimizer's state. Steps donate it.
-      done: updates so far.
-      nonfinite: how many of them were left out, as Python ints.
+        run: step, batches and optimizer.
+        data: its rows.
+        history: every logged line of the last `train`, oldest first.
+        state: the student's parameters and, once `train` was called, the optimizer's state. Steps donate it.
+        done: updates so far.
+        nonfinite: how many of them were left out, as Python ints.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Loop:
         """Sets a run up; computes nothing.
 
         Args:
-          run: what `build_run` gives. Nobody else may hold its parameters, because updates donate them.
-          student: name and tokenizer of the student; its model is in `run`.
-          data: the rows.
-          args: the settings.
-          console: where it prints; a quiet one in all processes but the first.
-          max_new_tokens: bounds greedy completions in evaluation.
-          teacher_score: measures the teacher on the evaluation rows.
-          restart: called before each further training of the same student.
+            run: what `build_run` gives. Nobody else may hold its parameters, because updates donate them.
+            student: name and tokenizer of the student; its model is in `run`.
+            data: the rows.
+            args: the settings.
+            console: where it prints; a quiet one in all processes but the first.
+            max_new_tokens: bounds greedy completions in evaluation.
+            teacher_score: measures the teacher on the evaluation rows.
+            restart: called before each further training of the same student.
         """
         self.args, self.console, self.data = args, console, data
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
@@ -158,15 +158,15 @@ class Loop:
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A run
-        that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint` does. What it
-        refuses leaves all as it was.
+        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A
+        run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint`
+        does. What it refuses leaves all as it was.
 
         Raises:
-          FileNotFoundError, ValueError: as `find_and_restore`.
-          Preempted: SIGTERM came.
-          Diverged: `max_skipped_updates` updates in a row were left out.
-          OSError: the student cannot be written; the text says where it still is.
+            FileNotFoundError, ValueError: as `find_and_restore`.
+            Preempted: SIGTERM came.
+            Diverged: `max_skipped_updates` updates in a row were left out.
+            OSError: the student cannot be written; the text says where it still is.
         """
         if processes.is_first():
             self.output.mkdir(parents=True, exist_ok=True)

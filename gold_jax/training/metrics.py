@@ -38,8 +38,8 @@ class MetricLog:
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
-    holds nothing up. An error in any of them is shown once and the run goes on; so is a tracker that does not answer, for
-    which even `close` waits no longer than `PATIENCE`.
+    holds nothing up. An error in any of them is shown once and the run goes on; so is a tracker that does not answer,
+    for which even `close` waits no longer than `PATIENCE`.
     """
 
     def __init__(

@@ -21,8 +21,8 @@ class NonFiniteCounter(NamedTuple):
     """How many updates were left out because loss or gradients were not finite: int32 scalars in a `TrainState`.
 
     Attributes:
-      total: in the whole run.
-      in_a_row: since the last update that was made.
+        total: in the whole run.
+        in_a_row: since the last update that was made.
     """
 
     total: Any = np.int32(0)
@@ -35,12 +35,12 @@ def describe_divergence(
     """What can be said of a run that makes no more updates.
 
     Args:
-      step: updates so far, those left out too.
-      counter: how many were left out.
-      metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
-      params: the student's parameters.
-      rows: numbers of the rows that the last update was to learn from.
-      args: reads learning_rate, max_grad_norm, bf16 and max_skipped_updates.
+        step: updates so far, those left out too.
+        counter: how many were left out.
+        metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
+        params: the student's parameters.
+        rows: numbers of the rows that the last update was to learn from.
+        args: reads learning_rate, max_grad_norm, bf16 and max_skipped_updates.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])

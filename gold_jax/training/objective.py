@@ -1,11 +1,11 @@
 """The training objective: which loss over which heads, as a function of parameters and a batch.
 
-The teacher's forward pass is a function of its own, `Objective.teacher_forward`, because no gradient goes through it and it
-depends on the teacher's tokens alone: it is compiled for their shapes and no others. Weights in a batch already hold the
-normalisation over the whole global batch, so losses and gradients of micro-batches add up.
+The teacher's forward pass is a function of its own, `Objective.teacher_forward`, because no gradient goes through it
+and it depends on the teacher's tokens alone: it is compiled for their shapes and no others. Weights in a batch already
+hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
 
-Shapes: `S` packed lines of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W` entries of
-the student's and teacher's vocabularies, `K` matched entries.
+Shapes: `S` packed lines of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W`
+entries of the student's and teacher's vocabularies, `K` matched entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,8 +41,10 @@ class Objective(NamedTuple):
     """What is minimised, in two functions: what no gradient goes through, and what one does.
 
     Attributes:
-      teacher_forward: `(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is no distillation.
-      loss: `(params, constants, batch) -> (loss, parts)` of a batch with the teacher's hidden states in it; scalars, float32.
+        teacher_forward: `(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is no
+            distillation.
+        loss: `(params, constants, batch) -> (loss, parts)` of a batch with the teacher's hidden states in it; scalars,
+            float32.
     """
 
     teacher_forward: Callable[[Any, PackedBatch], jax.Array] | None
@@ -157,15 +159,15 @@ def _numbered(side: Side, lines: int, length: int) -> Side:
 def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, about: tuple):
     """`compared(by_rows, heads, about)`, sums over positions, which every device of a mesh finds for positions of its own.
 
-    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each. A
-    device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so that it is
-    less to send the head to the positions than their logits to each other.
+    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each.
+    A device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so
+    that it is less to send the head to the positions than their logits to each other.
 
     Args:
-      placements: of each head.
-      by_rows: hidden states `[S, N, D]` and a batch.
-      heads: `[V, D]` of either model.
-      about: what every device sees whole, arrays or not.
+        placements: of each head.
+        by_rows: hidden states `[S, N, D]` and a batch.
+        heads: `[V, D]` of either model.
+        about: what every device sees whole, arrays or not.
     """
     if placements[0] is None:
         return compared(by_rows, heads, about)

@@ -104,8 +104,8 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransfo
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
     """`optax.scale_by_adam`, its moments' bias corrected without cancellation.
 
-    optax takes `1 - b2**count` in float32, which for `b2 = 0.999` is wrong by 1e-5 in the first updates; PyTorch takes it in
-    float64. The state is optax's.
+    optax takes `1 - b2**count` in float32, which for `b2 = 0.999` is wrong by 1e-5 in the first updates; PyTorch takes
+    it in float64. The state is optax's.
     """
 
     def correction(b: float, count: jax.Array) -> jax.Array | float:
@@ -125,8 +125,8 @@ def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransfo
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scales gradients so that their global norm is at most `limit`.
 
-    What `optax.clip_by_global_norm` computes, as one factor: a product by it is computed where it is read, while XLA would
-    write optax's quotient of every gradient to memory, as much again as the gradients take.
+    What `optax.clip_by_global_norm` computes, as one factor: a product by it is computed where it is read, while XLA
+    would write optax's quotient of every gradient to memory, as much again as the gradients take.
     """
 
     def update(updates, state, params=None):

@@ -64,7 +64,8 @@ def annotate_host(name: str) -> Callable[[Callable], Callable]:
 def watched(batch_builder: Any) -> Any:
     """A copy of a window maker whose encoding, alignment, padding and sampling are told apart in a trace.
 
-    What it calls, the text package above all, knows nothing of profilers; and a run that is not profiled has no such copy.
+    What it calls, the text package above all, knows nothing of profilers; and a run that is not profiled has no such
+    copy.
     """
     twin = copy.copy(batch_builder)
     chat_tokenizers = {
@@ -100,12 +101,12 @@ def profiled(
     """The steps `first`, …, `total - 1`, some of them traced. With no numbers it is a range.
 
     Args:
-      total: how many steps there are.
-      numbers: the steps to trace, counted from 1.
-      folder: where traces and the summary go; an earlier run's are deleted.
-      settle: waits until the device has nothing to do: no step's work is in another's trace.
-      show: gets the summary after the last of the steps; where there is none, `{"failed": why}`.
-      first: the step to begin with; what was to be traced before it is not.
+        total: how many steps there are.
+        numbers: the steps to trace, counted from 1.
+        folder: where traces and the summary go; an earlier run's are deleted.
+        settle: waits until the device has nothing to do: no step's work is in another's trace.
+        show: gets the summary after the last of the steps; where there is none, `{"failed": why}`.
+        first: the step to begin with; what was to be traced before it is not.
     """
     numbers = [number for number in numbers if number > first]
     if not numbers:
@@ -163,16 +164,17 @@ def summarise(folder: str | os.PathLike) -> dict[str, Any]:
     """Where the time of the steps that were traced into a folder went.
 
     Args:
-      folder: `output_dir/profile` of a run with `--profile_steps`, or any folder above `.xplane.pb` files.
+        folder: `output_dir/profile` of a run with `--profile_steps`, or any folder above `.xplane.pb` files.
 
     Returns:
-      `steps` and `mean`, which hold for each step and on average, in seconds: `wall`; `device` and `host` by part, each
-      adding up to `wall`; `ahead`, the host's work for the next update: `seconds`, and `hidden`, how much of it ran while
-      the device was busy. `operations`: the heaviest, with `seconds` and `count` in a step. `device`: which one it was.
+        `steps` and `mean`, which hold for each step and on average, in seconds: `wall`; `device` and `host` by part,
+        each adding up to `wall`; `ahead`, the host's work for the next update: `seconds`, and `hidden`, how much of it
+        ran while the device was busy. `operations`: the heaviest, with `seconds` and `count` in a step. `device`: which
+        one it was.
 
     Raises:
-      FileNotFoundError: the folder holds no trace.
-      ValueError: a trace holds no step.
+        FileNotFoundError: the folder holds no trace.
+        ValueError: a trace holds no step.
     """
     files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
     if not files:

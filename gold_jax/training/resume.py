@@ -61,12 +61,12 @@ def describe_run(
     """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
 
     Args:
-      args: the settings.
-      digests: of data, templates, tokenizers and weights, by what each is of.
-      rows: how many rows are learned from.
-      prompts_per_step: how many of these an update reads.
-      batch_size: rows of a micro-batch, on all devices.
-      without_effect: settings that have no effect beside the others; they are left out.
+        args: the settings.
+        digests: of data, templates, tokenizers and weights, by what each is of.
+        rows: how many rows are learned from.
+        prompts_per_step: how many of these an update reads.
+        batch_size: rows of a micro-batch, on all devices.
+        without_effect: settings that have no effect beside the others; they are left out.
     """
     found = {
         **{name: value for name, value in args.to_dict().items() if name not in without_effect},
@@ -108,10 +108,10 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     """Compares the run of a checkpoint with the one that is to go on from it.
 
     Returns:
-      A line for each difference that changes what comes after.
+        A line for each difference that changes what comes after.
 
     Raises:
-      ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
+        ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
     """
     wrong, lines = [], []
     if _DATA in now and _DATA not in saved:
@@ -164,19 +164,19 @@ def find_and_restore(
     """The checkpoint to go on from: its folder, its notes, and the state in it.
 
     Args:
-      wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
-      folder: where this run has its checkpoints.
-      run: what `describe_run` says of this run.
-      abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
-      say: is given a line for every checkpoint that is not whole and for every difference that matters.
-      last: how many updates this run makes; None: any.
+        wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
+        folder: where this run has its checkpoints.
+        run: what `describe_run` says of this run.
+        abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
+        say: is given a line for every checkpoint that is not whole and for every difference that matters.
+        last: how many updates this run makes; None: any.
 
     Returns:
-      None where "latest" finds no checkpoint at all.
+        None where "latest" finds no checkpoint at all.
 
     Raises:
-      FileNotFoundError: there is nothing at this path.
-      ValueError: the checkpoint is of another run or model, or none of those found is whole.
+        FileNotFoundError: there is nothing at this path.
+        ValueError: the checkpoint is of another run or model, or none of those found is whole.
     """
     by_name = wanted != "latest"
     where = epath.Path(wanted if by_name else folder)

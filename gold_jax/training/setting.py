@@ -24,7 +24,7 @@ def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
     """The mesh over all devices that a run is spread over; None where there is one device.
 
     Raises:
-      ValueError: as `mesh_sizes`.
+        ValueError: as `mesh_sizes`.
     """
     sizes = mesh_sizes(mesh, jax.device_count())
     return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
@@ -45,8 +45,8 @@ def read_template(path: str) -> str:
     """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
 
     Raises:
-      FileNotFoundError: there is neither.
-      ValueError: that tokenizer has no template.
+        FileNotFoundError: there is neither.
+        ValueError: that tokenizer has no template.
     """
     if os.path.isfile(path):
         return pathlib.Path(path).read_text(encoding="utf-8")
@@ -60,8 +60,8 @@ def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[Se
     """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
 
     Raises:
-      ServerError: it is not there, or its window is too short.
-      ValueError: the run has several processes.
+        ServerError: it is not there, or its window is too short.
+        ValueError: the run has several processes.
     """
     if args.server_url is None:
         return None, []

@@ -29,17 +29,17 @@ class _Interrupted(KeyboardInterrupt):
 class SignalHandler:
     """Hears Ctrl-C and SIGTERM while it is entered, and holds them until a run can end.
 
-    Between an update and what is logged of it nothing may come, so `requested` is for the run to look at. Drawing up the next
-    batch and evaluating may take minutes and lose nothing by being cut short: `interruptible` calls them. A second
-    Ctrl-C ends the run at once.
+    Between an update and what is logged of it nothing may come, so `requested` is for the run to look at. Drawing up
+    the next batch and evaluating may take minutes and lose nothing by being cut short: `interruptible` calls them. A
+    second Ctrl-C ends the run at once.
 
     Signals are left alone outside the main thread and where something else already handles them. In a run of several
-    processes a preemption is heard through JAX's runtime, which has all processes end after the same update; Ctrl-C ends the
-    process that it is pressed in, and so the others, with nothing saved.
+    processes a preemption is heard through JAX's runtime, which has all processes end after the same update; Ctrl-C
+    ends the process that it is pressed in, and so the others, with nothing saved.
 
     Attributes:
-      requested: None, "interrupt" or "preemption".
-      interrupted_twice: whether Ctrl-C came a second time.
+        requested: None, "interrupt" or "preemption".
+        interrupted_twice: whether Ctrl-C came a second time.
     """
 
     def __init__(self):

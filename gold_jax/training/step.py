@@ -1,6 +1,7 @@
 """The training step: gradients of the objective summed over micro-batches, and one optimizer update.
 
-`state, metrics = step(state, batches)` is a function of values. The state is donated: its buffers become those of the new one.
+`state, metrics = step(state, batches)` is a function of values. The state is donated: its buffers become those of the
+new one.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,10 +22,10 @@ class TrainState(NamedTuple):
     """What an update changes; donated to every step.
 
     Attributes:
-      params: the student's parameters, float32.
-      optimizer: the optimizer's state.
-      step: int32 scalar, updates so far, those left out too.
-      nonfinite: how many of them were left out.
+        params: the student's parameters, float32.
+        optimizer: the optimizer's state.
+        step: int32 scalar, updates so far, those left out too.
+        nonfinite: how many of them were left out.
     """
 
     params: Any
@@ -50,8 +51,8 @@ def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainS
     """The state that a run begins with, as shapes with their shardings.
 
     Args:
-      optimizer: the transformation.
-      params: the parameters, or their shapes, with shardings.
+        optimizer: the transformation.
+        params: the parameters, or their shapes, with shardings.
     """
     state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
     return jax.tree.map(
@@ -75,8 +76,8 @@ def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
 class Program:
     """A jitted function that is compiled for new shapes before it runs, not while it does.
 
-    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more memory
-    than any other.
+    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more
+    memory than any other.
     """
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
@@ -107,10 +108,11 @@ class Step:
     """One update, and a loss without one, as jitted programs.
 
     Attributes:
-      objective: what is minimised.
-      constants: what the objective reads and no update changes, such as the teacher; arguments of the programs, not baked in.
-      programs: the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add` and
-        `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
+        objective: what is minimised.
+        constants: what the objective reads and no update changes, such as the teacher; arguments of the programs, not
+            baked in.
+        programs: the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
+            and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
     """
 
     def __init__(
@@ -125,11 +127,11 @@ class Step:
         """Compiles nothing yet.
 
         Args:
-          objective: what is minimised.
-          optimizer: the transformation of gradients; None to evaluate alone.
-          constants: the objective's.
-          shardings: where the state lies on a mesh, as `state_shardings`; None: one device.
-          device_put: puts a batch of host arrays on the mesh; None: jit does.
+            objective: what is minimised.
+            optimizer: the transformation of gradients; None to evaluate alone.
+            constants: the objective's.
+            shardings: where the state lies on a mesh, as `state_shardings`; None: one device.
+            device_put: puts a batch of host arrays on the mesh; None: jit does.
         """
         self.objective, self.constants, self._place = objective, constants, device_put
 
@@ -189,12 +191,12 @@ class Step:
         """One update from its micro-batches; returns at once, with metrics that are still being computed.
 
         Args:
-          state: donated.
-          batches: `text.batch.Batch`es or `TokenBatch`es whose weights are normalised together.
+            state: donated.
+            batches: `text.batch.Batch`es or `TokenBatch`es whose weights are normalised together.
 
         Returns:
-          The new state, and `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where loss or gradients are
-          not finite; then parameters and optimizer are what they were.
+            The new state, and `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where loss or
+            gradients are not finite; then parameters and optimizer are what they were.
         """
         run, constants = self.programs, self.constants
         head = self._with_teacher(batches[0])

@@ -37,14 +37,14 @@ def freeze_teacher(
 ) -> StepConstants:
     """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
-    The reordered head stands in the place of the teacher's own in the parameters of the result, so that it is not held twice
-    where nobody else holds the own one: of a teacher whose embedding is its head, tokens have to be looked up by their
-    `teacher_row_of_token`. The arrays given stay as they are.
+    The reordered head stands in the place of the teacher's own in the parameters of the result, so that it is not held
+    twice where nobody else holds the own one: of a teacher whose embedding is its head, tokens have to be looked up by
+    their `teacher_row_of_token`. The arrays given stay as they are.
 
     Args:
-      graph, params: the teacher, as `models.functional.split` gives it.
-      vocabulary: the order of either head.
-      stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
+        graph, params: the teacher, as `models.functional.split` gives it.
+        vocabulary: the order of either head.
+        stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
     """
     teacher = merge(graph, params)
     head = teacher.head_weight()

@@ -44,13 +44,13 @@ def shared(
     """The moments in which a device is busy, each with what it is busy with.
 
     Args:
-      threads: what runs on each thread.
-      running: when programs run. A CPU carries out parts of an operation on threads where no event tells of them: a
-        moment of a program in which nothing is told belongs to the operation that began last.
-      holds_others: whether something runs others. It has a moment only where none of these has it.
+        threads: what runs on each thread.
+        running: when programs run. A CPU carries out parts of an operation on threads where no event tells of them: a
+            moment of a program in which nothing is told belongs to the operation that began last.
+        holds_others: whether something runs others. It has a moment only where none of these has it.
 
     Yields:
-      Start, end, and those that share the time between, one or more. Moments do not overlap and come in order.
+        Start, end, and those that share the time between, one or more. Moments do not overlap and come in order.
     """
     stretches = [stretch for spans in threads for stretch in innermost(spans)]
     during = union(running)
@@ -102,8 +102,8 @@ def within(span: Span, cover: Sequence[Span]) -> float:
 class Sheet(NamedTuple):
     """Where the time of one step goes, in seconds.
 
-    `device` by part and `host` by part leave `wall` less their sum for idling and for other work; `hidden` is how much of
-    each host part ran while the device was busy; `operations` is what the device spent on each operation.
+    `device` by part and `host` by part leave `wall` less their sum for idling and for other work; `hidden` is how much
+    of each host part ran while the device was busy; `operations` is what the device spent on each operation.
     """
 
     number: int
@@ -124,11 +124,11 @@ def sheets(
     """What each step's time goes to.
 
     Args:
-      steps: what is their number; disjoint.
-      host: parts of the host's work, possibly in each other.
-      moments: of `shared`.
-      part: the part that an operation belongs to.
-      apart: the host part during which everything that the device does counts as this part.
+        steps: what is their number; disjoint.
+        host: parts of the host's work, possibly in each other.
+        moments: of `shared`.
+        part: the part that an operation belongs to.
+        apart: the host part during which everything that the device does counts as this part.
     """
     steps = sorted(steps)
     stretches = list(innermost(host))

@@ -64,12 +64,13 @@ class Trace:
     """One trace.
 
     Attributes:
-      device: the device's plane.
-      steps: what is the step's number.
-      host: parts of the host's work on the thread that trains; they may lie in each other.
-      threads: operations by the thread or stream that ran them; those of one thread may lie in each other.
-      running: when the device ran programs, on devices that carry parts of an operation out where no event tells of it.
-      programs: instructions by number and module.
+        device: the device's plane.
+        steps: what is the step's number.
+        host: parts of the host's work on the thread that trains; they may lie in each other.
+        threads: operations by the thread or stream that ran them; those of one thread may lie in each other.
+        running: when the device ran programs, on devices that carry parts of an operation out where no event tells of
+            it.
+        programs: instructions by number and module.
     """
 
     device: str
@@ -112,7 +113,7 @@ def read_trace(path: str | os.PathLike) -> Trace:
     Of several devices the first is taken: they all do the same.
 
     Raises:
-      ValueError: the file holds no step.
+        ValueError: the file holds no step.
     """
     with open(path, "rb") as file:
         content = file.read()

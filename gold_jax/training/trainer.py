@@ -54,7 +54,7 @@ class _Setup:
         """Reads the data and looks for the devices.
 
         Raises:
-          ValueError: there is nothing to train on, or nothing to evaluate on where that was asked for.
+            ValueError: there is nothing to train on, or nothing to evaluate on where that was asked for.
         """
         # A copy, checked again: what was set on the settings since they were made is held to the same rules.
         a = args.frozen_copy()
@@ -146,8 +146,8 @@ class _Trainer:
     """What can be asked of a run that is set up, whatever it learns.
 
     Attributes:
-      args: a frozen copy of the settings.
-      student: the name and the tokenizer of the model that is trained; see `model`.
+        args: a frozen copy of the settings.
+        student: the name and the tokenizer of the model that is trained; see `model`.
     """
 
     method = ""
@@ -174,11 +174,11 @@ class _Trainer:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
 
         Args:
-          resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as the
-            settings say.
+            resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
+                the settings say.
 
         Returns:
-          The closing evaluation's metrics; empty without evaluation data.
+            The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
         if a.push_to_hub and processes.is_first():
@@ -229,18 +229,18 @@ class SFTTrainer(_Trainer):
     """Supervised fine-tuning: cross-entropy on completions, on every assistant turn, or on whole sequences.
 
     Args:
-      model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
-      args: the settings.
-      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-      eval_dataset: the same, or None.
-      processing_class: the tokenizer, or its name; None takes the one beside the model.
-      console: where progress is shown; None for the terminal.
-      command: the command line, for the model card.
-      dataset_name: what the data set is called, for the model card.
+        model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+        args: the settings.
+        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+        eval_dataset: the same, or None.
+        processing_class: the tokenizer, or its name; None takes the one beside the model.
+        console: where progress is shown; None for the terminal.
+        command: the command line, for the model card.
+        dataset_name: what the data set is called, for the model card.
 
     Attributes:
-      student: the name and the chat tokenizer of the model being trained; see `model`.
-      log_history: every logged line of the last `train`, oldest first.
+        student: the name and the chat tokenizer of the model being trained; see `model`.
+        log_history: every logged line of the last `train`, oldest first.
     """
 
     method = "supervised fine-tuning"
@@ -299,13 +299,14 @@ class GOLDTrainer(_Trainer):
     """On-policy distillation from a teacher with any tokenizer.
 
     Args:
-      model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
-      teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
-      args: the settings.
-      train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-      eval_dataset: the same, or None.
-      processing_class: the student's tokenizer, or its name; None takes the one beside the model.
-      teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside it.
+        model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
+        teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
+        args: the settings.
+        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
+        eval_dataset: the same, or None.
+        processing_class: the student's tokenizer, or its name; None takes the one beside the model.
+        teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
+            it.
     """
 
     method = "on-policy distillation"
