@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.bucketing import power_of_two
-from gold_jax.host_memory import release_freed_memory
+from gold_jax.cpu import release_freed_memory
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
 from gold_jax.losses.fused_head import HeadShard
@@ -26,7 +26,7 @@ from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 from gold_jax.text.batch import Batch, Side, TokenBatch
 from gold_jax.text.packing import PackedBatch
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.teacher import StepConstants, compare_options
+from gold_jax.training.teacher import StepConstants, overlap_of
 
 
 def optimizer_shardings(optimizer: optax.GradientTransformation, params: Any, shardings: Any) -> Any:
@@ -87,7 +87,7 @@ def make_distillation_loss(
     student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
 ) -> LossFn:
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
-    options = compare_options(spec, vocabulary)
+    compare, overlap = spec.bound(), overlap_of(vocabulary)
 
     def read(constants: StepConstants, packed: PackedBatch):
         frozen = merge(teacher, constants.teacher)
@@ -139,8 +139,8 @@ def make_distillation_loss(
                 ),
                 _with_flat_positions(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
                 batch.weight,
-                compare=spec.compare,
-                options=options,
+                compare=compare,
+                overlap=overlap,
                 merge=spec.merge,
                 chunk=chunk,
             )
