@@ -25,10 +25,10 @@ BATCH, PROMPT = 2, 8
 WIDTHS = 576, 640
 CHUNK = 32  # positions whose logits are held at once
 WAYS = {
-    "exact": ("chain", "hybrid", 0),
-    "top-k 1024": ("chain", "hybrid", 1024),
-    "projected": ("boundary", "projected", 0),
-    "events": ("boundary", "events", 0),
+    "exact": ("chain", "hybrid", dict(matched_weight=1.0, unmatched_weight=1.0)),
+    "top-k 1024": ("chain", "hybrid", dict(matched_weight=1.0, unmatched_weight=1.0, top_k=1024)),
+    "projected": ("boundary", "projected", {}),
+    "events": ("boundary", "events", {}),
 }
 
 
@@ -57,20 +57,28 @@ def resident(kind: str = "VmRSS") -> int:
 def measured(call, calls: int, **more) -> None:
     """Calls once to warm up and then several times, and prints the line that `side_by_side` reads."""
     found = call()
-    times = []
+    times, cpu = [], []
     del found
     ctypes.CDLL(None).malloc_trim(0)
     rest = resident()
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     for _ in range(calls):
         value = gradient = None  # those of the call before are no part of this one
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         value, gradient = call()
         times.append(time.perf_counter() - start)
+        cpu.append(time.process_time() - used)
     added = (resident("VmHWM") - rest) / 2**20
     print(
         json.dumps(
-            dict(seconds=statistics.median(times), peak_gb=added, loss=float(value), gradient=gradient(), **more)
+            dict(
+                seconds=statistics.median(times),
+                cpu_seconds=min(cpu),
+                peak_gb=added,
+                loss=float(value),
+                gradient=gradient(),
+                **more,
+            )
         )
     )
 
@@ -80,12 +88,13 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
     import jax
     import jax.numpy as jnp
 
-    from gold_jax.losses.compare import CompareOptions
+    from gold_jax import cpu
+    from gold_jax.losses.compare import COMPARISONS, Overlap
     from gold_jax.losses.distill import Head, distill_loss
     from gold_jax.text.align import group_ends
     from gold_jax.text.batch import Row, SideTokens, build_batches
 
-    merge, compare, top_k = WAYS[way]
+    merge, compare, options = WAYS[way]
     states, heads, ids, ends = inputs(student, teacher, answer, hidden)
     *groups, count = group_ends(*ends)
     rows = [
@@ -98,7 +107,7 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
     orders = [np.r_[first, np.arange(student // 4)], np.arange(teacher)]
     rng = np.random.default_rng(1)
     routes = [np.sort(rng.integers(0, shared + 1, size - shared)) for size in (student, teacher)]
-    options = CompareOptions(shared, 0.0, 1.0, 1.0, top_k)
+    bound = COMPARISONS[compare].bind(beta=0.0, **options)
     laid = []
     for side, x in zip((batch.student, batch.teacher), states):  # as the lines of the batch hold them
         line = np.zeros((side.packed.tokens.size, x.shape[-1]), np.float32)
@@ -121,7 +130,7 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
         return distill_loss(
             student_state, maps[0]._replace(weight=student_weight, softcap=None, temperature=1.0), batch.student,
             teacher_state, maps[1]._replace(weight=teacher_weight, softcap=None, temperature=1.0), batch.teacher,
-            batch.weight, compare=compare, options=options, merge=merge, chunk=CHUNK,
+            batch.weight, compare=bound, overlap=Overlap(shared), merge=merge, chunk=CHUNK,
         )[0]  # fmt: skip
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1) if hidden else 0))
@@ -131,7 +140,8 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
         value, gradient = jax.block_until_ready(step(*arguments))
         return value, lambda: float(jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient))))
 
-    measured(call, calls)
+    with cpu.enabled():
+        measured(call, calls)
 
 
 def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> None:

@@ -4,23 +4,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from gold_jax import cpu
 from gold_jax.config import DataArguments, ModelArguments, SFTConfig
-from gold_jax.host_memory import start_again_with_huge_pages
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command. What is wrong with the user's input ends it with one paragraph and exit code 2, not a traceback.
 
-    Without `argv` the process is the command's own, and may start again (`host_memory.start_again_with_huge_pages`).
+    What `gold_jax.cpu` has is enabled. Without `argv` the process is the command's own, and may start again
+    (`cpu.restart_with_huge_pages`).
     `GOLD_JAX_TRACEBACK=1` shows where an error came from all the same.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if argv is None:
-        start_again_with_huge_pages()
+        cpu.restart_with_huge_pages()
     try:
-        main(sys.argv[1:] if argv is None else argv)
+        with cpu.enabled():
+            main(sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:

@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from .fields import Settings, check_fields, check_folder, flag, flags_dataclass, read_attention, read_load_options
-from .loss_spec import COMPARISONS, GROUPS, MASKS, MERGES, NORMALIZATIONS, PRESETS, SORTS, LossSpec
+from .loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, SORTS, LossSpec, Names, comparisons, presets, read_options
 from .mesh_flags import LAYOUTS, MeshFlags
 from .rules import RULES, SCHEDULES
 from .server_flags import ServerFlags
@@ -264,11 +264,16 @@ class GOLDConfig(ServerFlags, SFTConfig):
     loss: str | None = flag(
         None,
         "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one tokenizer and gold for two.",
-        choices=tuple(PRESETS),
+        choices=Names(presets),
     )
     merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES)
     groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS)
-    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.", choices=COMPARISONS)
+    compare: str | None = flag(
+        None, "How two distributions are compared; none: the preset's.", choices=Names(comparisons)
+    )
+    loss_kwargs: dict | str | None = flag(
+        None, 'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.'
+    )
     normalization: str = flag(
         "groups", "Mean over the global batch's groups, or TRL's over rows.", choices=NORMALIZATIONS
     )
@@ -293,7 +298,9 @@ class GOLDConfig(ServerFlags, SFTConfig):
     uld_skip_teacher_eos: bool = flag(False, "Leave the teacher's stop token out (TRL does; here stopping is taught).")
     uld_top_k: int = flag(0, "Sort only this many largest probabilities; 0: all, exact.")
     uld_sort: str = flag(
-        "auto", "Who sorts all of them: host (numpy), xla, or auto: the host on CPUs, XLA elsewhere.", choices=SORTS
+        "auto",
+        "Who sorts all of them: host (numpy), xla, or auto: in commands the host on CPUs, XLA elsewhere.",
+        choices=SORTS,
     )
     projection_mask: list[str] | None = flag(
         None,
@@ -305,6 +312,9 @@ class GOLDConfig(ServerFlags, SFTConfig):
         super()._check()
         self.notices += self.check_server()
         self.projection_mask = [] if self.projection_mask in (None, ["none"]) else self.projection_mask
+        self.loss_kwargs = dict(self.loss_kwargs or {})
+        if self.loss_kwargs:
+            read_options(self._point(False)[1][2], vars(self), self.loss_kwargs)
         for kind in self.projection_mask:
             if kind not in MASKS:
                 raise ValueError(f"--projection_mask is {kind!r}; it must be none or some of {', '.join(MASKS)}.")
@@ -339,6 +349,20 @@ class GOLDConfig(ServerFlags, SFTConfig):
         room = self.max_length - self.max_completion_length
         return room if self.max_prompt_length is None else min(self.max_prompt_length, room)
 
+    def _point(self, same_tokenizer: bool) -> tuple[str, tuple[str, str, str]]:
+        """The preset that these settings choose, and the point of the grid: (merge, groups, compare)."""
+        name = self.loss
+        if name is None and self.use_uld_loss:
+            name = "gold" if self.uld_use_hybrid_loss else "uld_extended" if self.use_extended_uld else "uld"
+        elif name is None:
+            name = "gkd" if same_tokenizer else "gold"
+        merge, groups, compare = presets()[name]
+        if self.use_uld_loss and self.loss is None:
+            groups = "all" if self.use_extended_uld else "positional"
+        if self.uld_token_merge_strategy == "observed" and name in ("gold", "uld", "uld_extended"):
+            merge = "observed"
+        return name, (self.merge or merge, self.groups or groups, self.compare or compare)
+
     def loss_spec(self, same_tokenizer: bool) -> LossSpec:
         """The loss that these settings choose for a student and a teacher.
 
@@ -348,19 +372,7 @@ class GOLDConfig(ServerFlags, SFTConfig):
         Raises:
             ValueError: for gkd with two tokenizers.
         """
-        name = self.loss
-        if name is not None:
-            merge, groups, compare = PRESETS[name]
-        elif self.use_uld_loss:
-            name = "gold" if self.uld_use_hybrid_loss else "uld_extended" if self.use_extended_uld else "uld"
-            merge, groups, compare = PRESETS[name]
-            groups = "all" if self.use_extended_uld else "positional"
-        else:
-            name = "gkd" if same_tokenizer else "gold"
-            merge, groups, compare = PRESETS[name]
-        if self.uld_token_merge_strategy == "observed" and name in ("gold", "uld", "uld_extended"):
-            merge = "observed"
-        compare = self.compare or compare
+        name, (merge, groups, compare) = self._point(same_tokenizer)
         if name == "gkd" and not same_tokenizer:
             raise ValueError(
                 "--loss is 'gkd', which compares two models entry by entry, but student and teacher have different "
@@ -368,28 +380,23 @@ class GOLDConfig(ServerFlags, SFTConfig):
             )
         gkd = name == "gkd"  # TRL divides both models' logits by the sampling temperature there
         spec = LossSpec(
-            merge=self.merge or merge,
-            groups=self.groups or groups,
+            merge=merge,
+            groups=groups,
             compare=compare,
-            beta=self.beta,
-            matched_weight=self.uld_hybrid_matched_weight,
-            unmatched_weight=self.uld_hybrid_unmatched_weight,
+            options=read_options(compare, vars(self), self.loss_kwargs),
             crossentropy_weight=self.uld_crossentropy_weight,
             distillation_weight=self.uld_distillation_weight,
             student_temperature=self.temperature if gkd else self.uld_student_temperature,
             teacher_temperature=self.temperature if gkd else self.uld_teacher_temperature,
             skip_student_stop=self.uld_skip_student_eos,
             skip_teacher_stop=self.uld_skip_teacher_eos,
-            top_k=self.uld_top_k,
-            sort=self.uld_sort,
             mask=tuple(self.projection_mask),
-            alm_temperature=self.alm_temperature,
             normalization=self.normalization,
             name=name,
         )
         spec.check()
-        if spec.compare == "reverse_kl" and self.lmbda < 1:
+        if spec.comparison.on_policy and self.lmbda < 1:
             raise ValueError(
-                f"--lmbda is {self.lmbda:g}, but --compare reverse_kl learns from what the student itself drew; use --lmbda 1."
+                f"--lmbda is {self.lmbda:g}, but --compare {spec.compare} learns from what the student itself drew; use --lmbda 1."
             )
         return spec

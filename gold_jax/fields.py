@@ -13,7 +13,7 @@ import math
 import numbers
 import os
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from .trl_flags import ANSWERS, answer
@@ -30,13 +30,13 @@ def flag(
     default: Any,
     help: str,
     *,
-    choices: tuple[str, ...] | None = None,
+    choices: Collection[str] | None = None,
     aliases: Iterable[str] = (),
     secret: bool = False,
 ) -> Any:
     """A dataclass field that is a flag, in the form that `transformers.HfArgumentParser` reads; `secret`: never shown."""
     metadata: dict[str, Any] = {"help": help}
-    if choices:
+    if choices is not None:
         metadata["choices"] = choices
     if aliases:
         metadata["aliases"] = [f"--{name}" for name in aliases]

@@ -13,6 +13,7 @@ import yaml
 from gold_jax.quickstart import PREFIX, resolve
 
 from .fields import field_names, kinds, nearest, read_value
+from .loss_spec import options_help
 from .trl_flags import ANSWERS, answer
 
 
@@ -181,6 +182,8 @@ def _help(dataclass_types: Sequence[type], prog: str, doc: str | None) -> None:
     from transformers import HfArgumentParser  # slow to import, and only needed here
 
     parser = HfArgumentParser(dataclass_types, prog=prog, description=doc, allow_abbrev=False)
+    if any("loss_kwargs" in field_names(cls) for cls in dataclass_types) and (options := options_help()):
+        parser.epilog = f"--loss_kwargs: {options}.".replace("%", "%%")
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same settings; flags win over it.")
     for action in parser._actions:
         if action.choices:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from .loss_spec import LossSpec
+from .loss_spec import LossSpec, option_flags
 from .server_flags import ServerFlags
 
 
@@ -94,22 +94,14 @@ _DISTILLATION = (
         lambda r: r.args.merge is None and r.spec.name in ("gold", "uld", "uld_extended"),
         "no effect with {loss}",
     ),
-    ("beta", lambda r: r.spec.compare not in ("sorted", "reverse_kl"), "no effect with {loss}"),
-    (
-        "uld_hybrid_matched_weight uld_hybrid_unmatched_weight",
-        lambda r: r.spec.compare == "hybrid",
-        "no effect with {loss}",
-    ),
-    ("uld_top_k uld_sort", lambda r: r.spec.compare in ("sorted", "hybrid"), "no effect with {loss}, which sorts nothing"),
-    ("uld_sort", lambda r: not r.spec.top_k, "no effect with --uld_top_k"),
-    ("alm_temperature", lambda r: r.spec.compare == "alm", "no effect with {loss}"),
+    ("uld_sort", lambda r: not r.spec.options.get("top_k"), "no effect with --uld_top_k"),
     (
         "uld_student_temperature uld_teacher_temperature",
         lambda r: r.spec.name != "gkd",
         "no effect with gkd, which divides both models' logits by --temperature, as TRL does",
     ),
     (
-        "loss merge groups compare beta projection_mask uld_hybrid_matched_weight uld_hybrid_unmatched_weight "
+        "loss merge groups compare loss_kwargs beta projection_mask uld_hybrid_matched_weight uld_hybrid_unmatched_weight "
         "uld_student_temperature uld_teacher_temperature",
         _distils,
         "no effect with --uld_distillation_weight 0",
@@ -150,3 +142,6 @@ def _without_effect(run: _Run) -> Iterator[tuple[list[str], str]]:
     for names, matters, words in (*_ALWAYS, *(_SFT if spec is None else _DISTILLATION)):
         if not matters(run):
             yield names.split(), words.replace("{loss}", loss)
+    if spec is not None:  # flags of other comparisons' options
+        own = {parameter.option.flag for parameter in spec.comparison.options.values()}
+        yield sorted(option_flags() - own), f"no effect with {loss}"

@@ -1,33 +1,41 @@
-"""The ways to compare two vocabularies: each a pure function of a chunk of groups, and one line in `COMPARES`.
+"""The ways to compare two models over one group of tokens: each a pure function, and one line in `COMPARISONS`.
 
-A side's columns come *ordered*: first the `matched` entries, in step on both sides, then that side's others.
-Letters: `C` groups of a chunk, `V` and `W` columns of student and teacher, `K` matched columns.
+A comparison is `fn(student, teacher, overlap, *, options) -> (loss, parts)`. It sees ONE group: each side's
+distribution (`GroupDistribution`) and what the two vocabularies have in common (`Overlap`); `distill_loss` maps it over
+the groups of a chunk with `jax.vmap` and jits it. Its keyword-only arguments are its options: Python values, known when
+it is traced. docs/add-a-loss.md adds one.
+
+A side's columns come *ordered*: first the `K` matched entries, in step on both sides, then that side's others. Letters:
+`C` groups of a chunk, `V` and `W` columns of student and teacher, `K` matched columns.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
+from gold_jax.losses.options import Option, Parameter, complete, parameters
 
 
 class GroupDistribution(NamedTuple):
-    """A chunk of groups as one model sees them.
+    """One group as one model sees it.
 
     Attributes:
-        logp: `[C, V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to
-            less than one.
-        missing_mass: `[C]` one less the sum of the merged distribution, as the merge knows it.
-        token_column: `[C]` column of the token of the group's text that the distribution is over: under `boundary` its
+        logp: `[V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to less
+            than one.
+        missing_mass: `[]` one less the sum of the merged distribution, as the merge knows it.
+        token_column: `[]` column of the token of the group's text that the distribution is over: under `boundary` its
             first, under `chain` its last.
-        suffix_logp: `[C]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
-        is_single_token: `[C]` bool, whether there is none such.
+        suffix_logp: `[]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
+        is_single_token: `[]` bool, whether there is none such.
         prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its
-            own; `K` where there is none, `K + 1` where it is masked.
-        event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns.
+            own; `K` where there is none, `K + 1` where it is masked. The same for every group.
+        event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns. The same
+            for every group.
     """
 
     logp: jax.Array
@@ -38,36 +46,103 @@ class GroupDistribution(NamedTuple):
     prefix_column: jax.Array
     event_siblings: jax.Array
 
+    @classmethod
+    def single_token(cls, logp: jax.Array, token_column: int = 0, matched: int | None = None) -> "GroupDistribution":
+        """A group of one token: `logp [V]`, the column of its token, and how many columns are matched (None: all).
 
-@dataclasses.dataclass(frozen=True)
-class CompareOptions:
-    """What a comparison may need to know beside the two distributions; all of it static.
+        No unmatched column has a matched prefix.
+        """
+        size = logp.shape[-1]
+        matched = size if matched is None else matched
+        prefix = jnp.full(size - matched, matched, jnp.int32)
+        zero = jnp.zeros((), logp.dtype)
+        return cls(logp, zero, jnp.int32(token_column), zero, jnp.bool_(True), prefix, event_siblings(prefix, size))
+
+
+# Which axes `jax.vmap` maps: what differs between groups, and not what the vocabulary decides.
+PER_GROUP = GroupDistribution(0, 0, 0, 0, 0, None, None)
+
+
+class Overlap(NamedTuple):
+    """What two vocabularies have in common; Python values, known when a loss is traced.
 
     Attributes:
-        matched: number of leading columns that mean the same on both sides.
-        beta: skew of the divergence, as in `generalized_jsd`.
-        matched_weight, unmatched_weight: of `hybrid`; None for both means `matched / teacher vocabulary` and its
-            complement.
-        top_k: how many values of sorted tails are compared; 0: all.
-        sort: who sorts whole tails, as in `sorted_l1`.
-        rest: whether both sides have columns that are routed nowhere, so that these can be an event of their own.
+        matched: `K`, the number of leading columns that mean the same on both sides.
+        unprefixed: whether both sides have columns without a matched prefix, so that these can be an event of their
+            own.
         masked: whether any column is masked, so that what is left has to be renormalised.
-        temperature: of `alm`: probabilities are raised to one over it.
     """
 
     matched: int
-    beta: float = 0.5
-    matched_weight: float | None = None
-    unmatched_weight: float | None = None
-    top_k: int = 0
-    sort: str = "auto"
-    rest: bool = True
+    unprefixed: bool = True
     masked: bool = False
-    temperature: float = 100.0
 
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
-Compare = Callable[[GroupDistribution, GroupDistribution, CompareOptions], Loss]
+BoundCompare = Callable[[GroupDistribution, GroupDistribution, Overlap], Loss]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """A line of `COMPARISONS`: a function, and what a run has to know of it.
+
+    Attributes:
+        function: `fn(student, teacher, overlap, *, options) -> (loss [], {part: []})` of one group.
+        reads_text: whether it reads `suffix_logp`, what the text of a group costs: then the batch brings all tokens of
+            it.
+        projects: whether it reads `prefix_column`, so that entries can be masked.
+        on_policy: whether it is meaningful only on text that the student drew.
+    """
+
+    function: Callable[..., Loss]
+    reads_text: bool = False
+    projects: bool = False
+    on_policy: bool = False
+
+    @functools.cached_property
+    def options(self) -> Mapping[str, Parameter]:
+        """Its options by name: the function's keyword-only arguments."""
+        return parameters(self.function)
+
+    def bind(self, **options: Any) -> BoundCompare:
+        """The function with its options.
+
+        Raises:
+            ValueError: an option that it has not, or a value out of range.
+        """
+        return functools.partial(self.function, **complete(self.function.__name__, self.function, options))
+
+
+def compare_groups(
+    compare: BoundCompare, student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap
+) -> Loss:
+    """A comparison of `C` groups at once.
+
+    Args:
+        compare: a comparison with its options, of one group.
+        student, teacher: as `GroupDistribution`, with an axis `C` in front of all but `prefix_column` and
+            `event_siblings`.
+        overlap: of the two vocabularies.
+
+    Returns:
+        The loss `[C]`, and its parts `[C]`.
+    """
+    one = jax.vmap(lambda s, t: compare(s, t, overlap), in_axes=(PER_GROUP, PER_GROUP))
+    return one(student, teacher)
+
+
+def event_siblings(prefix_column: jax.Array, size: int) -> jax.Array:
+    """How many other columns give to the event of each of `size` columns, `[V]`; one more for masked ones."""
+    k = size - prefix_column.shape[0]
+    event = jnp.concatenate([jnp.arange(k), prefix_column])
+    members = jnp.zeros(k + 2, jnp.int32).at[event].add(1).at[k + 1].add(1)
+    return members[event] - 1
+
+
+# Options that several comparisons share; the flags of `GOLDConfig` say what they may be.
+Beta = Annotated[float, Option("Skew of the divergence.", flag="beta", show="beta {:g}".format)]
+TopK = Annotated[int, Option("Sort only so many.", flag="uld_top_k", show=lambda k: f"sorted top {k}" if k else "")]
+Sort = Annotated[str, Option("Who sorts.", flag="uld_sort", show=lambda _: "")]
 
 # TRL takes the logarithm of probabilities no smaller than this; merged groups of rare tokens do fall below it.
 HYBRID_FLOOR = 1e-8
@@ -77,171 +152,337 @@ TINY = 1.2e-38
 LOGP_CEILING = 6e-8
 
 
-def compare_sorted(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """ULD: both distributions sorted and padded, L1. To `[C]` and its parts."""
-    return _sorted_part(jnp.exp(student.logp), jnp.exp(teacher.logp), options)
+def uld(
+    student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, top_k: TopK = 0, sort: Sort = "auto"
+) -> Loss:
+    """Universal logit distillation: `Σ_i |sort(p)_i - sort(q)_i|`, the shorter side padded with zeros.
+
+    Nothing is matched: the largest probability of the student faces the teacher's largest, whatever they spell.
+
+    Args:
+        student: `logp [V]` is read.
+        teacher: `logp [W]` is read.
+        overlap: not read.
+        top_k: how many of the largest values are compared; 0: all.
+        sort: who sorts all of them, as in `sorted_l1`.
+
+    Returns:
+        The distance `[]`, between 0 and 2; with `top_k` also `tail_bound []`, the most that the rest could add.
+
+    Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
+
+    >>> import jax.numpy as jnp
+    >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.1, 0.9], [0.5, 0.2, 0.3]))
+    >>> round(float(uld(p, q, Overlap(0))[0]), 4)  # |.9 - .5| + |.1 - .3| + |0 - .2|
+    0.8
+    """
+    return _sorted_part(jnp.exp(student.logp), jnp.exp(teacher.logp), top_k, sort)
 
 
-def compare_hybrid(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """GOLD: `w_matched · D_β(matched columns as they stand) + w_unmatched · L1(sorted unmatched)`. To `[C]` and parts.
+def hybrid(
+    student: GroupDistribution,
+    teacher: GroupDistribution,
+    overlap: Overlap,
+    *,
+    beta: Beta = 0.5,
+    matched_weight: Annotated[
+        float | None,
+        Option(
+            "Weight of the matched entries.",
+            flag="uld_hybrid_matched_weight",
+            show=lambda w: "weights by overlap" if w is None else f"weights {w:g} matched",
+        ),
+    ] = None,
+    unmatched_weight: Annotated[
+        float | None,
+        Option(
+            "Weight of the others.",
+            flag="uld_hybrid_unmatched_weight",
+            show=lambda w: "" if w is None else f"{w:g} unmatched",
+        ),
+    ] = None,
+    top_k: TopK = 0,
+    sort: Sort = "auto",
+) -> Loss:
+    """GOLD: `w_matched · D_β(matched columns as they stand) + w_unmatched · Σ_i |sort(p unmatched)_i - sort(q unmatched)_i|`.
 
     The matched columns are not renormalised and their probabilities are held above 1e-8, as TRL does; where a side
     has no unmatched entry, the second term is zero.
+
+    Args:
+        student: `logp [V]` is read.
+        teacher: `logp [W]` is read.
+        overlap: `matched` is read.
+        beta: as in `generalized_jsd`.
+        matched_weight, unmatched_weight: None for both means `K / W` and its complement.
+        top_k, sort: as in `uld`, for the unmatched entries.
+
+    Returns:
+        The loss `[]`, its parts `matched []` and `unmatched []` before the weights and, with `top_k`, `tail_bound []`.
+
+    Source: TRL's `trl.experimental.gold` (GOLD, general online logit distillation), which this follows to float32's
+    precision.
+
+    >>> import jax.numpy as jnp
+    >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=1)
+    >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.4, 0.1])), matched=1)
+    >>> round(float(hybrid(p, q, Overlap(1), matched_weight=1.0, unmatched_weight=1.0)[0]), 4)  # 0 + |.3 - .4| + |.2 - .1|
+    0.2
     """
-    k = options.matched
-    floor = jnp.log(HYBRID_FLOOR)
+    k, floor = overlap.matched, jnp.log(HYBRID_FLOOR)
 
-    def floored(logp):
-        return jnp.where(logp >= floor, logp, floor)
+    def floored(logp_K):
+        return jnp.where(logp_K >= floor, logp_K, floor)
 
-    matched = generalized_jsd(floored(student.logp[:, :k]), floored(teacher.logp[:, :k]), options.beta)
-    if k < student.logp.shape[-1] and k < teacher.logp.shape[-1]:
-        unmatched, parts = _sorted_part(jnp.exp(student.logp[:, k:]), jnp.exp(teacher.logp[:, k:]), options)
+    matched = generalized_jsd(floored(student.logp[:k]), floored(teacher.logp[:k]), beta)
+    if k < student.logp.size and k < teacher.logp.size:
+        unmatched, parts = _sorted_part(jnp.exp(student.logp[k:]), jnp.exp(teacher.logp[k:]), top_k, sort)
     else:
         unmatched, parts = jnp.zeros_like(matched), {}
-    if options.matched_weight is None:
-        matched_weight = k / teacher.logp.shape[-1]
+    if matched_weight is None:
+        matched_weight = k / teacher.logp.size
         unmatched_weight = 1.0 - matched_weight
-    else:
-        matched_weight, unmatched_weight = options.matched_weight, options.unmatched_weight
     loss = matched_weight * matched + unmatched_weight * unmatched
     return loss, {"matched": matched, "unmatched": unmatched} | parts
 
 
-def _sorted_part(student, teacher, options):
-    if not options.top_k:
-        return sorted_l1(student, teacher, options.sort), {}
-    loss, bound = sorted_l1_top_k(student, teacher, options.top_k)
+def _sorted_part(student_V, teacher_W, top_k, sort):
+    if not top_k:
+        return sorted_l1(student_V, teacher_W, sort), {}
+    loss, bound = sorted_l1_top_k(student_V, teacher_W, top_k)
     return loss, {"tail_bound": bound}
 
 
-def compare_shared(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """`D_β` over the matched entries, each side renormalised. To `[C]`.
+def shared(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, beta: Beta = 0.5) -> Loss:
+    """`D_β(p / Σ_K p, q / Σ_K q)` over the `K` matched entries, each side renormalised over them.
 
-    With one tokenizer, where every entry is matched, this is GKD.
+    With one tokenizer, where every entry is matched, this is generalised knowledge distillation (GKD).
+
+    Args:
+        student: `logp [V]` is read.
+        teacher: `logp [W]` is read.
+        overlap: `matched` is read.
+        beta: as in `generalized_jsd`.
+
+    Returns:
+        The divergence `[]` in nats, and no parts.
+
+    Source: Agarwal et al., "On-Policy Distillation of Language Models", equation 1 (arXiv 2306.13649).
+
+    >>> import jax.numpy as jnp
+    >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.2, 0.6])), matched=2)
+    >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.1, 0.3, 0.6])), matched=2)
+    >>> round(float(shared(p, q, Overlap(2), beta=0.0)[0]), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
+    0.1308
     """
-    k = options.matched
-    return generalized_jsd(
-        jax.nn.log_softmax(student.logp[:, :k], -1), jax.nn.log_softmax(teacher.logp[:, :k], -1), options.beta
-    ), {}
+    k = overlap.matched
+    return generalized_jsd(jax.nn.log_softmax(student.logp[:k]), jax.nn.log_softmax(teacher.logp[:k]), beta), {}
 
 
-def compare_shared_rest(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """`D_β` over the matched entries and one bucket with all the rest, so that either side sums to one. To `[C]`.
+def shared_rest(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, beta: Beta = 0.5) -> Loss:
+    """`D_β` over the `K` matched entries and one bucket `1 - Σ_K p` with all the rest, so that either side sums to one.
 
-    Where a side has no unmatched entry, a bucket would have nothing to hold there: then it is `compare_shared`.
+    Where a side has no unmatched entry, a bucket would have nothing to hold there: then it is `shared`.
+
+    Args:
+        student: `logp [V]` and `missing_mass []` are read.
+        teacher: `logp [W]` and `missing_mass []` are read.
+        overlap: `matched` is read.
+        beta: as in `generalized_jsd`.
+
+    Returns:
+        The divergence `[]` in nats, and no parts.
+
+    >>> import jax.numpy as jnp
+    >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=1)
+    >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.25, 0.75])), matched=1)
+    >>> round(float(shared_rest(p, q, Overlap(1), beta=0.0)[0]), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
+    0.1308
     """
-    k = options.matched
-    if k in (student.logp.shape[-1], teacher.logp.shape[-1]):
-        return compare_shared(student, teacher, options)
+    k = overlap.matched
+    if k in (student.logp.size, teacher.logp.size):
+        return shared(student, teacher, overlap, beta=beta)
 
     def with_bucket(side):
-        rest = jnp.sum(jnp.exp(side.logp[:, k:]), -1) + side.missing_mass
-        return jnp.concatenate([side.logp[:, :k], _log(rest)[:, None]], -1)
+        rest = jnp.sum(jnp.exp(side.logp[k:])) + side.missing_mass
+        return jnp.append(side.logp[:k], _log(rest))
 
-    return generalized_jsd(with_bucket(student), with_bucket(teacher), options.beta), {}
+    return generalized_jsd(with_bucket(student), with_bucket(teacher), beta), {}
 
 
-def compare_projected(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """`D_β` over prefixes: every column gives its probability to the longest matched prefix of its surface. To `[C]`.
+def projected(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, beta: Beta = 0.5) -> Loss:
+    """`D_β(P, Q)` over prefixes: every column gives its probability to the longest matched prefix of its surface.
 
-    What has no such prefix (special tokens, padding rows, what a merge left out) is one event more.
+    `P(k) = p(k) + Σ p(v)` over the unmatched `v` whose longest matched prefix is `k`. What has no such prefix (special
+    tokens, padding rows, what a merge left out) is one event more.
+
+    Args:
+        student: `logp [V]`, `missing_mass []` and `prefix_column [V - K]` are read.
+        teacher: the same, `[W]` and `[W - K]`.
+        overlap: all of it is read.
+        beta: as in `generalized_jsd`.
+
+    Returns:
+        The divergence `[]` in nats, and the parts `student_unmatched []`, `teacher_unmatched []`: what either side
+        gives to entries that the other has not, which is how much the projection moves.
+
+    >>> import jax.numpy as jnp
+    >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=2)
+    >>> p = p._replace(prefix_column=jnp.array([1]))  # the student's third entry begins with what the second spells
+    >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.25, 0.75])))
+    >>> round(float(projected(p, q, Overlap(2, unprefixed=False), beta=0.0)[0]), 4)  # P = (0.5, 0.5)
+    0.1308
     """
-    events = [prefix_events(side, options) for side in (student, teacher)]
-    return generalized_jsd(*map(_log, events), options.beta), _unmatched_mass(student, teacher, options)
+    events = (_log(prefix_events(side, overlap)) for side in (student, teacher))
+    return generalized_jsd(*events, beta), _unmatched_mass(student, teacher, overlap)
 
 
-def compare_events(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """As `compare_projected`, and the text that stands there is an event of its own, taken out of its prefix. To `[C]`.
+def events(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, beta: Beta = 0.5) -> Loss:
+    """As `projected`, and the text that stands there is an event of its own, taken out of its prefix.
 
-    A student for whom no entry but the text's own gives to that prefix cannot tell the two apart: then it is not asked
-    to, and the text stays in its prefix event. A teacher of that kind says that nothing but the text begins so here; at
-    `β = 1` an answer to that would cost without bound, so that there the text stays as well.
+    With `x` the group's text, `P(text) = p(x_1) · p(x_2 … | x_1)`, which its prefix event no longer holds. A student
+    for whom no entry but the text's own gives to that prefix cannot tell the two apart: then it is not asked to, and
+    the text stays in its prefix event. A teacher of that kind says that nothing but the text begins so here; at `β = 1`
+    an answer to that would cost without bound, so that there the text stays as well.
+
+    Args:
+        student: all of it is read, `[V]` columns.
+        teacher: all of it is read, `[W]` columns.
+        overlap: all of it is read.
+        beta: as in `generalized_jsd`.
+
+    Returns:
+        As `projected`.
+
+    >>> import jax.numpy as jnp
+    >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.5, 0.3])), token_column=2, matched=2)
+    >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.5, 0.3])), token_column=1, matched=2)
+    >>> p, q = (x._replace(prefix_column=jnp.array([1]), event_siblings=jnp.array([0, 1, 1])) for x in (p, q))
+    >>> round(float(projected(p, q, Overlap(2, unprefixed=False))[0]), 4)  # both begin alike …
+    0.0
+    >>> round(float(events(p, q, Overlap(2, unprefixed=False), beta=0.0)[0]), 4)  # … 0.5 log(.5/.3) + 0.3 log(.3/.5)
+    0.1022
     """
     together = _is_only_entry_of_event(student)
-    if options.beta == 1:
+    if beta == 1:
         together |= _is_only_entry_of_event(teacher)
-    apart = ~together
-    events = [text_events(side, apart, options) for side in (student, teacher)]
-    return generalized_jsd(*map(_log, events), options.beta), _unmatched_mass(student, teacher, options)
+    found = (_log(text_events(side, ~together, overlap)) for side in (student, teacher))
+    return generalized_jsd(*found, beta), _unmatched_mass(student, teacher, overlap)
 
 
-def prefix_events(side: GroupDistribution, options: CompareOptions) -> jax.Array:
-    """The probabilities that `projected` compares, `[C, K + 1]` (`[C, K]` without the rest); they sum to one."""
-    return _renormalized(_project(jnp.exp(side.logp), side, options), options)
+def prefix_events(side: GroupDistribution, overlap: Overlap) -> jax.Array:
+    """The probabilities that `projected` compares, `[K + 1]` (`[K]` without what has no prefix); they sum to one."""
+    return _renormalized(_project(jnp.exp(side.logp), side, overlap), overlap)
 
 
-def text_events(side: GroupDistribution, apart: jax.Array, options: CompareOptions) -> jax.Array:
-    """The probabilities that `events` compares: the text's, where `apart [C]` says so, then `prefix_events`.
+def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> jax.Array:
+    """The probabilities that `events` compares: the text's, where `apart []` says so, then `prefix_events`.
 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
-    rows = jnp.arange(side.token_column.shape[0])
-    p = jnp.exp(side.logp)
-    text = jnp.where(apart, p[rows, side.token_column] * jnp.exp(side.suffix_logp), 0.0)
+    p_V, column = jnp.exp(side.logp), side.token_column
+    text = jnp.where(apart, p_V[column] * jnp.exp(side.suffix_logp), 0.0)
     left = jnp.where(
         apart, -jnp.expm1(side.suffix_logp), 1.0
     )  # of the token's probability, what goes on in another way
-    p = p.at[rows, side.token_column].multiply(left, unique_indices=True)
-    return _renormalized(jnp.concatenate([text[:, None], _project(p, side, options)], -1), options)
+    p_V = p_V.at[column].multiply(left, unique_indices=True)
+    return _renormalized(jnp.concatenate([text[None], _project(p_V, side, overlap)]), overlap)
 
 
 def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
-    """Bool `[C]`: the text is one entry, and no other of this side gives to the same event."""
+    """Bool `[]`: the text is one entry, and no other of this side gives to the same event."""
     return side.is_single_token & (side.event_siblings[side.token_column] == 0)
 
 
-def _project(p: jax.Array, side: GroupDistribution, options: CompareOptions) -> jax.Array:
-    """`[C, V]` to `[C, K + 2]`: prefixes, what has none, what is masked."""
-    k = options.matched
-    events = jnp.pad(p[:, :k], [(0, 0), (0, 2)])
-    events = events.at[:, side.prefix_column].add(p[:, k:], indices_are_sorted=True)
-    return events.at[:, k].add(side.missing_mass)
+def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
+    """`[V]` to `[K + 2]`: prefixes, what has none, what is masked."""
+    k = overlap.matched
+    events = jnp.pad(p_V[:k], (0, 2))
+    events = events.at[side.prefix_column].add(p_V[k:], indices_are_sorted=True)
+    return events.at[k].add(side.missing_mass)
 
 
-def _renormalized(events: jax.Array, options: CompareOptions) -> jax.Array:
+def _renormalized(events: jax.Array, overlap: Overlap) -> jax.Array:
     """Without the masked and, where not both sides have it, without what has no prefix; summing to one again."""
-    events = events[:, :-1] if options.rest else events[:, :-2]
-    if options.masked or not options.rest:
-        events = events / jnp.maximum(jnp.sum(events, -1, keepdims=True), TINY)
+    events = events[:-1] if overlap.unprefixed else events[:-2]
+    if overlap.masked or not overlap.unprefixed:
+        events = events / jnp.maximum(jnp.sum(events), TINY)
     return events
 
 
-def _unmatched_mass(
-    student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions
-) -> dict[str, jax.Array]:
-    """What either side gives to entries that the other has not, `[C]` each: how much the projection moves."""
+def _unmatched_mass(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap) -> dict[str, jax.Array]:
+    """What either side gives to entries that the other has not, `[]` each."""
     sides = {"student": student, "teacher": teacher}
     return {
-        f"{name}_unmatched": jnp.sum(jnp.exp(jax.lax.stop_gradient(side.logp[:, options.matched :])), -1)
+        f"{name}_unmatched": jnp.sum(jnp.exp(jax.lax.stop_gradient(side.logp[overlap.matched :])))
         for name, side in sides.items()
     }
 
 
-def compare_alm(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """Approximate likelihood matching: `D_β` between two Bernoulli distributions, "this text" and "another". To `[C]`.
+def alm(
+    student: GroupDistribution,
+    teacher: GroupDistribution,
+    overlap: Overlap,
+    *,
+    beta: Beta = 0.5,
+    temperature: Annotated[
+        float,
+        Option(
+            "Probabilities are raised to one over it.",
+            flag="alm_temperature",
+            show="probabilities to the power 1/{:g}".format,
+        ),
+    ] = 100.0,
+) -> Loss:
+    """Approximate likelihood matching: `D_β` of two Bernoulli distributions, `(P(text)^(1/τ), 1 - P(text)^(1/τ))`.
 
-    The probability of either side is that of the group's text, raised to one over the temperature.
+    Args:
+        student: what the text costs is read: `logp [V]` at `token_column []`, and `suffix_logp []`.
+        teacher: the same.
+        overlap: not read.
+        beta: as in `generalized_jsd`; in the paper 0.
+        temperature: `τ`, greater than 0; in the paper 100.
+
+    Returns:
+        The divergence `[]` in nats, and no parts.
 
     Source: Minixhofer et al., "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching"
-    (arXiv 2503.20083); there the divergence is `β = 0` and the temperature 100.
+    (arXiv 2503.20083).
+
+    >>> import jax.numpy as jnp
+    >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.25, 0.75], [0.0625, 0.5, 0.4375]))
+    >>> round(float(alm(p, q, Overlap(0), beta=0.0, temperature=2.0)[0]), 4)  # of (0.25, 0.75) to (0.5, 0.5)
+    0.1308
     """
 
     def bernoulli(side):
-        x = jnp.minimum(_text_logp(side) / options.temperature, -LOGP_CEILING)
-        return jnp.stack([x, jnp.log(-jnp.expm1(x))], -1)
+        x = jnp.minimum(_text_logp(side) / temperature, -LOGP_CEILING)
+        return jnp.stack([x, jnp.log(-jnp.expm1(x))])
 
-    return generalized_jsd(bernoulli(student), bernoulli(teacher), options.beta), {}
+    return generalized_jsd(bernoulli(student), bernoulli(teacher), beta), {}
 
 
-def compare_reverse_kl(student: GroupDistribution, teacher: GroupDistribution, options: CompareOptions) -> Loss:
-    """`KL(student‖teacher)` estimated on text that the student drew. To `[C]`.
+def reverse_kl(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap) -> Loss:
+    """`KL(student‖teacher)` estimated on text that the student drew: `log P(text) - log Q(text)`.
 
     The value is the group's log-ratio; the gradient is the policy gradient with that ratio as the reward, each group
     answering for itself (no discounted return of later ones). Unbiased only for text drawn at temperature 1 from the
     whole distribution.
 
+    Args:
+        student: what the text costs is read: `logp [V]` at `token_column []`, and `suffix_logp []`.
+        teacher: the same.
+        overlap: not read.
+
+    Returns:
+        The log-ratio `[]` in nats, and no parts.
+
     Source: Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", equation 2 (arXiv 2306.08543).
+
+    >>> import jax.numpy as jnp
+    >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.5, 0.5], [0.25, 0.75]))
+    >>> round(float(reverse_kl(p, q, Overlap(0))[0]), 4)  # log(0.5 / 0.25)
+    0.6931
     """
     logp = _text_logp(student)
     ratio = jax.lax.stop_gradient(logp - _text_logp(teacher))
@@ -249,21 +490,21 @@ def compare_reverse_kl(student: GroupDistribution, teacher: GroupDistribution, o
 
 
 def _text_logp(side: GroupDistribution) -> jax.Array:
-    """Log-probability `[C]` of the group's text."""
-    return jnp.take_along_axis(side.logp, side.token_column[:, None], -1)[:, 0] + side.suffix_logp
+    """Log-probability `[]` of the group's text."""
+    return side.logp[side.token_column] + side.suffix_logp
 
 
 def _log(p: jax.Array) -> jax.Array:
     return jnp.log(jnp.maximum(p, TINY))
 
 
-COMPARES: dict[str, Compare] = {
-    "sorted": compare_sorted,
-    "hybrid": compare_hybrid,
-    "shared": compare_shared,
-    "shared_rest": compare_shared_rest,
-    "projected": compare_projected,
-    "events": compare_events,
-    "alm": compare_alm,
-    "reverse_kl": compare_reverse_kl,
+COMPARISONS: dict[str, Comparison] = {
+    "sorted": Comparison(uld),
+    "hybrid": Comparison(hybrid),
+    "shared": Comparison(shared),
+    "shared_rest": Comparison(shared_rest),
+    "projected": Comparison(projected, projects=True),
+    "events": Comparison(events, projects=True, reads_text=True),
+    "alm": Comparison(alm, reads_text=True),
+    "reverse_kl": Comparison(reverse_kl, reads_text=True, on_policy=True),
 }

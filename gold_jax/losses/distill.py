@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution
+from gold_jax.losses.compare import BoundCompare, GroupDistribution, Overlap, compare_groups, event_siblings
 from gold_jax.losses.fused_head import (
     HeadShard,
     InnerTokens,
@@ -176,8 +176,8 @@ def distill_loss(
     teacher_index: MergeIndex,
     weight: jax.Array,
     *,
-    compare: str,
-    options: CompareOptions,
+    compare: BoundCompare,
+    overlap: Overlap,
     merge: str = "chain",
     chunk: int = 256,
 ) -> tuple[jax.Array, Mapping[str, jax.Array]]:
@@ -194,14 +194,15 @@ def distill_loss(
         teacher_index: the teacher's merge-index arrays.
         weight: `[B, G]` float32, zero where there is no group. One over the number of groups in the whole global batch
             gives the mean over groups, however the batch is split.
-        compare: a name in `losses.compare.COMPARES`.
-        options: its options.
+        compare: `fn(student, teacher, overlap) -> (loss, parts)` of one group, such as
+            `losses.compare.COMPARISONS["hybrid"].bind(beta=0.0)`.
+        overlap: what the two vocabularies have in common.
         merge: what becomes of the inner tokens' probabilities: under "boundary" they belong to the group's text alone,
             otherwise they multiply its distribution.
         chunk: positions per chunk.
 
     Returns:
-        The loss in nats (for `sorted`, probability), and its parts weighted alike.
+        The loss `[]` in nats (for `sorted`, probability), and its parts `[]` weighted alike.
     """
     student_hidden, teacher_hidden = _flat(student_hidden), _flat(teacher_hidden)
     teacher_hidden, teacher_weight = jax.lax.stop_gradient((teacher_hidden, teacher_head.weight))
@@ -230,7 +231,7 @@ def distill_loss(
         student = merged(logits, inner, student_text, student_routes, student_head)
         logits = head_logits(gather_rows(teacher_hidden, rows), teacher_weight)
         teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, teacher_head)
-        loss, parts = COMPARES[compare](student, jax.lax.stop_gradient(teacher), options)
+        loss, parts = compare_groups(compare, student, jax.lax.stop_gradient(teacher), overlap)
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
@@ -253,7 +254,7 @@ def distill_loss(
         student_head.weight,
         packed(student_index.base),
         inner_tokens(student_head, student_index, weight),
-        (teacher_hidden, teacher_weight, _prefix_routes(student_head, options), _prefix_routes(teacher_head, options)),
+        (teacher_hidden, teacher_weight, _prefix_routes(student_head, overlap), _prefix_routes(teacher_head, overlap)),
         (
             packed(teacher_index.base),
             text(student_head, student_index),
@@ -272,17 +273,12 @@ def _without_inner_tokens(index: MergeIndex) -> jax.Array:
     return counts[:, :groups] == 0
 
 
-def _prefix_routes(head: Head, options: CompareOptions) -> tuple[jax.Array, jax.Array]:
-    """Where unmatched rows go, `[V - K]`, nowhere if the head does not say; and each row's company, `[V]` (see `GroupDistribution`)."""
-    k = options.matched
-    route = (
-        jnp.full(head.row_of_token.shape[0] - k, k, jnp.int32)
-        if head.prefix_of_unmatched is None
-        else head.prefix_of_unmatched
-    )
-    event = jnp.concatenate([jnp.arange(k), route])
-    members = jnp.zeros(k + 2, jnp.int32).at[event].add(1).at[k + 1].add(1)
-    return route, members[event] - 1
+def _prefix_routes(head: Head, overlap: Overlap) -> tuple[jax.Array, jax.Array]:
+    """`prefix_column [V - K]` (nowhere, if the head does not say) and `event_siblings [V]` of `GroupDistribution`."""
+    size, prefix = head.row_of_token.shape[0], head.prefix_of_unmatched
+    if prefix is None:
+        prefix = jnp.full(size - overlap.matched, overlap.matched, jnp.int32)
+    return prefix, event_siblings(prefix, size)
 
 
 @jax.named_scope("loss")

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses.host_sort import can_sort_on_host, l1_and_signs
+from gold_jax import cpu
 
 
 def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
@@ -53,7 +53,7 @@ def _kl_terms(p: jax.Array, q: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax.Array:
-    """L1 distance of two sets of probabilities, each sorted, the shorter padded with zeros.
+    """L1 distance of two sets of probabilities, each sorted, the shorter padded with zeros: `Σ_i |sort(p)_i - sort(q)_i|`.
 
     The gradient of a value is the sign of its distance to what stands opposite. Where values of one side are equal, any
     order of theirs gives a subgradient.
@@ -61,8 +61,9 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
     Args:
         student: probabilities `[..., V]`, float32, none negative.
         teacher: probabilities `[..., W]`, float32, none negative.
-        sort: who sorts: "xla", "host" (numpy, see `losses.host_sort`), or "auto": the host for programs that run on
-            CPUs, where XLA sorts slowly (unless there is one core alone, or several devices), and XLA elsewhere.
+        sort: who sorts: "xla", "host" (numpy through a callback, on CPUs alone), or "auto": the host for programs that
+            run on CPUs where `gold_jax.cpu` is enabled (unless there is one core alone, or several devices), and XLA
+            elsewhere.
 
     Returns:
         `[...]`, between 0 and the two sums together.
@@ -76,37 +77,48 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
     return _l1_and_signs(student, teacher, sort)[0]
 
 
-def _l1_and_signs(ours, theirs, sort):
+def _l1_and_signs(student, teacher, sort):
     """The distance `[...]`, and its gradient for the first side, int8 `[..., V]`."""
-    ways = {"xla": _by_xla, "host": l1_and_signs}
-    flat = [x.astype(jnp.float32).reshape(-1, x.shape[-1]) for x in (ours, theirs)]
-    if sort == "auto":
-        on_cpus = ways["host" if can_sort_on_host() else "xla"]
-        loss, signs = jax.lax.platform_dependent(*flat, cpu=on_cpus, default=ways["xla"])
-    else:
-        loss, signs = ways[sort](*flat)
-    return loss.reshape(ours.shape[:-1]), signs.reshape(ours.shape)
+
+    def one(student_V, teacher_W):
+        if sort == "auto":
+            on_cpus = _by_host if cpu.sorts_on_host() else _by_xla
+            return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_by_xla)
+        return {"xla": _by_xla, "host": _by_host}[sort](student_V, teacher_W)
+
+    over_all = jnp.vectorize(one, signature="(v),(w)->(),(v)")
+    return over_all(student.astype(jnp.float32), teacher.astype(jnp.float32))
 
 
-def _by_xla(ours, theirs):
+def _by_host(student_V, teacher_W):
+    """numpy sorts, whole chunks at a time: under `vmap` the callback is called once with all rows."""
+    if not cpu.can_call_host():
+        raise ValueError(
+            "sorting on the host takes two cores or more and a single device, and this process has fewer cores or more devices; "
+            "sort with xla."
+        )
+    shapes = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(student_V.shape, jnp.int8)
+    return jax.pure_callback(cpu.sorted_l1_and_signs, shapes, student_V, teacher_W, vmap_method="broadcast_all")
+
+
+def _by_xla(student_V, teacher_W):
     """Bare values are sorted, and their ranks looked up: values that are equal share the first of their ranks.
 
     Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
     """
-    size = max(ours.shape[-1], theirs.shape[-1])
+    size = max(student_V.size, teacher_W.size)
     bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
 
     def ascending(x):
         """Padded with zeros in front, so that the largest values stand opposite each other."""
-        return jnp.pad(jax.lax.sort(bits(x), dimension=-1, is_stable=False), [(0, 0), (size - x.shape[-1], 0)])
+        return jnp.pad(jax.lax.sort(bits(x), is_stable=False), (size - x.size, 0))
 
-    sorted_ours, sorted_theirs = ascending(ours), ascending(theirs)
+    sorted_ours, sorted_theirs = ascending(student_V), ascending(teacher_W)
     difference = jax.lax.bitcast_convert_type(sorted_ours, jnp.float32) - jax.lax.bitcast_convert_type(
         sorted_theirs, jnp.float32
     )
-    ranks = jax.vmap(functools.partial(jnp.searchsorted, method="scan"))(sorted_ours, bits(ours))
-    signs = jnp.take_along_axis(jnp.sign(difference).astype(jnp.int8), ranks, -1)
-    return jnp.sum(jnp.abs(difference), -1), signs
+    ranks = jnp.searchsorted(sorted_ours, bits(student_V), method="scan")
+    return jnp.sum(jnp.abs(difference)), jnp.sign(difference).astype(jnp.int8)[ranks]
 
 
 def _sorted_l1_forward(student, teacher, sort):

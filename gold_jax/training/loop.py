@@ -19,7 +19,7 @@ import optax
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
-from gold_jax.host_memory import release_freed_memory
+from gold_jax.cpu import release_freed_memory
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split

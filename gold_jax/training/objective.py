@@ -28,20 +28,20 @@ from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 from gold_jax.text.batch import Batch, Side, TokenBatch
 from gold_jax.text.packing import PackedBatch
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.teacher import StepConstants, compare_options
+from gold_jax.training.teacher import StepConstants, overlap_of
 
 
-def _hidden(scope: str, model: Decoder, lines: PackedBatch) -> jax.Array:
+def _hidden(scope: str, model: Decoder, packed: PackedBatch) -> jax.Array:
     """A model's hidden states, `[S, N, D]`, under a scope that tells the models apart in a profile."""
     with jax.named_scope(scope):
-        return model.forward_packed(*lines)
+        return model.forward_packed(*packed)
 
 
 class Objective(NamedTuple):
     """What is minimised, in two functions: what no gradient goes through, and what one does.
 
     Attributes:
-        teacher_forward: `(constants, lines) -> hidden states [S, O, E]` of the teacher; None where there is no
+        teacher_forward: `(constants, packed) -> hidden states [S, O, E]` of the teacher; None where there is no
             distillation.
         loss: `(params, constants, batch) -> (loss, parts)` of a batch with the teacher's hidden states in it; scalars,
             float32.
@@ -77,13 +77,13 @@ def make_distillation_loss(
     student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
 ) -> Objective:
     """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
-    options = compare_options(spec, vocabulary)
+    compare, overlap = spec.bound(), overlap_of(vocabulary)
 
-    def teacher_forward(constants: StepConstants, lines: PackedBatch):
+    def teacher_forward(constants: StepConstants, packed: PackedBatch):
         frozen = merge(teacher, constants.teacher)
         if frozen.config.tied:
-            lines = lines._replace(tokens=constants.teacher_row_of_token[lines.tokens])
-        hidden = _hidden("teacher", frozen, lines)
+            packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
+        hidden = _hidden("teacher", frozen, packed)
         # The student's program sees few different sizes, though the teacher's lines come in more.
         extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
         return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
@@ -93,13 +93,13 @@ def make_distillation_loss(
         hidden = _hidden("student", model, batch.student.packed)
         batch = batch._replace(student=batch.student._replace(packed=None))
         heads = model.head_weight(), constants.teacher_head
-        about = constants._replace(teacher=None, teacher_head=None)
+        replicated = constants._replace(teacher=None, teacher_head=None)
         placements = model.placement, frozen.placement
-        return _on_mesh(placements, compared, (hidden, batch), heads, (about, model.config, frozen.config))
+        return _on_mesh(placements, compared, (hidden, batch), heads, (replicated, model.config, frozen.config))
 
-    def compared(by_rows, heads, whole):
-        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, whole
-        lines, order = hidden.shape[:2], constants.student_order
+    def compared(by_rows, heads, replicated):
+        (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, replicated
+        packed, order = hidden.shape[:2], constants.student_order
         # Order the smaller: the head, or all its logits.
         if order is not None and batch.weight.size > hidden.shape[-1]:
             weight, order = _ordered(weight, order, constants.student_row_of_token), None
@@ -117,7 +117,7 @@ def make_distillation_loss(
             value, parts = distill_loss(
                 hidden,
                 head,
-                _numbered(batch.student, *lines),
+                _with_flat_positions(batch.student, *packed),
                 batch.teacher.hidden,
                 Head(
                     teacher_weight,
@@ -127,17 +127,17 @@ def make_distillation_loss(
                     constants.teacher_prefix_of_unmatched,
                     constants.teacher_stops,
                 ),
-                _numbered(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
+                _with_flat_positions(batch.teacher.side, *batch.teacher.hidden.shape[:2]),
                 batch.weight,
-                compare=spec.compare,
-                options=options,
+                compare=compare,
+                overlap=overlap,
                 merge=spec.merge,
                 chunk=chunk,
             )
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
             plain = head._replace(temperature=1.0, stop_rows=None)
-            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *lines))
+            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *packed))
             value, more = cross_entropy(hidden, plain, *labels, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
@@ -146,18 +146,18 @@ def make_distillation_loss(
     return Objective(teacher_forward if spec.distillation_weight else None, loss)
 
 
-def _ordered(head: jax.Array | HeadShard, order: jax.Array, place: jax.Array) -> jax.Array | HeadShard:
-    return jax.tree.map(lambda x: order_rows(x, order, place), head)
+def _ordered(head: jax.Array | HeadShard, order: jax.Array, inverse: jax.Array) -> jax.Array | HeadShard:
+    return jax.tree.map(lambda x: order_rows(x, order, inverse), head)
 
 
-def _numbered(side: Side, lines: int, length: int) -> Side:
+def _with_flat_positions(side: Side, packed: int, length: int) -> Side:
     """A side whose positions number the tokens of all lines that are here."""
-    base, inner = (flatten_positions(x, lines, length) for x in (side.base, side.inner_position))
+    base, inner = (flatten_positions(x, packed, length) for x in (side.base, side.inner_position))
     return side._replace(base=base, inner_position=inner)
 
 
-def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, about: tuple):
-    """`compared(by_rows, heads, about)`, sums over positions, which every device of a mesh finds for positions of its own.
+def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
+    """`compared(by_rows, heads, replicated)`, sums over positions, which every device of a mesh finds for positions of its own.
 
     Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each.
     A device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so
@@ -167,26 +167,26 @@ def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows
         placements: of each head.
         by_rows: hidden states `[S, N, D]` and a batch.
         heads: `[V, D]` of either model.
-        about: what every device sees whole, arrays or not.
+        replicated: what every device sees whole, arrays or not.
     """
     if placements[0] is None:
-        return compared(by_rows, heads, about)
-    where = placements[0]
+        return compared(by_rows, heads, replicated)
+    placement = placements[0]
     cuts = [p.param_sharding(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
-    arrays, *others = about
+    arrays, *others = replicated
 
     def local(by_rows, heads, arrays):
         heads = tuple(HeadShard(x, sharded_axes(cut, 1)) if sharded_axes(cut, 1) else x for x, cut in zip(heads, cuts))
-        if where.tensor_size > 1:
-            by_rows = by_rows[0], _shared_out(by_rows[1], where.tensor_size, jax.lax.axis_index("tensor"))
+        if placement.tensor_size > 1:
+            by_rows = by_rows[0], _split_weights(by_rows[1], placement.tensor_size, jax.lax.axis_index("tensor"))
         return jax.tree.map(lambda x: x[None], compared(by_rows, heads, (arrays, *others)))
 
     specs = P(ROW_AXES), tuple(cut.spec for cut in cuts), P()
-    found = map_shards(where, local, specs, P(AXES))(by_rows, heads, arrays)
+    found = map_shards(placement, local, specs, P(AXES))(by_rows, heads, arrays)
     return jax.tree.map(jnp.sum, found)
 
 
-def _shared_out(batch: Batch | TokenBatch, parts: int, part: jax.Array):
+def _split_weights(batch: Batch | TokenBatch, parts: int, part: jax.Array):
     """A batch whose weights are kept for one part of its positions."""
     labels = batch.labels._replace(weight=split_weight(batch.labels.weight, parts, part))
     if isinstance(batch, TokenBatch):
@@ -203,8 +203,8 @@ def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> Objective:
         by_rows = hidden, batch._replace(packed=None)
         return _on_mesh((model.placement,), compared, by_rows, heads, ((), model.config))
 
-    def compared(by_rows, heads, about):
-        (hidden, batch), (weight,), (_, config) = by_rows, heads, about
+    def compared(by_rows, heads, replicated):
+        (hidden, batch), (weight,), (_, config) = by_rows, heads, replicated
         head = Head(weight, jnp.arange(config.vocab_size), config.final_softcap)
         labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *hidden.shape[:2]))
         value, parts = cross_entropy(hidden, head, *labels, chunk=chunk)

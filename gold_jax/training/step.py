@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.host_memory import release_freed_memory
+from gold_jax.cpu import release_freed_memory
 from gold_jax.training.nonfinite import NonFiniteCounter
 from gold_jax.training.objective import Objective, with_hidden
 

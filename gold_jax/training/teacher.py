@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.compare import CompareOptions
+from gold_jax.losses.compare import Overlap
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, merge
 from gold_jax.text.vocabulary import VocabularyMap
@@ -124,22 +123,16 @@ def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
     return jax.jit(lambda x: jnp.take(x, order, axis=0), out_shardings=head.sharding)(head)
 
 
-def compare_options(spec: LossSpec, vocabulary: VocabularyMap) -> CompareOptions:
-    """What a comparison has to know of the loss and the vocabularies."""
+def overlap_of(vocabulary: VocabularyMap) -> Overlap:
+    """What a comparison has to know of the vocabularies."""
     matched, routes = (
         vocabulary.matched,
         (vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched),
     )
-    return CompareOptions(
-        matched=matched,
-        beta=spec.beta,
-        matched_weight=spec.matched_weight,
-        unmatched_weight=spec.unmatched_weight,
-        top_k=spec.top_k,
-        sort=spec.sort,
-        rest=all(bool((route == matched).any()) for route in routes),
+    return Overlap(
+        matched,
+        unprefixed=all(bool((route == matched).any()) for route in routes),
         masked=any(bool((route > matched).any()) for route in routes),
-        temperature=spec.alm_temperature,
     )
 
 

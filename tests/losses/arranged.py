@@ -1,6 +1,8 @@
-"""Batches whose hidden states come row by row, `[B, T, D]`, as references make them."""
+"""Batches whose hidden states come row by row, `[B, T, D]`, as references make them, and comparisons by name."""
 
 import numpy as np
+
+from gold_jax.losses.compare import COMPARISONS, Overlap, compare_groups
 
 
 def in_rows(batch):
@@ -20,3 +22,19 @@ def in_rows(batch):
 def width(side):
     """`T`, padding included."""
     return side.packed.gather_index.shape[-1]
+
+
+def bound(name, options):
+    """A comparison with those of the `reference.Options` that it has."""
+    comparison = COMPARISONS[name]
+    return comparison.bind(**{key: getattr(options, key) for key in comparison.options if hasattr(options, key)})
+
+
+def overlap(options):
+    """What `reference.Options` say of the vocabularies."""
+    return Overlap(options.matched, options.unprefixed, options.masked)
+
+
+def compared(name, student, teacher, options):
+    """A comparison of groups `[C]` by its name."""
+    return compare_groups(bound(name, options), student, teacher, overlap(options))

@@ -18,6 +18,20 @@ class Side:
     prefix_column: np.ndarray  # [V - K]
 
 
+@dataclasses.dataclass
+class Options:
+    """What a comparison is told of the vocabularies, and its own options, of which each reads those that it has."""
+
+    matched: int
+    beta: float = 0.5
+    matched_weight: float | None = None
+    unmatched_weight: float | None = None
+    top_k: int = 0
+    unprefixed: bool = True
+    masked: bool = False
+    temperature: float = 100.0
+
+
 def log_softmax(x):
     x = x - x.max(-1, keepdims=True)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
@@ -71,7 +85,7 @@ def events(side: Side, k: int, options, text: bool):
     if text:
         found[event(side.token_column)] -= side.text
         found[k + 2] = side.text
-    kept = np.delete(found, [k + 1] if options.rest else [k, k + 1])
+    kept = np.delete(found, [k + 1] if options.unprefixed else [k, k + 1])
     return kept / kept.sum()
 
 

@@ -1,23 +1,42 @@
 """Every comparison, through merges and chunks, against the slow reference, and the facts that hold for each."""
 
 import dataclasses
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.loss_spec import COMPARISONS, OF_TEXT, PROJECTING
-from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution, prefix_events, text_events
+from gold_jax import no_effect
+from gold_jax.config import GOLDConfig
+from gold_jax.loss_spec import options_help
+from gold_jax.losses.compare import (
+    COMPARISONS,
+    PER_GROUP,
+    Beta,
+    Comparison,
+    GroupDistribution,
+    Overlap,
+    prefix_events,
+    text_events,
+)
 from gold_jax.losses.distill import Head, distill_loss
+from gold_jax.losses.options import Option
 from gold_jax.text.batch import Row, SideTokens, build_batches
 from losses import reference
-from losses.arranged import in_rows
+from losses.arranged import bound, compared, in_rows, overlap
+from losses.reference import Options
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+PROJECTING = [name for name, line in COMPARISONS.items() if line.projects]
 V, W, K, D, E = 19, 23, 11, 4, 6
 # Two rows of groups of one to three tokens on either side.
 GROUPS = [([0, 1, 1, 2, 3, 3], [0, 0, 1, 2, 2, 2, 3]), ([0, 1, 2, 2, 2, 3], [0, 1, 1, 2, 3])]
+
+
+def f32(x):
+    return jnp.asarray(x, jnp.float32)
 
 
 def setting(seed=0, masked=False):
@@ -56,8 +75,8 @@ def slow(rows, hs, ws, ht, wt, orders, routes, merge, groups, compare, options, 
 POINTS = [
     (merge, compare)
     for merge in ("chain", "observed", "boundary")
-    for compare in COMPARES
-    if not (merge == "observed" and compare in (*OF_TEXT, *PROJECTING))
+    for compare, line in COMPARISONS.items()
+    if not (merge == "observed" and (line.reads_text or line.projects))
 ]
 
 
@@ -68,17 +87,16 @@ POINTS = [
 )
 def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare, groups, beta, weights, masked):
     rows, hs, ws, ht, wt, order_s, order_t, route_s, route_t = setting(masked=masked)
-    options = CompareOptions(K, beta, *weights, masked=masked, temperature=3.0)
-    built = build_batches(rows, 2, merge=merge, groups=groups, text=compare in OF_TEXT)
+    options = Options(K, beta, *weights, masked=masked, temperature=3.0)
+    built = build_batches(rows, 2, merge=merge, groups=groups, text=COMPARISONS[compare].reads_text)
     batch = jax.tree.map(jnp.asarray, in_rows(*built))
-    f32 = lambda x: jnp.asarray(x, jnp.float32)  # noqa: E731
 
     def ours(hidden, head):
         student = Head(head[order_s], jnp.argsort(jnp.asarray(order_s)), prefix_of_unmatched=jnp.asarray(route_s))
         teacher = Head(f32(wt)[order_t], jnp.argsort(jnp.asarray(order_t)), prefix_of_unmatched=jnp.asarray(route_t))
         return distill_loss(
             hidden, student, batch.student, f32(ht), teacher, batch.teacher, batch.weight,
-            compare=compare, options=options, merge=merge, chunk=3,
+            compare=bound(compare, options), overlap=overlap(options), merge=merge, chunk=3,
         )[0]  # fmt: skip
 
     value, (d_hidden, d_head) = jax.jit(jax.value_and_grad(ours, (0, 1)))(f32(hs), f32(ws))
@@ -96,7 +114,7 @@ def test_a_grid_point_is_what_its_formula_says_value_and_gradient(merge, compare
 @pytest.mark.parametrize("merge, compare", [("chain", "hybrid"), ("boundary", "events"), ("chain", "sorted")])
 def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
     rows, hs, ws, ht, wt, order_s, order_t, route_s, route_t = setting()
-    built = build_batches(rows, 2, merge=merge, groups="all", text=compare in OF_TEXT)
+    built = build_batches(rows, 2, merge=merge, groups="all", text=COMPARISONS[compare].reads_text)
     batch = jax.tree.map(jnp.asarray, in_rows(*built))
     hs, ws, ht, wt = (jnp.asarray(x, jnp.float32) for x in (hs, ws, ht, wt))
     orders = [jnp.asarray(o) for o in (order_s, order_t)]
@@ -104,10 +122,12 @@ def test_a_loss_of_logits_is_that_of_hidden_states_and_heads(merge, compare):
         Head(None, jnp.argsort(o), 5.0, 0.7, jnp.asarray(r), column_order=o) for o, r in zip(orders, (route_s, route_t))
     ]
 
+    options = Options(K, 0.5, 1.0, 0.5)
+
     def loss(student, teacher, student_head, teacher_head):
         return distill_loss(
             student, student_head, batch.student, teacher, teacher_head, batch.teacher, batch.weight,
-            compare=compare, options=CompareOptions(K, 0.5, 1.0, 0.5), merge=merge, chunk=3,
+            compare=bound(compare, options), overlap=overlap(options), merge=merge, chunk=3,
         )[0]  # fmt: skip
 
     def of_hidden(hidden):
@@ -144,17 +164,19 @@ def sides(rng, groups=40, masked=False, scaled=False):
     return found
 
 
-@pytest.mark.parametrize("compare", [c for c in COMPARES if c not in ("sorted", "hybrid")])  # those are float32 alone
+@pytest.mark.parametrize(
+    "compare", [c for c in COMPARISONS if c not in ("sorted", "hybrid")]
+)  # those are float32 alone
 @pytest.mark.parametrize("beta", [0, 0.4, 1])
 @pytest.mark.parametrize("masked, rest, scaled", [(False, True, False), (True, True, True), (True, False, False)])
 def test_in_double_precision_values_and_gradients_are_exact(compare, beta, masked, rest, scaled):
     (s, slow_s), (t, slow_t) = sides(np.random.default_rng(3), masked=masked, scaled=scaled)
-    options = CompareOptions(K, beta, rest=rest, masked=masked, temperature=5.0)
+    options = Options(K, beta, unprefixed=rest, masked=masked, temperature=5.0)
     with jax.enable_x64(True):
         s, t = jax.tree.map(jnp.asarray, (s, t))
 
         def loss(logp, rest):
-            return COMPARES[compare](s._replace(logp=logp, suffix_logp=rest), t, options)[0]
+            return compared(compare, s._replace(logp=logp, suffix_logp=rest), t, options)[0]
 
         values = loss(s.logp, s.suffix_logp)
         gradient = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(s.logp, s.suffix_logp)
@@ -196,14 +218,14 @@ def one_side(logits, seed=0):
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
-@pytest.mark.parametrize("compare", COMPARES)
+@pytest.mark.parametrize("compare", COMPARISONS)
 def test_a_comparison_with_itself_is_zero_when_everything_is_matched(compare, beta):
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((4, V)), jnp.float32)
-    target, options = one_side(logits), CompareOptions(V, beta, rest=False)
+    target, options = one_side(logits), Options(V, beta, unprefixed=False)
 
     def loss(logits):
         # The same operations on both sides: an L1 distance has no gradient at zero, but either sign next to it.
-        return COMPARES[compare](one_side(logits), target, options)[0].sum()
+        return compared(compare, one_side(logits), target, options)[0].sum()
 
     value, grad = jax.value_and_grad(loss)(logits)
     assert abs(value) < 1e-6 and jnp.abs(grad).max() < 1e-6
@@ -211,14 +233,15 @@ def test_a_comparison_with_itself_is_zero_when_everything_is_matched(compare, be
 
 @pytest.mark.parametrize("masked, rest, scaled", [(False, True, False), (True, True, True), (True, False, False)])
 def test_both_sides_of_projected_and_events_sum_to_one_whatever_the_groups(masked, rest, scaled):
-    options = CompareOptions(K, rest=rest, masked=masked)
+    options = Options(K, unprefixed=rest, masked=masked)
     for seed in range(20):
         for side, _ in sides(np.random.default_rng(seed), masked=masked, scaled=scaled):
             side = single(side)
             for apart in (True, False):
-                p = text_events(side, jnp.full(side.token_column.shape, apart), options)
+                p = jax.vmap(lambda s, a=apart: text_events(s, a, overlap(options)), (PER_GROUP,))(side)
                 np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
-            np.testing.assert_allclose(prefix_events(side, options).sum(-1), 1, atol=1e-6)
+            p = jax.vmap(lambda s: prefix_events(s, overlap(options)), (PER_GROUP,))(side)
+            np.testing.assert_allclose(p.sum(-1), 1, atol=1e-6)
 
 
 @pytest.mark.parametrize("compare", PROJECTING)
@@ -229,9 +252,9 @@ def test_probabilities_that_underflow_leave_loss_and_gradient_finite(compare, be
     s, t = single(s), single(t)
 
     def loss(logits, rest):
-        return COMPARES[compare](
-            s._replace(logp=jax.nn.log_softmax(logits), suffix_logp=rest), t, CompareOptions(K, beta)
-        )[0].sum()
+        return compared(compare, s._replace(logp=jax.nn.log_softmax(logits), suffix_logp=rest), t, Options(K, beta))[
+            0
+        ].sum()
 
     value, grads = jax.value_and_grad(loss, (0, 1))(extreme, s.suffix_logp * 1e3)
     assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grads)
@@ -242,10 +265,101 @@ def test_top_k_tails_leave_out_no_more_than_the_bound_they_report():
     logits = [jnp.asarray(rng.standard_normal((3, n)) * 2, jnp.float32) for n in (200, 300)]
     p, q = map(one_side, logits)
     for name in ("sorted", "hybrid"):
-        exact, _ = COMPARES[name](p, q, CompareOptions(50, 0.5, 1.0, 1.0))
-        cut, parts = COMPARES[name](p, q, CompareOptions(50, 0.5, 1.0, 1.0, top_k=20))
+        exact, _ = compared(name, p, q, Options(50, 0.5, 1.0, 1.0))
+        cut, parts = compared(name, p, q, Options(50, 0.5, 1.0, 1.0, top_k=20))
         assert (jnp.abs(exact - cut) <= parts["tail_bound"] + 1e-6).all()
 
 
-def test_every_comparison_has_a_flag_value_and_a_reference():
-    assert set(COMPARES) == set(COMPARISONS)
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_every_comparison_is_chosen_by_its_name_and_shows_that_it_is_right_by_an_example(name):
+    settings = GOLDConfig(compare=name, lmbda=1)
+    assert settings.loss_spec(False).compare == name
+    assert ">>>" in COMPARISONS[name].function.__doc__
+    if name not in ("sorted", "hybrid", "shared"):  # whose presets have other names
+        assert GOLDConfig(loss=name, lmbda=1).loss_spec(False).compare == name
+
+
+def power_distance(
+    student: GroupDistribution,
+    teacher: GroupDistribution,
+    overlap: Overlap,
+    *,
+    power: Annotated[float, Option("Exponent of the differences.", at_least=1)] = 2.0,
+    beta: Beta = 0.5,
+):
+    """`Σ |p - q|^power` over the matched entries, the teacher's times one less `beta`."""
+    p, q = (jnp.exp(side.logp[: overlap.matched]) for side in (student, teacher))
+    distance = jnp.sum(jnp.abs(p - (1 - beta) * q) ** power)
+    return distance, {"largest": jnp.max(jnp.abs(p - q))}
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    monkeypatch.setitem(COMPARISONS, "power_distance", Comparison(power_distance))
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_a_new_comparison_sees_one_group_and_works_through_the_loss(registered, chunk):
+    rows, hs, ws, ht, wt, order_s, order_t, _, _ = setting()
+    (built,) = build_batches(rows, 2, merge="boundary", groups="all")
+    batch = jax.tree.map(jnp.asarray, in_rows(built))
+    compare = GOLDConfig(loss="power_distance", beta=0.25, loss_kwargs={"power": 3}).loss_spec(False).bound()
+
+    def loss(hidden):
+        heads = [Head(f32(w)[o], jnp.argsort(jnp.asarray(o))) for w, o in ((ws, order_s), (wt, order_t))]
+        return distill_loss(
+            hidden, heads[0], batch.student, f32(ht), heads[1], batch.teacher, batch.weight,
+            compare=compare, overlap=Overlap(K), merge="boundary", chunk=chunk,
+        )  # fmt: skip
+
+    def slow(hs):
+        found = []
+        for i, row in enumerate(rows):
+            for g in reference.groups_of(row, "all"):
+                p = reference.merged(row.student, g, hs[i], ws, order_s, None, "boundary").p[:K]
+                q = reference.merged(row.teacher, g, ht[i], wt, order_t, None, "boundary").p[:K]
+                found.append((np.sum(np.abs(p - 0.75 * q) ** 3), np.abs(p - q).max()))
+        return np.mean(found, 0)
+
+    (value, parts), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(f32(hs))
+    np.testing.assert_allclose([value, parts["largest"]], slow(hs), rtol=1e-5)
+    direction, eps = np.random.default_rng(1).standard_normal(hs.shape), 1e-5
+    slope = (slow(hs + eps * direction)[0] - slow(hs - eps * direction)[0]) / (2 * eps)
+    np.testing.assert_allclose(np.sum(np.asarray(gradient, np.float64) * direction), slope, rtol=1e-3, atol=1e-6)
+
+
+def test_an_option_comes_from_the_function_s_own_signature(registered):
+    spec = GOLDConfig(loss="power_distance", beta=0.25, loss_kwargs='{"power": 3}').loss_spec(False)
+    assert spec.options == {"power": 3.0, "beta": 0.25}
+    assert spec.describe() == "power_distance: boundary/all/power_distance, power 3.0, beta 0.25"
+    assert "power_distance: power (Exponent of the differences, at least 1; 2.0)" in options_help()
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"power": 0.5}, "--loss_kwargs: power is 0.5; it must be a number at least 1"),
+        ({"power": "much"}, "--loss_kwargs: power is 'much'; it must be a number at least 1"),
+        ({"powers": 2}, r"--loss_kwargs: 'powers' is no option of power_distance, which has power .*, --beta"),
+        ({"beta": 0.5}, "--loss_kwargs has 'beta', which has a flag of its own: --beta"),
+    ],
+)
+def test_options_that_a_comparison_has_not_or_that_are_out_of_range_are_refused(registered, given, words):
+    with pytest.raises(ValueError, match=words):
+        GOLDConfig(loss="power_distance", loss_kwargs=given)
+
+
+def test_an_option_needs_a_type_and_a_default():
+    def untyped(student, teacher, overlap, *, knob=1.0): ...
+
+    def required(student, teacher, overlap, *, knob: float): ...
+
+    for function in (untyped, required):
+        with pytest.raises(TypeError, match="'knob' needs a type and a default"):
+            Comparison(function).options  # noqa: B018
+
+
+def test_flags_of_other_comparisons_options_are_told_to_have_no_effect(registered):
+    settings = GOLDConfig(loss="power_distance", uld_top_k=5, beta=0.1)
+    (line,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    assert line.startswith("--uld_top_k: no effect with loss power_distance (boundary/all/power_distance)")

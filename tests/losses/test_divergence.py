@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses import divergence
+from gold_jax.losses import compare, divergence
 from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
 
 
@@ -104,7 +104,9 @@ def test_top_k_bounds_the_exact_distance_and_meets_it_in_the_end():
 
 
 def test_the_examples_in_the_docstrings_are_true():
-    assert doctest.testmod(divergence).failed == 0
+    for module in (divergence, compare):
+        found = doctest.testmod(module)
+        assert found.attempted and not found.failed
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="a process cannot be told its cores here")

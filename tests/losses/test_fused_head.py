@@ -34,7 +34,7 @@ ROWS = jnp.array([3, 3, 0, 7, 5, 1, 2, 9, 12, 4, 6, 8, 10])  # in any order, one
 @pytest.mark.parametrize("chunk", [1, 4, 13, 64])
 @pytest.mark.parametrize("live", [0, 5, 13])
 @pytest.mark.parametrize("tokens", [None, 0, 3])
-def test_a_sum_over_chunks_equals_the_sum_at_once_with_its_gradient(chunk, live, tokens):
+def test_a_fused_linear_sum_equals_the_sum_at_once_with_its_gradient(chunk, live, tokens):
     hidden, head, shared = normal(N, D), normal(V, D, seed=1), normal(V, seed=3)
     labels = jnp.arange(N) % V
     weight = jnp.where(jnp.arange(N) < live, normal(N, seed=4), 0.0)
@@ -114,7 +114,7 @@ def test_chunks_without_live_positions_are_never_computed():
 
 @pytest.mark.parametrize("chunk", [1, 4, 64])
 @pytest.mark.parametrize("live", [0, 6, 13])
-def test_a_map_over_chunks_equals_the_map_at_once(chunk, live):
+def test_a_fused_linear_map_equals_the_map_at_once(chunk, live):
     hidden, head, labels = normal(N, D), normal(V, D, seed=1), jnp.arange(N) % V
     ours = jax.jit(lambda *args: fused_linear_map(a_token, chunk, *args))(hidden, head, ROWS, labels, live)
     theirs = jnp.where(jnp.arange(N) < live, a_token(head_logits(hidden[ROWS], head), labels), 0.0)

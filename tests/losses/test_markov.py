@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.loss_spec import PROJECTING
-from gold_jax.losses.compare import COMPARES, CompareOptions, GroupDistribution
+from gold_jax.losses.compare import COMPARISONS, GroupDistribution
 from gold_jax.text.align import group_ends
 from gold_jax.text.surface import Surfaces
 from gold_jax.text.vocabulary import VocabularyMap
+from losses.arranged import compared
+from losses.reference import Options
 
 ALPHABET = b"abc"
+PROJECTING = [name for name, line in COMPARISONS.items() if line.projects]
 AHEAD = 4  # bytes that can decide how a text is read: the longest entry has three
 
 
@@ -104,7 +106,7 @@ def both(student_entries, teacher_entries, count=12):
         event = np.r_[np.arange(k), route]
         company = np.array([(event == e).sum() - 1 for e in event])
         sides.append(GroupDistribution(logp, np.zeros(len(place)), place, rest, whole, route, company))
-    return sides, CompareOptions(k, 0.0)
+    return sides, Options(k, 0.0)
 
 
 PREFIX_FREE = [
@@ -121,7 +123,7 @@ def test_models_of_one_distribution_have_no_loss_over_prefix_free_vocabularies(p
     (s, t), options = both(*pair)
     with jax.enable_x64(True):
         s, t = jax.tree.map(jnp.asarray, (s, t))
-        loss, _ = COMPARES[compare](s, t, CompareOptions(options.matched, beta))
+        loss, _ = compared(compare, s, t, Options(options.matched, beta))
     assert len(loss) > 60 and jnp.abs(loss).max() < 1e-9
 
 
@@ -140,8 +142,6 @@ def test_what_remains_where_entries_begin_with_each_other_is_small(student, teac
     (s, t), options = both(student, teacher)
     with jax.enable_x64(True):
         s, t = jax.tree.map(jnp.asarray, (s, t))
-        found = {
-            name: float(COMPARES[name](s, t, CompareOptions(options.matched, 0.5))[0].mean()) for name in PROJECTING
-        }
+        found = {name: float(compared(name, s, t, Options(options.matched, 0.5))[0].mean()) for name in PROJECTING}
     assert found["projected"] == pytest.approx(projected, abs=1e-3)
     assert found["events"] == pytest.approx(events, abs=1e-3)

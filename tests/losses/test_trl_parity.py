@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses.compare import CompareOptions
+from gold_jax.losses.compare import Overlap
 from gold_jax.losses.distill import Head, distill_loss, order_rows
 from gold_jax.text.align import group_ends
 from gold_jax.text.batch import Row, SideTokens, build_batches
 from gold_jax.text.surface import surfaces_of
 from gold_jax.text.vocabulary import VocabularyMap
-from losses.arranged import in_rows, width
+from losses.arranged import bound, in_rows, overlap, width
+from losses.reference import Options
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 _spec = importlib.util.spec_from_file_location("make_trl_golden", GOLDEN / "make_trl_golden.py")
@@ -59,7 +60,8 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
     batch = jax.tree.map(jnp.asarray, in_rows(batch))
     hs, ws, ht, wt = recipe.inputs(rows, *sizes)
     weights = case["weights"] or (None, None)
-    options = CompareOptions(vocabulary.matched, case["beta"], *weights)
+    options = Options(vocabulary.matched, case["beta"], *weights)
+    compare = bound("hybrid" if case["hybrid"] else "sorted", options)
     order = jnp.asarray(vocabulary.student_order)
     place = jnp.argsort(order)
     teacher_row_of_token = jnp.asarray(np.argsort(vocabulary.teacher_order))
@@ -76,8 +78,8 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
             Head(teacher_head, teacher_row_of_token, temperature=1.2),
             batch.teacher,
             batch.weight,
-            compare="hybrid" if case["hybrid"] else "sorted",
-            options=options,
+            compare=compare,
+            overlap=overlap(options),
             chunk=16,
         )[0]
 
@@ -130,7 +132,7 @@ def test_gkd_with_one_tokenizer_equals_trl(case):
         heads = [Head(jnp.asarray(w, jnp.float32), place, temperature=case["temperature"]) for w in (ws, wt)]
         return distill_loss(
             hidden, heads[0], batch.student, padded(ht[:, : hs.shape[1]], width(batch.student)), heads[1], batch.teacher,
-            jnp.asarray(batch.weight), compare="shared", options=CompareOptions(40, case["beta"]), chunk=4,
+            jnp.asarray(batch.weight), compare=bound("shared", Options(40, case["beta"])), overlap=Overlap(40), chunk=4,
         )[0]  # fmt: skip
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(padded(hs, width(batch.student)))

@@ -99,6 +99,7 @@ REASONS = {
     "pad_to_multiple_of": "Lengths are padded to buckets in any case, nothing reads the flag, and a run says so.",
     "shuffle_dataset": "Rows come in shuffled order in any case, and nothing reads the flag, and a run says so.",
     "trust_remote_code": "It lets a tokenizer run code of its own; the embedded ones have none.",
+    "loss_kwargs": "It sets options of comparisons that somebody adds; those that are here have flags: see the tests of comparing.",
     "top_p": "It bounds draws, which depend on JAX's keys: see the tests of drawing.",
     "generation_batch_size": "It splits sampling into calls, and a row's draws do not depend on the others.",
     **dict.fromkeys(

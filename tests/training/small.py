@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from gold_jax.loss_spec import PRESETS, LossSpec
+from gold_jax.loss_spec import LossSpec, comparisons, presets
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
@@ -16,15 +16,26 @@ from gold_jax.training.teacher import freeze_teacher
 
 V, W, K = 37, 41, 25
 BETAS = (0.0, 0.5, 1.0)
+GIVEN = {"matched_weight": 1.0, "unmatched_weight": 1.0, "temperature": 5.0}
+
+
+def options(compare, **given):
+    """Those of `GIVEN` and of the given that the comparison has."""
+    return {name: value for name, value in (GIVEN | given).items() if name in comparisons()[compare].options}
+
+
 SPECS = [
-    LossSpec(*point, beta=BETAS[i % 3], matched_weight=1.0, unmatched_weight=1.0, alm_temperature=5.0, name=name)
-    for i, (name, point) in enumerate(PRESETS.items())
+    LossSpec(*point, options(point[2], beta=BETAS[i % 3]), name=name)
+    for i, (name, point) in enumerate(presets().items())
     if point[1] != "positional"
+    and name not in ("sorted", "hybrid", "shared", "shared_rest")  # others have these points
 ] + [
-    LossSpec("observed", "all", "hybrid", beta=1.0, crossentropy_weight=0.5, name="observed"),
-    LossSpec("chain", "all", "events", beta=0.0, name="chain_events"),
+    LossSpec("observed", "all", "hybrid", {"beta": 1.0}, crossentropy_weight=0.5, name="observed"),
+    LossSpec("chain", "all", "events", {"beta": 0.0}, name="chain_events"),
     LossSpec("boundary", "all", "shared_rest", name="shared_rest", student_temperature=0.7, teacher_temperature=1.3),
-    LossSpec("boundary", "all", "events", beta=0.0, distillation_weight=0.5, crossentropy_weight=1.0, name="mixed"),
+    LossSpec(
+        "boundary", "all", "events", {"beta": 0.0}, distillation_weight=0.5, crossentropy_weight=1.0, name="mixed"
+    ),
 ]
 STOPS = ((3, 5), (7, 2, 11))
 

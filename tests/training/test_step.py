@@ -74,7 +74,7 @@ def test_an_update_that_is_not_finite_leaves_all_as_it_was(micro):
     "merge, compare", [("chain", "shared"), ("boundary", "projected"), ("boundary", "events"), ("boundary", "alm")]
 )
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(merge, compare, beta):
-    spec = LossSpec(merge, "all", compare, beta=beta)
+    spec = LossSpec(merge, "all", compare, {"beta": beta})
     graph, params = split(decoder(V, 1))
     same = VocabularyMap.identity(V)
     teacher_graph, _ = split(decoder(V, 1))
