@@ -18,13 +18,13 @@ from flax import nnx
 from rich.console import Console
 
 from gold_jax.config import SFTConfig
+from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.initialize import is_main_process
+from gold_jax.distributed.watchdog import WAITING, Watchdog
 from gold_jax.host_memory import release_freed_memory
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, merge, split
-from gold_jax.parallel import agreement, processes
-from gold_jax.parallel.beats import WAITING
-from gold_jax.parallel.watch import make_watchdog
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
@@ -104,14 +104,14 @@ class Loop:
         self.total_steps = args.max_steps
         if args.max_steps < 0:
             self.total_steps = max(1, int(np.ceil(args.num_train_epochs * self.order.steps_per_epoch)))
-        self.watch = make_watchdog(args.process_timeout)  # a no-op watchdog until training starts
+        self.watchdog = Watchdog(args.process_timeout)  # a no-op until `train` enters one
         batch_builder = task.batch_builder
-        if processes.count() > 1:
+        if jax.process_count() > 1:
             batch_builder = dataclasses.replace(
                 batch_builder, process_shard=self._with_wait_marked(batch_builder.process_shard)
             )
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
-        self.profile_steps = self.profile_steps if processes.is_first() else []
+        self.profile_steps = self.profile_steps if is_main_process() else []
         if self.profile_steps:
             batch_builder = profile.watched(batch_builder)
         self.schedule = make_schedule(args, self.total_steps)
@@ -131,7 +131,7 @@ class Loop:
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.step = Step(task.loss, self.optimizer, shardings, placement and placement.put_rows)
         self.run = describe_run(args, task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect)
-        agreement.assert_same_across_processes(
+        assert_same_across_processes(
             "the settings or the data", {k: v for k, v in self.run.items() if k not in IGNORED_ON_RESUME}
         )
         self._trained = False
@@ -153,9 +153,9 @@ class Loop:
             Diverged: `max_skipped_updates` updates in a row were left out.
             OSError: the student cannot be written; the text says where it still is.
         """
-        if processes.is_first():
+        if is_main_process():
             self.output.mkdir(parents=True, exist_ok=True)
-        with make_watchdog(self.args.process_timeout) as self.watch:
+        with Watchdog(self.args.process_timeout) as self.watchdog:
             self.checkpoints = Checkpoints(
                 self.args.checkpoint_dir or self.output, limit=self.args.save_total_limit, say=self._say
             )
@@ -182,15 +182,15 @@ class Loop:
                 self._record(log, before)
             if unmeasured and self.done < self.total_steps:
                 self._record(log, self.evaluate())
-            with SignalHandler() as stop:
+            with SignalHandler() as signals:
                 try:
-                    self._updates(log, means, stop)
+                    self._updates(log, means, signals)
                 except KeyboardInterrupt:
-                    if stop.interrupted_twice:
+                    if signals.interrupted_twice:
                         raise
-                    stop.request("interrupt")
-                if stop.requested:
-                    self._leave(log, means, stop)
+                    signals.request("interrupt")
+                if signals.requested:
+                    self._leave(log, means, signals)
             self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
             after = self.evaluate() if self.task.eval is not None else {}
             if after:
@@ -211,7 +211,7 @@ class Loop:
         self.state = TrainState(self.state.params, self._init_optimizer(self.state.params))
         release_freed_memory()
         self.run_id = uuid.uuid4().hex
-        if not processes.is_first():
+        if not is_main_process():
             return
         self._set_logs_aside()
         old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
@@ -237,17 +237,17 @@ class Loop:
 
     def _log(self) -> MetricLog:
         """Where metrics go; nowhere in all processes but the first."""
-        if not processes.is_first():
+        if not is_main_process():
             return MetricLog(None)
         return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
 
-    def _updates(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
+    def _updates(self, log: MetricLog, means: RunningMean, signals: SignalHandler) -> None:
         args, total = self.args, self.total_steps
         log_every, eval_every, save_every = (
             args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")
         )
         per_epoch = self.order.steps_per_epoch
-        batch = stop.interruptible(self._build_batch, self.done) if self.done < total else None
+        batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         since, tokens, table_due = time.perf_counter(), 0, 0
         for step in self._steps(log):
             if batch is None:  # asked to end
@@ -256,9 +256,9 @@ class Loop:
                 self.state, metrics = self.step.train(self.state, self.task.constants, batch.batches)
                 current, self.done = batch, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
-            batch = stop.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+            batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
             with profile.host_annotation(profile.WAITING):
-                self.watch.at(step + 1, WAITING)
+                self.watchdog.report(step + 1, WAITING)
                 jax.block_until_ready(metrics["loss"])
 
             learning_rate = float(self.schedule(step - self.nonfinite.total))  # an update that is left out takes none
@@ -274,7 +274,7 @@ class Loop:
                 since, tokens = now, 0
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
                 self._give_up(log, means, metrics, step)
-            if current.samples and args.log_completions and processes.is_first():
+            if current.samples and args.log_completions and is_main_process():
                 self._keep(current.samples)
                 if step >= table_due:
                     table_due = step - step % args.log_completions_steps + args.log_completions_steps
@@ -285,13 +285,13 @@ class Loop:
                 self._due(args.eval_strategy, eval_every, ends) and self.done < total and self.task.eval is not None
             )
             if self.unmeasured:
-                measured = stop.interruptible(self.evaluate)
+                measured = signals.interruptible(self.evaluate)
                 if measured is not None:
                     self._record(log, measured)
                     self.unmeasured = False
                 since, tokens = time.perf_counter(), 0
-            stop.poll_preemption(self.done)
-            if stop.requested:
+            signals.poll_preemption(self.done)
+            if signals.requested:
                 return
             if self._due(args.save_strategy, save_every, ends) and self.done < total:
                 self._checkpoint(log, means)
@@ -299,11 +299,11 @@ class Loop:
             self.checkpoints.poll()
 
     def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
-        """A share whose exchanges the watch knows of: who comes first there waits for the others."""
+        """A share whose exchanges the watchdog knows of: who comes first there waits for the others."""
 
         def waited(exchange: Callable) -> Callable:
             def exchanged(values):
-                with self.watch.waiting():
+                with self.watchdog.waiting():
                     return exchange(values)
 
             return exchanged
@@ -334,9 +334,7 @@ class Loop:
         abstract = self._named_for_checkpoints(shapes)
         folder = self.checkpoints.folder
         found = find_and_restore(wanted, folder, self.run, abstract, self._say, self.total_steps)
-        agreement.assert_same_across_processes(
-            "the checkpoint that they go on from", None if found is None else str(found[0])
-        )
+        assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return None
         path, metadata, arrays = found
@@ -356,7 +354,7 @@ class Loop:
         means.restore(metadata["means"])
         self.checkpoints.read(path)
         self.run_id = metadata.get("run_id", "")
-        if processes.is_first():
+        if is_main_process():
             if (current_run(self.output) or "") == self.run_id:
                 self.history, _ = (
                     truncate_log(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
@@ -391,7 +389,7 @@ class Loop:
     @profile.annotate_host(profile.SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
-        self.watch.at(self.done, "saving a checkpoint")
+        self.watchdog.report(self.done, "saving a checkpoint")
         log.flush()  # no line up to here may be missing where the run goes on
         student = None
         if jax.process_count() == 1:
@@ -409,10 +407,10 @@ class Loop:
         }
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, student)
 
-    def _leave(self, log: MetricLog, means: RunningMean, stop: SignalHandler) -> None:
+    def _leave(self, log: MetricLog, means: RunningMean, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         log.flush()
-        what = "Interrupted" if stop.requested == "interrupt" else "Preempted"
+        what = "Interrupted" if signals.requested == "interrupt" else "Preempted"
         if self.done:
             self._checkpoint(log, means)
         saved = self.checkpoints.finish() and self.done > 0
@@ -421,7 +419,7 @@ class Loop:
             outcome = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
         further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
         self._say(f"{what} after {self.done} updates; {outcome}.{further}")
-        raise KeyboardInterrupt if stop.requested == "interrupt" else Preempted
+        raise KeyboardInterrupt if signals.requested == "interrupt" else Preempted
 
     def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
         log.flush()
@@ -434,7 +432,7 @@ class Loop:
         raise Diverged(why + (f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""))
 
     def _save_student(self) -> None:
-        self.watch.at(self.done, "saving the student")
+        self.watchdog.report(self.done, "saving the student")
         self.checkpoints.finish()
         try:
             self.save(self.output)
@@ -453,14 +451,14 @@ class Loop:
         return strategy == "epoch" and epoch_ends or strategy == "steps" and self.done % every == 0
 
     def _build_batch(self, step: int):
-        self.watch.at(step, "making the batch")
+        self.watchdog.report(step, "making the batch")
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
         return self.task.batch_builder.build(step, examples, self.state.params)
 
     @profile.annotate_host(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
-        self.watch.at(self.done, "evaluating")
+        self.watchdog.report(self.done, "evaluating")
         if self.task.eval is None:
             raise ValueError(
                 "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"

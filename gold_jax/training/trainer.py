@@ -10,14 +10,14 @@ from rich.console import Console
 
 from gold_jax import no_effect
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.initialize import is_main_process
 from gold_jax.fields import check_folder, read_value
 from gold_jax.loading import LoadedModel, load_model_and_tokenizer
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import ModelValue, count, merge, split
-from gold_jax.parallel import processes
-from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import describe_mesh
-from gold_jax.parallel.watch import make_watchdog
+from gold_jax.sharding.mesh import describe_mesh
+from gold_jax.sharding.placement import Placement
 from gold_jax.text.data import load_examples
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.batches import (
@@ -87,36 +87,38 @@ class SFTTrainer:
         # A copy, checked again: what was set on the settings since they were made is held to the same rules.
         self.args = a = (args if args is not None else self._default_args()).frozen_copy()
         self.hub_model_id = a.hub_model_id
-        processes.start(a.coordinator_address, a.num_processes, a.process_id)
-        self.console = (console or Console()) if processes.is_first() else Console(quiet=True)
+        if (a.num_processes or 1) > 1 and jax.process_count() == 1:
+            raise ValueError(
+                f"num_processes is {a.num_processes}, and this process runs alone: call "
+                "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer is made"
+            )
+        self.console = (console or Console()) if is_main_process() else Console(quiet=True)
         self.command = command
         self.notices = list(a.notices)
         self.dtype = compute_dtype(a.bf16)
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
-        with make_watchdog(a.process_timeout) as watch:
-            watch.at(0, "loading data and models")
-            self.train_examples = load_examples(train_dataset, text_column=a.dataset_text_field)
-            self.eval_examples = eval_dataset
-            if eval_dataset is not None:
-                self.eval_examples = load_examples(eval_dataset, text_column=a.dataset_text_field)
-            elif a.eval_strategy != "no" or a.eval_on_start:
-                asked = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
-                raise ValueError(f"{asked} needs rows to evaluate on: pass eval_dataset, or leave it out")
-            self.save_dtype = a.model_init_kwargs.get("dtype", "float32")
-            self.placement = place_run(a.mesh, a.layout)
-            self.shards = 1 if self.placement is None else self.placement.row_shards
-            self.share = process_shard_of(self.placement)
-            self.student = self._load(
-                "student",
-                model,
-                processing_class,
-                a.model_init_kwargs,
-                remat=a.gradient_checkpointing,
-                placement=self.placement,
-            )
-            self.loop = self._loop()
+        self.train_examples = load_examples(train_dataset, text_column=a.dataset_text_field)
+        self.eval_examples = eval_dataset
+        if eval_dataset is not None:
+            self.eval_examples = load_examples(eval_dataset, text_column=a.dataset_text_field)
+        elif a.eval_strategy != "no" or a.eval_on_start:
+            asked = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
+            raise ValueError(f"{asked} needs rows to evaluate on: pass eval_dataset, or leave it out")
+        self.save_dtype = a.model_init_kwargs.get("dtype", "float32")
+        self.placement = place_run(a.mesh, a.layout)
+        self.shards = 1 if self.placement is None else self.placement.row_shards
+        self.share = process_shard_of(self.placement)
+        self.student = self._load(
+            "student",
+            model,
+            processing_class,
+            a.model_init_kwargs,
+            remat=a.gradient_checkpointing,
+            placement=self.placement,
+        )
+        self.loop = self._loop()
 
     @staticmethod
     def _default_args() -> SFTConfig:
@@ -228,7 +230,7 @@ class SFTTrainer:
         header(self.console, self.title, about, self.notices)
 
     def _describe_mesh(self) -> str:
-        hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
+        hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
         return f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
 
     @property
@@ -252,7 +254,7 @@ class SFTTrainer:
             The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
-        if a.push_to_hub and processes.is_first():
+        if a.push_to_hub and is_main_process():
             try:
                 self.hub_model_id = create_hub_repository(
                     self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
@@ -264,7 +266,7 @@ class SFTTrainer:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
             check_folder("resume_from_checkpoint", resume)
         results = self.loop.train(resume)
-        if not processes.is_first():
+        if not is_main_process():
             return results
         write_model_card(
             a.output_dir,
@@ -417,6 +419,8 @@ class GOLDTrainer(SFTTrainer):
             },
             checked.kept,
         )
+        # From here on all processes compute together: one that could not load its data or models is named here.
+        assert_same_across_processes("the sizes of the vocabularies", sizes)
         teacher_graph, teacher_params = split(teacher.model)
         constants = freeze_teacher(teacher_graph, teacher_params, vocabulary, stops if by_role else None)
         digests = {
