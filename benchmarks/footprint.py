@@ -32,13 +32,13 @@ def main() -> None:
     args = parser.parse_args()
     prepare()
     from gold_jax.config import GOLDConfig, SFTConfig
-    from gold_jax.parallel.mesh import mesh_sizes
     from gold_jax.planning.compiled import by_compiling
     from gold_jax.planning.footprint import STUDENT
     from gold_jax.planning.hardware import GIB, read_topology
     from gold_jax.planning.known import known_config
     from gold_jax.planning.plan import PlanRequest
     from gold_jax.planning.sizes import Pair
+    from gold_jax.sharding.mesh import mesh_sizes
 
     print("| run | program | compiler, GiB | formula, GiB | formula less compiler |")
     print("| --- | --- | --- | --- | --- |", flush=True)

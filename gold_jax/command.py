@@ -21,8 +21,26 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
     if argv is None:
         cpu.restart_with_huge_pages()
     try:
+        _run(prog, main, sys.argv[1:] if argv is None else argv)
+    except BaseException as error:
+        _end_process(error)
+        raise
+    _end_process(None)
+
+
+def _end_process(error: BaseException | None) -> None:
+    """Ends this process as `distributed.shutdown` says, where the command has joined it with others."""
+    if "gold_jax.distributed.initialize" in sys.modules:
+        from gold_jax.distributed.shutdown import end_process
+
+        end_process(error)
+
+
+def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
+    """Calls `main` and turns its errors into a paragraph on stderr and an exit code."""
+    try:
         with cpu.enabled():
-            main(sys.argv[1:] if argv is None else argv)
+            main(argv)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
@@ -36,10 +54,12 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         from gold_jax.training.nonfinite import Diverged
         from gold_jax.training.report import HubError
 
-        if not isinstance(error, HubError | Diverged):
+        code = 1 if isinstance(error, HubError | Diverged) else getattr(error, "exit_code", None)
+        if code is None:
             raise
-        print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
-        raise SystemExit(1) from None
+        if str(error):
+            print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 def show(notices: Sequence[str]) -> None:

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.parallel.layout import Placement
 from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
 
 

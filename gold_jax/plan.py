@@ -93,7 +93,6 @@ def plan_run(
         raise ValueError("--model_name_or_path is missing: the student, a folder or a hub id")
     if topology.kind == "tpu":
         need_compiler(topology.name)
-    from gold_jax.parallel.mesh import mesh_sizes
     from gold_jax.planning.advice import advice
     from gold_jax.planning.compiled import by_compiling
     from gold_jax.planning.footprint import STUDENT
@@ -102,6 +101,7 @@ def plan_run(
     from gold_jax.planning.report import Report
     from gold_jax.planning.search import search
     from gold_jax.planning.sizes import Pair
+    from gold_jax.sharding.mesh import mesh_sizes
 
     mesh = mesh_sizes(training.mesh, topology.devices)
     options = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}

@@ -12,12 +12,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, data, training, notices = parse_args(
         argv, ModelArguments, DataArguments, GOLDConfig, prog="gold_jax.train", doc=__doc__
     )
+    from gold_jax.distributed.initialize import initialize
     from gold_jax.training.trainer import GOLDTrainer
 
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the student, a folder or a hub id")
     if training.teacher_model_name_or_path is None:
         raise ValueError("--teacher_model_name_or_path is missing: the teacher, a folder or a hub id")
+    initialize(
+        training.coordinator_address,
+        training.num_processes,
+        training.process_id,
+        heartbeat_timeout=training.process_timeout,
+    )
     train, evaluation = load_split(data, training)
     named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
     same = {"attn_implementation": model.attn_implementation}

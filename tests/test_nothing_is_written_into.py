@@ -32,9 +32,7 @@ ALLOWED = {
     ("training/profile.py", "_tracing", "attribute"),
     ("quickstart/tokenization.py", "make_teacher_tokenizer", "attribute"),
     ("quickstart/tokenization.py", "make_student_tokenizer", "attribute"),
-    ("parallel/processes.py", "on_abort", "attribute"),
-    ("parallel/watch.py", "end_process", "attribute"),
-    ("parallel/watch.py", "_leave", "attribute"),
+    ("distributed/watchdog.py", "_watch", "attribute"),
 }
 OWN = ("self", "cls")
 MODULE_WRITES = ("set_value", "set_raw_value", "set_metadata", "update_from_state")

@@ -7,9 +7,10 @@ set -euo pipefail
 USAGE='resume.sh --name NAME --zone ZONE --accelerator TYPE [--run RUN] [flags] -- COMMAND…
 Watches a run and does what is due: waits for the TPU, or makes it anew where it was taken away, installs the project
 where it is not there, and runs COMMAND again with --resume_from_checkpoint latest behind it, until its exit code is
-0. It can be ended and started at any time, and also starts a run that never ran. Exit code 75 (preempted, and saved)
-and a run that is gone without an exit code are continued; any other code ends it, with that code. After that, mend
-what was wrong, install.sh, launch.sh, and resume.sh again. Checkpoints must lie on gs://, as the disks of the workers
+0. It can be ended and started at any time, and also starts a run that never ran. Exit code 75 (preempted, and saved),
+a run that is gone without an exit code, and workers that JAX aborted because they lost another one (134) are continued;
+an error of any worker ends it, with its exit code. After that, mend what was wrong, install.sh, launch.sh, and
+resume.sh again. Checkpoints must lie on gs://, as the disks of the workers
 go with them.'
 FLAGS="$TPU_FLAGS $CREATE_FLAGS $INSTALL_FLAGS $SSH_FLAGS --run --poll --max-restarts"
 parse "$@"
@@ -21,6 +22,15 @@ case " ${COMMAND[*]} " in
 *) COMMAND+=(--resume_from_checkpoint latest) ;;
 esac
 
+# What the exit codes of all workers come to, one a line: 0 only where every worker has it. An error (below 128) counts for all:
+# JAX aborts the other workers (134, SIGABRT) also where one fails. Without an error, workers were aborted because one of
+# them was lost; a lone one lost nobody.
+exit_codes() {
+  awk '
+    { code = $1 + 0; if (code > most) most = code; if (code < 128 && code > error) error = code; aborted += code == 134 }
+    END { print (error ? error : (aborted && NR > 1) ? "preempted" : most + 0) }'
+}
+
 # One word for what all workers say.
 summary() {
   local states
@@ -30,7 +40,7 @@ summary() {
   *' running '*) echo running ;;
   *' none '*) echo none ;;
   *' 75 '* | *' lost '*) echo preempted ;;
-  *) sort -n <<<"$states" | tail -n 1 ;; # exit codes alone: 0 only where every worker has it
+  *) exit_codes <<<"$states" ;;
   esac
 }
 

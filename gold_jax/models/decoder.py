@@ -19,9 +19,9 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoding import Cache, DecodingWeights, can_view_layers, cast_and_shard, layer_copies, layer_views
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.models.parameters import ParamInfo, layer_parameters, nested, parameters
-from gold_jax.parallel import exchange
-from gold_jax.parallel.exchange import ShardedParam
-from gold_jax.parallel.layout import Placement
+from gold_jax.sharding import collectives
+from gold_jax.sharding.collectives import ShardedParam
+from gold_jax.sharding.placement import Placement
 
 # What a decoder is told beside its config and parameters: arguments of its constructor, and its attributes.
 SETTINGS = ("dtype", "param_dtype", "remat", "attention", "platform", "placement")
@@ -333,7 +333,7 @@ class Decoder(nnx.Module):
         if self.placement is None:
             x = table[tokens].astype(self.dtype)
         else:
-            x = exchange.lookup(self.placement, table, tokens, self.dtype)
+            x = collectives.embedding_lookup(self.placement, table, tokens, self.dtype)
         if self.config.embedding_scale == 1.0:
             return x
         return x * jnp.asarray(self.config.embedding_scale, self.dtype)
@@ -362,7 +362,7 @@ class Decoder(nnx.Module):
         shared, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
         attend, layout = functools.partial(repack, attend), (arrays, shared)
         if placement is not None:
-            attend = exchange.attention_per_head(placement, attend, config.heads, config.kv_heads)
+            attend = collectives.attention_per_head(placement, attend, config.heads, config.kv_heads)
         tables = self._tables(positions)
 
         def body(x, scanned):

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from gold_jax.models.attention import masked_softmax
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.rope import rotate
-from gold_jax.parallel.exchange import ShardedParam, cached_attention_per_head
-from gold_jax.parallel.layout import Placement
+from gold_jax.sharding.collectives import ShardedParam, cached_attention_per_head, unshard
+from gold_jax.sharding.placement import Placement
 
 Weights = dict[str, jax.Array | ShardedParam]
 
@@ -31,11 +31,11 @@ _ACTIVATIONS = {
 }
 
 
-def rms_norm(config: DecoderConfig, x: jax.Array, weight: jax.Array) -> jax.Array:
+def rms_norm(config: DecoderConfig, x: jax.Array, weight: jax.Array | ShardedParam) -> jax.Array:
     """`x / rms(x) · (norm_offset + weight)` over the last axis, in float32, in x's dtype."""
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
-    return (wide * scale * (config.norm_offset + in_dtype(weight, jnp.float32))).astype(x.dtype)
+    return (wide * scale * (config.norm_offset + unshard(weight, jnp.float32))).astype(x.dtype)
 
 
 def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple, attend: Callable[..., jax.Array]):
@@ -92,9 +92,9 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     Rows and positions become one axis for the product: CPUs multiply the gradient of a matrix, which sums over both, a
     third faster when there is one axis to sum over.
     """
-    y = x.reshape(-1, x.shape[-1]) @ in_dtype(weights[name], x.dtype)
+    y = x.reshape(-1, x.shape[-1]) @ unshard(weights[name], x.dtype)
     bias = weights.get(f"{name}_bias")
-    return (y if bias is None else y + in_dtype(bias, x.dtype)).reshape(*x.shape[:-1], -1)
+    return (y if bias is None else y + unshard(bias, x.dtype)).reshape(*x.shape[:-1], -1)
 
 
 def decode(

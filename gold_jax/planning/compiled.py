@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 
 from jax.experimental import topologies
 
-from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import make_mesh
 from gold_jax.planning.environment import need_compiler
 from gold_jax.planning.footprint import STUDENT, Footprint
 from gold_jax.planning.hardware import GIB, Topology
@@ -14,6 +12,8 @@ from gold_jax.planning.plan import Plan, PlanRequest, ProgramMemory, check, cost
 from gold_jax.planning.programs import PlannedRun, Program, compile_program
 from gold_jax.planning.traffic import sent_by
 from gold_jax.planning.wording import MOMENTS
+from gold_jax.sharding.mesh import make_mesh
+from gold_jax.sharding.placement import Placement
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 

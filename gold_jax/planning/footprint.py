@@ -32,8 +32,8 @@ from typing import Any
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.parallel.layout import Placement
 from gold_jax.planning.sizes import CHUNK, Pair, Sizes
+from gold_jax.sharding.placement import Placement
 
 _INT32 = _FLOAT32 = 4
 ERROR = 0.16  # by which the formula came out too small at most

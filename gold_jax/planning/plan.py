@@ -6,12 +6,12 @@ from typing import Any
 import jax
 
 from gold_jax.models.attention import check_model
-from gold_jax.parallel.layout import Placement
 from gold_jax.planning.estimate import Phase, phases
 from gold_jax.planning.footprint import Footprint
 from gold_jax.planning.hardware import GPU_SHARE, Topology
 from gold_jax.planning.sizes import Pair
 from gold_jax.planning.traffic import Sent, added, sent_by
+from gold_jax.sharding.placement import Placement
 
 
 @dataclasses.dataclass(frozen=True)

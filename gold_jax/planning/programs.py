@@ -25,11 +25,11 @@ from gold_jax.config import SFTConfig
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.parallel.layout import ROW_AXES, Placement
 from gold_jax.planning.collectives import Collectives, read_collectives
 from gold_jax.planning.sizes import Pair, Sizes
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
+from gold_jax.sharding.placement import ROW_AXES, Placement
 from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.build import Match, build_run

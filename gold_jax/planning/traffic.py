@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 
 from gold_jax.bucketing import bucket
 from gold_jax.models.config import DecoderConfig
-from gold_jax.parallel.layout import ROW_AXES, Placement, sharded_axes
 from gold_jax.planning.arithmetic import parameter_count
 from gold_jax.planning.footprint import Footprint
 from gold_jax.planning.hardware import Topology
+from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 _FLOAT32 = 4
 Sent = dict[str, float]  # bytes by the mesh axes that the devices differ along, as in `Collectives.by_axes`

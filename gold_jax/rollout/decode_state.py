@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Cache
 from gold_jax.models.functional import merge
-from gold_jax.parallel.exchange import map_shards
-from gold_jax.parallel.layout import ROW_AXES, Placement
 from gold_jax.rollout.token_sampling import sample_tokens
+from gold_jax.sharding.collectives import map_shards
+from gold_jax.sharding.placement import ROW_AXES, Placement
 
 
 class SamplingOptions(NamedTuple):

@@ -16,8 +16,8 @@ from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import Params, split
-from gold_jax.parallel.layout import Placement
 from gold_jax.rollout.server import ServerEngine
+from gold_jax.sharding.placement import Placement
 from gold_jax.text.batch import SINGLE_PROCESS
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.process_shard import ProcessShard

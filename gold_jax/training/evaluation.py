@@ -14,10 +14,10 @@ from gold_jax.loading import LoadedModel
 from gold_jax.losses.distill import Head, flatten_positions, token_logp
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import merge, split
-from gold_jax.parallel.exchange import map_shards
-from gold_jax.parallel.layout import ROW_AXES
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
+from gold_jax.sharding.collectives import map_shards
+from gold_jax.sharding.placement import ROW_AXES
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids

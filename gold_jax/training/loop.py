@@ -20,12 +20,12 @@ from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
+from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.initialize import is_main_process
+from gold_jax.distributed.watchdog import WAITING, Watchdog
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.parallel import agreement, processes
-from gold_jax.parallel.beats import WAITING
-from gold_jax.parallel.watch import make_watchdog
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
@@ -125,12 +125,12 @@ class Loop:
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
         self.order, self.total_steps = data.order, data.total_steps(args)
-        self.watch = make_watchdog(args.process_timeout)  # a no-op until training starts
+        self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
         batches = run.batches
-        if processes.count() > 1:
+        if jax.process_count() > 1:
             batches = dataclasses.replace(batches, process_shard=self._with_wait_marked(batches.process_shard))
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
-        self.profile_steps = self.profile_steps if processes.is_first() else []
+        self.profile_steps = self.profile_steps if is_main_process() else []
         if self.profile_steps:
             batches = profile.watched(batches)
         self.state = TrainState(run.params, None)
@@ -140,7 +140,7 @@ class Loop:
         self.description = describe_run(
             args, data.digests, len(data.kept), data.rows_per_step, data.batch_size, data.without_effect
         )
-        agreement.assert_same_across_processes(
+        assert_same_across_processes(
             "the settings or the data", {k: v for k, v in self.description.items() if k not in IGNORED_ON_RESUME}
         )
         self._trained = False
@@ -168,10 +168,10 @@ class Loop:
             Diverged: `max_skipped_updates` updates in a row were left out.
             OSError: the student cannot be written; the text says where it still is.
         """
-        if processes.is_first():
+        if is_main_process():
             self.output.mkdir(parents=True, exist_ok=True)
         with (
-            make_watchdog(self.args.process_timeout) as self.watch,
+            Watchdog(self.args.process_timeout) as self.watchdog,
             contextlib.closing(self._open_checkpoints()) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
@@ -216,12 +216,12 @@ class Loop:
             # The device works on this update; the host meanwhile draws up the next one.
             batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
             with profile.host_annotation(profile.WAITING):
-                self.watch.at(step + 1, WAITING)
+                self.watchdog.report(step + 1, WAITING)
                 jax.block_until_ready(metrics["loss"])
             self._log_update(step, current, metrics)
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
                 self._give_up(metrics, step)
-            if current.samples and args.log_completions and processes.is_first():
+            if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
             self.unmeasured = self.data.eval is not None and self._is_due("eval")
             if self.unmeasured:
@@ -239,7 +239,7 @@ class Loop:
             self.checkpoints.poll()
 
     def _build_batch(self, step: int) -> UpdateBatch:
-        self.watch.at(step, "making the batch")
+        self.watchdog.report(step, "making the batch")
         return self.run.batches.build(step, [self.data.train[i] for i in self.data.rows(step)], self.state.params)
 
     def _is_due(self, what: str) -> bool:
@@ -269,7 +269,7 @@ class Loop:
 
         def waited(exchange: Callable) -> Callable:
             def exchanged(values):
-                with self.watch.waiting():
+                with self.watchdog.waiting():
                     return exchange(values)
 
             return exchanged
@@ -284,7 +284,7 @@ class Loop:
 
     def _open_log(self) -> MetricLog:
         """Where metrics go; nowhere in all processes but the first."""
-        if not processes.is_first():
+        if not is_main_process():
             return MetricLog(None)
         return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
 
@@ -334,7 +334,7 @@ class Loop:
     @profile.annotate_host(profile.EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
-        self.watch.at(self.done, "evaluating")
+        self.watchdog.report(self.done, "evaluating")
         if self.data.eval is None:
             raise ValueError(
                 "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
@@ -391,7 +391,7 @@ class Loop:
         return save_final_model(self.student.model, tokenizer, folder, dtype=self.save_dtype)
 
     def _save_student(self) -> None:
-        self.watch.at(self.done, "saving the student")
+        self.watchdog.report(self.done, "saving the student")
         self.checkpoints.finish()
         try:
             self.save(self.output)
@@ -414,7 +414,7 @@ class Loop:
         self.state = self.run.init(self.state.params)
         release_freed_memory()
         self.run_id = uuid.uuid4().hex
-        if not processes.is_first():
+        if not is_main_process():
             return
         self._set_logs_aside()
         old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
@@ -434,9 +434,7 @@ class Loop:
         abstract = self._named_for_checkpoints(shapes)
         folder = self.checkpoints.folder
         found = find_and_restore(wanted, folder, self.description, abstract, self._say, self.total_steps)
-        agreement.assert_same_across_processes(
-            "the checkpoint that they go on from", None if found is None else str(found[0])
-        )
+        assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return None
         path, metadata, arrays = found
@@ -458,7 +456,7 @@ class Loop:
         self.unmeasured = metadata["unmeasured"]
         self.checkpoints.read(path)
         self.run_id = metadata.get("run_id", "")
-        if processes.is_first():
+        if is_main_process():
             if (current_run(self.output) or "") == self.run_id:
                 self.history, _ = (
                     truncate_log(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
@@ -492,7 +490,7 @@ class Loop:
     @profile.annotate_host(profile.SAVING)
     def _save_checkpoint(self) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
-        self.watch.at(self.done, "saving a checkpoint")
+        self.watchdog.report(self.done, "saving a checkpoint")
         self._log.flush()  # no line up to here may be missing where the run goes on
         student = None
         if jax.process_count() == 1:

@@ -6,11 +6,11 @@ import pathlib
 import jax
 
 from gold_jax.config import GOLDConfig
+from gold_jax.distributed import consensus
 from gold_jax.loading import load_tokenizer
-from gold_jax.parallel import agreement, processes
-from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import make_mesh, mesh_sizes
 from gold_jax.rollout.server import ServerEngine
+from gold_jax.sharding.mesh import make_mesh, mesh_sizes
+from gold_jax.sharding.placement import Placement
 from gold_jax.text.process_shard import ProcessShard
 
 
@@ -34,11 +34,11 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
     """Which rows this process makes."""
     if placement is None:
         return ProcessShard()
-    if processes.count() == 1:
+    if jax.process_count() == 1:
         return ProcessShard.single_process(placement.row_shards)
     owner, mine = placement.row_owners()
-    exchange = agreement.all_reduce_sum, agreement.all_reduce_max, agreement.all_gather_ragged
-    return ProcessShard(owner, mine, processes.index(), *exchange)
+    exchange = consensus.all_reduce_sum, consensus.all_reduce_max, consensus.all_gather_ragged
+    return ProcessShard(owner, mine, jax.process_index(), *exchange)
 
 
 def read_template(path: str) -> str:
@@ -67,7 +67,7 @@ def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[Se
         return None, []
     if args.lmbda == 0:
         return None, ["--use_vllm: no effect with --lmbda 0, where the student writes nothing"]
-    if processes.count() > 1:
+    if jax.process_count() > 1:
         raise ValueError(
             "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
             "sampler writes the completions on all devices."

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from gold_jax import no_effect
 from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.initialize import is_main_process
 from gold_jax.fields import check_folder, read_value
 from gold_jax.loading import LoadedModel, load_model_and_tokenizer
 from gold_jax.models.functional import count, merge, split
-from gold_jax.parallel import processes
-from gold_jax.parallel.layout import Placement
-from gold_jax.parallel.mesh import describe_mesh
-from gold_jax.parallel.watch import make_watchdog
+from gold_jax.sharding.mesh import describe_mesh
+from gold_jax.sharding.placement import Placement
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.batches import CheckedRows, check_evaluation, check_examples, with_text_completion
@@ -58,7 +58,11 @@ class _Setup:
         """
         # A copy, checked again: what was set on the settings since they were made is held to the same rules.
         a = args.frozen_copy()
-        processes.start(a.coordinator_address, a.num_processes, a.process_id)
+        if (a.num_processes or 1) > 1 and jax.process_count() == 1:
+            raise ValueError(
+                f"num_processes is {a.num_processes}, and this process runs alone: call "
+                "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer is made"
+            )
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
@@ -72,7 +76,7 @@ class _Setup:
         return cls(
             args=a,
             title=title,
-            console=(console or Console()) if processes.is_first() else Console(quiet=True),
+            console=(console or Console()) if is_main_process() else Console(quiet=True),
             dataset_name=dataset_name or (train_dataset if isinstance(train_dataset, str) else None),
             train=train,
             eval=evaluation,
@@ -127,7 +131,7 @@ class _Setup:
         size = count(split(student.model)[1])
         mesh = None
         if self.placement is not None:
-            hosts = f" of {processes.count()} processes" if processes.count() > 1 else ""
+            hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             mesh = f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
         about = {
             "student": f"{student.name} ({config.family}, {size / 1e6:.1f} M parameters)",
@@ -181,7 +185,7 @@ class _Trainer:
             The closing evaluation's metrics; empty without evaluation data.
         """
         a = self.args
-        if a.push_to_hub and processes.is_first():
+        if a.push_to_hub and is_main_process():
             try:
                 self.hub_model_id = create_hub_repository(
                     self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
@@ -193,7 +197,7 @@ class _Trainer:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
             check_folder("resume_from_checkpoint", resume)
         results = self.loop.train(resume)
-        if not processes.is_first():
+        if not is_main_process():
             return results
         write_model_card(
             a.output_dir,
@@ -261,11 +265,9 @@ class SFTTrainer(_Trainer):
         args = SFTConfig() if args is None else args
         if not isinstance(args, SFTConfig) or isinstance(args, GOLDConfig):
             raise TypeError(f"args is a {type(args).__name__}; SFTTrainer takes an SFTConfig")
-        with make_watchdog(args.process_timeout) as watch:
-            watch.at(0, "loading data and models")
-            setup = _Setup.read(args, "gold_jax.sft", train_dataset, eval_dataset, console, dataset_name)
-            student = setup.load_student(model, processing_class)
-            super().__init__(setup, student._replace(model=None), _sft_loop(setup, student), command, {})
+        setup = _Setup.read(args, "gold_jax.sft", train_dataset, eval_dataset, console, dataset_name)
+        student = setup.load_student(model, processing_class)
+        super().__init__(setup, student._replace(model=None), _sft_loop(setup, student), command, {})
 
 
 def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
@@ -333,12 +335,10 @@ class GOLDTrainer(_Trainer):
         if teacher_model is None:
             raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
         teacher_tokenizer = teacher_processing_class or args.teacher_tokenizer_name_or_path
-        with make_watchdog(args.process_timeout) as watch:
-            watch.at(0, "loading data and models")
-            setup = _Setup.read(args, "gold_jax.train", train_dataset, eval_dataset, console, dataset_name)
-            student = setup.load_student(model, processing_class)
-            teacher = _load_teacher(setup, teacher_model, teacher_tokenizer)
-            loop, self.spec = _distillation_loop(setup, student, teacher)
+        setup = _Setup.read(args, "gold_jax.train", train_dataset, eval_dataset, console, dataset_name)
+        student = setup.load_student(model, processing_class)
+        teacher = _load_teacher(setup, teacher_model, teacher_tokenizer)
+        loop, self.spec = _distillation_loop(setup, student, teacher)
         card = {"teacher": teacher.name, "loss": self.spec.describe()}
         super().__init__(setup, student._replace(model=None), loop, command, card)
 
@@ -381,6 +381,9 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         "completions": _describe_completions(a, engine),
     }
     setup.show(student, rows, len(checked.kept))
+    # From here on all processes compute together: one that could not load its data or models is named here.
+    sizes = [model.model.config.vocab_size for model in (student, teacher)]
+    assert_same_across_processes("the sizes of the vocabularies", sizes)
     digests = {
         **describe_tokenizer("the student", student.chat_tokenizer),
         **describe_tokenizer("the teacher", teacher.chat_tokenizer),

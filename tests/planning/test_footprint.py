@@ -7,10 +7,10 @@ from transformers import AutoConfig
 
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.models.config import DecoderConfig
-from gold_jax.parallel.layout import Placement
 from gold_jax.planning.footprint import Footprint
 from gold_jax.planning.programs import PlannedRun, device_bytes
 from gold_jax.planning.sizes import Pair
+from gold_jax.sharding.placement import Placement
 
 AXES = ("data", "fsdp", "tensor")
 MATCHED = 354

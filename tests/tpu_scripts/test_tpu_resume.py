@@ -99,6 +99,20 @@ def test_a_run_that_is_gone_without_an_exit_code_is_continued_when_all_have_ende
     assert deeds(scripts) == ["start"]
 
 
+@pytest.mark.parametrize("states", [(134, 134), (137, 134, 134), (134, 137), (0, 134), (134, 139)])
+def test_workers_that_jax_aborted_because_one_was_lost_are_continued(scripts, states):
+    scripts.answers(queued=["ACTIVE"], vm=["READY"], status=[said(*states), said(*states), said(0, 0)])
+    assert scripts.run("resume", *FLAGS, *COMMAND).returncode == 0
+    assert deeds(scripts) == ["start"]
+
+
+@pytest.mark.parametrize("states, code", [((134, 2), 2), ((2, 134, 1), 2), ((134,), 134), ((0, 137), 137)])
+def test_an_error_that_aborted_the_others_and_a_crash_of_one_worker_are_not_repeated(scripts, states, code):
+    scripts.answers(queued=["ACTIVE"], vm=["READY"], status=[said(*states)])
+    assert scripts.run("resume", *FLAGS, *COMMAND).returncode == code
+    assert deeds(scripts) == []
+
+
 def test_a_run_that_failed_ends_with_its_code_and_is_not_repeated(scripts):
     scripts.answers(queued=["ACTIVE"], vm=["READY"], status=[said("running", "running"), said(0, 3)])
     done = scripts.run("resume", *FLAGS, *COMMAND)

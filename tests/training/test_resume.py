@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_
         first = gold(world, tmp_path / "parts", **flags)
         with pytest.raises(Preempted) as end:
             first.train()
-    assert end.value.code == 75
+    assert end.value.exit_code == 75
     assert "Preempted after 20 updates" in first.console.export_text()
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-20"]
     # An evaluation was due after this update and had to wait.

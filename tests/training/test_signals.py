@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from gold_jax.training.signals import Preempted, SignalHandler
+from gold_jax.training.signals import SignalHandler
 
 
 def send(number):
@@ -25,10 +25,10 @@ def usual_handlers():
 
 @pytest.mark.parametrize("number, asked", [(signal.SIGINT, "interrupt"), (signal.SIGTERM, "preemption")])
 def test_a_signal_is_held_until_the_run_looks(number, asked):
-    with SignalHandler() as stop:
-        assert stop.requested is None
+    with SignalHandler() as signals:
+        assert signals.requested is None
         send(number)
-        assert stop.requested == asked
+        assert signals.requested == asked
 
 
 def test_what_may_be_cut_short_is_and_gives_nothing():
@@ -38,27 +38,27 @@ def test_what_may_be_cut_short_is_and_gives_nothing():
         send(signal.SIGTERM)
         after.append(x)
 
-    with SignalHandler() as stop:
-        assert stop.interruptible(lambda x: x + 1, 2) == 3
-        assert stop.interruptible(part, 1) is None
-        assert stop.requested == "preemption" and after == []
-        assert stop.interruptible(part, 1) is None  # not even begun
+    with SignalHandler() as signals:
+        assert signals.interruptible(lambda x: x + 1, 2) == 3
+        assert signals.interruptible(part, 1) is None
+        assert signals.requested == "preemption" and after == []
+        assert signals.interruptible(part, 1) is None  # not even begun
 
 
 def test_an_error_of_what_may_be_cut_short_is_not_hidden():
-    with SignalHandler() as stop, pytest.raises(ZeroDivisionError):
-        stop.interruptible(lambda: 1 / 0)
+    with SignalHandler() as signals, pytest.raises(ZeroDivisionError):
+        signals.interruptible(lambda: 1 / 0)
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
-    with SignalHandler() as stop:
+    with SignalHandler() as signals:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
-    with SignalHandler() as stop:
+    with SignalHandler() as signals:
         send(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
-        assert stop.interrupted_twice
+        assert signals.interrupted_twice
 
 
 def test_signals_are_as_before_afterwards_and_those_of_others_are_left_alone():
@@ -68,17 +68,17 @@ def test_signals_are_as_before_afterwards_and_those_of_others_are_left_alone():
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     heard = []
     signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
-    with SignalHandler() as stop:
+    with SignalHandler() as signals:
         send(signal.SIGTERM)
-    assert heard == [1] and stop.requested is None
+    assert heard == [1] and signals.requested is None
 
 
 def test_outside_the_main_thread_nothing_is_touched():
     seen = []
 
     def elsewhere():
-        with SignalHandler() as stop:
-            seen.append((signal.getsignal(signal.SIGTERM), stop.requested))
+        with SignalHandler() as signals:
+            seen.append((signal.getsignal(signal.SIGTERM), signals.requested))
 
     thread = threading.Thread(target=elsewhere)
     thread.start()
@@ -86,7 +86,11 @@ def test_outside_the_main_thread_nothing_is_touched():
     assert seen == [(signal.SIG_DFL, None)]
 
 
-def test_a_preempted_process_ends_with_75():
-    code = "from gold_jax.training.signals import Preempted; raise Preempted"
-    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 75
-    assert Preempted().code == 75
+def test_a_preempted_command_ends_with_75():
+    code = (
+        "from gold_jax.command import run; from gold_jax.training.signals import Preempted\n"
+        "def main(_): raise Preempted\n"
+        "run('gold_jax.train', main, [])"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 75 and ended.stderr == ""

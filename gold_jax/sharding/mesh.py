@@ -1,5 +1,5 @@
-"""The mesh of devices: axes `data` (copies of the model), `fsdp` (shards of the model that share rows out) and `tensor`
-(shards that work on the same rows).
+"""The mesh of devices, with the axes `data` (replicas of the model), `fsdp` (shards of the model, different rows) and `tensor`
+(shards of the model, the same rows).
 """
 
 from __future__ import annotations

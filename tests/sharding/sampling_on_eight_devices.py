@@ -1,6 +1,6 @@
 """What is drawn on meshes of eight devices against one device: prints how many completions of each mesh differ, and scores.
 
-XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/parallel/sampling_on_eight_devices.py
+XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python tests/sharding/sampling_on_eight_devices.py
 """
 
 import json
@@ -15,9 +15,9 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 
 from training.small import V, decoder  # noqa: E402
 
-from gold_jax.parallel.layout import Placement  # noqa: E402
-from gold_jax.parallel.mesh import make_mesh, mesh_sizes  # noqa: E402
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
+from gold_jax.sharding.mesh import make_mesh, mesh_sizes  # noqa: E402
+from gold_jax.sharding.placement import Placement  # noqa: E402
 
 MESHES = ("data=8", "fsdp"), ("fsdp=8", "full"), ("fsdp=4,tensor=2", "fsdp"), ("data=2,fsdp=2,tensor=2", "full")
 

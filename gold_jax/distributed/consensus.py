@@ -1,0 +1,158 @@
+"""What the processes of a run exchange: numbers and token ids over the devices, settings through JAX's key-value store."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gold_jax.distributed.initialize import coordination_client, process_names
+from gold_jax.distributed.watchdog import PeerFailed, read_failures
+
+_FRAME = 256  # words of the first message: most are shorter
+_calls = itertools.count()  # all processes make these calls in the same order; each has keys of its own
+
+
+def assert_same_across_processes(what: str, value: Any) -> None:
+    """Raises in all processes where they do not have the same value.
+
+    Args:
+        what: what it is, for the error: "--seed", "the settings".
+        value: anything that JSON can hold; of mappings, the error shows the keys that differ.
+
+    Raises:
+        ValueError: says which processes have what.
+        PeerFailed: a process ended with an error before it came here.
+    """
+    if jax.process_count() == 1:
+        return
+    client, names, key = coordination_client(), process_names(), f"gold_jax/same/{next(_calls)}"
+    if client is None:
+        raise RuntimeError("call gold_jax.distributed.initialize first: the processes cannot compare what they have")
+
+    def wait_for(name: str) -> str:
+        while True:
+            try:
+                return client.blocking_key_value_get(f"{key}/{name}", 2000)
+            except jax.errors.JaxRuntimeError:
+                for i, error in read_failures(client).items():
+                    raise PeerFailed(f"{names[i]} ended with an error: {error}.") from None
+
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value, sort_keys=True))
+    if jax.process_index() == 0:
+        values = [json.loads(wait_for(str(i))) for i in range(jax.process_count())]
+        client.key_value_set(f"{key}/verdict", json.dumps(describe_difference(what, values, names)))
+    if problem := json.loads(wait_for("verdict")):
+        raise ValueError(problem)
+
+
+def all_gather(values: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, of one shape and dtype: [...] -> [P, ...], bit for bit.
+
+    Raises:
+        ValueError: shapes or dtypes differ, or the dtype is not of numbers.
+    """
+    values = np.asarray(values)
+    if values.dtype.hasobject:
+        raise ValueError(f"arrays of {values.dtype} cannot be sent to other processes")
+    if jax.process_count() == 1:
+        return values[None]
+    kind = f"{values.dtype.name}{list(values.shape)}"
+    kinds, rows = zip(*(row.split(b"\0", 1) for row in _gather_bytes(kind.encode() + b"\0" + values.tobytes())))
+    if problem := describe_difference("the array that they exchange", [k.decode() for k in kinds], process_names()):
+        raise ValueError(problem)
+    return np.stack([np.frombuffer(row, values.dtype).reshape(values.shape) for row in rows])
+
+
+def all_reduce_sum(values: np.ndarray) -> np.ndarray:
+    """Sums over the processes, of the same shape: the same in all of them, and exact for whole numbers."""
+    return np.asarray(all_gather(values).sum(axis=0))
+
+
+def all_reduce_max(values: np.ndarray) -> np.ndarray:
+    """The largest of each number over the processes, of the same shape."""
+    return np.asarray(all_gather(values).max(axis=0))
+
+
+def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
+    """The rows of all processes, such as token ids: for each process its own, however many and long.
+
+    Args:
+        rows: one-dimensional int32 arrays.
+
+    Raises:
+        ValueError: a row is something else.
+    """
+    rows = [np.asarray(row) for row in rows]
+    for i, row in enumerate(rows):
+        if row.ndim != 1 or row.dtype != np.int32:
+            raise ValueError(f"row {i} is {row.dtype.name}{list(row.shape)}: rows are one-dimensional int32 arrays")
+    if jax.process_count() == 1:
+        return [rows]
+    gathered = []
+    for data in _gather_bytes(
+        b"".join(row.tobytes() for row in (np.array([len(rows), *map(len, rows)], np.int32), *rows))
+    ):
+        values = np.frombuffer(data, np.int32)
+        lengths, tokens = values[1 : 1 + values[0]], values[1 + values[0] :]
+        gathered.append([part.copy() for part in np.split(tokens, np.cumsum(lengths))[: len(lengths)]])
+    return gathered
+
+
+def _gather_bytes(data: bytes) -> list[bytes]:
+    """The bytes of every process, of any lengths: short ones in one frame, longer ones in a second exchange."""
+    capacity = 4 * (_FRAME - 2)
+    length = np.array([len(data)], np.uint64).view(np.uint32)
+    frames = _gather_words(np.concatenate([length, _to_words(data if len(data) <= capacity else b"", _FRAME - 2)]))
+    lengths, body = frames[:, :2].copy().view(np.uint64)[:, 0].tolist(), frames[:, 2:]
+    if max(lengths) > capacity:
+        # One of few sizes, because a program is compiled for each.
+        body = _gather_words(_to_words(data, 1 << (max(lengths) // 4).bit_length()))
+    return [row.tobytes()[:length] for row, length in zip(body, lengths)]
+
+
+def _to_words(data: bytes, size: int) -> np.ndarray:
+    return np.frombuffer(data.ljust(4 * size, b"\0"), np.uint32)
+
+
+def _gather_words(words: np.ndarray) -> np.ndarray:
+    """[N] uint32 of this process -> [P, N]. Words of 32 bits are what passes through every device unchanged."""
+    from jax.experimental import multihost_utils
+
+    return np.ascontiguousarray(multihost_utils.process_allgather(words))
+
+
+def describe_difference(what: str, values: Sequence[Any], names: Sequence[str]) -> str | None:
+    """How the values of the processes differ, in one sentence; None where they do not.
+
+    >>> describe_difference("--seed", [1, 1, 2], ["a (process 0)", "b (process 1)", "c (process 2)"])
+    'The processes differ in --seed: a (process 0) and 1 other have 1; c (process 2) has 2.'
+    """
+    if len(_groups(values)) == 1:
+        return None
+    if all(isinstance(value, dict) for value in values):
+        of = {key: _groups([value.get(key) for value in values]) for key in dict.fromkeys(k for v in values for k in v)}
+        parts = [f"{key}: {_who_has_what(groups, names)}" for key, groups in of.items() if len(groups) > 1]
+        more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+        return f"The processes differ in {what}. {'; '.join(parts[:5])}{more}."
+    return f"The processes differ in {what}: {_who_has_what(_groups(values), names)}."
+
+
+def _groups(values: Sequence[Any]) -> dict[str, list[int]]:
+    """Which processes have the same, the largest group first."""
+    found: dict[str, list[int]] = {}
+    for i, value in enumerate(values):
+        found.setdefault(json.dumps(value, sort_keys=True), []).append(i)
+    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
+
+
+def _who_has_what(groups: Mapping[str, Sequence[int]], names: Sequence[str]) -> str:
+    parts = []
+    for text, (first, *others) in list(groups.items())[:4]:
+        who = names[first] + (f" and {len(others)} other{'s' * (len(others) > 1)}" if others else "")
+        parts.append(f"{who} {'have' if others else 'has'} {text if len(text) <= 80 else text[:79] + '…'}")
+    return "; ".join(parts) + ("; …" if len(groups) > 4 else "")

@@ -1,0 +1,232 @@
+"""Joins the processes of one run with `jax.distributed`, which detects Slurm steps, Open MPI jobs and TPU pods itself.
+
+What is added here: whether there are several processes at all, and errors that name the flag to change.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import socket
+import threading
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+# Launchers whose environment says how many processes they started, and which of them this one is.
+LAUNCHERS = {
+    "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+}
+
+
+class ClusterSpec(NamedTuple):
+    """What `jax.distributed.initialize` is told about a run of several processes; None where JAX detects it.
+
+    Attributes:
+        source: what says that there are several processes, for error messages.
+        coordinator_address: HOST:PORT of process 0.
+        num_processes: how many there are.
+        process_id: which of them this one is.
+        detection: `cluster_detection_method`.
+    """
+
+    source: str
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    detection: str | None = None
+
+
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout: float = 300,
+    heartbeat_timeout: float = 100,
+) -> None:
+    """Joins the processes of a run; does nothing where there is one, or where `jax.distributed` was initialized before.
+
+    Must come before JAX's first use of a device.
+
+    Args:
+        coordinator_address: HOST:PORT of process 0, the same in all processes.
+        num_processes: how many there are.
+        process_id: which of them this one is, from 0. Slurm and Open MPI tell this and the number where only the
+            address is given.
+        timeout: seconds to wait for the other processes.
+        heartbeat_timeout: seconds after which JAX takes a silent process for lost and ends the others.
+
+    Raises:
+        ValueError: one of the three is missing or makes no sense; the text names the flag.
+        ConnectionError: the others were not found in time.
+        RuntimeError: JAX's devices were used before.
+    """
+    if jax.distributed.is_initialized():
+        return
+    spec = detect_cluster(coordinator_address, num_processes, process_id, os.environ)
+    if spec is None:
+        return
+    if spec.process_id == 0 and spec.coordinator_address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        _check_port(spec.coordinator_address)
+    outcome: list[BaseException | None] = []
+
+    def join() -> None:
+        try:
+            jax.distributed.initialize(
+                *spec[1:4],
+                cluster_detection_method=spec.detection,
+                initialization_timeout=int(timeout)
+                + 60,  # at its own timeout JAX aborts the process: the wait below ends first
+                heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
+            )
+            outcome.append(None)
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if not outcome or isinstance(outcome[0], jax.errors.JaxRuntimeError):
+        this = (
+            f"Process {spec.process_id} of {spec.num_processes}"
+            if spec.num_processes
+            else f"A process of {spec.source}"
+        )
+        at = spec.coordinator_address or getattr(_state(), "coordinator_address", None) or "the address of process 0"
+        why = (
+            f"could not join the others at {at} ({_one_line(outcome[0])})"
+            if outcome
+            else f"waited {timeout:g} seconds at {at}"
+        )
+        raise ConnectionError(
+            f"{this} {why}. Process 0 must run on that host, with that port open to the others; all processes need "
+            "the same --coordinator_address and --num_processes, and each a --process_id of its own."
+        ) from (outcome[0] if outcome else None)
+    if isinstance(outcome[0], ValueError) and spec.coordinator_address is None:
+        raise ValueError(
+            f"{spec.source} says that this run has several processes, but JAX could not find out how they reach each other "
+            f"({_one_line(outcome[0])}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
+        ) from outcome[0]
+    if outcome[0] is not None:
+        raise outcome[0]
+    process_names()  # all processes tell each other of their devices and hosts now, before one of them can fail
+
+
+def detect_cluster(
+    coordinator_address: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
+) -> ClusterSpec | None:
+    """The processes that flags or the environment describe; None where there is one.
+
+    Raises:
+        ValueError: as `initialize`.
+    """
+    address = coordinator_address or environ.get(VARIABLES[0]) or None
+    number = _read_int(environ, VARIABLES[1]) if num_processes is None else num_processes
+    index = _read_int(environ, VARIABLES[2]) if process_id is None else process_id
+    launcher = next((name for name, (size, _) in LAUNCHERS.items() if (_read_int(environ, size) or 1) > 1), None)
+    if address is None and number is None and index is None:
+        pod = None if launcher else _tpu_pod(environ)
+        return ClusterSpec(launcher or pod) if launcher or pod else None
+    if launcher and address is not None:
+        size, rank = LAUNCHERS[launcher]
+        number = _read_int(environ, size) if number is None else number
+        index = _read_int(environ, rank) if index is None else index
+    if number is not None and number < 1:
+        raise ValueError(f"--num_processes is {number}: a run has at least one process")
+    if number is not None and index is not None and not 0 <= index < number:
+        raise ValueError(f"--process_id is {index}; with --num_processes {number} it must be from 0 to {number - 1}")
+    if number == 1:
+        return None
+    missing = [flag for flag, value in zip(FLAGS, (address, number, index)) if value is None]
+    if missing:
+        raise ValueError(
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: a run of several processes needs "
+            f"{', '.join(FLAGS[:2])} and {FLAGS[2]}, or {', '.join(VARIABLES[:2])} and {VARIABLES[2]} in the environment"
+        )
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator_address is {address}: it must be HOST:PORT, such as 10.0.0.1:1234")
+    # Under a launcher JAX also detects which of the host's devices are this process's own.
+    return ClusterSpec("--num_processes", address, number, index, None if launcher else "deactivate")
+
+
+def _read_int(environ: Mapping[str, str], name: str) -> int | None:
+    try:
+        return int(environ[name]) if environ.get(name) else None
+    except ValueError:
+        raise ValueError(f"{name} is {environ[name]!r} in the environment: it must be a whole number") from None
+
+
+def _tpu_pod(environ: Mapping[str, str]) -> str | None:
+    """What to call the TPU pod that JAX detects; None for a single host, or none."""
+    platforms = environ.get("JAX_PLATFORMS") or jax.config.jax_platforms or "tpu"
+    if "tpu" not in platforms.split(","):
+        return None
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        for cluster in ClusterEnv._cluster_types:
+            if "tpu" in cluster.name and cluster.is_env_present():
+                return "the TPU's environment" if cluster.get_process_count() > 1 else None
+    except Exception as error:  # the metadata server does not answer, or a version of JAX has no such class
+        warnings.warn(
+            f"This TPU host is taken for the only one: JAX found no others ({_one_line(error)}).", stacklevel=3
+        )
+    return None
+
+
+def _check_port(address: str) -> None:
+    """Raises where process 0 cannot listen on its port: JAX crashes there."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(address.rpartition(":")[2])))
+        except OSError as error:
+            raise ConnectionError(
+                f"Process 0 cannot listen on the port of {address} ({error.strerror}). Give another port in "
+                "--coordinator_address, the same one to all processes."
+            ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _state() -> Any:
+    """What JAX knows of the processes, a private part of JAX: None where a version does not have it."""
+    try:
+        from jax._src.distributed import global_state
+    except ImportError:
+        return None
+    return global_state
+
+
+def coordination_client() -> Any:
+    """JAX's client of the key-value store in process 0; None in a single process, and where JAX hides it."""
+    return getattr(_state(), "client", None)
+
+
+def process_id() -> int:
+    """Which process this is, from 0, also where JAX has not met the others yet and `jax.process_index` would wait for them."""
+    return getattr(_state(), "process_id", 0)
+
+
+def is_main_process() -> bool:
+    """Whether this is process 0, which alone writes what is written once."""
+    return jax.process_index() == 0
+
+
+@functools.cache
+def process_names() -> tuple[str, ...]:
+    """What to call each process, such as "host3 (process 3)". The first call must be made by all processes."""
+    client, count = coordination_client(), jax.process_count()
+    if count == 1 or client is None:
+        return (f"{socket.gethostname()} (process 0)",) if count == 1 else tuple(f"process {i}" for i in range(count))
+    client.key_value_set(f"gold_jax/host/{jax.process_index()}", socket.gethostname(), allow_overwrite=True)
+    return tuple(f"{client.blocking_key_value_get(f'gold_jax/host/{i}', 300_000)} (process {i})" for i in range(count))

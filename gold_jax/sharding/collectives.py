@@ -1,0 +1,136 @@
+"""What the devices of a mesh exchange while a model is computed: FSDP all-gathers, embedding lookups, attention per head.
+
+Letters: B rows, T tokens, V vocabulary, D width, H heads, K head_dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["param_sharding", "compute_sharding"]
+)
+@dataclasses.dataclass(frozen=True)
+class ShardedParam:
+    """A layer's parameter as it is stored on a mesh, to be unsharded where it is multiplied with.
+
+    It is all-gathered anew wherever it is read: what a backward pass keeps is the device's own shard.
+
+    Attributes:
+        value: the parameter, or those of all layers stacked.
+        param_sharding, compute_sharding: of one layer's parameter, stored and while it is multiplied with.
+    """
+
+    value: jax.Array
+    param_sharding: NamedSharding
+    compute_sharding: NamedSharding
+
+    def unshard(self, dtype) -> jax.Array:
+        """The layer's parameter all-gathered over the width, in a compute dtype."""
+        return _all_gather(jnp.dtype(dtype), self.param_sharding, self.compute_sharding, self.value)
+
+
+def unshard(param: jax.Array | ShardedParam, dtype) -> jax.Array:
+    """A parameter in a compute dtype, all-gathered where it is sharded."""
+    return param.unshard(dtype) if isinstance(param, ShardedParam) else param.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _all_gather(dtype, param_sharding, compute_sharding, x):
+    # Two constraints, or XLA may gather first and round afterwards, which sends twice as much.
+    rounded = jax.lax.with_sharding_constraint(x.astype(dtype), param_sharding)
+    return jax.lax.with_sharding_constraint(rounded, compute_sharding)
+
+
+def _all_gather_forward(dtype, param_sharding, compute_sharding, x):
+    return _all_gather(dtype, param_sharding, compute_sharding, x), jnp.zeros((), x.dtype)
+
+
+def _all_gather_backward(dtype, param_sharding, compute_sharding, like, gradient):
+    # A reduce-scatter: every device's rows contribute, and each device needs the sum of its own shard alone.
+    return (jax.lax.with_sharding_constraint(gradient, param_sharding).astype(like.dtype),)
+
+
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)
+
+
+def map_shards(placement: Placement, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`jax.shard_map` on the placement's mesh: every device calls the function with its own shards."""
+    return jax.shard_map(function, mesh=placement.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
+    """`table [V, D]` at `tokens [B, ...]`, `[B, ..., D]` in another dtype, without gathering the table.
+
+    A device holds some columns of the table: it looks them up for the tokens of all devices that hold the other
+    columns, and they exchange what they found with an all-to-all.
+    """
+    sharding = placement.param_sharding(table.shape, ("vocab", "embed"))
+    axes = sharded_axes(sharding, 1)
+    row_axes = placement.row_axes(tokens.shape[0])
+    if row_axes is None:
+        return jax.lax.with_sharding_constraint(table.astype(dtype), placement.replicated)[tokens]
+    shared, same = tuple(a for a in axes if a in ROW_AXES), tuple(a for a in axes if a not in ROW_AXES)
+
+    def local(table, tokens):
+        if shared:
+            tokens = jax.lax.all_gather(tokens, shared, axis=0, tiled=True)
+        found = table[tokens].astype(dtype)
+        if same:
+            found = jax.lax.all_gather(found, same, axis=found.ndim - 1, tiled=True)
+        if shared:
+            found = jax.lax.all_to_all(found, shared, split_axis=0, concat_axis=found.ndim - 1, tiled=True)
+        return found
+
+    return map_shards(placement, local, (sharding.spec, P(row_axes)), P(row_axes))(table, tokens)
+
+
+def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
+    """Attention in which every device computes its own rows and heads, so that kernels need know nothing of a mesh.
+
+    Args:
+        placement: the mesh.
+        attend: `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`; the first axis of every array
+            of `by_rows` is that of rows.
+        heads, kv_heads: how many there are.
+
+    Returns:
+        The same function of arrays that are sharded over the mesh.
+    """
+    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
+
+    def sharded(by_rows, sliding, query, key, value):
+        if repeats > 1:
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        row_axes = placement.row_axes(query.shape[0])
+        by_head = P(row_axes, None, axis)
+        specs = (jax.tree.map(lambda _: P(row_axes), by_rows), P(), by_head, by_head, by_head)
+        return map_shards(placement, attend, specs, by_head)(by_rows, sliding, query, key, value)
+
+    return sharded
+
+
+def cached_attention_per_head(placement: Placement, attend: Callable[..., Any], heads: int, kv_heads: int) -> Callable:
+    """As `attention_per_head`, for `attend(query [B, 1, H, K], key, value, allowed, keys, values, slots)`, which writes to a cache."""
+    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
+
+    def sharded(query, key, value, allowed, keys, values, slots):
+        if repeats > 1:
+            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        row_axes = placement.row_axes(query.shape[0])
+        new, old, by_row = P(row_axes, None, axis), P(row_axes, axis), P(row_axes)
+        specs = (new, new, new, by_row, old, old, by_row)
+        return map_shards(placement, attend, specs, (old, old, old))(query, key, value, allowed, keys, values, slots)
+
+    return sharded
