@@ -8,9 +8,7 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from gold_jax import no_effect
-from gold_jax.config import GOLDConfig, SFTConfig
-from gold_jax.fields import check_folder, read_value
+from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.loading import LoadedModel, load_model_and_tokenizer
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import ModelValue, count, merge, split
@@ -171,7 +169,8 @@ class SFTTrainer:
             counted,
             self.share,
         )
-        self.notices += no_effect.notices(a, evaluates=self.eval_examples is not None)
+        facts = RunFacts(a, evaluates=self.eval_examples is not None)
+        self.notices += named_without_effect(a, facts)
         self._tell({"loss": f"cross-entropy on {COUNTED[counted]}"}, checked.kept)
         graph, params = self._take_student()
         loss = make_cross_entropy_loss(graph, chunk=chunk_size(a.loss_chunk))
@@ -190,7 +189,7 @@ class SFTTrainer:
             checked.kept,
             digests,
             self.eval_examples,
-            without_effect=no_effect.fields(a, evaluates=self.eval_examples is not None),
+            without_effect=frozenset(name for name, _ in without_effect(a, facts)),
         )
         return self._make_loop(task, batch_size * a.gradient_accumulation_steps, SFT_NEW_TOKENS)
 
@@ -262,7 +261,6 @@ class SFTTrainer:
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-            check_folder("resume_from_checkpoint", resume)
         results = self.loop.train(resume)
         if not processes.is_first():
             return results
@@ -399,7 +397,8 @@ class GOLDTrainer(SFTTrainer):
         )
         if self.eval_examples is not None:
             self.notices += check_evaluation(self.eval_examples, student.chat_tokenizer, teacher.chat_tokenizer)
-        self.notices += checked.notices + no_effect.notices(a, self.spec, evaluates=self.eval_examples is not None)
+        facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
+        self.notices += checked.notices + named_without_effect(a, facts)
         self.teacher_name = teacher.name
         engine, notices = completion_server(a, student.model.config.vocab_size, self.dtype)
         self.notices += notices
@@ -476,7 +475,7 @@ class GOLDTrainer(SFTTrainer):
             digests,
             self.eval_examples,
             teacher_score,
-            without_effect=no_effect.fields(a, self.spec, evaluates=self.eval_examples is not None),
+            without_effect=frozenset(name for name, _ in without_effect(a, facts)),
             restart=None if engine is None else engine.restart,
         )
         rows = a.per_device_train_batch_size * self.shards * a.gradient_accumulation_steps

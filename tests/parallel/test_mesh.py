@@ -10,10 +10,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.mesh_flags import read_mesh
 from gold_jax.models.decoder import parameters
 from gold_jax.parallel.layout import Placement
 from gold_jax.parallel.mesh import describe_mesh, make_mesh, mesh_sizes
+from gold_jax.sharding.axes import read_mesh
 
 HERE = pathlib.Path(__file__).parent
 
