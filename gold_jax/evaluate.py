@@ -4,55 +4,44 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from gold_jax.command import load_reader, run, show
-from gold_jax.config import ModelArguments
-from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
-from gold_jax.flags import parse_args
-from gold_jax.mesh_flags import mesh_flag
-from gold_jax.rules import RULES
+from gold_jax.cli import load_reader, require, run, show
+from gold_jax.config import ModelArguments, SFTConfig
+from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass, like
+from gold_jax.config.parsing import parse_args
 
 
-@flags_dataclass(rules=RULES)
+# fmt: off
+@flags_dataclass
 class EvaluateArguments(Settings):
     """What `gold_jax.evaluate` measures a model on."""
 
-    dataset_name: str | None = flag(
-        None, "Rows with completions: a hub id, or a JSON, JSONL or Parquet file or folder."
-    )
+    dataset_name: str | None = flag(None, "Rows with completions: a hub id, or a JSON, JSONL or Parquet file or folder.")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
-    dataset_text_field: str = flag("text", "Column that holds plain text.")
-    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
+    dataset_text_field: str = like(SFTConfig, "dataset_text_field")
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE)
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
-    batch_size: int = flag(8, "Rows at a time.")
-    special_tokens_in_prompts: bool = flag(
-        False, "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text."
-    )
-    max_length: int | None = flag(None, "Longest sequence in tokens; none: no limit.")
-    bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
-    loss_chunk: int | None = flag(
-        None, "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere."
-    )
+    batch_size: int = flag(8, "Rows at a time.", range=AT_LEAST_ONE)
+    special_tokens_in_prompts: bool = like(SFTConfig, "special_tokens_in_prompts")
+    max_length: int | None = like(SFTConfig, "max_length", None, help="Longest sequence in tokens; none: no limit.")
+    bf16: bool | None = like(SFTConfig, "bf16")
+    loss_chunk: int | None = like(SFTConfig, "loss_chunk")
     predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")
-    max_new_tokens: int = flag(128, "Most tokens of a completion that is written for a measure.")
-    teacher_model_name_or_path: str | None = flag(
-        None, "Also measure the gaps to this teacher: what each model's own text costs the other, in bits per byte."
-    )
+    max_new_tokens: int = flag(128, "Most tokens of a completion that is written for a measure.", range=AT_LEAST_ONE)
+    teacher_model_name_or_path: str | None = flag(None,
+        "Also measure the gaps to this teacher: what each model's own text costs the other, in bits per byte.")
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: the one beside it.")
-    seed: int = flag(42, "Seed of sampling, for the gaps.")
-    mesh: str | None = mesh_flag()
+    seed: int = like(SFTConfig, "seed", help="Seed of sampling, for the gaps.")
+    mesh: str | None = like(SFTConfig, "mesh")
     json: bool = flag(False, "Print one JSON object.")
 
-    def __post_init__(self):
-        check_fields(self)
 
-
+# fmt: on
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, scores the rows, prints the figures (with `--json`, one JSON object)."""
     model, args, notices = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
-    if model.model_name_or_path is None or args.dataset_name is None:
-        missing = "--model_name_or_path" if model.model_name_or_path is None else "--dataset_name"
-        raise ValueError(f"{missing} is missing; gold_jax.evaluate needs a model and rows with completions")
+    require(model.model_name_or_path, "model_name_or_path", "gold_jax.evaluate needs a model and rows with completions")
+    require(args.dataset_name, "dataset_name", "gold_jax.evaluate needs a model and rows with completions")
     show(notices)
     from gold_jax.losses.fused_head import chunk_size
     from gold_jax.text.data import load_examples

@@ -5,53 +5,42 @@ import sys
 import time
 from collections.abc import Sequence
 
-from gold_jax.command import BETWEEN, load_reader, run, show, with_one
-from gold_jax.config import ModelArguments
-from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
-from gold_jax.flags import parse_args
-from gold_jax.mesh_flags import mesh_flag
-from gold_jax.rules import RULES
-
-_RULES = (
-    *((text, legal, tuple(n for n in names if n != "temperature")) for text, legal, names in RULES),
-    ("at least 0 (0: the likeliest token always)", lambda v: v >= 0, ("temperature",)),
-)
+from gold_jax.cli import load_reader, require, run, show
+from gold_jax.config import GOLDConfig, ModelArguments
+from gold_jax.config.fields import AT_LEAST_ONE, Range, Settings, flag, flags_dataclass, like
+from gold_jax.config.parsing import parse_args
 
 
-@flags_dataclass(rules=_RULES)
+# fmt: off
+@flags_dataclass
 class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
-    prompt: str | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.")
-    raw: bool = flag(
-        False,
-        "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.",
-    )
+    prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.", verbatim=True)
+    raw: bool = flag(False,
+        "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.")
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
-    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.")
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE)
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
-    max_new_tokens: int = flag(128, "Most tokens of a completion.")
-    temperature: float = flag(0.0, "Temperature of sampling; 0: the likeliest token always.")
-    top_p: float = flag(1.0, "Sample from the likeliest tokens that add up to this probability; 1: from all.")
-    top_k: int = flag(0, "Sample from this many likeliest tokens; 0: from all.")
-    batch_size: int = flag(8, "Prompts at a time.")
-    seed: int = flag(42, "Seed of sampling.")
-    bf16: bool | None = flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.")
-    mesh: str | None = mesh_flag()
+    max_new_tokens: int = flag(128, "Most tokens of a completion.", range=AT_LEAST_ONE)
+    temperature: float = flag(0.0, "Temperature of sampling; 0: the likeliest token always.",
+        range=Range("at least 0 (0: the likeliest token always)", lambda v: v >= 0))
+    top_p: float = like(GOLDConfig, "top_p", 1.0)
+    top_k: int = like(GOLDConfig, "top_k")
+    batch_size: int = flag(8, "Prompts at a time.", range=AT_LEAST_ONE)
+    seed: int = like(GOLDConfig, "seed", help="Seed of sampling.")
+    bf16: bool | None = like(GOLDConfig, "bf16")
+    mesh: str | None = like(GOLDConfig, "mesh")
     json: bool = flag(False, "Print one JSON object a line.")
 
-    def __post_init__(self):
-        check_fields(self)
 
-
+# fmt: on
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line)."""
-    argv = with_one(sys.argv[1:] if argv is None else argv, "--prompt")
     model, args, notices = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
-    if model.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: a folder or a hub id")
-    if not args.prompt and args.dataset_name is None:
+    require(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    if not any(args.prompt) and args.dataset_name is None:
         raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name")
     show(notices)
     import jax
@@ -59,12 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gold_jax.text.data import load_examples
     from gold_jax.training.evaluation import sample_completions
 
-    prompts = args.prompt.split(BETWEEN) if args.prompt else []
-    if not args.raw:
-        prompts = [[{"role": "user", "content": p}] for p in prompts]
+    prompts = args.prompt if args.raw else [[{"role": "user", "content": p}] for p in args.prompt]
     if args.dataset_name is not None:
         rows = load_examples(args.dataset_name, split=args.dataset_split)
-        prompts += [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
+        prompts = prompts + [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
     who = load_reader(model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.raw)
     start = time.perf_counter()
     drawn = sample_completions(

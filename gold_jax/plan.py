@@ -1,14 +1,13 @@
 """`python -m gold_jax.plan`: what a training run would take of devices that are not here, and whether it fits."""
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from gold_jax.command import run, show
+from gold_jax.cli import require, run, show
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
-from gold_jax.fields import Settings, check_fields, flag, flags_dataclass
-from gold_jax.flags import FlagError, parse_args, read_args
+from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass
+from gold_jax.config.parsing import parse_args
 from gold_jax.planning.environment import need_compiler, prepare
 from gold_jax.planning.hardware import FORMS, read_topology
 
@@ -16,36 +15,32 @@ if TYPE_CHECKING:
     from gold_jax.planning.report import Report
     from gold_jax.planning.sizes import Pair
 
-_RULES = (("at least 1", lambda v: v >= 1, ("search_limit", "matched")),)
 
-
-@flags_dataclass(rules=_RULES)
+# fmt: off
+@flags_dataclass
 class PlanArguments(Settings):
     """For which devices `gold_jax.plan` plans, and what it looks for."""
 
-    topology: str | None = flag(
-        None, "The devices: a TPU slice such as v5e:2x4, v5e-8 or v5p:2x2x4, or GPUs such as gpu:8xh100-80gb."
-    )
-    search: bool = flag(
-        False, "Also look for the mesh and the rows per device with which most tokens are learned a second."
-    )
-    search_limit: int = flag(6, "How many ways the search compiles at most, that which was asked for included.")
-    matched: int | None = flag(
-        None,
+    topology: str | None = flag(None,
+        "The devices: a TPU slice such as v5e:2x4, v5e-8 or v5p:2x2x4, or GPUs such as gpu:8xh100-80gb.", important=True)
+    search: bool = flag(False,
+        "Also look for the mesh and the rows per device with which most tokens are learned a second.", important=True)
+    search_limit: int = flag(6, "How many ways the search compiles at most, that which was asked for included.",
+        range=AT_LEAST_ONE)
+    matched: int | None = flag(None,
         "Entries that the two vocabularies share, where not both tokenizers are on this disk (gold_jax.inspect tells).",
-    )
-    json: bool = flag(False, "Print one JSON object.")
-
-    def __post_init__(self):
-        check_fields(self)
+        range=AT_LEAST_ONE)
+    json: bool = flag(False, "Print one JSON object.", important=True)
 
 
+# fmt: on
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags of `gold_jax.train` or `gold_jax.sft` and its own, plans, shows the report (with `--json`, an object)."""
     prepare()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    # A run of fine-tuning where nothing is named that fine-tuning has not.
+    settings = (SFTConfig, GOLDConfig)
     model, _, training, args, notices = parse_args(
-        argv, ModelArguments, DataArguments, _settings(argv), PlanArguments, prog="gold_jax.plan", doc=__doc__
+        argv, ModelArguments, DataArguments, settings, PlanArguments, prog="gold_jax.plan", doc=__doc__
     )
     show(notices)
     from rich.console import Console
@@ -57,17 +52,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return
     report.print()
-
-
-def _settings(argv: Sequence[str]) -> type[SFTConfig]:
-    """The settings that a command line and its file are: fine-tuning's where they name nothing else, else distillation's."""
-    if "-h" in argv or "--help" in argv:
-        return GOLDConfig
-    try:
-        read_args(argv, ModelArguments, DataArguments, SFTConfig, PlanArguments)
-    except FlagError:
-        return GOLDConfig  # whose errors are told
-    return SFTConfig
 
 
 def plan_run(
@@ -86,11 +70,9 @@ def plan_run(
         FileNotFoundError: a model that is not found.
         ImportError: the TPU compiler is needed and not installed.
     """
-    if args.topology is None:
-        raise ValueError(f"--topology is missing: {FORMS}")
+    require(args.topology, "topology", FORMS)
     topology = read_topology(args.topology)
-    if model.model_name_or_path is None:
-        raise ValueError("--model_name_or_path is missing: the student, a folder or a hub id")
+    require(model.model_name_or_path, "model_name_or_path", "the student, a folder or a hub id")
     if topology.kind == "tpu":
         need_compiler(topology.name)
     from gold_jax.planning.advice import advice

@@ -16,7 +16,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, command, evaluate, generate, load_model, sft, train
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, cli, evaluate, generate, load_model, sft, train
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.training.loop import Loop
@@ -69,7 +69,7 @@ def call(name: str, line: str, **flags):
     argv = shlex.split(line)
     for flag, value in flags.items():
         argv += [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
-    command.run(f"gold_jax.{name}", MAINS[name], argv)
+    cli.run(f"gold_jax.{name}", MAINS[name], argv)
 
 
 def distil(world, output, line: str = "", **flags):

@@ -10,11 +10,20 @@ import sys
 
 import pytest
 
-from gold_jax import no_effect
-from gold_jax.config import DataArguments, GOLDConfig, LossSpec, ModelArguments, SFTConfig
-from gold_jax.fields import field_names
-from gold_jax.flags import FlagError, parse_args, read_args
-from gold_jax.trl_flags import ANSWERS, answer
+from gold_jax import cli, train
+from gold_jax.config import (
+    DataArguments,
+    GOLDConfig,
+    LossSpec,
+    ModelArguments,
+    RunFacts,
+    SFTConfig,
+    fields_with,
+    named_without_effect,
+)
+from gold_jax.config.fields import field_names, groups
+from gold_jax.config.parsing import FlagError, HelpRequested, group_name, parse_args
+from gold_jax.config.trl_compat import ANSWERS, answer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
@@ -38,11 +47,17 @@ SFT_COMMAND = """
 
 
 def gold(*argv):
-    return read_args(argv, ModelArguments, DataArguments, GOLDConfig)
+    return parse_args(argv, ModelArguments, DataArguments, GOLDConfig)
 
 
 def config(*argv):
     return gold(*argv)[2]
+
+
+def unused(settings, evaluates=False):
+    """What is said of the settings that were named and change nothing."""
+    spec = settings.loss_spec(False) if isinstance(settings, GOLDConfig) else None
+    return named_without_effect(settings, RunFacts(settings, spec, evaluates))
 
 
 def assert_fields(settings, expected):
@@ -72,7 +87,7 @@ def test_the_gold_command_of_the_design_lands_in_its_fields():
 
 
 def test_the_sft_command_of_the_design_lands_in_its_fields():
-    model, data, settings, notices = read_args(SFT_COMMAND, ModelArguments, DataArguments, SFTConfig)
+    model, data, settings, notices = parse_args(SFT_COMMAND, ModelArguments, DataArguments, SFTConfig)
     assert_fields(model, {"model_name_or_path": "M", "dtype": "auto"})
     assert_fields(data, {"dataset_name": "D", "dataset_config": "C", "dataset_train_split": "train"})
     assert_fields(
@@ -106,6 +121,7 @@ def test_defaults_are_trl_s_except_where_the_help_says_so():
         *("project", "model_revision", "eval_steps"),
         *("uld_token_merge_strategy", "uld_skip_student_eos", "uld_skip_teacher_eos"),
     }
+    assert differing.isdisjoint(fields_with(GOLDConfig, differs="")), "docs/coming-from-trl.md says why"
 
 
 @pytest.mark.parametrize(
@@ -207,18 +223,63 @@ def test_a_wrong_flag_is_an_error_that_says_what_would_be_right(argv, parts):
 
 def test_a_wrong_command_line_prints_one_paragraph_and_exits_with_2(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_args(["--max_step", "3"], GOLDConfig, prog="gold_jax.train")
+        cli.run("gold_jax.train", train.main, ["--max_step", "3"])
     assert stop.value.code == 2
     assert capsys.readouterr().err == "gold_jax.train: there is no flag --max_step; the nearest is --max_steps.\n"
 
 
-def test_help_lists_every_field_with_its_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_args(["--help"], ModelArguments, DataArguments, GOLDConfig, doc="What it does.")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    assert "What it does." in text
+def help_of(*argv, classes=(ModelArguments, DataArguments, GOLDConfig)):
+    with pytest.raises(HelpRequested) as wanted:
+        parse_args(argv, *classes, doc="What it does.")
+    return str(wanted.value)
+
+
+def test_help_of_all_lists_every_field_with_its_default():
+    text = help_of("--help", "all")
+    assert "What it does." in text and "Updates between two log lines; below 1: a share of all. [10]" in " ".join(
+        text.split()
+    )
     assert all(f"--{name}" in text for cls in (ModelArguments, DataArguments, GOLDConfig) for name in field_names(cls))
+
+
+def test_help_shows_the_flags_that_matter_first_and_names_the_groups_of_the_others():
+    for text in (help_of("--help"), help_of("-h"), help_of("--beta", "0", "--help")):
+        assert "--lmbda" in text and "--learning_rate" in text and "--config" in text and "--adam_beta1" not in text
+        assert text.count("\n  --") < 20 and len(text) < 4000
+        assert all(
+            group_name(owner) in text for cls in (ModelArguments, DataArguments, GOLDConfig) for owner in groups(cls)
+        )
+    optimizer = help_of("--help", "optimizer")
+    assert "--adam_beta1" in optimizer and "--lmbda" not in optimizer
+    assert "--dataset_test_split" in help_of(
+        "--help", classes=(ModelArguments, DataArguments)
+    )  # few flags: all of them
+    with pytest.raises(
+        FlagError, match="--help optimiser is no group; the nearest is optimizer; there are model, data, run"
+    ):
+        gold("--help", "optimiser")
+
+
+def test_help_of_a_command_ends_it_as_if_all_was_well(capsys):
+    assert cli.run("gold_jax.train", train.main, ["--help"]) is None
+    assert capsys.readouterr().out.startswith("usage: gold_jax.train")
+
+
+@pytest.mark.parametrize("argv", [("--run_name", "-x"), ("--run_name=-x",), ("--run_name=--x",)])
+def test_a_value_may_begin_with_a_dash(argv):
+    assert config(*argv).run_name == argv[-1].removeprefix("--run_name=")
+    with pytest.raises(FlagError, match="--learning_rate is -0.001; it must be at least 0"):
+        config("--learning_rate", "-1e-3")
+
+
+def test_of_several_classes_the_first_that_has_every_named_field_is_made():
+    def kind(*argv):
+        return type(parse_args(argv, ModelArguments, (SFTConfig, GOLDConfig))[1])
+
+    assert kind() is kind("--learning_rate", "1", "--use_liger_kernel") is SFTConfig
+    assert kind("--lmbda", "1") is kind("--max_new_tokens", "5") is GOLDConfig
+    with pytest.raises(FlagError, match="there is no flag --lmbd; the nearest is --lmbda"):
+        kind("--lmbd", "1")
 
 
 def test_flags_of_pytorch_are_accepted_and_each_is_answered_once():
@@ -580,19 +641,19 @@ def test_settings_know_which_of_them_were_named():
 )
 def test_a_named_setting_that_changes_nothing_is_told(named, says):
     settings = GOLDConfig(**named)
-    (line,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    (line,) = unused(settings)
     assert line.startswith(says)
 
 
 def test_settings_that_nobody_named_are_not_told():
     for settings in (GOLDConfig(), GOLDConfig(loss="events", lmbda=0), dataclasses.replace(GOLDConfig(lmbda=0))):
-        told = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+        told = unused(settings)
         assert told == []
-    assert no_effect.notices(SFTConfig(), evaluates=True) == []
+    assert unused(SFTConfig(), evaluates=True) == []
     off = GOLDConfig(run_name=None, assistant_only_loss=False, uld_top_k=0, loss="events", seq_kd=False, lmbda=1)
-    assert no_effect.notices(off, off.loss_spec(False), evaluates=True) == []
+    assert unused(off, evaluates=True) == []
     quick = config("--config", "embedded:quickstart")
-    assert no_effect.notices(quick, quick.loss_spec(False), evaluates=True) == []
+    assert unused(quick, evaluates=True) == []
 
 
 def test_one_setting_under_two_names_is_an_error_on_the_command_line_and_in_a_file(tmp_path):

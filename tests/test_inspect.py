@@ -8,7 +8,7 @@ import tiny_models as tiny
 import tokenizers
 from text import toy_tokenizers as toys
 
-from gold_jax import Codec, align, command, inspect, inspect_pair, load_model_and_tokenizer
+from gold_jax import Codec, align, cli, inspect, inspect_pair, load_model_and_tokenizer
 from gold_jax.inspection.samples import SAMPLES
 
 TEXT = "The other dog, over the fox; 24 + 48 = 72."
@@ -25,7 +25,7 @@ def told(world, capsys, monkeypatch):
 
     def run(line: str = "", student="student", teacher="teacher") -> str:
         names = f"--student {world / student} --teacher {world / teacher} "
-        command.run("gold_jax.inspect", inspect.main, shlex.split(names + line))
+        cli.run("gold_jax.inspect", inspect.main, shlex.split(names + line))
         return capsys.readouterr().out
 
     return run
@@ -88,7 +88,7 @@ def test_the_page_is_written(told, tmp_path):
 
 def test_the_flags_of_train_name_the_pair_too(world, capsys):
     line = f"--model_name_or_path {world}/student_tokenizer --teacher_model_name_or_path {world}/teacher_tokenizer"
-    command.run("gold_jax.inspect", inspect.main, shlex.split(f"{line} --text a --json"))
+    cli.run("gold_jax.inspect", inspect.main, shlex.split(f"{line} --text a --json"))
     assert json.loads(capsys.readouterr().out)["student"] == f"{world}/student_tokenizer"
 
 
@@ -169,7 +169,7 @@ def test_what_is_wrong_with_a_side_is_said_in_one_paragraph(refused, world, tmp_
     assert "is not UTF-8: byte 2 is 0xff" in refused(f"--text_file {tmp_path}/binary")
     for line in ("", f"--student {world}/student"):
         with pytest.raises(SystemExit) as end:
-            command.run("gold_jax.inspect", inspect.main, shlex.split(line))
+            cli.run("gold_jax.inspect", inspect.main, shlex.split(line))
         assert end.value.code == 2 and "is missing: a folder or hub id" in capsys.readouterr().err
 
 

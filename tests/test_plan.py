@@ -11,7 +11,7 @@ import sys
 import huggingface_hub
 import pytest
 
-from gold_jax import command, inspect_pair, plan
+from gold_jax import cli, inspect_pair, plan
 from gold_jax.planning.search import flags_of
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def told(capsys, monkeypatch):
     monkeypatch.setattr(plan, "prepare", lambda: None)  # this process's JAX has its platform
 
     def run(line: str) -> str:
-        command.run("gold_jax.plan", plan.main, shlex.split(line))
+        cli.run("gold_jax.plan", plan.main, shlex.split(line))
         return capsys.readouterr().out
 
     return run

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
-from gold_jax.mesh_flags import AXES, read_mesh
+from gold_jax.sharding.axes import AXES, read_mesh
 
 
 def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:

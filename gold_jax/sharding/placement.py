@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.mesh_flags import LAYOUTS
+from gold_jax.sharding.axes import LAYOUTS
 
 ROW_AXES = ("data", "fsdp")
 _WIDTH = {"fsdp": ("fsdp",), "full": ("data", "fsdp"), "replicated": ()}
@@ -35,8 +35,8 @@ class Placement:
     """A mesh and how a model is sharded on it; hashable, so that it can be a static argument of a jitted function.
 
     Attributes:
-        mesh: with the axes of `mesh_flags.AXES`.
-        layout: one of `mesh_flags.LAYOUTS`.
+        mesh: with the axes of `axes.AXES`.
+        layout: one of `axes.LAYOUTS`.
     """
 
     mesh: Mesh

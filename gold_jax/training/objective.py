@@ -20,9 +20,9 @@ from gold_jax.bucketing import power_of_two
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
 from gold_jax.losses.fused_head import HeadShard
-from gold_jax.mesh_flags import AXES
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge
+from gold_jax.sharding.axes import AXES
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 from gold_jax.text.batch import Batch, Side, TokenBatch

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from gold_jax.config import SFTConfig
+from gold_jax.config import GOLDConfig, SFTConfig, fields_with
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training.checkpoint import checkpoints_in, current_run, run_of
@@ -27,23 +27,9 @@ from gold_jax.training.checkpointing import (
     restore,
 )
 
-# What may change between two parts of a run without a word: where and how often things are told, kept and sent.
-IGNORED_ON_RESUME = frozenset(
-    "output_dir checkpoint_dir resume_from_checkpoint max_skipped_updates "
-    "logging_steps logging_first_step log_completions log_completions_steps num_completions_to_print "
-    "eval_strategy eval_steps eval_on_start predict_with_generate per_device_eval_batch_size "
-    "save_strategy save_steps save_total_limit report_to run_name project trackio_space_id profile_steps "
-    "push_to_hub hub_model_id hub_private_repo trust_remote_code shuffle_dataset pad_to_multiple_of "
-    "mesh layout teacher_layout coordinator_address num_processes process_id process_timeout generation_batch_size "
-    "vllm_server_base_url vllm_server_host vllm_server_port vllm_server_timeout rollout_weights_dir rollout_sync_first".split()
-)
-# What may change, but makes another run of it from there on: a line says so.
-WARNED_ON_RESUME = frozenset(
-    "learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm lr_scheduler_type lr_scheduler_kwargs "
-    "warmup_ratio warmup_steps num_train_epochs max_steps bf16 gradient_checkpointing loss_chunk uld_sort "
-    "model_init_kwargs teacher_model_init_kwargs teacher_model_name_or_path teacher_model_revision "
-    "teacher_tokenizer_name_or_path".split()
-)
+# What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
+IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
+WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 _MICRO = "rows of a micro-batch"
 _DATA, _WEIGHTS = "the training data", "the teacher's weights"
 _TEACHER = (_WEIGHTS, "the teacher's template and tokenizer")

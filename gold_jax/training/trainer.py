@@ -9,11 +9,9 @@ from typing import Any
 import jax
 from rich.console import Console
 
-from gold_jax import no_effect
-from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
-from gold_jax.fields import check_folder, read_value
 from gold_jax.loading import LoadedModel, load_model_and_tokenizer
 from gold_jax.models.functional import count, merge, split
 from gold_jax.sharding.mesh import describe_mesh
@@ -195,7 +193,6 @@ class _Trainer:
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-            check_folder("resume_from_checkpoint", resume)
         results = self.loop.train(resume)
         if not is_main_process():
             return results
@@ -282,14 +279,14 @@ def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
     )
     if setup.eval is not None:
         setup.notices += check_evaluation(setup.eval, student.chat_tokenizer)
-    evaluates = setup.eval is not None
-    setup.notices += checked.notices + no_effect.notices(a, evaluates=evaluates)
+    facts = RunFacts(a, evaluates=setup.eval is not None)
+    setup.notices += checked.notices + named_without_effect(a, facts)
     setup.show(student, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, len(checked.kept))
     data = _data(
         setup,
         checked,
         describe_tokenizer("the student", student.chat_tokenizer),
-        no_effect.fields(a, evaluates=evaluates),
+        facts,
     )
     run = build_run(
         a, student, placement=setup.placement, total_steps=data.total_steps(a), process_shard=setup.process_shard
@@ -371,7 +368,8 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
     )
     if evaluates:
         setup.notices += check_evaluation(setup.eval, student.chat_tokenizer, teacher.chat_tokenizer)
-    setup.notices += checked.notices + no_effect.notices(a, spec, evaluates=evaluates)
+    facts = RunFacts(a, spec, evaluates=evaluates)
+    setup.notices += checked.notices + named_without_effect(a, facts)
     engine, notices = completion_server(a, student.model.config.vocab_size, setup.dtype)
     setup.notices += notices
     rows = {
@@ -389,7 +387,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         **describe_tokenizer("the teacher", teacher.chat_tokenizer),
         "the teacher's weights": describe_weights(split(teacher.model)[1]),
     }
-    data = _data(setup, checked, digests, no_effect.fields(a, spec, evaluates=evaluates))
+    data = _data(setup, checked, digests, facts)
     run = build_run(
         a,
         student,
@@ -423,7 +421,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
     return loop, spec
 
 
-def _data(setup: _Setup, checked: CheckedRows, digests: Mapping[str, str], without_effect) -> Data:
+def _data(setup: _Setup, checked: CheckedRows, digests: Mapping[str, str], facts: RunFacts) -> Data:
     a = setup.args
     batch = a.per_device_train_batch_size * setup.shards
     return Data(
@@ -434,7 +432,7 @@ def _data(setup: _Setup, checked: CheckedRows, digests: Mapping[str, str], witho
         batch_size=batch,
         seed=a.seed,
         digests={"the training data": checked.digest, **digests},
-        without_effect=without_effect,
+        without_effect=frozenset(name for name, _ in without_effect(a, facts)),
     )
 
 

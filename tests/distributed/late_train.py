@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from gold_jax.command import run
+from gold_jax.cli import run
 from gold_jax.train import main
 from gold_jax.training.batches import DistillationBatchBuilder
 

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax import no_effect
-from gold_jax.config import GOLDConfig
+from gold_jax.config import GOLDConfig, RunFacts, named_without_effect
 from gold_jax.loss_spec import options_help
 from gold_jax.losses.compare import (
     COMPARISONS,
@@ -361,5 +360,5 @@ def test_an_option_needs_a_type_and_a_default():
 
 def test_flags_of_other_comparisons_options_are_told_to_have_no_effect(registered):
     settings = GOLDConfig(loss="power_distance", uld_top_k=5, beta=0.1)
-    (line,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    (line,) = named_without_effect(settings, RunFacts(settings, settings.loss_spec(False), evaluates=False))
     assert line.startswith("--uld_top_k: no effect with loss power_distance (boundary/all/power_distance)")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from gold_jax.fields import ATTENTION
+from gold_jax.config.trl_compat import ATTENTION
 from gold_jax.models import attention as module
 from gold_jax.models.attention import IMPLEMENTATIONS, PLAIN_LENGTH, attention, choose
 from gold_jax.models.blockwise import block_size, blockwise

@@ -7,7 +7,8 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 
-from gold_jax import GOLDConfig, GOLDTrainer, no_effect
+from gold_jax import GOLDConfig, GOLDTrainer
+from gold_jax.config import RunFacts, named_without_effect
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.rollout.client import ATTEMPTS, Client, ServerError
 from gold_jax.rollout.sampler import SamplingEngine
@@ -439,7 +440,7 @@ def test_a_server_is_used_only_where_it_is_asked_for():
 
 def test_server_flags_without_a_server_are_noted():
     settings = GOLDConfig(vllm_server_port=8000, rollout_server="sglang")
-    (notice,) = no_effect.notices(settings, settings.loss_spec(False), evaluates=False)
+    (notice,) = named_without_effect(settings, RunFacts(settings, settings.loss_spec(False), evaluates=False))
     assert notice.startswith("--vllm_server_port, --rollout_server: no effect without --use_vllm --vllm_mode server")
 
 

@@ -10,8 +10,8 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.mesh_flags import read_mesh
 from gold_jax.models.decoder import parameters
+from gold_jax.sharding.axes import read_mesh
 from gold_jax.sharding.mesh import describe_mesh, make_mesh, mesh_sizes
 from gold_jax.sharding.placement import Placement
 

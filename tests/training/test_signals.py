@@ -88,7 +88,7 @@ def test_outside_the_main_thread_nothing_is_touched():
 
 def test_a_preempted_command_ends_with_75():
     code = (
-        "from gold_jax.command import run; from gold_jax.training.signals import Preempted\n"
+        "from gold_jax.cli import run; from gold_jax.training.signals import Preempted\n"
         "def main(_): raise Preempted\n"
         "run('gold_jax.train', main, [])"
     )

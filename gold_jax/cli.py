@@ -1,11 +1,13 @@
-"""What the command-line modules share: one-paragraph errors, and data sets from flags."""
+"""What the command-line modules share: parsing, data and models from flags, and errors of one paragraph."""
 
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from gold_jax import cpu
-from gold_jax.config import DataArguments, ModelArguments, SFTConfig
+from gold_jax.config import DataArguments, ModelArguments, RunFacts, SFTConfig, named_without_effect
+from gold_jax.config.parsing import HelpRequested, parse_args
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -41,6 +43,8 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     try:
         with cpu.enabled():
             main(argv)
+    except HelpRequested as wanted:
+        print(wanted, end="")
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
@@ -62,12 +66,6 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
         raise SystemExit(code) from None
 
 
-def show(notices: Sequence[str]) -> None:
-    """Prints lines about flags on stderr, where they are in no output's way."""
-    for notice in notices:
-        print(f"note: {notice}", file=sys.stderr)
-
-
 def _about_input(error: Exception) -> bool:
     """Whether an error speaks of what the user gave: this package raised it, or the system did. Others are bugs."""
     if isinstance(error, OSError | ImportError):
@@ -83,26 +81,77 @@ def _paragraph(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-BETWEEN = "\0"  # parts what `with_one` joins: no argument of a command can hold it
+def show(notices: Sequence[str]) -> None:
+    """Prints lines about flags on stderr, where they are in no output's way."""
+    for notice in notices:
+        print(f"note: {notice}", file=sys.stderr)
 
 
-def with_one(argv: Sequence[str], flag: str) -> list[str]:
-    """The arguments with all values of all of one flag's occurrences as one, so that blanks and commas in them stay."""
-    values, others, inside, asked = [], [], False, False
-    for token in argv:
-        name, equals, value = token.partition("=")
-        if not token.startswith("--"):
-            (values if inside else others).append(token)
-            continue
-        inside = name == flag
-        asked = asked or inside
-        if not inside:
-            others.append(token)
-        elif equals:
-            values.append(value)
-    if not asked:
-        return others
-    return [*others, f"{flag}={BETWEEN.join(values)}" if values else flag]
+def require(value: Any, flag: str, words: str) -> None:
+    """Raises ValueError where a flag without which the command can do nothing was not given."""
+    if not value:
+        raise ValueError(f"--{flag} is missing: {words}")
+
+
+class TrainingInputs(NamedTuple):
+    """What a trainer is made of: its settings with those of the models in them, and the rows (`Examples`)."""
+
+    model: str
+    args: Any
+    train: Any
+    evaluation: Any
+    options: dict[str, Any]
+
+
+def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, doc: str | None) -> TrainingInputs:
+    """Reads the flags of a command that trains, and its data.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a flag is wrong or missing, or the data set has no row of a known form.
+    """
+    model, data, training, notices = parse_args(argv, ModelArguments, DataArguments, settings, prog=prog, doc=doc)
+    require(model.model_name_or_path, "model_name_or_path", "the model to train, a folder or a hub id")
+    named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
+    changes = {"model_init_kwargs": named | training.model_init_kwargs}
+    if hasattr(training, "teacher_model_name_or_path"):
+        require(training.teacher_model_name_or_path, "teacher_model_name_or_path", "the teacher, a folder or a hub id")
+        same = {"attn_implementation": model.attn_implementation}
+        changes["teacher_model_init_kwargs"] = same | training.teacher_model_init_kwargs
+    from gold_jax.distributed.initialize import initialize
+
+    initialize(
+        training.coordinator_address,
+        training.num_processes,
+        training.process_id,
+        heartbeat_timeout=training.process_timeout,
+    )
+    train, evaluation = _load_splits(data, training)
+    unused = named_without_effect(data, RunFacts(training, evaluates=_evaluates(data, training), data=data))
+    training = training.replace(**changes, notices=[*notices, *unused])
+    options = {"dataset_name": data.dataset_name, "command": ["python", "-m", prog, *(argv or ())]}
+    return TrainingInputs(model.model_name_or_path, training, train, evaluation, options)
+
+
+def _evaluates(data: DataArguments, training: SFTConfig) -> bool:
+    return training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
+
+
+def _load_splits(data: DataArguments, training: SFTConfig) -> tuple[Any, Any]:
+    """The rows to train on and, where the settings ask for evaluation, those to evaluate on: `Examples` or None."""
+    from gold_jax.text.data import load_examples
+
+    require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
+    options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
+    train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
+    if not _evaluates(data, training):
+        return train, None
+    name, split = data.dataset_name, data.dataset_test_split
+    if data.eval_dataset_name is not None:
+        name = data.eval_dataset_name
+        split = "train" if os.path.isfile(name) else split
+    found = load_examples(name, split=split, **options)
+    return train, found if data.max_eval_samples is None else found.first(data.max_eval_samples)
 
 
 def load_reader(
@@ -136,47 +185,3 @@ def load_reader(
         special_tokens_in_prompts=special_tokens,
         placement=place_run(mesh),
     )
-
-
-def _evaluates(data: DataArguments, training: SFTConfig) -> bool:
-    return training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
-
-
-def unread(data: DataArguments, training: SFTConfig) -> list[str]:
-    """A line for settings of the data that somebody named and that nothing reads."""
-    lines = []
-    asked = [name for name in ("dataset_test_split", "max_eval_samples") if name in data.given]
-    if asked and not _evaluates(data, training):
-        flags = ", ".join(f"--{name}" for name in asked)
-        lines.append(f"{flags}: no effect without --eval_strategy, --eval_on_start or --eval_dataset_name.")
-    local = data.dataset_name is not None and (
-        os.path.exists(data.dataset_name) or data.dataset_name.startswith("embedded:")
-    )
-    if "dataset_config" in data.given and local:
-        lines.append("--dataset_config: no effect on files; only data sets of the hub have configurations.")
-    return lines
-
-
-def load_split(data: DataArguments, training: SFTConfig):
-    """The rows to train on and, where the settings ask for evaluation, those to evaluate on: `Examples` or None.
-
-    Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: no data set is named, or it has no row of a known form.
-    """
-    from gold_jax.text.data import load_examples
-
-    if data.dataset_name is None:
-        raise ValueError("--dataset_name is missing: a hub id, or a JSON, JSONL or Parquet file or folder")
-    column = training.dataset_text_field
-    train = load_examples(
-        data.dataset_name, config=data.dataset_config, split=data.dataset_train_split, text_column=column
-    )
-    if not _evaluates(data, training):
-        return train, None
-    name, split = data.dataset_name, data.dataset_test_split
-    if data.eval_dataset_name is not None:
-        name = data.eval_dataset_name
-        split = "train" if os.path.isfile(name) else split
-    found = load_examples(name, config=data.dataset_config, split=split, text_column=column)
-    return train, found if data.max_eval_samples is None else found.first(data.max_eval_samples)

@@ -1,0 +1,625 @@
+"""The settings of a run: dataclasses whose fields are the command line's flags. A new flag is one field here.
+
+A field has the name, type and meaning that TRL and transformers give to the flag; what is otherwise stands in its
+`differs`. The same checks hold on the command line, in a YAML file and in Python. Each class is a group of `--help` and
+of docs/flags.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+from typing import Any, NamedTuple
+
+from gold_jax.loss_spec import (
+    GROUPS,
+    MASKS,
+    MERGES,
+    NORMALIZATIONS,
+    SORTS,
+    LossSpec,
+    Names,
+    comparisons,
+    presets,
+    read_options,
+)
+from gold_jax.sharding.axes import LAYOUTS, read_mesh
+from gold_jax.step_ranges import read_steps
+
+from .fields import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Effect, Range, Settings, flag, flags_dataclass, like
+from .trl_compat import read_attention, read_load_options
+
+TRACKERS = ("trackio", "wandb", "tensorboard")
+# Schedule -> what it reads from lr_scheduler_kwargs.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "linear": (),
+    "cosine": ("num_cycles",),
+    "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "constant": (),
+    "constant_with_warmup": (),
+}
+# A resumed run refuses another value of a `flag`, says that a `warned_flag` has one, and takes a `free_flag` as it comes.
+warned_flag = functools.partial(flag, on_resume="warn")
+free_flag = functools.partial(flag, on_resume="ignore")
+_BELOW_ONE = Range("at least 0 and smaller than 1", lambda v: 0 <= v < 1)
+
+
+def _option(flag_name: str) -> Effect:
+    """Has an effect where the comparison has the option that a flag sets."""
+    return Effect(
+        lambda r: flag_name in {p.option.flag for p in r.spec.comparison.options.values()}, "no effect with {loss}"
+    )
+
+
+class RunFacts(NamedTuple):
+    """What decides whether a flag changes anything: the argument of `Effect.holds`.
+
+    Attributes:
+        args: the run's settings, an `SFTConfig` or a `GOLDConfig`.
+        spec: the loss; None where there is no teacher.
+        evaluates: whether there are rows to evaluate on.
+        data: where the rows come from; None where only `args` are asked about.
+    """
+
+    args: Any
+    spec: LossSpec | None = None
+    evaluates: bool = True
+    data: Any = None
+
+    @property
+    def samples(self) -> bool:
+        """Whether a model writes completions in training."""
+        return self.args.lmbda > 0 or self.args.seq_kd
+
+    @property
+    def loss(self) -> str:
+        """The loss in words, such as `loss gold (chain/all/hybrid)`."""
+        return f"loss {self.spec.name} ({self.spec.merge}/{self.spec.groups}/{self.spec.compare})"
+
+
+# The flags, and when they change anything, are tables: few lines for each.
+# fmt: off
+_EVALUATES = Effect(lambda r: r.evaluates, "no effect without rows to evaluate on")
+_REPORTS = Effect(lambda r: bool(r.args.report_to), "no effect without --report_to")
+_SHOWS_COMPLETIONS = Effect(lambda r: r.args.log_completions, "no effect without --log_completions")
+_WARMS_UP = Effect(lambda r: r.args.lr_scheduler_type != "constant",
+                   "no effect with --lr_scheduler_type constant; constant_with_warmup warms up")
+_ASKED_TO_EVALUATE = Effect(lambda r: r.evaluates,
+                            "no effect without --eval_strategy, --eval_on_start or --eval_dataset_name")
+_FINE_TUNES = Effect(lambda r: r.spec is None,
+                     "no effect in distillation, which learns the completion alone; gold_jax.sft has it")
+_NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_only_loss,
+                          "no effect with --assistant_only_loss, which learns every answer of a conversation")
+# The conditions from here on are of distillation's flags alone.
+_NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
+_SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
+_ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
+_DISTILS = Effect(lambda r: r.spec.distillation_weight > 0, "no effect with --uld_distillation_weight 0")
+_BY_ULD_FLAGS = Effect(lambda r: r.args.use_uld_loss and r.args.loss is None,
+                       "no effect without --use_uld_loss, or with --loss, which names the loss itself")
+_OWN_TEMPERATURES = Effect(lambda r: r.spec.name != "gkd",
+                           "no effect with gkd, which divides both models' logits by --temperature, as TRL does")
+
+
+@flags_dataclass
+class ModelArguments(Settings):
+    """Which model is trained."""
+
+    model_name_or_path: str | None = flag(None, "The model to train: a folder or a hub id.", important=True)
+    model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.",
+        differs="none is the hub's main branch, as TRL's `main`")
+    dtype: str = flag("float32",
+        "In which type weights are read (rounded to it) and the trained model is saved; 'auto': as the checkpoint has "
+        "it. Training itself always keeps float32 weights.", choices=("auto", "float32", "bfloat16"),
+        differs="TRL trains in this type, too; here it is the type on disk, and weights and optimizer are float32")
+    attn_implementation: str | None = flag(None,
+        "How attention over whole sequences is computed: auto (by platform, model and length; so is none), plain, "
+        "blockwise (long sequences in little memory, anywhere), cudnn (NVIDIA GPUs) or splash (TPUs).",
+        differs="the names of PyTorch's implementations are taken and mean `auto`")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.attn_implementation, notices = read_attention("--attn_implementation", self.attn_implementation)
+        self.notices += notices
+
+
+@flags_dataclass
+class DataArguments(Settings):
+    """Which data it is trained on."""
+
+    dataset_name: str | None = flag(None, "The data set: a hub id, or a JSON, JSONL or Parquet file or folder.",
+        important=True, differs="may be a file or a folder too")
+    dataset_config: str | None = flag(None, "Which configuration of a hub data set.",
+        effect=Effect(lambda r: not r.data.is_local, "no effect on files; only data sets of the hub have configurations"))
+    dataset_train_split: str = flag("train", "The split to train on.")
+    dataset_test_split: str = flag("test", "The split to evaluate on.", effect=_ASKED_TO_EVALUATE)
+    eval_dataset_name: str | None = flag(None,
+        "The data set to evaluate on, all of a single file; none: dataset_test_split of dataset_name.")
+    max_eval_samples: int | None = flag(None, "Evaluate on the first rows alone, as many as this; none: on all.",
+        range=AT_LEAST_ONE, effect=_ASKED_TO_EVALUATE)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the data set is a file or a folder, or comes with the package."""
+        name = self.dataset_name
+        return name is not None and (os.path.exists(name) or name.startswith("embedded:"))
+
+
+@dataclasses.dataclass(kw_only=True)
+class RunFlags:
+    """Where a run writes, and how long it is."""
+
+    output_dir: str = free_flag("trainer_output", "Folder for the trained model, its log and its model card.", folder=True,
+        important=True)
+    seed: int = flag(42, "Seed of the row order and of sampling.",
+        range=Range("at least 0 and smaller than 2**63", lambda v: 0 <= v < 2**63))
+    per_device_train_batch_size: int = flag(8, "Rows per device in one forward and backward pass.", range=AT_LEAST_ONE,
+        important=True)
+    gradient_accumulation_steps: int = flag(1, "Passes whose gradients are summed into one update.", range=AT_LEAST_ONE,
+        important=True)
+    num_train_epochs: float = warned_flag(3.0, "Times that the data set is gone through.", range=POSITIVE, important=True,
+        effect=Effect(lambda r: r.args.max_steps < 0, "no effect with --max_steps"))
+    max_steps: int = warned_flag(-1, "Updates to make; -1: as many as num_train_epochs needs.",
+        range=Range("at least 1, or -1 to go by num_train_epochs", lambda v: v >= 1 or v == -1))
+
+
+@dataclasses.dataclass(kw_only=True)
+class OptimizerFlags:
+    """AdamW and its learning rate."""
+
+    learning_rate: float = warned_flag(2e-5, "Peak learning rate of AdamW.", range=NOT_NEGATIVE, important=True)
+    weight_decay: float = warned_flag(0.0, "Decoupled weight decay; norms and biases are left out of it.",
+        range=NOT_NEGATIVE)
+    adam_beta1: float = warned_flag(0.9, "Decay of AdamW's first moment.", range=_BELOW_ONE)
+    adam_beta2: float = warned_flag(0.999, "Decay of AdamW's second moment.", range=_BELOW_ONE)
+    adam_epsilon: float = warned_flag(1e-8, "AdamW's epsilon, added outside the square root.", range=POSITIVE)
+    max_grad_norm: float | None = warned_flag(1.0, "Clip gradients to this global norm; 0 or none: no clipping.",
+        range=NOT_NEGATIVE)
+    lr_scheduler_type: str = warned_flag("linear", "Shape of the learning rate after warm-up.", choices=tuple(SCHEDULES))
+    lr_scheduler_kwargs: dict | str | None = warned_flag(None,
+        "JSON for the schedule: num_cycles (cosines), min_lr or min_lr_rate (cosine_with_min_lr; neither: min_lr_rate "
+        "0.1, where transformers would stop).",
+        differs="cosine_with_min_lr without a minimum takes min_lr_rate 0.1, where transformers stops")
+    warmup_ratio: float = warned_flag(0.0, "Share of the updates that warm up; warmup_steps wins where both are given.",
+        range=FRACTION, effect=(Effect(lambda r: not r.args.warmup_steps, "no effect with --warmup_steps"), _WARMS_UP))
+    warmup_steps: float = warned_flag(0, "Updates that warm up; below 1: a share of all.", range=NOT_NEGATIVE,
+        effect=_WARMS_UP)
+
+
+@dataclasses.dataclass(kw_only=True)
+class LoggingFlags:
+    """What is logged, and where."""
+
+    logging_steps: float = free_flag(10, "Updates between two log lines; below 1: a share of all.", range=POSITIVE)
+    logging_first_step: bool = free_flag(False, "Log the first update too.")
+    report_to: list[str] | None = free_flag(None, "Trackers: trackio, wandb, tensorboard, all (those installed) or none.",
+        choices=(*TRACKERS, "all"), differs="the trackers are these three")
+    run_name: str | None = free_flag(None, "Name of the run in the tracker.", effect=_REPORTS)
+    project: str = free_flag("gold_jax", "Project in the tracker.", alias="trackio_project", effect=_REPORTS,
+        differs="another name, so that runs of the two are not mixed")
+    trackio_space_id: str | None = free_flag(None, "Space on the hub that shows the Trackio project.", effect=_REPORTS)
+    log_completions: bool = free_flag(False, "Show sampled prompts and completions from time to time.",
+        effect=(Effect(lambda r: r.spec is not None, "no effect here: nothing is sampled in training"),
+                Effect(lambda r: r.spec is None or r.args.lmbda > 0, "no effect with --lmbda 0: the student writes nothing")))
+    log_completions_steps: int = free_flag(100, "Updates between two tables of completions.", range=AT_LEAST_ONE,
+        effect=_SHOWS_COMPLETIONS)
+    num_completions_to_print: int | None = free_flag(None, "How many completions such a table shows; none: all.",
+        range=AT_LEAST_ONE, effect=_SHOWS_COMPLETIONS)
+    profile_steps: list[str] | None = free_flag(None,
+        "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes.")
+
+
+@dataclasses.dataclass(kw_only=True)
+class EvaluationFlags:
+    """When and how the model is evaluated."""
+
+    eval_strategy: str = free_flag("no", "When to evaluate.", choices=("no", "steps", "epoch"), important=True)
+    eval_steps: float | None = free_flag(None, "Updates between two evaluations; none: logging_steps.", range=POSITIVE,
+        effect=Effect(lambda r: r.args.eval_strategy == "steps", "no effect without --eval_strategy steps"),
+        differs="filled in from logging_steps when the settings are made; TRL does so when it trains")
+    eval_on_start: bool = free_flag(False, "Evaluate before the first update too, for a before/after table at the end.")
+    per_device_eval_batch_size: int = free_flag(8, "Rows per device in one evaluation pass.", range=AT_LEAST_ONE,
+        effect=_EVALUATES)
+    predict_with_generate: bool = free_flag(False,
+        "In evaluation, also write completions greedily and count exact matches.", effect=_EVALUATES)
+
+
+@dataclasses.dataclass(kw_only=True)
+class CheckpointFlags:
+    """When a run is saved, and going on from a save."""
+
+    save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"))
+    save_steps: float = free_flag(500, "Updates between two saves; below 1: a share of all.", range=POSITIVE,
+        effect=Effect(lambda r: r.args.save_strategy == "steps", "no effect without --save_strategy steps"))
+    save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)
+    checkpoint_dir: str | None = free_flag(None,
+        "Where saves on the way go, each a folder checkpoint-STEP; may be gs://bucket/folder. None: output_dir.",
+        folder=True)
+    resume_from_checkpoint: str | None = free_flag(None,
+        "Go on from a save: its folder, or latest (true means the same) for the newest whole one of checkpoint_dir, "
+        "where a run that has none begins anew.", folder=True, true_means="latest", important=True,
+        differs="`latest` is taken too, and begins anew where there is no save")
+    max_skipped_updates: int = free_flag(10,
+        "Stop after this many updates in a row whose loss or gradients were not finite; each such update is left out.",
+        range=AT_LEAST_ONE)
+
+
+@dataclasses.dataclass(kw_only=True)
+class MemoryFlags:
+    """Precision and memory."""
+
+    bf16: bool | None = warned_flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.", important=True,
+        differs="none chooses by platform")
+    gradient_checkpointing: bool = warned_flag(True, "Recompute activations in the backward pass: less memory.",
+        alias="activation_checkpointing")
+    loss_chunk: int | None = warned_flag(None,
+        "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere.", range=AT_LEAST_ONE)
+
+
+@dataclasses.dataclass(kw_only=True)
+class HubFlags:
+    """Uploading the trained model."""
+
+    push_to_hub: bool = free_flag(False, "Upload the trained model to the hub at the end.")
+    hub_model_id: str | None = free_flag(None, "Repository to push to; none: the name of output_dir under your account.")
+    hub_private_repo: bool | None = free_flag(None, "Make the repository private; none: the account's default.")
+    hub_token: str | None = free_flag(None, "Token for the hub; none: the one that `hf auth login` stored.", secret=True)
+
+
+@dataclasses.dataclass(kw_only=True)
+class TextFlags:
+    """How rows become tokens, and which of these are learned."""
+
+    max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
+        range=AT_LEAST_ONE, important=True)
+    dataset_text_field: str = flag("text", "Column that holds plain text.")
+    chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
+    template_kwargs: dict | str | None = flag(None,
+        'JSON with variables for the chat template, such as {"enable_thinking": false}; a row\'s column '
+        'chat_template_kwargs goes before it.', alias="chat_template_kwargs")
+    special_tokens_in_prompts: bool = flag(False,
+        "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
+    completion_only_loss: bool | None = flag(None,
+        "Learn the completion (of a conversation its last answer) and nothing else; false: the whole sequence.",
+        effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
+        differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")
+    assistant_only_loss: bool = flag(False, "Learn every answer of the assistant's in a conversation.", effect=_FINE_TUNES)
+    eos_token: str | None = flag(None, "Token that ends a turn; none: what the chat template writes.")
+    pad_to_multiple_of: int | None = free_flag(None, "No effect: lengths are always padded to a few buckets.",
+        range=AT_LEAST_ONE, effect=Effect(lambda r: False, "lengths are always padded to a few buckets"),
+        differs="no effect: lengths are always padded to a few buckets")
+    shuffle_dataset: bool = free_flag(False, "No effect: rows come in a new random order in every epoch.",
+        effect=Effect(lambda r: False, "rows always come in a new random order in every epoch"),
+        differs="no effect: rows come in a new random order in every epoch")
+    trust_remote_code: bool = free_flag(False, "Allow tokenizers and configurations that ship their own Python code.")
+    model_init_kwargs: dict | str | None = warned_flag(None,
+        "JSON with dtype, revision or attn_implementation for the model.",
+        differs="these three keys; those that place a PyTorch model are answered, others refused")
+
+
+@dataclasses.dataclass(kw_only=True)
+class MeshFlags:
+    """Over which devices a run is spread, and how its processes find each other."""
+
+    mesh: str | None = free_flag(None,
+        "Sizes of the axes data, fsdp and tensor over which the run is spread, such as fsdp=4,tensor=2; rows are shared "
+        "out to data x fsdp. None or auto: fsdp over all devices.")
+    layout: str = free_flag("fsdp", "What a model's width is cut over: fsdp; full: data and fsdp; replicated: neither.",
+        choices=LAYOUTS)
+    coordinator_address: str | None = free_flag(None,
+        "HOST:PORT of process 0, in a run of several processes; none: found out on TPU pods, under Slurm and Open MPI, "
+        "or by JAX_COORDINATOR_ADDRESS.")
+    num_processes: int | None = free_flag(None, "How many processes the run has; none: as above, JAX_NUM_PROCESSES.")
+    process_id: int | None = free_flag(None, "Which of them this is, from 0; none: as above, JAX_PROCESS_ID.")
+    process_timeout: float = free_flag(60.0,
+        "Seconds after which a process that does not answer is taken for lost, and the others end.", range=POSITIVE)
+
+
+# fmt: on
+@flags_dataclass
+class SFTConfig(
+    MeshFlags,
+    HubFlags,
+    TextFlags,
+    MemoryFlags,
+    CheckpointFlags,
+    EvaluationFlags,
+    LoggingFlags,
+    OptimizerFlags,
+    RunFlags,
+    Settings,
+):
+    """Settings of supervised fine-tuning, and of every other kind of training here.
+
+    Raises:
+        ValueError: for a value of the wrong type or out of range; the text names the flag, the value and the range.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        read_mesh(self.mesh)
+        if "://" in self.output_dir:
+            raise ValueError(
+                f"--output_dir is {self.output_dir!r}; it must be a local folder. --checkpoint_dir may be in a bucket."
+            )
+        self.profile_steps = read_steps(
+            "profile_steps", self.profile_steps, self.max_steps if self.max_steps > 0 else None
+        )
+        given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
+        legal = SCHEDULES[self.lr_scheduler_type]
+        for key, value in given.items():
+            if key not in legal:
+                reads = f"reads {', '.join(legal)}" if legal else "reads nothing from it"
+                raise ValueError(f"--lr_scheduler_kwargs has {key!r}; the schedule {self.lr_scheduler_type!r} {reads}.")
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise ValueError(f"--lr_scheduler_kwargs has {key}={value!r}; it must be a number of at least 0.")
+        if "min_lr" in given and "min_lr_rate" in given:
+            raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
+        if self.eval_steps is None:
+            self.eval_steps = self.logging_steps
+        for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
+            value = getattr(self, name)
+            setattr(self, name, int(value) if value >= 1 else value)
+        self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
+        self.notices += notices
+
+    def interval(self, name: str, total_steps: int) -> int:
+        """Updates between two events: `logging_steps`, `eval_steps` or `save_steps`, a share of `total_steps` below 1."""
+        value = getattr(self, name)
+        return int(value) if value >= 1 else max(1, math.ceil(total_steps * value))
+
+    def warmup(self, total_steps: int) -> int:
+        """Updates of warm-up in a run of `total_steps`, rounded as transformers does."""
+        if self.warmup_steps >= 1:
+            return int(self.warmup_steps)
+        return math.ceil(total_steps * (self.warmup_steps or self.warmup_ratio))
+
+
+# fmt: off
+@dataclasses.dataclass(kw_only=True)
+class TeacherFlags:
+    """The teacher, which is not trained."""
+
+    teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True)
+    teacher_model_revision: str | None = warned_flag(None, "Branch, tag or commit of the teacher on the hub.")
+    teacher_tokenizer_name_or_path: str | None = warned_flag(None, "The teacher's tokenizer; none: where the teacher is.",
+        differs="not needed: none is the one beside the teacher")
+    teacher_model_init_kwargs: dict | str | None = warned_flag(None,
+        "As model_init_kwargs, for the teacher, which is not saved: dtype rounds its weights when they are read.",
+        differs="the keys dtype, revision and attn_implementation")
+    teacher_template_kwargs: dict | str | None = flag(None,
+        "JSON with variables for the teacher's chat template; none: those of template_kwargs; {}: no variables.")
+    teacher_layout: str = free_flag("fsdp",
+        "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS)
+    teacher_context: str | None = flag(None,
+        "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
+
+
+@dataclasses.dataclass(kw_only=True)
+class SamplingFlags:
+    """Who writes completions in training, and how."""
+
+    lmbda: float = flag(0.5, "Share of batches whose completions the student writes; 0: data alone, 1: student alone.",
+        range=FRACTION, important=True)
+    seq_kd: bool = flag(False, "The teacher writes the completions of the batches that the student does not.",
+        effect=Effect(lambda r: r.args.lmbda < 1, "no effect with --lmbda 1: the student writes every completion"))
+    temperature: float = flag(0.9, "Temperature of the student's sampling (and of both models under gkd, as in TRL).",
+        range=POSITIVE, effect=Effect(lambda r: r.samples or r.spec.name == "gkd", _NOTHING_SAMPLED))
+    top_p: float = flag(0.95, "Sample from the likeliest tokens that add up to this probability; 1: from all.",
+        range=Range("greater than 0 and at most 1", lambda v: 0 < v <= 1), effect=_SAMPLES)
+    top_k: int = flag(0, "Sample from this many likeliest tokens; 0: from all.", range=NOT_NEGATIVE, effect=_SAMPLES)
+    max_completion_length: int = flag(128, "Most tokens of a sampled completion.", alias="max_new_tokens",
+        range=AT_LEAST_ONE, important=True)
+    max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.", range=AT_LEAST_ONE)
+    num_generations: int = flag(1, "Completions sampled for each prompt.", range=AT_LEAST_ONE)
+    generation_batch_size: int | None = free_flag(None,
+        "Most completions sampled at once on all devices, those of an update together where they fit in; none: 32 a "
+        "device (a shard of data x fsdp).", range=AT_LEAST_ONE, effect=_SAMPLES,
+        differs="changes how many are sampled at once, never what an update learns")
+
+
+@dataclasses.dataclass(kw_only=True)
+class LossFlags:
+    """What is compared: a preset, or a point of the grid of merges, groups and comparisons (docs/losses.md)."""
+
+    loss: str | None = flag(None,
+        "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one tokenizer and gold for two.",
+        choices=Names(presets), important=True, effect=_DISTILS)
+    merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES,
+        effect=_DISTILS)
+    groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS, effect=_DISTILS)
+    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.", 
+        choices=Names(comparisons), effect=_DISTILS)
+    loss_kwargs: dict | str | None = flag(None,
+        'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.', effect=_DISTILS)
+    normalization: str = flag("groups", "Mean over the global batch's groups, or TRL's over rows.", choices=NORMALIZATIONS)
+    beta: float = flag(0.5, "Divergence: 0 is KL(teacher||student), 1 is KL(student||teacher), between: Jensen-Shannon.",
+        range=FRACTION,
+        effect=(_option("beta"), _DISTILS))
+    use_uld_loss: bool = flag(False, "Choose the loss by the ULD flags below, as TRL does.",
+        effect=Effect(lambda r: r.args.loss is None, "no effect with --loss, which names the loss itself"))
+    use_extended_uld: bool = flag(True, "ULD over aligned groups; off: token by token, cut to the shorter side.",
+        effect=_BY_ULD_FLAGS)
+    uld_use_hybrid_loss: bool = flag(False, "ULD with a divergence over the matched entries: GOLD.", effect=_BY_ULD_FLAGS)
+    uld_token_merge_strategy: str = flag("chain",
+        "ULD's merge: chain (bayesian in TRL), or observed (TRL's default, one position late).",
+        choices=("chain", "bayesian", "observed"),
+        effect=Effect(lambda r: r.args.merge is None and r.spec.name in ("gold", "uld", "uld_extended"), "no effect with {loss}"),
+        differs="`observed` reads each logit one position late; `chain` is the chain rule, which TRL calls `bayesian`")
+    uld_hybrid_matched_weight: float | None = flag(None, "Weight of matched entries; none: by vocabulary overlap.",
+        range=NOT_NEGATIVE, effect=(_option("uld_hybrid_matched_weight"), _DISTILS))
+    uld_hybrid_unmatched_weight: float | None = flag(None, "Weight of the others; none: by vocabulary overlap.",
+        range=NOT_NEGATIVE, effect=(_option("uld_hybrid_unmatched_weight"), _DISTILS))
+    uld_crossentropy_weight: float = flag(0.0, "Weight of the cross-entropy on the completion.", range=NOT_NEGATIVE)
+    uld_distillation_weight: float = flag(1.0, "Weight of the distillation.", range=NOT_NEGATIVE)
+    uld_student_temperature: float = flag(1.0, "The loss divides the student's logits by it.", range=POSITIVE,
+        effect=(_OWN_TEMPERATURES, _DISTILS))
+    uld_teacher_temperature: float = flag(1.0, "The loss divides the teacher's logits by it.", range=POSITIVE,
+        effect=(_OWN_TEMPERATURES, _DISTILS))
+    uld_skip_student_eos: bool = flag(False, "Leave the student's stop token out (TRL does; here stopping is taught).",
+        differs="stop tokens are matched by role and taught, so that the student learns when to stop")
+    uld_skip_teacher_eos: bool = flag(False, "Leave the teacher's stop token out (TRL does; here stopping is taught).",
+        differs="as --uld_skip_student_eos")
+    uld_top_k: int = flag(0, "Sort only this many largest probabilities; 0: all, exact.", range=NOT_NEGATIVE,
+        effect=_option("uld_top_k"))
+    uld_sort: str = warned_flag("auto",
+        "Who sorts all of them: host (numpy), xla, or auto: in commands the host on CPUs, XLA elsewhere.", choices=SORTS,
+        effect=(_option("uld_sort"), Effect(lambda r: not r.spec.options.get("top_k"), "no effect with --uld_top_k")))
+    projection_mask: list[str] | None = flag(None,
+        "Unmatched entries that projected and events leave out instead of giving them to a prefix: whitespace, numerals.",
+        choices=MASKS, effect=_DISTILS)
+    alm_temperature: float = flag(100.0, "The loss alm raises probabilities to one over this.", range=POSITIVE,
+        effect=_option("alm_temperature"))
+
+
+@dataclasses.dataclass(kw_only=True)
+class ServerFlags:
+    """A server that writes the student's completions, and how it gets the student's weights; without use_vllm none."""
+
+    use_vllm: bool = flag(False,
+        "With --vllm_mode server: have a running server write the student's completions in training.",
+        differs="alone it changes nothing: the built-in sampler writes the completions where the student is trained")
+    vllm_mode: str = flag("colocate",
+        "server: the one at the address below (not TRL's own `trl vllm-serve`, which speaks another language). colocate: "
+        "the built-in sampler, which always runs where the student is trained.", choices=("colocate", "server"),
+        effect=Effect(lambda r: r.args.use_vllm, "no effect without --use_vllm: the built-in sampler writes the completions"),
+        differs="server is `vllm serve` or SGLang itself, not `trl vllm-serve`; colocate is the built-in sampler")
+    vllm_server_base_url: str | None = free_flag(None, "The server's address; none: made of host and port.",
+        effect=_ASKS_SERVER)
+    vllm_server_host: str = free_flag("0.0.0.0", "The server's host.", effect=_ASKS_SERVER)
+    vllm_server_port: int = free_flag(8001, "The server's port (vLLM's own default is 8000, SGLang's 30000).",
+        range=Range("between 1 and 65535", lambda v: 1 <= v <= 65535), effect=_ASKS_SERVER)
+    vllm_server_timeout: float = free_flag(240.0,
+        "Seconds to wait for each of the server's answers, and for a server that is not up yet.", range=POSITIVE,
+        effect=_ASKS_SERVER)
+    vllm_sync_frequency: int = flag(1, "Updates after which the server gets the student's weights anew.",
+        range=AT_LEAST_ONE, effect=_ASKS_SERVER)
+    rollout_server: str = flag("vllm",
+        "The kind of server: `vllm serve` (0.16 or newer, started with VLLM_SERVER_DEV_MODE=1 in its environment), or "
+        "SGLang. If it wants a key, put it into the environment as VLLM_API_KEY.", choices=("vllm", "sglang"),
+        effect=_ASKS_SERVER)
+    rollout_weights_dir: str | None = free_flag(None,
+        "Folder through which weights go to the server, which must be able to read it under the same absolute path; "
+        "none: .rollout_weights in output_dir.", effect=_ASKS_SERVER)
+    rollout_sync_first: bool = free_flag(True,
+        "Give the server the student's weights before the first completions; false: it has been started with them.",
+        effect=_ASKS_SERVER)
+
+    @property
+    def server_url(self) -> str | None:
+        """The address of the server that writes the student's completions; None where the built-in sampler does."""
+        if not (self.use_vllm and self.vllm_mode == "server"):
+            return None
+        return self.vllm_server_base_url or f"http://{self.vllm_server_host}:{self.vllm_server_port}"
+
+
+# fmt: on
+@flags_dataclass
+class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig):
+    """Settings of on-policy distillation between any two tokenizers."""
+
+    learning_rate: float = like(SFTConfig, "learning_rate", 1e-7)
+    max_length: int | None = like(
+        SFTConfig,
+        "max_length",
+        None,
+        help="Longest sequence in tokens; none: room for prompt (512 if max_prompt_length is none) and completion.",
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        url = self.vllm_server_base_url
+        if url is not None and not url.startswith(("http://", "https://")):
+            raise ValueError(f"--vllm_server_base_url is {url!r}; it must be an address such as http://localhost:8000.")
+        if self.use_vllm and self.server_url is None:
+            self.notices.append(
+                "--use_vllm: The built-in sampler writes the completions, on the training devices and with the current "
+                "weights; --vllm_mode server has a running vLLM or SGLang write them."
+            )
+        self.loss_kwargs = dict(self.loss_kwargs or {})
+        if self.loss_kwargs:
+            read_options(self._point(False)[1][2], vars(self), self.loss_kwargs)
+        one, other = self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight
+        if (one is None) != (other is None):
+            given, missing = ("matched", "unmatched") if other is None else ("unmatched", "matched")
+            raise ValueError(
+                f"--uld_hybrid_{given}_weight is {one if other is None else other} but --uld_hybrid_{missing}_weight is "
+                "none; give both as numbers of at least 0, or neither."
+            )
+        if self.max_length is None:
+            self.max_length = max(1024, (self.max_prompt_length or 512) + self.max_completion_length)
+        if self.max_completion_length >= self.max_length:
+            raise ValueError(
+                f"--max_completion_length is {self.max_completion_length}, which leaves no room for a prompt in "
+                f"--max_length {self.max_length}; it must be smaller than --max_length."
+            )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if rows % self.num_generations:
+            raise ValueError(
+                f"--num_generations is {self.num_generations}; it must divide the rows of an update on one device, "
+                f"per_device_train_batch_size x gradient_accumulation_steps = {rows}."
+            )
+        self.teacher_model_init_kwargs, notices = read_load_options(
+            "teacher_model_init_kwargs", self.teacher_model_init_kwargs
+        )
+        self.notices += notices
+
+    @property
+    def prompt_budget(self) -> int:
+        """Most tokens a prompt may keep: max_prompt_length, or what max_length leaves beside the completion."""
+        room = self.max_length - self.max_completion_length
+        return room if self.max_prompt_length is None else min(self.max_prompt_length, room)
+
+    def _point(self, same_tokenizer: bool) -> tuple[str, tuple[str, str, str]]:
+        """The preset that these settings choose, and the point of the grid: (merge, groups, compare)."""
+        name = self.loss
+        if name is None and self.use_uld_loss:
+            name = "gold" if self.uld_use_hybrid_loss else "uld_extended" if self.use_extended_uld else "uld"
+        elif name is None:
+            name = "gkd" if same_tokenizer else "gold"
+        merge, groups, compare = presets()[name]
+        if self.use_uld_loss and self.loss is None:
+            groups = "all" if self.use_extended_uld else "positional"
+        if self.uld_token_merge_strategy == "observed" and name in ("gold", "uld", "uld_extended"):
+            merge = "observed"
+        return name, (self.merge or merge, self.groups or groups, self.compare or compare)
+
+    def loss_spec(self, same_tokenizer: bool) -> LossSpec:
+        """The loss that these settings choose for a student and a teacher.
+
+        Args:
+            same_tokenizer: whether both models have one and the same vocabulary.
+
+        Raises:
+            ValueError: for gkd with two tokenizers.
+        """
+        name, (merge, groups, compare) = self._point(same_tokenizer)
+        if name == "gkd" and not same_tokenizer:
+            raise ValueError(
+                "--loss is 'gkd', which compares two models entry by entry, but student and teacher have different "
+                "tokenizers; use another --loss, such as gold, events or strict."
+            )
+        gkd = name == "gkd"  # TRL divides both models' logits by the sampling temperature there
+        spec = LossSpec(
+            merge=merge,
+            groups=groups,
+            compare=compare,
+            options=read_options(compare, vars(self), self.loss_kwargs),
+            crossentropy_weight=self.uld_crossentropy_weight,
+            distillation_weight=self.uld_distillation_weight,
+            student_temperature=self.temperature if gkd else self.uld_student_temperature,
+            teacher_temperature=self.temperature if gkd else self.uld_teacher_temperature,
+            skip_student_stop=self.uld_skip_student_eos,
+            skip_teacher_stop=self.uld_skip_teacher_eos,
+            mask=tuple(self.projection_mask),
+            normalization=self.normalization,
+            name=name,
+        )
+        spec.check()
+        if spec.comparison.on_policy and self.lmbda < 1:
+            raise ValueError(
+                f"--lmbda is {self.lmbda:g}, but --compare {spec.compare} learns from what the student itself drew; use --lmbda 1."
+            )
+        return spec

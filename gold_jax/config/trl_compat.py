@@ -1,0 +1,212 @@
+"""Names and values of TRL and transformers that this project has not: what stands in their place, or why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Values that switch a flag off: nothing is lost, so nothing is said.
+_OFF = ("false", "none", "null", "no", "off", "0", "0.0", "", "[]", "{}")
+
+# How attention over whole sequences is computed: "auto", and the implementations of gold_jax.models.attention.
+ATTENTION = ("auto", "plain", "blockwise", "cudnn", "splash")
+# Shell patterns of what PyTorch's transformers calls its own; with a slash: kernels on the hub.
+_TORCH_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_*", "paged|*", "*/*")
+
+# Options of from_pretrained that place or speed up a PyTorch model and change no number here.
+_PLACEMENT = ("device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What a run says to a flag it does not have.
+
+    Attributes:
+        text: what stands in the flag's place (a notice), or what to do instead (a refusal).
+        refused: whether the flag would change the result, so that the run must not go on without it.
+        silent: values that ask for what happens anyway.
+    """
+
+    text: str
+    refused: bool
+    silent: tuple[str, ...]
+
+
+def answer(name: str, value: Any = True) -> list[str]:
+    """Notices (none or one) for a flag of `ANSWERS` that was given this value.
+
+    Raises:
+        ValueError: when the flag would change the result and is not supported.
+    """
+    said = ANSWERS[name]
+    text = str(value).strip().lower()
+    if text in said.silent:
+        return []
+    if said.refused:
+        shown = "" if value is True or text == "true" else f" {value}"
+        raise ValueError(f"--{name}{shown} is not supported here: {said.text}")
+    return [f"--{name}: {said.text}"]
+
+
+def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
+    """`; the nearest is X` for the name that is nearest, or nothing."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; the nearest is {prefix}{close[0]}" if close else ""
+
+
+def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]]:
+    """One of `ATTENTION`, or None where nothing was said, and a notice where PyTorch's name has "auto" in its place.
+
+    Raises:
+        ValueError: a name that neither this project nor transformers has; `where` is what it begins with.
+    """
+    value = None if value is None or str(value).lower() in ("none", "null") else str(value)
+    if value is None or value in ATTENTION:
+        return value, []
+    if any(fnmatch.fnmatchcase(value, pattern) for pattern in _TORCH_ATTENTION):
+        taken = "plain, blockwise, cudnn or splash, by platform, model and length"
+        return "auto", [f"{where}: {value} is PyTorch's; in its place stands auto ({taken})."]
+    legal = f"one of {', '.join(ATTENTION)} (PyTorch's names, such as sdpa, count as auto)"
+    raise ValueError(f"{where} is {value!r}; it must be {legal}{nearest(value, ATTENTION)}.")
+
+
+def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], list[str]]:
+    """What `model_init_kwargs` of TRL holds of `dtype`, `revision` and `attn_implementation`, and notices about the rest.
+
+    Raises:
+        ValueError: for an option that would change the model and is not there.
+    """
+    options: dict[str, Any] = {}
+    notices = []
+    for key, value in (given or {}).items():
+        if key in ("dtype", "torch_dtype"):
+            dtype = str(value).removeprefix("torch.")
+            if dtype not in ("auto", "float32", "bfloat16"):
+                raise ValueError(f"--{name} has {key}={value!r}; it must be one of auto, float32, bfloat16.")
+            options["dtype"] = dtype
+        elif key == "revision":
+            options["revision"] = value
+        elif key == "attn_implementation":
+            options[key], said = read_attention(f"--{name}: {key}", value)
+            notices += said
+        elif key in _PLACEMENT:
+            notices.append(f"--{name}: {key} has no part here; JAX places and compiles the model.")
+        else:
+            raise ValueError(f"--{name} has {key!r}; it must hold only dtype, revision and attn_implementation.")
+    return options, notices
+
+
+# What is answered -> the flags, each with the values that need no answer: `name`, those that switch it off; `name=value`, these
+# and its default in TRL, which asks for what happens anyway; `name==value|value`, these values alone.
+# fmt: off
+_NOTICES: Mapping[str, str] = {
+    "The loss never holds all logits and XLA fuses the layers, which is what these kernels are for.":
+        "use_liger_kernel liger_kernel_config",
+    "Every step is compiled by jax.jit.":
+        "torch_compile torch_compile_backend torch_compile_mode torchdynamo jit_mode_eval use_ipex",
+    "All devices that JAX sees form one mesh, over which the arrays are sharded.":
+        "fsdp fsdp_config deepspeed accelerator_config parallelism_config local_rank=-1 ddp_find_unused_parameters "
+        "ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout ignore_bias_buffers "
+        "tpu_num_cores mp_parameters ray_scope",
+    "JAX picks the platform; set JAX_PLATFORMS=cpu (or cuda, tpu) in the environment.": "use_cpu no_cuda use_mps_device",
+    "XLA chooses; set JAX_DEFAULT_MATMUL_PRECISION in the environment for another precision.": "tf32",
+    "The host prepares the next batch while the device computes; there are no worker processes.":
+        "dataloader_num_workers dataloader_pin_memory=true dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order=true dataset_num_proc",
+    "Only the columns that hold prompts and answers are read.": "remove_unused_columns=true label_names",
+    "--gradient_checkpointing recomputes activations; they are not moved to the host.": "activation_offloading",
+    "jax.checkpoint has no such options.": "gradient_checkpointing_kwargs activation_checkpointing_kwargs",
+    "XLA owns the device's memory.": "torch_empty_cache_steps skip_memory_metrics=true",
+    "The built-in sampler needs none of it, and a server (--vllm_mode server) is started with settings of its own.":
+        "vllm_group_port vllm_gpu_memory_utilization vllm_tensor_parallel_size vllm_max_model_length vllm_model_impl "
+        "vllm_enable_sleep_mode",
+    "The sampler keeps its key-value cache; training needs none.": "use_cache",
+    "The models here have no dropout.": "disable_dropout=true",
+    "Rows always lie end to end, so nothing is computed on padding between them.": "padding_free",
+    "Nothing is packed, so no way of packing is needed.": "packing_strategy=bfd",
+    "Padding is masked; which token stands there does not matter.": "pad_token",
+    "The loss is always a mean over the whole global batch.": "average_tokens_across_devices=true",
+    "Losses that are not finite are always shown.": "logging_nan_inf_filter=true",
+    "The row order and the sampling both follow --seed.": "data_seed",
+    "The same seed repeats a run on the same machine; on GPUs also set XLA_FLAGS=--xla_gpu_deterministic_ops=true.":
+        "full_determinism",
+    "One line is printed for each log, by the first process alone; --logging_steps says how often.":
+        "disable_tqdm log_level=passive log_level_replica=passive log_on_each_node",
+    "Tokens per second stand in every log line.": "include_num_input_tokens_seen include_tokens_per_second",
+    "Metrics are written to the folder of the run.": "logging_dir",
+    "Training is what this command does; --eval_strategy says when to evaluate.": "do_train=true do_eval",
+    "Evaluation adds up losses on the device and keeps no predictions.":
+        "prediction_loss_only=true eval_accumulation_steps eval_do_concat_batches eval_use_gather_object "
+        "batch_eval_metrics",
+    "Evaluation computes in the same type as training.": "bf16_full_eval",
+    "Completions are printed and logged as they are, repeated prompts too.": "wandb_log_unique_prompts",
+    "Trackio's own defaults hold.": "trackio_bucket_id trackio_static_space_id",
+    "No best model is picked.": "metric_for_best_model greater_is_better",
+    "Weights are always safetensors, written by the first process.": "save_safetensors=true save_on_each_node",
+    "A save always holds what a run needs to go on as well; --save_total_limit says how many stay.": "save_only_model",
+    "SIGTERM always has the run save a checkpoint and end with exit code 75.": "enable_jit_checkpoint",
+    "There are no callbacks.": "restore_callback_states_from_checkpoint",
+    "The model is pushed once, at the end.": "hub_strategy=end hub_always_push",
+    "Rows are not grouped by length.": "length_column_name",
+    "A later run in --output_dir replaces the model; an earlier run's logs stay under other names.": "overwrite_output_dir",
+    "It has no effect without LoRA, which this version has not.":
+        "lora_r lora_alpha lora_dropout lora_target_modules lora_target_parameters lora_modules_to_save "
+        "lora_task_type use_rslora use_dora",
+    "It has no effect without quantization, which this version has not.":
+        "bnb_4bit_quant_type use_bnb_nested_quant bnb_4bit_quant_storage",
+}
+
+_REFUSALS: Mapping[str, str] = {
+    "LoRA is not in this version; leave the flag out to train all weights.": "use_peft",
+    "quantized weights are not in this version; --dtype bfloat16 halves the memory of weights that are read.":
+        "load_in_4bit load_in_8bit",
+    "float16 would need loss scaling; use --bf16, which has float32's range.":
+        "fp16 fp16_full_eval fp16_backend fp16_opt_level half_precision_backend",
+    "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.":
+        "packing eval_packing",
+    "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
+    "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.":
+        "dataset_streaming",
+    "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
+    "the targets are not smoothed; leave it out.": "label_smoothing_factor",
+    "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",
+    "rows that do not fill a batch are never dropped; leave it out.": "dataloader_drop_last",
+    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_delay do_predict",
+    "the last model is kept; choose between saves by their eval_loss in the log.": "load_best_model_at_end",
+    "evaluation reports the loss; write further metrics in Python.": "include_for_metrics",
+    "models with experts are not in this version.": "router_aux_loss_coef",
+    "rows are prepared in one way; bring messages, prompt and completion, or text.": "dataset_kwargs",
+    "completions are not held to a pattern; leave it out.": "vllm_structured_outputs_regex",
+    "callbacks of transformers cannot run here.": "callbacks",
+    "AdamW has no further options; its own flags are --adam_beta1, --adam_beta2 and --adam_epsilon.":
+        "optim_args optim_target_modules",
+    "push to the main branch, or move the revision on the hub afterwards.": "hub_revision",
+    "it is --hub_model_id here.": "push_to_hub_model_id push_to_hub_organization",
+    "it is --hub_token here.": "push_to_hub_token",
+    "it is --eval_strategy here.": "evaluation_strategy",
+    "rows come in shuffled order; sort the data set and leave it out.": "group_by_length",
+    "PyTorch's debugging hooks do not exist here; set JAX_DEBUG_NANS=true in the environment.": "debug",
+    "AdamW is the optimizer; leave it out.": "optim==adamw_torch|adamw_torch_fused|adamw_hf",
+    "SFT learns by negative log-likelihood; leave it out.": "loss_type==nll|chunked_nll",
+    "too long rows lose their end; leave it out.": "truncation_mode==keep_start",
+    "logs come every --logging_steps.": "logging_strategy==steps",
+    "rows come in shuffled order; leave it out.": "train_sampling_strategy==random",
+}
+# fmt: on
+
+
+def _table() -> Mapping[str, Answer]:
+    table = {}
+    for refused, rows in ((False, _NOTICES), (True, _REFUSALS)):
+        for text, flags in rows.items():
+            for flag in flags.split():
+                name, _, values = flag.partition("=")
+                silent = tuple(values[1:].split("|")) if values.startswith("=") else (*_OFF, values)
+                table[name] = Answer(text, refused, silent)
+    return table
+
+
+ANSWERS: Mapping[str, Answer] = _table()

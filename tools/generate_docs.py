@@ -1,0 +1,181 @@
+"""Writes docs/flags.md, docs/families.md and the tables of docs/coming-from-trl.md from the code: `python tools/generate_docs.py`.
+
+With `--check` nothing is written, and the exit code is 1 where a file is not what the code says.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Iterable, Sequence
+
+from gold_jax import evaluate, generate, inspect, plan
+from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
+from gold_jax.config.fields import field_names, field_of, groups
+from gold_jax.config.parsing import default_text, group_name, values_text
+from gold_jax.config.trl_compat import ANSWERS
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRL_FLAGS = ROOT / "tests/golden/trl_flags.json"  # TRL's classes -> flags -> defaults
+START, END = "<!-- from here on written by tools/generate_docs.py -->", "<!-- up to here -->"
+RESUMED = {"refuse": "refused", "warn": "said", "ignore": "taken"}
+OTHERS = {
+    "gold_jax.evaluate": evaluate.EvaluateArguments,
+    "gold_jax.generate": generate.GenerateArguments,
+    "gold_jax.inspect": inspect.InspectArguments,
+    "gold_jax.plan": plan.PlanArguments,
+}
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown; bars in cells are escaped."""
+    lines = [list(header), ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    """Text as code; nothing stays nothing."""
+    return f"`{text}`" if text else ""
+
+
+def flag_row(cls: type, field: dataclasses.Field, *, resume: bool) -> list[str]:
+    """Flag, default, values, meaning and, for a command that trains, what a resumed run does with another value."""
+    names = [name for name, own in field_names(cls).items() if own == field.name]
+    legal = field.metadata["range"]
+    values = code(values_text(cls, field)) + (f", {legal.words}" if legal else "")
+    default = default_text(field)
+    if cls is GOLDConfig and field.name in field_names(SFTConfig):
+        other = default_text(field_of(SFTConfig, field.name))
+        default += "" if other == default else f" ({other} in sft)"
+    row = [", ".join(code(f"--{name}") for name in names), default, values, field.metadata["help"]]
+    return row + [RESUMED[field.metadata["on_resume"]]] * resume
+
+
+def flag_tables(classes: Sequence[type], *, level: str, resume: bool) -> list[str]:
+    """A heading and a table for each group."""
+    header = ["flag", "default", "values", "meaning"] + ["another value on resuming"] * resume
+    parts = []
+    for cls in classes:
+        for owner, fields in groups(cls).items():
+            parts += [f"{level} {group_name(owner)}", owner.__doc__.splitlines()[0]]
+            parts.append(table(header, (flag_row(cls, field, resume=resume) for field in fields)))
+    return parts
+
+
+def flags_page() -> str:
+    """docs/flags.md."""
+    alone = [group_name(g) for g in groups(GOLDConfig) if not issubclass(SFTConfig, g)]
+    parts = [
+        "# Flags",
+        "Written by `tools/generate_docs.py` from the fields in `gold_jax/config/arguments.py` and the command-line modules.",
+        "Every flag can stand in a YAML file (`--config FILE`, without the dashes), where the command line wins, and is an argument "
+        "of `GOLDConfig` or `SFTConfig` in Python. `--no_FLAG` switches a true one off. `--help GROUP` shows a group below.",
+        "A run that goes on from a checkpoint *refuses* another value of some flags, *says* that others have one, and *takes* the "
+        "rest as they come; of rows, chat templates, tokenizers and the teacher's weights it compares digests. A flag that is named and changes nothing in a run is named in the run's first lines.",
+        "## gold_jax.train and gold_jax.sft",
+        f"`gold_jax.sft` has all groups but {', '.join(alone)}.",
+        *flag_tables((ModelArguments, DataArguments), level="###", resume=False),
+        *flag_tables((GOLDConfig,), level="###", resume=True),
+    ]
+    for command, cls in OTHERS.items():
+        parts.append(f"## {command}")
+        if command == "gold_jax.plan":
+            parts.append("The flags of `gold_jax.train` (of `gold_jax.sft`, where nothing else is named), and:")
+        elif command != "gold_jax.inspect":
+            parts.append("The group `model` above, and:")
+        parts += flag_tables((cls,), level="###", resume=False)
+    return "\n\n".join(parts) + "\n"
+
+
+def trl_tables() -> str:
+    """The generated part of docs/coming-from-trl.md."""
+    trl = {name: default for flags in json.loads(TRL_FLAGS.read_text()).values() for name, default in flags.items()}
+    ours = {name: cls for cls in (ModelArguments, DataArguments, SFTConfig, GOLDConfig) for name in field_names(cls)}
+    differing, same, own = [], [], []
+    for name in sorted(set(ours) | set(trl) - set(ANSWERS)):
+        field = field_of(ours[name], field_names(ours[name])[name])
+        default = default_text(field)
+        if name not in trl:
+            own += [code(f"--{name}")] if name == field.name else []
+        elif field.metadata["differs"] and name == field.name:
+            differing.append([code(f"--{name}"), code(trl[name]), code(default), field.metadata["differs"]])
+        else:
+            same.append(code(f"--{name}"))
+    answered = {True: [], False: []}
+    texts = dict.fromkeys((a.text, a.refused) for name, a in sorted(ANSWERS.items()) if name in trl)
+    for text, refused in texts:
+        names = sorted(name for name, a in ANSWERS.items() if (a.text, a.refused) == (text, refused) and name in trl)
+        answered[refused].append(
+            [", ".join(code(f"--{name}") for name in names), text[0].upper() + text[1:] if refused else text]
+        )
+    parts = [
+        START,
+        f"### Here, and not quite as in TRL ({len(differing)})",
+        table(("flag", "TRL's default", "default here", "what differs"), differing),
+        f"### As in TRL ({len(same)})",
+        ", ".join(same) + ".",
+        f"### Accepted, and something else stands in their place ({sum(len(row[0].split(', ')) for row in answered[False])})",
+        "A line at the start of the run says so, unless the value asks for what happens anyway.",
+        table(("flags", "what stands there"), answered[False]),
+        f"### Refused, because the result would be another ({sum(len(row[0].split(', ')) for row in answered[True])})",
+        "Values that switch them off are taken.",
+        table(("flags", "why, and what to do"), answered[True]),
+        f"### Here alone ({len(own)})",
+        ", ".join(own) + ".",
+        END,
+    ]
+    return "\n\n".join(parts)
+
+
+def trl_page() -> str:
+    """docs/coming-from-trl.md with its tables written anew."""
+    before, _, rest = (ROOT / "docs/coming-from-trl.md").read_text(encoding="utf-8").partition(START)
+    return before + trl_tables() + rest.partition(END)[2]
+
+
+def families_page() -> str:
+    """docs/families.md."""
+    from transformers import AutoConfig
+
+    from gold_jax.models.config import FAMILIES, DecoderConfig
+
+    rows = []
+    for family in FAMILIES:
+        config = DecoderConfig.from_hf(AutoConfig.for_model(family))
+        yes = lambda value: "yes" if value else ""  # noqa: E731
+        rows.append(
+            [code(family), config.activation, yes(config.qkv_bias), yes(config.qk_norm), yes(config.sandwich_norms)]
+            + [yes(any(config.sliding)), yes(len(set(config.ropes)) > 1), yes(config.embedding_scale != 1.0)]
+            + [", ".join(n for n in ("attention", "final") if getattr(config, f"{n}_softcap") is not None)]
+        )
+    header = ("`model_type`", "activation", "bias of Q, K, V", "norm of Q, K", "norms after blocks", "sliding window")
+    header += ("two rotary bases", "scaled embedding", "soft caps")
+    parts = [
+        "# Model families",
+        "Written by `tools/generate_docs.py` from `gold_jax/models/config.py`: a family is a set of values of one decoder. What is "
+        "shown is a family's default configuration; a checkpoint's own `config.json` decides, and what the decoder does not have is "
+        "an error that names it.",
+        table(header, rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+PAGES = {"flags.md": flags_page, "families.md": families_page, "coming-from-trl.md": trl_page}
+
+
+def main() -> None:
+    """Writes the pages, or compares them."""
+    stale = []
+    for name, page in PAGES.items():
+        path, text = ROOT / "docs" / name, page()
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"docs/: {', '.join(stale)} {'must be' if '--check' in sys.argv else 'have been'} written anew")
+    raise SystemExit(1 if stale and "--check" in sys.argv else 0)
+
+
+if __name__ == "__main__":
+    main()
