@@ -30,14 +30,14 @@ from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training import profile
 from gold_jax.training.batches import BatchBuilder, RowOrder, with_text_completion
-from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
-from gold_jax.training.checkpointing import Checkpoints, describe_error
+from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run
 from gold_jax.training.evaluation import measures
+from gold_jax.training.export import save_final_model
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.report import make_trackers
-from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, find_and_restore, truncate_log
+from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, earlier_names, find_and_restore, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import LossFn, Step, TrainState, optimizer_shardings
 
@@ -130,7 +130,9 @@ class Loop:
         self.state = TrainState(params, None)
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.step = Step(task.loss, self.optimizer, shardings, placement and placement.put_rows)
-        self.run = describe_run(args, task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect)
+        self.run = describe_run(
+            args.to_dict(), task.digests, len(task.kept), prompts_per_step, batch_size, task.without_effect
+        )
         agreement.assert_same_across_processes(
             "the settings or the data", {k: v for k, v in self.run.items() if k not in IGNORED_ON_RESUME}
         )
@@ -354,7 +356,7 @@ class Loop:
         self.state = state
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         means.restore(metadata["means"])
-        self.checkpoints.read(path)
+        self.checkpoints.last = path
         self.run_id = metadata.get("run_id", "")
         if processes.is_first():
             if (current_run(self.output) or "") == self.run_id:
@@ -404,7 +406,7 @@ class Loop:
             "run": self.run,
             "run_id": self.run_id,
             "means": means.state(),
-            "skips": self.nonfinite.state(),
+            "skips": dataclasses.asdict(self.nonfinite),
             "unmeasured": self.unmeasured,
         }
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, student)
@@ -426,7 +428,17 @@ class Loop:
     def _give_up(self, log: MetricLog, means: RunningMean, metrics: Mapping[str, Any], step: int) -> None:
         log.flush()
         rows = [self.task.kept[i] for i in self.order(step)]
-        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, self.args)
+        why = describe_divergence(
+            self.done,
+            self.nonfinite,
+            metrics,
+            self.state.params,
+            rows,
+            limit=self.args.max_skipped_updates,
+            learning_rate=self.args.learning_rate,
+            max_grad_norm=self.args.max_grad_norm,
+            bf16=self.args.bf16,
+        )
         if self.nonfinite.total < self.done:  # the state of the last good update, to go on from with other settings
             self.nonfinite = NonFiniteCounter(self.nonfinite.total)
             self._checkpoint(log, means)
