@@ -1,26 +1,27 @@
-"""Checkpoints: all that a run needs to go on, written in the background, whole or not there.
+"""Checkpoints of a run, written, kept, found and removed by `orbax.checkpoint.CheckpointManager`.
 
 A checkpoint is a folder `checkpoint-STEP` that holds
 
     state/            parameters and optimizer state, by orbax
-    run.json          the step, the settings, what the log stood at, and a checksum of every array
+    run.json          metadata: the step, the settings, where the log stood, and a checksum of every array
     *.safetensors …   the student as transformers and vLLM open it, where it was given
 
-orbax writes all of it beside its place and commits it as its last act: by renaming the folder, or with a marker in it
-where the storage (`gs://`) has no renaming.
+All of it is written in the background. orbax commits it last: by renaming the folder, or by a marker in it where the
+storage (`gs://`) has no renaming.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import re
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,12 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-
-from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints
+from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationPolicy
+from orbax.checkpoint.path import step as step_lib
 
 METADATA, STATE = "run.json", "state"
 FORMAT = 1
-_UNFINISHED = re.compile(r"checkpoint-\d+\.orbax-checkpoint-tmp.*")
+STEP_NAME = re.compile(r"checkpoint-(\d+)")
+_CURRENT_RUN = "current_run"
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
@@ -41,165 +43,245 @@ class BadCheckpoint(Exception):
     """A checkpoint that is not whole; the text says why."""
 
 
+class StepNames(step_lib.NameFormat):
+    """The folders `checkpoint-STEP` of transformers and TRL; orbax's own format joins prefix and step by an underscore."""
+
+    def build_name(self, step: int) -> str:
+        """The name of a step's folder."""
+        return f"checkpoint-{step}"
+
+    def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
+        """All committed steps, damaged ones too."""
+        for path in epath.Path(base_path).iterdir():
+            if (match := STEP_NAME.fullmatch(path.name)) and step_lib.is_path_finalized(path):
+                yield step_lib.Metadata(step=int(match[1]), path=path)
+
+    def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
+        """A committed step; ValueError where there is none."""
+        path = epath.Path(base_path) / self.build_name(step)
+        if not step_lib.is_path_finalized(path):
+            raise ValueError(f"{path} is not there, or was not written to its end")
+        return step_lib.Metadata(step=step, path=path)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastSaved(PreservationPolicy):
+    """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
+
+    n: int
+
+    def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
+        """Whether each stays."""
+        kept = sorted(checkpoints, key=lambda info: info.time)[-self.n :]
+        return [info in kept for info in checkpoints]
+
+
 class Checkpoints:
-    """The checkpoints of one run in one folder, local or `gs://…`.
+    """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
+
+    A save that fails ends no run: `say` is given a line, and `last` stays what it was.
 
     Attributes:
         folder: where they are.
-        last: the newest that this object has written or read whole; None before that.
+        last: the newest that this run has written or gone on from; None before that.
         failed: why the last save failed; None if it did not.
     """
 
     def __init__(self, folder: Any, *, limit: int | None = None, say: Callable[[str], Any] = print):
-        """Keeps at most `limit` checkpoints (None: all); `say` is given a line where a save fails, which ends no run.
-
-        Raises:
-            OSError: the folder cannot be made.
-        """
-        self.folder = epath.Path(folder)
-        self.limit, self.say = limit, say
+        """Keeps at most `limit` checkpoints (None: all). Raises OSError where the folder cannot be made."""
+        self.folder, self.say = epath.Path(folder), say
         self.last: epath.Path | None = None
         self.failed: str | None = None
-        self._step: int | None = None
-        self._beside: Callable[[epath.Path], None] = lambda folder: None
-        self._written = threading.Event()
+        self._step: int | None = None  # of the save under way
+        self._write_files: Callable[[], None] = lambda: None
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._saver = ocp.AsyncCheckpointer(_Handler(self._write_beside))
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # what fails is said here, in one line
+        logging.getLogger("absl").addFilter(_not_from_orbax)  # what fails is told by `say`, in one line
+        self._manager = ocp.CheckpointManager(
+            _absolute(self.folder),
+            options=ocp.CheckpointManagerOptions(
+                create=False,
+                save_root_metadata=False,
+                step_name_format=StepNames(),
+                preservation_policy=None if limit is None else LastSaved(limit),
+                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files()),
+            ),
+        )
 
     def save(
-        self,
-        step: int,
-        state: Any,
-        metadata: Mapping[str, Any],
-        student: Callable[[pathlib.Path], Any] | None = None,
+        self, step: int, state: Any, metadata: Mapping[str, Any], student: Callable[[pathlib.Path], Any] | None = None
     ) -> None:
         """Begins to write a checkpoint and returns when `state` has been copied, so that it may change or be donated.
 
         Args:
-            step: updates made so far.
+            step: updates made so far; a checkpoint of the same step is replaced.
             state: a pytree of arrays, sharded in any way.
             metadata: anything that JSON can hold, for `read_metadata`.
             student: writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
+        kinds = {name: (list(x.shape), str(x.dtype)) for name, x in arrays.items()}
         sums = checksums(arrays)
 
-        def beside(folder: epath.Path) -> None:
-            info = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
+        def write_files() -> None:  # called in the first process, when the arrays are written and not yet committed
+            folder = step_lib.find_step_path(self._manager.directory, StepNames(), step=step, include_uncommitted=True)
             if student is not None:
                 _write_student(student, folder)
-            row = {**metadata, "format": FORMAT, "step": step, "saved": time.time(), "arrays": info}
+            infos = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
+            row = {**metadata, "format": FORMAT, "step": step, "saved": time.time(), "arrays": infos}
             (folder / METADATA).write_text(json.dumps(row))
 
-        kinds = {name: (list(x.shape), str(x.dtype)) for name, x in arrays.items()}
-        self._step, self._beside, self.failed = step, beside, None
-        self._written.clear()
-        self._attempt(
-            lambda: self._saver.save(
-                _absolute(checkpoint_folder(self.folder, step)),
-                args=_Args(state=ocp.args.StandardSave(arrays)),
-                force=True,
-            )
-        )
+        def begin() -> None:
+            if step in self._manager.all_steps():  # the manager refuses to write over one
+                self._manager.delete(step)
+            self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)), force=True)
 
-    def _write_beside(self, folder: epath.Path) -> None:
-        if jax.process_index() == 0:
-            self._beside(folder)
-        self._written.set()
+        self._write_files, self.failed = write_files, None
+        self._step = step if self._attempt(step, begin) else None
 
     def poll(self) -> None:
         """Looks, without waiting, whether the save under way has ended or failed."""
-        if self._step is not None and (self._written.is_set() or not self._attempt(self._saver.check_for_errors)):
+        if self._step is not None and not self._manager.is_saving_in_progress():
             self.finish()
 
     def finish(self) -> bool:
-        """Waits for the save under way and removes the oldest checkpoints; returns whether the last save went well."""
-        if self._step is not None and self._attempt(self._saver.wait_until_finished):
-            self.last, self._step = checkpoint_folder(self.folder, self._step), None
-            if jax.process_index() == 0:
-                self._attempt(lambda: prune_checkpoints(self.folder, self.limit))
+        """Waits for the save under way; returns whether the last save went well."""
+        if self._step is not None:
+            if self._attempt(self._step, self._manager.wait_until_finished):
+                self.last = self.folder / StepNames().build_name(self._step)
+            self._step = None
         return self.failed is None
-
-    def read(self, checkpoint: epath.Path) -> None:
-        """Remembers a checkpoint that was read whole as the `last`."""
-        self.last = checkpoint
 
     def close(self) -> None:
         """Waits for the save under way and lets go of orbax's threads."""
         self.finish()
-        self._saver.close()
+        self._manager.close()
         logging.getLogger("absl").removeFilter(_not_from_orbax)
 
-    def _attempt(self, action: Callable[[], Any]) -> bool:
+    def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
         """Whether it worked. A run must outlive a full disk or a storage that does not answer."""
         try:
             action()
             return True
         except Exception as error:
-            step, self._step = self._step, None
             self.failed = describe_error(error)
-            what = "old checkpoints could not be removed" if step is None else f"checkpoint-{step} could not be written"
-            kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
-            self.say(f"{what} to {self.folder} ({self.failed}); training goes on, and {kept}.")
-            try:
-                self.remove_unfinished()
-            except OSError:
-                pass  # they are in nobody's way but the disk's
-            return False
+        with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way but the disk's
+            self._manager.reload()
+            self.remove_unfinished()
+        name = StepNames().build_name(step)
+        failed = f"{name} could not be written to"
+        if step in self._manager.all_steps():
+            failed, self.last = "old checkpoints could not be removed from", self.folder / name
+        kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
+        self.say(f"{failed} {self.folder} ({self.failed}); training goes on, and {kept}.")
+        return False
 
     def remove_unfinished(self) -> None:
-        """Removes what a save that was cut short left behind."""
-        if jax.process_index():
-            return
-        for path in self.folder.iterdir():
-            if _UNFINISHED.fullmatch(path.name):
+        """Removes what a save that was cut short left behind.
+
+        orbax's `cleanup_tmp_directories` takes every folder of a bucket that has no commit marker for an unfinished
+        checkpoint.
+        """
+        if jax.process_index() == 0:
+            for path in self.folder.glob(f"checkpoint-*{step_lib.TMP_DIR_SUFFIX}*"):
                 path.rmtree()
 
 
-class _Handler(ocp.CompositeCheckpointHandler):
-    """Writes more files beside the arrays, in the background and before all is committed."""
-
-    def __init__(self, beside: Callable[[epath.Path], None] = lambda folder: None):
-        super().__init__()
-        self._write_more = beside
-
-    def finalize(self, directory: epath.Path) -> None:
-        super().finalize(directory)
-        self._write_more(epath.Path(directory))
+def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
+    """The committed `checkpoint-STEP` folders of a folder, those saved last first; a higher step may be an earlier run's."""
+    folder = epath.Path(folder)
+    found = StepNames().find_all(folder) if folder.is_dir() else ()
+    return [info.path for info in sorted(found, key=lambda x: (x.commit_timestamp, x.step), reverse=True)]
 
 
-@ocp.args.register_with_handler(_Handler, for_save=True, for_restore=True)
-class _Args(ocp.args.Composite):
-    """What `_Handler` saves and restores."""
+def current_run(folder: str | os.PathLike) -> str | None:
+    """The id of the run that was started last with its checkpoints in a folder; None where it is not recorded."""
+    path = epath.Path(folder) / _CURRENT_RUN
+    return path.read_text().strip() if path.exists() else None
 
 
-def _absolute(path: Any) -> epath.Path:
-    """A path as orbax takes it."""
-    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
+def set_current_run(folder: str | os.PathLike, run_id: str) -> None:
+    """Records which run has its checkpoints in a folder from now on."""
+    (epath.Path(folder) / _CURRENT_RUN).write_text(run_id + "\n")
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+def run_of(checkpoint: epath.Path) -> str | None:
+    """The id of the run that saved a checkpoint, empty for earlier versions; None where its metadata cannot be read."""
+    try:
+        return json.loads((checkpoint / METADATA).read_text()).get("run_id", "")
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
-def _write_student(write: Callable[[pathlib.Path], Any], folder: epath.Path) -> None:
-    if "://" not in str(folder):
-        write(pathlib.Path(folder))
-        return
-    with tempfile.TemporaryDirectory() as local:
-        write(pathlib.Path(local))
-        for path in sorted(pathlib.Path(local).iterdir()):
-            epath.Path(path).copy(folder / path.name)
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata of a checkpoint. Raises BadCheckpoint where it was not written to its end, or cannot be read."""
+    path = epath.Path(path)
+    for name in (METADATA, STATE):
+        if not (path / name).exists():
+            raise BadCheckpoint(f"it has no {name}: it was not written to its end, or it holds a model alone")
+    try:
+        metadata = json.loads((path / METADATA).read_text())
+        version = metadata["format"]
+        metadata["step"], metadata["arrays"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
+    if version != FORMAT:
+        raise BadCheckpoint(f"it has the format {version}, and this version reads {FORMAT}")
+    return metadata
+
+
+def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
+    """Raises a ValueError that names the arrays in which a checkpoint is of another model or optimizer.
+
+    Scalars beside parameters and optimizer state (counters of the run) may be missing on either side: versions differ
+    in them.
+    """
+    wanted = {name: f"{x.dtype}{list(x.shape)}" for name, x in named_arrays(abstract).items()}
+    saved = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in metadata["arrays"].items()}
+    differ = []
+    for name, kind in (saved | wanted).items():
+        counter = kind.endswith("[]") and name.split(".")[0] not in ("params", "optimizer")
+        if saved.get(name) != wanted.get(name) and not (counter and (name not in saved or name not in wanted)):
+            differ.append(f"{name} is {saved.get(name, 'missing')}, here {wanted.get(name, 'missing')}")
+    if differ:
+        raise ValueError(
+            f"{path} is of another student or optimizer: {_listed(differ, 5, ', and')}. Resume with the model and the "
+            "optimizer's settings that it was saved with."
+        )
+
+
+def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
+    """The state of a checkpoint, bit for bit; scalars that it lacks (see `check_arrays`) are zero.
+
+    Args:
+        path: the checkpoint's folder.
+        metadata: what `read_metadata` gave for it.
+        abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the
+            result, whatever mesh the checkpoint was saved from.
+
+    Raises:
+        BadCheckpoint: something in it cannot be read, or is not what was saved.
+    """
+    target = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named_arrays(abstract).items()
+    }
+    wanted = {name: x for name, x in target.items() if name in metadata["arrays"]}
+    shardings = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(wanted, restore_args=shardings, partial_restore=True)
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            arrays = reader.restore(_absolute(path), args=ocp.args.Composite(**{STATE: args}))[STATE]
+    except Exception as error:
+        raise BadCheckpoint(f"its arrays cannot be read ({describe_error(error)})") from error
+    sums = zip(sorted(arrays), np.asarray(checksums(arrays)).tolist())
+    if bad := [name for name, sum_ in sums if sum_ != metadata["arrays"][name][2]]:
+        raise BadCheckpoint(f"{_listed(bad, 3, ' and')} in it differ from what was saved")
+    new = {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in target.items() if name not in wanted}
+    return from_named_arrays(abstract, {**arrays, **new})
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
-    """The leaves of a pytree by the names of their places, such as `params.layers.query`; no class of it is kept.
-
-    Raises:
-        ValueError: two leaves have the same name.
-    """
+    """The leaves of a pytree by the names of their positions, such as `params.layers.query`; no class of it is kept."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     found = {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
     if len(found) != len(leaves):
@@ -208,7 +290,7 @@ def named_arrays(tree: Any) -> dict[str, Any]:
 
 
 def from_named_arrays(tree: Any, arrays: Mapping[str, Any]) -> Any:
-    """The pytree with the arrays of these names in its leaves' places."""
+    """The pytree with the arrays of these names as its leaves."""
     return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
 
 
@@ -240,87 +322,24 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def is_checkpoint(path: Any) -> bool:
-    """Whether a folder has a checkpoint's name, or its notes."""
-    path = epath.Path(path)
-    return bool(re.fullmatch(r"checkpoint-\d+", path.name)) or (path / METADATA).exists()
+def _listed(names: Sequence[str], most: int, joint: str) -> str:
+    return ", ".join(names[:most]) + (f"{joint} {len(names) - most} more" if len(names) > most else "")
 
 
-def read_metadata(path: Any) -> dict[str, Any]:
-    """The notes of a checkpoint.
-
-    Raises:
-        BadCheckpoint: it was not written to its end, or its notes cannot be read.
-    """
-    path = epath.Path(path)
-    if not (path / METADATA).exists():
-        raise BadCheckpoint(f"it has no {METADATA}: it was not written to its end, or it holds a model alone")
-    if not (path / STATE).is_dir():
-        raise BadCheckpoint(f"it has no {STATE}/")
-    try:
-        metadata = json.loads((path / METADATA).read_text())
-        if metadata["format"] != FORMAT:
-            raise BadCheckpoint(f"it has the format {metadata['format']}, and this version reads {FORMAT}")
-        metadata["step"], metadata["arrays"], metadata["saved"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
-    return metadata
+def _absolute(path: str | os.PathLike) -> epath.Path:
+    """A path as orbax takes it."""
+    return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
-def abstract_arrays(metadata: Mapping[str, Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Every array of a checkpoint by its name, on one device: what `restore` takes where there is no run."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return {
-        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-        for name, (shape, dtype, _) in metadata["arrays"].items()
-    }
+def _not_from_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname
 
 
-def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
-    """Makes sure that a checkpoint is of this model and optimizer, before any array is read.
-
-    Raises:
-        ValueError: naming the arrays that differ.
-    """
-    wanted = {name: [list(x.shape), str(x.dtype)] for name, x in named_arrays(abstract).items()}
-    saved_arrays = {name: info[:2] for name, info in metadata["arrays"].items()}
-    faults = [f"{name} is missing" for name in wanted if name not in saved_arrays]
-    faults += [f"{name} is in it, but not in this run" for name in saved_arrays if name not in wanted]
-    faults += [
-        f"{name} is {saved_arrays[name][1]}{saved_arrays[name][0]}, here {wanted[name][1]}{wanted[name][0]}"
-        for name in wanted
-        if name in saved_arrays and saved_arrays[name] != wanted[name]
-    ]
-    if faults:
-        more = f", and {len(faults) - 5} more" if len(faults) > 5 else ""
-        raise ValueError(
-            f"{path} is of another student or optimizer: {', '.join(faults[:5])}{more}. Resume with the model and the "
-            "optimizer's settings that it was saved with."
-        )
-
-
-def restore(path: Any, metadata: Mapping[str, Any], abstract: Any) -> Any:
-    """The state of a checkpoint, bit for bit.
-
-    Args:
-        path: the checkpoint's folder.
-        metadata: what `read_metadata` gave for it.
-        abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the
-            result, whatever mesh the checkpoint was saved from.
-
-    Raises:
-        BadCheckpoint: something in it cannot be read, or is not what was saved.
-    """
-    path, target = epath.Path(path), named_arrays(abstract)
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in target.items()}
-    try:
-        with ocp.Checkpointer(_Handler()) as reader:
-            arrays = reader.restore(_absolute(path), args=_Args(state=ocp.args.StandardRestore(target)))[STATE]
-    except Exception as error:
-        raise BadCheckpoint(f"its arrays cannot be read ({describe_error(error)})") from error
-    sums = dict(zip(sorted(arrays), np.asarray(checksums(arrays)).tolist()))
-    bad = [name for name, (_, _, saved) in metadata["arrays"].items() if sums[name] != saved]
-    if bad:
-        shown = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
-        raise BadCheckpoint(f"{shown} in it differ from what was saved")
-    return from_named_arrays(abstract, arrays)
+def _write_student(write: Callable[[pathlib.Path], Any], folder: epath.Path) -> None:
+    if "://" not in str(folder):
+        write(pathlib.Path(folder))
+        return
+    with tempfile.TemporaryDirectory() as local:
+        write(pathlib.Path(local))
+        for path in epath.Path(local).iterdir():
+            path.copy(folder / path.name)

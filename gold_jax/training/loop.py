@@ -32,13 +32,13 @@ from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training import profile
 from gold_jax.training.batches import RowOrder, UpdateBatch, with_text_completion
 from gold_jax.training.build import Run
-from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
-from gold_jax.training.checkpointing import Checkpoints, describe_error
+from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run
 from gold_jax.training.evaluation import measures
+from gold_jax.training.export import save_final_model
 from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.report import make_trackers
-from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, find_and_restore, truncate_log
+from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, earlier_names, find_and_restore, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import TrainState
 
@@ -138,7 +138,7 @@ class Loop:
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
         self.description = describe_run(
-            args, data.digests, len(data.kept), data.rows_per_step, data.batch_size, data.without_effect
+            args.to_dict(), data.digests, len(data.kept), data.rows_per_step, data.batch_size, data.without_effect
         )
         assert_same_across_processes(
             "the settings or the data", {k: v for k, v in self.description.items() if k not in IGNORED_ON_RESUME}
@@ -454,7 +454,7 @@ class Loop:
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self._means.restore(metadata["means"])
         self.unmeasured = metadata["unmeasured"]
-        self.checkpoints.read(path)
+        self.checkpoints.last = path
         self.run_id = metadata.get("run_id", "")
         if is_main_process():
             if (current_run(self.output) or "") == self.run_id:
@@ -523,7 +523,17 @@ class Loop:
     def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:
         self._log.flush()
         rows = self.data.rows(step)
-        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, self.args)
+        why = describe_divergence(
+            self.done,
+            self.nonfinite,
+            metrics,
+            self.state.params,
+            rows,
+            limit=self.args.max_skipped_updates,
+            learning_rate=self.args.learning_rate,
+            max_grad_norm=self.args.max_grad_norm,
+            bf16=self.args.bf16,
+        )
         if self.nonfinite.total < self.done:  # the state of the last good update, to go on from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)
             self._save_checkpoint()

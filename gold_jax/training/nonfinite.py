@@ -1,4 +1,4 @@
-"""Updates whose loss or gradients are not finite: counted, and explained where they do not end."""
+"""Updates whose loss or gradients are not finite: counted, and described where they do not end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gold_jax.config import SFTConfig
 from gold_jax.training.checkpointing import named_arrays
 
 
@@ -30,7 +29,16 @@ class NonFiniteCounter(NamedTuple):
 
 
 def describe_divergence(
-    step: int, counter: NonFiniteCounter, metrics: Mapping[str, Any], params: Any, rows: Sequence[int], args: SFTConfig
+    step: int,
+    counter: NonFiniteCounter,
+    metrics: Mapping[str, Any],
+    params: Any,
+    rows: Sequence[int],
+    *,
+    limit: int,
+    learning_rate: float,
+    max_grad_norm: float | None,
+    bf16: bool | None,
 ) -> str:
     """What can be said of a run that makes no more updates.
 
@@ -40,26 +48,26 @@ def describe_divergence(
         metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
         params: the student's parameters.
         rows: numbers of the rows that the last update was to learn from.
-        args: reads learning_rate, max_grad_norm, bf16 and max_skipped_updates.
+        limit, learning_rate, max_grad_norm, bf16: the settings --max_skipped_updates and those of these names.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     if nonfinite:
-        cause = f"The parameters themselves are not finite ({', '.join(nonfinite[:3])}): the model was broken before training."
+        names = ", ".join(nonfinite[:3])
+        cause = f"The parameters themselves are not finite ({names}): the model was broken before training."
     elif not np.isfinite(loss):
         cause = f"The parameters are finite, the loss is {loss}."
     else:
         cause = f"Parameters and loss ({loss:.4g}) are finite, the gradient's norm is {norm}."
-    advice = [f"a lower --learning_rate than {args.learning_rate:g}", "a look at these rows"]
-    if args.bf16 or (args.bf16 is None and jax.default_backend() != "cpu"):
+    advice = [f"a lower --learning_rate than {learning_rate:g}", "a look at these rows"]
+    if bf16 or (bf16 is None and jax.default_backend() != "cpu"):
         advice.append("--bf16 false, to see whether it is bfloat16's precision")
-    if not args.max_grad_norm:
+    if not max_grad_norm:
         advice.append("--max_grad_norm 1")
     return (
         f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} Not "
-        f"finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
-        f"{'; '.join(advice)}."
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {limit}. {cause} Not finite in the last "
+        f"one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: {'; '.join(advice)}."
     )

@@ -1,43 +1,46 @@
-"""Going on with a run: which checkpoint, whether it is of this run, and its logs cut back to it."""
+"""Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from gold_jax.config import GOLDConfig, SFTConfig, fields_with
+from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
-from gold_jax.training.checkpoint import checkpoints_in, current_run, run_of
 from gold_jax.training.checkpointing import (
+    METADATA,
+    STEP_NAME,
     BadCheckpoint,
     check_arrays,
+    checkpoints_in,
     checksums,
-    is_checkpoint,
+    current_run,
     named_arrays,
     read_metadata,
     restore,
+    run_of,
 )
 
 # What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 _MICRO = "rows of a micro-batch"
-_DATA, _WEIGHTS = "the training data", "the teacher's weights"
-_TEACHER = (_WEIGHTS, "the teacher's template and tokenizer")
-_DIGESTS = (_DATA, "the student's template and tokenizer")
+_DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
+_STUDENT = "the student's template and tokenizer"
 
 
 def describe_run(
-    args: SFTConfig,
+    settings: Mapping[str, Any],
     digests: Mapping[str, str],
     rows: int,
     prompts_per_step: int,
@@ -47,20 +50,15 @@ def describe_run(
     """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
 
     Args:
-        args: the settings.
+        settings: every flag by its name.
         digests: of data, templates, tokenizers and weights, by what each is of.
         rows: how many rows are learned from.
         prompts_per_step: how many of these an update reads.
         batch_size: rows of a micro-batch, on all devices.
         without_effect: settings that have no effect beside the others; they are left out.
     """
-    found = {
-        **{name: value for name, value in args.to_dict().items() if name not in without_effect},
-        "rows to learn from": rows,
-        "rows of an update": prompts_per_step,
-        _MICRO: batch_size,
-        **digests,
-    }
+    found = {name: value for name, value in settings.items() if name not in without_effect}
+    found |= {"rows to learn from": rows, "rows of an update": prompts_per_step, _MICRO: batch_size, **digests}
     return json.loads(json.dumps(found, default=str))
 
 
@@ -99,34 +97,34 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     Raises:
         ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
     """
-    wrong, lines = [], []
+    refused, warnings = [], []
     if _DATA in now and _DATA not in saved:
-        lines.append(
-            f"{checkpoint} was saved by an earlier version, which did not describe its training data in full: see that they are the same"
+        warnings.append(
+            f"{checkpoint} was saved by an earlier version, which did not describe its training data in full: see that they "
+            "are the same"
         )
     for name in now:
+        # A setting that the checkpoint does not know came after it.
         if name in IGNORED_ON_RESUME or name == _MICRO or name not in saved or saved[name] == now[name]:
-            continue  # a setting that the checkpoint does not know came after it
+            continue
+        flag = name if " " in name else f"--{name}"
+        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
         if name == _WEIGHTS and saved[name].split()[0] != now[name].split()[0]:
             continue  # kept in another precision, which --bf16 tells
-        shown = f"--{name}" if " " not in name else name
-        if name in WARNED_ON_RESUME or name in _TEACHER or _is_compatible(name, saved, now):
-            if name in _TEACHER:
-                lines.append(
-                    f"{name} {'differ' if name == _WEIGHTS else 'differs'} from what the checkpoint was saved with"
-                )
-            else:
-                lines.append(f"resumed with another {shown}: {now[name]!r}, until the checkpoint {saved[name]!r}")
-        elif name in _DIGESTS:
-            wrong.append(f"{name} differ{'s' if name != _DATA else ''} from what the checkpoint was saved with")
+        if name in (_WEIGHTS, _TEACHER):
+            warnings.append(differ)
+        elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
+            warnings.append(f"resumed with another {flag}: {now[name]!r}, until the checkpoint {saved[name]!r}")
+        elif name in (_DATA, _STUDENT):
+            refused.append(differ)
         else:
-            wrong.append(f"{shown} is {now[name]!r} and was {saved[name]!r}")
-    if wrong:
+            refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
+    if refused:
         raise ValueError(
-            f"this run cannot go on from {checkpoint}: {'; '.join(wrong)}. Resume with what it was saved with, or begin a new run "
-            f"from its weights with --model_name_or_path {checkpoint}."
+            f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. Resume with what it was saved with, or begin a "
+            f"new run from its weights with --model_name_or_path {checkpoint}."
         )
-    return lines
+    return warnings
 
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
@@ -147,51 +145,32 @@ def find_and_restore(
     say: Callable[[str], Any],
     last: int | None = None,
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
-    """The checkpoint to go on from: its folder, its notes, and the state in it.
+    """The checkpoint to go on from: its folder, its metadata, and the state in it.
 
     Args:
         wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
         folder: where this run has its checkpoints.
         run: what `describe_run` says of this run.
-        abstract: the state's structure and the shardings that it is to have, as `saves.restore` takes it.
+        abstract: the state's structure and the shardings that it is to have, as `checkpointing.restore` takes it.
         say: is given a line for every checkpoint that is not whole and for every difference that matters.
         last: how many updates this run makes; None: any.
 
     Returns:
-        None where "latest" finds no checkpoint at all.
+        None where "latest" finds no checkpoint of the run that was started last.
 
     Raises:
         FileNotFoundError: there is nothing at this path.
         ValueError: the checkpoint is of another run or model, or none of those found is whole.
     """
-    by_name = wanted != "latest"
-    where = epath.Path(wanted if by_name else folder)
-    if by_name and not where.is_dir():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint names {wanted}, which is not a folder; it must be a checkpoint's, or latest"
-        )
-    found = [where] if by_name and is_checkpoint(where) else checkpoints_in(where)
-    current = None if by_name else current_run(where)
-    if current is not None:
-        earlier = [path.name for path in found if run_of(path) not in (None, current)]
-        found = [path for path in found if path.name not in earlier]
-        if earlier and not found:
-            say(
-                f"The run that was started last has no checkpoint in {where} yet: it begins anew. Those of earlier runs are passed "
-                f"over ({', '.join(sorted(earlier)[:5])}); --resume_from_checkpoint {where / earlier[0]} goes on from one."
-            )
-            return None
+    found = _named_checkpoints(epath.Path(wanted)) if wanted != "latest" else _latest_checkpoints(folder, say)
     if not found:
-        if by_name:
-            raise FileNotFoundError(f"--resume_from_checkpoint names {wanted}, which holds no folder checkpoint-STEP")
-        say(f"There is no checkpoint in {where} yet: the run begins anew.")
         return None
     bad = []
     for path in found:
         try:
             metadata = read_metadata(path)
             check_arrays(path, metadata, abstract)
-            lines = check_run(metadata["run"], run, path)
+            warnings = check_run(metadata["run"], run, path)
             if last is not None and metadata["step"] > last:
                 raise ValueError(
                     f"{path} has seen {metadata['step']} updates, and this run makes {last}; raise --max_steps or "
@@ -202,23 +181,50 @@ def find_and_restore(
             bad.append(f"{path} is not whole: {error}")
             say(f"{bad[-1]}. " + ("Trying the one before it." if path != found[-1] else "There is none before it."))
             continue
-        for line in lines:
+        for line in warnings:
             say(line)
         return path, metadata, state
-    others = [p for p in checkpoints_in(where.parent) if p != where] if found == [where] else []
-    hint = f"; others are there: {', '.join(p.name for p in others[:5])}" if others else ""
+    others = [p.name for p in checkpoints_in(found[0].parent) if p not in found]
+    hint = f"; others are there: {', '.join(others[:5])}" if others else ""
     raise ValueError(
         f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. Name another with --resume_from_checkpoint, or "
         "leave it out to begin anew."
     )
 
 
+def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
+    """The checkpoint of a path, or those in it, newest first."""
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint names {path}, which is not a folder; it must be a checkpoint's, or latest"
+        )
+    if STEP_NAME.fullmatch(path.name) or (path / METADATA).exists():
+        return [path]
+    if not (found := checkpoints_in(path)):
+        raise FileNotFoundError(f"--resume_from_checkpoint names {path}, which holds no folder checkpoint-STEP")
+    return found
+
+
+def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Path]:
+    """The checkpoints of the run that was started last in a folder, newest first; says where there are none."""
+    found, current = checkpoints_in(folder), current_run(folder)
+    earlier = [path for path in found if current is not None and run_of(path) not in (None, current)]
+    if not found:
+        say(f"There is no checkpoint in {folder} yet: the run begins anew.")
+    elif len(earlier) == len(found):
+        names = ", ".join(sorted(path.name for path in earlier)[:5])
+        say(
+            f"The run that was started last has no checkpoint in {folder} yet: it begins anew. Those of earlier runs are passed "
+            f"over ({names}); --resume_from_checkpoint {earlier[0]} goes on from one."
+        )
+    return [path for path in found if path not in earlier]
+
+
 def truncate_log(path: str | os.PathLike, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
     """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
 
-    Where the run has `ended` with this step, its closing evaluation comes again too.
-
-    A last line that was cut off goes too. Where there is no log, there is none afterwards.
+    Where the run has `ended` with this step, its closing evaluation comes again too. A last line that was cut off goes.
+    Where there is no log, there is none afterwards.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -237,3 +243,12 @@ def truncate_log(path: str | os.PathLike, step: int, *, ended: bool = False) -> 
     beside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
     os.replace(beside, path)
     return [row for _, row in kept]
+
+
+def earlier_names(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
+    """Names for logs of an earlier run that a new one would write over: `metrics.1.jsonl`, all with the first free number."""
+    folder = pathlib.Path(folder)
+    for number in itertools.count(1):
+        found = [f"{pathlib.Path(name).stem}.{number}{pathlib.Path(name).suffix}" for name in names]
+        if not any((folder / name).exists() for name in found):
+            return found

@@ -39,7 +39,7 @@ from gold_jax import (
 from gold_jax.loading import load_tokenizer
 from gold_jax.quickstart import resolve
 from gold_jax.text.data import load_examples
-from gold_jax.training.checkpoint import current_run, run_of
+from gold_jax.training.checkpointing import current_run, run_of
 
 STEPS, SAVED_AT = 3, 2  # one checkpoint lies on the way of a run
 LIVE = 3  # trainers that live at once

@@ -150,14 +150,17 @@ def check_log(folder: pathlib.Path) -> list[str]:
 
 def check_checkpoints(folder: pathlib.Path) -> list[str]:
     """Checkpoints that are not what was saved."""
+    import jax
+
     from gold_jax.training import checkpointing
 
     wrong = []
     for step in whole(folder):
         path = folder / f"checkpoint-{step}"
         try:
-            notes = checkpointing.read_metadata(path)
-            checkpointing.restore(path, notes, checkpointing.abstract_arrays(notes))
+            metadata = checkpointing.read_metadata(path)
+            arrays = {name: jax.ShapeDtypeStruct(*kind) for name, (*kind, _) in metadata["arrays"].items()}
+            checkpointing.restore(path, metadata, arrays)
         except checkpointing.BadCheckpoint as error:
             wrong.append(f"{path.name}: {error}")
     return wrong

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.training import checkpointing
-from gold_jax.training.checkpoint import checkpoints_in
 from gold_jax.training.checkpointing import (
+    METADATA,
     BadCheckpoint,
     Checkpoints,
+    check_arrays,
+    checkpoints_in,
     checksums,
     from_named_arrays,
     named_arrays,
@@ -48,12 +49,12 @@ def checkpoints(tmp_path):
     made.close()
 
 
-def test_what_is_saved_comes_back_to_the_last_bit_with_its_notes(checkpoints, tmp_path):
+def test_what_is_saved_comes_back_to_the_last_bit_with_its_metadata(checkpoints, tmp_path):
     checkpoints.save(5, state(), {"means": {"loss": [0.1, "float32", 1.0]}})
     assert checkpoints.finish() and checkpoints.last.name == "checkpoint-5"
-    notes = read_metadata(checkpoints.last)
-    assert notes["step"] == 5 and notes["means"] == {"loss": [0.1, "float32", 1.0]}
-    found = restore(checkpoints.last, notes, abstract(state()))
+    metadata = read_metadata(checkpoints.last)
+    assert metadata["step"] == 5 and metadata["means"] == {"loss": [0.1, "float32", 1.0]}
+    found = restore(checkpoints.last, metadata, abstract(state()))
     assert same(found, state()) and jax.tree.structure(found) == jax.tree.structure(state())
 
 
@@ -92,6 +93,60 @@ def test_the_oldest_are_removed_when_a_newer_one_is_whole(checkpoints, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-3"]
 
 
+def saved_in_turn(tmp_path, *steps):
+    """Folders of an earlier run's checkpoints, the first saved first."""
+    for age, step in enumerate(reversed(steps)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (1e9 - age, 1e9 - age))
+
+
+def test_the_oldest_are_removed_and_nothing_else(tmp_path):
+    saved_in_turn(tmp_path, 2, 10, 100)
+    (tmp_path / "checkpoint-best").mkdir()
+    for limit, left in (None, ["10", "100", "101", "2", "best"]), (2, ["101", "102", "best"]):
+        made = Checkpoints(tmp_path, limit=limit, say=pytest.fail)
+        made.save(101 if limit is None else 102, state(), {})
+        made.close()
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{name}" for name in left]
+
+
+def test_an_earlier_runs_checkpoint_with_a_higher_step_does_not_push_out_this_runs(tmp_path):
+    saved_in_turn(tmp_path, 500, 400)
+    for step, left in (100, {100, 400}), (200, {100, 200}), (300, {200, 300}):
+        made = Checkpoints(tmp_path, limit=2, say=pytest.fail)  # the run is resumed each time
+        made.save(step, state(), {})
+        made.close()
+        assert {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{name}" for name in left}
+        assert checkpoints_in(tmp_path)[0].name == f"checkpoint-{step}"
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
+    for seed in (0, 1):
+        checkpoints.save(1, state(seed), {"seed": seed})
+    assert checkpoints.finish() and read_metadata(checkpoints.last)["seed"] == 1
+    assert same(restore(checkpoints.last, read_metadata(checkpoints.last), abstract(state())), state(1))
+
+
+def test_old_checkpoints_that_cannot_be_removed_are_told_and_the_new_one_is_there(checkpoints, monkeypatch):
+    for step in (1, 2):
+        checkpoints.save(step, state(), {})
+    checkpoints.finish()
+
+    def refused(*arguments):
+        raise OSError("read-only")
+
+    monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", refused)
+    checkpoints.save(3, state(), {})
+    assert not checkpoints.finish() and checkpoints.last.name == "checkpoint-3"
+    (line,) = checkpoints.said
+    assert line.startswith("old checkpoints could not be removed from") and "read-only" in line
+    monkeypatch.undo()
+    checkpoints.save(4, state(), {})
+    assert checkpoints.finish()
+    assert [path.name for path in checkpoints_in(checkpoints.folder)] == ["checkpoint-4", "checkpoint-3"]
+
+
 def test_a_save_that_fails_is_told_and_leaves_the_one_before_and_nothing_else(checkpoints, tmp_path):
     def full(folder):
         raise OSError(28, "No space left on device")
@@ -118,8 +173,8 @@ def test_a_failure_is_seen_without_waiting(checkpoints):
     checkpoints.save(1, state(), {}, full)
     failed.wait(60)
     for thread in threading.enumerate():
-        if thread.name == "async_save":
-            thread.join()
+        if thread.name in ("async_save", "save_finalize"):
+            threading.Thread.join(thread)  # without raising what it failed with
     checkpoints.poll()
     assert len(checkpoints.said) == 1 and "there is no whole one yet" in checkpoints.said[0]
 
@@ -142,16 +197,16 @@ def test_any_change_of_an_array_changes_its_checksum(change):
 def test_an_array_that_reads_back_as_another_is_told_by_name(checkpoints):
     checkpoints.save(1, state(), {})
     checkpoints.finish()
-    notes = read_metadata(checkpoints.last)
-    notes["arrays"]["params.a"][2] ^= 1
+    metadata = read_metadata(checkpoints.last)
+    metadata["arrays"]["params.a"][2] ^= 1
     with pytest.raises(BadCheckpoint, match="params.a in it differ from what was saved"):
-        restore(checkpoints.last, notes, abstract(state()))
+        restore(checkpoints.last, metadata, abstract(state()))
 
 
-def test_notes_of_a_later_format_are_not_guessed_at(checkpoints):
+def test_metadata_of_a_later_format_are_not_guessed_at(checkpoints):
     checkpoints.save(1, state(), {})
     checkpoints.finish()
-    path = checkpoints.last / checkpointing.METADATA
+    path = checkpoints.last / METADATA
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(BadCheckpoint, match="format 99"):
         read_metadata(checkpoints.last)
@@ -161,6 +216,22 @@ def test_names_of_a_tree_find_their_places_again():
     tree = state()
     assert list(named_arrays(tree)) == ["optimizer.0", "optimizer.1.0", "params.a", "params.b"]
     assert same(from_named_arrays(tree, dict(reversed(named_arrays(tree).items()))), tree)
+
+
+def test_counters_that_versions_differ_in_open_and_another_optimizer_does_not(checkpoints):
+    checkpoints.save(1, {**state(), "counters": {"old": jnp.int32(7), "kept": jnp.int32(5)}}, {})
+    checkpoints.finish()
+    metadata = read_metadata(checkpoints.last)
+    now = {**state(1), "counters": {"new": jnp.int32(3), "kept": jnp.int32(0)}}
+    check_arrays("here", metadata, now)
+    found = restore(checkpoints.last, metadata, abstract(now))
+    assert same(found, {**state(), "counters": {"new": jnp.int32(0), "kept": jnp.int32(5)}})
+    for other in (
+        {**now, "optimizer": (now["optimizer"], jnp.int32(0))},
+        {**now, "counters": {"kept": jnp.float32(0)}},
+    ):
+        with pytest.raises(ValueError, match="here is of another student or optimizer: .*(missing|here float32)"):
+            check_arrays("here", metadata, other)
 
 
 RESHARD = """
@@ -176,8 +247,8 @@ checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, {"x": jax.device_put(value, eight)}, {})
 assert checkpoints.finish()
 for target in (eight, four, one):
-    notes = read_metadata(checkpoints.last)
-    found = restore(checkpoints.last, notes, {"x": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target)})["x"]
+    metadata = read_metadata(checkpoints.last)
+    found = restore(checkpoints.last, metadata, {"x": jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=target)})["x"]
     assert found.sharding == target and np.array_equal(found, value), target
 """
 

@@ -13,7 +13,8 @@ from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.training import loop, nonfinite
+from gold_jax.training import loop
+from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import check_run, truncate_log
 from gold_jax.training.signals import Preempted
 from gold_jax.training.step import Step
@@ -356,7 +357,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(world, tmp_path, m
 def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(world, tmp_path, monkeypatch):
     poisoned(monkeypatch, {3, 4, 5})
     trainer = sft(world, tmp_path / "out", max_skipped_updates=2, save_strategy="no")
-    with pytest.raises(nonfinite.Diverged) as end:
+    with pytest.raises(Diverged) as end:
         trainer.train()
     said = str(end.value)
     assert "2 updates in a row, up to update 4" in said and "The parameters are finite, the loss is " in said
@@ -369,14 +370,13 @@ def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(w
 def test_broken_parameters_are_told_from_a_broken_loss():
     params = {"embedding": np.array([1.0, np.nan]), "norm": np.ones(2)}
     metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.nan)}
-    args = SFTConfig(max_grad_norm=0)
-    said = nonfinite.describe_divergence(4, nonfinite.NonFiniteCounter(4, 4), metrics, params, range(20), args)
+    settings = {"limit": 4, "learning_rate": 1e-3, "max_grad_norm": 0, "bf16": None}
+    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, params, range(20), **settings)
     assert "parameters themselves are not finite (embedding)" in said and "--max_grad_norm 1" in said
     assert "rows 0, 1, 2, 3, 4, 5, 6, 7, …" in said
     fine = {"embedding": np.ones(2)}
-    said = nonfinite.describe_divergence(
-        4, nonfinite.NonFiniteCounter(4, 4), {"loss": 1.5, "grad_norm": np.inf}, fine, [1], args
-    )
+    metrics = {"loss": 1.5, "grad_norm": np.inf}
+    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, fine, [1], **settings)
     assert "finite, the gradient's norm is inf" in said
 
 

@@ -1,9 +1,7 @@
-import os
-
 import pytest
 
-from gold_jax.training import checkpoint
-from gold_jax.training.checkpoint import checkpoint_folder, prune_checkpoints, save_final_model
+from gold_jax.training import export
+from gold_jax.training.export import save_final_model
 
 
 class Tokenizer:
@@ -22,7 +20,7 @@ def saved(monkeypatch):
             raise OSError("disk full")
         (folder / "config.json").write_text("{}")
 
-    monkeypatch.setattr(checkpoint, "save_model", save_model)
+    monkeypatch.setattr(export, "save_model", save_model)
     return state
 
 
@@ -55,23 +53,3 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(saved, tmp_path):
         save_final_model("second", Tokenizer(), tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "first auto"
     assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
-
-
-def saved_in_turn(tmp_path, *steps):
-    for age, step in enumerate(reversed(steps)):
-        folder = checkpoint_folder(tmp_path, step)
-        folder.mkdir()
-        os.utime(folder, (1e9 - age, 1e9 - age))
-
-
-def test_the_oldest_saves_are_removed_and_nothing_else(tmp_path):
-    saved_in_turn(tmp_path, 2, 10, 100)
-    (tmp_path / "checkpoint-best").mkdir()
-    assert prune_checkpoints(tmp_path, None) == []
-    assert prune_checkpoints(tmp_path, 2) == [tmp_path / "checkpoint-2"]
-    assert names(tmp_path) == ["checkpoint-10", "checkpoint-100", "checkpoint-best"]
-
-
-def test_an_earlier_runs_save_with_a_higher_step_does_not_push_out_this_runs(tmp_path):
-    saved_in_turn(tmp_path, 500, 100)
-    assert prune_checkpoints(tmp_path, 1) == [tmp_path / "checkpoint-500"]
