@@ -93,7 +93,7 @@ class Checkpoints:
         self.last: epath.Path | None = None
         self.failed: str | None = None
         self._step: int | None = None  # of the save under way
-        self._write_files: Callable[[], None] = lambda: None
+        self._write_files: Callable[[], None] | None = None  # beside its arrays
         self.folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_not_from_orbax)  # what fails is told by `say`, in one line
         self._manager = ocp.CheckpointManager(
@@ -149,7 +149,7 @@ class Checkpoints:
         if self._step is not None:
             if self._attempt(self._step, self._manager.wait_until_finished):
                 self.last = self.folder / StepNames().build_name(self._step)
-            self._step = None
+            self._step = self._write_files = None  # it holds a copy of the student
         return self.failed is None
 
     def close(self) -> None:
@@ -165,7 +165,7 @@ class Checkpoints:
             return True
         except Exception as error:
             self.failed = describe_error(error)
-        with contextlib.suppress(OSError):  # what cannot be removed is in nobody's way but the disk's
+        with contextlib.suppress(Exception):  # what cannot be removed is in nobody's way but the disk's
             self._manager.reload()
             self.remove_unfinished()
         name = StepNames().build_name(step)
