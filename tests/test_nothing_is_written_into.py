@@ -14,6 +14,7 @@ ALLOWED = {
     ("config/fields.py", "__post_init__", "setattr"),
     ("config/fields.py", "_set", "setattr"),
     ("config/arguments.py", "__post_init__", "setattr"),
+    ("loss_spec.py", "__post_init__", "setattr"),
     # frozen dataclasses during their construction
     ("text/encode.py", "__post_init__", "setattr"),
     ("text/detokenize.py", "__post_init__", "setattr"),
@@ -25,8 +26,8 @@ ALLOWED = {
     ("text/encode.py", "_hide_pieces", "attribute"),
     ("text/encode.py", "_mark_dropped", "attribute"),
     ("text/encode.py", "_remove_prefix", "attribute"),
-    ("text/special_tokens.py", "_with_other_names", "attribute"),
-    ("loading.py", "load_participant", "attribute"),
+    ("text/special_tokens.py", "_with_renamed_special_tokens", "attribute"),
+    ("loading.py", "load_model_and_tokenizer", "attribute"),
     # objects of other libraries that the function itself has made
     ("config/parsing.py", "_parser", "attribute"),
     ("training/profile.py", "_tracing", "attribute"),

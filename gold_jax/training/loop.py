@@ -454,7 +454,7 @@ class Loop:
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self._means.restore(metadata["means"])
         self.unmeasured = metadata["unmeasured"]
-        self.checkpoints.last = path
+        self.checkpoints.go_on_from(path)
         self.run_id = metadata.get("run_id", "")
         if is_main_process():
             if (current_run(self.output) or "") == self.run_id:

@@ -32,7 +32,7 @@ SFT_NEW_TOKENS = 128
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _Setup:
     """What a trainer is given, read and checked before any model is loaded."""
 
@@ -42,7 +42,6 @@ class _Setup:
     dataset_name: str | None
     train: Sequence[Example]
     eval: Sequence[Example] | None
-    notices: list[str]
     dtype: str
     placement: Placement | None
     process_shard: ProcessShard
@@ -78,7 +77,6 @@ class _Setup:
             dataset_name=dataset_name or (train_dataset if isinstance(train_dataset, str) else None),
             train=train,
             eval=evaluation,
-            notices=list(a.notices),
             dtype=compute_dtype(a.bf16),
             placement=placement,
             process_shard=process_shard_of(placement),
@@ -123,7 +121,7 @@ class _Setup:
             placement=self.placement,
         )
 
-    def show(self, student: LoadedModel, rows: Mapping[str, Any], kept: int) -> None:
+    def show(self, student: LoadedModel, rows: Mapping[str, Any], kept: int, notices: Sequence[str]) -> None:
         """Prints what is about to run."""
         config, device = student.model.config, jax.devices()[0]
         size = count(split(student.model)[1])
@@ -141,7 +139,7 @@ class _Setup:
             "mesh": mesh,
             "output": self.args.output_dir,
         }
-        header(self.console, self.title, about, self.notices)
+        header(self.console, self.title, about, notices)
 
 
 class _Trainer:
@@ -154,8 +152,16 @@ class _Trainer:
 
     method = ""
 
-    def __init__(self, setup: _Setup, student: LoadedModel, loop: Loop, command: Sequence[str] | None, card: dict):
-        self.args, self.console, self.notices = setup.args, setup.console, setup.notices
+    def __init__(
+        self,
+        setup: _Setup,
+        student: LoadedModel,
+        loop: Loop,
+        notices: list[str],
+        command: Sequence[str] | None,
+        card: dict[str, Any],
+    ):
+        self.args, self.console, self.notices = setup.args, setup.console, notices
         self.train_examples, self.eval_examples = setup.train, setup.eval
         self.dataset_name, self.command = setup.dataset_name, command
         self.placement, self.process_shard = setup.placement, setup.process_shard
@@ -264,10 +270,12 @@ class SFTTrainer(_Trainer):
             raise TypeError(f"args is a {type(args).__name__}; SFTTrainer takes an SFTConfig")
         setup = _Setup.read(args, "gold_jax.sft", train_dataset, eval_dataset, console, dataset_name)
         student = setup.load_student(model, processing_class)
-        super().__init__(setup, student._replace(model=None), _sft_loop(setup, student), command, {})
+        loop, notices = _sft_loop(setup, student)
+        super().__init__(setup, student._replace(model=None), loop, notices, command, {})
 
 
-def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
+def _sft_loop(setup: _Setup, student: LoadedModel) -> tuple[Loop, list[str]]:
+    """The loop of a fine-tuning, and notices."""
     a, learned = setup.args, counted_tokens(setup.args)
     checked = check_examples(
         setup.train,
@@ -277,11 +285,14 @@ def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
         need_completion="supervised fine-tuning learns completions, so every row needs one",
         learns_calls=learned != "completion",
     )
-    if setup.eval is not None:
-        setup.notices += check_evaluation(setup.eval, student.chat_tokenizer)
     facts = RunFacts(a, evaluates=setup.eval is not None)
-    setup.notices += checked.notices + named_without_effect(a, facts)
-    setup.show(student, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, len(checked.kept))
+    notices = [
+        *a.notices,
+        *(check_evaluation(setup.eval, student.chat_tokenizer) if setup.eval is not None else ()),
+        *checked.notices,
+        *named_without_effect(a, facts),
+    ]
+    setup.show(student, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, len(checked.kept), notices)
     data = _data(
         setup,
         checked,
@@ -291,7 +302,8 @@ def _sft_loop(setup: _Setup, student: LoadedModel) -> Loop:
     run = build_run(
         a, student, placement=setup.placement, total_steps=data.total_steps(a), process_shard=setup.process_shard
     )
-    return Loop(run, student._replace(model=None), data, a, console=setup.console, max_new_tokens=SFT_NEW_TOKENS)
+    loop = Loop(run, student._replace(model=None), data, a, console=setup.console, max_new_tokens=SFT_NEW_TOKENS)
+    return loop, notices
 
 
 class GOLDTrainer(_Trainer):
@@ -335,9 +347,9 @@ class GOLDTrainer(_Trainer):
         setup = _Setup.read(args, "gold_jax.train", train_dataset, eval_dataset, console, dataset_name)
         student = setup.load_student(model, processing_class)
         teacher = _load_teacher(setup, teacher_model, teacher_tokenizer)
-        loop, self.spec = _distillation_loop(setup, student, teacher)
+        loop, notices, self.spec = _distillation_loop(setup, student, teacher)
         card = {"teacher": teacher.name, "loss": self.spec.describe()}
-        super().__init__(setup, student._replace(model=None), loop, command, card)
+        super().__init__(setup, student._replace(model=None), loop, notices, command, card)
 
 
 def _load_teacher(setup: _Setup, model, tokenizer) -> LoadedModel:
@@ -350,7 +362,7 @@ def _load_teacher(setup: _Setup, model, tokenizer) -> LoadedModel:
 
 
 def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel):
-    """The loop of a distillation, and its loss."""
+    """The loop of a distillation, notices, and its loss."""
     a, evaluates = setup.args, setup.eval is not None
     match = match_vocabularies(a, student, teacher)
     spec = a.loss_spec(match.same)
@@ -366,19 +378,22 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         teacher_writes=a.seq_kd and a.lmbda < 1,
         teacher_context=a.teacher_context,
     )
-    if evaluates:
-        setup.notices += check_evaluation(setup.eval, student.chat_tokenizer, teacher.chat_tokenizer)
     facts = RunFacts(a, spec, evaluates=evaluates)
-    setup.notices += checked.notices + named_without_effect(a, facts)
-    engine, notices = completion_server(a, student.model.config.vocab_size, setup.dtype)
-    setup.notices += notices
+    engine, server_notices = completion_server(a, student.model.config.vocab_size, setup.dtype)
+    notices = [
+        *a.notices,
+        *(check_evaluation(setup.eval, student.chat_tokenizer, teacher.chat_tokenizer) if evaluates else ()),
+        *checked.notices,
+        *named_without_effect(a, facts),
+        *server_notices,
+    ]
     rows = {
         "teacher": f"{teacher.name} ({teacher.model.config.family})",
         "vocabularies": _describe_match(match, student, teacher),
         "loss": spec.describe(),
         "completions": _describe_completions(a, engine),
     }
-    setup.show(student, rows, len(checked.kept))
+    setup.show(student, rows, len(checked.kept), notices)
     # From here on all processes compute together: one that could not load its data or models is named here.
     sizes = [model.model.config.vocab_size for model in (student, teacher)]
     assert_same_across_processes("the sizes of the vocabularies", sizes)
@@ -418,7 +433,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         teacher_score=teacher_score,
         restart=None if engine is None else engine.restart,
     )
-    return loop, spec
+    return loop, notices, spec
 
 
 def _data(setup: _Setup, checked: CheckedRows, digests: Mapping[str, str], facts: RunFacts) -> Data:
