@@ -31,8 +31,8 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        from gold_jax.training.hub import HubError
         from gold_jax.training.nonfinite import Diverged
-        from gold_jax.training.report import HubError
 
         if not isinstance(error, HubError | Diverged):
             raise

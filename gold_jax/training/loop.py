@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,24 +23,24 @@ from gold_jax.host_memory import release_freed_memory
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, merge, split
-from gold_jax.parallel import agreement, processes
-from gold_jax.parallel.beats import WAITING
+from gold_jax.parallel import agreement, beats, processes
 from gold_jax.parallel.watch import make_watchdog
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.training import profile
+from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import BatchBuilder, RowOrder, with_text_completion
 from gold_jax.training.checkpoint import checkpoints_in, current_run, earlier_names, save_final_model, set_current_run
 from gold_jax.training.checkpointing import Checkpoints, describe_error
 from gold_jax.training.evaluation import measures
-from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
+from gold_jax.training.logging import MetricLog, RunningMean, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.optimizer import make_optimizer, make_schedule
-from gold_jax.training.report import make_trackers
 from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, find_and_restore, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import LossFn, Step, TrainState, optimizer_shardings
+from gold_jax.training.tables import before_after, completions_table
+from gold_jax.training.trackers import make_trackers
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 
@@ -112,8 +113,6 @@ class Loop:
             )
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if processes.is_first() else []
-        if self.profile_steps:
-            batch_builder = profile.watched(batch_builder)
         self.schedule = make_schedule(args, self.total_steps)
         self.optimizer = make_optimizer(args, self.total_steps)
         self.graph, params = task.graph, task.params
@@ -252,13 +251,13 @@ class Loop:
         for step in self._steps(log):
             if batch is None:  # asked to end
                 return
-            with profile.host_annotation(profile.STARTING):
+            with annotate(DISPATCH):
                 self.state, metrics = self.step.train(self.state, self.task.constants, batch.batches)
                 current, self.done = batch, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
             batch = stop.interruptible(self._build_batch, step + 1) if step + 1 < total else None
-            with profile.host_annotation(profile.WAITING):
-                self.watch.at(step + 1, WAITING)
+            with annotate(WAITING):
+                self.watch.at(step + 1, beats.WAITING)
                 jax.block_until_ready(metrics["loss"])
 
             learning_rate = float(self.schedule(step - self.nonfinite.total))  # an update that is left out takes none
@@ -314,18 +313,22 @@ class Loop:
             all_gather=waited(process_shard.all_gather),
         )
 
-    def _steps(self, log: MetricLog) -> Iterator[int]:
+    def _steps(self, log: MetricLog) -> Iterable[int]:
         """The updates that are left, those of `profile_steps` traced."""
+        steps = range(self.done, self.total_steps)
+        if not self.profile_steps:
+            return steps
+        # Looked up by name, and only here: the core does not depend on what reads its traces.
+        profiling = importlib.import_module("gold_jax.profiling")
         folder = self.output / "profile"
 
-        def settle():
-            jax.block_until_ready(self.state)
-
-        def show(summary):
+        def report(summary):
             log.flush()
-            profile.show_summary(self.console, summary, folder)
+            profiling.print_summary(self.console, summary, folder)
 
-        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
+        return profiling.trace_steps(
+            steps, self.profile_steps, folder, block=lambda: jax.block_until_ready(self.state), report=report
+        )
 
     def _find(self, wanted: str) -> tuple[Any, dict[str, Any], Any] | None:
         """The checkpoint to go on from, as `find_and_restore` gives it, its arrays as a `TrainState`."""
@@ -388,7 +391,7 @@ class Loop:
         optimizer = optax.tree.map_params(self.optimizer, boxed, state.optimizer)
         return {"params": jax.tree.map(boxed, state.params), "optimizer": optimizer}
 
-    @profile.annotate_host(profile.SAVING)
+    @annotate(SAVING)
     def _checkpoint(self, log: MetricLog, means: RunningMean) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
         self.watch.at(self.done, "saving a checkpoint")
@@ -457,7 +460,7 @@ class Loop:
         examples = [self.task.train[self.task.kept[i]] for i in self.order(step)]
         return self.task.batch_builder.build(step, examples, self.state.params)
 
-    @profile.annotate_host(profile.EVALUATION)
+    @annotate(EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         self.watch.at(self.done, "evaluating")
@@ -484,7 +487,7 @@ class Loop:
         """The student as it stands now, to be used at once: the next update takes its arrays."""
         return self.task.student._replace(model=merge(self.graph, self.state.params))
 
-    @profile.annotate_host(profile.SAVING)
+    @annotate(SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
         return save_final_model(

@@ -28,9 +28,9 @@ from gold_jax.training.batches import (
     with_text_completion,
 )
 from gold_jax.training.evaluation import measures
+from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.loop import Loop, Task
-from gold_jax.training.metrics import header
-from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.model_card import write_model_card
 from gold_jax.training.resume import describe_tokenizer, describe_weights
 from gold_jax.training.setting import (
     completion_server,
@@ -41,6 +41,7 @@ from gold_jax.training.setting import (
     same_vocabulary,
 )
 from gold_jax.training.step import make_cross_entropy_loss, make_distillation_loss
+from gold_jax.training.tables import header
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
 SFT_NEW_TOKENS = 128
