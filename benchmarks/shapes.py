@@ -27,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     from gold_jax.bucketing import power_of_two
     from gold_jax.loading import load_tokenizer
-    from gold_jax.text.batch import build_batches, build_rows
+    from gold_jax.text.batch import align_rows, build_batches, encode_rows
     from gold_jax.text.chat import ChatTokenizer
     from gold_jax.text.detokenize import completion_from_ids
     from gold_jax.training.batches import RowOrder
@@ -53,7 +53,8 @@ def main() -> None:
                     student.encode_completion(c, after=p).ids[: args.new_tokens] for c, p in zip(completions, prompts)
                 ]
                 completions = [completion_from_ids(student, ids, after=p) for ids, p in zip(drawn, prompts)]
-            made = build_rows(student, teacher, prompts, completions, max_length=args.max_length)
+            encoded = encode_rows(student, teacher, prompts, completions)
+            made = align_rows(encoded, (student.stop_id, teacher.stop_id), max_length=args.max_length)
             (batch,) = build_batches(made, args.batch, merge="chain", groups="all")
             read = power_of_two(batch.teacher.packed.tokens.size)
             programs[0].add(str(jax.tree.map(np.shape, batch.teacher.packed)))

@@ -55,8 +55,8 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
         print(f"{prog}: {_paragraph(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:
+        from gold_jax.training.hub import HubError
         from gold_jax.training.nonfinite import Diverged
-        from gold_jax.training.report import HubError
 
         code = 1 if isinstance(error, HubError | Diverged) else getattr(error, "exit_code", None)
         if code is None:

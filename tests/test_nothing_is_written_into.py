@@ -20,8 +20,6 @@ ALLOWED = {
     ("text/detokenize.py", "__post_init__", "setattr"),
     ("text/surface.py", "__post_init__", "setattr"),
     # copies that the function itself has made
-    ("training/profile.py", "watched", "setattr"),
-    ("training/profile.py", "_with_parts", "setattr"),
     ("text/encode.py", "__init__", "attribute"),
     ("text/encode.py", "_hide_pieces", "attribute"),
     ("text/encode.py", "_mark_dropped", "attribute"),
@@ -30,9 +28,7 @@ ALLOWED = {
     ("loading.py", "load_model_and_tokenizer", "attribute"),
     # objects of other libraries that the function itself has made
     ("config/parsing.py", "_parser", "attribute"),
-    ("training/profile.py", "_tracing", "attribute"),
-    ("quickstart/tokenization.py", "make_teacher_tokenizer", "attribute"),
-    ("quickstart/tokenization.py", "make_student_tokenizer", "attribute"),
+    ("profiling/capture.py", "_trace", "attribute"),
     ("distributed/watchdog.py", "_watch", "attribute"),
 }
 OWN = ("self", "cls")

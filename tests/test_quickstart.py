@@ -10,13 +10,13 @@ import pytest
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.quickstart import ASSETS, resolve
-from gold_jax.quickstart.build import RECIPES, build_task, build_tokenizer, main
-from gold_jax.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 from gold_jax.text.align import align
 from gold_jax.text.data import load_examples
 from gold_jax.text.detokenize import completion_from_ids
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.evaluation import exact_match, sample_completions
+from tools.quickstart.build import RECIPES, build_task, build_tokenizer, main
+from tools.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 ROLES = ("teacher", "student")
@@ -185,7 +185,7 @@ def test_an_unknown_embedded_name_is_refused_with_the_known_ones(name):
 
 def test_a_package_without_its_data_says_how_to_make_it(monkeypatch, tmp_path):
     monkeypatch.setattr("gold_jax.quickstart.ASSETS", tmp_path)
-    with pytest.raises(FileNotFoundError, match="embedded:task should lie in .*gold_jax.quickstart.build"):
+    with pytest.raises(FileNotFoundError, match="embedded:task should lie in .*tools.quickstart.build"):
         resolve("embedded:task")
 
 

@@ -1,11 +1,7 @@
 """The numbers of a report in a few plain sentences."""
 
-from typing import TYPE_CHECKING
-
 from gold_jax.inspection.characters import percent
-
-if TYPE_CHECKING:
-    from gold_jax.inspection.report import Report
+from gold_jax.inspection.report import Report
 
 #: A kind of entries is spoken of where it has this part of what is unmatched.
 _NOTABLE = 0.25
@@ -15,7 +11,7 @@ _WORDS = {
 }
 
 
-def findings(report: "Report") -> list[str]:
+def findings(report: Report) -> list[str]:
     """What a report says, one sentence each."""
     figures, counts = report.vocabularies, report.total
     if figures.identical:

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.console import Console
 
+from gold_jax.inspection import page, terminal
 from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
@@ -20,6 +22,22 @@ from gold_jax.text.surface import surfaces_of
 MAX_LENGTH = 1024
 _ROLES = ("student", "teacher")
 _BEFORE = "\n"  # any text: what goes on after one gets no blank of the tokenizer's own
+
+
+class PairReport(Report):
+    """A report that shows itself."""
+
+    def print(self, console: Console | None = None) -> None:
+        """Shows everything in the terminal; `console`: where, and how wide."""
+        terminal.show(self, console or Console())
+
+    def to_html(self) -> str:
+        """A whole page of HTML that needs nothing else."""
+        return page.page(self)
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        return page.fragment(self)
 
 
 class _Side(NamedTuple):
@@ -41,7 +59,7 @@ def inspect_pair(
     max_length: int | None = MAX_LENGTH,
     chunk: int = 128,
     trust_remote_code: bool = False,
-) -> Report:
+) -> PairReport:
     """What a pair will do together: how the two cut texts, what their vocabularies share, where probability goes.
 
     Args:
@@ -87,7 +105,7 @@ def inspect_pair(
             for name, c in zip(named, cut)
             if c
         ]
-    return Report(sides[0].name, sides[1].name, cuts, shapes_of(cuts), vocabularies, mass, tuple(notes))
+    return PairReport(sides[0].name, sides[1].name, cuts, shapes_of(cuts), vocabularies, mass, tuple(notes))
 
 
 def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str, str]:

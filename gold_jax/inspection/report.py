@@ -1,14 +1,10 @@
-"""What is known of a pair of models before training: numbers as attributes, as a dict, in the terminal, as a page."""
+"""What is known of a pair of models before training: data that the terminal and the page show."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Sequence
 
-from rich.console import Console
-
-from gold_jax.inspection.page import fragment, page
-from gold_jax.inspection.terminal import show
 from gold_jax.inspection.tokenization import Counts, CutText, Shape, total
 from gold_jax.inspection.vocabularies import VocabularyFigures
 
@@ -87,7 +83,7 @@ class PairMass:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What is known of a pair; `gold_jax.inspect_pair` makes it, notebooks show it as a page.
+    """What is known of a pair.
 
     Attributes:
         student, teacher: what the two are called.
@@ -124,14 +120,3 @@ class Report:
             "mass": None if self.mass is None else self.mass.to_dict(),
             "notes": list(self.notes),
         }
-
-    def print(self, console: Console | None = None) -> None:
-        """Show everything in the terminal; `console`: where, and how wide."""
-        show(self, console or Console())
-
-    def to_html(self) -> str:
-        """A whole page of HTML that needs nothing else."""
-        return page(self)
-
-    def _repr_html_(self) -> str:
-        return fragment(self)

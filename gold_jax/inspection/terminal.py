@@ -3,21 +3,18 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
 
-from gold_jax.inspection.characters import marked, percent
+from gold_jax.inspection import tables
+from gold_jax.inspection.characters import marked
 from gold_jax.inspection.findings import findings
-from gold_jax.inspection.tokenization import Counts, CutText, Group, Token
-from gold_jax.inspection.wording import KINDS, MASS, ROUTED, UNMATCHED
+from gold_jax.inspection.report import Report
+from gold_jax.inspection.tokenization import CutText, Group, Token
 from gold_jax.terminal import columns, put, say, section
-
-if TYPE_CHECKING:
-    from gold_jax.inspection.report import Report
 
 SHOWN_GROUPS = 400
 SHOWN_SHAPES = 8
@@ -41,15 +38,23 @@ class _Cell:
         return max(self.student.cell_len, self.teacher.cell_len)
 
 
-def show(report: "Report", console: Console) -> None:
+def show(report: Report, console: Console) -> None:
     """Print a report."""
     _title(report, console)
     for text in report.texts:
         section(console, text.name)
         for line in lines_of(text, console.width - 1):
             console.print(line, overflow="crop", no_wrap=True, highlight=False)
-    for part in (_texts, _shapes, _vocabularies, _mass):
-        part(report, console)
+    section(console, "groups")
+    _table(console, tables.shares(report))
+    _shapes(report, console)
+    _vocabularies(report, console)
+    if report.mass is not None:
+        section(console, f"probability on these texts ({report.mass.dtype})")
+        _table(console, tables.mass(report))
+        if len(report.texts) > 1:
+            console.print()
+            _table(console, tables.mass_by_text(report))
     section(console, "in short")
     for sentence in findings(report):
         say(console, sentence)
@@ -57,9 +62,18 @@ def show(report: "Report", console: Console) -> None:
         say(console, note, "yellow")
 
 
-def _title(report: "Report", console: Console) -> None:
+def _table(console: Console, found: tables.Table) -> None:
+    first, *others = found.head
+    heads = (name.replace("student ", "S ").replace("teacher ", "T ") for name in others)
+    table = columns(*heads, first=first)
+    for label, *numbers in found.rows:
+        table.add_row(Text(label), *numbers, style="bold" if label == "all" and len(numbers) > 2 else "")
+    put(console, table)
+
+
+def _title(report: Report, console: Console) -> None:
     console.print(Text("gold_jax.inspect", "bold"))
-    about = Table.grid(padding=(0, 2))
+    about = RichTable.grid(padding=(0, 2))
     for role, (letter, style) in _SIDES.items():
         about.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
     console.print(about)
@@ -152,24 +166,7 @@ def _chopped(text: Text, room: int) -> list[Text]:
     return list(text.divide(cuts))
 
 
-def _texts(report: "Report", console: Console) -> None:
-    section(console, "groups")
-    table = columns("bytes", "groups", "1:1", "1:1 bytes", "S bytes/token", "T bytes/token")
-
-    def row(name: str, counts: Counts, style: str = "") -> None:
-        student, teacher = (f"{value:.2f}" for value in counts.bytes_per_token)
-        shares = percent(counts.share_of_groups), percent(counts.share_of_bytes)
-        table.add_row(Text(name), f"{counts.bytes:,}", f"{counts.groups:,}", *shares, student, teacher, style=style)
-
-    for text in report.texts:
-        row(text.name, text.counts)
-    if len(report.texts) > 1:
-        table.add_section()
-        row("all", report.total, "bold")
-    put(console, table)
-
-
-def _shapes(report: "Report", console: Console) -> None:
+def _shapes(report: Report, console: Console) -> None:
     if not report.shapes:
         return
     section(console, "merged groups by shape (student : teacher)")
@@ -186,50 +183,18 @@ def _shapes(report: "Report", console: Console) -> None:
         say(console, f" rest  {sum(shape.count for shape in rest):>6,}  of {len(rest)} more shapes")
 
 
-def _vocabularies(report: "Report", console: Console) -> None:
-    figures = report.vocabularies
+def _vocabularies(report: Report, console: Console) -> None:
     section(console, "vocabularies")
-    if figures.identical:
+    if report.vocabularies.identical:
         say(console, "Both sides have the same entries under the same ids: every entry is its own partner.\n")
-    table = columns("shared", "student", "teacher", "Jaccard", first="different entries")
-    for name in ("surfaces", "strings"):
-        found = getattr(figures, name)
-        counts = (f"{count:,}" for count in (found.shared, found.student, found.teacher))
-        table.add_row(f"by {name}", *counts, Text(f"{found.jaccard:.3f}", "bold"))
-    put(console, table)
+    _table(console, tables.overlaps(report))
     console.print()
-    table = columns("student", "teacher", first="rows without a partner (by surfaces)")
-    for name, label in UNMATCHED.items():
-        table.add_row(label, *(f"{getattr(side, name):,}" for side in (figures.student, figures.teacher)))
-    put(console, table)
-    grid = Table.grid(padding=(0, 2))
-    for role, (letter, style) in _SIDES.items():
-        for kind, pairs in getattr(figures, role).examples.items():
-            if pairs:
-                written = "   ".join(f"{entry} → {prefix}" for entry, prefix in pairs)
-                grid.add_row(Text(letter, style), Text(KINDS[kind], "dim"), Text(written))
-    if grid.row_count:
+    _table(console, tables.unmatched(report))
+    examples = tables.examples(report)
+    if examples:
         console.print()
+        grid = RichTable.grid(padding=(0, 2))
+        for side, kind, pairs in examples:
+            written = "   ".join(f"{entry} → {prefix}" for entry, prefix in pairs)
+            grid.add_row(Text(*_SIDES[side]), Text(kind, "dim"), Text(written))
         put(console, grid)
-
-
-def _mass(report: "Report", console: Console) -> None:
-    mass = report.mass
-    if mass is None:
-        return
-    section(console, f"probability on these texts ({mass.dtype})")
-    table = columns("student", "teacher", first="mean over positions")
-    table.add_row("positions", f"{mass.student.positions:,}", f"{mass.teacher.positions:,}", style="dim")
-    for name, label in MASS.items():
-        table.add_row(label, *(percent(getattr(side, name)) for side in (mass.student, mass.teacher)))
-    for kind, label in ROUTED.items():
-        table.add_row(label, *(percent(side.share_of_routed(kind)) for side in (mass.student, mass.teacher)))
-    put(console, table)
-    if len(report.texts) == 1:
-        return
-    console.print()
-    names = ("strings", "surfaces", "projected")
-    table = columns("S strings", *names[1:], "T strings", *names[1:], first="by text")
-    for text, sides in zip(report.texts, mass.by_text):
-        table.add_row(Text(text.name), *(percent(getattr(side, name)) for side in sides for name in names))
-    put(console, table)

@@ -1,7 +1,7 @@
 """Two tiny models with different tokenizers and a task to learn, all part of the package.
 
 `embedded:teacher` writes numbers in words, `embedded:student` answers in the right form with the wrong words, and
-`embedded:task` holds the questions. `gold_jax.quickstart.build` made all of them from nothing.
+`embedded:task` holds the questions. `tools/quickstart` beside the package makes all of them from nothing.
 """
 
 import pathlib
@@ -36,6 +36,6 @@ def resolve(name: str) -> pathlib.Path:
     if not path.exists():
         raise FileNotFoundError(
             f"{name} should lie in {path}, which is not there: this installation lacks the package's data. Install gold_jax "
-            "again, or make the data with python -m gold_jax.quickstart.build"
+            "again, or make the data with python -m tools.quickstart.build in a checkout"
         )
     return path

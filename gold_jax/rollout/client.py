@@ -1,13 +1,11 @@
 """JSON over HTTP, with patience for a server that is starting or busy, and errors that say what to look at."""
 
-import http.client
 import json
 import socket
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from typing import Any
+
+import httpx
 
 ATTEMPTS = 5  # how often one question is put to a server that answers with a fault of its own (5xx)
 _LONGEST_PAUSE = 8.0
@@ -19,7 +17,7 @@ class ServerError(OSError):
 
 
 class Client:
-    """Puts questions to one server.
+    """Puts questions to one server, from any number of threads.
 
     Refused and broken connections are tried again until `timeout` is over, faults of the server's own (5xx) at most
     `ATTEMPTS` times; what the server says is wrong with the question (4xx) is not asked again.
@@ -39,10 +37,16 @@ class Client:
         self, base_url: str, *, timeout: float, started: str = "", api_key: str | None = None, pause: float = 0.5
     ):
         self.base_url = base_url.rstrip("/")
-        parts = urllib.parse.urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            address = httpx.URL(base_url)
+        except httpx.InvalidURL:
+            address = httpx.URL()
+        if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"the server's address is {base_url!r}; it must be one such as http://localhost:8000.")
-        self.timeout, self.started, self.api_key, self.pause = timeout, started, api_key, pause
+        self.timeout, self.started, self.pause = timeout, started, pause
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
+        limits = httpx.Limits(max_connections=None)  # whoever asks says how much at once
+        self._http = httpx.Client(headers=headers, limits=limits, follow_redirects=True)
 
     def get(self, path: str) -> Any:
         """What the server answers to a GET, read as JSON.
@@ -50,7 +54,7 @@ class Client:
         Raises:
             ServerError: see the class.
         """
-        return self._ask(path, None)
+        return self._ask("GET", path)
 
     def post(self, path: str, body: Any = None) -> Any:
         """What the server answers to a POST of a JSON body (None: an empty one), read as JSON; None if it says nothing.
@@ -58,56 +62,52 @@ class Client:
         Raises:
             ServerError: see the class.
         """
-        return self._ask(path, b"" if body is None else json.dumps(body).encode())
+        return self._ask("POST", path, body)
 
-    def _ask(self, path: str, data: bytes | None) -> Any:
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
         url = self.base_url + path
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        request = urllib.request.Request(url, data=data, headers=headers)
         deadline, pause, faults = time.monotonic() + self.timeout, self.pause, 0
         while True:
             try:
-                with urllib.request.urlopen(request, timeout=max(0.001, deadline - time.monotonic())) as answer:
-                    content = answer.read()
-                break
-            except urllib.error.HTTPError as error:
+                left = max(0.001, deadline - time.monotonic())
+                answer = self._http.request(method, url, json=body, timeout=left)
+                if answer.is_success:
+                    break
                 faults += 1
-                said = f"{url} answers {error.code} {error.reason}: {_words(_body(error))}"
-                if error.code < 500:
-                    raise ServerError(said) from error
-                if faults == ATTEMPTS or time.monotonic() + pause > deadline:
-                    raise ServerError(f"{said} (asked {faults} times); see the server's own log.") from error
-            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                reason = error.reason if isinstance(error, urllib.error.URLError) else error
-                if isinstance(reason, TimeoutError):
-                    raise ServerError(
-                        f"{url} has not answered within {self.timeout:g} seconds; raise --vllm_server_timeout if it is only "
-                        "slow, or see the server's own log."
-                    ) from error
-                if isinstance(reason, socket.gaierror) and reason.errno == socket.EAI_NONAME:
+                problem = f"{url} answers {answer.status_code} {answer.reason_phrase}: {_words(answer.content)}"
+                if answer.status_code < 500:
+                    raise ServerError(problem)
+                problem += f" (asked {faults} times); see the server's own log."
+            except httpx.TimeoutException as error:
+                raise ServerError(
+                    f"{url} has not answered within {self.timeout:g} seconds; raise --vllm_server_timeout if it is only "
+                    "slow, or see the server's own log."
+                ) from error
+            except httpx.TransportError as error:
+                if _no_such_host(error):
                     raise ServerError(f"{url} cannot be reached: there is no host of that name.") from error
-                if time.monotonic() + pause > deadline:
-                    raise ServerError(
-                        f"{url} cannot be reached ({reason or type(reason).__name__}), tried for {self.timeout:g} seconds: is "
-                        f"the server up, and are host and port right? {self.started}".rstrip()
-                    ) from error
+                problem = (
+                    f"{url} cannot be reached ({error or type(error).__name__}), tried for {self.timeout:g} seconds: is "
+                    f"the server up, and are host and port right? {self.started}".rstrip()
+                )
+            if faults == ATTEMPTS or time.monotonic() + pause > deadline:
+                raise ServerError(problem)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        if not content.strip():
+        if not answer.content.strip():
             return None
         try:
-            return json.loads(content)
+            return answer.json()
         except ValueError as error:
-            raise ServerError(f"{url} answers with something that is not JSON: {_cut(content)}") from error
+            raise ServerError(f"{url} answers with something that is not JSON: {_cut(answer.text)}") from error
 
 
-def _body(error: urllib.error.HTTPError) -> bytes:
-    try:
-        return error.read()
-    except (OSError, http.client.HTTPException):
-        return b""
+def _no_such_host(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _words(content: bytes) -> str:
@@ -115,16 +115,13 @@ def _words(content: bytes) -> str:
     try:
         said = json.loads(content)
     except ValueError:
-        return _cut(content)
+        said = content.decode("utf-8", "replace")
     for name in ("error", "message", "detail"):
         while isinstance(said, dict) and name in said:
             said = said[name]
     return _cut(said if isinstance(said, str) else json.dumps(said, ensure_ascii=False))
 
 
-def _cut(said: str | bytes) -> str:
-    text = " ".join((said.decode("utf-8", "replace") if isinstance(said, bytes) else said).split())
+def _cut(said: str) -> str:
+    text = " ".join(said.split())
     return text[:_SHOWN] + "…" if len(text) > _SHOWN else text or "nothing"
-
-
-__all__ = ["ATTEMPTS", "Client", "ServerError"]

@@ -29,8 +29,8 @@ import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -42,10 +42,16 @@ from gold_jax.rollout.engine import Sampled
 
 CONCURRENCY = 64
 # Servers take what is not said of these from a model's generation_config.json; completions are drawn as asked and no other way.
-_NOTHING_ELSE = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+_NEUTRAL = {
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "ignore_eos": True,
+}
 
 
-class Asked(NamedTuple):
+class SamplingParams(NamedTuple):
     """How one completion is to be drawn."""
 
     max_new_tokens: int
@@ -55,7 +61,7 @@ class Asked(NamedTuple):
     stop_ids: list[int]
 
 
-class Told(NamedTuple):
+class Answer(NamedTuple):
     """What a server says about one completion.
 
     Attributes:
@@ -71,46 +77,29 @@ class Told(NamedTuple):
     matched: Any
 
 
-class Dialect(Protocol):
-    """How one kind of server is spoken to."""
-
-    started: str
-    generate_path: str
-
-    def question(self, prompt: list[int], asked: Asked, seed: int) -> dict:
-        """The body of the request for one completion."""
-
-    def read(self, answer: Any, prompt: list[int], asked: Asked) -> Told:
-        """What the answer says; KeyError, IndexError and TypeError where it has another form."""
-
-    def reload(self, client: Client, folder: str) -> None:
-        """Have the server load a folder of weights."""
-
-
 class VLLM:
     """vLLM's OpenAI-compatible server (`vllm serve`); TRL's `trl vllm-serve` is another one."""
 
     started = "vLLM is started with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --port PORT"
-    generate_path = "/v1/completions"
+    path = "/v1/completions"
 
-    def question(self, prompt: list[int], asked: Asked, seed: int) -> dict:
-        """See `Dialect`."""
+    def request(self, prompt: list[int], params: SamplingParams, seed: int) -> dict:
+        """The body of the request for one completion."""
         return {
             "prompt": prompt,
-            "max_tokens": asked.max_new_tokens,
-            "temperature": asked.temperature,
-            "top_p": asked.top_p,
-            "top_k": asked.top_k,
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
             "seed": seed,
-            "stop_token_ids": asked.stop_ids,
-            "ignore_eos": True,
+            "stop_token_ids": params.stop_ids,
             "return_token_ids": True,
             "logprobs": 0,
-            **_NOTHING_ELSE,
+            **_NEUTRAL,
         }
 
-    def read(self, answer: Any, prompt: list[int], asked: Asked) -> Told:
-        """See `Dialect`."""
+    def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
+        """What the answer says; KeyError, IndexError and TypeError where it has another form."""
         (choice,) = answer["choices"]
         ids = choice.get("token_ids")
         if ids is None:
@@ -123,13 +112,11 @@ class VLLM:
             raise ServerError(
                 f"the server read another prompt ({len(read)} tokens) than the one it was given ({len(prompt)})."
             )
-        logprobs = choice.get("logprobs")
-        return Told(
-            ids, logprobs["token_logprobs"] if logprobs else None, choice["finish_reason"], choice.get("stop_reason")
-        )
+        logprobs = choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else None
+        return Answer(ids, logprobs, choice["finish_reason"], choice.get("stop_reason"))
 
     def reload(self, client: Client, folder: str) -> None:
-        """See `Dialect`."""
+        """Have the server load a folder of weights."""
         try:
             client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
             reset = client.post("/reset_prefix_cache")
@@ -146,30 +133,26 @@ class VLLM:
 
 
 class SGLang:
-    """SGLang's own server (`python -m sglang.launch_server`), through its native routes."""
+    """SGLang's own server (`python -m sglang.launch_server`), through its native routes. Methods as in `VLLM`."""
 
     started = "SGLang is started with: python -m sglang.launch_server --model-path MODEL --port PORT"
-    generate_path = "/generate"
+    path = "/generate"
 
-    def question(self, prompt: list[int], asked: Asked, seed: int) -> dict:
-        """See `Dialect`."""
-        return {
-            "input_ids": prompt,
-            "return_logprob": True,
-            "sampling_params": {
-                "max_new_tokens": asked.max_new_tokens,
-                "temperature": asked.temperature,
-                "top_p": asked.top_p,
-                "top_k": asked.top_k or -1,
-                "sampling_seed": seed,
-                "stop_token_ids": asked.stop_ids,
-                "ignore_eos": True,
-                **_NOTHING_ELSE,
-            },
+    def request(self, prompt: list[int], params: SamplingParams, seed: int) -> dict:
+        """See `VLLM.request`."""
+        sampling = {
+            "max_new_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k or -1,
+            "sampling_seed": seed,
+            "stop_token_ids": params.stop_ids,
+            **_NEUTRAL,
         }
+        return {"input_ids": prompt, "return_logprob": True, "sampling_params": sampling}
 
-    def read(self, answer: Any, prompt: list[int], asked: Asked) -> Told:
-        """See `Dialect`."""
+    def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
+        """See `VLLM.read`."""
         about = answer["meta_info"]
         drawn = about.get("output_token_logprobs")
         if drawn is None:
@@ -177,14 +160,12 @@ class SGLang:
                 "the answer has no meta_info.output_token_logprobs, from which the token ids are read; SGLang's /generate gives "
                 "them for return_logprob, vLLM through another route (--rollout_server vllm)."
             )
-        own = asked.temperature in (0, 1)
+        logprobs = [d[0] for d in drawn] if params.temperature in (0, 1) else None  # else they are not the model's own
         finish = about["finish_reason"]
-        return Told(
-            [d[1] for d in drawn], [d[0] for d in drawn] if own else None, finish["type"], finish.get("matched")
-        )
+        return Answer([d[1] for d in drawn], logprobs, finish["type"], finish.get("matched"))
 
     def reload(self, client: Client, folder: str) -> None:
-        """See `Dialect`."""
+        """See `VLLM.reload`."""
         try:
             said = client.post("/update_weights_from_disk", {"model_path": folder})
         except ServerError as error:
@@ -194,7 +175,7 @@ class SGLang:
             raise ServerError(f"{client.base_url} has not loaded {folder}: {reason}")
 
 
-DIALECTS: dict[str, Callable[[], Dialect]] = {"vllm": VLLM, "sglang": SGLang}
+KINDS = {"vllm": VLLM, "sglang": SGLang}
 
 
 class ServerEngine:
@@ -234,10 +215,10 @@ class ServerEngine:
         concurrency: int = CONCURRENCY,
         pause: float = 0.5,
     ):
-        if kind not in DIALECTS:
-            raise ValueError(f"the server's kind is {kind!r}; it must be one of {', '.join(DIALECTS)}.")
-        self.dialect = DIALECTS[kind]()
-        self.client = Client(base_url, timeout=timeout, started=self.dialect.started, api_key=api_key, pause=pause)
+        if kind not in KINDS:
+            raise ValueError(f"the server's kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
+        self.api = KINDS[kind]()
+        self.client = Client(base_url, timeout=timeout, started=self.api.started, api_key=api_key, pause=pause)
         self.weights_dir = pathlib.Path(weights_dir).absolute()
         self.vocab_size, self.concurrency, self.dtype = vocab_size, concurrency, dtype
         self.sync_every = sync_every
@@ -258,7 +239,7 @@ class ServerEngine:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.client.base_url}/v1/models lists no model, so this is no server that can be used. {self.dialect.started}"
+                f"{self.client.base_url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
             ) from error
         if window is not None and window < longest:
             raise ServerError(
@@ -291,7 +272,7 @@ class ServerEngine:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        self.dialect.reload(self.client, str(folder))
+        self.api.reload(self.client, str(folder))
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder, self.pushed = folder, updates
@@ -321,22 +302,24 @@ class ServerEngine:
         Raises:
             ServerError: the server refuses a setting, or a completion is missing or is not what was asked for.
         """
-        asked = Asked(max_new_tokens, float(temperature), int(top_k), float(top_p), [int(i) for i in stop_ids])
+        params = SamplingParams(
+            max_new_tokens, float(temperature), int(top_k), float(top_p), [int(i) for i in stop_ids]
+        )
         seeds = _seeds(key, len(prompts))
 
         def complete(index: int) -> Sampled:
             prompt = [int(i) for i in prompts[index]]
             if not prompt:
                 return Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32))
-            answer = self.client.post(self.dialect.generate_path, self.dialect.question(prompt, asked, seeds[index]))
-            where = f"{self.client.base_url}{self.dialect.generate_path}, completion {index}"
+            answer = self.client.post(self.api.path, self.api.request(prompt, params, seeds[index]))
+            source = f"{self.client.base_url}{self.api.path}, completion {index}"
             try:
-                return self._checked(self.dialect.read(answer, prompt, asked), asked)
+                return check_completion(self.api.read(answer, prompt, params), params, self.vocab_size)
             except ServerError as error:
-                raise ServerError(f"{where}: {error}") from error
+                raise ServerError(f"{source}: {error}") from error
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise ServerError(
-                    f"{where}: the answer is not of the form that was expected ({type(error).__name__}: {error}); it begins with "
+                    f"{source}: the answer is not of the form that was expected ({type(error).__name__}: {error}); it begins with "
                     f"{str(answer)[:200]}. Is --rollout_server right?"
                 ) from error
 
@@ -346,44 +329,47 @@ class ServerEngine:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _checked(self, told: Told, asked: Asked) -> Sampled:
-        """The completion, if it is one that the student could have drawn as it was asked."""
-        ids, stops = list(told.ids), set(asked.stop_ids)
-        for i in ids:
-            if isinstance(i, bool) or not isinstance(i, int) or i < 0:
-                raise ServerError(f"a token id is {i!r}, which is none.")
-            if self.vocab_size is not None and i >= self.vocab_size:
-                raise ServerError(
-                    f"a token id is {i}, but the student has {self.vocab_size} tokens; the server has another model."
-                )
-        logprobs = [np.nan] * len(ids) if told.logprobs is None else [np.nan if x is None else x for x in told.logprobs]
-        if len(logprobs) != len(ids):
-            raise ServerError(f"there are {len(ids)} token ids but {len(logprobs)} log-probabilities.")
-        if told.finish not in ("stop", "length"):
-            raise ServerError(f"it ended by {told.finish!r}, so it is not whole; see the server's own log.")
-        if told.finish == "stop" and not (ids and ids[-1] in stops):
-            if isinstance(told.matched, bool) or told.matched not in stops:
-                raise ServerError(
-                    f"it was stopped by {told.matched!r}, but only {sorted(stops)} were to stop it; start the server without stop "
-                    "strings and stop tokens of its own."
-                )
-            ids, logprobs = [*ids, told.matched], [*logprobs, np.nan]
-        if len(ids) > asked.max_new_tokens:
-            raise ServerError(f"it has {len(ids)} tokens, but at most {asked.max_new_tokens} were asked for.")
-        if stops.intersection(ids[:-1]):
-            raise ServerError("it goes on behind a stop token; the server does not heed stop_token_ids.")
-        if told.finish == "length" and len(ids) < asked.max_new_tokens:
+
+def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | None) -> Sampled:
+    """The completion, if it is one that the student could have drawn as it was asked.
+
+    Raises:
+        ServerError: it is not, and why.
+    """
+    ids, stops = list(answer.ids), set(params.stop_ids)
+    for i in ids:
+        if type(i) is not int or i < 0:
+            raise ServerError(f"a token id is {i!r}, which is none.")
+        if vocab_size is not None and i >= vocab_size:
             raise ServerError(
-                f"it was cut at {len(ids)} of {asked.max_new_tokens} tokens, because the server's window is full; raise its "
-                "--max-model-len (vLLM) or --context-length (SGLang)."
+                f"a token id is {i}, but the student has {vocab_size} tokens; the server has another model."
             )
-        return Sampled(np.asarray(ids, np.int32), np.asarray(logprobs, np.float32))
+    told = [None] * len(ids) if answer.logprobs is None else answer.logprobs
+    logprobs = [np.nan if x is None else x for x in told]
+    if len(logprobs) != len(ids):
+        raise ServerError(f"there are {len(ids)} token ids but {len(logprobs)} log-probabilities.")
+    if answer.finish not in ("stop", "length"):
+        raise ServerError(f"it ended by {answer.finish!r}, so it is not whole; see the server's own log.")
+    if answer.finish == "stop" and not (ids and ids[-1] in stops):
+        if type(answer.matched) is not int or answer.matched not in stops:
+            raise ServerError(
+                f"it was stopped by {answer.matched!r}, but only {sorted(stops)} were to stop it; start the server without stop "
+                "strings and stop tokens of its own."
+            )
+        ids, logprobs = [*ids, answer.matched], [*logprobs, np.nan]
+    if len(ids) > params.max_new_tokens:
+        raise ServerError(f"it has {len(ids)} tokens, but at most {params.max_new_tokens} were asked for.")
+    if stops.intersection(ids[:-1]):
+        raise ServerError("it goes on behind a stop token; the server does not heed stop_token_ids.")
+    if answer.finish == "length" and len(ids) < params.max_new_tokens:
+        raise ServerError(
+            f"it was cut at {len(ids)} of {params.max_new_tokens} tokens, because the server's window is full; raise its "
+            "--max-model-len (vLLM) or --context-length (SGLang)."
+        )
+    return Sampled(np.asarray(ids, np.int32), np.asarray(logprobs, np.float32))
 
 
 def _seeds(key: jax.Array, count: int) -> list[int]:
     """A seed in [0, 2^31) for each index, which depends on the key and the index alone."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(count))
     return [int(bits) >> 1 for bits in np.asarray(jax.vmap(jax.random.bits)(keys))]
-
-
-__all__ = ["DIALECTS", "ServerEngine"]

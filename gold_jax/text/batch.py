@@ -14,6 +14,7 @@ import numpy as np
 from gold_jax.text.align import groups_of
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import SampledCompletion
+from gold_jax.text.encode import Encoded
 from gold_jax.text.packing import PackedBatch, gather_positions, pack_unpadded, pad_packed, pad_right
 from gold_jax.text.process_shard import ProcessShard
 
@@ -82,48 +83,78 @@ class Row:
     unknown: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
-def build_rows(
+class EncodedRow(NamedTuple):
+    """One row as both tokenizers read it, its tokens not yet grouped: prompts int32 `[P]`, and completions."""
+
+    student_prompt: np.ndarray
+    teacher_prompt: np.ndarray
+    student: SampledCompletion
+    teacher: SampledCompletion | Encoded
+
+
+def encode_rows(
     student: ChatTokenizer,
     teacher: ChatTokenizer,
     prompts: Sequence[str | list],
     completions: Sequence[str | SampledCompletion],
     *,
-    max_length: int,
-    teacher_max_length: int | None = None,
-    positional: bool = False,
     one_vocabulary: bool = False,
     teacher_prompts: Sequence[str | list] | None = None,
-    skip_student_stop: bool = False,
-    skip_teacher_stop: bool = False,
-) -> list[Row]:
-    """Encodes and aligns prompts with their completions.
+) -> list[EncodedRow]:
+    """Encodes prompts with their completions for both models.
 
     Args:
         student: the student's chat tokenizer.
         teacher: the teacher's chat tokenizer.
         prompts: plain texts or lists of messages; each model renders them with its own template.
         completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
+        one_vocabulary: both have the same entries: the teacher reads the very tokens of the student.
+        teacher_prompts: other prompts for the teacher alone.
+    """
+    told = prompts if teacher_prompts is None else teacher_prompts
+    sampled = _encode_texts(student, prompts, completions)
+    others = sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=told)
+    rows = []
+    for ours, theirs, prompt, teacher_prompt in zip(sampled, others, prompts, told):
+        ids = student.encode_prompt(prompt)
+        same = teacher is student and teacher_prompt is prompt
+        rows.append(EncodedRow(ids, ids if same else teacher.encode_prompt(teacher_prompt), ours, theirs))
+    return rows
+
+
+def align_rows(
+    rows: Sequence[EncodedRow],
+    stop_ids: tuple[int, int],
+    *,
+    max_length: int,
+    teacher_max_length: int | None = None,
+    positional: bool = False,
+    one_vocabulary: bool = False,
+    skip_student_stop: bool = False,
+    skip_teacher_stop: bool = False,
+) -> list[Row]:
+    """Groups the tokens of both sides between the boundaries that they share.
+
+    Args:
+        rows: of `encode_rows`.
+        stop_ids: the token that ends a turn, for student and teacher.
         max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
         teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
         positional: pair tokens by position, as the first ULD did, instead of by bytes.
-        one_vocabulary: both have the same entries: the teacher reads the very tokens of the student, all groups `1:1`.
-        teacher_prompts: other prompts for the teacher alone.
+        one_vocabulary: both have the same entries, so that all groups are `1:1`.
         skip_student_stop: leave the student's stop token out of the groups.
         skip_teacher_stop: the same for the teacher; either one leaves the pair out.
 
     Returns:
         A row each. A row may have no group at all: it then counts for nothing.
     """
-    prompts_of_teacher = prompts if teacher_prompts is None else teacher_prompts
-    sampled = _encode_texts(student, prompts, completions)
-    others = (
-        sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=prompts_of_teacher)
-    )
     paired = positional or one_vocabulary
-    aligned = [] if paired else groups_of([d.spans[:, 1] for d in sampled], [o.spans[:, 1] for o in others])
-    rows = []
-    for i, (prompt, ours) in enumerate(zip(prompts, sampled)):
-        s_ids, t_ids = ours.ids, others[i].ids
+    aligned = []
+    if not paired:
+        aligned = groups_of([r.student.spans[:, 1] for r in rows], [r.teacher.spans[:, 1] for r in rows])
+    made = []
+    for i, (s_prompt, t_prompt, ours, theirs) in enumerate(rows):
+        s_ids, t_ids = ours.ids, theirs.ids
         if paired:
             s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
             count = min(len(s_ids), len(t_ids))
@@ -132,23 +163,17 @@ def build_rows(
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
         unknown = s_group[ours.unknown]
         if not one_vocabulary:
-            unknown = np.concatenate([unknown, t_group[others[i].unknown]])
+            unknown = np.concatenate([unknown, t_group[theirs.unknown]])
         if ours.stopped:
             counts_stop = not (skip_student_stop or skip_teacher_stop)
-            s_ids, t_ids = np.append(s_ids, student.stop_id), np.append(t_ids, teacher.stop_id)
+            s_ids, t_ids = (np.append(ids, stop) for ids, stop in zip((s_ids, t_ids), stop_ids))
             s_group, t_group = (np.append(g, count if counts_stop else NO_GROUP) for g in (s_group, t_group))
             count += counts_stop
-        s_prompt = student.encode_prompt(prompt)
-        t_prompt = (
-            s_prompt
-            if teacher is student and prompts_of_teacher[i] is prompt
-            else teacher.encode_prompt(prompts_of_teacher[i])
-        )
         ours_half = SideTokens(s_prompt, s_ids.astype(np.int32), s_group)
         theirs_half = SideTokens(t_prompt, t_ids.astype(np.int32), t_group)
         halves_and_count = _truncate(ours_half, theirs_half, count, max_length, teacher_max_length)
-        rows.append(Row(*halves_and_count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
-    return rows
+        made.append(Row(*halves_and_count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
+    return made
 
 
 def _encode_texts(student: ChatTokenizer, prompts, completions) -> list[SampledCompletion]:

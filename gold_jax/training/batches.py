@@ -17,11 +17,20 @@ import numpy as np
 from gold_jax.loss_spec import LossSpec
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
-from gold_jax.text.batch import SINGLE_PROCESS, Row, build_batches, build_rows, build_token_batches, counted_groups
+from gold_jax.text.batch import (
+    SINGLE_PROCESS,
+    Row,
+    align_rows,
+    build_batches,
+    build_token_batches,
+    counted_groups,
+    encode_rows,
+)
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
+from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +109,7 @@ class DistillationBatchBuilder:
     sync: Callable[[tuple, int], Any] | None = None
     process_shard: ProcessShard = SINGLE_PROCESS
 
+    @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
         """See `BatchBuilder.build`."""
         examples = [e for e in examples for _ in range(self.num_generations)]
@@ -110,7 +120,8 @@ class DistillationBatchBuilder:
         model = (self.student_graph, params)
         student_rows = np.flatnonzero(on_policy).tolist()
         if student_rows and self.sync is not None:
-            self.sync(model, step)
+            with annotate(SAMPLER):
+                self.sync(model, step)
         completions: dict[int, str | SampledCompletion] = {i: examples[i].completion for i in local_rows}
         sampled = {}
         if student_rows:
@@ -124,9 +135,11 @@ class DistillationBatchBuilder:
         made = self._rows([examples[i] for i in local_rows], [completions[i] for i in local_rows])
         rows = dict(zip(local_rows, made))
         stats = self._describe(rows, sampled) | {"on_policy": float(on_policy.mean())}
-        samples = [(self.student.render(examples[i].prompt), d.text) for i, d in sampled.items()]
+        with annotate(ENCODING):
+            samples = [(self.student.render(examples[i].prompt), d.text) for i, d in sampled.items()]
         return UpdateBatch(self._batches(rows, len(examples), self.batch_size), stats, samples)
 
+    @annotate(SAMPLER)
     def _sample(
         self,
         model,
@@ -138,7 +151,8 @@ class DistillationBatchBuilder:
     ) -> dict[int, SampledCompletion]:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
-        ids = {i: chat_tokenizer.encode_prompt(prompt) for i, prompt in prompts.items()}
+        with annotate(ENCODING):
+            ids = {i: chat_tokenizer.encode_prompt(prompt) for i, prompt in prompts.items()}
         sampled = (engine or SamplingEngine(rows)).generate(
             model,
             self.process_shard.gather_token_ids(wanted, ids, self.batch_size),
@@ -160,9 +174,10 @@ class DistillationBatchBuilder:
         """What the teacher writes, as the student reads it."""
         prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
         sampled = self._sample(self.teacher_model, self.teacher, prompts, wanted, key)
-        read = self.student.encode_completions(
-            [sampled[i].text for i in examples], after=[e.prompt for e in examples.values()]
-        )
+        with annotate(ENCODING):
+            read = self.student.encode_completions(
+                [sampled[i].text for i in examples], after=[e.prompt for e in examples.values()]
+            )
         return {
             i: SampledCompletion.from_text(
                 sampled[i].text, e, stopped=sampled[i].stopped, invalid_utf8=sampled[i].invalid_utf8
@@ -170,6 +185,7 @@ class DistillationBatchBuilder:
             for i, e in zip(examples, read)
         }
 
+    @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher is told them."""
         contexts = [[c for c in (self.teacher_context, e.teacher_context) if c] for e in examples]
@@ -186,18 +202,26 @@ class DistillationBatchBuilder:
         return self._batches(rows, len(examples), self.eval_batch_size)
 
     def _rows(self, examples, completions) -> list[Row]:
-        return build_rows(
-            self.student,
-            self.teacher,
-            [e.prompt for e in examples],
-            completions,
-            max_length=self.max_length,
-            positional=self.spec.groups == "positional",
-            one_vocabulary=self.one_vocabulary,
-            teacher_prompts=self._teacher_prompts(examples),
-            skip_student_stop=self.spec.skip_student_stop,
-            skip_teacher_stop=self.spec.skip_teacher_stop,
-        )
+        teacher_prompts = self._teacher_prompts(examples)
+        with annotate(ENCODING):
+            encoded = encode_rows(
+                self.student,
+                self.teacher,
+                [e.prompt for e in examples],
+                completions,
+                one_vocabulary=self.one_vocabulary,
+                teacher_prompts=teacher_prompts,
+            )
+        with annotate(ALIGNMENT):
+            return align_rows(
+                encoded,
+                (self.student.stop_id, self.teacher.stop_id),
+                max_length=self.max_length,
+                positional=self.spec.groups == "positional",
+                one_vocabulary=self.one_vocabulary,
+                skip_student_stop=self.spec.skip_student_stop,
+                skip_teacher_stop=self.spec.skip_teacher_stop,
+            )
 
     def _batches(self, rows: Mapping[int, Row], count: int, batch_size: int) -> list:
         return build_batches(
@@ -261,6 +285,7 @@ class TokenBatchBuilder:
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
     process_shard: ProcessShard = SINGLE_PROCESS
 
+    @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
         """See `BatchBuilder.build`."""
         rows = self._rows(examples, self.batch_size)
@@ -281,6 +306,7 @@ class TokenBatchBuilder:
             rows, self.eval_batch_size, pad=self.chat_tokenizer.pad_id, process_shard=self.process_shard
         )
 
+    @annotate(ENCODING)
     def _rows(self, examples: Sequence[Example], batch_size: int) -> list:
         """The rows that are made here, None for the others."""
         local_rows = set(self.process_shard.local_rows(len(examples), batch_size))

@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,27 +21,29 @@ from rich.console import Console
 
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
+from gold_jax.distributed import watchdog
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
-from gold_jax.distributed.watchdog import WAITING, Watchdog
+from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.training import profile
+from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch, with_text_completion
 from gold_jax.training.build import Run
 from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run
 from gold_jax.training.evaluation import measures
 from gold_jax.training.export import save_final_model
-from gold_jax.training.metrics import MetricLog, RunningMean, before_after, completions_table, plain_value
+from gold_jax.training.logging import MetricLog, RunningMean, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
-from gold_jax.training.report import make_trackers
 from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, earlier_names, find_and_restore, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import TrainState
+from gold_jax.training.tables import before_after, completions_table
+from gold_jax.training.trackers import make_trackers
 
 LOGS = ("metrics.jsonl", "completions.jsonl")
 
@@ -131,8 +134,6 @@ class Loop:
             batches = dataclasses.replace(batches, process_shard=self._with_wait_marked(batches.process_shard))
         self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = self.profile_steps if is_main_process() else []
-        if self.profile_steps:
-            batches = profile.watched(batches)
         self.state = TrainState(run.params, None)
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
@@ -210,13 +211,13 @@ class Loop:
         for step in self._steps():
             if batch is None:  # asked to end
                 return
-            with profile.host_annotation(profile.STARTING):
+            with annotate(DISPATCH):
                 self.state, metrics = run.step(self.state, batch.batches)  # asynchronous: returns before it is computed
                 current, self.done = batch, step + 1
             # The device works on this update; the host meanwhile draws up the next one.
             batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
-            with profile.host_annotation(profile.WAITING):
-                self.watchdog.report(step + 1, WAITING)
+            with annotate(WAITING):
+                self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
             self._log_update(step, current, metrics)
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
@@ -251,18 +252,22 @@ class Loop:
             return self.done % self.order.steps_per_epoch == 0
         return self.done % self.args.interval(f"{what}_steps", self.total_steps) == 0
 
-    def _steps(self) -> Iterator[int]:
+    def _steps(self) -> Iterable[int]:
         """The updates that are left, those of `profile_steps` traced."""
+        steps = range(self.done, self.total_steps)
+        if not self.profile_steps:
+            return steps
+        # Looked up by name, and only here: the core does not depend on what reads its traces.
+        profiling = importlib.import_module("gold_jax.profiling")
         folder = self.output / "profile"
 
-        def settle():
-            jax.block_until_ready(self.state)
-
-        def show(summary):
+        def report(summary):
             self._log.flush()
-            profile.show_summary(self.console, summary, folder)
+            profiling.print_summary(self.console, summary, folder)
 
-        return profile.profiled(self.total_steps, self.profile_steps, folder, settle=settle, show=show, first=self.done)
+        return profiling.trace_steps(
+            steps, self.profile_steps, folder, block=lambda: jax.block_until_ready(self.state), report=report
+        )
 
     def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
         """A shard whose exchanges the watchdog knows of: who comes first there waits for the others."""
@@ -331,7 +336,7 @@ class Loop:
 
     # evaluation
 
-    @profile.annotate_host(profile.EVALUATION)
+    @annotate(EVALUATION)
     def evaluate(self) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         self.watchdog.report(self.done, "evaluating")
@@ -384,7 +389,7 @@ class Loop:
         """The student as it stands now, to be used at once: the next update takes its arrays."""
         return self._student._replace(model=merge(self.run.graph, self.state.params))
 
-    @profile.annotate_host(profile.SAVING)
+    @annotate(SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
         tokenizer = self._student.chat_tokenizer.tokenizer
@@ -487,7 +492,7 @@ class Loop:
         optimizer = optax.tree.map_params(self.run.optimizer, boxed, state.optimizer)
         return {"params": jax.tree.map(boxed, state.params), "optimizer": optimizer}
 
-    @profile.annotate_host(profile.SAVING)
+    @annotate(SAVING)
     def _save_checkpoint(self) -> None:
         """Begins to save all that the run needs to go on; the device goes on meanwhile."""
         self.watchdog.report(self.done, "saving a checkpoint")

@@ -21,11 +21,12 @@ from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.batches import CheckedRows, check_evaluation, check_examples, with_text_completion
 from gold_jax.training.build import build_run, counted_tokens, match_vocabularies
 from gold_jax.training.evaluation import measures
+from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.loop import Data, Loop
-from gold_jax.training.metrics import header
-from gold_jax.training.report import HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.model_card import write_model_card
 from gold_jax.training.resume import describe_tokenizer, describe_weights
 from gold_jax.training.setting import completion_server, compute_dtype, place_run, process_shard_of, read_template
+from gold_jax.training.tables import header
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128

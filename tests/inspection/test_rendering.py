@@ -46,7 +46,7 @@ def report(*texts: CutText, mass: bool = True, names=("a/student", "b/teacher"))
 
 def printed(found: Report, width: int = 80) -> str:
     out = io.StringIO()
-    found.print(Console(file=out, width=width))
+    terminal.show(found, Console(file=out, width=width))
     return out.getvalue()
 
 
@@ -114,19 +114,19 @@ def test_very_long_texts_are_cut_in_the_terminal_and_on_the_page(monkeypatch):
     long = cut(*[group("a", "a")] * (terminal.SHOWN_GROUPS + 7))
     assert list(lines_of(long, 80))[-1].plain.strip() == "… and 7 more groups"
     monkeypatch.setattr(page, "SHOWN_GROUPS", 5)
-    text = report(long).to_html()
+    text = page.page(report(long))
     assert text.count("1:1, 1 bytes") == 5 and f"… and {terminal.SHOWN_GROUPS + 2} more groups" in text
 
 
 def test_a_report_without_models_says_nothing_of_probability():
     found = report(MADE, mass=False)
-    assert "probability" not in printed(found) and "Probability" not in found.to_html()
+    assert "probability" not in printed(found) and "Probability" not in page.page(found)
     assert found.to_dict()["mass"] is None
 
 
 def test_a_pair_that_cuts_alike_has_no_shapes():
     found = report(cut(group("a", "a")))
-    assert found.shapes == () and "by shape" not in printed(found) and "by shape" not in found.to_html()
+    assert found.shapes == () and "by shape" not in printed(found) and "by shape" not in page.page(found)
 
 
 class Reader(html.parser.HTMLParser):
@@ -165,7 +165,7 @@ def whole():
 
 
 def test_the_page_is_well_formed_and_holds_every_token(whole):
-    reader = read(whole.to_html())
+    reader = read(page.page(whole))
     text = "".join(reader.text)
     for part in (
         "<b>",
@@ -186,7 +186,7 @@ def test_the_page_is_well_formed_and_holds_every_token(whole):
 
 
 def test_the_page_needs_nothing_from_outside(whole):
-    text = whole.to_html()
+    text = page.page(whole)
     reader = read(text)
     assert not {"src", "href", "srcset", "data", "action", "xmlns"} & {name for name, _ in reader.attributes}
     assert not re.search(r"https?:|url\(|@import|<script|<link|//", text)
@@ -194,8 +194,8 @@ def test_the_page_needs_nothing_from_outside(whole):
 
 
 def test_the_part_for_notebooks_styles_nothing_but_itself(whole):
-    reader = read(whole._repr_html_())
+    reader = read(page.fragment(whole))
     rules = re.sub(r"@media[^{]*\{", "", reader.style)
     selectors = [s.strip() for block in re.findall(r"([^{}]+)\{", rules) for s in block.split(",")]
     assert selectors and all(s.startswith(".gold-jax-pair") for s in selectors)
-    assert "<html" not in whole._repr_html_() and whole._repr_html_() in whole.to_html()
+    assert "<html" not in page.fragment(whole) and page.fragment(whole) in page.page(whole)

@@ -7,14 +7,20 @@ from gold_jax.text.batch import (
     NO_GROUP,
     Row,
     SideTokens,
+    align_rows,
     build_batches,
-    build_rows,
     build_token_batches,
     counted_groups,
+    encode_rows,
     normalized_weights,
 )
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import completion_from_ids
+
+
+def build_rows(student, teacher, prompts, completions, *, one_vocabulary=False, **options):
+    encoded = encode_rows(student, teacher, prompts, completions, one_vocabulary=one_vocabulary)
+    return align_rows(encoded, (student.stop_id, teacher.stop_id), one_vocabulary=one_vocabulary, **options)
 
 
 def half(prompt, completion, group):

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 from flax import nnx
 from rich.console import Console
-from training.traces import event, plane, program, step, write
+from traces import event, operation, plane, step, write
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
+from gold_jax.profiling import capture, print_summary, summarize, trace_steps
+from gold_jax.profiling.summary import DEVICE, HEAVIEST, HOST
 from gold_jax.step_ranges import read_steps
-from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example
-from gold_jax.training import profile
-from gold_jax.training.batches import TokenBatchBuilder
-from gold_jax.training.profile import host_annotation, profiled, show_summary, summarise, watched
-from gold_jax.training.trace import PREFIX
+from gold_jax.training.annotations import PREFIX, annotate
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -52,21 +49,11 @@ def test_steps_beyond_the_runs_end_are_an_error_that_names_it():
 
 def write_two(folder):
     """Two traces, of steps 1 and 4, with known times."""
-    programs = plane(
-        "/host:metadata",
-        programs={
-            "jit_f(7)": program(
-                main=[
-                    ("dot", "dot", "jit(f)/jvp(student)/while/body/closed_call/dot_general", [], []),
-                    ("add", "add", "jit(f)/optimizer/add", [], []),
-                ]
-            )
-        },
-    )
-
-    def operation(name, start, end):
-        return event(name, start, end, hlo_op=name, hlo_module="jit_f", program_id=7, run_id=1)
-
+    scopes = {
+        "dot": ("student forward", "jit(f)/jvp(student)/while/body/closed_call/dot_general"),
+        "add": ("optimizer", "jit(f)/optimizer/add"),
+    }
+    (folder / "scopes.json").write_text(json.dumps({"jit_f": [scopes]}))
     for number, operations in {1: [("dot", 1, 4), ("add", 4, 6)], 4: [("dot", 1, 2), ("dot", 2, 4)]}.items():
         (folder / f"step_{number}").mkdir(parents=True)
         work = [event(PREFIX + name, s, e) for name, s, e in (("alignment", 0, 2), ("padding and batches", 3, 4))]
@@ -77,12 +64,12 @@ def write_two(folder):
                 "worker": [operation(*o) for o in operations],
             },
         )
-        write(folder / f"step_{number}" / "host.xplane.pb", programs, line)
+        write(folder / f"step_{number}" / "host.xplane.pb", line)
 
 
 def test_a_summary_holds_each_step_their_mean_and_the_heaviest_operations(tmp_path):
     write_two(tmp_path)
-    found = summarise(tmp_path)
+    found = summarize(tmp_path)
     assert [s["step"] for s in found["steps"]] == [1, 4] and found["device"] == "CPU"
     one, four = found["steps"]
     assert {k: v for k, v in one["device"].items() if v} == {"student forward": 3, "optimizer": 2, "idle": 3}
@@ -99,13 +86,13 @@ def test_a_summary_holds_each_step_their_mean_and_the_heaviest_operations(tmp_pa
 
 def printed(summary, width=100):
     console = Console(file=io.StringIO(), width=width)
-    show_summary(console, summary, "here")
+    print_summary(console, summary, "here")
     return console.file.getvalue()
 
 
 def test_the_table_shows_parts_in_seconds_and_per_cent_what_overlapped_and_operations(tmp_path):
     write_two(tmp_path)
-    lines = [line.split() for line in printed(summarise(tmp_path)).splitlines()]
+    lines = [line.split() for line in printed(summarize(tmp_path)).splitlines()]
     assert "step 8.000 100.0 8.000 8.000".split() in lines
     assert "student forward 3.000 37.5 3.000 3.000".split() in lines
     assert "optimizer 1.000 12.5 2.000 0.000".split() in lines
@@ -122,7 +109,7 @@ def test_what_an_evaluation_encodes_is_not_for_the_next_update(tmp_path):
     work = [("rendering and encoding", 0, 1), ("evaluation", 2, 6), ("rendering and encoding", 3, 4)]
     compiling = event("backend_compile_and_load", 4, 5)
     write(tmp_path / "a.xplane.pb", step(1, 0, 8, compiling, *(event(PREFIX + name, s, e) for name, s, e in work)))
-    (one,) = summarise(tmp_path)["steps"]
+    (one,) = summarize(tmp_path)["steps"]
     assert {name: spent for name, spent in one["host"].items() if spent} == {
         "rendering and encoding": 1,
         "evaluation": 3,
@@ -135,12 +122,12 @@ def test_what_an_evaluation_encodes_is_not_for_the_next_update(tmp_path):
 def test_steps_that_compiled_are_named(tmp_path):
     host = step(3, 0, 8, event("backend_compile_and_load", 1, 3))
     write(tmp_path / "a.xplane.pb", host)
-    assert "New programs were compiled in step 3," in " ".join(printed(summarise(tmp_path)).split())
+    assert "New programs were compiled in step 3," in " ".join(printed(summarize(tmp_path)).split())
 
 
 def test_a_folder_without_a_trace_is_an_error_that_names_it(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no trace"):
-        summarise(tmp_path)
+        summarize(tmp_path)
 
 
 def turn(numbers, folder, total=5, work=lambda step: None):
@@ -148,9 +135,9 @@ def turn(numbers, folder, total=5, work=lambda step: None):
     shown = []
     x = jnp.ones(8)
     double = jax.jit(lambda x: 2 * x)
-    for at in profiled(total, numbers, folder, settle=x.block_until_ready, show=shown.append):
+    for at in trace_steps(range(total), numbers, folder, block=x.block_until_ready, report=shown.append):
         work(at)
-        with host_annotation("alignment"):
+        with annotate("alignment"):
             x = double(x)
     return shown
 
@@ -161,7 +148,7 @@ def test_neighbouring_steps_share_a_trace_and_the_summary_comes_once_at_the_end(
     assert seen == [0, 1, 2, 3, 4]
     assert sorted(p.name for p in (tmp_path / "profile/plugins/profile").iterdir()) == ["step_4", "steps_1-2"]
     assert [s["step"] for s in shown["steps"]] == [1, 2, 4]
-    assert shown == json.loads((tmp_path / "profile/summary.json").read_text()) == summarise(tmp_path / "profile")
+    assert shown == json.loads((tmp_path / "profile/summary.json").read_text()) == summarize(tmp_path / "profile")
 
 
 def test_an_earlier_runs_traces_are_not_this_ones(tmp_path):
@@ -184,22 +171,10 @@ def test_an_error_in_a_step_ends_its_trace(tmp_path):
 
 
 def test_a_trace_that_cannot_be_read_is_told_and_the_run_goes_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile, "read_trace", lambda path: (_ for _ in ()).throw(ValueError("torn")))
+    monkeypatch.setattr(capture, "summarize", lambda path: (_ for _ in ()).throw(ValueError("torn")))
     (shown,) = turn([2], tmp_path)
     assert shown == {"failed": "ValueError: torn"}
     assert "could not be summarised: ValueError: torn" in printed(shown)
-
-
-def test_watching_changes_neither_the_windows_nor_what_they_make():
-    from text.toy_tokenizers import byte_level
-
-    builder = TokenBatchBuilder(ChatTokenizer(byte_level()), 1, 1, None, "completion")
-    before = dict(vars(builder))
-    twin = watched(builder)
-    one, other = (w.build(0, [Example("x", "y")], None) for w in (builder, twin))
-    assert vars(builder) == before and twin.chat_tokenizer is not builder.chat_tokenizer
-    assert one.stats == other.stats
-    jax.tree.map(np.testing.assert_array_equal, one.batches, other.batches)
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +207,8 @@ def test_a_profiled_run_learns_what_any_other_does(runs):
 
 
 def test_a_run_without_the_flag_has_nothing_to_do_with_profiles(runs):
-    trainer, out, text = runs[None]
+    _, out, text = runs[None]
     assert not (out / "profile").exists() and "Where the time goes" not in text
-    builder = trainer.loop.run.batches
-    assert not any(callable(value) for name, value in vars(builder).items() if name in ("train", "_rows", "_sample"))
 
 
 def test_the_parts_of_every_step_add_up_to_its_time(runs):
@@ -250,13 +223,13 @@ def test_the_parts_of_every_step_add_up_to_its_time(runs):
 
 
 def test_a_run_on_and_off_policy_shows_every_part(runs):
-    found = summarise(runs["2-3"][1] / "profile")
+    found = summarize(runs["2-3"][1] / "profile")
     mean = found["mean"]
-    assert {name for name, spent in mean["device"].items() if spent > 0} >= set(profile.DEVICE)
-    assert {name for name, spent in mean["host"].items() if spent > 0} >= set(profile.HOST) - {"compiling programs"}
+    assert {name for name, spent in mean["device"].items() if spent > 0} >= set(DEVICE)
+    assert {name for name, spent in mean["host"].items() if spent > 0} >= set(HOST) - {"compiling programs"}
     named = sum(spent for name, spent in mean["device"].items() if name not in ("idle", "other"))
     assert mean["device"]["other"] < 0.05 * named
-    assert len(found["operations"]) == profile.HEAVIEST
+    assert len(found["operations"]) == HEAVIEST
     evaluated = [s["device"]["evaluation"] > 0 for s in found["steps"]]
     assert evaluated == [True, False]
 
@@ -268,7 +241,7 @@ def test_fine_tuning_is_profiled_too(world, tmp_path):
     SFTTrainer(
         str(world / "student"), args, str(world / "data" / "train.jsonl"), console=Console(file=io.StringIO())
     ).train()
-    mean = summarise(tmp_path / "profile")["mean"]
+    mean = summarize(tmp_path / "profile")["mean"]
     for name in ("student forward", "student backward", "loss, both ways", "optimizer"):
         assert mean["device"][name] > 0
     assert mean["host"]["rendering and encoding"] > 0 and mean["host"]["alignment"] == 0

@@ -1,4 +1,4 @@
-"""`python -m gold_jax.quickstart.build`: makes the embedded task, tokenizers and models again, from nothing.
+"""`python -m tools.quickstart.build`, in a checkout: makes the embedded task, tokenizers and models again, from nothing.
 
 Text and tokenizers come out the same on every machine, weights up to rounding. It takes a few minutes on two CPU cores.
 """
@@ -20,9 +20,9 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.quickstart import ASSETS
-from gold_jax.quickstart.language import lessons, task_rows
-from gold_jax.quickstart.tokenization import make_student_tokenizer, make_teacher_tokenizer
 from gold_jax.training.trainer import SFTTrainer
+from tools.quickstart.language import lessons, task_rows
+from tools.quickstart.tokenization import make_student_tokenizer, make_teacher_tokenizer
 
 BATCH = 64
 
@@ -136,7 +136,7 @@ def build_model(role: str, tokenizer: PreTrainedTokenizerFast, folder: pathlib.P
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Builds everything into the package, or into another folder."""
-    parser = argparse.ArgumentParser(prog="python -m gold_jax.quickstart.build", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.quickstart.build", description=__doc__)
     parser.add_argument(
         "--output", type=pathlib.Path, default=ASSETS, help="where to write; the package itself if not given"
     )

@@ -2,8 +2,7 @@
 
 The teacher's is a byte-level BPE that has seen many numbers in words; the student's is built as SentencePiece's BPE is
 (`▁` for blanks, byte fallback) from text with few of them, so that it cuts such words into other and smaller pieces.
-Training a BPE gives the same merges every time, which training a Unigram model does not (its sums depend on the
-threads).
+Training a BPE gives the same merges every time, which training a Unigram model does not (its sums depend on the threads).
 """
 
 import json
@@ -12,7 +11,7 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from gold_jax.quickstart.language import tokenizer_text
+from tools.quickstart.language import tokenizer_text
 
 TEACHER_SIZE, STUDENT_SIZE = 640, 576
 TEACHER_TEMPLATE = (

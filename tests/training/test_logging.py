@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from gold_jax.training import metrics
-from gold_jax.training.metrics import (
+from gold_jax.training import logging
+from gold_jax.training.logging import (
     MetricLog,
     RunningMean,
-    before_after,
-    completions_table,
-    header,
     json_line,
     plain_value,
     shown,
 )
+from gold_jax.training.tables import before_after, completions_table, header
 
 
 def console(terminal, width=100):
@@ -105,7 +103,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_rest_goes_on(tmp_path):
 
 
 def test_a_tracker_that_does_not_answer_is_reported_and_waited_for_no_longer(monkeypatch, tmp_path):
-    monkeypatch.setattr(metrics, "PATIENCE", 0.05)
+    monkeypatch.setattr(logging, "PATIENCE", 0.05)
     answer = threading.Event()
 
     class Silent(Recorder):

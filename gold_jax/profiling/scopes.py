@@ -1,0 +1,91 @@
+"""Which part of a training step each instruction of a compiled program belongs to.
+
+A CPU's and a GPU's trace names instructions only. What `jax.named_scope` called them stands in the compiled programs,
+so these are read while they are in memory, and kept beside the trace.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Mapping, Sequence
+
+import jax.extend.backend
+
+#: A scope in a program, and what the table calls it; "student" is told apart by direction.
+PARTS = {
+    "teacher": "teacher forward",
+    "loss": "loss, both ways",
+    "optimizer": "optimizer",
+    "prefill": "sampling: prefill",
+    "decode": "sampling: decoding",
+    "draw": "sampling: decoding",
+}
+_SCOPE = re.compile(rf"(?:(?:jvp|transpose|vmap|checkpoint|remat)\()*({'|'.join(('student', *PARTS))})\)*")
+# Line of an HLO text: `  ROOT %fusion.3 = f32[8]{0} fusion(%a, %b), …, metadata={op_name="jit(f)/loss/add" …}`
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?([\w.-]+) = (.*)", re.MULTILINE)
+_OP_NAME = re.compile(r'metadata=\{[^}]*?op_name="([^"]*)"')
+_OPERAND = re.compile(r"%([\w.-]+)")
+
+#: Instruction to (part, scope); an empty text where none is known.
+Scopes = Mapping[str, tuple[str, str]]
+
+
+def part_of(scope: str) -> str:
+    """The part of a step that an instruction's `op_name` belongs to, by its outermost known scope; empty without one.
+
+    >>> part_of("jit(fused)/transpose(jvp(student))/while/body/dot_general")
+    'student backward'
+    """
+    for component in scope.split("/"):
+        if found := _SCOPE.fullmatch(component):
+            backward = "backward" if "transpose(" in component else "forward"
+            return PARTS.get(found[1], f"student {backward}")
+    return ""
+
+
+def scopes_of(hlo: str) -> dict[str, tuple[str, str]]:
+    """Every instruction of an optimized program, given as HLO text.
+
+    The compiler adds instructions that stand in no scope, copies above all. They count with the first that reads them,
+    or else with the one before them in the order of execution, which is that of the text. In a computation without
+    any scope they count with the program's only part, if it has but one.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    for computation in re.split("^}", hlo, flags=re.MULTILINE):
+        instructions = _INSTRUCTION.findall(computation)
+        reader: dict[str, str] = {}
+        for name, text in instructions:
+            for operand in _OPERAND.findall(text):
+                reader.setdefault(operand, name)
+        for name, text in reversed(instructions):  # what reads an instruction comes after it
+            scope = match[1] if (match := _OP_NAME.search(text)) else ""
+            part = part_of(scope) or found.get(reader.get(name, ""), ("", ""))[0]
+            found[name] = part, scope
+        before = ""
+        for name, _ in instructions:
+            before = found[name][0] or before
+            found[name] = before, found[name][1]
+    parts = {part for part, _ in found.values()} - {""}
+    only = parts.pop() if len(parts) == 1 else ""
+    return {name: (part or only, scope) for name, (part, scope) in found.items()}
+
+
+def save_scopes(path: str | os.PathLike) -> None:
+    """Writes the scopes of all programs in memory, several of a name where they were compiled for several shapes."""
+    programs: dict[str, list] = {}
+    for executable in jax.extend.backend.get_backend().live_executables():
+        for module in executable.hlo_modules():
+            programs.setdefault(module.name, []).append(scopes_of(module.to_string()))
+    pathlib.Path(path).write_text(json.dumps(programs), encoding="utf-8")
+
+
+def load_scopes(path: str | os.PathLike) -> dict[str, list[Scopes]]:
+    """What `save_scopes` wrote; nothing where there is no such file."""
+    path = pathlib.Path(path)
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def best_match(programs: Sequence[Scopes], instructions: Collection[str]) -> Scopes:
+    """Of the programs with one name, that which has most of the instructions that ran."""
+    return max(programs, key=lambda scopes: sum(name in scopes for name in instructions), default={})

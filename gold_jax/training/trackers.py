@@ -1,0 +1,110 @@
+"""Trackers that a run's metrics go to: Trackio, Weights & Biases, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gold_jax.config import TRACKERS, SFTConfig
+
+_MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboardX"}
+
+
+def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
+    """Start the trackers that a run reports to.
+
+    Args:
+        report_to: "trackio", "wandb", "tensorboard"; "all" stands for those that are installed.
+        config: reads output_dir, project, run_name, trackio_space_id and hub_private_repo; all fields are recorded.
+
+    Returns:
+        Objects with `log(values, step)` and `close()`.
+
+    Raises:
+        ValueError: a tracker is unknown, not installed, or does not start.
+    """
+    names = list(report_to)
+    if "all" in names:
+        names = [name for name in TRACKERS if name in names or importlib.util.find_spec(_MODULES[name]) is not None]
+    trackers = []
+    for name in dict.fromkeys(names):
+        if name not in _STARTERS:
+            raise ValueError(f"--report_to names {name!r}; it must be none or some of {', '.join((*TRACKERS, 'all'))}.")
+        try:
+            module = importlib.import_module(_MODULES[name])
+        except ImportError:
+            raise ValueError(
+                f'--report_to {name} needs a package that is not installed: pip install "gold_jax[{name}]", or train '
+                "with --report_to none (metrics are written to the output folder anyway)."
+            ) from None
+        try:
+            trackers.append(_STARTERS[name](module, config))
+        except Exception as error:  # each library has its own; all mean that this run would not be tracked
+            raise ValueError(
+                f"--report_to {name} could not start: {type(error).__name__}: {error}. Put that right, or train with "
+                "--report_to none."
+            ) from error
+    return trackers
+
+
+def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Metric names as transformers gives them to trackers: `eval_loss` is `eval/loss`, all others `train/...`."""
+    named = {}
+    for name, value in values.items():
+        if value is not None:
+            named[f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"] = value
+    return named
+
+
+class Trackio:
+    """Reports to Trackio, on this machine or in a Space."""
+
+    def __init__(self, module: Any, config: SFTConfig):
+        options = {"space_id": config.trackio_space_id, "private": config.hub_private_repo}
+        given = {name: value for name, value in options.items() if value is not None}
+        # Metrics are logged from another thread, where `trackio.log` would not find this run.
+        self._run = module.init(
+            project=config.project, name=config.run_name, config=config.to_dict(), resume="allow", **given
+        )
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Record the metrics of one step."""
+        self._run.log(grouped(values), step=step)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._run.finish()
+
+
+class WeightsAndBiases(Trackio):
+    """Reports to Weights & Biases; its WANDB_* environment variables hold."""
+
+    def __init__(self, module: Any, config: SFTConfig):
+        project = os.environ.get("WANDB_PROJECT", config.project)
+        self._run = module.init(project=project, name=config.run_name, config=config.to_dict())
+
+
+class TensorBoard:
+    """Writes event files for TensorBoard below `output_dir/runs`."""
+
+    def __init__(self, module: Any, config: SFTConfig):
+        folder = pathlib.Path(config.output_dir) / "runs" / (config.run_name or "run")
+        self._writer = module.SummaryWriter(logdir=str(folder))
+
+    def log(self, values: Mapping[str, Any], step: int) -> None:
+        """Record the metrics of one step; text is left out."""
+        for name, value in grouped(values).items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._writer.close()
+
+
+_STARTERS = {"trackio": Trackio, "wandb": WeightsAndBiases, "tensorboard": TensorBoard}

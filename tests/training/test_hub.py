@@ -1,0 +1,90 @@
+import functools
+import types
+
+import huggingface_hub
+import pytest
+
+from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
+
+
+class FakeHub:
+    """The part of `HfApi` that is used, with what it was asked to do."""
+
+    asked: list
+    fail: str | None = None
+
+    def __init__(self, token=None):
+        self.asked.append(("token", token))
+
+    def create_repo(self, repo_id, **given):
+        self.asked.append(("create", repo_id, given))
+        if self.fail == "create":
+            raise OSError("401 Unauthorized\nlong story")
+        return types.SimpleNamespace(repo_id=repo_id if "/" in repo_id else f"me/{repo_id}")
+
+    def upload_folder(self, **given):
+        self.asked.append(("upload", given))
+        if self.fail == "upload":
+            raise OSError("connection lost")
+        return "https://hub/commit"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    class Hub(FakeHub):
+        asked = []
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return Hub
+
+
+def test_a_push_makes_the_repository_and_uploads_the_folder_without_earlier_saves(hub, tmp_path):
+    assert push_to_hub(tmp_path, "U/M", True, "hf_t", "message") == "https://hub/commit"
+    token, create, (_, upload) = hub.asked
+    assert token == ("token", "hf_t")
+    assert create == ("create", "U/M", {"private": True, "exist_ok": True})
+    assert (upload["folder_path"], upload["repo_id"], upload["commit_message"]) == (str(tmp_path), "U/M", "message")
+    kept = huggingface_hub.utils.filter_repo_objects(
+        ["model.safetensors", "checkpoint-5/model.safetensors", "runs/run/events", ".saving/x", "metrics.jsonl"],
+        ignore_patterns=upload["ignore_patterns"],
+    )
+    assert list(kept) == ["model.safetensors", "metrics.jsonl"]
+
+
+def test_without_a_name_the_folder_names_the_repository(hub, tmp_path):
+    folder = tmp_path / "gold-model"
+    push_to_hub(folder, None)
+    assert hub.asked[1][1] == "gold-model"
+    assert hub.asked[2][1]["repo_id"] == "me/gold-model"
+    assert create_hub_repository(None, folder, None, None) == "me/gold-model"
+
+
+def test_a_push_that_fails_says_where_the_model_lies_and_how_to_upload_it(hub, tmp_path):
+    hub.fail = "upload"
+    with pytest.raises(HubError) as error:
+        push_to_hub(tmp_path, "U/M")
+    assert all(part in str(error.value) for part in ("connection lost", str(tmp_path), f"hf upload U/M {tmp_path}"))
+
+
+def test_a_repository_that_cannot_be_made_is_told_before_training(hub, tmp_path):
+    hub.fail = "create"
+    with pytest.raises(HubError, match="'U/M': OSError: 401 Unauthorized. Log in with `hf auth login`"):
+        create_hub_repository("U/M", tmp_path, None, None)
+
+
+@pytest.mark.parametrize("error", ["transport", "down", "timeout"])
+def test_a_hub_that_does_not_answer_is_told_from_one_that_refuses(error, monkeypatch, tmp_path):
+    def failing(self, *arguments, **options):
+        if error == "down":
+            raised = RuntimeError("bad gateway")
+            raised.response = types.SimpleNamespace(status_code=502)
+            raise raised
+        raise TimeoutError("slow")
+
+    if error == "transport":  # the very error of the client, from a port where nobody listens
+        api = functools.partial(huggingface_hub.HfApi, endpoint="http://127.0.0.1:9")
+        monkeypatch.setattr(huggingface_hub, "HfApi", api)
+    else:
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", failing)
+    with pytest.raises(HubSilent, match="does not answer.*training goes on"):
+        create_hub_repository("U/M", tmp_path, None, None)
