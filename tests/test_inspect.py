@@ -8,7 +8,7 @@ import tiny_models as tiny
 import tokenizers
 from text import toy_tokenizers as toys
 
-from gold_jax import Codec, align, cli, inspect, inspect_pair, load_model_and_tokenizer
+from gold_jax import ChatTokenizer, align, cli, inspect, inspect_pair, load_model_and_tokenizer
 from gold_jax.inspection.samples import SAMPLES
 
 TEXT = "The other dog, over the fox; 24 + 48 = 72."
@@ -124,7 +124,7 @@ def test_everything_that_a_side_can_be(world):
         for one, other in [
             (student, teacher.chat_tokenizer),
             (tiny.student_tokenizer(), tiny.teacher_tokenizer()),
-            (Codec(tiny.student_tokenizer()), str(world / "teacher_tokenizer")),
+            (ChatTokenizer(tiny.student_tokenizer()), str(world / "teacher_tokenizer")),
             (tiny.student_tokenizer().backend_tokenizer, tiny.teacher_tokenizer().backend_tokenizer),
         ]
     }

@@ -76,7 +76,7 @@ def attention(
 
 
 class _Requirements(NamedTuple):
-    """What an implementation is chosen by, length aside."""
+    """What an implementation is chosen by, beside the length."""
 
     implementation: str
     platform: str
@@ -266,7 +266,7 @@ def _allowed(mask: jax.Array, window: int | None) -> jax.Array:
 def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cudnn") -> jax.Array:
     """cuDNN's flash attention; arguments as `attention`, shapes too. `kernel`: jax.nn's name for what computes it.
 
-    cuDNN knows how many tokens a row has, not where they stand: rows are turned until their tokens stand first. (A mask
+    cuDNN takes the length of a row, not its offset: rows are rolled until their tokens come first. (A mask
     would be [B, 1, T, T].)
     """
     del softcap  # `check` has seen to it that there is none
@@ -288,12 +288,12 @@ def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cud
 
 @jax.custom_vjp
 def _roll(x: jax.Array, start: jax.Array) -> jax.Array:
-    """Every row of x [B, T, …] turned so that its slot `start` [B] comes first."""
+    """Every row of x [B, T, …] rolled so that its slot `start` [B] comes first."""
     order = (jnp.arange(x.shape[1]) + start[:, None]) % x.shape[1]
     return jnp.take_along_axis(x, order.reshape(*order.shape, *(1,) * (x.ndim - 2)), axis=1)
 
 
-# The gradient of a turn is the turn back: a gather, where JAX would scatter.
+# The gradient of a roll is the inverse roll: a gather, where JAX would scatter.
 _roll.defvjp(lambda x, start: (_roll(x, start), start), lambda start, gradient: (_roll(gradient, -start), None))
 
 

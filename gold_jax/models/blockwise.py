@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Far below any score, yet finite: what may not be seen. Softmax over such alone is even, not NaN.
+# Score of masked positions: far below any score, yet finite, so that a fully masked softmax is uniform and not NaN.
 MASK_VALUE = -1e30
 
 

@@ -23,7 +23,7 @@ from gold_jax.sharding import collectives
 from gold_jax.sharding.collectives import ShardedParam
 from gold_jax.sharding.placement import Placement
 
-# What a decoder is told beside its config and parameters: arguments of its constructor, and its attributes.
+# Settings beside config and parameters: keyword arguments of the constructor, and attributes of the same names.
 SETTINGS = ("dtype", "param_dtype", "remat", "attention", "platform", "placement")
 
 
@@ -130,16 +130,17 @@ class Decoder(nnx.Module):
     def forward_packed(
         self, tokens: jax.Array, gather_index: jax.Array, first_slot: jax.Array, mask: jax.Array
     ) -> jax.Array:
-        """Hidden states after the final norm, of rows that are laid end to end and share what they begin with.
+        """Hidden states after the final norm, of packed rows that share prefixes (see `text.packing`).
 
         Args:
-            tokens: int32 [S, N], the tokens of each line.
-            gather_index: int32 [S, R, T], where in its line each token of a row stands; rows are padded on the right.
-            first_slot: int32 [S, N], one of the line's slots `R·T` at which a token stands, the same in all of them.
+            tokens: int32 [S, N], the packed sequences.
+            gather_index: int32 [S, R, T], index into its sequence of each token of a row; rows are padded on the right.
+            first_slot: int32 [S, N], one of the sequence's R·T row slots that hold the token (its position is the same
+                in all of them).
             mask: bool [S, R, T], True where a row has a token.
 
         Returns:
-            [S, N, D] in `dtype`. Values of the padding at a line's end are finite and mean nothing.
+            [S, N, D] in `dtype`. Values at padding are finite and mean nothing.
         """
         _, rows, length = gather_index.shape
 
@@ -186,7 +187,7 @@ class Decoder(nnx.Module):
         return self.replace(jax.device_put(params, self.shardings(placement)), placement=placement)
 
     def shardings(self, placement: Placement) -> Params:
-        """Where every parameter is kept on a mesh: a tree like the parameters."""
+        """The sharding of every parameter on a mesh: a tree like the parameters."""
         table = parameters(self.config)
         return nested({path: placement.param_sharding(info.shape, info.spec) for path, info in table.items()})
 
@@ -252,7 +253,7 @@ class Decoder(nnx.Module):
 
     @property
     def kv_repeats(self) -> int:
-        """How often each key-value head stands in the cache."""
+        """How often each key-value head is repeated in the cache."""
         heads = self.config.heads, self.config.kv_heads
         return 1 if self.placement is None else self.placement.kv_repeats(*heads)
 
@@ -278,7 +279,7 @@ class Decoder(nnx.Module):
         return DecodingWeights([dict(zip(names, own)) for own in zip(*columns)], head)
 
     def decoding_shardings(self) -> DecodingWeights:
-        """Where the weights that decoding reads lie on the model's mesh."""
+        """The shardings of the weights that decoding reads."""
         table, placement, config = layer_parameters(self.config), self.placement, self.config
         own = {name: placement.decode_sharding(table[name].shape, table[name].spec) for name in self._names()}
         head = placement.decode_sharding((config.vocab_size, config.width), ("vocab", "embed"))

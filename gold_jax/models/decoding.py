@@ -1,4 +1,4 @@
-"""What decoding reads for every token: the cache, and each layer's weights where they lie or in a copy of their own."""
+"""What decoding reads for every token: the KV cache, and each layer's weights as views or copies."""
 
 import functools
 from typing import NamedTuple
@@ -35,7 +35,7 @@ class DecodingWeights(NamedTuple):
 
 
 def can_view_layers(x: jax.Array, dtype) -> bool:
-    """Whether parts of an array can be looked at where they lie."""
+    """Whether layers of a stacked array can be viewed without a copy: one CPU device, the wanted dtype, not traced."""
     if isinstance(x, jax.core.Tracer) or x.dtype != dtype or not x.is_fully_addressable:
         return False
     return {device.platform for device in x.devices()} == {"cpu"} and len(x.devices()) == 1

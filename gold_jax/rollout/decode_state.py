@@ -1,12 +1,12 @@
-"""The rows that are being written, on the device, and the programs that change them.
+"""The device side of sampling: the state of the rows being decoded, and the jitted programs that change it.
 
-Rows are independent: each has its own slots in the cache, its own key and its own count of tokens, so that what it
-draws does not depend on where it stands or on what the others do. Temperature, top-k, top-p, key, stop tokens and
-limits are traced values; a program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width
-of prompts). On a mesh each shard has an equal part of the rows, which stay there: caches never travel. What is known of
-all rows is known everywhere.
+Continuous batching: R decode slots ("rows") hold prompts in any order and at any length. Rows are independent: each has
+its own cache slots, PRNG key and token count, so that what a row samples depends neither on its index nor on the other
+rows. Temperature, top-k, top-p, keys, stop tokens and limits are traced values: changing them compiles nothing. A
+program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width of prompts). On a mesh every
+row shard has an equal part of the rows, which stay there, so that caches are never sent; `DecodeState` is replicated.
 
-Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows that join, P width of their prompts.
+Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows to prefill, P width of their prompts.
 """
 
 import functools
@@ -26,7 +26,7 @@ from gold_jax.sharding.placement import ROW_AXES, Placement
 
 
 class SamplingOptions(NamedTuple):
-    """How tokens are drawn, all traced.
+    """How tokens are sampled; all traced.
 
     Attributes:
         temperature, top_k, top_p: as in `rollout.engine.Engine.generate`.
@@ -42,14 +42,16 @@ class SamplingOptions(NamedTuple):
 
 
 class DecodeState(NamedTuple):
-    """What is known of each row beside its cache.
+    """The state of each row beside its cache.
 
     Attributes:
-        next_token: int32 [R], the token that it reads next.
-        key: PRNG key [R]; what a row draws is a function of it and of how many tokens it has drawn.
-        count: int32 [R], tokens drawn.
+        next_token: int32 [R], sampled (or the prompt's last) but not yet fed to the model.
+        key: PRNG key [R]; token number `count` is sampled with `fold_in(key, count)`, which makes it independent of
+            timing.
+        count: int32 [R], tokens sampled so far.
         done: bool [R]; an empty slot is done.
-        tokens, logprobs: int32 and float32 [R, N], what was drawn and its log-probability under the model itself.
+        tokens, logprobs: int32 and float32 [R, N], the samples and their log-probabilities at temperature 1,
+            unfiltered.
     """
 
     next_token: jax.Array
@@ -83,7 +85,7 @@ def empty_slots(
 
 
 def cache_shardings(placement: Placement, cache: Cache) -> Cache:
-    """Where a cache lies on a mesh: rows over shards, heads over `tensor`."""
+    """The shardings of a cache: rows over the row shards, heads over `tensor`."""
     rows, heads = cache.keys[0].shape[:2]
     by_head = placement.sharding(placement.row_axes(rows), placement.head_axis(heads))
     by_heads = (by_head,) * len(cache.keys)
@@ -91,7 +93,7 @@ def cache_shardings(placement: Placement, cache: Cache) -> Cache:
 
 
 def _constrain_cache(placement: Placement | None, cache: Cache) -> Cache:
-    """A cache shared out over a mesh."""
+    """The cache with its shardings imposed."""
     if placement is None:
         return cache
     return jax.lax.with_sharding_constraint(cache, cache_shardings(placement, cache))
@@ -104,7 +106,7 @@ def _replicated(placement: Placement | None, tree):
 def _per_shard(
     placement: Placement | None, change: Callable, cache: Cache, row_index: jax.Array, *more: Cache
 ) -> Cache:
-    """`change(cache, row_index, *more)`, on a mesh in every shard by itself, where places number the shard's own rows."""
+    """`change(cache, row_index, *more)`, on a mesh in every shard by itself, where indices count the shard's own rows."""
     if placement is None:
         return change(cache, row_index, *more)
     rows, heads = cache.keys[0].shape[:2]
@@ -121,7 +123,7 @@ def _per_shard(
 def prefill_into_slots(
     graphdef, params, cache: Cache, decode_state: DecodeState, tokens, lengths, next_token, index, row_index, key
 ) -> tuple[Cache, DecodeState]:
-    """Read prompts into rows that are free.
+    """Prefill prompts into free rows.
 
     Args:
         graphdef, params: the model.
@@ -129,8 +131,8 @@ def prefill_into_slots(
         decode state: of the same rows.
         tokens: int32 [F, P], all of each prompt but its last token, padded on the right.
         lengths: int32 [F], how many tokens that is.
-        next_token: int32 [F], the last one.
-        index: int32 [F], number of the prompt among all; folded into the key.
+        next_token: int32 [F], each prompt's last token, the first that decoding feeds.
+        index: int32 [F], index of the prompt in the call; folded into the key.
         row_index: int32 [F], the rows that they join; R for none, where there are fewer prompts than F. On a mesh the
             prompts that join a shard's rows stand in its part of F.
         key: PRNG key of all prompts.
@@ -154,7 +156,7 @@ def prefill_into_slots(
 
 
 def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
-    """A cache with the first slots of some rows, those there are, taken from another."""
+    """The cache with the first slots of some rows overwritten; indices beyond the last row are dropped."""
     width = prefilled.values[0].shape[2]
     return Cache(
         tuple(old.at[row_index, :, :, :width].set(new, mode="drop") for old, new in zip(cache.keys, prefilled.keys)),
@@ -175,20 +177,20 @@ def decode_until(
     min_active,
     min_active_per_shard,
 ) -> tuple[Cache, DecodeState, jax.Array]:
-    """Draw tokens for all rows until there is something else to do.
+    """Decode all rows in a `while_loop` until the host has something to do (refill, shrink or grow).
 
     Args:
         graphdef, params: the model.
         weights: its `decoding_weights()`.
         cache: donated; the slots left in every row that goes on must be `max_steps` or more.
         decode state: of the same rows.
-        options: how to draw.
-        max_steps: int32, most tokens to draw now.
-        min_active: int32; ends when no more than this many rows go on …
-        min_active_per_shard: int32; … or no more than this many in any shard of the mesh.
+        options: how to sample.
+        max_steps: int32, most tokens to decode now.
+        min_active: int32; stops when at most this many rows are unfinished …
+        min_active_per_shard: int32; … or at most this many in every shard.
 
     Returns:
-        The cache, the decode state, and how many tokens were drawn.
+        The cache, the decode state, and the number of steps done.
     """
     model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.row_shards
@@ -201,7 +203,7 @@ def decode_until(
     def step(state):
         steps, cache, decode_state = state
         hidden, cache = model.decode_step(decode_state.next_token, cache, weights)
-        # A row that is done reads on without harm in its first slot, where there is always room.
+        # Shapes are static, so finished rows are decoded too: into slot 0, which is always there and no longer needed.
         cache = cache._replace(length=jnp.where(decode_state.done, 0, cache.length))
         decode_state = _sample_and_record(model.decode_logits(hidden, weights), decode_state, options)
         return steps + 1, _constrain_cache(model.placement, cache), _replicated(model.placement, decode_state)
@@ -212,7 +214,7 @@ def decode_until(
 
 @jax.named_scope("draw")
 def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: SamplingOptions) -> DecodeState:
-    """Draw one token per row and write it down; rows that are done stay as they are."""
+    """Sample one token per row and record it; finished rows keep what they have."""
     done, count = decode_state.done, decode_state.count
     keys = jax.vmap(jax.random.fold_in)(decode_state.key, count)
     token = sample_tokens(logits, keys, options.temperature, options.top_k, options.top_p)
@@ -233,7 +235,7 @@ def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: Sa
 def resize_slots(
     cache: Cache, decode_state: DecodeState, rows: jax.Array, *, placement: Placement | None = None, slots: int
 ) -> tuple[Cache, DecodeState]:
-    """Go on with some of the rows, and with more or fewer slots, enough for what these rows hold.
+    """Keep some of the rows, with more or fewer slots, at least as many as these rows have filled.
 
     Args:
         cache, decode state: of R rows.
@@ -248,7 +250,7 @@ def resize_slots(
 
 
 def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
-    """Some rows of a cache, with as many slots."""
+    """Some rows of a cache, cut or padded to `slots`."""
 
     def fit(old: jax.Array, axis: int) -> jax.Array:
         kept = jax.lax.slice_in_dim(old[rows], 0, min(slots, old.shape[axis]), axis=axis)

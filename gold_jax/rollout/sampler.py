@@ -1,4 +1,7 @@
-"""The built-in engine: which rows are written when, on the host; what is done to them is in `rollout.decode_state`."""
+"""The built-in engine: the host's schedule of which rows are prefilled, decoded and compacted when.
+
+What happens to the rows on the device is in `rollout.decode_state`.
+"""
 
 import collections
 from collections.abc import Sequence
@@ -16,10 +19,12 @@ from gold_jax.rollout.engine import Sampled
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
-_MIN_LENGTH = 32  # widths of prompts, slots, and the room that slots leave, at the least
-_MIN_ROWS = 8  # fewer rows are not worth a program of their own: weights are read for one row as for eight
-_REFILL_FRACTION = 4  # prompts join when a fourth of the rows is free
-_SMALL_CACHE = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once
+_MIN_LENGTH = 32  # least prompt width, number of slots, and free slots after a resize
+_MIN_ROWS = 8  # no program for fewer rows: decoding is bound by reading the weights, for one row as for eight
+_REFILL_FRACTION = 4  # refill when a fourth of the rows is free: each prefill interrupts decoding
+_SMALL_CACHE = (
+    4  # a cache of at most a fourth of the weights' bytes gets all its slots at once: growing would save little
+)
 
 
 class SamplingEngine:
@@ -106,12 +111,12 @@ class _GenerationRun:
         each = -(-rows // self.shards)
         self.sizes = [self.shards * size for size in halves(each)]
         size = min(size for size in self.sizes if size >= min(self.shards * each, len(self.queue)))
-        # Of each row: the number of its prompt, -1 where none is left to be fetched; tokens read; whether it goes on.
+        # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
 
     def finish(self) -> list[Sampled]:
-        """Write everything."""
+        """Run until every prompt has its completion."""
         found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
         if not self.queue:
             return found
@@ -134,7 +139,7 @@ class _GenerationRun:
             self._resize()
             self._decode()
         self._offload_finished()
-        # All that was drawn comes back here, in one transfer.
+        # One device-to-host transfer for the whole call.
         for (tokens, logprobs, count), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):
                 n = count[row]
@@ -142,15 +147,15 @@ class _GenerationRun:
         return found
 
     def _refill_size(self) -> int:
-        """How many prompts join rows that are being written: as many for each shard."""
+        """Prompts of one refill while other rows are decoding: the same number for each shard."""
         return self.shards * max(1, len(self.active) // self.shards // _REFILL_FRACTION)
 
     def _rows_needed_free(self) -> int:
-        """How many rows must be free for prompts to join."""
+        """Free rows at which a refill is worth its interruption."""
         return min(len(self.queue), self._refill_size() if self.active.any() else len(self.active))
 
     def _prefill(self) -> None:
-        """Read the next prompts into free rows."""
+        """Prefill the next prompts into free rows."""
         self._offload_finished()
         size = len(self.active)
         space = size if self._rows_needed_free() > self._refill_size() else self._refill_size()
@@ -159,7 +164,7 @@ class _GenerationRun:
         for shard, alive in enumerate(self.active.reshape(self.shards, own)):
             free = np.flatnonzero(~alive)[:each]
             row_index[shard, : len(free)] = shard * own + free
-        # Round after round each shard gets one, so that all have about as much to do.
+        # Round-robin over the shards, which then have about equal work.
         taken = np.flatnonzero(row_index.T.reshape(-1) < size)[: len(self.queue)]
         taken = taken % self.shards * each + taken // self.shards
         chosen = [self.queue.popleft() for _ in taken]
@@ -189,7 +194,7 @@ class _GenerationRun:
         self.prompt_of_row[rows], self.length[rows], self.active[rows] = chosen, lengths, True
 
     def _resize(self) -> None:
-        """Leave rows that are done behind where nobody waits for them, and have slots for what comes next."""
+        """Drop finished rows once the queue is empty, and have enough slots for the next tokens."""
         size, alive = len(self.active), self.active.reshape(self.shards, -1)
         if not self.queue:
             needed = max(alive.sum(axis=1).max(), min(_MIN_ROWS, alive.shape[1]))
@@ -222,7 +227,7 @@ class _GenerationRun:
         return max_steps if small else min(max_steps, _slots(longest + _MIN_LENGTH))
 
     def _decode(self) -> None:
-        """Let the device go on until there is something to do."""
+        """Decode on the device until the next refill, shrink or resize."""
         size, min_active, min_active_per_shard = len(self.active), 0, 0
         if self.queue:
             min_active = size - self._rows_needed_free()
@@ -243,7 +248,7 @@ class _GenerationRun:
         self.active = ~done
 
     def _offload_finished(self) -> None:
-        """Keep what the rows that are done have drawn, before their places are taken."""
+        """Copy the samples of finished rows to the host, asynchronously, before their slots are reused."""
         prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
         if (prompt_of_row >= 0).any():
             drawn = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count

@@ -1,4 +1,8 @@
-"""Drawing tokens from logits: temperature, top-k and top-p, without sorting."""
+"""Sampling tokens from logits with temperature, top-k and top-p, without sorting the vocabulary.
+
+Sorting `[B, V]` would dominate a decode step. Top-k finds its threshold by bisection over bit patterns; top-p is
+sampled by rejection; the draw itself inverts the cumulative sum in blocks.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +81,7 @@ def _weight_of(weights: jax.Array, token: jax.Array) -> jax.Array:
 
 
 def _sortable_bits(values: jax.Array) -> jax.Array:
-    """uint32 that compare as the floats do: the bit pattern, its negative half turned over."""
+    """uint32 whose order is that of the floats: the bit pattern, with all bits of negative numbers flipped."""
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
@@ -94,9 +98,9 @@ def _largest_threshold(enough, like: jax.Array) -> jax.Array:
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
-    """The entry [B] of weights [B, V] at which their cumulative share passes a number in [0, 1) for each row.
+    """Inverse-CDF sampling: the entry [B] of weights [B, V] at which their cumulative share exceeds `uniform` [B] in [0, 1).
 
-    First among blocks of the vocabulary, then within the block.
+    First over blocks of the vocabulary, then within the block: two short cumulative sums instead of one over V.
     """
     rows, size = weights.shape
     blocks = jnp.pad(weights, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)

@@ -1,8 +1,12 @@
 """From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
 
-A row is ragged and belongs to the host; a batch is rectangular and goes to the device. Letters: `B` rows, `T` and `U`
-student and teacher tokens, `G` groups, `M` tokens inside merged groups; `S` lines of `N` tokens (see `text.packing`).
-Everything here is numpy.
+A `Row` is ragged and stays on the host; a `Batch` is rectangular and goes to the device. The device never sees text or
+spans: everything that the alignment found is in the merge-index arrays of `Side`, which say at which positions to read
+a distribution and which token probabilities to multiply into which group. Weights already hold the normalisation over
+the global batch, so that losses of micro-batches, devices and hosts simply add up.
+
+Shapes: B rows, T and U student and teacher tokens, G groups, M tokens inside merged groups; S packed sequences of N
+tokens (see `text.packing`). Numpy only.
 """
 
 import dataclasses
@@ -20,11 +24,11 @@ from gold_jax.text.process_shard import ProcessShard
 
 SINGLE_PROCESS = ProcessShard()
 IGNORE = -1
-NO_GROUP = np.iinfo(np.int32).max  # the group of a token that is in none
+NO_GROUP = np.iinfo(np.int32).max  # the group of a token that belongs to none; sorts behind every real group
 
 
 class Side(NamedTuple):
-    """One model's part of a batch, int32. Positions number the tokens of the line that a row lies in."""
+    """One model's part of a batch, int32. Positions index the packed sequence that holds the row."""
 
     packed: PackedBatch
     base: np.ndarray  # [B, G] position whose hidden state gives the group its distribution
@@ -35,7 +39,7 @@ class Side(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What cross-entropy learns. Positions number the tokens of the line that a row lies in."""
+    """What cross-entropy learns. Positions index the packed sequence that holds the row."""
 
     position: np.ndarray  # [B, T] int32, the position that predicts the label
     token: np.ndarray  # [B, T] int32, IGNORE where nothing is predicted
@@ -184,7 +188,7 @@ def _encode_texts(student: ChatTokenizer, prompts, completions) -> list[SampledC
 
 
 def _truncate(student: SideTokens, teacher: SideTokens, count: int, student_limit: int, teacher_limit: int | None):
-    """Cuts both sides to their limits and counts the groups that are whole on both; also drops what none predicts."""
+    """Truncates both sides to their limits; returns them with the number of groups that are complete on both."""
 
     def cut(half, limit):
         room = len(half.completion) if limit is None else max(0, limit - len(half.prompt))
@@ -271,7 +275,7 @@ def build_batches(
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
-    `rows` beyond a multiple of `batch_size` are filled up with empty ones, which weigh nothing. `text` says whether the
+    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the
     comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard`
     says in how many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are
     not in the result.
@@ -306,7 +310,7 @@ def build_batches(
         height *= len(process_shard.local_shards)
         student = pad_packed(both[0], *ours, pad=student_pad)
         teacher = pad_packed(both[1], *theirs, pad=teacher_pad)
-        # A row has no more groups than student tokens: groups need no bucket of their own.
+        # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
         batches.append(
             Batch(
@@ -328,7 +332,7 @@ def _tokens(half: SideTokens) -> np.ndarray:
 
 
 def _next_token_targets(half: SideTokens) -> tuple[np.ndarray, np.ndarray]:
-    """Labels and mask `[P + T]`: every completion token is the label of the position before it."""
+    """Labels and mask `[P + T]`: every completion token is the label of the position before it (next-token prediction)."""
     tokens = _tokens(half)
     labels = np.append(tokens[1:], IGNORE)
     counted = np.zeros(len(tokens), bool)

@@ -1,10 +1,14 @@
-"""Rows of tokens laid end to end in lines, what they begin with in common once, and the padding of shapes.
+"""Sequence packing: the rows of a batch end to end in a few sequences, shared prefixes stored once, shapes padded to buckets.
 
-Almost everything a decoder does to a token it does to that token alone, so tokens may stand anywhere. Only attention
-needs rows, and finds them by number. A line holds no padding but at its end; and a beginning that rows share, such as
-the system message of a template or a prompt that is answered several times, is read once: its hidden states are the
-same in every row, and the gradients of all rows add up in them. Letters: `B` rows, `T` tokens of a row, `S` lines of
-`N` tokens and `R = B / S` rows each. Everything here is numpy.
+Everything but attention treats a decoder's tokens one by one, so their order and grouping do not matter to it;
+attention alone needs rows, and gathers them by `gather_index`. Packing pays twice:
+
+- padding stands only at the end of a packed sequence, not behind every row;
+- a prefix that rows share (a template's system message, a prompt sampled several times) is computed once. Its hidden
+  states are the same in every row that begins with it, and the gradients of these rows add up in them.
+
+Shapes: B rows, T tokens of a row; S packed sequences (one per device that shares the batch) of N tokens and R = B / S
+rows each. Numpy only.
 """
 
 from collections.abc import Sequence
@@ -16,19 +20,21 @@ from gold_jax.bucketing import bucket, fine_bucket
 
 
 class PackedBatch(NamedTuple):
-    """The tokens of a batch, one line for each device that shares it."""
+    """The tokens of a batch, in one packed sequence per device that shares it."""
 
     tokens: np.ndarray  # [S, N] int32
-    gather_index: np.ndarray  # [S, R, T] int32, where in the line a row's tokens stand; 0 behind a row's end
-    first_slot: np.ndarray  # [S, N] int32, the first of a line's slots `R·T` that a token stands for; 0 for padding
+    gather_index: np.ndarray  # [S, R, T] int32, index into its sequence of each token of a row; 0 behind a row's end
+    first_slot: (
+        np.ndarray
+    )  # [S, N] int32, the first of the sequence's R·T row slots that holds the token; 0 for padding
     mask: np.ndarray  # [S, R, T] bool, true where there is a token
 
 
 class UnpaddedBatch(NamedTuple):
-    """Rows that are laid out and not yet padded.
+    """Packed rows whose sequences are not yet padded.
 
     Attributes:
-        sequences: of each line its tokens, and where in it those of each row stand.
+        sequences: the tokens of each sequence, and the indices into it of each row's tokens.
         rows_per_sequence: `R`.
     """
 
@@ -37,13 +43,13 @@ class UnpaddedBatch(NamedTuple):
 
     @property
     def longest(self) -> tuple[int, int]:
-        """Tokens of the longest row, and of the longest line."""
+        """Tokens of the longest row, and of the longest sequence."""
         longest = max((len(w) for _, index in self.sequences for w in index), default=0)
         return longest, max(len(tokens) for tokens, _ in self.sequences)
 
 
 def pack_unpadded(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1) -> UnpaddedBatch:
-    """Lays rows out, as many to a line as `batch_size / num_sequences`; arguments as `pack`."""
+    """Packs rows, `batch_size / num_sequences` per sequence, without padding; arguments as `pack`."""
     if batch_size % num_sequences:
         raise ValueError(f"{batch_size} rows cannot be shared out evenly among {num_sequences} devices")
     rows_per_sequence = batch_size // num_sequences
@@ -56,9 +62,9 @@ def pack_unpadded(rows: Sequence[np.ndarray], batch_size: int, num_sequences: in
     )
 
 
-def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_line: int, *, pad: int = 0) -> PackedBatch:
-    """Pads what is laid out to the buckets that hold rows and lines of these lengths."""
-    width, length, count = bucket(longest_row), fine_bucket(longest_line), len(unpadded.sequences)
+def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_sequence: int, *, pad: int = 0) -> PackedBatch:
+    """Pads rows and sequences to the buckets that hold these lengths, so that shapes, and compilations, stay few."""
+    width, length, count = bucket(longest_row), fine_bucket(longest_sequence), len(unpadded.sequences)
     gather_index = np.stack(
         [pad_right(index, unpadded.rows_per_sequence, width, np.int32) for _, index in unpadded.sequences]
     )
@@ -70,7 +76,7 @@ def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_line: int, *, 
     slots = np.arange(unpadded.rows_per_sequence * width, dtype=np.int32)
     for k in range(count):
         valid = mask[k].reshape(-1)
-        # From the last slot to the first, so that the first is what stays.
+        # Assigned from the last slot to the first: where several slots hold one token, the first is what remains.
         first_slot[k, gather_index[k].reshape(-1)[valid][::-1]] = slots[valid][::-1]
     return PackedBatch(
         pad_right([tokens for tokens, _ in unpadded.sequences], count, length, np.int32, pad),
@@ -81,13 +87,13 @@ def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_line: int, *, 
 
 
 def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *, pad: int = 0) -> PackedBatch:
-    """Rows in lines, as many to a line as `batch_size / num_sequences`; rows that lack are empty.
+    """Packs rows, `batch_size / num_sequences` per sequence; missing rows are empty.
 
     Args:
         rows: int32 `[T]` each, at most `batch_size` of them.
         batch_size: `B`.
         num_sequences: `S`.
-        pad: the token to fill lines up with.
+        pad: the token id of padding.
 
     Raises:
         ValueError: `num_sequences` does not divide `batch_size`.
@@ -97,9 +103,10 @@ def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *,
 
 
 def _deduplicate_prefixes(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The tokens of a line, and where in it those of every row stand.
+    """The tokens of one packed sequence, and for every row the indices of its tokens in it.
 
-    In lexicographic order a row shares its longest beginning with the row before it.
+    Rows are visited in lexicographic order: there, a row's longest prefix shared with any earlier row is the one it
+    shares with its predecessor, so one comparison per row finds every prefix to reuse.
     """
     parts, index, size = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)] * len(rows), 0
     previous_row, previous_index = parts[0], parts[0]
@@ -116,12 +123,12 @@ def _deduplicate_prefixes(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[
 
 
 def gather_positions(packed: PackedBatch) -> np.ndarray:
-    """Where in its line each token of a row stands: int32 `[B, T]`; behind a row's end any."""
+    """The index into its packed sequence of each token of a row: int32 `[B, T]`; arbitrary behind a row's end."""
     return packed.gather_index.reshape(-1, packed.gather_index.shape[-1])
 
 
 def pad_right(rows: Sequence[np.ndarray], height: int, width: int, dtype, fill=0) -> np.ndarray:
-    """Ragged rows as one array `[height, width]`, filled up behind each row and below the last."""
+    """Ragged rows as one array `[height, width]`, padded behind each row and below the last."""
     out = np.full((height, width), fill, dtype)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row

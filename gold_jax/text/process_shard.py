@@ -1,8 +1,9 @@
-"""Which rows of a batch a process makes, where several processes make one batch together.
+"""Which rows of a global batch this process builds, and the reductions over processes that its normalisation needs.
 
-The rows of a micro-batch lie in lines, one for each shard of the mesh, and a process makes the lines that its devices
-hold. Two processes make the same line where the devices of one shard belong to both; it counts for the first of them.
-Numpy alone.
+The rows of a micro-batch are split over the mesh's row shards, one packed sequence each. A process builds the shards
+that its devices hold. Two processes build the same shard where its devices belong to both (tensor parallelism across
+hosts); in sums it counts for its owner alone, the first of them. Numpy only: the collectives are passed in as
+functions.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ def _identity(values: Any) -> Any:
 
 
 class ProcessShard(NamedTuple):
-    """A process's part of every micro-batch.
+    """The part of every micro-batch that one process builds.
 
     Attributes:
-        owners: of each line, the process for which it counts.
-        local_shards: the lines made here, ascending.
-        process_index: this process.
-        all_reduce_sum: sums of an array over all processes.
-        all_reduce_max: maxima of an array over all processes.
-        all_gather: from a list of int32 arrays the lists of all processes.
+        owners: for each shard, the index of the process that counts it in sums.
+        local_shards: the shards built here, ascending.
+        process_index: the index of this process.
+        all_reduce_sum: elementwise sum of an array over all processes.
+        all_reduce_max: elementwise maximum of an array over all processes.
+        all_gather: the lists of int32 arrays of all processes, in process order.
     """
 
     owners: tuple[int, ...] = (0,)
@@ -38,26 +39,26 @@ class ProcessShard(NamedTuple):
 
     @classmethod
     def single_process(cls, num_shards: int = 1) -> ProcessShard:
-        """The share of a process that is the only one."""
+        """All shards, for a run of one process."""
         return cls((0,) * num_shards, tuple(range(num_shards)))
 
     @property
     def num_shards(self) -> int:
-        """How many lines a micro-batch has."""
+        """Row shards of a micro-batch."""
         return len(self.owners)
 
     def rows_per_shard(self, batch_size: int) -> int:
-        """Rows of a line.
+        """Rows of one shard.
 
         Raises:
-            ValueError: they cannot be shared out evenly.
+            ValueError: the shards do not divide the batch.
         """
         if batch_size % self.num_shards:
             raise ValueError(f"{batch_size} rows cannot be shared out evenly among {self.num_shards} devices")
         return batch_size // self.num_shards
 
     def local_rows_per_batch(self, count: int, batch_size: int) -> list[list[int]]:
-        """Of each micro-batch of `count` rows the numbers of those that are made here."""
+        """For each micro-batch of `count` rows in all, the indices of the rows built here."""
         rows = self.rows_per_shard(batch_size)
         return [
             [
@@ -69,21 +70,21 @@ class ProcessShard(NamedTuple):
         ]
 
     def local_rows(self, count: int, batch_size: int) -> list[int]:
-        """The numbers of all rows that are made here."""
+        """The indices of all rows built here."""
         return [i for part in self.local_rows_per_batch(count, batch_size) for i in part]
 
     def owner_of(self, row: int, batch_size: int) -> int:
-        """The process for which a row counts."""
+        """The index of the process that counts a row."""
         return self.owners[row % batch_size // self.rows_per_shard(batch_size)]
 
     def is_owner(self, row: int, batch_size: int) -> bool:
-        """Whether a row counts here."""
+        """Whether this process counts a row."""
         return self.owner_of(row, batch_size) == self.process_index
 
     def gather_token_ids(
         self, wanted: Sequence[int], local: Mapping[int, np.ndarray], batch_size: int
     ) -> list[np.ndarray]:
-        """Token ids of some rows, in order, from those of the rows that are made here."""
+        """Token ids of the rows `wanted`, in order, all-gathered from the processes that have them."""
         if len(set(self.owners)) == 1 and len(self.local_shards) == self.num_shards:
             return [local[i] for i in wanted]
         gathered = self.all_gather([np.asarray(local[i], np.int32) for i in wanted if self.is_owner(i, batch_size)])

@@ -62,7 +62,7 @@ class Caller:
         self.tokenizers[1].backend_tokenizer.enable_truncation(max_length=7)
         self.tokenizers[1].padding_side = self.tokenizers[1].truncation_side = "left"
         self.chat_tokenizers = [
-            gold_jax.Codec(AutoTokenizer.from_pretrained(world / n)) for n in ("student", "teacher")
+            gold_jax.ChatTokenizer(AutoTokenizer.from_pretrained(world / n)) for n in ("student", "teacher")
         ]
         self.participants = [
             LoadedModel(model, chat_tokenizer, "mine")
@@ -125,9 +125,9 @@ RETURN = {
     ),
     "Codec": lambda c: [
         (k.encode_prompts(c.prompts), k.encode_completions(["größer", "24"]), k.render(c.prompts[1]))
-        for k in (gold_jax.Codec(c.tokenizers[0], template_kwargs=c.settings["sft"]["template_kwargs"]),)
+        for k in (gold_jax.ChatTokenizer(c.tokenizers[0], template_kwargs=c.settings["sft"]["template_kwargs"]),)
     ],
-    "Codec.encode_turns": lambda c: gold_jax.Codec(c.tokenizers[0]).encode_turns(c.rows[0]["messages"]),
+    "Codec.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[0]).encode_turns(c.rows[0]["messages"]),
     "Codec.with_context": lambda c: c.chat_tokenizers[0].with_context(c.prompts[1], "Be brief."),
     "Decoder": lambda c: c.student(np.ones((1, 4), np.int32), np.ones((1, 4), bool)),
     "load_model": lambda c: gold_jax.load_model(c.world / "student"),
@@ -182,10 +182,12 @@ RAISE = {
     "SFTTrainer with the wrong tokenizer": lambda c: c.trainer("sft", processing_class=c.folder / "nothing"),
     "SFTTrainer.evaluate without rows": lambda c: c.trainer("sft", eval_dataset=None).evaluate(),
     "SFTTrainer.save_model under a file": lambda c: c.trainer("sft").save_model(c.world / "data/train.jsonl" / "x"),
-    "Codec whose template refuses": lambda c: gold_jax.Codec(
+    "Codec whose template refuses": lambda c: gold_jax.ChatTokenizer(
         c.tokenizers[0], chat_template="{{ raise_exception('no') }}"
     ).encode_prompts(c.prompts),
-    "Codec.encode_turns": lambda c: gold_jax.Codec(c.tokenizers[1]).encode_turns([{"role": "x", "content": "y"}]),
+    "Codec.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[1]).encode_turns(
+        [{"role": "x", "content": "y"}]
+    ),
     "load_model": lambda c: gold_jax.load_model(c.folder / "none"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.world / "data/train.jsonl" / "x"),
     "load_participant": lambda c: gold_jax.load_model_and_tokenizer(
@@ -269,7 +271,7 @@ def test_a_command_leaves_its_arguments_and_folders_alone(name, wrong, world, tm
 
 @pytest.mark.parametrize("side", [0, 1])
 def test_a_tokenizer_that_cuts_and_fills_for_its_owner_reads_whole_texts_here(side, caller):
-    mine, plain = gold_jax.Codec(caller.tokenizers[side]), caller.chat_tokenizers[side]
+    mine, plain = gold_jax.ChatTokenizer(caller.tokenizers[side]), caller.chat_tokenizers[side]
     for one, other in zip(mine.encode_prompts(caller.prompts), plain.encode_prompts(caller.prompts)):
         np.testing.assert_array_equal(one, other)
     text = "The quick brown fox jumps over the lazy dog."
