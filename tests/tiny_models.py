@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import os
 import pathlib
 
 import jax
@@ -132,6 +133,12 @@ def write_data(folder: pathlib.Path) -> pathlib.Path:
     write_rows(folder / "train.jsonl", rows[:4])
     write_rows(folder / "test.jsonl", rows[4:])
     return folder
+
+
+def cpu_devices(number: int) -> dict[str, str]:
+    """What a process needs in its environment to see so many devices of this machine's CPU."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
+    return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
 
 
 @contextlib.contextmanager

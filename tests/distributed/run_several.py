@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 
+import tiny_models as tiny
+
 HERE = pathlib.Path(__file__).parent
 
 
@@ -23,8 +25,7 @@ def begin(part, address, number, index, *arguments) -> subprocess.Popen:
         if name.startswith(("SLURM_", "OMPI_", "JAX_COORDINATOR", "JAX_NUM_P", "JAX_PROCESS"))
     ]
     environment = {name: value for name, value in os.environ.items() if name not in ours} | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        **tiny.cpu_devices(2),
         "PYTHONPATH": str(HERE.parents[1]),
     }
     return subprocess.Popen(

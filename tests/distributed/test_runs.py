@@ -41,9 +41,7 @@ def begin(
     flags = [f"--{name}={value}" for name, value in ({**QUICK, "output_dir": output} | changes).items()]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(index)}
     environment = os.environ | (several if number > 1 else {}) | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices // number}",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        **tiny.cpu_devices(devices // number),
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
     }  # fmt: skip

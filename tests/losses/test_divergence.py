@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 
 from gold_jax.losses import compare, divergence
 from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
@@ -150,7 +151,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | tiny.cpu_devices(2)
     command = [sys.executable, "-c", script]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr

@@ -171,17 +171,10 @@ MESHES = {
 
 
 @pytest.mark.slow
-def test_two_devices_make_the_run_of_one(runs, request, tmp_path):
+def test_two_devices_make_the_run_of_one(runs, tmp_path):
     plain = runs()
     root = pathlib.Path(__file__).parents[2]
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(root),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(request.config.cache.mkdir("xla")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | tiny.cpu_devices(2) | {"PYTHONPATH": str(root)}
     cases = {name: {"generation_batch_size": 32} | changes for name, changes in MESHES.items()}
     script = pathlib.Path(__file__).with_name("runs.py")
     done = subprocess.run(

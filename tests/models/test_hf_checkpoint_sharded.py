@@ -6,15 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models as tiny
 
 SCRIPT = pathlib.Path(__file__).with_name("sharded_weights.py")
 
 
 def started(devices, *arguments):
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "JAX_PLATFORMS": "cpu",
-    }
+    environment = os.environ | tiny.cpu_devices(devices)
     command = [sys.executable, SCRIPT, *map(str, arguments)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

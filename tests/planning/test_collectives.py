@@ -277,6 +277,7 @@ def compiled(where: str) -> dict:
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # these are about what the compiler makes of them
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8" if where == "cpu" else "",
         "PYTHONPATH": str(script.parents[2]),
     }

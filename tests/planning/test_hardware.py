@@ -135,7 +135,13 @@ print(json.dumps(found))
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed")
 def test_the_compiler_knows_the_same_devices_hosts_and_memory():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **COMPILER_ALONE}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
+        **COMPILER_ALONE,
+    }
     done = subprocess.run(
         [sys.executable, "-c", ASK, *SLICES], env=environment, check=True, timeout=300, capture_output=True, text=True
     )

@@ -8,6 +8,7 @@ import sys
 
 import jax
 import pytest
+import tiny_models as tiny
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.models.decoder import parameters
@@ -20,7 +21,7 @@ HERE = pathlib.Path(__file__).parent
 
 def on_eight_devices(script, *arguments):
     """What a script prints, as JSON."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | tiny.cpu_devices(8)
     command = [sys.executable, HERE / script, *arguments]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500)
     assert ran.returncode == 0, ran.stderr[-3000:]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_models as tiny
 
 from gold_jax.training.checkpointing import (
     METADATA,
@@ -254,7 +255,7 @@ for target in (eight, four, one):
 
 
 def test_a_checkpoint_is_read_onto_another_mesh(tmp_path):
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = tiny.cpu_devices(8)
     root = str(pathlib.Path(__file__).parents[2])
     environment = os.environ | flags | {"PYTHONPATH": root}
     command = [sys.executable, "-c", RESHARD, str(tmp_path)]
