@@ -1,4 +1,4 @@
-"""`python -m gold_jax.sft`: supervised fine-tuning on completions, through the same loop and the same chunked head."""
+"""`python -m gold_jax.sft`: supervised fine-tuning on completions, through the same loop and the same fused head."""
 
 from collections.abc import Sequence
 

@@ -158,7 +158,7 @@ def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: b
         return source
     if not isinstance(source, str | pathlib.Path):
         raise ValueError(
-            f"the {role} is a {type(source).__name__} without a model to read the texts with; give a Participant, or the "
+            f"the {role} is a {type(source).__name__} without a model to read the texts with; give a LoadedModel, or the "
             "folder or hub id of a model, or compare the tokenizers alone (models=False)"
         )
     from gold_jax.training.setting import compute_dtype
