@@ -44,8 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     require(args.dataset_name, "dataset_name", "gold_jax.evaluate needs a model and rows with completions")
     show(notices)
     from gold_jax.losses.fused_head import chunk_size
+    from gold_jax.scoring import exact_match, score_completions
     from gold_jax.text.data import load_examples
-    from gold_jax.training.evaluation import exact_match, score_completions
 
     examples = load_examples(
         args.dataset_name,
@@ -99,7 +99,7 @@ def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) ->
     import jax
 
     from gold_jax.losses.fused_head import chunk_size
-    from gold_jax.training.evaluation import measure_gaps
+    from gold_jax.scoring import measure_gaps
 
     named = ModelArguments(
         model_name_or_path=args.teacher_model_name_or_path,

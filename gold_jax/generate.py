@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(notices)
     import jax
 
+    from gold_jax.scoring import sample_completions
     from gold_jax.text.data import load_examples
-    from gold_jax.training.evaluation import sample_completions
 
     prompts = args.prompt if args.raw else [[{"role": "user", "content": p}] for p in args.prompt]
     if args.dataset_name is not None:

@@ -1,4 +1,4 @@
-"""Loads a model with its tokenizer and chat template."""
+"""Models with their tokenizers, and tokenizers alone, from whatever a caller has: names, folders or objects."""
 
 import copy
 import json
@@ -19,7 +19,13 @@ from gold_jax.text.chat import ChatTokenizer
 
 
 class LoadedModel(NamedTuple):
-    """A student or a teacher."""
+    """A model with its tokenizer and chat template.
+
+    Attributes:
+        model: the model; None where it has been handed on.
+        chat_tokenizer: its tokenizer; None in a plan, which needs shapes alone.
+        name: what it is called.
+    """
 
     model: Decoder
     chat_tokenizer: ChatTokenizer
@@ -30,7 +36,7 @@ def load_model_and_tokenizer(
     model: Any,
     tokenizer: Any = None,
     *,
-    dtype: str,
+    dtype: str = "float32",
     param_dtype: str = "float32",
     read_dtype: str = "auto",
     remat: bool = False,
@@ -182,3 +188,56 @@ def stop_ids_of(model: Decoder) -> Sequence[int]:
         ids = (source.get(part) or {}).get("eos_token_id")
         found += ids if isinstance(ids, list) else [] if ids is None else [ids]
     return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))
+
+
+def as_chat_tokenizer(source: Any) -> ChatTokenizer:
+    """A tokenizer with its chat template.
+
+    Args:
+        source: a folder, a hub id, `embedded:…`, a transformers tokenizer, a `ChatTokenizer`, or a `LoadedModel`.
+
+    Raises:
+        FileNotFoundError: no tokenizer can be read from a name.
+        TypeError: something else.
+    """
+    if isinstance(source, LoadedModel):
+        return source.chat_tokenizer
+    if isinstance(source, ChatTokenizer):
+        return source
+    if isinstance(source, str | pathlib.Path):
+        return ChatTokenizer(load_tokenizer(_resolve_embedded(source)), copy_tokenizer=False)
+    if not hasattr(source, "apply_chat_template"):
+        raise TypeError(
+            f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers tokenizer, "
+            "a ChatTokenizer or a LoadedModel"
+        )
+    return ChatTokenizer(source)
+
+
+def as_plain_tokenizer(source: Any) -> Any:
+    """What `text.surface.surfaces_of` takes: as `as_chat_tokenizer`, and tokenizers of `tokenizers` and tiktoken as they are."""
+    if isinstance(source, str | pathlib.Path):
+        return load_tokenizer(_resolve_embedded(source))
+    source = source.chat_tokenizer if isinstance(source, LoadedModel) else source
+    return source.tokenizer if isinstance(source, ChatTokenizer) else source
+
+
+def as_loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
+    """A model with its tokenizer, for a function that takes either.
+
+    Args:
+        model: a `LoadedModel`; a folder, a hub id or `embedded:…`, read in float32; a `Decoder` or `(graphdef, params)`.
+        tokenizer: what `as_chat_tokenizer` takes; None: the model's own.
+
+    Raises:
+        ValueError: a model in memory without a tokenizer.
+    """
+    if isinstance(model, LoadedModel):
+        return model if tokenizer is None else model._replace(chat_tokenizer=as_chat_tokenizer(tokenizer))
+    if isinstance(model, str | pathlib.Path):
+        tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ChatTokenizer) else tokenizer
+        return load_model_and_tokenizer(model, tokenizer)
+    if tokenizer is None:
+        raise ValueError("a model in memory needs its tokenizer: pass it too, as a name or an object")
+    model = merge(*split(model)) if isinstance(model, tuple) else model
+    return LoadedModel(model, as_chat_tokenizer(tokenizer), type(model).__name__)

@@ -165,7 +165,7 @@ def test_the_snippet_with_a_dataset_and_with_a_list(world, tmp_path):
             ),
             train_dataset=data,
         )
-        assert trainer.train() == {}
+        assert trainer.train().metrics == {}
         logs.append([{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainer.log_history])
     assert logs[0] == logs[1]
 

@@ -10,11 +10,11 @@ import pytest
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.quickstart import ASSETS, resolve
+from gold_jax.scoring import exact_match, sample_completions
 from gold_jax.text.align import align
 from gold_jax.text.data import load_examples
 from gold_jax.text.detokenize import completion_from_ids
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.evaluation import exact_match, sample_completions
 from tools.quickstart.build import RECIPES, build_task, build_tokenizer, main
 from tools.quickstart.language import NUMBERS, in_words, split_numbers, task_rows
 

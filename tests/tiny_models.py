@@ -9,6 +9,7 @@ import pathlib
 import jax
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
 from safetensors.numpy import save_file
 from text.toy_tokenizers import CHATML, LLAMA2, byte_level, sentencepiece
 from tokenizers.processors import TemplateProcessing
@@ -160,3 +161,8 @@ def quick_compiles(folder: pathlib.Path):
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
+
+
+def quiet_console():
+    """A console that shows nothing and keeps what it was to show (`export_text`)."""
+    return Console(file=open(os.devnull, "w"), width=200, record=True)

@@ -1,4 +1,4 @@
-"""Writes docs/flags.md, docs/families.md and the tables of docs/coming-from-trl.md from the code: `python tools/generate_docs.py`.
+"""Writes docs/flags.md, docs/families.md, docs/api.md and the tables of docs/coming-from-trl.md from the code: `python tools/generate_docs.py`.
 
 With `--check` nothing is written, and the exit code is 1 where a file is not what the code says.
 """
@@ -6,12 +6,16 @@ With `--check` nothing is written, and the exit code is 1 where a file is not wh
 import dataclasses
 import json
 import pathlib
+import re
 import sys
 from collections.abc import Iterable, Sequence
+from inspect import getdoc as inspect_docstring
+from inspect import signature as python_signature
 
+import gold_jax
 from gold_jax import evaluate, generate, inspect, plan
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
-from gold_jax.config.fields import field_names, field_of, groups
+from gold_jax.config.fields import Settings, field_names, field_of, groups
 from gold_jax.config.parsing import default_text, group_name, values_text
 from gold_jax.config.trl_compat import ANSWERS
 
@@ -133,6 +137,43 @@ def trl_page() -> str:
     return before + trl_tables() + rest.partition(END)[2]
 
 
+def api_page() -> str:
+    """docs/api.md: what `gold_jax.__all__` names."""
+    parts = [
+        "# The public surface",
+        "Written by `tools/generate_docs.py` from `gold_jax.__all__`. Everything else may change from one version to the next.",
+        API_INTRODUCTION,
+    ]
+    for name in gold_jax.__all__:
+        thing = getattr(gold_jax, name)
+        if isinstance(thing, str):
+            continue
+        parts.append(f"## {name}")
+        if not issubclass(thing, Settings) if isinstance(thing, type) else True:
+            signature = re.sub(r"<factory>|<object object at [^>]*>", "…", str(python_signature(thing)))
+            signature = re.sub(r"'([A-Za-z_.\[\], |]+)'", r"\1", signature).replace("gold_jax.", "")
+            parts.append(f"```python\n{name}{signature}\n```")
+        parts.append("```text\n" + inspect_docstring(thing) + "\n```")
+        if isinstance(thing, type) and issubclass(thing, Settings):
+            parts.append("Its fields are the flags of [flags.md](flags.md).")
+    return "\n\n".join(parts) + "\n"
+
+
+API_INTRODUCTION = """A model is a folder, a hub id, `embedded:student` or `embedded:teacher`, a `Decoder`, its `(graphdef, params)`, or a `LoadedModel`;
+a tokenizer a folder, a hub id, `embedded:…`, a transformers tokenizer or a `ChatTokenizer`; rows are a hub id, a file or
+folder, a `datasets.Dataset`, or a list of dicts; seeds are ints, where a key is wanted PRNG keys too.
+
+```python
+import gold_jax
+
+print(gold_jax.align("embedded:student", "embedded:teacher", "5168 is forty-two."))
+gold_jax.match_vocabularies("embedded:student", "embedded:teacher").matched
+gold_jax.sample_completions("embedded:student", prompts=["How do you say 5168?"], key=0, max_new_tokens=16)
+gold_jax.score_completions("embedded:teacher", rows=[{"prompt": "How do you say 5?", "completion": "5 is five."}]).bits_per_byte
+gold_jax.load_model("embedded:student")([[1, 2, 3]])  # hidden states [B, T, D]
+```"""
+
+
 def families_page() -> str:
     """docs/families.md."""
     from transformers import AutoConfig
@@ -160,7 +201,7 @@ def families_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-PAGES = {"flags.md": flags_page, "families.md": families_page, "coming-from-trl.md": trl_page}
+PAGES = {"flags.md": flags_page, "families.md": families_page, "api.md": api_page, "coming-from-trl.md": trl_page}
 
 
 def main() -> None:

@@ -113,17 +113,19 @@ class Decoder(nnx.Module):
         return nnx.eval_shape(lambda: cls.from_config(config, 0, dtype, param_dtype, remat, **options))
 
     @full_float32
-    def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Hidden states after the final norm.
 
         Args:
             tokens: int32 [B, T].
-            mask: bool [B, T], True where there is a token. Padding may stand on either side of a row; a row may be
-                empty.
+            mask: bool [B, T], True where there is a token; None: everywhere. Padding may stand on either side of a row; a
+                row may be empty.
 
         Returns:
             [B, T, D] in `dtype`. Values at padding are finite and mean nothing.
         """
+        tokens = jnp.asarray(tokens)
+        mask = jnp.ones(tokens.shape, bool) if mask is None else mask
         return self._run(tokens, mask, keep_cache=False)[0]
 
     @full_float32

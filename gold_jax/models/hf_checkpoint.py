@@ -33,6 +33,7 @@ from gold_jax.models.safetensors_io import (
     write_json,
     write_tensors,
 )
+from gold_jax.quickstart import PREFIX, resolve
 
 # Parameter path -> tensor name after the prefix; {} is the layer. Matrices of layers are [out, in] in the file.
 NAMES = {
@@ -84,7 +85,8 @@ def load_model(
     """Read a model from a folder or from the Hugging Face hub.
 
     Args:
-        name_or_path: a folder with `config.json` and safetensors (one file, or shards with an index), or a hub id.
+        name_or_path: a folder with `config.json` and safetensors (one file, or shards with an index), a hub id,
+            `embedded:student` or `embedded:teacher`.
         dtype: compute dtype, "float32" or "bfloat16".
         param_dtype: dtype in which parameters are kept: "float32", "bfloat16", or "auto" for what the files have.
         read_dtype: dtype to which tensors are rounded when they are read, whatever they are kept in: "float32",
@@ -136,6 +138,8 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
     Raises:
         FileNotFoundError: neither a folder nor a model that the hub gave.
     """
+    if isinstance(name_or_path, str) and name_or_path.startswith(PREFIX):
+        return resolve(name_or_path)
     path = pathlib.Path(name_or_path).expanduser()
     if path.is_dir():
         return path

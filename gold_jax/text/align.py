@@ -139,6 +139,25 @@ class Alignment:
     teacher_group: np.ndarray
     count: int
 
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
+        return self.groups()
+
+    def __str__(self) -> str:
+        """Both sides' tokens, one line each: `·` between the tokens of a group, `│` between groups."""
+        rows = []
+        for encoded, group in ((self.student, self.student_group), (self.teacher, self.teacher_group)):
+            cells: list[list[str]] = [[] for _ in range(self.count)]
+            for (begin, end), g in zip(encoded.spans.tolist(), group.tolist()):
+                if g < self.count:
+                    cells[g].append(self.text[begin:end].decode(errors="replace").replace("\n", "\\n"))
+            rows.append(["·".join(cell) for cell in cells])
+        widths = [max(map(len, pair)) for pair in zip(*rows)]
+        lines = ("│".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+        return "\n".join(f"{name}  {line}" for name, line in zip(("student", "teacher"), lines))
+
     def one_to_one(self) -> np.ndarray:
         """Bool [G]: the groups that have one token on either side."""
         ours, theirs = (np.bincount(g, minlength=self.count) for g in (self.student_group, self.teacher_group))

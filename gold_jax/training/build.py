@@ -49,7 +49,7 @@ class Run(NamedTuple):
     Attributes:
         graph: the student's graph definition.
         params: its parameters, arrays or shapes. The first update donates them.
-        optimizer, schedule: the gradient transformation and its learning rates.
+        optimizer, schedule: the gradient transformation and its learning rates (None: not known).
         shardings: where the state lies on a mesh; None: one device.
         step: `state, metrics = step(state, batches)`.
         batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
@@ -59,7 +59,7 @@ class Run(NamedTuple):
     graph: nnx.GraphDef
     params: Params | None
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
+    schedule: optax.Schedule | None
     shardings: TrainState | None
     step: Step
     batches: BatchBuilder | None
@@ -86,6 +86,7 @@ def build_run(
     match: Match | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
     engine: ServerEngine | None = None,
+    optimizers: tuple[optax.GradientTransformation | None, optax.Schedule | None] = (None, None),
 ) -> Run:
     """Everything that an update needs.
 
@@ -98,14 +99,17 @@ def build_run(
         match: how the vocabularies face each other; None: as the tokenizers say.
         process_shard: which rows this process makes.
         engine: writes for the student in place of the built-in sampler.
+        optimizers: the gradient transformation, and its learning rate at each update (for the log), in place of the settings'.
     """
     graph, params = split(student.model)
-    optimizer = make_optimizer(args, total_steps)
+    optimizer, schedule = optimizers
+    if optimizer is None:
+        optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
     shardings = None if placement is None else state_shardings(optimizer, params)
     shards = 1 if placement is None else placement.row_shards
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
     chunk = chunk_size(args.loss_chunk, student.model.platform)
-    common = dict(optimizer=optimizer, schedule=make_schedule(args, total_steps), shardings=shardings)
+    common = dict(optimizer=optimizer, schedule=schedule, shardings=shardings)
     place = None if placement is None else placement.put_rows
     if teacher is None:
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=place)
@@ -115,7 +119,7 @@ def build_run(
         return Run(graph, params, step=step, batches=batches, **common)
 
     teacher_graph, teacher_params = split(teacher.model)
-    match = match or match_vocabularies(args, student, teacher)
+    match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same)
     abstract = isinstance(jax.tree.leaves(teacher_params)[0], jax.ShapeDtypeStruct)
     freeze = teacher_shapes if abstract else freeze_teacher
@@ -160,7 +164,7 @@ def counted_tokens(args: SFTConfig) -> str:
     return "all" if args.completion_only_loss is False else "completion"
 
 
-def match_vocabularies(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
+def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
     """How the vocabularies of two models face each other, by their tokenizers.
 
     Args:

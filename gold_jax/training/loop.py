@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.console import Console
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
@@ -26,16 +28,18 @@ from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.loading import LoadedModel
+from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
+from gold_jax.scoring import evaluate_model
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch, with_text_completion
 from gold_jax.training.build import Run
+from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run
-from gold_jax.training.evaluation import measures
 from gold_jax.training.export import save_final_model
 from gold_jax.training.logging import MetricLog, RunningMean, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
@@ -111,6 +115,7 @@ class Loop:
         max_new_tokens: int,
         teacher_score: Callable[[], Mapping[str, float]] | None = None,
         restart: Callable[[], Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
     ):
         """Sets a run up; computes nothing.
 
@@ -123,6 +128,7 @@ class Loop:
             max_new_tokens: bounds greedy completions in evaluation.
             teacher_score: measures the teacher on the evaluation rows.
             restart: called before each further training of the same student.
+            callbacks: transformers' `TrainerCallback`s.
         """
         self.args, self.console, self.data = args, console, data
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
@@ -146,12 +152,15 @@ class Loop:
         )
         self._trained = False
         self._reset()
+        self.callbacks = Callbacks(callbacks, args, self.trainer_state)
+        self.callbacks.call("on_init_end")
 
     def _reset(self) -> None:
         """Forgets what an earlier `train` left, but for the parameters."""
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
         self.done, self.nonfinite, self.history = 0, NonFiniteCounter(0, 0), []
         self._means = RunningMean()
+        self._losses: list[float] = []  # of the updates made since `train` began
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
 
     # the run
@@ -186,6 +195,7 @@ class Loop:
                 self._go_on(*found)
             self.checkpoints.remove_unfinished()
             with self._open_log() as self._log:
+                self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 with SignalHandler() as signals:
                     try:
@@ -200,6 +210,8 @@ class Loop:
                 after = self.evaluate() if self.data.eval is not None else {}
                 if after:
                     self._record(after)
+                    self.callbacks.call("on_evaluate", metrics=after)
+                self.callbacks.call("on_train_end")
             self._show_result(before, after)
         return after
 
@@ -211,6 +223,7 @@ class Loop:
         for step in self._steps():
             if batch is None:  # asked to end
                 return
+            self.callbacks.call("on_step_begin")
             with annotate(DISPATCH):
                 self.state, metrics = run.step(self.state, batch.batches)  # asynchronous: returns before it is computed
                 current, self.done = batch, step + 1
@@ -220,6 +233,7 @@ class Loop:
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
             self._log_update(step, current, metrics)
+            self.callbacks.call("on_step_end")
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
                 self._give_up(metrics, step)
             if current.samples and args.log_completions and is_main_process():
@@ -230,12 +244,14 @@ class Loop:
                 if measured is not None:
                     self._record(measured)
                     self.unmeasured = False
+                    self.callbacks.call("on_evaluate", metrics=measured)
                 self._restart_clock()
             signals.poll_preemption(self.done)
-            if signals.requested:
+            if signals.requested or self.callbacks.stop:
                 return
             if self._is_due("save"):
                 self._save_checkpoint()
+                self.callbacks.call("on_save")
                 self._restart_clock()
             self.checkpoints.poll()
 
@@ -285,6 +301,26 @@ class Loop:
             all_gather=waited(process_shard.all_gather),
         )
 
+    def trainer_state(self) -> TrainerState:
+        """Where the run stands, in transformers' form."""
+        return TrainerState(
+            epoch=self.done / self.order.steps_per_epoch,
+            global_step=self.done,
+            max_steps=self.total_steps,
+            num_train_epochs=math.ceil(self.total_steps / self.order.steps_per_epoch),
+            logging_steps=self.args.interval("logging_steps", self.total_steps),
+            eval_steps=self.args.interval("eval_steps", self.total_steps),
+            save_steps=self.args.interval("save_steps", self.total_steps),
+            train_batch_size=self.args.per_device_train_batch_size,
+            log_history=[dict(row) for row in self.history],
+            is_world_process_zero=is_main_process(),
+        )
+
+    def output_of(self, metrics: Mapping[str, float]) -> TrainOutput:
+        """What `train` comes to, in transformers' form: the mean loss of the updates that were made, and closing metrics."""
+        loss = float(np.mean(self._losses)) if self._losses else float("nan")
+        return TrainOutput(self.done, loss, dict(metrics))
+
     # logging
 
     def _open_log(self) -> MetricLog:
@@ -295,16 +331,19 @@ class Loop:
 
     def _log_update(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of an update; logs their means since the last line where a line is due."""
-        learning_rate = float(self.run.schedule(step - self.nonfinite.total))  # an update that is left out takes none
+        rate = {}
+        if self.run.schedule is not None:  # an update that is left out takes none
+            rate["learning_rate"] = float(self.run.schedule(step - self.nonfinite.total))
         self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
-        del metrics["skipped"]
+        if not metrics.pop("skipped"):
+            self._losses.append(float(metrics["loss"]))
         self._means.add({**metrics, **{k: v for k, v in batch.stats.items() if k != "tokens"}})
         self._tokens += batch.stats["tokens"]
         every = self.args.interval("logging_steps", self.total_steps)
         first = step == 0 and self.args.logging_first_step
         if self.done % every == 0 or self.done == self.total_steps or first:
             seconds = time.perf_counter() - self._since
-            speed = {"tokens_per_second": self._tokens / seconds, "learning_rate": learning_rate}
+            speed = {"tokens_per_second": self._tokens / seconds, **rate}
             skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
             self._record({**self._means.take(), **speed, **skipped})
             self._restart_clock()
@@ -318,6 +357,7 @@ class Loop:
         plain = {name: plain_value(value) for name, value in values.items()}
         self.history.append({"step": self.done, "epoch": epoch, **plain})
         self._log.log(self.done, plain, epoch=epoch)
+        self.callbacks.call("on_log", logs=dict(self.history[-1]))
 
     def _log_completions(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
@@ -351,7 +391,13 @@ class Loop:
         for batch in self.run.batches.build_evaluation(examples):
             for name, value in self.run.step.evaluate(self.state.params, batch).items():
                 totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
-        return totals | measures(self.student, examples, self.args, self.max_new_tokens)
+        return totals | evaluate_model(
+            self.student,
+            examples,
+            batch_size=self.args.per_device_eval_batch_size,
+            chunk=chunk_size(self.args.loss_chunk, self.student.model.platform),
+            max_new_tokens=self.max_new_tokens if self.args.predict_with_generate else None,
+        )
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are asked for, or as the log of a resumed run has them."""

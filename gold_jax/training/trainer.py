@@ -8,19 +8,23 @@ from typing import Any
 
 import jax
 from rich.console import Console
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, load_model_and_tokenizer
+from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
+from gold_jax.scoring import evaluate_model
 from gold_jax.sharding.mesh import describe_mesh
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.batches import CheckedRows, check_evaluation, check_examples, with_text_completion
-from gold_jax.training.build import build_run, counted_tokens, match_vocabularies
-from gold_jax.training.evaluation import measures
+from gold_jax.training.build import build_run, counted_tokens, match_pair
+from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.model_card import write_model_card
@@ -175,11 +179,16 @@ class _Trainer:
         return [dict(row) for row in self.loop.history]
 
     @property
+    def state(self) -> TrainerState:
+        """Where training stands: `global_step`, `max_steps`, `epoch`, `log_history` and more, as transformers has them."""
+        return self.loop.trainer_state()
+
+    @property
     def model(self):
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
         return self.loop.copy_model()
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, float]:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> TrainOutput:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
 
         Args:
@@ -187,7 +196,8 @@ class _Trainer:
                 the settings say.
 
         Returns:
-            The closing evaluation's metrics; empty without evaluation data.
+            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, empty
+            without evaluation data.
         """
         a = self.args
         if a.push_to_hub and is_main_process():
@@ -202,7 +212,7 @@ class _Trainer:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
         results = self.loop.train(resume)
         if not is_main_process():
-            return results
+            return self.loop.output_of(results)
         write_model_card(
             a.output_dir,
             method=self.method,
@@ -215,7 +225,7 @@ class _Trainer:
         self.console.print(f"The student is saved in {a.output_dir}", markup=False, soft_wrap=True)
         if a.push_to_hub:
             self.push_to_hub()
-        return results
+        return self.loop.output_of(results)
 
     def evaluate(self) -> dict[str, float]:
         """Measures the student as it stands on `eval_dataset`."""
@@ -242,6 +252,10 @@ class SFTTrainer(_Trainer):
         train_dataset: a name, a `datasets.Dataset`, or a list of rows.
         eval_dataset: the same, or None.
         processing_class: the tokenizer, or its name; None takes the one beside the model.
+        optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for the log
+            (or None).
+        callbacks: transformers' `TrainerCallback`s, called at begin and end, updates, logs, evaluations and saves.
+        compute_metrics, peft_config: refused, with what stands in their place.
         console: where progress is shown; None for the terminal.
         command: the command line, for the model card.
         dataset_name: what the data set is called, for the model card.
@@ -261,6 +275,10 @@ class SFTTrainer(_Trainer):
         eval_dataset: Any = None,
         processing_class: Any = None,
         *,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: Sequence[Any] | None = None,
+        compute_metrics: Any = None,
+        peft_config: Any = None,
         console: Console | None = None,
         command: Sequence[str] | None = None,
         dataset_name: str | None = None,
@@ -269,13 +287,15 @@ class SFTTrainer(_Trainer):
         args = SFTConfig() if args is None else args
         if not isinstance(args, SFTConfig) or isinstance(args, GOLDConfig):
             raise TypeError(f"args is a {type(args).__name__}; SFTTrainer takes an SFTConfig")
+        check_trl_arguments(compute_metrics, peft_config)
+        optimizers = check_optimizers(optimizers)
         setup = _Setup.read(args, "gold_jax.sft", train_dataset, eval_dataset, console, dataset_name)
         student = setup.load_student(model, processing_class)
-        loop, notices = _sft_loop(setup, student)
+        loop, notices = _sft_loop(setup, student, optimizers, callbacks)
         super().__init__(setup, student._replace(model=None), loop, notices, command, {})
 
 
-def _sft_loop(setup: _Setup, student: LoadedModel) -> tuple[Loop, list[str]]:
+def _sft_loop(setup: _Setup, student: LoadedModel, optimizers, callbacks) -> tuple[Loop, list[str]]:
     """The loop of a fine-tuning, and notices."""
     a, learned = setup.args, counted_tokens(setup.args)
     checked = check_examples(
@@ -301,9 +321,22 @@ def _sft_loop(setup: _Setup, student: LoadedModel) -> tuple[Loop, list[str]]:
         facts,
     )
     run = build_run(
-        a, student, placement=setup.placement, total_steps=data.total_steps(a), process_shard=setup.process_shard
+        a,
+        student,
+        placement=setup.placement,
+        total_steps=data.total_steps(a),
+        process_shard=setup.process_shard,
+        optimizers=optimizers,
     )
-    loop = Loop(run, student._replace(model=None), data, a, console=setup.console, max_new_tokens=SFT_NEW_TOKENS)
+    loop = Loop(
+        run,
+        student._replace(model=None),
+        data,
+        a,
+        console=setup.console,
+        max_new_tokens=SFT_NEW_TOKENS,
+        callbacks=callbacks,
+    )
     return loop, notices
 
 
@@ -319,6 +352,7 @@ class GOLDTrainer(_Trainer):
         processing_class: the student's tokenizer, or its name; None takes the one beside the model.
         teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
             it.
+        optimizers, callbacks, compute_metrics, peft_config, console, command, dataset_name: as `SFTTrainer`.
     """
 
     method = "on-policy distillation"
@@ -333,6 +367,10 @@ class GOLDTrainer(_Trainer):
         processing_class: Any = None,
         teacher_processing_class: Any = None,
         *,
+        optimizers: tuple[Any, Any] = (None, None),
+        callbacks: Sequence[Any] | None = None,
+        compute_metrics: Any = None,
+        peft_config: Any = None,
         console: Console | None = None,
         command: Sequence[str] | None = None,
         dataset_name: str | None = None,
@@ -345,10 +383,12 @@ class GOLDTrainer(_Trainer):
         if teacher_model is None:
             raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
         teacher_tokenizer = teacher_processing_class or args.teacher_tokenizer_name_or_path
+        check_trl_arguments(compute_metrics, peft_config)
+        optimizers = check_optimizers(optimizers)
         setup = _Setup.read(args, "gold_jax.train", train_dataset, eval_dataset, console, dataset_name)
         student = setup.load_student(model, processing_class)
         teacher = _load_teacher(setup, teacher_model, teacher_tokenizer)
-        loop, notices, self.spec = _distillation_loop(setup, student, teacher)
+        loop, notices, self.spec = _distillation_loop(setup, student, teacher, optimizers, callbacks)
         card = {"teacher": teacher.name, "loss": self.spec.describe()}
         super().__init__(setup, student._replace(model=None), loop, notices, command, card)
 
@@ -362,10 +402,10 @@ def _load_teacher(setup: _Setup, model, tokenizer) -> LoadedModel:
     return setup.load("teacher", model, tokenizer, options, param_dtype=setup.dtype, placement=placement)
 
 
-def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel):
+def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel, optimizers, callbacks):
     """The loop of a distillation, notices, and its loss."""
     a, evaluates = setup.args, setup.eval is not None
-    match = match_vocabularies(a, student, teacher)
+    match = match_pair(a, student, teacher)
     spec = a.loss_spec(match.same)
     checked = check_examples(
         setup.train,
@@ -413,6 +453,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         match=match,
         process_shard=setup.process_shard,
         engine=engine,
+        optimizers=optimizers,
     )
     teacher = teacher._replace(model=None)  # from here on the constants of the step hold its parameters
     evaluation = setup.eval
@@ -420,8 +461,13 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
     def teacher_score():
         graph, vocabulary = run.teacher_graph, match.vocabulary
         model = run.batches.teacher_model or (graph, restore_teacher(graph, run.step.constants, vocabulary))
-        return measures(
-            teacher._replace(model=merge(*model)), with_text_completion(evaluation), a, a.max_completion_length
+        model = merge(*model)
+        return evaluate_model(
+            teacher._replace(model=model),
+            with_text_completion(evaluation),
+            batch_size=a.per_device_eval_batch_size,
+            chunk=chunk_size(a.loss_chunk, model.platform),
+            max_new_tokens=a.max_completion_length if a.predict_with_generate else None,
         )
 
     loop = Loop(
@@ -433,6 +479,7 @@ def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel
         max_new_tokens=a.max_completion_length,
         teacher_score=teacher_score,
         restart=None if engine is None else engine.restart,
+        callbacks=callbacks,
     )
     return loop, notices, spec
 

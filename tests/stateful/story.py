@@ -187,7 +187,7 @@ class World:
         key = "run", setting, name
         if key not in self.known:
             for trainer in self._new(setting, name):
-                result = trainer.train()
+                result = trainer.train().metrics
                 output = pathlib.Path(trainer.args.output_dir)
                 self.known[key] = Run(weights(load_model(output)), result, read_log(output))
         return self.known[key]
@@ -367,7 +367,7 @@ class Story(RuleBasedStateMachine):
         before = self.world.keep(one.trainer)
         self.runs[one.output] = self.runs.get(one.output, 0) + 1
         one.begun = before
-        result = one.trainer.train()
+        result = one.trainer.train().metrics
         self._ended(one, before, result)
 
     def _ended(self, one: Live, begun: str, result: dict) -> None:
@@ -405,7 +405,7 @@ class Story(RuleBasedStateMachine):
             begun = one.begun
             one = self._make(one.setting, self.world.student, output=one.output)
             one.begun = begun
-        result = one.trainer.train(resume_from_checkpoint=True)
+        result = one.trainer.train(resume_from_checkpoint=True).metrics
         self._ended(one, one.begun, result)
 
     @precondition(lambda self: self.live)

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 import gold_jax
 from gold_jax import evaluate, generate, inspect, sft, train
 from gold_jax.loading import LoadedModel
+from gold_jax.scoring import exact_match
 from gold_jax.text.data import load_examples
-from gold_jax.training.evaluation import exact_match
 
 pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"numbers": [24, {"of": 48}]}}}

@@ -62,7 +62,7 @@ def twice(pair, tmp_path_factory):
     trainer = gold(pair, output)
     before = trainer.evaluate()
     assert trainer.evaluate() == before
-    closing = trainer.train()
+    closing = trainer.train().metrics
     between = {
         "evaluated": trainer.evaluate(),
         "closing": closing,

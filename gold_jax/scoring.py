@@ -2,24 +2,24 @@
 
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.config import SFTConfig
-from gold_jax.loading import LoadedModel
+from gold_jax.loading import LoadedModel, as_loaded_model
 from gold_jax.losses.distill import Head, flatten_positions, token_logp
-from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import merge, split
 from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example
+from gold_jax.text.data import Example, load_examples
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.packing import gather_positions, pack, pad_right
 
@@ -68,34 +68,41 @@ def _completion_nll(graph, params, packed, position, behind, counted, chunk):
     return found(hidden, weight, position, behind, counted)
 
 
+def _examples(rows: Any) -> list[Example]:
+    """Rows as examples: those that are, and dicts as a data set has them."""
+    rows = list(rows)
+    return rows if all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
+
+
 def score_completions(
-    model,
-    chat_tokenizer: ChatTokenizer,
-    examples: Sequence[Example],
+    model: Any,
+    tokenizer: Any = None,
+    rows: Any = (),
     *,
     batch_size: int = 8,
     max_length: int | None = None,
     chunk=256,
 ) -> Score:
-    """What the examples' completions cost a model, in bits.
+    """What completions cost a model, in bits.
 
     The prompt goes through the model's own chat template; the completion counts without a stop token, so that the
     number means the same for every tokenizer and template.
 
     Args:
-        model: a `Decoder` or its `(graphdef, params)`.
-        chat tokenizer: its chat tokenizer.
-        examples: with completions.
+        model: a folder, a hub id or `embedded:…`, a `LoadedModel`, a `Decoder`, or its `(graphdef, params)`.
+        tokenizer: a name, a transformers tokenizer or a `ChatTokenizer`; None: the model's own.
+        rows: with completions: `Example`s, or dicts as a data set has them.
         batch_size: rows at a time; on a mesh, the next multiple of its shards.
         max_length: longest sequence in tokens; None for no limit.
         chunk: positions whose logits are held at once.
 
     Raises:
-        ValueError: an example has no completion.
+        ValueError: a row has no completion.
     """
+    model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
     graph, params = split(model)
-    examples = list(examples)
-    placement = merge(graph, params).placement
+    examples = _examples(rows)
+    placement = model.placement
     shards = 1 if placement is None else placement.row_shards
     batch_size = -(-batch_size // shards) * shards
     for i, e in enumerate(examples):
@@ -110,9 +117,9 @@ def score_completions(
     cut = 0
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+        chosen = order[start : start + batch_size]
         ids, counted = [], []
-        for i in rows:
+        for i in chosen:
             room = max(0, limit - len(prompts[i]))
             answer = answers[i].ids[:room]
             whole = np.concatenate([prompts[i], answer])[:limit]
@@ -132,17 +139,17 @@ def score_completions(
         marks = pad_right(counted, batch_size, width, bool)
         batch = packed, gather_positions(packed), behind, marks
         nll = _completion_nll(graph, params, *(batch if placement is None else placement.put(batch, ROW_AXES)), chunk)
-        bits[rows] = np.asarray(nll)[: len(rows)] / np.log(2)
+        bits[chosen] = np.asarray(nll)[: len(chosen)] / np.log(2)
     return Score(bits, sizes, tokens, cut)
 
 
 def sample_completions(
-    model,
-    chat_tokenizer: ChatTokenizer,
-    prompts: Sequence,
+    model: Any,
+    tokenizer: Any = None,
+    prompts: Sequence = (),
     *,
-    max_new_tokens: int,
-    key: jax.Array,
+    max_new_tokens: int = 128,
+    key: jax.Array | int = 0,
     batch_size: int = 8,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -152,18 +159,24 @@ def sample_completions(
     """Completions that a model draws for prompts, in order.
 
     Args:
-        model: a `Decoder` or its `(graphdef, params)`.
-        chat tokenizer: its chat tokenizer.
+        model: a folder, a hub id or `embedded:…`, a `LoadedModel`, a `Decoder`, or its `(graphdef, params)`.
+        tokenizer: a name, a transformers tokenizer or a `ChatTokenizer`; None: the model's own.
         prompts: texts or lists of messages.
         max_new_tokens: most tokens of a completion.
-        key: PRNG key.
+        key: PRNG key, or an int seed.
         batch_size: most rows that the built-in engine writes at once.
         temperature, top_k, top_p: as in `rollout.engine.Engine.generate`; temperature 0 is greedy.
         engine: what writes; None for the built-in one.
     """
+    model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
     engine = SamplingEngine(batch_size) if engine is None else engine
-    options = dict(max_new_tokens=max_new_tokens, key=key, temperature=temperature, top_k=top_k, top_p=top_p)
+    options = dict(max_new_tokens=max_new_tokens, key=as_key(key), temperature=temperature, top_k=top_k, top_p=top_p)
     return [completion for completion, _ in _drawn(model, chat_tokenizer, prompts, engine, **options)]
+
+
+def as_key(key: jax.Array | int) -> jax.Array:
+    """A PRNG key of an int seed, or the key given."""
+    return jax.random.key(key) if isinstance(key, int) else key
 
 
 def _drawn(model, chat_tokenizer: ChatTokenizer, prompts: Sequence, engine: Engine, **options):
@@ -207,12 +220,12 @@ class Gaps:
 
 
 def measure_gaps(
-    student: tuple,
-    teacher: tuple,
+    student: Any,
+    teacher: Any,
     prompts: Sequence,
     *,
-    max_new_tokens: int,
-    key: jax.Array,
+    max_new_tokens: int = 128,
+    key: jax.Array | int = 0,
     batch_size: int = 8,
     chunk=128,
 ) -> Gaps:
@@ -221,11 +234,11 @@ def measure_gaps(
     Blank completions are left out, damaged ones count up to the damage.
 
     Args:
-        student: model and chat tokenizer, as of a `LoadedModel`.
+        student: a folder, a hub id or `embedded:…`, a `LoadedModel`, or a pair of a model and its tokenizer.
         teacher: the same.
         prompts: texts or lists of messages.
         max_new_tokens: most tokens of a completion.
-        key: PRNG key.
+        key: PRNG key, or an int seed.
         batch_size: prompts at a time.
         chunk: positions whose logits are held at once.
 
@@ -233,15 +246,21 @@ def measure_gaps(
         ValueError: a model wrote nothing that could be read.
     """
 
+    key = as_key(key)
+    student, teacher = (
+        as_loaded_model(side) if isinstance(side, LoadedModel | str | pathlib.Path) else as_loaded_model(*side)
+        for side in (student, teacher)
+    )
+
     def written(who, key):
-        return list(_drawn(*who, prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key))
+        return list(_drawn(*who[:2], prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key))
 
     def readable(drawn):
         return [i for i, (d, _) in enumerate(drawn) if d.text.strip()]
 
     def bits(who, drawn):
         rows = [Example(prompts[i], drawn[i][0].text) for i in readable(drawn)]
-        return score_completions(*who, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
+        return score_completions(who, None, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
 
     ours, theirs = written(student, jax.random.fold_in(key, 0)), written(teacher, jax.random.fold_in(key, 1))
     for name, drawn in (("student", ours), ("teacher", theirs)):
@@ -259,32 +278,43 @@ def measure_gaps(
 
 
 def exact_match(
-    model, chat_tokenizer: ChatTokenizer, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int = 8
+    model: Any, tokenizer: Any = None, rows: Any = (), *, max_new_tokens: int = 128, batch_size: int = 8
 ) -> float:
-    """Share of examples whose greedy completion is the given one, blanks at either end aside."""
-    examples = [e for e in examples if e.completion is not None]
+    """Share of rows whose greedy completion is the given one, blanks at either end aside; arguments as `score_completions`."""
+    model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
+    examples = [e for e in _examples(rows) if e.completion is not None]
     drawn = sample_completions(
         model,
         chat_tokenizer,
         [e.prompt for e in examples],
         max_new_tokens=max_new_tokens,
-        key=jax.random.key(0),
         batch_size=batch_size,
         temperature=0.0,
     )
     return float(np.mean([d.text.strip() == e.completion.strip() for d, e in zip(drawn, examples)]))
 
 
-def measures(who: LoadedModel, examples: Sequence[Example], args: SFTConfig, max_new_tokens: int) -> dict[str, float]:
-    """What any model can be measured by on given completions: the same for students, teachers and every tokenizer."""
-    placement = who.model.placement
-    batch = args.per_device_eval_batch_size * (1 if placement is None else placement.row_shards)
-    score = score_completions(
-        who.model, who.chat_tokenizer, examples, batch_size=batch, chunk=chunk_size(args.loss_chunk, who.model.platform)
-    )
+def evaluate_model(
+    model: LoadedModel,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    chunk: int,
+    max_new_tokens: int | None,
+) -> dict[str, float]:
+    """What any model can be measured by on given completions: the same for students, teachers and every tokenizer.
+
+    Args:
+        model: with its tokenizer.
+        examples: with completions.
+        batch_size: rows at a time on one shard.
+        chunk: positions whose logits are held at once.
+        max_new_tokens: of the greedy completions that exact matches are counted on; None: none are made.
+    """
+    placement = model.model.placement
+    rows = batch_size * (1 if placement is None else placement.row_shards)
+    score = score_completions(model, None, examples, batch_size=rows, chunk=chunk)
     found = {"eval_bits_per_byte": score.bits_per_byte}
-    if args.predict_with_generate:
-        found["eval_exact_match"] = exact_match(
-            who.model, who.chat_tokenizer, examples, max_new_tokens=max_new_tokens, batch_size=batch
-        )
+    if max_new_tokens is not None:
+        found["eval_exact_match"] = exact_match(model, None, examples, max_new_tokens=max_new_tokens, batch_size=rows)
     return found

@@ -1,0 +1,98 @@
+"""The public surface takes what a user has: names, folders, tokenizers, models, dicts, int seeds."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_models as tiny
+
+import gold_jax
+from gold_jax.models.functional import split
+
+TEXT = "5168 is forty-two."
+STUDENT, TEACHER = "embedded:student", "embedded:teacher"
+
+
+@pytest.fixture(scope="module")
+def student():
+    return gold_jax.load_model_and_tokenizer(STUDENT)
+
+
+def test_every_name_of_the_surface_is_there_and_documented():
+    for name in gold_jax.__all__:
+        thing = getattr(gold_jax, name)
+        assert isinstance(thing, str) or thing.__doc__
+
+
+def test_texts_are_aligned_for_names_folders_tokenizers_and_models(student, world):
+    wanted = gold_jax.align(STUDENT, TEACHER, TEXT)
+    assert len(wanted) == wanted.count == len(list(wanted))
+    assert b"".join(text for text, _, _ in wanted) == TEXT.encode()
+    for side in (student, student.chat_tokenizer, student.chat_tokenizer.tokenizer):
+        found = gold_jax.align(side, TEACHER, TEXT)
+        np.testing.assert_array_equal(found.student_group, wanted.student_group)
+    folder = gold_jax.align(world / "student", str(world / "teacher"), TEXT)
+    assert b"".join(text for text, _, _ in folder) == TEXT.encode()
+
+
+def test_an_alignment_prints_both_sides_group_under_group():
+    ours, theirs = str(gold_jax.align(STUDENT, TEACHER, TEXT)).splitlines()
+    assert ours.startswith("student  ") and theirs.startswith("teacher  ")
+    assert [i for i, c in enumerate(ours) if c == "│"] == [i for i, c in enumerate(theirs) if c == "│"]
+    assert "t·w·o" in ours and "two" in theirs
+
+
+def test_vocabularies_are_matched_as_training_matches_them(student, world):
+    found = gold_jax.match_vocabularies(student, TEACHER)
+    trainer = gold_jax.GOLDTrainer(
+        STUDENT,
+        TEACHER,
+        gold_jax.GOLDConfig(output_dir=str(world / "out"), max_steps=1),
+        [{"prompt": "How do you say 5?", "completion": "5 is five."}],
+        console=tiny.quiet_console(),
+    )
+    assert found.matched == trainer.loop.run.match.vocabulary.matched
+    np.testing.assert_array_equal(found.student_order, trainer.loop.run.match.vocabulary.student_order)
+
+
+def test_a_model_is_called_with_token_ids_alone():
+    model = gold_jax.load_model(STUDENT)
+    tokens = [[1, 2, 3]]
+    np.testing.assert_array_equal(model(tokens), model(jnp.array(tokens), jnp.ones((1, 3), bool)))
+
+
+def test_completions_are_drawn_from_names_and_int_seeds(student):
+    prompt = [{"role": "user", "content": "How do you say 5168?"}]
+    options = {"prompts": [prompt], "max_new_tokens": 8}
+    (wanted,) = gold_jax.sample_completions(*student[:2], key=jax.random.key(3), **options)
+    for model in (STUDENT, student):
+        (drawn,) = gold_jax.sample_completions(model, key=3, **options)
+        assert drawn.text == wanted.text
+    (drawn,) = gold_jax.sample_completions(split(student.model), student.chat_tokenizer.tokenizer, key=3, **options)
+    assert drawn.text == wanted.text
+
+
+def test_dicts_are_scored_as_examples_are(student):
+    rows = [{"prompt": "How do you say 5?", "completion": "5 is five."}]
+    from gold_jax.text.data import load_examples
+
+    wanted = gold_jax.score_completions(*student[:2], list(load_examples(rows)))
+    assert gold_jax.score_completions(STUDENT, rows=rows).bits_per_byte == wanted.bits_per_byte
+    assert gold_jax.exact_match(STUDENT, rows=rows, max_new_tokens=4) in (0.0, 1.0)
+
+
+def test_gaps_are_measured_between_names():
+    prompts = [[{"role": "user", "content": "How do you say 5168?"}]]
+    gaps = gold_jax.measure_gaps(STUDENT, TEACHER, prompts, max_new_tokens=16, key=0)
+    assert np.isfinite([gaps.forward, gaps.reverse]).all()
+
+
+@pytest.mark.parametrize("call", [gold_jax.score_completions, gold_jax.sample_completions])
+def test_a_model_in_memory_without_a_tokenizer_is_refused(student, call):
+    with pytest.raises(ValueError, match="a model in memory needs its tokenizer"):
+        call(student.model)
+
+
+def test_what_is_no_tokenizer_is_refused():
+    with pytest.raises(TypeError, match="a dict is no tokenizer with a chat template"):
+        gold_jax.match_vocabularies({}, TEACHER)

@@ -1,0 +1,114 @@
+"""Trainers take TRL's arguments by their names, or say what stands in their place."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny_models as tiny
+from transformers import TrainerCallback
+from transformers.trainer_utils import TrainOutput
+
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
+QUICK = {
+    "max_steps": 3, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "max_length": 128,
+    "save_strategy": "no",
+}  # fmt: skip
+
+
+def sft(world, output, evaluation=None, changes=(), **options):
+    args = SFTConfig(output_dir=str(output), **(QUICK | dict(changes)))
+    return SFTTrainer(str(world / "student"), args, ROWS, evaluation, console=tiny.quiet_console(), **options)
+
+
+class Recorder(TrainerCallback):
+    def __init__(self, stop_at=None):
+        self.events, self.stop_at = [], stop_at
+
+    def __getattribute__(self, name):
+        if not name.startswith("on_"):
+            return super().__getattribute__(name)
+
+        def record(args, state, control, **values):
+            self.events.append((name, state.global_step, sorted(values)))
+            if name == "on_step_end" and state.global_step == self.stop_at:
+                control.should_training_stop = True
+            return control
+
+        return record
+
+
+@pytest.fixture(scope="module")
+def watched(world, tmp_path_factory):
+    """A run with a callback, evaluated and saved after update 2."""
+    recorder = Recorder()
+    changes = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = sft(world, tmp_path_factory.mktemp("watched"), ROWS[:2], changes, callbacks=[recorder])
+    return trainer, trainer.train(), recorder.events
+
+
+def test_train_gives_steps_loss_and_metrics_as_transformers_does(watched):
+    trainer, output, _ = watched
+    assert isinstance(output, TrainOutput) and output.global_step == 3
+    losses = [row["loss"] for row in trainer.log_history if "loss" in row]
+    assert output.training_loss == pytest.approx(np.mean(losses), rel=1e-6)
+    assert output.metrics == trainer.evaluate()
+
+
+def test_the_state_says_where_training_stands(watched):
+    trainer, _, _ = watched
+    state = trainer.state
+    assert (state.global_step, state.max_steps, state.epoch) == (3, 3, 1.5)
+    assert state.log_history == trainer.log_history
+
+
+def test_callbacks_are_called_at_the_events_of_a_run(watched):
+    _, _, events = watched
+    names = [name for name, _, _ in events]
+    assert names[:3] == ["on_init_end", "on_train_begin", "on_step_begin"] and names[-1] == "on_train_end"
+    steps = [step for name, step, _ in events if name == "on_step_end"]
+    assert steps == [1, 2, 3] and [step for name, step, _ in events if name == "on_save"] == [2]
+    assert [step for name, step, _ in events if name == "on_evaluate"] == [2, 3]
+    assert ("on_log", 1, ["logs"]) in events
+
+
+def test_a_callback_ends_a_run_after_an_update(world, tmp_path):
+    trainer = sft(world, tmp_path / "out", callbacks=[Recorder(stop_at=2)])
+    assert trainer.train().global_step == 2
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_optax_transformation_stands_in_the_place_of_the_settings(world, tmp_path):
+    still = sft(world, tmp_path / "still", optimizers=(optax.sgd(0.0), None))
+    before = [np.array(x) for x in jax.tree.leaves(still.loop.state.params)]
+    still.train()
+    assert all(np.array_equal(a, b) for a, b in zip(before, jax.tree.leaves(still.loop.state.params), strict=True))
+    assert "learning_rate" not in still.log_history[0]
+    schedule = optax.constant_schedule(0.5)
+    named = sft(world, tmp_path / "named", optimizers=(optax.sgd(schedule), schedule))
+    named.train()
+    assert named.log_history[0]["learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "options, error, words",
+    [
+        ({"compute_metrics": print}, ValueError, "predict_with_generate=True counts exact matches"),
+        ({"peft_config": object()}, ValueError, "adapters are not trained here"),
+        ({"optimizers": ("adam", None)}, TypeError, "optimizers takes .an optax.GradientTransformation"),
+        ({"optimizers": (None, print)}, TypeError, "a schedule without an optimizer"),
+    ],
+)
+def test_what_cannot_be_taken_is_refused_with_what_stands_in_its_place(world, tmp_path, options, error, words):
+    with pytest.raises(error, match=words):
+        sft(world, tmp_path, **options)
+    with pytest.raises(error, match=words):
+        models = str(world / "student"), str(world / "teacher")
+        GOLDTrainer(*models, GOLDConfig(output_dir=str(tmp_path)), ROWS, **options)
+
+
+def test_nothing_is_begun_by_making_a_trainer_of_several_processes(world, tmp_path):
+    with pytest.raises(ValueError, match="num_processes is 2, and this process runs alone"):
+        sft(world, tmp_path, changes={"num_processes": 2, "process_id": 0, "coordinator_address": "localhost:1"})
