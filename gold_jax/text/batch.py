@@ -104,6 +104,7 @@ def encode_rows(
     *,
     one_vocabulary: bool = False,
     teacher_prompts: Sequence[str | list] | None = None,
+    student_prompt_ids: Sequence[np.ndarray] | None = None,
 ) -> list[EncodedRow]:
     """Encodes prompts with their completions for both models.
 
@@ -114,13 +115,17 @@ def encode_rows(
         completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
         one_vocabulary: both have the same entries: the teacher reads the very tokens of the student.
         teacher_prompts: other prompts for the teacher alone.
+        student_prompt_ids: the student's tokens of the prompts, where they are known already.
     """
     told = prompts if teacher_prompts is None else teacher_prompts
     sampled = _encode_texts(student, prompts, completions)
     others = sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=told)
     rows = []
-    for ours, theirs, prompt, teacher_prompt in zip(sampled, others, prompts, told):
-        ids = student.encode_prompt(prompt)
+    if student_prompt_ids is None:
+        student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
+    for ids, ours, theirs, prompt, teacher_prompt in zip(
+        student_prompt_ids, sampled, others, prompts, told, strict=True
+    ):
         same = teacher is student and teacher_prompt is prompt
         rows.append(EncodedRow(ids, ids if same else teacher.encode_prompt(teacher_prompt), ours, theirs))
     return rows

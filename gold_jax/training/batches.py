@@ -55,11 +55,11 @@ class RowOrder:
 
 @dataclasses.dataclass
 class UpdateBatch:
-    """The micro-batches of one update, what they hold, and samples to look at."""
+    """The micro-batches of one update, what they hold, and prompts with what the student wrote for them."""
 
     batches: list
     stats: dict[str, float]
-    samples: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    samples: list[tuple[str | list[dict], str]] = dataclasses.field(default_factory=list)
 
 
 class BatchBuilder(Protocol):
@@ -122,21 +122,29 @@ class DistillationBatchBuilder:
         if student_rows and self.sync is not None:
             with annotate(SAMPLER):
                 self.sync(model, step)
+        with annotate(ENCODING):  # a prompt that is answered several times is encoded once
+            distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
+            encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
+        prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
         completions: dict[int, str | SampledCompletion] = {i: examples[i].completion for i in local_rows}
         sampled = {}
         if student_rows:
             prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
-            sampled = self._sample(model, self.student, prompts, student_rows, key, self.engine)
+            ids = {i: prompt_ids[i] for i in prompts}
+            sampled = self._sample(model, self.student, prompts, ids, student_rows, key, self.engine)
         teacher_rows = np.flatnonzero(~on_policy).tolist()
         if teacher_rows and self.teacher_model is not None:
             remaining = {i: examples[i] for i in local_rows if not on_policy[i]}
             completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
         completions |= sampled
-        made = self._rows([examples[i] for i in local_rows], [completions[i] for i in local_rows])
+        made = self._rows(
+            [examples[i] for i in local_rows],
+            [completions[i] for i in local_rows],
+            [prompt_ids[i] for i in local_rows],
+        )
         rows = dict(zip(local_rows, made))
         stats = self._describe(rows, sampled) | {"on_policy": float(on_policy.mean())}
-        with annotate(ENCODING):
-            samples = [(self.student.render(examples[i].prompt), d.text) for i, d in sampled.items()]
+        samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
         return UpdateBatch(self._batches(rows, len(examples), self.batch_size), stats, samples)
 
     @annotate(SAMPLER)
@@ -145,14 +153,13 @@ class DistillationBatchBuilder:
         model,
         chat_tokenizer: ChatTokenizer,
         prompts: Mapping[int, Any],
+        ids: Mapping[int, np.ndarray],
         wanted: Sequence[int],
         key,
         engine: Engine | None = None,
     ) -> dict[int, SampledCompletion]:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
-        with annotate(ENCODING):
-            ids = {i: chat_tokenizer.encode_prompt(prompt) for i, prompt in prompts.items()}
         sampled = (engine or SamplingEngine(rows)).generate(
             model,
             self.process_shard.gather_token_ids(wanted, ids, self.batch_size),
@@ -173,7 +180,9 @@ class DistillationBatchBuilder:
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
         prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
-        sampled = self._sample(self.teacher_model, self.teacher, prompts, wanted, key)
+        with annotate(ENCODING):
+            ids = {i: self.teacher.encode_prompt(prompt) for i, prompt in prompts.items()}
+        sampled = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key)
         with annotate(ENCODING):
             read = self.student.encode_completions(
                 [sampled[i].text for i in examples], after=[e.prompt for e in examples.values()]
@@ -201,7 +210,7 @@ class DistillationBatchBuilder:
         rows = dict(zip(local_rows, self._rows(local_examples, [e.completion for e in local_examples])))
         return self._batches(rows, len(examples), self.eval_batch_size)
 
-    def _rows(self, examples, completions) -> list[Row]:
+    def _rows(self, examples, completions, prompt_ids=None) -> list[Row]:
         teacher_prompts = self._teacher_prompts(examples)
         with annotate(ENCODING):
             encoded = encode_rows(
@@ -211,6 +220,7 @@ class DistillationBatchBuilder:
                 completions,
                 one_vocabulary=self.one_vocabulary,
                 teacher_prompts=teacher_prompts,
+                student_prompt_ids=prompt_ids,
             )
         with annotate(ALIGNMENT):
             return align_rows(

@@ -359,8 +359,9 @@ class Loop:
         self._log.log(self.done, plain, epoch=epoch)
         self.callbacks.call("on_log", logs=dict(self.history[-1]))
 
-    def _log_completions(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
+    def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
+        samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
         with open(self.output / "completions.jsonl", "a", encoding="utf-8") as file:
             for prompt, completion in samples:
                 row = {"step": self.done, "prompt": prompt, "completion": completion}
