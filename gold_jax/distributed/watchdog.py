@@ -56,11 +56,12 @@ class PeerState(NamedTuple):
 
 
 class Diagnosis(NamedTuple):
-    """What is wrong with a process: `kind` is "lost", "failed" or "late"."""
+    """What is wrong with a process: `kind` is "lost", "failed" or "late", `since` the update and activity that it is late in."""
 
     kind: str
     process: int
     message: str
+    since: tuple[int, str] | None = None
 
 
 def update_peers(
@@ -113,7 +114,7 @@ def diagnose(
     slowest = max(busy, key=busy.get)
     last, more = peers[slowest].heartbeat, f"; {len(busy) - 1} more are not done either" if len(busy) > 1 else ""
     line = f"it has been {last.activity} for {busy[slowest]:.0f} seconds, at update {last.step}{more}"
-    return Diagnosis("late", slowest, f"{names[slowest]} keeps the others waiting: {line}.")
+    return Diagnosis("late", slowest, f"{names[slowest]} keeps the others waiting: {line}.", (last.step, last.activity))
 
 
 def log_to_stderr(line: str) -> None:
@@ -124,7 +125,7 @@ def log_to_stderr(line: str) -> None:
 class Watchdog:
     """While it is entered, a thread exchanges heartbeats with the other processes and logs what is wrong with them, once.
 
-    A no-op in a run of one process, and until it is entered. An error that leaves the block is reported to the others;
+    It names a late process once for each update and activity. A no-op in a run of one process, and until it is entered. An error that leaves the block is reported to the others;
     one that comes of another process's end is replaced by `PeerLost` or `PeerFailed`, which name that process.
     """
 
@@ -184,7 +185,7 @@ class Watchdog:
 
     def _watch(self, client, own_id: int, names: Sequence[str]) -> None:
         def note(found: Diagnosis) -> None:
-            event = (found.kind, found.process, self._activity[0] if found.kind == "late" else None)
+            event = found.kind, found.process, found.since
             if event not in logged:
                 self._log(found.message)
             logged.add(event)

@@ -237,8 +237,8 @@ def test_who_lags_is_logged_once_for_each_update(client):
     run = Run(timeout=60)
     run.watchdog._period = 0.02
     with run.watchdog as watchdog:
-        client.peer_sends(1, step=12)
         for step in (12, 13):
+            client.peer_sends(step, step=step)
             watchdog.report(step, WAITING)
             until(lambda: len(run.lines) == step - 11)  # noqa: B023
             time.sleep(0.1)
