@@ -37,13 +37,6 @@ def assets() -> pathlib.Path:
 
 
 @pytest.fixture(scope="module")
-def quick_compiles(request):
-    """Tiny runs compile with little optimization and keep what they compiled."""
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield
-
-
-@pytest.fixture(scope="module")
 def world(tmp_path_factory) -> pathlib.Path:
     """A folder with a student, a teacher, a teacher with the student's tokenizer, bare tokenizers of the two, and data."""
     folder = tmp_path_factory.mktemp("world")

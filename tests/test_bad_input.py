@@ -12,7 +12,7 @@ from test_commands import call, distil, lines, shell
 
 from gold_jax import GOLDTrainer, SFTTrainer
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ MAINS = {"train": train.main, "sft": sft.main, "evaluate": evaluate.main, "gener
 SMALL = {"max_steps": 1, "max_completion_length": 8, "per_device_train_batch_size": 2, "save_strategy": "no"}
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

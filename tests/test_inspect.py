@@ -14,9 +14,6 @@ from gold_jax.inspection.samples import SAMPLES
 TEXT = "The other dog, over the fox; 24 + 48 = 72."
 
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-
 @pytest.fixture
 def told(world, capsys, monkeypatch):
     """Runs the command on the two models, or on others; gives what it prints."""

@@ -1,14 +1,11 @@
 """Tiny model folders and data for tests of whole runs: random weights, toy tokenizers, all made in a moment."""
 
-import contextlib
 import copy
 import json
 import os
 import pathlib
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from safetensors.numpy import save_file
 from text.toy_tokenizers import CHATML, LLAMA2, byte_level, sentencepiece
@@ -140,27 +137,6 @@ def cpu_devices(number: int) -> dict[str, str]:
     """What a process needs in its environment to see so many devices of this machine's CPU."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={number}"
     return {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags.strip()}
-
-
-@contextlib.contextmanager
-def quick_compiles(folder: pathlib.Path):
-    """Compile with little optimization and keep what is compiled: tiny runs take most of their time to compile."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def quiet_console():

@@ -14,12 +14,6 @@ from gold_jax.loading import load_model_and_tokenizer
 TEXTS = ["The other dog, over the fox; 24 + 48 = 72.\n    return", "größer 世界 😀", "other foxes"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick(request):
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")

@@ -27,7 +27,6 @@ from losses import reference
 from losses.arranged import bound, compared, in_rows, overlap
 from losses.reference import Options
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 PROJECTING = [name for name, line in COMPARISONS.items() if line.projects]
 V, W, K, D, E = 19, 23, 11, 4, 6
 # Two rows of groups of one to three tokens on either side.

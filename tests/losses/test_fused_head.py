@@ -10,7 +10,6 @@ from gold_jax.losses import fused_head
 from gold_jax.losses.distill import Head, compact, cross_entropy, order_rows, token_logp
 from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum, head_logits
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 N, D, V = 13, 5, 17
 
 

@@ -22,11 +22,10 @@ TAUGHT = {"seq_kd": True}
 
 
 @pytest.fixture(scope="module")
-def runs(request, tmp_path_factory):
+def runs(tmp_path_factory):
     """Runs by their flags, each made once."""
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        made = functools.cache(lambda flags: run(tmp_path_factory.mktemp("run") / "out", **json.loads(flags)))
-        yield lambda **flags: made(json.dumps(flags, sort_keys=True))
+    made = functools.cache(lambda flags: run(tmp_path_factory.mktemp("run") / "out", **json.loads(flags)))
+    return lambda **flags: made(json.dumps(flags, sort_keys=True))
 
 
 @pytest.fixture

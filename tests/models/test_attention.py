@@ -14,8 +14,6 @@ from gold_jax.models.hf_checkpoint import load_model
 
 from . import tiny
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 # (T, H, N, window, soft cap): groups of 1, 2 and 7; lengths that are no multiple of a block, and one that is; windows narrower
 # than a block, one token wide, wider than several, and wider than everything.
 CASES = (

@@ -9,8 +9,6 @@ import pytest
 from oracle import cases
 from oracle import oracle as o
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 ALONE = [
     {},
     {"beta": 0.3, "uld_hybrid_matched_weight": 0.25, "uld_hybrid_unmatched_weight": 2.0},

@@ -6,8 +6,6 @@ import pytest
 from oracle import cases
 from oracle import oracle as o
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CHATTY = [cases.ROWS[0], cases.ROWS[1], cases.ROWS[2]]
 
 

@@ -7,8 +7,6 @@ import pytest
 from oracle import cases
 from oracle import oracle as o
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPTS = [
     {"prompt": [cases.user("How do you say 5172?")], "completion": "5172 is five thousand one hundred seventy-two."},
     {"prompt": [cases.user("Please spell 64.")], "completion": "64 is sixty-four."},

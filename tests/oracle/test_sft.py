@@ -10,8 +10,6 @@ from rich.console import Console
 from oracle import cases
 from oracle import oracle as o
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 MODES = {"completion": {}, "assistant": {"assistant_only_loss": True}, "all": {"completion_only_loss": False}}
 ROWS = [cases.ROWS[0], cases.ROWS[1], cases.ROWS[2], cases.ROWS[3], cases.ROWS[4]]
 

@@ -8,8 +8,6 @@ import pytest
 from oracle import cases
 from oracle import oracle as o
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def flags_of(given: dict) -> list[str]:
     """A dict as flags of the command."""

@@ -15,8 +15,6 @@ from gold_jax.profiling.summary import DEVICE, HEAVIEST, HOST
 from gold_jax.step_ranges import read_steps
 from gold_jax.training.annotations import PREFIX, annotate
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize(
     "given, steps",

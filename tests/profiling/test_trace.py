@@ -172,7 +172,7 @@ def test_a_trace_without_a_step_is_an_error_that_names_it(tmp_path):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_scopes_are_found_in_a_trace_that_jax_wrote(tmp_path, quick_compiles, cached):
+def test_scopes_are_found_in_a_trace_that_jax_wrote(tmp_path, cached):
     def model(x):
         with jax.named_scope("student"):
             return jax.lax.scan(lambda c, _: (jnp.tanh(c @ c), None), x, length=3)[0].sum()

@@ -13,8 +13,6 @@ from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.sampler import SamplingEngine
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NEW = 6
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models" / "greedy.json"
 

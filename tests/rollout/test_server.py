@@ -15,8 +15,6 @@ from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.rollout.server import ServerEngine
 from rollout.fake_server import serving
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 KINDS = ("vllm", "sglang")
 ROUTE = {"vllm": "/v1/completions", "sglang": "/generate"}
 RELOAD = {"vllm": "/collective_rpc", "sglang": "/update_weights_from_disk"}

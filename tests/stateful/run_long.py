@@ -9,7 +9,7 @@ import time
 HERE = pathlib.Path(__file__).resolve().parents[1]
 sys.path += [str(HERE.parent), str(HERE), str(HERE / "text")]
 
-import tiny_models as tiny  # noqa: E402
+import jax  # noqa: E402
 from hypothesis import HealthCheck, Phase, Verbosity, settings  # noqa: E402
 from hypothesis.stateful import run_state_machine_as_test  # noqa: E402
 from stateful.story import CHECKS, MORE, PAIRS, SETTINGS, Story, World  # noqa: E402
@@ -43,14 +43,16 @@ def main() -> None:
     )
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        with tiny.quick_compiles(pathlib.Path(a.cache or folder) / "xla"):
-            world = World(pathlib.Path(folder), a.pair, chosen, [c for c in CHECKS if c not in a.without])
-            Machine = type("Story", (Story,), {"world": world})
-            Machine._hypothesis_internal_use_seed = a.seed
-            try:
-                run_state_machine_as_test(Machine, settings=how)
-            finally:
-                print(f"{world.made} trainers, {world.compared} comparisons, {time.time() - began:.0f} s")
+        jax.config.update("jax_disable_most_optimizations", True)
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(a.cache or folder) / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        world = World(pathlib.Path(folder), a.pair, chosen, [c for c in CHECKS if c not in a.without])
+        Machine = type("Story", (Story,), {"world": world})
+        Machine._hypothesis_internal_use_seed = a.seed
+        try:
+            run_state_machine_as_test(Machine, settings=how)
+        finally:
+            print(f"{world.made} trainers, {world.compared} comparisons, {time.time() - began:.0f} s")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Whatever was called before, a trainer answers as a new one on the same weights, and a caller's things stay as they are."""
 
 import pytest
-import tiny_models as tiny
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from stateful.story import Story, World
@@ -11,10 +10,9 @@ SFT, _, BY_TEACHER, STRICT = range(4)  # numbers of story.SETTINGS
 
 
 @pytest.fixture(scope="module")
-def world(request, tmp_path_factory):
+def world(tmp_path_factory):
     """What new objects say is found out once for all stories."""
-    with tiny.quick_compiles(request.config.cache.mkdir("xla")):
-        yield World(tmp_path_factory.mktemp("world"))
+    return World(tmp_path_factory.mktemp("world"))
 
 
 def make(number, kind="names", **given):

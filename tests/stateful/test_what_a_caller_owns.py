@@ -16,7 +16,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.scoring import exact_match
 from gold_jax.text.data import load_examples
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"numbers": [24, {"of": 48}]}}}
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 TOOL_ROW = {

@@ -14,7 +14,7 @@ from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, load_model,
 from gold_jax.models.functional import split
 from gold_jax.training.step import Step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
 QUICK = {
     "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "save_strategy": "no",

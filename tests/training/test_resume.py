@@ -19,7 +19,7 @@ from gold_jax.training.resume import check_run, truncate_log
 from gold_jax.training.signals import Preempted
 from gold_jax.training.step import Step
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_cache")
+pytestmark = pytest.mark.usefixtures("own_cache")
 QUICK = {
     "max_steps": 6, "logging_steps": 2, "save_steps": 2, "learning_rate": 1e-2, "per_device_train_batch_size": 2,
     "max_length": 64, "seed": 7,

@@ -16,8 +16,6 @@ from gold_jax.training.objective import make_cross_entropy_loss, make_distillati
 from gold_jax.training.step import Program, Step, init_state
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
 def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec):
