@@ -4,6 +4,28 @@ Names are imported when they are first used, so that a command's `--help` does n
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not run `__getattr__`
+    from gold_jax.api import align as align
+    from gold_jax.api import match_vocabularies as match_vocabularies
+    from gold_jax.config import GOLDConfig as GOLDConfig
+    from gold_jax.config import SFTConfig as SFTConfig
+    from gold_jax.inspection.pair import inspect_pair as inspect_pair
+    from gold_jax.loading import LoadedModel as LoadedModel
+    from gold_jax.loading import load_model_and_tokenizer as load_model_and_tokenizer
+    from gold_jax.models.decoder import Decoder as Decoder
+    from gold_jax.models.hf_checkpoint import load_model as load_model
+    from gold_jax.models.hf_checkpoint import save_model as save_model
+    from gold_jax.scoring import exact_match as exact_match
+    from gold_jax.scoring import measure_gaps as measure_gaps
+    from gold_jax.scoring import sample_completions as sample_completions
+    from gold_jax.scoring import score_completions as score_completions
+    from gold_jax.text.align import Alignment as Alignment
+    from gold_jax.text.chat import ChatTokenizer as ChatTokenizer
+    from gold_jax.text.vocabulary import VocabularyMap as VocabularyMap
+    from gold_jax.training.trainer import GOLDTrainer as GOLDTrainer
+    from gold_jax.training.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
 
@@ -31,10 +53,12 @@ _HOMES = {
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str):
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'gold_jax' has no attribute {name!r}")
+if not TYPE_CHECKING:  # or every name would seem to be there
+
+    def __getattr__(name: str):
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'gold_jax' has no attribute {name!r}")
 
 
 def __dir__():

@@ -40,17 +40,18 @@ def match_vocabularies(student: Any, teacher: Any, *, mask: Collection[str] = ()
     Raises:
         FileNotFoundError: no tokenizer can be read from a name.
     """
-    tokenizers = [as_chat_tokenizer(side) for side in (student, teacher)]
+    ours, theirs = as_chat_tokenizer(student), as_chat_tokenizer(teacher)
     sizes = [
         side.model.config.vocab_size
         if isinstance(side, LoadedModel) and side.model is not None
         else 1 + max(tokenizer.tokenizer.get_vocab().values())
-        for side, tokenizer in zip((student, teacher), tokenizers)
+        for side, tokenizer in ((student, ours), (teacher, theirs))
     ]
     return VocabularyMap.build(
-        *(tokenizer.surfaces for tokenizer in tokenizers),
+        ours.surfaces,
+        theirs.surfaces,
         student_size=sizes[0],
         teacher_size=sizes[1],
-        stop=tuple(tokenizer.stop_ids for tokenizer in tokenizers),
+        stop=(ours.stop_ids, theirs.stop_ids),
         mask=mask,
     )

@@ -62,8 +62,8 @@ def _completion_nll(graph, params, packed, position, behind, counted, chunk):
     if placement is not None:  # every device on its own rows, the head whole
         weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
         by_rows = P(ROW_AXES)
-        found = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
-        nll = found(hidden, weight, position, behind, counted)
+        by_device = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
+        nll = by_device(hidden, weight, position, behind, counted)
         return jax.lax.with_sharding_constraint(nll, placement.replicated)
     return found(hidden, weight, position, behind, counted)
 
@@ -105,13 +105,15 @@ def score_completions(
     placement = model.placement
     shards = 1 if placement is None else placement.row_shards
     batch_size = -(-batch_size // shards) * shards
+    completions: list[str] = []
     for i, e in enumerate(examples):
         if e.completion is None:
             raise ValueError(
                 f"row {i} has a prompt but no completion, so nothing can be scored; give rows with answers"
             )
+        completions.append(e.completion)
     prompts = [chat_tokenizer.encode_prompt(e.prompt) for e in examples]
-    answers = chat_tokenizer.encode_completions([e.completion for e in examples], after=[e.prompt for e in examples])
+    answers = chat_tokenizer.encode_completions(completions, after=[e.prompt for e in examples])
     limit = max_length or MODEL_WINDOW
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
@@ -282,16 +284,16 @@ def exact_match(
 ) -> float:
     """Share of rows whose greedy completion is the given one, blanks at either end aside; arguments as `score_completions`."""
     model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
-    examples = [e for e in _examples(rows) if e.completion is not None]
+    pairs = [(e.prompt, e.completion) for e in _examples(rows) if e.completion is not None]
     drawn = sample_completions(
         model,
         chat_tokenizer,
-        [e.prompt for e in examples],
+        [prompt for prompt, _ in pairs],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         temperature=0.0,
     )
-    return float(np.mean([d.text.strip() == e.completion.strip() for d, e in zip(drawn, examples)]))
+    return float(np.mean([d.text.strip() == completion.strip() for d, (_, completion) in zip(drawn, pairs)]))
 
 
 def evaluate_model(

@@ -94,3 +94,12 @@ def test_every_public_name_is_there():
         assert getattr(gold_jax, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         gold_jax.nonsense  # noqa: B018
+
+
+def test_type_checkers_see_every_public_name_where_it_is():
+    import gold_jax
+
+    body = ast.parse((PACKAGE / "__init__.py").read_text(encoding="utf-8")).body
+    block = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == gold_jax._HOMES

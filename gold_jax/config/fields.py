@@ -17,7 +17,7 @@ import numbers
 import os
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from .trl_compat import ANSWERS, answer, nearest
 
@@ -84,7 +84,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def like(cls: type, name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+def like(cls: type[Settings], name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
     """The flag `name` of `cls` again, with another default or other metadata."""
     field = field_of(cls, name)
     default = field.default if default is dataclasses.MISSING else default
@@ -101,6 +101,10 @@ class Settings:
     Attributes:
         notices: lines to show once, about flags in whose place something else stands.
     """
+
+    notices: list[str]
+    _named: dict[str, Any]  # what was given to the constructor, or set since
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]  # every subclass is a `flags_dataclass`
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -192,22 +196,22 @@ def _set(settings: Any, **values: Any) -> None:
 
 
 @functools.cache
-def field_names(cls: type) -> Mapping[str, str]:
+def field_names(cls: type[Settings]) -> Mapping[str, str]:
     """Every name that sets a field of `cls`, the alias too, with the field's own name."""
     return {name: f.name for f in dataclasses.fields(cls) for name in (f.name, f.metadata["alias"]) if name}
 
 
-def field_of(cls: type, name: str) -> dataclasses.Field:
+def field_of(cls: type[Settings], name: str) -> dataclasses.Field:
     """The field of this name."""
     return cls.__dataclass_fields__[name]
 
 
-def fields_with(cls: type, **metadata: Any) -> frozenset[str]:
+def fields_with(cls: type[Settings], **metadata: Any) -> frozenset[str]:
     """The names of the fields that have this metadata."""
     return frozenset(f.name for f in dataclasses.fields(cls) if metadata.items() <= dict(f.metadata).items())
 
 
-def groups(cls: type) -> dict[type, list[dataclasses.Field]]:
+def groups(cls: type[Settings]) -> dict[type, list[dataclasses.Field]]:
     """The fields of `cls` by the class that declares them first, whose docstring says what they have in common."""
     bases = cls.__mro__[::-1]
     owner = {
@@ -220,7 +224,7 @@ def groups(cls: type) -> dict[type, list[dataclasses.Field]]:
 
 
 @functools.cache
-def kinds(cls: type, name: str) -> tuple[type, ...]:
+def kinds(cls: type[Settings], name: str) -> tuple[type, ...]:
     """The plain types that a field takes, such as `(float, NoneType)`; `list[str]` counts as `list`."""
     hint = _hints(cls)[name]
     parts = (hint,) if typing.get_origin(hint) in (None, list, dict) else typing.get_args(hint)
@@ -228,7 +232,7 @@ def kinds(cls: type, name: str) -> tuple[type, ...]:
 
 
 @functools.cache
-def _hints(cls: type) -> Mapping[str, Any]:
+def _hints(cls: type[Settings]) -> Mapping[str, Any]:
     return typing.get_type_hints(cls)
 
 
@@ -261,7 +265,7 @@ def named_without_effect(settings: Settings, run: Any) -> list[str]:
 # Reading values.
 
 
-def read_value(cls: type, name: str, value: Any) -> Any:
+def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     """The value of one field in the field's type, from Python, YAML or text, held to its choices and range.
 
     Raises:
@@ -333,7 +337,7 @@ def _read_bool(value: Any) -> bool:
 
 def _read_int(value: Any) -> int:
     number = _read_float(value)
-    if not number.is_integer():
+    if number % 1:  # NaN of infinities
         raise ValueError
     return int(value) if isinstance(value, numbers.Integral) else int(number)
 

@@ -14,7 +14,7 @@ import yaml
 
 from gold_jax.quickstart import PREFIX, resolve
 
-from .fields import field_names, groups, kinds, read_value
+from .fields import Settings, field_names, groups, kinds, read_value
 from .trl_compat import ANSWERS, answer, nearest
 
 _SHORT = 40  # a command with at most so many flags shows them all in --help
@@ -29,7 +29,10 @@ class HelpRequested(Exception):
 
 
 def parse_args(
-    argv: Sequence[str] | None, *classes: type | tuple[type, ...], prog: str = "gold_jax", doc: str | None = None
+    argv: Sequence[str] | None,
+    *classes: type[Settings] | tuple[type[Settings], ...],
+    prog: str = "gold_jax",
+    doc: str | None = None,
 ) -> list:
     """Reads a command line and the files that its --config names.
 
@@ -82,8 +85,9 @@ class _Collect(argparse.Action):
     """Keeps a flag's values under the name that was written; of repeated ones the last, of those that are verbatim all."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        adds = self.const and option_string[2:] in namespace.given
-        namespace.given[option_string[2:]] = [*namespace.given[option_string[2:]], *values] if adds else values
+        name = (option_string or "").removeprefix("--")
+        adds = self.const and name in namespace.given
+        namespace.given[name] = [*namespace.given[name], *values] if adds else values
 
 
 class _Help(argparse.Action):
@@ -96,7 +100,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return action.metavar
 
 
-def _parser(classes: Sequence[type], shown: Sequence[str], **options: Any) -> argparse.ArgumentParser:
+def _parser(classes: Sequence[type[Settings]], shown: Sequence[str], **options: Any) -> argparse.ArgumentParser:
     """A parser of the classes' flags and of `ANSWERS`, whose help has the fields that are `shown`."""
     parser = argparse.ArgumentParser(**options, add_help=False, allow_abbrev=False, formatter_class=_Formatter)
     # Whatever begins with a single dash is a value (argparse takes numbers such as -1 alone for one).
@@ -104,7 +108,8 @@ def _parser(classes: Sequence[type], shown: Sequence[str], **options: Any) -> ar
     unlisted = [prefix + name for name in ANSWERS for prefix in ("", "no_")]
     for cls in classes:
         for owner, fields in groups(cls).items():
-            group = parser.add_argument_group(f"{group_name(owner)}: {owner.__doc__.splitlines()[0].rstrip('.')}")
+            about = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
+            group = parser.add_argument_group(f"{group_name(owner)}: {about}")
             for field in fields:
                 own = [name for name, of in field_names(cls).items() if of == field.name]
                 said = f"{field.metadata['help']} [{default_text(field)}]".replace("%", "%%")
@@ -128,7 +133,7 @@ def _parser(classes: Sequence[type], shown: Sequence[str], **options: Any) -> ar
 
 
 def _read_command_line(
-    argv: Sequence[str], classes: Sequence[type], prog: str, doc: str | None
+    argv: Sequence[str], classes: Sequence[type[Settings]], prog: str, doc: str | None
 ) -> tuple[dict[str, list[str]], list[str]]:
     """Flags as they are written with the values that follow them, and configuration files."""
     # --gradient-checkpointing is --gradient_checkpointing
@@ -149,7 +154,7 @@ def _read_command_line(
     return found.given, [path for (path,) in found.config]
 
 
-def _by_field(given: Mapping[str, list[str]], owner: Mapping[str, type]) -> tuple[dict[str, Any], list[str]]:
+def _by_field(given: Mapping[str, list[str]], owner: Mapping[str, type[Settings]]) -> tuple[dict[str, Any], list[str]]:
     """The values of a command line by their fields' names, and notices about flags of other projects."""
     values: dict[str, Any] = {}
     said: dict[str, str] = {}  # the flag that each field was set by
@@ -185,7 +190,9 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_settings(path: str, owner: Mapping[str, type], given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+def _read_settings(
+    path: str, owner: Mapping[str, type[Settings]], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], list[str]]:
     """The values of a YAML file by their fields' names, and notices about flags of other projects that are not in `given`."""
     values: dict[str, Any] = {}
     notices: list[str] = []
@@ -229,7 +236,7 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
 # Help.
 
 
-def help_text(wanted: str, classes: Sequence[type], prog: str = "gold_jax", doc: str | None = None) -> str:
+def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_jax", doc: str | None = None) -> str:
     """What --help shows: nothing wanted, the flags that matter first; else those of a group, or `all`.
 
     Raises:
@@ -261,7 +268,7 @@ def default_text(field: dataclasses.Field) -> str:
     return str(field.default).lower() if field.default in (None, True, False) else str(field.default)
 
 
-def values_text(cls: type, field: dataclasses.Field) -> str:
+def values_text(cls: type[Settings], field: dataclasses.Field) -> str:
     """What may follow a flag."""
     if field.metadata["choices"]:
         return "|".join(field.metadata["choices"])

@@ -60,7 +60,7 @@ class GroupDistribution(NamedTuple):
 
 
 # Which axes `jax.vmap` maps: what differs between groups, and not what the vocabulary decides.
-PER_GROUP = GroupDistribution(0, 0, 0, 0, 0, None, None)
+PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, None, None))
 
 
 class Overlap(NamedTuple):
@@ -110,7 +110,9 @@ class Comparison:
         Raises:
             ValueError: an option that it has not, or a value out of range.
         """
-        return functools.partial(self.function, **complete(self.function.__name__, self.function, options))
+        return functools.partial(
+            self.function, **complete(getattr(self.function, "__name__", "the comparison"), self.function, options)
+        )
 
 
 def compare_groups(
@@ -242,6 +244,8 @@ def hybrid(
     if matched_weight is None:
         matched_weight = k / teacher.logp.size
         unmatched_weight = 1.0 - matched_weight
+    elif unmatched_weight is None:
+        raise ValueError(f"matched_weight is {matched_weight!r}; it must come with an unmatched_weight.")
     loss = matched_weight * matched + unmatched_weight * unmatched
     return loss, {"matched": matched, "unmatched": unmatched} | parts
 

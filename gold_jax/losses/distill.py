@@ -141,7 +141,8 @@ def token_logp(hidden: jax.Array, head: Head, position: jax.Array, token: jax.Ar
     """
     index, live = compact(mask)
     rows, columns = position.reshape(-1)[index], _columns(head, token).reshape(-1)[index]
-    packed = fused_linear_map(_token_fn(head), chunk, _flat(hidden), head.weight, rows, columns, live)
+    weight = unshard_head(head.weight, hidden.dtype)
+    packed = fused_linear_map(_token_fn(head), chunk, _flat(hidden), weight, rows, columns, live)
     return jnp.zeros(mask.size, jnp.float32).at[index].set(packed, unique_indices=True).reshape(mask.shape)
 
 

@@ -95,7 +95,7 @@ def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
-def _pad_to_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, jax.Array]:
+def _pad_to_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[Any, int | jax.Array]:
     """Pads every `[P, ...]` leaf to whole chunks; returns it with the number of chunks that hold a live position."""
     size = jax.tree.leaves(positions)[0].shape[0]
     extra = -size % chunk
@@ -222,7 +222,7 @@ def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positio
             d_scale,
         )
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), None if head is None else jnp.zeros(weight.shape, jnp.float32)
+    zeros = jnp.zeros(hidden.shape, jnp.float32), None if weight is None else jnp.zeros(weight.shape, jnp.float32)
     start = _zero_sums(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
     total, gradients, d_scale = jax.lax.fori_loop(0, count, step, start)
     if inner is not None:

@@ -71,8 +71,8 @@ class Parameter(typing.NamedTuple):
     def legal(self) -> str:
         """What it may be, in words."""
         kind = next(k for k in self.kinds if k is not types.NoneType)
-        words = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}[kind]
-        return f"{words} {self.option.legal()}".rstrip()
+        words: dict[type, str] = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+        return f"{words[kind]} {self.option.legal()}".rstrip()
 
 
 def parameters(function: Callable) -> dict[str, Parameter]:
@@ -87,7 +87,7 @@ def parameters(function: Callable) -> dict[str, Parameter]:
             continue
         if name not in hints or parameter.default is inspect.Parameter.empty:
             raise TypeError(
-                f"{function.__name__}: the option {name!r} needs a type and a default, as in {name}: float = 0.1"
+                f"{getattr(function, '__name__', function)}: the option {name!r} needs a type and a default, as in {name}: float = 0.1"
             )
         hint, option = hints[name], Option()
         if typing.get_origin(hint) is typing.Annotated:

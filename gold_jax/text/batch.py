@@ -287,8 +287,9 @@ def build_batches(
     """
     parts, row_count = process_shard.local_rows_per_batch(len(rows), batch_size), len(rows)
     numbers = [i for part in parts for i in part]
-    keeps = {i: counted_groups(rows[i], merge, groups) for i in numbers}
-    targets = {i: _next_token_targets(rows[i].student) for i in numbers}
+    local = {i: row for i in numbers if (row := rows[i]) is not None}
+    keeps = {i: counted_groups(local[i], merge, groups) for i in numbers}
+    targets = {i: _next_token_targets(local[i].student) for i in numbers}
     counted = [i for i in numbers if process_shard.is_owner(i, batch_size)]
     totals = process_shard.all_reduce_sum(
         np.array([sum(int(x[i].sum()) for i in counted) for x in (keeps, _masks(targets))])
@@ -300,7 +301,7 @@ def build_batches(
     unpadded = [
         [
             pack_unpadded(
-                [_tokens(half(rows[i])) for i in part],
+                [_tokens(half(local[i])) for i in part],
                 process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards),
                 len(process_shard.local_shards),
             )
@@ -311,7 +312,7 @@ def build_batches(
     sizes = process_shard.all_reduce_max(np.array([[side.longest for side in both] for both in unpadded])).tolist()
     batches = []
     for part, both, (ours, theirs) in zip(parts, unpadded, sizes):
-        chosen, counts, height = [rows[i] for i in part], [rows[i].groups for i in part], both[0].rows_per_sequence
+        chosen, counts, height = [local[i] for i in part], [local[i].groups for i in part], both[0].rows_per_sequence
         height *= len(process_shard.local_shards)
         student = pad_packed(both[0], *ours, pad=student_pad)
         teacher = pad_packed(both[1], *theirs, pad=teacher_pad)
@@ -392,14 +393,15 @@ def build_token_batches(
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     numbers = [i for part in parts for i in part]
-    masks = {i: np.append(rows[i][1][1:], False) for i in numbers}
+    local = {i: row for i in numbers if (row := rows[i]) is not None}
+    masks = {i: np.append(local[i][1][1:], False) for i in numbers}
     total = process_shard.all_reduce_sum(
         np.array([sum(int(masks[i].sum()) for i in numbers if process_shard.is_owner(i, batch_size))])
     )
     weights = dict(zip(numbers, normalized_weights(list(masks.values()), normalization, int(total[0]), len(rows))))
-    labels = {i: np.where(masks[i], np.append(rows[i][0][1:], IGNORE), IGNORE) for i in numbers}
+    labels = {i: np.where(masks[i], np.append(local[i][0][1:], IGNORE), IGNORE) for i in numbers}
     height = process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards)
-    unpadded = [pack_unpadded([rows[i][0] for i in part], height, len(process_shard.local_shards)) for part in parts]
+    unpadded = [pack_unpadded([local[i][0] for i in part], height, len(process_shard.local_shards)) for part in parts]
     batches = []
     for part, unpadded_part, sizes in zip(
         parts, unpadded, process_shard.all_reduce_max(np.array([x.longest for x in unpadded])).tolist()

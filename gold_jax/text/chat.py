@@ -62,7 +62,7 @@ class ChatTokenizer:
         pads = (tokenizer.pad_token_id, eos, self.stop_id)
         self.pad_id = next(i for i in pads if i is not None)
         self._plain = PlainEncoder(tokenizer, self.surfaces)
-        stops = [surfaces.strings[i] for i in self.stop_ids if i < len(surfaces) and surfaces.strings[i]]
+        stops = [string for i in self.stop_ids if i < len(surfaces) and (string := surfaces.strings[i])]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
         self._escaper = SpecialTokenEscaper(self.template, self._specials, frame=[*stops, *ends])

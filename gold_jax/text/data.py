@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.columns import conversation_extras, describe_type, messages_of, optional_text, refuse_preferences
@@ -58,7 +59,7 @@ class Examples(Sequence):
 
     def __init__(self, rows, source: str, text_column: str = "text"):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
-        self.rows = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
+        self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
         self.source, self.text_column = source, text_column
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no row to train on")

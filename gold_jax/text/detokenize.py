@@ -1,6 +1,7 @@
 """Reading what a model drew: its tokens as text, up to the first damage."""
 
 import dataclasses
+from typing import cast
 
 import numpy as np
 
@@ -28,7 +29,7 @@ class SampledCompletion:
     text: str
     stopped: bool
     invalid_utf8: bool
-    unknown: np.ndarray = None  # False for every token unless given
+    unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
 
     def __post_init__(self):
         if self.unknown is None:

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import numpy as np
 
@@ -36,7 +37,7 @@ class Encoded:
 
     ids: np.ndarray
     spans: np.ndarray
-    unknown: np.ndarray = None  # False for every token unless given
+    unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
 
     def __post_init__(self):
         if self.unknown is None:
@@ -293,7 +294,8 @@ class PlainEncoder:
             from sentencepiece import sentencepiece_pb2
 
             written = model.encode(text, out_type="serialized_proto")
-            pieces = sentencepiece_pb2.SentencePieceText.FromString(written).pieces
+            message = sentencepiece_pb2.SentencePieceText  # ty: ignore[missing-attribute] protobuf makes it on import
+            pieces = message.FromString(written).pieces
             if [self._tokenizer.convert_tokens_to_ids(piece.piece) for piece in pieces] == ids:
                 offsets = [(piece.begin, piece.end) for piece in pieces]
                 return ids, _spans_from_bytes(self.surfaces, ids, offsets, text.encode())
@@ -372,7 +374,7 @@ def _remove_prefix(backend) -> str:
     for part in parts_of(normalizer):
         if part["type"] == "Prepend" and part["prepend"]:
             part["prepend"], prefix = "", "always"
-    if prefix:
+    if normalizer is not None and prefix:
         backend.normalizer = _from_state("normalizers", normalizer)
     changed = False
     for place, part in enumerate(parts_of(splitter)):
@@ -383,7 +385,7 @@ def _remove_prefix(backend) -> str:
             part["prepend_scheme"], changed = "never", True
         elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not place:
             part["add_prefix_space"], changed = False, True
-    if changed:
+    if splitter is not None and changed:
         backend.pre_tokenizer = _from_state("pre_tokenizers", splitter)
     return prefix or ("unless" if changed else "")
 

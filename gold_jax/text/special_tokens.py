@@ -236,7 +236,9 @@ class EscapedTextEncoder:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for i, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
             string = self._string_of.get(i)
-            at = -1 if string is None else text.find(string, begin, end)  # it may have taken blanks beside it, too
+            if string is None:
+                continue
+            at = text.find(string, begin, end)  # it may have taken blanks beside it, too
             if at >= 0:  # else the token for unknown characters, which nobody wrote
                 yield at, at + len(string), string
 

@@ -260,10 +260,10 @@ def _of_tiktoken(encoding) -> Surfaces:
             strings[i] = special[i]
             continue
         try:
-            table[i] = encoding.decode_single_token_bytes(i)
+            entry: bytes = encoding.decode_single_token_bytes(i)
         except KeyError:  # a hole in the numbering
             continue
-        strings[i] = table[i].decode("latin-1")
+        table[i], strings[i] = entry, entry.decode("latin-1")
     return Surfaces(table, strings, np.zeros(size, np.bool_), name_of(encoding))
 
 

@@ -88,7 +88,8 @@ class VocabularyMap:
         matched = sorted(pairs.items())
         column: dict[bytes, int] = {}
         if by == "surfaces":
-            column = {student.table[i]: k for k, (i, _) in enumerate(matched) if i not in stops[0]}
+            ids = [(k, i) for k, (i, _) in enumerate(matched) if i not in stops[0]]
+            column = {entry: k for k, i in ids if (entry := student.table[i]) is not None}
         stop_column = None if stop is None else next(k for k, (i, _) in enumerate(matched) if i == stops[0][0])
         sides = []
         for k, (surfaces, size) in enumerate(((student, student_size), (teacher, teacher_size))):
