@@ -347,6 +347,12 @@ def test_options_that_a_comparison_has_not_or_that_are_out_of_range_are_refused(
         GOLDConfig(loss="power_distance", loss_kwargs=given)
 
 
+def test_a_weight_of_the_matched_entries_alone_is_refused():
+    group = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.5])))
+    with pytest.raises(ValueError, match="matched_weight is 1.0; it must come with an unmatched_weight"):
+        COMPARISONS["hybrid"].bind(matched_weight=1.0)(group, group, Overlap(2))
+
+
 def test_an_option_needs_a_type_and_a_default():
     def untyped(student, teacher, overlap, *, knob=1.0): ...
 
