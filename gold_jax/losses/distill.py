@@ -76,9 +76,9 @@ _permute.defvjp(
 )
 
 
-def flatten_positions(position: jax.Array, lines: int, length: int) -> jax.Array:
-    """Positions `[B, M]`, numbered in the line of so many tokens that a row lies in, numbered through all lines."""
-    first = jnp.arange(len(position)) // (len(position) // lines) * length
+def flatten_positions(position: jax.Array, sequences: int, length: int) -> jax.Array:
+    """Positions `[B, M]` in the packed sequence (of `length` tokens) of each row, as positions in all sequences end to end."""
+    first = jnp.arange(len(position)) // (len(position) // sequences) * length
     return position + first[:, None].astype(position.dtype)
 
 

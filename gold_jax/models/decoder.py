@@ -90,8 +90,8 @@ class Decoder(nnx.Module):
         self.layers = Layers()
         for index, (path, info) in enumerate(parameters(config).items()):
             if info.init == "matrix":
-                drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, index), info.shape, jnp.float32)
-                value = drawn.astype(self.param_dtype)
+                normal = 0.02 * jax.random.normal(jax.random.fold_in(key, index), info.shape, jnp.float32)
+                value = normal.astype(self.param_dtype)
             else:
                 start = 1.0 - config.norm_offset if info.init == "norm" else 0.0
                 value = jnp.full(info.shape, start, self.param_dtype)

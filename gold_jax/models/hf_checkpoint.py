@@ -122,7 +122,7 @@ def load_model(
         if sharding is None:
             values[path] = jnp.asarray(read(tuple(slice(0, size) for size in info.shape)))
         else:
-            values[path] = _placed(read, info.shape, kind, sharding(info.shape, info.spec))
+            values[path] = _read_sharded(read, info.shape, kind, sharding(info.shape, info.spec))
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     exceptions = {name: kind for name, kind in dtypes.items() if kind != common}
     source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
@@ -291,7 +291,7 @@ def _rounded(read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.nd
     return read(index).astype(dtype, copy=False)
 
 
-def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """One parameter as `sharding` says, each of its parts that this process's devices hold read once."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():

@@ -251,10 +251,10 @@ class _GenerationRun:
         """Copy the samples of finished rows to the host, asynchronously, before their slots are reused."""
         prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
         if (prompt_of_row >= 0).any():
-            drawn = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
-            for array in drawn:
+            samples = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
+            for array in samples:
                 array.copy_to_host_async()
-            self.offloaded.append((drawn, prompt_of_row))
+            self.offloaded.append((samples, prompt_of_row))
         self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
 
 

@@ -153,16 +153,18 @@ class SGLang:
 
     def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
         """See `VLLM.read`."""
-        about = answer["meta_info"]
-        drawn = about.get("output_token_logprobs")
-        if drawn is None:
+        meta_info = answer["meta_info"]
+        token_logprobs = meta_info.get("output_token_logprobs")
+        if token_logprobs is None:
             raise ServerError(
                 "the answer has no meta_info.output_token_logprobs, from which the token ids are read; SGLang's /generate gives "
                 "them for return_logprob, vLLM through another route (--rollout_server vllm)."
             )
-        logprobs = [d[0] for d in drawn] if params.temperature in (0, 1) else None  # else they are not the model's own
-        finish = about["finish_reason"]
-        return Answer([d[1] for d in drawn], logprobs, finish["type"], finish.get("matched"))
+        logprobs = (
+            [d[0] for d in token_logprobs] if params.temperature in (0, 1) else None
+        )  # else they are not the model's own
+        finish = meta_info["finish_reason"]
+        return Answer([d[1] for d in token_logprobs], logprobs, finish["type"], finish.get("matched"))
 
     def reload(self, client: Client, folder: str) -> None:
         """See `VLLM.reload`."""
@@ -344,8 +346,8 @@ def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | N
             raise ServerError(
                 f"a token id is {i}, but the student has {vocab_size} tokens; the server has another model."
             )
-    told = [None] * len(ids) if answer.logprobs is None else answer.logprobs
-    logprobs = [np.nan if x is None else x for x in told]
+    reported = [None] * len(ids) if answer.logprobs is None else answer.logprobs
+    logprobs = [np.nan if x is None else x for x in reported]
     if len(logprobs) != len(ids):
         raise ServerError(f"there are {len(ids)} token ids but {len(logprobs)} log-probabilities.")
     if answer.finish not in ("stop", "length"):

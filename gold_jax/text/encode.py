@@ -375,13 +375,13 @@ def _remove_prefix(backend) -> str:
     if prefix:
         backend.normalizer = _from_state("normalizers", normalizer)
     changed = False
-    for place, part in enumerate(parts_of(splitter)):
+    for index, part in enumerate(parts_of(splitter)):
         # Where a part before it has cut the text, every piece gets a blank: that is how words are marked. It stays.
         if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            if place and part.get("prepend_scheme", "always") == "always":
+            if index and part.get("prepend_scheme", "always") == "always":
                 continue
             part["prepend_scheme"], changed = "never", True
-        elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not place:
+        elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not index:
             part["add_prefix_space"], changed = False, True
     if changed:
         backend.pre_tokenizer = _from_state("pre_tokenizers", splitter)

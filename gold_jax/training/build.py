@@ -110,9 +110,9 @@ def build_run(
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
     chunk = chunk_size(args.loss_chunk, student.model.platform)
     common = dict(optimizer=optimizer, schedule=schedule, shardings=shardings)
-    place = None if placement is None else placement.put_rows
+    put_rows = None if placement is None else placement.put_rows
     if teacher is None:
-        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=place)
+        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=put_rows)
         batches = student.chat_tokenizer and TokenBatchBuilder(
             student.chat_tokenizer, rows, eval_rows, args.max_length, counted_tokens(args), process_shard
         )
@@ -125,7 +125,7 @@ def build_run(
     freeze = teacher_shapes if abstract else freeze_teacher
     constants = freeze(teacher_graph, teacher_params, match.vocabulary, match.stops)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
-    step = Step(objective, optimizer, constants, shardings=shardings, device_put=place)
+    step = Step(objective, optimizer, constants, shardings=shardings, device_put=put_rows)
     batches = None
     if student.chat_tokenizer is not None:
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.

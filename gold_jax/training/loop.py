@@ -565,11 +565,13 @@ class Loop:
         if self.done:
             self._save_checkpoint()
         saved = self.checkpoints.finish() and self.done > 0
-        outcome = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
+        saved_in = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
         if not saved:
-            outcome = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+            saved_in = (
+                f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+            )
         further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
-        self._say(f"{what} after {self.done} updates; {outcome}.{further}")
+        self._say(f"{what} after {self.done} updates; {saved_in}.{further}")
         raise KeyboardInterrupt if signals.requested == "interrupt" else Preempted
 
     def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:

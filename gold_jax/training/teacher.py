@@ -82,11 +82,11 @@ def teacher_shapes(
 ) -> StepConstants:
     """What `freeze_teacher` gives, as shapes with their shardings; the arguments are its own, `params` shapes too."""
     teacher = merge(graph, params)
-    where = teacher.placement
+    placement = teacher.placement
     head = teacher.head_weight()
 
     def integers(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if where is None else where.replicated)
+        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if placement is None else placement.replicated)
 
     def stop_rows(ids: Sequence[int]) -> jax.ShapeDtypeStruct | None:
         return integers(len(ids)) if len(ids) > 1 else None
