@@ -59,7 +59,7 @@ def _completion_nll(graph, params, packed, position, behind, counted, chunk):
         position = flatten_positions(position, *hidden.shape[:2])
         return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
 
-    if placement is not None:  # every device on its own rows, the head whole
+    if placement is not None:  # every device on its own rows, with the full head
         weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
         by_rows = P(ROW_AXES)
         found = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
@@ -197,7 +197,7 @@ class Gaps:
     Attributes:
         student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
         teacher_on_student: what the student's text costs the teacher.
-        student_on_student: what the student spent on the tokens that it drew; reading its text anew would hide draws
+        student_on_student: what the student spent on the tokens that it drew; reading its text again would hide draws
             that are not its tokenizer's own way of writing.
         ended: share of the student's completions that ended by themselves.
     """

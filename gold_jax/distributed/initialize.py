@@ -25,7 +25,7 @@ LAUNCHERS = {
 
 
 class ClusterSpec(NamedTuple):
-    """What `jax.distributed.initialize` is told about a run of several processes; None where JAX detects it.
+    """Arguments of `jax.distributed.initialize` for a run of several processes; None where JAX detects it.
 
     Attributes:
         source: what says that there are several processes, for error messages.

@@ -13,15 +13,14 @@ from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
 from gold_jax.inspection.vocabularies import Vocabulary, compare
-from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer
-from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer, resolve_embedded
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.surface import surfaces_of
 
 MAX_LENGTH = 1024
 _ROLES = ("student", "teacher")
-_BEFORE = "\n"  # any text: what goes on after one gets no blank of the tokenizer's own
+_BEFORE = "\n"  # any text: a continuation gets no blank of the tokenizer's own
 
 
 class PairReport(Report):
@@ -130,12 +129,8 @@ def _has_weights(source: Any) -> bool:
         return source.model is not None
     if not isinstance(source, str | pathlib.Path):
         return False
-    folder = pathlib.Path(_found(source)).expanduser()
+    folder = pathlib.Path(resolve_embedded(source)).expanduser()
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _found(source: str | pathlib.Path) -> str | pathlib.Path:
-    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
 def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
@@ -148,7 +143,7 @@ def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_
         return _of_chat_tokenizer(_called(source.tokenizer), source)
     name = None
     if isinstance(source, str | pathlib.Path):
-        name, source = str(source), load_tokenizer(_found(source), trust_remote_code=trust_remote_code)
+        name, source = str(source), load_tokenizer(resolve_embedded(source), trust_remote_code=trust_remote_code)
     return _of_tokenizer(name or _called(source), source)
 
 

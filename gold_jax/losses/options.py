@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What an option means and may be: stands in its annotation, `alpha: Annotated[float, Option("…", at_most=1)] = 0.1`.
+    """What an option means and may be; part of its annotation, `alpha: Annotated[float, Option("…", at_most=1)] = 0.1`.
 
     Attributes:
         help: what it is, for people to read.

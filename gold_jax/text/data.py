@@ -24,7 +24,7 @@ class Example:
         completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls
             tools it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
-        teacher_context: what the teacher alone is told before the prompt, see `template.with_context`; None: nothing.
+        teacher_context: text that only the teacher reads, before the prompt, see `template.with_context`; None: nothing.
         unread: the row's columns that hold something and that nothing reads.
     """
 
@@ -48,7 +48,7 @@ class Example:
 
 
 class Examples(Sequence):
-    """The rows of a data set as examples, each turned into one when it is asked for.
+    """The rows of a data set as examples, converted when they are accessed.
 
     Args:
         rows: anything with a length whose items are dicts.
@@ -57,7 +57,7 @@ class Examples(Sequence):
     """
 
     def __init__(self, rows, source: str, text_column: str = "text"):
-        # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
+        # The caller may change a list afterwards, and the rows in it, but nested values (messages) are shared.
         self.rows = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
         self.source, self.text_column = source, text_column
         if len(rows) == 0:
@@ -108,7 +108,7 @@ def load_examples(
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
         ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms
-            that `to_example` takes. Later rows are looked at when they are asked for.
+            that `to_example` takes. Later rows are checked when they are accessed.
     """
     if isinstance(source, (str, pathlib.Path)):
         name = str(source)

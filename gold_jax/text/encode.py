@@ -118,7 +118,8 @@ def _stretch(ends: list[int], end: int):
 def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[int]:
     """Where the tokens of a run end within its bytes.
 
-    Tokens at either side that spell what stands there have it, up to whole characters; one token has what is between.
+    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets what is
+    left in the middle.
     """
     if len(run) == 1:
         return [len(data)]
@@ -126,7 +127,7 @@ def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[in
     sizes = list(map(len, pieces))
     if b"".join(pieces) == data:
         return list(itertools.accumulate(sizes))
-    starts_character = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether no character goes on here
+    starts_character = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether a character starts here
     front = low = at = 0
     for k, piece in enumerate(pieces[:-1]):
         if not piece or not data.startswith(piece, at):

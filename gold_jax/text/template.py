@@ -45,7 +45,7 @@ _MARK = "qZ7probeX3answerK9"
 
 
 class Conversation(list):
-    """A list of messages that remembers what else the template is told about them.
+    """A list of messages with the tools and template variables that belong to it.
 
     Slices keep it; `like` gives it to other messages. It equals a list of the same messages if it has nothing to
     remember.
@@ -91,7 +91,7 @@ class ChatTemplate:
     Args:
         tokenizer: a transformers tokenizer.
         source: another template (Jinja) in the place of the tokenizer's own.
-        kwargs: what else the template is to be told, such as `enable_thinking`. `date_string` says another date to
+        kwargs: further variables, such as `enable_thinking`. `date_string` says another date to
             templates that take it from there than `FIXED_DATE`.
 
     Attributes:
@@ -138,7 +138,7 @@ class ChatTemplate:
         """The text that the model reads for a conversation.
 
         Args:
-            messages: dicts with `role` and `content`; of a `Conversation` the template is told the tools and variables.
+            messages: dicts with `role` and `content`; of a `Conversation` the template gets the tools and variables.
             generate: whether the beginning of an assistant's answer is to follow.
 
         Raises:

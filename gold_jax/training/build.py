@@ -50,7 +50,7 @@ class Run(NamedTuple):
         graph: the student's graph definition.
         params: its parameters, arrays or shapes. The first update donates them.
         optimizer, schedule: the gradient transformation and its learning rates (None: not known).
-        shardings: where the state lies on a mesh; None: one device.
+        shardings: of the state on a mesh; None: one device.
         step: `state, metrics = step(state, batches)`.
         batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
         spec, teacher_graph, match: of a distillation.
@@ -94,10 +94,10 @@ def build_run(
         args: the settings.
         student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
         teacher: the model that it learns from; None: supervised fine-tuning.
-        placement: the mesh that both lie on; None: one device.
+        placement: the mesh that both are sharded on; None: one device.
         total_steps: updates of the whole run, for the schedule.
         match: how the vocabularies face each other; None: as the tokenizers say.
-        process_shard: which rows this process makes.
+        process_shard: which rows this process prepares.
         engine: writes for the student in place of the built-in sampler.
         optimizers: the gradient transformation, and its learning rate at each update (for the log), in place of the settings'.
     """

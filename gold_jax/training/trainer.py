@@ -58,7 +58,7 @@ class _Setup:
         Raises:
             ValueError: there is nothing to train on, or nothing to evaluate on where that was asked for.
         """
-        # A copy, checked again: what was set on the settings since they were made is held to the same rules.
+        # A copy, checked again: what was set on the settings since they were made is checked by the same rules.
         a = args.frozen_copy()
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             raise ValueError(
@@ -148,7 +148,7 @@ class _Setup:
 
 
 class _Trainer:
-    """What can be asked of a run that is set up, whatever it learns.
+    """What the trainers have in common: training, evaluation, saving and pushing of a run that is set up.
 
     Attributes:
         args: a frozen copy of the settings.
