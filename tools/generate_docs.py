@@ -169,7 +169,9 @@ import gold_jax
 print(gold_jax.align("embedded:student", "embedded:teacher", "5168 is forty-two."))
 gold_jax.match_vocabularies("embedded:student", "embedded:teacher").matched
 gold_jax.sample_completions("embedded:student", prompts=["How do you say 5168?"], key=0, max_new_tokens=16)
-gold_jax.score_completions("embedded:teacher", rows=[{"prompt": "How do you say 5?", "completion": "5 is five."}]).bits_per_byte
+gold_jax.score_completions(
+    "embedded:teacher", rows=[{"prompt": "How do you say 5?", "completion": "5 is five."}]
+).bits_per_byte
 gold_jax.load_model("embedded:student")([[1, 2, 3]])  # hidden states [B, T, D]
 ```"""
 
