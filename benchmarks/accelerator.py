@@ -233,7 +233,7 @@ def full_step(bench: Bench) -> None:
         bench.add("4 step", "model FLOPs of the peak", 100 * under.flops() / seconds / bench.peak, "%")
     for name, call in {
         "teacher's forward pass": lambda: under.step.programs["teacher_forward"](
-            under.constants, under.batch.teacher.lines
+            under.constants, under.batch.teacher.packed
         )
     }.items():
         seconds, spread = timed(call, 5, 1)

@@ -67,7 +67,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 
 
 def _about_input(error: Exception) -> bool:
-    """Whether an error speaks of what the user gave: this package raised it, or the system did. Others are bugs."""
+    """Whether an error is about the user's input: this package raised it, or the system did. Others are bugs."""
     if isinstance(error, OSError | ImportError):
         return True
     trace = error.__traceback__

@@ -40,7 +40,7 @@ def enabled() -> Iterator[None]:
 
 
 def restart_with_huge_pages() -> None:
-    """Starts this process again, in its own place, with glibc told to ask for huge pages; returns where that is no use.
+    """Replaces this process by itself (`execv`) with huge pages switched on in glibc; returns where that is no use.
 
     A step on a CPU takes and frees about as much memory as the gradients fill, and every page of it is cleared when it
     is first touched: in pages of 4 KiB that takes a third of the step. Only a process's start can change what glibc

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prompts = prompts + [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
     who = load_reader(model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.raw)
     start = time.perf_counter()
-    drawn = sample_completions(
+    completions = sample_completions(
         who.model,
         who.chat_tokenizer,
         prompts,
@@ -66,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         top_p=args.top_p,
     )
     seconds = time.perf_counter() - start
-    for prompt, d in zip(prompts, drawn):
+    for prompt, d in zip(prompts, completions):
         if args.json:
             row = {"prompt": prompt, "completion": d.text, "stopped": d.stopped, "tokens": len(d.ids)}
             print(json.dumps(row, ensure_ascii=False))
         else:
-            asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-            print(f"── {asked}\n{d.text}{'' if d.stopped else ' …'}\n")
-    tokens = sum(len(d.ids) + d.stopped for d in drawn)
+            question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+            print(f"── {question}\n{d.text}{'' if d.stopped else ' …'}\n")
+    tokens = sum(len(d.ids) + d.stopped for d in completions)
     print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
 
 

@@ -67,7 +67,7 @@ def load_model_and_tokenizer(
         special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
         trust_remote_code: let the tokenizer run its own Python code.
         attention: "auto" or one of `models.attention.IMPLEMENTATIONS`; None: "auto", or what a model in memory has.
-        placement: the mesh that the model is to lie on and how; None: one device.
+        placement: mesh and layout of the parameters; None: one device.
         role: what error messages call it.
 
     Raises:
@@ -78,7 +78,7 @@ def load_model_and_tokenizer(
     name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
     if tokenizer is None and not isinstance(model, str | pathlib.Path):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
-    model, tokenizer = (_resolve_embedded(x) for x in (model, tokenizer))
+    model, tokenizer = (resolve_embedded(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
     model = _model(model, dtype, param_dtype, read_dtype, remat, revision, attention, placement)
     named = isinstance(source, str | pathlib.Path)
@@ -116,7 +116,7 @@ def load_model_and_tokenizer(
     return LoadedModel(model, chat_tokenizer, name)
 
 
-def _resolve_embedded(source: Any) -> Any:
+def resolve_embedded(source: Any) -> Any:
     """What comes with the package, by its `embedded:…` name; everything else as it is."""
     return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
@@ -205,7 +205,7 @@ def as_chat_tokenizer(source: Any) -> ChatTokenizer:
     if isinstance(source, ChatTokenizer):
         return source
     if isinstance(source, str | pathlib.Path):
-        return ChatTokenizer(load_tokenizer(_resolve_embedded(source)), copy_tokenizer=False)
+        return ChatTokenizer(load_tokenizer(resolve_embedded(source)), copy_tokenizer=False)
     if not hasattr(source, "apply_chat_template"):
         raise TypeError(
             f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers tokenizer, "
@@ -217,7 +217,7 @@ def as_chat_tokenizer(source: Any) -> ChatTokenizer:
 def as_plain_tokenizer(source: Any) -> Any:
     """What `text.surface.surfaces_of` takes: as `as_chat_tokenizer`, and tokenizers of `tokenizers` and tiktoken as they are."""
     if isinstance(source, str | pathlib.Path):
-        return load_tokenizer(_resolve_embedded(source))
+        return load_tokenizer(resolve_embedded(source))
     source = source.chat_tokenizer if isinstance(source, LoadedModel) else source
     return source.tokenizer if isinstance(source, ChatTokenizer) else source
 

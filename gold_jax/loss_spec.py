@@ -1,6 +1,6 @@
 """What a distillation run compares: the points of the grid of merges, groups and comparisons, and their names.
 
-The comparisons themselves, with their options, are in `losses.compare`. It is imported when one is first asked for:
+The comparisons themselves, with their options, are in `losses.compare`. It is imported when it is first used:
 reading flags does not wait for JAX.
 """
 
@@ -43,7 +43,7 @@ def presets() -> dict[str, tuple[str, str, str]]:
 
 
 class Names(Collection[str]):
-    """Names of a table that is looked at when somebody asks for one, and not before."""
+    """Names of a table that is loaded when they are first used."""
 
     def __init__(self, table: Callable[[], Mapping[str, Any]]):
         self._table = table
@@ -56,11 +56,6 @@ class Names(Collection[str]):
 
     def __len__(self) -> int:
         return len(self._table())
-
-
-def option_flags() -> set[str]:
-    """The flags that set an option of some comparison."""
-    return {p.option.flag for c in comparisons().values() for p in c.options.values() if p.option.flag}
 
 
 def options_help() -> str:

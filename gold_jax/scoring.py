@@ -59,7 +59,7 @@ def _completion_nll(graph, params, packed, position, behind, counted, chunk):
         position = flatten_positions(position, *hidden.shape[:2])
         return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
 
-    if placement is not None:  # every device on its own rows, the head whole
+    if placement is not None:  # every device on its own rows, with the full head
         weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
         by_rows = P(ROW_AXES)
         by_device = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
@@ -124,11 +124,11 @@ def score_completions(
         for i in chosen:
             room = max(0, limit - len(prompts[i]))
             answer = answers[i].ids[:room]
-            whole = np.concatenate([prompts[i], answer])[:limit]
+            sequence = np.concatenate([prompts[i], answer])[:limit]
             first = max(1, len(prompts[i]))  # the very first token of all has nothing before it
-            mark = np.zeros(len(whole), bool)
-            mark[first - 1 : len(whole) - 1] = True
-            ids.append(whole)
+            mark = np.zeros(len(sequence), bool)
+            mark[first - 1 : len(sequence) - 1] = True
+            ids.append(sequence)
             counted.append(mark)
             cut += len(answer) < len(answers[i].ids)
             scored = answers[i].spans[: len(answer)]
@@ -173,7 +173,7 @@ def sample_completions(
     model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
     engine = SamplingEngine(batch_size) if engine is None else engine
     options = dict(max_new_tokens=max_new_tokens, key=as_key(key), temperature=temperature, top_k=top_k, top_p=top_p)
-    return [completion for completion, _ in _drawn(model, chat_tokenizer, prompts, engine, **options)]
+    return [completion for completion, _ in _sample_with_logprobs(model, chat_tokenizer, prompts, engine, **options)]
 
 
 def as_key(key: jax.Array | int) -> jax.Array:
@@ -181,11 +181,11 @@ def as_key(key: jax.Array | int) -> jax.Array:
     return jax.random.key(key) if isinstance(key, int) else key
 
 
-def _drawn(model, chat_tokenizer: ChatTokenizer, prompts: Sequence, engine: Engine, **options):
+def _sample_with_logprobs(model, chat_tokenizer: ChatTokenizer, prompts: Sequence, engine: Engine, **options):
     """Each completion with the log-probabilities, float32 [N], that the model itself gave to what it drew."""
     ids = [chat_tokenizer.encode_prompt(p) for p in prompts]
-    drawn = engine.generate(model, ids, stop_ids=chat_tokenizer.stop_ids, pad_id=chat_tokenizer.pad_id, **options)
-    for prompt, completion in zip(prompts, drawn):
+    sampled = engine.generate(model, ids, stop_ids=chat_tokenizer.stop_ids, pad_id=chat_tokenizer.pad_id, **options)
+    for prompt, completion in zip(prompts, sampled):
         yield completion_from_ids(chat_tokenizer, completion.ids, after=prompt), completion.logprobs
 
 
@@ -199,7 +199,7 @@ class Gaps:
     Attributes:
         student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
         teacher_on_student: what the student's text costs the teacher.
-        student_on_student: what the student spent on the tokens that it drew; reading its text anew would hide draws
+        student_on_student: what the student spent on the tokens that it drew; reading its text again would hide draws
             that are not its tokenizer's own way of writing.
         ended: share of the student's completions that ended by themselves.
     """
@@ -255,18 +255,20 @@ def measure_gaps(
     )
 
     def written(who, key):
-        return list(_drawn(*who[:2], prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key))
+        return list(
+            _sample_with_logprobs(*who[:2], prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key)
+        )
 
-    def readable(drawn):
-        return [i for i, (d, _) in enumerate(drawn) if d.text.strip()]
+    def readable(completions):
+        return [i for i, (d, _) in enumerate(completions) if d.text.strip()]
 
-    def bits(who, drawn):
-        rows = [Example(prompts[i], drawn[i][0].text) for i in readable(drawn)]
+    def bits(who, completions):
+        rows = [Example(prompts[i], completions[i][0].text) for i in readable(completions)]
         return score_completions(who, None, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
 
     ours, theirs = written(student, jax.random.fold_in(key, 0)), written(teacher, jax.random.fold_in(key, 1))
-    for name, drawn in (("student", ours), ("teacher", theirs)):
-        if not readable(drawn):
+    for name, completions in (("student", ours), ("teacher", theirs)):
+        if not readable(completions):
             raise ValueError(f"the {name} wrote nothing that could be read on {len(prompts)} prompts")
     spent = sum(-float(ours[i][1][: len(ours[i][0].ids)].sum()) for i in readable(ours)) / np.log(2)
     size = sum(len(ours[i][0].text.encode()) for i in readable(ours))

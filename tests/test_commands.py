@@ -262,7 +262,7 @@ def test_every_form_of_data_trains(form, world, tmp_path):
 
 
 def test_the_seed_decides_every_batch(world, tmp_path):
-    def windows(seed):
+    def batches(seed):
         trainer = GOLDTrainer(
             str(world / "student"),
             str(world / "teacher"),
@@ -276,11 +276,11 @@ def test_the_seed_decides_every_batch(world, tmp_path):
             ),
             str(world / "data"),
         )
-        return [trainer.loop._window(step) for step in range(3)]
+        return [trainer.loop._build_batch(step) for step in range(3)]
 
-    first, again, other = windows(1), windows(1), windows(2)
-    shares = [window.stats["on_policy"] for window in first]
-    assert any(0 < share < 1 for share in shares) and all(len(window.batches) == 4 for window in first)
+    first, again, other = batches(1), batches(1), batches(2)
+    on_policy = [batch.stats["on_policy"] for batch in first]
+    assert any(0 < share < 1 for share in on_policy) and all(len(batch.batches) == 4 for batch in first)
     assert same([w.batches for w in first], [w.batches for w in again])
     assert [w.samples for w in first] == [w.samples for w in again]
     assert [w.samples for w in first] != [w.samples for w in other]
@@ -382,15 +382,15 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
         ),
         rows,
     )
-    windows = trainer.loop.run.batches
+    builder = trainer.loop.run.batches
     examples = [trainer.train_examples[i] for i in range(2)]
-    told = [windows.teacher.render(prompt) for prompt in windows._told(examples)]
-    assert "Be brief.\n\nThink of dogs.\n\n" + tiny.ROWS[0][0] in told[0]
-    assert "Be brief.\n\n" + tiny.ROWS[1][0] in told[1]
-    (batch,) = windows.build(0, examples, trainer.loop.state.params).batches
+    prompts = [builder.teacher.render(prompt) for prompt in builder._teacher_prompts(examples)]
+    assert "Be brief.\n\nThink of dogs.\n\n" + tiny.ROWS[0][0] in prompts[0]
+    assert "Be brief.\n\n" + tiny.ROWS[1][0] in prompts[1]
+    (batch,) = builder.build(0, examples, trainer.loop.state.params).batches
     texts = [
         chat_tokenizer.tokenizer.decode(side.packed.tokens[0, side.packed.gather_index[0, 0][side.packed.mask[0, 0]]])
-        for chat_tokenizer, side in ((windows.student, batch.student), (windows.teacher, batch.teacher))
+        for chat_tokenizer, side in ((builder.student, batch.student), (builder.teacher, batch.teacher))
     ]
     assert "brief" not in texts[0] and "brief" in texts[1]
 

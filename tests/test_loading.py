@@ -31,7 +31,7 @@ def test_attention_that_cannot_be_computed_is_refused_for_models_by_name_and_in_
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What attention each participant is loaded with, by role; loading the teacher ends the run."""
+    """What attention each model is loaded with, by role; loading the teacher ends the run."""
     found = {}
 
     def record(*args, **options):

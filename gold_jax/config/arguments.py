@@ -60,7 +60,7 @@ class RunFacts(NamedTuple):
         args: the run's settings, an `SFTConfig` or a `GOLDConfig`.
         spec: the loss; None where there is no teacher.
         evaluates: whether there are rows to evaluate on.
-        data: where the rows come from; None where only `args` are asked about.
+        data: where the rows come from; None where only `args` matter.
     """
 
     args: Any

@@ -64,7 +64,7 @@ def flag(
     """A dataclass field that is a flag.
 
     Args:
-        default: the value where nobody gives one.
+        default: the value where none is given.
         help: what the flag means, for `--help` and docs/flags.md.
         range: the numbers it may have.
         choices: the texts it may have; of a list, the texts each element may have.
@@ -94,9 +94,9 @@ def like(cls: type[Settings], name: str, default: Any = dataclasses.MISSING, **c
 class Settings:
     """The base of every class of flags: values are checked, and names that are no field answered, wherever they are set.
 
-    A value that is set later is read and held to its range like one that is given to the constructor. What follows from
+    A value that is set later is read and checked like one that is given to the constructor. What follows from
     it (`eval_steps` from `logging_steps`) follows in the copies that `replace` and `frozen_copy` make, which are
-    constructed anew from what was named.
+    constructed from the named values.
 
     Attributes:
         notices: lines to show once, about flags in whose place something else stands.
@@ -112,7 +112,7 @@ class Settings:
 
     @property
     def given(self) -> frozenset[str]:
-        """The fields that somebody named, whatever their value; of all of them (`dataclasses.replace`) those not by default."""
+        """The fields that were named, whatever their value; of all of them (`dataclasses.replace`) those not by default."""
         if len(self._named) < len(dataclasses.fields(self)):
             return frozenset(self._named)
         plain = type(self)()
@@ -249,7 +249,7 @@ def without_effect(settings: Settings, run: Any) -> Iterator[tuple[str, str]]:
 
 
 def named_without_effect(settings: Settings, run: Any) -> list[str]:
-    """A line for each group of flags that somebody named and that change nothing for the same reason.
+    """A line for each group of flags that were named and that change nothing for the same reason.
 
     Flags that were named only to be off (false, none, zero where that is the default) are no matter.
     """

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import PREFIX, resolve
 
 from .fields import Settings, field_names, groups, kinds, read_value
@@ -112,14 +113,16 @@ def _parser(classes: Sequence[type[Settings]], shown: Sequence[str], **options: 
             group = parser.add_argument_group(f"{group_name(owner)}: {about}")
             for field in fields:
                 own = [name for name, of in field_names(cls).items() if of == field.name]
-                said = f"{field.metadata['help']} [{default_text(field)}]".replace("%", "%%")
+                said = f"{field.metadata['help']} [{default_text(field)}]"
+                if field.name == "loss_kwargs" and field.name in shown and (options := options_help()):
+                    said += f" {options}"
                 group.add_argument(
                     *(f"--{name}" for name in own),
                     nargs="*",
                     action=_Collect,
                     const=field.metadata["verbatim"],
                     metavar=values_text(cls, field),
-                    help=said if field.name in shown else argparse.SUPPRESS,
+                    help=said.replace("%", "%%") if field.name in shown else argparse.SUPPRESS,
                 )
                 unlisted += [f"no_{name}" for name in own if bool in kinds(cls, field.name)]
     for name in unlisted:

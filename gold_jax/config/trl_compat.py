@@ -148,7 +148,7 @@ _NOTICES: Mapping[str, str] = {
     "Weights are always safetensors, written by the first process.": "save_safetensors=true save_on_each_node",
     "A save always holds what a run needs to go on as well; --save_total_limit says how many stay.": "save_only_model",
     "SIGTERM always has the run save a checkpoint and end with exit code 75.": "enable_jit_checkpoint",
-    "There are no callbacks.": "restore_callback_states_from_checkpoint",
+    "Checkpoints hold no state of callbacks.": "restore_callback_states_from_checkpoint",
     "The model is pushed once, at the end.": "hub_strategy=end hub_always_push",
     "Rows are not grouped by length.": "length_column_name",
     "A later run in --output_dir replaces the model; an earlier run's logs stay under other names.": "overwrite_output_dir",
@@ -180,7 +180,7 @@ _REFUSALS: Mapping[str, str] = {
     "models with experts are not in this version.": "router_aux_loss_coef",
     "rows are prepared in one way; bring messages, prompt and completion, or text.": "dataset_kwargs",
     "completions are not held to a pattern; leave it out.": "vllm_structured_outputs_regex",
-    "callbacks of transformers cannot run here.": "callbacks",
+    "callbacks are objects: pass them to the trainer in Python (callbacks=[…]).": "callbacks",
     "AdamW has no further options; its own flags are --adam_beta1, --adam_beta2 and --adam_epsilon.":
         "optim_args optim_target_modules",
     "push to the main branch, or move the revision on the hub afterwards.": "hub_revision",

@@ -25,7 +25,7 @@ LAUNCHERS = {
 
 
 class ClusterSpec(NamedTuple):
-    """What `jax.distributed.initialize` is told about a run of several processes; None where JAX detects it.
+    """Arguments of `jax.distributed.initialize` for a run of several processes; None where JAX detects it.
 
     Attributes:
         source: what says that there are several processes, for error messages.
@@ -74,7 +74,7 @@ def initialize(
         return
     if spec.process_id == 0 and spec.coordinator_address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         _check_port(spec.coordinator_address)
-    outcome: list[BaseException | None] = []
+    results: list[BaseException | None] = []
 
     def join() -> None:
         try:
@@ -85,14 +85,14 @@ def initialize(
                 + 60,  # at its own timeout JAX aborts the process: the wait below ends first
                 heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
             )
-            outcome.append(None)
+            results.append(None)
         except Exception as error:
-            outcome.append(error)
+            results.append(error)
 
     thread = threading.Thread(target=join, daemon=True)
     thread.start()
     thread.join(timeout)
-    if not outcome or isinstance(outcome[0], jax.errors.JaxRuntimeError):
+    if not results or isinstance(results[0], jax.errors.JaxRuntimeError):
         this = (
             f"Process {spec.process_id} of {spec.num_processes}"
             if spec.num_processes
@@ -100,21 +100,21 @@ def initialize(
         )
         at = spec.coordinator_address or getattr(_state(), "coordinator_address", None) or "the address of process 0"
         why = (
-            f"could not join the others at {at} ({_one_line(outcome[0])})"
-            if outcome
+            f"could not join the others at {at} ({_one_line(results[0])})"
+            if results
             else f"waited {timeout:g} seconds at {at}"
         )
         raise ConnectionError(
             f"{this} {why}. Process 0 must run on that host, with that port open to the others; all processes need "
             "the same --coordinator_address and --num_processes, and each a --process_id of its own."
-        ) from (outcome[0] if outcome else None)
-    if isinstance(outcome[0], ValueError) and spec.coordinator_address is None:
+        ) from (results[0] if results else None)
+    if isinstance(results[0], ValueError) and spec.coordinator_address is None:
         raise ValueError(
             f"{spec.source} says that this run has several processes, but JAX could not find out how they reach each other "
-            f"({_one_line(outcome[0])}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
-        ) from outcome[0]
-    if outcome[0] is not None:
-        raise outcome[0]
+            f"({_one_line(results[0])}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
+        ) from results[0]
+    if results[0] is not None:
+        raise results[0]
     process_names()  # all processes tell each other of their devices and hosts now, before one of them can fail
 
 

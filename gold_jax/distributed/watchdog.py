@@ -162,7 +162,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """While it is entered, this process waits for the others; afterwards it goes on with what it was doing."""
+        """While it is entered, this process waits for the others; afterwards it resumes its activity."""
         before = self._activity
         self.report(before[0], WAITING)
         try:

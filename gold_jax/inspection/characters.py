@@ -54,13 +54,13 @@ def brief(data: bytes, limit: int = 24) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def percent(share: float, places: int = 1) -> str:
-    """A share as `98.6%`; a dash where there is none. Only the whole is `100%`, and only nothing `0%`."""
-    if math.isnan(share):
+def percent(fraction: float, digits: int = 1) -> str:
+    """A fraction as `98.6%`; a dash where there is none. Only 1 is `100%`, and only 0 is `0%`."""
+    if math.isnan(fraction):
         return "–"
-    if share in (0, 1):
-        return f"{share:.0%}"
-    least = 10.0 ** -(places + 2)
-    if share < least / 2:
-        return f"<{least:.{places}%}"
-    return f">{1 - least:.{places}%}" if share > 1 - least / 2 else f"{share:.{places}%}"
+    if fraction in (0, 1):
+        return f"{fraction:.0%}"
+    least = 10.0 ** -(digits + 2)
+    if fraction < least / 2:
+        return f"<{least:.{digits}%}"
+    return f">{1 - least:.{digits}%}" if fraction > 1 - least / 2 else f"{fraction:.{digits}%}"

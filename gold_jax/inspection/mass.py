@@ -41,14 +41,16 @@ def measure(
     rows = jnp.asarray(kinds, jnp.float32)
     found, cut = [], []
     for answer in chat_tokenizer.encode_completions(texts, after=[""] * len(texts)):
-        whole = np.concatenate([start, answer.ids])
-        ids = whole[:max_length]
-        cut.append(len(ids) < len(whole))
+        sequence = np.concatenate([start, answer.ids])
+        ids = sequence[:max_length]
+        cut.append(len(ids) < len(sequence))
         width = bucket(len(ids))
-        place = np.arange(width)[None]
-        counted = (place >= max(1, len(start)) - 1) & (place < len(ids) - 1)
+        position = np.arange(width)[None]
+        counted = (position >= max(1, len(start)) - 1) & (position < len(ids) - 1)
         tokens = pad_right([ids], 1, width, np.int32, chat_tokenizer.pad_id)
-        sums = np.asarray(_sums(graph, params, tokens, place < len(ids), counted, rows, min(chunk, width)), np.float64)
+        sums = np.asarray(
+            _sums(graph, params, tokens, position < len(ids), counted, rows, min(chunk, width)), np.float64
+        )
         positions = int(counted.sum())
         means = sums / positions if positions else np.full(len(KINDS), np.nan)
         found.append(Mass(positions, **dict(zip(KINDS, means.tolist()))))

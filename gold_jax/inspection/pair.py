@@ -13,15 +13,14 @@ from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
 from gold_jax.inspection.vocabularies import Vocabulary, compare
-from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer
-from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer, resolve_embedded
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.surface import surfaces_of
 
 MAX_LENGTH = 1024
 _ROLES = ("student", "teacher")
-_BEFORE = "\n"  # any text: what goes on after one gets no blank of the tokenizer's own
+_BEFORE = "\n"  # any text: a continuation gets no blank of the tokenizer's own
 
 
 class PairReport(Report):
@@ -41,12 +40,12 @@ class PairReport(Report):
 
 
 class _Side(NamedTuple):
-    """A side once it is loaded; `participant` is None where there is no model."""
+    """A side once it is loaded; `loaded_model` is None where there is no model."""
 
     name: str
     vocabulary: Vocabulary
     read: Reader
-    participant: LoadedModel | None
+    loaded_model: LoadedModel | None
 
 
 def inspect_pair(
@@ -67,7 +66,7 @@ def inspect_pair(
             transformers, `tokenizers` or tiktoken), a `ChatTokenizer`, or a `LoadedModel`.
         teacher: the same.
         texts: what to cut and read, a text or several, with or without names; None: sample texts of several kinds.
-        models: whether the models read the texts, too. None: where both sides are participants or folders that hold
+        models: whether the models read the texts, too. None: where both sides are loaded models or folders that hold
             weights; nothing but tokenizers is downloaded then. True: in any case.
         bf16: whether models that are read here compute in bfloat16; None: on accelerators, but not on CPUs.
         max_length: longest sequence in tokens that a model reads; None for no limit.
@@ -130,29 +129,25 @@ def _has_weights(source: Any) -> bool:
         return source.model is not None
     if not isinstance(source, str | pathlib.Path):
         return False
-    folder = pathlib.Path(_found(source)).expanduser()
+    folder = pathlib.Path(resolve_embedded(source)).expanduser()
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
-
-
-def _found(source: str | pathlib.Path) -> str | pathlib.Path:
-    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
 def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
     if scored:
-        who = _participant(source, role, bf16, trust_remote_code)
-        return _of_codec(who.name, who.chat_tokenizer, who.model.config.vocab_size, who)
+        loaded = _load_side(source, role, bf16, trust_remote_code)
+        return _of_chat_tokenizer(loaded.name, loaded.chat_tokenizer, loaded.model.config.vocab_size, loaded)
     if isinstance(source, LoadedModel):
-        return _of_codec(source.name, source.chat_tokenizer)
+        return _of_chat_tokenizer(source.name, source.chat_tokenizer)
     if isinstance(source, ChatTokenizer):
-        return _of_codec(_called(source.tokenizer), source)
+        return _of_chat_tokenizer(_called(source.tokenizer), source)
     name = None
     if isinstance(source, str | pathlib.Path):
-        name, source = str(source), load_tokenizer(_found(source), trust_remote_code=trust_remote_code)
+        name, source = str(source), load_tokenizer(resolve_embedded(source), trust_remote_code=trust_remote_code)
     return _of_tokenizer(name or _called(source), source)
 
 
-def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> LoadedModel:
+def _load_side(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> LoadedModel:
     """A side with its model, the parameters kept in the compute dtype."""
     if isinstance(source, LoadedModel) and source.model is not None:
         return source
@@ -169,19 +164,19 @@ def _participant(source: Any, role: str, bf16: bool | None, trust_remote_code: b
     )
 
 
-def _of_codec(
-    name: str, chat_tokenizer: ChatTokenizer, rows: int | None = None, who: LoadedModel | None = None
+def _of_chat_tokenizer(
+    name: str, chat_tokenizer: ChatTokenizer, rows: int | None = None, loaded: LoadedModel | None = None
 ) -> _Side:
     surfaces = chat_tokenizer.surfaces
     vocabulary = Vocabulary(surfaces, len(surfaces) if rows is None else rows, chat_tokenizer.stop_ids)
-    return _Side(name, vocabulary, functools.partial(chat_tokenizer.encode_completion, after=_BEFORE), who)
+    return _Side(name, vocabulary, functools.partial(chat_tokenizer.encode_completion, after=_BEFORE), loaded)
 
 
 def _of_tokenizer(name: str, tokenizer: Any) -> _Side:
     """A bare tokenizer; one without a stop token or with a template that cannot be used will do."""
     if hasattr(tokenizer, "apply_chat_template"):
         try:
-            return _of_codec(name, ChatTokenizer(tokenizer))
+            return _of_chat_tokenizer(name, ChatTokenizer(tokenizer))
         except ValueError:
             pass  # what is wrong with its entries shows below
     surfaces = surfaces_of(tokenizer)
@@ -205,9 +200,9 @@ def _mass(
 
     found, cut = [], []
     for side, kinds in zip(sides, rows):
-        parts, too_long = measure(side.participant, texts, kinds, max_length=max_length, chunk=chunk)
+        parts, too_long = measure(side.loaded_model, texts, kinds, max_length=max_length, chunk=chunk)
         found.append(parts)
         cut.append(too_long)
-    dtypes = dict.fromkeys(str(side.participant.model.dtype) for side in sides)
+    dtypes = dict.fromkeys(str(side.loaded_model.model.dtype) for side in sides)
     mass = PairMass(*(Mass.mean(parts) for parts in found), tuple(zip(*found)), " and ".join(dtypes))
     return mass, [one or other for one, other in zip(*cut)]

@@ -73,10 +73,10 @@ def _table(console: Console, found: tables.Table) -> None:
 
 def _title(report: Report, console: Console) -> None:
     console.print(Text("gold_jax.inspect", "bold"))
-    about = RichTable.grid(padding=(0, 2))
+    grid = RichTable.grid(padding=(0, 2))
     for role, (letter, style) in _SIDES.items():
-        about.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
-    console.print(about)
+        grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
+    console.print(grid)
     words = zip(("merged", "groups", "in", "colour"), MERGED)
     legend = Text("     ").append_text(Text(" ").join(Text(word, style) for word, style in words))
     legend.append("  1:1 plain  │ between a group's tokens  · blank")

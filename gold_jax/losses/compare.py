@@ -345,8 +345,8 @@ def events(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
     """As `projected`, and the text that stands there is an event of its own, taken out of its prefix.
 
     With `x` the group's text, `P(text) = p(x_1) · p(x_2 … | x_1)`, which its prefix event no longer holds. A student
-    for whom no entry but the text's own gives to that prefix cannot tell the two apart: then it is not asked to, and
-    the text stays in its prefix event. A teacher of that kind says that nothing but the text begins so here; at `β = 1`
+    for whom no entry but the text's own gives to that prefix cannot separate the two: then the text stays in its prefix
+    event. A teacher of that kind says that nothing but the text begins so here; at `β = 1`
     an answer to that would cost without bound, so that there the text stays as well.
 
     Args:

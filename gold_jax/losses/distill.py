@@ -38,7 +38,7 @@ class Head(NamedTuple):
     """A side's output projection and what is done to its logits.
 
     `weight` is `[V, D]`, or a device's part of that; `row_of_token [V]` gives the row of a token id in the order that
-    `text.vocabulary.VocabularyMap` says (matched entries first). Rows stand in that order, or in the order of token ids
+    `text.vocabulary.VocabularyMap` says (matched entries first). Rows are in that order, or in the order of token ids
     where `column_order [V]`, the map's, is given: then logits are put in order a chunk at a time. Without `weight` the
     hidden states are logits `[..., V]`. `softcap` and `temperature` are Python floats. `prefix_of_unmatched [V - K]` is
     `VocabularyMap`'s, needed where a comparison projects. `stop_rows` are the rows of the model's stop tokens, the one
@@ -76,9 +76,9 @@ _permute.defvjp(
 )
 
 
-def flatten_positions(position: jax.Array, lines: int, length: int) -> jax.Array:
-    """Positions `[B, M]`, numbered in the line of so many tokens that a row lies in, numbered through all lines."""
-    first = jnp.arange(len(position)) // (len(position) // lines) * length
+def flatten_positions(position: jax.Array, sequences: int, length: int) -> jax.Array:
+    """Positions `[B, M]` in the packed sequence (of `length` tokens) of each row, as positions in all sequences end to end."""
+    first = jnp.arange(len(position)) // (len(position) // sequences) * length
     return position + first[:, None].astype(position.dtype)
 
 
@@ -292,7 +292,7 @@ def cross_entropy(
         hidden: `[..., D]`, differentiated.
         head: `[V, D]`, differentiated.
         position: `[B, T]` the positions that predict.
-        labels: `[B, T]` the token that stands behind each.
+        labels: `[B, T]` the token after each.
         weight: `[B, T]` float32, zero where nothing is predicted.
         chunk: positions per chunk.
 

@@ -128,7 +128,7 @@ def _sorted_l1_forward(student, teacher, sort):
 
 def _sorted_l1_backward(sort, residuals, cotangent):
     signs, student, teacher = residuals
-    back = _l1_and_signs(teacher, student, sort)[1]  # computed only where somebody asks for it
+    back = _l1_and_signs(teacher, student, sort)[1]  # dead code for XLA unless this gradient is used
     scaled = (x * cotangent[..., None] for x in (signs, back))
     return tuple(gradient.astype(x.dtype) for gradient, x in zip(scaled, (student, teacher)))
 

@@ -17,7 +17,7 @@ GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
 
 
 def chunk_size(requested: int | None, platform: str | None = None) -> int:
-    """Positions whose logits are held at once: as asked, or what runs best on a platform.
+    """Positions whose logits are in memory at once: as requested, or what runs best on a platform.
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
     not for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it:
@@ -155,8 +155,8 @@ def fused_linear_sum(
 ):
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
-    A scalar's gradient is known up to a factor before anyone asks for it. So each chunk goes forward and backward at
-    once, nothing is recomputed, and one chunk's logits are all that is ever held; the gradients of hidden states and
+    The gradient of a scalar is known up to a factor during the forward pass. So each chunk goes forward and backward at
+    once, nothing is recomputed, and memory holds the logits of one chunk; the gradients of hidden states and
     head are accumulated in place, in float32. The inner tokens, whose log-probabilities `fn` is given, are
     gone through before the sum for their values and after it for their gradients. Without differentiation only the
     forward half runs.
@@ -165,7 +165,7 @@ def fused_linear_sum(
         fn: `fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`, where `scale`
             is the sum of each position's inner tokens' log-probabilities. It must ignore padding positions by itself (a
             weight of zero).
-        token_fn: `token_fn(logits [C, V], places [C]) -> log-probabilities [C]` of the inner tokens.
+        token_fn: `token_fn(logits [C, V], columns [C]) -> log-probabilities [C]` of the inner tokens.
         chunk: `C`.
         hidden: `[N, D]`, differentiated.
         head: `[V, D]`, differentiated, a device's part of it, or None where `hidden` are logits.
@@ -245,7 +245,7 @@ def _accumulate_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidde
 
 
 def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
-    """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the product is never held whole."""
+    """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the full product is never in memory."""
 
     def add(total, start, size):
         product = _multiply("cv,cd->vd", jax.lax.dynamic_slice_in_dim(d_logits, start, size, 1), hidden)

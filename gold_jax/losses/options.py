@@ -11,7 +11,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What an option means and may be: stands in its annotation, `alpha: Annotated[float, Option("…", at_most=1)] = 0.1`.
+    """What an option means and may be; part of its annotation, `alpha: Annotated[float, Option("…", at_most=1)] = 0.1`.
 
     Attributes:
         help: what it is, for people to read.
@@ -126,8 +126,8 @@ def describe(known: Mapping[str, Parameter]) -> str:
     """Options in words, such as `alpha (share of the student, between 0 and 1; 0.1)`, those with a flag by the flag."""
     shown = []
     for name, (_, default, option) in known.items():
-        about = ", ".join(filter(None, (option.help.rstrip("."), option.legal())))
+        detail = ", ".join(filter(None, (option.help.rstrip("."), option.legal())))
         shown.append(
-            f"--{option.flag}" if option.flag else f"{name} ({'; '.join(filter(None, (about, str(default))))})"
+            f"--{option.flag}" if option.flag else f"{name} ({'; '.join(filter(None, (detail, str(default))))})"
         )
     return ", ".join(shown)

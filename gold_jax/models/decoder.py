@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
         remat: recompute each layer in the backward pass instead of keeping its activations.
         attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
         platform: the one of `models.attention.PLATFORMS` that the model is to run on.
-        placement: the mesh that it lies on and how; None: one device.
+        placement: mesh and layout of the parameters; None: one device.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Decoder(nnx.Module):
         self.layers = Layers()
         for index, (path, info) in enumerate(parameters(config).items()):
             if info.init == "matrix":
-                drawn = 0.02 * jax.random.normal(jax.random.fold_in(key, index), info.shape, jnp.float32)
-                value = drawn.astype(self.param_dtype)
+                normal = 0.02 * jax.random.normal(jax.random.fold_in(key, index), info.shape, jnp.float32)
+                value = normal.astype(self.param_dtype)
             else:
                 start = 1.0 - config.norm_offset if info.init == "norm" else 0.0
                 value = jnp.full(info.shape, start, self.param_dtype)
@@ -262,9 +262,9 @@ class Decoder(nnx.Module):
     def decoding_weights(self) -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
-        A scan, or a slice inside the loop, would copy every layer's weights for every token. What is one CPU's and in
-        `dtype` already is looked at where it lies; else this is a copy. On a mesh it is cut over `tensor` alone, so
-        that a token needs no weight from another device.
+        A scan, or a slice inside the loop, would copy every layer's weights for every token. On one CPU, parameters
+        that are in `dtype` already are viewed; else this is a copy. On a mesh it is sharded over `tensor` alone, so that
+        a step all-gathers no weights.
         """
         names = self._names()
         stacked = {name: getattr(self.layers, name)[...] for name in names}
@@ -272,7 +272,7 @@ class Decoder(nnx.Module):
         if self.placement is not None:
             own, placement = self.decoding_shardings().layers[0], self.decoding_shardings().head
             columns = [layer_copies(x, self.dtype, own[name]) for name, x in stacked.items()]
-            # Columns are cut in training, rows here: XLA takes it whole in between, and says so unless it is told to.
+            # From sharded columns to sharded rows: replicated in between, as XLA would do by itself, with a warning.
             head = cast_and_shard(cast_and_shard(head, self.dtype, self.placement.replicated), self.dtype, placement)
         else:
             apart = layer_views if all(can_view_layers(x, self.dtype) for x in stacked.values()) else layer_copies

@@ -12,11 +12,11 @@ from gold_jax.models import layer
 class Cache(NamedTuple):
     """Keys and values of what has been read, one pair of arrays per layer so that XLA updates each in place.
 
-    A row's tokens stand in its first slots, whatever the other rows hold: a token's slot is its rotary position.
+    A row's tokens are in its first slots, whatever the other rows hold: a token's slot is its rotary position.
 
     Attributes:
-        keys: tuple of L arrays [B, kv_heads, head_dim, S], S slots: a query's product with them then reads them as they
-            lie.
+        keys: tuple of L arrays [B, kv_heads, head_dim, S], S slots: a query's product with them then reads them
+            without a transpose.
         values: tuple of L arrays [B, kv_heads, S, head_dim]. On a mesh a head may be there several times, once for each
             of the devices that share its queries (`Placement.kv_repeats`).
         length: int32 [B], tokens that each row holds; its next one goes to this slot.

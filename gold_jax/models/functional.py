@@ -1,7 +1,7 @@
 """A model as a value: what describes it (hashable) and its parameters, a nested dict of arrays.
 
 `nnx.merge` and `nnx.split` share Variables, so that what is written into a merged module shows in the state it came
-from. These two share nothing but arrays, which nobody can write into.
+from. These two share nothing but arrays, which are immutable.
 """
 
 from collections.abc import Mapping

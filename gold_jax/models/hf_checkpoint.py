@@ -1,7 +1,7 @@
 """Hugging Face safetensors in and out, tensor by tensor.
 
 The mapping is the table `NAMES`. Reading fills one device's shard of one parameter at a time and hands it over; writing
-fetches one layer of it at a time where devices share it. So no host holds a model, nor a big one's stacks, whole.
+fetches one layer of it at a time where devices share it. So no host ever holds a full model, nor the stacked layers of a sharded one.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ def load_model(
             "bfloat16", or "auto" for none but that of the files.
         remat: recompute layers in the backward pass.
         revision: hub revision.
-        sharding: where a parameter is to lie, given its shape, layers stacked, and its logical axes (`ParamInfo.spec`);
+        sharding: of a parameter, given its shape, layers stacked, and its logical axes (`ParamInfo.spec`);
             each process reads what its own devices hold. None: all on the default device.
         attention: how whole sequences are attended to: "auto", or one of `models.attention.IMPLEMENTATIONS`.
         platform: the one of `models.attention.PLATFORMS` that the model is to run on; None: where JAX runs now.
@@ -122,7 +122,7 @@ def load_model(
         if sharding is None:
             values[path] = jnp.asarray(read(tuple(slice(0, size) for size in info.shape)))
         else:
-            values[path] = _placed(read, info.shape, kind, sharding(info.shape, info.spec))
+            values[path] = _read_sharded(read, info.shape, kind, sharding(info.shape, info.spec))
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     exceptions = {name: kind for name, kind in dtypes.items() if kind != common}
     source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
@@ -190,7 +190,7 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
     together, the first one writes, and each returns when that is done.
 
     Args:
-        model: the decoder; its parameters may lie on any devices of the run, or be numpy arrays.
+        model: the decoder; its parameters may be on any devices of the run, or be numpy arrays.
         folder: made if it is not there; a model already in it is replaced.
         dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else
             `param_dtype`.
@@ -291,7 +291,7 @@ def _rounded(read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.nd
     return read(index).astype(dtype, copy=False)
 
 
-def _placed(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
+def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """One parameter as `sharding` says, each of its parts that this process's devices hold read once."""
     holders: dict[tuple, list[jax.Device]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
@@ -320,9 +320,9 @@ def _tensors_of(config: DecoderConfig, path: tuple, info: ParamInfo) -> list[tup
 
 
 def _to_host(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
-    """The tensors of parameters and layers, each when it is asked for and laid out as its file has it.
+    """The tensors of parameters and layers, one by one, in the layout of the file.
 
-    What processes share all of them must ask for, in the same order.
+    Of parameters that several processes share, each process must iterate over all, in the same order.
     """
     last, value = None, None
     for path, layer in plan:

@@ -19,11 +19,6 @@ from gold_jax.sharding.placement import Placement
 Weights = dict[str, jax.Array | ShardedParam]
 
 
-def in_dtype(weight: jax.Array | ShardedParam, dtype) -> jax.Array:
-    """A weight in the dtype that it is multiplied in; a sharded one is all-gathered after the cast."""
-    return weight.unshard(dtype) if isinstance(weight, ShardedParam) else weight.astype(dtype)
-
-
 _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -57,8 +52,8 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
     return _after_attention(config, weights, x, attend(query, key, value)), key, value
 
 
-# What lies between two products costs less to compute again than to keep, and so does a matrix in the compute dtype: the
-# backward pass reads the inputs of these functions alone.
+# Activations between two products, and matrices in the compute dtype, cost less to recompute than to keep: of these
+# functions only the inputs are saved for the backward pass.
 _keep_inputs = functools.partial(jax.checkpoint, static_argnums=(0, 1), prevent_cse=False)
 _ATTENTION = "attention_norm", ("query", "key", "value")
 _MLP = "mlp_norm", ("gate", "up")

@@ -1,6 +1,6 @@
 """Folders of safetensors: any slice of a tensor is read alone, and tensors are written one after the other.
 
-Knows names, shapes and bytes; what they mean to a model is in `weights`.
+Knows names, shapes and bytes; what they mean to a model is in `hf_checkpoint`.
 """
 
 import dataclasses

@@ -52,9 +52,9 @@ def step_times(trace: Trace) -> list[StepTimes]:
     """What each step's time goes to.
 
     While the host evaluates, all that the device does counts as evaluation, and all that the host does but compiling:
-    an evaluation encodes and pads too, but not for the next update. A CPU carries out parts of an operation on
-    threads where no event tells of them: a moment of a program in which nothing is told belongs to the operation that
-    began last. An operation that runs others has a moment only where none of these has it.
+    an evaluation encodes and pads too, but not for the next update. A CPU runs parts of an operation on
+    threads that record no events: time of a program without an event is attributed to the operation that began last. An
+    operation that runs others gets only the time in which none of these runs.
     """
     evaluation = _Line(span for span in trace.host if span.what == EVALUATION)
     steps, host, programs = _Line(trace.steps), _Line(trace.host), _Line(trace.running)

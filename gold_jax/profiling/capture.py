@@ -69,7 +69,7 @@ def _trace(folder: pathlib.Path, name: str) -> contextlib.AbstractContextManager
 
 
 def _write_summary(folder: pathlib.Path) -> dict:
-    """The summary, written to the folder. Whatever is wrong with a trace, the run that made it goes on."""
+    """The summary, written to the folder. A trace that cannot be read does not end the run."""
     try:
         save_scopes(folder / "scopes.json")
         summary = summarize(folder)

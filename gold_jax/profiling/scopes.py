@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import jax.extend.backend
 
-#: A scope in a program, and what the table calls it; "student" is told apart by direction.
+#: A scope in a program, and what the table calls it; "student" is split by direction.
 PARTS = {
     "teacher": "teacher forward",
     "loss": "loss, both ways",

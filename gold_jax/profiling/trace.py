@@ -146,10 +146,10 @@ def _with_scopes(threads: list[list[Span]], programs: Mapping[str, Sequence[Scop
     scopes = {program: best_match(programs.get(program[1], ()), names) for program, names in ran.items()}
     known: dict[Operation, Operation] = {}
 
-    def told(operation: Operation) -> Operation:
+    def with_scope(operation: Operation) -> Operation:
         if operation not in known:
             part, scope = scopes[operation.program].get(operation.name, ("", ""))
             known[operation] = operation._replace(part=operation.part or part, scope=operation.scope or scope)
         return known[operation]
 
-    return [[span._replace(what=told(span.what)) for span in spans] for spans in threads if spans]
+    return [[span._replace(what=with_scope(span.what)) for span in spans] for spans in threads if spans]

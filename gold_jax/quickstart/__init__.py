@@ -8,7 +8,7 @@ import pathlib
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 PREFIX = "embedded:"
-_PLACES = {
+_PATHS = {
     "teacher": "teacher",
     "student": "student",
     "task": "task",
@@ -27,12 +27,12 @@ def resolve(name: str) -> pathlib.Path:
         ValueError: there is nothing of that name.
         FileNotFoundError: the package was installed without it.
     """
-    place = _PLACES.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
-    if place is None:
+    relative = _PATHS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
+    if relative is None:
         raise ValueError(
-            f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PLACES)}"
+            f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PATHS)}"
         )
-    path = ASSETS / place
+    path = ASSETS / relative
     if not path.exists():
         raise FileNotFoundError(
             f"{name} should lie in {path}, which is not there: this installation lacks the package's data. Install gold_jax "

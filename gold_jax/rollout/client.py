@@ -13,18 +13,18 @@ _SHOWN = 400  # characters of a server's own words
 
 
 class ServerError(OSError):
-    """A server that cannot be reached, or that answers with a fault or with something else than was asked for."""
+    """A server that cannot be reached, or that answers with a fault or with something unexpected."""
 
 
 class Client:
-    """Puts questions to one server, from any number of threads.
+    """Sends requests to one server, from any number of threads.
 
     Refused and broken connections are tried again until `timeout` is over, faults of the server's own (5xx) at most
-    `ATTEMPTS` times; what the server says is wrong with the question (4xx) is not asked again.
+    `ATTEMPTS` times; requests that the server refuses (4xx) are not repeated.
 
     Args:
         base_url: such as "http://localhost:8000".
-        timeout: seconds in which a question must be answered, all attempts together.
+        timeout: seconds for a request, all attempts together.
         started: how such a server is started, for the errors.
         api_key: sent as a bearer token; None sends none.
         pause: seconds before the second attempt; doubled before each further one, up to 8.
@@ -45,7 +45,7 @@ class Client:
             raise ValueError(f"the server's address is {base_url!r}; it must be one such as http://localhost:8000.")
         self.timeout, self.started, self.pause = timeout, started, pause
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
-        limits = httpx.Limits(max_connections=None)  # whoever asks says how much at once
+        limits = httpx.Limits(max_connections=None)  # the caller bounds the concurrency
         self._http = httpx.Client(headers=headers, limits=limits, follow_redirects=True)
 
     def get(self, path: str) -> Any:

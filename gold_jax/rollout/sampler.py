@@ -30,9 +30,10 @@ _SMALL_CACHE = (
 class SamplingEngine:
     """Writes completions with the model itself; an `rollout.engine.Engine`.
 
-    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device goes on by itself
-    until there is something to do: when a fourth of the rows is free and prompts wait, they join; when none waits and
-    half the rows are done, the others go on in half as many; when a row's slots are full, all get twice as many.
+    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device decodes by
+    itself until the host must act: when a fourth of the rows is free and prompts wait, they are prefilled; when none
+    waits and half the rows are done, the others are compacted to half as many; when a row's slots are full, all rows
+    get twice as many.
     Prompts go from the longest to the shortest.
 
     What a row draws depends on the key, its index and its own prompt alone, whatever `rows` is and the other rows do
@@ -251,10 +252,10 @@ class _GenerationRun:
         """Copy the samples of finished rows to the host, asynchronously, before their slots are reused."""
         prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
         if (prompt_of_row >= 0).any():
-            drawn = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
-            for array in drawn:
+            samples = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
+            for array in samples:
                 array.copy_to_host_async()
-            self.offloaded.append((drawn, prompt_of_row))
+            self.offloaded.append((samples, prompt_of_row))
         self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
 
 

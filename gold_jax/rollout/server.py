@@ -1,12 +1,12 @@
-"""A rollout engine that asks a server which a team already runs: vLLM's OpenAI-compatible one, or SGLang's.
+"""A rollout engine on a server that runs already: vLLM's OpenAI-compatible one, or SGLang's.
 
 Tokens go out and come back as ids, never as text: text that is read again need not give the tokens that were drawn. A
 server that returns no ids is an error. What ends a completion is the student's stop tokens alone (`ignore_eos`), and
-every penalty and filter that was not asked for is switched off by name, because servers take defaults for them from the
+every penalty and filter that is not a setting of the run is switched off by name, because servers take defaults for them from the
 model's generation_config.json.
 
 Weights are pushed by saving and reloading: the student is written as a Hugging Face folder where the server can read it
-too, under the same path, and the server is told to load it in place.
+too, under the same path, and the server loads it in place.
 
 Fields and routes, as they stood in the servers' sources and documentation in 2026:
 
@@ -41,7 +41,7 @@ from gold_jax.rollout.client import Client, ServerError
 from gold_jax.rollout.engine import Sampled
 
 CONCURRENCY = 64
-# Servers take what is not said of these from a model's generation_config.json; completions are drawn as asked and no other way.
+# Servers would take these from the model's generation_config.json, which would change what is sampled.
 _NEUTRAL = {
     "min_p": 0.0,
     "repetition_penalty": 1.0,
@@ -52,7 +52,7 @@ _NEUTRAL = {
 
 
 class SamplingParams(NamedTuple):
-    """How one completion is to be drawn."""
+    """How one completion is sampled."""
 
     max_new_tokens: int
     temperature: float
@@ -153,16 +153,18 @@ class SGLang:
 
     def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
         """See `VLLM.read`."""
-        about = answer["meta_info"]
-        drawn = about.get("output_token_logprobs")
-        if drawn is None:
+        meta_info = answer["meta_info"]
+        token_logprobs = meta_info.get("output_token_logprobs")
+        if token_logprobs is None:
             raise ServerError(
                 "the answer has no meta_info.output_token_logprobs, from which the token ids are read; SGLang's /generate gives "
                 "them for return_logprob, vLLM through another route (--rollout_server vllm)."
             )
-        logprobs = [d[0] for d in drawn] if params.temperature in (0, 1) else None  # else they are not the model's own
-        finish = about["finish_reason"]
-        return Answer([d[1] for d in drawn], logprobs, finish["type"], finish.get("matched"))
+        logprobs = (
+            [d[0] for d in token_logprobs] if params.temperature in (0, 1) else None
+        )  # else they are not the model's own
+        finish = meta_info["finish_reason"]
+        return Answer([d[1] for d in token_logprobs], logprobs, finish["type"], finish.get("matched"))
 
     def reload(self, client: Client, folder: str) -> None:
         """See `VLLM.reload`."""
@@ -193,7 +195,7 @@ class ServerEngine:
         sync_first: push before the first rollouts too; False where the server already has the student's weights.
         dtype: type of pushed weights, as in `save_model`.
         api_key: bearer token, where the server wants one.
-        concurrency: most completions asked for at once.
+        concurrency: most requests at once.
         pause: seconds before a second attempt, as in `Client`.
 
     Raises:
@@ -279,7 +281,7 @@ class ServerEngine:
         return True
 
     def restart(self) -> None:
-        """Has the next `sync` push whatever it is given: the numbers of updates begin anew, with other weights."""
+        """Makes the next `sync` push in any case: updates are counted from 0 again, with other weights."""
         self.pushed = None
 
     def generate(
@@ -300,7 +302,7 @@ class ServerEngine:
         Each prompt is a request with a seed of its own, made of the key and the prompt's index.
 
         Raises:
-            ServerError: the server refuses a setting, or a completion is missing or is not what was asked for.
+            ServerError: the server refuses a setting, or a completion is missing or breaks the settings.
         """
         params = SamplingParams(
             max_new_tokens, float(temperature), int(top_k), float(top_p), [int(i) for i in stop_ids]
@@ -331,7 +333,7 @@ class ServerEngine:
 
 
 def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | None) -> Sampled:
-    """The completion, if it is one that the student could have drawn as it was asked.
+    """The completion, checked to be one that the student could have sampled with these settings.
 
     Raises:
         ServerError: it is not, and why.
@@ -344,8 +346,8 @@ def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | N
             raise ServerError(
                 f"a token id is {i}, but the student has {vocab_size} tokens; the server has another model."
             )
-    told = [None] * len(ids) if answer.logprobs is None else answer.logprobs
-    logprobs = [np.nan if x is None else x for x in told]
+    reported = [None] * len(ids) if answer.logprobs is None else answer.logprobs
+    logprobs = [np.nan if x is None else x for x in reported]
     if len(logprobs) != len(ids):
         raise ServerError(f"there are {len(ids)} token ids but {len(logprobs)} log-probabilities.")
     if answer.finish not in ("stop", "length"):

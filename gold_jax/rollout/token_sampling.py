@@ -44,8 +44,8 @@ def sample_tokens(
             # Nothing is left out before the first draw.
             lighter = jnp.where(tries == 0, 0.0, _weight_of(weights, token))
             uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
-            drawn = inverse_cdf(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
-            token = jnp.where(kept, token, drawn)
+            candidate = inverse_cdf(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
+            token = jnp.where(kept, token, candidate)
             return tries + 1, token, kept | (top_p >= 1) | in_nucleus(weights, token, nucleus_mass)
 
         start = jnp.int32(0), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)

@@ -25,7 +25,7 @@ from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 class ShardedParam:
     """A layer's parameter as it is stored on a mesh, to be unsharded where it is multiplied with.
 
-    It is all-gathered anew wherever it is read: what a backward pass keeps is the device's own shard.
+    It is all-gathered again in the backward pass, which keeps only the device's own shard.
 
     Attributes:
         value: the parameter, or those of all layers stacked.

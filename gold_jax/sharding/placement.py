@@ -100,34 +100,34 @@ class Placement:
         """Host arrays, the same in every process, as arrays on the mesh; leaves that are None stay."""
         sharding = self.sharding(*spec)
 
-        def place(x):
+        def put(x):
             x = np.asarray(x)
             return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
-        return jax.tree.map(place, tree)
+        return jax.tree.map(put, tree)
 
     def row_owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
         parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor_size` is the last axis
         holders = [sorted({device.process_index for device in part}) for part in parts]
-        mine = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
-        return tuple(found[0] for found in holders), mine
+        local_shards = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
+        return tuple(found[0] for found in holders), local_shards
 
     def put_rows(self, batch: Any) -> Any:
-        """Host arrays that hold the rows, or lines, of this process's shards, as arrays on the mesh."""
-        sharding, (_, mine) = self.sharding(ROW_AXES), self.row_owners()
-        where = {shard: k for k, shard in enumerate(mine)}
+        """Host arrays that hold the rows, or packed sequences, of this process's shards, as arrays on the mesh."""
+        sharding, (_, local_shards) = self.sharding(ROW_AXES), self.row_owners()
+        local_index = {shard: k for k, shard in enumerate(local_shards)}
 
-        def place(x):
-            unit = len(x) // len(mine)
+        def put(x):
+            unit = len(x) // len(local_shards)
 
             def part(index):
-                start = where[(index[0].start or 0) // unit] * unit
+                start = local_index[(index[0].start or 0) // unit] * unit
                 return x[start : start + unit]
 
             return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
 
-        return jax.tree.map(place, batch)
+        return jax.tree.map(put, batch)
 
     def _shard(self, shape, logical, rules: dict[str, tuple[str, ...]]) -> NamedSharding:
         def axes(size, name):

@@ -117,14 +117,15 @@ def encode_rows(
         teacher_prompts: other prompts for the teacher alone.
         student_prompt_ids: the student's tokens of the prompts, where they are known already.
     """
-    told = prompts if teacher_prompts is None else teacher_prompts
+    if teacher_prompts is None:
+        teacher_prompts = prompts
     sampled = _encode_texts(student, prompts, completions)
-    others = sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=told)
+    others = sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=teacher_prompts)
     rows = []
     if student_prompt_ids is None:
         student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
     for ids, ours, theirs, prompt, teacher_prompt in zip(
-        student_prompt_ids, sampled, others, prompts, told, strict=True
+        student_prompt_ids, sampled, others, prompts, teacher_prompts, strict=True
     ):
         same = teacher is student and teacher_prompt is prompt
         rows.append(EncodedRow(ids, ids if same else teacher.encode_prompt(teacher_prompt), ours, theirs))
@@ -226,7 +227,7 @@ def _sizes(half: SideTokens, groups: int) -> np.ndarray:
 
 
 def _merge_index(half: SideTokens, groups: int, merge: str, text: bool):
-    """`(base [groups], token [groups], inner gather_positions, tokens, groups)` of one side of a row.
+    """`(base [groups], token [groups], inner positions, tokens, groups)` of one side of a row.
 
     Positions count from the prompt's start. Under `boundary` the inner tokens are those of the group's text behind its
     first, and there are none unless `text` is asked for.
@@ -282,8 +283,8 @@ def build_batches(
 
     The last micro-batch is filled up with empty rows of weight zero. `text` says whether the
     comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard`
-    says in how many lines the rows of a batch lie and which of them are made here; others' rows may be None, and are
-    not in the result.
+    says into how many sequences the rows of a batch are packed and which of them this process makes; rows of others may
+    be None, and are not in the result.
     """
     parts, row_count = process_shard.local_rows_per_batch(len(rows), batch_size), len(rows)
     numbers = [i for part in parts for i in part]

@@ -21,11 +21,11 @@ class ChatTokenizer:
         stop_ids: further stop tokens, such as those of the model's generation config.
         chat_template: a Jinja template, or a file that holds one, in the place of the tokenizer's own. A tokenizer
             without any gets the plain format of `template.PLAIN_TEMPLATE`.
-        template_kwargs: what else the template is to be told, such as `{"enable_thinking": False}`.
+        template_kwargs: further variables of the template, such as `{"enable_thinking": False}`.
         special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these
-            tokens, as they do in a prompt that somebody rendered before. In messages they never do, see
-            `special.SpecialTokenEscaper`.
-        copy_tokenizer: work with a copy; False where nobody else uses or changes the tokenizer, to save the time.
+            tokens, as they do in a prompt that was rendered beforehand. In messages they never do, see
+            `special_tokens.SpecialTokenEscaper`.
+        copy_tokenizer: work with a copy; False where the caller neither uses nor changes it afterwards, to save the time.
 
     Attributes:
         surfaces: the tokenizer's surfaces; stop tokens have none.
@@ -48,7 +48,7 @@ class ChatTokenizer:
         special_tokens_in_prompts: bool = False,
         copy_tokenizer: bool = True,
     ):
-        # To call a tokenizer sets its truncation and padding, and whoever holds it may change it.
+        # Calling a tokenizer sets its truncation and padding, and its owner may change it.
         tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
         self.tokenizer = tokenizer
         self.name = name_of(tokenizer)
@@ -142,7 +142,7 @@ class ChatTokenizer:
         ]
 
     def _without_end_token(self, ids: list[int], text: str) -> list[int]:
-        """Without the end token that some tokenizers put after a text, which is to go on here."""
+        """Without the end token that some tokenizers append: more text follows here."""
         end, end_id = self.tokenizer.eos_token, self.tokenizer.eos_token_id
         while len(ids) > 1 and ids[-1] == end_id and not text.endswith(end):
             ids = ids[:-1]

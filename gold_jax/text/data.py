@@ -25,7 +25,7 @@ class Example:
         completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls
             tools it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
-        teacher_context: what the teacher alone is told before the prompt, see `template.with_context`; None: nothing.
+        teacher_context: text that only the teacher reads, before the prompt, see `template.with_context`; None: nothing.
         unread: the row's columns that hold something and that nothing reads.
     """
 
@@ -49,7 +49,7 @@ class Example:
 
 
 class Examples(Sequence):
-    """The rows of a data set as examples, each turned into one when it is asked for.
+    """The rows of a data set as examples, converted when they are accessed.
 
     Args:
         rows: anything with a length whose items are dicts.
@@ -109,7 +109,7 @@ def load_examples(
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
         ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms
-            that `to_example` takes. Later rows are looked at when they are asked for.
+            that `to_example` takes. Later rows are checked when they are accessed.
     """
     if isinstance(source, (str, pathlib.Path)):
         name = str(source)
@@ -204,11 +204,11 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
             continue
         refuse_preferences(row, error_prefix)
         if form == text_column:
-            example, beside = _text(row, form, error_prefix), ()
+            example, extra_columns = _text(row, form, error_prefix), ()
         else:
             example = _conversation(row, error_prefix) if form == "messages" else _prompt(row, error_prefix)
-            example, beside = _with_extras(example, row, error_prefix), ("tools", "chat_template_kwargs")
-        read = {form, *columns, *beside, "teacher_context"}
+            example, extra_columns = _with_extras(example, row, error_prefix), ("tools", "chat_template_kwargs")
+        read = {form, *columns, *extra_columns, "teacher_context"}
         unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
         return dataclasses.replace(example, teacher_context=context, unread=unread)
     columns = ", ".join(map(str, row)) or "none"
@@ -244,15 +244,15 @@ def _prompt(row: Mapping, error_prefix: str) -> Example:
         raise ValueError(
             f"{error_prefix}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
         )
-    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    whole = [*asked, *completion]
-    return Example(whole[:-1], whole[-1]["content"], whole)
+    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = [*before, *completion]
+    return Example(messages[:-1], messages[-1]["content"], messages)
 
 
 def _with_extras(example: Example, row: Mapping, error_prefix: str) -> Example:
     """The example with the row's tools and template variables."""
-    beside = conversation_extras(row, error_prefix)
-    if not beside:
+    extras = conversation_extras(row, error_prefix)
+    if not extras:
         return example
     if isinstance(example.prompt, str) and example.messages is None:
         columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
@@ -261,7 +261,7 @@ def _with_extras(example: Example, row: Mapping, error_prefix: str) -> Example:
             'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
         )
     prompt, messages = (
-        Conversation(m, **beside) if isinstance(m, list) else m for m in (example.prompt, example.messages)
+        Conversation(m, **extras) if isinstance(m, list) else m for m in (example.prompt, example.messages)
     )
     return dataclasses.replace(example, prompt=prompt, messages=messages)
 

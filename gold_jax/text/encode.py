@@ -119,7 +119,8 @@ def _stretch(ends: list[int], end: int):
 def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[int]:
     """Where the tokens of a run end within its bytes.
 
-    Tokens at either side that spell what stands there have it, up to whole characters; one token has what is between.
+    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets what is
+    left in the middle.
     """
     if len(run) == 1:
         return [len(data)]
@@ -127,7 +128,7 @@ def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[in
     sizes = list(map(len, pieces))
     if b"".join(pieces) == data:
         return list(itertools.accumulate(sizes))
-    starts_character = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether no character goes on here
+    starts_character = [byte & 0xC0 != 0x80 for byte in data] + [True]  # whether a character starts here
     front = low = at = 0
     for k, piece in enumerate(pieces[:-1]):
         if not piece or not data.startswith(piece, at):
@@ -377,13 +378,13 @@ def _remove_prefix(backend) -> str:
     if normalizer is not None and prefix:
         backend.normalizer = _from_state("normalizers", normalizer)
     changed = False
-    for place, part in enumerate(parts_of(splitter)):
+    for index, part in enumerate(parts_of(splitter)):
         # Where a part before it has cut the text, every piece gets a blank: that is how words are marked. It stays.
         if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            if place and part.get("prepend_scheme", "always") == "always":
+            if index and part.get("prepend_scheme", "always") == "always":
                 continue
             part["prepend_scheme"], changed = "never", True
-        elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not place:
+        elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not index:
             part["add_prefix_space"], changed = False, True
     if splitter is not None and changed:
         backend.pre_tokenizer = _from_state("pre_tokenizers", splitter)

@@ -1,4 +1,4 @@
-"""The strings of special tokens in users' text, told from the tokens that a chat template writes and read as plain text.
+"""Escapes the strings of special tokens in users' text, so that they are read as plain text, unlike the template's own.
 
 A user may well write `<|im_end|>` or `</s>`. In the text that a chat template makes of the messages such a string looks
 like the template's own. So every one is hidden behind a private-use character before the template runs, comes back
@@ -63,7 +63,7 @@ class SpecialStrings:
         self.pattern = re.compile(_any_of(list(self.tokens)) if self.tokens else "(?!)")
 
     def found_in(self, texts: Iterable[str]) -> list[str]:
-        """Those that stand in texts; each once, in the order in which they come."""
+        """Those that occur in texts; each once, in order of occurrence."""
         return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
 
     def escape(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
@@ -205,7 +205,7 @@ class EscapedTextEncoder:
         return self._encode_with_renamed(escaped, add_special_tokens)[0]
 
     def encode_with_offsets(self, escaped: EscapedText) -> tuple[list[int], np.ndarray]:
-        """The tokens of a text, and the characters `[start, end)` of the hidden text that each stands in, int64 [T, 2].
+        """The tokens of a text, and the characters `[start, end)` of the escaped text that each spans, int64 [T, 2].
 
         For tokenizers with a `tokenizers` backend alone: others tell no offsets.
         """
@@ -291,7 +291,7 @@ def _unescape(text: str, strings: dict[str, str]) -> str:
 
 
 def _to_escaped_offsets(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Offsets in a text, [T, 2], as offsets in a hidden text each of whose characters has become so and so many."""
+    """Offsets in a text, [T, 2], as offsets in an escaped text, given the length that each character became."""
     piece = np.repeat(np.arange(len(lengths)), lengths)  # character of the text -> character of the hidden text
     begin = np.append(piece, len(lengths))[offsets[:, 0]]
     end = np.append(ends[piece], 0)[np.maximum(offsets[:, 1], 1) - 1]
@@ -339,7 +339,7 @@ def _any_of(strings: Sequence[str]) -> str:
 
 
 def _user_texts(prompt: str | list[dict]) -> Iterator[str]:
-    """Every text that a user has a say in: of messages all but their roles, and what they are told beside."""
+    """Every text that a user controls: of messages all but their roles, tools and template variables."""
     if isinstance(prompt, str):
         yield prompt
         return

@@ -153,7 +153,7 @@ def _spell_metaspace(space: str, string: str) -> bytes:
 
 
 def _spell_word(continuing: str, string: str) -> bytes:
-    """A blank and the word; a piece that goes on with one, punctuation and Chinese characters spell themselves."""
+    """A blank and the word; a piece that continues a word, punctuation and Chinese characters spell themselves."""
     if continuing and string.startswith(continuing) and string != continuing:
         return string.removeprefix(continuing).encode()
     return string.encode() if not string or _stands_alone(string[0]) else f" {string}".encode()

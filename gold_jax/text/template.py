@@ -45,7 +45,7 @@ _MARK = "qZ7probeX3answerK9"
 
 
 class Conversation(list):
-    """A list of messages that remembers what else the template is told about them.
+    """A list of messages with the tools and template variables that belong to it.
 
     Slices keep it; `like` gives it to other messages. It equals a list of the same messages if it has nothing to
     remember.
@@ -73,8 +73,8 @@ class Conversation(list):
         return self.like(found) if isinstance(index, slice) else found
 
     def __eq__(self, other):
-        told = (getattr(other, "tools", None) or None, getattr(other, "template_kwargs", None) or None)
-        return list.__eq__(self, other) and (self.tools or None, self.template_kwargs or None) == told
+        others = (getattr(other, "tools", None) or None, getattr(other, "template_kwargs", None) or None)
+        return list.__eq__(self, other) and (self.tools or None, self.template_kwargs or None) == others
 
     def __ne__(self, other):
         return not self == other
@@ -91,7 +91,7 @@ class ChatTemplate:
     Args:
         tokenizer: a transformers tokenizer.
         source: another template (Jinja) in the place of the tokenizer's own.
-        kwargs: what else the template is to be told, such as `enable_thinking`. `date_string` says another date to
+        kwargs: further variables, such as `enable_thinking`. `date_string` says another date to
             templates that take it from there than `FIXED_DATE`.
 
     Attributes:
@@ -138,7 +138,7 @@ class ChatTemplate:
         """The text that the model reads for a conversation.
 
         Args:
-            messages: dicts with `role` and `content`; of a `Conversation` the template is told the tools and variables.
+            messages: dicts with `role` and `content`; of a `Conversation` the template gets the tools and variables.
             generate: whether the beginning of an assistant's answer is to follow.
 
         Raises:
@@ -173,16 +173,16 @@ class ChatTemplate:
         Raises:
             ValueError: an answer cannot be located exactly in what the template writes.
         """
-        whole = self.render(messages)
+        rendered = self.render(messages)
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
             if message.get("role") == "assistant":
-                spans.append(self._locate(messages, turn, whole))
+                spans.append(self._locate(messages, turn, rendered))
                 if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
                     raise self._lost(messages, turn, "it stands before the one before it")
-        return whole, spans
+        return rendered, spans
 
-    def _locate(self, messages: list[dict], turn: int, whole: str) -> tuple[int, int]:
+    def _locate(self, messages: list[dict], turn: int, rendered: str) -> tuple[int, int]:
         content = messages[turn].get("content") or ""
         # Render once more with a word of ours for the answer: what stands around the word stands around the answer.
         answer = {"role": "assistant", "content": _MARK}
@@ -190,20 +190,20 @@ class ChatTemplate:
         if marked.count(_MARK) != 1:
             raise self._lost(messages, turn, f"the template writes it {marked.count(_MARK)} times")
         before, after = marked.split(_MARK)
-        end = len(whole) - len(after)
-        if not whole.endswith(after):
+        end = len(rendered) - len(after)
+        if not rendered.endswith(after):
             raise self._lost(messages, turn, "what the template writes after it depends on what it says")
         begin = len(before)
-        if not whole.startswith(before) or begin > end:
-            begin = self._after_generation_prompt(messages[:turn], before, whole, end)
+        if not rendered.startswith(before) or begin > end:
+            begin = self._after_generation_prompt(messages[:turn], before, rendered, end)
         if begin is None:
             raise self._lost(messages, turn, "what the template writes before it depends on what it says")
-        found, wanted = ("".join(text.split()) for text in (whole[begin:end], content))
+        found, wanted = ("".join(text.split()) for text in (rendered[begin:end], content))
         if not (wanted.endswith(found) or found.endswith(wanted) or _calls_in(messages[turn], found)):
-            raise self._lost(messages, turn, f"{excerpt(whole[begin:end])} stands in its place")
+            raise self._lost(messages, turn, f"{excerpt(rendered[begin:end])} stands in its place")
         return begin, end
 
-    def _after_generation_prompt(self, earlier: list[dict], before: str, whole: str, end: int) -> int | None:
+    def _after_generation_prompt(self, earlier: list[dict], before: str, rendered: str, end: int) -> int | None:
         """Where an answer begins whose content changes what the template puts before it: thinking, for one."""
         if not earlier:
             return None
@@ -211,7 +211,7 @@ class ChatTemplate:
         header = prompt.removeprefix(base)
         if not prompt.startswith(base) or not header:
             return None
-        at = whole.rfind(header, 0, len(os.path.commonprefix([before, whole])))
+        at = rendered.rfind(header, 0, len(os.path.commonprefix([before, rendered])))
         begin = at + len(header)
         return begin if at >= 0 and begin <= end else None
 
@@ -225,10 +225,10 @@ class ChatTemplate:
         question = [{"role": "user", "content": "Hello?"}]
         try:
             prompt = self.render(question, generate=True)
-            whole = self.render([*question, {"role": "assistant", "content": _MARK}])
+            rendered = self.render([*question, {"role": "assistant", "content": _MARK}])
         except ValueError:  # a template for other conversations than this one: nothing can be read off it
             return False, ""
-        before, _, tail = whole.rpartition(_MARK)
+        before, _, tail = rendered.rpartition(_MARK)
         return before == prompt + " ", tail
 
 
@@ -254,8 +254,8 @@ def with_context(prompt: str | list[dict], context: str, template: ChatTemplate)
     if bearer not in roles:
         return _like(prompt, [{"role": bearer, "content": context}, *prompt])
     at = roles.index(bearer)
-    told = dict(prompt[at], content=f"{context}\n\n{prompt[at].get('content') or ''}")
-    return _like(prompt, [*prompt[:at], told, *prompt[at + 1 :]])
+    with_text = dict(prompt[at], content=f"{context}\n\n{prompt[at].get('content') or ''}")
+    return _like(prompt, [*prompt[:at], with_text, *prompt[at + 1 :]])
 
 
 def refused_variables(variables: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER,
 
 @dataclasses.dataclass(frozen=True)
 class RowOrder:
-    """The order in which rows are learned from: shuffled anew in every epoch, the last update of an epoch may be short."""
+    """The order in which rows are learned from: reshuffled in every epoch, the last update of an epoch may be short."""
 
     rows: int
     per_step: int
@@ -83,7 +83,7 @@ class DistillationBatchBuilder:
     parameters) and the number of updates that it has seen.
 
     `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this
-    process makes. All processes sample together, whoever's the rows are.
+    process makes. All processes sample together, including rows of other processes.
     """
 
     student: ChatTokenizer
@@ -196,7 +196,7 @@ class DistillationBatchBuilder:
 
     @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
-        """The prompts as the teacher is told them."""
+        """The prompts as the teacher reads them, with its contexts."""
         contexts = [[c for c in (self.teacher_context, e.teacher_context) if c] for e in examples]
         return [
             self.teacher.with_context(e.prompt, "\n\n".join(context)) if context else e.prompt
@@ -340,7 +340,7 @@ class CheckedRows:
 
     Attributes:
         kept: numbers of the rows that can be learned from.
-        notices: lines about the others, and about what in the rows nobody reads.
+        notices: lines about the others, and about columns that are not read.
         digest: of all that is learned from the rows that are kept, in hexadecimal.
     """
 
@@ -365,7 +365,7 @@ def check_examples(
 
     Args:
         examples: all rows.
-        chat tokenizer: the student's chat tokenizer.
+        chat_tokenizer: the student's.
         budget: most tokens of a prompt; rows with longer ones are left out. None: any.
         need_completion: why every row must have a completion, for the error; None if it need not.
         teacher: a teacher's chat tokenizer, whose template must take every row as well.
@@ -373,7 +373,7 @@ def check_examples(
             hold it, because every template writes calls in its own way; such rows are left out where one is needed.
         student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a
             token.
-        teacher_context: what the teacher is told before every prompt.
+        teacher_context: text before every prompt of the teacher.
 
     Raises:
         ValueError: a row lacks its completion, a chat template refuses one, or no row is left.

@@ -50,7 +50,7 @@ class Run(NamedTuple):
         graph: the student's graph definition.
         params: its parameters, arrays or shapes. The first update donates them.
         optimizer, schedule: the gradient transformation and its learning rates (None: not known).
-        shardings: where the state lies on a mesh; None: one device.
+        shardings: of the state on a mesh; None: one device.
         step: `state, metrics = step(state, batches)`.
         batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
         spec, teacher_graph, match: of a distillation.
@@ -94,10 +94,10 @@ def build_run(
         args: the settings.
         student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
         teacher: the model that it learns from; None: supervised fine-tuning.
-        placement: the mesh that both lie on; None: one device.
+        placement: the mesh that both are sharded on; None: one device.
         total_steps: updates of the whole run, for the schedule.
         match: how the vocabularies face each other; None: as the tokenizers say.
-        process_shard: which rows this process makes.
+        process_shard: which rows this process prepares.
         engine: writes for the student in place of the built-in sampler.
         optimizers: the gradient transformation, and its learning rate at each update (for the log), in place of the settings'.
     """
@@ -110,9 +110,9 @@ def build_run(
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
     chunk = chunk_size(args.loss_chunk, student.model.platform)
     common = dict(optimizer=optimizer, schedule=schedule, shardings=shardings)
-    place = None if placement is None else placement.put_rows
+    put_rows = None if placement is None else placement.put_rows
     if teacher is None:
-        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=place)
+        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=put_rows)
         batches = student.chat_tokenizer and TokenBatchBuilder(
             student.chat_tokenizer, rows, eval_rows, args.max_length, counted_tokens(args), process_shard
         )
@@ -125,7 +125,7 @@ def build_run(
     freeze = teacher_shapes if abstract else freeze_teacher
     constants = freeze(teacher_graph, teacher_params, match.vocabulary, match.stops)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
-    step = Step(objective, optimizer, constants, shardings=shardings, device_put=place)
+    step = Step(objective, optimizer, constants, shardings=shardings, device_put=put_rows)
     batches = None
     if student.chat_tokenizer is not None:
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.

@@ -95,7 +95,7 @@ class Checkpoints:
         self._step: int | None = None  # of the save under way
         self._write_files: Callable[[], None] | None = None  # beside its arrays
         self.folder.mkdir(parents=True, exist_ok=True)
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # what fails is told by `say`, in one line
+        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
         self._manager = ocp.CheckpointManager(
             _absolute(self.folder),
             options=ocp.CheckpointManagerOptions(
@@ -169,7 +169,7 @@ class Checkpoints:
             return True
         except Exception as error:
             self.failed = describe_error(error)
-        with contextlib.suppress(Exception):  # what cannot be removed is in nobody's way but the disk's
+        with contextlib.suppress(Exception):  # leftovers only take space
             self._manager.reload()
             self.remove_unfinished()
         name = StepNames().build_name(step)

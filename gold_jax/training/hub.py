@@ -6,7 +6,7 @@ import shlex
 
 
 class HubError(RuntimeError):
-    """The hub refused or could not be reached; the text says where the model lies."""
+    """The hub refused or could not be reached; the text names the folder that holds the model."""
 
 
 class HubSilent(HubError):
@@ -68,7 +68,7 @@ def push_to_hub(
         The address of the commit.
 
     Raises:
-        HubError: with what went wrong, the folder in which the model lies, and the command that uploads it by hand.
+        HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
 

@@ -35,7 +35,7 @@ class MetricLog:
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
-    holds nothing up. An error in any of them is shown once and the run goes on; so is a tracker that does not answer,
+    delays nothing. An error in any of them is shown once and training continues; so is a tracker that does not answer,
     for which even `close` waits no longer than `PATIENCE`.
     """
 
@@ -147,7 +147,7 @@ class MetricLog:
 
 
 class _Sender:
-    """Sends to one tracker from a thread of its own: whether it answers concerns nobody else."""
+    """Sends to one tracker from a thread of its own, so that a tracker that hangs blocks nothing else."""
 
     def __init__(self, tracker: Tracker, complain: Callable[[str, str], None]):
         self._tracker, self._name, self._complain = tracker, type(tracker).__name__, complain
@@ -225,7 +225,7 @@ class RunningMean:
             self._weights[name] = self._weights[name] + weight
 
     def take(self) -> dict[str, Any]:
-        """The weighted means since the last call, as numbers or arrays; starts anew."""
+        """The weighted means since the last call, as numbers or arrays; resets them."""
         means = {name: total / self._weights[name] for name, total in self._sums.items()}
         self.__init__()
         return means

@@ -120,7 +120,7 @@ class Loop:
         """Sets a run up; computes nothing.
 
         Args:
-            run: what `build_run` gives. Nobody else may hold its parameters, because updates donate them.
+            run: what `build_run` gives. Its parameters must not be used elsewhere, because updates donate them.
             student: name and tokenizer of the student; its model is in `run`.
             data: the rows.
             args: the settings.
@@ -168,8 +168,8 @@ class Loop:
     def train(self, resume: str | None = None) -> dict[str, float]:
         """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
 
-        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows begin anew. A
-        run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` goes on from one, as `--resume_from_checkpoint`
+        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows are new. A
+        run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint`
         does. What it refuses leaves all as it was.
 
         Raises:
@@ -221,13 +221,13 @@ class Loop:
         self._since, self._tokens, self._table_due = time.perf_counter(), 0, 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         for step in self._steps():
-            if batch is None:  # asked to end
+            if batch is None:  # a signal came while it was built
                 return
             self.callbacks.call("on_step_begin")
             with annotate(DISPATCH):
                 self.state, metrics = run.step(self.state, batch.batches)  # asynchronous: returns before it is computed
                 current, self.done = batch, step + 1
-            # The device works on this update; the host meanwhile draws up the next one.
+            # While the device computes this update, the host prepares the next one.
             batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
             with annotate(WAITING):
                 self.watchdog.report(step + 1, watchdog.WAITING)
@@ -286,7 +286,7 @@ class Loop:
         )
 
     def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
-        """A shard whose exchanges the watchdog knows of: who comes first there waits for the others."""
+        """A shard whose collectives tell the watchdog that this process waits for the others."""
 
         def waited(exchange: Callable) -> Callable:
             def exchanged(values):
@@ -401,7 +401,7 @@ class Loop:
         )
 
     def _evaluate_before(self) -> Mapping[str, float]:
-        """The measures before the first update where they are asked for, or as the log of a resumed run has them."""
+        """The measures before the first update where they are requested, or as the log of a resumed run has them."""
         if logged := [row for row in self.history if row["step"] == 0]:
             before = logged[0]
         elif self.args.eval_on_start and self.done == 0:
@@ -427,7 +427,7 @@ class Loop:
     # the student
 
     def copy_model(self) -> Decoder:
-        """A copy of the student's model as it stands now, whose arrays nobody else holds."""
+        """A copy of the student's model as it stands now, with arrays of its own."""
         student = self.student.model
         return student.replace(jax.tree.map(jnp.copy, split(student)[1]))
 
@@ -479,8 +479,8 @@ class Loop:
         self._record_run_id()
 
     def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
-        """The checkpoint to go on from: its path, metadata and state."""
-        self.state = self.state._replace(optimizer=None)  # of an earlier `train`: no run goes on from it
+        """The checkpoint to resume from: its path, metadata and state."""
+        self.state = self.state._replace(optimizer=None)  # of an earlier `train`, which no run resumes
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
         shapes = self.run.shapes(params)
         abstract = self._named_for_checkpoints(shapes)
@@ -519,7 +519,7 @@ class Loop:
         self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
 
     def _record_run_id(self) -> None:
-        """Writes down whose logs and checkpoints these are from now on, where they lie."""
+        """Writes the id of this run to the folders of its logs and checkpoints."""
         for folder in (self.output, self.checkpoints.folder):
             set_current_run(folder, self.run_id)
 
@@ -541,9 +541,9 @@ class Loop:
 
     @annotate(SAVING)
     def _save_checkpoint(self) -> None:
-        """Begins to save all that the run needs to go on; the device goes on meanwhile."""
+        """Begins to save all that is needed to resume; asynchronous, the device keeps computing."""
         self.watchdog.report(self.done, "saving a checkpoint")
-        self._log.flush()  # no line up to here may be missing where the run goes on
+        self._log.flush()  # a resumed run continues the log from here
         student = None
         if jax.process_count() == 1:
             host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
@@ -565,11 +565,13 @@ class Loop:
         if self.done:
             self._save_checkpoint()
         saved = self.checkpoints.finish() and self.done > 0
-        outcome = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
+        saved_in = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
         if not saved:
-            outcome = f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+            saved_in = (
+                f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
+            )
         further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
-        self._say(f"{what} after {self.done} updates; {outcome}.{further}")
+        self._say(f"{what} after {self.done} updates; {saved_in}.{further}")
         raise KeyboardInterrupt if signals.requested == "interrupt" else Preempted
 
     def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:
@@ -586,7 +588,7 @@ class Loop:
             max_grad_norm=self.args.max_grad_norm,
             bf16=self.args.bf16,
         )
-        if self.nonfinite.total < self.done:  # the state of the last good update, to go on from with other settings
+        if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)
             self._save_checkpoint()
         self.checkpoints.finish()

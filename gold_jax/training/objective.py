@@ -4,7 +4,7 @@ The teacher's forward pass is a function of its own, `Objective.teacher_forward`
 and it depends on the teacher's tokens alone: it is compiled for their shapes and no others. Weights in a batch already
 hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
 
-Shapes: `S` packed lines of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W`
+Shapes: `S` packed sequences of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W`
 entries of the student's and teacher's vocabularies, `K` matched entries.
 """
 
@@ -84,7 +84,7 @@ def make_distillation_loss(
         if frozen.config.tied:
             packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
         hidden = _hidden("teacher", frozen, packed)
-        # The student's program sees few different sizes, though the teacher's lines come in more.
+        # The student's program sees few different sizes, though the teacher's packed sequences come in more.
         extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
         return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
 
@@ -99,7 +99,7 @@ def make_distillation_loss(
 
     def compared(by_rows, heads, replicated):
         (hidden, batch), (weight, teacher_weight), (constants, config, teacher_config) = by_rows, heads, replicated
-        packed, order = hidden.shape[:2], constants.student_order
+        sequences_and_length, order = hidden.shape[:2], constants.student_order
         # Order the smaller: the head, or all its logits.
         if order is not None and batch.weight.size > hidden.shape[-1]:
             weight, order = _ordered(weight, order, constants.student_row_of_token), None
@@ -117,7 +117,7 @@ def make_distillation_loss(
             value, parts = distill_loss(
                 hidden,
                 head,
-                _with_flat_positions(batch.student, *packed),
+                _with_flat_positions(batch.student, *sequences_and_length),
                 batch.teacher.hidden,
                 Head(
                     teacher_weight,
@@ -137,7 +137,7 @@ def make_distillation_loss(
             total += spec.distillation_weight * value
         if spec.crossentropy_weight:
             plain = head._replace(temperature=1.0, stop_rows=None)
-            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *packed))
+            labels = batch.labels._replace(position=flatten_positions(batch.labels.position, *sequences_and_length))
             value, more = cross_entropy(hidden, plain, *labels, chunk=chunk)
             total += spec.crossentropy_weight * value
             parts = {**parts, "cross_entropy": value, "token_accuracy": more["correct"]}
@@ -150,24 +150,24 @@ def _ordered(head: jax.Array | HeadShard, order: jax.Array, inverse: jax.Array) 
     return jax.tree.map(lambda x: order_rows(x, order, inverse), head)
 
 
-def _with_flat_positions(side: Side, packed: int, length: int) -> Side:
-    """A side whose positions number the tokens of all lines that are here."""
-    base, inner = (flatten_positions(x, packed, length) for x in (side.base, side.inner_position))
+def _with_flat_positions(side: Side, sequences: int, length: int) -> Side:
+    """A side whose positions number the tokens of all packed sequences of this device, end to end."""
+    base, inner = (flatten_positions(x, sequences, length) for x in (side.base, side.inner_position))
     return side._replace(base=base, inner_position=inner)
 
 
 def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
-    """`compared(by_rows, heads, replicated)`, sums over positions, which every device of a mesh finds for positions of its own.
+    """`compared(by_rows, heads, replicated)`: sums over positions, of which every device of a mesh computes a part.
 
-    Rows are shared out to `data` and `fsdp`, and what their positions are compared on to the `tensor` devices of each.
-    A device sees heads whole, but only while it compares: a loss has many more positions than a head has columns, so
-    that it is less to send the head to the positions than their logits to each other.
+    Rows are sharded over `data` and `fsdp`, and the positions of each shard over its `tensor` devices. Heads are
+    all-gathered, but only while the loss is computed: a loss has many more positions than a head has columns, so that
+    sending the head to the positions is less traffic than exchanging their logits.
 
     Args:
         placements: of each head.
         by_rows: hidden states `[S, N, D]` and a batch.
         heads: `[V, D]` of either model.
-        replicated: what every device sees whole, arrays or not.
+        replicated: what every device has in full, arrays or not.
     """
     if placements[0] is None:
         return compared(by_rows, heads, replicated)

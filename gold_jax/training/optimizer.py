@@ -58,7 +58,7 @@ def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """For each parameter, whether weight decay applies to it: to all but norms and biases, told by their names.
+    """For each parameter, whether weight decay applies to it: to all but norms and biases, by their names.
 
     Args:
         params: a pytree whose paths hold the parameters' names: an `nnx.State`, a dict.

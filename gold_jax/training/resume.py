@@ -78,7 +78,7 @@ def describe_tokenizer(whose: str, chat_tokenizer: ChatTokenizer) -> dict[str, s
 
 
 def describe_weights(params: Any) -> str:
-    """The dtype of a model's parameters and a digest of all of them, whatever devices they lie on."""
+    """The dtype of a model's parameters and a digest of all of them, however they are sharded."""
     dtype = jax.tree.leaves(params)[0].dtype
     return f"{dtype} {_digest(np.asarray(checksums(named_arrays(params))).tobytes())}"
 
@@ -89,7 +89,7 @@ def _digest(content: str | bytes) -> str:
 
 
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
-    """Compares the run of a checkpoint with the one that is to go on from it.
+    """Compares the run of a checkpoint with the one that resumes from it.
 
     Returns:
         A line for each difference that changes what comes after.
@@ -145,7 +145,7 @@ def find_and_restore(
     say: Callable[[str], Any],
     last: int | None = None,
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
-    """The checkpoint to go on from: its folder, its metadata, and the state in it.
+    """The checkpoint to resume from: its folder, its metadata, and the state in it.
 
     Args:
         wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.

@@ -36,9 +36,9 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
         return ProcessShard()
     if jax.process_count() == 1:
         return ProcessShard.single_process(placement.row_shards)
-    owner, mine = placement.row_owners()
+    owner, local_shards = placement.row_owners()
     exchange = consensus.all_reduce_sum, consensus.all_reduce_max, consensus.all_gather_ragged
-    return ProcessShard(owner, mine, jax.process_index(), *exchange)
+    return ProcessShard(owner, local_shards, jax.process_index(), *exchange)
 
 
 def read_template(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that is asked to stop does so between two updates, with its state saved."""
+"""Ctrl-C and SIGTERM: a run stops between two updates, with its state saved."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class SignalHandler:
             raise _Interrupted
 
     def interruptible(self, function: Callable[..., T], *arguments: Any) -> T | None:
-        """What a function returns; None where it was not called, or cut short, because the run is asked to end."""
+        """What a function returns; None where it was not called, or cut short, because a signal was received."""
         try:
             self._interruptible = True
             return None if self.requested else function(*arguments)

@@ -35,16 +35,16 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """Where a state lies whose parameters lie where `params` (arrays or shapes) do: the optimizer's state of a parameter beside
-    it, scalars on every device."""
-    kept = jax.tree.map(lambda x: x.sharding, params)
-    one = jax.tree.leaves(kept)[0]
-    everywhere = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
+    """The shardings of a state, given its parameters (arrays or shapes): the optimizer's state of a parameter is sharded as the
+    parameter is, scalars are replicated."""
+    param_shardings = jax.tree.map(lambda x: x.sharding, params)
+    one = jax.tree.leaves(param_shardings)[0]
+    replicated = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
     state = jax.eval_shape(optimizer.init, params)
-    beside = optax.tree.map_params(
-        optimizer, lambda _, where: where, state, kept, transform_non_params=lambda _: everywhere
+    optimizer_shardings = optax.tree.map_params(
+        optimizer, lambda _, sharding: sharding, state, param_shardings, transform_non_params=lambda _: replicated
     )
-    return TrainState(kept, beside, everywhere, NonFiniteCounter(everywhere, everywhere))
+    return TrainState(param_shardings, optimizer_shardings, replicated, NonFiniteCounter(replicated, replicated))
 
 
 def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
@@ -56,7 +56,7 @@ def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainS
     """
     state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
     return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         state,
         state_shardings(optimizer, params),
     )
@@ -69,15 +69,15 @@ def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
         zero = jnp.zeros((), jnp.int32)
         return TrainState(None, optimizer.init(params), zero, NonFiniteCounter(zero, zero))
 
-    where = None if shardings is None else shardings._replace(params=None)
-    return jax.jit(rest, out_shardings=where)(params)._replace(params=params)
+    out_shardings = None if shardings is None else shardings._replace(params=None)
+    return jax.jit(rest, out_shardings=out_shardings)(params)._replace(params=params)
 
 
 class Program:
     """A jitted function that is compiled for new shapes before it runs, not while it does.
 
-    Compiling leaves some hundred MB behind on the host, which go back in between: a program's first run needs no more
-    memory than any other.
+    Compiling leaves some hundred MB behind on the host, which are released before the program runs: its first run needs
+    no more memory than any other.
     """
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
@@ -130,13 +130,13 @@ class Step:
             objective: what is minimised.
             optimizer: the transformation of gradients; None to evaluate alone.
             constants: the objective's.
-            shardings: where the state lies on a mesh, as `state_shardings`; None: one device.
+            shardings: of the state on a mesh, as `state_shardings`; None: one device.
             device_put: puts a batch of host arrays on the mesh; None: jit does.
         """
-        self.objective, self.constants, self._place = objective, constants, device_put
+        self.objective, self.constants, self._device_put = objective, constants, device_put
 
-        def constrained(tree, where):
-            return tree if shardings is None else jax.lax.with_sharding_constraint(tree, where)
+        def constrained(tree, sharding):
+            return tree if shardings is None else jax.lax.with_sharding_constraint(tree, sharding)
 
         def gradient(params, constants, batch):
             metrics, grads = jax.value_and_grad(objective.loss, has_aux=True)(params, constants, batch)
@@ -151,7 +151,7 @@ class Step:
                 updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
                 return optax.apply_updates(params, updates), optimizer_state
 
-            # One branch or the other, in place: to choose afterwards, old and new state would have to be held side by side.
+            # One branch or the other, in place: to choose afterwards would take memory for old and new state together.
             params, optimizer_state = jax.lax.cond(
                 finite, take, lambda params, state, _: (params, state), state.params, state.optimizer, grads
             )
@@ -218,7 +218,7 @@ class Step:
 
     def _with_teacher(self, batch: Any) -> Any:
         """A batch on the mesh, after the teacher's forward pass where there is a teacher."""
-        batch = batch if self._place is None else self._place(batch)
+        batch = batch if self._device_put is None else self._device_put(batch)
         if "teacher_forward" not in self.programs:
             return batch
         return with_hidden(batch, self.programs["teacher_forward"](self.constants, batch.teacher.packed))

@@ -36,9 +36,9 @@ def freeze_teacher(
 ) -> StepConstants:
     """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
-    The reordered head stands in the place of the teacher's own in the parameters of the result, so that it is not held
-    twice where nobody else holds the own one: of a teacher whose embedding is its head, tokens have to be looked up by
-    their `teacher_row_of_token`. The arrays given stay as they are.
+    In the parameters of the result the reordered head replaces the teacher's own, so that memory holds one head unless the
+    caller keeps the original. Where the embedding is the head (tied), tokens must therefore be looked up by their
+    `teacher_row_of_token`. The arrays given are not changed.
 
     Args:
         graph, params: the teacher, as `models.functional.split` gives it.
@@ -82,11 +82,11 @@ def teacher_shapes(
 ) -> StepConstants:
     """What `freeze_teacher` gives, as shapes with their shardings; the arguments are its own, `params` shapes too."""
     teacher = merge(graph, params)
-    where = teacher.placement
+    placement = teacher.placement
     head = teacher.head_weight()
 
     def integers(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if where is None else where.replicated)
+        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if placement is None else placement.replicated)
 
     def stop_rows(ids: Sequence[int]) -> jax.ShapeDtypeStruct | None:
         return integers(len(ids)) if len(ids) > 1 else None
@@ -119,7 +119,7 @@ def _with_head(model: Decoder, params: Params, head: jax.Array) -> Params:
 
 
 def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
-    """`head[order]`, lying where the head lies: a mesh cuts columns, never rows."""
+    """`head[order]`, sharded as the head: over columns, never over rows."""
     return jax.jit(lambda x: jnp.take(x, order, axis=0), out_shardings=head.sharding)(head)
 
 

@@ -58,7 +58,7 @@ class _Setup:
         Raises:
             ValueError: there is nothing to train on, or nothing to evaluate on where that was asked for.
         """
-        # A copy, checked again: what was set on the settings since they were made is held to the same rules.
+        # A copy, checked again: what was set on the settings since they were made is checked by the same rules.
         a = args.frozen_copy()
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             raise ValueError(
@@ -68,8 +68,8 @@ class _Setup:
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
-            asked = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
-            raise ValueError(f"{asked} needs rows to evaluate on: pass eval_dataset, or leave it out")
+            flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
+            raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
         train, evaluation = (
             None if rows is None else load_examples(rows, text_column=a.dataset_text_field)
             for rows in (train_dataset, eval_dataset)
@@ -134,7 +134,7 @@ class _Setup:
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             mesh = f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
-        about = {
+        facts = {
             "student": f"{student.name} ({config.family}, {size / 1e6:.1f} M parameters)",
             **rows,
             "data": f"{kept} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
@@ -144,11 +144,11 @@ class _Setup:
             "mesh": mesh,
             "output": self.args.output_dir,
         }
-        header(self.console, self.title, about, notices)
+        header(self.console, self.title, facts, notices)
 
 
 class _Trainer:
-    """What can be asked of a run that is set up, whatever it learns.
+    """What the trainers have in common: training, evaluation, saving and pushing of a run that is set up.
 
     Attributes:
         args: a frozen copy of the settings.

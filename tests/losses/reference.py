@@ -43,14 +43,14 @@ def merged(half: SideTokens, group: int, hidden, head, order, route, merge: str)
     tokens = half.completion[half.group == group]
     predict = np.exp(log_softmax(hidden @ head.T))
     text = np.prod([predict[p - 1, x] for p, x in zip(at, tokens)])
-    place = np.argsort(order)
+    row_of_token = np.argsort(order)
     if merge == "chain":
         inner = np.prod([predict[p - 1, x] for p, x in zip(at[:-1], tokens[:-1])])
-        return Side((predict[at[-1] - 1] * inner)[order], place[tokens[-1]], text, True, route)
+        return Side((predict[at[-1] - 1] * inner)[order], row_of_token[tokens[-1]], text, True, route)
     if merge == "observed":
         inner = np.prod([predict[p, x] for p, x in zip(at[1:], tokens[1:])])
-        return Side((predict[at[0]] * inner)[order], place[tokens[-1]], text, True, route)
-    return Side(predict[at[0] - 1][order], place[tokens[0]], text, len(at) == 1, route)
+        return Side((predict[at[0]] * inner)[order], row_of_token[tokens[-1]], text, True, route)
+    return Side(predict[at[0] - 1][order], row_of_token[tokens[0]], text, len(at) == 1, route)
 
 
 def jsd(p, q, beta):

@@ -144,18 +144,18 @@ def sides(rng, groups=40, masked=False, scaled=False):
     for size in (V, W):
         logp = reference.log_softmax(2 * rng.standard_normal((groups, size)))
         inner = np.where(rng.random(groups) < 0.5, 0.0, np.log(rng.random(groups)))
-        place = rng.integers(0, size, groups)
+        text_column = rng.integers(0, size, groups)
         route = np.sort(np.r_[rng.integers(0, 6, size - K - 2), K, K + masked]).astype(np.int32)
         event = np.r_[np.arange(K), route]
-        company = np.array([(event == e).sum() - (e <= K) for e in event])
+        siblings = np.array([(event == e).sum() - (e <= K) for e in event])
         if scaled:
             zero, whole = np.zeros(groups), np.ones(groups, bool)
-            side = GroupDistribution(logp + inner[:, None], -np.expm1(inner), place, zero, whole, route, company)
+            side = GroupDistribution(logp + inner[:, None], -np.expm1(inner), text_column, zero, whole, route, siblings)
         else:
-            side = GroupDistribution(logp, np.zeros(groups), place, inner, inner == 0, route, company)
-        text = np.exp(side.logp[np.arange(groups), place] + side.suffix_logp)
+            side = GroupDistribution(logp, np.zeros(groups), text_column, inner, inner == 0, route, siblings)
+        text = np.exp(side.logp[np.arange(groups), text_column] + side.suffix_logp)
         slow = [
-            reference.Side(np.exp(side.logp[i]), place[i], text[i], side.is_single_token[i], route)
+            reference.Side(np.exp(side.logp[i]), text_column[i], text[i], side.is_single_token[i], route)
             for i in range(groups)
         ]
         found.append((side, slow))
@@ -209,10 +209,10 @@ def one_side(logits, seed=0):
     groups = logits.shape[0]
     rng = np.random.default_rng(seed)
     inner = jnp.asarray(np.where(np.arange(groups) % 2, 0.0, -rng.random(groups)), jnp.float32)
-    place = jnp.asarray(rng.integers(0, logits.shape[1], groups))
+    text_column = jnp.asarray(rng.integers(0, logits.shape[1], groups))
     logp = jax.nn.log_softmax(logits)
     alone = jnp.zeros(logits.shape[1], int)
-    return GroupDistribution(logp, jnp.zeros(groups), place, inner, inner == 0, jnp.zeros(0, int), alone)
+    return GroupDistribution(logp, jnp.zeros(groups), text_column, inner, inner == 0, jnp.zeros(0, int), alone)
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])

@@ -129,11 +129,11 @@ def test_packing_puts_what_counts_in_front_in_order():
 def test_token_probabilities_follow_head_order_soft_cap_and_temperature(softcap):
     hidden, head = normal(2, 4, D), normal(V, D, seed=1)
     order = jnp.asarray(np.random.default_rng(3).permutation(V))
-    place = jnp.argsort(order)
+    row_of_token = jnp.argsort(order)
     position, token = jnp.array([[0, 3, 1]] * 2), jnp.array([[5, 16, 0], [2, 2, 9]])
     mask = jnp.array([[True, True, False], [True, False, True]])
     flat = position + 4 * jnp.arange(2)[:, None]
-    ours = token_logp(hidden, Head(head[order], place, softcap, 0.7), flat, token, mask, 2)
+    ours = token_logp(hidden, Head(head[order], row_of_token, softcap, 0.7), flat, token, mask, 2)
     logits = hidden @ head.T
     logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     logp = jax.nn.log_softmax(logits / 0.7)
@@ -147,19 +147,19 @@ def test_cross_entropy_is_the_weighted_negative_log_likelihood_with_its_gradient
     hidden, head = normal(2, 6, D), normal(V, D, seed=1)
     labels = jnp.array([[3, -1, 5, 7, -1, 2], [-1, -1, 4, 4, 1, -1]])
     weight = jnp.where(labels >= 0, 0.2, 0.0)
-    place, position = jnp.arange(V), jnp.arange(12).reshape(2, 6)
+    row_of_token, position = jnp.arange(V), jnp.arange(12).reshape(2, 6)
 
     def direct(hidden, head):
         logp = jax.nn.log_softmax(hidden @ head.T)
         return -jnp.sum(weight * jnp.take_along_axis(logp, jnp.maximum(labels, 0)[..., None], -1)[..., 0])
 
     def ours(hidden, head):
-        return cross_entropy(hidden, Head(head, place), position, labels, weight, chunk=4)[0]
+        return cross_entropy(hidden, Head(head, row_of_token), position, labels, weight, chunk=4)[0]
 
     got = jax.jit(jax.value_and_grad(ours, (0, 1)))(hidden, head)
     chex.assert_trees_all_close(got, jax.value_and_grad(direct, (0, 1))(hidden, head), rtol=2e-5, atol=2e-6)
     right = jnp.sum(jnp.where((hidden @ head.T).argmax(-1) == labels, weight, 0.0))
-    correct = cross_entropy(hidden, Head(head, place), position, labels, weight)[1]["correct"]
+    correct = cross_entropy(hidden, Head(head, row_of_token), position, labels, weight)[1]["correct"]
     np.testing.assert_allclose(correct, right, rtol=1e-6)
 
 

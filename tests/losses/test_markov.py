@@ -90,7 +90,7 @@ def both(student_entries, teacher_entries, count=12):
         *groups, groups_count = group_ends(*(e[e <= last] for e in ends))
         for side, (model, tokens, group) in enumerate(zip(models, readings, groups)):
             order = (vocabulary.student_order, vocabulary.teacher_order)[side]
-            place = np.argsort(order)
+            ranks = np.argsort(order)
             for g in range(1, groups_count):  # the first group has no state before it
                 (at,) = np.flatnonzero(group == g)[[0]]
                 inside = np.flatnonzero(group == g)
@@ -98,14 +98,14 @@ def both(student_entries, teacher_entries, count=12):
                 ids = [model.entries.index(tokens[i]) for i in inside]
                 rest = sum(np.log(q[i]) for q, i in zip(p[1:], ids[1:]))
                 with np.errstate(divide="ignore"):
-                    found[side].append((np.log(p[0])[order], place[ids[0]], rest, len(inside) == 1))
+                    found[side].append((np.log(p[0])[order], ranks[ids[0]], rest, len(inside) == 1))
                 assert at == inside[0]
     sides = []
     for side, route in enumerate((vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched)):
-        logp, place, rest, whole = map(np.array, zip(*found[side]))
+        logp, ranks, rest, whole = map(np.array, zip(*found[side]))
         event = np.r_[np.arange(k), route]
-        company = np.array([(event == e).sum() - 1 for e in event])
-        sides.append(GroupDistribution(logp, np.zeros(len(place)), place, rest, whole, route, company))
+        siblings = np.array([(event == e).sum() - 1 for e in event])
+        sides.append(GroupDistribution(logp, np.zeros(len(ranks)), ranks, rest, whole, route, siblings))
     return sides, Options(k, 0.0)
 
 

@@ -63,7 +63,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
     options = Options(vocabulary.matched, case["beta"], *weights)
     compare = bound("hybrid" if case["hybrid"] else "sorted", options)
     order = jnp.asarray(vocabulary.student_order)
-    place = jnp.argsort(order)
+    row_of_token = jnp.argsort(order)
     teacher_row_of_token = jnp.asarray(np.argsort(vocabulary.teacher_order))
     teacher_head = jnp.asarray(wt[vocabulary.teacher_order], jnp.float32)
     teacher_hidden = padded(ht, width(batch.teacher))
@@ -72,7 +72,7 @@ def check(case, rows, sizes, vocabulary: VocabularyMap):
     def loss(hidden, head, batch, teacher_hidden, teacher_head):
         return distill_loss(
             hidden,
-            Head(order_rows(head, order, place), place, temperature=0.9),
+            Head(order_rows(head, order, row_of_token), row_of_token, temperature=0.9),
             batch.student,
             teacher_hidden,
             Head(teacher_head, teacher_row_of_token, temperature=1.2),
@@ -126,10 +126,10 @@ def test_gkd_with_one_tokenizer_equals_trl(case):
     ]
     (batch,) = build_batches(made, 2, merge="chain", groups="all")
     batch = jax.tree.map(jnp.asarray, in_rows(batch))
-    place = jnp.arange(40)
+    row_of_token = jnp.arange(40)
 
     def loss(hidden):
-        heads = [Head(jnp.asarray(w, jnp.float32), place, temperature=case["temperature"]) for w in (ws, wt)]
+        heads = [Head(jnp.asarray(w, jnp.float32), row_of_token, temperature=case["temperature"]) for w in (ws, wt)]
         return distill_loss(
             hidden, heads[0], batch.student, padded(ht[:, : hs.shape[1]], width(batch.student)), heads[1], batch.teacher,
             jnp.asarray(batch.weight), compare=bound("shared", Options(40, case["beta"])), overlap=Overlap(40), chunk=4,

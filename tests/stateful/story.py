@@ -202,16 +202,16 @@ class World:
 
     def gaps(self, model, chat_tokenizer) -> tuple:
         """The gaps of a model to the teacher, for a fixed key."""
-        teacher = self.participant(self.paths[1])
+        teacher = self.loaded_model(self.paths[1])
         options = {"max_new_tokens": 6, "key": jax.random.key(4), "batch_size": 3}
         try:
             return dataclasses.astuple(measure_gaps((model, chat_tokenizer), teacher[:2], self.prompts, **options))
         except ValueError as error:
             return (str(error),)
 
-    def participant(self, folder):
+    def loaded_model(self, folder):
         """A model and its chat tokenizer, loaded once."""
-        key = "participant", str(folder)
+        key = "loaded_model", str(folder)
         if key not in self.known:
             self.known[key] = load_model_and_tokenizer(str(folder), dtype="float32")
         return self.known[key]

@@ -64,7 +64,7 @@ class Caller:
         self.chat_tokenizers = [
             gold_jax.ChatTokenizer(AutoTokenizer.from_pretrained(world / n)) for n in ("student", "teacher")
         ]
-        self.participants = [
+        self.loaded_models = [
             LoadedModel(model, chat_tokenizer, "mine")
             for model, chat_tokenizer in zip((self.student, self.teacher), self.chat_tokenizers)
         ]
@@ -123,16 +123,16 @@ RETURN = {
         stop=tuple(chat_tokenizer.stop_ids for chat_tokenizer in c.chat_tokenizers),
         mask=c.mask,
     ),
-    "Codec": lambda c: [
+    "ChatTokenizer": lambda c: [
         (k.encode_prompts(c.prompts), k.encode_completions(["größer", "24"]), k.render(c.prompts[1]))
         for k in (gold_jax.ChatTokenizer(c.tokenizers[0], template_kwargs=c.settings["sft"]["template_kwargs"]),)
     ],
-    "Codec.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[0]).encode_turns(c.rows[0]["messages"]),
-    "Codec.with_context": lambda c: c.chat_tokenizers[0].with_context(c.prompts[1], "Be brief."),
+    "ChatTokenizer.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[0]).encode_turns(c.rows[0]["messages"]),
+    "ChatTokenizer.with_context": lambda c: c.chat_tokenizers[0].with_context(c.prompts[1], "Be brief."),
     "Decoder": lambda c: c.student(np.ones((1, 4), np.int32), np.ones((1, 4), bool)),
     "load_model": lambda c: gold_jax.load_model(c.world / "student"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.folder / "saved", dtype="bfloat16"),
-    "load_participant": lambda c: gold_jax.load_model_and_tokenizer(
+    "load_model_and_tokenizer": lambda c: gold_jax.load_model_and_tokenizer(
         c.student,
         c.tokenizers[0],
         dtype="bfloat16",
@@ -143,11 +143,11 @@ RETURN = {
         chat_template=c.template,
         template_kwargs=c.settings["sft"]["template_kwargs"],
     ),
-    "load_participant of a split model": lambda c: gold_jax.load_model_and_tokenizer(
+    "load_model_and_tokenizer of a split model": lambda c: gold_jax.load_model_and_tokenizer(
         c.split[1], c.tokenizers[1], dtype="float32", remat=True
     ),
     "inspect_pair": lambda c: gold_jax.inspect_pair(*c.tokenizers, c.texts),
-    "inspect_pair of participants": lambda c: gold_jax.inspect_pair(*c.participants, c.texts),
+    "inspect_pair of loaded models": lambda c: gold_jax.inspect_pair(*c.loaded_models, c.texts),
     "sample_completions": lambda c: gold_jax.sample_completions(
         c.student, c.chat_tokenizers[0], c.prompts, **c.drawing()
     ),
@@ -155,11 +155,11 @@ RETURN = {
         c.split[0], c.chat_tokenizers[0], c.prompts, **c.drawing()
     ),
     "score_completions": lambda c: gold_jax.score_completions(c.student, c.chat_tokenizers[0], c.examples),
-    "measure_gaps": lambda c: gold_jax.measure_gaps(*c.participants_as_pairs(), c.prompts, **c.drawing()),
+    "measure_gaps": lambda c: gold_jax.measure_gaps(*c.models_with_tokenizers(), c.prompts, **c.drawing()),
     "exact_match": lambda c: exact_match(c.student, c.chat_tokenizers[0], c.examples, max_new_tokens=4),
     "load_examples": lambda c: list(load_examples(c.rows)),
 }
-Caller.participants_as_pairs = lambda self: [tuple(who[:2]) for who in self.participants]
+Caller.models_with_tokenizers = lambda self: [tuple(who[:2]) for who in self.loaded_models]
 
 BAD_ROWS = [{"prompt": 3, "completion": "x"}]
 RAISE = {
@@ -182,18 +182,18 @@ RAISE = {
     "SFTTrainer with the wrong tokenizer": lambda c: c.trainer("sft", processing_class=c.folder / "nothing"),
     "SFTTrainer.evaluate without rows": lambda c: c.trainer("sft", eval_dataset=None).evaluate(),
     "SFTTrainer.save_model under a file": lambda c: c.trainer("sft").save_model(c.world / "data/train.jsonl" / "x"),
-    "Codec whose template refuses": lambda c: gold_jax.ChatTokenizer(
+    "ChatTokenizer whose template refuses": lambda c: gold_jax.ChatTokenizer(
         c.tokenizers[0], chat_template="{{ raise_exception('no') }}"
     ).encode_prompts(c.prompts),
-    "Codec.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[1]).encode_turns(
+    "ChatTokenizer.encode_turns": lambda c: gold_jax.ChatTokenizer(c.tokenizers[1]).encode_turns(
         [{"role": "x", "content": "y"}]
     ),
     "load_model": lambda c: gold_jax.load_model(c.folder / "none"),
     "save_model": lambda c: gold_jax.save_model(c.student, c.world / "data/train.jsonl" / "x"),
-    "load_participant": lambda c: gold_jax.load_model_and_tokenizer(
+    "load_model_and_tokenizer": lambda c: gold_jax.load_model_and_tokenizer(
         c.student, c.tokenizers[0], dtype="bfloat16", remat=True, eos_token="<no such>"
     ),
-    "load_participant of another's tokenizer": lambda c: gold_jax.load_model_and_tokenizer(
+    "load_model_and_tokenizer of another's tokenizer": lambda c: gold_jax.load_model_and_tokenizer(
         c.teacher, c.tokenizers[0], dtype="bfloat16", attention="no such"
     ),
     "inspect_pair": lambda c: gold_jax.inspect_pair(*c.tokenizers, {**c.texts, "blank": ""}),
@@ -204,7 +204,7 @@ RAISE = {
     "score_completions": lambda c: gold_jax.score_completions(
         c.student, c.chat_tokenizers[0], [*c.examples, *load_examples([{"prompt": "x"}])]
     ),
-    "measure_gaps": lambda c: gold_jax.measure_gaps(*c.participants_as_pairs(), [3], **c.drawing()),
+    "measure_gaps": lambda c: gold_jax.measure_gaps(*c.models_with_tokenizers(), [3], **c.drawing()),
     "load_examples": lambda c: list(load_examples(c.rows + BAD_ROWS)),
 }
 

@@ -16,13 +16,13 @@ MORE = [USER, ANSWER, {"role": "user", "content": "and?"}, {"role": "assistant",
 
 
 @functools.cache
-def chatml_codec():
+def chatml_tokenizer():
     return ChatTokenizer(toys.byte_level(template=toys.CHATML))
 
 
 @pytest.fixture
 def chatml():
-    return chatml_codec()
+    return chatml_tokenizer()
 
 
 @pytest.fixture(scope="module")
@@ -319,7 +319,7 @@ def test_the_blank_of_the_template_is_no_part_of_a_drawn_completion(llama2):
 @given(st.lists(st.integers(-2, 430), max_size=12))
 @settings(max_examples=300, deadline=None)
 def test_any_ids_keep_the_longest_whole_prefix(ids):
-    chat_tokenizer = chatml_codec()
+    chat_tokenizer = chatml_tokenizer()
     drawn = completion_from_ids(chat_tokenizer, ids)
     limit = ids.index(chat_tokenizer.stop_id) if chat_tokenizer.stop_id in ids else len(ids)
     best = 0
@@ -364,7 +364,7 @@ def test_thinking_can_be_turned_off(assets):
         ("tokenizers/gpt2", "<|endoftext|>", "User"),
     ],
 )
-def test_real_codecs(assets, folder, stop, begin):
+def test_real_tokenizers(assets, folder, stop, begin):
     from transformers import AutoTokenizer
 
     chat_tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(assets / folder))

@@ -19,7 +19,7 @@ USER = [{"role": "user", "content": "the fox?"}]
 AFTER = [None, USER, "the dog", ""]
 
 
-def toy_codec(name: str) -> ChatTokenizer | None:
+def toy_chat_tokenizer(name: str) -> ChatTokenizer | None:
     tokenizer = toys.EVERY[name]()
     if name == "tiktoken":  # has no end token and no template: it encodes for others alone
         return None
@@ -29,8 +29,8 @@ def toy_codec(name: str) -> ChatTokenizer | None:
 
 
 @functools.cache
-def toy_codecs() -> dict[str, ChatTokenizer]:
-    chat_tokenizers = {name: toy_codec(name) for name in toys.EVERY}
+def toy_chat_tokenizers() -> dict[str, ChatTokenizer]:
+    chat_tokenizers = {name: toy_chat_tokenizer(name) for name in toys.EVERY}
     chat_tokenizers["llama2"] = ChatTokenizer(toys.sentencepiece(template=toys.LLAMA2))
     chat_tokenizers["chatml"] = ChatTokenizer(toys.byte_level(template=toys.CHATML))
     chat_tokenizers["chatml wordpiece"] = ChatTokenizer(toys.word_piece(template=toys.CHATML))
@@ -94,7 +94,7 @@ def drawn_ids(chat_tokenizer: ChatTokenizer, rng: np.random.Generator, count: in
 
 @pytest.mark.parametrize("name", NAMES)
 def test_whatever_a_model_draws_nothing_shifts(name):
-    chat_tokenizer, rng = toy_codecs()[name], np.random.default_rng(3)
+    chat_tokenizer, rng = toy_chat_tokenizers()[name], np.random.default_rng(3)
     whole = 0
     for k, ids in enumerate(drawn_ids(chat_tokenizer, rng, 120)):
         whole += not check(chat_tokenizer, ids, AFTER[k % 4], toy_encoders()).invalid_utf8
@@ -105,14 +105,14 @@ def test_whatever_a_model_draws_nothing_shifts(name):
 @given(data=st.data())
 @settings(max_examples=20, deadline=None)
 def test_any_ids_give_valid_text(name, data):
-    chat_tokenizer = toy_codecs()[name]
+    chat_tokenizer = toy_chat_tokenizers()[name]
     ids = data.draw(st.lists(st.integers(-1, len(chat_tokenizer.surfaces)), max_size=12))
     check(chat_tokenizer, np.array(ids, np.int32), data.draw(st.sampled_from(AFTER)), {})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_tokens_of_a_text_are_read_back_as_that_text(name):
-    chat_tokenizer = toy_codecs()[name]
+    chat_tokenizer = toy_chat_tokenizers()[name]
     text = "the dog jumps over the fox"
     for after in AFTER:
         encoded = chat_tokenizer.encode_completion(text, after=after)
@@ -131,7 +131,7 @@ def word_pieces(chat_tokenizer, *strings):
 
 @pytest.fixture
 def bert():
-    return toy_codecs()["wordpiece"]
+    return toy_chat_tokenizers()["wordpiece"]
 
 
 def test_drawn_word_pieces_have_the_spans_of_their_decoded_text(bert):
@@ -170,19 +170,19 @@ def test_chinese_word_pieces_are_read_with_the_blanks_of_their_decoder(bert):
 @pytest.mark.parametrize("name", ["slow", "unigram words"])
 @pytest.mark.parametrize("after", AFTER)
 def test_a_blank_that_a_tokenizer_always_puts_is_no_part_of_the_text(name, after):
-    chat_tokenizer = toy_codecs()[name]
+    chat_tokenizer = toy_chat_tokenizers()[name]
     drawn = completion_from_ids(chat_tokenizer, word_pieces(chat_tokenizer, "▁the", "▁dog"), after=after)
     assert drawn.text == "the dog" and drawn.spans.tolist() == [[0, 3], [3, 7]]
 
 
 def test_a_blank_that_a_model_drew_after_a_plain_prompt_is_text():
-    chat_tokenizer = toy_codecs()["prepend"]
+    chat_tokenizer = toy_chat_tokenizers()["prepend"]
     assert completion_from_ids(chat_tokenizer, word_pieces(chat_tokenizer, "▁the"), after="so").text == " the"
     assert completion_from_ids(chat_tokenizer, word_pieces(chat_tokenizer, "▁the"), after="").text == "the"
 
 
 def test_a_character_cut_off_by_the_length_limit_is_left_out_with_the_token_that_begins_it():
-    chat_tokenizer = toy_codecs()["chatml"]
+    chat_tokenizer = toy_chat_tokenizers()["chatml"]
     ids = chat_tokenizer.encode_completion("the ☃").ids
     for cut in (1, 2):
         drawn = completion_from_ids(chat_tokenizer, ids[:-cut])

@@ -28,17 +28,17 @@ def test_a_slot_that_owns_a_token_holds_it_and_stands_at_the_same_depth_in_every
     width = packed.gather_index.shape[-1]
     for k in range(3):
         for i, row in enumerate(made[4 * k : 4 * k + 4]):
-            place = packed.gather_index[k, i, : len(row)]
-            assert packed.tokens[k, place].tolist() == row.tolist()
-            owner = packed.first_slot[k, place]
+            slots = packed.gather_index[k, i, : len(row)]
+            assert packed.tokens[k, slots].tolist() == row.tolist()
+            owner = packed.first_slot[k, slots]
             assert (owner % width).tolist() == list(range(len(row)))
-            assert (packed.gather_index[k].reshape(-1)[owner] == place).all()
+            assert (packed.gather_index[k].reshape(-1)[owner] == slots).all()
 
 
 def test_only_rows_that_agree_from_the_first_token_on_share():
     packed = pack(rows("ab", "cb", "ab"), 3)
-    place = packed.gather_index[0, :, :2].tolist()
-    assert place[0] == place[2] and not set(place[0]) & set(place[1])
+    slots = packed.gather_index[0, :, :2].tolist()
+    assert slots[0] == slots[2] and not set(slots[0]) & set(slots[1])
 
 
 def test_positions_number_the_tokens_of_each_line():

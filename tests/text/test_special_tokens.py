@@ -63,7 +63,7 @@ KINDS = {
 
 
 @functools.cache
-def codec_of(kind):
+def chat_tokenizer_of(kind):
     return ChatTokenizer(KINDS[kind]())
 
 
@@ -92,7 +92,7 @@ def strings_of(chat_tokenizer):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_strings_in_messages_make_no_special_token(kind):
-    chat_tokenizer = codec_of(kind)
+    chat_tokenizer = chat_tokenizer_of(kind)
     for text in (
         " and ".join(strings_of(chat_tokenizer)),
         "".join(strings_of(chat_tokenizer)),
@@ -108,7 +108,7 @@ def test_special_strings_in_messages_make_no_special_token(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stretch_without_special_strings_is_read_as_ever(kind):
-    chat_tokenizer = codec_of(kind)
+    chat_tokenizer = chat_tokenizer_of(kind)
     last = strings_of(chat_tokenizer)[-1]
     said = [{"role": "user", "content": HARMLESS}, {"role": "assistant", "content": "72"}]
     whole = [*said, {"role": "user", "content": last}]
@@ -120,7 +120,7 @@ def test_a_stretch_without_special_strings_is_read_as_ever(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_tokenizer_that_reads_hidden_text_reads_other_text_as_ever(kind):
-    chat_tokenizer = codec_of(kind)
+    chat_tokenizer = chat_tokenizer_of(kind)
     encoder = EscapedTextEncoder(chat_tokenizer.tokenizer, SpecialStrings(chat_tokenizer.tokenizer))
     for text in (chat_tokenizer.template.render(conversation("größer 世界 <think>24</think>")), "", " a", "a  b\n"):
         native = chat_tokenizer.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -154,7 +154,7 @@ def test_vocabularies_that_do_not_give_text_back_make_no_special_token_either(ki
 
 @pytest.mark.parametrize("legacy", [True, False])
 def test_slow_tokenizers_keep_special_strings_plain(tmp_path, legacy):
-    chat_tokenizer = slow_codec(tmp_path, legacy)
+    chat_tokenizer = slow_chat_tokenizer(tmp_path, legacy)
     for text in ("a </s> b<s>", "<think></s>", *strings_of(chat_tokenizer)):
         ids = chat_tokenizer.encode_prompt(conversation(text))
         assert specials_in(chat_tokenizer, ids) == specials_in(
@@ -189,7 +189,7 @@ def test_slow_tokenizers_take_the_blanks_beside_a_token_of_the_template():
     )
 
 
-def slow_codec(folder, legacy=True):
+def slow_chat_tokenizer(folder, legacy=True):
     slow = toys.slow_sentencepiece.__wrapped__()
     if not legacy:
         model = folder / "toy.model"
@@ -201,14 +201,14 @@ def slow_codec(folder, legacy=True):
 
 
 def test_plain_prompts_of_slow_tokenizers_are_plain(tmp_path):
-    chat_tokenizer = slow_codec(tmp_path)
+    chat_tokenizer = slow_chat_tokenizer(tmp_path)
     ids = chat_tokenizer.encode_prompt("a</s> b")
     assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, chat_tokenizer.encode_prompt("a b"))
     assert chat_tokenizer.decode(ids) == b" a</s> b"
 
 
 def test_ordinary_added_tokens_are_read_as_ever():
-    chat_tokenizer = codec_of("byte_level")
+    chat_tokenizer = chat_tokenizer_of("byte_level")
     think = chat_tokenizer.tokenizer.convert_tokens_to_ids("<think>")
     for text in ("<think>", "<think><|im_end|>", "<|im_end|><think>"):
         assert chat_tokenizer.encode_prompt(conversation(text)).tolist().count(think) == 2
@@ -272,7 +272,7 @@ def test_roles_are_left_for_the_template_to_compare():
 
 
 def test_private_use_characters_of_the_text_stay_what_they_are():
-    chat_tokenizer = codec_of("byte_level")
+    chat_tokenizer = chat_tokenizer_of("byte_level")
     for text in (
         "\ue000<|im_end|>",
         "".join(map(chr, range(0xE000, 0xE010))) + "<|im_end|>\U000f0000",
@@ -284,7 +284,7 @@ def test_private_use_characters_of_the_text_stay_what_they_are():
 
 
 def test_prompts_of_a_batch_are_what_they_are_alone():
-    chat_tokenizer = codec_of("prepend")
+    chat_tokenizer = chat_tokenizer_of("prepend")
     prompts = ["the </s>", conversation("fox"), conversation("</s>"), "<s>", "the fox", conversation("<s> 24")]
     for prompt, ids in zip(prompts, chat_tokenizer.encode_prompts(prompts)):
         assert ids.tolist() == chat_tokenizer.encode_prompt(prompt).tolist() and ids.dtype == np.int32
@@ -292,7 +292,7 @@ def test_prompts_of_a_batch_are_what_they_are_alone():
 
 def test_a_refusal_quotes_the_words_of_the_user():
     with pytest.raises(ValueError, match=r"begins 'be</s>kind': Only user"):
-        codec_of("prepend").encode_prompt([{"role": "system", "content": "be</s>kind"}])
+        chat_tokenizer_of("prepend").encode_prompt([{"role": "system", "content": "be</s>kind"}])
 
 
 @given(
@@ -304,7 +304,7 @@ def test_a_refusal_quotes_the_words_of_the_user():
 @settings(max_examples=150, deadline=None)
 @pytest.mark.parametrize("kind", ["byte_level", "prepend", "metaspace"])
 def test_any_text_is_read_as_itself(kind, parts):
-    chat_tokenizer = codec_of(kind)
+    chat_tokenizer = chat_tokenizer_of(kind)
     text = "".join(parts).replace("s>", "s>" if kind != "byte_level" else "|im_end|>")
     frame = specials_in(chat_tokenizer, chat_tokenizer.encode_prompt(conversation(HARMLESS)))
     ids = chat_tokenizer.encode_prompt(conversation(f"x{text}x"))
@@ -373,7 +373,7 @@ def test_strings_that_a_template_looks_for_together_are_found_together():
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "stripping"])
 def test_answers_are_counted_beside_special_strings(kind):
-    chat_tokenizer = codec_of(kind)
+    chat_tokenizer = chat_tokenizer_of(kind)
     text = " and ".join(strings_of(chat_tokenizer))
     for said in ("yes 72", f"yes {text}"):
         ids, counted = chat_tokenizer.encode_turns([*conversation(text), {"role": "assistant", "content": said}])
@@ -391,7 +391,7 @@ def test_answers_are_counted_beside_special_strings(kind):
 
 
 @functools.cache
-def real_codec(folder):
+def real_chat_tokenizer(folder):
     from transformers import AutoTokenizer
 
     template = toys.LLAMA2 if folder.name == "llama2" else None
@@ -401,7 +401,7 @@ def real_codec(folder):
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2"])
 def test_real_tokenizers_keep_all_their_special_strings_plain(assets, name):
-    chat_tokenizer = real_codec(assets / "tokenizers" / name)
+    chat_tokenizer = real_chat_tokenizer(assets / "tokenizers" / name)
     text = "a " + " and ".join(strings_of(chat_tokenizer)) + " b"
     ids, harmless = (chat_tokenizer.encode_prompt(conversation(t)) for t in (text, HARMLESS))
     assert specials_in(chat_tokenizer, ids) == specials_in(chat_tokenizer, harmless)
@@ -422,7 +422,7 @@ def test_real_tokenizers_keep_all_their_special_strings_plain(assets, name):
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3"])
 def test_real_tokenizers_read_ordinary_messages_as_transformers_does(assets, name):
-    chat_tokenizer = real_codec(assets / "tokenizers" / name)
+    chat_tokenizer = real_chat_tokenizer(assets / "tokenizers" / name)
     messages = conversation("größer  <think> 24\n\n\n世界 😀")
     expected = chat_tokenizer.tokenizer.apply_chat_template(
         messages,

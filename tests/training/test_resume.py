@@ -14,6 +14,7 @@ from rich.console import Console
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.training import loop
+from gold_jax.training.batches import TokenBatchBuilder
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import check_run, truncate_log
 from gold_jax.training.signals import Preempted
@@ -322,22 +323,16 @@ def endless(x):
 
 
 def poisoned(monkeypatch, updates):
-    """Windows whose loss is not finite in some updates (counted from 1)."""
-    make = SFTTrainer._make_loop
+    """Batches whose loss is not finite in some updates (counted from 1)."""
+    build = TokenBatchBuilder.build
 
-    def with_poison(self, task, *arguments):
-        train = task.batch_builder.build
+    def with_poison(self, step, examples, params):
+        made = build(self, step, examples, params)
+        if step + 1 in updates:
+            made.batches = [jax.tree.map(endless, batch) for batch in made.batches]
+        return made
 
-        def window(step, examples, params):
-            made = train(step, examples, params)
-            if step + 1 in updates:
-                made.batches = [jax.tree.map(endless, batch) for batch in made.batches]
-            return made
-
-        task.batch_builder.build = window
-        return make(self, task, *arguments)
-
-    monkeypatch.setattr(SFTTrainer, "_make_loop", with_poison)
+    monkeypatch.setattr(TokenBatchBuilder, "build", with_poison)
 
 
 def test_updates_that_are_not_finite_are_left_out_and_counted(world, tmp_path, monkeypatch):
