@@ -483,7 +483,7 @@ def test_trainers_measure_and_save_when_asked(world, tmp_path):
     tokenizer = tiny.student_tokenizer()
     trainer = SFTTrainer(str(world / "student"), args, rows, rows, processing_class=tokenizer)
     before = trainer.evaluate()
-    assert trainer.train().keys() == before.keys() >= {"eval_loss", "eval_bits_per_byte"}
+    assert trainer.train().metrics.keys() == before.keys() >= {"eval_loss", "eval_bits_per_byte"}
     assert tokenizer.eos_token == "<|im_end|>"  # the caller's tokenizer stays as it was
     assert (trainer.save_model(tmp_path / "elsewhere") / "model.safetensors").is_file()
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gold_jax import command, cpu
+from gold_jax import cli, cpu
 from gold_jax.losses.divergence import sorted_l1
 
 SCRIPT = """
@@ -49,7 +49,7 @@ def test_a_command_has_the_host_sort_and_the_library_does_not(monkeypatch):
     monkeypatch.setattr(cpu, "can_call_host", lambda: True)
     found = []
     assert not calls_back("auto") and not cpu.release_freed_memory()
-    command.run("test", lambda argv: found.append((argv, calls_back("auto"), calls_back("xla"))), ["--flag"])
+    cli.run("test", lambda argv: found.append((argv, calls_back("auto"), calls_back("xla"))), ["--flag"])
     assert found == [(["--flag"], True, False)]
     assert not calls_back("auto") and calls_back("host")
 
@@ -60,7 +60,7 @@ def test_a_command_that_fails_leaves_the_library_as_it_was():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        command.run("test", fails, [])
+        cli.run("test", fails, [])
     assert not cpu.sorts_on_host()
 
 

@@ -114,8 +114,8 @@ def _parser(classes: Sequence[type[Settings]], shown: Sequence[str], **options: 
             for field in fields:
                 own = [name for name, of in field_names(cls).items() if of == field.name]
                 said = f"{field.metadata['help']} [{default_text(field)}]"
-                if field.name == "loss_kwargs" and field.name in shown and (options := options_help()):
-                    said += f" {options}"
+                if field.name == "loss_kwargs" and field.name in shown and (known := options_help()):
+                    said += f" {known}"
                 group.add_argument(
                     *(f"--{name}" for name in own),
                     nargs="*",
