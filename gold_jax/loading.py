@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
 
@@ -114,11 +115,6 @@ def load_model_and_tokenizer(
                 "A model may have more rows than its tokenizer has ids, never fewer."
             )
     return LoadedModel(model, chat_tokenizer, name)
-
-
-def resolve_embedded(source: Any) -> Any:
-    """What comes with the package, by its `embedded:…` name; everything else as it is."""
-    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source
 
 
 def _model(
@@ -241,3 +237,24 @@ def as_loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
         raise ValueError("a model in memory needs its tokenizer: pass it too, as a name or an object")
     model = merge(*split(model)) if isinstance(model, tuple) else model
     return LoadedModel(model, as_chat_tokenizer(tokenizer), type(model).__name__)
+
+
+def read_template(path: str) -> str:
+    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
+
+    Raises:
+        FileNotFoundError: there is neither.
+        ValueError: that tokenizer has no template.
+    """
+    if os.path.isfile(path):
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    template = load_tokenizer(path).chat_template
+    if not isinstance(template, str):
+        raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")
+    return template
+
+
+def compute_dtype(bf16: bool | None) -> str:
+    """bfloat16 where asked for, or by default on accelerators; float32 on CPUs, which are no faster with less."""
+    wanted = jax.default_backend() != "cpu" if bf16 is None else bf16
+    return "bfloat16" if wanted else "float32"

@@ -13,7 +13,8 @@ from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
 from gold_jax.inspection.vocabularies import Vocabulary, compare
-from gold_jax.loading import LoadedModel, load_model_and_tokenizer, load_tokenizer, resolve_embedded
+from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, load_tokenizer
+from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.surface import surfaces_of
@@ -156,7 +157,6 @@ def _load_side(source: Any, role: str, bf16: bool | None, trust_remote_code: boo
             f"the {role} is a {type(source).__name__} without a model to read the texts with; give a LoadedModel, or the "
             "folder or hub id of a model, or compare the tokenizers alone (models=False)"
         )
-    from gold_jax.training.setting import compute_dtype
 
     dtype = compute_dtype(bf16)
     return load_model_and_tokenizer(

@@ -33,7 +33,7 @@ from gold_jax.models.safetensors_io import (
     write_json,
     write_tensors,
 )
-from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.quickstart import resolve_embedded
 
 # Parameter path -> tensor name after the prefix; {} is the layer. Matrices of layers are [out, in] in the file.
 NAMES = {
@@ -138,9 +138,7 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
     Raises:
         FileNotFoundError: neither a folder nor a model that the hub gave.
     """
-    if isinstance(name_or_path, str) and name_or_path.startswith(PREFIX):
-        return resolve(name_or_path)
-    path = pathlib.Path(name_or_path).expanduser()
+    path = pathlib.Path(resolve_embedded(name_or_path)).expanduser()
     if path.is_dir():
         return path
     name = str(name_or_path)

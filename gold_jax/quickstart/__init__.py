@@ -5,6 +5,7 @@
 """
 
 import pathlib
+from typing import Any
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 PREFIX = "embedded:"
@@ -39,3 +40,8 @@ def resolve(name: str) -> pathlib.Path:
             "again, or make the data with python -m tools.quickstart.build in a checkout"
         )
     return path
+
+
+def resolve_embedded(source: Any) -> Any:
+    """Where something lies that an `embedded:…` name stands for; everything else as it is."""
+    return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from gold_jax.quickstart import PREFIX, resolve
+from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import conversation_extras, describe_type, messages_of, optional_text, refuse_preferences
 from gold_jax.text.template import Conversation
 
@@ -130,7 +130,7 @@ def load_examples(
 def _load(name: str, config: str | None, split: str):
     import datasets
 
-    path = resolve(name) if name.startswith(PREFIX) else pathlib.Path(name).expanduser()
+    path = pathlib.Path(resolve_embedded(name)).expanduser()
     kind = _FORMATS.get(path.suffix)
     base = split.split("[")[0]
     if path.is_dir():

@@ -33,10 +33,11 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.scoring import evaluate_model
 from gold_jax.step_ranges import read_steps
+from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
-from gold_jax.training.batches import RowOrder, UpdateBatch, with_text_completion
+from gold_jax.training.batches import RowOrder, UpdateBatch
 from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run

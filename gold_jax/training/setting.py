@@ -1,4 +1,4 @@
-"""Where and in what precision a run is computed, who writes its completions, and small questions about its tokenizers."""
+"""Where a run is computed: its mesh, the rows of each process, and the server that writes its completions."""
 
 import os
 import pathlib
@@ -7,17 +7,10 @@ import jax
 
 from gold_jax.config import GOLDConfig
 from gold_jax.distributed import consensus
-from gold_jax.loading import load_tokenizer
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.sharding.mesh import make_mesh, mesh_sizes
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.process_shard import ProcessShard
-
-
-def compute_dtype(bf16: bool | None) -> str:
-    """bfloat16 where asked for, or by default on accelerators; float32 on CPUs, which are no faster with less."""
-    wanted = jax.default_backend() != "cpu" if bf16 is None else bf16
-    return "bfloat16" if wanted else "float32"
 
 
 def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
@@ -39,21 +32,6 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
     owner, local_shards = placement.row_owners()
     exchange = consensus.all_reduce_sum, consensus.all_reduce_max, consensus.all_gather_ragged
     return ProcessShard(owner, local_shards, jax.process_index(), *exchange)
-
-
-def read_template(path: str) -> str:
-    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
-
-    Raises:
-        FileNotFoundError: there is neither.
-        ValueError: that tokenizer has no template.
-    """
-    if os.path.isfile(path):
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    template = load_tokenizer(path).chat_template
-    if not isinstance(template, str):
-        raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")
-    return template
 
 
 def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:

@@ -14,22 +14,22 @@ from transformers.trainer_utils import TrainOutput
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
-from gold_jax.loading import LoadedModel, load_model_and_tokenizer
+from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
 from gold_jax.scoring import evaluate_model
 from gold_jax.sharding.mesh import describe_mesh
 from gold_jax.sharding.placement import Placement
+from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.training.batches import CheckedRows, check_evaluation, check_examples, with_text_completion
 from gold_jax.training.build import build_run, counted_tokens, match_pair
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.resume import describe_tokenizer, describe_weights
-from gold_jax.training.setting import completion_server, compute_dtype, place_run, process_shard_of, read_template
+from gold_jax.training.setting import completion_server, place_run, process_shard_of
 from gold_jax.training.tables import header
 from gold_jax.training.teacher import restore_teacher
 

@@ -118,7 +118,6 @@ RETURN = {
     "align": lambda c: gold_jax.align(*c.tokenizers, c.texts["one"]),
     "Alignment": lambda c: [str(x) for x in (gold_jax.align(*c.tokenizers, c.texts["one"]),)],
     "match_vocabularies": lambda c: gold_jax.match_vocabularies(*c.tokenizers, mask=c.mask),
-    "exact_match": lambda c: gold_jax.exact_match(c.student, c.tokenizers[0], c.rows[:1], max_new_tokens=2),
     "LoadedModel": lambda c: gold_jax.score_completions(
         gold_jax.LoadedModel(c.student, c.chat_tokenizers[0], "student"), rows=c.rows[:1]
     ),

@@ -4,8 +4,9 @@ import tiny_models as tiny
 from toy_tokenizers import byte_level
 
 from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.checks import check_examples, with_text_completion
 from gold_jax.text.data import Example, load_examples
-from gold_jax.training.batches import RowOrder, TokenBatchBuilder, check_examples, sampling_rows, with_text_completion
+from gold_jax.training.batches import RowOrder, TokenBatchBuilder, sampling_rows
 
 
 def chat_tokenizer():
