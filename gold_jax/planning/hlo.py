@@ -1,4 +1,4 @@
-"""The text of a compiled program (`compiled.as_text()`), read as far as planning needs it.
+"""The text of a compiled program (`compiled.as_text()`): its instructions, and how often each runs.
 
 A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is
 its value. Nothing is checked: the text is the compiler's.
@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 _NAME = re.compile(r"%?([\w.\-]+)")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
@@ -72,6 +74,61 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+
+
+class Execution(NamedTuple):
+    """An instruction where it runs.
+
+    Attributes:
+        inside: its computation.
+        instruction: itself.
+        times: how often it runs in one call of the program.
+        fused: whether it is part of a fusion or reduction, whose values between are in no memory.
+    """
+
+    inside: Computation
+    instruction: Instruction
+    times: int
+    fused: bool
+
+
+def executed(
+    program: Program, unknown_trips: int | Callable[[str], int] = 1
+) -> tuple[list[Execution], tuple[str, ...]]:
+    """Everything that runs, loops unrolled in number, and the loops that do not say how often they run.
+
+    Of a conditional the branch runs that makes most bytes. The two later instructions of something asynchronous name
+    what the first has called, and call nothing.
+
+    Args:
+        program: the program.
+        unknown_trips: how often a loop runs that does not say; or tells it from the loop's `op_name`.
+    """
+    loops: dict[str, str] = {}
+
+    @functools.cache
+    def made(name: str) -> int:
+        body = program.computations[name].instructions.values()
+        return sum(size(x.type) + sum(map(made, x.called)) for x in body)
+
+    def walk(name: str, times: int, fused: bool) -> Iterator[Execution]:
+        inside = program.computations[name]
+        for x in inside.instructions.values():
+            yield Execution(inside, x, times, fused)
+            if x.opcode == "while":
+                trips = trip_count(program, inside, x)
+                if trips is None:
+                    loops[x.name] = x.op_name
+                    trips = unknown_trips(x.op_name) if callable(unknown_trips) else unknown_trips
+                for part in ("condition", "body"):
+                    yield from walk(x.attribute(part), times * trips, fused)
+            elif x.opcode == "conditional":
+                yield from walk(max(x.called, key=made), times, fused)
+            elif not x.opcode.endswith(("-update", "-done")):
+                for called in x.called:
+                    yield from walk(called, times, fused or x.opcode not in ("call", "async-start"))
+
+    return list(walk(program.entry, 1, False)), tuple(sorted(loops.values()))
 
 
 def read(text: str) -> Program:
@@ -142,6 +199,11 @@ def top_level(text: str) -> list[str]:
 def elements(type_: str) -> list[str]:
     """The types in a tuple's; a type that is none, alone."""
     return top_level(type_[1:-1]) if type_.startswith("(") else [type_]
+
+
+def dimensions(type_: str) -> tuple[int, ...]:
+    """The shape of an array's type."""
+    return tuple(int(d.lstrip("<=")) for d in _ARRAY.search(type_)[2].split(",") if d)
 
 
 def size(type_: str) -> int:

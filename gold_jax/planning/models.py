@@ -1,23 +1,31 @@
-"""The models of a plan by their names, and what their vocabularies share, without any weight."""
+"""The models of a plan by their names, and what their vocabularies share, without any weight.
+
+`known_models.json` holds what the `config.json` of well-known models on the hub says of shapes and rotations: a family's
+common fields and, for each model, its sizes and the fields that are its own. Of Gemma 3's multimodal models it is the
+language part. An instruction-tuned model and its base have one shape.
+"""
 
 import difflib
+import functools
+import importlib.resources
+import json
 import pathlib
 import re
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from gold_jax.loading import stop_ids_of
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.hf_checkpoint import read_config
-from gold_jax.planning.known import CONFIGS, known_config
 from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.vocabulary import VocabularyMap
 
 # Of the smaller vocabulary: Llama 3.2 and Qwen 3 share 85 %, Gemma 3 and Qwen 3 63 % by surfaces.
 ASSUMED_SHARE = 0.72
+_SUFFIXES = ("-instruct", "-it", "-pt", "-base")
 
 
 class Model(NamedTuple):
@@ -46,6 +54,28 @@ class Vocabularies(NamedTuple):
 
     matched: int | None
     how: str
+
+
+@functools.cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Fields of `config.json` by hub id."""
+    data = json.loads((importlib.resources.files("gold_jax.planning") / "known_models.json").read_text())
+    configs = {}
+    for family in data["families"]:
+        for name, (*sizes, last) in family["models"].items():
+            own = last if isinstance(last, dict) else {}
+            configs[name] = family["shared"] | dict(zip(data["sizes"], sizes if own else [*sizes, last])) | own
+    return configs | {other: configs[name] for other, name in data["other_names"].items()}
+
+
+def known_config(name: str) -> DecoderConfig | None:
+    """The config of a model by its hub id, upper or lower case, base or instruction-tuned; None for one that is not known."""
+    configs, name = {known.lower(): fields for known, fields in known_models().items()}, name.strip().lower()
+    for known in (name, *(name.removesuffix(suffix) for suffix in _SUFFIXES)):
+        if known in configs:
+            fields = dict(configs[known])
+            return DecoderConfig.from_hf(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    return None
 
 
 def find_model(name: str, *, revision: str | None = None, role: str = "model") -> Model:
@@ -85,7 +115,7 @@ def find_model(name: str, *, revision: str | None = None, role: str = "model") -
 
 def _near(name: str) -> str:
     """Well-known models of nearly that name, in words."""
-    short = {known.split("/")[-1].lower(): known for known in CONFIGS}
+    short = {known.split("/")[-1].lower(): known for known in known_models()}
     found = difflib.get_close_matches(name.split("/")[-1].lower(), short, n=3, cutoff=0.5)
     return f" Known without the hub are {', '.join(short[key] for key in found)}." if found else ""
 
@@ -156,6 +186,3 @@ def _tokenizer(model: Model, name: str | None, trust_remote_code: bool):
         )
     except Exception:  # each library that reads them has its own errors for files that are not there
         return None
-
-
-__all__ = ["ASSUMED_SHARE", "Model", "Vocabularies", "find_model", "find_vocabularies"]
