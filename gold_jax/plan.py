@@ -96,14 +96,7 @@ def plan_run(
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
         teacher = find_model(name, revision=revision, role="teacher")
         progress("reading tokenizers")
-        vocabularies = find_vocabularies(
-            student,
-            teacher,
-            matched=args.matched,
-            teacher_tokenizer=training.teacher_tokenizer_name_or_path,
-            mask=tuple(training.projection_mask),
-            trust_remote_code=training.trust_remote_code,
-        )
+        vocabularies = find_vocabularies(student, teacher, training, matched=args.matched)
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
     request = PlanRequest(training, pair, topology, mesh, options["attn_implementation"])
     compiles = topology.kind == "tpu"

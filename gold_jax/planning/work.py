@@ -10,6 +10,8 @@ is `S(1)` in a layout) not at all.
 import math
 import re
 
+import numpy as np
+
 from gold_jax.planning import hlo
 from gold_jax.planning.collectives import is_piece, starts
 from gold_jax.planning.hlo import Computation, Execution, Instruction, Program
@@ -57,38 +59,20 @@ def _passes(x: Instruction) -> int:
 
 
 def _convolution(inside: Computation, x: Instruction) -> float:
-    """TPUs compute products as convolutions; batch axes are spatial ones of which padding leaves one tap each."""
-    sides = [hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2]]
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes)
-    left, right, out = (
-        dict(zip(names, shape)) for names, shape in zip(labels.groups(), [*sides, hlo.dimensions(x.type)])
-    )
-    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", (re.search(r"window=\{([^}]*)\}", x.attributes) or ["", ""])[1]))
+    """TPUs compute products as convolutions; batch axes are spatial ones, of which padding leaves one tap to each output."""
+    sides = [hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2]] + [hlo.dimensions(x.type)]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+    left, right, out = (dict(zip(names, shape)) for names, shape in zip(labels, sides))
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", x.attributes.partition("window={")[2].partition("}")[0]))
     taps = 1
-    for at, axis in enumerate(sorted(name for name in out if name.isdigit())):
-
-        def given(name: str, default: str, at: int = at) -> str:
-            return window[name].split("x")[at] if name in window else default
-
-        stride, spread, gap = (int(given(name, "1")) for name in ("stride", "rhs_dilate", "lhs_dilate"))
-        low = int(given("pad", "0_0").split("_")[0])
-        reach = (left[axis] - 1) * gap + 1
-        # For each tap, the outputs that it meets an entry (and no padding) from.
-        starts_ = (tap * spread - low for tap in range(right[axis]))
-        taps *= sum(_met(start, stride, out[axis], reach, gap) for start in starts_)
-    return 2.0 * left["b"] * right["i"] * out["f"] * taps / _batch_groups(x)
-
-
-def _met(start: int, stride: int, outputs: int, reach: int, gap: int) -> int:
-    if gap > 1:
-        return sum(0 <= start + at * stride < reach and (start + at * stride) % gap == 0 for at in range(outputs))
-    first, last = max(0, -(start // stride)), min(outputs - 1, (reach - 1 - start) // stride)
-    return max(0, last - first + 1)
-
-
-def _batch_groups(x: Instruction) -> int:
-    found = x.attribute("batch_group_count")
-    return int(found) if found else 1
+    for at, axis in enumerate(sorted(filter(str.isdigit, out))):
+        given = {name: values.split("x")[at] for name, values in window.items()}
+        stride, spread, gap = (int(given.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        low, reach = int(given.get("pad", "0_0").split("_")[0]), (left[axis] - 1) * gap + 1
+        # For each output and tap, the entry of the padded axis that they meet.
+        met = np.arange(out[axis])[:, None] * stride + np.arange(right[axis]) * spread - low
+        taps *= int(((met >= 0) & (met < reach) & (met % gap == 0)).sum())
+    return 2.0 * left["b"] * right["i"] * out["f"] * taps / int(x.attribute("batch_group_count") or 1)
 
 
 def _kernel(inside: Computation, x: Instruction) -> float:
