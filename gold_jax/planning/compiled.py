@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -64,25 +64,25 @@ def compile_plan(
     model, programs = Analytic(request), run.programs()
     costs = {name: model.cost(name) for name in programs}
     memories, code = [], 0
-    for number, (name, program) in enumerate(programs.items(), 1):
-        refused = any(memory.error and memory.program in STUDENT for memory in memories)
-        if name in leave_out or (name in STUDENT and refused):
+    for number, (name, (lower, arguments)) in enumerate(programs.items(), 1):
+        if name in leave_out or (name in STUDENT and any(memory.error for memory in memories)):
             continue  # a second program with the same gradient is refused as well, and takes as long
         progress(f"compiling {number} of {len(programs)}: {name}")
-        made = compile_program(program.lower, request.mesh, trips=run.trips)
-        code += made.code
-        needed = made.temporaries
-        if made.error is not None:
-            stated = stated_bytes(made.error)
-            needed = max(0, stated[0] - device_bytes(program.given)) if stated else 0
-        smaller = request.smaller_cache(device_bytes(run.cache())) if name == "decoding" else 0
+        begin = time.perf_counter()
+        compiled, laid_out, error = compile_program(lower)
+        seconds = time.perf_counter() - begin
+        if error is None:
+            needed, size, cost = read_program(compiled, laid_out, request.mesh, run.trips)
+            code += size
+            cost = dataclasses.replace(cost, model_flops=costs[name].model_flops)
+            costs |= dict.fromkeys(STUDENT if name in STUDENT else (name,), cost)  # both student's programs do the same
+        else:
+            stated = stated_bytes(error)
+            needed = max(0, stated[0] - device_bytes(arguments)) if stated else 0
+        transient = run.transient(name)
+        smaller = request.smaller_cache(transient["cache"]) if name == "decoding" else 0
         parts = {"smaller cache": smaller} if smaller > needed else {"temporaries": needed}
-        memories.append(ProgramMemory(name, {**run.transient(name), **parts}, made.seconds, made.error))
-        if made.error is None:
-            found = Cost(made.flops, costs[name].model_flops, made.hbm_bytes, made.sent)
-            for other in STUDENT if name in STUDENT else (name,):  # both student's programs do the same
-                if other in costs:
-                    costs[other] = found
+        memories.append(ProgramMemory(name, {**transient, **parts}, seconds, error))
     return Plan(request, {**run.resident(), "programs": code}, tuple(memories), costs, compiled=True)
 
 
@@ -96,13 +96,6 @@ def described_devices(topology: Topology) -> Sequence:
     return topologies.get_topology_desc(
         platform="tpu", topology_name=topology.compile_name, **topology.compile_options
     ).devices
-
-
-class _Given(NamedTuple):
-    """A program to compile: how it is lowered, and what of all that lies there it reads."""
-
-    lower: Callable[[], Any]
-    given: Any
 
 
 class PlannedRun:
@@ -152,7 +145,8 @@ class PlannedRun:
     def transient(self, program: str) -> dict[str, int]:
         """Bytes that are taken while a program runs and not always, by part; what it takes itself aside."""
         if program in ("prefill", "decoding"):
-            return {"decoding weights": device_bytes(self.decoding_weights()), "cache": device_bytes(self.cache())}
+            *cache, weights = self._sampling()
+            return {"decoding weights": device_bytes(weights), "cache": device_bytes(cache)}
         found = {"gradients": device_bytes(self.state.params)} if self.request.passes > 1 else {}
         if program != "optimizer":
             found["batch"] = device_bytes(self.batch())
@@ -160,8 +154,9 @@ class PlannedRun:
                 found["teacher's hidden states"] = device_bytes(self._hidden())
         return found
 
-    def programs(self) -> dict[str, _Given]:
-        """Every program of an update, of the names and in the order of `PlanRequest.programs`."""
+    def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
+        """Every program of an update, of the names and in the order of `PlanRequest.programs`: what lowers it, and what of all
+        that lies there it reads."""
         batch, found = self.batch(), {}
         step, params = self.run.step, self.state.params
         constants = step.constants
@@ -169,7 +164,7 @@ class PlannedRun:
         if self.request.reads:
             lines = batch.teacher.packed
             lower = functools.partial(step.programs["teacher_forward"].lower, constants, lines)
-            found["teacher"] = _Given(lower, (constants.teacher, lines))
+            found["teacher"] = lower, (constants.teacher, lines)
             batch, used = with_hidden(batch, self._hidden()), constants._replace(teacher=None)
         metrics = jax.eval_shape(step.objective.loss, params, constants, batch)
         metrics = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), metrics)
@@ -179,11 +174,11 @@ class PlannedRun:
         for name, values in given.items():
             rest = () if name == "update" else (constants, batch)
             lower = functools.partial(step.programs[name].lower, *values, *rest)
-            found[_STEP[name]] = _Given(lower, (values, rest and (used, batch)))
+            found[_STEP[name]] = lower, (values, rest and (used, batch))
         if self.request.samples:
             cache, decode_state, weights = self._sampling()
-            found["prefill"] = _Given(self._lower_prefill, (params, cache, decode_state))
-            found["decoding"] = _Given(self._lower_decode, (weights, cache, decode_state))
+            found["prefill"] = self._lower_prefill, (params, cache, decode_state)
+            found["decoding"] = self._lower_decode, (weights, cache, decode_state)
         return found
 
     @functools.cache  # noqa: B019  (lives as long as the plan)
@@ -214,14 +209,6 @@ class PlannedRun:
         step = self.run.step
         hidden = jax.eval_shape(step.objective.teacher_forward, step.constants, self.batch().teacher.packed)
         return _abstract(hidden, self.placement.sharding(ROW_AXES))
-
-    def cache(self) -> Any:
-        """The cache and what is known of the rows, as shapes on the mesh."""
-        return self._sampling()[:2]
-
-    def decoding_weights(self) -> Any:
-        """The copy of the weights that decoding reads, as shapes on the mesh."""
-        return self._sampling()[2]
 
     @functools.cache  # noqa: B019
     def _sampling(self) -> tuple:
@@ -260,55 +247,45 @@ class PlannedRun:
         )
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One compiled program, of one device.
-
-    Attributes:
-        temporaries: bytes that it needs while it runs: of all that the compiler lays out, what is neither argument nor result.
-            (Its `temp_size_in_bytes` adds up buffers that are not there at once.)
-        code: bytes of the program itself, which lies on the device as long as it may be called.
-        flops, hbm_bytes: what it computes, and moves between memory and compute.
-        sent: bytes by mesh axes.
-        seconds: that compiling took.
-        error: what the compiler said where it gave up; then the numbers are zero.
-    """
-
-    temporaries: int = 0
-    code: int = 0
-    flops: float = 0.0
-    hbm_bytes: float = 0.0
-    sent: dict[str, float] = dataclasses.field(default_factory=dict)
-    seconds: float = 0.0
-    error: str | None = None
-
-
-def compile_program(
-    lower: Callable[[], Any], mesh: Mapping[str, int], *, trips: int | Callable[[str], int] = 1
-) -> Program:
+def compile_program(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
     """Compiles a program for the devices of its shardings.
 
-    Args:
-        lower: gives the lowered program.
-        mesh: sizes of the mesh's axes.
-        trips: as `unknown_trips` of `hlo.executed`.
+    Returns:
+        The compiled program; bytes of all that the compiler laid out; and None, or what the compiler said where the
+        program needs more memory than a device has.
     """
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         try:
             compiled = lower().compile(compiler_options={"xla_dump_to": folder})
         except Exception as error:
             if "memory" not in str(error).lower():
                 raise
-            return Program(seconds=time.perf_counter() - start, error=" ".join(str(error).split()))
-        seconds, laid_out = time.perf_counter() - start, _laid_out(pathlib.Path(folder))
+            return None, 0, " ".join(str(error).split())
+        return compiled, _laid_out(pathlib.Path(folder)), None
+
+
+def read_program(
+    compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: int | Callable[[str], int] = 1
+) -> tuple[int, int, Cost]:
+    """What a compiled program takes of one device.
+
+    Args:
+        compiled, laid_out: as `compile_program` gives them.
+        mesh: sizes of the mesh's axes.
+        trips: as `unknown_trips` of `hlo.executed`.
+
+    Returns:
+        Bytes that it needs while it runs (of all that is laid out, what is neither argument nor result; its
+        `temp_size_in_bytes` adds up buffers that are not there at once); bytes of the program itself, which lies there
+        as long as it may be called; and what it costs.
+    """
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     temporaries = max(memory.peak_memory_in_bytes, laid_out) - memory.argument_size_in_bytes - fresh
     collectives = read_collectives(program, mesh, unknown_trips=trips)
     sent = {axes: collectives.over(axes).bytes for axes in collectives.by_axes}
-    work = read_work(program, hlo.executed(program, trips)[0])
-    return Program(temporaries, memory.generated_code_size_in_bytes, *work, sent, seconds)
+    flops, moved = read_work(program, hlo.executed(program, trips)[0])
+    return temporaries, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, sent)
 
 
 def _laid_out(folder: pathlib.Path) -> int:

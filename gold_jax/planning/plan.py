@@ -62,31 +62,28 @@ class Cost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Seconds that each resource alone would take; together they take at least as long as the slowest."""
-
-    compute: float
-    memory: float
-    interconnect: float
-
-    @property
-    def seconds(self) -> float:
-        """Of the slowest."""
-        return max(self.compute, self.memory, self.interconnect)
-
-    @property
-    def slowest(self) -> str:
-        """Its name, of `RESOURCES`."""
-        return max(RESOURCES, key=lambda name: getattr(self, name))
-
-
-@dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of an update, on one device: "teacher", "student", "optimizer", "prefill" or "decoding"."""
+    """A part of an update, on one device.
+
+    Attributes:
+        name: "teacher", "student", "optimizer", "prefill" or "decoding".
+        cost: what it takes.
+        resources: seconds that each of `RESOURCES` alone would take; together they take at least as long as the slowest.
+    """
 
     name: str
     cost: Cost
-    seconds: Roofline
+    resources: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The least time."""
+        return max(self.resources.values())
+
+    @property
+    def slowest(self) -> str:
+        """The resource that takes longest."""
+        return max(self.resources, key=self.resources.get)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,13 +137,14 @@ class Plan:
         for program, times in self.request.programs().items():
             name = STUDENT[0] if program in STUDENT else program
             found[name] = found.get(name, Cost()) + self.costs[program] * times
-        chip, mesh, topology = self.request.topology.chip, self.request.mesh, self.request.topology
+        topology = self.request.topology
 
-        def seconds(cost: Cost) -> Roofline:
-            sending = link_seconds(cost.sent, mesh, topology)
-            return Roofline(cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sending)
+        def phase(name: str, cost: Cost) -> Phase:
+            seconds = cost.flops / topology.chip.flops, cost.hbm_bytes / topology.chip.hbm_bandwidth
+            sending = link_seconds(cost.sent, self.request.mesh, topology)
+            return Phase(name, cost, dict(zip(RESOURCES, (*seconds, sending))))
 
-        return tuple(Phase(name, found[name], seconds(found[name])) for name in _ORDER if name in found)
+        return tuple(phase(name, found[name]) for name in _ORDER if name in found)
 
     @property
     def together(self) -> Cost:
@@ -156,7 +154,7 @@ class Plan:
     @property
     def seconds(self) -> float:
         """The least time of an update."""
-        return sum(phase.seconds.seconds for phase in self.phases)
+        return sum(phase.seconds for phase in self.phases)
 
     @property
     def tokens(self) -> int:
@@ -183,7 +181,7 @@ class Plan:
         """The resource that most of the time is for."""
         spent: dict[str, float] = {}
         for phase in self.phases:
-            spent[phase.seconds.slowest] = spent.get(phase.seconds.slowest, 0.0) + phase.seconds.seconds
+            spent[phase.slowest] = spent.get(phase.slowest, 0.0) + phase.seconds
         return max(spent, key=spent.get)
 
     @property

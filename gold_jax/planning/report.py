@@ -154,9 +154,9 @@ class Report:
                     {
                         "name": phase.name,
                         **dataclasses.asdict(phase.cost),
-                        "seconds": dataclasses.asdict(phase.seconds),
-                        "least": phase.seconds.seconds,
-                        "slowest": phase.seconds.slowest,
+                        "seconds": phase.resources,
+                        "least": phase.seconds,
+                        "slowest": phase.slowest,
                     }
                     for phase in plan.phases
                 ],

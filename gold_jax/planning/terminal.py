@@ -155,11 +155,10 @@ def _time(report: Report, console: Console) -> None:
         table.add_row(name, *map(amount, counts[:3]), *styled, Text(least, "bold"))
 
     for phase in plan.phases:
-        cost, line = phase.cost, phase.seconds
-        counts = [cost.flops, cost.hbm_bytes, sum(cost.sent.values())]
-        counts += [*(getattr(line, which) for which in RESOURCES), line.seconds]
+        cost = phase.cost
+        counts = [cost.flops, cost.hbm_bytes, sum(cost.sent.values()), *phase.resources.values(), phase.seconds]
         sums = [total + one for total, one in zip(sums, counts)]
-        row(_PHASES[phase.name], counts, line.slowest)
+        row(_PHASES[phase.name], counts, phase.slowest)
     table.add_section()
     row(Text("together", "bold"), sums, plan.slowest)
     put(console, table)

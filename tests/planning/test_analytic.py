@@ -16,7 +16,7 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.planning.analytic import Analytic, attention_product, layer_matrices, parameter_count
 from gold_jax.planning.compiled import PlannedRun, device_bytes
 from gold_jax.planning.hardware import read_topology
-from gold_jax.planning.plan import RESOURCES, Roofline
+from gold_jax.planning.plan import RESOURCES, Cost, Phase
 from gold_jax.planning.request import Pair, PlanRequest
 
 MATCHED = 354
@@ -213,7 +213,7 @@ def test_a_distillation_step_has_both_models():
     assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
 
 
-def test_a_roofline_names_the_resource_that_takes_longest():
+def test_a_phase_takes_as_long_as_its_slowest_resource():
     for slowest in RESOURCES:
-        line = Roofline(**dict.fromkeys(RESOURCES, 1.0) | {slowest: 2.0})
-        assert (line.seconds, line.slowest) == (2.0, slowest)
+        phase = Phase("student", Cost(), dict.fromkeys(RESOURCES, 1.0) | {slowest: 2.0})
+        assert (phase.seconds, phase.slowest) == (2.0, slowest)
