@@ -251,7 +251,7 @@ class Analytic:
             moved = self._layer_bytes(config) + activation_bytes(config, tokens, self.itemsize)
             layers = self._layer_bytes(config) / self.placement.tensor_size
             sent = _added(
-                _ring(placement, _width_axes(config, placement), layers), self._along_tensor(config, 2, tokens)
+                _ring(placement, _width_axes(config, placement)[0], layers), self._along_tensor(config, 2, tokens)
             )
         share, products = self.placement.tensor_size, _FLOAT32_PRODUCTS if self.itemsize == _FLOAT32 else 1
         return Cost(products * flops / share, needed / share, moved / share, sent)
@@ -288,11 +288,8 @@ class Analytic:
             moved += positions * self.teacher.vocab_size * _FLOAT32 * _FORWARD_PASSES
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
         own = (_FLOAT32 + c) / _FLOAT32 + (3 if program == STUDENT[1] else 1) + (0 if self.request.passes > 1 else 8)
-        return (
-            flops,
-            3 * (products + attention) + head + theirs,
-            moved + own * self.student_bytes * self.placement.tensor_size,
-        )
+        moved += own * self.student_bytes * self.placement.tensor_size
+        return flops, 3 * (products + attention) + head + theirs, moved
 
     def _token(self) -> tuple[float, float, Sent]:
         """FLOPs, bytes and what is sent for one token more of each row, half of the slots for completions in use."""
@@ -314,7 +311,7 @@ class Analytic:
         gathered, their float32 gradients summed."""
         config, placement, c = self.student, self.placement, self.itemsize
         layers, head = self._layer_bytes(config) / placement.tensor_size, config.vocab_size * config.width
-        width, cut = _width_axes(config, placement), _head_axes(config, placement)
+        width, cut = _width_axes(config, placement)
         parts = [
             _ring(placement, width, 3 * layers),
             _all_reduced(placement, width, layers),
@@ -325,7 +322,7 @@ class Analytic:
         if not config.tied:
             parts.append(_all_reduced(placement, cut, head * _FLOAT32))
         if self.request.reads:
-            axes = _head_axes(self.teacher, self.teacher_placement)
+            axes = _width_axes(self.teacher, self.teacher_placement)[1]
             parts.append(_ring(placement, axes, self.teacher.vocab_size * self.teacher.width * c))
         return _added(*parts)
 
@@ -388,14 +385,10 @@ def activation_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> float
     return float(tokens) * config.layers * each * itemsize
 
 
-def _width_axes(config: DecoderConfig, placement: Placement) -> tuple[str, ...]:
-    """The mesh axes that a layer's width is cut over."""
-    return sharded_axes(placement.param_sharding((config.width, config.mlp_width), ("embed", "mlp")), 0)
-
-
-def _head_axes(config: DecoderConfig, placement: Placement) -> tuple[str, ...]:
-    """The mesh axes that the embedding's and the head's width are cut over."""
-    return sharded_axes(placement.param_sharding((config.vocab_size, config.width), ("vocab", "embed")), 1)
+def _width_axes(config: DecoderConfig, placement: Placement) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The mesh axes that the width of layers, and that of the embedding and the head, are cut over."""
+    layer = sharded_axes(placement.param_sharding((config.width, config.mlp_width), ("embed", "mlp")), 0)
+    return layer, sharded_axes(placement.param_sharding((config.vocab_size, config.width), ("vocab", "embed")), 1)
 
 
 def _ring(placement: Placement, axes: tuple[str, ...], size: float) -> Sent:

@@ -78,7 +78,7 @@ def compile_plan(
             costs |= dict.fromkeys(STUDENT if name in STUDENT else (name,), cost)  # both student's programs do the same
         else:
             stated = stated_bytes(error)
-            needed = max(0, stated[0] - device_bytes(arguments)) if stated else 0
+            needed = max(0, stated - device_bytes(arguments)) if stated else 0
         transient = run.transient(name)
         smaller = request.smaller_cache(transient["cache"]) if name == "decoding" else 0
         parts = {"smaller cache": smaller} if smaller > needed else {"temporaries": needed}
@@ -300,13 +300,10 @@ def _laid_out(folder: pathlib.Path) -> int:
     )
 
 
-def stated_bytes(error: str) -> tuple[int, int] | None:
-    """What a refused program would have needed, its arguments too, and what there is, as the compiler says: «… (22.89G) exceeds
-    available HBM (15.75G)»."""
-    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds[^(]*\(([\d.]+)([KMGT])\)", error)
-    if not found:
-        return None
-    return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
+def stated_bytes(error: str) -> int | None:
+    """What a refused program would have needed, its arguments too: «… (22.89G) exceeds available HBM (15.75G)»."""
+    found = re.search(r"\(([\d.]+)([KMGT])\) exceeds", error)
+    return int(float(found[1]) * _UNITS[found[2]]) if found else None
 
 
 def device_bytes(tree: Any) -> int:

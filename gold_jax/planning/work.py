@@ -69,9 +69,10 @@ def _convolution(inside: Computation, x: Instruction) -> float:
         given = {name: values.split("x")[at] for name, values in window.items()}
         stride, spread, gap = (int(given.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
         low, reach = int(given.get("pad", "0_0").split("_")[0]), (left[axis] - 1) * gap + 1
-        # For each output and tap, the entry of the padded axis that they meet.
-        met = np.arange(out[axis])[:, None] * stride + np.arange(right[axis]) * spread - low
-        taps *= int(((met >= 0) & (met < reach) & (met % gap == 0)).sum())
+        # For each tap, the first and the last output that it meets an entry from; of dilated entries only one in `gap` is any.
+        start = np.arange(right[axis]) * spread - low
+        first, last = np.maximum(0, -(start // stride)), np.minimum(out[axis] - 1, (reach - 1 - start) // stride)
+        taps *= np.maximum(0, last - first + 1).sum() / gap
     return 2.0 * left["b"] * right["i"] * out["f"] * taps / int(x.attribute("batch_group_count") or 1)
 
 

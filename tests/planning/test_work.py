@@ -52,12 +52,13 @@ def test_a_loop_that_does_not_say_runs_as_often_as_it_is_told():
         ("f32[8,32]{1,0} dot(a, b), lhs_contracting_dims={1}, rhs_contracting_dims={0}", 2 * 8 * 16 * 32),
         # As TPUs multiply with several heads: one tap of each window is no padding.
         ("f32[8,5,4]{2,1,0} convolution(c, d), window={size=5 pad=4_4 rhs_reversal=1}, dim_labels=bf0_0oi->b0f", 2 * 8 * 16 * 20),
+        ("f32[8,5,4]{2,1,0} convolution(f, d), window={size=5 stride=4 lhs_dilate=5}, dim_labels=bf0_0oi->b0f", 2 * 8 * 16 * 20),
         ("f32[8,32]{1,0} add(e, e)", 0),
     ],
 )  # fmt: skip
 def test_products_are_counted_however_they_are_written(line, flops):
     shapes = {"a": "f32[8,16]{1,0}", "b": "f32[16,32]{1,0}", "c": "f32[8,16,1]{1,0,2}", "d": "f32[5,4,16]{2,1,0}"}
-    shapes["e"] = "f32[8,32]{1,0}"
+    shapes |= {"e": "f32[8,32]{1,0}", "f": "f32[8,16,5]{1,0,2}"}
     given = "".join(f"  {name} = {type_} parameter({at})\n" for at, (name, type_) in enumerate(shapes.items()))
     assert lines(f"{given}  ROOT r = {line}")[0] == flops
 
