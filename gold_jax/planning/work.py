@@ -130,20 +130,23 @@ def _taken(program: Program, body: Computation, value: Instruction) -> float:
     for user in body.instructions.values():
         if value.name not in user.operands:
             continue
-        if user.opcode == "bitcast":
+        if user.opcode == "bitcast" or _only_renames(program, user):
             total += _taken(program, body, user)
         elif user.opcode == "fusion":
             called = program.computations[user.called[0]]
-            total += sum(
-                _taken(program, called, _parameter(called, at))
-                for at, name in enumerate(user.operands)
-                if name == value.name
-            )
+            given = [at for at, name in enumerate(user.operands) if name == value.name]
+            total += sum(_taken(program, called, _parameter(called, at)) for at in given)
         elif user.opcode in _SLICES and user.operands[0] == value.name:
             total += hlo.size(user.type)
         elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
             total += hlo.size(value.type)
     return total
+
+
+def _only_renames(program: Program, x: Instruction) -> bool:
+    """Whether it is a fusion of nothing but a bitcast."""
+    called = program.computations[x.called[0]] if x.opcode == "fusion" else None
+    return called is not None and called.root.opcode == "bitcast" and len(called.instructions) == 2
 
 
 def _hbm(type_: str) -> int:

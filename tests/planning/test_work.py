@@ -100,3 +100,31 @@ sliced {
   i = s32[]{:S(2)} parameter(1)
   ROOT r = f32[10,256]{1,0} fusion(p, i), kind=kLoop, calls=sliced"""
     assert lines(body, inner)[1] == 2 * 1024
+
+
+def test_a_fusion_reads_what_a_fusion_in_it_reads():
+    inner = """
+renamed {
+  ROOT b = f32[16,160]{1,0} bitcast(p)
+  p = f32[10,256]{1,0} parameter(0)
+}
+
+sliced {
+  p = f32[10,256]{1,0} parameter(0)
+  ROOT s = f32[1,256]{1,0} slice(p), slice={[2:3], [0:256]}
+}
+
+outer {
+  p = f32[10,256]{1,0} parameter(0)
+  q = f32[10,256]{1,0} parameter(1)
+  x = f32[16,160]{1,0} fusion(p), kind=kLoop, calls=renamed
+  y = f32[1,256]{1,0} fusion(q), kind=kLoop, calls=sliced
+  m = f32[16]{0} reduce(x, x), dimensions={1}
+  n = f32[16]{0} reduce(y, y), dimensions={0}
+  ROOT r = f32[16]{0} add(m, n)
+}
+"""
+    body = """  p = f32[10,256]{1,0} parameter(0)
+  q = f32[10,256]{1,0} parameter(1)
+  ROOT r = f32[16]{0} fusion(p, q), kind=kLoop, calls=outer"""
+    assert lines(body, inner)[1] == 10 * 1024 + 1024 + 64
