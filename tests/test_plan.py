@@ -328,6 +328,8 @@ def test_a_pair_is_compiled_for_a_slice_that_is_not_here(world):
     most = max(moment["total"] for moment in memory["moments"])
     assert memory["peak_bytes"] == sum(memory["always"].values()) + most and memory["always"]["programs"] > 0
     assert {"fsdp", "tensor"} <= set(found["time"]["sent_bytes"])
+    for phase in found["time"]["phases"]:
+        assert 0.7 < phase["flops"] / phase["model_flops"] < 3 and phase["hbm_bytes"] > 0, phase["name"]
 
 
 @pytest.mark.slow
