@@ -8,7 +8,7 @@ student's step needs beside its arguments, by the compiler and by the formula, a
 
 import argparse
 
-from gold_jax.planning.environment import prepare
+from gold_jax.planning.hardware import prepare
 
 LONG = dict(lmbda=1.0, beta=0.0, max_prompt_length=512, max_completion_length=2048)
 SHORT = dict(lmbda=1.0, max_completion_length=512, max_length=1024)
@@ -32,12 +32,11 @@ def main() -> None:
     args = parser.parse_args()
     prepare()
     from gold_jax.config import GOLDConfig, SFTConfig
-    from gold_jax.planning.compiled import by_compiling
-    from gold_jax.planning.footprint import STUDENT
+    from gold_jax.planning.analytic import Analytic
+    from gold_jax.planning.compiled import compile_plan
     from gold_jax.planning.hardware import GIB, read_topology
-    from gold_jax.planning.known import known_config
-    from gold_jax.planning.plan import PlanRequest
-    from gold_jax.planning.sizes import Pair
+    from gold_jax.planning.models import known_config
+    from gold_jax.planning.request import STUDENT, Pair, PlanRequest
     from gold_jax.sharding.mesh import mesh_sizes
 
     print("| run | program | compiler, GiB | formula, GiB | formula less compiler |")
@@ -48,13 +47,11 @@ def main() -> None:
         training = (GOLDConfig if teacher else SFTConfig)(output_dir="unused", **settings)
         pair = Pair(known_config(student), teacher and known_config(teacher), matched)
         request = PlanRequest(training, pair, topology, mesh_sizes(mesh, topology.devices), None)
-        others = [program for program in request.footprint().programs() if program not in STUDENT]
-        for moment in by_compiling(request, leave_out=others).programs:
-            beside = request.footprint().transient(moment.program)
-            found = sum(count for part, count in moment.parts.items() if part not in beside)
-            formula = sum(request.footprint().temporaries(moment.program).values())
+        model = Analytic(request)
+        for memory in compile_plan(request, leave_out=set(request.programs()) - set(STUDENT)).programs:
+            found, formula = memory.parts["temporaries"], sum(model.temporaries(memory.program).values())
             print(
-                f"| {name} | {moment.program} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",
+                f"| {name} | {memory.program} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",
                 flush=True,
             )
 

@@ -8,12 +8,11 @@ from gold_jax.cli import require, run, show
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
 from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass
 from gold_jax.config.parsing import parse_args
-from gold_jax.planning.environment import need_compiler, prepare
-from gold_jax.planning.hardware import FORMS, read_topology
+from gold_jax.planning.hardware import FORMS, need_compiler, prepare, read_topology
 
 if TYPE_CHECKING:
     from gold_jax.planning.report import Report
-    from gold_jax.planning.sizes import Pair
+    from gold_jax.planning.request import Pair
 
 
 # fmt: off
@@ -51,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
         return
-    report.print()
+    from gold_jax.planning.terminal import show as show_report
+
+    show_report(report, Console())
 
 
 def plan_run(
@@ -76,13 +77,13 @@ def plan_run(
     if topology.kind == "tpu":
         need_compiler(topology.name)
     from gold_jax.planning.advice import advice
-    from gold_jax.planning.compiled import by_compiling
-    from gold_jax.planning.footprint import STUDENT
+    from gold_jax.planning.analytic import estimate
+    from gold_jax.planning.compiled import compile_plan
     from gold_jax.planning.models import find_model, find_vocabularies
-    from gold_jax.planning.plan import Plan, PlanRequest, by_arithmetic
+    from gold_jax.planning.plan import Plan
     from gold_jax.planning.report import Report
+    from gold_jax.planning.request import STUDENT, Pair, PlanRequest
     from gold_jax.planning.search import search
-    from gold_jax.planning.sizes import Pair
     from gold_jax.sharding.mesh import mesh_sizes
 
     mesh = mesh_sizes(training.mesh, topology.devices)
@@ -95,22 +96,15 @@ def plan_run(
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
         teacher = find_model(name, revision=revision, role="teacher")
         progress("reading tokenizers")
-        vocabularies = find_vocabularies(
-            student,
-            teacher,
-            matched=args.matched,
-            teacher_tokenizer=training.teacher_tokenizer_name_or_path,
-            mask=tuple(training.projection_mask),
-            trust_remote_code=training.trust_remote_code,
-        )
+        vocabularies = find_vocabularies(student, teacher, training, matched=args.matched)
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
     request = PlanRequest(training, pair, topology, mesh, options["attn_implementation"])
     compiles = topology.kind == "tpu"
 
     def shorter(way: PlanRequest) -> Plan:  # of two programs with the same gradient, the larger tells enough
-        return by_compiling(way, leave_out=STUDENT[:1] if way.args.gradient_accumulation_steps > 1 else ())
+        return compile_plan(way, leave_out=STUDENT[:1] if way.passes > 1 else ())
 
-    plan = by_compiling(request, progress) if compiles else by_arithmetic(request)
+    plan = compile_plan(request, progress) if compiles else estimate(request)
     found = None
     if args.search:
         found = search(plan, shorter if compiles else None, limit=args.search_limit, progress=progress)

@@ -216,7 +216,7 @@ def test_what_does_not_fit_says_what_to_change(told):
         assert one["peak"] == memory["peak_bytes"] - one["saves"]
         assert one["fits"] == (one["peak"] <= memory["limit_bytes"])
     shown = told(line)
-    assert "what would help, by arithmetic" in shown and advice[0]["flags"].split()[0] in shown
+    assert "what would help, by the analytic model" in shown and advice[0]["flags"].split()[0] in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -237,7 +237,7 @@ def test_the_search_ranks_several_meshes(planned, told, world):
     speeds = [one["tokens_per_second_per_chip"] for one in found if one["fits"]]
     assert len(speeds) == 5 and speeds == sorted(speeds, reverse=True)
     shown = told(f"{GPUS} {pair(world)} --search")
-    assert "ways to spread it, by arithmetic" in shown and "The first: --mesh" in shown
+    assert "ways to spread it, by the analytic model" in shown and "The first: --mesh" in shown
     # No number is cut off.
     assert max(map(len, shown.splitlines())) <= 80 and "…" not in shown
 
@@ -328,6 +328,8 @@ def test_a_pair_is_compiled_for_a_slice_that_is_not_here(world):
     most = max(moment["total"] for moment in memory["moments"])
     assert memory["peak_bytes"] == sum(memory["always"].values()) + most and memory["always"]["programs"] > 0
     assert {"fsdp", "tensor"} <= set(found["time"]["sent_bytes"])
+    for phase in found["time"]["phases"]:
+        assert 0.7 < phase["flops"] / phase["model_flops"] < 3 and phase["hbm_bytes"] > 0, phase["name"]
 
 
 @pytest.mark.slow

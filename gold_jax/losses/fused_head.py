@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
+INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
 
 
 def chunk_size(requested: int | None, platform: str | None = None) -> int:
@@ -189,6 +190,7 @@ def fused_linear_sum(
     return jax.lax.fori_loop(0, count, step, _zero_sums(fn, chunk, hidden, weight, shared, padded))
 
 
+@jax.named_scope(INNER_TOKENS)
 def _inner_logp_sums(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
     """The sum of each position's inner log-probabilities, `[P]`."""
     if inner is None:
@@ -261,6 +263,7 @@ def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> ja
     return add(total, full_blocks * GRADIENT_BLOCK_ROWS, rest) if rest else total
 
 
+@jax.named_scope(INNER_TOKENS)
 def _add_inner_gradients(token_fn, chunk, hidden, weight, inner: InnerTokens, d_scale, gradients):
     """The gradients with those of the inner tokens' log-probabilities added, each times its position's `d_scale`."""
     live = jnp.arange(inner.rows.shape[0]) < inner.live

@@ -1,18 +1,21 @@
-"""What to change where a plan does not fit, ordered by what it would save by arithmetic."""
+"""What to change where a plan does not fit, ordered by what it would save by the analytic model."""
 
 import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from gold_jax.config import GOLDConfig
+from gold_jax.losses.fused_head import chunk_size
+from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import Topology, read_topology
-from gold_jax.planning.meshes import mesh_flag, meshes
-from gold_jax.planning.plan import Plan, PlanRequest, by_arithmetic
+from gold_jax.planning.plan import Plan
+from gold_jax.planning.request import PlanRequest, mesh_flag, meshes
 
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LARGEST = 64  # how many times larger a slice may be that is suggested
+_LAST_RESORTS = ("slice", "length")  # kinds of changes that cost money or change the data
 _FLAGS = {"max_completion_length": "max_new_tokens"}
 
 
@@ -23,7 +26,7 @@ class Advice:
     Attributes:
         flags: the change as flags.
         why: what it does, in a few words.
-        peak: bytes of a device at its fullest then: the plan's, less what the change saves by arithmetic.
+        peak: bytes of a device at its fullest then: the plan's, less what the change saves.
         saves: bytes.
         fits: whether that is little enough.
     """
@@ -35,11 +38,10 @@ class Advice:
     fits: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Change:
+class _Change(NamedTuple):
     kind: str
     why: str
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    settings: dict[str, Any] = {}
     mesh: dict[str, int] | None = None
     topology: Topology | None = None
 
@@ -51,22 +53,25 @@ def advice(plan: Plan) -> tuple[Advice, ...]:
     are, where they can: fewer at a time are more micro-batches.
     """
     changes = list(_changes(plan.request))
-    estimated = functools.partial(_estimated, plan, by_arithmetic(plan.request).peak)
-    best = {}
+    estimated = functools.partial(_estimated, plan, estimate(plan.request).peak)
+    best: dict[str, Advice] = {}
     for change in changes:
         made = estimated([change])
         if made is not None and made.saves >= _WORTH * plan.limit:
-            rank = made.fits, -made.saves if made.fits else made.saves
-            best[change.kind] = max(best.get(change.kind, (rank, made)), (rank, made), key=lambda found: found[0])
-    found = sorted((made for _, made in best.values()), key=lambda made: -made.saves)
-    gentle = [change for change in changes if change.kind not in ("slice", "length")]
-    if any(kind not in ("slice", "length") and made.fits for kind, (_, made) in best.items()):
-        return tuple(found)
-    return (*found, *_together(gentle, estimated))
+            best[change.kind] = max(best.get(change.kind, made), made, key=_rank)
+    found = tuple(sorted(best.values(), key=lambda made: -made.saves))
+    if any(made.fits for kind, made in best.items() if kind not in _LAST_RESORTS):
+        return found
+    return found + _together([change for change in changes if change.kind not in _LAST_RESORTS], estimated)
+
+
+def _rank(made: Advice) -> tuple[bool, int]:
+    """The least change that is enough is best, or else the one that saves most."""
+    return made.fits, -made.saves if made.fits else made.saves
 
 
 def _together(changes: Sequence[_Change], estimated) -> tuple[Advice, ...]:
-    """Changes added one by one, always that which leaves least, until it fits; none where all of them are not enough."""
+    """Changes added one by one, always the best, until it fits; none where all of them are not enough."""
     chosen: list[_Change] = []
     while True:
         kinds = {change.kind for change in chosen}
@@ -74,11 +79,7 @@ def _together(changes: Sequence[_Change], estimated) -> tuple[Advice, ...]:
         tried = [(made, change) for made, change in tried if made is not None]
         if not tried:
             return ()
-        # The least change that is enough, or else the one that leaves least.
-        enough = [pair for pair in tried if pair[0].fits]
-        made, change = (
-            max(enough, key=lambda pair: pair[0].peak) if enough else min(tried, key=lambda pair: pair[0].peak)
-        )
+        made, change = max(tried, key=lambda pair: _rank(pair[0]))
         chosen.append(change)
         if made.fits:
             return (made,)
@@ -88,7 +89,7 @@ def _estimated(plan: Plan, before: int, changes: Sequence[_Change]) -> Advice | 
     """What changes would come to together; None where they make no run."""
     try:
         request, flags = _changed(plan.request, changes)
-        saves = before - by_arithmetic(request).peak
+        saves = before - estimate(request).peak
     except ValueError:
         return None
     peak = max(0, plan.peak - saves)
@@ -104,28 +105,19 @@ def _changed(request: PlanRequest, changes: Sequence[_Change]) -> tuple[PlanRequ
     settings = {name: value for change in changes for name, value in change.settings.items()}
     mesh = next((change.mesh for change in changes if change.mesh), request.mesh)
     topology = next((change.topology for change in changes if change.topology), None)
-    args, sizes = request.args, request.footprint()
-    rows, passes = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    asked_rows = settings.get("per_device_train_batch_size", rows)
-    whole, rest = divmod(sizes.rows * passes, mesh["data"] * mesh["fsdp"])
-    if topology is not None and (
-        rest or not whole
-    ):  # the rows are not enough for so many devices: there are more of them
+    rows, passes = request.args.per_device_train_batch_size, request.passes
+    whole, rest = divmod(request.rows * passes, mesh["data"] * mesh["fsdp"])
+    if topology is not None and (rest or not whole):  # there are more rows, for so many devices
         whole, rest = rows * passes, 0
-    if rest or not whole or whole % getattr(args, "num_generations", 1):
+    if rest or not whole or whole % getattr(request.args, "num_generations", 1):
         raise ValueError("the rows of an update cannot be shared out so")
-    at_once = math.gcd(whole, asked_rows)
-    for name, before, after in (
-        ("per_device_train_batch_size", rows, at_once),
-        ("gradient_accumulation_steps", passes, whole // at_once),
-    ):
-        settings.pop(name, None)
-        if after != before:
-            settings[name] = after
-    flags = (
-        [f"--topology {topology.name}"] if topology else [f"--mesh {mesh_flag(mesh)}"] if mesh != request.mesh else []
-    )
-    if topology and request.args.mesh not in (None, "auto"):
+    at_once = math.gcd(whole, settings.pop("per_device_train_batch_size", rows))
+    if at_once != rows:
+        settings["per_device_train_batch_size"] = at_once
+    if whole // at_once != passes:
+        settings["gradient_accumulation_steps"] = whole // at_once
+    flags = [f"--topology {topology.name}"] if topology else []
+    if request.args.mesh not in (None, "auto") if topology else mesh != request.mesh:
         flags.append(f"--mesh {mesh_flag(mesh)}")
     flags += [
         f"--{name}" if value is True else f"--{_FLAGS.get(name, name)} {value}" for name, value in settings.items()
@@ -135,7 +127,7 @@ def _changed(request: PlanRequest, changes: Sequence[_Change]) -> tuple[PlanRequ
 
 def _changes(request: PlanRequest) -> Iterator[_Change]:
     """Every change to try."""
-    args, sizes = request.args, request.footprint()
+    args = request.args
     rows = args.per_device_train_batch_size
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
@@ -144,20 +136,18 @@ def _changes(request: PlanRequest) -> Iterator[_Change]:
         yield _Change("checkpointing", "activations computed again", {"gradient_checkpointing": True})
     for name, whose in (("layout", "student"), ("teacher_layout", "teacher")):
         for layout, over in (("fsdp", "fsdp"), ("full", "data and fsdp")):
-            if getattr(args, name, layout) != layout and (whose == "student" or sizes.taught):
+            if getattr(args, name, layout) != layout and (whose == "student" or request.pair.teacher):
                 yield _Change(name, f"the {whose} cut over {over}", {name: layout})
     for mesh in meshes(request.topology.devices, request.pair):
         if mesh != request.mesh:
             yield _Change("mesh", "another mesh", mesh=mesh)
-    chunk = sizes.chunk
+    chunk = chunk_size(args.loss_chunk, request.platform)
     while chunk > 64:
         chunk //= 2
         yield _Change("chunk", "fewer positions' logits at once", {"loss_chunk": chunk})
-    if sizes.samples:
-        fewer = sizes.sampled_rows // 2 // sizes.shards * sizes.shards
-        while fewer:
-            yield _Change("sampled", "fewer completions at once", {"generation_batch_size": fewer})
-            fewer = fewer // 2 // sizes.shards * sizes.shards
+    fewer = request.sampled_rows if request.samples else 0
+    while fewer := fewer // 2 // request.shards * request.shards:
+        yield _Change("sampled", "fewer completions at once", {"generation_batch_size": fewer})
     yield from _shorter(args)
     yield from _larger(request)
 
@@ -198,6 +188,3 @@ def times_the_chips(topology: Topology, factor: int) -> Topology | None:
         return read_topology(f"{topology.chip.name}:{'x'.join(map(str, shape))}")
     except ValueError:
         return None
-
-
-__all__ = ["Advice", "advice", "times_the_chips"]

@@ -23,7 +23,7 @@ times the trips of the loops around it. A `-start` counts and its `-done` does n
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -51,10 +51,6 @@ class Traffic:
     def __add__(self, other: "Traffic") -> "Traffic":
         return Traffic(self.bytes + other.bytes, self.count + other.count)
 
-    def times(self, trips: int) -> "Traffic":
-        """The same, so many times."""
-        return Traffic(self.bytes * trips, self.count * trips)
-
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
@@ -62,7 +58,7 @@ class Collectives:
 
     Attributes:
         by_axes: by the mesh axes that its groups span, as "fsdp" or "data+fsdp" (in the mesh's order), and operation.
-        unknown_loops: where in the program the loops with collectives are whose trips nothing tells.
+        unknown_loops: where in the program the loops are that do not say how often they run.
     """
 
     by_axes: dict[str, dict[str, Traffic]]
@@ -78,110 +74,64 @@ class Collectives:
         return sum(map(self.over, self.by_axes), Traffic())
 
 
-_Tally = dict[tuple[str, str], Traffic]
-
-
-def read_collectives(text: str, mesh: Mapping[str, int], *, unknown_trips: int = 1) -> Collectives:
+def read_collectives(
+    text: str | Program, mesh: Mapping[str, int], *, unknown_trips: int | Callable[[str], int] = 1
+) -> Collectives:
     """The collectives of a compiled program.
 
     Args:
-        text: `compiled.as_text()`.
+        text: `compiled.as_text()`, or what `hlo.read` makes of it.
         mesh: sizes of the mesh's axes in its order, as `dict(mesh.shape)`. A device's id in the program is its position
             in the mesh, rows first.
-        unknown_trips: how often a loop runs that does not say.
+        unknown_trips: as in `hlo.executed`.
     """
-    tally = _Reader(hlo.read(text), dict(mesh), unknown_trips)
-    traffic, loops = tally.computation(tally.program.entry)
+    program, mesh = hlo.read(text) if isinstance(text, str) else text, dict(mesh)
+    started = {piece(x) for c in program.computations.values() for x in c.instructions.values() if starts(c, x)}
+    executions, loops = hlo.executed(program, unknown_trips)
     by_axes: dict[str, dict[str, Traffic]] = {}
-    for (axes, op), sent in sorted(traffic.items()):
-        by_axes.setdefault(axes, {})[op] = sent
-    return Collectives(by_axes, tuple(sorted(loops.values())))
+    for inside, x, times, _ in executions:
+        if x.opcode.removesuffix("-start") not in OPS:
+            continue
+        if piece(x) in started and is_piece(x) and not starts(inside, x):
+            continue
+        op, bytes_, axes = _collective(inside, x, mesh)
+        if axes:
+            found = by_axes.setdefault(axes, {})
+            found[op] = found.get(op, Traffic()) + Traffic(bytes_ * times, times)
+    return Collectives({axes: dict(sorted(by_axes[axes].items())) for axes in sorted(by_axes)}, loops)
 
 
-class _Reader:
-    """Walks a program's computations, each once."""
-
-    def __init__(self, program: Program, mesh: dict[str, int], unknown_trips: int):
-        self.program, self.mesh, self.unknown_trips = program, mesh, unknown_trips
-        self._done: dict[str, tuple[_Tally, dict[str, str]]] = {}
-        self._started = {
-            _piece(x) for c in program.computations.values() for x in c.instructions.values() if _starts(c, x)
-        }
-
-    def computation(self, name: str) -> tuple[_Tally, dict[str, str]]:
-        """Traffic of one run, and the loops of unknown trips in it: names, and where they come from."""
-        if name not in self._done:
-            inside = self.program.computations[name]
-            parts = (part for x in inside.instructions.values() for part in self._parts(inside, x))
-            self._done[name] = _added(parts)
-        return self._done[name]
-
-    def _parts(self, inside: Computation, instruction: Instruction):
-        op = instruction.opcode
-        if op.removesuffix("-start") in OPS:
-            yield self._collective(inside, instruction), {}
-        elif op == "while":
-            yield self._loop(inside, instruction)
-        elif op == "conditional":
-            branches = map(self.computation, instruction.called)
-            yield max(branches, key=lambda branch: sum(sent.bytes for sent in branch[0].values()), default=({}, {}))
-        elif not op.endswith(("-update", "-done")):  # these name what their -start has called
-            yield from map(self.computation, instruction.called)
-
-    def _loop(self, inside: Computation, loop: Instruction) -> tuple[_Tally, dict[str, str]]:
-        tally, loops = _added(self.computation(loop.attribute(part)) for part in ("condition", "body"))
-        if not tally:
-            return {}, {}
-        trips = hlo.trip_count(self.program, inside, loop)
-        if trips is None:
-            trips, loops = self.unknown_trips, {**loops, loop.name: loop.op_name}
-        return {key: sent.times(trips) for key, sent in tally.items()}, loops
-
-    def _collective(self, inside: Computation, instruction: Instruction) -> _Tally:
-        if _piece(instruction) in self._started and _is_piece(instruction) and not _starts(inside, instruction):
-            return {}
-        op = instruction.opcode.removesuffix("-start")
-        result = instruction.type
-        if instruction.opcode.endswith("-start") and op != "all-reduce":  # (operand, result, …)
-            result = hlo.elements(result)[1]
-        bytes_, groups = hlo.size(result), _groups(instruction, op, self.mesh)
-        if op in ("collective-permute", "collective-broadcast"):
-            return self._sent(op, groups, bytes_)
-        n = groups.shape[1]
-        if op == "reduce-scatter":
-            bytes_ *= n
-        elif op == "all-reduce" and _scatters(inside, instruction):
-            op = "reduce-scatter"
-        return self._sent(op, groups, bytes_ * (2 if op == "all-reduce" else 1) * (n - 1) / n)
-
-    def _sent(self, op: str, groups: np.ndarray, bytes_: float) -> _Tally:
-        axes = _spanned(groups, self.mesh)
-        return {(axes, op): Traffic(bytes_, 1)} if axes else {}
+def _collective(inside: Computation, x: Instruction, mesh: dict[str, int]) -> tuple[str, float, str]:
+    """What one collective is, the bytes that a device sends, and the axes along which its groups differ."""
+    op, result = x.opcode.removesuffix("-start"), x.type
+    if x.opcode.endswith("-start") and op != "all-reduce":  # (operand, result, …)
+        result = hlo.elements(result)[1]
+    bytes_, groups = hlo.size(result), _groups(x, op, mesh)
+    axes = _spanned(groups, mesh)
+    if op in ("collective-permute", "collective-broadcast"):
+        return op, bytes_, axes
+    n = groups.shape[1]
+    if op == "reduce-scatter":
+        bytes_ *= n
+    elif op == "all-reduce" and _scatters(inside, x):
+        op = "reduce-scatter"
+    return op, bytes_ * (2 if op == "all-reduce" else 1) * (n - 1) / n, axes
 
 
-def _added(parts: Iterable[tuple[_Tally, dict[str, str]]]) -> tuple[_Tally, dict[str, str]]:
-    tally: _Tally = {}
-    loops: dict[str, str] = {}
-    for more, found in parts:
-        loops |= found
-        for key, sent in more.items():
-            tally[key] = tally.get(key, Traffic()) + sent
-    return tally, loops
-
-
-def _is_piece(instruction: Instruction) -> bool:
+def is_piece(instruction: Instruction) -> bool:
+    """Whether it is one of several texts of an asynchronous TPU collective."""
     return "async_collective_fusion_config" in instruction.attributes
 
 
-def _piece(instruction: Instruction) -> tuple:
+def piece(instruction: Instruction) -> tuple:
     """What the pieces of one asynchronous TPU collective have in common."""
     found = re.search(r"replica_groups=.*?, [a-z]", instruction.attributes)
     return instruction.opcode, hlo.size(instruction.type), instruction.attribute("channel_id"), found and found[0]
 
 
-def _starts(inside: Computation, instruction: Instruction) -> bool:
+def starts(inside: Computation, instruction: Instruction) -> bool:
     """Whether it is the piece of an asynchronous TPU collective that starts it."""
-    return _is_piece(instruction) and any(
+    return is_piece(instruction) and any(
         instruction.name in x.operands and "AsyncCollectiveStart" in x.attributes for x in inside.instructions.values()
     )
 

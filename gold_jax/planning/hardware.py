@@ -1,6 +1,6 @@
-"""Accelerators by name: how much they hold, how fast they compute, read and talk; slices of them by a short text.
+"""Accelerators that need not be here: their figures by name, slices of them by a short text, what compiling for them needs.
 
-Every figure is that of one JAX device, the thing a mesh has positions for: a chip, or, on v3 and tpu7x, one of a chip's
+Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device, the thing a mesh has positions for: a chip, or, on v3 and tpu7x, one of a chip's
 two cores (`Chip.cores` tells). FLOP/s are dense bfloat16 with float32 sums.
 
 Sources. TPUs: the "System architecture" pages of docs.cloud.google.com/tpu (v3, v4, v5e, v5p, v6e, tpu7x); v3's and
@@ -15,13 +15,22 @@ cloud, or a DGX, has.
 
 import dataclasses
 import difflib
+import importlib.resources
+import importlib.util
+import json
 import math
+import os
 import re
+import sys
 
 GIB = 2**30
 
 # Of a GPU's memory, JAX takes this share when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
+# JAX runs on the CPU, on a TPU's host too; no metadata server is asked which TPU this is; and another process may hold libtpu.
+_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+# Without these libtpu complains that it cannot find them out. What they say does not change what it compiles.
+_QUIET = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,55 +65,22 @@ class Chip:
     wraps: int = 0
 
 
-def _tpu(name, gib, tflops, hbm, ici, network, host, *, cores=1, links, wraps) -> Chip:
-    """A row from the figures of a chip (GB/s), shared out over its cores; `gib` is a device's already."""
-    share = 1e9 / cores
-    network = None if network is None else network * share
-    memory = int(gib * GIB)
-    return Chip(name, memory, tflops * 1e12 / cores, hbm * share, ici * share, network, host, cores, links, wraps)
+def _chips(kind: str) -> dict[str, Chip]:
+    """The rows of `hardware.json`, whose figures are a chip's (GiB of a device, TFLOP/s, GB/s), shared out over its cores."""
+    data, found = _DATA[kind], {}
+    for name, row in data["chips"].items():
+        chip = dict(zip(data["columns"], row))
+        cores = chip.get("cores", 1)
+        hbm, link, network = (chip[key] and chip[key] * 1e9 / cores for key in ("hbm", "interconnect", "network"))
+        memory, flops, host = int(chip["gib"] * GIB), chip["tflops"] * 1e12 / cores, chip.get("host", 8)
+        links, wraps = chip.get("links", 1), chip.get("wraps", 0)
+        found[name] = Chip(name, memory, flops, hbm, link, network, host, cores, links, wraps)
+    return found
 
 
-def _gpu(name, gib, tflops, hbm, link, network) -> Chip:
-    network = None if network is None else network * 1e9
-    return Chip(name, int(gib * GIB), tflops * 1e12, hbm * 1e9, link * 1e9, network, 8)
-
-
-TPUS = {
-    chip.name: chip
-    for chip in (
-        _tpu("v3", 15.48, 123, 900, 328, None, 4, cores=2, links=4, wraps=32),
-        _tpu("v4", 30.75, 275, 1200, 300, None, 4, links=6, wraps=4),
-        _tpu("v5e", 15.75, 197, 819, 200, 3.125, 8, links=4, wraps=16),
-        _tpu("v5p", 95.74, 459, 2765, 600, 6.25, 4, links=6, wraps=4),
-        _tpu("v6e", 31.25, 918, 1640, 400, 12.5, 8, links=4, wraps=16),
-        _tpu("tpu7x", 94.75, 2307, 7380, 600, 12.5, 4, cores=2, links=6, wraps=4),
-    )
-}
-GPUS = {
-    chip.name: chip
-    for chip in (
-        _gpu("a10g-24gb", 22.0, 70, 600, 31.5, 1.5625),
-        _gpu("a100-40gb", 39.38, 312, 1555, 300, 25),
-        _gpu("a100-80gb", 79.14, 312, 2039, 300, 25),
-        _gpu("h100-80gb", 79.1, 989, 3350, 450, 50),
-        _gpu("h200-141gb", 139.7, 989, 4800, 450, 50),
-        _gpu("b200-180gb", 178.3, 2250, 8000, 900, 50),
-        _gpu("l4-24gb", 22.0, 121, 300, 31.5, 1.5625),
-        _gpu("l40s-48gb", 44.3, 362, 864, 31.5, None),
-        _gpu("rtx3090-24gb", 23.6, 71, 936, 31.5, None),
-        _gpu("rtx4090-24gb", 23.5, 165, 1008, 31.5, None),
-        _gpu("rtx5090-32gb", 31.3, 209, 1792, 63, None),
-    )
-}
-# What the cloud, or its users, call them besides.
-_OTHER_NAMES = {
-    "v5litepod": "v5e",
-    "v5lite": "v5e",
-    "v6": "v6e",
-    "trillium": "v6e",
-    "v7x": "tpu7x",
-    "ironwood": "tpu7x",
-}
+_DATA = json.loads((importlib.resources.files("gold_jax.planning") / "hardware.json").read_text())
+TPUS, GPUS = _chips("tpus"), _chips("gpus")
+_OTHER_NAMES = _DATA["other_names"]  # what the cloud, or its users, call them besides
 # The cloud's names count cores where a chip has two, whether or not JAX sees them: v4-8 is four chips.
 _COUNTED_IN_CORES = ("v3", "v4", "v5p", "tpu7x")
 _SMALL_CUBES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4)}  # the four chips of a host, then upward
@@ -249,3 +225,25 @@ def _nearest(name: str) -> str:
     known = {name: f"{name}-8" for name in TPUS} | {name: f"gpu:{name}" for name in GPUS}
     found = difflib.get_close_matches(name.split(":")[0], known, n=1, cutoff=0.5)
     return f" The nearest is {known[found[0]]}." if found else ""
+
+
+def prepare() -> None:
+    """Sets the environment in which JAX is to start; an already imported JAX is told to run on the CPU."""
+    os.environ.update(_ENVIRONMENT)
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+def need_compiler(topology: str) -> None:
+    """Sees that the TPU compiler is installed.
+
+    Raises:
+        ImportError: it is not; the text says how it gets there.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            f"planning for {topology} compiles the run's programs, which takes the TPU compiler (it needs no TPU): pip install "
+            "'gold_jax[tpu]', or libtpu alone. GPUs, such as gpu:8xh100-80gb, are planned without."
+        )

@@ -1,4 +1,4 @@
-"""The text of a compiled program (`compiled.as_text()`), read as far as planning needs it.
+"""The text of a compiled program (`compiled.as_text()`): its instructions, and how often each runs.
 
 A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is
 its value. Nothing is checked: the text is the compiler's.
@@ -7,7 +7,10 @@ its value. Nothing is checked: the text is the compiler's.
 import dataclasses
 import functools
 import math
+import operator
 import re
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 _NAME = re.compile(r"%?([\w.\-]+)")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
@@ -16,7 +19,11 @@ _CALLED = re.compile(
     r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)"
     r"=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
-_COMPARE = {"LT": 0, "LE": 1, "GT": 0, "GE": -1, "NE": 0}  # what the bound has to be moved by
+# How integers that loops count with are computed.
+_UNCHANGED = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
+_COMPARED = {name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")}
+_COMPUTED = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "compare": None}
+_MOST_TRIPS = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +79,61 @@ class Program:
 
     computations: dict[str, Computation]
     entry: str
+
+
+class Execution(NamedTuple):
+    """An instruction where it runs.
+
+    Attributes:
+        inside: its computation.
+        instruction: itself.
+        times: how often it runs in one call of the program.
+        fused: whether it is part of a fusion or reduction, whose values between are in no memory.
+    """
+
+    inside: Computation
+    instruction: Instruction
+    times: int
+    fused: bool
+
+
+def executed(
+    program: Program, unknown_trips: int | Callable[[str], int] = 1
+) -> tuple[list[Execution], tuple[str, ...]]:
+    """Everything that runs, loops unrolled in number, and the loops that do not say how often they run.
+
+    Of a conditional the branch runs that makes most bytes. The two later instructions of something asynchronous name
+    what the first has called, and call nothing.
+
+    Args:
+        program: the program.
+        unknown_trips: how often a loop runs that does not say; or tells it from the loop's `op_name`.
+    """
+    loops: dict[str, str] = {}
+
+    @functools.cache
+    def made(name: str) -> int:
+        body = program.computations[name].instructions.values()
+        return sum(size(x.type) + sum(map(made, x.called)) for x in body)
+
+    def walk(name: str, times: int, fused: bool) -> Iterator[Execution]:
+        inside = program.computations[name]
+        for x in inside.instructions.values():
+            yield Execution(inside, x, times, fused)
+            if x.opcode == "while":
+                trips = trip_count(program, inside, x)
+                if trips is None:
+                    loops[x.name] = x.op_name
+                    trips = unknown_trips(x.op_name) if callable(unknown_trips) else unknown_trips
+                for part in ("condition", "body"):
+                    yield from walk(x.attribute(part), times * trips, fused)
+            elif x.opcode == "conditional":
+                yield from walk(max(x.called, key=made), times, fused)
+            elif not x.opcode.endswith(("-update", "-done")):
+                for called in x.called:
+                    yield from walk(called, times, fused or x.opcode not in ("call", "async-start"))
+
+    return list(walk(program.entry, 1, False)), tuple(sorted(loops.values()))
 
 
 def read(text: str) -> Program:
@@ -144,6 +206,11 @@ def elements(type_: str) -> list[str]:
     return top_level(type_[1:-1]) if type_.startswith("(") else [type_]
 
 
+def dimensions(type_: str) -> tuple[int, ...]:
+    """The shape of an array's type."""
+    return tuple(int(d.lstrip("<=")) for d in _ARRAY.search(type_)[2].split(",") if d)
+
+
 def size(type_: str) -> int:
     """Bytes of an array, or of all arrays in a tuple, without what layouts pad."""
     total = 0.0
@@ -155,82 +222,62 @@ def size(type_: str) -> int:
 
 
 def trip_count(program: Program, inside: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs, where the text tells: what the compiler noted, or what it counts from, by and to.
+    """How often a while loop runs, where the text tells: what the compiler noted, or what counting comes to.
 
-    TPU programs come without the note. Their scans compare a counter, one element of the loop's tuple, with a constant.
+    TPU programs come without the note. Their scans compare a counter, one element of the loop's tuple, with a constant:
+    the integers in the tuple are computed, trip by trip, until the condition is false.
     """
     noted = re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes)
     if noted:
         return int(noted[1])
-    condition = program.computations[loop.attribute("condition")]
-    body = program.computations[loop.attribute("body")]
-    values = functools.partial(_carried_constant, inside, loop, body)
-    test, scope = condition.root, {}
-    if test.opcode == "fusion":
-        called = program.computations[test.called[0]]
-        scope = {x.name: test.operands[int(x.operands[0])] for x in _parameters(called)}
-        test = called.root
-    direction = test.attribute("direction")
-    if test.opcode != "compare" or direction not in _COMPARE:
+    condition, body = (program.computations[loop.attribute(part)] for part in ("condition", "body"))
+    start = _source(inside, loop.operands[0])
+    if start is None or {start.opcode, body.root.opcode} != {"tuple"}:
         return None
-    left, right = (_source(condition, scope.get(name, name)) for name in test.operands)
-    index, bound = _element(left), _constant(right)
-    if bound is None and _element(right) is not None:
-        bound = values(_element(right))
-    if index is None or bound is None:
-        return None
-    begin = _constant(_initial(inside, loop, index))
-    step = _step(body, index)
-    step = 1 if step is None and direction in ("LT", "LE", "NE") else step
-    if begin is None or not step:
-        return None
-    return max(0, math.ceil((bound + _COMPARE[direction] - begin) / step))
-
-
-def _parameters(computation: Computation):
-    return [x for x in computation.instructions.values() if x.opcode == "parameter"]
+    first = [_integer(program, inside, name, {}) for name in start.operands]
+    state = {index: value for index, value in enumerate(first) if value is not None}
+    for trip in range(_MOST_TRIPS):
+        goes_on = _integer(program, condition, condition.root.name, state)
+        if not goes_on:
+            return None if goes_on is None else trip
+        after = {index: _integer(program, body, body.root.operands[index], state) for index in state}
+        state = {index: value for index, value in after.items() if value is not None}
+    return None
 
 
 def _source(computation: Computation, name: str) -> Instruction | None:
     """The instruction that a value comes from, through what leaves it as it is."""
     found = computation.instructions.get(name)
-    while found and found.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier"):
+    while found and found.opcode in _UNCHANGED:
         found = computation.instructions.get(found.operands[0])
     return found
 
 
-def _constant(found: Instruction | None) -> int | None:
-    if found and found.opcode == "constant" and re.fullmatch(r"-?\d+", found.operands[0]):
-        return int(found.operands[0])
-    return None
+def _integer(
+    program: Program, computation: Computation, name: str, state: dict[int, int], given: tuple[int | None, ...] = ()
+) -> int | None:
+    """What an integer instruction comes to; None where that is not known.
 
-
-def _element(found: Instruction | None) -> int | None:
-    """Which element of the loop's tuple an instruction of its body or condition reads."""
-    return int(found.attribute("index")) if found and found.opcode == "get-tuple-element" else None
-
-
-def _initial(inside: Computation, loop: Instruction, index: int) -> Instruction | None:
-    made = _source(inside, loop.operands[0])
-    return _source(inside, made.operands[index]) if made and made.opcode == "tuple" else None
-
-
-def _carried_constant(inside: Computation, loop: Instruction, body: Computation, index: int) -> int | None:
-    """What an element of the loop's tuple is, if it starts as a constant and the body hands it on."""
-    if body.root.opcode != "tuple" or _element(_source(body, body.root.operands[index])) != index:
+    Args:
+        program, computation, name: the instruction.
+        state: known elements of the tuple that the computation is given.
+        given: of a fused computation, its parameters.
+    """
+    x = _source(computation, name)
+    if x is None:
         return None
-    return _constant(_initial(inside, loop, index))
-
-
-def _step(body: Computation, index: int) -> int | None:
-    """What the body adds to its counter."""
-    made = _source(body, body.root.operands[index]) if body.root.opcode == "tuple" else None
-    if not made or made.opcode not in ("add", "subtract"):
+    if x.opcode == "constant":
+        return int(x.operands[0]) if re.fullmatch(r"-?\d+", x.operands[0]) else None
+    if x.opcode == "parameter":
+        return given[int(x.operands[0])] if given else None
+    if x.opcode == "get-tuple-element":
+        of = _source(computation, x.operands[0])
+        return state.get(int(x.attribute("index"))) if of and of.opcode == "parameter" else None
+    if x.opcode not in ("fusion", *_COMPUTED):
         return None
-    left, right = (_source(body, name) for name in made.operands)
-    if made.opcode == "add" and _element(left) is None:
-        left, right = right, left
-    by = _constant(right)
-    if _element(left) != index or by is None:
-        return None
-    return by if made.opcode == "add" else -by
+    operands = tuple(_integer(program, computation, operand, state, given) for operand in x.operands)
+    if x.opcode == "fusion":
+        called = program.computations[x.called[0]]
+        return _integer(program, called, called.root.name, {}, operands)
+    compute = _COMPARED.get(x.attribute("direction")) if x.opcode == "compare" else _COMPUTED[x.opcode]
+    return None if compute is None or None in operands else int(compute(*operands))

@@ -1,23 +1,32 @@
-"""The models of a plan by their names, and what their vocabularies share, without any weight."""
+"""The models of a plan by their names, and what their vocabularies share, without any weight.
+
+`known_models.json` holds what the `config.json` of well-known models on the hub says of shapes and rotations: a family's
+common fields and, for each model, its sizes and the fields that are its own. Of Gemma 3's multimodal models it is the
+language part. An instruction-tuned model and its base have one shape.
+"""
 
 import difflib
+import functools
+import importlib.resources
+import json
 import pathlib
 import re
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from gold_jax.loading import stop_ids_of
+from gold_jax.config import GOLDConfig
+from gold_jax.loading import LoadedModel, stop_ids_of
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.hf_checkpoint import read_config
-from gold_jax.planning.known import CONFIGS, known_config
 from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.build import match_vocabularies
 
 # Of the smaller vocabulary: Llama 3.2 and Qwen 3 share 85 %, Gemma 3 and Qwen 3 63 % by surfaces.
 ASSUMED_SHARE = 0.72
+_SUFFIXES = ("-instruct", "-it", "-pt", "-base")
 
 
 class Model(NamedTuple):
@@ -46,6 +55,28 @@ class Vocabularies(NamedTuple):
 
     matched: int | None
     how: str
+
+
+@functools.cache
+def known_models() -> dict[str, dict[str, Any]]:
+    """Fields of `config.json` by hub id."""
+    data = json.loads((importlib.resources.files("gold_jax.planning") / "known_models.json").read_text())
+    configs = {}
+    for family in data["families"]:
+        for name, (*sizes, last) in family["models"].items():
+            own = last if isinstance(last, dict) else {}
+            configs[name] = family["shared"] | dict(zip(data["sizes"], sizes if own else [*sizes, last])) | own
+    return configs | {other: configs[name] for other, name in data["other_names"].items()}
+
+
+def known_config(name: str) -> DecoderConfig | None:
+    """The config of a model by its hub id, upper or lower case, base or instruction-tuned; None for one that is not known."""
+    configs, name = {known.lower(): fields for known, fields in known_models().items()}, name.strip().lower()
+    for known in (name, *(name.removesuffix(suffix) for suffix in _SUFFIXES)):
+        if known in configs:
+            fields = dict(configs[known])
+            return DecoderConfig.from_hf(AutoConfig.for_model(fields.pop("model_type"), **fields))
+    return None
 
 
 def find_model(name: str, *, revision: str | None = None, role: str = "model") -> Model:
@@ -85,28 +116,18 @@ def find_model(name: str, *, revision: str | None = None, role: str = "model") -
 
 def _near(name: str) -> str:
     """Well-known models of nearly that name, in words."""
-    short = {known.split("/")[-1].lower(): known for known in CONFIGS}
+    short = {known.split("/")[-1].lower(): known for known in known_models()}
     found = difflib.get_close_matches(name.split("/")[-1].lower(), short, n=3, cutoff=0.5)
     return f" Known without the hub are {', '.join(short[key] for key in found)}." if found else ""
 
 
-def find_vocabularies(
-    student: Model,
-    teacher: Model,
-    *,
-    matched: int | None = None,
-    teacher_tokenizer: str | None = None,
-    mask: tuple[str, ...] = (),
-    trust_remote_code: bool = False,
-) -> Vocabularies:
+def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, *, matched: int | None = None) -> Vocabularies:
     """What two vocabularies share: by the tokenizers where both are on this disk, else as given, else by the configs.
 
     Args:
         student, teacher: the models.
+        args: the settings of their tokenizers and their loss.
         matched: entries that both have, for where the tokenizers are not here.
-        teacher_tokenizer: a folder or hub id, where the tokenizer is not beside the teacher.
-        mask: as in `VocabularyMap.build`.
-        trust_remote_code: let tokenizers run their own Python code.
 
     Raises:
         ValueError: more entries matched than the smaller vocabulary has.
@@ -116,10 +137,12 @@ def find_vocabularies(
         raise ValueError(
             f"--matched is {matched}; it must be between 1 and {min(sizes)}, the smaller vocabulary's rows."
         )
-    ours = _tokenizer(student, None, trust_remote_code)
-    theirs = None if ours is None else _tokenizer(teacher, teacher_tokenizer, trust_remote_code)
+    ours = _tokenizer(student, None, args.trust_remote_code)
+    theirs = ours and _tokenizer(teacher, args.teacher_tokenizer_name_or_path, args.trust_remote_code)
     if theirs is not None:
-        return Vocabularies(_shared(ours, theirs, student, teacher, mask), "tokenizers")
+        sides = [_loaded(model, tokenizer) for model, tokenizer in ((student, ours), (teacher, theirs))]
+        match = match_vocabularies(args, *sides)
+        return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")
     if student.config.family == teacher.config.family and sizes[0] == sizes[1]:
@@ -127,21 +150,10 @@ def find_vocabularies(
     return Vocabularies(round(ASSUMED_SHARE * min(sizes)), "assumed")
 
 
-def _shared(ours, theirs, student: Model, teacher: Model, mask: tuple[str, ...]) -> int | None:
-    """Entries that match each other, stop tokens among them; None where each is its own partner."""
-    if ours.get_vocab() == theirs.get_vocab():
-        return None
-    chat_tokenizers = [
-        ChatTokenizer(tokenizer, stop_ids=stop_ids_of(types.SimpleNamespace(config=model.config)))
-        for tokenizer, model in ((ours, student), (theirs, teacher))
-    ]
-    return VocabularyMap.build(
-        *(chat_tokenizer.surfaces for chat_tokenizer in chat_tokenizers),
-        student_size=student.config.vocab_size,
-        teacher_size=teacher.config.vocab_size,
-        stop=tuple(chat_tokenizer.stop_ids for chat_tokenizer in chat_tokenizers),
-        mask=mask,
-    ).matched
+def _loaded(model: Model, tokenizer: Any) -> Any:
+    """What of a loaded model its vocabulary is matched by."""
+    config = types.SimpleNamespace(config=model.config)
+    return LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name)
 
 
 def _tokenizer(model: Model, name: str | None, trust_remote_code: bool):
@@ -156,6 +168,3 @@ def _tokenizer(model: Model, name: str | None, trust_remote_code: bool):
         )
     except Exception:  # each library that reads them has its own errors for files that are not there
         return None
-
-
-__all__ = ["ASSUMED_SHARE", "Model", "Vocabularies", "find_model", "find_vocabularies"]

@@ -1,62 +1,24 @@
-"""What a plan comes to: memory by part and moment, seconds by phase, whether it fits."""
+"""What a plan comes to: memory by part and program, least seconds by phase, whether it fits."""
 
 import dataclasses
-from typing import Any
+import functools
+import math
+from collections.abc import Mapping
 
-import jax
-
-from gold_jax.models.attention import check_model
-from gold_jax.planning.estimate import Phase, phases
-from gold_jax.planning.footprint import Footprint
 from gold_jax.planning.hardware import GPU_SHARE, Topology
-from gold_jax.planning.sizes import Pair
-from gold_jax.planning.traffic import Sent, added, sent_by
-from gold_jax.sharding.placement import Placement
+from gold_jax.planning.request import STUDENT, PlanRequest
 
-
-@dataclasses.dataclass(frozen=True)
-class PlanRequest:
-    """A run to plan.
-
-    Attributes:
-        args: its settings.
-        pair: its models.
-        topology: its devices.
-        mesh: size of each axis.
-        attention: as in `models.attention.choose`; None: "auto".
-    """
-
-    args: Any
-    pair: Pair
-    topology: Topology
-    mesh: dict[str, int]
-    attention: str | None = None
-
-    @property
-    def platform(self) -> str:
-        """What the devices are, of `models.attention.PLATFORMS`."""
-        return "tpu" if self.topology.kind == "tpu" else "cuda"
-
-    def footprint(self) -> Footprint:
-        """Its bytes by arithmetic."""
-        mesh = jax.sharding.AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh))
-        return Footprint(self.args, self.pair, Placement(mesh, self.args.layout))
-
-    def changed(
-        self, *, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any
-    ) -> "PlanRequest":
-        """The same with other settings, or on another mesh."""
-        return dataclasses.replace(
-            self, args=self.args.replace(**settings), mesh=mesh or self.mesh, topology=topology or self.topology
-        )
+Sent = dict[str, float]  # bytes by the mesh axes that the devices differ along, as in `Collectives.by_axes`
+RESOURCES = ("compute", "memory", "interconnect")
+_ORDER = ("prefill", "decoding", "teacher", "student", "optimizer")
 
 
 @dataclasses.dataclass(frozen=True)
 class ProgramMemory:
-    """What a device holds while a program runs, beside what lies there always.
+    """What a device holds while a program runs, beside what is resident.
 
     Attributes:
-        program: its name, of `Footprint.programs`.
+        program: its name, of `PlanRequest.programs`.
         parts: bytes by part.
         seconds: that compiling took; None where nothing was compiled.
         error: what the compiler said where it refused the program.
@@ -74,6 +36,57 @@ class ProgramMemory:
 
 
 @dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device does in one run of a program, or in a phase of an update.
+
+    Attributes:
+        flops: operations, those done again too.
+        model_flops: those that the models need, however they are computed.
+        hbm_bytes: between memory and compute.
+        sent: bytes by mesh axes.
+    """
+
+    flops: float = 0.0
+    model_flops: float = 0.0
+    hbm_bytes: float = 0.0
+    sent: Sent = dataclasses.field(default_factory=dict)
+
+    def __add__(self, other: "Cost") -> "Cost":
+        sums = (getattr(self, name) + getattr(other, name) for name in ("flops", "model_flops", "hbm_bytes"))
+        axes = dict.fromkeys([*self.sent, *other.sent])
+        return Cost(*sums, {key: self.sent.get(key, 0.0) + other.sent.get(key, 0.0) for key in axes})
+
+    def __mul__(self, times: float) -> "Cost":
+        sent = {axes: times * size for axes, size in self.sent.items()}
+        return Cost(times * self.flops, times * self.model_flops, times * self.hbm_bytes, sent)
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of an update, on one device.
+
+    Attributes:
+        name: "teacher", "student", "optimizer", "prefill" or "decoding".
+        cost: what it takes.
+        resources: seconds that each of `RESOURCES` alone would take; together they take at least as long as the slowest.
+    """
+
+    name: str
+    cost: Cost
+    resources: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        """The least time."""
+        return max(self.resources.values())
+
+    @property
+    def slowest(self) -> str:
+        """The resource that takes longest."""
+        return max(self.resources, key=self.resources.get)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """What a run takes of each device.
 
@@ -81,14 +94,14 @@ class Plan:
         request: the run.
         resident: bytes by part of what lies there all the time.
         programs: the programs of an update and what each needs besides.
-        phases: what an update costs.
-        compiled: whether moments and phases are those of compiled programs; else all is arithmetic.
+        costs: what one run of each program costs.
+        compiled: whether programs and costs are the compiler's; else all is by the analytic model.
     """
 
     request: PlanRequest
     resident: dict[str, int]
     programs: tuple[ProgramMemory, ...]
-    phases: tuple[Phase, ...]
+    costs: dict[str, Cost]
     compiled: bool = False
 
     @property
@@ -99,7 +112,7 @@ class Plan:
 
     @property
     def peak_program(self) -> ProgramMemory:
-        """The moment that needs most."""
+        """The program that needs most."""
         return max(self.programs, key=lambda program: program.total)
 
     @property
@@ -117,16 +130,36 @@ class Plan:
         """Whether it all fits into a device, and the compiler took every program."""
         return self.peak <= self.limit and not self.refused
 
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        """The phases of an update, in their order: each program as often as it runs."""
+        found: dict[str, Cost] = {}
+        for program, times in self.request.programs().items():
+            name = STUDENT[0] if program in STUDENT else program
+            found[name] = found.get(name, Cost()) + self.costs[program] * times
+        topology = self.request.topology
+
+        def phase(name: str, cost: Cost) -> Phase:
+            seconds = cost.flops / topology.chip.flops, cost.hbm_bytes / topology.chip.hbm_bandwidth
+            sending = link_seconds(cost.sent, self.request.mesh, topology)
+            return Phase(name, cost, dict(zip(RESOURCES, (*seconds, sending))))
+
+        return tuple(phase(name, found[name]) for name in _ORDER if name in found)
+
+    @property
+    def together(self) -> Cost:
+        """All phases."""
+        return sum((phase.cost for phase in self.phases), Cost())
+
     @property
     def seconds(self) -> float:
         """The least time of an update."""
-        return sum(phase.seconds.seconds for phase in self.phases)
+        return sum(phase.seconds for phase in self.phases)
 
     @property
     def tokens(self) -> int:
         """Tokens that the student learns from in an update, prompts too."""
-        sizes = self.request.footprint()
-        return sizes.rows * sizes.length * self.request.args.gradient_accumulation_steps
+        return self.request.rows * self.request.length * self.request.passes
 
     @property
     def tokens_per_second(self) -> float:
@@ -134,23 +167,22 @@ class Plan:
         return self.tokens / self.seconds
 
     @property
+    def tokens_per_second_per_chip(self) -> float:
+        """Of each chip, at most."""
+        return self.tokens_per_second / self.request.topology.chips
+
+    @property
     def model_share(self) -> float:
         """Share of the chips' operations in an update's least time that the models need."""
-        needed = sum(phase.model_flops for phase in self.phases)
-        return needed / (self.seconds * self.request.topology.chip.flops)
+        return self.together.model_flops / (self.seconds * self.request.topology.chip.flops)
 
     @property
     def slowest(self) -> str:
-        """The resource that most of the time is for: "compute", "memory" or "interconnect"."""
+        """The resource that most of the time is for."""
         spent: dict[str, float] = {}
         for phase in self.phases:
-            spent[phase.seconds.slowest] = spent.get(phase.seconds.slowest, 0.0) + phase.seconds.seconds
+            spent[phase.slowest] = spent.get(phase.slowest, 0.0) + phase.seconds
         return max(spent, key=spent.get)
-
-    @property
-    def sent(self) -> Sent:
-        """Bytes that one device sends in an update, by mesh axes."""
-        return added(phase.sent for phase in self.phases)
 
     @property
     def compile_seconds(self) -> float | None:
@@ -159,35 +191,33 @@ class Plan:
         return sum(spent) if spent else None
 
 
-def by_arithmetic(request: PlanRequest) -> Plan:
-    """A plan for which nothing is compiled.
+def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: Topology) -> float:
+    """The least time that sending takes.
 
-    Raises:
-        ValueError: settings that make no run, such as attention that the devices cannot compute.
+    On TPUs all links of the slice share all traffic. GPUs of one host have their links to each other,
+    `Chip.interconnect`; what a group of several hosts' GPUs has to bring from host to host goes over the hosts'
+    networks besides, at the same time.
     """
-    footprint = request.footprint()
-    check(request, footprint)
-    programs = tuple(
-        ProgramMemory(program, {**footprint.transient(program), **footprint.temporaries(program)})
-        for program in footprint.programs()
-    )
-    sent = {program: sent_by(footprint, program) for program in footprint.programs()}
-    return Plan(request, footprint.resident(), programs, cost(request, footprint, sent))
+    within, between = sum(sent.values()), 0.0
+    if not within:
+        return 0.0
+    if topology.kind == "gpu" and topology.hosts > 1:
+        for axes, size in sent.items():
+            here, hosts = _spread(axes.split("+"), mesh, topology.chip.host)
+            n = here * hosts
+            # Of what is gathered, `size·n/(n-1)`, a host brings in the other hosts' share, through all of its group's cards.
+            between += size * n / (n - 1) * (hosts - 1) / hosts / here if hosts > 1 else 0.0
+    speed, network = topology.interconnect, topology.between_hosts
+    return max(within / speed if speed else math.inf, between / network if between and network else 0.0)
 
 
-def check(request: PlanRequest, footprint: Footprint) -> None:
-    """See that the models can be computed on the devices.
-
-    Raises:
-        ValueError: they cannot, and why.
-    """
-    for config in filter(None, request.pair[:2]):
-        check_model(config, footprint.dtype, request.attention or "auto", request.platform)
-
-
-def cost(request: PlanRequest, footprint: Footprint, sent: dict[str, Sent]) -> tuple[Phase, ...]:
-    """The phases of an update in which each program sends so much."""
-    return phases(footprint, request.topology, sent, platform=request.platform, attention=request.attention or "auto")
-
-
-__all__ = ["Plan", "PlanRequest", "ProgramMemory", "by_arithmetic", "check", "cost"]
+def _spread(axes: list[str], mesh: Mapping[str, int], host: int) -> tuple[int, int]:
+    """Of a group along some axes, how many devices it has on one host, and on how many hosts."""
+    inside, here, hosts = 1, 1, 1  # devices lie in the mesh rows first: the last axis changes fastest
+    for axis in reversed(list(mesh)):
+        size = mesh[axis]
+        fits = max(1, min(size, host // inside))
+        if axis in axes:
+            here, hosts = here * fits, hosts * (size // fits)
+        inside *= size
+    return here, hosts

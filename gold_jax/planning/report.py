@@ -1,18 +1,24 @@
-"""What a plan says of a run: numbers as attributes, as a dict, in the terminal."""
+"""What a plan says of a run, as data: models, numbers, findings in words, and a dict of it all."""
 
 import dataclasses
 from typing import Any
 
-from rich.console import Console
-
 from gold_jax.planning.advice import Advice
-from gold_jax.planning.arithmetic import parameter_count
-from gold_jax.planning.footprint import ERROR, FORMULA
+from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
 from gold_jax.planning.plan import Plan
 from gold_jax.planning.search import Candidate
-from gold_jax.planning.terminal import show
-from gold_jax.planning.wording import MOMENTS, RESOURCES, duration, size
+from gold_jax.planning.units import duration, size
+
+#: What happens while each program runs.
+MOMENTS = {
+    "teacher": "the teacher's forward pass runs",
+    "student": "the student's forward and backward pass runs",
+    "student, further micro-batches": "the student's pass over further micro-batches runs",
+    "optimizer": "the optimizer updates",
+    "prefill": "prompts are prefilled",
+    "decoding": "tokens are decoded",
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,9 +45,12 @@ class Report:
     @property
     def loss(self) -> str:
         """What is minimised, in words."""
-        if self.teacher is None:
-            return "cross-entropy"
-        return self.plan.request.args.loss_spec(self.vocabularies.matched is None).describe()
+        return "cross-entropy" if self.teacher is None else self.plan.request.spec.describe()
+
+    @property
+    def device(self) -> str:
+        """What a device is: "chip" or "core"."""
+        return "chip" if self.plan.request.topology.chip.cores == 1 else "core"
 
     def describe_vocabularies(self) -> str:
         """What the vocabularies share, and who says so."""
@@ -61,20 +70,20 @@ class Report:
 
     def findings(self) -> list[str]:
         """What the plan says, one sentence each."""
-        plan = self.plan
-        device, when = ("chip" if plan.request.topology.chip.cores == 1 else "core"), MOMENTS[plan.peak_program.program]
-        held, limit = size(plan.peak), size(plan.limit)
-        found = []
+        plan, found = self.plan, []
+        when, peak, limit = MOMENTS[plan.peak_program.program], size(plan.peak), size(plan.limit)
         if plan.fits:
             free = size(plan.limit - plan.peak)
-            found.append(f"It fits: at its fullest, when {when}, a {device} holds {held} of {limit}; {free} are free.")
+            found.append(
+                f"It fits: at its fullest, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."
+            )
             by_formula = sum(plan.peak_program.parts.get(part, 0) for part in FORMULA)
             if not plan.compiled and plan.limit - plan.peak < ERROR * by_formula:
-                found.append("That is too close to tell by arithmetic.")
+                found.append("That is too close to tell without compiling.")
         elif plan.peak > plan.limit:
             over = size(plan.peak - plan.limit)
             found.append(
-                f"It does not fit: when {when}, a {device} would have to hold {held}, {over} more than its {limit}."
+                f"It does not fit: when {when}, a {self.device} would have to hold {peak}, {over} more than its {limit}."
             )
         else:
             found.append("It does not fit: the compiler refuses a program.")
@@ -82,7 +91,15 @@ class Report:
             found.append(
                 f"The program in which {MOMENTS[program.program]} is refused by the compiler: «{program.error}»"
             )
-        found += self._of_time()
+        found.append(
+            f"An update of {plan.tokens:,} tokens takes {duration(plan.seconds)} at least, most of it for {plan.slowest}: "
+            f"{plan.tokens_per_second:,.0f} tokens a second at most, {plan.tokens_per_second_per_chip:,.0f} a chip. Of the "
+            f"operations that the chips could do in that time the models need {plan.model_share:.0%}."
+        )
+        found.append(
+            "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and "
+            "the host to take no time. What share of it a run reaches is not known before one is run."
+        )
         if plan.compile_seconds is not None:
             count = sum(program.seconds is not None for program in plan.programs)
             found.append(
@@ -90,52 +107,31 @@ class Report:
             )
         else:
             found.append(
-                "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up to "
-                f"{ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
+                "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
+                f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
             )
         return found
 
-    def _of_time(self) -> list[str]:
-        plan, chips = self.plan, self.plan.request.topology.chips
-        speed, most = plan.tokens_per_second, RESOURCES[plan.slowest]
-        update = (
-            f"An update of {plan.tokens:,} tokens takes {duration(plan.seconds)} at least, most of it for {most}: "
-            f"{speed:,.0f} tokens a second at most, {speed / chips:,.0f} a chip. Of the operations that the chips could do in that "
-            f"time the models need {plan.model_share:.0%}."
-        )
-        floor = (
-            "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and the "
-            "host to take no time. What share of it a run reaches is not known before one is run."
-        )
-        return [update, floor]
-
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""
-        plan, args = self.plan, self.plan.request.args
-        topology, sizes = plan.request.topology, plan.request.footprint()
-        vocabularies = None
-        if self.vocabularies is not None:
-            vocabularies = {**self.vocabularies._asdict(), "one": self.vocabularies.matched is None}
+        plan, request, topology = self.plan, self.plan.request, self.plan.request.topology
+        one = self.vocabularies and {**self.vocabularies._asdict(), "one": self.vocabularies.matched is None}
         return {
             "student": _described(self.student),
-            "teacher": None if self.teacher is None else _described(self.teacher),
-            "vocabularies": vocabularies,
+            "teacher": self.teacher and _described(self.teacher),
+            "vocabularies": one,
             "loss": self.loss,
             "topology": {
-                "name": topology.name,
-                "kind": topology.kind,
-                "chips": topology.chips,
-                "devices": topology.devices,
-                "hosts": topology.hosts,
+                **{name: getattr(topology, name) for name in ("name", "kind", "chips", "devices", "hosts")},
                 "memory_bytes": topology.chip.hbm_bytes,
             },
-            "mesh": plan.request.mesh,
+            "mesh": request.mesh,
             "update": {
-                "rows": sizes.rows * args.gradient_accumulation_steps,
-                "micro_batches": args.gradient_accumulation_steps,
-                "length": sizes.length,
+                "rows": request.rows * request.passes,
+                "micro_batches": request.passes,
+                "length": request.length,
                 "tokens": plan.tokens,
-                "sampled_rows": sizes.sampled_rows if sizes.samples else 0,
+                "sampled_rows": request.sampled_rows if request.samples else 0,
             },
             "compiled": plan.compiled,
             "fits": plan.fits,
@@ -151,11 +147,17 @@ class Report:
                 "seconds": plan.seconds,
                 "slowest": plan.slowest,
                 "tokens_per_second": plan.tokens_per_second,
-                "tokens_per_second_per_chip": plan.tokens_per_second / topology.chips,
+                "tokens_per_second_per_chip": plan.tokens_per_second_per_chip,
                 "model_flops_share": plan.model_share,
-                "sent_bytes": plan.sent,
+                "sent_bytes": plan.together.sent,
                 "phases": [
-                    {**dataclasses.asdict(phase), "least": phase.seconds.seconds, "slowest": phase.seconds.slowest}
+                    {
+                        "name": phase.name,
+                        **dataclasses.asdict(phase.cost),
+                        "seconds": phase.resources,
+                        "least": phase.seconds,
+                        "slowest": phase.slowest,
+                    }
                     for phase in plan.phases
                 ],
             },
@@ -166,21 +168,14 @@ class Report:
             "notes": list(self.notes),
         }
 
-    def print(self, console: Console | None = None) -> None:
-        """Show everything in the terminal; `console`: where, and how wide."""
-        show(self, console or Console())
-
 
 def _described(model: Model) -> dict[str, Any]:
     config = model.config
     return {
         "name": model.name,
         "family": config.family,
-        "parameters": parameter_count(config).total,
+        "parameters": parameter_count(config),
         "layers": config.layers,
         "width": config.width,
         "vocabulary": config.vocab_size,
     }
-
-
-__all__ = ["Report"]

@@ -1,13 +1,14 @@
-"""Other meshes, layouts and numbers of rows for the same run, tried by arithmetic and the best of them by compiling."""
+"""Other meshes, layouts and numbers of rows for the same run, ranked by the analytic model and the best of them compiled."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from gold_jax.planning.meshes import mesh_flag, meshes
-from gold_jax.planning.plan import Plan, PlanRequest, by_arithmetic
+from gold_jax.planning.analytic import estimate
+from gold_jax.planning.plan import Plan
+from gold_jax.planning.request import PlanRequest, mesh_flag, meshes
 
-_SLACK = 1.1  # arithmetic is sometimes too large: what does not fit by it may fit when it is compiled
+_SLACK = 1.1  # the analytic model is sometimes too large: what does not fit by it may fit when it is compiled
 _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more tokens a second
 
 
@@ -16,35 +17,38 @@ class Candidate:
     """A way to spread a run.
 
     Attributes:
-        flags: what makes it, as flags.
         plan: what it comes to.
         requested: whether it is the one that was asked for.
     """
 
-    flags: str
     plan: Plan
     requested: bool = False
 
     @property
+    def flags(self) -> str:
+        """What makes it."""
+        return flags_of(self.plan.request)
+
+    @property
     def update_rows(self) -> int:
         """Rows of an update."""
-        return self.plan.request.footprint().rows * self.plan.request.args.gradient_accumulation_steps
+        return self.plan.request.rows * self.plan.request.passes
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers that it is compared by."""
-        args, plan = self.plan.request.args, self.plan
+        plan = self.plan
         return {
             "flags": self.flags,
             "asked": self.requested,
             "mesh": plan.request.mesh,
-            "rows": args.per_device_train_batch_size,
-            "micro_batches": args.gradient_accumulation_steps,
+            "rows": plan.request.args.per_device_train_batch_size,
+            "micro_batches": plan.request.passes,
             "update_rows": self.update_rows,
             "compiled": plan.compiled,
             "fits": plan.fits,
             "peak_bytes": plan.peak,
             "seconds": plan.seconds,
-            "tokens_per_second_per_chip": plan.tokens_per_second / plan.request.topology.chips,
+            "tokens_per_second_per_chip": plan.tokens_per_second_per_chip,
             "slowest": plan.slowest,
             "compile_seconds": plan.compile_seconds,
         }
@@ -65,15 +69,14 @@ def search(
 
     Args:
         first: the plan of what was asked for.
-        compile_plan: makes a plan by compiling; None: arithmetic decides.
+        compile_plan: makes a plan by compiling; None: the analytic model decides.
         limit: how many are compiled, or shown, at most, the first included.
         progress: is told what is being done.
     """
-    progress("trying meshes and rows by arithmetic")
-    slack = 1.0 if compile_plan is None else _SLACK
-    ways = [rows for rows in _ways(first.request, slack) if rows]
+    progress("ranking meshes and rows")
+    ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]
     ways.sort(key=lambda rows: -rows[0].tokens_per_second)
-    found, seen = [Candidate(flags_of(first.request), first, requested=True)], {_key(first.request)}
+    found, seen = [Candidate(first, requested=True)], {_key(first.request)}
     while ways and len(found) < limit:
         plan, *fewer = ways.pop(0)
         if _key(plan.request) in seen:
@@ -84,16 +87,19 @@ def search(
             plan = compile_plan(plan.request)
             if not plan.fits and fewer:
                 ways.insert(0, fewer)
-        found.append(Candidate(flags_of(plan.request), plan))
+        found.append(Candidate(plan))
     return tuple(sorted(found, key=lambda one: (not one.plan.fits, -one.plan.tokens_per_second)))
 
 
 def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
-    """For each mesh and layout, plans by arithmetic that fit: that with the most rows at once of the best, then with fewer rows."""
+    """For each mesh and layout, estimates that fit: that with the most rows at once of the best, then with fewer rows."""
     for mesh in meshes(request.topology.devices, request.pair):
-        for layouts in _layouts(request, mesh):
+        layouts = [{"layout": "fsdp"}]
+        if request.pair.teacher is not None:  # which may be cut over all devices where it would be there several times
+            layouts = [{"layout": "fsdp", "teacher_layout": one} for one in ("fsdp", "full")[: 1 + (mesh["data"] > 1)]]
+        for layout in layouts:
             fitting = []
-            for plan in map(by_arithmetic, _rows(request, mesh, layouts)):
+            for plan in map(estimate, _rows(request, mesh, layout)):
                 if plan.peak > slack * plan.limit:
                     break
                 fitting.append(plan)
@@ -102,50 +108,30 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
             yield fitting[most::-1] if fitting else []
 
 
-def _rows(request: PlanRequest, mesh: dict[str, int], layouts: dict[str, str]) -> Iterator[PlanRequest]:
+def _rows(request: PlanRequest, mesh: dict[str, int], layout: dict[str, str]) -> Iterator[PlanRequest]:
     """A mesh with one row at once on each shard, then twice as many each time, as far as the rows of an update go."""
-    args, shards = request.args, mesh["data"] * mesh["fsdp"]
-    update_rows, rest = divmod(request.footprint().rows * args.gradient_accumulation_steps, shards)
-    update_rows += rest > 0  # more rows, where they cannot be shared out evenly
+    # More rows, where they cannot be shared out evenly.
+    update_rows = -(-request.rows * request.passes // (mesh["data"] * mesh["fsdp"]))
+    if update_rows % getattr(request.args, "num_generations", 1):
+        return
     counts = {2**k for k in range(update_rows.bit_length())} | {update_rows}
     for rows in sorted(count for count in counts if update_rows % count == 0):
-        if update_rows % getattr(args, "num_generations", 1) == 0:
-            settings = {
-                "per_device_train_batch_size": rows,
-                "gradient_accumulation_steps": update_rows // rows,
-                **layouts,
-            }
-            yield request.changed(mesh=mesh, **settings)
-
-
-def _layouts(request: PlanRequest, mesh: dict[str, int]) -> list[dict[str, str]]:
-    """Layouts that differ on a mesh: where a model is there several times, the teacher may be cut over all devices instead."""
-    if request.pair.teacher is None:
-        return [{"layout": "fsdp"}]
-    choices = ("fsdp",) if mesh["data"] == 1 else ("fsdp", "full")
-    return [{"layout": "fsdp", "teacher_layout": choice} for choice in choices]
+        passes = update_rows // rows
+        yield request.changed(mesh=mesh, per_device_train_batch_size=rows, gradient_accumulation_steps=passes, **layout)
 
 
 def _key(request: PlanRequest) -> tuple:
-    args = request.args
-    layouts = [args.layout, getattr(args, "teacher_layout", None)]
+    layouts = [request.args.layout, getattr(request.args, "teacher_layout", None)]
     if request.mesh["data"] == 1:  # the two are the same then
         layouts = ["fsdp" if layout == "full" else layout for layout in layouts]
-    return (*request.mesh.values(), args.per_device_train_batch_size, args.gradient_accumulation_steps, *layouts)
+    return (*request.mesh.values(), request.rows, request.passes, *layouts)
 
 
 def flags_of(request: PlanRequest) -> str:
     """What spreads a run so, as flags."""
-    args = request.args
-    flags = [
-        f"--mesh {mesh_flag(request.mesh)}",
-        f"--per_device_train_batch_size {args.per_device_train_batch_size}",
-        f"--gradient_accumulation_steps {args.gradient_accumulation_steps}",
+    args, flags = request.args, [f"--mesh {mesh_flag(request.mesh)}"]
+    flags += [
+        f"--{name} {getattr(args, name)}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
     ]
-    for name in ("layout", "teacher_layout"):
-        if getattr(args, name, "fsdp") != "fsdp":
-            flags.append(f"--{name} {getattr(args, name)}")
-    return " ".join(flags)
-
-
-__all__ = ["Candidate", "flags_of", "search"]
+    layouts = {name: getattr(args, name, "fsdp") for name in ("layout", "teacher_layout")}
+    return " ".join(flags + [f"--{name} {layout}" for name, layout in layouts.items() if layout != "fsdp"])

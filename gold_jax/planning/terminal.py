@@ -1,34 +1,55 @@
-"""The plan in the terminal: memory by part and moment, time by phase, what would help."""
-
-from typing import TYPE_CHECKING
+"""A report in the terminal: memory by part and program, time by phase, what would help."""
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gold_jax.planning.arithmetic import parameter_count
-from gold_jax.planning.meshes import mesh_flag
-from gold_jax.planning.wording import COLUMNS, PARTS, RESOURCES, SHARES, amount, duration, seconds_unit, size, unit_of
+from gold_jax.planning.analytic import parameter_count
+from gold_jax.planning.models import Model
+from gold_jax.planning.plan import RESOURCES
+from gold_jax.planning.report import Report
+from gold_jax.planning.request import PlanRequest, mesh_flag
+from gold_jax.planning.units import amount, duration, seconds_unit, size, unit_of
 from gold_jax.terminal import columns, put, say, section
 
-if TYPE_CHECKING:
-    from gold_jax.planning.models import Model
-    from gold_jax.planning.plan import ProgramMemory
-    from gold_jax.planning.report import Report
-
+# The programs over their columns of memory, in two lines; in rows of time "teacher forward" and so on.
+_PROGRAMS = {
+    "teacher": "teacher\nforward",
+    "student": "student\nfwd+bwd",
+    "student, further micro-batches": "and\nfurther",
+    "optimizer": "opti-\nmizer",
+    "prefill": "prefill",
+    "decoding": "decode",
+}
 _PHASES = {
     "prefill": "prefill",
     "decoding": "decode",
     "teacher": "teacher forward",
-    "student": "student forward+backward",
+    "student": "student fwd+bwd",
     "optimizer": "optimizer",
+}
+# Parts of memory, in their order.
+_PARTS = {
+    "student": "student, float32",
+    "optimizer": "its optimizer",
+    "teacher": "teacher",
+    "programs": "programs",
+    "gradients": "gradients so far",
+    "batch": "batch",
+    "teacher's hidden states": "teacher's hidden states",
+    "activations": "activations",
+    "loss": "loss",
+    "new gradients": "new gradients",
+    "decoding weights": "weights for decoding",
+    "cache": "cache",
+    "smaller cache": "cache it grows from",
+    "temporaries": "temporaries",
 }
 
 
-def show(report: "Report", console: Console) -> None:
+def show(report: Report, console: Console) -> None:
     """Print a report."""
-    _title(report, console)
-    for part in (_memory, _time, _advice, _search):
+    for part in (_title, _memory, _time, _advice, _search):
         part(report, console)
     section(console, "in short")
     for sentence in report.findings():
@@ -37,132 +58,120 @@ def show(report: "Report", console: Console) -> None:
         say(console, note, "yellow")
 
 
-def _title(report: "Report", console: Console) -> None:
-    plan, args = report.plan, report.plan.request.args
-    topology, sizes = plan.request.topology, plan.request.footprint()
-    console.print(Text("gold_jax.plan", "bold"))
+def _title(report: Report, console: Console) -> None:
+    request, args = report.plan.request, report.plan.request.args
+    topology, tensor = request.topology, request.mesh["tensor"]
     rows = {"student": _model(report.student)}
     if report.teacher is not None:
-        rows["teacher"] = _model(report.teacher)
-        rows["vocabularies"] = report.describe_vocabularies()
+        rows |= {"teacher": _model(report.teacher), "vocabularies": report.describe_vocabularies()}
     rows["loss"] = report.loss
-    passes = args.gradient_accumulation_steps
-    batches = f" in {passes} micro-batches" if passes > 1 else ""
+    batches = f" in {request.passes} micro-batches" if request.passes > 1 else ""
     rows["update"] = (
-        f"{sizes.rows * passes:,} rows of {sizes.length:,} tokens{batches}, {args.per_device_train_batch_size} at a time on "
-        f"{'each device' if sizes.placement.tensor_size == 1 else f'each {sizes.placement.tensor_size} devices'}"
+        f"{request.rows * request.passes:,} rows of {request.length:,} tokens{batches}, {args.per_device_train_batch_size} at a "
+        f"time on {'each device' if tensor == 1 else f'each {tensor} devices'}"
     )
-    if sizes.samples:
+    if request.samples:
         rows["sampling"] = (
-            f"{args.lmbda:.0%} of the completions, {sizes.sampled_rows:,} at once, of {args.max_completion_length:,} tokens after "
-            f"prompts of {sizes.prompt_length:,}"
+            f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once, of {args.max_completion_length:,} tokens "
+            f"after prompts of {request.prompt_length:,}"
         )
     many = f"{topology.chips} {'chip' if topology.chips == 1 else 'chips'}"
     cores = f" of {topology.chip.cores} cores" if topology.chip.cores > 1 else ""
     rows["devices"] = f"{topology.name}: {many}{cores}; {_describe_memory(report)}"
-    layouts = [
-        f"{who} {layout}"
-        for who, layout in (("student", args.layout), ("teacher", getattr(args, "teacher_layout", "fsdp")))
-        if layout != "fsdp" and (who == "student" or report.teacher is not None)
-    ]
-    mesh = mesh_flag(plan.request.mesh) if topology.devices > 1 else "one device"
-    rows["mesh"] = "; ".join([mesh, *(f"layout of the {layout}" for layout in layouts)])
+    mesh = mesh_flag(request.mesh) if topology.devices > 1 else "one device"
+    layouts = [f"; layout of the {whose} {layout}" for whose, layout in _layouts(request).items() if layout != "fsdp"]
+    rows["mesh"] = "".join([mesh, *layouts])
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     for name, words in rows.items():
         table.add_row(Text(f"  {name}", "dim"), Text(words, overflow="fold"))
+    console.print(Text("gold_jax.plan", "bold"))
     console.print(table)
 
 
-def _model(model: "Model") -> str:
-    config, count = model.config, parameter_count(model.config).total
+def _layouts(request: PlanRequest) -> dict[str, str]:
+    found = {"student": request.args.layout}
+    return found if request.pair.teacher is None else {**found, "teacher": request.args.teacher_layout}
+
+
+def _model(model: Model) -> str:
+    count = parameter_count(model.config)
     shown = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
-    return f"{model.name} ({config.family}, {shown} parameters)"
+    return f"{model.name} ({model.config.family}, {shown} parameters)"
 
 
-def _describe_memory(report: "Report") -> str:
-    plan, chip = report.plan, report.plan.request.topology.chip
+def _describe_memory(report: Report) -> str:
+    plan, memory = report.plan, report.plan.request.topology.chip.hbm_bytes
     if plan.request.topology.kind == "tpu":
         return f"{size(plan.limit)} each"
-    share = plan.limit / chip.hbm_bytes
-    return (
-        f"of {size(chip.hbm_bytes)} each JAX takes {share:.0%}, {size(plan.limit)}, unless XLA_PYTHON_CLIENT_MEM_FRACTION says "
-        "otherwise"
-    )
+    share = f"{plan.limit / memory:.0%}, {size(plan.limit)}"
+    return f"of {size(memory)} each JAX takes {share}, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
 
 
 def _table(console: Console, *names: str, first: str = "", wrap: bool = False) -> Table:
     return columns(*names, first=first, wrap=wrap, gap=0 if console.width < 100 else 1)
 
 
-def _memory(report: "Report", console: Console) -> None:
+def _memory(report: Report, console: Console) -> None:
     plan = report.plan
     unit, name = unit_of(plan.peak)
-    device = "chip" if plan.request.topology.chip.cores == 1 else "core"
-    section(console, f"memory of a {device}, {name}")
-    table = _table(console, "always", *(COLUMNS[program.program] for program in plan.programs))
+    section(console, f"memory of a {report.device}, {name}")
+    table = _table(console, "resident", *(_PROGRAMS[program.program] for program in plan.programs))
 
     def shown(count: int | None) -> str:
         return "" if count is None else f"{count / unit:,.2f}"
 
-    labels = {**PARTS, "teacher": f"{PARTS['teacher']}, {plan.request.footprint().dtype}"}
-    if plan.compiled:
-        labels |= {part: f"{PARTS[part]}*" for part in SHARES}
-    for part, label in labels.items():
+    for part, label in _PARTS.items():
         sizes = [plan.resident.get(part), *(program.parts.get(part) for program in plan.programs)]
         if any(size is not None for size in sizes):
-            table.add_row(label, *map(shown, sizes))
+            table.add_row(f"{label}, {plan.request.dtype}" if part == "teacher" else label, *map(shown, sizes))
     table.add_section()
-    always = sum(plan.resident.values())
-    totals = [always + program.total for program in plan.programs]
+    resident = sum(plan.resident.values())
+    totals = [resident + program.total for program in plan.programs]
     cells = [Text(shown(total), "bold" if total <= plan.limit else "bold red") for total in totals]
-    table.add_row(Text("together", "bold"), shown(always), *cells)
+    table.add_row(Text("together", "bold"), shown(resident), *cells)
     whole, its_name = unit_of(plan.limit)
+    free = [
+        Text("refused", "red")
+        if program.error
+        else Text(f"{(plan.limit - total) / whole:,.2f}", "green" if total <= plan.limit else "red")
+        for total, program in zip(totals, plan.programs)
+    ]
     label = f"free of {plan.limit / whole:,.2f}" + (f" {its_name}" if whole != unit else "")
-    free = [_free((plan.limit - total) / whole, program) for total, program in zip(totals, plan.programs)]
     table.add_row(label, "", *free)
     put(console, table)
-    if any(part in program.parts for program in plan.programs for part in SHARES) and plan.compiled:
-        say(console, "* by arithmetic, out of what the compiler says of the whole", "dim")
 
 
-def _free(amount: float, program: "ProgramMemory") -> Text:
-    if program.error:
-        return Text("refused", "red")
-    return Text(f"{amount:,.2f}", "green" if amount >= 0 else "red")
-
-
-def _time(report: "Report", console: Console) -> None:
+def _time(report: Report, console: Console) -> None:
     plan = report.plan
-    device = "chip" if plan.request.topology.chip.cores == 1 else "core"
     factor, unit = seconds_unit(plan.seconds)
-    section(console, f"an update on each {device}, at least")
-    table = _table(
-        console, "FLOP", "HBM B", "sent B", *RESOURCES.values(), "least", "bound by", first=f"times in {unit}"
-    )
-
-    def row(name: str, counts: list[float], seconds: list[float], slowest: str, style: str = "") -> None:
-        *resources, least = (f"{value / factor:,.2f}" if value else "" for value in seconds)
-        table.add_row(Text(name, style), *map(amount, counts), *resources, Text(least, "bold"), RESOURCES[slowest])
-
+    section(console, f"an update on each {report.device}, at least")
+    table = _table(console, "FLOP", "HBM B", "sent B", *RESOURCES, "least", first=f"times in {unit}")
     sums = [0.0] * 7
+
+    def row(name: str | Text, counts: list[float], slowest: str) -> None:
+        *resources, least = (f"{value / factor:,.2f}" if value else "" for value in counts[3:])
+        styled = (Text(text, "yellow" if slowest == which else "") for text, which in zip(resources, RESOURCES))
+        table.add_row(name, *map(amount, counts[:3]), *styled, Text(least, "bold"))
+
     for phase in plan.phases:
-        counts = [phase.flops, phase.hbm_bytes, sum(phase.sent.values())]
-        seconds = [*(getattr(phase.seconds, resource) for resource in RESOURCES), phase.seconds.seconds]
-        row(_PHASES[phase.name], counts, seconds, phase.seconds.slowest)
-        sums = [total + one for total, one in zip(sums, counts + seconds)]
+        cost = phase.cost
+        counts = [cost.flops, cost.hbm_bytes, sum(cost.sent.values()), *phase.resources.values(), phase.seconds]
+        sums = [total + one for total, one in zip(sums, counts)]
+        row(_PHASES[phase.name], counts, phase.slowest)
     table.add_section()
-    row("together", sums[:3], sums[3:], plan.slowest, "bold")
+    row(Text("together", "bold"), sums, plan.slowest)
     put(console, table)
-    if len(plan.sent) > 1:
-        by_axes = ", ".join(f"{axes} {amount(count)}B" for axes, count in sorted(plan.sent.items()) if count)
+    sent = plan.together.sent
+    if len(sent) > 1:
+        by_axes = ", ".join(f"{axes} {amount(count)}B" for axes, count in sorted(sent.items()) if count)
         say(console, f"sent along {by_axes}", "dim")
 
 
-def _advice(report: "Report", console: Console) -> None:
+def _advice(report: Report, console: Console) -> None:
     if not report.advice:
         return
-    section(console, "what would help, by arithmetic")
+    section(console, "what would help, by the analytic model")
     unit, name = unit_of(report.plan.peak)
     table = _table(console, f"saves {name}", "leaves", "fits", first="change", wrap=True)
     for one in report.advice:
@@ -172,35 +181,31 @@ def _advice(report: "Report", console: Console) -> None:
     put(console, table)
 
 
-def _search(report: "Report", console: Console) -> None:
+def _search(report: Report, console: Console) -> None:
     if report.search is None:
         return
-    compiled = "compiled" if report.plan.compiled else "by arithmetic"
-    section(console, f"ways to spread it, {compiled}")
+    section(console, f"ways to spread it, {'compiled' if report.plan.compiled else 'by the analytic model'}")
     unit, name = unit_of(report.plan.peak)
     table = _table(console, "rows", "update", name, "fits", "time", "tok/s/chip", first="  mesh")
     for one in report.search:
-        plan, args = one.plan, one.plan.request.args
-        layout = getattr(args, "teacher_layout", "fsdp")
-        mesh = mesh_flag(plan.request.mesh) + (f" T {layout}" if layout != "fsdp" else "")
+        plan, request = one.plan, one.plan.request
+        layout = _layouts(request).get("teacher", "fsdp")
+        mesh = mesh_flag(request.mesh) + (f" T {layout}" if layout != "fsdp" else "")
         fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
         table.add_row(
             Text("› " if one.requested else "  ").append(mesh),
-            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps}",
+            f"{request.args.per_device_train_batch_size} x {request.passes}",
             f"{one.update_rows:,}",
             f"{plan.peak / unit:,.2f}",
             fits,
             duration(plan.seconds),
-            f"{plan.tokens_per_second / plan.request.topology.chips:,.0f}",
+            f"{plan.tokens_per_second_per_chip:,.0f}",
         )
     put(console, table)
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
-    if any(getattr(one.plan.request.args, "teacher_layout", "fsdp") != "fsdp" for one in report.search):
+    if any(_layouts(one.plan.request).get("teacher", "fsdp") != "fsdp" for one in report.search):
         words += "; T: layout of the teacher"
     say(console, words, "dim")
     best = report.search[0]
-    request = " (as asked)" if best.requested else ""
-    say(console, f"The first: {best.flags}{request}" if best.plan.fits else "None of them fits.")
-
-
-__all__ = ["show"]
+    asked = " (as asked)" if best.requested else ""
+    say(console, f"The first: {best.flags}{asked}" if best.plan.fits else "None of them fits.")

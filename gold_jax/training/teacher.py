@@ -83,7 +83,7 @@ def teacher_shapes(
     """What `freeze_teacher` gives, as shapes with their shardings; the arguments are its own, `params` shapes too."""
     teacher = merge(graph, params)
     placement = teacher.placement
-    head = teacher.head_weight()
+    head = params["embedding" if teacher.config.tied else "head"]  # `head_weight` reads arrays, and these are shapes
 
     def integers(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if placement is None else placement.replicated)

@@ -7,13 +7,12 @@ import pytest
 
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.planning.advice import advice, times_the_chips
+from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import read_topology
-from gold_jax.planning.known import known_config
-from gold_jax.planning.meshes import mesh_flag, meshes
-from gold_jax.planning.plan import PlanRequest, by_arithmetic
+from gold_jax.planning.models import known_config
+from gold_jax.planning.plan import link_seconds
+from gold_jax.planning.request import Pair, PlanRequest, mesh_flag, meshes
 from gold_jax.planning.search import search
-from gold_jax.planning.sizes import Pair
-from gold_jax.planning.traffic import link_seconds
 
 QWENS = Pair(known_config("Qwen/Qwen3-4B"), known_config("Qwen/Qwen3-8B"))
 
@@ -57,7 +56,7 @@ def test_larger_slices(name, factor, larger):
 
 
 def test_an_update_keeps_its_rows_when_fewer_are_read_at_once():
-    plan = by_arithmetic(asked("gpu:8xl4-24gb", Pair(QWENS.teacher), per_device_train_batch_size=8, max_length=4096))
+    plan = estimate(asked("gpu:8xl4-24gb", Pair(QWENS.teacher), per_device_train_batch_size=8, max_length=4096))
     assert not plan.fits
     flags = [one.flags.split() for one in advice(plan) if one.flags.startswith("--per_device_train_batch_size")]
     for words in flags:
@@ -71,7 +70,7 @@ def test_an_update_keeps_its_rows_when_fewer_are_read_at_once():
 
 def test_checkpointing_is_advised_only_where_it_is_off():
     def advised(on: bool) -> bool:
-        plan = by_arithmetic(
+        plan = estimate(
             asked("gpu:8xl4-24gb", per_device_train_batch_size=64, max_length=2048, gradient_checkpointing=on)
         )
         return any("--gradient_checkpointing" in one.flags for one in advice(plan))
@@ -80,7 +79,7 @@ def test_checkpointing_is_advised_only_where_it_is_off():
 
 
 def test_where_one_change_is_not_enough_several_are_named():
-    plan = by_arithmetic(
+    plan = estimate(
         asked("gpu:8xa100-80gb", mesh={"data": 8, "fsdp": 1}, per_device_train_batch_size=64, max_length=4096)
     )
     *alone, together = advice(plan)
@@ -94,9 +93,9 @@ def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
 
     def compile_plan(one: PlanRequest):
         compiled.append(one)
-        return by_arithmetic(one)
+        return estimate(one)
 
-    first = by_arithmetic(asked("gpu:8xa100-80gb", mesh={"data": 8, "fsdp": 1}))
+    first = estimate(asked("gpu:8xa100-80gb", mesh={"data": 8, "fsdp": 1}))
     found = search(first, compile_plan, limit=4)
     assert not first.fits and len(compiled) <= 3 and len(found) <= 4
     assert [one.plan.fits for one in found] == sorted((one.plan.fits for one in found), reverse=True)
@@ -104,7 +103,7 @@ def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
 
 
 def test_a_search_changes_nothing_of_what_was_asked_for():
-    first = by_arithmetic(asked("gpu:8xa100-80gb"))
+    first = estimate(asked("gpu:8xa100-80gb"))
     before = dict(vars(first.request.args))
     search(first, limit=3)
     assert vars(first.request.args) == before

@@ -1,0 +1,156 @@
+"""What a compiled program computes and moves on one device: FLOPs and bytes of memory traffic, read from its text.
+
+`compiled.cost_analysis()` counts the body of a loop once, whatever its trips, and a Pallas kernel not at all. Here every
+instruction counts as often as it runs. FLOPs are those of products, two for a multiplication with an addition; what is
+no product is left out (about a hundredth). Bytes are what instructions outside of fusions read from and write to HBM:
+a fusion's slices count as slices, an update in place as what is new, and what lies in another memory space (a TPU's VMEM
+is `S(1)` in a layout) not at all.
+"""
+
+import math
+import re
+
+import numpy as np
+
+from gold_jax.planning import hlo
+from gold_jax.planning.collectives import is_piece, starts
+from gold_jax.planning.hlo import Computation, Execution, Instruction, Program
+
+# Instructions that move nothing: names for what lies there, or the end of what its start has counted.
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
+    *("partition-id", "replica-id", "optimization-barrier", "async-start"),
+}
+_FREE_CALLS = ("AllocateBuffer", "Bitcast", "AssumeGatherIndicesInBound")
+_SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
+# Products of scores or of shares that splash attention's kernels make: scores once again in each of the backward ones.
+_KERNEL_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+_PASSES = {"high": 3, "highest": 6}  # bfloat16 products on a TPU for one of float32 factors, by `operand_precision`
+
+
+def read_work(program: Program, executions: list[Execution]) -> tuple[float, float]:
+    """FLOPs and bytes of one call of a program.
+
+    Args:
+        program: as `hlo.read`.
+        executions: as `hlo.executed`.
+    """
+    flops = sum(times * _flops(inside, x) for inside, x, times, _ in executions)
+    moved = sum(times * _bytes(program, inside, x) for inside, x, times, fused in executions if not fused)
+    return float(flops), float(moved)
+
+
+def _flops(inside: Computation, x: Instruction) -> float:
+    if x.opcode == "dot":
+        left, cut = hlo.dimensions(inside.instructions[x.operands[0]].type), x.attributes
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", cut)
+        inner = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+        return 2.0 * math.prod(hlo.dimensions(x.type)) * inner * _passes(x)
+    if x.opcode == "convolution":
+        return _convolution(inside, x) * _passes(x)
+    if x.opcode == "custom-call" and "splash" in x.name:
+        return _kernel(inside, x)
+    return 0.0
+
+
+def _passes(x: Instruction) -> int:
+    found = re.search(r"operand_precision=\{(\w+)", x.attributes)
+    return _PASSES.get(found[1], 1) if found else 1
+
+
+def _convolution(inside: Computation, x: Instruction) -> float:
+    """TPUs compute products as convolutions; batch axes are spatial ones, of which padding leaves one tap to each output."""
+    sides = [hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2]] + [hlo.dimensions(x.type)]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
+    left, right, out = (dict(zip(names, shape)) for names, shape in zip(labels, sides))
+    window = dict(re.findall(r"(\w+)=([\dx_\-]+)", x.attributes.partition("window={")[2].partition("}")[0]))
+    taps = 1
+    for at, axis in enumerate(sorted(filter(str.isdigit, out))):
+        given = {name: values.split("x")[at] for name, values in window.items()}
+        stride, spread, gap = (int(given.get(name, 1)) for name in ("stride", "rhs_dilate", "lhs_dilate"))
+        low, reach = int(given.get("pad", "0_0").split("_")[0]), (left[axis] - 1) * gap + 1
+        # For each tap, the first and the last output that it meets an entry from; of dilated entries only one in `gap` is any.
+        start = np.arange(right[axis]) * spread - low
+        first, last = np.maximum(0, -(start // stride)), np.minimum(out[axis] - 1, (reach - 1 - start) // stride)
+        taps *= np.maximum(0, last - first + 1).sum() / gap
+    return 2.0 * left["b"] * right["i"] * out["f"] * taps / int(x.attribute("batch_group_count") or 1)
+
+
+def _kernel(inside: Computation, x: Instruction) -> float:
+    """A kernel of splash attention. Its mask skips blocks that nothing is seen of: half the pairs, for causal attention."""
+    shapes = [hlo.dimensions(inside.instructions[name].type) for name in x.operands]
+    queries, keys, *_ = (shape for shape in shapes if len(shape) == 4)  # [rows, heads, tokens, head_dim]
+    products = next((count for part, count in _KERNEL_PRODUCTS.items() if part in x.name), 0)
+    return 2.0 * products * math.prod(queries) * keys[2] / 2
+
+
+def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
+    if x.opcode in _FREE or x.opcode.endswith(("-done", "-update")):
+        return 0
+    if x.opcode == "custom-call" and any(name in x.attributes for name in _FREE_CALLS):
+        return 0
+    if x.opcode == "fusion":
+        return _fusion(program, inside, x)
+    read = [inside.instructions[name] for name in x.operands if name in inside.instructions]
+    if x.opcode == "dynamic-update-slice":
+        return 2 * _hbm(read[1].type) if _hbm(x.type) else _hbm(read[1].type)
+    made = x.type
+    if x.opcode in ("copy-start", "slice-start"):  # (destination, source, …) or ((source), destination, …)
+        made = hlo.elements(made)[x.opcode == "slice-start"]
+    if x.opcode in _SLICES:
+        return (hlo.size(made) if _hbm(read[0].type) else 0) + _hbm(made)
+    if x.opcode.endswith("-start") and x.opcode != "all-reduce-start" and len(hlo.elements(made)) > 1:
+        made = hlo.elements(made)[1]
+    return sum(_hbm(y.type) for y in read) + _hbm(made)
+
+
+def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
+    called, total = program.computations[x.called[0]], 0
+    for at, name in enumerate(x.operands):
+        if given := _hbm(inside.instructions[name].type):
+            total += min(given, _taken(program, called, _parameter(called, at)))
+    body = called.instructions
+    roots = [body[name] for name in called.root.operands] if called.root.opcode == "tuple" else [called.root]
+    for root, type_ in zip(roots, hlo.elements(x.type)):
+        while root.opcode in ("bitcast", "copy") and root.operands[0] in body:
+            root = body[root.operands[0]]
+        if not _hbm(type_) or root.opcode == "parameter" or (is_piece(root) and not starts(called, root)):
+            continue  # it is elsewhere, or was there before
+        total += hlo.size(body[root.operands[1]].type) if root.opcode == "dynamic-update-slice" else hlo.size(type_)
+    return total
+
+
+def _parameter(called: Computation, at: int) -> Instruction:
+    return next(y for y in called.instructions.values() if y.opcode == "parameter" and int(y.operands[0]) == at)
+
+
+def _taken(program: Program, body: Computation, value: Instruction) -> float:
+    """How much of a value the instructions of a fusion read, those of the fusions in it too."""
+    total = 0
+    for user in body.instructions.values():
+        if value.name not in user.operands:
+            continue
+        if user.opcode == "bitcast" or _only_renames(program, user):
+            total += _taken(program, body, user)
+        elif user.opcode == "fusion":
+            called = program.computations[user.called[0]]
+            given = [at for at, name in enumerate(user.operands) if name == value.name]
+            total += sum(_taken(program, called, _parameter(called, at)) for at in given)
+        elif user.opcode in _SLICES and user.operands[0] == value.name:
+            total += hlo.size(user.type)
+        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
+            total += hlo.size(value.type)
+    return total
+
+
+def _only_renames(program: Program, x: Instruction) -> bool:
+    """Whether it is a fusion of nothing but a bitcast."""
+    called = program.computations[x.called[0]] if x.opcode == "fusion" else None
+    return called is not None and called.root.opcode == "bitcast" and len(called.instructions) == 2
+
+
+def _hbm(type_: str) -> int:
+    """Bytes of a type's arrays that lie in a device's main memory."""
+    if type_.startswith("("):
+        return sum(map(_hbm, hlo.elements(type_)))
+    return 0 if re.search(r"S\([1-9]\d*\)", type_) else hlo.size(type_)

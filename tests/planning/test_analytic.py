@@ -1,0 +1,219 @@
+"""The analytic model: what lies on a device is what shapes say, FLOPs are what the compiler counts."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny_models as tiny
+from flax import nnx
+from transformers import AutoConfig
+
+from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.decoder import Decoder
+from gold_jax.planning.analytic import Analytic, attention_product, layer_matrices, parameter_count
+from gold_jax.planning.compiled import PlannedRun, device_bytes
+from gold_jax.planning.hardware import read_topology
+from gold_jax.planning.plan import RESOURCES, Cost, Phase
+from gold_jax.planning.request import Pair, PlanRequest
+
+MATCHED = 354
+
+
+def small(kind: str, rows: int, **changes) -> DecoderConfig:
+    settings = tiny.config(kind, rows, **changes)
+    return DecoderConfig.from_hf(AutoConfig.for_model(settings.pop("model_type"), **settings))
+
+
+STUDENT, TEACHER = small("llama", 419), small("qwen3", 464)
+
+
+def both(mesh, pair=Pair(STUDENT, TEACHER, MATCHED), attention=None, **settings) -> tuple[PlannedRun, Analytic]:  # noqa: B008
+    """A run's shapes and its formulas."""
+    settings = {"output_dir": "x", "max_length": 128} | settings
+    if pair.teacher is None:
+        args = SFTConfig(**settings)
+    else:
+        args = GOLDConfig(**{"max_completion_length": 64} | settings)
+    gpus = read_topology(f"gpu:{math.prod(mesh)}xh100-80gb")
+    request = PlanRequest(args, pair, gpus, dict(zip(("data", "fsdp", "tensor"), mesh)), attention)
+    return PlannedRun(request), Analytic(request)
+
+
+CASES = {
+    "one device": ((1, 1, 1), {}),
+    "fsdp": ((1, 8, 1), {}),
+    "all axes": ((2, 2, 2), {}),
+    "teacher cut further": ((4, 2, 1), {"teacher_layout": "full"}),
+    "all cut": ((4, 1, 2), {"layout": "full", "teacher_layout": "full"}),
+    "more devices than heads": ((1, 2, 4), {}),
+    "micro-batches": ((2, 2, 1), {"gradient_accumulation_steps": 3}),
+    "float32": ((1, 2, 2), {"bf16": False}),
+    "other rows": ((1, 4, 1), {"per_device_train_batch_size": 3, "generation_batch_size": 4}),
+}
+
+
+@pytest.mark.parametrize(("mesh", "settings"), CASES.values(), ids=CASES)
+def test_what_stays_is_what_the_shardings_say(mesh, settings):
+    run, model = both(mesh, **settings)
+    assert model.resident() == run.resident()
+    for program in model.request.programs():
+        assert model.transient(program) == run.transient(program)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"lmbda": 0.0}])
+def test_the_programs_are_those_of_the_run(settings):
+    run, model = both((1, 2, 1), **settings)
+    assert list(model.request.programs()) == list(run.programs())
+
+
+def test_fine_tuning_has_no_teacher_and_no_cache():
+    run, model = both((1, 4, 1), Pair(STUDENT))
+    assert model.resident() == run.resident() and set(run.resident()) == {"student", "optimizer"}
+    assert model.batch == device_bytes(run.batch())
+    assert list(model.request.programs()) == list(run.programs()) == ["student"]
+
+
+def test_one_vocabulary_has_no_order():
+    run, model = both((1, 2, 1), Pair(STUDENT, STUDENT))
+    assert model.resident() == run.resident()
+
+
+def test_checkpointing_keeps_fewer_activations():
+    kept = [both((1, 1, 1), gradient_checkpointing=on)[1].temporaries("student")["activations"] for on in (True, False)]
+    assert kept[0] < kept[1]
+
+
+ROWS, LENGTH = 4, 128
+SMALL = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+}
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True},
+    "mistral": {"sliding_window": 32, "head_dim": 48},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"head_dim": 64, "tie_word_embeddings": False},
+    "gemma2": {"head_dim": 32, "sliding_window": 32},
+    "gemma3_text": {"head_dim": 32, "sliding_window": 32},
+}
+
+
+def of(family: str) -> DecoderConfig:
+    return DecoderConfig.from_hf(AutoConfig.for_model(family, **SMALL, **FAMILIES[family]))
+
+
+def costs(config: DecoderConfig, teacher: DecoderConfig | None = None, **settings) -> Analytic:
+    settings |= {"per_device_train_batch_size": ROWS, "max_length": LENGTH}
+    if teacher is not None:
+        settings |= {"max_completion_length": LENGTH // 2}
+    return both((1, 1, 1), Pair(config, teacher), "plain", **settings)[1]
+
+
+def compiled_flops(function, *arguments) -> float:
+    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parameters_are_those_of_the_decoder(family):
+    config = of(family)
+    sizes = [math.prod(x.shape) for x in jax.tree.leaves(nnx.state(Decoder.abstract(config)))]
+    assert parameter_count(config) == sum(sizes)
+    assert parameter_count(config, "embedding") == 1024 * 256 and (parameter_count(config, "head") == 0) == config.tied
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("remat", [None, False, True])
+def test_layers_cost_what_the_compiler_counts(family, remat):
+    """`remat` None is the forward pass alone. The compiler counts the body of a loop over layers once."""
+    config = of(family)
+    graph, params = nnx.split(Decoder.abstract(config, remat=bool(remat), attention="plain", platform="cpu"))
+    tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
+
+    def hidden(params, tokens):
+        return nnx.merge(graph, params)(tokens, jnp.ones_like(tokens, bool))
+
+    one_layer = dataclasses.replace(config, layers=1, sliding=config.sliding[:1])
+    if remat is None:
+        expected = costs(one_layer, one_layer).cost("teacher").flops
+        counted = compiled_flops(hidden, params, tokens)
+    else:
+        head = 3 * 2.0 * ROWS * (LENGTH // 2) * config.vocab_size * config.width  # of which these have none
+        expected = costs(one_layer, gradient_checkpointing=remat).cost("student").flops - head
+        counted = compiled_flops(jax.grad(lambda *x: (hidden(*x) ** 2).sum()), params, tokens)
+    assert counted == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_decoded_token_costs_what_the_compiler_counts(family):
+    config = of(family)
+    model = costs(config, config, lmbda=1.0, bf16=False)
+    slots = model.request.prompt_length + model.request.args.max_completion_length // 2
+    graph, params = nnx.split(Decoder.abstract(config, platform="cpu"))
+
+    def step(params, tokens, cache):
+        model = nnx.merge(graph, params)
+        hidden, cache = model.decode_step(tokens, cache)
+        return model.decode_logits(hidden), cache
+
+    tokens, prompt = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((ROWS,), (ROWS, 8)))
+    _, cache = jax.eval_shape(
+        lambda params, prompt: nnx.merge(graph, params).prefill(prompt, jnp.ones_like(prompt, bool), slots),
+        params,
+        prompt,
+    )
+    cost = model.cost("decoding")
+    assert model.request.sampled_rows == ROWS
+    assert compiled_flops(step, params, tokens, cache) == pytest.approx(cost.model_flops, rel=0.05)
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((cache.keys, cache.values)))
+    weights = 4 * (parameter_count(config, "layers") + config.vocab_size * config.width)
+    assert cost.hbm_bytes == pytest.approx(weights + read, rel=0.02)
+
+
+def test_attention_that_skips_what_is_masked_meets_half_the_pairs_and_windows_fewer():
+    def pairs(config, implementation):
+        return attention_product(config, rows, implementation) / (2 * config.heads * config.head_dim)
+
+    config, rows = of("gemma2"), [100, 10]  # one sliding layer of 32, one full
+    full, near = (sum(min(at + 1, window) for row in rows for at in range(row)) for window in (1000, 32))
+    assert pairs(config, "splash") == full + near
+    assert pairs(config, "plain") == 2 * (100**2 + 10**2)
+    assert pairs(of("mistral"), "cudnn") == 2 * near
+
+
+def test_kernels_compute_scores_again_in_the_backward_pass():
+    config = of("llama")
+
+    def products(name):
+        model = both((1, 1, 1), Pair(config), name, max_length=1024, per_device_train_batch_size=1)[1]
+        matrices = 2.0 * model.line * config.layers * layer_matrices(config)
+        again = 2.0 * model.line * config.layers * layer_matrices(config, without=("down",))
+        head = 3 * 2.0 * 512 * config.vocab_size * config.width
+        one = attention_product(config, [1024], name)
+        return (model.cost("student").flops - 3 * matrices - again - head) / one - 4  # forward, and forward again
+
+    assert [products(name) for name in ("plain", "blockwise", "cudnn")] == pytest.approx([4, 5, 5])
+
+
+def test_a_distillation_step_has_both_models():
+    student, teacher = of("llama"), of("qwen3")
+    step, alone = costs(student, teacher).cost("student"), costs(student).cost("student")
+    positions = ROWS * LENGTH // 2
+    assert step.flops - alone.flops == pytest.approx(2.0 * positions * teacher.vocab_size * teacher.width)
+    assert step.hbm_bytes > alone.hbm_bytes and step.model_flops < step.flops
+    micro = costs(student, teacher, gradient_accumulation_steps=4)
+    assert micro.cost("optimizer").hbm_bytes == 32 * parameter_count(student)
+    further = micro.cost("student, further micro-batches").hbm_bytes - micro.cost("student").hbm_bytes
+    assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
+
+
+def test_a_phase_takes_as_long_as_its_slowest_resource():
+    for slowest in RESOURCES:
+        phase = Phase("student", Cost(), dict.fromkeys(RESOURCES, 1.0) | {slowest: 2.0})
+        assert (phase.seconds, phase.slowest) == (2.0, slowest)
