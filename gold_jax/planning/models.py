@@ -22,7 +22,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.hf_checkpoint import read_config
 from gold_jax.quickstart import PREFIX, resolve
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.training.build import match_vocabularies
+from gold_jax.training.build import match_pair
 
 # Of the smaller vocabulary: Llama 3.2 and Qwen 3 share 85 %, Gemma 3 and Qwen 3 63 % by surfaces.
 ASSUMED_SHARE = 0.72
@@ -141,7 +141,7 @@ def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, *, match
     theirs = ours and _tokenizer(teacher, args.teacher_tokenizer_name_or_path, args.trust_remote_code)
     if theirs is not None:
         sides = [_loaded(model, tokenizer) for model, tokenizer in ((student, ours), (teacher, theirs))]
-        match = match_vocabularies(args, *sides)
+        match = match_pair(args, *sides)
         return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")
