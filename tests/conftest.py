@@ -1,3 +1,4 @@
+import gc
 import os
 import pathlib
 
@@ -7,6 +8,7 @@ import pytest
 # for the workers of xdist and for every command that a test starts, and must stand before the first import of JAX, which
 # reads it. Without XLA's emitters for fusions a program of many small operations compiles in less than half the time.
 os.environ["XLA_FLAGS"] = f"--xla_cpu_use_fusion_emitters=false {os.environ.get('XLA_FLAGS', '')}".strip()
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: numpy's other threads would only wait for work
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -18,6 +20,7 @@ import tiny_models as tiny
 
 def pytest_configure(config):
     """Keeps what is compiled for the other workers, for the commands that tests start, and for the next run."""
+    gc.set_threshold(20_000, 20, 50)  # tracing makes many objects that last: looking through them took a sixth of the time
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
     jax.config.update("jax_compilation_cache_dir", folder)
 
