@@ -21,7 +21,8 @@ import tiny_models as tiny
 
 def pytest_configure(config):
     """Keeps what is compiled for the other workers, for the commands that tests start, and for the next run."""
-    gc.set_threshold(20_000, 20, 50)  # tracing makes many objects that last: looking through them took a sixth of the time
+    # Tracing makes many objects that last: looking through them took a sixth of the time.
+    gc.set_threshold(20_000, 20, 50)
     folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("xla")))
     jax.config.update("jax_compilation_cache_dir", folder)
 
