@@ -295,34 +295,35 @@ def decoding(bench: Bench) -> None:
 
 def losses_by_time(bench: Bench) -> None:
     """The loss from hidden states and heads, with its gradient, by comparison and chunk."""
-    from gold_jax.losses.compare import CompareOptions
-
     student, teacher = decoder_configs(bench)
     rows, prompt, answer = (2, 8, 24) if bench.small else (4, 512, 512)
     dtype = jnp.float32 if bench.small else jnp.bfloat16
     matched = int(0.7 * student.vocab_size)
+    gold = dict(beta=0.0, matched_weight=1.0, unmatched_weight=1.0)
     ways = {
-        "gold": ("chain", "hybrid", 0),
-        "gold, top-k 1,024": ("chain", "hybrid", 16 if bench.small else 1024),
-        "projected": ("boundary", "projected", 0),
-        "events": ("boundary", "events", 0),
+        "gold": ("chain", "hybrid", gold),
+        "gold, top-k 1,024": ("chain", "hybrid", gold | dict(top_k=16 if bench.small else 1024)),
+        "projected": ("boundary", "projected", dict(beta=0.0)),
+        "events": ("boundary", "events", dict(beta=0.0)),
     }
-    for name, (merge, compare, top_k) in ways.items():
-        options = CompareOptions(matched, 0.0, 1.0, 1.0, top_k)
+    for name, (merge, compare, options) in ways.items():
         batch = random_batch((student, teacher), rows, prompt, answer, merge, compare == "events")
         for chunk in (64,) if bench.small else (256, 1024) if name in ("gold", "projected") else (256,):
             if bench.left() < 20:
                 return
-            call, _ = _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype)
+            call, _ = _loss_call(student, teacher, batch, compare, merge, options, matched, chunk, dtype)
             seconds, spread = timed(call, 4, 1)
             flops = 2 * rows * answer * (3 * student.vocab_size * student.width + teacher.vocab_size * teacher.width)
             more = {"of the peak": f"{100 * flops / seconds / bench.peak:.1f} %"} if bench.peak else {}
             bench.add("5 loss", f"{name}, chunk {chunk}", seconds * 1e3, "ms", spread=spread * 1e3, **more)
 
 
-def _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype, device=None):
+def _loss_call(student, teacher, batch, compare, merge, options, matched, chunk, dtype, device=None):
     """A jitted loss with its gradient on a device, and its arguments' maker."""
+    from gold_jax.losses.compare import COMPARISONS, Overlap
     from gold_jax.losses.distill import Head, distill_loss
+
+    bound = COMPARISONS[compare].bind(**options)
 
     def drawn(seed, shape, scale):
         return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32) * scale
@@ -339,9 +340,7 @@ def _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype, d
         Head(
             None,
             np.arange(c.vocab_size, dtype=np.int32),
-            prefix_of_unmatched=np.sort(rng.integers(0, options.matched + 1, c.vocab_size - options.matched)).astype(
-                np.int32
-            ),
+            prefix_of_unmatched=np.sort(rng.integers(0, matched + 1, c.vocab_size - matched)).astype(np.int32),
         )
         for c in (student, teacher)
     ]
@@ -357,7 +356,7 @@ def _loss_call(student, teacher, batch, compare, merge, options, chunk, dtype, d
         return distill_loss(
             student_state, own[0]._replace(weight=student_weight), batch.student,
             teacher_state, own[1]._replace(weight=teacher_weight), batch.teacher,
-            batch.weight, compare=compare, options=options, merge=merge, chunk=chunk,
+            batch.weight, compare=bound, overlap=Overlap(matched), merge=merge, chunk=chunk,
         )[0]  # fmt: skip
 
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
@@ -411,8 +410,6 @@ def attention(bench: Bench) -> None:
 
 def losses_by_value(bench: Bench) -> None:
     """The loss and its gradient in float32 against a CPU of the same process."""
-    from gold_jax.losses.compare import CompareOptions
-
     try:
         cpu = jax.local_devices(backend="cpu")[0]
     except RuntimeError:
@@ -423,18 +420,18 @@ def losses_by_value(bench: Bench) -> None:
     student, teacher = (
         dataclasses.replace(c, vocab_size=v, width=w) for c, v, w in zip(decoder_configs(bench), (5000, 6000), (64, 96))
     )
+    gold = dict(beta=0.0, matched_weight=1.0, unmatched_weight=1.0)
     ways = {
-        "gold": ("chain", "hybrid", 0, 0.0), "gold, top-k": ("chain", "hybrid", 64, 0.0), "uld": ("chain", "sorted", 0, 0.0),
-        "strict": ("chain", "shared", 0, 0.5), "projected": ("boundary", "projected", 0, 0.0),
-        "events": ("boundary", "events", 0, 0.5),
+        "gold": ("chain", "hybrid", gold), "gold, top-k": ("chain", "hybrid", gold | dict(top_k=64)),
+        "uld": ("chain", "sorted", {}), "strict": ("chain", "shared", dict(beta=0.5)),
+        "projected": ("boundary", "projected", dict(beta=0.0)), "events": ("boundary", "events", dict(beta=0.5)),
     }  # fmt: skip
-    for name, (merge, compare, top_k, beta) in ways.items():
-        options = CompareOptions(3500, beta, 1.0, 1.0, top_k)
+    for name, (merge, compare, options) in ways.items():
         batch = random_batch((student, teacher), 2, 8, 24, merge, compare == "events")
         found = []
         for device in (cpu, bench.device):
             with jax.default_matmul_precision("highest"), jax.default_device(device):
-                call, _ = _loss_call(student, teacher, batch, compare, merge, options, 64, jnp.float32, device)
+                call, _ = _loss_call(student, teacher, batch, compare, merge, options, 3500, 64, jnp.float32, device)
                 found.append(jax.tree.map(np.asarray, jax.device_get(call())))
         (value, grads), (other, others) = found
         error = abs(float(value) - float(other)) / abs(float(value))

@@ -2,7 +2,10 @@
 
 import ast
 import graphlib
+import importlib
+import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -99,3 +102,27 @@ def test_type_checkers_see_every_public_name_where_it_is():
     block = next(node for node in body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     seen = {alias.asname: node.module for node in block.body for alias in node.names}
     assert seen == gold_jax._HOMES
+
+
+def _imported_names(text):
+    """(module, name) of everything that a script takes from the package, also inside its functions; name None: the module."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "gold_jax":
+            yield from ((node.module, alias.name) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names if alias.name.split(".")[0] == "gold_jax")
+
+
+def test_scripts_beside_the_package_import_what_is_there():
+    root = PACKAGE.parent
+    scripts = [path for folder in ("benchmarks", "tools", "tpu_scripts") for path in (root / folder).rglob("*.py")]
+    texts = {str(path.relative_to(root)): path.read_text(encoding="utf-8") for path in scripts}
+    for path in [root / "README.md", *(root / "docs").glob("*.md")]:
+        blocks = re.findall(r"^```python\n(.*?)^```", path.read_text(encoding="utf-8"), re.M | re.S)
+        texts[path.name] = "\n".join(re.findall(r"^(?:from|import) gold_jax.*$", "\n".join(blocks), re.M))
+    assert len(texts) > 20
+    for where, text in texts.items():
+        for module, name in _imported_names(text):
+            found = importlib.import_module(module)
+            if name is not None and not hasattr(found, name):
+                assert importlib.util.find_spec(f"{module}.{name}"), f"{where}: {module} has no {name}"
