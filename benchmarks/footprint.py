@@ -48,7 +48,7 @@ def main() -> None:
         pair = Pair(known_config(student), teacher and known_config(teacher), matched)
         request = PlanRequest(training, pair, topology, mesh_sizes(mesh, topology.devices), None)
         model = Analytic(request)
-        for memory in compile_plan(request, leave_out=set(request.programs()) - set(STUDENT)).programs:
+        for memory in compile_plan(request, leave_out=set(request.programs) - set(STUDENT)).programs:
             found, formula = memory.parts["temporaries"], sum(model.temporaries(memory.program).values())
             print(
                 f"| {name} | {memory.program} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",

@@ -2,17 +2,13 @@
 
 import json
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 from gold_jax.cli import require, run, show
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
 from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass
 from gold_jax.config.parsing import parse_args
 from gold_jax.planning.hardware import FORMS, need_compiler, prepare, read_topology
-
-if TYPE_CHECKING:
-    from gold_jax.planning.report import Report
-    from gold_jax.planning.request import Pair
 
 
 # fmt: off
@@ -37,34 +33,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags of `gold_jax.train` or `gold_jax.sft` and its own, plans, shows the report (with `--json`, an object)."""
     prepare()
     # A run of fine-tuning where nothing is named that fine-tuning has not.
-    settings = (SFTConfig, GOLDConfig)
-    model, _, training, args, notices = parse_args(
-        argv, ModelArguments, DataArguments, settings, PlanArguments, prog="gold_jax.plan", doc=__doc__
-    )
+    kinds = ModelArguments, DataArguments, (SFTConfig, GOLDConfig), PlanArguments
+    model, _, training, args, notices = parse_args(argv, *kinds, prog="gold_jax.plan", doc=__doc__)
     show(notices)
     from rich.console import Console
 
-    console = Console(stderr=True)
-    with console.status("reading configs") as status:  # nothing of it is shown where there is no terminal
+    with Console(stderr=True).status("reading configs") as status:  # nothing of it is shown where there is no terminal
         report = plan_run(model, training, args, lambda what: status.update(f"gold_jax.plan: {what}"))
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
-        return
-    from gold_jax.planning.terminal import show as show_report
-
-    show_report(report, Console())
+    else:
+        report.show(Console())
 
 
 def plan_run(
     model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None] = lambda _: None
-) -> "Report":
-    """Plans a run.
+) -> Any:
+    """Plans a run for `args.topology`; `progress` is told what is being done.
 
-    Args:
-        model: the student.
-        training: the run's settings, with a teacher's name or without.
-        args: for which devices.
-        progress: is told what is being done.
+    Returns:
+        A `planning.report.Report`.
 
     Raises:
         ValueError: settings, names or devices that make no run.
@@ -80,7 +68,6 @@ def plan_run(
     from gold_jax.planning.analytic import estimate
     from gold_jax.planning.compiled import compile_plan
     from gold_jax.planning.models import find_model, find_vocabularies
-    from gold_jax.planning.plan import Plan
     from gold_jax.planning.report import Report
     from gold_jax.planning.request import STUDENT, Pair, PlanRequest
     from gold_jax.planning.search import search
@@ -89,36 +76,34 @@ def plan_run(
     mesh = mesh_sizes(training.mesh, topology.devices)
     options = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
     options |= training.model_init_kwargs
-    student = find_model(model.model_name_or_path, revision=options["revision"], role="student")
+    student = find_model(model.model_name_or_path, options["revision"], "student")
     teacher = vocabularies = None
-    name = getattr(training, "teacher_model_name_or_path", None)
-    if name is not None:
+    if (name := getattr(training, "teacher_model_name_or_path", None)) is not None:
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
-        teacher = find_model(name, revision=revision, role="teacher")
+        teacher = find_model(name, revision, "teacher")
         progress("reading tokenizers")
-        vocabularies = find_vocabularies(student, teacher, training, matched=args.matched)
+        vocabularies = find_vocabularies(student, teacher, training, args.matched)
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
-    request = PlanRequest(training, pair, topology, mesh, options["attn_implementation"])
-    compiles = topology.kind == "tpu"
+    request, shorter = PlanRequest(training, pair, topology, mesh, options["attn_implementation"]), None
+    if topology.kind == "tpu":
+        plan = compile_plan(request, progress)
 
-    def shorter(way: PlanRequest) -> Plan:  # of two programs with the same gradient, the larger tells enough
-        return compile_plan(way, leave_out=STUDENT[:1] if way.passes > 1 else ())
-
-    plan = compile_plan(request, progress) if compiles else estimate(request)
-    found = None
-    if args.search:
-        found = search(plan, shorter if compiles else None, limit=args.search_limit, progress=progress)
+        def shorter(way: PlanRequest) -> Any:  # of two programs with the same gradient, the larger tells enough
+            return compile_plan(way, leave_out=STUDENT[:1] if way.micro_batches > 1 else ())
+    else:
+        plan = estimate(request)
+    found = search(plan, shorter, limit=args.search_limit, progress=progress) if args.search else None
     progress("looking for what would help")
     helps = () if plan.fits else advice(plan)
     return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh))
 
 
-def _notes(training: SFTConfig, pair: "Pair", mesh: dict[str, int]) -> tuple[str, ...]:
+def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:
     """What a plan leaves out or had to do without, one sentence each."""
-    notes = []
+    notes, tensor = [], mesh["tensor"]
     if getattr(training, "seq_kd", False):
         notes.append("What the teacher writes (--seq_kd) is not planned.")
-    if getattr(training, "server_url", None) and pair.teacher is not None:
+    if getattr(training, "server_url", None) and pair.teacher:
         notes.append(
             "A server writes the student's completions: it has devices of its own, and no time of it is counted."
         )
@@ -128,14 +113,12 @@ def _notes(training: SFTConfig, pair: "Pair", mesh: dict[str, int]) -> tuple[str
             "longer."
         )
     for role, config in (("student", pair.student), ("teacher", pair.teacher)):
-        if config is not None and config.heads % mesh["tensor"]:
-            notes.append(
-                f"tensor={mesh['tensor']} does not divide the {role}'s {config.heads} heads: each device computes all of its "
-                "attention."
-            )
+        if config and config.heads % tensor:
+            heads = f"tensor={tensor} does not divide the {role}'s {config.heads} heads"
+            notes.append(f"{heads}: each device computes all of its attention.")
     if pair.teacher is None and isinstance(training, GOLDConfig):
         notes.append("There is no teacher (--teacher_model_name_or_path): this is a plan of fine-tuning.")
-    return tuple(notes)
+    return notes
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Accelerators that need not be here: their figures by name, slices of them by a short text, what compiling for them needs.
 
-Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device, the thing a mesh has positions for: a chip, or, on v3 and tpu7x, one of a chip's
-two cores (`Chip.cores` tells). FLOP/s are dense bfloat16 with float32 sums.
+Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device, the thing a mesh has
+positions for: a chip, or, on v3 and tpu7x, one of a chip's two cores. FLOP/s are dense bfloat16 with float32 sums.
 
 Sources. TPUs: the "System architecture" pages of docs.cloud.google.com/tpu (v3, v4, v5e, v5p, v6e, tpu7x); v3's and
 v4's links from Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (656 Gbit/s a link,
@@ -13,7 +13,6 @@ memory is what CUDA reports as a card's total, which is less than the name says.
 cloud, or a DGX, has.
 """
 
-import dataclasses
 import difflib
 import importlib.resources
 import importlib.util
@@ -22,6 +21,7 @@ import math
 import os
 import re
 import sys
+from typing import NamedTuple
 
 GIB = 2**30
 
@@ -33,86 +33,51 @@ _ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIP
 _QUIET = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One JAX device of an accelerator.
-
-    Attributes:
-        name: as in a topology's text.
-        hbm_bytes: memory. TPUs: what the compiler lets a program fill. GPUs: all of it, of which JAX takes `GPU_SHARE`.
-        flops: peak dense bfloat16 FLOP/s.
-        hbm_bandwidth: bytes/s between memory and compute.
-        interconnect: bytes/s that leave the device over all its links to others at once, in one direction: ICI on TPUs,
-            where only a slice with wrapped axes and traffic along every axis has use for all of them
-            (`Topology.interconnect` has those of a slice); NVLink or PCIe on GPUs.
-        network: bytes/s in one direction of its share of the host's NICs; None where that depends on who built the
-            host.
-        host: chips of a full host.
-        cores: devices per chip.
-        links: links to neighbours: 4 in a 2D torus, 6 in a 3D one; GPUs, through a switch, 1.
-        wraps: a torus axis whose length is a multiple of this is closed to a ring (in a 3D torus, if all are).
-    """
+class Chip(NamedTuple):
+    """One JAX device of an accelerator; bandwidths are in bytes/s."""
 
     name: str
-    hbm_bytes: int
-    flops: float
+    hbm_bytes: int  # TPUs: what the compiler lets a program fill. GPUs: all of it, of which JAX takes `GPU_SHARE`
+    flops: float  # peak dense bfloat16 FLOP/s
     hbm_bandwidth: float
+    # In one direction over all links to others: ICI, of which only a slice with wrapped axes and traffic along every axis
+    # has use for all (`Topology.interconnect` has those of a slice); NVLink or PCIe.
     interconnect: float
-    network: float | None
-    host: int
-    cores: int = 1
-    links: int = 1
-    wraps: int = 0
+    network: (
+        float | None
+    )  # in one direction, its share of the host's NICs; None where that depends on who built the host
+    host: int = 8  # chips of a full host
+    cores: int = 1  # devices per chip
+    links: int = 1  # to neighbours: 4 in a 2D torus, 6 in a 3D one; GPUs, through a switch, 1
+    wraps: int = 0  # a torus axis whose length is a multiple of this is closed to a ring (in a 3D torus, if all are)
 
 
-def _chips(kind: str) -> dict[str, Chip]:
-    """The rows of `hardware.json`, whose figures are a chip's (GiB of a device, TFLOP/s, GB/s), shared out over its cores."""
-    data, found = _DATA[kind], {}
-    for name, row in data["chips"].items():
-        chip = dict(zip(data["columns"], row))
-        cores = chip.get("cores", 1)
-        hbm, link, network = (chip[key] and chip[key] * 1e9 / cores for key in ("hbm", "interconnect", "network"))
-        memory, flops, host = int(chip["gib"] * GIB), chip["tflops"] * 1e12 / cores, chip.get("host", 8)
-        links, wraps = chip.get("links", 1), chip.get("wraps", 0)
-        found[name] = Chip(name, memory, flops, hbm, link, network, host, cores, links, wraps)
-    return found
+def _chip(name: str, gib: float, tflops: float, hbm: float, link: float, network: float | None, *rest: int) -> Chip:
+    """A row of `hardware.json`: GiB of a device; TFLOP/s and GB/s of a chip, which its cores share."""
+    one = 1e9 / (rest[1] if rest else 1)
+    return Chip(name, int(gib * GIB), tflops * 1e3 * one, hbm * one, link * one, network and network * one, *rest)
 
 
 _DATA = json.loads((importlib.resources.files("gold_jax.planning") / "hardware.json").read_text())
-TPUS, GPUS = _chips("tpus"), _chips("gpus")
-_OTHER_NAMES = _DATA["other_names"]  # what the cloud, or its users, call them besides
+TPUS, GPUS = ({name: _chip(name, *row) for name, row in _DATA[kind]["chips"].items()} for kind in ("tpus", "gpus"))
 # The cloud's names count cores where a chip has two, whether or not JAX sees them: v4-8 is four chips.
 _COUNTED_IN_CORES = ("v3", "v4", "v5p", "tpu7x")
-_SMALL_CUBES = {1: (1, 1, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4)}  # the four chips of a host, then upward
 FORMS = (
     "TYPE:SHAPE for a TPU slice, its shape in chips, as v5e:2x4 or v5p:2x2x2; TYPE-COUNT for the usual shape of that many, as "
     "v5e-8 (chips) or v4-8, v5p-8 (TensorCores, two to a chip, as the cloud counts them); gpu:COUNTxNAME, as gpu:8xh100-80gb"
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """Devices that a run is planned for.
+class Topology(NamedTuple):
+    """Devices that a run is planned for."""
 
-    Attributes:
-        name: the text that means it, in full.
-        kind: "tpu" or "gpu".
-        chip: what one device has and can.
-        chips: how many chips.
-        hosts: how many processes JAX would have, one to a host's virtual machine.
-        shape: chips along each axis of a TPU's torus; empty for GPUs.
-        compile_name: `topology_name` of `jax.experimental.topologies.get_topology_desc(platform="tpu")`; None for GPUs.
-        compile_options: its further arguments, with which the compiler sees these devices and hosts.
-    """
-
-    name: str
-    kind: str
+    name: str  # the text that means it, in full
+    kind: str  # "tpu" or "gpu"
     chip: Chip
     chips: int
-    hosts: int
-    shape: tuple[int, ...] = ()
-    compile_name: str | None = None
-    compile_options: dict = dataclasses.field(default_factory=dict, hash=False)
+    hosts: int  # processes that JAX would have, one to a host's virtual machine
+    shape: tuple[int, ...] = ()  # chips along each axis of a TPU's torus
+    compile_options: dict = {}  # for `jax.experimental.topologies.get_topology_desc(platform="tpu", …)`
 
     @property
     def devices(self) -> int:
@@ -125,7 +90,7 @@ class Topology:
 
         In a slice whose axes are not closed, chips at the ends have fewer links than `Chip.interconnect` counts.
         """
-        if self.kind == "gpu" or not self.shape:
+        if not self.shape:
             return self.chip.interconnect if self.chips > 1 else 0.0
         closed = [size % self.chip.wraps == 0 for size in self.shape]
         if self.chip.links == 6:
@@ -152,13 +117,20 @@ def read_topology(text: str) -> Topology:
     if not match:
         raise ValueError(f"{text!r} is no topology. It is {FORMS}.{_nearest(text)}")
     name, shape, count = match.groups()
-    name = _OTHER_NAMES.get(name, name)
+    name = _DATA["other_names"].get(name, name)  # what the cloud, or its users, call them besides
     if name not in TPUS:
         raise ValueError(f"{name!r} in {text!r} is no known TPU ({', '.join(TPUS)}).{_nearest(name)}")
     chip = TPUS[name]
-    if count is not None:
-        return _slice(chip, _usual_shape(chip, int(count), text))
-    return _slice(chip, _checked_shape(chip, tuple(int(size) for size in shape.split("x")), text))
+    shape = _usual_shape(chip, int(count), text) if count else _checked_shape(chip, shape, text)
+    chips, name = math.prod(shape), f"{name}:{'x'.join(map(str, shape))}"
+    options = {"topology_name": name}
+    if chip.name == "v4":  # as v4 runs today: a chip is one device. The compiler's default is a device per core.
+        options["chip_config_name"] = "megacore"
+    # Up to a full host's chips are one virtual machine's; larger slices are made of those with four.
+    hosts = 1 if chips <= chip.host else chips // 4
+    if hosts == 1 and chips != 4:
+        options["chips_per_host_bounds"] = (*shape, 1)[:3]
+    return Topology(name, "tpu", chip, chips, hosts, shape, options)
 
 
 def _read_gpus(text: str) -> Topology:
@@ -178,9 +150,8 @@ def _read_gpus(text: str) -> Topology:
 
 def _usual_shape(chip: Chip, count: int, text: str) -> tuple[int, ...]:
     """The shape that the cloud gives a slice of so many chips (or cores): axes as equal as powers of two allow."""
-    cores = 2 if chip.name in _COUNTED_IN_CORES else 1
+    cores, axes = 2 if chip.name in _COUNTED_IN_CORES else 1, chip.links // 2
     chips, odd = divmod(count, cores)
-    axes = chip.links // 2
     if odd or chips in (0, 2) or chips & (chips - 1):
         unit = "TensorCores, two to a chip," if cores == 2 else "chips"
         raise ValueError(
@@ -188,37 +159,20 @@ def _usual_shape(chip: Chip, count: int, text: str) -> tuple[int, ...]:
             f"{chip.name}:{'2x2' if axes == 2 else '2x2x1'}."
         )
     exponent = chips.bit_length() - 1
-    if axes == 2:
-        return 2 ** (exponent // 2), 2 ** (exponent - exponent // 2)
-    if chips in _SMALL_CUBES:
-        return _SMALL_CUBES[chips]
-    return tuple(sorted(2 ** (exponent // 3 + (axis < exponent % 3)) for axis in range(3)))
+    sizes = [2 ** (exponent // axes + (axis < exponent % axes)) for axis in range(axes)]
+    return tuple(sizes if chips == 4 else sorted(sizes))
 
 
-def _checked_shape(chip: Chip, shape: tuple[int, ...], text: str) -> tuple[int, ...]:
-    axes = chip.links // 2
-    shape = shape + (1,) * (axes - len(shape))
-    whole_hosts = shape[0] and shape[1] and not shape[0] % 2 and not shape[1] % 2
-    if len(shape) != axes or not all(shape) or not (whole_hosts or math.prod(shape) == 1):
+def _checked_shape(chip: Chip, named: str, text: str) -> tuple[int, ...]:
+    axes, shape = chip.links // 2, tuple(map(int, named.split("x")))
+    shape += (1,) * (axes - len(shape))
+    if len(shape) != axes or not all(shape) or ((shape[0] % 2 or shape[1] % 2) and math.prod(shape) != 1):
         example = {2: "2x2, 2x4, 4x4, … 16x16", 3: "2x2x1, 2x2x2, 2x2x4, … 4x4x4"}[axes]
         raise ValueError(
             f"{text!r}: {chip.name} slices have {axes} axes, the first two even, for a host's chips lie 2 by 2: {example}; "
             f"one chip is {'x'.join('1' * axes)}."
         )
     return shape
-
-
-def _slice(chip: Chip, shape: tuple[int, ...]) -> Topology:
-    chips = math.prod(shape)
-    name = f"{chip.name}:{'x'.join(map(str, shape))}"
-    options = {}
-    if chip.name == "v4":  # as v4 runs today: a chip is one device. The compiler's default is a device per core.
-        options["chip_config_name"] = "megacore"
-    # Up to a full host's chips are one virtual machine's; larger slices are made of those with four.
-    hosts = 1 if chips <= chip.host else chips // 4
-    if hosts == 1 and chips != 4:
-        options["chips_per_host_bounds"] = (*shape, 1)[:3]
-    return Topology(name, "tpu", chip, chips, hosts, shape, name, options)
 
 
 def _nearest(name: str) -> str:
@@ -237,11 +191,7 @@ def prepare() -> None:
 
 
 def need_compiler(topology: str) -> None:
-    """Sees that the TPU compiler is installed.
-
-    Raises:
-        ImportError: it is not; the text says how it gets there.
-    """
+    """Sees that the TPU compiler is installed; an ImportError says how it gets there."""
     if importlib.util.find_spec("libtpu") is None:
         raise ImportError(
             f"planning for {topology} compiles the run's programs, which takes the TPU compiler (it needs no TPU): pip install "

@@ -4,38 +4,32 @@ A program is computations by name; a computation is instructions in order, the l
 its value. Nothing is checked: the text is the compiler's.
 """
 
-import dataclasses
 import functools
 import math
 import operator
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-_NAME = re.compile(r"%?([\w.\-]+)")
+_HEADER = re.compile(r"(?!HloModule)(ENTRY )?%?([\w.\-]+).*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
 _ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
+_DELIMITER = re.compile(r"[][(){},]")
 _CALLED = re.compile(
-    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)"
-    r"=(?:\{([^}]*)\}|%?([\w.\-]+))"
+    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[\w.%\-]+)"
 )
-# How integers that loops count with are computed.
+# Types of what loops count with, and how it is computed.
+_COUNTING = re.compile(r"\(|pred\[\]|[su]\d+\[\]")
 _UNCHANGED = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
-_COMPARED = {name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")}
-_COMPUTED = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "compare": None}
+_COMPUTED = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+_COMPUTED |= {name: getattr(operator, name.lower()) for name in ("LT", "LE", "GT", "GE", "NE", "EQ")}
 _MOST_TRIPS = 2**20
 
 
-@dataclasses.dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One line: `%name = type opcode(operands), attributes`.
 
-    Attributes:
-        name: without the percent sign.
-        type: of the result, layouts included.
-        opcode: "all-reduce", "fusion", ….
-        operands: names of instructions; of a constant or a parameter, the text between the parentheses.
-        attributes: the rest of the line.
+    The type has its layouts; operands are names of instructions, of a constant or a parameter what is in parentheses.
     """
 
     name: str
@@ -47,34 +41,22 @@ class Instruction:
     @property
     def called(self) -> list[str]:
         """Computations that it calls; a while loop's two are attributes of their own."""
-        names = []
-        for several, one in _CALLED.findall(self.attributes):
-            names += _NAME.findall(several) if several else [one]
-        return names
+        return [name for names in _CALLED.findall(self.attributes) for name in re.findall(r"[\w.\-]+", names)]
 
     def attribute(self, name: str) -> str | None:
         """The word after `name=`, without a percent sign."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
-    @property
-    def op_name(self) -> str:
-        """Which part of the JAX program it comes from, as `jit(f)/jvp()/while/body/dot_general`."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else self.name
 
-
-@dataclasses.dataclass(frozen=True)
-class Computation:
+class Computation(NamedTuple):
     """Instructions by name, in order, and the one that is the value."""
 
-    name: str
     instructions: dict[str, Instruction]
     root: Instruction
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
+class Program(NamedTuple):
     """Computations by name, and the name of the entry."""
 
     computations: dict[str, Computation]
@@ -82,13 +64,9 @@ class Program:
 
 
 class Execution(NamedTuple):
-    """An instruction where it runs.
+    """An instruction of a computation, and how often it runs in one call of the program.
 
-    Attributes:
-        inside: its computation.
-        instruction: itself.
-        times: how often it runs in one call of the program.
-        fused: whether it is part of a fusion or reduction, whose values between are in no memory.
+    What is `fused` is part of a fusion or reduction, whose values between are in no memory.
     """
 
     inside: Computation
@@ -97,17 +75,12 @@ class Execution(NamedTuple):
     fused: bool
 
 
-def executed(
-    program: Program, unknown_trips: int | Callable[[str], int] = 1
-) -> tuple[list[Execution], tuple[str, ...]]:
-    """Everything that runs, loops unrolled in number, and the loops that do not say how often they run.
+def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) -> tuple[list[Execution], list[str]]:
+    """Everything that runs, loops unrolled in number, and the `op_name`s of loops that do not say how often they run.
 
-    Of a conditional the branch runs that makes most bytes. The two later instructions of something asynchronous name
-    what the first has called, and call nothing.
-
-    Args:
-        program: the program.
-        unknown_trips: how often a loop runs that does not say; or tells it from the loop's `op_name`.
+    These run `unknown_trips` times, or as often as that tells from the `op_name`, such as `jit(f)/jvp()/while`. Of a
+    conditional the branch runs that makes most bytes. The two later instructions of something asynchronous name what the
+    first has called, and call nothing.
     """
     loops: dict[str, str] = {}
 
@@ -123,8 +96,9 @@ def executed(
             if x.opcode == "while":
                 trips = trip_count(program, inside, x)
                 if trips is None:
-                    loops[x.name] = x.op_name
-                    trips = unknown_trips(x.op_name) if callable(unknown_trips) else unknown_trips
+                    op_name = re.search(r'op_name="([^"]*)"', x.attributes)
+                    loops[x.name] = where = op_name[1] if op_name else x.name
+                    trips = unknown_trips(where) if callable(unknown_trips) else unknown_trips
                 for part in ("condition", "body"):
                     yield from walk(x.attribute(part), times * trips, fused)
             elif x.opcode == "conditional":
@@ -133,77 +107,57 @@ def executed(
                 for called in x.called:
                     yield from walk(called, times, fused or x.opcode not in ("call", "async-start"))
 
-    return list(walk(program.entry, 1, False)), tuple(sorted(loops.values()))
+    return list(walk(program.entry, 1, False)), sorted(loops.values())
 
 
 def read(text: str) -> Program:
-    """Parse the text of an optimized module."""
-    computations: dict[str, Computation] = {}
-    name, entry, own, root = None, None, {}, None
+    """Parses the text of an optimized module."""
+    computations, entry, name, own, root = {}, None, None, None, None
     for line in text.splitlines():
-        if name is None:
-            if line.endswith("{") and not line[0].isspace() and not line.startswith("HloModule"):
-                marked = line.startswith("ENTRY ")
-                name = _NAME.match(line.removeprefix("ENTRY "))[1]
-                entry = name if marked else entry
-                own, root = {}, None
+        if own is None:
+            if header := _HEADER.match(line):
+                name, own, root = header[2], {}, None
+                entry = name if header[1] else entry
         # What follows says where it runs, as on a v6e's SparseCores. Kernels' own metadata goes over several lines, with braces.
         elif line == "}" or line.startswith("}, execution_thread"):
             if own:
-                computations[name] = Computation(name, own, root or list(own.values())[-1])
-            name = None
-        else:
-            instruction = _instruction(line)
-            if instruction:
-                own[instruction.name] = instruction
-                root = instruction if line.lstrip().startswith("ROOT ") else root
+                computations[name] = Computation(own, root or list(own.values())[-1])
+            own = None
+        elif start := _INSTRUCTION.match(line):
+            x = _instruction(line, start[2], start.end())
+            own[x.name], root = x, x if start[1] else root
     if entry not in computations:
         raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
     return Program(computations, entry)
 
 
-def _instruction(line: str) -> Instruction | None:
-    start = _INSTRUCTION.match(line)
-    if not start:
-        return None
-    begin = start.end()
-    end = _closing(line, begin) if line[begin] == "(" else line.index(" ", begin)
+def _instruction(line: str, name: str, begin: int) -> Instruction:
+    end = _listed(line, begin)[1] if line[begin] == "(" else line.index(" ", begin)
     opened = line.index("(", end)
-    closed = _closing(line, opened)
-    opcode, inside = line[end:opened].strip(), line[opened + 1 : closed - 1]
+    opcode, (operands, closed) = line[end:opened].strip(), _listed(line, opened)
     if opcode in ("constant", "parameter"):
-        operands = (inside,)
+        names = (line[opened + 1 : closed - 1],)
     else:  # operands may carry their types: the name is the last word
-        operands = tuple(part.split()[-1].lstrip("%") for part in top_level(inside) if part.split())
-    return Instruction(start[2], line[begin:end], opcode, operands, line[closed:])
+        names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
+    return Instruction(name, line[begin:end], opcode, names, line[closed:])
 
 
-def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
-        if not depth:
-            return place + 1
-    return len(text)
-
-
-def top_level(text: str) -> list[str]:
-    """What stands between the commas that are in no bracket, comments left out."""
-    parts, depth, part = [], 0, ""
-    for character in re.sub(r"/\*.*?\*/", "", text):
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
-        if character == "," and not depth:
-            parts.append(part.strip())
-            part = ""
-        else:
-            part += character
-    return [*parts, part.strip()]
+def _listed(text: str, start: int = 0) -> tuple[list[str], int]:
+    """What the commas part in the bracket that opens at `start`, comments left out, and the place after it closes."""
+    parts, depth, begin = [], 0, start + 1
+    for found in _DELIMITER.finditer(text, start):
+        depth += {"(": 1, "[": 1, "{": 1, ",": 0}.get(found[0], -1)
+        if depth == 0 or (depth == 1 and found[0] == ","):
+            parts.append(re.sub(r"/\*.*?\*/", "", text[begin : found.start()]).strip())
+            begin = found.end()
+        if depth == 0:
+            break
+    return parts, begin
 
 
 def elements(type_: str) -> list[str]:
     """The types in a tuple's; a type that is none, alone."""
-    return top_level(type_[1:-1]) if type_.startswith("(") else [type_]
+    return _listed(type_)[0] if type_.startswith("(") else [type_]
 
 
 def dimensions(type_: str) -> tuple[int, ...]:
@@ -214,10 +168,9 @@ def dimensions(type_: str) -> tuple[int, ...]:
 def size(type_: str) -> int:
     """Bytes of an array, or of all arrays in a tuple, without what layouts pad."""
     total = 0.0
-    for dtype, dimensions in _ARRAY.findall(re.sub(r"\{[^}]*\}", "", type_)):
-        bits = re.search(r"\d+", dtype)
-        bits = int(bits[0]) if bits else 8 * (dtype == "pred")
-        total += math.prod(int(d.lstrip("<=")) for d in dimensions.split(",") if d) * bits / 8
+    for found in _ARRAY.finditer(re.sub(r"\{[^}]*\}", "", type_)):
+        bits = re.search(r"\d+", found[1])
+        total += math.prod(dimensions(found[0])) * (int(bits[0]) if bits else 8 * (found[1] == "pred")) / 8
     return math.ceil(total)
 
 
@@ -227,57 +180,36 @@ def trip_count(program: Program, inside: Computation, loop: Instruction) -> int 
     TPU programs come without the note. Their scans compare a counter, one element of the loop's tuple, with a constant:
     the integers in the tuple are computed, trip by trip, until the condition is false.
     """
-    noted = re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes)
-    if noted:
+    if noted := re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes):
         return int(noted[1])
     condition, body = (program.computations[loop.attribute(part)] for part in ("condition", "body"))
-    start = _source(inside, loop.operands[0])
-    if start is None or {start.opcode, body.root.opcode} != {"tuple"}:
-        return None
-    first = [_integer(program, inside, name, {}) for name in start.operands]
-    state = {index: value for index, value in enumerate(first) if value is not None}
-    for trip in range(_MOST_TRIPS):
-        goes_on = _integer(program, condition, condition.root.name, state)
+    state = _value(program, inside, loop.operands[0], [])
+    for trip in range(_MOST_TRIPS if state else 0):
+        goes_on = _value(program, condition, condition.root.name, [state])
         if not goes_on:
             return None if goes_on is None else trip
-        after = {index: _integer(program, body, body.root.operands[index], state) for index in state}
-        state = {index: value for index, value in after.items() if value is not None}
+        state = _value(program, body, body.root.name, [state])
     return None
 
 
-def _source(computation: Computation, name: str) -> Instruction | None:
-    """The instruction that a value comes from, through what leaves it as it is."""
-    found = computation.instructions.get(name)
-    while found and found.opcode in _UNCHANGED:
-        found = computation.instructions.get(found.operands[0])
-    return found
-
-
-def _integer(
-    program: Program, computation: Computation, name: str, state: dict[int, int], given: tuple[int | None, ...] = ()
-) -> int | None:
-    """What an integer instruction comes to; None where that is not known.
-
-    Args:
-        program, computation, name: the instruction.
-        state: known elements of the tuple that the computation is given.
-        given: of a fused computation, its parameters.
-    """
-    x = _source(computation, name)
-    if x is None:
+def _value(program: Program, inside: Computation, name: str, given: list) -> Any:
+    """What an integer, or a tuple as far as it has integers, comes to; None for what is not known."""
+    x = inside.instructions.get(name)
+    if x is None or not _COUNTING.match(x.type):
         return None
     if x.opcode == "constant":
         return int(x.operands[0]) if re.fullmatch(r"-?\d+", x.operands[0]) else None
     if x.opcode == "parameter":
         return given[int(x.operands[0])] if given else None
+    operands = [_value(program, inside, operand, given) for operand in x.operands]
+    if x.opcode == "tuple":
+        return operands
+    if x.opcode in _UNCHANGED:
+        return operands[0]
     if x.opcode == "get-tuple-element":
-        of = _source(computation, x.operands[0])
-        return state.get(int(x.attribute("index"))) if of and of.opcode == "parameter" else None
-    if x.opcode not in ("fusion", *_COMPUTED):
-        return None
-    operands = tuple(_integer(program, computation, operand, state, given) for operand in x.operands)
+        return operands[0] and operands[0][int(x.attribute("index"))]
     if x.opcode == "fusion":
         called = program.computations[x.called[0]]
-        return _integer(program, called, called.root.name, {}, operands)
-    compute = _COMPARED.get(x.attribute("direction")) if x.opcode == "compare" else _COMPUTED[x.opcode]
+        return _value(program, called, called.root.name, operands)
+    compute = _COMPUTED.get(x.attribute("direction") or x.opcode)
     return None if compute is None or None in operands else int(compute(*operands))

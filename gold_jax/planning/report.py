@@ -1,46 +1,57 @@
-"""What a plan says of a run, as data: models, numbers, findings in words, and a dict of it all."""
+"""What a plan says of a run: as one object, in sentences, and in the terminal."""
 
-import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from gold_jax.planning.advice import Advice
 from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
-from gold_jax.planning.plan import Plan
-from gold_jax.planning.search import Candidate
-from gold_jax.planning.units import duration, size
+from gold_jax.planning.plan import RESOURCES, Plan
+from gold_jax.planning.request import mesh_flag
+from gold_jax.planning.search import Candidate, flags_of
+from gold_jax.terminal import columns, put, say, section
 
-#: What happens while each program runs.
-MOMENTS = {
-    "teacher": "the teacher's forward pass runs",
-    "student": "the student's forward and backward pass runs",
-    "student, further micro-batches": "the student's pass over further micro-batches runs",
-    "optimizer": "the optimizer updates",
-    "prefill": "prompts are prefilled",
-    "decoding": "tokens are decoded",
+# The programs: over their columns of memory (in rows of time in one line), and what happens while they run.
+_PROGRAMS = {
+    "teacher": ("teacher\nforward", "the teacher's forward pass runs"),
+    "student": ("student\nfwd+bwd", "the student's forward and backward pass runs"),
+    "student, further micro-batches": ("and\nfurther", "the student's pass over further micro-batches runs"),
+    "optimizer": ("opti-\nmizer", "the optimizer updates"),
+    "prefill": ("prefill", "prompts are prefilled"),
+    "decoding": ("decode", "tokens are decoded"),
 }
+# Parts of memory whose rows say more than their names.
+_PARTS = {
+    "student": "student, float32",
+    "optimizer": "its optimizer",
+    "gradients": "gradients so far",
+    "decoding weights": "weights for decoding",
+    "smaller cache": "cache it grows from",
+}
+_BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+_COUNTS = {" P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, "": 1.0}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Report:
+class Report(NamedTuple):
     """What is known of a run before anything of it is there.
 
-    Attributes:
-        student, teacher: the models; no teacher is fine-tuning.
-        vocabularies: what their vocabularies share, and who says so; None without a teacher.
-        plan: what the run takes.
-        advice: what to change where it does not fit.
-        search: other ways to spread it, the best first; None where none was looked for.
-        notes: what else the reader should know, one sentence each.
+    The models (no teacher: fine-tuning) and what their vocabularies share; what the run takes; changes for where it does
+    not fit; ways to spread it, the best first (None: none was looked for); what else the reader should know.
     """
 
     student: Model
     teacher: Model | None
     vocabularies: Vocabularies | None
     plan: Plan
-    advice: tuple[Advice, ...] = ()
-    search: tuple[Candidate, ...] | None = None
-    notes: tuple[str, ...] = ()
+    advice: tuple[Advice, ...]
+    search: tuple[Candidate, ...] | None
+    notes: list[str]
 
     @property
     def loss(self) -> str:
@@ -52,130 +63,258 @@ class Report:
         """What a device is: "chip" or "core"."""
         return "chip" if self.plan.request.topology.chip.cores == 1 else "core"
 
-    def describe_vocabularies(self) -> str:
-        """What the vocabularies share, and who says so."""
-        sizes = " and ".join(f"{model.config.vocab_size:,}" for model in (self.student, self.teacher))
-        matched, how = self.vocabularies
-        if matched is None:
-            return {
-                "tokenizers": "one and the same",
-                "configs": f"taken for one and the same ({sizes} rows, one family; the tokenizers are not both here)",
-            }[how]
-        said = {
-            "tokenizers": "by the tokenizers",
-            "given": "by --matched",
-            "assumed": f"assumed, {ASSUMED_SHARE:.0%} of the smaller: the tokenizers are not both here, and --matched says nothing",
-        }[how]
-        return f"{sizes} rows, {matched:,} matched ({said})"
-
     def findings(self) -> list[str]:
         """What the plan says, one sentence each."""
-        plan, found = self.plan, []
-        when, peak, limit = MOMENTS[plan.peak_program.program], size(plan.peak), size(plan.limit)
+        plan, (_, when) = self.plan, _PROGRAMS[self.plan.peak_program.program]
+        peak, limit, free = (_size(abs(count)) for count in (plan.peak_bytes, plan.limit_bytes, plan.free_bytes))
+        found = ["It does not fit: the compiler refuses a program."]
         if plan.fits:
-            free = size(plan.limit - plan.peak)
-            found.append(
-                f"It fits: at its fullest, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."
-            )
+            found = [f"It fits: at its fullest, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."]
             by_formula = sum(plan.peak_program.parts.get(part, 0) for part in FORMULA)
-            if not plan.compiled and plan.limit - plan.peak < ERROR * by_formula:
+            if not plan.compiled and plan.free_bytes < ERROR * by_formula:
                 found.append("That is too close to tell without compiling.")
-        elif plan.peak > plan.limit:
-            over = size(plan.peak - plan.limit)
-            found.append(
-                f"It does not fit: when {when}, a {self.device} would have to hold {peak}, {over} more than its {limit}."
-            )
-        else:
-            found.append("It does not fit: the compiler refuses a program.")
-        for program in plan.refused:
-            found.append(
-                f"The program in which {MOMENTS[program.program]} is refused by the compiler: «{program.error}»"
-            )
-        found.append(
-            f"An update of {plan.tokens:,} tokens takes {duration(plan.seconds)} at least, most of it for {plan.slowest}: "
-            f"{plan.tokens_per_second:,.0f} tokens a second at most, {plan.tokens_per_second_per_chip:,.0f} a chip. Of the "
-            f"operations that the chips could do in that time the models need {plan.model_share:.0%}."
-        )
-        found.append(
-            "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and "
-            "the host to take no time. What share of it a run reaches is not known before one is run."
-        )
-        if plan.compile_seconds is not None:
-            count = sum(program.seconds is not None for program in plan.programs)
-            found.append(
-                f"Compiling {count} programs took {duration(plan.compile_seconds)} here; the run does the same when it starts."
-            )
-        else:
-            found.append(
+        elif plan.free_bytes < 0:
+            held = f"when {when}, a {self.device} would have to hold {peak}, {free} more than its {limit}."
+            found = [f"It does not fit: {held}"]
+        for name, _, _, error in plan.refused:
+            found.append(f"The program in which {_PROGRAMS[name][1]} is refused by the compiler: «{error}»")
+        if plan.compile_seconds is None:
+            source = (
                 "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
                 f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
             )
-        return found
+        else:
+            count, took = sum(one.seconds is not None for one in plan.programs), _duration(plan.compile_seconds)
+            source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
+        return [
+            *found,
+            f"An update of {plan.request.tokens:,} tokens takes {_duration(plan.seconds)} at least, most of it for "
+            f"{plan.slowest}: {plan.tokens_per_second:,.0f} tokens a second at most, {plan.tokens_per_second_per_chip:,.0f} a "
+            f"chip. Of the operations that the chips could do in that time the models need {plan.model_flops_share:.0%}.",
+            "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and "
+            "the host to take no time. What share of it a run reaches is not known before one is run.",
+            source,
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""
         plan, request, topology = self.plan, self.plan.request, self.plan.request.topology
-        one = self.vocabularies and {**self.vocabularies._asdict(), "one": self.vocabularies.matched is None}
+        vocabularies = self.vocabularies and self.vocabularies._asdict() | {"one": self.vocabularies.matched is None}
+        memory = {"fullest": plan.peak_program.program, "always": plan.resident}
+        memory |= {"moments": [program._asdict() | {"total": program.total} for program in plan.programs]}
+        phases = [
+            {"name": phase.name, **vars(phase.cost), **_picked(phase, "seconds least slowest")} for phase in plan.phases
+        ]
         return {
-            "student": _described(self.student),
-            "teacher": self.teacher and _described(self.teacher),
-            "vocabularies": one,
+            "student": _model(self.student),
+            "teacher": self.teacher and _model(self.teacher),
+            "vocabularies": vocabularies,
             "loss": self.loss,
-            "topology": {
-                **{name: getattr(topology, name) for name in ("name", "kind", "chips", "devices", "hosts")},
-                "memory_bytes": topology.chip.hbm_bytes,
-            },
+            "topology": _picked(topology, "name kind chips devices hosts") | {"memory_bytes": topology.chip.hbm_bytes},
             "mesh": request.mesh,
-            "update": {
-                "rows": request.rows * request.passes,
-                "micro_batches": request.passes,
-                "length": request.length,
-                "tokens": plan.tokens,
-                "sampled_rows": request.sampled_rows if request.samples else 0,
-            },
-            "compiled": plan.compiled,
-            "fits": plan.fits,
-            "memory": {
-                "limit_bytes": plan.limit,
-                "peak_bytes": plan.peak,
-                "free_bytes": plan.limit - plan.peak,
-                "fullest": plan.peak_program.program,
-                "always": plan.resident,
-                "moments": [{**dataclasses.asdict(program), "total": program.total} for program in plan.programs],
-            },
-            "time": {
-                "seconds": plan.seconds,
-                "slowest": plan.slowest,
-                "tokens_per_second": plan.tokens_per_second,
-                "tokens_per_second_per_chip": plan.tokens_per_second_per_chip,
-                "model_flops_share": plan.model_share,
-                "sent_bytes": plan.together.sent,
-                "phases": [
-                    {
-                        "name": phase.name,
-                        **dataclasses.asdict(phase.cost),
-                        "seconds": phase.resources,
-                        "least": phase.seconds,
-                        "slowest": phase.slowest,
-                    }
-                    for phase in plan.phases
-                ],
-            },
+            "update": {"rows": request.update_rows, **_picked(request, "micro_batches length tokens sampled_rows")},
+            **_picked(plan, "compiled fits"),
+            "memory": _picked(plan, "limit_bytes peak_bytes free_bytes") | memory,
+            "time": _picked(plan, "seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share")
+            | {"sent_bytes": plan.together.sent, "phases": phases},
             "compile_seconds": plan.compile_seconds,
-            "advice": [dataclasses.asdict(one) for one in self.advice],
-            "search": None if self.search is None else [one.to_dict() for one in self.search],
+            "advice": [one._asdict() for one in self.advice],
+            "search": None if self.search is None else [_candidate(*one) for one in self.search],
             "findings": self.findings(),
-            "notes": list(self.notes),
+            "notes": self.notes,
         }
 
+    def show(self, console: Console) -> None:
+        """Prints it all."""
+        console.print(Text("gold_jax.plan", "bold"))
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True)
+        for name, words in _title(self).items():
+            table.add_row(Text(f"  {name}", "dim"), Text(words, overflow="fold"))
+        console.print(table)
+        for part in (_memory, _time, _advice, _search):
+            part(self, console)
+        section(console, "in short")
+        for sentence in self.findings():
+            say(console, sentence, "yellow" if "«" in sentence else "")
+        for note in self.notes:
+            say(console, note, "yellow")
 
-def _described(model: Model) -> dict[str, Any]:
-    config = model.config
-    return {
-        "name": model.name,
-        "family": config.family,
-        "parameters": parameter_count(config),
-        "layers": config.layers,
-        "width": config.width,
-        "vocabulary": config.vocab_size,
+
+def _picked(of: Any, names: str) -> dict[str, Any]:
+    return {name: getattr(of, name) for name in names.split()}
+
+
+def _model(model: Model) -> dict[str, Any]:
+    sizes = _picked(model.config, "layers width") | {"vocabulary": model.config.vocab_size}
+    return {"name": model.name, "family": model.config.family, "parameters": parameter_count(model.config), **sizes}
+
+
+def _candidate(plan: Plan, requested: bool) -> dict[str, Any]:
+    numbers = _picked(plan, "compiled fits peak_bytes seconds tokens_per_second_per_chip slowest compile_seconds")
+    shape = {"mesh": plan.request.mesh, "rows": plan.request.args.per_device_train_batch_size}
+    shape |= _picked(plan.request, "micro_batches update_rows")
+    return {"flags": flags_of(plan.request), "asked": requested, **shape, **numbers}
+
+
+def _title(report: Report) -> dict[str, str]:
+    plan, request, args = report.plan, report.plan.request, report.plan.request.args
+    topology, chip, tensor = request.topology, request.topology.chip, request.mesh["tensor"]
+    rows = {}
+    for role in ("student", "teacher") if report.teacher else ("student",):
+        name, family, count, *_ = _model(getattr(report, role)).values()
+        shown = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,}"
+        rows[role] = f"{name} ({family}, {shown} parameters)"
+    if report.teacher:
+        rows["vocabularies"] = _describe_vocabularies(report)
+    batches = f" in {request.micro_batches} micro-batches" if request.micro_batches > 1 else ""
+    rows |= {
+        "loss": report.loss,
+        "update": f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {args.per_device_train_batch_size} at a "
+        f"time on {'each device' if tensor == 1 else f'each {tensor} devices'}",
     }
+    if request.samples:
+        rows["sampling"] = (
+            f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once, of {args.max_completion_length:,} tokens "
+            f"after prompts of {request.prompt_length:,}"
+        )
+    limit, memory = _size(plan.limit_bytes), f"{_size(plan.limit_bytes)} each"
+    if topology.kind == "gpu":
+        taken = f"of {_size(chip.hbm_bytes)} each JAX takes {plan.limit_bytes / chip.hbm_bytes:.0%}, {limit}"
+        memory = f"{taken}, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
+    chips = f"{topology.chips} chip{'' if topology.chips == 1 else 's'}"
+    rows["devices"] = f"{topology.name}: {chips}{f' of {chip.cores} cores' if chip.cores > 1 else ''}; {memory}"
+    rows["mesh"] = mesh_flag(request.mesh) if topology.devices > 1 else "one device"
+    for whose, layout in (("student", args.layout), ("teacher", request.teacher_layout)):
+        rows["mesh"] += f"; layout of the {whose} {layout}" if layout != "fsdp" else ""
+    return rows
+
+
+def _describe_vocabularies(report: Report) -> str:
+    sizes = " and ".join(f"{model.config.vocab_size:,}" for model in (report.student, report.teacher))
+    matched, how = report.vocabularies
+    if matched is None:
+        one = "taken for one and the same"
+        one = f"{one} ({sizes} rows, one family; the tokenizers are not both here)"
+        return {"tokenizers": "one and the same", "configs": one}[how]
+    assumed = (
+        f"assumed, {ASSUMED_SHARE:.0%} of the smaller: the tokenizers are not both here, and --matched says nothing"
+    )
+    said = {"tokenizers": "by the tokenizers", "given": "by --matched", "assumed": assumed}[how]
+    return f"{sizes} rows, {matched:,} matched ({said})"
+
+
+def _memory(report: Report, console: Console) -> None:
+    plan, resident = report.plan, sum(report.plan.resident.values())
+    (name, unit), (its_name, its_unit) = (_unit(2 * size, _BYTES) for size in (plan.peak_bytes, plan.limit_bytes))
+    held, rows = [plan.resident, *(program.parts for program in plan.programs)], []
+    parts = dict.fromkeys(part for parts in held for part in parts)
+    for part in sorted(parts, key="temporaries".__eq__):  # these last
+        label = f"teacher, {plan.request.dtype}" if part == "teacher" else _PARTS.get(part, part)
+        rows.append((label, *(f"{parts[part] / unit:,.2f}" if part in parts else "" for parts in held)))
+    totals, free = [], []
+    for program in plan.programs:
+        left = plan.limit_bytes - resident - program.total
+        totals.append(Text(f"{(resident + program.total) / unit:,.2f}", "bold" if left >= 0 else "bold red"))
+        left = Text(f"{left / its_unit:,.2f}", "green" if left >= 0 else "red")
+        free.append(Text("refused", "red") if program.error else left)
+    rows += [None, (Text("together", "bold"), f"{resident / unit:,.2f}", *totals)]
+    label = f"free of {plan.limit_bytes / its_unit:,.2f}" + (f" {its_name}" if its_unit != unit else "")
+    names = ["resident", *(_PROGRAMS[program.program][0] for program in plan.programs)]
+    _table(console, f"memory of a {report.device}, {name}", names, [*rows, (label, "", *free)])
+
+
+def _time(report: Report, console: Console) -> None:
+    plan, (unit, factor) = report.plan, _unit(report.plan.seconds, _SECONDS)
+
+    def row(name: str | Text, counts: Iterable[float], slowest: str) -> tuple:
+        *amounts, least = counts
+        *seconds, least = (f"{value / factor:,.2f}" if value else "" for value in (*amounts[3:], least))
+        styled = (Text(text, "yellow" if slowest == which else "") for text, which in zip(seconds, RESOURCES))
+        return (name, *map(_amount, amounts[:3]), *styled, Text(least, "bold"))
+
+    rows, counts = [], []
+    for phase in plan.phases:
+        cost, name = phase.cost, _PROGRAMS[phase.name][0].replace("-\n", "").replace("\n", " ")
+        counts.append((cost.flops, cost.hbm_bytes, sum(cost.sent.values()), *phase.seconds.values(), phase.least))
+        rows.append(row(name, counts[-1], phase.slowest))
+    rows += [None, row(Text("together", "bold"), map(sum, zip(*counts)), plan.slowest)]
+    names = ["FLOP", "HBM B", "sent B", *RESOURCES, "least"]
+    _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in {unit}")
+    sent = plan.together.sent
+    if len(sent) > 1:
+        by_axes = ", ".join(f"{axes} {_amount(count)}B" for axes, count in sorted(sent.items()) if count)
+        say(console, f"sent along {by_axes}", "dim")
+
+
+def _advice(report: Report, console: Console) -> None:
+    name, unit = _unit(2 * report.plan.peak_bytes, _BYTES)
+    rows = [
+        (Text(flags).append(f"\n{why}", "dim"), f"{saves / unit:,.2f}", f"{peak / unit:,.2f}", _yes_or(fits, "no"))
+        for flags, why, peak, saves, fits in report.advice
+    ]
+    title, names = "what would help, by the analytic model", [f"saves {name}", "leaves", "fits"]
+    if rows:
+        _table(console, title, names, rows, first="change", wrap=True)
+
+
+def _search(report: Report, console: Console) -> None:
+    if report.search is None:
+        return
+    name, unit = _unit(2 * report.plan.peak_bytes, _BYTES)
+    rows, layouts = [], False
+    for plan, requested in report.search:
+        request, mesh = plan.request, mesh_flag(plan.request.mesh)
+        if request.teacher_layout != "fsdp":
+            mesh, layouts = f"{mesh} T {request.teacher_layout}", True
+        at_once = f"{request.args.per_device_train_batch_size} x {request.micro_batches}"
+        fits, speed = _yes_or(plan.fits, "refused" if plan.refused else "no"), plan.tokens_per_second_per_chip
+        numbers = f"{request.update_rows:,}", f"{plan.peak_bytes / unit:,.2f}", fits, _duration(plan.seconds)
+        rows.append((Text("› " if requested else "  ").append(mesh), at_once, *numbers, f"{speed:,.0f}"))
+    title = f"ways to spread it, {'compiled' if report.plan.compiled else 'by the analytic model'}"
+    _table(console, title, ["rows", "update", name, "fits", "time", "tok/s/chip"], rows, first="  mesh")
+    words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
+    say(console, words + ("; T: layout of the teacher" if layouts else ""), "dim")
+    best, requested = report.search[0]
+    first = f"The first: {flags_of(best.request)}{' (as asked)' if requested else ''}"
+    say(console, first if best.fits else "None of them fits.")
+
+
+def _table(console: Console, title: str, names: list[str], rows: list, first: str = "", wrap: bool = False) -> None:
+    """A section with a table of rows; None begins another part of it."""
+    section(console, title)
+    table = columns(*names, first=first, wrap=wrap, gap=0 if console.width < 100 else 1)
+    for row in rows:
+        table.add_section() if row is None else table.add_row(*row)
+    put(console, table)
+
+
+def _yes_or(holds: bool, otherwise: str) -> Text:
+    return Text("yes", "green") if holds else Text(otherwise, "red")
+
+
+def _unit(value: float, units: dict[str, float]) -> tuple[str, float]:
+    """The largest unit that there is one of, or the smallest."""
+    return next((unit for unit in units.items() if value >= unit[1]), list(units.items())[-1])
+
+
+def _size(count: float) -> str:
+    """Bytes in words, such as 3.20 GiB."""
+    name, unit = _unit(count, _BYTES)
+    return f"{count / unit:.2f} {name}" if count >= unit else f"{count:.0f} B"
+
+
+def _amount(count: float) -> str:
+    """A number of three digits with a prefix, such as 1.24 T; nothing for nothing."""
+    prefix, factor = _unit(count, _COUNTS)
+    return f"{_digits(count / factor)}{prefix}" if count else ""
+
+
+def _duration(seconds: float) -> str:
+    """A time in words, such as 3.21 s or 15.0 ms."""
+    name, unit = _unit(seconds, _SECONDS)
+    return "for ever" if math.isinf(seconds) else f"{_digits(seconds / unit)} {name}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"

@@ -1,7 +1,6 @@
 """A run to plan: its settings, models, devices and mesh, and how much there is of everything in it."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -22,11 +21,9 @@ LARGEST_TENSOR = 8  # beyond a host's devices, hidden states would be summed ove
 
 
 class Pair(NamedTuple):
-    """The models of a run.
+    """The configs of a run's models (no teacher: fine-tuning), and the entries that their vocabularies share.
 
-    Attributes:
-        student, teacher: their configs; no teacher is fine-tuning.
-        matched: entries that the two vocabularies share; None: they are one and the same.
+    `matched` None: the two vocabularies are one and the same.
     """
 
     student: DecoderConfig
@@ -34,16 +31,13 @@ class Pair(NamedTuple):
     matched: int | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class PlanRequest:
-    """A run to plan.
+    """A run to plan: its settings, models, devices, size of each mesh axis, and kind of attention (None: "auto").
 
-    Attributes:
-        args: its settings.
-        pair: its models.
-        topology: its devices.
-        mesh: size of each axis.
-        attention: as in `models.attention.choose`; None: "auto".
+    Rows are those of a micro-batch on all devices, `sampled_rows` those that are written at once; `length` and
+    `prompt_length` are tokens of the longest row and prompt, `tokens` those that the student learns from in an update,
+    `positions` those that one device compares in a micro-batch.
     """
 
     args: Any
@@ -52,127 +46,63 @@ class PlanRequest:
     mesh: dict[str, int]
     attention: str | None = None
 
-    def changed(
-        self, *, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any
-    ) -> "PlanRequest":
-        """The same with other settings, or on another mesh."""
-        return dataclasses.replace(
-            self, args=self.args.replace(**settings), mesh=mesh or self.mesh, topology=topology or self.topology
-        )
-
-    @property
-    def platform(self) -> str:
-        """What the devices are, of `models.attention.PLATFORMS`."""
-        return "tpu" if self.topology.kind == "tpu" else "cuda"
-
-    @functools.cached_property
-    def placement(self) -> Placement:
-        """The student's, on a mesh of no devices."""
-        return Placement(jax.sharding.AbstractMesh(tuple(self.mesh.values()), tuple(self.mesh)), self.args.layout)
-
-    @property
-    def spec(self) -> Any:
-        """The loss of a distillation; None without a teacher."""
-        return self.args.loss_spec(self.pair.matched is None) if self.pair.teacher else None
-
-    @property
-    def reads(self) -> bool:
-        """Whether the teacher reads."""
-        return self.pair.teacher is not None and bool(self.spec.distillation_weight)
-
-    @property
-    def samples(self) -> bool:
-        """Whether the student writes completions on these devices."""
-        args = self.args
-        return self.pair.teacher is not None and args.lmbda > 0 and args.server_url is None
-
-    @property
-    def passes(self) -> int:
-        """Micro-batches of an update."""
-        return self.args.gradient_accumulation_steps
-
-    def programs(self) -> dict[str, float]:
-        """The programs of an update and how often each runs in one; of decoding, tokens of a row."""
-        args, passes, found = self.args, self.passes, {}
-        if self.reads:
-            found["teacher"] = passes
-        found[STUDENT[0]] = 1
-        if passes > 1:
-            found |= {STUDENT[1]: passes - 1, "optimizer": 1}
+    def __post_init__(self):
+        args, mesh, (student, teacher, matched) = self.args, self.mesh, self.pair
+        self.attention = self.attention or "auto"
+        self.platform = "tpu" if self.topology.kind == "tpu" else "cuda"
+        # The student's; a mesh of no devices.
+        self.placement = Placement(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), args.layout)
+        self.teacher_layout = args.teacher_layout if teacher else "fsdp"
+        # On accelerators bfloat16, unless the settings say otherwise.
+        self.dtype, self.itemsize = ("float32", 4) if args.bf16 is False else ("bfloat16", 2)
+        self.spec = args.loss_spec(matched is None) if teacher else None
+        self.reads = teacher is not None and bool(self.spec.distillation_weight)  # whether the teacher reads
+        # Whether the student writes completions on these devices.
+        self.samples = teacher is not None and args.lmbda > 0 and args.server_url is None
+        self.micro_batches = args.gradient_accumulation_steps
+        self.shards = mesh["data"] * mesh["fsdp"]  # parts that the rows of a batch are shared out to
+        self.rows = args.per_device_train_batch_size * self.shards
+        self.update_rows = self.rows * self.micro_batches
+        self.length = args.max_length or 1024
+        self.prompt_length = args.prompt_budget if isinstance(args, GOLDConfig) else self.length // 2
+        self.tokens = self.update_rows * self.length
+        self.positions = args.per_device_train_batch_size * (self.length - self.prompt_length)
+        # The programs of an update and how often each runs in one; of decoding, tokens of a row.
+        self.programs = {"teacher": self.micro_batches} if self.reads else {}
+        self.programs[STUDENT[0]] = 1
+        if self.micro_batches > 1:
+            self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
+        self.sampled_rows = 0
         if self.samples:
-            rounds = args.lmbda * args.per_device_train_batch_size * passes * self.shards / self.sampled_rows
-            found |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}
-        return found
+            requested = sampling_rows(self.update_rows, self.rows, args.generation_batch_size or 32 * self.shards)
+            self.sampled_rows = -(-min(requested, self.update_rows) // self.shards) * self.shards
+            weights = sum(math.prod(info.shape) for info in parameters(student).values())
+            longest = self.prompt_length - 1 + args.max_completion_length  # the last token is not read
+            each = self.sampled_rows // self.shards
+            self.slots, self._one_size = most_slots(student, weights, each, longest)  # of the cache at its largest
+            rounds = args.lmbda * self.update_rows / self.sampled_rows
+            self.programs |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}
 
-    @property
-    def dtype(self) -> str:
-        """What is computed in: on accelerators bfloat16, unless the settings say otherwise."""
-        return "float32" if self.args.bf16 is False else "bfloat16"
+    def changed(self, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any):
+        """The same with other settings, or on another mesh."""
+        mesh, topology = mesh or self.mesh, topology or self.topology
+        return dataclasses.replace(self, args=self.args.replace(**settings), mesh=mesh, topology=topology)
 
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number of that dtype."""
-        return 4 if self.dtype == "float32" else 2
-
-    @property
-    def shards(self) -> int:
-        """Parts that the rows of a batch are shared out to."""
-        return self.mesh["data"] * self.mesh["fsdp"]
-
-    @property
-    def rows(self) -> int:
-        """Rows of a micro-batch, on all devices."""
-        return self.args.per_device_train_batch_size * self.shards
-
-    @property
-    def length(self) -> int:
-        """Tokens of the longest row."""
-        return self.args.max_length or 1024
-
-    @property
-    def prompt_length(self) -> int:
-        """Tokens of the longest prompt."""
-        return self.args.prompt_budget if isinstance(self.args, GOLDConfig) else self.length // 2
-
-    @property
-    def positions(self) -> int:
-        """Positions of a micro-batch that one device compares."""
-        return self.args.per_device_train_batch_size * (self.length - self.prompt_length)
-
-    @property
-    def sampled_rows(self) -> int:
-        """Rows that are written at once, on all devices."""
-        prompts = self.rows * self.passes
-        requested = sampling_rows(prompts, self.rows, self.args.generation_batch_size or 32 * self.shards)
-        return -(-min(requested, prompts) // self.shards) * self.shards
-
-    @property
-    def slots(self) -> int:
-        """Slots of the cache at its largest, as the sampler has them."""
-        return self._most_slots[0]
-
-    @functools.cached_property
-    def _most_slots(self) -> tuple[int, bool]:
-        longest = self.prompt_length - 1 + self.args.max_completion_length  # the last token is not read
-        weights = sum(math.prod(info.shape) for info in parameters(self.pair.student).values())
-        return most_slots(self.pair.student, weights, self.sampled_rows // self.shards, longest)
-
-    def smaller_cache(self, cache: int) -> int:
-        """Bytes of the cache from which rows move to the largest, which has `cache`; 0 where there is one size."""
-        slots, cheap = self._most_slots
-        smaller = power_of_two(slots) // 2
-        return 0 if cheap or smaller <= self.prompt_length else cache * smaller // slots
+    def held(self, program: str, given: dict[str, int], needed: dict[str, int]) -> dict[str, int]:
+        """What is there while a program runs, by part; in decoding the cache that the largest grows from, where that is more."""
+        half = power_of_two(self.slots) // 2 if program == "decoding" and not self._one_size else 0
+        smaller = given["cache"] * half // self.slots if half > self.prompt_length else 0
+        return given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
 
 
 def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
     """Every way to cut so many devices into `data`, `fsdp` and `tensor`, where `tensor` divides heads and inner width of both."""
     tensor = 1
     while tensor <= LARGEST_TENSOR and devices % tensor == 0:
-        if all(c.heads % tensor == 0 and c.mlp_width % tensor == 0 for c in filter(None, pair[:2])):
+        if not any(c.heads % tensor or c.mlp_width % tensor for c in filter(None, pair[:2])):
             shards = devices // tensor
-            for data in range(1, shards + 1):
-                if shards % data == 0:
-                    yield {"data": data, "fsdp": shards // data, "tensor": tensor}
+            for data in (n for n in range(1, shards + 1) if shards % n == 0):
+                yield {"data": data, "fsdp": shards // data, "tensor": tensor}
         tensor *= 2
 
 

@@ -1,8 +1,7 @@
 """Other meshes, layouts and numbers of rows for the same run, ranked by the analytic model and the best of them compiled."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import NamedTuple
 
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.plan import Plan
@@ -12,46 +11,11 @@ _SLACK = 1.1  # the analytic model is sometimes too large: what does not fit by 
 _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more tokens a second
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A way to spread a run.
-
-    Attributes:
-        plan: what it comes to.
-        requested: whether it is the one that was asked for.
-    """
+class Candidate(NamedTuple):
+    """A way to spread a run, and whether it is the one that was asked for."""
 
     plan: Plan
     requested: bool = False
-
-    @property
-    def flags(self) -> str:
-        """What makes it."""
-        return flags_of(self.plan.request)
-
-    @property
-    def update_rows(self) -> int:
-        """Rows of an update."""
-        return self.plan.request.rows * self.plan.request.passes
-
-    def to_dict(self) -> dict[str, Any]:
-        """The numbers that it is compared by."""
-        plan = self.plan
-        return {
-            "flags": self.flags,
-            "asked": self.requested,
-            "mesh": plan.request.mesh,
-            "rows": plan.request.args.per_device_train_batch_size,
-            "micro_batches": plan.request.passes,
-            "update_rows": self.update_rows,
-            "compiled": plan.compiled,
-            "fits": plan.fits,
-            "peak_bytes": plan.peak,
-            "seconds": plan.seconds,
-            "tokens_per_second_per_chip": plan.tokens_per_second_per_chip,
-            "slowest": plan.slowest,
-            "compile_seconds": plan.compile_seconds,
-        }
 
 
 def search(
@@ -97,41 +61,36 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
         layouts = [{"layout": "fsdp"}]
         if request.pair.teacher is not None:  # which may be cut over all devices where it would be there several times
             layouts = [{"layout": "fsdp", "teacher_layout": one} for one in ("fsdp", "full")[: 1 + (mesh["data"] > 1)]]
+        # An update has more rows where a mesh cannot share them out evenly.
+        update_rows = -(-request.update_rows // (mesh["data"] * mesh["fsdp"]))
+        if update_rows % getattr(request.args, "num_generations", 1):
+            continue
+        counts = sorted({2**k for k in range(update_rows.bit_length())} | {update_rows})
         for layout in layouts:
             fitting = []
-            for plan in map(estimate, _rows(request, mesh, layout)):
-                if plan.peak > slack * plan.limit:
+            for rows in (count for count in counts if update_rows % count == 0):
+                batch = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": update_rows // rows}
+                plan = estimate(request.changed(mesh, **batch, **layout))
+                if plan.peak_bytes > slack * plan.limit_bytes:
                     break
                 fitting.append(plan)
             best = max((plan.tokens_per_second for plan in fitting), default=0.0)
-            most = max((k for k, plan in enumerate(fitting) if plan.tokens_per_second >= _AS_GOOD * best), default=-1)
-            yield fitting[most::-1] if fitting else []
-
-
-def _rows(request: PlanRequest, mesh: dict[str, int], layout: dict[str, str]) -> Iterator[PlanRequest]:
-    """A mesh with one row at once on each shard, then twice as many each time, as far as the rows of an update go."""
-    # More rows, where they cannot be shared out evenly.
-    update_rows = -(-request.rows * request.passes // (mesh["data"] * mesh["fsdp"]))
-    if update_rows % getattr(request.args, "num_generations", 1):
-        return
-    counts = {2**k for k in range(update_rows.bit_length())} | {update_rows}
-    for rows in sorted(count for count in counts if update_rows % count == 0):
-        passes = update_rows // rows
-        yield request.changed(mesh=mesh, per_device_train_batch_size=rows, gradient_accumulation_steps=passes, **layout)
+            while fitting and fitting[-1].tokens_per_second < _AS_GOOD * best:
+                fitting.pop()
+            yield fitting[::-1]
 
 
 def _key(request: PlanRequest) -> tuple:
     layouts = [request.args.layout, getattr(request.args, "teacher_layout", None)]
     if request.mesh["data"] == 1:  # the two are the same then
         layouts = ["fsdp" if layout == "full" else layout for layout in layouts]
-    return (*request.mesh.values(), request.rows, request.passes, *layouts)
+    return (*request.mesh.values(), request.rows, request.micro_batches, *layouts)
 
 
 def flags_of(request: PlanRequest) -> str:
     """What spreads a run so, as flags."""
-    args, flags = request.args, [f"--mesh {mesh_flag(request.mesh)}"]
-    flags += [
-        f"--{name} {getattr(args, name)}" for name in ("per_device_train_batch_size", "gradient_accumulation_steps")
-    ]
-    layouts = {name: getattr(args, name, "fsdp") for name in ("layout", "teacher_layout")}
-    return " ".join(flags + [f"--{name} {layout}" for name, layout in layouts.items() if layout != "fsdp"])
+    flags = {"mesh": mesh_flag(request.mesh)}
+    flags |= {key: getattr(request.args, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    layouts = {key: getattr(request.args, key, "fsdp") for key in ("layout", "teacher_layout")}
+    flags |= {key: layout for key, layout in layouts.items() if layout != "fsdp"}
+    return " ".join(f"--{name} {value}" for name, value in flags.items())

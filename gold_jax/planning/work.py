@@ -29,40 +29,36 @@ _PASSES = {"high": 3, "highest": 6}  # bfloat16 products on a TPU for one of flo
 
 
 def read_work(program: Program, executions: list[Execution]) -> tuple[float, float]:
-    """FLOPs and bytes of one call of a program.
-
-    Args:
-        program: as `hlo.read`.
-        executions: as `hlo.executed`.
-    """
+    """FLOPs and bytes of one call of a program, of which `executions` are all that runs (`hlo.executed`)."""
     flops = sum(times * _flops(inside, x) for inside, x, times, _ in executions)
     moved = sum(times * _bytes(program, inside, x) for inside, x, times, fused in executions if not fused)
     return float(flops), float(moved)
 
 
 def _flops(inside: Computation, x: Instruction) -> float:
-    if x.opcode == "dot":
-        left, cut = hlo.dimensions(inside.instructions[x.operands[0]].type), x.attributes
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", cut)
-        inner = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
-        return 2.0 * math.prod(hlo.dimensions(x.type)) * inner * _passes(x)
-    if x.opcode == "convolution":
-        return _convolution(inside, x) * _passes(x)
     if x.opcode == "custom-call" and "splash" in x.name:
-        return _kernel(inside, x)
-    return 0.0
+        # Its mask skips blocks that nothing is seen of: half the pairs, for causal attention.
+        shapes = [hlo.dimensions(inside.instructions[name].type) for name in x.operands]
+        queries, keys, *_ = (shape for shape in shapes if len(shape) == 4)  # [rows, heads, tokens, head_dim]
+        products = next((count for part, count in _KERNEL_PRODUCTS.items() if part in x.name), 0)
+        return 2.0 * products * math.prod(queries) * keys[2] / 2
+    if x.opcode not in ("dot", "convolution"):
+        return 0.0
+    precision = re.search(r"operand_precision=\{(\w+)", x.attributes)
+    left, right = (hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2])
+    if x.opcode == "dot":
+        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
+        inner = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
+        products = math.prod(hlo.dimensions(x.type)) * inner
+    else:
+        products = _convolution(x, left, right)
+    return 2.0 * products * (_PASSES.get(precision[1], 1) if precision else 1)
 
 
-def _passes(x: Instruction) -> int:
-    found = re.search(r"operand_precision=\{(\w+)", x.attributes)
-    return _PASSES.get(found[1], 1) if found else 1
-
-
-def _convolution(inside: Computation, x: Instruction) -> float:
+def _convolution(x: Instruction, *sides: tuple[int, ...]) -> float:
     """TPUs compute products as convolutions; batch axes are spatial ones, of which padding leaves one tap to each output."""
-    sides = [hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2]] + [hlo.dimensions(x.type)]
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", x.attributes).groups()
-    left, right, out = (dict(zip(names, shape)) for names, shape in zip(labels, sides))
+    left, right, out = (dict(zip(names, shape)) for names, shape in zip(labels, (*sides, hlo.dimensions(x.type))))
     window = dict(re.findall(r"(\w+)=([\dx_\-]+)", x.attributes.partition("window={")[2].partition("}")[0]))
     taps = 1
     for at, axis in enumerate(sorted(filter(str.isdigit, out))):
@@ -73,35 +69,26 @@ def _convolution(inside: Computation, x: Instruction) -> float:
         start = np.arange(right[axis]) * spread - low
         first, last = np.maximum(0, -(start // stride)), np.minimum(out[axis] - 1, (reach - 1 - start) // stride)
         taps *= np.maximum(0, last - first + 1).sum() / gap
-    return 2.0 * left["b"] * right["i"] * out["f"] * taps / int(x.attribute("batch_group_count") or 1)
-
-
-def _kernel(inside: Computation, x: Instruction) -> float:
-    """A kernel of splash attention. Its mask skips blocks that nothing is seen of: half the pairs, for causal attention."""
-    shapes = [hlo.dimensions(inside.instructions[name].type) for name in x.operands]
-    queries, keys, *_ = (shape for shape in shapes if len(shape) == 4)  # [rows, heads, tokens, head_dim]
-    products = next((count for part, count in _KERNEL_PRODUCTS.items() if part in x.name), 0)
-    return 2.0 * products * math.prod(queries) * keys[2] / 2
+    return left["b"] * right["i"] * out["f"] * taps / int(x.attribute("batch_group_count") or 1)
 
 
 def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
-    if x.opcode in _FREE or x.opcode.endswith(("-done", "-update")):
-        return 0
-    if x.opcode == "custom-call" and any(name in x.attributes for name in _FREE_CALLS):
+    free_call = x.opcode == "custom-call" and any(name in x.attributes for name in _FREE_CALLS)
+    if x.opcode in _FREE or x.opcode.endswith(("-done", "-update")) or free_call:
         return 0
     if x.opcode == "fusion":
         return _fusion(program, inside, x)
-    read = [inside.instructions[name] for name in x.operands if name in inside.instructions]
-    if x.opcode == "dynamic-update-slice":
-        return 2 * _hbm(read[1].type) if _hbm(x.type) else _hbm(read[1].type)
+    read = [inside.instructions[name].type for name in x.operands if name in inside.instructions]
     made = x.type
+    if x.opcode == "dynamic-update-slice":
+        return _hbm(read[1]) * (2 if _hbm(made) else 1)
     if x.opcode in ("copy-start", "slice-start"):  # (destination, source, …) or ((source), destination, …)
         made = hlo.elements(made)[x.opcode == "slice-start"]
-    if x.opcode in _SLICES:
-        return (hlo.size(made) if _hbm(read[0].type) else 0) + _hbm(made)
-    if x.opcode.endswith("-start") and x.opcode != "all-reduce-start" and len(hlo.elements(made)) > 1:
+    elif x.opcode.endswith("-start") and x.opcode != "all-reduce-start" and len(hlo.elements(made)) > 1:
         made = hlo.elements(made)[1]
-    return sum(_hbm(y.type) for y in read) + _hbm(made)
+    if x.opcode in _SLICES:
+        return (hlo.size(made) if _hbm(read[0]) else 0) + _hbm(made)
+    return sum(map(_hbm, read)) + _hbm(made)
 
 
 def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
@@ -116,7 +103,7 @@ def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
             root = body[root.operands[0]]
         if not _hbm(type_) or root.opcode == "parameter" or (is_piece(root) and not starts(called, root)):
             continue  # it is elsewhere, or was there before
-        total += hlo.size(body[root.operands[1]].type) if root.opcode == "dynamic-update-slice" else hlo.size(type_)
+        total += hlo.size(body[root.operands[1]].type if root.opcode == "dynamic-update-slice" else type_)
     return total
 
 
@@ -130,23 +117,19 @@ def _taken(program: Program, body: Computation, value: Instruction) -> float:
     for user in body.instructions.values():
         if value.name not in user.operands:
             continue
-        if user.opcode == "bitcast" or _only_renames(program, user):
+        first = user.operands[0] == value.name
+        called = program.computations[user.called[0]] if user.opcode == "fusion" else None
+        only_renames = called is not None and called.root.opcode == "bitcast" and len(called.instructions) == 2
+        if user.opcode == "bitcast" or only_renames:
             total += _taken(program, body, user)
-        elif user.opcode == "fusion":
-            called = program.computations[user.called[0]]
-            given = [at for at, name in enumerate(user.operands) if name == value.name]
-            total += sum(_taken(program, called, _parameter(called, at)) for at in given)
-        elif user.opcode in _SLICES and user.operands[0] == value.name:
+        elif called is not None:
+            given = [_parameter(called, at) for at, name in enumerate(user.operands) if name == value.name]
+            total += sum(_taken(program, called, parameter) for parameter in given)
+        elif user.opcode in _SLICES and first:
             total += hlo.size(user.type)
-        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and user.operands[0] == value.name):
+        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and first):
             total += hlo.size(value.type)
     return total
-
-
-def _only_renames(program: Program, x: Instruction) -> bool:
-    """Whether it is a fusion of nothing but a bitcast."""
-    called = program.computations[x.called[0]] if x.opcode == "fusion" else None
-    return called is not None and called.root.opcode == "bitcast" and len(called.instructions) == 2
 
 
 def _hbm(type_: str) -> int:

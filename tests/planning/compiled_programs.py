@@ -3,7 +3,6 @@
 Usage: python compiled_programs.py cpu | v5e:2x4, …: fake CPU devices (set XLA_FLAGS) or a TPU slice that need not exist.
 """
 
-import dataclasses
 import json
 import sys
 
@@ -13,6 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gold_jax.planning import hlo
 from gold_jax.planning.collectives import read_collectives
 from gold_jax.planning.hardware import read_topology
 
@@ -25,9 +25,7 @@ def eight_devices(where: str) -> np.ndarray:
     from jax.experimental import topologies
 
     slice_ = read_topology(where)
-    found = topologies.get_topology_desc(
-        platform="tpu", topology_name=slice_.compile_name, **slice_.compile_options
-    ).devices
+    found = topologies.get_topology_desc(platform="tpu", **slice_.compile_options).devices
     assert len(found) == slice_.devices
     return np.array(found)
 
@@ -93,9 +91,10 @@ def main() -> None:
     devices, found = eight_devices(sys.argv[1]), {}
     for program in (chain, every_kind, partitioned):
         step, arguments, mesh = program(devices)
-        text = step.lower(*arguments).compile().as_text()
-        read = read_collectives(text, dict(mesh.shape), unknown_trips=10)
-        found[program.__name__] = dataclasses.asdict(read)
+        executions, unknown = hlo.executed(hlo.read(step.lower(*arguments).compile().as_text()), 10)
+        traffic = read_collectives(executions, dict(mesh.shape))
+        by_axes = {axes: {op: sent._asdict() for op, sent in ops.items()} for axes, ops in traffic.items()}
+        found[program.__name__] = {"by_axes": by_axes, "unknown_loops": unknown}
     print(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from gold_jax.planning import hlo
 from gold_jax.planning.collectives import Traffic, read_collectives
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -20,13 +21,16 @@ add {
 """
 
 
-def read(body: str, *, before: str = "", mesh=MESH, **options):
-    return read_collectives(f"HloModule m\n{ADD}{before}\nENTRY main {{\n{body}\n}}\n", mesh, **options)
+def read(body: str, *, before: str = "", trips=1) -> tuple[dict[str, dict[str, Traffic]], list[str]]:
+    """Traffic by axes and operation, and the loops that do not say how often they run."""
+    program = hlo.read(f"HloModule m\n{ADD}{before}\nENTRY main {{\n{body}\n}}\n")
+    executions, loops = hlo.executed(program, trips)
+    return read_collectives(executions, MESH), loops
 
 
-def one(line: str, **options) -> tuple[str, str, float]:
+def one(line: str) -> tuple[str, str, float]:
     """Axes, operation and bytes of a program of one collective."""
-    ((axes, ops),) = read(f"  p = f32[1024]{{0}} parameter(0)\n  ROOT r = {line}", **options).by_axes.items()
+    ((axes, ops),) = read(f"  p = f32[1024]{{0}} parameter(0)\n  ROOT r = {line}")[0].items()
     ((op, sent),) = ops.items()
     assert sent.count == 1
     return axes, op, sent.bytes
@@ -129,7 +133,7 @@ def test_a_permutation_that_turns_two_axes_at_once_is_named_by_both():
 
 def test_groups_of_one_device_send_nothing():
     line = "f32[8]{0} all-reduce(p), channel_id=1, replica_groups=[8,1]<=[8], use_global_device_ids=true, to_apply=add"
-    assert read(f"  p = f32[8]{{0}} parameter(0)\n  ROOT r = {line}").by_axes == {}
+    assert read(f"  p = f32[8]{{0}} parameter(0)\n  ROOT r = {line}")[0] == {}
 
 
 def test_async_wrappers_count_at_their_start_alone():
@@ -143,7 +147,7 @@ wrapped {{
   s = ((f32[1024]{0}), f32[512]{0}, u32[]) async-start(p), async_execution_thread="sparsecore", calls=wrapped
   u = ((f32[1024]{0}), f32[512]{0}, u32[]) async-update(s), calls=wrapped
   ROOT d = f32[512]{0} async-done(u), calls=wrapped"""
-    assert read(body, before=wrapped).by_axes == {"fsdp": {"reduce-scatter": Traffic(2 * KIB, 1)}}
+    assert read(body, before=wrapped)[0] == {"fsdp": {"reduce-scatter": Traffic(2 * KIB, 1)}}
 
 
 PIECE = 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}'
@@ -182,8 +186,9 @@ def test_the_pieces_of_a_tpus_asynchronous_gather_are_one_and_its_fused_scatter_
   %m = (f32[1024]{0}, f32[2048]{0}) fusion(%g), kind=kOutput, calls=%meanwhile
   %d = f32[2048]{0:T(1024)S(1)} fusion(%g), kind=kCustom, calls=%done
   ROOT %r = f32[1024]{0:T(1024)S(1)} fusion(%d), kind=kCustom, calls=%all-reduce-scatter"""
-    found = read(body, before=TPU_PIECES).by_axes
-    assert found == {"fsdp": {"all-gather": Traffic(4 * KIB, 1), "reduce-scatter": Traffic(4 * KIB, 1)}}
+    assert read(body, before=TPU_PIECES)[0] == {
+        "fsdp": {"all-gather": Traffic(4 * KIB, 1), "reduce-scatter": Traffic(4 * KIB, 1)}
+    }
 
 
 def loop(condition: str, *, start="constant(0)", step="constant(1)", attributes="", **options):
@@ -234,17 +239,13 @@ COUNTED = "compare(i, c), direction=LT"
     ],
 )
 def test_what_is_in_a_loop_counts_as_often_as_the_loop_runs(options, trips):
-    found = loop(**options)
-    assert found.by_axes == {"tensor": {"all-reduce": Traffic(4 * KIB * trips, trips)}}
-    assert not found.unknown_loops
+    assert loop(**options) == ({"tensor": {"all-reduce": Traffic(4 * KIB * trips, trips)}}, [])
 
 
 @pytest.mark.parametrize("options", [{"condition": "custom-call(i)"}, {"condition": COUNTED, "start": "parameter(1)"}])
 def test_a_loop_that_does_not_say_how_often_it_runs_counts_once_and_is_named(options):
-    found = loop(**options)
-    assert found.over("tensor") == Traffic(4 * KIB, 1)
-    assert found.unknown_loops == ("jit(f)/while",)
-    assert loop(**options, unknown_trips=6).total == Traffic(24 * KIB, 6)
+    assert loop(**options) == ({"tensor": {"all-reduce": Traffic(4 * KIB, 1)}}, ["jit(f)/while"])
+    assert loop(**options, trips=6)[0] == {"tensor": {"all-reduce": Traffic(24 * KIB, 6)}}
 
 
 def test_of_a_conditional_the_dearer_branch_counts():
@@ -260,14 +261,14 @@ branch.{size} {{
     body = """  p = s32[] parameter(0)
   x = f32[64]{0} parameter(1)
   ROOT r = f32[64]{0} conditional(p, x, x, x), branch_computations={branch.8, branch.64, branch.16}"""
-    assert read(body, before=branches).total == Traffic(256, 1)
+    assert read(body, before=branches)[0] == {"fsdp": {"all-reduce": Traffic(256, 1)}}
     two = "  ROOT r = f32[64]{0} conditional(p, x, x), true_computation=branch.16, false_computation=branch.8"
-    assert read(body.rsplit("\n", 1)[0] + "\n" + two, before=branches).total == Traffic(64, 1)
+    assert read(body.rsplit("\n", 1)[0] + "\n" + two, before=branches)[0] == {"fsdp": {"all-reduce": Traffic(64, 1)}}
 
 
 def test_a_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no text of a compiled program"):
-        read_collectives("module @jit_f {\n}\n", MESH)
+        hlo.read("module @jit_f {\n}\n")
 
 
 def compiled(where: str) -> dict:

@@ -50,7 +50,7 @@ def test_a_topology_is_read_from_its_shape_or_its_usual_name(text, name, chips, 
     found = read_topology(text)
     assert (found.name, found.chips, found.devices, found.hosts) == (name, chips, devices, hosts)
     assert found.kind == ("gpu" if text.startswith("gpu") else "tpu")
-    assert found.compile_name == (None if found.kind == "gpu" else name)
+    assert found.compile_options.get("topology_name") == (None if found.kind == "gpu" else name)
     assert read_topology(found.name) == found
 
 
@@ -117,9 +117,7 @@ from gold_jax.planning.hardware import read_topology
 found = {}
 for name in sys.argv[1:]:
     topology = read_topology(name)
-    description = topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.compile_name, **topology.compile_options
-    )
+    description = topologies.get_topology_desc(platform="tpu", **topology.compile_options)
     hosts = len({device.process_index for device in description.devices})
     here = NamedSharding(Mesh(np.array(description.devices[:1]), "x"), PartitionSpec())
     large = jax.ShapeDtypeStruct((2**20, 2**16), jnp.float32, sharding=here)
