@@ -36,7 +36,7 @@ def main() -> None:
     from gold_jax.planning.compiled import compile_plan
     from gold_jax.planning.hardware import GIB, read_topology
     from gold_jax.planning.models import known_config
-    from gold_jax.planning.request import STUDENT, Pair, PlanRequest
+    from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.sharding.mesh import mesh_sizes
 
     print("| run | program | compiler, GiB | formula, GiB | formula less compiler |")
@@ -48,10 +48,10 @@ def main() -> None:
         pair = Pair(known_config(student), teacher and known_config(teacher), matched)
         request = PlanRequest(training, pair, topology, mesh_sizes(mesh, topology.devices), None)
         model = Analytic(request)
-        for memory in compile_plan(request, leave_out=set(request.programs) - set(STUDENT)).programs:
-            found, formula = memory.parts["temporaries"], sum(model.temporaries(memory.program).values())
+        for one in compile_plan(request, leave_out=set(request.programs) - set(STUDENT)).moments:
+            found, formula = one["parts"]["temporaries"], sum(model.temporaries(one["program"]).values())
             print(
-                f"| {name} | {memory.program} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",
+                f"| {name} | {one['program']} | {found / GIB:.2f} | {formula / GIB:.2f} | {formula / found - 1:+.0%} |",
                 flush=True,
             )
 

@@ -64,13 +64,12 @@ def plan_run(
     require(model.model_name_or_path, "model_name_or_path", "the student, a folder or a hub id")
     if topology.kind == "tpu":
         need_compiler(topology.name)
-    from gold_jax.planning.advice import advice
+    from gold_jax.planning.advice import advice, search
     from gold_jax.planning.analytic import estimate
     from gold_jax.planning.compiled import compile_plan
     from gold_jax.planning.models import find_model, find_vocabularies
+    from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.planning.report import Report
-    from gold_jax.planning.request import STUDENT, Pair, PlanRequest
-    from gold_jax.planning.search import search
     from gold_jax.sharding.mesh import mesh_sizes
 
     mesh = mesh_sizes(training.mesh, topology.devices)

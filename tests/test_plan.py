@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 
 from gold_jax import cli, inspect_pair, plan
-from gold_jax.planning.search import flags_of
+from gold_jax.planning.advice import flags_of
 
 ROOT = pathlib.Path(__file__).parents[1]
 GPUS = "--topology gpu:8xh100-80gb"

@@ -17,8 +17,7 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.attention import check_model, choose
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.planning.plan import Cost, Plan, ProgramMemory
-from gold_jax.planning.request import STUDENT, PlanRequest
+from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest, moment
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 ERROR = 0.16  # by which the formula came out too small at most
@@ -39,12 +38,11 @@ def estimate(request: PlanRequest) -> Plan:
         ValueError: settings that make no run, such as attention that the devices cannot compute.
     """
     check(request)
-    model, programs, costs = Analytic(request), [], {}
+    model, moments, costs = Analytic(request), [], {}
     for name in request.programs:
-        parts = request.held(name, model.transient(name), model.temporaries(name))
-        programs.append(ProgramMemory(name, parts))
+        moments.append(moment(name, request.held(name, model.transient(name), model.temporaries(name))))
         costs[name] = model.cost(name)
-    return Plan(request, model.resident(), tuple(programs), costs)
+    return Plan(request, model.resident(), moments, costs)
 
 
 def check(request: PlanRequest) -> None:

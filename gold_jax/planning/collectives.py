@@ -42,7 +42,7 @@ def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -
         mesh: sizes of the mesh's axes in its order, as `dict(mesh.shape)`. A device's id in the program is its position
             in the mesh, rows first.
     """
-    executions = [e for e in executions if e.instruction.opcode.removesuffix("-start") in _OPS]
+    executions = [run for run in executions if run[1].opcode.removesuffix("-start") in _OPS]
     started = {_piece(x) for inside, x, *_ in executions if starts(inside, x)}
     found: dict[str, dict[str, Traffic]] = {}
     for inside, x, times, _ in executions:

@@ -29,8 +29,7 @@ from gold_jax.planning import hlo
 from gold_jax.planning.analytic import Analytic, check
 from gold_jax.planning.collectives import read_collectives
 from gold_jax.planning.hardware import need_compiler
-from gold_jax.planning.plan import Cost, Plan, ProgramMemory
-from gold_jax.planning.request import STUDENT, Pair, PlanRequest
+from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest, moment
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
@@ -57,9 +56,9 @@ def compile_plan(
     need_compiler(request.topology.name)
     described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
     run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
-    costs, memories, code = {name: model.cost(name) for name in request.programs}, [], 0
+    costs, moments, code = {name: model.cost(name) for name in request.programs}, [], 0
     for number, (name, (lower, arguments)) in enumerate(run.programs().items(), 1):
-        if name in leave_out or (name in STUDENT and any(memory.error for memory in memories)):
+        if name in leave_out or (name in STUDENT and any(one["error"] for one in moments)):
             continue  # a second program with the same gradient is refused as well, and takes as long
         progress(f"compiling {number} of {len(costs)}: {name}")
         begin = time.perf_counter()
@@ -75,8 +74,8 @@ def compile_plan(
             needed = int(float(stated[1]) * _UNITS[stated[2]]) if stated else 0
             needed = max(0, needed - device_bytes(arguments))
         parts = request.held(name, model.transient(name), {"temporaries": needed})
-        memories.append(ProgramMemory(name, parts, seconds, error))
-    return Plan(request, model.resident() | {"programs": code}, tuple(memories), costs, compiled=True)
+        moments.append(moment(name, parts, seconds, error))
+    return Plan(request, model.resident() | {"programs": code}, moments, costs, compiled=True)
 
 
 class PlannedRun:
@@ -115,43 +114,54 @@ class PlannedRun:
         step, params, batch, found = self.run.step, self.state.params, self.batch, {}
         constants = used = step.constants
 
-        def add(name: str, program: str, arguments: tuple, read: Any) -> None:
-            found[name] = functools.partial(step.programs[program].lower, *arguments), read
+        def add(name: str, program: Any, arguments: tuple, read: Any) -> None:
+            found[name] = functools.partial(program.lower, *arguments), read
 
         if self.request.reads:
             lines = batch.teacher.packed
-            add("teacher", "teacher_forward", (constants, lines), (constants.teacher, lines))
+            add("teacher", step.programs["teacher_forward"], (constants, lines), (constants.teacher, lines))
             batch, used = with_hidden(batch, self.hidden), constants._replace(teacher=None)
         if self.request.micro_batches == 1:
-            add(STUDENT[0], "fused", (self.state, constants, batch), (self.state, used, batch))
+            add(STUDENT[0], step.programs["fused"], (self.state, constants, batch), (self.state, used, batch))
         else:
             metrics = jax.eval_shape(step.objective.loss, params, constants, batch)
             metrics = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), metrics)
             so_far, given = (params, params, metrics), (self.state, params, metrics[0])
-            add(STUDENT[0], "first", (params, constants, batch), (params, used, batch))
-            add(STUDENT[1], "add", (*so_far, constants, batch), (so_far, used, batch))
-            add("optimizer", "update", given, given)
+            add(STUDENT[0], step.programs["first"], (params, constants, batch), (params, used, batch))
+            add(STUDENT[1], step.programs["add"], (*so_far, constants, batch), (so_far, used, batch))
+            add("optimizer", step.programs["update"], given, given)
         if self.request.samples:
-            found["prefill"] = self._lower_prefill, (params, self.cache, self.decode_state)
-            found["decoding"] = self._lower_decode, (self.weights, self.cache, self.decode_state)
+            slots, rows, width = (
+                (self.cache, self.decode_state),
+                self.request.sampled_rows,
+                self.request.prompt_length - 1,
+            )
+            shapes = (), (rows,), (rows, bucket(width)), (STOP_SLOTS,)
+            number, each, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+            real = jax.ShapeDtypeStruct((), jnp.float32)
+            options = sampling.SamplingOptions(real, number, real, stops, number)
+            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, _key())
+            decode = (self.run.graph, params, self.weights, *slots, options, number, number, number)
+            add("prefill", sampling.prefill_into_slots, prefill, (params, slots))
+            add("decoding", sampling.decode_until, decode, (self.weights, slots))
         return found
 
     def _batch(self) -> Any:
         """A micro-batch of rows as long as they may be, as shapes on the mesh."""
-        rng, each, length = np.random.default_rng(0), self.args.per_device_train_batch_size, self.request.length
-        prompt, spec, rows = min(self.request.prompt_length, length - 1), self.run.spec, []
-        for _ in range(each):
-            ids = [rng.integers(0, c.vocab_size, length).astype(np.int32) for c in self.request.pair[:2] if c]
-            sides = [SideTokens(one[:prompt], one[prompt:], np.arange(length - prompt)) for one in ids]
+        length, spec, rows = self.request.length, self.run.spec, []
+        prompt = min(self.request.prompt_length, length - 1)
+        for row in range(self.args.per_device_train_batch_size):
+            ids = np.full(length, row, np.int32)
             if spec is None:
-                rows.append((ids[0], np.arange(length) >= prompt))
+                rows.append((ids, np.arange(length) >= prompt))
             else:
-                rows.append(Row(*sides, groups=length - prompt, text="", stopped=True))
+                side = SideTokens(ids[:prompt], ids[prompt:], np.arange(length - prompt))
+                rows.append(Row(side, side, groups=length - prompt, text="", stopped=True))
         if spec is None:
-            (batch,) = build_token_batches(rows, each)
+            (batch,) = build_token_batches(rows, len(rows))
         else:
             groups = "all" if spec.groups == "positional" else spec.groups
-            (batch,) = build_batches(rows, each, merge=spec.merge, groups=groups, text=spec.of_text)
+            (batch,) = build_batches(rows, len(rows), merge=spec.merge, groups=groups, text=spec.of_text)
         sharding, shards = self.placement.sharding(ROW_AXES), self.request.shards
 
         def on_mesh(x):
@@ -166,24 +176,9 @@ class PlannedRun:
         options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
         cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), _key())
         weights = jax.eval_shape(lambda params: merge(self.run.graph, params).decoding_weights(), self.state.params)
-        return (
-            jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache)),
-            jax.tree.map(lambda x: _abstract(x, placement.replicated), state),
-            jax.tree.map(_abstract, weights, self.student.decoding_shardings()),
-        )
-
-    def _lower_decode(self):
-        integer, real = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.float32))
-        stops = jax.ShapeDtypeStruct((STOP_SLOTS,), jnp.int32)
-        options = sampling.SamplingOptions(real, integer, real, stops, integer)
-        state = self.run.graph, self.state.params, self.weights, self.cache, self.decode_state
-        return sampling.decode_until.lower(*state, options, integer, integer, integer)
-
-    def _lower_prefill(self):
-        rows, width = self.request.sampled_rows, bucket(self.request.prompt_length - 1)
-        tokens, each = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((rows, width), (rows,)))
-        state = self.run.graph, self.state.params, self.cache, self.decode_state
-        return sampling.prefill_into_slots.lower(*state, tokens, each, each, each, each, _key())
+        cache = jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache))
+        state = jax.tree.map(lambda x: _abstract(x, placement.replicated), state)
+        return cache, state, jax.tree.map(_abstract, weights, self.student.decoding_shardings())
 
 
 def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:

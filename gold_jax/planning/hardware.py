@@ -1,16 +1,8 @@
 """Accelerators that need not be here: their figures by name, slices of them by a short text, what compiling for them needs.
 
 Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device, the thing a mesh has
-positions for: a chip, or, on v3 and tpu7x, one of a chip's two cores. FLOP/s are dense bfloat16 with float32 sums.
-
-Sources. TPUs: the "System architecture" pages of docs.cloud.google.com/tpu (v3, v4, v5e, v5p, v6e, tpu7x); v3's and
-v4's links from Jouppi et al., "A Domain-Specific Supercomputer for Training Deep Neural Networks" (656 Gbit/s a link,
-four) and "TPU v4" (arXiv:2304.01433; 50 GB/s a link, six). Google's newer pages give both directions of the links
-together: v5e 400, v6e 800, v5p and tpu7x 1,200 GB/s a chip; half of that is here. The memory of TPUs is no vendor's
-figure but the limit that the compiler (libtpu 0.0.42.1) enforces: «exceeds available HBM (15.75G)». GPUs: NVIDIA's data
-sheets of the A100, H100, H200, L4, L40S and A10G, HGX B200, and the Ada and Blackwell white papers for RTX cards; their
-memory is what CUDA reports as a card's total, which is less than the name says. Networks: what NICs a host of the
-cloud, or a DGX, has.
+positions for: a chip, or, on v3 and tpu7x, one of a chip's two cores. FLOP/s are dense bfloat16 with float32 sums. Where they are from
+stands in `hardware.json`.
 """
 
 import difflib
@@ -27,10 +19,6 @@ GIB = 2**30
 
 # Of a GPU's memory, JAX takes this share when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
 GPU_SHARE = 0.75
-# JAX runs on the CPU, on a TPU's host too; no metadata server is asked which TPU this is; and another process may hold libtpu.
-_ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-# Without these libtpu complains that it cannot find them out. What they say does not change what it compiles.
-_QUIET = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
 
 
 class Chip(NamedTuple):
@@ -43,9 +31,7 @@ class Chip(NamedTuple):
     # In one direction over all links to others: ICI, of which only a slice with wrapped axes and traffic along every axis
     # has use for all (`Topology.interconnect` has those of a slice); NVLink or PCIe.
     interconnect: float
-    network: (
-        float | None
-    )  # in one direction, its share of the host's NICs; None where that depends on who built the host
+    network: float | None  # in one direction, of the host's NICs; None where that depends on who built the host
     host: int = 8  # chips of a full host
     cores: int = 1  # devices per chip
     links: int = 1  # to neighbours: 4 in a 2D torus, 6 in a 3D one; GPUs, through a switch, 1
@@ -183,9 +169,11 @@ def _nearest(name: str) -> str:
 
 def prepare() -> None:
     """Sets the environment in which JAX is to start; an already imported JAX is told to run on the CPU."""
-    os.environ.update(_ENVIRONMENT)
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
+    # Without these libtpu complains that it cannot find them out. What they say does not change what it compiles.
+    quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    # No metadata server is asked which TPU this is; and another process may hold libtpu.
+    alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    os.environ.update({**quiet, **os.environ, **alone})
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
 

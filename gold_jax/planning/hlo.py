@@ -56,43 +56,31 @@ class Computation(NamedTuple):
     root: Instruction
 
 
-class Program(NamedTuple):
-    """Computations by name, and the name of the entry."""
-
-    computations: dict[str, Computation]
-    entry: str
-
-
-class Execution(NamedTuple):
-    """An instruction of a computation, and how often it runs in one call of the program.
-
-    What is `fused` is part of a fusion or reduction, whose values between are in no memory.
-    """
-
-    inside: Computation
-    instruction: Instruction
-    times: int
-    fused: bool
+Program = dict[str, Computation]  # by name, that of the entry ""
+Execution = tuple[Computation, Instruction, int, bool]
 
 
 def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) -> tuple[list[Execution], list[str]]:
-    """Everything that runs, loops unrolled in number, and the `op_name`s of loops that do not say how often they run.
+    """Everything that runs, and the `op_name`s, such as `jit(f)/jvp()/while`, of loops that do not say how often they run.
 
-    These run `unknown_trips` times, or as often as that tells from the `op_name`, such as `jit(f)/jvp()/while`. Of a
-    conditional the branch runs that makes most bytes. The two later instructions of something asynchronous name what the
-    first has called, and call nothing.
+    These run `unknown_trips` times, or as often as that tells from the `op_name`. Of a conditional the branch runs that
+    makes most bytes. The two later instructions of something asynchronous name what the first has called, and call nothing.
+
+    Returns:
+        Computation, instruction, how often it runs in one call of the program, and whether it is part of a fusion or
+        reduction, whose values between are in no memory; and the loops.
     """
     loops: dict[str, str] = {}
 
     @functools.cache
     def made(name: str) -> int:
-        body = program.computations[name].instructions.values()
+        body = program[name].instructions.values()
         return sum(size(x.type) + sum(map(made, x.called)) for x in body)
 
     def walk(name: str, times: int, fused: bool) -> Iterator[Execution]:
-        inside = program.computations[name]
+        inside = program[name]
         for x in inside.instructions.values():
-            yield Execution(inside, x, times, fused)
+            yield inside, x, times, fused
             if x.opcode == "while":
                 trips = trip_count(program, inside, x)
                 if trips is None:
@@ -107,28 +95,27 @@ def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) ->
                 for called in x.called:
                     yield from walk(called, times, fused or x.opcode not in ("call", "async-start"))
 
-    return list(walk(program.entry, 1, False)), sorted(loops.values())
+    return list(walk("", 1, False)), sorted(loops.values())
 
 
 def read(text: str) -> Program:
     """Parses the text of an optimized module."""
-    computations, entry, name, own, root = {}, None, None, None, None
+    program, name, own, root = {}, "", None, None
     for line in text.splitlines():
         if own is None:
             if header := _HEADER.match(line):
-                name, own, root = header[2], {}, None
-                entry = name if header[1] else entry
+                name, own, root = "" if header[1] else header[2], {}, None
         # What follows says where it runs, as on a v6e's SparseCores. Kernels' own metadata goes over several lines, with braces.
         elif line == "}" or line.startswith("}, execution_thread"):
             if own:
-                computations[name] = Computation(own, root or list(own.values())[-1])
+                program[name] = Computation(own, root or list(own.values())[-1])
             own = None
         elif start := _INSTRUCTION.match(line):
             x = _instruction(line, start[2], start.end())
             own[x.name], root = x, x if start[1] else root
-    if entry not in computations:
+    if "" not in program:
         raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
-    return Program(computations, entry)
+    return program
 
 
 def _instruction(line: str, name: str, begin: int) -> Instruction:
@@ -182,7 +169,7 @@ def trip_count(program: Program, inside: Computation, loop: Instruction) -> int 
     """
     if noted := re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes):
         return int(noted[1])
-    condition, body = (program.computations[loop.attribute(part)] for part in ("condition", "body"))
+    condition, body = (program[loop.attribute(part)] for part in ("condition", "body"))
     state = _value(program, inside, loop.operands[0], [])
     for trip in range(_MOST_TRIPS if state else 0):
         goes_on = _value(program, condition, condition.root.name, [state])
@@ -209,7 +196,7 @@ def _value(program: Program, inside: Computation, name: str, given: list) -> Any
     if x.opcode == "get-tuple-element":
         return operands[0] and operands[0][int(x.attribute("index"))]
     if x.opcode == "fusion":
-        called = program.computations[x.called[0]]
+        called = program[x.called[0]]
         return _value(program, called, called.root.name, operands)
     compute = _COMPUTED.get(x.attribute("direction") or x.opcode)
     return None if compute is None or None in operands else int(compute(*operands))

@@ -1,33 +1,127 @@
-"""What a plan comes to: memory by part and program, least seconds by phase, whether it fits."""
+"""A run to plan, with how much there is of everything in it, and what it comes to: memory, least seconds, whether it fits."""
 
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+import jax
+
+from gold_jax.bucketing import power_of_two
+from gold_jax.config import GOLDConfig
+from gold_jax.models.config import DecoderConfig
+from gold_jax.models.parameters import parameters
 from gold_jax.planning.hardware import GPU_SHARE, Topology
-from gold_jax.planning.request import STUDENT, PlanRequest
+from gold_jax.rollout.sampler import most_slots
+from gold_jax.sharding.placement import Placement
+from gold_jax.training.batches import sampling_rows
 
+STUDENT = ("student", "student, further micro-batches")  # programs that go forward and backward
+LARGEST_TENSOR = 8  # beyond a host's devices, hidden states would be summed over slow links
 RESOURCES = ("compute", "memory", "interconnect")
 _ORDER = ("prefill", "decoding", "teacher", "student", "optimizer")
 
 
-class ProgramMemory(NamedTuple):
+class Pair(NamedTuple):
+    """The configs of a run's models (no teacher: fine-tuning), and the entries that their vocabularies share.
+
+    `matched` None: the two vocabularies are one and the same.
+    """
+
+    student: DecoderConfig
+    teacher: DecoderConfig | None = None
+    matched: int | None = None
+
+
+@dataclasses.dataclass
+class PlanRequest:
+    """A run to plan: its settings, models, devices, size of each mesh axis, and kind of attention (None: "auto").
+
+    Rows are those of a micro-batch on all devices, `sampled_rows` those that are written at once; `length` and
+    `prompt_length` are tokens of the longest row and prompt, `tokens` those that the student learns from in an update,
+    `positions` those that one device compares in a micro-batch.
+    """
+
+    args: Any
+    pair: Pair
+    topology: Topology
+    mesh: dict[str, int]
+    attention: str | None = None
+
+    def __post_init__(self):
+        args, mesh, (student, teacher, matched) = self.args, self.mesh, self.pair
+        self.attention = self.attention or "auto"
+        self.platform = "tpu" if self.topology.kind == "tpu" else "cuda"
+        # The student's; a mesh of no devices.
+        self.placement = Placement(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), args.layout)
+        self.teacher_layout = args.teacher_layout if teacher else "fsdp"
+        # On accelerators bfloat16, unless the settings say otherwise.
+        self.dtype, self.itemsize = ("float32", 4) if args.bf16 is False else ("bfloat16", 2)
+        self.spec = args.loss_spec(matched is None) if teacher else None
+        self.reads = teacher is not None and bool(self.spec.distillation_weight)  # whether the teacher reads
+        # Whether the student writes completions on these devices.
+        self.samples = teacher is not None and args.lmbda > 0 and args.server_url is None
+        self.micro_batches = args.gradient_accumulation_steps
+        self.shards = mesh["data"] * mesh["fsdp"]  # parts that the rows of a batch are shared out to
+        self.rows = args.per_device_train_batch_size * self.shards
+        self.update_rows = self.rows * self.micro_batches
+        self.length = args.max_length or 1024
+        self.prompt_length = args.prompt_budget if isinstance(args, GOLDConfig) else self.length // 2
+        self.tokens = self.update_rows * self.length
+        self.positions = args.per_device_train_batch_size * (self.length - self.prompt_length)
+        # The programs of an update and how often each runs in one; of decoding, tokens of a row.
+        self.programs = {"teacher": self.micro_batches} if self.reads else {}
+        self.programs[STUDENT[0]] = 1
+        if self.micro_batches > 1:
+            self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
+        self.sampled_rows = 0
+        if self.samples:
+            requested = sampling_rows(self.update_rows, self.rows, args.generation_batch_size or 32 * self.shards)
+            self.sampled_rows = -(-min(requested, self.update_rows) // self.shards) * self.shards
+            weights = sum(math.prod(info.shape) for info in parameters(student).values())
+            longest = self.prompt_length - 1 + args.max_completion_length  # the last token is not read
+            each = self.sampled_rows // self.shards
+            self.slots, self._one_size = most_slots(student, weights, each, longest)  # of the cache at its largest
+            rounds = args.lmbda * self.update_rows / self.sampled_rows
+            self.programs |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}
+
+    def changed(self, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any):
+        """The same with other settings, or on another mesh."""
+        mesh, topology = mesh or self.mesh, topology or self.topology
+        return dataclasses.replace(self, args=self.args.replace(**settings), mesh=mesh, topology=topology)
+
+    def held(self, program: str, given: dict[str, int], needed: dict[str, int]) -> dict[str, int]:
+        """What is there while a program runs, by part; in decoding the cache that the largest grows from, where that is more."""
+        half = power_of_two(self.slots) // 2 if program == "decoding" and not self._one_size else 0
+        smaller = given["cache"] * half // self.slots if half > self.prompt_length else 0
+        return given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
+
+
+def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
+    """Every way to cut so many devices into `data`, `fsdp` and `tensor`, where `tensor` divides heads and inner width of both."""
+    tensor = 1
+    while tensor <= LARGEST_TENSOR and devices % tensor == 0:
+        if not any(c.heads % tensor or c.mlp_width % tensor for c in filter(None, pair[:2])):
+            shards = devices // tensor
+            for data in (n for n in range(1, shards + 1) if shards % n == 0):
+                yield {"data": data, "fsdp": shards // data, "tensor": tensor}
+        tensor *= 2
+
+
+def mesh_flag(mesh: Mapping[str, int]) -> str:
+    """A mesh as `--mesh` takes it, such as `fsdp=4,tensor=2`."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "auto"
+
+
+def moment(
+    program: str, parts: dict[str, int], seconds: float | None = None, error: str | None = None
+) -> dict[str, Any]:
     """Bytes by part that a device holds while a program runs, beside what is resident.
 
     `seconds` is what compiling took (None: nothing was compiled), `error` what the compiler said where it refused.
     """
-
-    program: str
-    parts: dict[str, int]
-    seconds: float | None = None
-    error: str | None = None
-
-    @property
-    def total(self) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts.values())
+    return {"program": program, "parts": parts, "seconds": seconds, "error": error, "total": sum(parts.values())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,36 +147,24 @@ class Cost:
         return Cost(times * self.flops, times * self.model_flops, times * self.hbm_bytes, sent)
 
 
-class Phase(NamedTuple):
-    """A part of an update on one device, and the seconds that each of `RESOURCES` alone would take."""
-
-    name: str
-    cost: Cost
-    seconds: dict[str, float]
-
-    @property
-    def least(self) -> float:
-        """The least time: that of the slowest resource."""
-        return max(self.seconds.values())
-
-    @property
-    def slowest(self) -> str:
-        """The resource that takes longest."""
-        return max(self.seconds, key=self.seconds.get)
+def phase(name: str, cost: Cost, seconds: dict[str, float]) -> dict[str, Any]:
+    """A part of an update on one device: `seconds` that each resource alone would take, of which the slowest is the least time."""
+    slowest = max(seconds, key=seconds.get)
+    return {"name": name, **vars(cost), "seconds": seconds, "least": seconds[slowest], "slowest": slowest}
 
 
 @dataclasses.dataclass
 class Plan:
-    """What a run takes of each device: bytes by part of what is resident, and by program besides; costs of one run of each.
+    """What a run takes of each device: bytes by part of what is resident, `moment`s of programs, costs of one run of each.
 
-    `compiled`: programs and costs are the compiler's; else all is by the analytic model. `together` is the cost of all
+    `compiled`: moments and costs are the compiler's; else all is by the analytic model. `together` is the cost of all
     phases of an update, `seconds` its least time and `slowest` the resource that most of that is for; tokens a second are
     at most so many; `model_flops_share` is of the chips' operations in that time what the models need.
     """
 
     request: PlanRequest
     resident: dict[str, int]
-    programs: tuple[ProgramMemory, ...]
+    moments: list[dict[str, Any]]
     costs: dict[str, Cost]
     compiled: bool = False
 
@@ -90,28 +172,28 @@ class Plan:
         topology, chip = self.request.topology, self.request.topology.chip
         # What a run may fill of a device: on GPUs what JAX takes when it starts.
         self.limit_bytes = chip.hbm_bytes if topology.kind == "tpu" else int(GPU_SHARE * chip.hbm_bytes)
-        self.peak_program = max(self.programs, key=lambda program: program.total)
-        self.peak_bytes = sum(self.resident.values()) + self.peak_program.total
+        self.fullest = max(self.moments, key=lambda moment: moment["total"])
+        self.peak_bytes = sum(self.resident.values()) + self.fullest["total"]
         self.free_bytes = self.limit_bytes - self.peak_bytes
-        self.refused = [program for program in self.programs if program.error]
+        self.refused = [moment for moment in self.moments if moment["error"]]
         self.fits = self.free_bytes >= 0 and not self.refused
         costs: dict[str, Cost] = {}  # each program as often as it runs
         for program, times in self.request.programs.items():
             name = STUDENT[0] if program in STUDENT else program
             costs[name] = costs.get(name, Cost()) + self.costs[program] * times
         self.phases, spent = [], Counter()
-        for name, cost in sorted(costs.items(), key=lambda phase: _ORDER.index(phase[0])):
+        for name, cost in sorted(costs.items(), key=lambda item: _ORDER.index(item[0])):
             sending = link_seconds(cost.sent, self.request.mesh, topology)
             seconds = cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sending
-            self.phases.append(phase := Phase(name, cost, dict(zip(RESOURCES, seconds))))
-            spent[phase.slowest] += phase.least
-        self.together = sum((phase.cost for phase in self.phases), Cost())
-        self.seconds = sum(phase.least for phase in self.phases)
+            self.phases.append(phase(name, cost, dict(zip(RESOURCES, seconds))))
+            spent[self.phases[-1]["slowest"]] += self.phases[-1]["least"]
+        self.together = sum((costs[phase["name"]] for phase in self.phases), Cost())
+        self.seconds = sum(phase["least"] for phase in self.phases)
         self.slowest = max(spent, key=spent.get)
         self.tokens_per_second = self.request.tokens / self.seconds
         self.tokens_per_second_per_chip = self.tokens_per_second / topology.chips
         self.model_flops_share = self.together.model_flops / (self.seconds * chip.flops)
-        compiling = [program.seconds for program in self.programs if program.seconds is not None]
+        compiling = [moment["seconds"] for moment in self.moments if moment["seconds"] is not None]
         self.compile_seconds = sum(compiling) if compiling else None
 
 

@@ -1,19 +1,17 @@
 """What a plan says of a run: as one object, in sentences, and in the terminal."""
 
+import dataclasses
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gold_jax.planning.advice import Advice
+from gold_jax.planning.advice import Advice, Candidate, flags_of
 from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
-from gold_jax.planning.plan import RESOURCES, Plan
-from gold_jax.planning.request import mesh_flag
-from gold_jax.planning.search import Candidate, flags_of
+from gold_jax.planning.plan import RESOURCES, Plan, mesh_flag
 from gold_jax.terminal import columns, put, say, section
 
 # The programs: over their columns of memory (in rows of time in one line), and what happens while they run.
@@ -38,7 +36,8 @@ _SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 _COUNTS = {" P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, "": 1.0}
 
 
-class Report(NamedTuple):
+@dataclasses.dataclass
+class Report:
     """What is known of a run before anything of it is there.
 
     The models (no teacher: fine-tuning) and what their vocabularies share; what the run takes; changes for where it does
@@ -53,38 +52,33 @@ class Report(NamedTuple):
     search: tuple[Candidate, ...] | None
     notes: list[str]
 
-    @property
-    def loss(self) -> str:
-        """What is minimised, in words."""
-        return "cross-entropy" if self.teacher is None else self.plan.request.spec.describe()
-
-    @property
-    def device(self) -> str:
-        """What a device is: "chip" or "core"."""
-        return "chip" if self.plan.request.topology.chip.cores == 1 else "core"
+    def __post_init__(self):
+        request = self.plan.request
+        self.loss = "cross-entropy" if self.teacher is None else request.spec.describe()
+        self.device = "chip" if request.topology.chip.cores == 1 else "core"
 
     def findings(self) -> list[str]:
         """What the plan says, one sentence each."""
-        plan, (_, when) = self.plan, _PROGRAMS[self.plan.peak_program.program]
+        plan, (_, when) = self.plan, _PROGRAMS[self.plan.fullest["program"]]
         peak, limit, free = (_size(abs(count)) for count in (plan.peak_bytes, plan.limit_bytes, plan.free_bytes))
         found = ["It does not fit: the compiler refuses a program."]
         if plan.fits:
             found = [f"It fits: at its fullest, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."]
-            by_formula = sum(plan.peak_program.parts.get(part, 0) for part in FORMULA)
+            by_formula = sum(plan.fullest["parts"].get(part, 0) for part in FORMULA)
             if not plan.compiled and plan.free_bytes < ERROR * by_formula:
                 found.append("That is too close to tell without compiling.")
         elif plan.free_bytes < 0:
             held = f"when {when}, a {self.device} would have to hold {peak}, {free} more than its {limit}."
             found = [f"It does not fit: {held}"]
-        for name, _, _, error in plan.refused:
-            found.append(f"The program in which {_PROGRAMS[name][1]} is refused by the compiler: «{error}»")
-        if plan.compile_seconds is None:
-            source = (
-                "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
-                f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
-            )
-        else:
-            count, took = sum(one.seconds is not None for one in plan.programs), _duration(plan.compile_seconds)
+        for one in plan.refused:
+            when = _PROGRAMS[one["program"]][1]
+            found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
+        source = (
+            "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
+            f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
+        )
+        if plan.compile_seconds is not None:
+            count, took = sum(one["seconds"] is not None for one in plan.moments), _duration(plan.compile_seconds)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
         return [
             *found,
@@ -98,28 +92,28 @@ class Report(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""
-        plan, request, topology = self.plan, self.plan.request, self.plan.request.topology
-        vocabularies = self.vocabularies and self.vocabularies._asdict() | {"one": self.vocabularies.matched is None}
-        memory = {"fullest": plan.peak_program.program, "always": plan.resident}
-        memory |= {"moments": [program._asdict() | {"total": program.total} for program in plan.programs]}
-        phases = [
-            {"name": phase.name, **vars(phase.cost), **_picked(phase, "seconds least slowest")} for phase in plan.phases
-        ]
+        plan, request, topology, vocabularies = (
+            self.plan,
+            self.plan.request,
+            self.plan.request.topology,
+            self.vocabularies,
+        )
+        rates = "seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share"
+        held = {"fullest": plan.fullest["program"], "always": plan.resident, "moments": plan.moments}
         return {
             "student": _model(self.student),
             "teacher": self.teacher and _model(self.teacher),
-            "vocabularies": vocabularies,
+            "vocabularies": vocabularies and vocabularies._asdict() | {"one": vocabularies.matched is None},
             "loss": self.loss,
             "topology": _picked(topology, "name kind chips devices hosts") | {"memory_bytes": topology.chip.hbm_bytes},
             "mesh": request.mesh,
             "update": {"rows": request.update_rows, **_picked(request, "micro_batches length tokens sampled_rows")},
             **_picked(plan, "compiled fits"),
-            "memory": _picked(plan, "limit_bytes peak_bytes free_bytes") | memory,
-            "time": _picked(plan, "seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share")
-            | {"sent_bytes": plan.together.sent, "phases": phases},
+            "memory": _picked(plan, "limit_bytes peak_bytes free_bytes") | held,
+            "time": _picked(plan, rates) | {"sent_bytes": plan.together.sent, "phases": plan.phases},
             "compile_seconds": plan.compile_seconds,
             "advice": [one._asdict() for one in self.advice],
-            "search": None if self.search is None else [_candidate(*one) for one in self.search],
+            "search": self.search and [_candidate(*one) for one in self.search],
             "findings": self.findings(),
             "notes": self.notes,
         }
@@ -135,10 +129,8 @@ class Report(NamedTuple):
         for part in (_memory, _time, _advice, _search):
             part(self, console)
         section(console, "in short")
-        for sentence in self.findings():
-            say(console, sentence, "yellow" if "«" in sentence else "")
-        for note in self.notes:
-            say(console, note, "yellow")
+        for sentence in (*self.findings(), *self.notes):
+            say(console, sentence, "yellow" if "«" in sentence or sentence in self.notes else "")
 
 
 def _picked(of: Any, names: str) -> dict[str, Any]:
@@ -207,38 +199,38 @@ def _describe_vocabularies(report: Report) -> str:
 def _memory(report: Report, console: Console) -> None:
     plan, resident = report.plan, sum(report.plan.resident.values())
     (name, unit), (its_name, its_unit) = (_unit(2 * size, _BYTES) for size in (plan.peak_bytes, plan.limit_bytes))
-    held, rows = [plan.resident, *(program.parts for program in plan.programs)], []
-    parts = dict.fromkeys(part for parts in held for part in parts)
-    for part in sorted(parts, key="temporaries".__eq__):  # these last
+    held, rows = [plan.resident, *(moment["parts"] for moment in plan.moments)], []
+    for part in sorted(dict.fromkeys(part for parts in held for part in parts), key="temporaries".__eq__):  # these last
         label = f"teacher, {plan.request.dtype}" if part == "teacher" else _PARTS.get(part, part)
         rows.append((label, *(f"{parts[part] / unit:,.2f}" if part in parts else "" for parts in held)))
     totals, free = [], []
-    for program in plan.programs:
-        left = plan.limit_bytes - resident - program.total
-        totals.append(Text(f"{(resident + program.total) / unit:,.2f}", "bold" if left >= 0 else "bold red"))
-        left = Text(f"{left / its_unit:,.2f}", "green" if left >= 0 else "red")
-        free.append(Text("refused", "red") if program.error else left)
-    rows += [None, (Text("together", "bold"), f"{resident / unit:,.2f}", *totals)]
+    for moment in plan.moments:
+        total, enough = resident + moment["total"], resident + moment["total"] <= plan.limit_bytes
+        totals.append(Text(f"{total / unit:,.2f}", "bold" if enough else "bold red"))
+        left = Text(f"{(plan.limit_bytes - total) / its_unit:,.2f}", "green" if enough else "red")
+        free.append(Text("refused", "red") if moment["error"] else left)
     label = f"free of {plan.limit_bytes / its_unit:,.2f}" + (f" {its_name}" if its_unit != unit else "")
-    names = ["resident", *(_PROGRAMS[program.program][0] for program in plan.programs)]
-    _table(console, f"memory of a {report.device}, {name}", names, [*rows, (label, "", *free)])
+    rows += [None, (Text("together", "bold"), f"{resident / unit:,.2f}", *totals), (label, "", *free)]
+    names = ["resident", *(_PROGRAMS[moment["program"]][0] for moment in plan.moments)]
+    _table(console, f"memory of a {report.device}, {name}", names, rows)
 
 
 def _time(report: Report, console: Console) -> None:
     plan, (unit, factor) = report.plan, _unit(report.plan.seconds, _SECONDS)
 
-    def row(name: str | Text, counts: Iterable[float], slowest: str) -> tuple:
-        *amounts, least = counts
-        *seconds, least = (f"{value / factor:,.2f}" if value else "" for value in (*amounts[3:], least))
-        styled = (Text(text, "yellow" if slowest == which else "") for text, which in zip(seconds, RESOURCES))
-        return (name, *map(_amount, amounts[:3]), *styled, Text(least, "bold"))
+    def row(name: str | Text, flops: float, moved: float, sent: float, *seconds: float, slowest: str) -> tuple:
+        *times, least = (f"{value / factor:,.2f}" if value else "" for value in seconds)
+        styled = (Text(text, "yellow" if slowest == which else "") for text, which in zip(times, RESOURCES))
+        return (name, *map(_amount, (flops, moved, sent)), *styled, Text(least, "bold"))
 
     rows, counts = [], []
-    for phase in plan.phases:
-        cost, name = phase.cost, _PROGRAMS[phase.name][0].replace("-\n", "").replace("\n", " ")
-        counts.append((cost.flops, cost.hbm_bytes, sum(cost.sent.values()), *phase.seconds.values(), phase.least))
-        rows.append(row(name, counts[-1], phase.slowest))
-    rows += [None, row(Text("together", "bold"), map(sum, zip(*counts)), plan.slowest)]
+    for one in plan.phases:
+        name = _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
+        counts.append(
+            (one["flops"], one["hbm_bytes"], sum(one["sent"].values()), *one["seconds"].values(), one["least"])
+        )
+        rows.append(row(name, *counts[-1], slowest=one["slowest"]))
+    rows += [None, row(Text("together", "bold"), *map(sum, zip(*counts)), slowest=plan.slowest)]
     names = ["FLOP", "HBM B", "sent B", *RESOURCES, "least"]
     _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in {unit}")
     sent = plan.together.sent

@@ -92,7 +92,7 @@ def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
 
 
 def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
-    called, total = program.computations[x.called[0]], 0
+    called, total = program[x.called[0]], 0
     for at, name in enumerate(x.operands):
         if given := _hbm(inside.instructions[name].type):
             total += min(given, _taken(program, called, _parameter(called, at)))
@@ -118,7 +118,7 @@ def _taken(program: Program, body: Computation, value: Instruction) -> float:
         if value.name not in user.operands:
             continue
         first = user.operands[0] == value.name
-        called = program.computations[user.called[0]] if user.opcode == "fusion" else None
+        called = program[user.called[0]] if user.opcode == "fusion" else None
         only_renames = called is not None and called.root.opcode == "bitcast" and len(called.instructions) == 2
         if user.opcode == "bitcast" or only_renames:
             total += _taken(program, body, user)

@@ -6,13 +6,11 @@ import math
 import pytest
 
 from gold_jax.config import GOLDConfig, SFTConfig
-from gold_jax.planning.advice import advice, times_the_chips
+from gold_jax.planning.advice import advice, search, times_the_chips
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import read_topology
 from gold_jax.planning.models import known_config
-from gold_jax.planning.plan import link_seconds
-from gold_jax.planning.request import Pair, PlanRequest, mesh_flag, meshes
-from gold_jax.planning.search import search
+from gold_jax.planning.plan import Pair, PlanRequest, link_seconds, mesh_flag, meshes
 
 QWENS = Pair(known_config("Qwen/Qwen3-4B"), known_config("Qwen/Qwen3-8B"))
 
