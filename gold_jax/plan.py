@@ -49,15 +49,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan_run(
     model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None] = lambda _: None
 ) -> Any:
-    """Plans a run for `args.topology`; `progress` is told what is being done.
-
-    Returns:
-        A `planning.report.Report`.
+    """The `planning.report.Report` of a run on `args.topology`; `progress` is told what is being done.
 
     Raises:
         ValueError: settings, names or devices that make no run.
-        FileNotFoundError: a model that is not found.
-        ImportError: the TPU compiler is needed and not installed.
+        FileNotFoundError, ImportError: a model is not found; the TPU compiler is needed and not installed.
     """
     require(args.topology, "topology", FORMS)
     topology = read_topology(args.topology)

@@ -141,36 +141,26 @@ def times_the_chips(topology: Topology, factor: int) -> Topology | None:
         return None
 
 
-class Candidate(NamedTuple):
-    """A way to spread a run, and whether it is the one that was asked for."""
-
-    plan: Plan
-    requested: bool = False
-
-
 def search(
     first: Plan,
     compile_plan: Callable[[PlanRequest], Plan] | None = None,
     *,
     limit: int = 6,
     progress: Callable[[str], None] = lambda _: None,
-) -> tuple[Candidate, ...]:
+) -> list[Plan]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
     An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer
     micro-batches. For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most
     are taken, and fewer where these turn out not to fit.
 
-    Args:
-        first: the plan of what was asked for.
-        compile_plan: makes a plan by compiling; None: the analytic model decides.
-        limit: how many are compiled, or shown, at most, the first included.
-        progress: is told what is being done.
+    `first` is the plan of what was asked for, and one of the at most `limit` that are compiled, or shown; without
+    `compile_plan`, which makes one by compiling, the analytic model decides. `progress` is told what is being done.
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]
     ways.sort(key=lambda rows: -rows[0].tokens_per_second)
-    found, seen = [Candidate(first, requested=True)], {_key(first.request)}
+    found, seen = [first], {_key(first.request)}
     while ways and len(found) < limit:
         plan, *fewer = ways.pop(0)
         if _key(plan.request) in seen:
@@ -181,8 +171,8 @@ def search(
             plan = compile_plan(plan.request)
             if not plan.fits and fewer:
                 ways.insert(0, fewer)
-        found.append(Candidate(plan))
-    return tuple(sorted(found, key=lambda one: (not one.plan.fits, -one.plan.tokens_per_second)))
+        found.append(plan)
+    return sorted(found, key=lambda plan: (not plan.fits, -plan.tokens_per_second))
 
 
 def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
@@ -211,9 +201,8 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
 
 
 def _key(request: PlanRequest) -> tuple:
-    layouts = [request.args.layout, getattr(request.args, "teacher_layout", None)]
-    if request.mesh["data"] == 1:  # the two are the same then
-        layouts = ["fsdp" if layout == "full" else layout for layout in layouts]
+    same = {"full": "fsdp"} if request.mesh["data"] == 1 else {}
+    layouts = [same.get(layout, layout) for layout in (request.args.layout, request.teacher_layout)]
     return (*request.mesh.values(), request.rows, request.micro_batches, *layouts)
 
 

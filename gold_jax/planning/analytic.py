@@ -14,10 +14,10 @@ from collections.abc import Iterable
 
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.losses.fused_head import chunk_size
-from gold_jax.models.attention import check_model, choose
+from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest, moment
+from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 ERROR = 0.16  # by which the formula came out too small at most
@@ -32,23 +32,10 @@ _FORWARD_PASSES, _GRADIENT_PASSES = 4, 3
 
 
 def estimate(request: PlanRequest) -> Plan:
-    """A plan for which nothing is compiled.
-
-    Raises:
-        ValueError: settings that make no run, such as attention that the devices cannot compute.
-    """
-    check(request)
-    model, moments, costs = Analytic(request), [], {}
-    for name in request.programs:
-        moments.append(moment(name, request.held(name, model.transient(name), model.temporaries(name))))
-        costs[name] = model.cost(name)
-    return Plan(request, model.resident(), moments, costs)
-
-
-def check(request: PlanRequest) -> None:
-    """Raises a ValueError where the models cannot be computed on the devices."""
-    for config in filter(None, request.pair[:2]):
-        check_model(config, request.dtype, request.attention, request.platform)
+    """A plan for which nothing is compiled."""
+    model, names = Analytic(request), request.programs
+    moments = [request.moment(name, model.transient(name), model.temporaries(name)) for name in names]
+    return Plan(request, model.resident(), moments, {name: model.cost(name) for name in names})
 
 
 class _Side:
@@ -60,10 +47,8 @@ class _Side:
         self.largest = max(math.prod(info.shape) for info in layer_parameters(config).values())
         self.layers = parameter_count(config, "layers")
         head = (config.vocab_size, config.width)
-        cut, layer = (
-            placement.param_sharding(*named)
-            for named in ((head, ("vocab", "embed")), ((config.width, config.mlp_width), ("embed", "mlp")))
-        )
+        cut = placement.param_sharding(head, ("vocab", "embed"))
+        layer = placement.param_sharding((config.width, config.mlp_width), ("embed", "mlp"))
         self.head, self.head_part = math.prod(head), math.prod(cut.shard_shape(head))  # whole, and on one device
         # The mesh axes that the width of the embedding and the head, and that of layers, are cut over.
         self.head_axes, self.width_axes = sharded_axes(cut, 1), sharded_axes(layer, 0)
@@ -84,6 +69,9 @@ class Analytic:
         self.line = fine_bucket(self.rows * request.length)  # tokens of one device's line, its padding too
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
+        layers = parameter_count(student, "layers", self.placement)
+        self.new_gradients = 4 * layers
+        self.rounded = self.itemsize * layers if self.itemsize < 4 else 0  # in the compute dtype, where it is another
         self.matched = matched if matched or not teacher else min(student.vocab_size, teacher.vocab_size)
         slots = self.rows * bucket(request.length)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots
@@ -136,13 +124,12 @@ class Analytic:
             return {"temporaries": 4 * max(_counts(config, self.placement).values())}
         if program == "decoding":
             return {"temporaries": 8 * self.request.sampled_rows * config.vocab_size + c * side.head_part}
-        tokens, matrix = self.line, side.largest // t
-        if program == "prefill":
-            tokens = self.each * bucket(self.request.prompt_length - 1)
-        layer = tokens * (2 * config.mlp_width // t + 3 * config.width)
-        if program == "prefill":
-            return {"temporaries": c * (2 * config.layers * side.keys * tokens // t + layer + matrix) + self._rounded()}
-        return {"temporaries": c * (layer + (matrix if side.head_part < side.head else 0))}
+        layer, matrix = 2 * config.mlp_width // t + 3 * config.width, side.largest // t
+        if program == "teacher":
+            return {"temporaries": c * (self.line * layer + (matrix if side.head_part < side.head else 0))}
+        tokens = self.each * bucket(self.request.prompt_length - 1)
+        keys = 2 * config.layers * side.keys * tokens // t
+        return {"temporaries": c * (keys + tokens * layer + matrix) + self.rounded}
 
     def _student_peaks(self) -> tuple[dict[str, int], dict[str, int]]:
         """What the student's step needs in its loss, and when it begins to go back through the layers."""
@@ -153,7 +140,7 @@ class Analytic:
             kept = c * (2 + 2 * config.sandwich_norms) * config.width
             kept += c * (3 * side.queries + 2 * side.keys + 2 * config.mlp_width) // t
             kept += 12 * (side.queries + side.keys) // t if config.qk_norm else 0
-        activations = n * config.layers * kept + self._rounded()
+        activations = n * config.layers * kept + self.rounded
         sizes, tails = [model.config.vocab_size for model in ((side, self.teacher) if reads else (side,))], 0
         if reads and self.request.spec.compare in ("hybrid", "sorted"):
             tails = max(sizes) - self.matched
@@ -169,13 +156,8 @@ class Analytic:
             "activations": activations + c * layer,
             # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
             "loss": 4 * (side.head if reads else side.head_part),
-            "new gradients": 4 * parameter_count(config, "layers", self.placement),
+            "new gradients": self.new_gradients,
         }
-
-    def _rounded(self) -> int:
-        """A device's part of the layers in the compute dtype, where they are kept in another."""
-        layers = parameter_count(self.student.config, "layers", self.placement)
-        return 0 if self.itemsize == 4 else self.itemsize * layers
 
     # what it costs
 

@@ -22,8 +22,7 @@ from gold_jax.planning import hlo
 from gold_jax.planning.hlo import Computation, Execution, Instruction
 
 _OPS = (
-    *("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
-    *("collective-permute", "collective-broadcast"),
+    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
 )
 
 
@@ -37,10 +36,7 @@ class Traffic(NamedTuple):
 def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -> dict[str, dict[str, Traffic]]:
     """A program's traffic by the mesh axes that its groups span, as "fsdp" or "data+fsdp", and by operation.
 
-    Args:
-        executions: as `hlo.executed`.
-        mesh: sizes of the mesh's axes in its order, as `dict(mesh.shape)`. A device's id in the program is its position
-            in the mesh, rows first.
+    `executions` are as `hlo.executed`. A device's id in the program is its position in the mesh, rows first.
     """
     executions = [run for run in executions if run[1].opcode.removesuffix("-start") in _OPS]
     started = {_piece(x) for inside, x, *_ in executions if starts(inside, x)}

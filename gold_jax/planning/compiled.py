@@ -26,10 +26,10 @@ from gold_jax.losses.fused_head import INNER_TOKENS, chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.planning import hlo
-from gold_jax.planning.analytic import Analytic, check
+from gold_jax.planning.analytic import Analytic
 from gold_jax.planning.collectives import read_collectives
 from gold_jax.planning.hardware import need_compiler
-from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest, moment
+from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
@@ -52,7 +52,6 @@ def compile_plan(
         ImportError: the TPU compiler is not installed.
         ValueError: settings that make no run.
     """
-    check(request)
     need_compiler(request.topology.name)
     described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
     run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
@@ -73,8 +72,8 @@ def compile_plan(
             stated = re.search(r"\(([\d.]+)([KMGT])\) exceeds", error)
             needed = int(float(stated[1]) * _UNITS[stated[2]]) if stated else 0
             needed = max(0, needed - device_bytes(arguments))
-        parts = request.held(name, model.transient(name), {"temporaries": needed})
-        moments.append(moment(name, parts, seconds, error))
+        parts = model.transient(name), {"temporaries": needed}
+        moments.append(request.moment(name, *parts, seconds=seconds, error=error))
     return Plan(request, model.resident() | {"programs": code}, moments, costs, compiled=True)
 
 
@@ -94,6 +93,7 @@ class PlannedRun:
         sides = [model and LoadedModel(model, None, "") for model in (self.student, teacher)]
         self.run = build_run(self.args, *sides, placement, total_steps=1000, match=match)
         self.state, self.batch, step = self.run.shapes(), self._batch(), self.run.step
+        self.key = jax.eval_shape(jax.random.key, 0)
         if request.reads:
             hidden = jax.eval_shape(step.objective.teacher_forward, step.constants, self.batch.teacher.packed)
             self.hidden = _abstract(hidden, placement.sharding(ROW_AXES))
@@ -101,16 +101,14 @@ class PlannedRun:
             self.cache, self.decode_state, self.weights = self._sampling()
 
     def trips(self, loop: str) -> int:
-        """How often a loop runs that does not say: a loss over its chunks of positions, of which none has inner tokens; one token
-        is decoded."""
+        """How often a loop runs that does not say: a loss once for each chunk of positions, and no position has inner tokens."""
         if "loss" not in loop:
-            return 1
+            return 1  # one token is decoded
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
         return 0 if INNER_TOKENS in loop else math.ceil(self.request.positions / chunk)
 
     def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
-        """Every program of an update, of the names and in the order of `PlanRequest.programs`: what lowers it, and what of all
-        that lies there it reads."""
+        """Every program of `PlanRequest.programs`, in that order: what lowers it, and what of all that lies there it reads."""
         step, params, batch, found = self.run.step, self.state.params, self.batch, {}
         constants = used = step.constants
 
@@ -140,7 +138,7 @@ class PlannedRun:
             number, each, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
             real = jax.ShapeDtypeStruct((), jnp.float32)
             options = sampling.SamplingOptions(real, number, real, stops, number)
-            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, _key())
+            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, self.key)
             decode = (self.run.graph, params, self.weights, *slots, options, number, number, number)
             add("prefill", sampling.prefill_into_slots, prefill, (params, slots))
             add("decoding", sampling.decode_until, decode, (self.weights, slots))
@@ -174,7 +172,7 @@ class PlannedRun:
         request, placement, dtype = self.request, self.placement, jnp.dtype(self.request.dtype)
         sizes = {"rows": request.sampled_rows, "slots": request.slots, "new": self.args.max_completion_length}
         options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
-        cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), _key())
+        cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
         weights = jax.eval_shape(lambda params: merge(self.run.graph, params).decoding_weights(), self.state.params)
         cache = jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache))
         state = jax.tree.map(lambda x: _abstract(x, placement.replicated), state)
@@ -234,7 +232,3 @@ def _match(pair: Pair) -> Match:
 
 def _abstract(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-
-def _key() -> Any:
-    return jax.eval_shape(lambda: jax.random.key(0))

@@ -72,12 +72,10 @@ class Topology(NamedTuple):
 
     @property
     def interconnect(self) -> float:
-        """Bytes/s that leave a device in one direction over the links that there are, on average; without any, 0.
-
-        In a slice whose axes are not closed, chips at the ends have fewer links than `Chip.interconnect` counts.
-        """
+        """Bytes/s that leave a device in one direction over the links that there are, on average; without any, 0."""
         if not self.shape:
             return self.chip.interconnect if self.chips > 1 else 0.0
+        # Where an axis is not closed, chips at the ends have fewer links than `Chip.interconnect` counts.
         closed = [size % self.chip.wraps == 0 for size in self.shape]
         if self.chip.links == 6:
             closed = [all(closed)] * len(self.shape)
@@ -91,11 +89,7 @@ class Topology(NamedTuple):
 
 
 def read_topology(text: str) -> Topology:
-    """The devices that a text like "v5e:2x4", "v5e-8" or "gpu:8xh100-80gb" means.
-
-    Raises:
-        ValueError: another text; it says what is wrong and what would be right.
-    """
+    """The devices that a text like "v5e:2x4", "v5e-8" or "gpu:8xh100-80gb" means; a ValueError says what would be right."""
     text = text.strip().lower()
     if text.startswith("gpu:"):
         return _read_gpus(text)

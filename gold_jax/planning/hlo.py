@@ -1,8 +1,4 @@
-"""The text of a compiled program (`compiled.as_text()`): its instructions, and how often each runs.
-
-A program is computations by name; a computation is instructions in order, the last of which, or the one marked ROOT, is
-its value. Nothing is checked: the text is the compiler's.
-"""
+"""The text of a compiled program (`compiled.as_text()`): its instructions, and how often each runs."""
 
 import functools
 import math
@@ -27,10 +23,7 @@ _MOST_TRIPS = 2**20
 
 
 class Instruction(NamedTuple):
-    """One line: `%name = type opcode(operands), attributes`.
-
-    The type has its layouts; operands are names of instructions, of a constant or a parameter what is in parentheses.
-    """
+    """One line: `%name = type opcode(operands), attributes`; of a constant or a parameter the operand is its text."""
 
     name: str
     type: str
@@ -50,7 +43,7 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """Instructions by name, in order, and the one that is the value."""
+    """Instructions by name, in order, and the one that is the value: that marked ROOT, or the last."""
 
     instructions: dict[str, Instruction]
     root: Instruction
@@ -61,14 +54,11 @@ Execution = tuple[Computation, Instruction, int, bool]
 
 
 def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) -> tuple[list[Execution], list[str]]:
-    """Everything that runs, and the `op_name`s, such as `jit(f)/jvp()/while`, of loops that do not say how often they run.
+    """Everything that runs: computation, instruction, times in one call of the program, and whether it is in a fusion or
+    reduction, whose values between are in no memory; and the `op_name`s of loops that do not say how often they run.
 
     These run `unknown_trips` times, or as often as that tells from the `op_name`. Of a conditional the branch runs that
     makes most bytes. The two later instructions of something asynchronous name what the first has called, and call nothing.
-
-    Returns:
-        Computation, instruction, how often it runs in one call of the program, and whether it is part of a fusion or
-        reduction, whose values between are in no memory; and the loops.
     """
     loops: dict[str, str] = {}
 
@@ -164,8 +154,8 @@ def size(type_: str) -> int:
 def trip_count(program: Program, inside: Computation, loop: Instruction) -> int | None:
     """How often a while loop runs, where the text tells: what the compiler noted, or what counting comes to.
 
-    TPU programs come without the note. Their scans compare a counter, one element of the loop's tuple, with a constant:
-    the integers in the tuple are computed, trip by trip, until the condition is false.
+    TPU programs come without the note: the integers in the loop's tuple are computed, trip by trip, until the condition,
+    which compares one of them with a constant, is false.
     """
     if noted := re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes):
         return int(noted[1])

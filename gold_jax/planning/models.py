@@ -14,6 +14,7 @@ import re
 import types
 from typing import Any, NamedTuple
 
+import huggingface_hub
 from transformers import AutoConfig, AutoTokenizer
 
 from gold_jax.config import GOLDConfig
@@ -38,13 +39,10 @@ class Model(NamedTuple):
 
 
 class Vocabularies(NamedTuple):
-    """Entries that both vocabularies of a pair have (None: they are one and the same), and where that number is from.
-
-    `how` is "tokenizers", "given", "configs" (same family and size) or "assumed".
-    """
+    """Entries that both vocabularies of a pair have (None: they are one and the same), and where that number is from."""
 
     matched: int | None
-    how: str
+    how: str  # "tokenizers", "given", "configs" (same family and size) or "assumed"
 
 
 @functools.cache
@@ -73,7 +71,7 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
     """A model by a folder, by the name of a well-known one, or by a hub id, of which config.json alone is downloaded.
 
     Raises:
-        FileNotFoundError: it is none of these; the text names well-known ones that are near. `role` is what it is called.
+        FileNotFoundError: `role` is none of these; the text names well-known models that are near.
         ValueError: a config that this decoder does not support.
     """
     path = pathlib.Path(resolve_embedded(name)).expanduser()
@@ -86,10 +84,8 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
     near = f" Known without the hub are {', '.join(models[key] for key in near)}." if near else ""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise FileNotFoundError(f"the {role} {name!r} is no folder here, and no name of a model on the hub.{near}")
-    from huggingface_hub import hf_hub_download
-
     try:
-        file = hf_hub_download(name, "config.json", revision=revision)
+        file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:
         said = (str(error).strip() or "no reason given").splitlines()[0]
         raise FileNotFoundError(
@@ -100,22 +96,16 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
 
 
 def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, matched: int | None = None) -> Vocabularies:
-    """What two vocabularies share: by the tokenizers where both are on this disk, else as given, else by the configs.
-
-    Raises:
-        ValueError: more entries matched than the smaller vocabulary has.
-    """
-    sizes = student.config.vocab_size, teacher.config.vocab_size
-    if matched is not None and not 0 < matched <= min(sizes):
-        raise ValueError(
-            f"--matched is {matched}; it must be between 1 and {min(sizes)}, the smaller vocabulary's rows."
-        )
+    """What two vocabularies share: by the tokenizers where both are on this disk, else as given, else by the configs."""
+    smaller = min(student.config.vocab_size, teacher.config.vocab_size)
+    if matched is not None and not 0 < matched <= smaller:
+        raise ValueError(f"--matched is {matched}; it must be between 1 and {smaller}, the smaller vocabulary's rows.")
     sides = []
     for model, name in ((student, None), (teacher, args.teacher_tokenizer_name_or_path)):
-        source = model.source if name is None else str(resolve_embedded(name))
-        options = {"revision": model.revision if name is None else None, "trust_remote_code": args.trust_remote_code}
+        source, revision = (model.source, model.revision) if name is None else (str(resolve_embedded(name)), None)
+        options = {"revision": revision, "local_files_only": True, "trust_remote_code": args.trust_remote_code}
         try:
-            sides.append((model, AutoTokenizer.from_pretrained(source, local_files_only=True, **options)))
+            sides.append((model, AutoTokenizer.from_pretrained(source, **options)))
         except Exception:  # each library that reads them has its own errors for files that are not there
             break
     else:
@@ -123,9 +113,9 @@ def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, matched:
         return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")
-    if student.config.family == teacher.config.family and sizes[0] == sizes[1]:
+    if student.config.family == teacher.config.family and student.config.vocab_size == teacher.config.vocab_size:
         return Vocabularies(None, "configs")
-    return Vocabularies(round(ASSUMED_SHARE * min(sizes)), "assumed")
+    return Vocabularies(round(ASSUMED_SHARE * smaller), "assumed")
 
 
 def _loaded(model: Model, tokenizer: Any) -> Any:

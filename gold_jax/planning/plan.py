@@ -10,6 +10,7 @@ import jax
 
 from gold_jax.bucketing import power_of_two
 from gold_jax.config import GOLDConfig
+from gold_jax.models.attention import check_model
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
 from gold_jax.planning.hardware import GPU_SHARE, Topology
@@ -18,20 +19,16 @@ from gold_jax.sharding.placement import Placement
 from gold_jax.training.batches import sampling_rows
 
 STUDENT = ("student", "student, further micro-batches")  # programs that go forward and backward
-LARGEST_TENSOR = 8  # beyond a host's devices, hidden states would be summed over slow links
 RESOURCES = ("compute", "memory", "interconnect")
 _ORDER = ("prefill", "decoding", "teacher", "student", "optimizer")
 
 
 class Pair(NamedTuple):
-    """The configs of a run's models (no teacher: fine-tuning), and the entries that their vocabularies share.
-
-    `matched` None: the two vocabularies are one and the same.
-    """
+    """The configs of a run's models, and what their vocabularies share."""
 
     student: DecoderConfig
-    teacher: DecoderConfig | None = None
-    matched: int | None = None
+    teacher: DecoderConfig | None = None  # None: fine-tuning
+    matched: int | None = None  # entries that both vocabularies have; None: they are one and the same
 
 
 @dataclasses.dataclass
@@ -40,7 +37,7 @@ class PlanRequest:
 
     Rows are those of a micro-batch on all devices, `sampled_rows` those that are written at once; `length` and
     `prompt_length` are tokens of the longest row and prompt, `tokens` those that the student learns from in an update,
-    `positions` those that one device compares in a micro-batch.
+    `positions` those that one device compares in a micro-batch. Models that the devices cannot compute are a ValueError.
     """
 
     args: Any
@@ -53,11 +50,13 @@ class PlanRequest:
         args, mesh, (student, teacher, matched) = self.args, self.mesh, self.pair
         self.attention = self.attention or "auto"
         self.platform = "tpu" if self.topology.kind == "tpu" else "cuda"
+        # On accelerators bfloat16, unless the settings say otherwise.
+        self.dtype, self.itemsize = ("float32", 4) if args.bf16 is False else ("bfloat16", 2)
+        for config in filter(None, (student, teacher)):
+            check_model(config, self.dtype, self.attention, self.platform)
         # The student's; a mesh of no devices.
         self.placement = Placement(jax.sharding.AbstractMesh(tuple(mesh.values()), tuple(mesh)), args.layout)
         self.teacher_layout = args.teacher_layout if teacher else "fsdp"
-        # On accelerators bfloat16, unless the settings say otherwise.
-        self.dtype, self.itemsize = ("float32", 4) if args.bf16 is False else ("bfloat16", 2)
         self.spec = args.loss_spec(matched is None) if teacher else None
         self.reads = teacher is not None and bool(self.spec.distillation_weight)  # whether the teacher reads
         # Whether the student writes completions on these devices.
@@ -91,37 +90,31 @@ class PlanRequest:
         mesh, topology = mesh or self.mesh, topology or self.topology
         return dataclasses.replace(self, args=self.args.replace(**settings), mesh=mesh, topology=topology)
 
-    def held(self, program: str, given: dict[str, int], needed: dict[str, int]) -> dict[str, int]:
-        """What is there while a program runs, by part; in decoding the cache that the largest grows from, where that is more."""
+    def moment(self, program: str, given: dict[str, int], needed: dict[str, int], **compiling: Any) -> dict[str, Any]:
+        """What a device holds while a program runs: bytes by part of what it is given, beside what is resident, and needs.
+
+        In decoding that is the cache that the largest grows from, where that is more. `compiling` are the `seconds` that it
+        took (None: nothing was compiled) and the `error`, what the compiler said where it refused.
+        """
         half = power_of_two(self.slots) // 2 if program == "decoding" and not self._one_size else 0
         smaller = given["cache"] * half // self.slots if half > self.prompt_length else 0
-        return given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
+        parts = given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
+        found = {"program": program, "parts": parts, "seconds": None, "error": None} | compiling
+        return found | {"total": sum(parts.values())}
 
 
 def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
     """Every way to cut so many devices into `data`, `fsdp` and `tensor`, where `tensor` divides heads and inner width of both."""
-    tensor = 1
-    while tensor <= LARGEST_TENSOR and devices % tensor == 0:
-        if not any(c.heads % tensor or c.mlp_width % tensor for c in filter(None, pair[:2])):
-            shards = devices // tensor
+    for tensor in (1, 2, 4, 8):  # beyond a host's devices, hidden states would be summed over slow links
+        shards, rest = divmod(devices, tensor)
+        if not rest and not any(c.heads % tensor or c.mlp_width % tensor for c in filter(None, pair[:2])):
             for data in (n for n in range(1, shards + 1) if shards % n == 0):
                 yield {"data": data, "fsdp": shards // data, "tensor": tensor}
-        tensor *= 2
 
 
 def mesh_flag(mesh: Mapping[str, int]) -> str:
     """A mesh as `--mesh` takes it, such as `fsdp=4,tensor=2`."""
     return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "auto"
-
-
-def moment(
-    program: str, parts: dict[str, int], seconds: float | None = None, error: str | None = None
-) -> dict[str, Any]:
-    """Bytes by part that a device holds while a program runs, beside what is resident.
-
-    `seconds` is what compiling took (None: nothing was compiled), `error` what the compiler said where it refused.
-    """
-    return {"program": program, "parts": parts, "seconds": seconds, "error": error, "total": sum(parts.values())}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +148,7 @@ def phase(name: str, cost: Cost, seconds: dict[str, float]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Plan:
-    """What a run takes of each device: bytes by part of what is resident, `moment`s of programs, costs of one run of each.
+    """What a run takes of each device: bytes by part of what is resident, `PlanRequest.moment`s, costs of one run of each.
 
     `compiled`: moments and costs are the compiler's; else all is by the analytic model. `together` is the cost of all
     phases of an update, `seconds` its least time and `slowest` the resource that most of that is for; tokens a second are

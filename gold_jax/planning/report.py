@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gold_jax.planning.advice import Advice, Candidate, flags_of
+from gold_jax.planning.advice import Advice, flags_of
 from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
 from gold_jax.planning.plan import RESOURCES, Plan, mesh_flag
@@ -32,7 +32,7 @@ _PARTS = {
     "smaller cache": "cache it grows from",
 }
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10}
-_SECONDS = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
+_SECONDS = {" s": 1.0, " ms": 1e-3, " µs": 1e-6}
 _COUNTS = {" P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, "": 1.0}
 
 
@@ -49,13 +49,14 @@ class Report:
     vocabularies: Vocabularies | None
     plan: Plan
     advice: tuple[Advice, ...]
-    search: tuple[Candidate, ...] | None
+    search: list[Plan] | None
     notes: list[str]
 
     def __post_init__(self):
         request = self.plan.request
         self.loss = "cross-entropy" if self.teacher is None else request.spec.describe()
         self.device = "chip" if request.topology.chip.cores == 1 else "core"
+        self.unit = _unit(2 * self.plan.peak_bytes, _BYTES)  # of tables of memory
 
     def findings(self) -> list[str]:
         """What the plan says, one sentence each."""
@@ -78,11 +79,14 @@ class Report:
             f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
         )
         if plan.compile_seconds is not None:
-            count, took = sum(one["seconds"] is not None for one in plan.moments), _duration(plan.compile_seconds)
+            count, took = (
+                sum(one["seconds"] is not None for one in plan.moments),
+                _short(plan.compile_seconds, _SECONDS),
+            )
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
         return [
             *found,
-            f"An update of {plan.request.tokens:,} tokens takes {_duration(plan.seconds)} at least, most of it for "
+            f"An update of {plan.request.tokens:,} tokens takes {_short(plan.seconds, _SECONDS)} at least, most of it for "
             f"{plan.slowest}: {plan.tokens_per_second:,.0f} tokens a second at most, {plan.tokens_per_second_per_chip:,.0f} a "
             f"chip. Of the operations that the chips could do in that time the models need {plan.model_flops_share:.0%}.",
             "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and "
@@ -92,14 +96,18 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""
-        plan, request, topology, vocabularies = (
-            self.plan,
-            self.plan.request,
-            self.plan.request.topology,
-            self.vocabularies,
-        )
+        plan, vocabularies = self.plan, self.vocabularies
+        request, topology = plan.request, plan.request.topology
         rates = "seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share"
         held = {"fullest": plan.fullest["program"], "always": plan.resident, "moments": plan.moments}
+        compared = "compiled fits peak_bytes seconds tokens_per_second_per_chip slowest compile_seconds"
+        ways = [
+            {"flags": flags_of(way.request), "asked": way is plan, "mesh": way.request.mesh}
+            | {"rows": way.request.args.per_device_train_batch_size}
+            | _picked(way.request, "micro_batches update_rows")
+            | _picked(way, compared)
+            for way in self.search or ()
+        ]
         return {
             "student": _model(self.student),
             "teacher": self.teacher and _model(self.teacher),
@@ -113,7 +121,7 @@ class Report:
             "time": _picked(plan, rates) | {"sent_bytes": plan.together.sent, "phases": plan.phases},
             "compile_seconds": plan.compile_seconds,
             "advice": [one._asdict() for one in self.advice],
-            "search": self.search and [_candidate(*one) for one in self.search],
+            "search": self.search and ways,
             "findings": self.findings(),
             "notes": self.notes,
         }
@@ -140,13 +148,6 @@ def _picked(of: Any, names: str) -> dict[str, Any]:
 def _model(model: Model) -> dict[str, Any]:
     sizes = _picked(model.config, "layers width") | {"vocabulary": model.config.vocab_size}
     return {"name": model.name, "family": model.config.family, "parameters": parameter_count(model.config), **sizes}
-
-
-def _candidate(plan: Plan, requested: bool) -> dict[str, Any]:
-    numbers = _picked(plan, "compiled fits peak_bytes seconds tokens_per_second_per_chip slowest compile_seconds")
-    shape = {"mesh": plan.request.mesh, "rows": plan.request.args.per_device_train_batch_size}
-    shape |= _picked(plan.request, "micro_batches update_rows")
-    return {"flags": flags_of(plan.request), "asked": requested, **shape, **numbers}
 
 
 def _title(report: Report) -> dict[str, str]:
@@ -185,30 +186,28 @@ def _title(report: Report) -> dict[str, str]:
 def _describe_vocabularies(report: Report) -> str:
     sizes = " and ".join(f"{model.config.vocab_size:,}" for model in (report.student, report.teacher))
     matched, how = report.vocabularies
+    if matched is None and how == "tokenizers":
+        return "one and the same"
     if matched is None:
-        one = "taken for one and the same"
-        one = f"{one} ({sizes} rows, one family; the tokenizers are not both here)"
-        return {"tokenizers": "one and the same", "configs": one}[how]
-    assumed = (
-        f"assumed, {ASSUMED_SHARE:.0%} of the smaller: the tokenizers are not both here, and --matched says nothing"
-    )
+        return f"taken for one and the same ({sizes} rows, one family; the tokenizers are not both here)"
+    missing = "the tokenizers are not both here, and --matched says nothing"
+    assumed = f"assumed, {ASSUMED_SHARE:.0%} of the smaller: {missing}"
     said = {"tokenizers": "by the tokenizers", "given": "by --matched", "assumed": assumed}[how]
     return f"{sizes} rows, {matched:,} matched ({said})"
 
 
 def _memory(report: Report, console: Console) -> None:
-    plan, resident = report.plan, sum(report.plan.resident.values())
-    (name, unit), (its_name, its_unit) = (_unit(2 * size, _BYTES) for size in (plan.peak_bytes, plan.limit_bytes))
+    plan, (name, unit), (its_name, its_unit) = report.plan, report.unit, _unit(2 * report.plan.limit_bytes, _BYTES)
     held, rows = [plan.resident, *(moment["parts"] for moment in plan.moments)], []
     for part in sorted(dict.fromkeys(part for parts in held for part in parts), key="temporaries".__eq__):  # these last
         label = f"teacher, {plan.request.dtype}" if part == "teacher" else _PARTS.get(part, part)
         rows.append((label, *(f"{parts[part] / unit:,.2f}" if part in parts else "" for parts in held)))
-    totals, free = [], []
+    resident, totals, free = sum(plan.resident.values()), [], []
     for moment in plan.moments:
-        total, enough = resident + moment["total"], resident + moment["total"] <= plan.limit_bytes
-        totals.append(Text(f"{total / unit:,.2f}", "bold" if enough else "bold red"))
-        left = Text(f"{(plan.limit_bytes - total) / its_unit:,.2f}", "green" if enough else "red")
-        free.append(Text("refused", "red") if moment["error"] else left)
+        left = plan.limit_bytes - resident - moment["total"]
+        totals.append(Text(f"{(resident + moment['total']) / unit:,.2f}", "bold" if left >= 0 else "bold red"))
+        text = "refused" if moment["error"] else f"{left / its_unit:,.2f}"
+        free.append(Text(text, "green" if left >= 0 and not moment["error"] else "red"))
     label = f"free of {plan.limit_bytes / its_unit:,.2f}" + (f" {its_name}" if its_unit != unit else "")
     rows += [None, (Text("together", "bold"), f"{resident / unit:,.2f}", *totals), (label, "", *free)]
     names = ["resident", *(_PROGRAMS[moment["program"]][0] for moment in plan.moments)]
@@ -216,59 +215,62 @@ def _memory(report: Report, console: Console) -> None:
 
 
 def _time(report: Report, console: Console) -> None:
-    plan, (unit, factor) = report.plan, _unit(report.plan.seconds, _SECONDS)
-
-    def row(name: str | Text, flops: float, moved: float, sent: float, *seconds: float, slowest: str) -> tuple:
-        *times, least = (f"{value / factor:,.2f}" if value else "" for value in seconds)
-        styled = (Text(text, "yellow" if slowest == which else "") for text, which in zip(times, RESOURCES))
-        return (name, *map(_amount, (flops, moved, sent)), *styled, Text(least, "bold"))
-
-    rows, counts = [], []
-    for one in plan.phases:
-        name = _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
-        counts.append(
-            (one["flops"], one["hbm_bytes"], sum(one["sent"].values()), *one["seconds"].values(), one["least"])
-        )
-        rows.append(row(name, *counts[-1], slowest=one["slowest"]))
-    rows += [None, row(Text("together", "bold"), *map(sum, zip(*counts)), slowest=plan.slowest)]
+    plan, (unit, factor), rows = report.plan, _unit(report.plan.seconds, _SECONDS), []
+    seconds = {which: sum(phase["seconds"][which] for phase in plan.phases) for which in RESOURCES}
+    total = {**vars(plan.together), "seconds": seconds, "least": plan.seconds, "slowest": plan.slowest}
+    for one in (*plan.phases, total):
+        name = Text("together", "bold")
+        if one is not total:
+            name = _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
+        *times, least = (f"{n / factor:,.2f}" if n else "" for n in (*one["seconds"].values(), one["least"]))
+        styled = (Text(time, "yellow" if one["slowest"] == which else "") for time, which in zip(times, RESOURCES))
+        amounts = (_short(n, _COUNTS) for n in (one["flops"], one["hbm_bytes"], sum(one["sent"].values())))
+        rows.append((name, *amounts, *styled, Text(least, "bold")))
+    rows.insert(-1, None)
     names = ["FLOP", "HBM B", "sent B", *RESOURCES, "least"]
-    _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in {unit}")
+    _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in{unit}")
     sent = plan.together.sent
     if len(sent) > 1:
-        by_axes = ", ".join(f"{axes} {_amount(count)}B" for axes, count in sorted(sent.items()) if count)
+        by_axes = ", ".join(f"{axes} {_short(count, _COUNTS)}B" for axes, count in sorted(sent.items()) if count)
         say(console, f"sent along {by_axes}", "dim")
 
 
 def _advice(report: Report, console: Console) -> None:
-    name, unit = _unit(2 * report.plan.peak_bytes, _BYTES)
-    rows = [
-        (Text(flags).append(f"\n{why}", "dim"), f"{saves / unit:,.2f}", f"{peak / unit:,.2f}", _yes_or(fits, "no"))
-        for flags, why, peak, saves, fits in report.advice
-    ]
-    title, names = "what would help, by the analytic model", [f"saves {name}", "leaves", "fits"]
+    (name, unit), rows = report.unit, []
+    for flags, why, peak, saves, fits in report.advice:
+        change = Text(flags).append(f"\n{why}", "dim")
+        mark = Text("yes", "green") if fits else Text("no", "red")
+        rows.append((change, f"{saves / unit:,.2f}", f"{peak / unit:,.2f}", mark))
+    names = [f"saves {name}", "leaves", "fits"]
     if rows:
-        _table(console, title, names, rows, first="change", wrap=True)
+        _table(console, "what would help, by the analytic model", names, rows, first="change", wrap=True)
 
 
 def _search(report: Report, console: Console) -> None:
     if report.search is None:
         return
-    name, unit = _unit(2 * report.plan.peak_bytes, _BYTES)
-    rows, layouts = [], False
-    for plan, requested in report.search:
+    (name, unit), rows, layouts = report.unit, [], False
+    for plan in report.search:
         request, mesh = plan.request, mesh_flag(plan.request.mesh)
         if request.teacher_layout != "fsdp":
             mesh, layouts = f"{mesh} T {request.teacher_layout}", True
         at_once = f"{request.args.per_device_train_batch_size} x {request.micro_batches}"
-        fits, speed = _yes_or(plan.fits, "refused" if plan.refused else "no"), plan.tokens_per_second_per_chip
-        numbers = f"{request.update_rows:,}", f"{plan.peak_bytes / unit:,.2f}", fits, _duration(plan.seconds)
-        rows.append((Text("› " if requested else "  ").append(mesh), at_once, *numbers, f"{speed:,.0f}"))
+        fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
+        numbers = f"{request.update_rows:,}", f"{plan.peak_bytes / unit:,.2f}", fits, _short(plan.seconds, _SECONDS)
+        rows.append(
+            (
+                Text("› " if plan is report.plan else "  ").append(mesh),
+                at_once,
+                *numbers,
+                f"{plan.tokens_per_second_per_chip:,.0f}",
+            )
+        )
     title = f"ways to spread it, {'compiled' if report.plan.compiled else 'by the analytic model'}"
     _table(console, title, ["rows", "update", name, "fits", "time", "tok/s/chip"], rows, first="  mesh")
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
     say(console, words + ("; T: layout of the teacher" if layouts else ""), "dim")
-    best, requested = report.search[0]
-    first = f"The first: {flags_of(best.request)}{' (as asked)' if requested else ''}"
+    best = report.search[0]
+    first = f"The first: {flags_of(best.request)}{' (as asked)' if best is report.plan else ''}"
     say(console, first if best.fits else "None of them fits.")
 
 
@@ -281,32 +283,20 @@ def _table(console: Console, title: str, names: list[str], rows: list, first: st
     put(console, table)
 
 
-def _yes_or(holds: bool, otherwise: str) -> Text:
-    return Text("yes", "green") if holds else Text(otherwise, "red")
-
-
 def _unit(value: float, units: dict[str, float]) -> tuple[str, float]:
     """The largest unit that there is one of, or the smallest."""
     return next((unit for unit in units.items() if value >= unit[1]), list(units.items())[-1])
 
 
 def _size(count: float) -> str:
-    """Bytes in words, such as 3.20 GiB."""
     name, unit = _unit(count, _BYTES)
     return f"{count / unit:.2f} {name}" if count >= unit else f"{count:.0f} B"
 
 
-def _amount(count: float) -> str:
-    """A number of three digits with a prefix, such as 1.24 T; nothing for nothing."""
-    prefix, factor = _unit(count, _COUNTS)
-    return f"{_digits(count / factor)}{prefix}" if count else ""
-
-
-def _duration(seconds: float) -> str:
-    """A time in words, such as 3.21 s or 15.0 ms."""
-    name, unit = _unit(seconds, _SECONDS)
-    return "for ever" if math.isinf(seconds) else f"{_digits(seconds / unit)} {name}"
-
-
-def _digits(value: float) -> str:
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+def _short(value: float, units: dict[str, float]) -> str:
+    """Three digits and a unit, such as 1.24 T or 15.0 ms; nothing for nothing."""
+    if not value or math.isinf(value):
+        return "for ever" if value else ""
+    name, factor = _unit(value, units)
+    count = value / factor
+    return (f"{count:.2f}" if count < 10 else f"{count:.1f}" if count < 100 else f"{count:,.0f}") + name

@@ -17,10 +17,8 @@ from gold_jax.planning.collectives import is_piece, starts
 from gold_jax.planning.hlo import Computation, Execution, Instruction, Program
 
 # Instructions that move nothing: names for what lies there, or the end of what its start has counted.
-_FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
-    *("partition-id", "replica-id", "optimization-barrier", "async-start"),
-}
+_FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all".split()
+_FREE += ["partition-id", "replica-id", "optimization-barrier", "async-start"]
 _FREE_CALLS = ("AllocateBuffer", "Bitcast", "AssumeGatherIndicesInBound")
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 # Products of scores or of shares that splash attention's kernels make: scores once again in each of the backward ones.
