@@ -12,7 +12,6 @@ from gold_jax.planning.plan import Plan, PlanRequest, mesh_flag, meshes
 
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LAST_RESORTS = ("slice", "length")  # kinds of changes that cost money or change the data
-_FLAGS = {"max_completion_length": "max_new_tokens"}
 _SLACK = 1.1  # the analytic model is sometimes too large: what does not fit by it may fit when it is compiled
 _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more tokens a second
 
@@ -36,10 +35,9 @@ def advice(plan: Plan) -> tuple[Advice, ...]:
     changes, before = list(_changes(plan.request)), estimate(plan.request).peak_bytes
 
     def estimated(*changes: tuple[str, str, dict[str, Any]]) -> Advice | None:
+        made = {name: value for *_, settings in changes for name, value in settings.items()}
         try:
-            request, flags = _changed(
-                plan.request, {name: value for *_, made in changes for name, value in made.items()}
-            )
+            request, flags = _changed(plan.request, made)
             saves = before - estimate(request).peak_bytes
         except ValueError:  # they make no run
             return None
@@ -81,12 +79,15 @@ def _changed(request: PlanRequest, settings: dict[str, Any]) -> tuple[PlanReques
         settings["per_device_train_batch_size"] = at_once
     if whole // at_once != request.micro_batches:
         settings["gradient_accumulation_steps"] = whole // at_once
-    flags = [f"--topology {topology.name}"] if topology else []
+    flags = {"topology": topology.name} if topology else {}
     if request.args.mesh not in (None, "auto") if topology else mesh != request.mesh:
-        flags.append(f"--mesh {mesh_flag(mesh)}")
-    for name, value in settings.items():
-        flags.append(f"--{name}" if value is True else f"--{_FLAGS.get(name, name)} {value}")
-    return request.changed(mesh, topology, **settings), " ".join(flags)
+        flags["mesh"] = mesh_flag(mesh)
+    flags = _flags(flags | settings).replace("max_completion_length", "max_new_tokens")
+    return request.changed(mesh, topology, **settings), flags
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in settings.items())
 
 
 def _changes(request: PlanRequest) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -212,4 +213,4 @@ def flags_of(request: PlanRequest) -> str:
     flags |= {key: getattr(request.args, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     layouts = {key: getattr(request.args, key, "fsdp") for key in ("layout", "teacher_layout")}
     flags |= {key: layout for key, layout in layouts.items() if layout != "fsdp"}
-    return " ".join(f"--{name} {value}" for name, value in flags.items())
+    return _flags(flags)

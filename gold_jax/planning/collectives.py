@@ -2,13 +2,10 @@
 
 Bytes are those that one device sends over its links, by the ring formulas: for a group of `n` devices `(n-1) / n` of what
 is gathered, scattered or exchanged, twice that for an all-reduce, all of it for a permutation; times the trips of the
-loops around it. A `-start` counts and its `-done` does not. How TPU programs look (libtpu 0.0.42.1):
-
-- An all-gather that runs while something else is computed stands in the text three times or more: in a fusion that ends in
-  a custom call to `AsyncCollectiveStart`, in the fusions that compute meanwhile, and in one that ends in
-  `AsyncCollectiveDone`. The start counts.
-- A reduce-scatter is mostly a fusion of an all-reduce and a dynamic-slice of it. It counts as what it does.
-- Loops carry no trip count; `hlo.trip_count` finds it. Channel ids are no names: under `shard_map` all are 1.
+loops around it. A `-start` counts and its `-done` does not. In TPU programs (libtpu 0.0.42.1) an all-gather that runs while
+something else is computed stands in the text three times or more: in a fusion that ends in a custom call to
+`AsyncCollectiveStart`, which counts, in the fusions that compute meanwhile, and in one that ends in `AsyncCollectiveDone`. A
+reduce-scatter is mostly a fusion of an all-reduce and a dynamic-slice of it, and channel ids are no names: under `shard_map` all are 1.
 """
 
 import math

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 _HEADER = re.compile(r"(?!HloModule)(ENTRY )?%?([\w.\-]+).*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = ")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
 _DELIMITER = re.compile(r"[][(){},]")
 _CALLED = re.compile(
@@ -101,22 +101,15 @@ def read(text: str) -> Program:
                 program[name] = Computation(own, root or list(own.values())[-1])
             own = None
         elif start := _INSTRUCTION.match(line):
-            x = _instruction(line, start[2], start.end())
-            own[x.name], root = x, x if start[1] else root
+            marked, *description = start.groups()
+            operands, closed = _listed(line, start.end() - 1)
+            # They may carry their types: the name is the last word.
+            names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
+            x = Instruction(*description, names, line[closed:])
+            own[x.name], root = x, x if marked else root
     if "" not in program:
         raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
     return program
-
-
-def _instruction(line: str, name: str, begin: int) -> Instruction:
-    end = _listed(line, begin)[1] if line[begin] == "(" else line.index(" ", begin)
-    opened = line.index("(", end)
-    opcode, (operands, closed) = line[end:opened].strip(), _listed(line, opened)
-    if opcode in ("constant", "parameter"):
-        names = (line[opened + 1 : closed - 1],)
-    else:  # operands may carry their types: the name is the last word
-        names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
-    return Instruction(name, line[begin:end], opcode, names, line[closed:])
 
 
 def _listed(text: str, start: int = 0) -> tuple[list[str], int]:
