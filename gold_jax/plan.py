@@ -79,18 +79,18 @@ def plan_run(
         progress("reading tokenizers")
         vocabularies = find_vocabularies(student, teacher, training, args.matched)
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)
-    request, shorter = PlanRequest(training, pair, topology, mesh, options["attn_implementation"]), None
-    if topology.kind == "tpu":
-        plan = compile_plan(request, progress)
+    request = PlanRequest(training, pair, topology, mesh, options["attn_implementation"])
 
-        def shorter(way: PlanRequest) -> Any:  # of two programs with the same gradient, the larger tells enough
-            return compile_plan(way, leave_out=STUDENT[:1] if way.micro_batches > 1 else ())
-    else:
-        plan = estimate(request)
-    found = search(plan, shorter, limit=args.search_limit, progress=progress) if args.search else None
+    def shorter(way: PlanRequest) -> Any:  # of two programs with the same gradient, the larger tells enough
+        return compile_plan(way, leave_out=STUDENT[:1] if way.micro_batches > 1 else ())
+
+    compiles, ways = topology.kind == "tpu", None
+    plan = compile_plan(request, progress) if compiles else estimate(request)
+    if args.search:
+        ways = search(plan, shorter if compiles else None, limit=args.search_limit, progress=progress)
     progress("looking for what would help")
     helps = () if plan.fits else advice(plan)
-    return Report(student, teacher, vocabularies, plan, helps, found, _notes(training, pair, mesh))
+    return Report(student, teacher, vocabularies, plan, helps, ways, _notes(training, pair, mesh))
 
 
 def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:

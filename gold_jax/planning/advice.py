@@ -68,7 +68,7 @@ def advice(plan: Plan) -> tuple[Advice, ...]:
 def _changed(request: PlanRequest, settings: dict[str, Any]) -> tuple[PlanRequest, str]:
     """A run with changes, its micro-batches such that an update keeps its rows (else a ValueError), and the flags that make it."""
     mesh, topology = settings.pop("mesh", request.mesh), settings.pop("topology", None)
-    rows = request.args.per_device_train_batch_size
+    rows = request.device_rows
     whole, rest = divmod(request.update_rows, mesh["data"] * mesh["fsdp"])
     if topology is not None and (rest or not whole):  # there are more rows, for so many devices
         whole, rest = rows * request.micro_batches, 0
@@ -92,7 +92,7 @@ def _flags(settings: dict[str, Any]) -> str:
 
 def _changes(request: PlanRequest) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Every change to try: its kind, what it does, and what of the run it changes."""
-    args, rows = request.args, request.args.per_device_train_batch_size
+    args, rows = request.args, request.device_rows
     for fewer in range(rows - 1, 0, -1):
         if rows % fewer == 0:
             yield "rows", "fewer rows at a time", {"per_device_train_batch_size": fewer}

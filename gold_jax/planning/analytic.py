@@ -25,7 +25,6 @@ FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that 
 # Products of `[T, T]` with heads in the backward pass of attention, two being the forward pass's: kernels compute the
 # scores again, splash once for the queries' gradients and once for the keys' and values'.
 _BACKWARD_PRODUCTS = {"plain": 4, "blockwise": 5, "cudnn": 5, "splash": 7}
-_FLOAT32_PRODUCTS = 6  # products of float32 factors as such are six of bfloat16 ones on TPUs
 # How often float32 logits pass between memory and compute: written, read for the maximum, the sum and the comparison;
 # the student's gradient written, and read for two products.
 _FORWARD_PASSES, _GRADIENT_PASSES = 4, 3
@@ -64,7 +63,7 @@ class Analytic:
         self.placement, (student, teacher, matched) = request.placement, request.pair
         self.student = _Side(student, request.placement)
         self.teacher = _Side(teacher, Placement(self.placement.mesh, self.args.teacher_layout)) if teacher else None
-        self.tensor, self.rows = self.placement.tensor_size, self.args.per_device_train_batch_size
+        self.tensor, self.rows = self.placement.tensor_size, request.device_rows
         self.chunk = chunk_size(self.args.loss_chunk, request.platform)
         self.line = fine_bucket(self.rows * request.length)  # tokens of one device's line, its padding too
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
@@ -76,8 +75,6 @@ class Analytic:
         slots = self.rows * bucket(request.length)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots
         self.batch = 2 * (lines + 20 * slots) + labels + 4 * slots if teacher else lines + labels
-
-    # what lies there
 
     def resident(self) -> dict[str, int]:
         """What lies there all the time, by part."""
@@ -108,8 +105,6 @@ class Analytic:
             if self.request.reads:
                 found["teacher's hidden states"] = power_of_two(self.line) * self.teacher.config.width * self.itemsize
         return found
-
-    # what a program needs while it runs
 
     def temporaries(self, program: str) -> dict[str, int]:
         """What a program needs while it runs, by part."""
@@ -159,8 +154,6 @@ class Analytic:
             "new gradients": self.new_gradients,
         }
 
-    # what it costs
-
     def cost(self, program: str) -> Cost:
         """What one run of a program costs; of decoding, one token more for each row."""
         if program == "optimizer":
@@ -174,7 +167,7 @@ class Analytic:
         else:
             length = bucket(self.request.prompt_length - 1)
             cost = self._whole_rows(self.student, self.each * length, self.each, length)
-        products = _FLOAT32_PRODUCTS if self.itemsize == 4 else 1
+        products = 6 if self.itemsize == 4 else 1  # of float32 factors as such, one is six of bfloat16 ones on TPUs
         flops, needed, moved = (x / self.tensor for x in (products * cost.flops, cost.model_flops, cost.hbm_bytes))
         return Cost(flops, needed, moved, cost.sent)
 

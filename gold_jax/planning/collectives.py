@@ -18,9 +18,7 @@ import numpy as np
 from gold_jax.planning import hlo
 from gold_jax.planning.hlo import Computation, Execution, Instruction
 
-_OPS = (
-    "all-gather all-reduce reduce-scatter all-to-all ragged-all-to-all collective-permute collective-broadcast".split()
-)
+_OP = re.compile(r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))(-start)?")
 
 
 class Traffic(NamedTuple):
@@ -35,7 +33,7 @@ def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -
 
     `executions` are as `hlo.executed`. A device's id in the program is its position in the mesh, rows first.
     """
-    executions = [run for run in executions if run[1].opcode.removesuffix("-start") in _OPS]
+    executions = [run for run in executions if _OP.fullmatch(run[1].opcode)]
     started = {_piece(x) for inside, x, *_ in executions if starts(inside, x)}
     found: dict[str, dict[str, Traffic]] = {}
     for inside, x, times, _ in executions:

@@ -122,12 +122,8 @@ class PlannedRun:
             add(STUDENT[1], step.programs["add"], (*so_far, constants, batch), (so_far, used, batch))
             add("optimizer", step.programs["update"], given, given)
         if self.request.samples:
-            slots, rows, width = (
-                (self.cache, self.decode_state),
-                self.request.sampled_rows,
-                self.request.prompt_length - 1,
-            )
-            shapes = (), (rows,), (rows, bucket(width)), (STOP_SLOTS,)
+            slots, rows = (self.cache, self.decode_state), self.request.sampled_rows
+            shapes = (), (rows,), (rows, bucket(self.request.prompt_length - 1)), (STOP_SLOTS,)
             number, each, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
             real = jax.ShapeDtypeStruct((), jnp.float32)
             options = sampling.SamplingOptions(real, number, real, stops, number)
@@ -141,7 +137,7 @@ class PlannedRun:
         """A micro-batch of rows as long as they may be, as shapes on the mesh."""
         length, spec, rows = self.request.length, self.run.spec, []
         prompt = min(self.request.prompt_length, length - 1)
-        for row in range(self.args.per_device_train_batch_size):
+        for row in range(self.request.device_rows):
             ids = np.full(length, row, np.int32)
             if spec is None:
                 rows.append((ids, np.arange(length) >= prompt))
@@ -153,12 +149,8 @@ class PlannedRun:
         else:
             groups = "all" if spec.groups == "positional" else spec.groups
             (batch,) = build_batches(rows, len(rows), merge=spec.merge, groups=groups, text=spec.of_text)
-        sharding, shards = self.placement.sharding(ROW_AXES), self.request.shards
-
-        def on_mesh(x):
-            return jax.ShapeDtypeStruct((x.shape[0] * shards, *x.shape[1:]), x.dtype, sharding=sharding)
-
-        return jax.tree.map(on_mesh, batch)
+        sharding, shards, shape = self.placement.sharding(ROW_AXES), self.request.shards, jax.ShapeDtypeStruct
+        return jax.tree.map(lambda x: shape((len(x) * shards, *x.shape[1:]), x.dtype, sharding=sharding), batch)
 
     def _sampling(self) -> tuple:
         """The cache, the state of decoding and the weights that it reads."""

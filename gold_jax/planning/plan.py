@@ -63,12 +63,13 @@ class PlanRequest:
         self.samples = teacher is not None and args.lmbda > 0 and args.server_url is None
         self.micro_batches = args.gradient_accumulation_steps
         self.shards = mesh["data"] * mesh["fsdp"]  # parts that the rows of a batch are shared out to
-        self.rows = args.per_device_train_batch_size * self.shards
+        self.device_rows = args.per_device_train_batch_size
+        self.rows = self.device_rows * self.shards
         self.update_rows = self.rows * self.micro_batches
         self.length = args.max_length or 1024
         self.prompt_length = args.prompt_budget if isinstance(args, GOLDConfig) else self.length // 2
         self.tokens = self.update_rows * self.length
-        self.positions = args.per_device_train_batch_size * (self.length - self.prompt_length)
+        self.positions = self.device_rows * (self.length - self.prompt_length)
         # The programs of an update and how often each runs in one; of decoding, tokens of a row.
         self.programs = {"teacher": self.micro_batches} if self.reads else {}
         self.programs[STUDENT[0]] = 1
@@ -186,8 +187,8 @@ class Plan:
         self.tokens_per_second = self.request.tokens / self.seconds
         self.tokens_per_second_per_chip = self.tokens_per_second / topology.chips
         self.model_flops_share = self.together.model_flops / (self.seconds * chip.flops)
-        compiling = [moment["seconds"] for moment in self.moments if moment["seconds"] is not None]
-        self.compile_seconds = sum(compiling) if compiling else None
+        self.compiling = [moment["seconds"] for moment in self.moments if moment["seconds"] is not None]
+        self.compile_seconds = sum(self.compiling) if self.compiling else None
 
 
 def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: Topology) -> float:
@@ -201,12 +202,8 @@ def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: T
     if not within:
         return 0.0
     for axes, size in sent.items() if topology.kind == "gpu" else ():
-        inside, here, hosts = (
-            1,
-            1,
-            1,
-        )  # of a group: devices on one host, and hosts. The mesh's last axis changes fastest
-        for axis in reversed(list(mesh)):
+        inside, here, hosts = 1, 1, 1  # of a group, devices on one host, and hosts
+        for axis in reversed(list(mesh)):  # devices lie in it rows first: the last axis changes fastest
             fits = max(1, min(mesh[axis], topology.chip.host // inside))
             if axis in axes.split("+"):
                 here, hosts = here * fits, hosts * (mesh[axis] // fits)

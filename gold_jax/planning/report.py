@@ -79,10 +79,7 @@ class Report:
             f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
         )
         if plan.compile_seconds is not None:
-            count, took = (
-                sum(one["seconds"] is not None for one in plan.moments),
-                _short(plan.compile_seconds, _SECONDS),
-            )
+            count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
         return [
             *found,
@@ -103,8 +100,7 @@ class Report:
         compared = "compiled fits peak_bytes seconds tokens_per_second_per_chip slowest compile_seconds"
         ways = [
             {"flags": flags_of(way.request), "asked": way is plan, "mesh": way.request.mesh}
-            | {"rows": way.request.args.per_device_train_batch_size}
-            | _picked(way.request, "micro_batches update_rows")
+            | {"rows": way.request.device_rows, **_picked(way.request, "micro_batches update_rows")}
             | _picked(way, compared)
             for way in self.search or ()
         ]
@@ -163,7 +159,7 @@ def _title(report: Report) -> dict[str, str]:
     batches = f" in {request.micro_batches} micro-batches" if request.micro_batches > 1 else ""
     rows |= {
         "loss": report.loss,
-        "update": f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {args.per_device_train_batch_size} at a "
+        "update": f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {request.device_rows} at a "
         f"time on {'each device' if tensor == 1 else f'each {tensor} devices'}",
     }
     if request.samples:
@@ -254,17 +250,11 @@ def _search(report: Report, console: Console) -> None:
         request, mesh = plan.request, mesh_flag(plan.request.mesh)
         if request.teacher_layout != "fsdp":
             mesh, layouts = f"{mesh} T {request.teacher_layout}", True
-        at_once = f"{request.args.per_device_train_batch_size} x {request.micro_batches}"
+        mesh = Text("› " if plan is report.plan else "  ").append(mesh)
+        update = f"{request.device_rows} x {request.micro_batches}", f"{request.update_rows:,}"
         fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
-        numbers = f"{request.update_rows:,}", f"{plan.peak_bytes / unit:,.2f}", fits, _short(plan.seconds, _SECONDS)
-        rows.append(
-            (
-                Text("› " if plan is report.plan else "  ").append(mesh),
-                at_once,
-                *numbers,
-                f"{plan.tokens_per_second_per_chip:,.0f}",
-            )
-        )
+        speed = _short(plan.seconds, _SECONDS), f"{plan.tokens_per_second_per_chip:,.0f}"
+        rows.append((mesh, *update, f"{plan.peak_bytes / unit:,.2f}", fits, *speed))
     title = f"ways to spread it, {'compiled' if report.plan.compiled else 'by the analytic model'}"
     _table(console, title, ["rows", "update", name, "fits", "time", "tok/s/chip"], rows, first="  mesh")
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
