@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 _HEADER = re.compile(r"(?!HloModule)(ENTRY )?%?([\w.\-]+).*\{$")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 _ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
 _DELIMITER = re.compile(r"[][(){},]")
 _CALLED = re.compile(
@@ -28,7 +28,7 @@ class Instruction(NamedTuple):
     name: str
     type: str
     opcode: str
-    operands: tuple[str, ...]
+    operands: list[str]
     attributes: str
 
     @property
@@ -101,33 +101,25 @@ def read(text: str) -> Program:
                 program[name] = Computation(own, root or list(own.values())[-1])
             own = None
         elif start := _INSTRUCTION.match(line):
-            marked, *description = start.groups()
-            operands, closed = _listed(line, start.end() - 1)
-            # They may carry their types: the name is the last word.
-            names = tuple(operand.split()[-1].lstrip("%") for operand in operands if operand)
-            x = Instruction(*description, names, line[closed:])
+            marked, name_, type_, opcode, operands, attributes = start.groups()
+            x = Instruction(name_, type_, opcode, re.findall(r"[\w.\-]+(?=,|$)", operands), attributes)
             own[x.name], root = x, x if marked else root
     if "" not in program:
         raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
     return program
 
 
-def _listed(text: str, start: int = 0) -> tuple[list[str], int]:
-    """What the commas part in the bracket that opens at `start`, comments left out, and the place after it closes."""
-    parts, depth, begin = [], 0, start + 1
-    for found in _DELIMITER.finditer(text, start):
-        depth += {"(": 1, "[": 1, "{": 1, ",": 0}.get(found[0], -1)
-        if depth == 0 or (depth == 1 and found[0] == ","):
-            parts.append(re.sub(r"/\*.*?\*/", "", text[begin : found.start()]).strip())
-            begin = found.end()
-        if depth == 0:
-            break
-    return parts, begin
-
-
 def elements(type_: str) -> list[str]:
     """The types in a tuple's; a type that is none, alone."""
-    return _listed(type_)[0] if type_.startswith("(") else [type_]
+    if not type_.startswith("("):
+        return [type_]
+    parts, depth, begin = [], 0, 1
+    for found in _DELIMITER.finditer(type_):
+        depth += {"(": 1, "[": 1, "{": 1, ",": 0}.get(found[0], -1)
+        if depth == 0 or (depth == 1 and found[0] == ","):
+            parts.append(re.sub(r"/\*.*?\*/", "", type_[begin : found.start()]).strip())
+            begin = found.end()
+    return parts
 
 
 def dimensions(type_: str) -> tuple[int, ...]:
