@@ -192,12 +192,8 @@ class Plan:
 
 
 def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: Topology) -> float:
-    """The least time that sending takes.
-
-    On TPUs all links of the slice share all traffic. GPUs of one host have their links to each other,
-    `Chip.interconnect`; what a group of several hosts' GPUs has to bring from host to host goes over the hosts'
-    networks besides, at the same time.
-    """
+    """The least time that sending takes: on TPUs all links of the slice share all traffic, as do those of one host's GPUs;
+    what GPUs of several hosts have to bring from host to host goes over the hosts' networks at the same time."""
     within, between = sum(sent.values()), 0.0
     if not within:
         return 0.0

@@ -195,7 +195,8 @@ def _describe_vocabularies(report: Report) -> str:
 def _memory(report: Report, console: Console) -> None:
     plan, (name, unit), (its_name, its_unit) = report.plan, report.unit, _unit(2 * report.plan.limit_bytes, _BYTES)
     held, rows = [plan.resident, *(moment["parts"] for moment in plan.moments)], []
-    for part in sorted(dict.fromkeys(part for parts in held for part in parts), key="temporaries".__eq__):  # these last
+    names = dict.fromkeys(part for parts in held for part in parts)
+    for part in sorted(names, key=lambda part: part == "temporaries"):  # these last
         label = f"teacher, {plan.request.dtype}" if part == "teacher" else _PARTS.get(part, part)
         rows.append((label, *(f"{parts[part] / unit:,.2f}" if part in parts else "" for parts in held)))
     resident, totals, free = sum(plan.resident.values()), [], []
