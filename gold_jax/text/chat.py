@@ -8,7 +8,7 @@ import numpy as np
 from gold_jax.text.encode import Encoded, PlainEncoder
 from gold_jax.text.special_tokens import EscapedText, EscapedTextEncoder, SpecialStrings, SpecialTokenEscaper
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
-from gold_jax.text.template import ChatTemplate, with_context
+from gold_jax.text.template import Answer, ChatTemplate, with_context
 
 Prompt = str | list[dict]
 
@@ -95,6 +95,21 @@ class ChatTokenizer:
     def render(self, prompt: Prompt) -> str:
         """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
         return self._render_escaped(prompt).original
+
+    def answer(self, messages: list[dict]) -> Answer:
+        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        """
+        return self._escaper.answer(messages)
+
+    def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
+        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`."""
+        written, answers = self._escaper.answers(messages)
+        if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
+            answers = [(begin - written.text[:begin].endswith(" "), end) for begin, end in answers]
+        return written, answers
 
     def _render_escaped(self, prompt: Prompt) -> EscapedText:
         if isinstance(prompt, str) and self.special_tokens_in_prompts:
@@ -200,10 +215,7 @@ class ChatTokenizer:
         Raises:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
         """
-        written, answers = self._escaper.answers(messages)
-        text = written.text
-        if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
-            answers = [(begin - text[:begin].endswith(" "), end) for begin, end in answers]
+        written, answers = self.locate_answers(messages)
         if backend_of(self.tokenizer) is None:
             return self._encode_in_pieces(written, answers)
         found, offsets = self._encode_with_offsets(written)
@@ -211,9 +223,6 @@ class ChatTokenizer:
         counted = np.zeros(len(ids), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        said = "".join(text[begin:end] for begin, end in answers)
-        if any(_is_written_special(self.surfaces, i, said) for i in ids[counted].tolist()):
-            return self._encode_in_pieces(written, answers)  # an answer holds the letters of a special token
         for _, end in answers:
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
         return ids, counted
@@ -235,9 +244,12 @@ class ChatTokenizer:
                 part = written.slice(at, begin)
                 ids += self._escaped_encoder.encode(part) if part.strings else self._tokenize([part.text])[0]
             if end > begin:
-                spans.append((len(ids), 0))
-                ids += self._plain.encode([written.slice(begin, end).original])[0].ids.tolist()
-                spans[-1] = (spans[-1][0], len(ids))
+                first, part = len(ids), written.slice(begin, end)
+                if self._specials.pattern.search(part.text):  # a special token that the template itself writes
+                    ids += self._escaped_encoder.encode(part)
+                else:
+                    ids += self._plain.encode([part.original])[0].ids.tolist()
+                spans.append((first, len(ids)))
             elif begin < last:
                 spans.append((len(ids), len(ids)))
             at = end

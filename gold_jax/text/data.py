@@ -3,11 +3,14 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import conversation_extras, describe_type, messages_of, optional_text, refuse_preferences
 from gold_jax.text.template import Conversation
+
+if TYPE_CHECKING:
+    from gold_jax.text.chat import ChatTokenizer
 
 ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
@@ -22,8 +25,8 @@ class Example:
 
     Attributes:
         prompt: text, or a list of messages: a `Conversation` where the row has tools or template variables.
-        completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls
-            tools it is what it says beside, see `calls_tools`.
+        completion: the text that follows the prompt, of messages the last answer's content (see `completion_for`); None
+            where the row has a prompt alone. Of an answer that calls tools it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
         teacher_context: text that only the teacher reads, before the prompt, see `template.with_context`; None: nothing.
         unread: the row's columns that hold something and that nothing reads.
@@ -41,6 +44,19 @@ class Example:
         return repr((self.prompt, self.completion, self.messages, self.teacher_context)).encode(
             "utf-8", "surrogatepass"
         )
+
+    def completion_for(self, chat_tokenizer: "ChatTokenizer") -> str | None:
+        """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
+
+        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
+        and less where it strips blanks. A completion of a plain text is as it is.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        """
+        if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
+            return self.completion
+        return chat_tokenizer.answer(self.messages).text
 
     @property
     def calls_tools(self) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.surface import backend_of
-from gold_jax.text.template import ChatTemplate, Conversation
+from gold_jax.text.template import Answer, ChatTemplate, Conversation
 
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
@@ -113,6 +113,26 @@ class SpecialTokenEscaper:
             strings = self._placeholders(prompt)
             return EscapedText(self._specials.escape(prompt, strings), strings)
         return self._with_escaped(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
+
+    def answer(self, messages: list[dict]) -> Answer:
+        """The last answer of a conversation, see `ChatTemplate.answer`.
+
+        Special tokens that the template itself writes after the generation prompt (gpt-oss' channels) are no text: then
+        `text` is what stands after the last of them, and `continues` is False.
+        """
+        continues = True
+
+        def work(messages):
+            nonlocal continues
+            prompt, text, continues = self._template.answer(messages)
+            return prompt + text, [(len(prompt), len(prompt) + len(text))]
+
+        whole, [(begin, end)] = self._with_escaped(messages, work)
+        text = whole.slice(begin, end)
+        for found in self._specials.pattern.finditer(text.text):
+            if found[0] not in messages[-1]["content"]:
+                text, continues = whole.slice(begin + found.end(), end), False
+        return Answer(whole.slice(0, begin).original, text.original, continues)
 
     def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""

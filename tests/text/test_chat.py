@@ -377,7 +377,9 @@ def test_real_tokenizers(assets, folder, stop, begin):
     assert chat_tokenizer.decode(encoded.ids) == answer.encode()
     for messages in (MORE, [USER, {"role": "assistant", "content": answer}]):
         ids, counted = chat_tokenizer.encode_turns(messages)
-        wanted = "".join(m["content"] for m in messages if m["role"] == "assistant")
+        earlier = "".join(m["content"] for m in messages[:-1] if m["role"] == "assistant")
+        wanted = earlier + chat_tokenizer.answer(messages).text
+        assert wanted.endswith(messages[-1]["content"]) and ("<think>" in wanted) == ("qwen3" in folder)
         assert chat_tokenizer.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
         assert counted_text(chat_tokenizer, ids, counted).count(stop) == len(messages) // 2
     assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer
