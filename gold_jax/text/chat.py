@@ -6,7 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder
-from gold_jax.text.special_tokens import EscapedText, EscapedTextEncoder, SpecialStrings, SpecialTokenEscaper
+from gold_jax.text.special_tokens import (
+    EscapedText,
+    EscapedTextEncoder,
+    SpecialStrings,
+    SpecialTokenEscaper,
+    structural_strings,
+)
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
 from gold_jax.text.template import Answer, ChatTemplate, with_context
 
@@ -25,6 +31,7 @@ class ChatTokenizer:
         special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these
             tokens, as they do in a prompt that was rendered beforehand. In messages they never do, see
             `special_tokens.SpecialTokenEscaper`.
+        embedding_rows: how many ids the model knows; text that stands for others is refused. None: all of the tokenizer's.
         copy_tokenizer: work with a copy; False where the caller neither uses nor changes it afterwards, to save the time.
 
     Attributes:
@@ -46,6 +53,7 @@ class ChatTokenizer:
         chat_template: str | None = None,
         template_kwargs: dict | None = None,
         special_tokens_in_prompts: bool = False,
+        embedding_rows: int | None = None,
         copy_tokenizer: bool = True,
     ):
         # Calling a tokenizer sets its truncation and padding, and its owner may change it.
@@ -65,9 +73,11 @@ class ChatTokenizer:
         stops = [string for i in self.stop_ids if i < len(surfaces) and (string := surfaces.strings[i])]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
-        self._escaper = SpecialTokenEscaper(self.template, self._specials, frame=[*stops, *ends])
-        self._escaped_encoder = EscapedTextEncoder(tokenizer, self._specials)
+        guarded = SpecialStrings(tokenizer, also=[*stops, *structural_strings(tokenizer, self.template)])
+        self._escaper = SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
+        self._escaped_encoder = EscapedTextEncoder(tokenizer, guarded)
         self.special_tokens_in_prompts = special_tokens_in_prompts
+        self.embedding_rows = embedding_rows
 
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder
@@ -125,10 +135,11 @@ class ChatTokenizer:
 
         Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
         `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that
-        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token.
+        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token, but for
+        messages of users and tools, where one that the template itself writes is plain text as well.
 
         Raises:
-            ValueError: the template refuses a conversation.
+            ValueError: the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
@@ -146,6 +157,13 @@ class ChatTokenizer:
                     self._escaped_encoder.encode(escaped, add_special_tokens=wanted) if escaped.strings else next(batch)
                 )
                 result[row] = np.array(self._without_end_token(ids, escaped.text) if wanted else ids, np.int32)
+        if self.embedding_rows is not None:
+            for ids in result:
+                if len(ids) and ids.max() >= self.embedding_rows:
+                    raise ValueError(
+                        f"a prompt holds {self.surfaces.strings[ids.max()]!r}, the token {ids.max()} of {self.name}, for which its "
+                        f"model has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away"
+                    )
         return result
 
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:

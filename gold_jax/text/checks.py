@@ -61,6 +61,10 @@ class RowReader:
                 self._find_unwritten(who, side, conversation)
         if self.whole and example.messages:
             self.sides["student"].locate_answers(example.messages)
+        if isinstance(example.prompt, str):
+            for side in self.sides.values():
+                if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
+                    side.encode_prompt(example.prompt)  # refuses tokens without an embedding
         if isinstance(example.prompt, str) or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, (self.answers and example.completion) or ""
