@@ -41,8 +41,8 @@ class ChatTokenizer:
         pad_id: what fills up short rows; masked, so that any id will do.
 
     Raises:
-        ValueError: the tokenizer has neither a template that writes a stop token nor an end token, or its entries are
-            not known to spell bytes.
+        ValueError: the tokenizer has neither a template that writes a stop token nor an end token, its entries are not
+            known to spell bytes, or it loses the blanks of a text.
     """
 
     def __init__(
@@ -76,8 +76,25 @@ class ChatTokenizer:
         guarded = SpecialStrings(tokenizer, also=[*stops, *structural_strings(tokenizer, self.template)])
         self._escaper = SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
         self._escaped_encoder = EscapedTextEncoder(tokenizer, guarded)
+        self._refuse_lost_blanks()
         self.special_tokens_in_prompts = special_tokens_in_prompts
         self.embedding_rows = embedding_rows
+
+    def _refuse_lost_blanks(self) -> None:
+        """Sees that a tokenizer gives the blanks of a text back, which one loaded as another class than its own may not."""
+        text = "the fox is 72"
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        joined = self.surfaces.join(ids).decode(errors="replace")
+        lost = " " not in joined and joined.lower() == text.replace(" ", "")
+        backend = backend_of(self.tokenizer)
+        if (self.surfaces.reversible and lost) or (
+            backend is not None and backend.encode(text, add_special_tokens=False).ids != ids
+        ):
+            raise ValueError(
+                f"{self.name} does not give text back: of {text!r} it makes {joined!r}, as a {type(self.tokenizer).__name__}. Its "
+                "`tokenizer_class` may be another one's than its tokenizer.json's; correct it in tokenizer_config.json, or install "
+                "a newer transformers"
+            )
 
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from gold_jax.text.chat import ChatTokenizer
@@ -50,7 +51,15 @@ class RowReader:
             ValueError: a template refuses the row or leaves a part of it out, or the answer cannot be located.
         """
         try:
-            return self._read(number, example)
+            found = self._read(number, example)
+            for what, text in zip(("prompt", "completion"), found):
+                if not text.isascii() and _LONE_SURROGATE.search(text):
+                    at = _LONE_SURROGATE.search(text).start()
+                    raise ValueError(
+                        f"the {what} is not valid Unicode: at {excerpt(text, at)} it holds half of a surrogate pair; repair or "
+                        "remove it in the data"
+                    )
+            return found
         except ValueError as error:
             raise ValueError(f"row {number} of {self.where}: {error}") from error
 
@@ -135,10 +144,12 @@ class RowReader:
         return found
 
 
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # What a template may leave out with a notice: everything else is an error.
 _TOLD = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
+_SHOWN = 5  # errors of skipped rows
 # Columns that other formats keep an answer in.
 _ANSWERS = ("response", "answer", "output", "chosen", "solution", "target", "label_text", "completions")
 
@@ -156,6 +167,7 @@ def check_examples(
     teacher_context: str | None = None,
     max_length: int | None = None,
     count_targets: Callable[[Example], tuple[int, bool]] | None = None,
+    on_bad_row: str = "error",
 ) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot.
 
@@ -173,14 +185,14 @@ def check_examples(
         max_length: most tokens of a row, to tell which are cut; None: any.
         count_targets: what is learned of a row: tokens or groups, and whether `max_length` cut it. Asked of rows that
             may be longer than `max_length`; those of which nothing is learned are left out.
+        on_bad_row: "error", or "skip": rows that would raise are left out, counted, and the first ones' errors told.
 
     Raises:
         ValueError: a row lacks its completion, a chat template refuses one or leaves a part of it out, or no row is left.
     """
     digest, unread = hashlib.sha256(), collections.Counter()
-    kept, long, calls, nothing, cut = [], 0, 0, 0, 0
-    empty: collections.Counter = collections.Counter()
-    markup, prompts_alone = [], collections.Counter()
+    kept, bad, markup = [], [], []
+    left_out, prompts_alone, cut = collections.Counter(), collections.Counter(), collections.Counter()
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
     reader = RowReader("the data set", sides, answers=need_completion is not None, whole=learns_calls)
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
@@ -197,7 +209,7 @@ def check_examples(
                 return who
         return None
 
-    for i, e in enumerate(examples):
+    def reason_to_leave_out(i: int, e: Example) -> str | None:
         unread.update(e.unread)
         if need_completion and e.completion is None:
             named = [name for name in e.unread if name in _ANSWERS]
@@ -206,57 +218,59 @@ def check_examples(
         if e.completion is None:
             prompts_alone.update(name for name in e.unread if name in _ANSWERS)
         if need_completion and e.calls_tools and not learns_calls:
-            calls += 1
-            continue
+            return "calls"
         if unable := cannot_write(e):
-            empty[unable] += 1
-            continue
+            return unable
         prompt, completion = reader.read(i, e)
-        if (
-            isinstance(e.prompt, str)
-            and not chat_tokenizer.special_tokens_in_prompts
-            and chat_tokenizer.special_strings_in(e.prompt)
-        ):
-            markup.append(i)
+        if isinstance(e.prompt, str) and not chat_tokenizer.special_tokens_in_prompts:
+            markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
         # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
         size = len(prompt.encode()) + 2
         if budget is not None and size > budget and len(chat_tokenizer.encode_prompt(e.prompt)) > budget:
-            long += 1
+            return "long"
+        if count_targets is None or max_length is None or size + len(completion.encode()) <= max_length:
+            return None
+        targets, was_cut = count_targets(e)
+        cut[bool(targets)] += was_cut
+        return None if targets else "nothing"
+
+    for i in range(len(examples)):
+        try:
+            e = examples[i]
+            why = reason_to_leave_out(i, e)
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise
+            bad.append(str(error))
             continue
-        size += len(completion.encode())
-        if count_targets is not None and max_length is not None and size > max_length:
-            targets, was_cut = count_targets(e)
-            cut += was_cut
-            if not targets:
-                nothing += 1
-                continue
-        kept.append(i)
-        digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-    left_out = [
-        (
-            long,
+        if why:
+            left_out[why] += 1
+        else:
+            kept.append(i)
+            digest.update(b"%d\0%b\0" % (i, e.fingerprint))
+    no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
+    reasons = {
+        "long": (
             f"whose prompt is longer than {budget} tokens",
             "raise --max_prompt_length or --max_length, or lower --max_completion_length",
         ),
-        (calls, "whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
-        (nothing, f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
-        *(
-            (
-                count,
-                f"without a prompt, before which the {who}'s tokenizer puts no token, so that nothing can be drawn",
-                "--lmbda 0 without --seq_kd learns them",
-            )
-            for who, count in empty.items()
-        ),
-    ]
-    left_out = [found for found in left_out if found[0]]
+        "calls": ("whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
+        "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
+        **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in ("student", "teacher")},
+    }
+    told = [(left_out[why], *words) for why, words in reasons.items() if left_out[why]]
+    if bad:
+        told.append((len(bad), "that cannot be read", "see the first ones: " + "; ".join(bad[:_SHOWN])))
     if not kept:
-        why = "; ".join(f"{count} {words} ({remedy})" for count, words, remedy in left_out)
+        why = "; ".join(f"{count} {words} ({remedy})" for count, words, remedy in told)
         raise ValueError(f"none of the {len(examples)} rows can be learned from: {why}")
-    notices = [f"left out {count} of {len(examples)} rows {words}" for count, words, _ in left_out]
-    if cut > nothing:
+    notices = [f"left out {count} of {len(examples)} rows {words}" for count, words, _ in told]
+    if bad:
+        notices[-1] += f" (--on_bad_row skip): {'; '.join(bad[:_SHOWN])}"
+        notices[-1] += f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+    if cut[True]:
         notices.append(
-            f"--max_length {max_length} cuts {cut - nothing} of {len(examples)} rows: their ends are not learned"
+            f"--max_length {max_length} cuts {cut[True]} of {len(examples)} rows: their ends are not learned"
         )
     notices += reader.notices()
     if markup:

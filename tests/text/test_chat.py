@@ -82,6 +82,18 @@ def test_no_stop_token_at_all_is_refused():
         ChatTokenizer(tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
+def test_a_tokenizer_that_loses_blanks_is_refused():
+    from tokenizers import pre_tokenizers
+
+    tokenizer = toys.byte_level.__wrapped__()
+    # As a class of another family would set it: blanks are where words are cut, and are not encoded.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ValueError, match="does not give text back: of 'the fox is 72' it makes 'thefoxis72'"):
+        ChatTokenizer(tokenizer)
+
+
 def test_padding_falls_back_to_the_end_token(chatml, llama2):
     assert tokens(chatml, [chatml.pad_id]) == ["<|endoftext|>"]
     assert tokens(llama2, [llama2.pad_id]) == ["</s>"]

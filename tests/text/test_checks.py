@@ -134,6 +134,38 @@ def test_rows_of_which_nothing_is_left_are_left_out_and_cut_ones_counted():
         check(rows[0], max_length=70, count_targets=lambda e: (0, True))
 
 
+def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
+    rows = [
+        {"prompt": "x", "completion": "y"},
+        {"prompt": "x"},
+        {"nothing": 1},
+        {"messages": []},
+        {"prompt": 3},
+        {"text": 3},
+    ]
+    rows += [{"prompt": "x", "completion": "half \ud800"}, {"prompt": "z", "completion": "y"}]
+    with pytest.raises(ValueError, match="row 1 of the data set"):
+        check(*rows)
+    checked = check(*rows, on_bad_row="skip")
+    assert checked.kept == [0, 7]
+    (notice,) = [n for n in checked.notices if "cannot be read" in n]
+    assert notice.startswith("left out 6 of 8 rows that cannot be read (--on_bad_row skip): row 1 of the data set")
+    assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")
+    with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 that cannot be read"):
+        check_examples(
+            load_examples([{"prompt": "x"}]), chat_tokenizer(), budget=None, need_completion="x", on_bad_row="skip"
+        )
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
+    row = {"prompt": "x", "completion": "y"}
+    with pytest.raises(
+        ValueError, match=f"row 1 of the data set: the {column} is not valid Unicode.*half of a surrogate"
+    ):
+        check(row, row | {column: "a \ud800 b"})
+
+
 @pytest.mark.assets
 def test_qwen3_and_llama_agree_without_thinking(assets):
     from transformers import AutoTokenizer
