@@ -210,7 +210,9 @@ class DistillationBatchBuilder:
         """See `BatchBuilder.build_evaluation`; always on the data set's completions."""
         local_rows = self.process_shard.local_rows(len(examples), self.eval_batch_size)
         local_examples = [examples[i] for i in local_rows]
-        rows = dict(zip(local_rows, self._rows(local_examples, [e.completion_for(self.student) for e in local_examples])))
+        rows = dict(
+            zip(local_rows, self._rows(local_examples, [e.completion_for(self.student) for e in local_examples]))
+        )
         return self._batches(rows, len(examples), self.eval_batch_size)
 
     def _rows(self, examples, completions, prompt_ids=None) -> list[Row]:
