@@ -189,3 +189,25 @@ def test_qwen3_and_llama_agree_without_thinking(assets):
     ids = [qwen.encode_prompt(rows[0].prompt), qwen.encode_completion(rows[0].completion_for(qwen)).ids]
     whole = qwen.tokenizer.encode(qwen.template.render(rows[0].messages))
     assert np.concatenate(ids).tolist() == whole[: sum(map(len, ids))]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3"])
+def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
+    from transformers import AutoTokenizer
+
+    qwen, teacher = (ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / n)) for n in ("qwen3", name))
+    need = dict(budget=None, need_completion="it is learned")
+    bare = {"role": "assistant", "content": None, "tool_calls": call("")["tool_calls"]}
+    called = load_examples(
+        [{"messages": [USER, bare, {"role": "tool", "content": "s"}, {"role": "assistant", "content": "b"}]}]
+    )
+    with pytest.raises(ValueError, match=f"row 0 .*{name}"):
+        check_examples(called, qwen, teacher=teacher, **need)
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    (notice,) = check_examples(
+        load_examples([answered() | kwargs | {"tools": TOOLS}]), qwen, teacher=teacher, **need
+    ).notices
+    assert f"{name}" in notice and "(teacher) does not write the tools of 1 rows" in notice
+    (notice,) = check_examples(load_examples([answered(" b\n") | kwargs]), teacher, **need).notices or [""]
+    assert (load_examples([answered(" b\n")])[0].completion_for(teacher) == "b") == (name == "gemma3")
