@@ -102,6 +102,7 @@ def load_model_and_tokenizer(
         chat_template=chat_template,
         template_kwargs=dict(template_kwargs or {}),
         special_tokens_in_prompts=special_tokens_in_prompts,
+        embedding_rows=model.config.vocab_size,
         copy_tokenizer=False,
     )
     largest_id = max(source.get_vocab().values(), default=-1)

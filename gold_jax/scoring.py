@@ -85,8 +85,8 @@ def score_completions(
 ) -> Score:
     """What completions cost a model, in bits.
 
-    The prompt goes through the model's own chat template; the completion counts without a stop token, so that the
-    number means the same for every tokenizer and template.
+    Prompt and completion are what the model's own chat template makes of a row (`Example.completion_for`); the
+    completion counts without a stop token, so that the number means the same for every tokenizer.
 
     Args:
         model: a folder, a hub id or `embedded:…`, a `LoadedModel`, a `Decoder`, or its `(graphdef, params)`.
@@ -111,7 +111,7 @@ def score_completions(
             raise ValueError(
                 f"row {i} has a prompt but no completion, so nothing can be scored; give rows with answers"
             )
-        completions.append(e.completion)
+        completions.append(e.completion_for(chat_tokenizer))
     prompts = [chat_tokenizer.encode_prompt(e.prompt) for e in examples]
     answers = chat_tokenizer.encode_completions(completions, after=[e.prompt for e in examples])
     limit = max_length or MODEL_WINDOW
@@ -286,7 +286,7 @@ def exact_match(
 ) -> float:
     """Share of rows whose greedy completion is the given one, blanks at either end aside; arguments as `score_completions`."""
     model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
-    pairs = [(e.prompt, e.completion) for e in _examples(rows) if e.completion is not None]
+    pairs = [(e.prompt, e.completion_for(chat_tokenizer)) for e in _examples(rows) if e.completion is not None]
     drawn = sample_completions(
         model,
         chat_tokenizer,

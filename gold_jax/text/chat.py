@@ -6,9 +6,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from gold_jax.text.encode import Encoded, PlainEncoder
-from gold_jax.text.special_tokens import EscapedText, EscapedTextEncoder, SpecialStrings, SpecialTokenEscaper
+from gold_jax.text.special_tokens import (
+    EscapedText,
+    EscapedTextEncoder,
+    SpecialStrings,
+    SpecialTokenEscaper,
+    structural_strings,
+)
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
-from gold_jax.text.template import ChatTemplate, with_context
+from gold_jax.text.template import Answer, ChatTemplate, with_context
 
 Prompt = str | list[dict]
 
@@ -25,6 +31,7 @@ class ChatTokenizer:
         special_tokens_in_prompts: whether strings of special tokens in prompts that are plain text stand for these
             tokens, as they do in a prompt that was rendered beforehand. In messages they never do, see
             `special_tokens.SpecialTokenEscaper`.
+        embedding_rows: how many ids the model knows; text that stands for others is refused. None: all of the tokenizer's.
         copy_tokenizer: work with a copy; False where the caller neither uses nor changes it afterwards, to save the time.
 
     Attributes:
@@ -34,8 +41,8 @@ class ChatTokenizer:
         pad_id: what fills up short rows; masked, so that any id will do.
 
     Raises:
-        ValueError: the tokenizer has neither a template that writes a stop token nor an end token, or its entries are
-            not known to spell bytes.
+        ValueError: the tokenizer has neither a template that writes a stop token nor an end token, its entries are not
+            known to spell bytes, or it loses the blanks of a text.
     """
 
     def __init__(
@@ -46,6 +53,7 @@ class ChatTokenizer:
         chat_template: str | None = None,
         template_kwargs: dict | None = None,
         special_tokens_in_prompts: bool = False,
+        embedding_rows: int | None = None,
         copy_tokenizer: bool = True,
     ):
         # Calling a tokenizer sets its truncation and padding, and its owner may change it.
@@ -65,9 +73,28 @@ class ChatTokenizer:
         stops = [string for i in self.stop_ids if i < len(surfaces) and (string := surfaces.strings[i])]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
-        self._escaper = SpecialTokenEscaper(self.template, self._specials, frame=[*stops, *ends])
-        self._escaped_encoder = EscapedTextEncoder(tokenizer, self._specials)
+        guarded = SpecialStrings(tokenizer, also=[*stops, *structural_strings(tokenizer, self.template)])
+        self._escaper = SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
+        self._escaped_encoder = EscapedTextEncoder(tokenizer, guarded)
+        self._refuse_lost_blanks()
         self.special_tokens_in_prompts = special_tokens_in_prompts
+        self.embedding_rows = embedding_rows
+
+    def _refuse_lost_blanks(self) -> None:
+        """Sees that a tokenizer gives the blanks of a text back, which one loaded as another class than its own may not."""
+        text = "the fox is 72"
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        joined = self.surfaces.join(ids).decode(errors="replace")
+        lost = " " not in joined and joined.lower() == text.replace(" ", "")
+        backend = backend_of(self.tokenizer)
+        if (self.surfaces.reversible and lost) or (
+            backend is not None and backend.encode(text, add_special_tokens=False).ids != ids
+        ):
+            raise ValueError(
+                f"{self.name} does not give text back: of {text!r} it makes {joined!r}, as a {type(self.tokenizer).__name__}. Its "
+                "`tokenizer_class` may be another one's than its tokenizer.json's; correct it in tokenizer_config.json, or install "
+                "a newer transformers"
+            )
 
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder
@@ -96,6 +123,21 @@ class ChatTokenizer:
         """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
         return self._render_escaped(prompt).original
 
+    def answer(self, messages: list[dict]) -> Answer:
+        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        """
+        return self._escaper.answer(messages)
+
+    def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
+        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`."""
+        written, answers = self._escaper.answers(messages)
+        if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
+            answers = [(begin - written.text[:begin].endswith(" "), end) for begin, end in answers]
+        return written, answers
+
     def _render_escaped(self, prompt: Prompt) -> EscapedText:
         if isinstance(prompt, str) and self.special_tokens_in_prompts:
             return EscapedText(prompt, {})
@@ -110,10 +152,11 @@ class ChatTokenizer:
 
         Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
         `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that
-        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token.
+        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token, but for
+        messages of users and tools, where one that the template itself writes is plain text as well.
 
         Raises:
-            ValueError: the template refuses a conversation.
+            ValueError: the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
@@ -131,6 +174,13 @@ class ChatTokenizer:
                     self._escaped_encoder.encode(escaped, add_special_tokens=wanted) if escaped.strings else next(batch)
                 )
                 result[row] = np.array(self._without_end_token(ids, escaped.text) if wanted else ids, np.int32)
+        if self.embedding_rows is not None:
+            for ids in result:
+                if len(ids) and ids.max() >= self.embedding_rows:
+                    raise ValueError(
+                        f"a prompt holds {self.surfaces.strings[ids.max()]!r}, the token {ids.max()} of {self.name}, for which its "
+                        f"model has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away"
+                    )
         return result
 
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
@@ -200,10 +250,7 @@ class ChatTokenizer:
         Raises:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
         """
-        written, answers = self._escaper.answers(messages)
-        text = written.text
-        if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
-            answers = [(begin - text[:begin].endswith(" "), end) for begin, end in answers]
+        written, answers = self.locate_answers(messages)
         if backend_of(self.tokenizer) is None:
             return self._encode_in_pieces(written, answers)
         found, offsets = self._encode_with_offsets(written)
@@ -211,9 +258,6 @@ class ChatTokenizer:
         counted = np.zeros(len(ids), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        said = "".join(text[begin:end] for begin, end in answers)
-        if any(_is_written_special(self.surfaces, i, said) for i in ids[counted].tolist()):
-            return self._encode_in_pieces(written, answers)  # an answer holds the letters of a special token
         for _, end in answers:
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
         return ids, counted
@@ -235,9 +279,12 @@ class ChatTokenizer:
                 part = written.slice(at, begin)
                 ids += self._escaped_encoder.encode(part) if part.strings else self._tokenize([part.text])[0]
             if end > begin:
-                spans.append((len(ids), 0))
-                ids += self._plain.encode([written.slice(begin, end).original])[0].ids.tolist()
-                spans[-1] = (spans[-1][0], len(ids))
+                first, part = len(ids), written.slice(begin, end)
+                if self._specials.pattern.search(part.text):  # a special token that the template itself writes
+                    ids += self._escaped_encoder.encode(part)
+                else:
+                    ids += self._plain.encode([part.original])[0].ids.tolist()
+                spans.append((first, len(ids)))
             elif begin < last:
                 spans.append((len(ids), len(ids)))
             at = end

@@ -13,7 +13,7 @@ from gold_jax.text.template import refused_variables
 def messages_of(value, error_prefix: str, column: str) -> list[dict]:
     """Checked copies of messages.
 
-    Keys without a value are left out (data sets fill in keys that other rows have), at any depth. Content that is a
+    Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a
     list of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty
     one; arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they
     are.
@@ -148,6 +148,7 @@ def _calls(calls, error_prefix: str, which: str) -> list[dict]:
 
 def _call(call: dict) -> dict:
     """A call with its arguments as an object, whether they stand in it or in its `function`."""
+    call = _without_nulls(call)
     if isinstance(call.get("function"), Mapping):
         return call | {"function": _call(call["function"])}
     if not isinstance(call.get("arguments"), str):
@@ -176,9 +177,9 @@ def _tools(tools, error_prefix: str) -> list[dict]:
 
 
 def _parsed(value, error_prefix: str, column: str, wanted: str):
-    """A column that may be a string of JSON; nulls are dropped from what is none, where data sets fill them in."""
+    """A column that may be a string of JSON."""
     if not isinstance(value, str):
-        return _without_nulls(value)
+        return value
     if not value.strip():
         return None
     try:
@@ -189,10 +190,21 @@ def _parsed(value, error_prefix: str, column: str, wanted: str):
         ) from None
 
 
-def _without_nulls(value):
-    """A copy, at every depth without the keys that have no value."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        return [_without_nulls(item) for item in value]
+def without_fill(value: Any, feature: Any) -> Any:
+    """A value of a `datasets` column without the nulls that Arrow fills in where a struct lacks a key that others have.
+
+    Args:
+        value: the value.
+        feature: what `datasets.Features` says of it: of a struct (a dict) keys that hold null are left out, at every depth;
+            JSON (`datasets.Json`) and what is unknown (None) stay as they are, with the nulls that somebody wrote.
+    """
+    if isinstance(feature, Mapping) and isinstance(value, Mapping):
+        return {key: without_fill(item, feature.get(key)) for key, item in value.items() if item is not None}
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    if inner is not None and isinstance(value, list):
+        return [without_fill(item, inner) for item in value]
     return value
+
+
+def _without_nulls(value: Mapping) -> dict:
+    return {key: item for key, item in value.items() if item is not None}

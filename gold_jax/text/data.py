@@ -3,11 +3,21 @@
 import dataclasses
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.text.columns import conversation_extras, describe_type, messages_of, optional_text, refuse_preferences
+from gold_jax.text.columns import (
+    conversation_extras,
+    describe_type,
+    messages_of,
+    optional_text,
+    refuse_preferences,
+    without_fill,
+)
 from gold_jax.text.template import Conversation
+
+if TYPE_CHECKING:
+    from gold_jax.text.chat import ChatTokenizer
 
 ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
@@ -22,8 +32,8 @@ class Example:
 
     Attributes:
         prompt: text, or a list of messages: a `Conversation` where the row has tools or template variables.
-        completion: the text that follows the prompt; None where the row has a prompt alone. Of an answer that calls
-            tools it is what it says beside, see `calls_tools`.
+        completion: the text that follows the prompt, of messages the last answer's content (see `completion_for`); None
+            where the row has a prompt alone. Of an answer that calls tools it is what it says beside, see `calls_tools`.
         messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
         teacher_context: text that only the teacher reads, before the prompt, see `template.with_context`; None: nothing.
         unread: the row's columns that hold something and that nothing reads.
@@ -42,6 +52,19 @@ class Example:
             "utf-8", "surrogatepass"
         )
 
+    def completion_for(self, chat_tokenizer: "ChatTokenizer") -> str | None:
+        """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
+
+        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
+        and less where it strips blanks. A completion of a plain text is as it is.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        """
+        if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
+            return self.completion
+        return chat_tokenizer.answer(self.messages).text
+
     @property
     def calls_tools(self) -> bool:
         """Whether the last answer calls tools. Every template writes calls its own way, so `completion` is without them."""
@@ -55,12 +78,14 @@ class Examples(Sequence):
         rows: anything with a length whose items are dicts.
         source: what messages call it.
         text_column: the column that stands for `text`.
+        features: the columns' types, as `datasets.Features`; None: those of the rows, if they say any.
     """
 
-    def __init__(self, rows, source: str, text_column: str = "text"):
+    def __init__(self, rows, source: str, text_column: str = "text", features: Mapping | None = None):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
         self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
         self.source, self.text_column = source, text_column
+        self.features = features or getattr(rows, "features", None)
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no row to train on")
         self[0]
@@ -74,13 +99,16 @@ class Examples(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.source} has {len(self)} rows, none with the number {index}")
         index = int(index) % len(self)
-        return to_example(self.rows[index], index, self.source, text_column=self.text_column)
+        row = self.rows[index]
+        if self.features and isinstance(row, Mapping):
+            row = {name: without_fill(value, self.features.get(name)) for name, value in row.items()}
+        return to_example(row, index, self.source, text_column=self.text_column)
 
     def first(self, count: int) -> "Examples":
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
-        return Examples(rows, self.source, self.text_column)
+        return Examples(rows, self.source, self.text_column, self.features)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -123,7 +151,8 @@ def load_examples(
     if not hasattr(source, "__len__"):
         if streaming_limit is None:
             raise ValueError("a streamed data set has no length: pass a loaded one, or say how many rows to take of it")
-        source = list(source.take(streaming_limit))
+        features, source = getattr(source, "features", None), list(source.take(streaming_limit))
+        return Examples(source, "the data set", text_column, features)
     return Examples(source, "the data set", text_column)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.surface import backend_of
-from gold_jax.text.template import ChatTemplate, Conversation
+from gold_jax.text.template import Answer, ChatTemplate, Conversation
 
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
@@ -82,7 +82,9 @@ class SpecialTokenEscaper:
     """Renders prompts with special strings of users' text hidden.
 
     What is hidden: every special string in contents, names, tool calls, tools and a row's own template variables. Roles
-    are left alone: a template compares them. So are ordinary added tokens (Qwen's `<think>`).
+    are left alone: a template compares them. Of added tokens that are not special but that the template itself writes or
+    looks for (Qwen's `</think>` and `<tool_response>`) those in the messages of users and tools are hidden; an
+    assistant may write them, a system message explain them.
 
     A template may look for a string in an assistant's earlier answer, such as a special `</think>` to drop the thinking
     before it, and has to find it. Such a string is left alone in assistants' messages, and what the template still
@@ -96,11 +98,20 @@ class SpecialTokenEscaper:
         template: the chat template.
         specials: the tokenizer's special strings.
         frame: strings that are never left alone, beside those that the template itself frames turns with.
+        guarded: `specials` and the added tokens of the template (`structural_strings`); None: `specials`.
     """
 
-    def __init__(self, template: ChatTemplate, specials: SpecialStrings, frame: Iterable[str] = ()):
+    def __init__(
+        self,
+        template: ChatTemplate,
+        specials: SpecialStrings,
+        frame: Iterable[str] = (),
+        guarded: SpecialStrings | None = None,
+    ):
         self._template = template
         self._specials = specials
+        self._guarded = guarded or specials
+        self._structural = frozenset(self._guarded.tokens.keys() - specials.tokens.keys())
         self._frame_given = frozenset(frame)
 
     def render(self, prompt: str | list[dict], *, generate: bool = False) -> EscapedText:
@@ -113,6 +124,26 @@ class SpecialTokenEscaper:
             strings = self._placeholders(prompt)
             return EscapedText(self._specials.escape(prompt, strings), strings)
         return self._with_escaped(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
+
+    def answer(self, messages: list[dict]) -> Answer:
+        """The last answer of a conversation, see `ChatTemplate.answer`.
+
+        Special tokens that the template itself writes after the generation prompt (gpt-oss' channels) are no text: then
+        `text` is what stands after the last of them, and `continues` is False.
+        """
+        continues = True
+
+        def work(messages):
+            nonlocal continues
+            prompt, text, continues = self._template.answer(messages)
+            return prompt + text, [(len(prompt), len(prompt) + len(text))]
+
+        whole, [(begin, end)] = self._with_escaped(messages, work)
+        text = whole.slice(begin, end)
+        for found in self._specials.pattern.finditer(text.text):
+            if found[0] not in messages[-1]["content"]:
+                text, continues = whole.slice(begin + found.end(), end), False
+        return Answer(whole.slice(0, begin).original, text.original, continues)
 
     def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""
@@ -138,16 +169,24 @@ class SpecialTokenEscaper:
 
     def _placeholders(self, prompt) -> dict[str, str]:
         found = self._specials.found_in(_user_texts(prompt))
+        if self._structural and not isinstance(prompt, str):
+            texts = _user_texts([message for message in prompt if _is_read(message)])
+            found += [string for string in self._guarded.found_in(texts) if string in self._structural]
         if not found:
             return {}
         return dict(zip(placeholders(len(found), "".join(_user_texts(prompt)) + self._template.source), found))
 
     def _escape_messages(self, messages: list[dict], strings: dict[str, str], keep: frozenset[str]) -> list[dict]:
-        hide = functools.partial(self._specials.escape, strings=strings)
-        escaped = [
-            {k: v if k == "role" else hide(v, keep=keep if m.get("role") == "assistant" else frozenset()) for k, v in m.items()}
-            for m in messages
-        ]  # fmt: skip
+        hide = functools.partial(self._guarded.escape, strings=strings, keep=self._structural)
+
+        def hidden(message):
+            if _is_read(message):
+                kept = frozenset()
+            else:
+                kept = self._structural | (keep if message.get("role") == "assistant" else frozenset())
+            return {k: v if k == "role" else hide(v, keep=kept) for k, v in message.items()}
+
+        escaped = [hidden(message) for message in messages]
         if not isinstance(messages, Conversation):
             return escaped
         return Conversation(escaped, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
@@ -264,6 +303,17 @@ class EscapedTextEncoder:
 
     def _encode(self, text: str, **kwargs) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False, **kwargs) if text else []
+
+
+def structural_strings(tokenizer, template: ChatTemplate) -> list[str]:
+    """The added tokens that are not special and that a chat template names."""
+    known = tokenizer.added_tokens_decoder.values()
+    return [t.content for t in known if not t.special and t.content.strip() and t.content in template.source]
+
+
+def _is_read(message: dict) -> bool:
+    """Whether a message is said to the model by somebody: a user or a tool."""
+    return message.get("role") not in ("assistant", "system", "developer")
 
 
 def placeholders(count: int, text: str) -> list[str]:

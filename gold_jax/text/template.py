@@ -1,8 +1,10 @@
 """Chat templates: what a model reads for a conversation, the same on every day, and where the answers stand in it."""
 
 import functools
+import json
 import os
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from gold_jax.text.surface import excerpt, name_of
 
@@ -85,6 +87,22 @@ class Conversation(list):
         return f"Conversation({super().__repr__()}, tools={self.tools!r}, template_kwargs={self.template_kwargs!r})"
 
 
+class Answer(NamedTuple):
+    """The last answer of a conversation, as a chat template writes it.
+
+    Attributes:
+        prompt: what the model reads before it: the earlier messages and the generation prompt.
+        text: what the template writes after that, without what follows every answer (`ChatTemplate.tail`) and without
+            the blank of `ChatTemplate.lead`.
+        continues: whether `prompt` and `text` are how the whole conversation begins. False where the generation prompt
+            is not what the template writes before such an answer.
+    """
+
+    prompt: str
+    text: str
+    continues: bool
+
+
 class ChatTemplate:
     """A tokenizer's chat template.
 
@@ -124,15 +142,55 @@ class ChatTemplate:
         self.source = source
         self._fixed = _dated(source)
         self._fixed_with_tools = _dated(with_tools or source)
-        self.lead, self.tail = self._probe()
+        self.lead, self.tail, self._has_generation_prompt = self._probe()
 
     @functools.cached_property
     def takes_system(self) -> bool:
         """Whether the template writes what a system message says."""
+        return self._takes_role("system")
+
+    @functools.cached_property
+    def _developer(self) -> str:
+        """The role that stands for a developer message: `system` where the template writes that and not `developer`."""
+        return "system" if self.takes_system and not self._takes_role("developer") else "developer"
+
+    def _takes_role(self, role: str) -> bool:
+        messages = [{"role": role, "content": _MARK}, {"role": "user", "content": "Hello?"}]
         try:
-            return _MARK in self.render([{"role": "system", "content": _MARK}, {"role": "user", "content": "Hello?"}])
+            return _MARK in self._render(messages)
         except ValueError:
             return False
+
+    @functools.cached_property
+    def _call_form(self) -> tuple[str | None, bool]:
+        """What the template takes in a message that calls tools and says nothing: its content, and whether arguments are text."""
+        for content, as_text in (("", False), (None, False), ("", True), (None, True)):
+            arguments = {"key": _MARK + "value"}
+            call = {"name": _MARK + "name", "arguments": json.dumps(arguments) if as_text else arguments}
+            calls = [{"id": "call00001", "type": "function", "function": call}]
+            question = {"role": "user", "content": "Hello?"}
+            try:
+                text = self._render([question, {"role": "assistant", "content": content, "tool_calls": calls}])
+            except ValueError:
+                continue
+            if _MARK + "name" in text and _MARK + "value" in text and "None" not in text:
+                return content, as_text
+        return "", False
+
+    def _adapted(self, messages: list[dict]) -> list[dict]:
+        """Messages in the form that the template takes: developer messages, tool calls without content, arguments."""
+        if not any(message.get("role") == "developer" or message.get("tool_calls") for message in messages):
+            return messages
+        adapted = []
+        for message in messages:
+            if message.get("role") == "developer":
+                message = message | {"role": self._developer}
+            if message.get("tool_calls"):
+                content, as_text = self._call_form
+                calls = [_with_text_arguments(c) for c in message["tool_calls"]] if as_text else message["tool_calls"]
+                message = message | {"content": message.get("content") or content, "tool_calls": calls}
+            adapted.append(message)
+        return _like(messages, adapted)
 
     def render(self, messages: list[dict], *, generate: bool = False) -> str:
         """The text that the model reads for a conversation.
@@ -144,6 +202,9 @@ class ChatTemplate:
         Raises:
             ValueError: the template refuses the conversation; with its own words.
         """
+        return self._render(self._adapted(messages), generate=generate)
+
+    def _render(self, messages: list[dict], *, generate: bool = False) -> str:
         import jinja2
 
         tools = getattr(messages, "tools", None) or None
@@ -164,11 +225,30 @@ class ChatTemplate:
                 f"{excerpt(first)}: {error}; bring the messages into the form it takes, or pass another chat template"
             ) from error
 
+    def answer(self, messages: list[dict]) -> Answer:
+        """The last answer of a conversation: what the template writes after the generation prompt.
+
+        Args:
+            messages: the conversation; its last message is the assistant's, and not the only one.
+
+        Raises:
+            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        """
+        prompt, rendered = self.render(messages[:-1], generate=True), self.render(messages)
+        begin, end = len(prompt) + self.lead, len(rendered) - len(self.tail)
+        starts = rendered.startswith(prompt + " " * self.lead)
+        known = self.tail and self._has_generation_prompt and starts and begin <= end and rendered.endswith(self.tail)
+        if not known or not _says(messages[-1], rendered[begin:end]):
+            begin, end = self._locate(messages, len(messages) - 1, rendered)
+            starts = rendered[:begin].removesuffix(" " * self.lead) == prompt
+        return Answer(prompt, rendered[begin:end], starts)
+
     def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
-        An answer is what the template makes of its content (stripped, or without its thinking where the template drops
-        that); thinking that the template does write is part of it.
+        An answer is what the template writes after the generation prompt: its content (stripped, or without its
+        thinking where the template drops that), and before it the thinking, or the empty block for it, that the
+        template writes.
 
         Raises:
             ValueError: an answer cannot be located exactly in what the template writes.
@@ -177,13 +257,14 @@ class ChatTemplate:
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
             if message.get("role") == "assistant":
-                spans.append(self._locate(messages, turn, rendered))
-                if len(spans) > 1 and spans[-1][0] < spans[-2][1]:
+                earlier = spans[-1][1] if spans else 0
+                spans.append(self._locate(messages, turn, rendered, earlier))
+                if spans[-1][0] < earlier:
                     raise self._lost(messages, turn, "it stands before the one before it")
         return rendered, spans
 
-    def _locate(self, messages: list[dict], turn: int, rendered: str) -> tuple[int, int]:
-        content = messages[turn].get("content") or ""
+    def _locate(self, messages: list[dict], turn: int, rendered: str, earlier: int = 0) -> tuple[int, int]:
+        """Where the answer of a turn stands in the rendered conversation, behind the character `earlier`."""
         # Render once more with a word of ours for the answer: what stands around the word stands around the answer.
         answer = {"role": "assistant", "content": _MARK}
         marked = self.render(_like(messages, [*messages[:turn], answer, *messages[turn + 1 :]]))
@@ -193,27 +274,32 @@ class ChatTemplate:
         end = len(rendered) - len(after)
         if not rendered.endswith(after):
             raise self._lost(messages, turn, "what the template writes after it depends on what it says")
-        begin = len(before)
-        if not rendered.startswith(before) or begin > end:
-            begin = self._after_generation_prompt(messages[:turn], before, rendered, end)
+        begin = self._after_generation_prompt(messages[:turn], before, rendered, earlier, end)
+        if begin is None and rendered.startswith(before) and len(before) <= end:
+            begin = len(before)
         if begin is None:
             raise self._lost(messages, turn, "what the template writes before it depends on what it says")
-        found, wanted = ("".join(text.split()) for text in (rendered[begin:end], content))
-        if not (wanted.endswith(found) or found.endswith(wanted) or _calls_in(messages[turn], found)):
+        if not _says(messages[turn], rendered[begin:end]):
             raise self._lost(messages, turn, f"{excerpt(rendered[begin:end])} stands in its place")
         return begin, end
 
-    def _after_generation_prompt(self, earlier: list[dict], before: str, rendered: str, end: int) -> int | None:
-        """Where an answer begins whose content changes what the template puts before it: thinking, for one."""
-        if not earlier:
+    def _after_generation_prompt(
+        self, messages: list[dict], before: str, rendered: str, earlier: int, end: int
+    ) -> int | None:
+        """Where an answer to messages begins: behind the generation prompt, and the blank of `lead`; None if it is not there."""
+        if not messages or not self._has_generation_prompt:
             return None
-        base, prompt = self.render(earlier), self.render(earlier, generate=True)
+        base, prompt = self.render(messages), self.render(messages, generate=True)
         header = prompt.removeprefix(base)
-        if not prompt.startswith(base) or not header:
+        if rendered.startswith(prompt):
+            begin = len(prompt)
+        elif prompt.startswith(base) and header:
+            at = rendered.rfind(header, earlier, len(os.path.commonprefix([before, rendered])))
+            begin = at + len(header) if at >= 0 else end + 1
+        else:
             return None
-        at = rendered.rfind(header, 0, len(os.path.commonprefix([before, rendered])))
-        begin = at + len(header)
-        return begin if at >= 0 and begin <= end else None
+        begin += self.lead and rendered.startswith(" ", begin)
+        return begin if begin <= end else None
 
     def _lost(self, messages: list[dict], turn: int, why: str) -> ValueError:
         return ValueError(
@@ -221,15 +307,17 @@ class ChatTemplate:
             f"what the chat template of {name_of(self._tokenizer)} writes: {why}; pass another chat template"
         )
 
-    def _probe(self) -> tuple[bool, str]:
+    def _probe(self) -> tuple[bool, str, bool]:
+        """`lead`, `tail`, and whether an answer follows what the template writes where one is to be generated."""
         question = [{"role": "user", "content": "Hello?"}]
         try:
             prompt = self.render(question, generate=True)
             rendered = self.render([*question, {"role": "assistant", "content": _MARK}])
         except ValueError:  # a template for other conversations than this one: nothing can be read off it
-            return False, ""
+            return False, "", True
         before, _, tail = rendered.rpartition(_MARK)
-        return before == prompt + " ", tail
+        lead = before == prompt + " "
+        return lead, tail, lead or before == prompt or prompt != self.render(question)
 
 
 def with_context(prompt: str | list[dict], context: str, template: ChatTemplate) -> str | list[dict]:
@@ -258,6 +346,71 @@ def with_context(prompt: str | list[dict], context: str, template: ChatTemplate)
     return _like(prompt, [*prompt[:at], with_text, *prompt[at + 1 :]])
 
 
+def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool = False) -> list[str]:
+    """Which parts of a conversation its template does not write, in words; `tools` for its tools.
+
+    Every content, every tool call's name and arguments, every tool's name and the last answer's reasoning is replaced
+    by a word of its own, which is looked for in what the template writes; so the result is the same for all
+    conversations of one shape (`conversation_shape`). Empty where the template refuses such a conversation.
+
+    Args:
+        template: the template.
+        messages: the conversation, perhaps with an answer at its end.
+        whole: whether the model reads the whole conversation as it is written at once; False: the prompt, and then the
+            answer.
+    """
+    parts: dict[str, str] = {}
+
+    def word(part: str) -> str:
+        parts[f"{_MARK}{len(parts)}x"] = part
+        return next(reversed(parts))
+
+    def function(call: dict, turn: int, k: int) -> dict:
+        if isinstance(call.get("function"), Mapping):
+            return call | {"function": function(call["function"], turn, k)}
+        name, arguments = (word(f"the {what} of tool call {k} of message {turn}") for what in ("name", "arguments"))
+        return call | {"name": name, "arguments": {"key": arguments}}
+
+    def named(tool: dict) -> dict:
+        if isinstance(tool.get("function"), Mapping):
+            return tool | {"function": named(tool["function"])}
+        return tool | {"name": word("tools")}
+
+    marked = []
+    for turn, message in enumerate(messages):
+        changed = dict(message)
+        if message.get("content"):
+            changed["content"] = word(f"message {turn} of the role {message.get('role')!r}")
+        if message.get("reasoning_content") and turn == len(messages) - 1:
+            changed["reasoning_content"] = word("reasoning_content")
+        if message.get("tool_calls"):
+            changed["tool_calls"] = [function(call, turn, k) for k, call in enumerate(message["tool_calls"])]
+        marked.append(changed)
+    tools = getattr(messages, "tools", None)
+    conversation = Conversation(
+        marked,
+        tools=[named(tool) for tool in tools] if tools else None,
+        template_kwargs=getattr(messages, "template_kwargs", None),
+    )
+    answered = marked[-1].get("role") == "assistant"
+    try:
+        text = template.render(conversation, generate=not answered)
+        if answered and not whole and len(marked) > 1:
+            text += template.render(conversation[:-1], generate=True)
+    except ValueError:
+        return []
+    return list(dict.fromkeys(part for mark, part in parts.items() if mark not in text))
+
+
+def conversation_shape(messages: list[dict]) -> tuple:
+    """What conversations have in common of which a template writes the same parts: roles and keys, but no texts."""
+    shape = tuple(
+        (m.get("role"), bool(m.get("content")), tuple(sorted(k for k in m if m[k])), len(m.get("tool_calls") or ()))
+        for m in messages
+    )
+    return shape, len(getattr(messages, "tools", None) or ()), repr(getattr(messages, "template_kwargs", None))
+
+
 def refused_variables(variables: Iterable[str]) -> str:
     """What is wrong with the names of template variables, and what would be right; "" if nothing is."""
     wrong = sorted(RESERVED.intersection(variables))
@@ -265,6 +418,22 @@ def refused_variables(variables: Iterable[str]) -> str:
         return ""
     rest = "; tools have a column of their own, `tools`" if "tools" in wrong else ""
     return f"{', '.join(map(repr, wrong))}, which rendering sets itself{rest}"
+
+
+def _says(message: dict, text: str) -> bool:
+    """Whether a text is an assistant's message: its content, perhaps with thinking before it or dropped from it, or its calls."""
+    found, wanted = ("".join(x.split()) for x in (text, message.get("content") or ""))
+    if not found and wanted:  # of thinking alone nothing may be left
+        return wanted.endswith(">")
+    return wanted.endswith(found) or found.endswith(wanted) or _calls_in(message, found)
+
+
+def _with_text_arguments(call: dict) -> dict:
+    """A tool call whose arguments are a string of JSON."""
+    if isinstance(call.get("function"), Mapping):
+        return call | {"function": _with_text_arguments(call["function"])}
+    arguments = call.get("arguments")
+    return call if isinstance(arguments, str) else call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _calls_in(message: dict, text: str) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,17 +119,21 @@ class VocabularyMap:
         teacher_size: int | None = None,
         *,
         stop: tuple[Sequence[int], Sequence[int]] | None = None,
+        unmatched: Collection[int] = (),
     ) -> "VocabularyMap":
         """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched.
+
+        Padding rows of both heads match each other.
 
         Args:
             student_size, teacher_size: rows of the heads; None: as many as the student's.
             stop: the stop tokens of either model, that first which it writes. Where these two differ they match each
                 other by role, as in `build`; the same id then means two things, so that no stop token matches its own
                 id.
+            unmatched: ids that are an entry of one side alone, see `one_sided_ids`.
         """
         sizes = (student_size, student_size if teacher_size is None else teacher_size)
-        pairs = {i: i for i in range(min(sizes))}
+        pairs = {i: i for i in range(min(sizes)) if i not in unmatched}
         if stop is None or stop[0][0] == stop[1][0]:
             stop = ((), ())
         else:
@@ -143,7 +148,8 @@ class VocabularyMap:
             by_route = np.argsort(route, kind="stable")
             sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
         (ours, our_route), (theirs, their_route) = sides
-        return cls(ours, theirs, len(matched), min(sizes), *sizes, our_route, their_route)
+        shared = min(sizes) - sum(i < min(sizes) for i in unmatched)
+        return cls(ours, theirs, len(matched), shared, *sizes, our_route, their_route)
 
     def jaccard(self) -> float:
         """What both vocabularies have over what either has, each surface (or string) counted once.
@@ -153,6 +159,28 @@ class VocabularyMap:
         """
         union = self.student_distinct + self.teacher_distinct - self.shared
         return self.shared / union if union else 1.0
+
+
+def one_sided_ids(student: Any, teacher: Any) -> tuple[frozenset[int], frozenset[int]] | None:
+    """The added tokens that one of two tokenizers alone has, where they have one vocabulary beside these.
+
+    Args:
+        student, teacher: transformers tokenizers.
+
+    Returns:
+        The ids of the student's and of the teacher's; None for two vocabularies: an entry has another id on the other
+        side, or one side alone has an entry that is no added token.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    if any(theirs.get(string, i) != i for string, i in ours.items()):
+        return None
+    alone = []
+    for own, other, tokenizer in ((ours, theirs, student), (theirs, ours, teacher)):
+        ids = {i for string, i in own.items() if string not in other}
+        if not ids <= tokenizer.added_tokens_decoder.keys():
+            return None
+        alone.append(frozenset(ids))
+    return alone[0], alone[1]
 
 
 def _with_stops(pairs: dict[int, int], stops: Sequence[Sequence[int]]) -> dict[int, int]:

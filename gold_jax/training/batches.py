@@ -124,7 +124,12 @@ class DistillationBatchBuilder:
             distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
             encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
         prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
-        completions: dict[int, str | SampledCompletion] = {i: examples[i].completion for i in local_rows}
+        completions: dict[int, str | SampledCompletion] = {}
+        if self.teacher_model is None:
+            with annotate(ENCODING):
+                given = {id(examples[i]): examples[i] for i in local_rows if not on_policy[i]}
+                given = {number: example.completion_for(self.student) for number, example in given.items()}
+            completions = {i: given[id(examples[i])] for i in local_rows if not on_policy[i]}
         sampled = {}
         if student_rows:
             prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
@@ -205,7 +210,9 @@ class DistillationBatchBuilder:
         """See `BatchBuilder.build_evaluation`; always on the data set's completions."""
         local_rows = self.process_shard.local_rows(len(examples), self.eval_batch_size)
         local_examples = [examples[i] for i in local_rows]
-        rows = dict(zip(local_rows, self._rows(local_examples, [e.completion for e in local_examples])))
+        rows = dict(
+            zip(local_rows, self._rows(local_examples, [e.completion_for(self.student) for e in local_examples]))
+        )
         return self._batches(rows, len(examples), self.eval_batch_size)
 
     def _rows(self, examples, completions, prompt_ids=None) -> list[Row]:
@@ -326,7 +333,8 @@ class TokenBatchBuilder:
             ids, counted = self.chat_tokenizer.encode_turns(example.messages)
         else:
             prompt = self.chat_tokenizer.encode_prompt(example.prompt)
-            answer = self.chat_tokenizer.encode_completion(example.completion, after=example.prompt).ids
+            completion = example.completion_for(self.chat_tokenizer)
+            answer = self.chat_tokenizer.encode_completion(completion, after=example.prompt).ids
             ids = np.concatenate([prompt, answer, [self.chat_tokenizer.stop_id]]).astype(np.int32)
             counted = np.arange(len(ids)) >= len(prompt)
         return ids, np.ones_like(counted) if self.counted == "all" else counted

@@ -82,6 +82,18 @@ def test_no_stop_token_at_all_is_refused():
         ChatTokenizer(tokenizer, chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
 
 
+def test_a_tokenizer_that_loses_blanks_is_refused():
+    from tokenizers import pre_tokenizers
+
+    tokenizer = toys.byte_level.__wrapped__()
+    # As a class of another family would set it: blanks are where words are cut, and are not encoded.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    with pytest.raises(ValueError, match="does not give text back: of 'the fox is 72' it makes 'thefoxis72'"):
+        ChatTokenizer(tokenizer)
+
+
 def test_padding_falls_back_to_the_end_token(chatml, llama2):
     assert tokens(chatml, [chatml.pad_id]) == ["<|endoftext|>"]
     assert tokens(llama2, [llama2.pad_id]) == ["</s>"]
@@ -377,7 +389,9 @@ def test_real_tokenizers(assets, folder, stop, begin):
     assert chat_tokenizer.decode(encoded.ids) == answer.encode()
     for messages in (MORE, [USER, {"role": "assistant", "content": answer}]):
         ids, counted = chat_tokenizer.encode_turns(messages)
-        wanted = "".join(m["content"] for m in messages if m["role"] == "assistant")
+        earlier = "".join(m["content"] for m in messages[:-1] if m["role"] == "assistant")
+        wanted = earlier + chat_tokenizer.answer(messages).text
+        assert wanted.endswith(messages[-1]["content"]) and ("<think>" in wanted) == ("qwen3" in folder)
         assert chat_tokenizer.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
         assert counted_text(chat_tokenizer, ids, counted).count(stop) == len(messages) // 2
     assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer

@@ -88,17 +88,46 @@ def test_columns_that_tell_nothing_leave_a_list_a_list(nothing):
     assert example({"prompt": "q", "tools": nothing, "chat_template_kwargs": nothing}) == Example("q")
 
 
-def test_keys_that_a_data_set_filled_in_are_left_out_at_every_depth_but_json_stays_as_it_is():
-    filled = {"type": "function", "function": {"name": "look", "parameters": {"city": {"type": "string"}, "day": None}}}
-    row = {"prompt": [USER], "tools": [filled], "chat_template_kwargs": {"a": 1, "b": None}}
-    assert example(row).prompt.tools[0]["function"]["parameters"] == {"city": {"type": "string"}}
-    assert example(row).prompt.template_kwargs == {"a": 1}
-    assert example({"prompt": [USER], "tools": json.dumps([filled])}).prompt.tools == [filled]
-    call = {
-        "role": "assistant",
-        "tool_calls": [{"function": {"name": "look", "arguments": {"city": "Ulm", "day": None}}}],
+def test_null_is_the_users_too():
+    schema = {
+        "type": "function",
+        "function": {"name": "look", "parameters": {"limit": {"type": "integer", "default": None}}},
     }
-    assert example({"messages": [USER, call]}).messages[1]["tool_calls"][0]["function"]["arguments"] == {"city": "Ulm"}
+    call = {"function": {"name": "look", "arguments": {"city": "Ulm", "limit": None}}}
+    row = {
+        "messages": [USER, {"role": "assistant", "content": None, "tool_calls": [call]}],
+        "tools": [schema],
+        "chat_template_kwargs": {"a": 1, "b": None},
+    }
+    for given in (row, row | {"tools": json.dumps([schema])}):
+        found = example(given)
+        assert found.messages[1] == {"role": "assistant", "content": "", "tool_calls": [call]}
+        assert found.prompt.tools == [schema] and found.prompt.template_kwargs == {"a": 1, "b": None}
+
+
+@pytest.mark.parametrize("suffix", ["", ".jsonl", ".parquet"])
+def test_keys_that_arrow_fills_in_are_left_out_and_json_keeps_its_nulls(tmp_path, suffix):
+    def row(arguments, parameters):
+        call = {"function": {"name": "look", "arguments": arguments}}
+        tool = {"type": "function", "function": {"name": "look", "parameters": parameters}}
+        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}], "tools": [tool]}
+
+    rows = [row({"city": "Ulm"}, {"city": {"type": "string"}}), row({"day": "Monday"}, {"day": {"type": "string"}})]
+    if suffix:
+        write(tmp_path / f"rows{suffix}", rows)
+        found = load_examples(tmp_path / f"rows{suffix}")
+    else:
+        found = load_examples(datasets.Dataset.from_list(rows))
+    for read, given in zip(found, rows, strict=True):
+        assert list(read.messages) == given["messages"] and read.prompt.tools == given["tools"]
+    as_json = datasets.Features(
+        {
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "tools": datasets.Json(),
+        }
+    )
+    null = {"messages": [USER, ANSWER], "tools": [{"name": "look", "parameters": {"default": None}}]}
+    assert load_examples(datasets.Dataset.from_list([null], features=as_json))[0].prompt.tools == null["tools"]
 
 
 def test_a_text_of_its_own_passes_tools_over():

@@ -215,6 +215,47 @@ def test_ordinary_added_tokens_are_read_as_ever():
         assert chat_tokenizer.encode_prompt(text).tolist().count(think) == 1
 
 
+THINKS = (  # names <think>, an ordinary added token, and looks for it in what an assistant said
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m['role'] == 'user' and m['content'].startswith('<think>') %}{{ 'a thinker: ' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}"
+)
+
+
+def test_ordinary_added_tokens_of_the_template_are_plain_in_what_users_and_tools_say():
+    chat_tokenizer = ChatTokenizer(toys.byte_level(), chat_template=THINKS)
+    think = chat_tokenizer.tokenizer.convert_tokens_to_ids("<think>")
+    text = "<think> what?"
+
+    def thoughts(role, **kwargs):
+        messages = [{"role": role, "content": text}, {"role": "user", "content": "q"}]
+        ids = chat_tokenizer.encode_prompt(Conversation(messages, **kwargs))
+        assert text.encode() in chat_tokenizer.decode(ids)
+        return ids.tolist().count(think) - 1  # the generation prompt has one
+
+    assert {role: thoughts(role) for role in ("user", "tool", "ipython", "system", "assistant")} == {
+        "user": 0, "tool": 0, "ipython": 0, "system": 1, "assistant": 1,
+    }  # fmt: skip
+    assert "a thinker" not in chat_tokenizer.render([{"role": "user", "content": text}])
+    assert chat_tokenizer.encode_prompt(text).tolist().count(think) == 1
+    answer = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<think>h<think>m"}]
+    ids, counted = chat_tokenizer.encode_turns(answer)
+    assert chat_tokenizer.decode(ids[counted]) == b"h<think>m" and ids[counted].tolist().count(think) == 1
+
+
+def test_a_token_that_the_model_has_no_embedding_for_is_refused():
+    tokenizer = toys.byte_level.__wrapped__()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    chat_tokenizer = ChatTokenizer(tokenizer, special_tokens_in_prompts=True, embedding_rows=rows)
+    assert len(chat_tokenizer.encode_prompt("the"))
+    with pytest.raises(
+        ValueError, match=f"'<image>', the token {rows} of .* no embedding .it has {rows}.*--special_tokens"
+    ):
+        chat_tokenizer.encode_prompt("the<image>")
+
+
 def test_a_stop_token_that_is_an_ordinary_added_one_is_plain_text_in_messages():
     tokenizer = toys.byte_level.__wrapped__()
     tokenizer.add_tokens(["<end>"])

@@ -3,7 +3,7 @@ import pytest
 import toy_tokenizers as toys
 
 from gold_jax.text.surface import Surfaces, surfaces_of
-from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.text.vocabulary import VocabularyMap, one_sided_ids
 
 
 def surfaces(*entries, strings=None, fallback=()):
@@ -161,3 +161,42 @@ def test_one_vocabulary_matches_other_stop_tokens_by_role_and_never_by_their_ids
         2,
         4,
     ]
+
+
+def test_one_vocabulary_may_have_added_tokens_of_one_side_alone():
+    ours, theirs = toys.byte_level.__wrapped__(), toys.byte_level.__wrapped__()
+    assert one_sided_ids(ours, theirs) == (frozenset(), frozenset())
+    size = len(ours)
+    ours.add_tokens(["<mine>"])
+    theirs.add_tokens(["<yours>", "<also>"])
+    assert one_sided_ids(ours, theirs) == ({size}, {size, size + 1})
+    ours.add_tokens(["<also>"])
+    assert one_sided_ids(ours, theirs) == ({size}, {size})
+    theirs.add_tokens(["<mine>"])  # under another id
+    assert one_sided_ids(ours, theirs) is None
+    assert one_sided_ids(toys.byte_level(420), toys.byte_level(400)) is None
+    assert one_sided_ids(toys.byte_level(), toys.sentencepiece()) is None
+
+
+def test_ids_of_one_side_alone_match_nothing():
+    found = VocabularyMap.identity(6, 8, unmatched={2, 7})
+    assert found.matched == 5 == found.shared
+    assert found.student_order.tolist() == [0, 1, 3, 4, 5, 2] and found.teacher_order.tolist() == [
+        0,
+        1,
+        3,
+        4,
+        5,
+        2,
+        6,
+        7,
+    ]
+
+
+@pytest.mark.assets
+def test_qwen_with_added_tokens_is_one_vocabulary(assets):
+    from transformers import AutoTokenizer
+
+    qwen, more = (AutoTokenizer.from_pretrained(assets / "tokenizers" / "qwen3") for _ in range(2))
+    more.add_tokens(["<a>", "<b>"])
+    assert one_sided_ids(qwen, more) == (frozenset(), {len(qwen), len(qwen) + 1})

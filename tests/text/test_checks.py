@@ -1,0 +1,212 @@
+import numpy as np
+import pytest
+from test_template import OPENS_THINKING, SYSTEM_AND_USER, THINKING, TOOLS, USER, call
+from toy_tokenizers import CHATML, byte_level
+
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.checks import check_evaluation, check_examples
+from gold_jax.text.data import load_examples
+from gold_jax.training.batches import TokenBatchBuilder
+
+THINKS = THINKING.replace(
+    "<|im_start|>assistant\n' }}{% endif %}",
+    "<|im_start|>assistant\n' }}{% if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}",
+)
+
+
+def chat_tokenizer(source=CHATML):
+    return ChatTokenizer(byte_level(), chat_template=source)
+
+
+def answered(content="the dog.", **more):
+    return {"messages": [USER, {"role": "assistant", "content": content, **more}]}
+
+
+def check(*rows, student=CHATML, need="it is learned", **kwargs):
+    teacher = {"teacher": chat_tokenizer(kwargs.pop("teacher"))} if "teacher" in kwargs else {}
+    kwargs = {"budget": None, "need_completion": need, **teacher, **kwargs}
+    return check_examples(load_examples(list(rows)), chat_tokenizer(student), **kwargs)
+
+
+@pytest.mark.parametrize("source", [CHATML, THINKING, OPENS_THINKING, THINKS])
+@pytest.mark.parametrize("content", ["the dog.", "<think>\nhm\n</think>\n\nthe dog."])
+def test_a_completion_is_the_same_on_every_path(source, content):
+    student = chat_tokenizer(source)
+    (example,) = load_examples([answered(content)])
+    text = example.completion_for(student)
+    assert student.render(example.prompt) + text + student.template.tail == student.template.render(example.messages)
+    common = dict(batch_size=1, eval_batch_size=1, max_length=None)
+    learned = []
+    for counted in ("completion", "assistant"):
+        ids, mask = TokenBatchBuilder(student, counted=counted, **common)._row(example)
+        learned.append(student.tokenizer.decode(ids[mask]))
+    assert learned == [text + "<|im_end|>"] * 2
+    prompted = {"prompt": [USER], "completion": content}
+    assert load_examples([prompted])[0].completion_for(student) == text
+
+
+def test_a_completion_of_a_plain_text_is_as_it_is():
+    (example,) = load_examples([{"prompt": "x", "completion": " y "}])
+    assert example.completion_for(chat_tokenizer(THINKING)) == " y "
+
+
+def test_messages_that_a_template_does_not_write_are_an_error():
+    human = {
+        "messages": [
+            {"role": "human", "content": "q"},
+            {"role": "gpt", "content": "a"},
+            USER,
+            {"role": "assistant", "content": "b"},
+        ]
+    }
+    with pytest.raises(
+        ValueError, match="row 1 of the data set.*message 0 of the role 'human'.*role 'gpt', 'human'.*roles are"
+    ):
+        check(answered(), human, student=SYSTEM_AND_USER)
+    with pytest.raises(ValueError, match="row 0 of the data set.*'human'"):
+        check(human, teacher=SYSTEM_AND_USER)
+    with pytest.raises(ValueError, match="row 0 of the evaluation data.*'human'"):
+        check_evaluation(load_examples([human]), chat_tokenizer(SYSTEM_AND_USER))
+    prompt = {"prompt": [{"role": "SYSTEM", "content": "s"}, USER]}
+    with pytest.raises(ValueError, match="row 0 of the data set.*'SYSTEM'"):
+        check(prompt, student=SYSTEM_AND_USER, need=None)
+
+
+def test_tool_calls_that_a_template_does_not_write_are_an_error():
+    row = {"messages": [USER, call("hm"), {"role": "tool", "content": "s"}, {"role": "assistant", "content": "b"}]}
+    with pytest.raises(ValueError, match="row 0.*the name of tool call 0 of message 1"):
+        check(row)
+
+
+def test_tools_that_a_template_does_not_write_are_told_once():
+    rows = [answered() | {"tools": TOOLS}] * 3
+    notices = check(*rows, teacher=CHATML).notices
+    assert len(notices) == 2 and all("does not write the tools of 3 rows" in notice for notice in notices)
+    assert "(student)" in notices[0] and "(teacher)" in notices[1]
+    (notice,) = check(answered(reasoning_content="hm")).notices
+    assert "does not write the reasoning_content of the last answer of 1 rows" in notice
+
+
+def test_templates_that_write_different_answers_are_told_and_what_makes_them_agree():
+    (notice,) = check(answered(), answered(), student=THINKS, teacher=CHATML).notices
+    assert "in 2 rows of the data set the two templates write different answers" in notice
+    assert "in row 0 '<think>\\n\\n</think>\\n\\nthe dog.' (the student's) and 'the dog.' (the teacher's)" in notice
+    assert """--template_kwargs '{"enable_thinking": false}' makes them agree""" in notice
+    same = dict(student=THINKS, teacher=CHATML)
+    assert check(answered() | {"chat_template_kwargs": {"enable_thinking": False}}, **same).notices == []
+    assert check({"prompt": [USER]}, need=None, **same).notices == []
+
+
+def test_a_generation_prompt_that_is_not_what_stands_before_an_answer_is_told():
+    opens = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
+    (notice,) = check(answered(), student=opens).notices
+    assert "in 1 rows of the data set the generation prompt of the student's template is not what it writes" in notice
+    assert "<think>" in notice and "'the dog.'" in notice
+
+
+def test_a_prompt_with_a_column_that_looks_like_its_answer_is_named():
+    row = {"prompt": "x", "response": "y"}
+    with pytest.raises(
+        ValueError, match="row 0.*no completion; it is learned. Its column 'response' may be the answer: name it"
+    ):
+        check(row)
+    notices = check(row, row, need=None).notices
+    assert "2 rows have a prompt, no completion, and a column 'response' that may be the answer" in notices[0]
+
+
+def test_rows_of_which_nothing_is_left_are_left_out_and_cut_ones_counted():
+    found = {"a" * 80: (0, True), "b" * 80: (3, True), "c" * 80: (5, False)}
+    rows = [{"prompt": "x", "completion": text} for text in (*found, "short")]
+    seen = []
+
+    def count_targets(example):
+        seen.append(example.completion)
+        return found[example.completion]
+
+    checked = check(*rows, max_length=70, count_targets=count_targets)
+    assert checked.kept == [1, 2, 3] and "short" not in seen
+    assert checked.notices == [
+        "left out 1 of 4 rows of which --max_length 70 leaves nothing to learn",
+        "--max_length 70 cuts 1 of 4 rows: their ends are not learned",
+    ]
+    with pytest.raises(ValueError, match="none of the 1 rows.*leaves nothing to learn .raise --max_length"):
+        check(rows[0], max_length=70, count_targets=lambda e: (0, True))
+
+
+def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
+    rows = [
+        {"prompt": "x", "completion": "y"},
+        {"prompt": "x"},
+        {"nothing": 1},
+        {"messages": []},
+        {"prompt": 3},
+        {"text": 3},
+    ]
+    rows += [{"prompt": "x", "completion": "half \ud800"}, {"prompt": "z", "completion": "y"}]
+    with pytest.raises(ValueError, match="row 1 of the data set"):
+        check(*rows)
+    checked = check(*rows, on_bad_row="skip")
+    assert checked.kept == [0, 7]
+    (notice,) = [n for n in checked.notices if "cannot be read" in n]
+    assert notice.startswith("left out 6 of 8 rows that cannot be read (--on_bad_row skip): row 1 of the data set")
+    assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")
+    with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 that cannot be read"):
+        check_examples(
+            load_examples([{"prompt": "x"}]), chat_tokenizer(), budget=None, need_completion="x", on_bad_row="skip"
+        )
+
+
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
+    row = {"prompt": "x", "completion": "y"}
+    with pytest.raises(
+        ValueError, match=f"row 1 of the data set: the {column} is not valid Unicode.*half of a surrogate"
+    ):
+        check(row, row | {column: "a \ud800 b"})
+
+
+@pytest.mark.assets
+def test_qwen3_and_llama_agree_without_thinking(assets):
+    from transformers import AutoTokenizer
+
+    qwen, llama = (
+        ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / n)) for n in ("qwen3", "llama3_2")
+    )
+    rows = load_examples([answered(), answered(reasoning_content="hm")])
+    need = dict(budget=None, need_completion="it is learned")
+    notices = check_examples(rows, qwen, teacher=llama, **need).notices
+    assert "(teacher) does not write the reasoning_content of the last answer of 1 rows" in notices[0]
+    assert "--template_kwargs '{\"enable_thinking\": false}' makes them agree" in notices[1]
+    thinks = load_examples([answered(reasoning_content="hm")])[0]
+    assert (
+        thinks.completion_for(qwen) == "<think>\nhm\n</think>\n\nthe dog."
+        and thinks.completion_for(llama) == "the dog."
+    )
+    vanished = load_examples([{"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}])
+    with pytest.raises(ValueError, match="row 0 .*qwen3.*message 0 of the role 'human'"):
+        check_examples(vanished, qwen, budget=None, need_completion=None)
+    ids = [qwen.encode_prompt(rows[0].prompt), qwen.encode_completion(rows[0].completion_for(qwen)).ids]
+    whole = qwen.tokenizer.encode(qwen.template.render(rows[0].messages))
+    assert np.concatenate(ids).tolist() == whole[: sum(map(len, ids))]
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3"])
+def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
+    from transformers import AutoTokenizer
+
+    qwen, teacher = (ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / n)) for n in ("qwen3", name))
+    need = dict(budget=None, need_completion="it is learned")
+    bare = {"role": "assistant", "content": None, "tool_calls": call("")["tool_calls"]}
+    called = load_examples(
+        [{"messages": [USER, bare, {"role": "tool", "content": "s"}, {"role": "assistant", "content": "b"}]}]
+    )
+    with pytest.raises(ValueError, match=f"row 0 .*{name}"):
+        check_examples(called, qwen, teacher=teacher, **need)
+    kwargs = {"chat_template_kwargs": {"enable_thinking": False}}
+    (notice,) = check_examples(
+        load_examples([answered() | kwargs | {"tools": TOOLS}]), qwen, teacher=teacher, **need
+    ).notices
+    assert f"{name}" in notice and "(teacher) does not write the tools of 1 rows" in notice
+    assert (load_examples([answered(" b\n")])[0].completion_for(teacher) == "b") == (name == "gemma3")
