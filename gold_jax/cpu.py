@@ -40,8 +40,8 @@ def enabled() -> Iterator[None]:
 def restart_with_huge_pages() -> None:
     """Replaces this process by itself (`execv`) with huge pages switched on in glibc; returns where that is no use.
 
-    A step on a CPU takes and frees as much memory as the gradients fill, and to clear it in pages of 4 KiB takes a third
-    of the step. Only a process's start can change what glibc asks for. Nothing is changed where the user has set
+    A step on a CPU takes and frees as much memory as the gradients fill, and clearing it in pages of 4 KiB takes a
+    third of the step. Only a process's start can change what glibc asks for. Nothing is changed where the user has set
     `glibc.malloc.hugetlb` in `GLIBC_TUNABLES` (0 keeps small pages).
     """
     given = os.environ.get("GLIBC_TUNABLES", "")

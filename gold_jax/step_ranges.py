@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def read_steps(name: str, given: Iterable[str | int] | None, last: int | None = None) -> list[int]:
-    """Steps in order, each once, of numbers and ranges of them, counted from 1; None, an empty list and `none` are no step.
+    """Steps in order, each once, of numbers and ranges, counted from 1; None, an empty list and `none` are no step.
 
     >>> read_steps("profile_steps", ["9", "3-5"])
     [3, 4, 5, 9]

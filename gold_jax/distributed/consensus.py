@@ -21,9 +21,7 @@ _calls = itertools.count()  # all processes make these calls in the same order; 
 def assert_same_across_processes(what: str, value: Any) -> None:
     """Raises in all processes where they do not have the same value.
 
-    Args:
-        what: what it is, for the error: "--seed", "the settings".
-        value: anything that JSON can hold; of mappings, the error shows the keys that differ.
+    It is anything that JSON can hold, and called `what` in the error, which shows of mappings the keys that differ.
 
     Raises:
         ValueError: says which processes have what.
@@ -103,19 +101,19 @@ def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def _gather_bytes(data: bytes) -> list[bytes]:
     """The bytes of every process, of any lengths: short ones in one frame, longer ones in a second exchange."""
-    capacity = 4 * (_FRAME - 2)
-    header = np.array([len(data)], np.uint64).tobytes()
-    frames = _gather_words(header + (data if len(data) <= capacity else b""), _FRAME)
-    lengths, body = frames[:, :2].copy().view(np.uint64)[:, 0].tolist(), frames[:, 2:]
-    if max(lengths) > capacity:  # of few sizes, because a program is compiled for each
-        body = _gather_words(data, 1 << (max(lengths) // 4).bit_length())
-    return [row.tobytes()[:length] for row, length in zip(body, lengths)]
+    header, capacity = np.array([len(data)], np.uint64).tobytes(), 4 * _FRAME - 8
+    rows = _gather_words(header + (data if len(data) <= capacity else b""), _FRAME)
+    lengths = [int(np.frombuffer(row[:8], np.uint64)[0]) for row in rows]
+    if max(lengths) <= capacity:
+        return [row[8 : 8 + length] for row, length in zip(rows, lengths)]
+    rows = _gather_words(data, 1 << (max(lengths) // 4).bit_length())  # few sizes: a program is compiled for each
+    return [row[:length] for row, length in zip(rows, lengths)]
 
 
-def _gather_words(data: bytes, size: int) -> np.ndarray:
-    """[P, size] uint32 of all processes. Words of 32 bits are what passes through every device unchanged."""
+def _gather_words(data: bytes, size: int) -> list[bytes]:
+    """The bytes of every process, padded to words of 32 bits, which is what passes through every device unchanged."""
     words = np.frombuffer(data.ljust(4 * size, b"\0"), np.uint32)
-    return np.ascontiguousarray(multihost_utils.process_allgather(words))
+    return [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(words))]
 
 
 def describe_difference(what: str, values: Sequence[Any], names: Sequence[str]) -> str | None:

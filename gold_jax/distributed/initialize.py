@@ -69,18 +69,19 @@ def initialize(
     spec = detect_cluster(coordinator_address, num_processes, process_id, os.environ)
     if spec is None:
         return
-    if spec.process_id == 0 and spec.coordinator_address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        _check_port(spec.coordinator_address)
+    source, address, count, index, detection = spec
+    if index == 0 and address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        _check_port(address)
+    options = {
+        "cluster_detection_method": detection,
+        "initialization_timeout": int(timeout) + 60,  # at it JAX aborts the process: the wait below ends first
+        "heartbeat_timeout_seconds": max(1, round(heartbeat_timeout)),
+    }
     joined = concurrent.futures.Future()
 
     def join() -> None:
-        options = {
-            "cluster_detection_method": spec.detection,
-            "initialization_timeout": int(timeout) + 60,  # at it JAX aborts the process: the wait below ends first
-            "heartbeat_timeout_seconds": max(1, round(heartbeat_timeout)),
-        }
         try:
-            joined.set_result(jax.distributed.initialize(*spec[1:4], **options))
+            joined.set_result(jax.distributed.initialize(address, count, index, **options))
         except Exception as error:
             joined.set_exception(error)
 
@@ -88,19 +89,19 @@ def initialize(
     try:
         joined.result(timeout)
     except (TimeoutError, jax.errors.JaxRuntimeError) as error:
-        number = f"Process {spec.process_id} of {spec.num_processes}" if spec.num_processes else None
-        at = spec.coordinator_address or getattr(_state, "coordinator_address", None) or "the address of process 0"
+        this = f"Process {index} of {count}" if count else f"A process of {source}"
+        at = address or getattr(_state, "coordinator_address", None) or "the address of process 0"
         failed = f"could not join the others at {at} ({_one_line(error)})"
         raise ConnectionError(
-            f"{number or f'A process of {spec.source}'} {failed if joined.done() else f'waited {timeout:g} seconds at {at}'}. "
-            "Process 0 must run on that host, with that port open to the others; all processes need the same "
-            "--coordinator_address and --num_processes, and each a --process_id of its own."
+            f"{this} {failed if joined.done() else f'waited {timeout:g} seconds at {at}'}. Process 0 must run on that "
+            "host, with that port open to the others; all processes need the same --coordinator_address and "
+            "--num_processes, and each a --process_id of its own."
         ) from (error if joined.done() else None)
     except ValueError as error:
-        if spec.coordinator_address is not None:
+        if address is not None:
             raise
         raise ValueError(
-            f"{spec.source} says that this run has several processes, but JAX could not find out how they reach each other "
+            f"{source} says that this run has several processes, but JAX could not find out how they reach each other "
             f"({_one_line(error)}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
         ) from error
     process_names()  # all processes tell each other of their devices and hosts now, before one of them can fail
@@ -167,15 +168,13 @@ def _tpu_pod(environ: Mapping[str, str]) -> str | None:
 
 def _check_port(address: str) -> None:
     """Raises where process 0 cannot listen on its port: JAX crashes there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(address.rpartition(":")[2])))
-        except OSError as error:
-            raise ConnectionError(
-                f"Process 0 cannot listen on the port of {address} ({error.strerror}). Give another port in "
-                "--coordinator_address, the same one to all processes."
-            ) from error
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)}). Give another port in "
+            "--coordinator_address, the same one to all processes."
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:

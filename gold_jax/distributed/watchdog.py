@@ -73,9 +73,9 @@ def diagnose(
 ) -> tuple[tuple, str] | None:
     """The worst that is wrong with other processes: "lost", "failed" or "late" with the process, and a sentence.
 
-    Who has not sent a heartbeat yet is not missed. `limits` are the seconds of silence before `now` after which a process
-    is lost, and those that this one waits at the device before it says for whom; the update and activity that a process
-    is late in are part of what is returned.
+    Who has not sent a heartbeat yet is not missed. `limits` are the seconds of silence before `now` after which a
+    process is lost, and those that this one waits at the device before it says for whom; the update and activity that a
+    process is late in are returned too.
     """
     lost_after, late_after = limits
     for i, error in failures.items():

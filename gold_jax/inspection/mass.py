@@ -22,14 +22,9 @@ def measure(
 ) -> tuple[list[Mass], list[bool]]:
     """Score texts with a model, each as a text from its beginning, behind what its tokenizer puts before any text.
 
-    The positions are those that predict a token of the text: all but the first where nothing stands before it.
-
-    Args:
-        who: the model and its chat tokenizer.
-        texts: the texts.
-        kinds: bool [len(KINDS), V], what each row of the head is, see `VocabularyFigures.rows`.
-        max_length: longest sequence in tokens; texts are read as far as they fit; None for no limit.
-        chunk: positions whose logits are held at once.
+    The positions are those that predict a token of the text: all but the first where nothing stands before it. `kinds`
+    says what each row of the head is: bool [len(KINDS), V], see `VocabularyFigures.rows`. Texts are read as far as
+    `max_length` tokens go, and the logits of `chunk` positions are held at once.
 
     Returns:
         One `Mass` for each text, NaN where no token is predicted; and which texts did not fit.

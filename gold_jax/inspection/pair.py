@@ -4,7 +4,7 @@ import contextlib
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rich.console import Console
 
@@ -38,13 +38,6 @@ class PairReport(Report):
     def _repr_html_(self) -> str:
         """What notebooks show."""
         return page.fragment(self)
-
-
-class _Side(NamedTuple):
-    name: str
-    vocabulary: Vocabulary
-    read: Reader
-    loaded_model: LoadedModel | None
 
 
 def inspect_pair(
@@ -89,22 +82,22 @@ def inspect_pair(
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         hint = "To compare the tokenizers alone: models=False, on the command line --no_models."
         raise kind(f"{str(error).rstrip('.')}. {hint}") from error
-    names, both, readers, loaded = zip(*sides)
+    names, vocabularies, readers, loaded = zip(*sides)
     cuts = tuple(cut_text(*readers, name, text) for name, text in named.items())
-    vocabularies = compare(*both)
+    figures = compare(*vocabularies)
     mass, notes = None, []
     if models is None and lacking:
         whose = " and ".join(f"the {role}" for role in lacking)
         notes.append(f"The tokenizers alone were compared: there is no folder with weights of {whose}.")
     if scored:
         options = {"max_length": max_length, "chunk": chunk}
-        measured = (measure(who, list(named.values()), rows, **options) for who, rows in zip(loaded, vocabularies.rows))
+        measured = (measure(who, list(named.values()), rows, **options) for who, rows in zip(loaded, figures.rows))
         by_side, cut = zip(*measured)
         dtypes = dict.fromkeys(str(who.model.dtype) for who in loaded)
         mass = PairMass(*map(Mass.mean, by_side), tuple(zip(*by_side)), " and ".join(dtypes))
         too_long = (name for name, *either in zip(named, *cut) if any(either))
         notes += [f"The models read only the beginning of {name}, as far as max_length goes." for name in too_long]
-    return PairReport(*names, cuts, shapes_of(cuts), vocabularies, mass, tuple(notes))
+    return PairReport(*names, cuts, shapes_of(cuts), figures, mass, tuple(notes))
 
 
 def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str, str]:
@@ -131,8 +124,10 @@ def _has_weights(source: Any) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
-    """One side loaded: with its model, the parameters kept in the compute dtype, or the tokenizer alone."""
+def _side(
+    source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool
+) -> tuple[str, Vocabulary, Reader, LoadedModel | None]:
+    """One side's name, vocabulary, reader and, if it is `scored`, model, its parameters kept in the compute dtype."""
     name = str(source) if isinstance(source, str | pathlib.Path) else None
     if scored and not (isinstance(source, LoadedModel) and source.model is not None):
         if name is None:
@@ -160,7 +155,7 @@ def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_
     rows = len(surfaces) if loaded is None else loaded.model.config.vocab_size
     called = name or getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
     called = called if isinstance(called, str) and called else type(tokenizer).__name__
-    return _Side(called, Vocabulary(surfaces, rows, stop_ids), read, loaded)
+    return called, Vocabulary(surfaces, rows, stop_ids), read, loaded
 
 
 def _encode(encoder: PlainEncoder, text: str) -> Encoded:

@@ -1,4 +1,4 @@
-"""The numbers of a report in tables of text and in a few plain sentences, which the terminal and the page show alike."""
+"""The numbers of a report in tables of text and in plain sentences, which the terminal and the page show alike."""
 
 from typing import NamedTuple
 
@@ -41,8 +41,9 @@ def shares(report: Report) -> Table:
     named = [(text.name, text.counts) for text in report.texts]
     rows = []
     for name, c in [*named, ("all", report.total)] if len(named) > 1 else named:
-        parts = percent(c.share_of_groups), percent(c.share_of_bytes), *(f"{x:.2f}" for x in c[-2:])
-        rows.append((name, f"{c.bytes:,}", f"{c.groups:,}", *parts))
+        parts = percent(c.share_of_groups), percent(c.share_of_bytes)
+        per_token = f"{c.student_bytes_per_token:.2f}", f"{c.teacher_bytes_per_token:.2f}"
+        rows.append((name, f"{c.bytes:,}", f"{c.groups:,}", *parts, *per_token))
     return Table(("text", "bytes", "groups", "1:1", "1:1 bytes", *(f"{side} bytes/token" for side in SIDES)), rows)
 
 

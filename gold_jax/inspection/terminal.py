@@ -37,7 +37,13 @@ class _Cell(NamedTuple):
 
 def show(report: Report, console: Console) -> None:
     """Print a report."""
-    _title(report, console)
+    console.print(Text("gold_jax.inspect", "bold"))
+    grid = RichTable.grid(padding=(0, 2))
+    for role, (letter, style) in _SIDES.items():
+        grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
+    console.print(grid)
+    words = Text(" ").join(Text(*word) for word in zip(("merged", "groups", "in", "colour"), MERGED))
+    console.print(Text("     ") + words + Text("  1:1 plain  │ between a group's tokens  · blank"))
     for text in report.texts:
         section(console, text.name)
         for line in lines_of(text, console.width - 1):
@@ -65,16 +71,6 @@ def _table(console: Console, found: tables.Table) -> None:
     for label, *numbers in found.rows:
         table.add_row(Text(label), *numbers, style="bold" if label == "all" and len(numbers) > 2 else "")
     put(console, table)
-
-
-def _title(report: Report, console: Console) -> None:
-    console.print(Text("gold_jax.inspect", "bold"))
-    grid = RichTable.grid(padding=(0, 2))
-    for role, (letter, style) in _SIDES.items():
-        grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
-    console.print(grid)
-    words = Text(" ").join(Text(*word) for word in zip(("merged", "groups", "in", "colour"), MERGED))
-    console.print(Text("     ") + words + Text("  1:1 plain  │ between a group's tokens  · blank"))
 
 
 def lines_of(text: CutText, width: int) -> Iterator[Text]:

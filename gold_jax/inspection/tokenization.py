@@ -127,5 +127,6 @@ def shapes_of(texts: Sequence[CutText]) -> tuple[Shape, ...]:
         found[group.shape][tuple(tuple(brief(token.data) for token in side) for side in group)] += 1
     shapes = []
     for shape, examples in found.items():
-        shapes.append(Shape(*shape, examples.total(), tuple(next(zip(*examples.most_common(EXAMPLES))))))
+        few = tuple(written for written, _ in examples.most_common(EXAMPLES))
+        shapes.append(Shape(*shape, examples.total(), few))
     return tuple(sorted(shapes, key=lambda shape: (-shape.count, shape.student, shape.teacher)))

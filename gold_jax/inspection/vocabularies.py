@@ -25,7 +25,7 @@ class Vocabulary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """How many entries both vocabularies and each of them have, every string or surface counted once; shared over either."""
+    """How many different entries both vocabularies and each of them have, and the shared over those that either has."""
 
     shared: int
     student: int
@@ -53,9 +53,9 @@ class Unmatched:
 class VocabularyFigures:
     """Two vocabularies compared.
 
-    `rows` has for the student and for the teacher a bool array [len(KINDS), rows of the head]: which rows are matched by
-    strings, matched by surfaces, unmatched by surfaces but routed to a matched entry, and of the latter which are runs
-    of white space and which are numerals of several digits.
+    `rows` has for the student and for the teacher a bool array [len(KINDS), rows of the head]: which rows are matched
+    by strings, matched by surfaces, unmatched by surfaces but routed to a matched entry, and of the latter which are
+    runs of white space and which are numerals of several digits.
     """
 
     identical: bool  # the same entries under the same ids: every row is its own partner

@@ -35,15 +35,15 @@ def step_times(trace: Trace) -> list[StepTimes]:
     operation that runs others gets only the time in which none of these runs.
     """
     evaluations = [span for span in trace.host if span.what == EVALUATION]
-    lines = [evaluations, trace.steps, trace.host, trace.running, *trace.threads]
+    lines = (evaluations, trace.steps, trace.host, trace.running, *trace.threads)
+    lines = [[span for span in spans if span.end > span.start] for spans in lines]
+    found = {s.what: StepTimes(s.what, s.end - s.start, *(collections.Counter() for _ in range(4))) for s in lines[1]}
     # Of what begins at one moment the longest comes first, as the outermost; before it what ends there.
     edges = []
     for k, spans in enumerate(lines):
-        for span in (span for span in spans if span.end > span.start):
+        for span in spans:
             edges += [(span.start, 1, -span.end, k, span), (span.end, 0, 0.0, k, span)]
     edges.sort(key=lambda edge: edge[:3])
-    steps = [span for span in trace.steps if span.end > span.start]
-    found = {s.what: StepTimes(s.what, s.end - s.start, *(collections.Counter() for _ in range(4))) for s in steps}
     # Of every line the spans that have begun and not ended, the innermost last; of threads the innermost operation.
     current: list[list[Span]] = [[] for _ in lines]
     evaluation, step, host, program, *_ = current

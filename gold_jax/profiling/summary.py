@@ -114,11 +114,9 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os
     row("  while the device is busy", "ahead", "hidden")
     console.print(table)
     ahead, hidden = mean["ahead"]["seconds"], mean["ahead"]["hidden"]
-    said = (
-        f"The next update's rows took the host {ahead:.3f} s, of which {hidden:.3f} s "
-        f"({100 * hidden / ahead if ahead else 0.0:.0f} %) while the device was busy. Operations that ran at once share "
-        "their time."
-    )
+    share = 100 * hidden / ahead if ahead else 0.0
+    said = f"The next update's rows took the host {ahead:.3f} s, of which {hidden:.3f} s ({share:.0f} %) "
+    said += "while the device was busy. Operations that ran at once share their time."
     compiled = [str(step["step"]) for step in steps if step["host"][COMPILING] > 0.01 * step["wall"]]
     if compiled:
         said += f" New programs were compiled in step {', '.join(compiled)}, which is not its usual time."

@@ -53,11 +53,9 @@ class Trace(NamedTuple):
 
 
 def read_trace(path: str | os.PathLike, programs: Mapping[str, Sequence[Scopes]] | None = None) -> Trace:
-    """The trace in an `.xplane.pb` file. Of several devices the first is taken: they all do the same.
+    """The trace in an `.xplane.pb` file, with `programs` as `load_scopes` gives them.
 
-    Args:
-        path: the file.
-        programs: as `load_scopes` gives them.
+    Of several devices the first is taken: they all do the same.
 
     Raises:
         ValueError: the file holds no step.
@@ -68,7 +66,9 @@ def read_trace(path: str | os.PathLike, programs: Mapping[str, Sequence[Scopes]]
     accelerators = sorted(name for name in planes if name.startswith("/device:") and "CUSTOM" not in name)
     if accelerators:
         device, running = accelerators[0].removeprefix("/device:"), []
-        threads = _accelerator(list(planes[accelerators[0]].lines))
+        lines = list(planes[accelerators[0]].lines)  # the streams', from which a profiler derives others again
+        lines = [line for line in lines if line.name.startswith("Stream")] or [x for x in lines if x.name == "XLA Ops"]
+        threads = [[_span(e, _operation(e.name, dict(e.stats))) for e in line.events] for line in lines]
     if not steps:
         raise ValueError(f"{os.fspath(path)} holds no step; trace steps with --profile_steps")
     return Trace(device, steps, host, _with_scopes(threads, programs or {}), running)
@@ -102,13 +102,6 @@ def _host(lines: Any) -> tuple[list[Span], list[Span], list[list[Span]], list[Sp
         if found:
             steps, host = found, parts
     return steps, host, threads, [Span(start, ended[run], run) for run, start in begun.items()]
-
-
-def _accelerator(lines: Sequence[Any]) -> list[list[Span]]:
-    """Operations by stream; the lines that a profiler derives from them again are left out."""
-    wanted = [line for line in lines if line.name.startswith("Stream")]
-    wanted = wanted or [line for line in lines if line.name == "XLA Ops"]
-    return [[_span(e, _operation(e.name, dict(e.stats))) for e in line.events] for line in wanted]
 
 
 def _span(event: Any, what: Any) -> Span:

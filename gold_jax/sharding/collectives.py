@@ -21,7 +21,7 @@ from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShardedParam:
-    """A layer's parameter as it is stored on a mesh, or those of all layers stacked; shardings are those of one layer's.
+    """A layer's parameter as it is stored on a mesh, or those of all layers stacked, with the shardings of one layer's.
 
     It is all-gathered where it is multiplied with, and again in the backward pass, which keeps only the device's shard.
     """
@@ -90,14 +90,8 @@ def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, 
 def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
     """Attention in which every device computes its own rows and heads, so that kernels need know nothing of a mesh.
 
-    Args:
-        placement: the mesh.
-        attend: `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`; the first axis of every array
-            of `by_rows` is that of rows.
-        heads, kv_heads: how many there are.
-
-    Returns:
-        The same function of arrays that are sharded over the mesh.
+    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where the first axis of every array of
+    `by_rows` is that of rows, becomes the same function of arrays that are sharded over the mesh.
     """
 
     def sharded(by_rows, sliding, query, key, value):

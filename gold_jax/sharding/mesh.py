@@ -1,4 +1,4 @@
-"""The mesh: axes `data` (replicas of the model), `fsdp` (shards, different rows) and `tensor` (shards, the same rows)."""
+"""The mesh, with axes `data` (replicas of the model), `fsdp` (shards, other rows) and `tensor` (shards, the same rows)."""
 
 from __future__ import annotations
 

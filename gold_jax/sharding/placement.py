@@ -1,8 +1,8 @@
 """How the arrays of a model and of its batches are sharded on a mesh; docs/distributed.md has the whole table.
 
-A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. The width of a model
-is sharded over `fsdp` where it is stored, in the layout `full` over `data` too (for a large teacher beside a small
-student), in `replicated` over neither. An axis of an array that the mesh axis does not divide is not sharded.
+A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. The width of a
+model is sharded over `fsdp` where it is stored, in the layout `full` over `data` too (for a large teacher beside a
+small student), in `replicated` over neither. An axis of an array that the mesh axis does not divide is not sharded.
 """
 
 from __future__ import annotations
