@@ -20,7 +20,7 @@ class Vocabulary(NamedTuple):
 
     surfaces: Surfaces  # what its entries spell; stop tokens spell nothing
     rows: int  # of the head, at least as many as entries that spell something
-    stop_ids: Sequence[int] = ()  # the one that is written first; empty where they are not known
+    stop_ids: Sequence[int] = ()  # first the one that is written; empty where they are not known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +38,11 @@ class Unmatched:
     """The rows of one side's head that have no partner by surfaces."""
 
     rows: int  # special tokens and padding among them
-    routed: (
-        int  # give their probability to a matched entry, their longest prefix (further stop tokens: to the stop token)
-    )
+    routed: int  # give their probability to a matched entry, their longest prefix (or the stop token: further ones)
     lost: int  # give it to none
     whitespace: int  # runs of white space among the routed
     numerals: int  # numerals of several digits among the routed
-    examples: Mapping[
-        str, tuple[tuple[str, str], ...]
-    ]  # by kind a few of the routed: entry and prefix, as visible text
+    examples: Mapping[str, tuple[tuple[str, str], ...]]  # by kind a few of the routed as visible text: entry, prefix
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
