@@ -20,8 +20,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-_TUNABLES = "GLIBC_TUNABLES"
-_HUGE_PAGES = "glibc.malloc.hugetlb"
 _enabled = False
 
 
@@ -42,25 +40,23 @@ def enabled() -> Iterator[None]:
 def restart_with_huge_pages() -> None:
     """Replaces this process by itself (`execv`) with huge pages switched on in glibc; returns where that is no use.
 
-    A step on a CPU takes and frees about as much memory as the gradients fill, and every page of it is cleared when it
-    is first touched: in pages of 4 KiB that takes a third of the step. Only a process's start can change what glibc
-    asks for. Nothing is changed where the user has set `glibc.malloc.hugetlb` in `GLIBC_TUNABLES` (0 keeps small
-    pages).
+    A step on a CPU takes and frees as much memory as the gradients fill, and clearing it in pages of 4 KiB takes a
+    third of the step. Only a process's start can change what glibc asks for. Nothing is changed where the user has set
+    `glibc.malloc.hugetlb` in `GLIBC_TUNABLES` (0 keeps small pages).
     """
-    given = os.environ.get(_TUNABLES, "")
-    if platform.libc_ver()[0] != "glibc" or _HUGE_PAGES in given:
+    given = os.environ.get("GLIBC_TUNABLES", "")
+    if platform.libc_ver()[0] != "glibc" or "glibc.malloc.hugetlb" in given:
         return
-    os.environ[_TUNABLES] = ":".join(filter(None, (given, f"{_HUGE_PAGES}=1")))
+    os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, (given, "glibc.malloc.hugetlb=1")))
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def release_freed_memory() -> bool:
-    """Gives the system back what this process has freed, such as the copies that loading and compiling make.
+    """Gives the system what this process has freed, such as the copies that loading and compiling make; whether it did.
 
-    Returns:
-        Whether anything was given back: only where this is `enabled`, with glibc on Linux.
+    It does only where this is `enabled`, with glibc on Linux.
     """
     if not _enabled or not sys.platform.startswith("linux"):
         return False
@@ -90,46 +86,35 @@ def can_call_host() -> bool:
 def sorted_l1_and_signs(student: np.ndarray, teacher: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The L1 distance of both sides sorted, the shorter padded with zeros, and its gradient for the first.
 
-    Args:
-        student: float32 `[..., V]`, none negative.
-        teacher: float32 `[..., W]`, none negative, the same leading axes.
-
-    Returns:
-        The distance float32 `[...]`, and int8 `[..., V]`: 1 for values larger than what stands opposite, -1 for smaller
-        ones.
+    Of float32 `[..., V]` and `[..., W]`, none negative: the distance float32 `[...]`, and int8 `[..., V]`: 1 for values
+    larger than what stands opposite, -1 for smaller ones.
     """
     leading, ours = student.shape[:-1], np.asarray(student).reshape(-1, student.shape[-1])
     theirs = np.asarray(teacher).reshape(-1, teacher.shape[-1])
     loss, signs = np.zeros(len(ours), np.float32), np.zeros(ours.shape, np.int8)
     workers = max(1, min(len(ours), os.cpu_count() or 1))
     cuts = np.linspace(0, len(ours), workers + 1).astype(int)
-    work = functools.partial(_sort_rows, ours, theirs, loss, signs)
-    if workers == 1:
-        work(0, len(ours))
-    else:
-        with ThreadPoolExecutor(workers) as pool:  # numpy sorts without holding Python's lock
-            list(pool.map(work, cuts[:-1], cuts[1:]))
+    with ThreadPoolExecutor(workers) as pool:  # numpy sorts without holding Python's lock
+        list(pool.map(functools.partial(_sort_rows, ours, theirs, loss, signs), cuts[:-1], cuts[1:]))
     return loss.reshape(leading), signs.reshape(student.shape)
 
 
 def _sort_rows(ours, theirs, loss, signs, start: int, stop: int) -> None:
     """Fills rows `start` to `stop` of the two results."""
-    index = np.arange(ours.shape[1], dtype=np.int64)
-    common = min(ours.shape[1], theirs.shape[1])
+    index, common = np.arange(ours.shape[1], dtype=np.int64), min(ours.shape[1], theirs.shape[1])
+    alone = ours.shape[1] - common  # so many of ours, the smallest, have zero opposite
     for row in range(start, stop):
         # Floats that are not negative sort as their bits do; the index below them comes along, so one sort gives the ranks too.
         packed = ours[row].view(np.int32).astype(np.int64) << 32 | index
         packed.sort()
         order = packed & 0xFFFFFFFF
-        mine = ours[row][order]
-        other = _largest_ascending(theirs[row], common)
-        difference = mine[len(mine) - common :] - other
-        sign = np.ones(len(mine), np.int8)  # beyond the common ones, zero stands opposite
-        sign[: len(mine) - common] = mine[: len(mine) - common] > 0
-        sign[len(mine) - common :] = (difference > 0).view(np.int8) - (difference < 0).view(np.int8)
+        mine, other = ours[row][order], _largest_ascending(theirs[row], common)
+        difference = mine[alone:] - other
+        sign = (mine > 0).view(np.int8)
+        sign[alone:] = (difference > 0).view(np.int8) - (difference < 0).view(np.int8)
         signs[row, order] = sign
         beyond = float(theirs[row].sum(dtype=np.float64) - other.sum(dtype=np.float64))
-        rest = float(mine[: len(mine) - common].sum(dtype=np.float64))
+        rest = float(mine[:alone].sum(dtype=np.float64))
         loss[row] = np.abs(difference).sum(dtype=np.float64) + rest + np.maximum(0.0, beyond)  # not max: it drops NaN
 
 

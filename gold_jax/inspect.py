@@ -39,15 +39,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("student", "teacher"):
         require(getattr(args, name), name, f"a folder or hub id of a model or a tokenizer, or embedded:{name}")
     show(notices)
-    page = None if args.html is None else _writable(args.html)
-    texts = _texts(args)
+    page = None if args.html is None else pathlib.Path(args.html)
+    if page is not None and (page.is_dir() or not page.parent.is_dir()):
+        raise ValueError(f"--html is {page}; it must be a file in a folder that is there, such as pair.html")
+    texts = {f"text {k}" if len(args.text) > 1 else "text": text for k, text in enumerate(args.text, 1)}
+    if args.text_file is not None:
+        texts[args.text_file] = _read(args.text_file)
     from gold_jax.inspection.pair import inspect_pair
     from gold_jax.losses.fused_head import chunk_size
 
     report = inspect_pair(
         args.student,
         args.teacher,
-        texts,
+        texts or None,
         models=args.models,
         bf16=args.bf16,
         max_length=args.max_length,
@@ -64,31 +68,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"\nThe page is in {page}")
 
 
-def _texts(args: InspectArguments) -> dict[str, str] | None:
-    """The texts that were given, by name; None for none."""
-    texts = {f"text {k}" if len(args.text) > 1 else "text": text for k, text in enumerate(args.text, 1)}
-    if args.text_file is not None:
-        texts[args.text_file] = _read(args.text_file)
-    return texts or None
-
-
 def _read(path: str) -> str:
     try:
         return pathlib.Path(path).read_bytes().decode()
     except OSError as error:
         raise ValueError(f"--text_file {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"--text_file {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
-        ) from None
-
-
-def _writable(path: str) -> pathlib.Path:
-    """Where the page goes, looked at before anything is computed."""
-    page = pathlib.Path(path)
-    if page.is_dir() or not page.parent.is_dir():
-        raise ValueError(f"--html is {path}; it must be a file in a folder that is there, such as pair.html")
-    return page
+        where = f"byte {error.start} is {error.object[error.start]:#x}"
+        raise ValueError(f"--text_file {path} is not UTF-8: {where}") from None
 
 
 if __name__ == "__main__":

@@ -7,31 +7,24 @@ from collections.abc import Iterable
 
 
 def read_steps(name: str, given: Iterable[str | int] | None, last: int | None = None) -> list[int]:
-    """Steps in order, each once, from numbers and ranges of them; None, an empty list and `none` are no step.
+    """Steps in order, each once, of numbers and ranges, counted from 1; None, an empty list and `none` are no step.
 
     >>> read_steps("profile_steps", ["9", "3-5"])
     [3, 4, 5, 9]
 
-    Args:
-        name: the flag's, for errors.
-        given: such as "3" or "3-5", counted from 1 as in the log.
-        last: the run's last step; None: not known.
+    `name` is the flag's, for errors; `last` the run's last step, where it is known.
 
     Raises:
-        ValueError: what is neither a number nor a range, a range that ends before it starts, or a step that there is
-            not.
+        ValueError: what is neither a number nor a range, a range that ends before it starts, or a step beyond the last.
     """
     parts = [str(part) for part in given or ()]
-    if parts == ["none"]:
-        return []
     steps: set[int] = set()
-    for part in parts:
+    for part in [] if parts == ["none"] else parts:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, end = (int(match.group(1)), int(match.group(2) or match.group(1))) if match else (0, 0)
+        first, end = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
         if not 1 <= first <= end:
-            raise ValueError(
-                f"--{name} has {part!r}; it must be numbers and ranges of steps, counted from 1, such as 3-5,9."
-            )
+            must = "it must be numbers and ranges of steps, counted from 1, such as 3-5,9."
+            raise ValueError(f"--{name} has {part!r}; {must}")
         if last is not None and end > last:
             raise ValueError(f"--{name} has {part!r}, but the run ends with step {last}; name steps up to {last}.")
         steps.update(range(first, end + 1))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gold_jax.distributed.initialize import coordination_client, process_names
 from gold_jax.distributed.watchdog import PeerFailed, read_failures
@@ -20,33 +21,32 @@ _calls = itertools.count()  # all processes make these calls in the same order; 
 def assert_same_across_processes(what: str, value: Any) -> None:
     """Raises in all processes where they do not have the same value.
 
-    Args:
-        what: what it is, for the error: "--seed", "the settings".
-        value: anything that JSON can hold; of mappings, the error shows the keys that differ.
+    It is anything that JSON can hold, and called `what` in the error, which shows of mappings the keys that differ.
 
     Raises:
         ValueError: says which processes have what.
         PeerFailed: a process ended with an error before it came here.
     """
-    if jax.process_count() == 1:
+    count, me = jax.process_count(), jax.process_index()
+    if count == 1:
         return
     client, names, key = coordination_client(), process_names(), f"gold_jax/same/{next(_calls)}"
     if client is None:
         raise RuntimeError("call gold_jax.distributed.initialize first: the processes cannot compare what they have")
 
-    def wait_for(name: str) -> str:
+    def wait_for(name: Any) -> Any:
         while True:
             try:
-                return client.blocking_key_value_get(f"{key}/{name}", 2000)
+                return json.loads(client.blocking_key_value_get(f"{key}/{name}", 2000))
             except jax.errors.JaxRuntimeError:
                 for i, error in read_failures(client).items():
                     raise PeerFailed(f"{names[i]} ended with an error: {error}.") from None
 
-    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(value, sort_keys=True))
-    if jax.process_index() == 0:
-        values = [json.loads(wait_for(str(i))) for i in range(jax.process_count())]
-        client.key_value_set(f"{key}/verdict", json.dumps(describe_difference(what, values, names)))
-    if problem := json.loads(wait_for("verdict")):
+    client.key_value_set(f"{key}/{me}", json.dumps(value, sort_keys=True))
+    if me == 0:
+        found = describe_difference(what, [wait_for(i) for i in range(count)], names)
+        client.key_value_set(f"{key}/verdict", json.dumps(found))
+    if problem := wait_for("verdict"):
         raise ValueError(problem)
 
 
@@ -79,10 +79,7 @@ def all_reduce_max(values: np.ndarray) -> np.ndarray:
 
 
 def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """The rows of all processes, such as token ids: for each process its own, however many and long.
-
-    Args:
-        rows: one-dimensional int32 arrays.
+    """The rows of all processes, int32 arrays such as token ids: for each process its own, however many and long.
 
     Raises:
         ValueError: a row is something else.
@@ -94,9 +91,8 @@ def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     if jax.process_count() == 1:
         return [rows]
     gathered = []
-    for data in _gather_bytes(
-        b"".join(row.tobytes() for row in (np.array([len(rows), *map(len, rows)], np.int32), *rows))
-    ):
+    header = np.array([len(rows), *map(len, rows)], np.int32)
+    for data in _gather_bytes(np.concatenate([header, *rows]).tobytes()):
         values = np.frombuffer(data, np.int32)
         lengths, tokens = values[1 : 1 + values[0]], values[1 + values[0] :]
         gathered.append([part.copy() for part in np.split(tokens, np.cumsum(lengths))[: len(lengths)]])
@@ -105,25 +101,19 @@ def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
 
 def _gather_bytes(data: bytes) -> list[bytes]:
     """The bytes of every process, of any lengths: short ones in one frame, longer ones in a second exchange."""
-    capacity = 4 * (_FRAME - 2)
-    length = np.array([len(data)], np.uint64).view(np.uint32)
-    frames = _gather_words(np.concatenate([length, _to_words(data if len(data) <= capacity else b"", _FRAME - 2)]))
-    lengths, body = frames[:, :2].copy().view(np.uint64)[:, 0].tolist(), frames[:, 2:]
-    if max(lengths) > capacity:
-        # One of few sizes, because a program is compiled for each.
-        body = _gather_words(_to_words(data, 1 << (max(lengths) // 4).bit_length()))
-    return [row.tobytes()[:length] for row, length in zip(body, lengths)]
+    header, capacity = np.array([len(data)], np.uint64).tobytes(), 4 * _FRAME - 8
+    rows = _gather_words(header + (data if len(data) <= capacity else b""), _FRAME)
+    lengths = [int(np.frombuffer(row[:8], np.uint64)[0]) for row in rows]
+    if max(lengths) <= capacity:
+        return [row[8 : 8 + length] for row, length in zip(rows, lengths)]
+    rows = _gather_words(data, 1 << (max(lengths) // 4).bit_length())  # few sizes: a program is compiled for each
+    return [row[:length] for row, length in zip(rows, lengths)]
 
 
-def _to_words(data: bytes, size: int) -> np.ndarray:
-    return np.frombuffer(data.ljust(4 * size, b"\0"), np.uint32)
-
-
-def _gather_words(words: np.ndarray) -> np.ndarray:
-    """[N] uint32 of this process -> [P, N]. Words of 32 bits are what passes through every device unchanged."""
-    from jax.experimental import multihost_utils
-
-    return np.ascontiguousarray(multihost_utils.process_allgather(words))
+def _gather_words(data: bytes, size: int) -> list[bytes]:
+    """The bytes of every process, padded to words of 32 bits, which is what passes through every device unchanged."""
+    words = np.frombuffer(data.ljust(4 * size, b"\0"), np.uint32)
+    return [row.tobytes() for row in np.asarray(multihost_utils.process_allgather(words))]
 
 
 def describe_difference(what: str, values: Sequence[Any], names: Sequence[str]) -> str | None:
@@ -132,27 +122,25 @@ def describe_difference(what: str, values: Sequence[Any], names: Sequence[str]) 
     >>> describe_difference("--seed", [1, 1, 2], ["a (process 0)", "b (process 1)", "c (process 2)"])
     'The processes differ in --seed: a (process 0) and 1 other have 1; c (process 2) has 2.'
     """
-    if len(_groups(values)) == 1:
-        return None
-    if all(isinstance(value, dict) for value in values):
-        of = {key: _groups([value.get(key) for value in values]) for key in dict.fromkeys(k for v in values for k in v)}
-        parts = [f"{key}: {_who_has_what(groups, names)}" for key, groups in of.items() if len(groups) > 1]
-        more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-        return f"The processes differ in {what}. {'; '.join(parts[:5])}{more}."
-    return f"The processes differ in {what}: {_who_has_what(_groups(values), names)}."
+    if not all(isinstance(value, dict) for value in values):
+        found = _who_has_what(values, names)
+        return f"The processes differ in {what}: {found}." if found else None
+    keys = dict.fromkeys(key for value in values for key in value)
+    by_key = {key: _who_has_what([value.get(key) for value in values], names) for key in keys}
+    parts = [f"{key}: {found}" for key, found in by_key.items() if found]
+    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
+    return f"The processes differ in {what}. {'; '.join(parts[:5])}{more}." if parts else None
 
 
-def _groups(values: Sequence[Any]) -> dict[str, list[int]]:
-    """Which processes have the same, the largest group first."""
-    found: dict[str, list[int]] = {}
-    for i, value in enumerate(values):
-        found.setdefault(json.dumps(value, sort_keys=True), []).append(i)
-    return dict(sorted(found.items(), key=lambda item: -len(item[1])))
-
-
-def _who_has_what(groups: Mapping[str, Sequence[int]], names: Sequence[str]) -> str:
+def _who_has_what(values: Sequence[Any], names: Sequence[str]) -> str:
+    """Which processes have which value, what most have first; empty where all have the same."""
+    groups: dict[str, list[str]] = {}
+    for name, value in zip(names, values):
+        groups.setdefault(json.dumps(value, sort_keys=True), []).append(name)
+    if len(groups) == 1:
+        return ""
     parts = []
-    for text, (first, *others) in list(groups.items())[:4]:
-        who = names[first] + (f" and {len(others)} other{'s' * (len(others) > 1)}" if others else "")
-        parts.append(f"{who} {'have' if others else 'has'} {text if len(text) <= 80 else text[:79] + '…'}")
+    for text, (first, *others) in sorted(groups.items(), key=lambda item: -len(item[1]))[:4]:
+        who = f"{first} and {len(others)} other{'s' * (len(others) > 1)} have" if others else f"{first} has"
+        parts.append(f"{who} {text if len(text) <= 80 else text[:79] + '…'}")
     return "; ".join(parts) + ("; …" if len(groups) > 4 else "")

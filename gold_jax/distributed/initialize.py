@@ -5,6 +5,7 @@ What is added here: whether there are several processes at all, and errors that 
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import os
 import socket
@@ -14,6 +15,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+
+try:
+    from jax._src.distributed import global_state as _state  # what JAX knows of the processes, a private part of it
+except ImportError:
+    _state = None
 
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -25,17 +31,9 @@ LAUNCHERS = {
 
 
 class ClusterSpec(NamedTuple):
-    """Arguments of `jax.distributed.initialize` for a run of several processes; None where JAX detects it.
+    """Arguments of `jax.distributed.initialize` for a run of several processes; None where JAX detects it."""
 
-    Attributes:
-        source: what says that there are several processes, for error messages.
-        coordinator_address: HOST:PORT of process 0.
-        num_processes: how many there are.
-        process_id: which of them this one is.
-        detection: `cluster_detection_method`.
-    """
-
-    source: str
+    source: str  # what says that there are several processes, for error messages
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
@@ -56,9 +54,8 @@ def initialize(
 
     Args:
         coordinator_address: HOST:PORT of process 0, the same in all processes.
-        num_processes: how many there are.
-        process_id: which of them this one is, from 0. Slurm and Open MPI tell this and the number where only the
-            address is given.
+        num_processes, process_id: how many there are, and which this one is, from 0. Slurm and Open MPI tell both where
+            only the address is given.
         timeout: seconds to wait for the other processes.
         heartbeat_timeout: seconds after which JAX takes a silent process for lost and ends the others.
 
@@ -72,49 +69,41 @@ def initialize(
     spec = detect_cluster(coordinator_address, num_processes, process_id, os.environ)
     if spec is None:
         return
-    if spec.process_id == 0 and spec.coordinator_address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
-        _check_port(spec.coordinator_address)
-    results: list[BaseException | None] = []
+    source, address, count, index, detection = spec
+    if index == 0 and address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
+        _check_port(address)
+    options = {
+        "cluster_detection_method": detection,
+        "initialization_timeout": int(timeout) + 60,  # at it JAX aborts the process: the wait below ends first
+        "heartbeat_timeout_seconds": max(1, round(heartbeat_timeout)),
+    }
+    joined = concurrent.futures.Future()
 
     def join() -> None:
         try:
-            jax.distributed.initialize(
-                *spec[1:4],
-                cluster_detection_method=spec.detection,
-                initialization_timeout=int(timeout)
-                + 60,  # at its own timeout JAX aborts the process: the wait below ends first
-                heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)),
-            )
-            results.append(None)
+            joined.set_result(jax.distributed.initialize(address, count, index, **options))
         except Exception as error:
-            results.append(error)
+            joined.set_exception(error)
 
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    thread.join(timeout)
-    if not results or isinstance(results[0], jax.errors.JaxRuntimeError):
-        this = (
-            f"Process {spec.process_id} of {spec.num_processes}"
-            if spec.num_processes
-            else f"A process of {spec.source}"
-        )
-        at = spec.coordinator_address or getattr(_state(), "coordinator_address", None) or "the address of process 0"
-        why = (
-            f"could not join the others at {at} ({_one_line(results[0])})"
-            if results
-            else f"waited {timeout:g} seconds at {at}"
-        )
+    threading.Thread(target=join, daemon=True).start()
+    try:
+        joined.result(timeout)
+    except (TimeoutError, jax.errors.JaxRuntimeError) as error:
+        this = f"Process {index} of {count}" if count else f"A process of {source}"
+        at = address or getattr(_state, "coordinator_address", None) or "the address of process 0"
+        failed = f"could not join the others at {at} ({_one_line(error)})"
         raise ConnectionError(
-            f"{this} {why}. Process 0 must run on that host, with that port open to the others; all processes need "
-            "the same --coordinator_address and --num_processes, and each a --process_id of its own."
-        ) from (results[0] if results else None)
-    if isinstance(results[0], ValueError) and spec.coordinator_address is None:
+            f"{this} {failed if joined.done() else f'waited {timeout:g} seconds at {at}'}. Process 0 must run on that "
+            "host, with that port open to the others; all processes need the same --coordinator_address and "
+            "--num_processes, and each a --process_id of its own."
+        ) from (error if joined.done() else None)
+    except ValueError as error:
+        if address is not None:
+            raise
         raise ValueError(
-            f"{spec.source} says that this run has several processes, but JAX could not find out how they reach each other "
-            f"({_one_line(results[0])}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
-        ) from results[0]
-    if results[0] is not None:
-        raise results[0]
+            f"{source} says that this run has several processes, but JAX could not find out how they reach each other "
+            f"({_one_line(error)}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
+        ) from error
     process_names()  # all processes tell each other of their devices and hosts now, before one of them can fail
 
 
@@ -131,12 +120,11 @@ def detect_cluster(
     index = _read_int(environ, VARIABLES[2]) if process_id is None else process_id
     launcher = next((name for name, (size, _) in LAUNCHERS.items() if (_read_int(environ, size) or 1) > 1), None)
     if address is None and number is None and index is None:
-        pod = None if launcher else _tpu_pod(environ)
-        return ClusterSpec(launcher or pod) if launcher or pod else None
+        source = launcher or _tpu_pod(environ)
+        return ClusterSpec(source) if source else None
     if launcher and address is not None:
-        size, rank = LAUNCHERS[launcher]
-        number = _read_int(environ, size) if number is None else number
-        index = _read_int(environ, rank) if index is None else index
+        size, rank = (_read_int(environ, name) for name in LAUNCHERS[launcher])
+        number, index = size if number is None else number, rank if index is None else index
     if number is not None and number < 1:
         raise ValueError(f"--num_processes is {number}: a run has at least one process")
     if number is not None and index is not None and not 0 <= index < number:
@@ -171,50 +159,36 @@ def _tpu_pod(environ: Mapping[str, str]) -> str | None:
     try:
         from jax._src.clusters import ClusterEnv
 
-        for cluster in ClusterEnv._cluster_types:
-            if "tpu" in cluster.name and cluster.is_env_present():
-                return "the TPU's environment" if cluster.get_process_count() > 1 else None
+        pod = next((env for env in ClusterEnv._cluster_types if "tpu" in env.name and env.is_env_present()), None)
+        return "the TPU's environment" if pod is not None and pod.get_process_count() > 1 else None
     except Exception as error:  # the metadata server does not answer, or a version of JAX has no such class
-        warnings.warn(
-            f"This TPU host is taken for the only one: JAX found no others ({_one_line(error)}).", stacklevel=3
-        )
-    return None
+        alone = f"This TPU host is taken for the only one: JAX found no others ({_one_line(error)})."
+        warnings.warn(alone, stacklevel=3)
 
 
 def _check_port(address: str) -> None:
     """Raises where process 0 cannot listen on its port: JAX crashes there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", int(address.rpartition(":")[2])))
-        except OSError as error:
-            raise ConnectionError(
-                f"Process 0 cannot listen on the port of {address} ({error.strerror}). Give another port in "
-                "--coordinator_address, the same one to all processes."
-            ) from error
+    try:
+        socket.create_server(("", int(address.rpartition(":")[2]))).close()
+    except OSError as error:
+        raise ConnectionError(
+            f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)}). Give another port in "
+            "--coordinator_address, the same one to all processes."
+        ) from error
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def _state() -> Any:
-    """What JAX knows of the processes, a private part of JAX: None where a version does not have it."""
-    try:
-        from jax._src.distributed import global_state
-    except ImportError:
-        return None
-    return global_state
-
-
 def coordination_client() -> Any:
     """JAX's client of the key-value store in process 0; None in a single process, and where JAX hides it."""
-    return getattr(_state(), "client", None)
+    return getattr(_state, "client", None)
 
 
 def process_id() -> int:
     """Which process this is, from 0, also where JAX has not met the others yet and `jax.process_index` would wait for them."""
-    return getattr(_state(), "process_id", 0)
+    return getattr(_state, "process_id", 0)
 
 
 def is_main_process() -> bool:
@@ -225,8 +199,8 @@ def is_main_process() -> bool:
 @functools.cache
 def process_names() -> tuple[str, ...]:
     """What to call each process, such as "host3 (process 3)". The first call must be made by all processes."""
-    client, count = coordination_client(), jax.process_count()
+    client, count, host = coordination_client(), jax.process_count(), socket.gethostname()
     if count == 1 or client is None:
-        return (f"{socket.gethostname()} (process 0)",) if count == 1 else tuple(f"process {i}" for i in range(count))
-    client.key_value_set(f"gold_jax/host/{jax.process_index()}", socket.gethostname(), allow_overwrite=True)
+        return (f"{host} (process 0)",) if count == 1 else tuple(f"process {i}" for i in range(count))
+    client.key_value_set(f"gold_jax/host/{jax.process_index()}", host, allow_overwrite=True)
     return tuple(f"{client.blocking_key_value_get(f'gold_jax/host/{i}', 300_000)} (process {i})" for i in range(count))

@@ -9,15 +9,8 @@ import traceback
 import jax
 from jax.experimental import multihost_utils
 
+from gold_jax.distributed import watchdog
 from gold_jax.distributed.initialize import coordination_client, process_id, process_names
-from gold_jax.distributed.watchdog import (
-    EX_TEMPFAIL,
-    PeerLost,
-    comes_from_peer,
-    log_to_stderr,
-    read_failures,
-    report_failure,
-)
 
 
 def end_process(ending: BaseException | None) -> None:
@@ -31,7 +24,7 @@ def end_process(ending: BaseException | None) -> None:
         return
     code = 0 if ending is None else ending.code if isinstance(ending, SystemExit) else 1
     error = ending.__context__ or ending if isinstance(ending, SystemExit) else ending  # what the command printed
-    if code in (None, 0, EX_TEMPFAIL) and not isinstance(error, PeerLost):
+    if code in (None, 0, watchdog.EX_TEMPFAIL) and not isinstance(error, watchdog.PeerLost):
         try:
             multihost_utils.sync_global_devices("gold_jax ends")
             return
@@ -40,13 +33,13 @@ def end_process(ending: BaseException | None) -> None:
     if not isinstance(ending, SystemExit):
         traceback.print_exception(ending)
     failures = {}
-    if comes_from_peer(error):
+    if watchdog.comes_from_peer(error):
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone
-            failures = read_failures(coordination_client())
+            failures = watchdog.read_failures(coordination_client())
     for i, text in failures.items():
-        log_to_stderr(f"{process_names()[i]} ended with an error: {text}.")
+        watchdog.log_to_stderr(f"{process_names()[i]} ended with an error: {text}.")
     if not failures:
-        report_failure(error)
+        watchdog.report_failure(error)
     if process_id() == 0:
         time.sleep(5)  # it holds the store from which the others learn why
     sys.stdout.flush()

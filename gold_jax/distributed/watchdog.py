@@ -7,13 +7,14 @@ through the key-value store that JAX keeps in process 0.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,10 @@ WAITING = "waiting for the device"
 HEARTBEATS, FAILURES = "gold_jax/heartbeat/", "gold_jax/failure/"
 RESUME = "Start the run again with --resume_from_checkpoint latest."
 EX_TEMPFAIL = 75  # of sysexits.h: what failed will succeed if it is started again
+_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # such as "UNKNOWN: Gloo AllGather failed"
+_BROKEN = re.compile(
+    r"(?i)gloo|nccl|connection|peer|socket|barrier|coordination|heartbeat|timed out|unavailable|aborted|cancelled|deadline"
+)
 
 
 class PeerLost(RuntimeError):
@@ -48,73 +53,46 @@ class Heartbeat(NamedTuple):
     finished: bool = False
 
 
-class PeerState(NamedTuple):
-    """The newest heartbeat of another process, and when it was new by this process's clock."""
-
-    heartbeat: Heartbeat
-    seen_at: float
+#: Of another process the newest heartbeat, and when it was new by this process's clock.
+Peers = dict[int, tuple[Heartbeat, float]]
 
 
-class Diagnosis(NamedTuple):
-    """What is wrong with a process: `kind` is "lost", "failed" or "late", `since` the update and activity that it is late in."""
-
-    kind: str
-    process: int
-    message: str
-    since: tuple[int, str] | None = None
-
-
-def update_peers(
-    peers: Mapping[int, PeerState], texts: Mapping[int, str], own: int, now: float
-) -> dict[int, PeerState]:
+def update_peers(peers: Peers, texts: dict[int, str], own: int, now: float) -> Peers:
     """The state of the others after the store was read; a heartbeat that was seen before keeps its time."""
-    updated = dict(peers)
-    for i, text in texts.items():
-        heartbeat = Heartbeat(*json.loads(text))
-        if i != own and (i not in peers or peers[i].heartbeat.count != heartbeat.count):
-            updated[i] = PeerState(heartbeat, now)
-    return updated
+    new = {i: (Heartbeat(*json.loads(text)), now) for i, text in texts.items() if i != own}
+    return new | {i: state for i, state in peers.items() if i not in new or state[0] == new[i][0]}
 
 
 def diagnose(
     now: float,
-    peers: Mapping[int, PeerState],
-    failures: Mapping[int, str],
+    peers: Peers,
+    failures: dict[int, str],
     own: Heartbeat,
-    *,
     names: Sequence[str],
-    lost_after: float,
-    late_after: float,
-) -> Diagnosis | None:
-    """What is wrong with the other processes, the worst first.
+    limits: tuple[float, float],
+) -> tuple[tuple, str] | None:
+    """The worst that is wrong with other processes: "lost", "failed" or "late" with the process, and a sentence.
 
-    Args:
-        now: when the store was last read, in seconds.
-        peers: the others' newest heartbeats; who has not sent one is not in it, and not missed.
-        failures: the errors that other processes ended with.
-        own: what this process is doing.
-        names: what to call each process.
-        lost_after: seconds of silence after which a process is lost.
-        late_after: seconds that this process waits at the device before it names who keeps it waiting.
+    Who has not sent a heartbeat yet is not missed. `limits` are the seconds of silence before `now` after which a
+    process is lost, and those that this one waits at the device before it says for whom; the update and activity that a
+    process is late in are returned too.
     """
+    lost_after, late_after = limits
     for i, error in failures.items():
-        return Diagnosis("failed", i, f"{names[i]} ended with an error: {error}.")
-    silence = {i: now - peer.seen_at for i, peer in peers.items() if not peer.heartbeat.finished}
+        return ("failed", i), f"{names[i]} ended with an error: {error}."
+    silence = {i: now - seen_at for i, (beat, seen_at) in peers.items() if not beat.finished}
     if lost := sorted((i for i in silence if silence[i] > lost_after), key=silence.get, reverse=True):
-        last = peers[lost[0]].heartbeat
-        line = f"{names[lost[0]]} has not answered for {silence[lost[0]]:.0f} seconds; it was at update {last.step}, {last.activity}"
-        line += f". Nor has {', nor '.join(names[i] for i in lost[1:8])}" if lost[1:] else ""
-        return Diagnosis("lost", lost[0], f"{line}. {RESUME}")
-    if own.activity != WAITING or own.seconds <= late_after:
+        first, last = lost[0], peers[lost[0]][0]
+        nor = f". Nor has {', nor '.join(names[i] for i in lost[1:8])}" if lost[1:] else ""
+        line = f"has not answered for {silence[first]:.0f} seconds; it was at update {last.step}, {last.activity}{nor}"
+        return ("lost", first), f"{names[first]} {line}. {RESUME}"
+    busy = {i: peers[i][0] for i in silence if peers[i][0].activity != WAITING and peers[i][0].step <= own.step}
+    if not busy or own.activity != WAITING or own.seconds <= late_after:
         return None
-    busy = {i: peers[i].heartbeat.seconds + silence[i] for i in silence if peers[i].heartbeat.activity != WAITING}
-    busy = {i: seconds for i, seconds in busy.items() if peers[i].heartbeat.step <= own.step}
-    if not busy:
-        return None
-    slowest = max(busy, key=busy.get)
-    last, more = peers[slowest].heartbeat, f"; {len(busy) - 1} more are not done either" if len(busy) > 1 else ""
-    line = f"it has been {last.activity} for {busy[slowest]:.0f} seconds, at update {last.step}{more}"
-    return Diagnosis("late", slowest, f"{names[slowest]} keeps the others waiting: {line}.", (last.step, last.activity))
+    seconds, slowest = max((beat.seconds + silence[i], i) for i, beat in busy.items())
+    last, more = busy[slowest], f"; {len(busy) - 1} more are not done either" if len(busy) > 1 else ""
+    line = f"it has been {last.activity} for {seconds:.0f} seconds, at update {last.step}{more}"
+    return ("late", slowest, last.step, last.activity), f"{names[slowest]} keeps the others waiting: {line}."
 
 
 def log_to_stderr(line: str) -> None:
@@ -125,25 +103,24 @@ def log_to_stderr(line: str) -> None:
 class Watchdog:
     """While it is entered, a thread exchanges heartbeats with the other processes and logs what is wrong with them, once.
 
-    It names a late process once for each update and activity. A no-op in a run of one process, and until it is entered. An error that leaves the block is reported to the others;
-    one that comes of another process's end is replaced by `PeerLost` or `PeerFailed`, which name that process.
+    A late process is named once for each update and activity. A no-op in a run of one process, and until it is entered.
+    An error that leaves the block is reported to the others; one that comes of another process's end is replaced by
+    `PeerLost` or `PeerFailed`, which name that process.
+
+    Args:
+        timeout: seconds of silence after which JAX ends the run (`initialize`'s `heartbeat_timeout`); half of it after
+            which a process is named.
+        log: takes a line, from any thread, in every process.
+        late_after: seconds of waiting for a process after which it is named; None: twice the timeout.
     """
 
     def __init__(self, timeout: float, log: Callable[[str], None] = log_to_stderr, *, late_after: float | None = None):
-        """Starts nothing.
-
-        Args:
-            timeout: seconds of silence after which JAX ends the run (`initialize`'s `heartbeat_timeout`); half of it
-                after which a process is named.
-            log: takes a line, from any thread, in every process.
-            late_after: seconds of waiting for a process after which it is named; None: twice the timeout.
-        """
-        self._log = log
-        self._limits = {"lost_after": timeout / 2, "late_after": 2 * timeout if late_after is None else late_after}
+        self._log, self._logged = log, set()
+        self._lost_after, self._late_after = timeout / 2, 2 * timeout if late_after is None else late_after
         self._period = min(2.0, timeout / 10)
         self._activity = (0, "starting", time.monotonic())
         self._stop, self._broken = threading.Event(), threading.Event()
-        self._diagnosis: Diagnosis | None = None  # of a process that is lost or has failed
+        self._explanation: Exception | None = None  # of what comes of another process's end
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -165,51 +142,46 @@ class Watchdog:
         """While it is entered, this process waits for the others; afterwards it resumes its activity."""
         before = self._activity
         self.report(before[0], WAITING)
-        try:
-            yield
-        finally:
-            self._activity = before
+        yield
+        self._activity = before
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._thread is None:
             return
         from_peer = comes_from_peer(error)
         if from_peer:
-            self._broken.wait(self._limits["lost_after"] + 3 * self._period + 1)
+            self._broken.wait(self._lost_after + 3 * self._period + 1)
         self._stop.set()
         self._thread.join(2)
-        if from_peer and (found := self._diagnosis):
-            raise (PeerLost if found.kind == "lost" else PeerFailed)(found.message) from error
+        if from_peer and self._explanation is not None:
+            raise self._explanation from error
         if error is not None:
             report_failure(error)
 
-    def _watch(self, client, own_id: int, names: Sequence[str]) -> None:
-        def note(found: Diagnosis) -> None:
-            event = found.kind, found.process, found.since
-            if event not in logged:
-                self._log(found.message)
-            logged.add(event)
-            if found.kind != "late":
-                self._diagnosis = found
-                self._broken.set()
+    def _note(self, event: tuple, line: str) -> None:
+        if event not in self._logged:
+            self._log(line)
+        self._logged.add(event)
+        if event[0] != "late":
+            self._explanation = (PeerLost if event[0] == "lost" else PeerFailed)(line)
+            self._broken.set()
 
-        peers: dict[int, PeerState] = {}
-        logged, counts, finished = set(), itertools.count(), False
-        silence = f"has not answered for {self._limits['lost_after']:.0f} seconds"
-        silent_store = Diagnosis("lost", 0, f"{names[0]} {silence}. {RESUME}")  # process 0 holds it
-        while True:
+    def _watch(self, client, me: int, names: Sequence[str]) -> None:
+        peers, limits, finished = {}, (self._lost_after, self._late_after), False
+        silent = f"{names[0]} has not answered for {self._lost_after:.0f} seconds. {RESUME}"  # it holds the store
+        for count in itertools.count():
             step, activity, since = self._activity
-            own = Heartbeat(next(counts), step, activity, round(time.monotonic() - since, 1), finished)
-            timer = threading.Timer(self._limits["lost_after"], note, [silent_store])
+            own = Heartbeat(count, step, activity, round(time.monotonic() - since, 1), finished)
+            timer = threading.Timer(self._lost_after, self._note, [("lost", 0), silent])
             timer.daemon = True
-            if own_id != 0:
+            if me != 0:
                 timer.start()
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone: JAX ends this process
-                client.key_value_set(f"{HEARTBEATS}{own_id}", json.dumps(own), allow_overwrite=True)
-                peers = update_peers(peers, read_store(client, HEARTBEATS), own_id, time.monotonic())
-                found = diagnose(time.monotonic(), peers, read_failures(client), own, names=names, **self._limits)
+                client.key_value_set(f"{HEARTBEATS}{me}", json.dumps(own), allow_overwrite=True)
+                peers = update_peers(peers, read_store(client, HEARTBEATS), me, time.monotonic())
+                found = diagnose(time.monotonic(), peers, read_failures(client), own, names, limits)
                 if found is not None and not finished:
-                    note(found)
+                    self._note(*found)
             timer.cancel()
             if finished:
                 return
@@ -224,12 +196,6 @@ def read_store(client, prefix: str) -> dict[int, str]:
 def read_failures(client) -> dict[int, str]:
     """The errors that other processes ended with."""
     return {i: text for i, text in read_store(client, FAILURES).items() if i != process_id()}
-
-
-_STATUS = re.compile(r"[A-Z]+(_[A-Z]+)*: ")  # such as "UNKNOWN: Gloo AllGather failed"
-_BROKEN = re.compile(
-    r"(?i)gloo|nccl|connection|peer|socket|barrier|coordination|heartbeat|timed out|unavailable|aborted|cancelled|deadline"
-)
 
 
 def comes_from_peer(error: BaseException | None) -> bool:
@@ -249,11 +215,7 @@ def report_failure(error: BaseException) -> None:
         return
     text = "it was interrupted" if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
     text = " ".join(text.split()).rstrip(".: ")[:300]
-    report = threading.Thread(
-        target=client.key_value_set,
-        args=(f"{FAILURES}{process_id()}", text),
-        kwargs={"allow_overwrite": True},
-        daemon=True,
-    )
-    report.start()
-    report.join(2)  # the store may not answer
+    send = functools.partial(client.key_value_set, f"{FAILURES}{process_id()}", text, allow_overwrite=True)
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    thread.join(2)  # the store may not answer

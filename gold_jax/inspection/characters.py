@@ -8,7 +8,6 @@ import unicodedata
 _MARKS = {" ": "·", "\n": "↵", "\t": "⇥"}
 _UNSEEN = ("Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp", "Zs")
 _LONG_RUN = re.compile(r"([·⇥↵])\1{5,}")
-_VARIATIONS = range(0xFE00, 0xFE10)
 
 
 def marked(data: bytes) -> list[tuple[str, bool]]:
@@ -20,27 +19,25 @@ def marked(data: bytes) -> list[tuple[str, bool]]:
     >>> marked(b"\\xf0\\x9f a")
     [('⟨F0 9F⟩', True), ('·', True), ('a', False)]
     """
+    pieces = []
     # Escaped so, each byte that is no part of a character becomes a surrogate, which UTF-8 cannot hold itself.
-    text = data.decode("utf-8", "surrogateescape")
-    pieces: list[tuple[str, bool]] = []
-    for kind, run in itertools.groupby(text, _kind):
-        characters = "".join(run)
+    for kind, run in itertools.groupby(data.decode("utf-8", "surrogateescape"), _kind):
+        text = "".join(run)
         if kind == "broken":
-            pieces.append((f"⟨{' '.join(f'{ord(c) - 0xDC00:02X}' for c in characters)}⟩", True))
+            text = f"⟨{text.encode('utf-8', 'surrogateescape').hex(' ').upper()}⟩"
         elif kind == "unseen":
-            pieces.append(("".join(_MARKS.get(c) or f"⟨U+{ord(c):04X}⟩" for c in characters), True))
-        else:
-            # A mark that would be drawn over the character before it gets a circle to stand on.
-            stands_alone = unicodedata.category(characters[0]).startswith("M")
-            pieces.append((("◌" if stands_alone else "") + characters, False))
+            text = "".join(_MARKS.get(c) or f"⟨U+{ord(c):04X}⟩" for c in text)
+        elif unicodedata.category(text[0]).startswith("M"):
+            text = "◌" + text  # a circle to stand on, or it would be drawn over the character before it
+        pieces.append((text, kind != "seen"))
     return pieces
 
 
 def _kind(character: str) -> str:
     if "\udc80" <= character <= "\udcff":
         return "broken"
-    unseen = unicodedata.category(character) in _UNSEEN or ord(character) in _VARIATIONS
-    return "unseen" if unseen else "seen"
+    is_variation = "\ufe00" <= character <= "\ufe0f"
+    return "unseen" if is_variation or unicodedata.category(character) in _UNSEEN else "seen"
 
 
 def visible(data: bytes) -> str:

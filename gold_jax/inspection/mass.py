@@ -20,40 +20,31 @@ from gold_jax.text.packing import pad_right
 def measure(
     who: LoadedModel, texts: Sequence[str], kinds: np.ndarray, *, max_length: int | None = None, chunk: int = 128
 ) -> tuple[list[Mass], list[bool]]:
-    """Score texts with a model, each as a text from its beginning.
+    """Score texts with a model, each as a text from its beginning, behind what its tokenizer puts before any text.
 
-    The text stands behind the special tokens that the tokenizer puts before any text, if it has such. The positions are
-    those that predict a token of the text: all but the first where nothing stands before it.
-
-    Args:
-        who: the model and its chat tokenizer.
-        texts: the texts.
-        kinds: bool [len(KINDS), V], what each row of the head is, see `VocabularyFigures.rows`.
-        max_length: longest sequence in tokens; texts are read as far as they fit; None for no limit.
-        chunk: positions whose logits are held at once.
+    The positions are those that predict a token of the text: all but the first where nothing stands before it. `kinds`
+    says what each row of the head is: bool [len(KINDS), V], see `VocabularyFigures.rows`. Texts are read as far as
+    `max_length` tokens go, and the logits of `chunk` positions are held at once.
 
     Returns:
         One `Mass` for each text, NaN where no token is predicted; and which texts did not fit.
     """
     graph, params = split(who.model)
-    chat_tokenizer = who.chat_tokenizer
-    start = chat_tokenizer.encode_prompt("")
-    rows = jnp.asarray(kinds, jnp.float32)
+    tokenizer, rows = who.chat_tokenizer, jnp.asarray(kinds, jnp.float32)
+    start = tokenizer.encode_prompt("")
     found, cut = [], []
-    for answer in chat_tokenizer.encode_completions(texts, after=[""] * len(texts)):
+    for answer in tokenizer.encode_completions(texts, after=[""] * len(texts)):
         sequence = np.concatenate([start, answer.ids])
         ids = sequence[:max_length]
         cut.append(len(ids) < len(sequence))
         width = bucket(len(ids))
         position = np.arange(width)[None]
         counted = (position >= max(1, len(start)) - 1) & (position < len(ids) - 1)
-        tokens = pad_right([ids], 1, width, np.int32, chat_tokenizer.pad_id)
-        sums = np.asarray(
-            _sums(graph, params, tokens, position < len(ids), counted, rows, min(chunk, width)), np.float64
-        )
+        tokens = pad_right([ids], 1, width, np.int32, tokenizer.pad_id)
+        sums = _sums(graph, params, tokens, position < len(ids), counted, rows, min(chunk, width))
         positions = int(counted.sum())
-        means = sums / positions if positions else np.full(len(KINDS), np.nan)
-        found.append(Mass(positions, **dict(zip(KINDS, means.tolist()))))
+        means = np.asarray(sums, np.float64) / positions if positions else np.full(len(KINDS), np.nan)
+        found.append(Mass(positions, *means.tolist()))
     return found, cut
 
 

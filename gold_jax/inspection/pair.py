@@ -1,14 +1,15 @@
 """From two names, or two tokenizers or models in memory, to a report on what they will do together."""
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from gold_jax.inspection import page, terminal
+from gold_jax.inspection.mass import measure
 from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
@@ -16,10 +17,9 @@ from gold_jax.inspection.vocabularies import Vocabulary, compare
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, load_tokenizer
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.encode import PlainEncoder
+from gold_jax.text.encode import Encoded, PlainEncoder
 from gold_jax.text.surface import surfaces_of
 
-MAX_LENGTH = 1024
 _ROLES = ("student", "teacher")
 _BEFORE = "\n"  # any text: a continuation gets no blank of the tokenizer's own
 
@@ -40,15 +40,6 @@ class PairReport(Report):
         return page.fragment(self)
 
 
-class _Side(NamedTuple):
-    """A side once it is loaded; `loaded_model` is None where there is no model."""
-
-    name: str
-    vocabulary: Vocabulary
-    read: Reader
-    loaded_model: LoadedModel | None
-
-
 def inspect_pair(
     student: Any,
     teacher: Any,
@@ -56,7 +47,7 @@ def inspect_pair(
     *,
     models: bool | None = None,
     bf16: bool | None = None,
-    max_length: int | None = MAX_LENGTH,
+    max_length: int | None = 1024,
     chunk: int = 128,
     trust_remote_code: bool = False,
 ) -> PairReport:
@@ -80,48 +71,47 @@ def inspect_pair(
             something in a folder does not fit.
     """
     named = _named(texts)
-    sources = (student, teacher)
-    lacking = [role for role, source in zip(_ROLES, sources) if not _has_weights(source)]
+    sources = dict(zip(_ROLES, (student, teacher)))
+    lacking = [role for role, source in sources.items() if not _has_weights(source)]
     scored = models if models is not None else not lacking
     try:
-        sides = [_side(s, role, scored, bf16, trust_remote_code) for role, s in zip(_ROLES, sources)]
+        sides = [_side(source, role, scored, bf16, trust_remote_code) for role, source in sources.items()]
     except (ValueError, FileNotFoundError) as error:
         if not scored or models:
             raise
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         hint = "To compare the tokenizers alone: models=False, on the command line --no_models."
         raise kind(f"{str(error).rstrip('.')}. {hint}") from error
-    cuts = tuple(cut_text(sides[0].read, sides[1].read, name, text) for name, text in named.items())
-    vocabularies = compare(sides[0].vocabulary, sides[1].vocabulary)
-    notes = []
+    names, vocabularies, readers, loaded = zip(*sides)
+    cuts = tuple(cut_text(*readers, name, text) for name, text in named.items())
+    figures = compare(*vocabularies)
+    mass, notes = None, []
     if models is None and lacking:
         whose = " and ".join(f"the {role}" for role in lacking)
         notes.append(f"The tokenizers alone were compared: there is no folder with weights of {whose}.")
-    mass = None
     if scored:
-        mass, cut = _mass(sides, list(named.values()), vocabularies.rows, max_length, chunk)
-        notes += [
-            f"The models read only the beginning of {name}, as far as max_length goes."
-            for name, c in zip(named, cut)
-            if c
-        ]
-    return PairReport(sides[0].name, sides[1].name, cuts, shapes_of(cuts), vocabularies, mass, tuple(notes))
+        options = {"max_length": max_length, "chunk": chunk}
+        measured = (measure(who, list(named.values()), rows, **options) for who, rows in zip(loaded, figures.rows))
+        by_side, cut = zip(*measured)
+        dtypes = dict.fromkeys(str(who.model.dtype) for who in loaded)
+        mass = PairMass(*map(Mass.mean, by_side), tuple(zip(*by_side)), " and ".join(dtypes))
+        too_long = (name for name, *either in zip(named, *cut) if any(either))
+        notes += [f"The models read only the beginning of {name}, as far as max_length goes." for name in too_long]
+    return PairReport(*names, cuts, shapes_of(cuts), figures, mass, tuple(notes))
 
 
 def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str, str]:
     if texts is None:
         return SAMPLES
-    if isinstance(texts, Mapping):
-        named = dict(texts)
-    else:
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        named = {f"text {k}" if len(listed) > 1 else "text": text for k, text in enumerate(listed, 1)}
-    if not named:
+    if not isinstance(texts, Mapping):
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = {f"text {k}" if len(texts) > 1 else "text": text for k, text in enumerate(texts, 1)}
+    if not texts:
         raise ValueError("there is no text; give one or more, or leave texts out for the samples")
-    for name, text in named.items():
+    for name, text in texts.items():
         if not text:
             raise ValueError(f"{name} is empty; give a text of at least one character")
-    return named
+    return dict(texts)
 
 
 def _has_weights(source: Any) -> bool:
@@ -134,75 +124,39 @@ def _has_weights(source: Any) -> bool:
     return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
 
 
-def _side(source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool) -> _Side:
-    if scored:
-        loaded = _load_side(source, role, bf16, trust_remote_code)
-        return _of_chat_tokenizer(loaded.name, loaded.chat_tokenizer, loaded.model.config.vocab_size, loaded)
+def _side(
+    source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool
+) -> tuple[str, Vocabulary, Reader, LoadedModel | None]:
+    """One side's name, vocabulary, reader and, if it is `scored`, model, its parameters kept in the compute dtype."""
+    name = str(source) if isinstance(source, str | pathlib.Path) else None
+    if scored and not (isinstance(source, LoadedModel) and source.model is not None):
+        if name is None:
+            raise ValueError(
+                f"the {role} is a {type(source).__name__} without a model to read the texts with; give a LoadedModel, or the "
+                "folder or hub id of a model, or compare the tokenizers alone (models=False)"
+            )
+        dtypes = dict.fromkeys(("dtype", "param_dtype"), compute_dtype(bf16))
+        source = load_model_and_tokenizer(source, **dtypes, role=role, trust_remote_code=trust_remote_code)
+    elif name is not None:
+        source = load_tokenizer(resolve_embedded(source), trust_remote_code=trust_remote_code)
+    loaded = source if scored else None
     if isinstance(source, LoadedModel):
-        return _of_chat_tokenizer(source.name, source.chat_tokenizer)
+        name, source = source.name, source.chat_tokenizer
+    if hasattr(source, "apply_chat_template"):
+        with contextlib.suppress(ValueError):  # one without a stop token or with a template that cannot be used will do
+            source = ChatTokenizer(source)
     if isinstance(source, ChatTokenizer):
-        return _of_chat_tokenizer(_called(source.tokenizer), source)
-    name = None
-    if isinstance(source, str | pathlib.Path):
-        name, source = str(source), load_tokenizer(resolve_embedded(source), trust_remote_code=trust_remote_code)
-    return _of_tokenizer(name or _called(source), source)
+        surfaces, stop_ids, tokenizer = source.surfaces, source.stop_ids, source.tokenizer
+        read = functools.partial(source.encode_completion, after=_BEFORE)
+    else:
+        surfaces, end, tokenizer = surfaces_of(source), getattr(source, "eos_token_id", None), source
+        stop_ids = () if end is None else (end,)
+        read = functools.partial(_encode, PlainEncoder(source, surfaces))
+    rows = len(surfaces) if loaded is None else loaded.model.config.vocab_size
+    called = name or getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
+    called = called if isinstance(called, str) and called else type(tokenizer).__name__
+    return called, Vocabulary(surfaces, rows, stop_ids), read, loaded
 
 
-def _load_side(source: Any, role: str, bf16: bool | None, trust_remote_code: bool) -> LoadedModel:
-    """A side with its model, the parameters kept in the compute dtype."""
-    if isinstance(source, LoadedModel) and source.model is not None:
-        return source
-    if not isinstance(source, str | pathlib.Path):
-        raise ValueError(
-            f"the {role} is a {type(source).__name__} without a model to read the texts with; give a LoadedModel, or the "
-            "folder or hub id of a model, or compare the tokenizers alone (models=False)"
-        )
-
-    dtype = compute_dtype(bf16)
-    return load_model_and_tokenizer(
-        source, dtype=dtype, param_dtype=dtype, role=role, trust_remote_code=trust_remote_code
-    )
-
-
-def _of_chat_tokenizer(
-    name: str, chat_tokenizer: ChatTokenizer, rows: int | None = None, loaded: LoadedModel | None = None
-) -> _Side:
-    surfaces = chat_tokenizer.surfaces
-    vocabulary = Vocabulary(surfaces, len(surfaces) if rows is None else rows, chat_tokenizer.stop_ids)
-    return _Side(name, vocabulary, functools.partial(chat_tokenizer.encode_completion, after=_BEFORE), loaded)
-
-
-def _of_tokenizer(name: str, tokenizer: Any) -> _Side:
-    """A bare tokenizer; one without a stop token or with a template that cannot be used will do."""
-    if hasattr(tokenizer, "apply_chat_template"):
-        try:
-            return _of_chat_tokenizer(name, ChatTokenizer(tokenizer))
-        except ValueError:
-            pass  # what is wrong with its entries shows below
-    surfaces = surfaces_of(tokenizer)
-    end = getattr(tokenizer, "eos_token_id", None)
-    vocabulary = Vocabulary(surfaces, len(surfaces), () if end is None else (end,))
-    encoder = PlainEncoder(tokenizer, surfaces)
-    return _Side(name, vocabulary, lambda text: encoder.encode([text])[0], None)
-
-
-def _called(tokenizer: Any) -> str:
-    """What a tokenizer in memory is called."""
-    name = getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
-    return name if isinstance(name, str) and name else type(tokenizer).__name__
-
-
-def _mass(
-    sides: Sequence[_Side], texts: Sequence[str], rows: Sequence[np.ndarray], max_length: int | None, chunk: int
-) -> tuple[PairMass, list[bool]]:
-    """Where probability lies, and which texts did not fit."""
-    from gold_jax.inspection.mass import measure
-
-    found, cut = [], []
-    for side, kinds in zip(sides, rows):
-        parts, too_long = measure(side.loaded_model, texts, kinds, max_length=max_length, chunk=chunk)
-        found.append(parts)
-        cut.append(too_long)
-    dtypes = dict.fromkeys(str(side.loaded_model.model.dtype) for side in sides)
-    mass = PairMass(*(Mass.mean(parts) for parts in found), tuple(zip(*found)), " and ".join(dtypes))
-    return mass, [one or other for one, other in zip(*cut)]
+def _encode(encoder: PlainEncoder, text: str) -> Encoded:
+    return encoder.encode([text])[0]

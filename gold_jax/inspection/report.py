@@ -4,30 +4,21 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-from gold_jax.inspection.tokenization import Counts, CutText, Shape, total
+from gold_jax.inspection.tokenization import Counts, CutText, Shape
 from gold_jax.inspection.vocabularies import VocabularyFigures
 
 
-@dataclasses.dataclass(frozen=True)
-class Mass:
-    """Where one model's probability lies, as the mean over positions.
-
-    Attributes:
-        positions: how many positions it is the mean of.
-        strings: mass on entries matched by strings.
-        surfaces: mass on entries matched by surfaces.
-        routed: mass on unmatched entries that give it to a matched prefix.
-        whitespace: the part of `routed` on runs of white space.
-        numerals: the part of `routed` on numerals of several digits.
-    """
+class Mass(NamedTuple):
+    """Where one model's probability lies, as the mean over positions."""
 
     positions: int
-    strings: float
-    surfaces: float
-    routed: float
-    whitespace: float
-    numerals: float
+    strings: float  # on entries matched by strings
+    surfaces: float  # on entries matched by surfaces
+    routed: float  # on unmatched entries that give it to a matched prefix
+    whitespace: float  # the part of `routed` on runs of white space
+    numerals: float  # the part of `routed` on numerals of several digits
 
     @property
     def projected(self) -> float:
@@ -36,86 +27,63 @@ class Mass:
 
     def share_of_routed(self, kind: str) -> float:
         """The part of the routed mass from "whitespace" or "numerals"; NaN where nothing is routed."""
-        return getattr(self, kind) / self.routed if self.routed > 0 else float("nan")
+        return getattr(self, kind) / self.routed if self.routed > 0 else math.nan
 
     def to_dict(self) -> dict:
-        """The attributes and `projected`; None for what is the mean of no position."""
-        values = dataclasses.asdict(self) | {"projected": self.projected}
+        """The fields and `projected`; None for what is the mean of no position."""
+        values = self._asdict() | {"projected": self.projected}
         return {name: None if math.isnan(value) else value for name, value in values.items()}
 
     @classmethod
     def mean(cls, parts: Sequence["Mass"]) -> "Mass":
         """The mean over all positions of the parts; NaN where there is none."""
-        positions = sum(part.positions for part in parts)
-        names = [field.name for field in dataclasses.fields(cls)[1:]]
         parts = [part for part in parts if part.positions]
-        sums = {name: sum(part.positions * getattr(part, name) for part in parts) for name in names}
-        return cls(
-            positions, **{name: value / positions if positions else float("nan") for name, value in sums.items()}
-        )
+        if not parts:
+            return cls(0, *[math.nan] * 5)
+        weights, *columns = zip(*parts)
+        return cls(sum(weights), *(sum(w * x for w, x in zip(weights, column)) / sum(weights) for column in columns))
 
 
-@dataclasses.dataclass(frozen=True)
-class PairMass:
-    """Where the probability of both models lies.
-
-    Attributes:
-        student, teacher: over all texts.
-        by_text: of either, for every text.
-        dtype: what was computed in.
-    """
+class PairMass(NamedTuple):
+    """Where the probability of both models lies: over all texts, and of either for every text."""
 
     student: Mass
     teacher: Mass
     by_text: tuple[tuple[Mass, Mass], ...]
-    dtype: str
+    dtype: str  # what was computed in
 
     def to_dict(self) -> dict:
         """As nested dicts."""
-        by_text = [{"student": one.to_dict(), "teacher": other.to_dict()} for one, other in self.by_text]
-        return {
-            "dtype": self.dtype,
-            "student": self.student.to_dict(),
-            "teacher": self.teacher.to_dict(),
-            "by_text": by_text,
-        }
+        pairs = (self[:2], *self.by_text)
+        whole, *by_text = ({"student": one.to_dict(), "teacher": other.to_dict()} for one, other in pairs)
+        return {"dtype": self.dtype, **whole, "by_text": by_text}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Report:
-    """What is known of a pair.
+    """What is known of a pair."""
 
-    Attributes:
-        student, teacher: what the two are called.
-        texts: the texts as both cut them.
-        shapes: the merged groups of all texts by their shape.
-        vocabularies: what the two vocabularies share.
-        mass: where the models' probability lies; None where tokenizers alone were compared.
-        notes: what else the reader should know, one sentence each.
-        total: bytes, tokens and groups of all texts.
-    """
-
-    student: str
+    student: str  # what the two are called
     teacher: str
-    texts: tuple[CutText, ...]
-    shapes: tuple[Shape, ...]
+    texts: tuple[CutText, ...]  # as both cut them
+    shapes: tuple[Shape, ...]  # the merged groups of all texts
     vocabularies: VocabularyFigures
-    mass: PairMass | None = None
-    notes: tuple[str, ...] = ()
+    mass: PairMass | None = None  # None where tokenizers alone were compared
+    notes: tuple[str, ...] = ()  # what else the reader should know, one sentence each
 
     @functools.cached_property
     def total(self) -> Counts:
         """Bytes, tokens and groups of all texts."""
-        return total(self.texts)
+        return Counts.of([group for text in self.texts for group in text.groups])
 
     def to_dict(self) -> dict:
         """All numbers, ready for `json.dumps`."""
         return {
             "student": self.student,
             "teacher": self.teacher,
-            "total": self.total.to_dict(),
-            "texts": [{"name": text.name, **text.counts.to_dict()} for text in self.texts],
-            "merged_groups": [dataclasses.asdict(shape) for shape in self.shapes],
+            "total": self.total._asdict(),
+            "texts": [{"name": text.name, **text.counts._asdict()} for text in self.texts],
+            "merged_groups": [shape._asdict() for shape in self.shapes],
             "vocabularies": self.vocabularies.to_dict(),
             "mass": None if self.mass is None else self.mass.to_dict(),
             "notes": list(self.notes),

@@ -1,4 +1,4 @@
-"""The numbers of a report in tables of text, which the terminal and the page show alike."""
+"""The numbers of a report in tables of text and in plain sentences, which the terminal and the page show alike."""
 
 from typing import NamedTuple
 
@@ -20,11 +20,13 @@ _MASS = {
     "projected": "the same after projection",
     "routed": "brought in by projection",
 }
-_ROUTED = {
-    "whitespace": "  the part of runs of white space",
-    "numerals": "  the part of numerals of several digits",
-}
+_ROUTED = {"whitespace": "  the part of runs of white space", "numerals": "  the part of numerals of several digits"}
 _KINDS = {"whitespace": "white space", "numerals": "numerals", "others": "others"}
+_NOTABLE = 0.25  # a kind of entries is spoken of where it has this part of what is routed
+_SPOKEN = {
+    "whitespace": "runs of white space, which shrink to shorter ones",
+    "numerals": "numerals of several digits, of which only the first digits or a blank remain",
+}
 
 
 class Table(NamedTuple):
@@ -37,29 +39,20 @@ class Table(NamedTuple):
 def shares(report: Report) -> Table:
     """How texts are cut: one by one, and all of several."""
     named = [(text.name, text.counts) for text in report.texts]
-    named += [("all", report.total)] if len(named) > 1 else []
-    rows = [
-        (
-            name,
-            f"{counts.bytes:,}",
-            f"{counts.groups:,}",
-            percent(counts.share_of_groups),
-            percent(counts.share_of_bytes),
-            *(f"{value:.2f}" for value in counts.bytes_per_token),
-        )
-        for name, counts in named
-    ]
-    head = ("text", "bytes", "groups", "1:1", "1:1 bytes", *(f"{side} bytes/token" for side in SIDES))
-    return Table(head, rows)
+    rows = []
+    for name, c in [*named, ("all", report.total)] if len(named) > 1 else named:
+        parts = percent(c.share_of_groups), percent(c.share_of_bytes)
+        per_token = f"{c.student_bytes_per_token:.2f}", f"{c.teacher_bytes_per_token:.2f}"
+        rows.append((name, f"{c.bytes:,}", f"{c.groups:,}", *parts, *per_token))
+    return Table(("text", "bytes", "groups", "1:1", "1:1 bytes", *(f"{side} bytes/token" for side in SIDES)), rows)
 
 
 def overlaps(report: Report) -> Table:
     """What the vocabularies share."""
     rows = []
     for name in ("surfaces", "strings"):
-        found = getattr(report.vocabularies, name)
-        counts = (f"{count:,}" for count in (found.shared, found.student, found.teacher))
-        rows.append((f"by {name}", *counts, f"{found.jaccard:.3f}"))
+        o = getattr(report.vocabularies, name)
+        rows.append((f"by {name}", f"{o.shared:,}", f"{o.student:,}", f"{o.teacher:,}", f"{o.jaccard:.3f}"))
     return Table(("different entries", "shared", *SIDES, "Jaccard"), rows)
 
 
@@ -87,10 +80,42 @@ def mass(report: Report) -> Table:
 
 def mass_by_text(report: Report) -> Table:
     """Where probability lies, text by text."""
-    names = ("strings", "surfaces", "projected")
-    rows = [
-        (text.name, *(percent(getattr(side, name)) for side in sides for name in names))
-        for text, sides in zip(report.texts, report.mass.by_text)
+    names, rows = ("strings", "surfaces", "projected"), []
+    for text, sides in zip(report.texts, report.mass.by_text):
+        rows.append((text.name, *(percent(getattr(side, name)) for side in sides for name in names)))
+    return Table(("by text", *(head for side in SIDES for head in (f"{side} {names[0]}", *names[1:]))), rows)
+
+
+def findings(report: Report) -> list[str]:
+    """What a report says, one sentence each."""
+    figures, counts = report.vocabularies, report.total
+    if figures.identical:
+        return [
+            "Both sides have one and the same vocabulary: every entry is its own partner, and distillation here is GKD."
+        ]
+    found = [
+        f"{percent(counts.share_of_groups, 0)} of the groups are 1:1 and hold {percent(counts.share_of_bytes, 0)} of the "
+        "bytes; the rest takes merging, or is left out where 1:1 groups alone count (--loss strict)."
     ]
-    heads = (head for side in SIDES for head in (f"{side} {names[0]}", *names[1:]))
-    return Table(("by text", *heads), rows)
+    strings, surfaces = figures.strings.shared, figures.surfaces.shared
+    if strings < 0.95 * surfaces:
+        differ = ": matched by strings, most of what they share would look different."
+        shared = f"The vocabularies share {surfaces:,} surfaces, but only {strings:,} raw strings"
+        found.append(shared + (differ if strings < 0.5 * surfaces else "."))
+    if report.mass is None or not (report.mass.student.positions and report.mass.teacher.positions):
+        return found
+    sides = {side: getattr(report.mass, side) for side in SIDES}
+    (student, raised), (teacher, other) = ((percent(m.surfaces), percent(m.projected)) for m in sides.values())
+    found.append(
+        f"{student} of the student's and {teacher} of the teacher's probability lies on matched entries; projection "
+        f"(--loss projected or events) raises that to {raised} and {other}."
+    )
+    for role, side in sides.items():
+        for kind, words in _SPOKEN.items():
+            share = side.share_of_routed(kind)
+            if side.routed > 0.01 and share > _NOTABLE:  # where hardly anything is routed, its parts say nothing
+                found.append(
+                    f"Of what projection brings in on the {role}'s side, {percent(share, 0)} stands on {words} "
+                    f"(--projection_mask {kind} leaves them out)."
+                )
+    return found

@@ -1,19 +1,17 @@
 """The report in the terminal: tokens above each other in colours, then the numbers."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-from rich.cells import cell_len
+from rich.cells import chop_cells
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from gold_jax.inspection import tables
-from gold_jax.inspection.characters import marked
-from gold_jax.inspection.findings import findings
 from gold_jax.inspection.report import Report
-from gold_jax.inspection.tokenization import CutText, Group, Token
+from gold_jax.inspection.tokenization import CutText, Token
 from gold_jax.terminal import columns, put, say, section
 
 SHOWN_GROUPS = 400
@@ -25,8 +23,7 @@ _MARGIN = 4
 _LINE_END = 2  # kept free, so that no sign of a line's end stands on a line by itself
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cell:
+class _Cell(NamedTuple):
     """A group as it stands in two lines above each other."""
 
     student: Text
@@ -40,7 +37,13 @@ class _Cell:
 
 def show(report: Report, console: Console) -> None:
     """Print a report."""
-    _title(report, console)
+    console.print(Text("gold_jax.inspect", "bold"))
+    grid = RichTable.grid(padding=(0, 2))
+    for role, (letter, style) in _SIDES.items():
+        grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
+    console.print(grid)
+    words = Text(" ").join(Text(*word) for word in zip(("merged", "groups", "in", "colour"), MERGED))
+    console.print(Text("     ") + words + Text("  1:1 plain  │ between a group's tokens  · blank"))
     for text in report.texts:
         section(console, text.name)
         for line in lines_of(text, console.width - 1):
@@ -56,130 +59,84 @@ def show(report: Report, console: Console) -> None:
             console.print()
             _table(console, tables.mass_by_text(report))
     section(console, "in short")
-    for sentence in findings(report):
+    for sentence in tables.findings(report):
         say(console, sentence)
     for note in report.notes:
         say(console, note, "yellow")
 
 
 def _table(console: Console, found: tables.Table) -> None:
-    first, *others = found.head
-    heads = (name.replace("student ", "S ").replace("teacher ", "T ") for name in others)
-    table = columns(*heads, first=first)
+    first, *others = (name.replace("student ", "S ").replace("teacher ", "T ") for name in found.head)
+    table = columns(*others, first=first)
     for label, *numbers in found.rows:
         table.add_row(Text(label), *numbers, style="bold" if label == "all" and len(numbers) > 2 else "")
     put(console, table)
 
 
-def _title(report: Report, console: Console) -> None:
-    console.print(Text("gold_jax.inspect", "bold"))
-    grid = RichTable.grid(padding=(0, 2))
-    for role, (letter, style) in _SIDES.items():
-        grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
-    console.print(grid)
-    words = zip(("merged", "groups", "in", "colour"), MERGED)
-    legend = Text("     ").append_text(Text(" ").join(Text(word, style) for word, style in words))
-    legend.append("  1:1 plain  │ between a group's tokens  · blank")
-    console.print(legend)
-
-
 def lines_of(text: CutText, width: int) -> Iterator[Text]:
-    """The tokens of a text, the student's lines above the teacher's, groups above each other.
+    """The tokens of a text: lines of the student's above the teacher's, groups above each other, pairs of lines apart.
 
-    Args:
-        text: the text.
-        width: of a line, in cells. Lines end at groups' ends; a group that is wider by itself is folded.
-
-    Yields:
-        The lines, an empty one between pairs.
+    Lines of `width` cells end at groups' ends; a group that is wider by itself is folded.
     """
     room = max(8, width - _MARGIN - _LINE_END)
     styles = itertools.cycle(MERGED)
-    line: list[_Cell] = []
-    used, begun = 0, False
+    lines: list[list[_Cell]] = [[]]
     for group in text.groups[:SHOWN_GROUPS]:
-        cell = _cell(group, next(styles) if group.merged else "")
-        spare = _LINE_END if group.data == b"\n" and not group.merged else 0
-        if line and used + cell.width > room + spare:
-            yield from _pair(line, begun)
-            line, used, begun = [], 0, True
+        cell = _Cell(*(_tokens(side, group.merged) for side in group), next(styles) if group.merged else "")
+        used = sum(before.width + 1 for before in lines[-1])
+        if used and used + cell.width > room + (_LINE_END if group.data == b"\n" and not group.merged else 0):
+            lines.append([])
         if cell.width > room:
-            for part in _folded(cell, room):
-                yield from _pair([part], begun)
-                begun = True
+            lines[-1:] = [*_folded(cell, room), []]
             continue
-        line.append(cell)
-        used += cell.width + 1
+        lines[-1].append(cell)
         if b"\n" in group.data:
-            yield from _pair(line, begun)
-            line, used, begun = [], 0, True
-    if line:
-        yield from _pair(line, begun)
+            lines.append([])
+    for k, cells in enumerate(filter(None, lines)):
+        if k:
+            yield Text()
+        yield from _pair(cells)
     if len(text.groups) > SHOWN_GROUPS:
         yield Text(f"    … and {len(text.groups) - SHOWN_GROUPS:,} more groups", "dim")
 
 
-def _cell(group: Group, style: str) -> _Cell:
-    return _Cell(_tokens(group.student, group.merged), _tokens(group.teacher, group.merged), style)
-
-
 def _tokens(tokens: Sequence[Token], merged: bool) -> Text:
-    line = Text()
-    for k, token in enumerate(tokens):
-        if k:
-            line.append("│")
-        for piece, is_mark in marked(token.data) or [("∅", True)]:
-            line.append(piece, "dim" if is_mark and not merged and "⟨" not in piece else "")
-    return line
+    styled = ([(piece, "dim" if faint and not merged else "") for piece, faint in token.pieces] for token in tokens)
+    return Text("│").join(Text.assemble(*pieces) for pieces in styled)
 
 
-def _pair(cells: Sequence[_Cell], begun: bool) -> Iterator[Text]:
-    if begun:
-        yield Text()
+def _pair(cells: Sequence[_Cell]) -> Iterator[Text]:
     for side, (letter, style) in _SIDES.items():
         line = Text("  ").append(f"{letter} ", style)
         for k, cell in enumerate(cells):
             tokens = getattr(cell, side).copy()
             tokens.append(" " * (cell.width - tokens.cell_len))
             tokens.stylize_before(cell.style)
-            line.append(" " if k else "")
-            line.append_text(tokens)
+            line.append(" " if k else "").append_text(tokens)
         if not cells[-1].style:
             line.rstrip()
         yield line
 
 
-def _folded(cell: _Cell, room: int) -> Iterator[_Cell]:
-    """A group too wide for a line, as several cells that each fit."""
-    halves = [_chopped(half, room) for half in (cell.student, cell.teacher)]
-    for student, teacher in itertools.zip_longest(*halves, fillvalue=Text()):
-        yield _Cell(student, teacher, cell.style)
-
-
-def _chopped(text: Text, room: int) -> list[Text]:
-    cuts, used = [], 0
-    for k, character in enumerate(text.plain):
-        if used + cell_len(character) > room:
-            cuts.append(k)
-            used = 0
-        used += cell_len(character)
-    return list(text.divide(cuts))
+def _folded(cell: _Cell, room: int) -> list[list[_Cell]]:
+    """A group too wide for a line, as several lines that each fit."""
+    lengths = ([len(part) for part in chop_cells(half.plain, room)[:-1]] for half in cell[:2])
+    halves = (half.divide(itertools.accumulate(cuts)) for half, cuts in zip(cell, lengths))
+    return [[_Cell(*pair, cell.style)] for pair in itertools.zip_longest(*halves, fillvalue=Text())]
 
 
 def _shapes(report: Report, console: Console) -> None:
     if not report.shapes:
         return
     section(console, "merged groups by shape (student : teacher)")
-    largest = report.shapes[0].count
     for shape in report.shapes[:SHOWN_SHAPES]:
-        bar = "█" * max(1, round(_BAR * shape.count / largest))
+        bar = "█" * max(1, round(_BAR * shape.count / report.shapes[0].count))
         line = Text().append(f"{shape.name:>7}", "bold").append(f"  {shape.count:>6,}  ")
         line.append(f"{bar:<{_BAR}}  ", "cyan")
         line.append("  ".join(" ⇔ ".join("│".join(side) for side in pair) for pair in shape.examples))
         line.truncate(console.width - 1, overflow="ellipsis")
         console.print(line, no_wrap=True, highlight=False)
-    rest = report.shapes[SHOWN_SHAPES:]
-    if rest:
+    if rest := report.shapes[SHOWN_SHAPES:]:
         say(console, f" rest  {sum(shape.count for shape in rest):>6,}  of {len(rest)} more shapes")
 
 
@@ -190,8 +147,7 @@ def _vocabularies(report: Report, console: Console) -> None:
     _table(console, tables.overlaps(report))
     console.print()
     _table(console, tables.unmatched(report))
-    examples = tables.examples(report)
-    if examples:
+    if examples := tables.examples(report):
         console.print()
         grid = RichTable.grid(padding=(0, 2))
         for side, kind, pairs in examples:

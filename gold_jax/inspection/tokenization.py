@@ -1,13 +1,13 @@
 """How two tokenizers cut texts: groups, their shapes, and the shares of those that are 1:1."""
 
 import collections
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from gold_jax.inspection.characters import brief
+from gold_jax.inspection.characters import brief, marked
 from gold_jax.text.align import group_ends
 from gold_jax.text.encode import Encoded
 
@@ -16,16 +16,19 @@ EXAMPLES = 3
 Reader = Callable[[str], Encoded]
 
 
-@dataclasses.dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """A token in a text: its id, and the bytes of the text that it spells there."""
 
     id: int
     data: bytes
 
+    @property
+    def pieces(self) -> list[tuple[str, bool]]:
+        """Its visible text, each piece with whether it is a sign for a blank, to be drawn faintly."""
+        return [(piece, is_mark and "⟨" not in piece) for piece, is_mark in marked(self.data) or [("∅", True)]]
 
-@dataclasses.dataclass(frozen=True)
-class Group:
+
+class Group(NamedTuple):
     """The tokens of both sides between two neighbouring boundaries."""
 
     student: tuple[Token, ...]
@@ -47,82 +50,47 @@ class Group:
         return self.shape != (1, 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Counts:
-    """What texts come to: bytes, tokens of either side, groups, and those that are 1:1."""
+class Counts(NamedTuple):
+    """What groups come to."""
 
-    bytes: int = 0
-    student_tokens: int = 0
-    teacher_tokens: int = 0
-    groups: int = 0
-    one_to_one: int = 0
-    one_to_one_bytes: int = 0
+    bytes: int
+    student_tokens: int
+    teacher_tokens: int
+    groups: int
+    one_to_one: int
+    one_to_one_bytes: int
+    share_of_groups: float  # that are 1:1
+    share_of_bytes: float  # in 1:1 groups
+    student_bytes_per_token: float
+    teacher_bytes_per_token: float
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
-
-    @property
-    def share_of_groups(self) -> float:
-        """The share of groups that are 1:1."""
-        return self.one_to_one / self.groups
-
-    @property
-    def share_of_bytes(self) -> float:
-        """The share of bytes in 1:1 groups."""
-        return self.one_to_one_bytes / self.bytes
-
-    @property
-    def bytes_per_token(self) -> tuple[float, float]:
-        """Of the student and of the teacher."""
-        return self.bytes / self.student_tokens, self.bytes / self.teacher_tokens
-
-    def to_dict(self) -> dict:
-        """Counts and shares."""
-        student, teacher = self.bytes_per_token
-        return dataclasses.asdict(self) | {
-            "share_of_groups": self.share_of_groups,
-            "share_of_bytes": self.share_of_bytes,
-            "student_bytes_per_token": student,
-            "teacher_bytes_per_token": teacher,
-        }
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> "Counts":
+        """Counts the groups, at least one."""
+        size = sum(len(group.data) for group in groups)
+        student, teacher = map(sum, zip(*(group.shape for group in groups)))
+        alone = [len(group.data) for group in groups if not group.merged]
+        shares = len(alone) / len(groups), sum(alone) / size
+        return cls(size, student, teacher, len(groups), len(alone), sum(alone), *shares, size / student, size / teacher)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class CutText:
-    """One text as both tokenizers cut it.
-
-    Attributes:
-        name: what the text is called.
-        text: the text.
-        groups: its groups in order.
-    """
+class CutText(NamedTuple):
+    """One text as both tokenizers cut it: its name, the text, and its groups in order."""
 
     name: str
     text: str
     groups: tuple[Group, ...]
 
-    @functools.cached_property
+    @property
     def counts(self) -> Counts:
-        """What the text comes to."""
-        alone = [group for group in self.groups if not group.merged]
-        return Counts(
-            bytes=len(self.text.encode()),
-            student_tokens=sum(len(group.student) for group in self.groups),
-            teacher_tokens=sum(len(group.teacher) for group in self.groups),
-            groups=len(self.groups),
-            one_to_one=len(alone),
-            one_to_one_bytes=sum(len(group.data) for group in alone),
-        )
+        """What the groups come to."""
+        return Counts.of(self.groups)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Merged groups of one shape.
+class Shape(NamedTuple):
+    """Merged groups of so many student and teacher tokens: how many there are, and a few of them, the commonest first.
 
-    Attributes:
-        student, teacher: how many tokens of either side such a group has.
-        count: how many such groups there are.
-        examples: a few of them as visible text, the commonest first: student's tokens, teacher's tokens.
+    An example is the student's tokens and the teacher's, as visible text.
     """
 
     student: int
@@ -137,46 +105,28 @@ class Shape:
 
 
 def cut_text(student: Reader, teacher: Reader, name: str, text: str) -> CutText:
-    """Cut a text with both tokenizers and group the tokens.
-
-    Args:
-        student: the student's reader.
-        teacher: the teacher's.
-        name: what the text is called.
-        text: a text of at least one character.
+    """Cut a text of at least one character with both tokenizers and group the tokens.
 
     Raises:
         ValueError: the text is not valid Unicode, or the tokens of a side cannot be located in it.
     """
     data = text.encode("utf-8", "surrogatepass")  # what is no Unicode is refused by the readers, in better words
     sides = [read(text) for read in (student, teacher)]
-    numbers = group_ends(*(side.spans[:, 1] for side in sides))
-    halves = [_by_group(data, side, group) for side, group in zip(sides, numbers)]
+    halves = []
+    for side, group in zip(sides, group_ends(*(side.spans[:, 1] for side in sides))):
+        tokens = [Token(i, data[begin:end]) for i, (begin, end) in zip(side.ids.tolist(), side.spans.tolist())]
+        cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(tokens)]
+        halves.append([tuple(tokens[begin:end]) for begin, end in itertools.pairwise(cuts)])
     return CutText(name, text, tuple(Group(*pair) for pair in zip(*halves, strict=True)))
-
-
-def _by_group(data: bytes, side: Encoded, group: np.ndarray) -> list[tuple[Token, ...]]:
-    """One side's tokens, those of each group together."""
-    tokens = [Token(int(i), data[begin:end]) for i, (begin, end) in zip(side.ids, side.spans.tolist())]
-    cuts = [0, *(np.flatnonzero(np.diff(group)) + 1).tolist(), len(tokens)]
-    return [tuple(tokens[begin:end]) for begin, end in zip(cuts, cuts[1:])]
-
-
-def total(texts: Iterable[CutText]) -> Counts:
-    """What all texts come to."""
-    return sum((text.counts for text in texts), Counts())
 
 
 def shapes_of(texts: Sequence[CutText]) -> tuple[Shape, ...]:
     """The merged groups of texts by their shape, the commonest first."""
-    found: dict[tuple[int, int], collections.Counter] = {}
-    for text in texts:
-        for group in text.groups:
-            if group.merged:
-                written = tuple(tuple(brief(token.data) for token in side) for side in (group.student, group.teacher))
-                found.setdefault(group.shape, collections.Counter())[written] += 1
-    shapes = [
-        Shape(*shape, examples.total(), tuple(written for written, _ in examples.most_common(EXAMPLES)))
-        for shape, examples in found.items()
-    ]
+    found = collections.defaultdict(collections.Counter)
+    for group in (group for text in texts for group in text.groups if group.merged):
+        found[group.shape][tuple(tuple(brief(token.data) for token in side) for side in group)] += 1
+    shapes = []
+    for shape, examples in found.items():
+        few = tuple(written for written, _ in examples.most_common(EXAMPLES))
+        shapes.append(Shape(*shape, examples.total(), few))
     return tuple(sorted(shapes, key=lambda shape: (-shape.count, shape.student, shape.teacher)))

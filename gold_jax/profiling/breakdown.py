@@ -7,7 +7,6 @@ add up to the time in which the device was busy, and with its idle time to the s
 
 import collections
 import dataclasses
-from collections.abc import Iterable
 
 from gold_jax.profiling.trace import COMPILING, Operation, Span, Trace
 from gold_jax.training.annotations import EVALUATION
@@ -17,35 +16,14 @@ OTHER = "other"
 
 @dataclasses.dataclass
 class StepTimes:
-    """Where the time of one step goes, in seconds.
-
-    Attributes:
-        number: the step's.
-        wall: how long it took.
-        device: by part; what is missing to `wall` is idle.
-        host: by annotation; what is missing to `wall` is other work.
-        hidden: how much of each host annotation ran while the device was busy.
-        operations: what the device spent on each operation.
-    """
+    """Where the time of one step goes, in seconds."""
 
     number: int
     wall: float
-    device: dict[str, float]
-    host: dict[str, float]
-    hidden: dict[str, float]
+    device: dict[str, float]  # by part; what is missing to `wall` is idle
+    host: dict[str, float]  # by annotation; what is missing to `wall` is other work
+    hidden: dict[str, float]  # how much of each host annotation ran while the device was busy
     operations: dict[Operation, float]
-
-
-class _Line:
-    """What is going on now on one thread: spans that have begun and not ended, the innermost last."""
-
-    def __init__(self, spans: Iterable[Span]):
-        self.spans = [span for span in spans if span.end > span.start]
-        self.open: list[Span] = []
-
-    @property
-    def now(self):
-        return self.open[-1].what if self.open else None
 
 
 def step_times(trace: Trace) -> list[StepTimes]:
@@ -56,39 +34,40 @@ def step_times(trace: Trace) -> list[StepTimes]:
     threads that record no events: time of a program without an event is attributed to the operation that began last. An
     operation that runs others gets only the time in which none of these runs.
     """
-    evaluation = _Line(span for span in trace.host if span.what == EVALUATION)
-    steps, host, programs = _Line(trace.steps), _Line(trace.host), _Line(trace.running)
-    threads = [_Line(spans) for spans in trace.threads]
+    evaluations = [span for span in trace.host if span.what == EVALUATION]
+    lines = (evaluations, trace.steps, trace.host, trace.running, *trace.threads)
+    lines = [[span for span in spans if span.end > span.start] for spans in lines]
+    found = {s.what: StepTimes(s.what, s.end - s.start, *(collections.Counter() for _ in range(4))) for s in lines[1]}
     # Of what begins at one moment the longest comes first, as the outermost; before it what ends there.
     edges = []
-    for line in (evaluation, steps, host, programs, *threads):
-        edges += [(span.start, 1, -span.end, line, span) for span in line.spans]
-        edges += [(span.end, 0, 0.0, line, span) for span in line.spans]
+    for k, spans in enumerate(lines):
+        for span in spans:
+            edges += [(span.start, 1, -span.end, k, span), (span.end, 0, 0.0, k, span)]
     edges.sort(key=lambda edge: edge[:3])
-    found = {
-        s.what: StepTimes(s.what, s.end - s.start, *(collections.Counter() for _ in range(4))) for s in steps.spans
-    }
-    thread_lines, active, last, now = set(map(id, threads)), {}, None, 0.0
-    for time, begins, _, line, span in edges:
-        if time > now and steps.open:
-            step, length = found[steps.now], time - now
-            operations = list(active.values())
-            operations = [o for o in operations if not o.runs_others] or operations
-            if not operations and programs.open and last is not None:
+    # Of every line the spans that have begun and not ended, the innermost last; of threads the innermost operation.
+    current: list[list[Span]] = [[] for _ in lines]
+    evaluation, step, host, program, *_ = current
+    active, last, now = {}, None, 0.0
+    for time, begins, _, k, span in edges:
+        if time > now and step:
+            times, length = found[step[-1].what], time - now
+            operations = [o for o in active.values() if not o.runs_others] or list(active.values())
+            if not operations and program and last is not None:
                 operations = [last]
             for operation in operations:
-                part = EVALUATION if evaluation.open else operation.part or OTHER
-                step.device[part] += length / len(operations)
-                step.operations[operation] += length / len(operations)
-            if work := host.now:
-                work = EVALUATION if evaluation.open and work != COMPILING else work
-                step.host[work] += length
-                step.hidden[work] += length * bool(operations)
+                part = EVALUATION if evaluation else operation.part or OTHER
+                times.device[part] += length / len(operations)
+                times.operations[operation] += length / len(operations)
+            if host:
+                work = host[-1].what
+                work = EVALUATION if evaluation and work != COMPILING else work
+                times.host[work] += length
+                times.hidden[work] += length * bool(operations)
         now = time
-        line.open.append(span) if begins else line.open.remove(span)
-        if id(line) in thread_lines:
+        current[k].append(span) if begins else current[k].remove(span)
+        if k > 3:
             last = span.what if begins else last
-            active.pop(id(line), None)
-            if line.open:
-                active[id(line)] = line.now
+            active.pop(k, None)
+            if current[k]:
+                active[k] = current[k][-1].what
     return list(found.values())

@@ -1,12 +1,11 @@
 """Tracing some of the steps of a training loop."""
 
-import contextlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
 
 import jax
 
@@ -16,12 +15,7 @@ from gold_jax.training.annotations import STEP, WAITING, annotate
 
 
 def trace_steps(
-    steps: Collection[int],
-    numbers: Collection[int],
-    folder: str | os.PathLike,
-    *,
-    block: Callable[[], Any],
-    report: Callable[[dict], Any],
+    steps: Collection[int], numbers: Collection[int], folder: str | os.PathLike, *, block: Callable, report: Callable
 ) -> Iterator[int]:
     """Yields all steps and traces those that were chosen; what the loop does with a step lies in its trace.
 
@@ -32,7 +26,7 @@ def trace_steps(
         block: waits until the device has nothing to do, so that no step's work is in another's trace.
         report: gets the summary after the last traced step; where it cannot be made, `{"failed": why}`.
     """
-    traced = sorted(set(numbers) & {step + 1 for step in steps})
+    traced = set(numbers) & {step + 1 for step in steps}
     if not traced:
         yield from steps
         return
@@ -40,32 +34,25 @@ def trace_steps(
     shutil.rmtree(folder / "plugins" / "profile", ignore_errors=True)
     for name in ("summary.json", "scopes.json"):
         (folder / name).unlink(missing_ok=True)
-    with contextlib.ExitStack() as trace:
-        for step in steps:
-            number = step + 1
-            if number not in traced:
-                yield step
-                continue
-            if number - 1 not in traced:
-                block()
-                last = next(n for n in range(number, traced[-1] + 1) if n + 1 not in traced)
-                trace.enter_context(_trace(folder, f"steps_{number}-{last}" if last > number else f"step_{number}"))
-            with jax.profiler.StepTraceAnnotation(STEP, step_num=number):
-                yield step
-                with annotate(WAITING):
-                    block()
-            if number + 1 not in traced:
-                trace.close()
-            if number == traced[-1]:
-                report(_write_summary(folder))
-
-
-def _trace(folder: pathlib.Path, name: str) -> contextlib.AbstractContextManager:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every Python call would be an event, and slower
     options.host_tracer_level = 1
-    options.session_id = name
-    return jax.profiler.trace(folder, profiler_options=options)
+    for is_traced, run in itertools.groupby(steps, lambda step: step + 1 in traced):
+        if not is_traced:
+            yield from run
+            continue
+        run = list(run)
+        first, last = run[0] + 1, run[-1] + 1
+        options.session_id = f"steps_{first}-{last}" if last > first else f"step_{last}"
+        block()
+        with jax.profiler.trace(folder, profiler_options=options):
+            for step in run:
+                with jax.profiler.StepTraceAnnotation(STEP, step_num=step + 1):
+                    yield step
+                    with annotate(WAITING):
+                        block()
+        if last == max(traced):
+            report(_write_summary(folder))
 
 
 def _write_summary(folder: pathlib.Path) -> dict:

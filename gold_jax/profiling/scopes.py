@@ -51,24 +51,20 @@ def scopes_of(hlo: str) -> dict[str, tuple[str, str]]:
     or else with the one before them in the order of execution, which is that of the text. In a computation without
     any scope they count with the program's only part, if it has but one.
     """
-    found: dict[str, tuple[str, str]] = {}
+    parts, scopes = {}, {}
     for computation in re.split("^}", hlo, flags=re.MULTILINE):
         instructions = _INSTRUCTION.findall(computation)
-        reader: dict[str, str] = {}
-        for name, text in instructions:
-            for operand in _OPERAND.findall(text):
-                reader.setdefault(operand, name)
+        reader = {}  # the first instruction that reads another
         for name, text in reversed(instructions):  # what reads an instruction comes after it
-            scope = match[1] if (match := _OP_NAME.search(text)) else ""
-            part = part_of(scope) or found.get(reader.get(name, ""), ("", ""))[0]
-            found[name] = part, scope
+            scopes[name] = match[1] if (match := _OP_NAME.search(text)) else ""
+            parts[name] = part_of(scopes[name]) or parts.get(reader.get(name), "")
+            reader |= dict.fromkeys(_OPERAND.findall(text), name)
         before = ""
         for name, _ in instructions:
-            before = found[name][0] or before
-            found[name] = before, found[name][1]
-    parts = {part for part, _ in found.values()} - {""}
-    only = parts.pop() if len(parts) == 1 else ""
-    return {name: (part or only, scope) for name, (part, scope) in found.items()}
+            before = parts[name] = parts[name] or before
+    known = {*parts.values()} - {""}
+    only = known.pop() if len(known) == 1 else ""
+    return {name: (part or only, scopes[name]) for name, part in parts.items()}
 
 
 def save_scopes(path: str | os.PathLike) -> None:

@@ -2,9 +2,11 @@
 
 import collections
 import functools
+import itertools
+import operator
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich import box
@@ -42,13 +44,10 @@ def summarize(folder: str | os.PathLike) -> dict[str, Any]:
     """
     files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
     if not files:
-        raise FileNotFoundError(
-            f"{os.fspath(folder)} holds no trace (no .xplane.pb file); make one with --profile_steps"
-        )
+        said = "holds no trace (no .xplane.pb file); make one with --profile_steps"
+        raise FileNotFoundError(f"{os.fspath(folder)} {said}")
     programs = load_scopes(pathlib.Path(folder) / "scopes.json")
-    steps, device = [], ""
-    seconds: collections.Counter = collections.Counter()
-    counts: collections.Counter = collections.Counter()
+    steps, device, seconds, counts = [], "", collections.Counter(), collections.Counter()
     for file in files:
         trace = read_trace(file, programs)
         device = trace.device
@@ -57,20 +56,15 @@ def summarize(folder: str | os.PathLike) -> dict[str, Any]:
             # Programs compiled for several shapes have the same operations under the same names, nearly always.
             for operation, spent in times.operations.items():
                 seconds[operation[1:]] += spent
-        for span in (span for spans in trace.threads for span in spans):
+        for span in itertools.chain(*trace.threads):
             counts[span.what[1:]] += any(step.start <= span.start < step.end for step in trace.steps)
     steps.sort(key=lambda step: step["step"])
-    operations = [
-        {
-            "name": name,
-            "part": part or OTHER,
-            "scope": scope,
-            "seconds": spent / len(steps),
-            "count": counts[name, part, scope] / len(steps),
-        }
-        for (name, part, scope), spent in seconds.most_common(HEAVIEST)
-    ]
-    return {"device": device, "steps": steps, "mean": _mean(steps), "operations": operations}
+    operations = []
+    for found, spent in seconds.most_common(HEAVIEST):
+        name, part, scope = found
+        each = {"seconds": spent / len(steps), "count": counts[found] / len(steps)}
+        operations.append({"name": name, "part": part or OTHER, "scope": scope, **each})
+    return {"device": device, "steps": steps, "mean": _mean(*steps), "operations": operations}
 
 
 def _by_part(times: StepTimes) -> dict[str, Any]:
@@ -82,13 +76,11 @@ def _by_part(times: StepTimes) -> dict[str, Any]:
     return {"step": times.number, "wall": times.wall, "device": device, "host": host, "ahead": ahead}
 
 
-def _mean(steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    def mean(*values):
-        if isinstance(values[0], Mapping):
-            return {name: mean(*(value[name] for value in values)) for name in values[0] if name != "step"}
-        return sum(values) / len(values)
-
-    return mean(*steps)
+def _mean(*values: Any) -> Any:
+    """The mean of numbers, or of each number in dicts of them; what a step is called has none."""
+    if isinstance(values[0], Mapping):
+        return {name: _mean(*(value[name] for value in values)) for name in values[0] if name != "step"}
+    return sum(values) / len(values)
 
 
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os.PathLike) -> None:
@@ -98,25 +90,17 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os
         console.print(Text(said, "yellow"), soft_wrap=True)
         return
     steps, mean = summary["steps"], summary["mean"]
-    numbers = ", ".join(str(step["step"]) for step in steps)
-    table = Table(
-        box=box.SIMPLE_HEAD, title=f"Where the time goes: step {numbers}, {summary['device']}", title_justify="left"
-    )
+    each = steps if 1 < len(steps) <= 4 else []
+    title = f"Where the time goes: step {', '.join(str(step['step']) for step in steps)}, {summary['device']}"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
     table.add_column("")
-    for head in (
-        "s" if len(steps) == 1 else "mean s",
-        "%",
-        *(f"step {s['step']}" for s in steps if 1 < len(steps) <= 4),
-    ):
+    for head in ("s" if len(steps) == 1 else "mean s", "%", *(f"step {step['step']}" for step in each)):
         table.add_column(head, justify="right")
 
     def row(name: str, *path: str, style: str = "") -> None:
-        def at(found):
-            return functools.reduce(lambda value, key: value[key], path, found)
-
-        share = 100 * at(mean) / mean["wall"]
-        each = [f"{at(step):.3f}" for step in steps if 1 < len(steps) <= 4]
-        table.add_row(Text(name, style), f"{at(mean):.3f}", f"{share:.1f}", *each)
+        whole, *parts = (functools.reduce(operator.getitem, path, found) for found in (mean, *each))
+        numbers = f"{whole:.3f}", f"{100 * whole / mean['wall']:.1f}", *(f"{part:.3f}" for part in parts)
+        table.add_row(Text(name, style), *numbers)
 
     row("step", "wall", style="bold")
     for side in ("device", "host"):
@@ -129,12 +113,10 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os
     row("the next update's rows", "ahead", "seconds", style="bold")
     row("  while the device is busy", "ahead", "hidden")
     console.print(table)
-    ahead = mean["ahead"]
-    share = 100 * ahead["hidden"] / ahead["seconds"] if ahead["seconds"] else 0.0
-    said = (
-        f"The next update's rows took the host {ahead['seconds']:.3f} s, of which {ahead['hidden']:.3f} s ({share:.0f} %) "
-        "while the device was busy. Operations that ran at once share their time."
-    )
+    ahead, hidden = mean["ahead"]["seconds"], mean["ahead"]["hidden"]
+    share = 100 * hidden / ahead if ahead else 0.0
+    said = f"The next update's rows took the host {ahead:.3f} s, of which {hidden:.3f} s ({share:.0f} %) "
+    said += "while the device was busy. Operations that ran at once share their time."
     compiled = [str(step["step"]) for step in steps if step["host"][COMPILING] > 0.01 * step["wall"]]
     if compiled:
         said += f" New programs were compiled in step {', '.join(compiled)}, which is not its usual time."

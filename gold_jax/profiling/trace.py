@@ -3,7 +3,9 @@
 `jax.profiler.ProfileData` reads the file. Times are seconds on the trace's own clock.
 """
 
-import dataclasses
+import collections
+import functools
+import itertools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,12 +17,7 @@ from gold_jax.training.annotations import PREFIX, STEP
 
 COMPILING = "compiling programs"
 # What JAX calls the work that a new program makes.
-_COMPILES = (
-    "trace_to_jaxpr_dynamic",
-    "lower_sharding_computation",
-    "backend_compile_and_load",
-    "compile_or_get_cached",
-)
+_COMPILE = ("trace_to_jaxpr_dynamic", "lower_sharding_computation", "backend_compile_and_load", "compile_or_get_cached")
 
 
 class Span(NamedTuple):
@@ -45,111 +42,91 @@ class Operation(NamedTuple):
         return self.name.split(".")[0] in ("while", "conditional", "call", "async-start", "async-done")
 
 
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """One trace.
+class Trace(NamedTuple):
+    """One trace."""
 
-    Attributes:
-        device: the device's plane.
-        steps: what is the step's number.
-        host: annotated work on the thread that trains; spans may be nested.
-        threads: operations by the thread or stream that ran them; those of one thread may be nested.
-        running: when programs ran, on devices that carry parts of an operation out where no event tells of it.
-    """
-
-    device: str
-    steps: list[Span]
-    host: list[Span]
-    threads: list[list[Span]]
-    running: list[Span]
+    device: str  # the device's plane
+    steps: list[Span]  # what is the step's number
+    host: list[Span]  # annotated work on the thread that trains; spans may be nested
+    threads: list[list[Span]]  # operations by the thread or stream that ran them; those of one thread may be nested
+    running: list[Span]  # when programs ran, on devices that carry parts of an operation out where no event tells of it
 
 
 def read_trace(path: str | os.PathLike, programs: Mapping[str, Sequence[Scopes]] | None = None) -> Trace:
-    """The trace in an `.xplane.pb` file. Of several devices the first is taken: they all do the same.
+    """The trace in an `.xplane.pb` file, with `programs` as `load_scopes` gives them.
 
-    Args:
-        path: the file.
-        programs: as `load_scopes` gives them.
+    Of several devices the first is taken: they all do the same.
 
     Raises:
         ValueError: the file holds no step.
     """
     planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(os.fspath(path)).planes}
-    steps, host, threads, running = _host(planes.get("/host:CPU"))
+    steps, host, threads, running = _host(planes["/host:CPU"].lines if "/host:CPU" in planes else ())
     device = "CPU"
     accelerators = sorted(name for name in planes if name.startswith("/device:") and "CUSTOM" not in name)
     if accelerators:
         device, running = accelerators[0].removeprefix("/device:"), []
-        threads = _accelerator(planes[accelerators[0]])
+        lines = list(planes[accelerators[0]].lines)  # the streams', from which a profiler derives others again
+        lines = [line for line in lines if line.name.startswith("Stream")] or [x for x in lines if x.name == "XLA Ops"]
+        threads = [[_span(e, _operation(e.name, dict(e.stats))) for e in line.events] for line in lines]
     if not steps:
         raise ValueError(f"{os.fspath(path)} holds no step; trace steps with --profile_steps")
     return Trace(device, steps, host, _with_scopes(threads, programs or {}), running)
 
 
-def _host(plane: Any) -> tuple[list[Span], list[Span], list[list[Span]], list[Span]]:
+def _host(lines: Any) -> tuple[list[Span], list[Span], list[list[Span]], list[Span]]:
     """Steps, annotated work, operations that ran on the host's threads, when programs ran there."""
     steps, host, threads = [], [], []
     begun, ended = {}, {}
-    for line in () if plane is None else plane.lines:
+    for line in lines:
         found, parts, operations = [], [], []
         for event in line.events:
-            name, span = event.name, _span(event)
+            name = event.name
             if name.startswith(PREFIX):
-                parts.append(span(name.removeprefix(PREFIX)))
-            elif name in _COMPILES:
-                parts.append(span(COMPILING))
+                parts.append(_span(event, name.removeprefix(PREFIX)))
+            elif name in _COMPILE:
+                parts.append(_span(event, COMPILING))
             elif name == STEP:
-                found.append(span(int(dict(event.stats)["step_num"])))
+                found.append(_span(event, int(dict(event.stats)["step_num"])))
             elif not name.startswith(("end: ", "ThreadpoolListener")):
                 stats = dict(event.stats)
                 run = stats.get("run_id")
                 if stats.get("device_ordinal", 0) != 0 or run is None:
                     continue
-                operation = span(_operation(stats, name))
+                span = _span(event, _operation(name, stats))
                 if "hlo_op" in stats:
-                    operations.append(operation)
-                    begun[run] = min(operation.start, begun.get(run, operation.start))
-                ended[run] = max(operation.end, ended.get(run, operation.end))
+                    operations.append(span)
+                    begun[run] = min(span.start, begun.get(run, span.start))
+                ended[run] = max(span.end, ended.get(run, span.end))
         threads.append(operations)
         if found:
             steps, host = found, parts
     return steps, host, threads, [Span(start, ended[run], run) for run, start in begun.items()]
 
 
-def _accelerator(plane: Any) -> list[list[Span]]:
-    """Operations by stream; the lines that a profiler derives from them again are left out."""
-    lines = list(plane.lines)
-    wanted = [line for line in lines if line.name.startswith("Stream")]
-    wanted = wanted or [line for line in lines if line.name == "XLA Ops"]
-    return [[_span(e)(_operation(dict(e.stats), e.name)) for e in line.events] for line in wanted]
-
-
-def _span(event: Any):
+def _span(event: Any, what: Any) -> Span:
     start = event.start_ns / 1e9
-    return lambda what: Span(start, start + event.duration_ns / 1e9, what)
+    return Span(start, start + event.duration_ns / 1e9, what)
 
 
-def _operation(stats: Mapping[str, Any], name: str) -> Operation:
+def _operation(name: str, stats: Mapping[str, Any]) -> Operation:
     """TPUs name an event by the whole instruction and tell its scope, GPUs name it by the kernel."""
     instruction = str(stats.get("hlo_op") or name.split(" = ")[0].lstrip("%"))
     scope = str(stats.get("tf_op") or "").rstrip(":")
-    return Operation(
-        (stats.get("program_id", -1), str(stats.get("hlo_module", ""))), instruction, part_of(scope), scope
-    )
+    program = stats.get("program_id", -1), str(stats.get("hlo_module", ""))
+    return Operation(program, instruction, part_of(scope), scope)
 
 
 def _with_scopes(threads: list[list[Span]], programs: Mapping[str, Sequence[Scopes]]) -> list[list[Span]]:
     """The operations with what their programs say of them, where the trace itself does not."""
-    ran: dict[tuple[int, str], set[str]] = {}
-    for span in (span for spans in threads for span in spans):
-        ran.setdefault(span.what.program, set()).add(span.what.name)
+    ran = collections.defaultdict(set)
+    for span in itertools.chain(*threads):
+        ran[span.what.program].add(span.what.name)
     scopes = {program: best_match(programs.get(program[1], ()), names) for program, names in ran.items()}
-    known: dict[Operation, Operation] = {}
 
+    @functools.cache
     def with_scope(operation: Operation) -> Operation:
-        if operation not in known:
-            part, scope = scopes[operation.program].get(operation.name, ("", ""))
-            known[operation] = operation._replace(part=operation.part or part, scope=operation.scope or scope)
-        return known[operation]
+        part, scope = scopes[operation.program].get(operation.name, ("", ""))
+        return operation._replace(part=operation.part or part, scope=operation.scope or scope)
 
     return [[span._replace(what=with_scope(span.what)) for span in spans] for spans in threads if spans]

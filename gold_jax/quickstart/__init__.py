@@ -9,20 +9,14 @@ from typing import Any
 
 ASSETS = pathlib.Path(__file__).parent / "assets"
 PREFIX = "embedded:"
-_PATHS = {
-    "teacher": "teacher",
-    "student": "student",
-    "task": "task",
-    "quickstart": "quickstart.yaml",
-}
+_PATHS = {"teacher": "teacher", "student": "student", "task": "task", "quickstart": "quickstart.yaml"}
 
 
 def resolve(name: str) -> pathlib.Path:
     """Where something that comes with the package lies.
 
-    Args:
-        name: `embedded:teacher` or `embedded:student` (model folders), `embedded:task` (a folder with train.jsonl and
-            test.jsonl) or `embedded:quickstart` (the YAML file that trains the one from the other).
+    That is `embedded:teacher` or `embedded:student` (model folders), `embedded:task` (a folder with train.jsonl and
+    test.jsonl) or `embedded:quickstart` (the YAML file that trains the one from the other).
 
     Raises:
         ValueError: there is nothing of that name.
@@ -30,9 +24,8 @@ def resolve(name: str) -> pathlib.Path:
     """
     relative = _PATHS.get(name.removeprefix(PREFIX)) if name.startswith(PREFIX) else None
     if relative is None:
-        raise ValueError(
-            f"nothing is embedded under the name {name!r}; there are {', '.join(PREFIX + n for n in _PATHS)}"
-        )
+        known = ", ".join(PREFIX + n for n in _PATHS)
+        raise ValueError(f"nothing is embedded under the name {name!r}; there are {known}")
     path = ASSETS / relative
     if not path.exists():
         raise FileNotFoundError(

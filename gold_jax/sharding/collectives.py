@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -18,32 +18,24 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["param_sharding", "compute_sharding"]
-)
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ShardedParam:
-    """A layer's parameter as it is stored on a mesh, to be unsharded where it is multiplied with.
+    """A layer's parameter as it is stored on a mesh, or those of all layers stacked, with the shardings of one layer's.
 
-    It is all-gathered again in the backward pass, which keeps only the device's own shard.
-
-    Attributes:
-        value: the parameter, or those of all layers stacked.
-        param_sharding, compute_sharding: of one layer's parameter, stored and while it is multiplied with.
+    It is all-gathered where it is multiplied with, and again in the backward pass, which keeps only the device's shard.
     """
 
     value: jax.Array
-    param_sharding: NamedSharding
-    compute_sharding: NamedSharding
-
-    def unshard(self, dtype) -> jax.Array:
-        """The layer's parameter all-gathered over the width, in a compute dtype."""
-        return _all_gather(jnp.dtype(dtype), self.param_sharding, self.compute_sharding, self.value)
+    param_sharding: NamedSharding = dataclasses.field(metadata={"static": True})  # as it is stored
+    compute_sharding: NamedSharding = dataclasses.field(metadata={"static": True})  # while it is multiplied with
 
 
 def unshard(param: jax.Array | ShardedParam, dtype) -> jax.Array:
-    """A parameter in a compute dtype, all-gathered where it is sharded."""
-    return param.unshard(dtype) if isinstance(param, ShardedParam) else param.astype(dtype)
+    """A parameter in a compute dtype, all-gathered over the width where it is sharded."""
+    if isinstance(param, ShardedParam):
+        return _all_gather(jnp.dtype(dtype), param.param_sharding, param.compute_sharding, param.value)
+    return param.astype(dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -76,12 +68,11 @@ def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, 
     A device holds some columns of the table: it looks them up for the tokens of all devices that hold the other
     columns, and they exchange what they found with an all-to-all.
     """
-    sharding = placement.param_sharding(table.shape, ("vocab", "embed"))
-    axes = sharded_axes(sharding, 1)
-    row_axes = placement.row_axes(tokens.shape[0])
+    sharding, row_axes = placement.param_sharding(table.shape, ("vocab", "embed")), placement.row_axes(tokens.shape[0])
     if row_axes is None:
         return jax.lax.with_sharding_constraint(table.astype(dtype), placement.replicated)[tokens]
-    shared, same = tuple(a for a in axes if a in ROW_AXES), tuple(a for a in axes if a not in ROW_AXES)
+    axes = sharded_axes(sharding, 1)
+    shared, same = (tuple(a for a in axes if (a in ROW_AXES) == rows) for rows in (True, False))
 
     def local(table, tokens):
         if shared:
@@ -99,22 +90,14 @@ def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, 
 def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
     """Attention in which every device computes its own rows and heads, so that kernels need know nothing of a mesh.
 
-    Args:
-        placement: the mesh.
-        attend: `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`; the first axis of every array
-            of `by_rows` is that of rows.
-        heads, kv_heads: how many there are.
-
-    Returns:
-        The same function of arrays that are sharded over the mesh.
+    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where the first axis of every array of
+    `by_rows` is that of rows, becomes the same function of arrays that are sharded over the mesh.
     """
-    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
 
     def sharded(by_rows, sliding, query, key, value):
-        if repeats > 1:
-            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+        key, value = _repeat_kv(placement, heads, kv_heads, key, value)
         row_axes = placement.row_axes(query.shape[0])
-        by_head = P(row_axes, None, axis)
+        by_head = P(row_axes, None, placement.head_axis(heads))
         specs = (jax.tree.map(lambda _: P(row_axes), by_rows), P(), by_head, by_head, by_head)
         return map_shards(placement, attend, specs, by_head)(by_rows, sliding, query, key, value)
 
@@ -123,14 +106,17 @@ def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], h
 
 def cached_attention_per_head(placement: Placement, attend: Callable[..., Any], heads: int, kv_heads: int) -> Callable:
     """As `attention_per_head`, for `attend(query [B, 1, H, K], key, value, allowed, keys, values, slots)`, which writes to a cache."""
-    repeats, axis = placement.kv_repeats(heads, kv_heads), placement.head_axis(heads)
 
     def sharded(query, key, value, allowed, keys, values, slots):
-        if repeats > 1:
-            key, value = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
-        row_axes = placement.row_axes(query.shape[0])
+        key, value = _repeat_kv(placement, heads, kv_heads, key, value)
+        row_axes, axis = placement.row_axes(query.shape[0]), placement.head_axis(heads)
         new, old, by_row = P(row_axes, None, axis), P(row_axes, axis), P(row_axes)
         specs = (new, new, new, by_row, old, old, by_row)
         return map_shards(placement, attend, specs, (old, old, old))(query, key, value, allowed, keys, values, slots)
 
     return sharded
+
+
+def _repeat_kv(placement: Placement, heads: int, kv_heads: int, *kv: jax.Array) -> Sequence[jax.Array]:
+    repeats = placement.kv_repeats(heads, kv_heads)
+    return kv if repeats == 1 else [jnp.repeat(x, repeats, axis=2) for x in kv]

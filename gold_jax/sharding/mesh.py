@@ -1,6 +1,4 @@
-"""The mesh of devices, with the axes `data` (replicas of the model), `fsdp` (shards of the model, different rows) and `tensor`
-(shards of the model, the same rows).
-"""
+"""The mesh, with axes `data` (replicas of the model), `fsdp` (shards, other rows) and `tensor` (shards, the same rows)."""
 
 from __future__ import annotations
 
@@ -15,9 +13,7 @@ from gold_jax.sharding.axes import AXES, read_mesh
 
 
 def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
-    """The size of every axis, for so many devices.
-
-    What is not named is 1, except that `fsdp` takes the devices that are left over.
+    """The size of every axis, for so many devices: 1 where it is not named, but `fsdp` takes the devices that are left.
 
     >>> mesh_sizes("tensor=2", 8)
     {'data': 1, 'fsdp': 4, 'tensor': 2}
@@ -31,18 +27,18 @@ def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
         named["fsdp"] = devices // product
     elif product != devices:
         shown = ",".join(f"{name}={size}" for name, size in named.items())
+        wanted = f"{'' if 'fsdp' in named else 'a multiple of '}{product}"
         raise ValueError(
-            f"--mesh is {shown}, which takes {'a multiple of ' if 'fsdp' not in named else ''}{product} devices, and there are "
-            f"{devices}; the sizes must multiply to {devices}, or leave fsdp out for what is left."
+            f"--mesh is {shown}, which takes {wanted} devices, and there are {devices}; the sizes must multiply to {devices}, "
+            "or leave fsdp out for what is left."
         )
     return {axis: named.get(axis, 1) for axis in AXES}
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of these sizes over the devices given; None: all there are."""
-    return jax.make_mesh(
-        tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES)
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=types)
 
 
 def describe_mesh(mesh: Mesh) -> str:

@@ -1,15 +1,8 @@
-"""How the arrays of a model and of its batches are sharded on a mesh.
+"""How the arrays of a model and of its batches are sharded on a mesh; docs/distributed.md has the whole table.
 
-A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it:
-
-| | stored | while it is computed with | in decoding |
-| --- | --- | --- | --- |
-| matrices of layers | width over `fsdp`, heads and MLP over `tensor` | heads and MLP over `tensor` | the same |
-| embedding and head | width over `fsdp` and `tensor` | looked up where they are; unsharded in a loss | vocabulary over `tensor` |
-| cache, batches, activations | | rows over `data` and `fsdp`, heads over `tensor` | the same |
-
-The layout `full` shards the width over `data` too (for a large teacher beside a small student), `replicated` over
-neither of the two. An axis of an array that the mesh axis does not divide is not sharded.
+A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. The width of a
+model is sharded over `fsdp` where it is stored, in the layout `full` over `data` too (for a large teacher beside a
+small student), in `replicated` over neither. An axis of an array that the mesh axis does not divide is not sharded.
 """
 
 from __future__ import annotations
@@ -32,15 +25,10 @@ _TENSOR = ("heads", "kv_heads", "mlp")
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and how a model is sharded on it; hashable, so that it can be a static argument of a jitted function.
+    """A mesh and how a model is sharded on it; hashable, so that it can be a static argument of a jitted function."""
 
-    Attributes:
-        mesh: with the axes of `axes.AXES`.
-        layout: one of `axes.LAYOUTS`.
-    """
-
-    mesh: Mesh
-    layout: str = "fsdp"
+    mesh: Mesh  # with the axes of `axes.AXES`
+    layout: str = "fsdp"  # one of `axes.LAYOUTS`
 
     def __post_init__(self):
         if self.layout not in LAYOUTS:
@@ -92,19 +80,12 @@ class Placement:
 
     def kv_repeats(self, heads: int, kv_heads: int) -> int:
         """How often each key-value head is repeated, so that every `tensor_size` device has those of its own query heads."""
-        if self.head_axis(heads) is None:
-            return 1
-        return math.lcm(kv_heads, self.tensor_size) // kv_heads
+        return 1 if self.head_axis(heads) is None else math.lcm(kv_heads, self.tensor_size) // kv_heads
 
     def put(self, tree: Any, *spec: Any) -> Any:
         """Host arrays, the same in every process, as arrays on the mesh; leaves that are None stay."""
-        sharding = self.sharding(*spec)
-
-        def put(x):
-            x = np.asarray(x)
-            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-        return jax.tree.map(put, tree)
+        sharding, tree = self.sharding(*spec), jax.tree.map(np.asarray, tree)
+        return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree)
 
     def row_owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
@@ -130,13 +111,11 @@ class Placement:
         return jax.tree.map(put, batch)
 
     def _shard(self, shape, logical, rules: dict[str, tuple[str, ...]]) -> NamedSharding:
-        def axes(size, name):
-            wanted = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)
-            if not wanted or size % math.prod(self.mesh.shape[axis] for axis in wanted):
-                return None
-            return wanted if len(wanted) > 1 else wanted[0]
-
-        spec = list(map(axes, shape, logical))
+        spec = []
+        for size, name in zip(shape, logical):
+            axes = tuple(axis for axis in rules.get(name, ()) if self.mesh.shape[axis] > 1)
+            divides = size % math.prod(self.mesh.shape[axis] for axis in axes) == 0
+            spec.append((axes if len(axes) > 1 else axes[0]) if axes and divides else None)
         while spec and spec[-1] is None:  # as JAX writes the shardings of results
             spec.pop()
         return self.sharding(*spec)
@@ -144,6 +123,5 @@ class Placement:
 
 def sharded_axes(sharding: NamedSharding, axis: int) -> tuple[str, ...]:
     """The mesh axes over which one axis of an array is sharded."""
-    spec = sharding.spec
-    found = spec[axis] if axis < len(spec) else None
-    return () if found is None else (found,) if isinstance(found, str) else tuple(found)
+    found = dict(enumerate(sharding.spec)).get(axis) or ()
+    return (found,) if isinstance(found, str) else tuple(found)

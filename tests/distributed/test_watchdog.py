@@ -14,7 +14,6 @@ from gold_jax.distributed.watchdog import (
     Heartbeat,
     PeerFailed,
     PeerLost,
-    PeerState,
     Watchdog,
     comes_from_peer,
     diagnose,
@@ -33,65 +32,64 @@ def beat(count=1, step=12, activity="making the batch", seconds=1.0, **more):
 
 
 def diagnosed(peers, own=None, failures=()):
-    return diagnose(100.0, peers, dict(failures), own or beat(), names=NAMES, lost_after=30, late_after=60)
+    return diagnose(100.0, peers, dict(failures), own or beat(), NAMES, (30, 60))
 
 
 def test_processes_that_send_heartbeats_are_well():
-    assert diagnosed({1: PeerState(beat(), 98.0), 2: PeerState(beat(activity=WAITING), 71.0)}) is None
+    assert diagnosed({1: (beat(), 98.0), 2: (beat(activity=WAITING), 71.0)}) is None
 
 
 def test_who_is_silent_for_too_long_is_lost_and_named():
-    found = diagnosed({1: PeerState(beat(), 98.0), 3: PeerState(beat(), 69.0)})
-    assert (found.kind, found.process) == ("lost", 3)
-    assert found.message == (
+    found = diagnosed({1: (beat(), 98.0), 3: (beat(), 69.0)})
+    assert found == (
+        ("lost", 3),
         "host3 (process 3) has not answered for 31 seconds; it was at update 12, making the batch. Start the run again with "
-        "--resume_from_checkpoint latest."
+        "--resume_from_checkpoint latest.",
     )
 
 
 def test_processes_of_one_host_are_lost_together():
-    found = diagnosed({1: PeerState(beat(), 98.0), 2: PeerState(beat(), 69.5), 3: PeerState(beat(), 69.0)})
-    assert found.process == 3 and "making the batch. Nor has host2 (process 2). Start" in found.message
+    found = diagnosed({1: (beat(), 98.0), 2: (beat(), 69.5), 3: (beat(), 69.0)})
+    assert found[0] == ("lost", 3) and "making the batch. Nor has host2 (process 2). Start" in found[1]
 
 
 def test_who_finished_may_be_silent_and_who_has_not_begun_too():
-    assert diagnosed({1: PeerState(beat(finished=True), 10.0)}) is None
+    assert diagnosed({1: (beat(finished=True), 10.0)}) is None
     assert diagnosed({}) is None
 
 
 def test_an_error_of_another_process_is_named_before_one_that_is_lost():
-    found = diagnosed({2: PeerState(beat(), 10.0)}, failures={1: "ValueError: no rows"})
-    assert (found.kind, found.process) == ("failed", 1)
-    assert found.message == "host1 (process 1) ended with an error: ValueError: no rows."
+    found = diagnosed({2: (beat(), 10.0)}, failures={1: "ValueError: no rows"})
+    assert found == (("failed", 1), "host1 (process 1) ended with an error: ValueError: no rows.")
 
 
 def test_who_keeps_a_process_waiting_is_named():
     own = beat(activity=WAITING, seconds=61.0)
     peers = {
-        1: PeerState(beat(seconds=70.0), 95.0),
-        2: PeerState(beat(activity=WAITING), 99.0),
-        3: PeerState(beat(step=13), 99.0),
+        1: (beat(seconds=70.0), 95.0),
+        2: (beat(activity=WAITING), 99.0),
+        3: (beat(step=13), 99.0),
     }
     found = diagnosed(peers, own)
-    assert (found.kind, found.process) == ("late", 1)
-    assert found.message == (
-        "host1 (process 1) keeps the others waiting: it has been making the batch for 75 seconds, at update 12."
+    assert found == (
+        ("late", 1, 12, "making the batch"),
+        "host1 (process 1) keeps the others waiting: it has been making the batch for 75 seconds, at update 12.",
     )
 
 
 def test_nobody_is_late_before_one_has_waited_long_or_where_all_wait():
-    late = {1: PeerState(beat(seconds=70.0), 99.0)}
+    late = {1: (beat(seconds=70.0), 99.0)}
     assert diagnosed(late, beat(activity=WAITING, seconds=59.0)) is None
     assert diagnosed(late, beat(activity="saving", seconds=99.0)) is None
-    all_wait = {1: PeerState(beat(activity=WAITING, seconds=99.0), 99.0)}
+    all_wait = {1: (beat(activity=WAITING, seconds=99.0), 99.0)}
     assert diagnosed(all_wait, beat(activity=WAITING, seconds=99.0)) is None
 
 
 def test_only_a_new_heartbeat_counts_as_seen():
     first = update_peers({}, {0: json.dumps(beat(1)), 1: json.dumps(beat(1))}, 0, 5.0)
-    assert first == {1: PeerState(beat(1), 5.0)}
-    assert update_peers(first, {1: json.dumps(beat(1))}, 0, 7.0)[1].seen_at == 5.0
-    assert update_peers(first, {1: json.dumps(beat(2))}, 0, 7.0)[1].seen_at == 7.0
+    assert first == {1: (beat(1), 5.0)}
+    assert update_peers(first, {1: json.dumps(beat(1))}, 0, 7.0)[1][1] == 5.0
+    assert update_peers(first, {1: json.dumps(beat(2))}, 0, 7.0)[1][1] == 7.0
 
 
 def test_errors_that_may_come_from_another_process_are_known():

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from text import toy_tokenizers as toys
 
-from gold_jax.inspection.tokenization import Group, Shape, Token, cut_text, shapes_of, total
+from gold_jax.inspection.tokenization import Counts, Group, Shape, Token, cut_text, shapes_of
 from gold_jax.text.align import align
 from gold_jax.text.encode import PlainEncoder
 
@@ -23,6 +23,10 @@ def reader(tokenizer):
 def cuts():
     pair = reader(toys.byte_level()), reader(toys.sentencepiece())
     return [cut_text(*pair, f"text {k}", text) for k, text in enumerate(TEXTS)]
+
+
+def total(cuts) -> Counts:
+    return Counts.of([group for cut in cuts for group in cut.groups])
 
 
 def ends(tokens) -> list[int]:
@@ -52,7 +56,7 @@ def test_counts_are_those_of_the_alignment(cuts):
         assert [t.id for g in cut.groups for t in g.teacher] == found.teacher.ids.tolist()
         assert counts.share_of_groups == len(alone) / len(groups)
         assert counts.share_of_bytes == sum(map(len, alone)) / len(cut.text.encode())
-        assert counts.bytes_per_token[0] == len(cut.text.encode()) / len(found.student.ids)
+        assert counts.student_bytes_per_token == len(cut.text.encode()) / len(found.student.ids)
 
 
 def test_the_total_adds_texts_up(cuts):
@@ -60,7 +64,8 @@ def test_the_total_adds_texts_up(cuts):
     assert whole.bytes == sum(len(text.encode()) for text in TEXTS)
     assert whole.groups == sum(len(cut.groups) for cut in cuts)
     assert 0 < whole.share_of_groups < 1
-    assert whole.to_dict()["share_of_bytes"] == whole.share_of_bytes
+    assert whole.one_to_one_bytes == sum(cut.counts.one_to_one_bytes for cut in cuts)
+    assert whole.share_of_bytes == whole.one_to_one_bytes / whole.bytes
 
 
 def test_shapes_count_merged_groups_with_the_commonest_examples_first(cuts):
