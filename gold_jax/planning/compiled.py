@@ -40,6 +40,7 @@ from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batc
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.build import Match, build_run
 from gold_jax.training.objective import with_hidden
+from gold_jax.training.step import state_shapes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 _STEP = {"fused": STUDENT[0], "first": STUDENT[0], "add": STUDENT[1], "update": "optimizer"}
@@ -121,7 +122,7 @@ class PlannedRun:
             teacher, match = _placed(make(pair.teacher, param_dtype=request.dtype, placement=placement)), _match(pair)
         sides = [model and LoadedModel(model, None, "") for model in (self.student, teacher)]
         self.run = build_run(self.args, *sides, self.placement, total_steps=1000, match=match)
-        self.state = self.run.shapes()
+        self.state = state_shapes(self.run.optimizer, self.run.params)
 
     def trips(self, loop: str) -> int:
         """How often a loop runs that does not say: a loss over its chunks of positions, of which none has inner tokens; one token

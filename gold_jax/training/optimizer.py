@@ -1,7 +1,5 @@
 """The learning-rate schedules and the AdamW of transformers' Trainer, as optax transformations."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -32,15 +30,11 @@ def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
     """
     peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
     warmup = 0 if kind == "constant" else config.warmup(total_steps)
-    decay_steps = max(1, total_steps - warmup)
-    cycles = options.get("num_cycles", 0.5)
-    floor = 0.0
+    decay_steps, cycles, floor = max(1, total_steps - warmup), options.get("num_cycles", 0.5), 0.0
     if kind == "cosine_with_min_lr":
-        floor = (
-            options["min_lr"] / peak
-            if "min_lr" in options and peak
-            else options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
-        )
+        floor = options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
+        if "min_lr" in options and peak:
+            floor = options["min_lr"] / peak
 
     def after_warmup(step: jax.Array) -> jax.Array:
         if kind in ("constant", "constant_with_warmup"):
@@ -58,26 +52,10 @@ def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """For each parameter, whether weight decay applies to it: to all but norms and biases, by their names.
-
-    Args:
-        params: a pytree whose paths hold the parameters' names: an `nnx.State`, a dict.
-
-    Returns:
-        The same tree with a bool in each array's place.
-    """
-
-    def decays(path: tuple, _: Any) -> bool:
-        return not any(_NO_DECAY.search(name) for name in map(_key_name, path))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    """Whether weight decay applies to each array of a pytree: to all but norms and biases, by the names in its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not _NO_DECAY.search(jax.tree_util.keystr(path, simple=True, separator=".")), params
+    )
 
 
 def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransformation:
@@ -96,9 +74,7 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransfo
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
-    if not config.max_grad_norm:
-        return adamw
-    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:
