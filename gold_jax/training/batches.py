@@ -113,10 +113,7 @@ class DistillationBatchBuilder:
     lmbda: float
     num_generations: int
     max_length: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    sampling: dict[str, Any]  # max_new_tokens, temperature, top_k, top_p
     seed: int
     generation_batch_size: int = 32
     teacher_model: Any = None
@@ -162,22 +159,10 @@ class DistillationBatchBuilder:
     ) -> dict[int, SampledCompletion]:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
-        sampled = (engine or SamplingEngine(rows)).generate(
-            model,
-            self.process_shard.gather_token_ids(wanted, ids, self.batch_size),
-            max_new_tokens=self.max_new_tokens,
-            key=key,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            stop_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-        )
-        return {
-            i: completion_from_ids(tokenizer, completion.ids, after=prompts[i])
-            for i, completion in zip(wanted, sampled)
-            if i in prompts
-        }
+        prompt_ids = self.process_shard.gather_token_ids(wanted, ids, self.batch_size)
+        options = dict(self.sampling, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        sampled = dict(zip(wanted, (engine or SamplingEngine(rows)).generate(model, prompt_ids, key=key, **options)))
+        return {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
@@ -215,37 +200,21 @@ class DistillationBatchBuilder:
         local = [examples[i] for i in numbers]
         teacher_prompts = self._teacher_prompts(local)
         with annotate(ENCODING):
-            encoded = text_batch.encode_rows(
-                self.student,
-                self.teacher,
-                [e.prompt for e in local],
-                [completions[i] for i in numbers],
-                one_vocabulary=self.one_vocabulary,
-                teacher_prompts=teacher_prompts,
-                student_prompt_ids=prompt_ids and [prompt_ids[i] for i in numbers],
+            known = prompt_ids and [prompt_ids[i] for i in numbers]
+            texts = [e.prompt for e in local], [completions[i] for i in numbers]
+            options = dict(
+                one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts, student_prompt_ids=known
             )
+            encoded = text_batch.encode_rows(self.student, self.teacher, *texts, **options)
+        positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
         with annotate(ALIGNMENT):
-            aligned = text_batch.align_rows(
-                encoded,
-                (self.student.stop_id, self.teacher.stop_id),
-                max_length=self.max_length,
-                positional=spec.groups == "positional",
-                one_vocabulary=self.one_vocabulary,
-                skip_student_stop=spec.skip_student_stop,
-                skip_teacher_stop=spec.skip_teacher_stop,
-            )
-        rows = dict(zip(numbers, aligned))
-        batches = text_batch.build_batches(
-            [rows.get(i) for i in range(len(examples))],
-            batch_size,
-            merge=spec.merge,
-            groups="all" if spec.groups == "positional" else spec.groups,
-            text=spec.of_text,
-            normalization=spec.normalization,
-            student_pad=self.student.pad_id,
-            teacher_pad=self.teacher.pad_id,
-            process_shard=self.process_shard,
-        )
+            options = dict(max_length=self.max_length, positional=positional, one_vocabulary=self.one_vocabulary)
+            options |= dict(skip_student_stop=spec.skip_student_stop, skip_teacher_stop=spec.skip_teacher_stop)
+            rows = dict(zip(numbers, text_batch.align_rows(encoded, stops, **options)))
+        groups, given = "all" if positional else spec.groups, [rows.get(i) for i in range(len(examples))]
+        options = dict(merge=spec.merge, groups=groups, text=spec.of_text, normalization=spec.normalization)
+        options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
+        batches = text_batch.build_batches(given, batch_size, process_shard=self.process_shard, **options)
         return dict(zip(numbers, encoded)), rows, batches
 
     def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> dict[str, float]:

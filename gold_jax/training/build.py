@@ -105,7 +105,7 @@ def build_run(
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
     step = Step(objective, optimizer, constants, **mesh)
     if chat_tokenizer is not None:
-        names = "lmbda num_generations max_length temperature top_k top_p seed teacher_context"
+        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.
         writes = args.seq_kd and args.lmbda < 1
         batches = DistillationBatchBuilder(
@@ -117,12 +117,16 @@ def build_run(
             batch_size=rows,
             eval_batch_size=eval_rows,
             micro_batches=args.gradient_accumulation_steps,
-            max_new_tokens=args.max_completion_length,
+            lmbda=args.lmbda,
+            num_generations=args.num_generations,
+            max_length=args.max_length,
+            sampling=dict(max_new_tokens=args.max_completion_length, **sampling),
+            seed=args.seed,
             generation_batch_size=args.generation_batch_size or 32 * shards,
             teacher_model=(teacher_graph, teacher_params) if writes else None,
+            teacher_context=args.teacher_context,
             engine=engine,
             process_shard=process_shard,
-            **{name: getattr(args, name) for name in names.split()},
         )
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match)
 
@@ -141,23 +145,12 @@ def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
     if ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab():
         by_role = ours.stop_id != theirs.stop_id
         return Match(VocabularyMap.identity(*sizes, stop=stops), stops if by_role else None, True)
-    vocabulary = VocabularyMap.build(
-        ours.surfaces,
-        theirs.surfaces,
-        student_size=sizes[0],
-        teacher_size=sizes[1],
-        stop=stops,
-        mask=args.loss_spec(False).mask,
-    )
-    return Match(vocabulary, stops, False)
+    options = dict(student_size=sizes[0], teacher_size=sizes[1], stop=stops, mask=args.loss_spec(False).mask)
+    return Match(VocabularyMap.build(ours.surfaces, theirs.surfaces, **options), stops, False)
 
 
 def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
-    """The mesh over all devices that a run is spread over; None where there is one device.
-
-    Raises:
-        ValueError: as `mesh_sizes`.
-    """
+    """The mesh over all devices that a run is spread over; None where there is one device. ValueError as `mesh_sizes`."""
     sizes = mesh_sizes(mesh, jax.device_count())
     return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
 
@@ -189,16 +182,9 @@ def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[Se
             "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
             "sampler writes the completions on all devices."
         )
-    engine = ServerEngine(
-        args.server_url,
-        args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights"),
-        kind=args.rollout_server,
-        vocab_size=vocab_size,
-        timeout=args.vllm_server_timeout,
-        sync_every=args.vllm_sync_frequency,
-        sync_first=args.rollout_sync_first,
-        dtype=dtype,
-        api_key=os.environ.get("VLLM_API_KEY"),
-    )
+    folder = args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights")
+    syncs = dict(sync_every=args.vllm_sync_frequency, sync_first=args.rollout_sync_first, dtype=dtype)
+    answers = dict(kind=args.rollout_server, timeout=args.vllm_server_timeout, api_key=os.environ.get("VLLM_API_KEY"))
+    engine = ServerEngine(args.server_url, folder, vocab_size=vocab_size, **syncs, **answers)
     engine.check(args.prompt_budget + args.max_completion_length)
     return engine, []

@@ -8,11 +8,7 @@ from transformers.trainer_callback import TrainerControl
 
 
 class Callbacks:
-    """The callbacks of a run; nothing happens where there are none.
-
-    Of what a callback may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`): the run ends
-    after that update as after its last one.
-    """
+    """The callbacks of a run. Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`)."""
 
     def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
         """Takes callbacks, or classes of them; each is given the settings and the `TrainerState` of the moment."""

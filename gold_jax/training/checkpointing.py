@@ -86,25 +86,19 @@ class Checkpoints:
         self._write_files: Callable[[], None] | None = None  # beside its arrays
         self.folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
-        options = ocp.CheckpointManagerOptions(
-            create=False,
-            save_root_metadata=False,
-            step_name_format=_StepNames(),
-            preservation_policy=None if limit is None else _LastSaved(limit),
-            async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files()),
-        )
+        policy = None if limit is None else _LastSaved(limit)
+        finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
+        options = dict(create=False, save_root_metadata=False, preservation_policy=policy, async_options=finalized)
+        options = ocp.CheckpointManagerOptions(step_name_format=_StepNames(), **options)
         self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options)
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], student: Callable[[pathlib.Path], Any] | None = None
     ) -> None:
-        """Begins to write a checkpoint and returns when `state` has been copied, so that it may change or be donated.
+        """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        Args:
-            step: updates made so far; a checkpoint of the same step is replaced.
-            state: a pytree of arrays, sharded in any way.
-            metadata: anything that JSON can hold, for `read_metadata`.
-            student: writes the student into the folder that it is given, from another thread.
+        One of the same step (updates made so far) is replaced. `metadata` is anything that JSON can hold, for
+        `read_metadata`; `student` writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -243,14 +237,8 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
 def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
     """The state of a checkpoint, bit for bit; scalars that it lacks (see `check_arrays`) are zero.
 
-    Args:
-        path: the checkpoint's folder.
-        metadata: what `read_metadata` gave for it.
-        abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the
-            result, whatever mesh the checkpoint was saved from.
-
-    Raises:
-        BadCheckpoint: something in it cannot be read, or is not what was saved.
+    `abstract` is a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`s; its shardings are those of the result,
+    whatever mesh the checkpoint was saved from. BadCheckpoint: something cannot be read, or is not what was saved.
     """
     named = named_arrays(abstract)
     target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named.items()}

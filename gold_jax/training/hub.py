@@ -123,16 +123,10 @@ def write_model_card(
     command: Sequence[str] | None = None,
     results: Mapping[str, Any] | None = None,
 ) -> pathlib.Path:
-    """Write `README.md`, what a model was trained from, on and with, into its folder; one that someone else wrote is kept.
+    """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
 
-    Args:
-        method: such as "supervised fine-tuning".
-        loss: in one line (`LossSpec.describe()`).
-        command: the command line; the hub token is left out.
-        results: metric to value, as measured at the end.
-
-    Returns:
-        Its path.
+    One that someone else wrote is kept. Of the command line the hub token is left out; `results` are metrics with their
+    values as measured at the end.
     """
     from huggingface_hub import ModelCard, ModelCardData
 

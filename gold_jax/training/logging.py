@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -32,13 +33,7 @@ class MetricLog:
     """
 
     def __init__(self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Any] = ()):
-        """Start the log.
-
-        Args:
-            path: the JSONL file, made with its folder and appended to; None: no file. OSError where it cannot be opened.
-            console: where lines are shown; None: nowhere.
-            trackers: objects with `log(values, step)` and `close()`.
-        """
+        """Starts a log in a JSONL file, made with its folder and appended to, on a console, to `make_trackers`' objects."""
         self._console, self._file = console, None
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +41,8 @@ class MetricLog:
         self._columns: tuple[str, ...] = ()
         self._complained: set[str] = set()
         # One that hangs blocks neither the log nor the others.
-        self._trackers = [(tracker, _Worker(type(tracker).__name__, self._complain)) for tracker in trackers]
-        self._worker = _Worker("a metric", self._complain)
+        self._trackers = [(tracker, _Worker(type(tracker).__name__, self)) for tracker in trackers]
+        self._worker = _Worker("a metric", self)
 
     def log(self, step: int, values: Mapping[str, Any], *, epoch: float | None = None) -> None:
         """Hand over the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None."""
@@ -67,7 +62,7 @@ class MetricLog:
             worker.put(tracker.close)
             worker.close(PATIENCE)
         if self._file is not None:
-            self._try("the log file", self._file.close)
+            self.attempt("the log file", self._file.close)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -78,12 +73,12 @@ class MetricLog:
     def _write(self, row: Mapping[str, Any]) -> None:
         plain = {name: plain_value(value) for name, value in row.items()}
         if self._file is not None:
-            self._try("the log file", lambda: print(json_line(plain), file=self._file, flush=True))
+            self.attempt("the log file", lambda: print(json_line(plain), file=self._file, flush=True))
         for tracker, worker in self._trackers:
             worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, plain["step"])
             worker.check()
         if self._console is not None:
-            self._try("the terminal", lambda: self._show(plain))
+            self.attempt("the terminal", lambda: self._show(plain))
 
     def _show(self, plain: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in plain.items() if value is not None}
@@ -100,23 +95,25 @@ class MetricLog:
         line = "".join(shown(value).rjust(width) for value, width in zip(numbers.values(), widths))
         self._console.print(Text(line), soft_wrap=True)
 
-    def _try(self, what: str, function: Callable[[], Any]) -> None:
+    def attempt(self, what: str, function: Callable[[], Any]) -> None:
+        """Calls a function; a run must outlive whatever its reporting does."""
         try:
             function()
-        except Exception as error:  # a run must outlive whatever its reporting does
-            self._complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+        except Exception as error:
+            self.complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
 
-    def _complain(self, what: str, why: str) -> None:
+    def complain(self, what: str, why: str) -> None:
+        """Says on the console, once, what does not work."""
         if what not in self._complained and self._console is not None:
             self._complained.add(what)
             self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
 
 
 class _Worker:
-    """Makes calls one after another in a thread of its own; `complain` is told what fails or does not answer."""
+    """Makes calls one after another in a thread of its own; the log is told what fails or does not answer."""
 
-    def __init__(self, name: str, complain: Callable[[str, str], None]):
-        self._name, self._complain = name, complain
+    def __init__(self, name: str, log: MetricLog):
+        self._name, self._log = name, log
         self.queue: queue.Queue = queue.Queue()
         self._since: float | None = None  # when the call that is under way began
         self.thread = threading.Thread(target=self._work, name=f"gold_jax {name}", daemon=True)
@@ -124,31 +121,26 @@ class _Worker:
 
     def put(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Hands a call over."""
-        self.queue.put((function, arguments))
+        self.queue.put(functools.partial(function, *arguments))
 
     def check(self) -> None:
         """Complains of a call that takes longer than `PATIENCE`."""
         since = self._since
         if since is not None and time.monotonic() - since > PATIENCE:
-            self._complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
+            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
 
     def close(self, timeout: float | None = None) -> None:
         """Waits until all calls are made, for as long as `timeout`."""
         self.queue.put(None)
         self.thread.join(timeout)
         if self.thread.is_alive():
-            self._complain(
-                f"{self._name} at the end", "did not answer; what it has not taken is in metrics.jsonl alone."
-            )
+            what = f"{self._name} at the end"
+            self._log.complain(what, "did not answer; what it has not taken is in metrics.jsonl alone.")
 
     def _work(self) -> None:
         while (call := self.queue.get()) is not None:
-            function, arguments = call
             self._since = time.monotonic()
-            try:
-                function(*arguments)
-            except Exception as error:  # as in `MetricLog._try`
-                self._complain(self._name, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            self._log.attempt(self._name, call)
             self._since = None
             self.queue.task_done()
 
@@ -199,10 +191,8 @@ class RunningMean:
 
     def state(self) -> dict[str, list]:
         """What has been taken in since the last log, fit for JSON; waits for the device."""
-        return {
-            name: [float(total), str(getattr(total, "dtype", "")), float(weight)]
-            for name, (total, weight) in self._sums.items()
-        }
+        sums = self._sums.items()
+        return {name: [float(x), str(getattr(x, "dtype", "")), float(weight)] for name, (x, weight) in sums}
 
     def restore(self, state: Mapping[str, Sequence]) -> None:
         """Goes on from what `state` gave, to the last bit."""

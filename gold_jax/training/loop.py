@@ -268,16 +268,12 @@ class Loop:
 
     def trainer_state(self) -> TrainerState:
         """Where the run stands, in transformers' form."""
-        return TrainerState(
-            epoch=self.done / self.data.order.steps_per_epoch,
-            global_step=self.done,
-            max_steps=self.total_steps,
-            num_train_epochs=math.ceil(self.total_steps / self.data.order.steps_per_epoch),
-            train_batch_size=self.args.per_device_train_batch_size,
-            log_history=[dict(row) for row in self.history],
-            is_world_process_zero=is_main_process(),
-            **{name: self._interval(name) for name in ("logging_steps", "eval_steps", "save_steps")},
-        )
+        per_epoch, history = self.data.order.steps_per_epoch, [dict(row) for row in self.history]
+        intervals = {name: self._interval(name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        size, epochs = self.args.per_device_train_batch_size, math.ceil(self.total_steps / per_epoch)
+        totals = dict(max_steps=self.total_steps, num_train_epochs=epochs, train_batch_size=size, log_history=history)
+        main = is_main_process()
+        return TrainerState(self.done / per_epoch, self.done, is_world_process_zero=main, **totals, **intervals)
 
     # logging
 
@@ -484,13 +480,8 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
-        metadata = {
-            "run": self.data.description,
-            "run_id": self.run_id,
-            "means": self._means.state(),
-            "skips": self.nonfinite._asdict(),
-            "unmeasured": self.unmeasured,
-        }
+        metadata = {"run": self.data.description, "run_id": self.run_id, "means": self._means.state()}
+        metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 
     def _leave(self, signals: SignalHandler) -> None:

@@ -33,14 +33,9 @@ def describe_divergence(
     max_grad_norm: float | None,
     bf16: bool | None,
 ) -> str:
-    """What can be said of a run that makes no more updates.
+    """What can be said of a run that makes no more updates: of `step` so far, those left out (`counter`) too.
 
-    Args:
-        step: updates so far, those left out (`counter`) too.
-        metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
-        params: the student's parameters.
-        rows: numbers of the rows that the last update was to learn from.
-        max_skipped_updates, learning_rate, max_grad_norm, bf16: the settings.
+    `metrics` (`loss`, `grad_norm` and parts of the loss) and `rows` (numbers) are those of the last update.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])

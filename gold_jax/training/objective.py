@@ -95,14 +95,12 @@ def make_distillation_loss(
         if spec.distillation_weight:
             teacher_hidden = batch.teacher.packed  # `with_hidden`
             sides = _flat(batch.student, hidden), _flat(batch.teacher, teacher_hidden)
-            teacher_head = Head(
-                teacher_weight,
-                c.teacher_row_of_token,
+            softcap, temperature, prefixes = (
                 teacher_config.final_softcap,
                 spec.teacher_temperature,
                 c.teacher_prefix_of_unmatched,
-                c.teacher_stops,
             )
+            teacher_head = Head(teacher_weight, c.teacher_row_of_token, softcap, temperature, prefixes, c.teacher_stops)
             theirs = teacher_hidden, teacher_head, sides[1]
             value, parts = distill_loss(hidden, head, sides[0], *theirs, batch.weight, **options)
             total += spec.distillation_weight * value

@@ -16,17 +16,10 @@ _DEFAULT_MIN_LR_RATE = 0.1
 
 
 def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate of each update, equal to `transformers.get_scheduler`'s.
+    """The float32 learning rate of an update from the number of those made before, equal to `transformers.get_scheduler`'s.
 
     Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0. With
     `cosine_with_min_lr` and neither `min_lr` nor `min_lr_rate`, the rate falls to a tenth of its peak.
-
-    Args:
-        config: reads learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_ratio and warmup_steps.
-        total_steps: updates of the whole run.
-
-    Returns:
-        A function from the number of updates made before (int or int32 array) to a float32 learning rate.
     """
     peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
     warmup = 0 if kind == "constant" else config.warmup(total_steps)
@@ -62,12 +55,8 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransfo
     """Clipping by the global norm, then AdamW as PyTorch has it.
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
-    `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases.
-
-    Args:
-        config: reads the fields that `make_schedule` does, adam_beta1, adam_beta2, adam_epsilon, weight_decay and
-            max_grad_norm (0 or None: no clipping).
-        total_steps: updates of the whole run.
+    `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
+    `max_grad_norm` is 0 or None.
     """
     adamw = optax.chain(
         scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),

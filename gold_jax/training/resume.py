@@ -1,7 +1,5 @@
 """Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools
@@ -97,12 +95,7 @@ def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def find_and_restore(
-    wanted: str,
-    folder: Any,
-    run: Mapping[str, Any],
-    abstract: Any,
-    say: Callable[[str], Any],
-    last: int,
+    wanted: str, folder: Any, run: Mapping[str, Any], abstract: Any, say: Callable[[str], Any], last: int
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
     """The checkpoint to resume from: its folder, its metadata, and the state in it.
 

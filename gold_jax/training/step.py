@@ -91,17 +91,15 @@ class Program:
 class Step:
     """One update, and a loss without one, as jitted programs.
 
+    `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
+    and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
+
     Args:
         objective: what is minimised.
         optimizer: the transformation of gradients; None to evaluate alone.
-        constants: what the objective reads and no update changes, such as the teacher; arguments of the programs, not
-            baked in.
+        constants: what the objective reads and no update changes, such as the teacher; arguments, not baked in.
         shardings: of the state on a mesh, as `state_shardings`; None: one device.
         device_put: puts a batch of host arrays on the mesh; None: jit does.
-
-    Attributes:
-        programs: the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
-            and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
     """
 
     def __init__(
@@ -113,7 +111,6 @@ class Step:
         shardings: TrainState | None = None,
         device_put: Callable[[Any], Any] | None = None,
     ):
-        """Compiles nothing yet."""
         self.objective, self.constants = objective, constants
         self._device_put = device_put or (lambda batch: batch)
 
@@ -151,13 +148,13 @@ class Step:
             more, new = gradient(params, constants, batch)
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-        self.programs = {
-            "fused": Program(fused, donate=(0,)),
+        self.programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
+        several = {
             "first": Program(gradient),
             "add": Program(add, donate=(1, 2)),
             "update": Program(update, donate=(0,)),
-            "evaluate": Program(objective.loss),
         }
+        self.programs |= several
         if objective.teacher_forward is not None:
             self.programs["teacher_forward"] = Program(objective.teacher_forward)
 

@@ -38,38 +38,23 @@ def freeze_teacher(
 
     In the parameters of the result the reordered head replaces the teacher's own, so that memory holds one head unless the
     caller keeps the original. Where the embedding is the head (tied), tokens must therefore be looked up by their
-    `teacher_row_of_token`. The arrays given are not changed.
-
-    Args:
-        graph, params: the teacher, as `models.functional.split` gives it; parameters that are
-            `jax.ShapeDtypeStruct`s with shardings give a result of such shapes.
-        vocabulary: the order of either head.
-        stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
+    `teacher_row_of_token`. The arrays given are not changed; of `jax.ShapeDtypeStruct`s with shardings the result has such.
+    `stops`, the stop tokens of student and teacher, are each model's taken as one; None leaves every token by itself.
     """
     teacher = merge(graph, params)
     placement, name = teacher.placement, _head_name(teacher)
     abstract = isinstance(params[name], jax.ShapeDtypeStruct)
     if not abstract and not _is_identity(vocabulary.teacher_order):
         params = {**params, name: _rows_of(params[name], vocabulary.teacher_order)}
-    student_row_of_token, teacher_row_of_token = (
-        np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
+    orders = vocabulary.student_order, vocabulary.teacher_order
+    ours, theirs = (np.argsort(order).astype(np.int32) for order in orders)
+    prefixes = vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched
+    stop_rows = (
+        row_of_token[list(ids)] if len(ids) > 1 else None
+        for row_of_token, ids in zip((ours, theirs), stops or ((), ()))
     )
-
-    def stop_rows(row_of_token, ids):
-        return row_of_token[list(ids)] if len(ids) > 1 else None
-
-    ours, theirs = stops or ((), ())
-    constants = StepConstants(
-        teacher=None,
-        teacher_head=None,
-        teacher_row_of_token=teacher_row_of_token,
-        student_order=None if _is_identity(vocabulary.student_order) else vocabulary.student_order,
-        student_row_of_token=student_row_of_token,
-        student_prefix_of_unmatched=vocabulary.student_prefix_of_unmatched,
-        teacher_prefix_of_unmatched=vocabulary.teacher_prefix_of_unmatched,
-        student_stops=stop_rows(student_row_of_token, ours),
-        teacher_stops=stop_rows(teacher_row_of_token, theirs),
-    )
+    order = None if _is_identity(orders[0]) else orders[0]
+    constants = StepConstants(None, None, theirs, order, ours, *prefixes, *stop_rows)
     if abstract:
         sharding = None if placement is None else placement.replicated
         constants = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=sharding), constants)
@@ -99,11 +84,8 @@ def overlap_of(vocabulary: VocabularyMap) -> Overlap:
     """What a comparison has to know of the vocabularies."""
     matched = vocabulary.matched
     routes = vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched
-    return Overlap(
-        matched,
-        unprefixed=all(bool((route == matched).any()) for route in routes),
-        masked=any(bool((route > matched).any()) for route in routes),
-    )
+    unprefixed = all(bool((route == matched).any()) for route in routes)
+    return Overlap(matched, unprefixed=unprefixed, masked=any(bool((route > matched).any()) for route in routes))
 
 
 def _is_identity(order: np.ndarray) -> bool:

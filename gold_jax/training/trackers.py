@@ -21,19 +21,18 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
     """
     names = list(dict.fromkeys(report_to))
     if "all" in names:
-        names = [name for name, (module, _) in _TRACKERS.items() if name in names or importlib.util.find_spec(module)]
+        names = [name for name, module in _MODULES.items() if name in names or importlib.util.find_spec(module)]
     trackers = []
     for name in names:
-        module_name, tracker = _TRACKERS[name]
         try:
-            module = importlib.import_module(module_name)
+            module = importlib.import_module(_MODULES[name])
         except ImportError:
             raise ValueError(
                 f'--report_to {name} needs a package that is not installed: pip install "gold_jax[{name}]", or train '
                 "with --report_to none (metrics are written to the output folder anyway)."
             ) from None
         try:
-            trackers.append(tracker(module, config))
+            trackers.append(_TRACKERS[name](module, config))
         except Exception as error:  # each library has its own; all mean that this run would not be tracked
             raise ValueError(
                 f"--report_to {name} could not start: {type(error).__name__}: {error}. Put that right, or train with "
@@ -44,11 +43,8 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
 
 def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
     """Metric names as transformers gives them to trackers: `eval_loss` is `eval/loss`, all others `train/...`."""
-    return {
-        f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}": value
-        for name, value in values.items()
-        if value is not None
-    }
+    named = {name: value for name, value in values.items() if value is not None}
+    return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in named.items()}
 
 
 class Trackio:
@@ -98,8 +94,5 @@ class TensorBoard:
         self._writer.close()
 
 
-_TRACKERS = {
-    "trackio": ("trackio", Trackio),
-    "wandb": ("wandb", WeightsAndBiases),
-    "tensorboard": ("tensorboardX", TensorBoard),
-}
+_MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboardX"}
+_TRACKERS = {"trackio": Trackio, "wandb": WeightsAndBiases, "tensorboard": TensorBoard}

@@ -76,18 +76,10 @@ class _Trainer:
 
     def _load(self, role: str, model, tokenizer, options: Mapping[str, Any], **settings) -> LoadedModel:
         """A model with its tokenizer, in this run's precision; what is of one of the two alone is in `settings`."""
-        return load_model_and_tokenizer(
-            model,
-            tokenizer,
-            dtype=self.dtype,
-            read_dtype=options.get("dtype", "auto"),
-            revision=options.get("revision"),
-            attention=options.get("attn_implementation"),
-            special_tokens_in_prompts=self.args.special_tokens_in_prompts,
-            trust_remote_code=self.args.trust_remote_code,
-            role=role,
-            **settings,
-        )
+        a, attention = self.args, options.get("attn_implementation")
+        settings |= dict(read_dtype=options.get("dtype", "auto"), revision=options.get("revision"), attention=attention)
+        settings |= dict(special_tokens_in_prompts=a.special_tokens_in_prompts, trust_remote_code=a.trust_remote_code)
+        return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
 
     def _load_student(self, model, tokenizer) -> LoadedModel:
         a = self.args
@@ -134,17 +126,8 @@ class _Trainer:
         description |= {LEARNED: len(checked.kept), ROWS: rows_per_step, MICRO: batch, **digests}
         description = json.loads(json.dumps(description, default=str))
         data = Data(self.train_examples, evaluation, RowOrder(checked.kept, rows_per_step, a.seed), description)
-        run = build.build_run(
-            a,
-            student,
-            teacher,
-            self.placement,
-            total_steps=data.total_steps(a),
-            match=match,
-            process_shard=self.process_shard,
-            engine=engine,
-            optimizers=self._optimizers,
-        )
+        options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
+        run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
         # From here on the constants of the step hold the teacher's parameters.
         score = teacher and functools.partial(
@@ -226,15 +209,9 @@ class _Trainer:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
         output = self.loop.train(resume)
         if is_main_process():
-            write_model_card(
-                a.output_dir,
-                method=self.method,
-                base_model=self.student.name,
-                dataset=self.dataset_name,
-                command=self.command,
-                results={k: f"{v:.4f}" for k, v in output.metrics.items()},
-                **self._card,
-            )
+            results = {k: f"{v:.4f}" for k, v in output.metrics.items()}
+            card = dict(dataset=self.dataset_name, command=self.command, results=results, **self._card)
+            write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
             self.loop.say(f"The student is saved in {a.output_dir}")
         if pushes:
             self.push_to_hub()
@@ -304,14 +281,11 @@ class SFTTrainer(_Trainer):
         super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
         learned = build.counted_tokens(args)
         student = self._load_student(model, processing_class)
-        checked = check_examples(
-            self.train_examples,
-            student.chat_tokenizer,
-            # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
-            budget=None if args.max_length is None or learned != "completion" else args.max_length - 1,
-            need_completion="supervised fine-tuning learns completions, so every row needs one",
-            learns_calls=learned != "completion",
-        )
+        need = "supervised fine-tuning learns completions, so every row needs one"
+        # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
+        budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
+        options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
+        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
 
@@ -361,32 +335,21 @@ class GOLDTrainer(_Trainer):
         super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
         a, placement = self.args, self.placement
         student = self._load_student(model, processing_class)
-        options = dict(a.teacher_model_init_kwargs)
-        options["revision"] = options.get("revision") or a.teacher_model_revision
-        teacher = self._load(
-            "teacher",
-            teacher_model,
-            teacher_processing_class or a.teacher_tokenizer_name_or_path,
-            options,
-            param_dtype=self.dtype,
-            template_kwargs=a.template_kwargs if a.teacher_template_kwargs is None else a.teacher_template_kwargs,
-            placement=None if placement is None else Placement(placement.mesh, a.teacher_layout),
-        )
+        tokenizer, options = teacher_processing_class or a.teacher_tokenizer_name_or_path, a.teacher_model_init_kwargs
+        options = {**options, "revision": options.get("revision") or a.teacher_model_revision}
+        placement = None if placement is None else Placement(placement.mesh, a.teacher_layout)
+        template = a.template_kwargs if a.teacher_template_kwargs is None else a.teacher_template_kwargs
+        settings = dict(param_dtype=self.dtype, template_kwargs=template, placement=placement)
+        teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
         match = build.match_pair(a, student, teacher)
         self.spec = a.loss_spec(match.same)
-        share = (
+        need = (
             f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone"
         )
-        checked = check_examples(
-            self.train_examples,
-            student.chat_tokenizer,
-            budget=a.prompt_budget,
-            need_completion=None if a.lmbda == 1 or a.seq_kd else share,
-            teacher=teacher.chat_tokenizer,
-            student_writes=a.lmbda > 0,
-            teacher_writes=a.seq_kd and a.lmbda < 1,
-            teacher_context=a.teacher_context,
-        )
+        need, by_teacher = None if a.lmbda == 1 or a.seq_kd else need, a.seq_kd and a.lmbda < 1
+        options = dict(budget=a.prompt_budget, need_completion=need, teacher=teacher.chat_tokenizer)
+        options |= dict(student_writes=a.lmbda > 0, teacher_writes=by_teacher, teacher_context=a.teacher_context)
+        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         engine, notices = build.completion_server(a, sizes[0], self.dtype)
         vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
@@ -394,13 +357,9 @@ class GOLDTrainer(_Trainer):
             vocabularies = "one and the same" + ("" if match.stops is None else ", stop tokens matched by role")
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
-        completions += f", {1 - a.lmbda:.0%} by the teacher" if a.seq_kd and a.lmbda < 1 else ""
+        completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
         completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""
-        shown = {
-            "teacher": f"{teacher.name} ({teacher.model.config.family})",
-            "vocabularies": vocabularies,
-            "loss": self.spec.describe(),
-            "completions": completions,
-        }
+        shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})", "vocabularies": vocabularies}
+        shown |= {"loss": self.spec.describe(), "completions": completions}
         self._card = {"teacher": teacher.name, "loss": self.spec.describe()}
         self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)
