@@ -177,6 +177,7 @@ class StepUnderTest:
         from gold_jax.models.functional import count, merge
         from gold_jax.text.vocabulary import VocabularyMap
         from gold_jax.training.build import Match, build_run
+        from gold_jax.training.step import init_state
 
         self.configs = student, teacher = decoder_configs(bench)
         self.rows, self.prompt, self.answer = (2, 8, 24) if bench.small else (4, 512, 512)
@@ -198,7 +199,7 @@ class StepUnderTest:
         run = build_run(args, *sides, total_steps=1000, match=Match(vocabulary, ((1, 2), (3, 4)), False))
         del sides
         self.step, self.constants = run.step, run.step.constants
-        self.state = run.init(run.params)
+        self.state = init_state(run.optimizer, run.params)
         self.batch = random_batch(self.configs, self.rows, self.prompt, self.answer, run.spec.merge, run.spec.of_text)
 
     def train(self):

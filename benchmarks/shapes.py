@@ -37,7 +37,7 @@ def main() -> None:
         for name in ("smollm2-135m-gpt2tok", "smollm2-135m-instruct")
     )
     rows = [json.loads(line) for line in pathlib.Path(args.data).read_text(encoding="utf-8").splitlines()]
-    order = RowOrder(len(rows), args.batch, 42)
+    order = RowOrder(range(len(rows)), args.batch, 42)
     print(
         "| completions | teacher's programs | student's programs | computed tokens to one, in lines | in padded rows |"
     )

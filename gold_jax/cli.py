@@ -171,7 +171,7 @@ def load_reader(
         FileNotFoundError, ValueError: as `load_model_and_tokenizer` and `mesh_sizes`.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
-    from gold_jax.training.setting import place_run
+    from gold_jax.training.build import place_run
 
     dtype = compute_dtype(bf16)
     return load_model_and_tokenizer(

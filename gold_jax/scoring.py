@@ -296,29 +296,3 @@ def exact_match(
         temperature=0.0,
     )
     return float(np.mean([d.text.strip() == completion.strip() for d, (_, completion) in zip(drawn, pairs)]))
-
-
-def evaluate_model(
-    model: LoadedModel,
-    examples: Sequence[Example],
-    *,
-    batch_size: int,
-    chunk: int,
-    max_new_tokens: int | None,
-) -> dict[str, float]:
-    """What any model can be measured by on given completions: the same for students, teachers and every tokenizer.
-
-    Args:
-        model: with its tokenizer.
-        examples: with completions.
-        batch_size: rows at a time on one shard.
-        chunk: positions whose logits are held at once.
-        max_new_tokens: of the greedy completions that exact matches are counted on; None: none are made.
-    """
-    placement = model.model.placement
-    rows = batch_size * (1 if placement is None else placement.row_shards)
-    score = score_completions(model, None, examples, batch_size=rows, chunk=chunk)
-    found = {"eval_bits_per_byte": score.bits_per_byte}
-    if max_new_tokens is not None:
-        found["eval_exact_match"] = exact_match(model, None, examples, max_new_tokens=max_new_tokens, batch_size=rows)
-    return found

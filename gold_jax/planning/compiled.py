@@ -38,6 +38,7 @@ from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batc
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.build import Match, build_run
 from gold_jax.training.objective import with_hidden
+from gold_jax.training.step import state_shapes
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -85,7 +86,8 @@ class PlannedRun:
             teacher, match = _placed(Decoder.abstract(pair.teacher, **options)), _match(pair)
         sides = [model and LoadedModel(model, None, "") for model in (self.student, teacher)]
         self.run = build_run(self.args, *sides, placement, total_steps=1000, match=match)
-        self.state, self.batch, step = self.run.shapes(), self._batch(), self.run.step
+        self.state = state_shapes(self.run.optimizer, self.run.params)
+        self.batch, step = self._batch(), self.run.step
         self.key = jax.eval_shape(jax.random.key, 0)
         if request.reads:
             hidden = jax.eval_shape(step.objective.teacher_forward, step.constants, self.batch.teacher.packed)

@@ -1,8 +1,7 @@
-"""Names for the host's work in a profiler's trace, put around the work itself.
+"""Names for the host's work in a profiler's trace, put around the work itself; about a microsecond where nothing is traced.
 
-They cost about a microsecond where nothing is traced. xprof and Perfetto show them; `gold_jax.profiling` adds them up.
-The device's work is named by `jax.named_scope` in the programs: student, teacher, loss, optimizer, prefill, decode,
-draw.
+xprof and Perfetto show them, `gold_jax.profiling` adds them up. The device's work is named by `jax.named_scope` in the
+programs: student, teacher, loss, optimizer, prefill, decode, draw.
 """
 
 import contextlib

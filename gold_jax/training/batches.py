@@ -6,24 +6,17 @@ student writes itself, and the sampling keys are pure functions of the seed and 
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from gold_jax.loss_spec import LossSpec
-from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
-from gold_jax.text.batch import (
-    SINGLE_PROCESS,
-    Row,
-    align_rows,
-    build_batches,
-    build_token_batches,
-    counted_groups,
-    encode_rows,
-)
+from gold_jax.rollout.server import ServerEngine
+from gold_jax.text import batch as text_batch
+from gold_jax.text.batch import SINGLE_PROCESS, Row, counted_groups
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
@@ -35,20 +28,20 @@ from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER,
 class RowOrder:
     """The order in which rows are learned from: reshuffled in every epoch, the last update of an epoch may be short."""
 
-    rows: int
+    rows: Sequence[int]  # their numbers
     per_step: int
     seed: int
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates that go through all rows once."""
-        return math.ceil(self.rows / self.per_step)
+        return math.ceil(len(self.rows) / self.per_step)
 
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.rows)
-        return order[k * self.per_step : (k + 1) * self.per_step].tolist()
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        return [self.rows[i] for i in order[k * self.per_step : (k + 1) * self.per_step]]
 
 
 @dataclasses.dataclass
@@ -60,14 +53,39 @@ class UpdateBatch:
     samples: list[tuple[str | list[dict], str]] = dataclasses.field(default_factory=list)
 
 
-class BatchBuilder(Protocol):
-    """Makes update batches and evaluation batches."""
+class Evaluation(NamedTuple):
+    """What is measured in one pass over rows with completions."""
 
-    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
-        """The batch of an update, given its rows and the student's current parameters."""
+    batches: list  # normalised over all rows together
+    text: list[np.ndarray]  # of each, float32 [B, T]: 1 at the labels that `scoring.score_completions` counts
+    bytes: int  # UTF-8 length of that text, in all processes
+    rest: list[int]  # numbers of the rows whose text the batches do not hold whole, or hold in other tokens
 
-    def build_evaluation(self, examples: Sequence[Example]) -> list:
-        """All batches of an evaluation, normalised over all rows together."""
+
+def _text_labels(prompt: np.ndarray, completion: Any, max_length: int | None) -> tuple[int, int, int] | None:
+    """First and end of a row's labels that are the completion's text, and its bytes; None where the row is cut."""
+    length, spans = len(prompt) + len(completion.ids), completion.spans
+    if max_length is not None and length >= max_length:  # with its stop token
+        return None
+    if len(spans) == 0:
+        return 0, 0, 0
+    first = 0 if len(prompt) else int(spans[0, 1])  # the very first token of all has nothing before it
+    return max(0, len(prompt) - 1), length - 1, int(spans[-1, 1]) - first
+
+
+def _evaluation(batches: list, labels: Mapping[int, Any], count: int, rows: int, shard: ProcessShard) -> Evaluation:
+    """The evaluation of `count` examples, `rows` in a batch, from the `_text_labels` of those built here."""
+    sums, text = np.zeros((2, count)), []
+    for i, found in labels.items():
+        if found is not None and shard.is_owner(i, rows):
+            sums[:, i] = 1, found[2]
+    for batch, part in zip(batches, shard.local_rows_per_batch(count, rows)):
+        text.append(np.zeros(batch.labels.token.shape, np.float32))
+        for marks, i in zip(text[-1], part):
+            if labels[i] is not None:
+                marks[slice(*labels[i][:2])] = 1
+    whole, sizes = shard.all_reduce_sum(sums)
+    return Evaluation(batches, text, int(sizes.sum()), np.flatnonzero(whole == 0).tolist())
 
 
 @dataclasses.dataclass
@@ -77,8 +95,8 @@ class DistillationBatchBuilder:
     The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
     teacher. An update's completions are sampled together, `generation_batch_size` rows at a time, however it is split
     into micro-batches. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
-    `engine` writes for the student in place of the built-in sampler, after `sync` has been given the student (graph and
-    parameters) and the number of updates that it has seen.
+    `engine` writes for the student in place of the built-in sampler, after its `sync` has been given the student (graph
+    and parameters) and the number of updates that it has seen.
 
     `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this
     process makes. All processes sample together, including rows of other processes.
@@ -95,21 +113,17 @@ class DistillationBatchBuilder:
     lmbda: float
     num_generations: int
     max_length: int
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
+    sampling: dict[str, Any]  # max_new_tokens, temperature, top_k, top_p
     seed: int
     generation_batch_size: int = 32
     teacher_model: Any = None
     teacher_context: str | None = None
-    engine: Engine | None = None
-    sync: Callable[[tuple, int], Any] | None = None
+    engine: ServerEngine | None = None
     process_shard: ProcessShard = SINGLE_PROCESS
 
     @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
-        """See `BatchBuilder.build`."""
+        """The batch of an update, given its rows and the student's current parameters."""
         examples = [e for e in examples for _ in range(self.num_generations)]
         chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
         on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
@@ -117,9 +131,9 @@ class DistillationBatchBuilder:
         key = jax.random.fold_in(jax.random.key(self.seed), step)
         model = (self.student_graph, params)
         student_rows = np.flatnonzero(on_policy).tolist()
-        if student_rows and self.sync is not None:
+        if student_rows and self.engine is not None:
             with annotate(SAMPLER):
-                self.sync(model, step)
+                self.engine.sync(model, step)
         with annotate(ENCODING):  # a prompt that is answered several times is encoded once
             distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
             encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
@@ -140,45 +154,20 @@ class DistillationBatchBuilder:
             remaining = {i: examples[i] for i in local_rows if not on_policy[i]}
             completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
         completions |= sampled
-        made = self._rows(
-            [examples[i] for i in local_rows],
-            [completions[i] for i in local_rows],
-            [prompt_ids[i] for i in local_rows],
-        )
-        rows = dict(zip(local_rows, made))
+        _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
         stats = self._describe(rows, sampled) | {"on_policy": float(on_policy.mean())}
-        samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
-        return UpdateBatch(self._batches(rows, len(examples), self.batch_size), stats, samples)
+        return UpdateBatch(batches, stats, [(examples[i].prompt, d.text) for i, d in sampled.items()])
 
     @annotate(SAMPLER)
     def _sample(
-        self,
-        model,
-        chat_tokenizer: ChatTokenizer,
-        prompts: Mapping[int, Any],
-        ids: Mapping[int, np.ndarray],
-        wanted: Sequence[int],
-        key,
-        engine: Engine | None = None,
+        self, model, tokenizer: ChatTokenizer, prompts: Mapping, ids: Mapping, wanted: Sequence[int], key, engine=None
     ) -> dict[int, SampledCompletion]:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
-        sampled = (engine or SamplingEngine(rows)).generate(
-            model,
-            self.process_shard.gather_token_ids(wanted, ids, self.batch_size),
-            max_new_tokens=self.max_new_tokens,
-            key=key,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            stop_ids=chat_tokenizer.stop_ids,
-            pad_id=chat_tokenizer.pad_id,
-        )
-        return {
-            i: completion_from_ids(chat_tokenizer, completion.ids, after=prompts[i])
-            for i, completion in zip(wanted, sampled)
-            if i in prompts
-        }
+        prompt_ids = self.process_shard.gather_token_ids(wanted, ids, self.batch_size)
+        options = dict(self.sampling, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        sampled = dict(zip(wanted, (engine or SamplingEngine(rows)).generate(model, prompt_ids, key=key, **options)))
+        return {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
@@ -187,14 +176,11 @@ class DistillationBatchBuilder:
             ids = {i: self.teacher.encode_prompt(prompt) for i, prompt in prompts.items()}
         sampled = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key)
         with annotate(ENCODING):
-            read = self.student.encode_completions(
-                [sampled[i].text for i in examples], after=[e.prompt for e in examples.values()]
-            )
+            texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
+            read = dict(zip(examples, self.student.encode_completions(texts, after=after)))
         return {
-            i: SampledCompletion.from_text(
-                sampled[i].text, e, stopped=sampled[i].stopped, invalid_utf8=sampled[i].invalid_utf8
-            )
-            for i, e in zip(examples, read)
+            i: SampledCompletion.from_text(d.text, read[i], stopped=d.stopped, invalid_utf8=d.invalid_utf8)
+            for i, d in sampled.items()
         }
 
     @annotate(ENCODING)
@@ -206,78 +192,60 @@ class DistillationBatchBuilder:
             for e, context in zip(examples, contexts)
         ]
 
-    def build_evaluation(self, examples: Sequence[Example]) -> list:
-        """See `BatchBuilder.build_evaluation`; always on the data set's completions."""
-        local_rows = self.process_shard.local_rows(len(examples), self.eval_batch_size)
-        local_examples = [examples[i] for i in local_rows]
-        rows = dict(
-            zip(local_rows, self._rows(local_examples, [e.completion_for(self.student) for e in local_examples]))
-        )
-        return self._batches(rows, len(examples), self.eval_batch_size)
+    def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
+        """All batches of an evaluation, on the data set's completions."""
+        rows = self.eval_batch_size
+        numbers = self.process_shard.local_rows(len(examples), rows)
+        completions = {i: examples[i].completion_for(self.student) for i in numbers}
+        encoded, _, batches = self._batches(examples, completions, rows)
+        text = {i: _text_labels(row.student_prompt, row.student, self.max_length) for i, row in encoded.items()}
+        return _evaluation(batches, text, len(examples), rows, self.process_shard)
 
-    def _rows(self, examples, completions, prompt_ids=None) -> list[Row]:
-        teacher_prompts = self._teacher_prompts(examples)
+    def _batches(self, examples: Sequence[Example], completions: Mapping, batch_size: int, prompt_ids=None):
+        """The rows that are made here, encoded and aligned, and the micro-batches of all."""
+        numbers, spec = self.process_shard.local_rows(len(examples), batch_size), self.spec
+        local = [examples[i] for i in numbers]
+        teacher_prompts = self._teacher_prompts(local)
         with annotate(ENCODING):
-            encoded = encode_rows(
-                self.student,
-                self.teacher,
-                [e.prompt for e in examples],
-                completions,
-                one_vocabulary=self.one_vocabulary,
-                teacher_prompts=teacher_prompts,
-                student_prompt_ids=prompt_ids,
+            known = prompt_ids and [prompt_ids[i] for i in numbers]
+            texts = [e.prompt for e in local], [completions[i] for i in numbers]
+            options = dict(
+                one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts, student_prompt_ids=known
             )
+            encoded = text_batch.encode_rows(self.student, self.teacher, *texts, **options)
+        positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
         with annotate(ALIGNMENT):
-            return align_rows(
-                encoded,
-                (self.student.stop_id, self.teacher.stop_id),
-                max_length=self.max_length,
-                positional=self.spec.groups == "positional",
-                one_vocabulary=self.one_vocabulary,
-                skip_student_stop=self.spec.skip_student_stop,
-                skip_teacher_stop=self.spec.skip_teacher_stop,
-            )
-
-    def _batches(self, rows: Mapping[int, Row], count: int, batch_size: int) -> list:
-        return build_batches(
-            [rows.get(i) for i in range(count)],
-            batch_size,
-            merge=self.spec.merge,
-            groups="all" if self.spec.groups == "positional" else self.spec.groups,
-            text=self.spec.of_text,
-            normalization=self.spec.normalization,
-            student_pad=self.student.pad_id,
-            teacher_pad=self.teacher.pad_id,
-            process_shard=self.process_shard,
-        )
+            options = dict(max_length=self.max_length, positional=positional, one_vocabulary=self.one_vocabulary)
+            options |= dict(skip_student_stop=spec.skip_student_stop, skip_teacher_stop=spec.skip_teacher_stop)
+            rows = dict(zip(numbers, text_batch.align_rows(encoded, stops, **options)))
+        groups, given = "all" if positional else spec.groups, [rows.get(i) for i in range(len(examples))]
+        options = dict(merge=spec.merge, groups=groups, text=spec.of_text, normalization=spec.normalization)
+        options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
+        batches = text_batch.build_batches(given, batch_size, process_shard=self.process_shard, **options)
+        return dict(zip(numbers, encoded)), rows, batches
 
     def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> dict[str, float]:
         """What the rows of all processes hold."""
 
-        def counted(found: Mapping[int, Any]) -> list:
+        def owned(found: Mapping[int, Any]) -> list:
             return [x for i, x in found.items() if self.process_shard.is_owner(i, self.batch_size)]
 
-        rows, sampled = counted(rows), counted(sampled)
-        groups, plain, unknown, tokens, written, length, stopped, invalid_utf8 = self.process_shard.all_reduce_sum(
-            np.array(
-                [
-                    sum(r.groups for r in rows),
-                    sum(int(counted_groups(r, "boundary", "one_to_one").sum()) for r in rows),
-                    sum(len(np.unique(r.unknown)) for r in rows),
-                    sum(len(r.student.prompt) + len(r.student.completion) for r in rows),
-                    len(sampled),
-                    sum(len(d.ids) + d.stopped for d in sampled),
-                    sum(d.stopped for d in sampled),
-                    sum(d.invalid_utf8 for d in sampled),
-                ]
-            )
-        ).tolist()
-        found = {"groups": groups, "one_to_one": plain / max(1, groups), "tokens": tokens}
+        def of_row(r: Row) -> tuple[int, ...]:
+            one_to_one = int(counted_groups(r, "boundary", "one_to_one").sum())
+            return r.groups, one_to_one, len(np.unique(r.unknown)), len(r.student.prompt) + len(r.student.completion)
+
+        def of_completion(d: SampledCompletion) -> tuple[int, ...]:
+            return 1, len(d.ids) + d.stopped, d.stopped, d.invalid_utf8
+
+        counts = [[(0, 0, 0, 0), *map(of_row, owned(rows))], [(0, 0, 0, 0), *map(of_completion, owned(sampled))]]
+        sums = self.process_shard.all_reduce_sum(np.array([np.sum(part, axis=0) for part in counts])).tolist()
+        (groups, one_to_one, unknown, tokens), (written, *sums) = sums
+        found = {"groups": groups, "one_to_one": one_to_one / max(1, groups), "tokens": tokens}
         if unknown:
             found["unknown"] = unknown / max(1, groups)
         if written:
-            sums = {"completion_tokens": length, "stopped": stopped, "damaged": invalid_utf8}
-            found |= {name: value / written for name, value in sums.items()}
+            names = "completion_tokens", "stopped", "damaged"
+            found |= {name: value / written for name, value in zip(names, sums)}
         return found
 
 
@@ -302,39 +270,37 @@ class TokenBatchBuilder:
 
     @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
-        """See `BatchBuilder.build`."""
-        rows = self._rows(examples, self.batch_size)
-        counted = [
-            row for i, row in enumerate(rows) if row is not None and self.process_shard.is_owner(i, self.batch_size)
-        ]
-        sums = [sum(len(ids) for ids, _ in counted), sum(int(c[1:].sum()) for _, c in counted)]
+        """The batch of an update, given its rows and the student's current parameters."""
+        rows, batches = self._batches(examples, self.batch_size)
+        owned = [row for i, row in rows.items() if self.process_shard.is_owner(i, self.batch_size)]
+        sums = [sum(len(ids) for ids, *_ in owned), sum(int(counted[1:].sum()) for _, counted, _ in owned)]
         tokens, targets = self.process_shard.all_reduce_sum(np.array(sums)).tolist()
-        batches = build_token_batches(
-            rows, self.batch_size, pad=self.chat_tokenizer.pad_id, process_shard=self.process_shard
-        )
         return UpdateBatch(batches, {"tokens": tokens, "targets": targets})
 
-    def build_evaluation(self, examples: Sequence[Example]) -> list:
-        """See `BatchBuilder.build_evaluation`."""
-        rows = self._rows(examples, self.eval_batch_size)
-        return build_token_batches(
-            rows, self.eval_batch_size, pad=self.chat_tokenizer.pad_id, process_shard=self.process_shard
-        )
+    def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
+        """All batches of an evaluation, on the data set's completions."""
+        rows, batches = self._batches(examples, self.eval_batch_size)
+        text = {i: labels for i, (*_, labels) in rows.items()}
+        return _evaluation(batches, text, len(examples), self.eval_batch_size, self.process_shard)
 
-    @annotate(ENCODING)
-    def _rows(self, examples: Sequence[Example], batch_size: int) -> list:
-        """The rows that are made here, None for the others."""
-        local_rows = set(self.process_shard.local_rows(len(examples), batch_size))
-        rows = [self._row(e) if i in local_rows else None for i, e in enumerate(examples)]
-        return [row and (row[0][: self.max_length], row[1][: self.max_length]) for row in rows]
+    def _batches(self, examples: Sequence[Example], batch_size: int):
+        """The rows that are made here, and the micro-batches of all."""
+        numbers, pad = self.process_shard.local_rows(len(examples), batch_size), self.chat_tokenizer.pad_id
+        with annotate(ENCODING):
+            rows = {i: self._row(examples[i]) for i in numbers}
+        given = [rows[i][:2] if i in rows else None for i in range(len(examples))]
+        return rows, text_batch.build_token_batches(given, batch_size, pad=pad, process_shard=self.process_shard)
 
     def _row(self, example: Example):
+        """Ids `[T]`, which of them count, and where its labels hold the completion's text."""
         if self.counted != "completion" and example.messages:
             ids, counted = self.chat_tokenizer.encode_turns(example.messages)
+            text = None
         else:
             prompt = self.chat_tokenizer.encode_prompt(example.prompt)
             completion = example.completion_for(self.chat_tokenizer)
-            answer = self.chat_tokenizer.encode_completion(completion, after=example.prompt).ids
-            ids = np.concatenate([prompt, answer, [self.chat_tokenizer.stop_id]]).astype(np.int32)
-            counted = np.arange(len(ids)) >= len(prompt)
-        return ids, np.ones_like(counted) if self.counted == "all" else counted
+            answer = self.chat_tokenizer.encode_completion(completion, after=example.prompt)
+            ids = np.concatenate([prompt, answer.ids, [self.chat_tokenizer.stop_id]]).astype(np.int32)
+            counted, text = np.arange(len(ids)) >= len(prompt), _text_labels(prompt, answer, self.max_length)
+        counted = np.ones_like(counted) if self.counted == "all" else counted
+        return ids[: self.max_length], counted[: self.max_length], text

@@ -1,9 +1,11 @@
-"""`build_run`: from settings and two models to everything that an update needs, with arrays or with their shapes alone.
+"""From settings and models to everything that an update needs: where it is computed, and with which programs.
 
-Trainers call it with loaded models, `gold_jax.plan` with models whose parameters are `jax.ShapeDtypeStruct`s, and so
-both have the same programs.
+Trainers call `build_run` with loaded models, `gold_jax.plan` with models whose parameters are `jax.ShapeDtypeStruct`s,
+and so both have the same programs.
 """
 
+import os
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,69 +13,48 @@ import jax
 import optax
 from flax import nnx
 
-from gold_jax.config import SFTConfig
+from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.distributed import consensus
 from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import Params, split
 from gold_jax.rollout.server import ServerEngine
+from gold_jax.sharding.mesh import make_mesh, mesh_sizes
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.batch import SINGLE_PROCESS
-from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.vocabulary import VocabularyMap
-from gold_jax.training.batches import BatchBuilder, DistillationBatchBuilder, TokenBatchBuilder
+from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
 from gold_jax.training.objective import make_cross_entropy_loss, make_distillation_loss
 from gold_jax.training.optimizer import make_optimizer, make_schedule
-from gold_jax.training.step import Step, TrainState, init_state, state_shapes, state_shardings
-from gold_jax.training.teacher import freeze_teacher, teacher_shapes
+from gold_jax.training.step import Step, TrainState, state_shardings
+from gold_jax.training.teacher import freeze_teacher
 
 
 class Match(NamedTuple):
-    """How the vocabularies of a pair face each other.
+    """How the vocabularies of a pair face each other."""
 
-    Attributes:
-        vocabulary: the order of either head.
-        stops: the stop tokens of student and teacher, matched by role; None where they match as all other entries do.
-        same: whether both tokenizers have the same entries under the same ids.
-    """
-
-    vocabulary: VocabularyMap
-    stops: tuple[Sequence[int], Sequence[int]] | None
-    same: bool
+    vocabulary: VocabularyMap  # the order of either head
+    stops: tuple[Sequence[int], Sequence[int]] | None  # of either side, matched by role; None: as all other entries
+    same: bool  # whether both tokenizers have the same entries under the same ids
 
 
 class Run(NamedTuple):
-    """What an update needs.
+    """What an update needs."""
 
-    Attributes:
-        graph: the student's graph definition.
-        params: its parameters, arrays or shapes. The first update donates them.
-        optimizer, schedule: the gradient transformation and its learning rates (None: not known).
-        shardings: of the state on a mesh; None: one device.
-        step: `state, metrics = step(state, batches)`.
-        batches: makes the micro-batches of updates and evaluations; None where a model has no tokenizer.
-        spec, teacher_graph, match: of a distillation.
-    """
-
-    graph: nnx.GraphDef
-    params: Params | None
+    graph: nnx.GraphDef  # the student's
+    params: Params | None  # its parameters, arrays or shapes; the first update donates them
     optimizer: optax.GradientTransformation
-    schedule: optax.Schedule | None
-    shardings: TrainState | None
+    schedule: optax.Schedule | None  # the optimizer's learning rates, where they are known
+    shardings: TrainState | None  # of the state on a mesh; None: one device
     step: Step
-    batches: BatchBuilder | None
-    spec: LossSpec | None = None
+    batches: (
+        DistillationBatchBuilder | TokenBatchBuilder | None
+    )  # of updates and evaluations; None where a model has no tokenizer
+    spec: LossSpec | None = None  # of a distillation, as what follows
     teacher_graph: nnx.GraphDef | None = None
     match: Match | None = None
-
-    def init(self, params: Params) -> TrainState:
-        """The state before the first update from some parameters, which it holds."""
-        return init_state(self.optimizer, params, self.shardings)
-
-    def shapes(self, params: Params | None = None) -> TrainState:
-        """That state as shapes with their shardings."""
-        return state_shapes(self.optimizer, self.params if params is None else params)
 
 
 def build_run(
@@ -91,7 +72,6 @@ def build_run(
     """Everything that an update needs.
 
     Args:
-        args: the settings.
         student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
         teacher: the model that it learns from; None: supervised fine-tuning.
         placement: the mesh that both are sharded on; None: one device.
@@ -108,30 +88,28 @@ def build_run(
     shardings = None if placement is None else state_shardings(optimizer, params)
     shards = 1 if placement is None else placement.row_shards
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
-    chunk = chunk_size(args.loss_chunk, student.model.platform)
-    common = dict(optimizer=optimizer, schedule=schedule, shardings=shardings)
-    put_rows = None if placement is None else placement.put_rows
+    chunk, chat_tokenizer = chunk_size(args.loss_chunk, student.model.platform), student.chat_tokenizer
+    mesh = dict(shardings=shardings, device_put=None if placement is None else placement.put_rows)
+    batches = None
     if teacher is None:
-        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, shardings=shardings, device_put=put_rows)
-        batches = student.chat_tokenizer and TokenBatchBuilder(
-            student.chat_tokenizer, rows, eval_rows, args.max_length, counted_tokens(args), process_shard
-        )
-        return Run(graph, params, step=step, batches=batches, **common)
+        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, **mesh)
+        if chat_tokenizer is not None:
+            counted = counted_tokens(args)
+            batches = TokenBatchBuilder(chat_tokenizer, rows, eval_rows, args.max_length, counted, process_shard)
+        return Run(graph, params, optimizer, schedule, shardings, step, batches)
 
     teacher_graph, teacher_params = split(teacher.model)
     match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same)
-    abstract = isinstance(jax.tree.leaves(teacher_params)[0], jax.ShapeDtypeStruct)
-    freeze = teacher_shapes if abstract else freeze_teacher
-    constants = freeze(teacher_graph, teacher_params, match.vocabulary, match.stops)
+    constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
-    step = Step(objective, optimizer, constants, shardings=shardings, device_put=put_rows)
-    batches = None
-    if student.chat_tokenizer is not None:
+    step = Step(objective, optimizer, constants, **mesh)
+    if chat_tokenizer is not None:
+        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.
         writes = args.seq_kd and args.lmbda < 1
         batches = DistillationBatchBuilder(
-            student=student.chat_tokenizer,
+            student=chat_tokenizer,
             teacher=teacher.chat_tokenizer,
             student_graph=graph,
             spec=spec,
@@ -142,19 +120,15 @@ def build_run(
             lmbda=args.lmbda,
             num_generations=args.num_generations,
             max_length=args.max_length,
-            max_new_tokens=args.max_completion_length,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
+            sampling=dict(max_new_tokens=args.max_completion_length, **sampling),
             seed=args.seed,
             generation_batch_size=args.generation_batch_size or 32 * shards,
             teacher_model=(teacher_graph, teacher_params) if writes else None,
             teacher_context=args.teacher_context,
             engine=engine,
-            sync=None if engine is None else engine.sync,
             process_shard=process_shard,
         )
-    return Run(graph, params, step=step, batches=batches, spec=spec, teacher_graph=teacher_graph, match=match, **common)
+    return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match)
 
 
 def counted_tokens(args: SFTConfig) -> str:
@@ -165,29 +139,52 @@ def counted_tokens(args: SFTConfig) -> str:
 
 
 def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
-    """How the vocabularies of two models face each other, by their tokenizers.
-
-    Args:
-        args: reads `loss_spec`, whose masks keep entries out of a projection.
-        student, teacher: models with tokenizers.
-    """
-    same = same_vocabulary(student.chat_tokenizer, teacher.chat_tokenizer)
-    sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
-    stops = student.chat_tokenizer.stop_ids, teacher.chat_tokenizer.stop_ids
-    if same:
-        by_role = student.chat_tokenizer.stop_id != teacher.chat_tokenizer.stop_id
+    """How the vocabularies of two models face each other, by their tokenizers; `args.loss_spec` may mask entries."""
+    ours, theirs = student.chat_tokenizer, teacher.chat_tokenizer
+    sizes, stops = (student.model.config.vocab_size, teacher.model.config.vocab_size), (ours.stop_ids, theirs.stop_ids)
+    if ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab():
+        by_role = ours.stop_id != theirs.stop_id
         return Match(VocabularyMap.identity(*sizes, stop=stops), stops if by_role else None, True)
-    vocabulary = VocabularyMap.build(
-        student.chat_tokenizer.surfaces,
-        teacher.chat_tokenizer.surfaces,
-        student_size=sizes[0],
-        teacher_size=sizes[1],
-        stop=stops,
-        mask=args.loss_spec(False).mask,
-    )
-    return Match(vocabulary, stops, False)
+    options = dict(student_size=sizes[0], teacher_size=sizes[1], stop=stops, mask=args.loss_spec(False).mask)
+    return Match(VocabularyMap.build(ours.surfaces, theirs.surfaces, **options), stops, False)
 
 
-def same_vocabulary(student: ChatTokenizer, teacher: ChatTokenizer) -> bool:
-    """Whether both tokenizers have the same entries under the same ids."""
-    return student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab()
+def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:
+    """The mesh over all devices that a run is spread over; None where there is one device. ValueError as `mesh_sizes`."""
+    sizes = mesh_sizes(mesh, jax.device_count())
+    return None if jax.device_count() == 1 else Placement(make_mesh(sizes), layout)
+
+
+def process_shard_of(placement: Placement | None) -> ProcessShard:
+    """Which rows this process makes."""
+    if placement is None:
+        return ProcessShard()
+    if jax.process_count() == 1:
+        return ProcessShard.single_process(placement.row_shards)
+    owner, local_shards = placement.row_owners()
+    exchange = consensus.all_reduce_sum, consensus.all_reduce_max, consensus.all_gather_ragged
+    return ProcessShard(owner, local_shards, jax.process_index(), *exchange)
+
+
+def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:
+    """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
+
+    Raises:
+        ServerError: it is not there, or its window is too short.
+        ValueError: the run has several processes.
+    """
+    if args.server_url is None:
+        return None, []
+    if args.lmbda == 0:
+        return None, ["--use_vllm: no effect with --lmbda 0, where the student writes nothing"]
+    if jax.process_count() > 1:
+        raise ValueError(
+            "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
+            "sampler writes the completions on all devices."
+        )
+    folder = args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights")
+    syncs = dict(sync_every=args.vllm_sync_frequency, sync_first=args.rollout_sync_first, dtype=dtype)
+    answers = dict(kind=args.rollout_server, timeout=args.vllm_server_timeout, api_key=os.environ.get("VLLM_API_KEY"))
+    engine = ServerEngine(args.server_url, folder, vocab_size=vocab_size, **syncs, **answers)
+    engine.check(args.prompt_budget + args.max_completion_length)
+    return engine, []

@@ -4,36 +4,20 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import optax
+from transformers.trainer_callback import TrainerControl
 
 
 class Callbacks:
-    """The callbacks of a run; nothing happens where there are none.
-
-    Of what a callback may ask for through `TrainerControl`, `should_training_stop` is heeded: the run ends after that
-    update as after its last one.
-
-    Attributes:
-        stop: whether a callback asked the run to end.
-    """
+    """The callbacks of a run. Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`)."""
 
     def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
-        """Takes callbacks, or classes of them.
-
-        Args:
-            callbacks: objects with transformers' `on_…` methods.
-            args: the settings that they are given.
-            state: gives the `TrainerState` of the moment.
-        """
+        """Takes callbacks, or classes of them; each is given the settings and the `TrainerState` of the moment."""
         self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
         self._args, self._state = args, state
         self.stop = False
 
     def call(self, event: str, **values: Any) -> None:
         """Calls the method of every callback that is named after an event, such as `on_step_end`."""
-        if not self._callbacks:
-            return
-        from transformers.trainer_callback import TrainerControl
-
         control = TrainerControl()
         for callback in self._callbacks:
             control = getattr(callback, event)(self._args, self._state(), control, **values) or control
@@ -41,11 +25,7 @@ class Callbacks:
 
 
 def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
-    """Refuses arguments of TRL's trainers in whose place something else stands, and says what.
-
-    Raises:
-        ValueError: one of them is given.
-    """
+    """Refuses, by a ValueError, arguments of TRL's trainers in whose place something else stands, and says what."""
     if compute_metrics is not None:
         raise ValueError(
             "compute_metrics reads the logits of whole batches, which are never held here; predict_with_generate=True counts "
@@ -57,11 +37,7 @@ def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
 
 
 def check_optimizers(optimizers: tuple[Any, Any]) -> tuple[optax.GradientTransformation | None, Any]:
-    """The transformation and the learning rate of each update that stand in the place of the settings'.
-
-    Raises:
-        TypeError: something else than optax's.
-    """
+    """The transformation and the learning rates in place of the settings'; a TypeError where they are not optax's."""
     optimizer, schedule = optimizers
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         raise TypeError(

@@ -10,8 +10,6 @@ All of it is written in the background. orbax commits it last: by renaming the f
 storage (`gs://`) has no renaming.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -43,21 +41,18 @@ class BadCheckpoint(Exception):
     """A checkpoint that is not whole; the text says why."""
 
 
-class StepNames(step_lib.NameFormat):
+class _StepNames(step_lib.NameFormat):
     """The folders `checkpoint-STEP` of transformers and TRL; orbax's own format joins prefix and step by an underscore."""
 
     def build_name(self, step: int) -> str:
-        """The name of a step's folder."""
         return f"checkpoint-{step}"
 
     def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
-        """All committed steps, damaged ones too."""
         for path in epath.Path(base_path).iterdir():
             if (match := STEP_NAME.fullmatch(path.name)) and step_lib.is_path_finalized(path):
                 yield step_lib.Metadata(step=int(match[1]), path=path)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
-        """A committed step; ValueError where there is none."""
         path = epath.Path(base_path) / self.build_name(step)
         if not step_lib.is_path_finalized(path):
             raise ValueError(f"{path} is not there, or was not written to its end")
@@ -65,13 +60,12 @@ class StepNames(step_lib.NameFormat):
 
 
 @dataclasses.dataclass(frozen=True)
-class LastSaved(PreservationPolicy):
+class _LastSaved(PreservationPolicy):
     """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
 
     n: int
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
-        """Whether each stays."""
         kept = sorted(checkpoints, key=lambda info: info.time)[-self.n :]
         return [info in kept for info in checkpoints]
 
@@ -79,44 +73,32 @@ class LastSaved(PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
 
-    A save that fails ends no run: `say` is given a line, and `last` stays what it was.
-
-    Attributes:
-        folder: where they are.
-        last: the newest that this run has written or gone on from; None before that.
-        failed: why the last save failed; None if it did not.
+    A save that fails ends no run: `say` is given a line, and `last`, the newest that this run has written or gone on
+    from (None before that), stays what it was.
     """
 
-    def __init__(self, folder: Any, *, limit: int | None = None, say: Callable[[str], Any] = print):
+    def __init__(self, folder: Any, limit: int | None = None, say: Callable[[str], Any] = print):
         """Keeps at most `limit` checkpoints (None: all). Raises OSError where the folder cannot be made."""
         self.folder, self.say = epath.Path(folder), say
         self.last: epath.Path | None = None
-        self.failed: str | None = None
+        self._failed: str | None = None  # why the last save did
         self._step: int | None = None  # of the save under way
         self._write_files: Callable[[], None] | None = None  # beside its arrays
         self.folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
-        self._manager = ocp.CheckpointManager(
-            _absolute(self.folder),
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                save_root_metadata=False,
-                step_name_format=StepNames(),
-                preservation_policy=None if limit is None else LastSaved(limit),
-                async_options=ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files()),
-            ),
-        )
+        policy = None if limit is None else _LastSaved(limit)
+        finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
+        options = dict(create=False, save_root_metadata=False, preservation_policy=policy, async_options=finalized)
+        options = ocp.CheckpointManagerOptions(step_name_format=_StepNames(), **options)
+        self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options)
 
     def save(
         self, step: int, state: Any, metadata: Mapping[str, Any], student: Callable[[pathlib.Path], Any] | None = None
     ) -> None:
-        """Begins to write a checkpoint and returns when `state` has been copied, so that it may change or be donated.
+        """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        Args:
-            step: updates made so far; a checkpoint of the same step is replaced.
-            state: a pytree of arrays, sharded in any way.
-            metadata: anything that JSON can hold, for `read_metadata`.
-            student: writes the student into the folder that it is given, from another thread.
+        One of the same step (updates made so far) is replaced. `metadata` is anything that JSON can hold, for
+        `read_metadata`; `student` writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -124,9 +106,14 @@ class Checkpoints:
         sums = checksums(arrays)
 
         def write_files() -> None:  # called in the first process, when the arrays are written and not yet committed
-            folder = step_lib.find_step_path(self._manager.directory, StepNames(), step=step, include_uncommitted=True)
-            if student is not None:
-                _write_student(student, folder)
+            folder = step_lib.find_step_path(self._manager.directory, _StepNames(), step=step, include_uncommitted=True)
+            if student is not None and "://" not in str(folder):
+                student(pathlib.Path(folder))
+            elif student is not None:
+                with tempfile.TemporaryDirectory() as local:
+                    student(pathlib.Path(local))
+                    for path in epath.Path(local).iterdir():
+                        path.copy(folder / path.name)
             infos = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
             row = {**metadata, "format": FORMAT, "step": step, "saved": time.time(), "arrays": infos}
             (folder / METADATA).write_text(json.dumps(row))
@@ -136,12 +123,8 @@ class Checkpoints:
                 self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)), force=True)
 
-        self._write_files, self.failed = write_files, None
+        self._write_files, self._failed = write_files, None
         self._step = step if self._attempt(step, begin) else None
-
-    def go_on_from(self, path: epath.Path) -> None:
-        """Takes a checkpoint that the run was restored from for the last one."""
-        self.last = path
 
     def poll(self) -> None:
         """Looks, without waiting, whether the save under way has ended or failed."""
@@ -152,9 +135,9 @@ class Checkpoints:
         """Waits for the save under way; returns whether the last save went well."""
         if self._step is not None:
             if self._attempt(self._step, self._manager.wait_until_finished):
-                self.last = self.folder / StepNames().build_name(self._step)
+                self.last = self.folder / f"checkpoint-{self._step}"
             self._step = self._write_files = None  # it holds a copy of the student
-        return self.failed is None
+        return self._failed is None
 
     def close(self) -> None:
         """Waits for the save under way and lets go of orbax's threads."""
@@ -168,24 +151,20 @@ class Checkpoints:
             action()
             return True
         except Exception as error:
-            self.failed = describe_error(error)
+            self._failed = describe_error(error)
         with contextlib.suppress(Exception):  # leftovers only take space
             self._manager.reload()
             self.remove_unfinished()
-        name = StepNames().build_name(step)
-        failed = f"{name} could not be written to"
+        failed = f"checkpoint-{step} could not be written to"
         if step in self._manager.all_steps():
-            failed, self.last = "old checkpoints could not be removed from", self.folder / name
+            failed, self.last = "old checkpoints could not be removed from", self.folder / f"checkpoint-{step}"
         kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
-        self.say(f"{failed} {self.folder} ({self.failed}); training goes on, and {kept}.")
+        self.say(f"{failed} {self.folder} ({self._failed}); training goes on, and {kept}.")
         return False
 
     def remove_unfinished(self) -> None:
-        """Removes what a save that was cut short left behind.
-
-        orbax's `cleanup_tmp_directories` takes every folder of a bucket that has no commit marker for an unfinished
-        checkpoint.
-        """
+        """Removes what a save that was cut short left behind."""
+        # orbax's `cleanup_tmp_directories` takes every folder of a bucket without a commit marker for an unfinished one.
         if jax.process_index() == 0:
             for path in self.folder.glob(f"checkpoint-*{step_lib.TMP_DIR_SUFFIX}*"):
                 path.rmtree()
@@ -194,7 +173,7 @@ class Checkpoints:
 def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
     """The committed `checkpoint-STEP` folders of a folder, those saved last first; a higher step may be an earlier run's."""
     folder = epath.Path(folder)
-    found = StepNames().find_all(folder) if folder.is_dir() else ()
+    found = _StepNames().find_all(folder) if folder.is_dir() else ()
     return [info.path for info in sorted(found, key=lambda x: (x.commit_timestamp, x.step), reverse=True)]
 
 
@@ -204,9 +183,10 @@ def current_run(folder: str | os.PathLike) -> str | None:
     return path.read_text().strip() if path.exists() else None
 
 
-def set_current_run(folder: str | os.PathLike, run_id: str) -> None:
-    """Records which run has its checkpoints in a folder from now on."""
-    (epath.Path(folder) / _CURRENT_RUN).write_text(run_id + "\n")
+def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
+    """Records which run has its logs or checkpoints in these folders from now on."""
+    for folder in folders:
+        (epath.Path(folder) / _CURRENT_RUN).write_text(run_id + "\n")
 
 
 def run_of(checkpoint: epath.Path) -> str | None:
@@ -225,8 +205,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
             raise BadCheckpoint(f"it has no {name}: it was not written to its end, or it holds a model alone")
     try:
         metadata = json.loads((path / METADATA).read_text())
-        version = metadata["format"]
-        metadata["step"], metadata["arrays"]
+        version, *_ = metadata["format"], metadata["step"], metadata["arrays"]
     except (ValueError, KeyError, TypeError) as error:
         raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
     if version != FORMAT:
@@ -244,12 +223,13 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
     saved = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in metadata["arrays"].items()}
     differ = []
     for name, kind in (saved | wanted).items():
+        old, new = saved.get(name, "missing"), wanted.get(name, "missing")
         counter = kind.endswith("[]") and name.split(".")[0] not in ("params", "optimizer")
-        if saved.get(name) != wanted.get(name) and not (counter and (name not in saved or name not in wanted)):
-            differ.append(f"{name} is {saved.get(name, 'missing')}, here {wanted.get(name, 'missing')}")
+        if old != new and not (counter and "missing" in (old, new)):
+            differ.append(f"{name} is {old}, here {new}")
     if differ:
         raise ValueError(
-            f"{path} is of another student or optimizer: {_listed(differ, 5, ', and')}. Resume with the model and the "
+            f"{path} is of another student or optimizer: {first_of(differ, 5, ', and')}. Resume with the model and the "
             "optimizer's settings that it was saved with."
         )
 
@@ -257,18 +237,11 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
 def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
     """The state of a checkpoint, bit for bit; scalars that it lacks (see `check_arrays`) are zero.
 
-    Args:
-        path: the checkpoint's folder.
-        metadata: what `read_metadata` gave for it.
-        abstract: a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`; its shardings are those of the
-            result, whatever mesh the checkpoint was saved from.
-
-    Raises:
-        BadCheckpoint: something in it cannot be read, or is not what was saved.
+    `abstract` is a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`s; its shardings are those of the result,
+    whatever mesh the checkpoint was saved from. BadCheckpoint: something cannot be read, or is not what was saved.
     """
-    target = {
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named_arrays(abstract).items()
-    }
+    named = named_arrays(abstract)
+    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named.items()}
     wanted = {name: x for name, x in target.items() if name in metadata["arrays"]}
     shardings = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=shardings, partial_restore=True)
@@ -279,7 +252,7 @@ def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any)
         raise BadCheckpoint(f"its arrays cannot be read ({describe_error(error)})") from error
     sums = zip(sorted(arrays), np.asarray(checksums(arrays)).tolist())
     if bad := [name for name, sum_ in sums if sum_ != metadata["arrays"][name][2]]:
-        raise BadCheckpoint(f"{_listed(bad, 3, ' and')} in it differ from what was saved")
+        raise BadCheckpoint(f"{first_of(bad, 3)} in it differ from what was saved")
     new = {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in target.items() if name not in wanted}
     return from_named_arrays(abstract, {**arrays, **new})
 
@@ -304,18 +277,20 @@ def checksums(arrays: Mapping[str, jax.Array]) -> jax.Array:
 
     Sums of integers do not depend on their order, so that a checkpoint read onto another mesh has the same ones.
     """
-    return jnp.stack([_checksum(arrays[name]) for name in sorted(arrays)])
 
+    def checksum(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+        kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        position = jnp.zeros(bits.shape, jnp.uint32)
+        for axis in range(bits.ndim):
+            iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+            position += iota * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
+        return jnp.sum(
+            bits * (2 * position + 1), dtype=jnp.uint32
+        )  # an odd weight: a change of one element always shows
 
-def _checksum(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    kind = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-    position = jnp.zeros(bits.shape, jnp.uint32)
-    for axis in range(bits.ndim):
-        position += jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
-    return jnp.sum(bits * (2 * position + 1), dtype=jnp.uint32)  # an odd weight: a change of one element always shows
+    return jnp.stack([checksum(arrays[name]) for name in sorted(arrays)])
 
 
 def describe_error(error: BaseException) -> str:
@@ -326,24 +301,14 @@ def describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
 
 
-def _listed(names: Sequence[str], most: int, joint: str) -> str:
+def first_of(names: Sequence[str], most: int, joint: str = " and") -> str:
+    """The first of many, for a message, and how many more there are."""
     return ", ".join(names[:most]) + (f"{joint} {len(names) - most} more" if len(names) > most else "")
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:
-    """A path as orbax takes it."""
     return epath.Path(path if "://" in str(path) else os.path.abspath(path))
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname
-
-
-def _write_student(write: Callable[[pathlib.Path], Any], folder: epath.Path) -> None:
-    if "://" not in str(folder):
-        write(pathlib.Path(folder))
-        return
-    with tempfile.TemporaryDirectory() as local:
-        write(pathlib.Path(local))
-        for path in epath.Path(local).iterdir():
-            path.copy(folder / path.name)

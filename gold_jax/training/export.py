@@ -1,7 +1,5 @@
 """The student as transformers and vLLM open it, saved so that a folder always holds a whole one."""
 
-from __future__ import annotations
-
 import os
 import pathlib
 import shutil
@@ -13,20 +11,11 @@ from gold_jax.models.hf_checkpoint import save_model
 
 
 def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, dtype: str = "auto") -> pathlib.Path:
-    """Write weights, config and tokenizer into a folder that transformers and vLLM open.
+    """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
 
     Everything is written beside the folder first and then moved into it, so that a run that is stopped while saving
     leaves the files that were there before. Other files of the folder (logs, a model card) stay. In a run of several
-    processes all call it, and the first one writes.
-
-    Args:
-        model: a `gold_jax.models.decoder.Decoder`.
-        tokenizer: of transformers or `tokenizers`; None, or one that cannot be saved: the model alone is written.
-        folder: the destination, made if it is not there.
-        dtype: type of the weights on disk, as in `save_model`.
-
-    Returns:
-        The folder.
+    processes all call it, and the first one writes. Without a tokenizer that can be saved the model alone is written.
     """
     folder = pathlib.Path(folder)
     staging = folder / ".saving"

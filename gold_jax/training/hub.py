@@ -1,8 +1,14 @@
-"""The hub: the repository that a run is pushed to, and the push."""
+"""What is published of a run: the model card, the repository on the hub, and the push to it."""
 
 import os
 import pathlib
+import re
 import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_MARK = "<!-- written by gold_jax -->"
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class HubError(RuntimeError):
@@ -16,11 +22,10 @@ class HubSilent(HubError):
 def create_hub_repository(
     repo_id: str | None, folder: str | os.PathLike, private: bool | None, token: str | None
 ) -> str:
-    """Make the repository that a run will be pushed to; called before training, so that a bad token shows at once.
+    """Make the repository that a run will be pushed to, before training, so that a bad token shows at once.
 
     Args:
-        repo_id: `user/name`; None: the name of `folder` under the token's account.
-        folder: the run's output folder.
+        repo_id: `user/name`; None: the name of `folder`, the run's output, under the token's account.
         private: None: the account's default.
         token: None: the one that is stored on this machine.
 
@@ -39,12 +44,12 @@ def create_hub_repository(
     except Exception as error:
         if _no_answer(error):
             raise HubSilent(
-                f"--push_to_hub: the hub does not answer ({type(error).__name__}: {_first_line(error)}); training goes on, and "
-                "the push is tried when it is done."
+                f"--push_to_hub: the hub does not answer ({_reason(error)}); training goes on, and the push is tried when it "
+                "is done."
             ) from error
         raise HubError(
-            f"--push_to_hub cannot use the repository {repo_id!r}: {type(error).__name__}: {_first_line(error)}. Log in with "
-            "`hf auth login` or give --hub_token, and check --hub_model_id."
+            f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}. Log in with `hf auth login` or give "
+            "--hub_token, and check --hub_model_id."
         ) from error
 
 
@@ -55,14 +60,7 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model; earlier saves (`checkpoint-*`) and event files stay at home.
-
-    Args:
-        folder: what to upload.
-        repo_id: `user/name`; None: the name of `folder` under the token's account.
-        private: whether a repository that is made now is private; None: the account's default.
-        token: None: the one that is stored on this machine.
-        commit_message: the commit's title.
+    """Upload a folder with a trained model, but for earlier saves (`checkpoint-*`) and event files; arguments as above.
 
     Returns:
         The address of the commit.
@@ -73,22 +71,16 @@ def push_to_hub(
     from huggingface_hub import HfApi
 
     folder = pathlib.Path(folder)
-    name = repo_id or folder.resolve().name
+    name, ignored = repo_id or folder.resolve().name, ["checkpoint-*/**", "runs/**", ".*", "**/.*"]
     try:
         api = HfApi(token=token)
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        return str(
-            api.upload_folder(
-                folder_path=str(folder),
-                repo_id=name,
-                commit_message=commit_message,
-                ignore_patterns=["checkpoint-*/**", "runs/**", ".*", "**/.*"],
-            )
-        )
+        upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, ignore_patterns=ignored)
+        return str(api.upload_folder(**upload))
     except Exception as error:
         raise HubError(
-            f"The push to the hub failed ({type(error).__name__}: {_first_line(error)}), but nothing is lost: the model lies in "
-            f"{folder}. Upload it with: hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
+            f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}. Upload it "
+            f"with: hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
         ) from error
 
 
@@ -104,5 +96,64 @@ def _no_answer(error: BaseException) -> bool:
     return down or transport or isinstance(error, ConnectionError | TimeoutError)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+def _reason(error: Exception) -> str:
+    line = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
+    return f"{type(error).__name__}: {line}"
+
+
+def shown_command(argv: Sequence[str]) -> str:
+    """A command line as text, with the hub token hidden."""
+    shown, hide = [], False
+    for part in argv:
+        name, equals, _ = part.partition("=")
+        secret = name.replace("-", "_") == "__hub_token"
+        shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
+        hide = secret and not equals
+    return shlex.join(shown)
+
+
+def write_model_card(
+    folder: str | os.PathLike,
+    *,
+    method: str,
+    base_model: str | None,
+    teacher: str | None = None,
+    loss: str | None = None,
+    dataset: str | None = None,
+    command: Sequence[str] | None = None,
+    results: Mapping[str, Any] | None = None,
+) -> pathlib.Path:
+    """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
+
+    One that someone else wrote is kept. Of the command line the hub token is left out; `results` are metrics with their
+    values as measured at the end.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    path = pathlib.Path(folder) / "README.md"
+    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
+        return path
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gold_jax", "distillation" if teacher else "sft"],
+        # The hub refuses cards whose metadata name a folder; the text below names it all the same.
+        base_model=base_model if base_model and _on_hub(base_model) else None,
+        datasets=[dataset] if dataset and _on_hub(dataset) else None,
+    )
+    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {path.parent.resolve().name}", ""]
+    lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
+    facts = {"Base model": base_model, "Teacher": teacher, "Data set": dataset, "Loss": loss}
+    lines += [f"- {label}: `{value}`" for label, value in facts.items() if value]
+    if results:
+        lines += ["", "Measured at the end of training, on the run's own evaluation data:", "", "| metric | value |"]
+        lines += ["| --- | --- |"] + [f"| {name} | {value} |" for name, value in results.items()]
+    if command:
+        lines += ["", "```", shown_command(command), "```"]
+    ModelCard("\n".join(lines) + "\n").save(path)
+    return path
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a name is a hub id and no folder of this machine."""
+    return bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name)

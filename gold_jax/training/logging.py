@@ -1,8 +1,8 @@
-"""The log of a run: each logged step as a line of JSON, a line in the terminal, and to the trackers."""
+"""What a run reports: each logged step as a line of JSON, in the terminal and to the trackers; and the tables around them."""
 
 from __future__ import annotations
 
-import collections
+import functools
 import json
 import math
 import os
@@ -11,24 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from rich import box
 from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 11  # least width of a column of the terminal's log
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
-
-
-class Tracker(Protocol):
-    """Where metrics go besides the log file."""
-
-    def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Record the metrics of one step."""
-
-    def close(self) -> None:
-        """Send what is left."""
 
 
 class MetricLog:
@@ -39,56 +32,37 @@ class MetricLog:
     for which even `close` waits no longer than `PATIENCE`.
     """
 
-    def __init__(
-        self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Tracker] = ()
-    ):
-        """Start the log.
-
-        Args:
-            path: the JSONL file, made with its folder and appended to; None: no file.
-            console: where lines are shown; None: nowhere.
-            trackers: objects with `log(values, step)` and `close()`.
-
-        Raises:
-            OSError: if the file cannot be opened.
-        """
-        self._console = console
-        self._senders = [_Sender(tracker, self._complain) for tracker in trackers]
-        self._file = None
+    def __init__(self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Any] = ()):
+        """Starts a log in a JSONL file, made with its folder and appended to, on a console, to `make_trackers`' objects."""
+        self._console, self._file = console, None
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")
         self._columns: tuple[str, ...] = ()
         self._complained: set[str] = set()
-        self._queue: queue.Queue = queue.Queue()
-        self._thread = threading.Thread(target=self._work, name="gold_jax metrics", daemon=True)
-        self._thread.start()
+        # One that hangs blocks neither the log nor the others.
+        self._trackers = [(tracker, _Worker(type(tracker).__name__, self)) for tracker in trackers]
+        self._worker = _Worker("a metric", self)
 
     def log(self, step: int, values: Mapping[str, Any], *, epoch: float | None = None) -> None:
-        """Hand over the metrics of one step.
-
-        Args:
-            step: updates made so far.
-            values: name to number (of Python, numpy or JAX, without axes), text or None.
-            epoch: how often the data set has been gone through.
-        """
+        """Hand over the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None."""
         row = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        self._queue.put({**row, **values})
+        self._worker.put(self._write, {**row, **values})
 
     def flush(self) -> None:
-        """Wait until everything handed over is in the file and on the terminal; call it before printing something else."""
-        self._queue.join()
+        """Wait until everything handed over is in the file and on the terminal, before something else is printed."""
+        self._worker.queue.join()
 
     def close(self) -> None:
         """Write what is left and close the file and the trackers. A second call does nothing."""
-        if not self._thread.is_alive():
+        if not self._worker.thread.is_alive():
             return
-        self._queue.put(None)
-        self._thread.join()
-        for sender in self._senders:
-            sender.close()
+        self._worker.close()
+        for tracker, worker in self._trackers:
+            worker.put(tracker.close)
+            worker.close(PATIENCE)
         if self._file is not None:
-            self._try("the log file", self._file.close)
+            self.attempt("the log file", self._file.close)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -96,28 +70,15 @@ class MetricLog:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _work(self) -> None:
-        while True:
-            row = self._queue.get()
-            try:
-                if row is None:
-                    return
-                self._try("a metric", self._write, row)
-            finally:
-                self._queue.task_done()
-
     def _write(self, row: Mapping[str, Any]) -> None:
         plain = {name: plain_value(value) for name, value in row.items()}
         if self._file is not None:
-            self._try("the log file", self._write_line, plain)
-        for sender in self._senders:
-            sender.send({name: value for name, value in plain.items() if name != "step"}, plain["step"])
+            self.attempt("the log file", lambda: print(json_line(plain), file=self._file, flush=True))
+        for tracker, worker in self._trackers:
+            worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, plain["step"])
+            worker.check()
         if self._console is not None:
-            self._try("the terminal", self._show, plain)
-
-    def _write_line(self, plain: Mapping[str, Any]) -> None:
-        self._file.write(json_line(plain) + "\n")
-        self._file.flush()
+            self.attempt("the terminal", lambda: self._show(plain))
 
     def _show(self, plain: Mapping[str, Any]) -> None:
         numbers = {name: value for name, value in plain.items() if value is not None}
@@ -134,54 +95,54 @@ class MetricLog:
         line = "".join(shown(value).rjust(width) for value, width in zip(numbers.values(), widths))
         self._console.print(Text(line), soft_wrap=True)
 
-    def _try(self, what: str, function: Any, *arguments: Any) -> None:
+    def attempt(self, what: str, function: Callable[[], Any]) -> None:
+        """Calls a function; a run must outlive whatever its reporting does."""
         try:
-            function(*arguments)
-        except Exception as error:  # a run must outlive whatever its reporting does
-            self._complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            function()
+        except Exception as error:
+            self.complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
 
-    def _complain(self, what: str, why: str) -> None:
+    def complain(self, what: str, why: str) -> None:
+        """Says on the console, once, what does not work."""
         if what not in self._complained and self._console is not None:
             self._complained.add(what)
             self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
 
 
-class _Sender:
-    """Sends to one tracker from a thread of its own, so that a tracker that hangs blocks nothing else."""
+class _Worker:
+    """Makes calls one after another in a thread of its own; the log is told what fails or does not answer."""
 
-    def __init__(self, tracker: Tracker, complain: Callable[[str, str], None]):
-        self._tracker, self._name, self._complain = tracker, type(tracker).__name__, complain
-        self._queue: queue.Queue = queue.Queue()
+    def __init__(self, name: str, log: MetricLog):
+        self._name, self._log = name, log
+        self.queue: queue.Queue = queue.Queue()
         self._since: float | None = None  # when the call that is under way began
-        self._thread = threading.Thread(target=self._work, name=f"gold_jax {self._name}", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._work, name=f"gold_jax {name}", daemon=True)
+        self.thread.start()
 
-    def send(self, values: Mapping[str, Any], step: int) -> None:
-        """Hand over the metrics of one step."""
-        self._queue.put((self._tracker.log, values, step))
+    def put(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Hands a call over."""
+        self.queue.put(functools.partial(function, *arguments))
+
+    def check(self) -> None:
+        """Complains of a call that takes longer than `PATIENCE`."""
         since = self._since
         if since is not None and time.monotonic() - since > PATIENCE:
-            self._complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
+            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
 
-    def close(self) -> None:
-        """Have it send what is left, for as long as `PATIENCE`."""
-        self._queue.put((self._tracker.close,))
-        self._queue.put(None)
-        self._thread.join(PATIENCE)
-        if self._thread.is_alive():
-            self._complain(
-                self._name + " at the end", "did not answer; what it has not taken is in metrics.jsonl alone."
-            )
+    def close(self, timeout: float | None = None) -> None:
+        """Waits until all calls are made, for as long as `timeout`."""
+        self.queue.put(None)
+        self.thread.join(timeout)
+        if self.thread.is_alive():
+            what = f"{self._name} at the end"
+            self._log.complain(what, "did not answer; what it has not taken is in metrics.jsonl alone.")
 
     def _work(self) -> None:
-        while (call := self._queue.get()) is not None:
-            function, *arguments = call
+        while (call := self.queue.get()) is not None:
             self._since = time.monotonic()
-            try:
-                function(*arguments)
-            except Exception as error:  # as in MetricLog
-                self._complain(self._name, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            self._log.attempt(self._name, call)
             self._since = None
+            self.queue.task_done()
 
 
 def plain_value(value: Any) -> Any:
@@ -202,9 +163,7 @@ def json_line(values: Mapping[str, Any]) -> str:
 
 def shown(value: Any) -> str:
     """A number in few characters, for people."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or not math.isfinite(value):
+    if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
@@ -215,30 +174,83 @@ class RunningMean:
     """Means of named values between two logs; never waits for a device."""
 
     def __init__(self):
-        self._sums: dict[str, Any] = {}
-        self._weights: dict[str, Any] = collections.defaultdict(float)
+        self._sums: dict[str, tuple[Any, Any]] = {}  # weighted sum and weight
 
     def add(self, values: Mapping[str, Any], weight: Any = 1.0) -> None:
         """Take in values, each counted `weight` times (a number or array). Names may differ from call to call."""
         for name, value in values.items():
-            self._sums[name] = self._sums[name] + value * weight if name in self._sums else value * weight
-            self._weights[name] = self._weights[name] + weight
+            total, counted = self._sums.get(name, (None, 0.0))
+            value = value * weight
+            self._sums[name] = (value if total is None else total + value), counted + weight
 
     def take(self) -> dict[str, Any]:
         """The weighted means since the last call, as numbers or arrays; resets them."""
-        means = {name: total / self._weights[name] for name, total in self._sums.items()}
-        self.__init__()
+        means = {name: total / weight for name, (total, weight) in self._sums.items()}
+        self._sums = {}
         return means
 
     def state(self) -> dict[str, list]:
         """What has been taken in since the last log, fit for JSON; waits for the device."""
-        return {
-            name: [float(total), str(getattr(total, "dtype", "")), float(self._weights[name])]
-            for name, total in self._sums.items()
-        }
+        sums = self._sums.items()
+        return {name: [float(x), str(getattr(x, "dtype", "")), float(weight)] for name, (x, weight) in sums}
 
     def restore(self, state: Mapping[str, Sequence]) -> None:
         """Goes on from what `state` gave, to the last bit."""
         for name, (total, dtype, weight) in state.items():
-            self._sums[name] = np.dtype(dtype).type(total) if dtype else total
-            self._weights[name] = weight
+            self._sums[name] = np.dtype(dtype).type(total) if dtype else total, weight
+
+
+def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:
+    """Show what is about to run: a title, labels with their texts (None is left out), and a line for each notice."""
+    lines = [(Text(label), str(value)) for label, value in rows.items() if value is not None]
+    lines += [(Text("note", style="yellow"), notice) for notice in notices]
+    if not console.is_terminal:
+        console.print(Text("\n".join([title, *(f"  {label}: {value}" for label, value in lines)])), soft_wrap=True)
+        return
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(overflow="fold")
+    for label, value in lines:
+        grid.add_row(label, Text(value))
+    console.print(Panel(grid, title=Text(title), title_align="left", expand=False))
+
+
+def completions_table(
+    console: Console,
+    rows: Sequence[tuple[str, str]],
+    n: int | None = None,
+    *,
+    step: int | None = None,
+    limit: int = 600,
+) -> None:
+    """Show the first `n` prompts (None: all) with what was written for them at an update.
+
+    Texts are cut after `limit` characters: of a prompt the end is kept, of a completion the start.
+    """
+    table = Table(title=None if step is None else f"Completions at step {step}", box=box.ROUNDED, show_lines=True)
+    table.add_column("prompt", ratio=2, overflow="fold")
+    table.add_column("completion", ratio=3, overflow="fold")
+    for prompt, completion in rows[:n]:
+        prompt = prompt if len(prompt) <= limit else "…" + prompt[-limit:]
+        completion = completion if len(completion) <= limit else completion[:limit] + "…"
+        table.add_row(Text(_printable(prompt)), Text(_printable(completion)))
+    console.print(table)
+
+
+def _printable(text: str) -> str:
+    """Text that cannot steer the terminal."""
+    return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+
+
+def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
+    """Show what training changed: names with values before, after and of the teacher; None: not measured."""
+    taught = any(teacher is not None for *_, teacher in rows)
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ["", "before", "after", "change"] + ["teacher"] * taught:
+        table.add_column(name, justify="right" if name else "left")
+    for name, before, after, teacher in rows:
+        both = before is not None and after is not None
+        change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
+        cells = ["" if value is None else shown(value) for value in (before, after, teacher)]
+        table.add_row(Text(name), *cells[:2], change, *cells[2:] * taught)
+    console.print(table)

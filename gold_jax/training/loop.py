@@ -1,17 +1,17 @@
 """The training loop, from top to bottom: what happens in a run, whatever is learned."""
 
+import collections
 import contextlib
 import dataclasses
 import functools
 import importlib
 import json
 import math
-import os
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,56 +31,32 @@ from gold_jax.loading import LoadedModel
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
-from gold_jax.scoring import evaluate_model
+from gold_jax.scoring import exact_match, score_completions
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
+from gold_jax.training import checkpointing
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch
 from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks
-from gold_jax.training.checkpointing import Checkpoints, checkpoints_in, current_run, describe_error, set_current_run
 from gold_jax.training.export import save_final_model
-from gold_jax.training.logging import MetricLog, RunningMean, plain_value
+from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
-from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, earlier_names, find_and_restore, truncate_log
+from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
-from gold_jax.training.step import TrainState
-from gold_jax.training.tables import before_after, completions_table
+from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
 
-LOGS = ("metrics.jsonl", "completions.jsonl")
 
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The rows that a run learns from and is measured on.
-
-    Attributes:
-        train: all rows.
-        kept: numbers of those that can be learned from.
-        eval: rows to evaluate on, or None.
-        rows_per_step: rows of the data that an update reads.
-        batch_size: rows of a micro-batch, on all devices.
-        seed: of their order.
-        digests: of what the run depends on beside its settings, for checkpoints.
-        without_effect: settings that have no effect beside the others.
-    """
+class Data(NamedTuple):
+    """The rows that a run learns from and is measured on."""
 
     train: Sequence[Example]
-    kept: list[int]
     eval: Sequence[Example] | None
-    rows_per_step: int
-    batch_size: int
-    seed: int
-    digests: Mapping[str, str]
-    without_effect: Collection[str] = ()
-
-    @property
-    def order(self) -> RowOrder:
-        """Which of the kept rows each update reads."""
-        return RowOrder(len(self.kept), self.rows_per_step, self.seed)
+    order: RowOrder  # of those that can be learned from
+    description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
     def total_steps(self, args: SFTConfig) -> int:
         """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to."""
@@ -88,21 +64,14 @@ class Data:
             return args.max_steps
         return max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
 
-    def rows(self, step: int) -> list[int]:
-        """Numbers of the rows of an update among all rows."""
-        return [self.kept[i] for i in self.order(step)]
-
 
 class Loop:
     """One training run.
 
     Attributes:
-        run: step, batches and optimizer.
-        data: its rows.
         history: every logged line of the last `train`, oldest first.
         state: the student's parameters and, once `train` was called, the optimizer's state. Steps donate it.
-        done: updates so far.
-        nonfinite: how many of them were left out, as Python ints.
+        done, nonfinite: updates so far, and how many of them were left out, as Python ints.
     """
 
     def __init__(
@@ -111,7 +80,6 @@ class Loop:
         student: LoadedModel,
         data: Data,
         args: SFTConfig,
-        *,
         console: Console,
         max_new_tokens: int,
         teacher_score: Callable[[], Mapping[str, float]] | None = None,
@@ -122,35 +90,29 @@ class Loop:
 
         Args:
             run: what `build_run` gives. Its parameters must not be used elsewhere, because updates donate them.
-            student: name and tokenizer of the student; its model is in `run`.
-            data: the rows.
-            args: the settings.
+            student: name and tokenizer of the student, whose model is in `run`.
+            data, args, callbacks: the rows, the settings, transformers' `TrainerCallback`s.
             console: where it prints; a quiet one in all processes but the first.
             max_new_tokens: bounds greedy completions in evaluation.
             teacher_score: measures the teacher on the evaluation rows.
             restart: called before each further training of the same student.
-            callbacks: transformers' `TrainerCallback`s.
         """
-        self.args, self.console, self.data = args, console, data
+        self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
+        self.say = functools.partial(console.print, markup=False, soft_wrap=True)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
-        self.order, self.total_steps = data.order, data.total_steps(args)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
         batches = run.batches
         if jax.process_count() > 1:
             batches = dataclasses.replace(batches, process_shard=self._with_wait_marked(batches.process_shard))
-        self.profile_steps = read_steps("profile_steps", args.profile_steps, self.total_steps)
-        self.profile_steps = self.profile_steps if is_main_process() else []
+        profiled = read_steps("profile_steps", args.profile_steps, self.total_steps)
+        self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
-        self.description = describe_run(
-            args.to_dict(), data.digests, len(data.kept), data.rows_per_step, data.batch_size, data.without_effect
-        )
-        assert_same_across_processes(
-            "the settings or the data", {k: v for k, v in self.description.items() if k not in IGNORED_ON_RESUME}
-        )
+        compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
+        assert_same_across_processes("the settings or the data", compared)
         self._trained = False
         self._reset()
         self.callbacks = Callbacks(callbacks, args, self.trainer_state)
@@ -166,12 +128,15 @@ class Loop:
 
     # the run
 
-    def train(self, resume: str | None = None) -> dict[str, float]:
-        """Runs all updates and saves the student to `output_dir`; returns the closing metrics.
+    def train(self, resume: str | None = None) -> TrainOutput:
+        """Runs all updates and saves the student to `output_dir`.
 
         A second call trains again, from the parameters as they are: optimizer, schedule and order of rows are new. A
         run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint`
         does. What it refuses leaves all as it was.
+
+        Returns:
+            Updates, the mean loss of those made now, and the closing metrics.
 
         Raises:
             FileNotFoundError, ValueError: as `find_and_restore`.
@@ -179,11 +144,13 @@ class Loop:
             Diverged: `max_skipped_updates` updates in a row were left out.
             OSError: the student cannot be written; the text says where it still is.
         """
+        args = self.args
         if is_main_process():
             self.output.mkdir(parents=True, exist_ok=True)
+        folder = args.checkpoint_dir or self.output
         with (
-            Watchdog(self.args.process_timeout) as self.watchdog,
-            contextlib.closing(self._open_checkpoints()) as self.checkpoints,
+            Watchdog(args.process_timeout) as self.watchdog,
+            contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
             if self._trained and self._restart is not None:
@@ -191,9 +158,9 @@ class Loop:
             self._trained = True
             self._reset()
             if found is None:
-                self._start_anew()
+                self._start()
             else:
-                self._go_on(*found)
+                self._resume(*found)
             self.checkpoints.remove_unfinished()
             with self._open_log() as self._log:
                 self.callbacks.call("on_train_begin")
@@ -208,18 +175,19 @@ class Loop:
                     if signals.requested:
                         self._leave(signals)
                 self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
-                after = self.evaluate() if self.data.eval is not None else {}
-                if after:
-                    self._record(after)
-                    self.callbacks.call("on_evaluate", metrics=after)
+                after = {}
+                if self.data.eval is not None:
+                    after = self.evaluate()
+                    self._record(after, "on_evaluate")
                 self.callbacks.call("on_train_end")
             self._show_result(before, after)
-        return after
+        return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
 
     def _updates(self, signals: SignalHandler) -> None:
         """Build batch, step, log, evaluate, save, stop."""
         run, args, total = self.run, self.args, self.total_steps
-        self._since, self._tokens, self._table_due = time.perf_counter(), 0, 0
+        self._restart_clock()
+        self._table_due = 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         for step in self._steps():
             if batch is None:  # a signal came while it was built
@@ -243,9 +211,8 @@ class Loop:
             if self.unmeasured:
                 measured = signals.interruptible(self.evaluate)
                 if measured is not None:
-                    self._record(measured)
                     self.unmeasured = False
-                    self.callbacks.call("on_evaluate", metrics=measured)
+                    self._record(measured, "on_evaluate")
                 self._restart_clock()
             signals.poll_preemption(self.done)
             if signals.requested or self.callbacks.stop:
@@ -258,16 +225,18 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        return self.run.batches.build(step, [self.data.train[i] for i in self.data.rows(step)], self.state.params)
+        return self.run.batches.build(step, [self.data.train[i] for i in self.data.order(step)], self.state.params)
 
     def _is_due(self, what: str) -> bool:
         """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
         strategy = getattr(self.args, f"{what}_strategy")
         if self.done >= self.total_steps or strategy not in ("epoch", "steps"):
             return False
-        if strategy == "epoch":
-            return self.done % self.order.steps_per_epoch == 0
-        return self.done % self.args.interval(f"{what}_steps", self.total_steps) == 0
+        steps = self._interval(f"{what}_steps") if strategy == "steps" else self.data.order.steps_per_epoch
+        return self.done % steps == 0
+
+    def _interval(self, name: str) -> int:
+        return self.args.interval(name, self.total_steps)
 
     def _steps(self) -> Iterable[int]:
         """The updates that are left, those of `profile_steps` traced."""
@@ -275,18 +244,16 @@ class Loop:
         if not self.profile_steps:
             return steps
         # Looked up by name, and only here: the core does not depend on what reads its traces.
-        profiling = importlib.import_module("gold_jax.profiling")
-        folder = self.output / "profile"
+        profiling, folder = importlib.import_module("gold_jax.profiling"), self.output / "profile"
 
         def report(summary):
             self._log.flush()
             profiling.print_summary(self.console, summary, folder)
 
-        return profiling.trace_steps(
-            steps, self.profile_steps, folder, block=lambda: jax.block_until_ready(self.state), report=report
-        )
+        block = lambda: jax.block_until_ready(self.state)  # noqa: E731
+        return profiling.trace_steps(steps, self.profile_steps, folder, block=block, report=report)
 
-    def _with_wait_marked(self, process_shard: ProcessShard) -> ProcessShard:
+    def _with_wait_marked(self, shard: ProcessShard) -> ProcessShard:
         """A shard whose collectives tell the watchdog that this process waits for the others."""
 
         def waited(exchange: Callable) -> Callable:
@@ -296,31 +263,17 @@ class Loop:
 
             return exchanged
 
-        return process_shard._replace(
-            all_reduce_sum=waited(process_shard.all_reduce_sum),
-            all_reduce_max=waited(process_shard.all_reduce_max),
-            all_gather=waited(process_shard.all_gather),
-        )
+        names = "all_reduce_sum", "all_reduce_max", "all_gather"
+        return shard._replace(**{name: waited(getattr(shard, name)) for name in names})
 
     def trainer_state(self) -> TrainerState:
         """Where the run stands, in transformers' form."""
-        return TrainerState(
-            epoch=self.done / self.order.steps_per_epoch,
-            global_step=self.done,
-            max_steps=self.total_steps,
-            num_train_epochs=math.ceil(self.total_steps / self.order.steps_per_epoch),
-            logging_steps=self.args.interval("logging_steps", self.total_steps),
-            eval_steps=self.args.interval("eval_steps", self.total_steps),
-            save_steps=self.args.interval("save_steps", self.total_steps),
-            train_batch_size=self.args.per_device_train_batch_size,
-            log_history=[dict(row) for row in self.history],
-            is_world_process_zero=is_main_process(),
-        )
-
-    def output_of(self, metrics: Mapping[str, float]) -> TrainOutput:
-        """What `train` comes to, in transformers' form: the mean loss of the updates that were made, and closing metrics."""
-        loss = float(np.mean(self._losses)) if self._losses else float("nan")
-        return TrainOutput(self.done, loss, dict(metrics))
+        per_epoch, history = self.data.order.steps_per_epoch, [dict(row) for row in self.history]
+        intervals = {name: self._interval(name) for name in ("logging_steps", "eval_steps", "save_steps")}
+        size, epochs = self.args.per_device_train_batch_size, math.ceil(self.total_steps / per_epoch)
+        totals = dict(max_steps=self.total_steps, num_train_epochs=epochs, train_batch_size=size, log_history=history)
+        main = is_main_process()
+        return TrainerState(self.done / per_epoch, self.done, is_world_process_zero=main, **totals, **intervals)
 
     # logging
 
@@ -328,7 +281,7 @@ class Loop:
         """Where metrics go; nowhere in all processes but the first."""
         if not is_main_process():
             return MetricLog(None)
-        return MetricLog(self.output / "metrics.jsonl", self.console, make_trackers(self.args.report_to, self.args))
+        return MetricLog(self.output / LOGS[0], self.console, make_trackers(self.args.report_to, self.args))
 
     def _log_update(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of an update; logs their means since the last line where a line is due."""
@@ -340,11 +293,9 @@ class Loop:
             self._losses.append(float(metrics["loss"]))
         self._means.add({**metrics, **{k: v for k, v in batch.stats.items() if k != "tokens"}})
         self._tokens += batch.stats["tokens"]
-        every = self.args.interval("logging_steps", self.total_steps)
         first = step == 0 and self.args.logging_first_step
-        if self.done % every == 0 or self.done == self.total_steps or first:
-            seconds = time.perf_counter() - self._since
-            speed = {"tokens_per_second": self._tokens / seconds, **rate}
+        if self.done % self._interval("logging_steps") == 0 or self.done == self.total_steps or first:
+            speed = {"tokens_per_second": self._tokens / (time.perf_counter() - self._since), **rate}
             skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
             self._record({**self._means.take(), **speed, **skipped})
             self._restart_clock()
@@ -353,17 +304,20 @@ class Loop:
         """Counts tokens a second from here."""
         self._since, self._tokens = time.perf_counter(), 0
 
-    def _record(self, values: Mapping[str, Any]) -> None:
-        epoch = round(self.done / self.order.steps_per_epoch, 4)
+    def _record(self, values: Mapping[str, Any], event: str | None = None) -> None:
+        """Logs a line and tells the callbacks, of an `event` with these metrics too."""
+        epoch = round(self.done / self.data.order.steps_per_epoch, 4)
         plain = {name: plain_value(value) for name, value in values.items()}
         self.history.append({"step": self.done, "epoch": epoch, **plain})
         self._log.log(self.done, plain, epoch=epoch)
         self.callbacks.call("on_log", logs=dict(self.history[-1]))
+        if event is not None:
+            self.callbacks.call(event, metrics=values)
 
     def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
-        with open(self.output / "completions.jsonl", "a", encoding="utf-8") as file:
+        with open(self.output / LOGS[1], "a", encoding="utf-8") as file:
             for prompt, completion in samples:
                 row = {"step": self.done, "prompt": prompt, "completion": completion}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -372,9 +326,6 @@ class Loop:
             self._table_due = step - step % every + every
             self._log.flush()
             completions_table(self.console, samples, self.args.num_completions_to_print, step=self.done)
-
-    def _say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
 
     # evaluation
 
@@ -389,27 +340,28 @@ class Loop:
         examples = with_text_completion(self.data.eval)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-        totals: dict[str, float] = {}
-        for batch in self.run.batches.build_evaluation(examples):
-            for name, value in self.run.step.evaluate(self.state.params, batch).items():
-                totals[f"eval_{name}"] = totals.get(f"eval_{name}", 0.0) + plain_value(value)
-        return totals | evaluate_model(
-            self.student,
-            examples,
-            batch_size=self.args.per_device_eval_batch_size,
-            chunk=chunk_size(self.args.loss_chunk, self.student.model.platform),
-            max_new_tokens=self.max_new_tokens if self.args.predict_with_generate else None,
-        )
+        data, totals = self.run.batches.build_evaluation(examples), collections.defaultdict(float)
+        for batch, text in zip(data.batches, data.text):
+            for name, value in self.run.step.evaluate(self.state.params, batch, text).items():
+                totals[f"eval_{name}"] += plain_value(value)
+        bits, size, student = totals.pop("eval_text_nll") / np.log(2), data.bytes, self.student
+        rows = self.args.per_device_eval_batch_size * self.run.batches.process_shard.num_shards
+        if data.rest:
+            rest, chunk = [examples[i] for i in data.rest], chunk_size(self.args.loss_chunk, student.model.platform)
+            score = score_completions(student, None, rest, batch_size=rows, chunk=chunk)
+            bits, size = bits + score.bits.sum(), size + score.bytes.sum()
+        totals["eval_bits_per_byte"] = float(bits / size) if size else float("nan")
+        if self.args.predict_with_generate:
+            options = dict(max_new_tokens=self.max_new_tokens, batch_size=rows)
+            totals["eval_exact_match"] = exact_match(student, None, examples, **options)
+        return dict(totals)
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        if logged := [row for row in self.history if row["step"] == 0]:
-            before = logged[0]
-        elif self.args.eval_on_start and self.done == 0:
+        before: Mapping[str, float] = next((row for row in self.history if row["step"] == 0), {})
+        if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)
-        else:
-            before = {}
         if self.unmeasured and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
             self._record(self.evaluate())
         return before
@@ -419,11 +371,9 @@ class Loop:
         if not after:
             return
         teacher = self._teacher_score() if self._teacher_score else {}
-        names = [n for n in after if n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match")]
-        before_after(
-            self.console,
-            [(n.removeprefix("eval_").replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names],
-        )
+        names = [f"eval_{name}" for name in ("loss", "bits_per_byte", "exact_match")]
+        rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names if n in after]
+        before_after(self.console, rows)
 
     # the student
 
@@ -440,8 +390,10 @@ class Loop:
     @annotate(SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
         """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
-        tokenizer = self._student.chat_tokenizer.tokenizer
-        return save_final_model(self.student.model, tokenizer, folder, dtype=self.save_dtype)
+        return self._save_model(self.student.model, folder)
+
+    def _save_model(self, model: Decoder, folder: str | pathlib.Path) -> pathlib.Path:
+        return save_final_model(model, self._student.chat_tokenizer.tokenizer, folder, dtype=self.save_dtype)
 
     def _save_student(self) -> None:
         self.watchdog.report(self.done, "saving the student")
@@ -449,87 +401,65 @@ class Loop:
         try:
             self.save(self.output)
         except OSError as error:
-            last = self.checkpoints.last
+            last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
             raise OSError(
-                f"the student could not be saved in {self.output} ({describe_error(error)}) after {self.done} updates; {still}. "
-                "Make room, then run the same command with --resume_from_checkpoint latest."
+                f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}. Make room, then "
+                "run the same command with --resume_from_checkpoint latest."
             ) from error
 
     # checkpoints
 
-    def _open_checkpoints(self) -> Checkpoints:
-        folder = self.args.checkpoint_dir or self.output
-        return Checkpoints(folder, limit=self.args.save_total_limit, say=self._say)
-
-    def _start_anew(self) -> None:
+    def _start(self) -> None:
         """A run's state before its first update: the parameters as they are, all else new."""
-        self.state = self.run.init(self.state.params)
+        self.state = init_state(self.run.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
         self.run_id = uuid.uuid4().hex
         if not is_main_process():
             return
-        self._set_logs_aside()
-        old = sorted(path.name for path in checkpoints_in(self.checkpoints.folder))
-        if old:
-            shown = ", ".join(old[:3]) + (f" and {len(old) - 3} more" if len(old) > 3 else "")
-            self._say(
-                f"{self.checkpoints.folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the "
-                "same step, --save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
+        rename_logs(self.output, self.say)
+        folder = self.checkpoints.folder
+        if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
+            shown = checkpointing.first_of(old, 3)
+            self.say(
+                f"{folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the same step, "
+                "--save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
             )
-        self._record_run_id()
+        checkpointing.set_current_run(self.run_id, self.output, folder)
 
     def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
         """The checkpoint to resume from: its path, metadata and state."""
         self.state = self.state._replace(optimizer=None)  # of an earlier `train`, which no run resumes
         params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
-        shapes = self.run.shapes(params)
-        abstract = self._named_for_checkpoints(shapes)
-        folder = self.checkpoints.folder
-        found = find_and_restore(wanted, folder, self.description, abstract, self._say, self.total_steps)
+        shapes = state_shapes(self.run.optimizer, params)
+        abstract, folder = self._named_for_checkpoints(shapes), self.checkpoints.folder
+        found = find_and_restore(wanted, folder, self.data.description, abstract, self.say, self.total_steps)
         assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))
         if found is None:
             return None
         path, metadata, arrays = found
-        params, optimizer = (
-            jax.tree.unflatten(jax.tree.structure(getattr(shapes, part)), jax.tree.leaves(arrays[part]))
-            for part in ("params", "optimizer")
+        boxed = jax.tree.leaves((arrays["params"], arrays["optimizer"]))
+        params, optimizer = jax.tree.unflatten(jax.tree.structure((shapes.params, shapes.optimizer)), boxed)
+        counts = metadata["step"], NonFiniteCounter(**metadata["skips"])
+        step, nonfinite = jax.tree.map(
+            lambda count, x: jax.device_put(np.int32(count), x.sharding), counts, (shapes.step, shapes.nonfinite)
         )
-        scalars = metadata["step"], metadata["skips"]["total"], metadata["skips"]["in_a_row"]
-        step, total, in_a_row = jax.device_put(
-            tuple(np.int32(x) for x in scalars), (shapes.step.sharding, *(x.sharding for x in shapes.nonfinite))
-        )
-        return path, metadata, TrainState(params, optimizer, step, NonFiniteCounter(total, in_a_row))
+        return path, metadata, TrainState(params, optimizer, step, nonfinite)
 
-    def _go_on(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
+    def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Puts the run where a checkpoint was saved."""
-        self.state = state
+        self.state, self.checkpoints.last = state, path
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
+        self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self._means.restore(metadata["means"])
-        self.unmeasured = metadata["unmeasured"]
-        self.checkpoints.go_on_from(path)
-        self.run_id = metadata.get("run_id", "")
         if is_main_process():
-            if (current_run(self.output) or "") == self.run_id:
-                self.history, _ = (
-                    truncate_log(self.output / name, self.done, ended=self.done == self.total_steps) for name in LOGS
-                )
+            if (checkpointing.current_run(self.output) or "") == self.run_id:
+                ended = self.done == self.total_steps
+                self.history, _ = (truncate_log(self.output / name, self.done, ended=ended) for name in LOGS)
             else:  # the logs are of another run than the checkpoint
-                self._set_logs_aside()
-            self._record_run_id()
-        self._say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
-
-    def _record_run_id(self) -> None:
-        """Writes the id of this run to the folders of its logs and checkpoints."""
-        for folder in (self.output, self.checkpoints.folder):
-            set_current_run(folder, self.run_id)
-
-    def _set_logs_aside(self) -> None:
-        """Renames the logs of another run in `output_dir`, and says so."""
-        logs = [name for name in LOGS if (self.output / name).exists()]
-        for name, earlier in zip(logs, earlier_names(self.output, logs)):
-            os.replace(self.output / name, self.output / earlier)
-            self._say(f"Renamed {name} of another run in {self.output} to {earlier}.")
+                rename_logs(self.output, self.say)
+            checkpointing.set_current_run(self.run_id, self.output, self.checkpoints.folder)
+        self.say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
 
     def _named_for_checkpoints(self, state: TrainState) -> dict[str, Any]:
         """A state, or its shapes, as checkpoints name it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
@@ -545,50 +475,36 @@ class Loop:
         """Begins to save all that is needed to resume; asynchronous, the device keeps computing."""
         self.watchdog.report(self.done, "saving a checkpoint")
         self._log.flush()  # a resumed run continues the log from here
-        student = None
+        write_student = None
         if jax.process_count() == 1:
-            host = jax.tree.map(lambda x: np.array(x), self.state.params)  # a copy: steps donate what is on the device
-            tokenizer = self._student.chat_tokenizer.tokenizer
-            student = functools.partial(save_final_model, merge(self.run.graph, host), tokenizer, dtype=self.save_dtype)
-        metadata = {
-            "run": self.description,
-            "run_id": self.run_id,
-            "means": self._means.state(),
-            "skips": self.nonfinite._asdict(),
-            "unmeasured": self.unmeasured,
-        }
-        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, student)
+            host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
+            model = merge(self.run.graph, host)
+            write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
+        metadata = {"run": self.data.description, "run_id": self.run_id, "means": self._means.state()}
+        metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
+        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         self._log.flush()
-        what = "Interrupted" if signals.requested == "interrupt" else "Preempted"
+        interrupted = signals.requested == "interrupt"
         if self.done:
             self._save_checkpoint()
         saved = self.checkpoints.finish() and self.done > 0
-        saved_in = f"the student and all that the run needs to go on are saved in {self.checkpoints.last}"
-        if not saved:
-            saved_in = (
-                f"the last checkpoint is {self.checkpoints.last}" if self.checkpoints.last else "nothing is saved"
-            )
-        further = " --resume_from_checkpoint latest goes on." if self.checkpoints.last else ""
-        self._say(f"{what} after {self.done} updates; {saved_in}.{further}")
-        raise KeyboardInterrupt if signals.requested == "interrupt" else Preempted
+        last = self.checkpoints.last
+        where = f"the last checkpoint is {last}" if last else "nothing is saved"
+        if saved:
+            where = f"the student and all that the run needs to go on are saved in {last}"
+        further = " --resume_from_checkpoint latest goes on." if last else ""
+        self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {where}.{further}")
+        raise KeyboardInterrupt if interrupted else Preempted
 
     def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:
         self._log.flush()
-        rows = self.data.rows(step)
-        why = describe_divergence(
-            self.done,
-            self.nonfinite,
-            metrics,
-            self.state.params,
-            rows,
-            limit=self.args.max_skipped_updates,
-            learning_rate=self.args.learning_rate,
-            max_grad_norm=self.args.max_grad_norm,
-            bf16=self.args.bf16,
-        )
+        names = "max_skipped_updates", "learning_rate", "max_grad_norm", "bf16"
+        settings = {name: getattr(self.args, name) for name in names}
+        rows = self.data.order(step)
+        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, **settings)
         if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)
             self._save_checkpoint()

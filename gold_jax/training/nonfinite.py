@@ -1,7 +1,5 @@
 """Updates whose loss or gradients are not finite: counted, and described where they do not end."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,12 +15,7 @@ class Diverged(RuntimeError):
 
 
 class NonFiniteCounter(NamedTuple):
-    """How many updates were left out because loss or gradients were not finite: int32 scalars in a `TrainState`.
-
-    Attributes:
-        total: in the whole run.
-        in_a_row: since the last update that was made.
-    """
+    """Updates that were left out because loss or gradients were not finite, in all and since the last one that was made."""
 
     total: Any = np.int32(0)
     in_a_row: Any = np.int32(0)
@@ -35,20 +28,14 @@ def describe_divergence(
     params: Any,
     rows: Sequence[int],
     *,
-    limit: int,
+    max_skipped_updates: int,
     learning_rate: float,
     max_grad_norm: float | None,
     bf16: bool | None,
 ) -> str:
-    """What can be said of a run that makes no more updates.
+    """What can be said of a run that makes no more updates: of `step` so far, those left out (`counter`) too.
 
-    Args:
-        step: updates so far, those left out too.
-        counter: how many were left out.
-        metrics: of the last update: `loss`, `grad_norm` and parts of the loss.
-        params: the student's parameters.
-        rows: numbers of the rows that the last update was to learn from.
-        limit, learning_rate, max_grad_norm, bf16: the settings --max_skipped_updates and those of these names.
+    `metrics` (`loss`, `grad_norm` and parts of the loss) and `rows` (numbers) are those of the last update.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -68,6 +55,7 @@ def describe_divergence(
         advice.append("--max_grad_norm 1")
     return (
         f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {limit}. {cause} Not finite in the last "
-        f"one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: {'; '.join(advice)}."
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {max_skipped_updates}. {cause} Not finite "
+        f"in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
+        f"{'; '.join(advice)}."
     )

@@ -1,7 +1,5 @@
 """The learning-rate schedules and the AdamW of transformers' Trainer, as optax transformations."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -18,29 +16,18 @@ _DEFAULT_MIN_LR_RATE = 0.1
 
 
 def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
-    """The learning rate of each update, equal to `transformers.get_scheduler`'s.
+    """The float32 learning rate of an update from the number of those made before, equal to `transformers.get_scheduler`'s.
 
     Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0. With
     `cosine_with_min_lr` and neither `min_lr` nor `min_lr_rate`, the rate falls to a tenth of its peak.
-
-    Args:
-        config: reads learning_rate, lr_scheduler_type, lr_scheduler_kwargs, warmup_ratio and warmup_steps.
-        total_steps: updates of the whole run.
-
-    Returns:
-        A function from the number of updates made before (int or int32 array) to a float32 learning rate.
     """
     peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
     warmup = 0 if kind == "constant" else config.warmup(total_steps)
-    decay_steps = max(1, total_steps - warmup)
-    cycles = options.get("num_cycles", 0.5)
-    floor = 0.0
+    decay_steps, cycles, floor = max(1, total_steps - warmup), options.get("num_cycles", 0.5), 0.0
     if kind == "cosine_with_min_lr":
-        floor = (
-            options["min_lr"] / peak
-            if "min_lr" in options and peak
-            else options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
-        )
+        floor = options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
+        if "min_lr" in options and peak:
+            floor = options["min_lr"] / peak
 
     def after_warmup(step: jax.Array) -> jax.Array:
         if kind in ("constant", "constant_with_warmup"):
@@ -58,47 +45,25 @@ def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
 
 
 def decay_mask(params: Any) -> Any:
-    """For each parameter, whether weight decay applies to it: to all but norms and biases, by their names.
-
-    Args:
-        params: a pytree whose paths hold the parameters' names: an `nnx.State`, a dict.
-
-    Returns:
-        The same tree with a bool in each array's place.
-    """
-
-    def decays(path: tuple, _: Any) -> bool:
-        return not any(_NO_DECAY.search(name) for name in map(_key_name, path))
-
-    return jax.tree_util.tree_map_with_path(decays, params)
-
-
-def _key_name(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+    """Whether weight decay applies to each array of a pytree: to all but norms and biases, by the names in its path."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: not _NO_DECAY.search(jax.tree_util.keystr(path, simple=True, separator=".")), params
+    )
 
 
 def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW as PyTorch has it.
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
-    `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases.
-
-    Args:
-        config: reads the fields that `make_schedule` does, adam_beta1, adam_beta2, adam_epsilon, weight_decay and
-            max_grad_norm (0 or None: no clipping).
-        total_steps: updates of the whole run.
+    `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
+    `max_grad_norm` is 0 or None.
     """
     adamw = optax.chain(
         scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(make_schedule(config, total_steps)),
     )
-    if not config.max_grad_norm:
-        return adamw
-    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw)
+    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:

@@ -1,13 +1,12 @@
 """Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,52 +16,19 @@ from etils import epath
 from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
-from gold_jax.training.checkpointing import (
-    METADATA,
-    STEP_NAME,
-    BadCheckpoint,
-    check_arrays,
-    checkpoints_in,
-    checksums,
-    current_run,
-    named_arrays,
-    read_metadata,
-    restore,
-    run_of,
-)
+from gold_jax.training import checkpointing
 
 # What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
-_MICRO = "rows of a micro-batch"
+LOGS = ("metrics.jsonl", "completions.jsonl")
+# What a checkpoint remembers of its run beside every setting that had an effect.
+LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
 
 
-def describe_run(
-    settings: Mapping[str, Any],
-    digests: Mapping[str, str],
-    rows: int,
-    prompts_per_step: int,
-    batch_size: int,
-    without_effect: Collection[str] = (),
-) -> dict[str, Any]:
-    """What a checkpoint remembers of its run, fit for JSON: every setting, and all else that its updates depend on.
-
-    Args:
-        settings: every flag by its name.
-        digests: of data, templates, tokenizers and weights, by what each is of.
-        rows: how many rows are learned from.
-        prompts_per_step: how many of these an update reads.
-        batch_size: rows of a micro-batch, on all devices.
-        without_effect: settings that have no effect beside the others; they are left out.
-    """
-    found = {name: value for name, value in settings.items() if name not in without_effect}
-    found |= {"rows to learn from": rows, "rows of an update": prompts_per_step, _MICRO: batch_size, **digests}
-    return json.loads(json.dumps(found, default=str))
-
-
-def describe_tokenizer(whose: str, chat_tokenizer: ChatTokenizer) -> dict[str, str]:
+def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
     """A digest of what decides how texts become tokens: template, tokenizer, stop tokens."""
     backend = backend_of(chat_tokenizer.tokenizer)
     if backend is None:
@@ -70,29 +36,22 @@ def describe_tokenizer(whose: str, chat_tokenizer: ChatTokenizer) -> dict[str, s
     else:
         # Calling a tokenizer sets its truncation and padding, which say nothing about it.
         pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
-    return {
-        f"{whose}'s template and tokenizer": _digest(
-            repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
-        )
-    }
+    content = repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
+    return _digest(content.encode("utf-8", "surrogatepass"))
 
 
 def describe_weights(params: Any) -> str:
     """The dtype of a model's parameters and a digest of all of them, however they are sharded."""
     dtype = jax.tree.leaves(params)[0].dtype
-    return f"{dtype} {_digest(np.asarray(checksums(named_arrays(params))).tobytes())}"
+    return f"{dtype} {_digest(np.asarray(checkpointing.checksums(checkpointing.named_arrays(params))).tobytes())}"
 
 
-def _digest(content: str | bytes) -> str:
-    content = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
+def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
-    """Compares the run of a checkpoint with the one that resumes from it.
-
-    Returns:
-        A line for each difference that changes what comes after.
+    """Compares the run of a checkpoint with the one that resumes from it; a line for each difference that changes what comes after.
 
     Raises:
         ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
@@ -105,7 +64,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         )
     for name in now:
         # A setting that the checkpoint does not know came after it.
-        if name in IGNORED_ON_RESUME or name == _MICRO or name not in saved or saved[name] == now[name]:
+        if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
             continue
         flag = name if " " in name else f"--{name}"
         differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
@@ -129,31 +88,24 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether another split into devices and micro-batches leaves every update its rows and who writes them."""
-    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(ROWS) != now[ROWS]:
         return False
-    if saved.get("rows of an update") != now["rows of an update"]:
-        return False
-    micro = saved.get(_MICRO, saved.get("per_device_train_batch_size"))  # before there were meshes, the two were one
-    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(_MICRO))
+    micro = saved.get(MICRO, saved.get("per_device_train_batch_size"))  # before there were meshes, the two were one
+    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(MICRO))
 
 
 def find_and_restore(
-    wanted: str,
-    folder: Any,
-    run: Mapping[str, Any],
-    abstract: Any,
-    say: Callable[[str], Any],
-    last: int | None = None,
+    wanted: str, folder: Any, run: Mapping[str, Any], abstract: Any, say: Callable[[str], Any], last: int
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
     """The checkpoint to resume from: its folder, its metadata, and the state in it.
 
     Args:
         wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
         folder: where this run has its checkpoints.
-        run: what `describe_run` says of this run.
-        abstract: the state's structure and the shardings that it is to have, as `checkpointing.restore` takes it.
+        run: the `Data.description` of this run.
+        abstract: the state's structure and shardings, as `checkpointing.restore` takes it.
         say: is given a line for every checkpoint that is not whole and for every difference that matters.
-        last: how many updates this run makes; None: any.
+        last: how many updates this run makes.
 
     Returns:
         None where "latest" finds no checkpoint of the run that was started last.
@@ -162,29 +114,27 @@ def find_and_restore(
         FileNotFoundError: there is nothing at this path.
         ValueError: the checkpoint is of another run or model, or none of those found is whole.
     """
-    found = _named_checkpoints(epath.Path(wanted)) if wanted != "latest" else _latest_checkpoints(folder, say)
+    found = _latest_checkpoints(folder, say) if wanted == "latest" else _named_checkpoints(epath.Path(wanted))
     if not found:
         return None
     bad = []
     for path in found:
         try:
-            metadata = read_metadata(path)
-            check_arrays(path, metadata, abstract)
+            metadata = checkpointing.read_metadata(path)
+            checkpointing.check_arrays(path, metadata, abstract)
             warnings = check_run(metadata["run"], run, path)
-            if last is not None and metadata["step"] > last:
-                raise ValueError(
-                    f"{path} has seen {metadata['step']} updates, and this run makes {last}; raise --max_steps or "
-                    "--num_train_epochs."
-                )
-            state = restore(path, metadata, abstract)
-        except BadCheckpoint as error:
+            if metadata["step"] > last:
+                seen = f"{path} has seen {metadata['step']} updates"
+                raise ValueError(f"{seen}, and this run makes {last}; raise --max_steps or --num_train_epochs.")
+            state = checkpointing.restore(path, metadata, abstract)
+        except checkpointing.BadCheckpoint as error:
             bad.append(f"{path} is not whole: {error}")
             say(f"{bad[-1]}. " + ("Trying the one before it." if path != found[-1] else "There is none before it."))
             continue
         for line in warnings:
             say(line)
         return path, metadata, state
-    others = [p.name for p in checkpoints_in(found[0].parent) if p not in found]
+    others = [p.name for p in checkpointing.checkpoints_in(found[0].parent) if p not in found]
     hint = f"; others are there: {', '.join(others[:5])}" if others else ""
     raise ValueError(
         f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. Name another with --resume_from_checkpoint, or "
@@ -194,21 +144,20 @@ def find_and_restore(
 
 def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
     """The checkpoint of a path, or those in it, newest first."""
+    flag = f"--resume_from_checkpoint names {path}, which"
     if not path.is_dir():
-        raise FileNotFoundError(
-            f"--resume_from_checkpoint names {path}, which is not a folder; it must be a checkpoint's, or latest"
-        )
-    if STEP_NAME.fullmatch(path.name) or (path / METADATA).exists():
+        raise FileNotFoundError(f"{flag} is not a folder; it must be a checkpoint's, or latest")
+    if checkpointing.STEP_NAME.fullmatch(path.name) or (path / checkpointing.METADATA).exists():
         return [path]
-    if not (found := checkpoints_in(path)):
-        raise FileNotFoundError(f"--resume_from_checkpoint names {path}, which holds no folder checkpoint-STEP")
+    if not (found := checkpointing.checkpoints_in(path)):
+        raise FileNotFoundError(f"{flag} holds no folder checkpoint-STEP")
     return found
 
 
 def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Path]:
     """The checkpoints of the run that was started last in a folder, newest first; says where there are none."""
-    found, current = checkpoints_in(folder), current_run(folder)
-    earlier = [path for path in found if current is not None and run_of(path) not in (None, current)]
+    found, current = checkpointing.checkpoints_in(folder), checkpointing.current_run(folder)
+    earlier = [path for path in found if current is not None and checkpointing.run_of(path) not in (None, current)]
     if not found:
         say(f"There is no checkpoint in {folder} yet: the run begins anew.")
     elif len(earlier) == len(found):
@@ -220,35 +169,34 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     return [path for path in found if path not in earlier]
 
 
-def truncate_log(path: str | os.PathLike, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
+def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
     """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
 
     Where the run has `ended` with this step, its closing evaluation comes again too. A last line that was cut off goes.
     Where there is no log, there is none afterwards.
     """
-    path = pathlib.Path(path)
     if not path.exists():
         return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, AttributeError):  # no JSON object
             row = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(row, dict) or ended and row.get("step") == step and any(k.startswith("eval_") for k in row):
-            continue
-        if row.get("step", 0) <= step:
-            kept.append((line, row))
+            again = ended and row.get("step") == step and any(name.startswith("eval_") for name in row)
+            if row.get("step", 0) <= step and not again:
+                kept.append((line, row))
     beside = path.with_name(path.name + ".unfinished")
     beside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
     os.replace(beside, path)
     return [row for _, row in kept]
 
 
-def earlier_names(folder: str | os.PathLike, names: Sequence[str]) -> list[str]:
-    """Names for logs of an earlier run that a new one would write over: `metrics.1.jsonl`, all with the first free number."""
-    folder = pathlib.Path(folder)
+def rename_logs(folder: pathlib.Path, say: Callable[[str], Any]) -> None:
+    """Renames the logs of another run to `metrics.1.jsonl` and so on, all with the first free number, and says so."""
+    logs = [folder / name for name in LOGS if (folder / name).exists()]
     for number in itertools.count(1):
-        found = [f"{pathlib.Path(name).stem}.{number}{pathlib.Path(name).suffix}" for name in names]
-        if not any((folder / name).exists() for name in found):
-            return found
+        names = [log.with_stem(f"{log.stem}.{number}") for log in logs]
+        if not any(name.exists() for name in names):
+            break
+    for log, name in zip(logs, names):
+        os.replace(log, name)
+        say(f"Renamed {log.name} of another run in {folder} to {name.name}.")

@@ -32,21 +32,17 @@ class SignalHandler:
     Signals are left alone outside the main thread and where something else already handles them. In a run of several
     processes JAX's runtime hears SIGTERM and has all processes end after the same update; Ctrl-C ends the process that
     it is pressed in, and so the others, with nothing saved.
-
-    Attributes:
-        requested: None, "interrupt" or "preemption".
-        interrupted_twice: whether Ctrl-C came a second time.
     """
 
     def __init__(self):
-        self.requested: str | None = None
-        self.interrupted_twice = False
+        self.requested: str | None = None  # "interrupt" or "preemption"
+        self.interrupted_twice = False  # whether Ctrl-C came a second time
         self._interruptible = False
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number, default in {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}.items():
+            for number, default in (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL):
                 if signal.getsignal(number) is default:
                     self._before[number] = signal.signal(number, self._handle)
         return self

@@ -19,47 +19,32 @@ from gold_jax.training.objective import Objective, with_hidden
 
 
 class TrainState(NamedTuple):
-    """What an update changes; donated to every step.
+    """What an update changes; donated to every step."""
 
-    Attributes:
-        params: the student's parameters, float32.
-        optimizer: the optimizer's state.
-        step: int32 scalar, updates so far, those left out too.
-        nonfinite: how many of them were left out.
-    """
-
-    params: Any
-    optimizer: Any
-    step: jax.Array | np.int32 = np.int32(0)
-    nonfinite: NonFiniteCounter = NonFiniteCounter()
+    params: Any  # the student's parameters, float32
+    optimizer: Any  # the optimizer's state
+    step: jax.Array | np.int32 = np.int32(0)  # updates so far, those left out too
+    nonfinite: NonFiniteCounter = NonFiniteCounter()  # how many of them were left out
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     """The shardings of a state, given its parameters (arrays or shapes): the optimizer's state of a parameter is sharded as the
     parameter is, scalars are replicated."""
-    param_shardings = jax.tree.map(lambda x: x.sharding, params)
-    one = jax.tree.leaves(param_shardings)[0]
+    shardings = jax.tree.map(lambda x: x.sharding, params)
+    one = jax.tree.leaves(shardings)[0]
     replicated = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
     state = jax.eval_shape(optimizer.init, params)
     optimizer_shardings = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state, param_shardings, transform_non_params=lambda _: replicated
+        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated
     )
-    return TrainState(param_shardings, optimizer_shardings, replicated, NonFiniteCounter(replicated, replicated))
+    return TrainState(shardings, optimizer_shardings, replicated, NonFiniteCounter(replicated, replicated))
 
 
 def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The state that a run begins with, as shapes with their shardings.
-
-    Args:
-        optimizer: the transformation.
-        params: the parameters, or their shapes, with shardings.
-    """
+    """The state that a run begins with, as shapes with their shardings, given its parameters or their shapes."""
     state = jax.eval_shape(lambda params: TrainState(params, optimizer.init(params)), params)
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        state,
-        state_shardings(optimizer, params),
-    )
+    shardings = state_shardings(optimizer, params)
+    return jax.tree.map(lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), state, shardings)
 
 
 def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
@@ -76,8 +61,7 @@ def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
 class Program:
     """A jitted function that is compiled for new shapes before it runs, not while it does.
 
-    Compiling leaves some hundred MB behind on the host, which are released before the program runs: its first run needs
-    no more memory than any other.
+    Compiling leaves some hundred MB behind on the host, which are released before the program runs.
     """
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
@@ -95,7 +79,7 @@ class Program:
         return self._jitted(*args)
 
     def lower(self, *args):
-        """The function lowered for arguments, or for their shapes: to compile it ahead, perhaps for devices elsewhere."""
+        """The function lowered for arguments or their shapes, perhaps for devices elsewhere."""
         return self._jitted.lower(*args)
 
     @property
@@ -107,12 +91,15 @@ class Program:
 class Step:
     """One update, and a loss without one, as jitted programs.
 
-    Attributes:
+    `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
+    and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
+
+    Args:
         objective: what is minimised.
-        constants: what the objective reads and no update changes, such as the teacher; arguments of the programs, not
-            baked in.
-        programs: the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
-            and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
+        optimizer: the transformation of gradients; None to evaluate alone.
+        constants: what the objective reads and no update changes, such as the teacher; arguments, not baked in.
+        shardings: of the state on a mesh, as `state_shardings`; None: one device.
+        device_put: puts a batch of host arrays on the mesh; None: jit does.
     """
 
     def __init__(
@@ -124,16 +111,8 @@ class Step:
         shardings: TrainState | None = None,
         device_put: Callable[[Any], Any] | None = None,
     ):
-        """Compiles nothing yet.
-
-        Args:
-            objective: what is minimised.
-            optimizer: the transformation of gradients; None to evaluate alone.
-            constants: the objective's.
-            shardings: of the state on a mesh, as `state_shardings`; None: one device.
-            device_put: puts a batch of host arrays on the mesh; None: jit does.
-        """
-        self.objective, self.constants, self._device_put = objective, constants, device_put
+        self.objective, self.constants = objective, constants
+        self._device_put = device_put or (lambda batch: batch)
 
         def constrained(tree, sharding):
             return tree if shardings is None else jax.lax.with_sharding_constraint(tree, sharding)
@@ -165,20 +144,17 @@ class Step:
             state, done = update(state, grads, metrics[0])
             return state, metrics, done
 
-        def first(params, constants, batch):
-            return gradient(params, constants, batch)
-
         def add(params, grads, metrics, constants, batch):
             more, new = gradient(params, constants, batch)
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-        self.programs = {
-            "fused": Program(fused, donate=(0,)),
-            "first": Program(first),
+        self.programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
+        several = {
+            "first": Program(gradient),
             "add": Program(add, donate=(1, 2)),
             "update": Program(update, donate=(0,)),
-            "evaluate": Program(objective.loss),
         }
+        self.programs |= several
         if objective.teacher_forward is not None:
             self.programs["teacher_forward"] = Program(objective.teacher_forward)
 
@@ -192,7 +168,7 @@ class Step:
 
         Args:
             state: donated.
-            batches: `text.batch.Batch`es or `TokenBatch`es whose weights are normalised together.
+            batches: `Batch`es or `TokenBatch`es whose weights are normalised together.
 
         Returns:
             The new state, and `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where loss or
@@ -211,14 +187,15 @@ class Step:
         loss, parts = metrics
         return state, {"loss": loss, **done, **parts}
 
-    def evaluate(self, params: Any, batch: Any) -> dict[str, jax.Array]:
-        """Loss and parts of one batch, no gradient."""
-        loss, parts = self.programs["evaluate"](params, self.constants, self._with_teacher(batch))
+    def evaluate(self, params: Any, batch: Any, text: Any = None) -> dict[str, jax.Array]:
+        """Loss and parts of one batch, no gradient; of labels marked as `text`, `[B, T]`, their `text_nll` too."""
+        given = self._with_teacher(batch), self._device_put(text)
+        loss, parts = self.programs["evaluate"](params, self.constants, *given)
         return {"loss": loss, **parts}
 
     def _with_teacher(self, batch: Any) -> Any:
         """A batch on the mesh, after the teacher's forward pass where there is a teacher."""
-        batch = batch if self._device_put is None else self._device_put(batch)
+        batch = self._device_put(batch)
         if "teacher_forward" not in self.programs:
             return batch
         return with_hidden(batch, self.programs["teacher_forward"](self.constants, batch.teacher.packed))

@@ -38,72 +38,29 @@ def freeze_teacher(
 
     In the parameters of the result the reordered head replaces the teacher's own, so that memory holds one head unless the
     caller keeps the original. Where the embedding is the head (tied), tokens must therefore be looked up by their
-    `teacher_row_of_token`. The arrays given are not changed.
-
-    Args:
-        graph, params: the teacher, as `models.functional.split` gives it.
-        vocabulary: the order of either head.
-        stops: the stop tokens of student and teacher, each model's taken as one; None leaves every token by itself.
+    `teacher_row_of_token`. The arrays given are not changed; of `jax.ShapeDtypeStruct`s with shardings the result has such.
+    `stops`, the stop tokens of student and teacher, are each model's taken as one; None leaves every token by itself.
     """
     teacher = merge(graph, params)
-    head = teacher.head_weight()
-    if not _is_identity(vocabulary.teacher_order):
-        head = _rows_of(head, vocabulary.teacher_order)
-        params = _with_head(teacher, params, head)
-    student_row_of_token, teacher_row_of_token = (
-        np.argsort(order).astype(np.int32) for order in (vocabulary.student_order, vocabulary.teacher_order)
+    placement, name = teacher.placement, _head_name(teacher)
+    abstract = isinstance(params[name], jax.ShapeDtypeStruct)
+    if not abstract and not _is_identity(vocabulary.teacher_order):
+        params = {**params, name: _rows_of(params[name], vocabulary.teacher_order)}
+    orders = vocabulary.student_order, vocabulary.teacher_order
+    ours, theirs = (np.argsort(order).astype(np.int32) for order in orders)
+    prefixes = vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched
+    stop_rows = (
+        row_of_token[list(ids)] if len(ids) > 1 else None
+        for row_of_token, ids in zip((ours, theirs), stops or ((), ()))
     )
-
-    def stop_rows(row_of_token, ids):
-        return row_of_token[list(ids)] if len(ids) > 1 else None
-
-    ours, theirs = stops or ((), ())
-    constants = StepConstants(
-        teacher=None,
-        teacher_head=None,
-        teacher_row_of_token=teacher_row_of_token,
-        student_order=None if _is_identity(vocabulary.student_order) else vocabulary.student_order,
-        student_row_of_token=student_row_of_token,
-        student_prefix_of_unmatched=vocabulary.student_prefix_of_unmatched,
-        teacher_prefix_of_unmatched=vocabulary.teacher_prefix_of_unmatched,
-        student_stops=stop_rows(student_row_of_token, ours),
-        teacher_stops=stop_rows(teacher_row_of_token, theirs),
-    )
-    placement = teacher.placement
-    constants = jax.tree.map(jnp.asarray, constants) if placement is None else placement.put(constants)
-    return constants._replace(teacher=params, teacher_head=head)
-
-
-def teacher_shapes(
-    graph: nnx.GraphDef,
-    params: Params,
-    vocabulary: VocabularyMap,
-    stops: tuple[Sequence[int], Sequence[int]] | None = None,
-) -> StepConstants:
-    """What `freeze_teacher` gives, as shapes with their shardings; the arguments are its own, `params` shapes too."""
-    teacher = merge(graph, params)
-    placement = teacher.placement
-    head = params["embedding" if teacher.config.tied else "head"]  # `head_weight` reads arrays, and these are shapes
-
-    def integers(count: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count,), jnp.int32, sharding=None if placement is None else placement.replicated)
-
-    def stop_rows(ids: Sequence[int]) -> jax.ShapeDtypeStruct | None:
-        return integers(len(ids)) if len(ids) > 1 else None
-
-    ours, theirs = stops or ((), ())
-    ordered = not _is_identity(vocabulary.student_order)
-    return StepConstants(
-        teacher=params,
-        teacher_head=head,
-        teacher_row_of_token=integers(len(vocabulary.teacher_order)),
-        student_order=integers(len(vocabulary.student_order)) if ordered else None,
-        student_row_of_token=integers(len(vocabulary.student_order)),
-        student_prefix_of_unmatched=integers(len(vocabulary.student_prefix_of_unmatched)),
-        teacher_prefix_of_unmatched=integers(len(vocabulary.teacher_prefix_of_unmatched)),
-        student_stops=stop_rows(ours),
-        teacher_stops=stop_rows(theirs),
-    )
+    order = None if _is_identity(orders[0]) else orders[0]
+    constants = StepConstants(None, None, theirs, order, ours, *prefixes, *stop_rows)
+    if abstract:
+        sharding = None if placement is None else placement.replicated
+        constants = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.int32, sharding=sharding), constants)
+    else:
+        constants = jax.tree.map(jnp.asarray, constants) if placement is None else placement.put(constants)
+    return constants._replace(teacher=params, teacher_head=params[name])
 
 
 def restore_teacher(graph: nnx.GraphDef, constants: StepConstants, vocabulary: VocabularyMap) -> Params:
@@ -111,11 +68,11 @@ def restore_teacher(graph: nnx.GraphDef, constants: StepConstants, vocabulary: V
     if _is_identity(vocabulary.teacher_order):
         return constants.teacher
     head = _rows_of(constants.teacher_head, np.argsort(vocabulary.teacher_order))
-    return _with_head(merge(graph, constants.teacher), constants.teacher, head)
+    return {**constants.teacher, _head_name(merge(graph, constants.teacher)): head}
 
 
-def _with_head(model: Decoder, params: Params, head: jax.Array) -> Params:
-    return {**params, "embedding" if model.config.tied else "head": head}
+def _head_name(model: Decoder) -> str:
+    return "embedding" if model.config.tied else "head"
 
 
 def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
@@ -125,15 +82,10 @@ def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
 
 def overlap_of(vocabulary: VocabularyMap) -> Overlap:
     """What a comparison has to know of the vocabularies."""
-    matched, routes = (
-        vocabulary.matched,
-        (vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched),
-    )
-    return Overlap(
-        matched,
-        unprefixed=all(bool((route == matched).any()) for route in routes),
-        masked=any(bool((route > matched).any()) for route in routes),
-    )
+    matched = vocabulary.matched
+    routes = vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched
+    unprefixed = all(bool((route == matched).any()) for route in routes)
+    return Overlap(matched, unprefixed=unprefixed, masked=any(bool((route > matched).any()) for route in routes))
 
 
 def _is_identity(order: np.ndarray) -> bool:

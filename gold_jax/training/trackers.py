@@ -1,7 +1,5 @@
 """Trackers that a run's metrics go to: Trackio, Weights & Biases, TensorBoard."""
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os
@@ -9,31 +7,23 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gold_jax.config import TRACKERS, SFTConfig
-
-_MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboardX"}
+from gold_jax.config import SFTConfig
 
 
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
-    """Start the trackers that a run reports to.
-
-    Args:
-        report_to: "trackio", "wandb", "tensorboard"; "all" stands for those that are installed.
-        config: reads output_dir, project, run_name, trackio_space_id and hub_private_repo; all fields are recorded.
+    """Start the trackers that a run reports to, "all" those that are installed; all fields of its settings are recorded.
 
     Returns:
         Objects with `log(values, step)` and `close()`.
 
     Raises:
-        ValueError: a tracker is unknown, not installed, or does not start.
+        ValueError: a tracker is not installed, or does not start.
     """
-    names = list(report_to)
+    names = list(dict.fromkeys(report_to))
     if "all" in names:
-        names = [name for name in TRACKERS if name in names or importlib.util.find_spec(_MODULES[name]) is not None]
+        names = [name for name, module in _MODULES.items() if name in names or importlib.util.find_spec(module)]
     trackers = []
-    for name in dict.fromkeys(names):
-        if name not in _STARTERS:
-            raise ValueError(f"--report_to names {name!r}; it must be none or some of {', '.join((*TRACKERS, 'all'))}.")
+    for name in names:
         try:
             module = importlib.import_module(_MODULES[name])
         except ImportError:
@@ -42,7 +32,7 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
                 "with --report_to none (metrics are written to the output folder anyway)."
             ) from None
         try:
-            trackers.append(_STARTERS[name](module, config))
+            trackers.append(_TRACKERS[name](module, config))
         except Exception as error:  # each library has its own; all mean that this run would not be tracked
             raise ValueError(
                 f"--report_to {name} could not start: {type(error).__name__}: {error}. Put that right, or train with "
@@ -53,11 +43,8 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
 
 def grouped(values: Mapping[str, Any]) -> dict[str, Any]:
     """Metric names as transformers gives them to trackers: `eval_loss` is `eval/loss`, all others `train/...`."""
-    named = {}
-    for name, value in values.items():
-        if value is not None:
-            named[f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"] = value
-    return named
+    named = {name: value for name, value in values.items() if value is not None}
+    return {f"eval/{k[5:]}" if k.startswith("eval_") else f"train/{k}": value for k, value in named.items()}
 
 
 class Trackio:
@@ -107,4 +94,5 @@ class TensorBoard:
         self._writer.close()
 
 
-_STARTERS = {"trackio": Trackio, "wandb": WeightsAndBiases, "tensorboard": TensorBoard}
+_MODULES = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboardX"}
+_TRACKERS = {"trackio": Trackio, "wandb": WeightsAndBiases, "tensorboard": TensorBoard}

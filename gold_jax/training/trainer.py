@@ -1,6 +1,7 @@
 """GOLDTrainer and SFTTrainer: from names or objects to a run. The run itself is `training.loop`."""
 
-import dataclasses
+import functools
+import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -15,51 +16,44 @@ from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effec
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
+from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
-from gold_jax.scoring import evaluate_model
+from gold_jax.rollout.server import ServerEngine
+from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.mesh import describe_mesh
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
-from gold_jax.text.data import Example, load_examples
-from gold_jax.text.process_shard import ProcessShard
-from gold_jax.training.build import build_run, counted_tokens, match_pair
+from gold_jax.text.data import load_examples
+from gold_jax.training import build
+from gold_jax.training.batches import RowOrder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
-from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub
+from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.logging import header
 from gold_jax.training.loop import Data, Loop
-from gold_jax.training.model_card import write_model_card
-from gold_jax.training.resume import describe_tokenizer, describe_weights
-from gold_jax.training.setting import completion_server, place_run, process_shard_of
-from gold_jax.training.tables import header
+from gold_jax.training.resume import LEARNED, MICRO, ROWS, describe_tokenizer, describe_weights
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Setup:
-    """What a trainer is given, read and checked before any model is loaded."""
+class _Trainer:
+    """What the trainers have in common: inputs, read and checked before a model is loaded, and the run that is made of them.
 
-    args: SFTConfig
-    title: str
-    console: Console
-    dataset_name: str | None
-    train: Sequence[Example]
-    eval: Sequence[Example] | None
-    dtype: str
-    placement: Placement | None
-    process_shard: ProcessShard
+    Attributes:
+        args: a frozen copy of the settings.
+        student: the name and the tokenizer of the model that is trained; see `model`.
+    """
 
-    @classmethod
-    def read(cls, args: SFTConfig, title: str, train_dataset, eval_dataset, console, dataset_name) -> "_Setup":
-        """Reads the data and looks for the devices.
+    method = title = ""
+    spec: LossSpec | None = None  # the loss of a distillation
+    _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
 
-        Raises:
-            ValueError: there is nothing to train on, or nothing to evaluate on where that was asked for.
-        """
+    def __init__(self, args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name):
+        self._optimizers, self._callbacks = check_optimizers(optimizers), callbacks
         # A copy, checked again: what was set on the settings since they were made is checked by the same rules.
-        a = args.frozen_copy()
+        self.args = a = args.frozen_copy()
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             raise ValueError(
                 f"num_processes is {a.num_processes}, and this process runs alone: call "
@@ -70,73 +64,87 @@ class _Setup:
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
-        train, evaluation = (
+        self.train_examples, self.eval_examples = (
             None if rows is None else load_examples(rows, text_column=a.dataset_text_field)
             for rows in (train_dataset, eval_dataset)
         )
-        placement = place_run(a.mesh, a.layout)
-        return cls(
-            args=a,
-            title=title,
-            console=(console or Console()) if is_main_process() else Console(quiet=True),
-            dataset_name=dataset_name or (train_dataset if isinstance(train_dataset, str) else None),
-            train=train,
-            eval=evaluation,
-            dtype=compute_dtype(a.bf16),
-            placement=placement,
-            process_shard=process_shard_of(placement),
-        )
+        self.placement = build.place_run(a.mesh, a.layout)
+        self.process_shard = build.process_shard_of(self.placement)
+        self.console = (console or Console()) if is_main_process() else Console(quiet=True)
+        self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
+        self.command, self.hub_model_id, self.dtype = command, a.hub_model_id, compute_dtype(a.bf16)
 
-    @property
-    def shards(self) -> int:
-        """Parts that the rows of a batch are shared out to."""
-        return 1 if self.placement is None else self.placement.row_shards
+    def _load(self, role: str, model, tokenizer, options: Mapping[str, Any], **settings) -> LoadedModel:
+        """A model with its tokenizer, in this run's precision; what is of one of the two alone is in `settings`."""
+        a, attention = self.args, options.get("attn_implementation")
+        settings |= dict(read_dtype=options.get("dtype", "auto"), revision=options.get("revision"), attention=attention)
+        settings |= dict(special_tokens_in_prompts=a.special_tokens_in_prompts, trust_remote_code=a.trust_remote_code)
+        return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
 
-    def load(self, role: str, model, tokenizer, options: Mapping[str, Any], **settings) -> LoadedModel:
-        """A model with its tokenizer, in this run's precision."""
-        a, is_student = self.args, role == "student"
-        template_kwargs = a.template_kwargs
-        if not is_student and a.teacher_template_kwargs is not None:
-            template_kwargs = a.teacher_template_kwargs
-        return load_model_and_tokenizer(
-            model,
-            tokenizer,
-            dtype=self.dtype,
-            read_dtype=options.get("dtype", "auto"),
-            revision=options.get("revision"),
-            attention=options.get("attn_implementation"),
-            chat_template=read_template(a.chat_template_path) if is_student and a.chat_template_path else None,
-            template_kwargs=template_kwargs,
-            special_tokens_in_prompts=a.special_tokens_in_prompts,
-            eos_token=a.eos_token if is_student else None,
-            trust_remote_code=a.trust_remote_code,
-            role=role,
-            **settings,
-        )
-
-    def load_student(self, model, tokenizer) -> LoadedModel:
-        """The model that learns."""
+    def _load_student(self, model, tokenizer) -> LoadedModel:
         a = self.args
-        return self.load(
-            "student",
-            model,
-            tokenizer,
-            a.model_init_kwargs,
-            remat=a.gradient_checkpointing,
-            placement=self.placement,
-        )
+        template = read_template(a.chat_template_path) if a.chat_template_path else None
+        options = dict(chat_template=template, template_kwargs=a.template_kwargs, eos_token=a.eos_token)
+        options |= dict(remat=a.gradient_checkpointing, placement=self.placement)
+        return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
-    def show(self, student: LoadedModel, rows: Mapping[str, Any], kept: int, notices: Sequence[str]) -> None:
+    def _set_up(
+        self,
+        student: LoadedModel,
+        checked: CheckedRows,
+        shown: Mapping[str, Any],
+        max_new_tokens: int,
+        teacher: LoadedModel | None = None,
+        match: build.Match | None = None,
+        engine: ServerEngine | None = None,
+        notices: Sequence[str] = (),
+    ) -> None:
+        """Says what is about to run, and makes the loop that runs it."""
+        a, evaluation = self.args, self.eval_examples
+        sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
+        tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
+        facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
+        self.notices = [
+            *a.notices,
+            *(() if evaluation is None else check_evaluation(evaluation, *tokenizers.values())),
+            *checked.notices,
+            *named_without_effect(a, facts),
+            *notices,
+        ]
+        self._show(student, len(checked.kept), shown)
+        # From here on all processes compute together: one that could not load its data or models is named here.
+        sizes = [side.model.config.vocab_size for side in sides.values()]
+        assert_same_across_processes("the sizes of the vocabularies", sizes)
+        digests = {"the training data": checked.digest}
+        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(tokenizers[whose]) for whose in sides}
+        if teacher is not None:
+            digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
+        batch = a.per_device_train_batch_size * self.process_shard.num_shards
+        rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
+        unused = {name for name, _ in without_effect(a, facts)}
+        description = {name: value for name, value in a.to_dict().items() if name not in unused}
+        description |= {LEARNED: len(checked.kept), ROWS: rows_per_step, MICRO: batch, **digests}
+        description = json.loads(json.dumps(description, default=str))
+        data = Data(self.train_examples, evaluation, RowOrder(checked.kept, rows_per_step, a.seed), description)
+        options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
+        run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
+        self.student = student._replace(model=None)  # the loop alone holds its parameters
+        # From here on the constants of the step hold the teacher's parameters.
+        score = teacher and functools.partial(
+            self._score_teacher, run._replace(params=None), teacher._replace(model=None)
+        )
+        restart = engine and engine.restart
+        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, self._callbacks)
+
+    def _show(self, student: LoadedModel, kept: int, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
-        config, device = student.model.config, jax.devices()[0]
-        size = count(split(student.model)[1])
-        mesh = None
+        device, size, mesh = jax.devices()[0], count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             mesh = f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
-        facts = {
-            "student": f"{student.name} ({config.family}, {size / 1e6:.1f} M parameters)",
-            **rows,
+        rows = {
+            "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
+            **shown,
             "data": f"{kept} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
@@ -144,34 +152,23 @@ class _Setup:
             "mesh": mesh,
             "output": self.args.output_dir,
         }
-        header(self.console, self.title, facts, notices)
+        header(self.console, self.title, rows, self.notices)
 
-
-class _Trainer:
-    """What the trainers have in common: training, evaluation, saving and pushing of a run that is set up.
-
-    Attributes:
-        args: a frozen copy of the settings.
-        student: the name and the tokenizer of the model that is trained; see `model`.
-    """
-
-    method = ""
-
-    def __init__(
-        self,
-        setup: _Setup,
-        student: LoadedModel,
-        loop: Loop,
-        notices: list[str],
-        command: Sequence[str] | None,
-        card: dict[str, Any],
-    ):
-        self.args, self.console, self.notices = setup.args, setup.console, notices
-        self.train_examples, self.eval_examples = setup.train, setup.eval
-        self.dataset_name, self.command = setup.dataset_name, command
-        self.placement, self.process_shard = setup.placement, setup.process_shard
-        self.hub_model_id = setup.args.hub_model_id
-        self.student, self.loop, self._card = student, loop, card
+    def _score_teacher(self, run: build.Run, teacher: LoadedModel) -> dict[str, float]:
+        """The teacher measured as the student is."""
+        a, constants = self.args, run.step.constants
+        graph, params = run.batches.teacher_model or (run.teacher_graph, None)
+        if params is None:
+            params = restore_teacher(graph, constants, run.match.vocabulary)
+        teacher, examples = teacher._replace(model=merge(graph, params)), with_text_completion(self.eval_examples)
+        rows = a.per_device_eval_batch_size * self.process_shard.num_shards
+        chunk = chunk_size(a.loss_chunk, teacher.model.platform)
+        score = score_completions(teacher, None, examples, batch_size=rows, chunk=chunk)
+        found = {"eval_bits_per_byte": score.bits_per_byte}
+        if a.predict_with_generate:
+            options = dict(max_new_tokens=a.max_completion_length, batch_size=rows)
+            found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
+        return found
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -199,33 +196,26 @@ class _Trainer:
             `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, empty
             without evaluation data.
         """
-        a = self.args
-        if a.push_to_hub and is_main_process():
+        a, pushes = self.args, self.args.push_to_hub and is_main_process()
+        if pushes:
             try:
                 self.hub_model_id = create_hub_repository(
                     self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
                 )
             except HubSilent as error:
-                self.console.print(str(error), markup=False, soft_wrap=True)
+                self.loop.say(str(error))
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-        results = self.loop.train(resume)
-        if not is_main_process():
-            return self.loop.output_of(results)
-        write_model_card(
-            a.output_dir,
-            method=self.method,
-            base_model=self.student.name,
-            dataset=self.dataset_name,
-            command=self.command,
-            results={k: f"{v:.4f}" for k, v in results.items()},
-            **self._card,
-        )
-        self.console.print(f"The student is saved in {a.output_dir}", markup=False, soft_wrap=True)
-        if a.push_to_hub:
+        output = self.loop.train(resume)
+        if is_main_process():
+            results = {k: f"{v:.4f}" for k, v in output.metrics.items()}
+            card = dict(dataset=self.dataset_name, command=self.command, results=results, **self._card)
+            write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
+            self.loop.say(f"The student is saved in {a.output_dir}")
+        if pushes:
             self.push_to_hub()
-        return self.loop.output_of(results)
+        return output
 
     def evaluate(self) -> dict[str, float]:
         """Measures the student as it stands on `eval_dataset`."""
@@ -239,7 +229,7 @@ class _Trainer:
         """Uploads `output_dir`; returns the address of the commit."""
         a = self.args
         url = push_to_hub(a.output_dir, self.hub_model_id, a.hub_private_repo, a.hub_token)
-        self.console.print(f"Pushed to {url}", markup=False, soft_wrap=True)
+        self.loop.say(f"Pushed to {url}")
         return url
 
 
@@ -265,7 +255,7 @@ class SFTTrainer(_Trainer):
         log_history: every logged line of the last `train`, oldest first.
     """
 
-    method = "supervised fine-tuning"
+    method, title = "supervised fine-tuning", "gold_jax.sft"
 
     def __init__(
         self,
@@ -288,56 +278,15 @@ class SFTTrainer(_Trainer):
         if not isinstance(args, SFTConfig) or isinstance(args, GOLDConfig):
             raise TypeError(f"args is a {type(args).__name__}; SFTTrainer takes an SFTConfig")
         check_trl_arguments(compute_metrics, peft_config)
-        optimizers = check_optimizers(optimizers)
-        setup = _Setup.read(args, "gold_jax.sft", train_dataset, eval_dataset, console, dataset_name)
-        student = setup.load_student(model, processing_class)
-        loop, notices = _sft_loop(setup, student, optimizers, callbacks)
-        super().__init__(setup, student._replace(model=None), loop, notices, command, {})
-
-
-def _sft_loop(setup: _Setup, student: LoadedModel, optimizers, callbacks) -> tuple[Loop, list[str]]:
-    """The loop of a fine-tuning, and notices."""
-    a, learned = setup.args, counted_tokens(setup.args)
-    checked = check_examples(
-        setup.train,
-        student.chat_tokenizer,
+        super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
+        learned = build.counted_tokens(args)
+        student = self._load_student(model, processing_class)
+        need = "supervised fine-tuning learns completions, so every row needs one"
         # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
-        budget=None if a.max_length is None or learned != "completion" else a.max_length - 1,
-        need_completion="supervised fine-tuning learns completions, so every row needs one",
-        learns_calls=learned != "completion",
-    )
-    facts = RunFacts(a, evaluates=setup.eval is not None)
-    notices = [
-        *a.notices,
-        *(check_evaluation(setup.eval, student.chat_tokenizer) if setup.eval is not None else ()),
-        *checked.notices,
-        *named_without_effect(a, facts),
-    ]
-    setup.show(student, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, len(checked.kept), notices)
-    data = _data(
-        setup,
-        checked,
-        describe_tokenizer("the student", student.chat_tokenizer),
-        facts,
-    )
-    run = build_run(
-        a,
-        student,
-        placement=setup.placement,
-        total_steps=data.total_steps(a),
-        process_shard=setup.process_shard,
-        optimizers=optimizers,
-    )
-    loop = Loop(
-        run,
-        student._replace(model=None),
-        data,
-        a,
-        console=setup.console,
-        max_new_tokens=SFT_NEW_TOKENS,
-        callbacks=callbacks,
-    )
-    return loop, notices
+        budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
+        options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
+        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
+        self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
 
 class GOLDTrainer(_Trainer):
@@ -355,7 +304,7 @@ class GOLDTrainer(_Trainer):
         optimizers, callbacks, compute_metrics, peft_config, console, command, dataset_name: as `SFTTrainer`.
     """
 
-    method = "on-policy distillation"
+    method, title = "on-policy distillation", "gold_jax.train"
 
     def __init__(
         self,
@@ -382,135 +331,35 @@ class GOLDTrainer(_Trainer):
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is None:
             raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
-        teacher_tokenizer = teacher_processing_class or args.teacher_tokenizer_name_or_path
         check_trl_arguments(compute_metrics, peft_config)
-        optimizers = check_optimizers(optimizers)
-        setup = _Setup.read(args, "gold_jax.train", train_dataset, eval_dataset, console, dataset_name)
-        student = setup.load_student(model, processing_class)
-        teacher = _load_teacher(setup, teacher_model, teacher_tokenizer)
-        loop, notices, self.spec = _distillation_loop(setup, student, teacher, optimizers, callbacks)
-        card = {"teacher": teacher.name, "loss": self.spec.describe()}
-        super().__init__(setup, student._replace(model=None), loop, notices, command, card)
-
-
-def _load_teacher(setup: _Setup, model, tokenizer) -> LoadedModel:
-    a, placement = setup.args, setup.placement
-    options = dict(a.teacher_model_init_kwargs)
-    options["revision"] = options.get("revision") or a.teacher_model_revision
-    if placement is not None:
-        placement = Placement(placement.mesh, a.teacher_layout)
-    return setup.load("teacher", model, tokenizer, options, param_dtype=setup.dtype, placement=placement)
-
-
-def _distillation_loop(setup: _Setup, student: LoadedModel, teacher: LoadedModel, optimizers, callbacks):
-    """The loop of a distillation, notices, and its loss."""
-    a, evaluates = setup.args, setup.eval is not None
-    match = match_pair(a, student, teacher)
-    spec = a.loss_spec(match.same)
-    checked = check_examples(
-        setup.train,
-        student.chat_tokenizer,
-        budget=a.prompt_budget,
-        need_completion=None
-        if a.lmbda == 1 or a.seq_kd
-        else f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone",
-        teacher=teacher.chat_tokenizer,
-        student_writes=a.lmbda > 0,
-        teacher_writes=a.seq_kd and a.lmbda < 1,
-        teacher_context=a.teacher_context,
-    )
-    facts = RunFacts(a, spec, evaluates=evaluates)
-    engine, server_notices = completion_server(a, student.model.config.vocab_size, setup.dtype)
-    notices = [
-        *a.notices,
-        *(check_evaluation(setup.eval, student.chat_tokenizer, teacher.chat_tokenizer) if evaluates else ()),
-        *checked.notices,
-        *named_without_effect(a, facts),
-        *server_notices,
-    ]
-    rows = {
-        "teacher": f"{teacher.name} ({teacher.model.config.family})",
-        "vocabularies": _describe_match(match, student, teacher),
-        "loss": spec.describe(),
-        "completions": _describe_completions(a, engine),
-    }
-    setup.show(student, rows, len(checked.kept), notices)
-    # From here on all processes compute together: one that could not load its data or models is named here.
-    sizes = [model.model.config.vocab_size for model in (student, teacher)]
-    assert_same_across_processes("the sizes of the vocabularies", sizes)
-    digests = {
-        **describe_tokenizer("the student", student.chat_tokenizer),
-        **describe_tokenizer("the teacher", teacher.chat_tokenizer),
-        "the teacher's weights": describe_weights(split(teacher.model)[1]),
-    }
-    data = _data(setup, checked, digests, facts)
-    run = build_run(
-        a,
-        student,
-        teacher,
-        setup.placement,
-        total_steps=data.total_steps(a),
-        match=match,
-        process_shard=setup.process_shard,
-        engine=engine,
-        optimizers=optimizers,
-    )
-    teacher = teacher._replace(model=None)  # from here on the constants of the step hold its parameters
-    evaluation = setup.eval
-
-    def teacher_score():
-        graph, vocabulary = run.teacher_graph, match.vocabulary
-        model = run.batches.teacher_model or (graph, restore_teacher(graph, run.step.constants, vocabulary))
-        model = merge(*model)
-        return evaluate_model(
-            teacher._replace(model=model),
-            with_text_completion(evaluation),
-            batch_size=a.per_device_eval_batch_size,
-            chunk=chunk_size(a.loss_chunk, model.platform),
-            max_new_tokens=a.max_completion_length if a.predict_with_generate else None,
+        super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
+        a, placement = self.args, self.placement
+        student = self._load_student(model, processing_class)
+        tokenizer, options = teacher_processing_class or a.teacher_tokenizer_name_or_path, a.teacher_model_init_kwargs
+        options = {**options, "revision": options.get("revision") or a.teacher_model_revision}
+        placement = None if placement is None else Placement(placement.mesh, a.teacher_layout)
+        template = a.template_kwargs if a.teacher_template_kwargs is None else a.teacher_template_kwargs
+        settings = dict(param_dtype=self.dtype, template_kwargs=template, placement=placement)
+        teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
+        match = build.match_pair(a, student, teacher)
+        self.spec = a.loss_spec(match.same)
+        need = (
+            f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone"
         )
-
-    loop = Loop(
-        run,
-        student._replace(model=None),
-        data,
-        a,
-        console=setup.console,
-        max_new_tokens=a.max_completion_length,
-        teacher_score=teacher_score,
-        restart=None if engine is None else engine.restart,
-        callbacks=callbacks,
-    )
-    return loop, notices, spec
-
-
-def _data(setup: _Setup, checked: CheckedRows, digests: Mapping[str, str], facts: RunFacts) -> Data:
-    a = setup.args
-    batch = a.per_device_train_batch_size * setup.shards
-    return Data(
-        train=setup.train,
-        kept=checked.kept,
-        eval=setup.eval,
-        rows_per_step=batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1),
-        batch_size=batch,
-        seed=a.seed,
-        digests={"the training data": checked.digest, **digests},
-        without_effect=frozenset(name for name, _ in without_effect(a, facts)),
-    )
-
-
-def _describe_match(match, student: LoadedModel, teacher: LoadedModel) -> str:
-    if match.same:
-        return "one and the same" + ("" if match.stops is None else ", stop tokens matched by role")
-    sizes = student.model.config.vocab_size, teacher.model.config.vocab_size
-    return f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
-
-
-def _describe_completions(a: GOLDConfig, engine) -> str:
-    by_teacher = a.seq_kd and a.lmbda < 1
-    return (
-        f"{a.lmbda:.0%} by the student"
-        + ("" if engine is None else f" through {a.rollout_server} at {a.server_url}")
-        + (f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else "")
-        + (f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else "")
-    )
+        need, by_teacher = None if a.lmbda == 1 or a.seq_kd else need, a.seq_kd and a.lmbda < 1
+        options = dict(budget=a.prompt_budget, need_completion=need, teacher=teacher.chat_tokenizer)
+        options |= dict(student_writes=a.lmbda > 0, teacher_writes=by_teacher, teacher_context=a.teacher_context)
+        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
+        sizes = [side.model.config.vocab_size for side in (student, teacher)]
+        engine, notices = build.completion_server(a, sizes[0], self.dtype)
+        vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
+        if match.same:
+            vocabularies = "one and the same" + ("" if match.stops is None else ", stop tokens matched by role")
+        completions = f"{a.lmbda:.0%} by the student"
+        completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
+        completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
+        completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""
+        shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})", "vocabularies": vocabularies}
+        shown |= {"loss": self.spec.describe(), "completions": completions}
+        self._card = {"teacher": teacher.name, "loss": self.spec.describe()}
+        self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)

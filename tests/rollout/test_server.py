@@ -522,7 +522,7 @@ def test_weights_go_through_a_hidden_folder_of_the_run_where_none_is_named(world
 
 def test_a_run_that_asks_nothing_of_the_student_asks_nothing_of_the_server(world, vllm, tmp_path, own_cache):
     run = trainer(world, tmp_path / "out", vllm.url, lmbda=0.0)
-    assert run.loop.run.batches.engine is run.loop.run.batches.sync is None
+    assert run.loop.run.batches.engine is None
     assert vllm.asked == [] and any("--lmbda 0" in notice for notice in run.notices)
 
 

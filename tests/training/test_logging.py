@@ -12,11 +12,13 @@ from gold_jax.training import logging
 from gold_jax.training.logging import (
     MetricLog,
     RunningMean,
+    before_after,
+    completions_table,
+    header,
     json_line,
     plain_value,
     shown,
 )
-from gold_jax.training.tables import before_after, completions_table, header
 
 
 def console(terminal, width=100):
@@ -228,7 +230,7 @@ def test_long_texts_keep_the_end_of_a_prompt_and_the_start_of_a_completion():
 
 def test_the_closing_table_shows_what_changed():
     screen = console(terminal=False)
-    before_after(screen, [("eval_loss", 2.0, 1.5), ("reward", 0.25, 0.5), ("new", None, 1.0)])
+    before_after(screen, [("eval_loss", 2.0, 1.5, None), ("reward", 0.25, 0.5, None), ("new", None, 1.0, None)])
     lines = [line.split() for line in written(screen).splitlines()]
     assert ["eval_loss", "2", "1.5", "-0.5"] in lines
     assert ["reward", "0.25", "0.5", "+0.25"] in lines

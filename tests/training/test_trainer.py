@@ -8,7 +8,7 @@ import tiny_models as tiny
 from transformers import TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, score_completions
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
@@ -112,3 +112,27 @@ def test_what_cannot_be_taken_is_refused_with_what_stands_in_its_place(world, tm
 def test_nothing_is_begun_by_making_a_trainer_of_several_processes(world, tmp_path):
     with pytest.raises(ValueError, match="num_processes is 2, and this process runs alone"):
         sft(world, tmp_path, changes={"num_processes": 2, "process_id": 0, "coordinator_address": "localhost:1"})
+
+
+@pytest.mark.parametrize(
+    "changes, rest",
+    [
+        ({}, []),
+        ({"max_length": 32}, [3]),
+        ({"completion_only_loss": False}, [0, 1, 2, 3]),
+        ({"lmbda": 0.5, "max_completion_length": 8}, []),
+    ],
+)
+def test_an_evaluation_goes_over_its_rows_once_and_finds_the_bits_that_score_completions_finds(
+    changes, rest, world, tmp_path
+):
+    rows = [*ROWS, {"prompt": "", "completion": "Nothing stands before this."}]
+    if "lmbda" in changes:
+        args = GOLDConfig(output_dir=str(tmp_path), **(QUICK | changes))
+        models = str(world / "student"), str(world / "teacher")
+        trainer = GOLDTrainer(*models, args, ROWS, rows, console=tiny.quiet_console())
+    else:
+        trainer = sft(world, tmp_path, rows, changes)
+    assert trainer.loop.run.batches.build_evaluation(trainer.eval_examples).rest == rest
+    wanted = score_completions(trainer.model, trainer.student.chat_tokenizer, rows)
+    assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
