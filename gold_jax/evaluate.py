@@ -1,6 +1,5 @@
 """`python -m gold_jax.evaluate`: what given completions cost a model, in bits per byte, comparable across tokenizers."""
 
-import dataclasses
 import functools
 import json
 from collections.abc import Sequence
@@ -70,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         named = model.replace(model_name_or_path=args.teacher_model_name_or_path, model_revision=None)
         teacher, key = load(named, tokenizer=args.teacher_tokenizer_name_or_path), jax.random.key(args.seed)
         gaps = measure_gaps(student, teacher, [e.prompt for e in examples], key=key, chunk=chunk, **written)
-        found |= {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended}
-        found |= dataclasses.asdict(gaps)
+        found |= {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | vars(gaps)
     if args.json:
         print(json.dumps(found))
         return

@@ -107,9 +107,8 @@ def _check_names(leading: Sequence[str], names: Sequence[str], fields: Fields) -
             near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
             raise FlagError(f"there is no flag --{name}{near}.")
     if leading:
-        raise FlagError(
-            f"{leading[0]!r} stands before any flag; values follow a flag, as in --output_dir {leading[0]}."
-        )
+        word = leading[0]
+        raise FlagError(f"{word!r} stands before any flag; values follow a flag, as in --output_dir {word}.")
 
 
 def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]) -> dict[str, Any]:
