@@ -15,9 +15,8 @@ def align(student: Any, teacher: Any, text: str) -> alignment.Alignment:
     The result can be printed, and looped over: each group is its bytes, the student's ids and the teacher's ids.
 
     Args:
-        student: a folder, a hub id, `embedded:…`, a tokenizer (of transformers, `tokenizers` or tiktoken), a `ChatTokenizer` or
-            a `LoadedModel`; or a `PlainEncoder`, which is quicker where many texts are aligned.
-        teacher: the same.
+        student, teacher: a folder, a hub id, `embedded:…`, a tokenizer (of transformers, `tokenizers` or tiktoken), a
+            `ChatTokenizer` or a `LoadedModel`; or a `PlainEncoder`, which is quicker where many texts are aligned.
         text: read as plain text: special strings in it are characters like others.
 
     Raises:
@@ -32,26 +31,20 @@ def match_vocabularies(student: Any, teacher: Any, *, mask: Collection[str] = ()
     """Which entry of one vocabulary is which entry of the other, by the bytes that they spell; stop tokens by role.
 
     Args:
-        student: a folder, a hub id, `embedded:…`, a transformers tokenizer, a `ChatTokenizer` or a `LoadedModel`, whose head
-            may have more rows than its tokenizer has entries.
-        teacher: the same.
+        student, teacher: a folder, a hub id, `embedded:…`, a transformers tokenizer, a `ChatTokenizer` or a `LoadedModel`,
+            whose head may have more rows than its tokenizer has entries.
         mask: kinds of unmatched entries, "whitespace" and "numerals", that give their probability to no prefix.
 
     Raises:
         FileNotFoundError: no tokenizer can be read from a name.
     """
-    ours, theirs = as_chat_tokenizer(student), as_chat_tokenizer(teacher)
-    sizes = [
-        side.model.config.vocab_size
-        if isinstance(side, LoadedModel) and side.model is not None
-        else 1 + max(tokenizer.tokenizer.get_vocab().values())
-        for side, tokenizer in ((student, ours), (teacher, theirs))
-    ]
-    return VocabularyMap.build(
-        ours.surfaces,
-        theirs.surfaces,
-        student_size=sizes[0],
-        teacher_size=sizes[1],
-        stop=(ours.stop_ids, theirs.stop_ids),
-        mask=mask,
-    )
+
+    def tokenizer_and_size(side):
+        tokenizer = as_chat_tokenizer(side)
+        if isinstance(side, LoadedModel) and side.model is not None:
+            return tokenizer, side.model.config.vocab_size
+        return tokenizer, 1 + max(tokenizer.tokenizer.get_vocab().values())
+
+    (ours, student_size), (theirs, teacher_size) = tokenizer_and_size(student), tokenizer_and_size(teacher)
+    sizes, stop = {"student_size": student_size, "teacher_size": teacher_size}, (ours.stop_ids, theirs.stop_ids)
+    return VocabularyMap.build(ours.surfaces, theirs.surfaces, stop=stop, mask=mask, **sizes)

@@ -1,17 +1,17 @@
 """`python -m gold_jax.evaluate`: what given completions cost a model, in bits per byte, comparable across tokenizers."""
 
-import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 
 from gold_jax.cli import load_reader, require, run, show
 from gold_jax.config import ModelArguments, SFTConfig
-from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass, like
+from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
+from gold_jax.values import AT_LEAST_ONE
 
 
 # fmt: off
-@flags_dataclass
 class EvaluateArguments(Settings):
     """What `gold_jax.evaluate` measures a model on."""
 
@@ -40,31 +40,21 @@ class EvaluateArguments(Settings):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, scores the rows, prints the figures (with `--json`, one JSON object)."""
     model, args, notices = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
-    require(model.model_name_or_path, "model_name_or_path", "gold_jax.evaluate needs a model and rows with completions")
-    require(args.dataset_name, "dataset_name", "gold_jax.evaluate needs a model and rows with completions")
+    for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", args.dataset_name)):
+        require(value, name, "gold_jax.evaluate needs a model and rows with completions")
     show(notices)
+    import jax
+
     from gold_jax.losses.fused_head import chunk_size
-    from gold_jax.scoring import exact_match, score_completions
+    from gold_jax.scoring import exact_match, measure_gaps, score_completions
     from gold_jax.text.data import load_examples
 
-    examples = load_examples(
-        args.dataset_name,
-        config=args.dataset_config,
-        split=args.dataset_split,
-        text_column=args.dataset_text_field,
-    )
-    examples = examples[: args.max_samples] if args.max_samples else examples
-    who = load_reader(
-        model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.special_tokens_in_prompts
-    )
-    score = score_completions(
-        who.model,
-        who.chat_tokenizer,
-        examples,
-        batch_size=args.batch_size,
-        max_length=args.max_length,
-        chunk=chunk_size(args.loss_chunk),
-    )
+    source = {"config": args.dataset_config, "split": args.dataset_split, "text_column": args.dataset_text_field}
+    examples = load_examples(args.dataset_name, **source)[: args.max_samples]
+    load = functools.partial(load_reader, args=args, special_tokens=args.special_tokens_in_prompts)
+    student = load(model, tokenizer=args.tokenizer_name_or_path)
+    size, chunk = args.batch_size, chunk_size(args.loss_chunk)
+    score = score_completions(student, None, examples, batch_size=size, max_length=args.max_length, chunk=chunk)
     found = {
         "bits_per_byte": score.bits_per_byte,
         "rows": len(examples),
@@ -72,57 +62,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tokens": int(score.tokens.sum()),
         "rows_cut": score.cut,
     }
+    written = {"max_new_tokens": args.max_new_tokens, "batch_size": size}
     if args.predict_with_generate:
-        found["exact_match"] = exact_match(
-            who.model, who.chat_tokenizer, examples, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size
-        )
+        found["exact_match"] = exact_match(student, None, examples, **written)
     if args.teacher_model_name_or_path is not None:
-        found |= _gaps(who, model, args, [e.prompt for e in examples])
+        named = model.replace(model_name_or_path=args.teacher_model_name_or_path, model_revision=None)
+        teacher, key = load(named, tokenizer=args.teacher_tokenizer_name_or_path), jax.random.key(args.seed)
+        gaps = measure_gaps(student, teacher, [e.prompt for e in examples], key=key, chunk=chunk, **written)
+        found |= {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | vars(gaps)
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{who.name} on {len(examples)} rows of {args.dataset_name} ({who.model.dtype})")
+    print(f"{student.name} on {len(examples)} rows of {args.dataset_name} ({student.model.dtype})")
     print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")
     if "forward_gap" in found:
         print(f"  forward gap     {found['forward_gap']:.4f}   (student less teacher, on the teacher's text)")
         print(f"  reverse gap     {found['reverse_gap']:.4f}   (teacher less student, on the student's text)")
-        print(
-            f"  ended           {found['ended']:.1%}   of the student's completions within {args.max_new_tokens} tokens"
-        )
+        within = f"of the student's completions within {args.max_new_tokens} tokens"
+        print(f"  ended           {found['ended']:.1%}   {within}")
     if score.cut:
         print(f"  {score.cut} rows were longer than --max_length {args.max_length} and scored as far as they fit")
-
-
-def _gaps(who, model: ModelArguments, args: EvaluateArguments, prompts: list) -> dict[str, float]:
-    import jax
-
-    from gold_jax.losses.fused_head import chunk_size
-    from gold_jax.scoring import measure_gaps
-
-    named = ModelArguments(
-        model_name_or_path=args.teacher_model_name_or_path,
-        dtype=model.dtype,
-        attn_implementation=model.attn_implementation,
-    )
-    teacher = load_reader(
-        named,
-        args.teacher_tokenizer_name_or_path,
-        args.bf16,
-        mesh=args.mesh,
-        special_tokens=args.special_tokens_in_prompts,
-    )
-    gaps = measure_gaps(
-        who[:2],
-        teacher[:2],
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        key=jax.random.key(args.seed),
-        batch_size=args.batch_size,
-        chunk=chunk_size(args.loss_chunk),
-    )
-    return {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | dataclasses.asdict(gaps)
 
 
 if __name__ == "__main__":

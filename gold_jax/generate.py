@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 from gold_jax.cli import load_reader, require, run, show
 from gold_jax.config import GOLDConfig, ModelArguments
-from gold_jax.config.fields import AT_LEAST_ONE, Range, Settings, flag, flags_dataclass, like
+from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
+from gold_jax.values import AT_LEAST_ONE, Range
 
 
 # fmt: off
-@flags_dataclass
 class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
@@ -50,21 +50,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     prompts = args.prompt if args.raw else [[{"role": "user", "content": p}] for p in args.prompt]
     if args.dataset_name is not None:
-        rows = load_examples(args.dataset_name, split=args.dataset_split)
-        prompts = prompts + [e.prompt for e in (rows[: args.max_samples] if args.max_samples else rows)]
-    who = load_reader(model, args.tokenizer_name_or_path, args.bf16, mesh=args.mesh, special_tokens=args.raw)
+        rows = load_examples(args.dataset_name, split=args.dataset_split)[: args.max_samples]
+        prompts = prompts + [e.prompt for e in rows]
+    model = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=args.raw)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    size, key = min(args.batch_size, len(prompts)), jax.random.key(args.seed)
     start = time.perf_counter()
-    completions = sample_completions(
-        who.model,
-        who.chat_tokenizer,
-        prompts,
-        max_new_tokens=args.max_new_tokens,
-        key=jax.random.key(args.seed),
-        batch_size=min(args.batch_size, len(prompts)),
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-    )
+    completions = sample_completions(model, None, prompts, key=key, batch_size=size, **options)
     seconds = time.perf_counter() - start
     for prompt, d in zip(prompts, completions):
         if args.json:

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from gold_jax.cli import require, run, show
 from gold_jax.config import SFTConfig
-from gold_jax.config.fields import Settings, flag, flags_dataclass, like
+from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
 
 
 # fmt: off
-@flags_dataclass
 class InspectArguments(Settings):
     """Which pair `gold_jax.inspect` looks at, on what texts, and where it writes."""
 

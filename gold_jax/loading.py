@@ -1,6 +1,7 @@
 """Models with their tokenizers, and tokenizers alone, from whatever a caller has: names, folders or objects."""
 
 import copy
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +18,8 @@ from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
+
+NAME = str | pathlib.Path
 
 
 class LoadedModel(NamedTuple):
@@ -62,8 +65,7 @@ def load_model_and_tokenizer(
         read_dtype: dtype to which the parameters are rounded first, "auto" for none, as in `load_model`.
         remat: recompute layers in the backward pass.
         revision: hub revision of both.
-        chat_template: a Jinja template in place of the tokenizer's own.
-        template_kwargs: variables for the template.
+        chat_template: a Jinja template in place of the tokenizer's own; `template_kwargs` are variables for it.
         eos_token: a token that ends a turn, in place of the tokenizer's own end token.
         special_tokens_in_prompts: read special tokens' strings in plain-text prompts as those tokens.
         trust_remote_code: let the tokenizer run its own Python code.
@@ -76,21 +78,27 @@ def load_model_and_tokenizer(
         ValueError: something in it does not fit; no tokenizer is known; or the tokenizer has more entries than the
             model has rows.
     """
-    name = str(model) if isinstance(model, str | pathlib.Path) else type(model).__name__
-    if tokenizer is None and not isinstance(model, str | pathlib.Path):
+    name = str(model) if isinstance(model, NAME) else type(model).__name__
+    if tokenizer is None and not isinstance(model, NAME):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
     model, tokenizer = (resolve_embedded(x) for x in (model, tokenizer))
     source = model if tokenizer is None else tokenizer
-    model = _model(model, dtype, param_dtype, read_dtype, remat, revision, attention, placement)
-    named = isinstance(source, str | pathlib.Path)
-    if named:
+    settings: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype, "remat": remat}
+    if isinstance(model, NAME):
+        sharding = None if placement is None else placement.param_sharding
+        settings |= {"read_dtype": read_dtype, "attention": attention or "auto"}
+        model = load_model(model, revision=revision, sharding=sharding, **settings)
+        model = model if placement is None else model.replace(placement=placement)
+    else:
+        model = _in_memory(model, read_dtype, attention, placement, settings)
+    if isinstance(source, NAME):
         source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-    if not hasattr(source, "apply_chat_template"):
+    elif not hasattr(source, "apply_chat_template"):
         raise TypeError(
             f"the {role}'s tokenizer is a {type(source).__name__}; give a folder, a hub id or a transformers tokenizer (of a "
             "tokenizers.Tokenizer: transformers.PreTrainedTokenizerFast(tokenizer_object=…, eos_token=…))"
         )
-    if not named:
+    else:
         source = copy.deepcopy(source)  # to call one sets its truncation and padding: the caller's stays as it is
     if eos_token is not None:
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
@@ -105,41 +113,22 @@ def load_model_and_tokenizer(
         embedding_rows=model.config.vocab_size,
         copy_tokenizer=False,
     )
-    largest_id = max(source.get_vocab().values(), default=-1)
-    if largest_id >= model.config.vocab_size:
-        beyond = sorted(i for i in source.get_vocab().values() if i >= model.config.vocab_size)
-        spelled = [i for i in beyond if chat_tokenizer.surfaces.table[i] is not None or i in chat_tokenizer.stop_ids]
-        if spelled:
-            raise ValueError(
-                f"the {role}'s tokenizer has {len(beyond)} ids beyond the {model.config.vocab_size} rows of its model "
-                f"(first: {spelled[0]}, {source.convert_ids_to_tokens(spelled[0])!r}): it is not this model's tokenizer. "
-                "A model may have more rows than its tokenizer has ids, never fewer."
-            )
+    rows = model.config.vocab_size
+    beyond = sorted(i for i in source.get_vocab().values() if i >= rows)
+    spelled = [i for i in beyond if chat_tokenizer.surfaces.table[i] is not None or i in chat_tokenizer.stop_ids]
+    if spelled:
+        raise ValueError(
+            f"the {role}'s tokenizer has {len(beyond)} ids beyond the {rows} rows of its model "
+            f"(first: {spelled[0]}, {source.convert_ids_to_tokens(spelled[0])!r}): it is not this model's tokenizer. "
+            "A model may have more rows than its tokenizer has ids, never fewer."
+        )
     return LoadedModel(model, chat_tokenizer, name)
 
 
-def _model(
-    model,
-    dtype: str,
-    param_dtype: str,
-    read_dtype: str,
-    remat: bool,
-    revision: str | None,
-    attention: str | None,
-    placement: Placement | None,
+def _in_memory(
+    model: Any, read_dtype: str, attention: str | None, placement: Placement | None, settings: dict
 ) -> Decoder:
-    if isinstance(model, str | pathlib.Path):
-        loaded = load_model(
-            model,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            read_dtype=read_dtype,
-            remat=remat,
-            revision=revision,
-            attention=attention or "auto",
-            sharding=None if placement is None else placement.param_sharding,
-        )
-        return loaded if placement is None else loaded.replace(placement=placement)
+    """A copy of a `Decoder` or of what `nnx.split` gives for one: training donates parameters, and leaves the caller's whole."""
     if isinstance(model, tuple) and len(model) == 2:
         model = merge(*split(model))
     if not isinstance(model, Decoder):
@@ -147,26 +136,15 @@ def _model(
             f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; "
             "gold_jax.load_model reads Hugging Face folders"
         )
-    # Training donates parameters: a copy leaves the caller's whole.
-    rounded = param_dtype if read_dtype == "auto" else read_dtype
-    params = jax.tree.map(lambda x: jnp.array(jnp.asarray(x, rounded), param_dtype), split(model)[1])
-    model = model.replace(
-        params,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        remat=remat,
-        attention=attention or model.attention,
-        placement=None,
-    )
+    kept = settings["param_dtype"]
+    rounded = kept if read_dtype == "auto" else read_dtype
+    params = jax.tree.map(lambda x: jnp.array(jnp.asarray(x, rounded), kept), split(model)[1])
+    model = model.replace(params, attention=attention or model.attention, placement=None, **settings)
     return model if placement is None else model.shard(placement)
 
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
+    """The tokenizer of a folder or hub id; FileNotFoundError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -180,40 +158,33 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
 def stop_ids_of(model: Decoder) -> Sequence[int]:
     """The stop tokens that a model's generation config and config name."""
     source = json.loads(model.config.source)
-    found: list[int] = []
-    for part in ("generation_config", "config"):
-        ids = (source.get(part) or {}).get("eos_token_id")
-        found += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))
+    parts = ((source.get(part) or {}).get("eos_token_id") for part in ("generation_config", "config"))
+    found = itertools.chain.from_iterable(ids if isinstance(ids, list) else [ids] for ids in parts)
+    return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < model.config.vocab_size))
 
 
 def as_chat_tokenizer(source: Any) -> ChatTokenizer:
-    """A tokenizer with its chat template.
+    """The `ChatTokenizer` of a folder, a hub id, `embedded:…`, a transformers tokenizer, a `ChatTokenizer` or a `LoadedModel`.
 
-    Args:
-        source: a folder, a hub id, `embedded:…`, a transformers tokenizer, a `ChatTokenizer`, or a `LoadedModel`.
-
-    Raises:
-        FileNotFoundError: no tokenizer can be read from a name.
-        TypeError: something else.
+    FileNotFoundError where no tokenizer can be read from a name, TypeError for something else.
     """
     if isinstance(source, LoadedModel):
         return source.chat_tokenizer
     if isinstance(source, ChatTokenizer):
         return source
-    if isinstance(source, str | pathlib.Path):
+    if isinstance(source, NAME):
         return ChatTokenizer(load_tokenizer(resolve_embedded(source)), copy_tokenizer=False)
     if not hasattr(source, "apply_chat_template"):
         raise TypeError(
-            f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers tokenizer, "
-            "a ChatTokenizer or a LoadedModel"
+            f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers "
+            "tokenizer, a ChatTokenizer or a LoadedModel"
         )
     return ChatTokenizer(source)
 
 
 def as_plain_tokenizer(source: Any) -> Any:
     """What `text.surface.surfaces_of` takes: as `as_chat_tokenizer`, and tokenizers of `tokenizers` and tiktoken as they are."""
-    if isinstance(source, str | pathlib.Path):
+    if isinstance(source, NAME):
         return load_tokenizer(resolve_embedded(source))
     source = source.chat_tokenizer if isinstance(source, LoadedModel) else source
     return source.tokenizer if isinstance(source, ChatTokenizer) else source
@@ -222,16 +193,12 @@ def as_plain_tokenizer(source: Any) -> Any:
 def as_loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
     """A model with its tokenizer, for a function that takes either.
 
-    Args:
-        model: a `LoadedModel`; a folder, a hub id or `embedded:…`, read in float32; a `Decoder` or `(graphdef, params)`.
-        tokenizer: what `as_chat_tokenizer` takes; None: the model's own.
-
-    Raises:
-        ValueError: a model in memory without a tokenizer.
+    `model` is a `LoadedModel`, a name, which is read in float32, a `Decoder` or `(graphdef, params)`; `tokenizer` what
+    `as_chat_tokenizer` takes, or None for the model's own, which a model in memory has not (ValueError).
     """
     if isinstance(model, LoadedModel):
         return model if tokenizer is None else model._replace(chat_tokenizer=as_chat_tokenizer(tokenizer))
-    if isinstance(model, str | pathlib.Path):
+    if isinstance(model, NAME):
         tokenizer = tokenizer.tokenizer if isinstance(tokenizer, ChatTokenizer) else tokenizer
         return load_model_and_tokenizer(model, tokenizer)
     if tokenizer is None:
@@ -241,12 +208,7 @@ def as_loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
 
 
 def read_template(path: str) -> str:
-    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id.
-
-    Raises:
-        FileNotFoundError: there is neither.
-        ValueError: that tokenizer has no template.
-    """
+    """The chat template of a Jinja file, or of a tokenizer named by folder or hub id; ValueError where that has none."""
     if os.path.isfile(path):
         return pathlib.Path(path).read_text(encoding="utf-8")
     template = load_tokenizer(path).chat_template

@@ -6,13 +6,13 @@ from typing import Any
 
 from gold_jax.cli import require, run, show
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
-from gold_jax.config.fields import AT_LEAST_ONE, Settings, flag, flags_dataclass
+from gold_jax.config.fields import Settings, flag
 from gold_jax.config.parsing import parse_args
 from gold_jax.planning.hardware import FORMS, need_compiler, prepare, read_topology
+from gold_jax.values import AT_LEAST_ONE
 
 
 # fmt: off
-@flags_dataclass
 class PlanArguments(Settings):
     """For which devices `gold_jax.plan` plans, and what it looks for."""
 

@@ -23,24 +23,15 @@ from gold_jax.text.data import Example, load_examples
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.packing import gather_positions, pack, pad_right
 
-MODEL_WINDOW = 1 << 20
-
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What completions cost a model.
+    """What completions cost a model."""
 
-    Attributes:
-        bits: negative log2-likelihood of each completion's tokens given its prompt, `[N]`.
-        bytes: UTF-8 length of each completion, as far as it was scored, `[N]`.
-        tokens: tokens scored, `[N]`.
-        cut: how many rows did not fit in the window and were scored as far as they did.
-    """
-
-    bits: np.ndarray
-    bytes: np.ndarray
-    tokens: np.ndarray
-    cut: int
+    bits: np.ndarray  # [N] negative log2-likelihood of each completion's tokens given its prompt
+    bytes: np.ndarray  # [N] UTF-8 length of each completion, as far as it was scored
+    tokens: np.ndarray  # [N] tokens scored
+    cut: int  # how many rows did not fit in the window and were scored as far as they did
 
     @property
     def bits_per_byte(self) -> float:
@@ -54,18 +45,18 @@ def _completion_nll(graph, params, packed, position, behind, counted, chunk):
     model = merge(graph, params)
     placement, hidden, weight = model.placement, model.forward_packed(*packed), model.head_weight()
 
-    def found(hidden, weight, position, behind, counted):
+    def nll(hidden, weight, position, behind, counted):
         head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
         position = flatten_positions(position, *hidden.shape[:2])
         return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
 
-    if placement is not None:  # every device on its own rows, with the full head
-        weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
-        by_rows = P(ROW_AXES)
-        by_device = map_shards(placement, found, (by_rows, P(), by_rows, by_rows, by_rows), by_rows)
-        nll = by_device(hidden, weight, position, behind, counted)
-        return jax.lax.with_sharding_constraint(nll, placement.replicated)
-    return found(hidden, weight, position, behind, counted)
+    if placement is None:
+        return nll(hidden, weight, position, behind, counted)
+    # Every device on its own rows, with the full head.
+    weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
+    rows = P(ROW_AXES)
+    found = map_shards(placement, nll, (rows, P(), rows, rows, rows), rows)(hidden, weight, position, behind, counted)
+    return jax.lax.with_sharding_constraint(found, placement.replicated)
 
 
 def _examples(rows: Any) -> list[Example]:
@@ -101,20 +92,15 @@ def score_completions(
     """
     model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
     graph, params = split(model)
-    examples = _examples(rows)
-    placement = model.placement
+    examples, placement = _examples(rows), model.placement
     shards = 1 if placement is None else placement.row_shards
     batch_size = -(-batch_size // shards) * shards
-    completions: list[str] = []
-    for i, e in enumerate(examples):
-        if e.completion is None:
-            raise ValueError(
-                f"row {i} has a prompt but no completion, so nothing can be scored; give rows with answers"
-            )
-        completions.append(e.completion_for(chat_tokenizer))
+    completions = [e.completion_for(chat_tokenizer) for e in examples if e.completion is not None]
+    if len(completions) < len(examples):
+        row = next(i for i, e in enumerate(examples) if e.completion is None)
+        raise ValueError(f"row {row} has a prompt but no completion, so nothing can be scored; give rows with answers")
     prompts = [chat_tokenizer.encode_prompt(e.prompt) for e in examples]
     answers = chat_tokenizer.encode_completions(completions, after=[e.prompt for e in examples])
-    limit = max_length or MODEL_WINDOW
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
@@ -122,18 +108,17 @@ def score_completions(
         chosen = order[start : start + batch_size]
         ids, counted = [], []
         for i in chosen:
-            room = max(0, limit - len(prompts[i]))
-            answer = answers[i].ids[:room]
-            sequence = np.concatenate([prompts[i], answer])[:limit]
-            first = max(1, len(prompts[i]))  # the very first token of all has nothing before it
-            mark = np.zeros(len(sequence), bool)
-            mark[first - 1 : len(sequence) - 1] = True
+            prompt, answer = prompts[i], answers[i]
+            sequence = np.concatenate([prompt, answer.ids])[:max_length]
+            size = max(0, len(sequence) - len(prompt))  # of the answer that fits
+            mark = np.arange(len(sequence)) >= len(prompt) - 1  # what predicts a token of the answer
+            mark[-1:] = False
             ids.append(sequence)
             counted.append(mark)
-            cut += len(answer) < len(answers[i].ids)
-            scored = answers[i].spans[: len(answer)]
-            begin = scored[0, 1] if len(prompts[i]) == 0 and len(scored) else 0
-            sizes[i] = scored[-1, 1] - begin if len(scored) else 0
+            cut += size < len(answer.ids)
+            if size:
+                begin = answer.spans[0, 1] if len(prompt) == 0 else 0
+                sizes[i] = answer.spans[size - 1, 1] - begin
             tokens[i] = mark.sum()
         packed = pack(ids, batch_size, shards, pad=chat_tokenizer.pad_id)
         width = packed.gather_index.shape[-1]
@@ -161,8 +146,7 @@ def sample_completions(
     """Completions that a model draws for prompts, in order.
 
     Args:
-        model: a folder, a hub id or `embedded:…`, a `LoadedModel`, a `Decoder`, or its `(graphdef, params)`.
-        tokenizer: a name, a transformers tokenizer or a `ChatTokenizer`; None: the model's own.
+        model, tokenizer: as in `score_completions`.
         prompts: texts or lists of messages.
         max_new_tokens: most tokens of a completion.
         key: PRNG key, or an int seed.
@@ -195,20 +179,15 @@ class Gaps:
 
     A student falls short forward where it does not expect what its teacher says, and backward where it says what its
     teacher does not expect.
-
-    Attributes:
-        student_on_teacher, teacher_on_teacher: what the teacher's text costs either model.
-        teacher_on_student: what the student's text costs the teacher.
-        student_on_student: what the student spent on the tokens that it drew; reading its text again would hide draws
-            that are not its tokenizer's own way of writing.
-        ended: share of the student's completions that ended by themselves.
     """
 
-    student_on_teacher: float
+    student_on_teacher: float  # what the teacher's text costs the student
     teacher_on_teacher: float
     teacher_on_student: float
+    # What the student spent on the tokens that it drew; reading its text again would hide draws that are not its
+    # tokenizer's own way of writing.
     student_on_student: float
-    ended: float
+    ended: float  # share of the student's completions that ended by themselves
 
     @property
     def forward(self) -> float:
@@ -236,63 +215,42 @@ def measure_gaps(
     Blank completions are left out, damaged ones count up to the damage.
 
     Args:
-        student: a folder, a hub id or `embedded:…`, a `LoadedModel`, or a pair of a model and its tokenizer.
-        teacher: the same.
-        prompts: texts or lists of messages.
-        max_new_tokens: most tokens of a completion.
-        key: PRNG key, or an int seed.
-        batch_size: prompts at a time.
+        student, teacher: a folder, a hub id or `embedded:…`, a `LoadedModel`, or a pair of a model and its tokenizer.
+        prompts, max_new_tokens, key, batch_size: as in `sample_completions`.
         chunk: positions whose logits are held at once.
 
     Raises:
         ValueError: a model wrote nothing that could be read.
     """
+    key, whole = as_key(key), (LoadedModel, str, pathlib.Path)
+    student, teacher = (as_loaded_model(*[x] if isinstance(x, whole) else x) for x in (student, teacher))
 
-    key = as_key(key)
-    student, teacher = (
-        as_loaded_model(side) if isinstance(side, LoadedModel | str | pathlib.Path) else as_loaded_model(*side)
-        for side in (student, teacher)
-    )
+    def written(name, who, key):
+        """Each completion that can be read, with its prompt and log-probabilities; and the share that ended."""
+        engine = SamplingEngine(batch_size)
+        drawn = list(_sample_with_logprobs(*who[:2], prompts, engine, max_new_tokens=max_new_tokens, key=key))
+        found = [(prompt, d, logp) for prompt, (d, logp) in zip(prompts, drawn) if d.text.strip()]
+        if not found:
+            raise ValueError(f"the {name} wrote nothing that could be read on {len(prompts)} prompts")
+        return found, float(np.mean([d.stopped for d, _ in drawn]))
 
-    def written(who, key):
-        return list(
-            _sample_with_logprobs(*who[:2], prompts, SamplingEngine(batch_size), max_new_tokens=max_new_tokens, key=key)
-        )
-
-    def readable(completions):
-        return [i for i, (d, _) in enumerate(completions) if d.text.strip()]
-
-    def bits(who, completions):
-        rows = [Example(prompts[i], completions[i][0].text) for i in readable(completions)]
+    def bits(who, found):
+        rows = [Example(prompt, d.text) for prompt, d, _ in found]
         return score_completions(who, None, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
 
-    ours, theirs = written(student, jax.random.fold_in(key, 0)), written(teacher, jax.random.fold_in(key, 1))
-    for name, completions in (("student", ours), ("teacher", theirs)):
-        if not readable(completions):
-            raise ValueError(f"the {name} wrote nothing that could be read on {len(prompts)} prompts")
-    spent = sum(-float(ours[i][1][: len(ours[i][0].ids)].sum()) for i in readable(ours)) / np.log(2)
-    size = sum(len(ours[i][0].text.encode()) for i in readable(ours))
-    return Gaps(
-        bits(student, theirs),
-        bits(teacher, theirs),
-        bits(teacher, ours),
-        spent / size,
-        float(np.mean([d.stopped for d, _ in ours])),
-    )
+    ours, ended = written("student", student, jax.random.fold_in(key, 0))
+    theirs, _ = written("teacher", teacher, jax.random.fold_in(key, 1))
+    spent = sum(-float(logp[: len(d.ids)].sum()) for _, d, logp in ours) / np.log(2)
+    size = sum(len(d.text.encode()) for _, d, _ in ours)
+    return Gaps(bits(student, theirs), bits(teacher, theirs), bits(teacher, ours), spent / size, ended)
 
 
 def exact_match(
     model: Any, tokenizer: Any = None, rows: Any = (), *, max_new_tokens: int = 128, batch_size: int = 8
 ) -> float:
     """Share of rows whose greedy completion is the given one, blanks at either end aside; arguments as `score_completions`."""
-    model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
-    pairs = [(e.prompt, e.completion_for(chat_tokenizer)) for e in _examples(rows) if e.completion is not None]
-    drawn = sample_completions(
-        model,
-        chat_tokenizer,
-        [prompt for prompt, _ in pairs],
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        temperature=0.0,
-    )
+    loaded = as_loaded_model(model, tokenizer)
+    pairs = [(e.prompt, e.completion_for(loaded.chat_tokenizer)) for e in _examples(rows) if e.completion is not None]
+    prompts, size = [prompt for prompt, _ in pairs], batch_size
+    drawn = sample_completions(loaded, None, prompts, max_new_tokens=max_new_tokens, batch_size=size, temperature=0.0)
     return float(np.mean([d.text.strip() == completion.strip() for d, (_, completion) in zip(drawn, pairs)]))

@@ -8,10 +8,10 @@ from gold_jax.config import SFTConfig
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses flags, builds an `SFTTrainer`, trains."""
-    given = cli.training_inputs(argv, SFTConfig, prog="gold_jax.sft", doc=__doc__)
+    model, args, train, evaluation, options = cli.training_inputs(argv, SFTConfig, prog="gold_jax.sft", doc=__doc__)
     from gold_jax.training.trainer import SFTTrainer
 
-    SFTTrainer(given.model, given.args, given.train, given.evaluation, **given.options).train()
+    SFTTrainer(model, args, train, evaluation, **options).train()
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from gold_jax import cli, train
 from gold_jax.config import (
     DataArguments,
     GOLDConfig,
-    LossSpec,
     ModelArguments,
     RunFacts,
     SFTConfig,
@@ -24,6 +23,7 @@ from gold_jax.config import (
 from gold_jax.config.fields import field_names, groups
 from gold_jax.config.parsing import FlagError, HelpRequested, group_name, parse_args
 from gold_jax.config.trl_compat import ANSWERS, answer
+from gold_jax.loss_spec import LossSpec
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -27,7 +27,6 @@ ALLOWED = {
     ("text/special_tokens.py", "_with_renamed_special_tokens", "attribute"),
     ("loading.py", "load_model_and_tokenizer", "attribute"),
     # objects of other libraries that the function itself has made
-    ("config/parsing.py", "_parser", "attribute"),
     ("profiling/capture.py", "_trace", "attribute"),
     ("distributed/watchdog.py", "_watch", "attribute"),
 }

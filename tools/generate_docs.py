@@ -15,7 +15,7 @@ from inspect import signature as python_signature
 import gold_jax
 from gold_jax import evaluate, generate, inspect, plan
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
-from gold_jax.config.fields import Settings, field_names, field_of, groups
+from gold_jax.config.fields import Settings, field_names, groups
 from gold_jax.config.parsing import default_text, group_name, values_text
 from gold_jax.config.trl_compat import ANSWERS
 
@@ -49,7 +49,7 @@ def flag_row(cls: type, field: dataclasses.Field, *, resume: bool) -> list[str]:
     values = code(values_text(cls, field)) + (f", {legal.words}" if legal else "")
     default = default_text(field)
     if cls is GOLDConfig and field.name in field_names(SFTConfig):
-        other = default_text(field_of(SFTConfig, field.name))
+        other = default_text(SFTConfig.__dataclass_fields__[field.name])
         default += "" if other == default else f" ({other} in sft)"
     row = [", ".join(code(f"--{name}") for name in names), default, values, field.metadata["help"]]
     return row + [RESUMED[field.metadata["on_resume"]]] * resume
@@ -97,7 +97,7 @@ def trl_tables() -> str:
     ours = {name: cls for cls in (ModelArguments, DataArguments, SFTConfig, GOLDConfig) for name in field_names(cls)}
     differing, same, own = [], [], []
     for name in sorted(set(ours) | set(trl) - set(ANSWERS)):
-        field = field_of(ours[name], field_names(ours[name])[name])
+        field = ours[name].__dataclass_fields__[field_names(ours[name])[name]]
         default = default_text(field)
         if name not in trl:
             own += [code(f"--{name}")] if name == field.name else []

@@ -7,29 +7,17 @@ of docs/flags.md.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 import os
 from typing import Any, NamedTuple
 
-from gold_jax.loss_spec import (
-    GROUPS,
-    MASKS,
-    MERGES,
-    NORMALIZATIONS,
-    SORTS,
-    LossSpec,
-    Names,
-    comparisons,
-    presets,
-    read_options,
-)
+from gold_jax.config.fields import Effect, Settings, flag, like
+from gold_jax.config.trl_compat import read_attention, read_load_options
+from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
-
-from .fields import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, Effect, Range, Settings, flag, flags_dataclass, like
-from .trl_compat import read_attention, read_load_options
+from gold_jax.values import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 # Schedule -> what it reads from lr_scheduler_kwargs.
@@ -46,27 +34,13 @@ free_flag = functools.partial(flag, on_resume="ignore")
 _BELOW_ONE = Range("at least 0 and smaller than 1", lambda v: 0 <= v < 1)
 
 
-def _option(flag_name: str) -> Effect:
-    """Has an effect where the comparison has the option that a flag sets."""
-    return Effect(
-        lambda r: flag_name in {p.option.flag for p in r.spec.comparison.options.values()}, "no effect with {loss}"
-    )
-
-
 class RunFacts(NamedTuple):
-    """What decides whether a flag changes anything: the argument of `Effect.holds`.
+    """What decides whether a flag changes anything: the argument of `Effect.holds`."""
 
-    Attributes:
-        args: the run's settings, an `SFTConfig` or a `GOLDConfig`.
-        spec: the loss; None where there is no teacher.
-        evaluates: whether there are rows to evaluate on.
-        data: where the rows come from; None where only `args` matter.
-    """
-
-    args: Any
-    spec: LossSpec | None = None
-    evaluates: bool = True
-    data: Any = None
+    args: Any  # an `SFTConfig` or a `GOLDConfig`
+    spec: LossSpec | None = None  # None where there is no teacher
+    evaluates: bool = True  # whether there are rows to evaluate on
+    data: Any = None  # the `DataArguments`; None where only `args` matter
 
     @property
     def samples(self) -> bool:
@@ -81,6 +55,12 @@ class RunFacts(NamedTuple):
 
 # The flags, and when they change anything, are tables: few lines for each.
 # fmt: off
+def _option(flag_name: str) -> Effect:
+    """Has an effect where the comparison has the option that a flag sets."""
+    return Effect(lambda r: any(p.option.flag == flag_name for p in r.spec.comparison.options.values()),
+                  "no effect with {loss}")
+
+
 _EVALUATES = Effect(lambda r: r.evaluates, "no effect without rows to evaluate on")
 _REPORTS = Effect(lambda r: bool(r.args.report_to), "no effect without --report_to")
 _SHOWS_COMPLETIONS = Effect(lambda r: r.args.log_completions, "no effect without --log_completions")
@@ -103,7 +83,6 @@ _OWN_TEMPERATURES = Effect(lambda r: r.spec.name != "gkd",
                            "no effect with gkd, which divides both models' logits by --temperature, as TRL does")
 
 
-@flags_dataclass
 class ModelArguments(Settings):
     """Which model is trained."""
 
@@ -114,10 +93,9 @@ class ModelArguments(Settings):
         "In which type weights are read (rounded to it) and the trained model is saved; 'auto': as the checkpoint has "
         "it. Training itself always keeps float32 weights.", choices=("auto", "float32", "bfloat16"),
         differs="TRL trains in this type, too; here it is the type on disk, and weights and optimizer are float32")
-    attn_implementation: str | None = flag(None,
-        "How attention over whole sequences is computed: auto (by platform, model and length; so is none), plain, "
-        "blockwise (long sequences in little memory, anywhere), cudnn (NVIDIA GPUs) or splash (TPUs).",
-        differs="the names of PyTorch's implementations are taken and mean `auto`")
+    attn_implementation: str | None = flag(None, "How attention over whole sequences is computed: auto (by platform, "
+        "model and length; so is none), plain, blockwise (long sequences in little memory, anywhere), cudnn (NVIDIA "
+        "GPUs) or splash (TPUs).", differs="the names of PyTorch's implementations are taken and mean `auto`")
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,7 +103,6 @@ class ModelArguments(Settings):
         self.notices += notices
 
 
-@flags_dataclass
 class DataArguments(Settings):
     """Which data it is trained on."""
 
@@ -147,8 +124,7 @@ class DataArguments(Settings):
         return name is not None and (os.path.exists(name) or name.startswith("embedded:"))
 
 
-@dataclasses.dataclass(kw_only=True)
-class RunFlags:
+class RunFlags(Settings):
     """Where a run writes, and how long it is."""
 
     output_dir: str = free_flag("trainer_output", "Folder for the trained model, its log and its model card.", folder=True,
@@ -165,8 +141,7 @@ class RunFlags:
         range=Range("at least 1, or -1 to go by num_train_epochs", lambda v: v >= 1 or v == -1))
 
 
-@dataclasses.dataclass(kw_only=True)
-class OptimizerFlags:
+class OptimizerFlags(Settings):
     """AdamW and its learning rate."""
 
     learning_rate: float = warned_flag(2e-5, "Peak learning rate of AdamW.", range=NOT_NEGATIVE, important=True)
@@ -178,9 +153,8 @@ class OptimizerFlags:
     max_grad_norm: float | None = warned_flag(1.0, "Clip gradients to this global norm; 0 or none: no clipping.",
         range=NOT_NEGATIVE)
     lr_scheduler_type: str = warned_flag("linear", "Shape of the learning rate after warm-up.", choices=tuple(SCHEDULES))
-    lr_scheduler_kwargs: dict | str | None = warned_flag(None,
-        "JSON for the schedule: num_cycles (cosines), min_lr or min_lr_rate (cosine_with_min_lr; neither: min_lr_rate "
-        "0.1, where transformers would stop).",
+    lr_scheduler_kwargs: dict | str | None = warned_flag(None, "JSON for the schedule: num_cycles (cosines), min_lr or "
+        "min_lr_rate (cosine_with_min_lr; neither: min_lr_rate 0.1, where transformers would stop).",
         differs="cosine_with_min_lr without a minimum takes min_lr_rate 0.1, where transformers stops")
     warmup_ratio: float = warned_flag(0.0, "Share of the updates that warm up; warmup_steps wins where both are given.",
         range=FRACTION, effect=(Effect(lambda r: not r.args.warmup_steps, "no effect with --warmup_steps"), _WARMS_UP))
@@ -188,8 +162,7 @@ class OptimizerFlags:
         effect=_WARMS_UP)
 
 
-@dataclasses.dataclass(kw_only=True)
-class LoggingFlags:
+class LoggingFlags(Settings):
     """What is logged, and where."""
 
     logging_steps: float = free_flag(10, "Updates between two log lines; below 1: a share of all.", range=POSITIVE)
@@ -211,8 +184,7 @@ class LoggingFlags:
         "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes.")
 
 
-@dataclasses.dataclass(kw_only=True)
-class EvaluationFlags:
+class EvaluationFlags(Settings):
     """When and how the model is evaluated."""
 
     eval_strategy: str = free_flag("no", "When to evaluate.", choices=("no", "steps", "epoch"), important=True)
@@ -226,28 +198,23 @@ class EvaluationFlags:
         "In evaluation, also write completions greedily and count exact matches.", effect=_EVALUATES)
 
 
-@dataclasses.dataclass(kw_only=True)
-class CheckpointFlags:
+class CheckpointFlags(Settings):
     """When a run is saved, and going on from a save."""
 
     save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"))
     save_steps: float = free_flag(500, "Updates between two saves; below 1: a share of all.", range=POSITIVE,
         effect=Effect(lambda r: r.args.save_strategy == "steps", "no effect without --save_strategy steps"))
     save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)
-    checkpoint_dir: str | None = free_flag(None,
-        "Where saves on the way go, each a folder checkpoint-STEP; may be gs://bucket/folder. None: output_dir.",
-        folder=True)
-    resume_from_checkpoint: str | None = free_flag(None,
-        "Go on from a save: its folder, or latest (true means the same) for the newest whole one of checkpoint_dir, "
-        "where a run that has none begins anew.", folder=True, true_means="latest", important=True,
-        differs="`latest` is taken too, and begins anew where there is no save")
-    max_skipped_updates: int = free_flag(10,
-        "Stop after this many updates in a row whose loss or gradients were not finite; each such update is left out.",
-        range=AT_LEAST_ONE)
+    checkpoint_dir: str | None = free_flag(None, "Where saves on the way go, each a folder checkpoint-STEP; may be "
+        "gs://bucket/folder. None: output_dir.", folder=True)
+    resume_from_checkpoint: str | None = free_flag(None, "Go on from a save: its folder, or latest (true means the "
+        "same) for the newest whole one of checkpoint_dir, where a run that has none begins anew.", folder=True,
+        true_means="latest", important=True, differs="`latest` is taken too, and begins anew where there is no save")
+    max_skipped_updates: int = free_flag(10, "Stop after this many updates in a row whose loss or gradients were not "
+        "finite; each such update is left out.", range=AT_LEAST_ONE)
 
 
-@dataclasses.dataclass(kw_only=True)
-class MemoryFlags:
+class MemoryFlags(Settings):
     """Precision and memory."""
 
     bf16: bool | None = warned_flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.", important=True,
@@ -258,8 +225,7 @@ class MemoryFlags:
         "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere.", range=AT_LEAST_ONE)
 
 
-@dataclasses.dataclass(kw_only=True)
-class HubFlags:
+class HubFlags(Settings):
     """Uploading the trained model."""
 
     push_to_hub: bool = free_flag(False, "Upload the trained model to the hub at the end.")
@@ -268,8 +234,7 @@ class HubFlags:
     hub_token: str | None = free_flag(None, "Token for the hub; none: the one that `hf auth login` stored.", secret=True)
 
 
-@dataclasses.dataclass(kw_only=True)
-class TextFlags:
+class TextFlags(Settings):
     """How rows become tokens, and which of these are learned."""
 
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
@@ -281,9 +246,8 @@ class TextFlags:
         'chat_template_kwargs goes before it.', alias="chat_template_kwargs")
     special_tokens_in_prompts: bool = flag(False,
         "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
-    completion_only_loss: bool | None = flag(None,
-        "Learn the completion (of a conversation its last answer) and nothing else; false: the whole sequence.",
-        effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
+    completion_only_loss: bool | None = flag(None, "Learn the completion (of a conversation its last answer) and "
+        "nothing else; false: the whole sequence.", effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")
     assistant_only_loss: bool = flag(False, "Learn every answer of the assistant's in a conversation.", effect=_FINE_TUNES)
     eos_token: str | None = flag(None, "Token that ends a turn; none: what the chat template writes.")
@@ -294,23 +258,19 @@ class TextFlags:
         effect=Effect(lambda r: False, "rows always come in a new random order in every epoch"),
         differs="no effect: rows come in a new random order in every epoch")
     trust_remote_code: bool = free_flag(False, "Allow tokenizers and configurations that ship their own Python code.")
-    model_init_kwargs: dict | str | None = warned_flag(None,
-        "JSON with dtype, revision or attn_implementation for the model.",
-        differs="these three keys; those that place a PyTorch model are answered, others refused")
+    model_init_kwargs: dict | str | None = warned_flag(None, "JSON with dtype, revision or attn_implementation for the "
+        "model.", differs="these three keys; those that place a PyTorch model are answered, others refused")
 
 
-@dataclasses.dataclass(kw_only=True)
-class MeshFlags:
+class MeshFlags(Settings):
     """Over which devices a run is spread, and how its processes find each other."""
 
-    mesh: str | None = free_flag(None,
-        "Sizes of the axes data, fsdp and tensor over which the run is spread, such as fsdp=4,tensor=2; rows are shared "
-        "out to data x fsdp. None or auto: fsdp over all devices.")
+    mesh: str | None = free_flag(None, "Sizes of the axes data, fsdp and tensor over which the run is spread, such as "
+        "fsdp=4,tensor=2; rows are shared out to data x fsdp. None or auto: fsdp over all devices.")
     layout: str = free_flag("fsdp", "What a model's width is cut over: fsdp; full: data and fsdp; replicated: neither.",
         choices=LAYOUTS)
-    coordinator_address: str | None = free_flag(None,
-        "HOST:PORT of process 0, in a run of several processes; none: found out on TPU pods, under Slurm and Open MPI, "
-        "or by JAX_COORDINATOR_ADDRESS.")
+    coordinator_address: str | None = free_flag(None, "HOST:PORT of process 0, in a run of several processes; none: "
+        "found out on TPU pods, under Slurm and Open MPI, or by JAX_COORDINATOR_ADDRESS.")
     num_processes: int | None = free_flag(None, "How many processes the run has; none: as above, JAX_NUM_PROCESSES.")
     process_id: int | None = free_flag(None, "Which of them this is, from 0; none: as above, JAX_PROCESS_ID.")
     process_timeout: float = free_flag(60.0,
@@ -318,35 +278,22 @@ class MeshFlags:
 
 
 # fmt: on
-@flags_dataclass
 class SFTConfig(
-    MeshFlags,
-    HubFlags,
-    TextFlags,
-    MemoryFlags,
-    CheckpointFlags,
-    EvaluationFlags,
-    LoggingFlags,
-    OptimizerFlags,
-    RunFlags,
-    Settings,
-):
+    MeshFlags, HubFlags, TextFlags, MemoryFlags, CheckpointFlags, EvaluationFlags, LoggingFlags, OptimizerFlags, RunFlags
+):  # fmt: skip
     """Settings of supervised fine-tuning, and of every other kind of training here.
 
-    Raises:
-        ValueError: for a value of the wrong type or out of range; the text names the flag, the value and the range.
+    A value of the wrong type or out of range is a ValueError that names the flag, the value and the range.
     """
 
     def __post_init__(self):
         super().__post_init__()
         read_mesh(self.mesh)
         if "://" in self.output_dir:
-            raise ValueError(
-                f"--output_dir is {self.output_dir!r}; it must be a local folder. --checkpoint_dir may be in a bucket."
-            )
-        self.profile_steps = read_steps(
-            "profile_steps", self.profile_steps, self.max_steps if self.max_steps > 0 else None
-        )
+            it = f"--output_dir is {self.output_dir!r}"
+            raise ValueError(f"{it}; it must be a local folder. --checkpoint_dir may be in a bucket.")
+        last = self.max_steps if self.max_steps > 0 else None
+        self.profile_steps = read_steps("profile_steps", self.profile_steps, last)
         given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
         legal = SCHEDULES[self.lr_scheduler_type]
         for key, value in given.items():
@@ -378,8 +325,7 @@ class SFTConfig(
 
 
 # fmt: off
-@dataclasses.dataclass(kw_only=True)
-class TeacherFlags:
+class TeacherFlags(Settings):
     """The teacher, which is not trained."""
 
     teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True)
@@ -397,8 +343,7 @@ class TeacherFlags:
         "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
 
 
-@dataclasses.dataclass(kw_only=True)
-class SamplingFlags:
+class SamplingFlags(Settings):
     """Who writes completions in training, and how."""
 
     lmbda: float = flag(0.5, "Share of batches whose completions the student writes; 0: data alone, 1: student alone.",
@@ -414,30 +359,26 @@ class SamplingFlags:
         range=AT_LEAST_ONE, important=True)
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.", range=AT_LEAST_ONE)
     num_generations: int = flag(1, "Completions sampled for each prompt.", range=AT_LEAST_ONE)
-    generation_batch_size: int | None = free_flag(None,
-        "Most completions sampled at once on all devices, those of an update together where they fit in; none: 32 a "
-        "device (a shard of data x fsdp).", range=AT_LEAST_ONE, effect=_SAMPLES,
-        differs="changes how many are sampled at once, never what an update learns")
+    generation_batch_size: int | None = free_flag(None, "Most completions sampled at once on all devices, those of an "
+        "update together where they fit in; none: 32 a device (a shard of data x fsdp).", range=AT_LEAST_ONE,
+        effect=_SAMPLES, differs="changes how many are sampled at once, never what an update learns")
 
 
-@dataclasses.dataclass(kw_only=True)
-class LossFlags:
+class LossFlags(Settings):
     """What is compared: a preset, or a point of the grid of merges, groups and comparisons (docs/losses.md)."""
 
-    loss: str | None = flag(None,
-        "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one tokenizer and gold for two.",
-        choices=Names(presets), important=True, effect=_DISTILS)
+    loss: str | None = flag(None, "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one "
+        "tokenizer and gold for two.", choices=presets, important=True, effect=_DISTILS)
     merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES,
         effect=_DISTILS)
     groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS, effect=_DISTILS)
     compare: str | None = flag(None, "How two distributions are compared; none: the preset's.", 
-        choices=Names(comparisons), effect=_DISTILS)
+        choices=comparisons, effect=_DISTILS)
     loss_kwargs: dict | str | None = flag(None,
         'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.', effect=_DISTILS)
     normalization: str = flag("groups", "Mean over the global batch's groups, or TRL's over rows.", choices=NORMALIZATIONS)
-    beta: float = flag(0.5, "Divergence: 0 is KL(teacher||student), 1 is KL(student||teacher), between: Jensen-Shannon.",
-        range=FRACTION,
-        effect=(_option("beta"), _DISTILS))
+    beta: float = flag(0.5, "Divergence: 0 is KL(teacher||student), 1 is KL(student||teacher), between: "
+        "Jensen-Shannon.", range=FRACTION, effect=(_option("beta"), _DISTILS))
     use_uld_loss: bool = flag(False, "Choose the loss by the ULD flags below, as TRL does.",
         effect=Effect(lambda r: r.args.loss is None, "no effect with --loss, which names the loss itself"))
     use_extended_uld: bool = flag(True, "ULD over aligned groups; off: token by token, cut to the shorter side.",
@@ -467,15 +408,13 @@ class LossFlags:
     uld_sort: str = warned_flag("auto",
         "Who sorts all of them: host (numpy), xla, or auto: in commands the host on CPUs, XLA elsewhere.", choices=SORTS,
         effect=(_option("uld_sort"), Effect(lambda r: not r.spec.options.get("top_k"), "no effect with --uld_top_k")))
-    projection_mask: list[str] | None = flag(None,
-        "Unmatched entries that projected and events leave out instead of giving them to a prefix: whitespace, numerals.",
-        choices=MASKS, effect=_DISTILS)
+    projection_mask: list[str] | None = flag(None, "Unmatched entries that projected and events leave out instead of "
+        "giving them to a prefix: whitespace, numerals.", choices=MASKS, effect=_DISTILS)
     alm_temperature: float = flag(100.0, "The loss alm raises probabilities to one over this.", range=POSITIVE,
         effect=_option("alm_temperature"))
 
 
-@dataclasses.dataclass(kw_only=True)
-class ServerFlags:
+class ServerFlags(Settings):
     """A server that writes the student's completions, and how it gets the student's weights; without use_vllm none."""
 
     use_vllm: bool = flag(False,
@@ -491,21 +430,17 @@ class ServerFlags:
     vllm_server_host: str = free_flag("0.0.0.0", "The server's host.", effect=_ASKS_SERVER)
     vllm_server_port: int = free_flag(8001, "The server's port (vLLM's own default is 8000, SGLang's 30000).",
         range=Range("between 1 and 65535", lambda v: 1 <= v <= 65535), effect=_ASKS_SERVER)
-    vllm_server_timeout: float = free_flag(240.0,
-        "Seconds to wait for each of the server's answers, and for a server that is not up yet.", range=POSITIVE,
-        effect=_ASKS_SERVER)
+    vllm_server_timeout: float = free_flag(240.0, "Seconds to wait for each of the server's answers, and for a server "
+        "that is not up yet.", range=POSITIVE, effect=_ASKS_SERVER)
     vllm_sync_frequency: int = flag(1, "Updates after which the server gets the student's weights anew.",
         range=AT_LEAST_ONE, effect=_ASKS_SERVER)
-    rollout_server: str = flag("vllm",
-        "The kind of server: `vllm serve` (0.16 or newer, started with VLLM_SERVER_DEV_MODE=1 in its environment), or "
-        "SGLang. If it wants a key, put it into the environment as VLLM_API_KEY.", choices=("vllm", "sglang"),
-        effect=_ASKS_SERVER)
-    rollout_weights_dir: str | None = free_flag(None,
-        "Folder through which weights go to the server, which must be able to read it under the same absolute path; "
-        "none: .rollout_weights in output_dir.", effect=_ASKS_SERVER)
-    rollout_sync_first: bool = free_flag(True,
-        "Give the server the student's weights before the first completions; false: it has been started with them.",
-        effect=_ASKS_SERVER)
+    rollout_server: str = flag("vllm", "The kind of server: `vllm serve` (0.16 or newer, started with "
+        "VLLM_SERVER_DEV_MODE=1 in its environment), or SGLang. If it wants a key, put it into the environment as "
+        "VLLM_API_KEY.", choices=("vllm", "sglang"), effect=_ASKS_SERVER)
+    rollout_weights_dir: str | None = free_flag(None, "Folder through which weights go to the server, which must be "
+        "able to read it under the same absolute path; none: .rollout_weights in output_dir.", effect=_ASKS_SERVER)
+    rollout_sync_first: bool = free_flag(True, "Give the server the student's weights before the first completions; "
+        "false: it has been started with them.", effect=_ASKS_SERVER)
 
     @property
     def server_url(self) -> str | None:
@@ -516,17 +451,12 @@ class ServerFlags:
 
 
 # fmt: on
-@flags_dataclass
 class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig):
     """Settings of on-policy distillation between any two tokenizers."""
 
     learning_rate: float = like(SFTConfig, "learning_rate", 1e-7)
-    max_length: int | None = like(
-        SFTConfig,
-        "max_length",
-        None,
-        help="Longest sequence in tokens; none: room for prompt (512 if max_prompt_length is none) and completion.",
-    )
+    max_length: int | None = like(SFTConfig, "max_length", None,
+        help="Longest sequence in tokens; none: room for prompt (512 if max_prompt_length is none) and completion.")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
@@ -561,9 +491,8 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
                 f"--num_generations is {self.num_generations}; it must divide the rows of an update on one device, "
                 f"per_device_train_batch_size x gradient_accumulation_steps = {rows}."
             )
-        self.teacher_model_init_kwargs, notices = read_load_options(
-            "teacher_model_init_kwargs", self.teacher_model_init_kwargs
-        )
+        options = read_load_options("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        self.teacher_model_init_kwargs, notices = options
         self.notices += notices
 
     @property
@@ -580,21 +509,14 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         elif name is None:
             name = "gkd" if same_tokenizer else "gold"
         merge, groups, compare = presets()[name]
-        if self.use_uld_loss and self.loss is None:
-            groups = "all" if self.use_extended_uld else "positional"
+        if self.use_uld_loss and self.loss is None and not self.use_extended_uld:
+            groups = "positional"
         if self.uld_token_merge_strategy == "observed" and name in ("gold", "uld", "uld_extended"):
             merge = "observed"
         return name, (self.merge or merge, self.groups or groups, self.compare or compare)
 
     def loss_spec(self, same_tokenizer: bool) -> LossSpec:
-        """The loss that these settings choose for a student and a teacher.
-
-        Args:
-            same_tokenizer: whether both models have one and the same vocabulary.
-
-        Raises:
-            ValueError: for gkd with two tokenizers.
-        """
+        """The loss that these settings choose for a student and a teacher; ValueError for one that means nothing for them."""
         name, (merge, groups, compare) = self._point(same_tokenizer)
         if name == "gkd" and not same_tokenizer:
             raise ValueError(
@@ -619,7 +541,6 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         )
         spec.check()
         if spec.comparison.on_policy and self.lmbda < 1:
-            raise ValueError(
-                f"--lmbda is {self.lmbda:g}, but --compare {spec.compare} learns from what the student itself drew; use --lmbda 1."
-            )
+            learns = "learns from what the student itself drew; use --lmbda 1"
+            raise ValueError(f"--lmbda is {self.lmbda:g}, but --compare {spec.compare} {learns}.")
         return spec

@@ -1,4 +1,4 @@
-"""The command line and its YAML file into classes of flags, with `argparse`, and errors that help."""
+"""The command line and its YAML files into classes of flags, and errors that help."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 import yaml
 
+from gold_jax.config.fields import Settings, field_names, groups, kinds, legal_texts, read_value
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest
 from gold_jax.loss_spec import options_help
-from gold_jax.quickstart import PREFIX, resolve
-
-from .fields import Settings, field_names, groups, kinds, read_value
-from .trl_compat import ANSWERS, answer, nearest
+from gold_jax.quickstart import resolve_embedded
 
 _SHORT = 40  # a command with at most so many flags shows them all in --help
+Fields = Mapping[str, tuple[type[Settings], dataclasses.Field]]  # every name of a flag, with its class and its field
 
 
 class FlagError(ValueError):
@@ -30,23 +30,15 @@ class HelpRequested(Exception):
 
 
 def parse_args(
-    argv: Sequence[str] | None,
-    *classes: type[Settings] | tuple[type[Settings], ...],
+    argv: Sequence[str] | None,  # the arguments after the program's name; None: those of this process
+    *classes: type[Settings] | tuple[type[Settings], ...],  # of a tuple the first that has all fields that are named
     prog: str = "gold_jax",
     doc: str | None = None,
 ) -> list:
-    """Reads a command line and the files that its --config names.
+    """Reads a command line, and the files that its --config names, into one instance of each of `classes`.
 
-    Args:
-        argv: the arguments after the program's name; None: those of this process.
-        classes: what to fill, such as `ModelArguments, DataArguments, GOLDConfig`; of a tuple, each extending the one
-            before, the first that has all fields that are named.
-        prog: the program's name in help.
-        doc: what the program does, for `--help`.
-
-    Returns:
-        One instance for each class, then the list of notices: lines about accepted flags in whose place something else
-        stands.
+    Each class of a tuple extends the one before. `prog` and `doc` are for `--help`. The list of notices follows the
+    instances: lines about accepted flags in whose place something else stands.
 
     Raises:
         FlagError: a name that is no flag, or a value that is not legal.
@@ -54,23 +46,32 @@ def parse_args(
     """
     choices = [c if isinstance(c, tuple) else (c,) for c in classes]
     widest = [c[-1] for c in choices]
-    owner = {name: cls for cls in widest for name in field_names(cls)}
-    given, files = _read_command_line(sys.argv[1:] if argv is None else argv, widest, prog, doc)
+    fields = {n: (cls, cls.__dataclass_fields__[own]) for cls in widest for n, own in field_names(cls).items()}
+    leading, *flags = _split(sys.argv[1:] if argv is None else argv)
+    for name, words in flags:
+        if name == "help":
+            raise HelpRequested(help_text(words[0] if words else "", widest, prog, doc))
+    _check_names(leading[1], [name for name, _ in flags], fields)
+    given: dict[str, list[str]] = {}
+    for name, words in flags:  # of repeated flags the last counts, of those that are verbatim all
+        adds = name in fields and fields[name][1].metadata["verbatim"]
+        given[name] = [*given.get(name, ()), *words] if adds else words
+    given.pop("config", None)
+    files = [words for name, words in flags if name == "config"]
+    if any(len(words) != 1 for words in files):
+        raise FlagError("--config needs the path of one YAML file.")
     notices: list[str] = []
-    source: dict[str, str] = {}
     named: dict[str, Any] = {}
-    for path in files:
-        values, said = _read_settings(path, owner, given)
-        notices += said
+    source: dict[str, str] = {}
+    for (path,) in files:
+        values = _read_file(path, fields, given, notices)
         named |= values
         source |= dict.fromkeys(values, path)
+    filled: list[Any] = []
     try:
-        values, said = _by_field(given, owner)
-        notices += said
-        named |= values
-        filled = []
+        named |= _by_field(given, fields, notices)
         for choice in choices:
-            own = {name: value for name, value in named.items() if owner[name] is choice[-1]}
+            own = {name: value for name, value in named.items() if fields[name][0] is choice[-1]}
             filled.append(next(cls for cls in choice if own.keys() <= field_names(cls).keys())(**own))
     except ValueError as error:
         flag = re.match(r"--(\w+)", str(error))
@@ -82,104 +83,56 @@ def parse_args(
     return [*filled, list(dict.fromkeys(notices))]
 
 
-class _Collect(argparse.Action):
-    """Keeps a flag's values under the name that was written; of repeated ones the last, of those that are verbatim all."""
+def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Flags, with `_` for `-`, each with the values that follow it; what stands before any flag follows "".
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        name = (option_string or "").removeprefix("--")
-        adds = self.const and name in namespace.given
-        namespace.given[name] = [*namespace.given[name], *values] if adds else values
-
-
-class _Help(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        raise HelpRequested(values)
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    def _format_args(self, action, default_metavar):  # nargs is "*" so that `_by_field` can say what is wrong
-        return action.metavar
+    A value may begin with a dash, and with two if it holds a blank or comes after `=`.
+    """
+    found: list[tuple[str, list[str]]] = [("", [])]
+    for word in argv:
+        flag = re.fullmatch(r"--([^=\s]+)(?:=(.*))?", "--help" if word == "-h" else word, re.DOTALL)
+        if flag:
+            found.append((flag[1].replace("-", "_"), [] if flag[2] is None else [flag[2]]))
+        else:
+            found[-1][1].append(word)
+    return found
 
 
-def _parser(classes: Sequence[type[Settings]], shown: Sequence[str], **options: Any) -> argparse.ArgumentParser:
-    """A parser of the classes' flags and of `ANSWERS`, whose help has the fields that are `shown`."""
-    parser = argparse.ArgumentParser(**options, add_help=False, allow_abbrev=False, formatter_class=_Formatter)
-    # Whatever begins with a single dash is a value (argparse takes numbers such as -1 alone for one).
-    parser._negative_number_matcher = re.compile("-[^-]")
-    unlisted = [prefix + name for name in ANSWERS for prefix in ("", "no_")]
-    for cls in classes:
-        for owner, fields in groups(cls).items():
-            about = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
-            group = parser.add_argument_group(f"{group_name(owner)}: {about}")
-            for field in fields:
-                own = [name for name, of in field_names(cls).items() if of == field.name]
-                said = f"{field.metadata['help']} [{default_text(field)}]"
-                if field.name == "loss_kwargs" and field.name in shown and (known := options_help()):
-                    said += f" {known}"
-                group.add_argument(
-                    *(f"--{name}" for name in own),
-                    nargs="*",
-                    action=_Collect,
-                    const=field.metadata["verbatim"],
-                    metavar=values_text(cls, field),
-                    help=said.replace("%", "%%") if field.name in shown else argparse.SUPPRESS,
-                )
-                unlisted += [f"no_{name}" for name in own if bool in kinds(cls, field.name)]
-    for name in unlisted:
-        parser.add_argument(f"--{name}", nargs="*", action=_Collect, metavar="", help=argparse.SUPPRESS)
-    more = parser.add_argument_group("help, and settings in a file")
-    says = "Show the flags that matter most, those of a group (--help optimizer), or all (--help all)."
-    more.add_argument("--help", "-h", metavar="[GROUP]", nargs="?", const="", action=_Help, help=says)
-    says = "YAML file with the same settings; flags win over it."
-    more.add_argument("--config", metavar="FILE", nargs="*", action="append", default=[], help=says)
-    return parser
+def _check_names(leading: Sequence[str], names: Sequence[str], fields: Fields) -> None:
+    """Raises FlagError where a name is no flag, or a value stands before any."""
+    off = [*ANSWERS, *(name for name, (cls, field) in fields.items() if bool in kinds(cls, field.name))]
+    known = {*fields, *ANSWERS, "config", *(f"no_{name}" for name in off)}
+    for name in names:
+        if name not in known:
+            near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
+            raise FlagError(f"there is no flag --{name}{near}.")
+    if leading:
+        word = leading[0]
+        raise FlagError(f"{word!r} stands before any flag; values follow a flag, as in --output_dir {word}.")
 
 
-def _read_command_line(
-    argv: Sequence[str], classes: Sequence[type[Settings]], prog: str, doc: str | None
-) -> tuple[dict[str, list[str]], list[str]]:
-    """Flags as they are written with the values that follow them, and configuration files."""
-    # --gradient-checkpointing is --gradient_checkpointing
-    words = [re.sub(r"^--[^=]+", lambda m: "--" + m[0][2:].replace("-", "_"), word) for word in argv]
-    try:
-        found, rest = _parser(classes, ()).parse_known_args(words, argparse.Namespace(given={}))
-    except HelpRequested as wanted:
-        raise HelpRequested(help_text(str(wanted), classes, prog, doc)) from None
-    unknown = next((word[2:].partition("=")[0] for word in rest if word.startswith("--") and word != "--"), None)
-    if unknown is not None:
-        names = [name for cls in classes for name in field_names(cls)]
-        near = nearest(unknown, [*names, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
-        raise FlagError(f"there is no flag --{unknown}{near}.")
-    if rest:
-        raise FlagError(f"{rest[0]!r} stands before any flag; values follow a flag, as in --output_dir {rest[0]}.")
-    if any(len(paths) != 1 for paths in found.config):
-        raise FlagError("--config needs the path of one YAML file.")
-    return found.given, [path for (path,) in found.config]
-
-
-def _by_field(given: Mapping[str, list[str]], owner: Mapping[str, type[Settings]]) -> tuple[dict[str, Any], list[str]]:
-    """The values of a command line by their fields' names, and notices about flags of other projects."""
+def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]) -> dict[str, Any]:
+    """The values of a command line by their fields' names; `notices` gets those about flags of other projects."""
     values: dict[str, Any] = {}
     said: dict[str, str] = {}  # the flag that each field was set by
-    notices: list[str] = []
     for name, words in given.items():
-        flag = name if name in owner or name in ANSWERS else name.removeprefix("no_")
-        if flag not in owner:
+        flag = name if name in fields or name in ANSWERS else name.removeprefix("no_")
+        if flag not in fields:
             notices += answer(name, " ".join(words) if words else True) if flag == name else []
             continue
-        own = field_names(owner[flag])[flag]
-        if own in said:
-            raise FlagError(f"--{name} and --{said[own]} are one setting; give it once.")
-        said[own] = name
-        types = kinds(owner[flag], own)
+        cls, field = fields[flag]
+        types = kinds(cls, field.name)
+        if field.name in said:
+            raise FlagError(f"--{name} and --{said[field.name]} are one setting; give it once.")
+        said[field.name] = name
         if flag != name and words:
             raise FlagError(f"--{name} takes no value, but {words[0]!r} follows it.")
         if not words and bool not in types:
             raise FlagError(f"--{name} needs a value.")
         if len(words) > 1 and list not in types:
             raise FlagError(f"--{name} takes one value, but {words[1]!r} follows {words[0]!r}; quote text with spaces.")
-        values[own] = flag == name if not words else words if list in types else words[0]
-    return values, notices
+        values[field.name] = flag == name if not words else words if list in types else words[0]
+    return values
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,35 +146,31 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_settings(
-    path: str, owner: Mapping[str, type[Settings]], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """The values of a YAML file by their fields' names, and notices about flags of other projects that are not in `given`."""
+def _read_file(path: str, fields: Fields, given: Mapping[str, Any], notices: list[str]) -> dict[str, Any]:
+    """The values of a YAML file by their fields' names; `notices` gets those about flags of other projects."""
     values: dict[str, Any] = {}
-    notices: list[str] = []
     for name, value in _read_yaml(path).items():
         name = str(name).replace("-", "_")
         try:
-            if name in owner:
-                own = field_names(owner[name])[name]
-                if own in values:
-                    raise ValueError(f"{name!r} sets {own}, which is there already; give it once.")
-                values[own] = read_value(owner[name], own, value)
+            if name in fields:
+                cls, field = fields[name]
+                if field.name in values:
+                    raise ValueError(f"{name!r} sets {field.name}, which is there already; give it once.")
+                values[field.name] = read_value(cls, field.name, value)
             elif name not in ANSWERS:
-                raise ValueError(f"{name!r} is no setting{nearest(name, [*owner, *ANSWERS])}.")
+                raise ValueError(f"{name!r} is no setting{nearest(name, [*fields, *ANSWERS])}.")
             elif name not in given and f"no_{name}" not in given:  # else the command line has the word
                 notices += answer(name, value)
         except ValueError as error:
             raise FlagError(f"in {path}: {error}") from None
-    return values, notices
+    return values
 
 
 def _read_yaml(path: str) -> Mapping[str, Any]:
-    if path.startswith(PREFIX):
-        try:
-            path = str(resolve(path))
-        except (ValueError, FileNotFoundError) as error:
-            raise FlagError(f"--config: {error}") from None
+    try:
+        path = str(resolve_embedded(path))
+    except (ValueError, FileNotFoundError) as error:
+        raise FlagError(f"--config: {error}") from None
     if not os.path.isfile(path):
         raise FlagError(f"--config names {path}, which is not a file.")
     try:
@@ -229,36 +178,39 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
             content = yaml.load(file, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FlagError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
+    if content is not None and not isinstance(content, Mapping):
         raise FlagError(f"{path} holds a {type(content).__name__}; it must hold lines such as `learning_rate: 1e-7`.")
-    return content
-
-
-# Help.
+    return content or {}
 
 
 def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_jax", doc: str | None = None) -> str:
-    """What --help shows: nothing wanted, the flags that matter first; else those of a group, or `all`.
-
-    Raises:
-        FlagError: there is no such group.
-    """
-    members = {group_name(owner): fields for cls in classes for owner, fields in groups(cls).items()}
-    shown = [field for fields in members.values() for field in fields]
-    more = ""
-    if wanted in members:
-        shown = members[wanted]
-    elif wanted not in ("", "all"):
-        raise FlagError(
-            f"--help {wanted} is no group{nearest(wanted, members)}; there are {', '.join(members)} and all."
-        )
-    elif not wanted and len(shown) > _SHORT:
-        more = f"{len(shown)} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}"
-        shown = [field for field in shown if field.metadata["important"]]
-    usage = f"{prog} --FLAG VALUE …"
-    return _parser(classes, [f.name for f in shown], prog=prog, usage=usage, description=doc, epilog=more).format_help()
+    """What --help shows: nothing wanted, the flags that matter first; else those of a group, or `all`."""
+    members = {group_name(owner): (cls, owner, found) for cls in classes for owner, found in groups(cls).items()}
+    if wanted not in ("", "all", *members):
+        near = nearest(wanted, members)
+        raise FlagError(f"--help {wanted} is no group{near}; there are {', '.join(members)} and all.")
+    count = sum(len(found) for *_, found in members.values())
+    short, more = not wanted and count > _SHORT, None
+    if short:
+        more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}"
+    parser = argparse.ArgumentParser(
+        prog, f"{prog} --FLAG VALUE …", doc, more, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
+    for name, (cls, owner, found) in members.items():
+        about = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
+        group = parser.add_argument_group(f"{name}: {about}")
+        for field in found if wanted in ("", "all", name) else ():
+            if short and not field.metadata["important"]:
+                continue
+            names = [f"--{name}" for name, own in field_names(cls).items() if own == field.name]
+            options = options_help() if field.name == "loss_kwargs" else ""
+            said = f"{field.metadata['help']} [{default_text(field)}] {options}".strip().replace("%", "%%")
+            group.add_argument(*names, metavar=values_text(cls, field), help=said)
+    group = parser.add_argument_group("help, and settings in a file")
+    says = "Show the flags that matter most, those of a group (--help optimizer), or all (--help all)."
+    group.add_argument("--help", "-h", metavar="[GROUP]", help=says)
+    group.add_argument("--config", metavar="FILE", help="YAML file with the same settings; flags win over it.")
+    return parser.format_help()
 
 
 def group_name(owner: type) -> str:
@@ -273,7 +225,5 @@ def default_text(field: dataclasses.Field) -> str:
 
 def values_text(cls: type[Settings], field: dataclasses.Field) -> str:
     """What may follow a flag."""
-    if field.metadata["choices"]:
-        return "|".join(field.metadata["choices"])
-    kind = next(t for t in (dict, list, bool, int, float, str) if t in kinds(cls, field.name))
-    return {dict: "JSON", list: "NAMES", bool: "[true|false]", int: "N", float: "X", str: "TEXT"}[kind]
+    words = {dict: "JSON", list: "NAMES", bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
+    return "|".join(legal_texts(field)) or next(words[t] for t in words if t in kinds(cls, field.name))

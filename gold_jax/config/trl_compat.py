@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 # Values that switch a flag off: nothing is lost, so nothing is said.
 _OFF = ("false", "none", "null", "no", "off", "0", "0.0", "", "[]", "{}")
@@ -20,27 +19,16 @@ _TORCH_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_*", "pag
 _PLACEMENT = ("device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
 
 
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """What a run says to a flag it does not have.
+class Answer(NamedTuple):
+    """What a run says to a flag it does not have."""
 
-    Attributes:
-        text: what stands in the flag's place (a notice), or what to do instead (a refusal).
-        refused: whether the flag would change the result, so that the run must not go on without it.
-        silent: values that ask for what happens anyway.
-    """
-
-    text: str
-    refused: bool
-    silent: tuple[str, ...]
+    text: str  # what stands in the flag's place (a notice), or what to do instead (a refusal)
+    refused: bool  # whether the flag would change the result, so that the run must not go on without it
+    silent: tuple[str, ...]  # values that ask for what happens anyway
 
 
 def answer(name: str, value: Any = True) -> list[str]:
-    """Notices (none or one) for a flag of `ANSWERS` that was given this value.
-
-    Raises:
-        ValueError: when the flag would change the result and is not supported.
-    """
+    """Notices (none or one) for a flag of `ANSWERS` that was given this value; ValueError where it is refused."""
     said = ANSWERS[name]
     text = str(value).strip().lower()
     if text in said.silent:
@@ -60,8 +48,7 @@ def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
 def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]]:
     """One of `ATTENTION`, or None where nothing was said, and a notice where PyTorch's name has "auto" in its place.
 
-    Raises:
-        ValueError: a name that neither this project nor transformers has; `where` is what it begins with.
+    Any other name is a ValueError that begins with `where`.
     """
     value = None if value is None or str(value).lower() in ("none", "null") else str(value)
     if value is None or value in ATTENTION:
@@ -76,8 +63,7 @@ def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]
 def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], list[str]]:
     """What `model_init_kwargs` of TRL holds of `dtype`, `revision` and `attn_implementation`, and notices about the rest.
 
-    Raises:
-        ValueError: for an option that would change the model and is not there.
+    An option that would change the model and is not there is a ValueError.
     """
     options: dict[str, Any] = {}
     notices = []
@@ -198,15 +184,14 @@ _REFUSALS: Mapping[str, str] = {
 # fmt: on
 
 
-def _table() -> Mapping[str, Answer]:
-    table = {}
-    for refused, rows in ((False, _NOTICES), (True, _REFUSALS)):
-        for text, flags in rows.items():
-            for flag in flags.split():
-                name, _, values = flag.partition("=")
-                silent = tuple(values[1:].split("|")) if values.startswith("=") else (*_OFF, values)
-                table[name] = Answer(text, refused, silent)
-    return table
+def _answers(refused: bool, rows: Mapping[str, str]) -> Mapping[str, Answer]:
+    found = {}
+    for text, flags in rows.items():
+        for flag in flags.split():
+            name, _, values = flag.partition("=")
+            silent = tuple(values[1:].split("|")) if values.startswith("=") else (*_OFF, values)
+            found[name] = Answer(text, refused, silent)
+    return found
 
 
-ANSWERS: Mapping[str, Answer] = _table()
+ANSWERS: Mapping[str, Answer] = {**_answers(False, _NOTICES), **_answers(True, _REFUSALS)}

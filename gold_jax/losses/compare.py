@@ -1,9 +1,9 @@
 """The ways to compare two models over one group of tokens: each a pure function, and one line in `COMPARISONS`.
 
-A comparison is `fn(student, teacher, overlap, *, options) -> (loss, parts)`. It sees ONE group: each side's
+A comparison is `fn(student, teacher, overlap, *, options) -> (loss [], parts {name: []})`. It sees ONE group: each side's
 distribution (`GroupDistribution`) and what the two vocabularies have in common (`Overlap`); `distill_loss` maps it over
 the groups of a chunk with `jax.vmap` and jits it. Its keyword-only arguments are its options: Python values, known when
-it is traced. docs/add-a-loss.md adds one.
+it is traced. Divergences are in nats. docs/add-a-loss.md adds one.
 
 A side's columns come *ordered*: first the `K` matched entries, in step on both sides, then that side's others. Letters:
 `C` groups of a chunk, `V` and `W` columns of student and teacher, `K` matched columns.
@@ -19,31 +19,26 @@ import jax.numpy as jnp
 
 from gold_jax.losses.divergence import generalized_jsd, sorted_l1, sorted_l1_top_k
 from gold_jax.losses.options import Option, Parameter, complete, parameters
+from gold_jax.values import FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 
 
 class GroupDistribution(NamedTuple):
-    """One group as one model sees it.
+    """One group as one model sees it; `V` stands for that model's columns."""
 
-    Attributes:
-        logp: `[V]` logarithm of the merged distribution. Where the merge multiplied probabilities in, it sums to less
-            than one.
-        missing_mass: `[]` one less the sum of the merged distribution, as the merge knows it.
-        token_column: `[]` column of the token of the group's text that the distribution is over: under `boundary` its
-            first, under `chain` its last.
-        suffix_logp: `[]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
-        is_single_token: `[]` bool, whether there is none such.
-        prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its
-            own; `K` where there is none, `K + 1` where it is masked. The same for every group.
-        event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked columns. The same
-            for every group.
-    """
-
+    # [V] logarithm of the merged distribution; it sums to less than one where the merge multiplied probabilities in.
     logp: jax.Array
+    # [] one less the sum of the merged distribution, as the merge knows it.
     missing_mass: jax.Array
+    # [] column of the token of the group's text that it is over: under `boundary` the first, under `chain` the last.
     token_column: jax.Array
+    # [] log-probability of the group's tokens that the merge did not multiply in; 0 without any.
     suffix_logp: jax.Array
+    # [] bool, whether there is none such.
     is_single_token: jax.Array
+    # [V - K] for each unmatched column the matched one whose surface is the longest prefix of its own; `K` where there
+    # is none, `K + 1` where it is masked. The same for every group.
     prefix_column: jax.Array
+    # [V] how many other columns give to the same event as each; not 0 for masked ones. The same for every group.
     event_siblings: jax.Array
 
     @classmethod
@@ -64,18 +59,11 @@ PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, None, None))
 
 
 class Overlap(NamedTuple):
-    """What two vocabularies have in common; Python values, known when a loss is traced.
+    """What two vocabularies have in common; Python values, known when a loss is traced."""
 
-    Attributes:
-        matched: `K`, the number of leading columns that mean the same on both sides.
-        unprefixed: whether both sides have columns without a matched prefix, so that these can be an event of their
-            own.
-        masked: whether any column is masked, so that what is left has to be renormalised.
-    """
-
-    matched: int
-    unprefixed: bool = True
-    masked: bool = False
+    matched: int  # `K`, the number of leading columns that mean the same on both sides
+    unprefixed: bool = True  # whether both sides have columns without a matched prefix, which can be an event then
+    masked: bool = False  # whether any column is masked, so that what is left has to be renormalised
 
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -84,20 +72,12 @@ BoundCompare = Callable[[GroupDistribution, GroupDistribution, Overlap], Loss]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A line of `COMPARISONS`: a function, and what a run has to know of it.
-
-    Attributes:
-        function: `fn(student, teacher, overlap, *, options) -> (loss [], {part: []})` of one group.
-        reads_text: whether it reads `suffix_logp`, what the text of a group costs: then the batch brings all tokens of
-            it.
-        projects: whether it reads `prefix_column`, so that entries can be masked.
-        on_policy: whether it is meaningful only on text that the student drew.
-    """
+    """A line of `COMPARISONS`: a function, and what a run has to know of it."""
 
     function: Callable[..., Loss]
-    reads_text: bool = False
-    projects: bool = False
-    on_policy: bool = False
+    reads_text: bool = False  # it reads `suffix_logp`, a group's text: then the batch brings all tokens of it
+    projects: bool = False  # it reads `prefix_column`, so that entries can be masked
+    on_policy: bool = False  # it is meaningful only on text that the student drew
 
     @functools.cached_property
     def options(self) -> Mapping[str, Parameter]:
@@ -105,30 +85,15 @@ class Comparison:
         return parameters(self.function)
 
     def bind(self, **options: Any) -> BoundCompare:
-        """The function with its options.
-
-        Raises:
-            ValueError: an option that it has not, or a value out of range.
-        """
-        return functools.partial(
-            self.function, **complete(getattr(self.function, "__name__", "the comparison"), self.function, options)
-        )
+        """The function with its options; ValueError for one that it has not, or a value out of range."""
+        name = getattr(self.function, "__name__", "the comparison")
+        return functools.partial(self.function, **complete(name, self.options, options))
 
 
 def compare_groups(
     compare: BoundCompare, student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap
 ) -> Loss:
-    """A comparison of `C` groups at once.
-
-    Args:
-        compare: a comparison with its options, of one group.
-        student, teacher: as `GroupDistribution`, with an axis `C` in front of all but `prefix_column` and
-            `event_siblings`.
-        overlap: of the two vocabularies.
-
-    Returns:
-        The loss `[C]`, and its parts `[C]`.
-    """
+    """A comparison of `C` groups at once: loss and parts `[C]`. All but what is the same for every group has `C` in front."""
     one = jax.vmap(lambda s, t: compare(s, t, overlap), in_axes=(PER_GROUP, PER_GROUP))
     return one(student, teacher)
 
@@ -141,10 +106,19 @@ def event_siblings(prefix_column: jax.Array, size: int) -> jax.Array:
     return members[event] - 1
 
 
-# Options that several comparisons share; the flags of `GOLDConfig` say what they may be.
-Beta = Annotated[float, Option("Skew of the divergence.", flag="beta", show="beta {:g}".format)]
-TopK = Annotated[int, Option("Sort only so many.", flag="uld_top_k", show=lambda k: f"sorted top {k}" if k else "")]
-Sort = Annotated[str, Option("Who sorts.", flag="uld_sort", show=lambda _: "")]
+# Options of comparisons, each with the flag that sets it and what a run says of it.
+# fmt: off
+Beta = Annotated[float, Option("Skew of the divergence.", FRACTION, "beta", "beta {:g}".format)]
+TopK = Annotated[int, Option("Sort only so many.", NOT_NEGATIVE, "uld_top_k", lambda k: f"sorted top {k}" if k else "")]
+Sort = Annotated[str, Option("Who sorts.", Range(f"that is one of {', '.join(SORTS)}", SORTS.__contains__), "uld_sort",
+    lambda _: "")]
+MatchedWeight = Annotated[float | None, Option("Weight of the matched entries.", NOT_NEGATIVE, "uld_hybrid_matched_weight",
+    lambda w: "weights by overlap" if w is None else f"weights {w:g} matched")]
+UnmatchedWeight = Annotated[float | None, Option("Weight of the others.", NOT_NEGATIVE, "uld_hybrid_unmatched_weight",
+    lambda w: "" if w is None else f"{w:g} unmatched")]
+Temperature = Annotated[float, Option("Probabilities are raised to one over it.", POSITIVE, "alm_temperature",
+    "probabilities to the power 1/{:g}".format)]
+# fmt: on
 
 # TRL takes the logarithm of probabilities no smaller than this; merged groups of rare tokens do fall below it.
 HYBRID_FLOOR = 1e-8
@@ -157,23 +131,14 @@ LOGP_CEILING = 6e-8
 def uld(
     student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, top_k: TopK = 0, sort: Sort = "auto"
 ) -> Loss:
-    """Universal logit distillation: `Σ_i |sort(p)_i - sort(q)_i|`, the shorter side padded with zeros.
+    """Universal logit distillation: `Σ_i |sort(p)_i - sort(q)_i|`, the shorter side padded with zeros; between 0 and 2.
 
-    Nothing is matched: the largest probability of the student faces the teacher's largest, whatever they spell.
-
-    Args:
-        student: `logp [V]` is read.
-        teacher: `logp [W]` is read.
-        overlap: not read.
-        top_k: how many of the largest values are compared; 0: all.
-        sort: who sorts all of them, as in `sorted_l1`.
-
-    Returns:
-        The distance `[]`, between 0 and 2; with `top_k` also `tail_bound []`, the most that the rest could add.
+    Nothing is matched: the largest probability of the student faces the teacher's largest, whatever they spell. `sort`
+    is that of `sorted_l1`; with `top_k` only so many of the largest values are compared (0: all), and the part
+    `tail_bound` is the most that the rest could add.
 
     Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
 
-    >>> import jax.numpy as jnp
     >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.1, 0.9], [0.5, 0.2, 0.3]))
     >>> round(float(uld(p, q, Overlap(0))[0]), 4)  # |.9 - .5| + |.1 - .3| + |0 - .2|
     0.8
@@ -187,45 +152,20 @@ def hybrid(
     overlap: Overlap,
     *,
     beta: Beta = 0.5,
-    matched_weight: Annotated[
-        float | None,
-        Option(
-            "Weight of the matched entries.",
-            flag="uld_hybrid_matched_weight",
-            show=lambda w: "weights by overlap" if w is None else f"weights {w:g} matched",
-        ),
-    ] = None,
-    unmatched_weight: Annotated[
-        float | None,
-        Option(
-            "Weight of the others.",
-            flag="uld_hybrid_unmatched_weight",
-            show=lambda w: "" if w is None else f"{w:g} unmatched",
-        ),
-    ] = None,
+    matched_weight: MatchedWeight = None,
+    unmatched_weight: UnmatchedWeight = None,
     top_k: TopK = 0,
     sort: Sort = "auto",
 ) -> Loss:
     """GOLD: `w_matched · D_β(matched columns as they stand) + w_unmatched · Σ_i |sort(p unmatched)_i - sort(q unmatched)_i|`.
 
     The matched columns are not renormalised and their probabilities are held above 1e-8, as TRL does; where a side
-    has no unmatched entry, the second term is zero.
-
-    Args:
-        student: `logp [V]` is read.
-        teacher: `logp [W]` is read.
-        overlap: `matched` is read.
-        beta: as in `generalized_jsd`.
-        matched_weight, unmatched_weight: None for both means `K / W` and its complement.
-        top_k, sort: as in `uld`, for the unmatched entries.
-
-    Returns:
-        The loss `[]`, its parts `matched []` and `unmatched []` before the weights and, with `top_k`, `tail_bound []`.
+    has no unmatched entry, the second term is zero. Weights of None are `K / W` and its complement; `top_k` and `sort`
+    are those of `uld`. The parts `matched` and `unmatched` are those before the weights.
 
     Source: TRL's `trl.experimental.gold` (GOLD, general online logit distillation), which this follows to float32's
     precision.
 
-    >>> import jax.numpy as jnp
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=1)
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.4, 0.1])), matched=1)
     >>> round(float(hybrid(p, q, Overlap(1), matched_weight=1.0, unmatched_weight=1.0)[0]), 4)  # 0 + |.3 - .4| + |.2 - .1|
@@ -262,18 +202,8 @@ def shared(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
 
     With one tokenizer, where every entry is matched, this is generalised knowledge distillation (GKD).
 
-    Args:
-        student: `logp [V]` is read.
-        teacher: `logp [W]` is read.
-        overlap: `matched` is read.
-        beta: as in `generalized_jsd`.
-
-    Returns:
-        The divergence `[]` in nats, and no parts.
-
     Source: Agarwal et al., "On-Policy Distillation of Language Models", equation 1 (arXiv 2306.13649).
 
-    >>> import jax.numpy as jnp
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.2, 0.6])), matched=2)
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.1, 0.3, 0.6])), matched=2)
     >>> round(float(shared(p, q, Overlap(2), beta=0.0)[0]), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
@@ -288,16 +218,6 @@ def shared_rest(student: GroupDistribution, teacher: GroupDistribution, overlap:
 
     Where a side has no unmatched entry, a bucket would have nothing to hold there: then it is `shared`.
 
-    Args:
-        student: `logp [V]` and `missing_mass []` are read.
-        teacher: `logp [W]` and `missing_mass []` are read.
-        overlap: `matched` is read.
-        beta: as in `generalized_jsd`.
-
-    Returns:
-        The divergence `[]` in nats, and no parts.
-
-    >>> import jax.numpy as jnp
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=1)
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.25, 0.75])), matched=1)
     >>> round(float(shared_rest(p, q, Overlap(1), beta=0.0)[0]), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
@@ -318,19 +238,9 @@ def projected(student: GroupDistribution, teacher: GroupDistribution, overlap: O
     """`D_β(P, Q)` over prefixes: every column gives its probability to the longest matched prefix of its surface.
 
     `P(k) = p(k) + Σ p(v)` over the unmatched `v` whose longest matched prefix is `k`. What has no such prefix (special
-    tokens, padding rows, what a merge left out) is one event more.
+    tokens, padding rows, what a merge left out) is one event more. The parts `student_unmatched` and `teacher_unmatched`
+    are what either side gives to entries that the other has not, which is how much the projection moves.
 
-    Args:
-        student: `logp [V]`, `missing_mass []` and `prefix_column [V - K]` are read.
-        teacher: the same, `[W]` and `[W - K]`.
-        overlap: all of it is read.
-        beta: as in `generalized_jsd`.
-
-    Returns:
-        The divergence `[]` in nats, and the parts `student_unmatched []`, `teacher_unmatched []`: what either side
-        gives to entries that the other has not, which is how much the projection moves.
-
-    >>> import jax.numpy as jnp
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=2)
     >>> p = p._replace(prefix_column=jnp.array([1]))  # the student's third entry begins with what the second spells
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.25, 0.75])))
@@ -346,19 +256,9 @@ def events(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
 
     With `x` the group's text, `P(text) = p(x_1) · p(x_2 … | x_1)`, which its prefix event no longer holds. A student
     for whom no entry but the text's own gives to that prefix cannot separate the two: then the text stays in its prefix
-    event. A teacher of that kind says that nothing but the text begins so here; at `β = 1`
-    an answer to that would cost without bound, so that there the text stays as well.
+    event. A teacher of that kind says that nothing but the text begins so here; at `β = 1` an answer to that would cost
+    without bound, so that there the text stays as well. The parts are those of `projected`.
 
-    Args:
-        student: all of it is read, `[V]` columns.
-        teacher: all of it is read, `[W]` columns.
-        overlap: all of it is read.
-        beta: as in `generalized_jsd`.
-
-    Returns:
-        As `projected`.
-
-    >>> import jax.numpy as jnp
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.5, 0.3])), token_column=2, matched=2)
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.2, 0.5, 0.3])), token_column=1, matched=2)
     >>> p, q = (x._replace(prefix_column=jnp.array([1]), event_siblings=jnp.array([0, 1, 1])) for x in (p, q))
@@ -386,9 +286,7 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
     """
     p_V, column = jnp.exp(side.logp), side.token_column
     text = jnp.where(apart, p_V[column] * jnp.exp(side.suffix_logp), 0.0)
-    left = jnp.where(
-        apart, -jnp.expm1(side.suffix_logp), 1.0
-    )  # of the token's probability, what goes on in another way
+    left = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what goes on in another way
     p_V = p_V.at[column].multiply(left, unique_indices=True)
     return _renormalized(jnp.concatenate([text[None], _project(p_V, side, overlap)]), overlap)
 
@@ -416,11 +314,9 @@ def _renormalized(events: jax.Array, overlap: Overlap) -> jax.Array:
 
 def _unmatched_mass(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap) -> dict[str, jax.Array]:
     """What either side gives to entries that the other has not, `[]` each."""
-    sides = {"student": student, "teacher": teacher}
-    return {
-        f"{name}_unmatched": jnp.sum(jnp.exp(jax.lax.stop_gradient(side.logp[overlap.matched :])))
-        for name, side in sides.items()
-    }
+    sides = {"student_unmatched": student, "teacher_unmatched": teacher}
+    masses = (jnp.exp(jax.lax.stop_gradient(side.logp[overlap.matched :])) for side in sides.values())
+    return {name: jnp.sum(mass) for name, mass in zip(sides, masses)}
 
 
 def alm(
@@ -429,31 +325,15 @@ def alm(
     overlap: Overlap,
     *,
     beta: Beta = 0.5,
-    temperature: Annotated[
-        float,
-        Option(
-            "Probabilities are raised to one over it.",
-            flag="alm_temperature",
-            show="probabilities to the power 1/{:g}".format,
-        ),
-    ] = 100.0,
+    temperature: Temperature = 100.0,
 ) -> Loss:
     """Approximate likelihood matching: `D_β` of two Bernoulli distributions, `(P(text)^(1/τ), 1 - P(text)^(1/τ))`.
 
-    Args:
-        student: what the text costs is read: `logp [V]` at `token_column []`, and `suffix_logp []`.
-        teacher: the same.
-        overlap: not read.
-        beta: as in `generalized_jsd`; in the paper 0.
-        temperature: `τ`, greater than 0; in the paper 100.
-
-    Returns:
-        The divergence `[]` in nats, and no parts.
+    In the paper `beta` is 0 and the temperature `τ` is 100.
 
     Source: Minixhofer et al., "Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching"
     (arXiv 2503.20083).
 
-    >>> import jax.numpy as jnp
     >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.25, 0.75], [0.0625, 0.5, 0.4375]))
     >>> round(float(alm(p, q, Overlap(0), beta=0.0, temperature=2.0)[0]), 4)  # of (0.25, 0.75) to (0.5, 0.5)
     0.1308
@@ -473,17 +353,8 @@ def reverse_kl(student: GroupDistribution, teacher: GroupDistribution, overlap: 
     answering for itself (no discounted return of later ones). Unbiased only for text drawn at temperature 1 from the
     whole distribution.
 
-    Args:
-        student: what the text costs is read: `logp [V]` at `token_column []`, and `suffix_logp []`.
-        teacher: the same.
-        overlap: not read.
-
-    Returns:
-        The log-ratio `[]` in nats, and no parts.
-
     Source: Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", equation 2 (arXiv 2306.08543).
 
-    >>> import jax.numpy as jnp
     >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.5, 0.5], [0.25, 0.75]))
     >>> round(float(reverse_kl(p, q, Overlap(0))[0]), 4)  # log(0.5 / 0.25)
     0.6931

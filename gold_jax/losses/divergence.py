@@ -12,23 +12,14 @@ from gold_jax import cpu
 
 
 def generalized_jsd(student_logp: jax.Array, teacher_logp: jax.Array, beta: float) -> jax.Array:
-    """Generalised Jensen–Shannon divergence, summed over the last axis.
+    """Generalised Jensen–Shannon divergence `[...]` in nats of log-probabilities `[..., K]`, `beta` a Python float in `[0, 1]`.
 
     With `m = (1-β)·student + β·teacher` this is `β·KL(teacher‖m) + (1-β)·KL(student‖m)`; `β=0` is
     `KL(teacher‖student)` and `β=1` is `KL(student‖teacher)`. Neither side has to sum to one: the sums are taken over
     the columns as they stand. A column to which a side gives exactly zero adds nothing to that side's term.
 
-    Args:
-        student_logp: natural log-probabilities `[..., K]`.
-        teacher_logp: the same entries on the teacher's side `[..., K]`.
-        beta: a Python float in `[0, 1]`.
-
-    Returns:
-        `[...]`, in nats.
-
     Source: Agarwal et al., "On-Policy Distillation of Language Models", equation 1 (arXiv 2306.13649).
 
-    >>> import jax.numpy as jnp
     >>> p, q = jnp.log(jnp.array([0.5, 0.5])), jnp.log(jnp.array([0.25, 0.75]))
     >>> round(float(generalized_jsd(p, q, 0.0)), 4)  # 0.25 log(1/2) + 0.75 log(3/2)
     0.1308
@@ -53,24 +44,16 @@ def _kl_terms(p: jax.Array, q: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax.Array:
-    """L1 distance of two sets of probabilities, each sorted, the shorter padded with zeros: `Σ_i |sort(p)_i - sort(q)_i|`.
+    """`Σ_i |sort(p)_i - sort(q)_i|`, the L1 distance of sorted probabilities, the shorter side padded with zeros.
 
-    The gradient of a value is the sign of its distance to what stands opposite. Where values of one side are equal, any
-    order of theirs gives a subgradient.
-
-    Args:
-        student: probabilities `[..., V]`, float32, none negative.
-        teacher: probabilities `[..., W]`, float32, none negative.
-        sort: who sorts: "xla", "host" (numpy through a callback, on CPUs alone), or "auto": the host for programs that
-            run on CPUs where `gold_jax.cpu` is enabled (unless there is one core alone, or several devices), and XLA
-            elsewhere.
-
-    Returns:
-        `[...]`, between 0 and the two sums together.
+    Of float32 `[..., V]` and `[..., W]`, none negative: `[...]`, between 0 and the two sums together. The gradient of a
+    value is the sign of its distance to what stands opposite; where values of one side are equal, any order of theirs
+    gives a subgradient. `sort` says who sorts: "xla", "host" (numpy through a callback, on CPUs alone), or "auto": the
+    host for programs that run on CPUs where `gold_jax.cpu` is enabled (unless there is one core alone, or several
+    devices), and XLA elsewhere.
 
     Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
 
-    >>> import jax.numpy as jnp
     >>> round(float(sorted_l1(jnp.array([0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]))), 4)  # .9-.5, .3-.1, .2-0
     0.8
     """
@@ -94,8 +77,8 @@ def _by_host(student_V, teacher_W):
     """numpy sorts, whole chunks at a time: under `vmap` the callback is called once with all rows."""
     if not cpu.can_call_host():
         raise ValueError(
-            "sorting on the host takes two cores or more and a single device, and this process has fewer cores or more devices; "
-            "sort with xla."
+            "sorting on the host takes two cores or more and a single device, and this process has fewer cores or more "
+            "devices; sort with xla."
         )
     shapes = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct(student_V.shape, jnp.int8)
     return jax.pure_callback(cpu.sorted_l1_and_signs, shapes, student_V, teacher_W, vmap_method="broadcast_all")
@@ -109,15 +92,13 @@ def _by_xla(student_V, teacher_W):
     size = max(student_V.size, teacher_W.size)
     bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
 
-    def ascending(x):
-        """Padded with zeros in front, so that the largest values stand opposite each other."""
+    def ascending(x):  # padded with zeros in front, so that the largest values stand opposite each other
         return jnp.pad(jax.lax.sort(bits(x), is_stable=False), (size - x.size, 0))
 
-    sorted_ours, sorted_theirs = ascending(student_V), ascending(teacher_W)
-    difference = jax.lax.bitcast_convert_type(sorted_ours, jnp.float32) - jax.lax.bitcast_convert_type(
-        sorted_theirs, jnp.float32
-    )
-    ranks = jnp.searchsorted(sorted_ours, bits(student_V), method="scan")
+    ours, theirs = ascending(student_V), ascending(teacher_W)
+    floats = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
+    difference = floats(ours) - floats(theirs)
+    ranks = jnp.searchsorted(ours, bits(student_V), method="scan")
     return jnp.sum(jnp.abs(difference)), jnp.sign(difference).astype(jnp.int8)[ranks]
 
 
@@ -137,16 +118,10 @@ sorted_l1.defvjp(_sorted_l1_forward, _sorted_l1_backward)
 
 
 def sorted_l1_top_k(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`sorted_l1` over the `k` largest values of either side, and a bound on what the tails can add.
+    """`sorted_l1` over the `k` largest values of either side (all of it, if it has fewer), and a bound on the tails.
 
-    Args:
-        student: probabilities `[..., V]`.
-        teacher: probabilities `[..., W]`.
-        k: how many values are compared; more than a side holds means all of it.
-
-    Returns:
-        The distance `[...]` over the heads, and the bound `[...]`: the exact distance lies between the first and the
-        sum of both, because the tails differ by at most their two masses.
+    Of probabilities `[..., V]` and `[..., W]`: the distance `[...]` over the heads, and the bound `[...]`. The exact
+    distance lies between the first and the sum of both, because the tails differ by at most their two masses.
     """
     size = max(min(k, student.shape[-1]), min(k, teacher.shape[-1]))
 

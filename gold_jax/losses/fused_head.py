@@ -18,52 +18,32 @@ INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged 
 
 
 def chunk_size(requested: int | None, platform: str | None = None) -> int:
-    """Positions whose logits are in memory at once: as requested, or what runs best on a platform.
+    """Positions whose logits are in memory at once: `--loss_chunk`, or what runs best on a platform (None: where JAX runs).
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
     not for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it:
     on an H200 1,024 took a tenth to a fifth less than 256 (`benchmarks/results/h200.json`), and holds four times as
     much.
-
-    Args:
-        requested: `--loss_chunk`.
-        platform: one of `models.attention.PLATFORMS`; None: where JAX runs now.
     """
     return requested or (64 if (platform or jax.default_backend()) == "cpu" else 256)
 
 
 class InnerTokens(NamedTuple):
-    """Tokens whose log-probabilities, added up, scale positions; the live ones come first.
+    """Tokens whose log-probabilities, added up, scale positions; the live ones come first."""
 
-    Attributes:
-        rows: `[M]` the row whose state predicts the token.
-        columns: `[M]` the token's column of the logits.
-        slots: `[M]` which of the positions it belongs to.
-        live: how many there are.
-    """
-
-    rows: jax.Array
-    columns: jax.Array
-    slots: jax.Array
-    live: jax.Array
+    rows: jax.Array  # [M] the row whose state predicts the token
+    columns: jax.Array  # [M] the token's column of the logits
+    slots: jax.Array  # [M] which of the positions it belongs to
+    live: jax.Array  # [] how many there are
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["shard"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
 class HeadShard:
-    """The columns of a head that a device holds, where every device of a mesh sums over positions of its own.
+    """The columns of a head that a device holds, where every device of a mesh sums over positions of its own."""
 
-    Attributes:
-        shard: `[V, D / devices]`.
-        axes: the mesh axes over which the columns are cut, the outermost first.
-    """
-
-    shard: jax.Array
-    axes: tuple[str, ...]
-
-    def reduce_scatter(self, gradient: jax.Array) -> "HeadShard":
-        """What a gradient `[V, D]` of the whole head, one on each device, comes to for the device's own columns."""
-        return HeadShard(jax.lax.psum_scatter(gradient, self.axes, scatter_dimension=1, tiled=True), self.axes)
+    shard: jax.Array  # [V, D / devices]
+    axes: tuple[str, ...]  # the mesh axes over which the columns are cut, the outermost first
 
 
 def unshard_head(head: jax.Array | HeadShard | None, dtype) -> jax.Array | None:
@@ -74,10 +54,7 @@ def unshard_head(head: jax.Array | HeadShard | None, dtype) -> jax.Array | None:
 
 
 def head_logits(hidden: jax.Array, head: jax.Array | None) -> jax.Array:
-    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32: float32 `[..., V]`.
-
-    Without a head, `hidden` are logits already.
-    """
+    """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32: float32 `[..., V]`. Without a head, `hidden` are logits."""
     if head is None:
         return hidden.astype(jnp.float32)
     return _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
@@ -104,7 +81,9 @@ def _pad_to_chunks(positions: Any, live: int | jax.Array, chunk: int) -> tuple[A
     return padded, (live + chunk - 1) // chunk
 
 
-def _slice(tree, start, chunk):
+def _slice(tree, i, chunk):
+    """Chunk `i` of every leaf."""
+    start = i * chunk
     return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, chunk), tree)
 
 
@@ -116,25 +95,15 @@ def gather_rows(hidden: jax.Array, rows: jax.Array) -> jax.Array:
 def fused_linear_map(
     fn: Callable, chunk: int, hidden: jax.Array, head: jax.Array | None, rows: jax.Array, positions: Any, live
 ) -> jax.Array:
-    """One number per position from its logits. Not differentiable.
+    """`fn(hidden[rows] @ headᵀ [C, V], positions) -> [C]` over chunks of `C` positions. Not differentiable.
 
-    Args:
-        fn: `fn(hidden[rows] @ headᵀ [C, V], positions) -> [C]`.
-        chunk: `C`.
-        hidden: `[N, D]`.
-        head: `[V, D]`, or None where `hidden` are logits.
-        rows: `[P]` which rows are looked at, live ones first.
-        positions: arrays `[P, ...]` cut along with `rows`.
-        live: number of live positions.
-
-    Returns:
-        `[P]` float32, zero beyond the live ones.
+    Arguments as `fused_linear_sum`'s, the head whole. The result, float32 `[P]`, is zero beyond the live positions.
     """
     size, head = rows.shape[0], None if head is None else head.astype(hidden.dtype)
     padded, count = _pad_to_chunks((rows, positions), live, chunk)
 
     def step(i, out):
-        r, p = _slice(padded, i * chunk, chunk)
+        r, p = _slice(padded, i, chunk)
         return jax.lax.dynamic_update_slice_in_dim(out, fn(head_logits(gather_rows(hidden, r), head), p), i * chunk, 0)
 
     out = jax.lax.fori_loop(0, count, step, jnp.zeros(padded[0].shape[0], jnp.float32))[:size]
@@ -143,56 +112,47 @@ def fused_linear_map(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def fused_linear_sum(
-    fn: Callable,
-    token_fn: Callable | None,
-    chunk: int,
-    hidden: jax.Array,
-    head: jax.Array | None,
-    rows: jax.Array,
+    fn: Callable,  # fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})
+    token_fn: Callable | None,  # token_fn(logits [C, V], columns [C]) -> log-probabilities [C] of the inner tokens
+    chunk: int,  # C
+    hidden: jax.Array,  # [N, D], differentiated
+    head: jax.Array | None,  # [V, D], differentiated, a device's part of it, or None where `hidden` are logits
+    rows: jax.Array,  # [P] the row of each position, live positions first
     inner: InnerTokens | None,
-    shared: Any,
-    positions: Any,
-    live,
+    shared: Any,  # arrays that every chunk sees whole (not differentiated)
+    positions: Any,  # arrays [P, ...] cut along with `rows` (not differentiated)
+    live,  # number of live positions, an integer scalar
 ):
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
     The gradient of a scalar is known up to a factor during the forward pass. So each chunk goes forward and backward at
-    once, nothing is recomputed, and memory holds the logits of one chunk; the gradients of hidden states and
-    head are accumulated in place, in float32. The inner tokens, whose log-probabilities `fn` is given, are
-    gone through before the sum for their values and after it for their gradients. Without differentiation only the
-    forward half runs.
-
-    Args:
-        fn: `fn(hidden[rows] @ headᵀ [C, V], scale [C], shared, positions) -> (scalar, {name: scalar})`, where `scale`
-            is the sum of each position's inner tokens' log-probabilities. It must ignore padding positions by itself (a
-            weight of zero).
-        token_fn: `token_fn(logits [C, V], columns [C]) -> log-probabilities [C]` of the inner tokens.
-        chunk: `C`.
-        hidden: `[N, D]`, differentiated.
-        head: `[V, D]`, differentiated, a device's part of it, or None where `hidden` are logits.
-        rows: `[P]` the row of each position, live positions first.
-        inner: the inner tokens; None where there are none.
-        shared: arrays that every chunk sees whole (not differentiated).
-        positions: arrays `[P, ...]` cut along with `rows` (not differentiated).
-        live: number of live positions, an integer scalar.
+    once, nothing is recomputed, and memory holds the logits of one chunk; the gradients of hidden states and head are
+    accumulated in place, in float32. `fn` is given the sum of each position's inner tokens' log-probabilities as its
+    `scale`: these tokens are gone through before the sum for their values and after it for their gradients. Without
+    differentiation only the forward half runs. `fn` must ignore padding positions by itself (a weight of zero).
 
     Returns:
         The sum, and the sums of the parts (not differentiated).
     """
-    weight = unshard_head(head, hidden.dtype)
-    scale = _inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
-    padded, count = _pad_to_chunks((rows, scale, positions), live, chunk)
+    weight, padded, count = _prepare(token_fn, chunk, hidden, head, rows, inner, positions, live)
 
     def step(i, total):
-        r, x, p = _slice(padded, i * chunk, chunk)
+        r, x, p = _slice(padded, i, chunk)
         return jax.tree.map(jnp.add, total, fn(head_logits(gather_rows(hidden, r), weight), x, shared, p))
 
     return jax.lax.fori_loop(0, count, step, _zero_sums(fn, chunk, hidden, weight, shared, padded))
 
 
-@jax.named_scope(INNER_TOKENS)
-def _inner_logp_sums(token_fn, chunk, hidden, head, rows, inner) -> jax.Array:
-    """The sum of each position's inner log-probabilities, `[P]`."""
+def _prepare(token_fn, chunk, hidden, head, rows, inner, positions, live):
+    """The head whole, `(rows, scale, positions)` padded to whole chunks, and how many of these hold a live position."""
+    weight = unshard_head(head, hidden.dtype)
+    with jax.named_scope(INNER_TOKENS):
+        scale = inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
+    return weight, *_pad_to_chunks((rows, scale, positions), live, chunk)
+
+
+def inner_logp_sums(token_fn, chunk, hidden, head, rows, inner: InnerTokens | None) -> jax.Array:
+    """The sum of the log-probabilities of each position's inner tokens, `[P]`; arguments as `fused_linear_sum`'s."""
     if inner is None:
         return jnp.zeros(rows.shape[0], jnp.float32)
     logp = fused_linear_map(token_fn, chunk, hidden, head, inner.rows, inner.columns, inner.live)
@@ -207,22 +167,17 @@ def _zero_sums(fn, chunk, hidden, head, shared, padded):
 
 
 def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positions, live):
-    weight = unshard_head(head, hidden.dtype)
-    scale = _inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
-    padded, count = _pad_to_chunks((rows, scale, positions), live, chunk)
+    weight, padded, count = _prepare(token_fn, chunk, hidden, head, rows, inner, positions, live)
 
     def step(i, carry):
         total, gradients, d_scale = carry
-        r, x, p = _slice(padded, i * chunk, chunk)
+        r, x, p = _slice(padded, i, chunk)
         h = gather_rows(hidden, r)
         value, pullback, parts = jax.vjp(lambda z, x: fn(z, x, shared, p), head_logits(h, weight), x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
         d_scale = jax.lax.dynamic_update_slice_in_dim(d_scale, d_x, i * chunk, 0)
-        return (
-            jax.tree.map(jnp.add, total, (value, parts)),
-            _accumulate_gradients(gradients, d_logits, r, h, weight),
-            d_scale,
-        )
+        total = jax.tree.map(jnp.add, total, (value, parts))
+        return total, _accumulate_gradients(gradients, d_logits, r, h, weight), d_scale
 
     zeros = jnp.zeros(hidden.shape, jnp.float32), None if weight is None else jnp.zeros(weight.shape, jnp.float32)
     start = _zero_sums(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
@@ -231,7 +186,8 @@ def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positio
         gradients = _add_inner_gradients(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
     d_hidden, d_head = gradients
     if isinstance(head, HeadShard):
-        d_head = head.reduce_scatter(d_head)
+        shard = jax.lax.psum_scatter(d_head, head.axes, scatter_dimension=1, tiled=True)
+        d_head = HeadShard(shard, head.axes)
     d_head = jax.tree.map(lambda d, x: d.astype(x.dtype), d_head, head)  # nothing where there is no head
     return total, (d_hidden.astype(hidden.dtype), d_head)
 
@@ -254,13 +210,11 @@ def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> ja
         block = jax.lax.dynamic_slice_in_dim(total, start, size, 0) + product
         return jax.lax.dynamic_update_slice_in_dim(total, block, start, 0)
 
-    size = total.shape[0]
-    full_blocks, rest = divmod(size, GRADIENT_BLOCK_ROWS)
-    if full_blocks:
-        total = jax.lax.fori_loop(
-            0, full_blocks, lambda i, total: add(total, i * GRADIENT_BLOCK_ROWS, GRADIENT_BLOCK_ROWS), total
-        )
-    return add(total, full_blocks * GRADIENT_BLOCK_ROWS, rest) if rest else total
+    rows = GRADIENT_BLOCK_ROWS
+    blocks, rest = divmod(total.shape[0], rows)
+    if blocks:
+        total = jax.lax.fori_loop(0, blocks, lambda i, total: add(total, i * rows, rows), total)
+    return add(total, blocks * rows, rest) if rest else total
 
 
 @jax.named_scope(INNER_TOKENS)
@@ -271,7 +225,7 @@ def _add_inner_gradients(token_fn, chunk, hidden, weight, inner: InnerTokens, d_
     padded, count = _pad_to_chunks((inner.rows, inner.columns, factor), inner.live, chunk)
 
     def step(i, gradients):
-        r, columns, f = _slice(padded, i * chunk, chunk)
+        r, columns, f = _slice(padded, i, chunk)
         h = gather_rows(hidden, r)
         _, pullback = jax.vjp(lambda z: token_fn(z, columns), head_logits(h, weight))
         return _accumulate_gradients(gradients, pullback(f)[0], r, h, weight)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gold_jax.config import GOLDConfig, RunFacts, named_without_effect
-from gold_jax.loss_spec import options_help
+from gold_jax.loss_spec import LossSpec, options_help
 from gold_jax.losses.compare import (
     COMPARISONS,
     PER_GROUP,
@@ -23,6 +23,7 @@ from gold_jax.losses.compare import (
 from gold_jax.losses.distill import Head, distill_loss
 from gold_jax.losses.options import Option
 from gold_jax.text.batch import Row, SideTokens, build_batches
+from gold_jax.values import AT_LEAST_ONE
 from losses import reference
 from losses.arranged import bound, compared, in_rows, overlap
 from losses.reference import Options
@@ -282,7 +283,7 @@ def power_distance(
     teacher: GroupDistribution,
     overlap: Overlap,
     *,
-    power: Annotated[float, Option("Exponent of the differences.", at_least=1)] = 2.0,
+    power: Annotated[float, Option("Exponent of the differences.", AT_LEAST_ONE)] = 2.0,
     beta: Beta = 0.5,
 ):
     """`Σ |p - q|^power` over the matched entries, the teacher's times one less `beta`."""
@@ -345,6 +346,35 @@ def test_an_option_comes_from_the_function_s_own_signature(registered):
 def test_options_that_a_comparison_has_not_or_that_are_out_of_range_are_refused(registered, given, words):
     with pytest.raises(ValueError, match=words):
         GOLDConfig(loss="power_distance", loss_kwargs=given)
+
+
+@pytest.mark.parametrize(
+    "compare, options, words",
+    [
+        ("hybrid", {"beta": 1.5}, "beta is 1.5; it must be a number between 0 and 1"),
+        ("hybrid", {"matched_weight": -1.0, "unmatched_weight": 1.0}, "matched_weight is -1.0; .* at least 0"),
+        ("hybrid", {"matched_weight": 1.0, "unmatched_weight": float("inf")}, "unmatched_weight is inf; .* at least 0"),
+        ("sorted", {"top_k": -1}, "top_k is -1; it must be a whole number at least 0"),
+        ("sorted", {"sort": "numpy"}, "sort is 'numpy'; it must be text that is one of auto, host, xla"),
+        ("alm", {"temperature": 0.0}, "temperature is 0.0; it must be a number greater than 0"),
+        ("alm", {"temperature": "hot"}, "temperature is 'hot'; it must be a number greater than 0"),
+        ("alm", {"beta": None}, "beta is None; it must be a number between 0 and 1"),
+    ],
+)
+def test_a_loss_made_in_python_holds_its_options_to_their_ranges(compare, options, words):
+    for make in (COMPARISONS[compare].bind, lambda **options: LossSpec(compare=compare, options=options)):
+        with pytest.raises(ValueError, match=words):
+            make(**options)
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_an_option_with_a_flag_may_be_what_the_flag_may_be(name):
+    for parameter in COMPARISONS[name].options.values():
+        flag = GOLDConfig.__dataclass_fields__[parameter.option.flag].metadata
+        if flag["choices"]:
+            assert [x for x in (*flag["choices"], "other") if parameter.option.range.holds(x)] == list(flag["choices"])
+        else:
+            assert parameter.option.range == flag["range"]
 
 
 def test_a_weight_of_the_matched_entries_alone_is_refused():
