@@ -167,7 +167,6 @@ class DistillationBatchBuilder:
             top_k=self.top_k,
             top_p=self.top_p,
             stop_ids=chat_tokenizer.stop_ids,
-            pad_id=chat_tokenizer.pad_id,
         )
         return {
             i: completion_from_ids(chat_tokenizer, completion.ids, after=prompts[i])
