@@ -17,7 +17,6 @@ side.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,31 +33,17 @@ PLAIN_LENGTH = 256
 _SPLASH_LANES = 128  # a TPU's vector width, of which the kernel's blocks must be multiples
 
 
-def attention(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    mask: jax.Array,
-    window: int | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    implementation: str = "auto",
-    platform: str | None = None,
-) -> jax.Array:
+def attention(query, key, value, *, mask, window=None, softcap=None, scale=None, implementation="auto", platform=None):
     """Causal grouped-query self-attention: `softmax(cap(scale · q·k)) v` over the tokens up to a query's own.
 
     Args:
-        query: [B, T, H, K]; key, value: [B, T, N, K], H a multiple of N.
-        mask: bool [B, T], where there is a token.
+        query: [B, T, H, K], of which the result has shape and dtype; key, value: [B, T, N, K], H a multiple of N.
+        mask: bool [B, T], where there is a token; values at padding are finite and mean nothing.
         window: how many tokens a query sees, its own included; None for all before it.
         softcap: `cap · tanh(score / cap)` on scores; None for none.
         scale: factor on scores; None for `K ** -0.5`.
         implementation: "auto" or one of `IMPLEMENTATIONS`.
         platform: one of `PLATFORMS`, where it will run; None for where JAX runs now.
-
-    Returns:
-        [B, T, H, K] in the query's dtype. Values at padding are finite and mean nothing.
 
     Raises:
         ValueError: an implementation that does not exist, or that cannot compute this here.
@@ -70,35 +55,13 @@ def attention(
             f"{query.shape}, {key.shape}, {value.shape} and {mask.shape}."
         )
     platform = current_platform() if platform is None else platform
-    requirements = _Requirements(implementation, platform, query.dtype, size, softcap)
-    shape = _Shape(window, softcap, size**-0.5 if scale is None else scale)
-    return _compute(choose(*requirements, length=length), platform, shape, query, key, value, mask.astype(bool))
-
-
-class _Requirements(NamedTuple):
-    """What an implementation is chosen by, beside the length."""
-
-    implementation: str
-    platform: str
-    dtype: jnp.dtype
-    head_dim: int
-    softcap: float | None
-
-
-class _Shape(NamedTuple):
-    """What is computed, as static values."""
-
-    window: int | None
-    softcap: float | None
-    scale: float
+    chosen = choose(implementation, platform, query.dtype, size, softcap, length=length)
+    scale = size**-0.5 if scale is None else scale
+    return _compute(chosen, platform, window, softcap, scale, query, key, value, mask.astype(bool))
 
 
 def choose(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None, *, length: int) -> str:
-    """The one of `IMPLEMENTATIONS` that computes attention over `length` tokens.
-
-    Raises:
-        ValueError: as `check`.
-    """
+    """The one of `IMPLEMENTATIONS` that computes attention over `length` tokens; raises as `check`."""
     check(implementation, platform, dtype, head_dim, softcap)
     if implementation != "auto":
         return implementation
@@ -114,15 +77,10 @@ def choose(implementation: str, platform: str, dtype, head_dim: int, softcap: fl
 
 
 def check(implementation: str, platform: str, dtype, head_dim: int, softcap: float | None) -> None:
-    """See that a setting exists and can do what a model needs.
-
-    Raises:
-        ValueError: it does not or cannot, and why.
-    """
+    """Raises a ValueError where a setting does not exist, or cannot do what a model needs, and says why."""
     if implementation not in ("auto", *IMPLEMENTATIONS):
-        raise ValueError(
-            f"attention implementation {implementation!r} is not known; it must be auto, {', '.join(IMPLEMENTATIONS)}."
-        )
+        known = ", ".join(IMPLEMENTATIONS)
+        raise ValueError(f"attention implementation {implementation!r} is not known; it must be auto, {known}.")
     if platform not in PLATFORMS:
         raise ValueError(f"platform {platform!r} is not known; it must be one of {', '.join(PLATFORMS)}.")
     fault = _why_unsupported(implementation, platform, dtype, head_dim, softcap)
@@ -160,37 +118,25 @@ def current_platform() -> str:
     backend = jax.default_backend()
     if backend != "gpu":
         return backend if backend in PLATFORMS else "other"
-    device = jax.local_devices()[0]
     # ROCm calls itself gpu too; its cards are named gfx…, NVIDIA's by a number such as 9.0.
-    capability = str(getattr(device, "compute_capability", ""))
-    modern = capability.replace(".", "").isdigit() and float(capability) >= 8
-    return "cuda" if modern else "other"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    return "cuda" if capability.replace(".", "").isdigit() and float(capability) >= 8 else "other"
 
 
-def make_layer_attention(
-    config: DecoderConfig, mask: jax.Array, dtype, implementation: str, platform: str
-) -> tuple[jax.Array | list[jax.Array], Callable[..., jax.Array]]:
+def make_layer_attention(config: DecoderConfig, mask: jax.Array, dtype, implementation: str, platform: str):
     """The attention of a scan over a model's layers, with what all layers share computed once.
 
-    Args:
-        config: the model's.
-        mask: bool [B, T], where there is a token.
-        dtype: of queries, keys and values.
-        implementation, platform: as in `attention`.
+    `mask` is bool [B, T], where there is a token, and `dtype` that of queries, keys and values; raises as `check`.
 
     Returns:
         What all layers share, arrays with an axis of rows first; and a function of it, of a traced bool, whether the
         layer slides, and of queries [B, T, H, K], keys and values [B, T, N, K], which gives [B, T, H * K].
-
-    Raises:
-        ValueError: as `attention`.
     """
-    length = mask.shape[1]
-    chosen = choose(implementation, platform, dtype, config.head_dim, config.attention_softcap, length=length)
+    length, cap, scale = mask.shape[1], config.attention_softcap, config.query_scale
+    chosen = choose(implementation, platform, dtype, config.head_dim, cap, length=length)
     window = config.window if config.window is not None and config.window < length else None
     used = {window if sliding else None for sliding in config.sliding}
     windows = [window for window in dict.fromkeys((None, window)) if window in used]  # one, or none and one
-    cap, scale = config.attention_softcap, config.query_scale
 
     if chosen == "plain":
         shared = [_allowed(mask, window) for window in windows]
@@ -198,51 +144,32 @@ def make_layer_attention(
         lean = jax.checkpoint(functools.partial(plain, softcap=cap, scale=scale), prevent_cse=False)
 
         def attend(allowed, sliding, query, key, value):
-            return lean(query, key, value, allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1]))
+            out = lean(query, key, value, allowed[0] if len(allowed) == 1 else jnp.where(sliding, *allowed[::-1]))
+            return out.reshape(*query.shape[:2], -1)
 
-    else:
-        # A kernel's window is static, which layer it is for is not: both are compiled, one runs.
-        kernels = [functools.partial(_compute, chosen, platform, _Shape(window, cap, scale)) for window in windows]
-        shared = mask
+        return shared, attend
 
-        def attend(mask, sliding, query, key, value):
-            if len(kernels) == 1:
-                return kernels[0](query, key, value, mask)
-            return jax.lax.cond(sliding, *kernels[::-1], query, key, value, mask)
+    # A kernel's window is static, which layer it is for is not: both are compiled, one runs.
+    kernels = [functools.partial(_compute, chosen, platform, window, cap, scale) for window in windows]
 
-    def flat(shared, sliding, query, key, value):
-        return attend(shared, sliding, query, key, value).reshape(*query.shape[:2], -1)
+    def attend_by_kernel(mask, sliding, *arrays):
+        out = kernels[0](*arrays, mask) if len(kernels) == 1 else jax.lax.cond(sliding, *kernels[::-1], *arrays, mask)
+        return out.reshape(*out.shape[:2], -1)
 
-    return shared, flat
+    return mask, attend_by_kernel
 
 
-def describe(config: DecoderConfig, dtype, implementation: str, platform: str) -> str:
-    """What a model's `choose` comes to, in words."""
-    requirements = implementation, platform, dtype, config.head_dim, config.attention_softcap
-    short, long = (choose(*requirements, length=length) for length in (1, PLAIN_LENGTH + 1))
-    return short if short == long else f"{short} up to {PLAIN_LENGTH} tokens, {long} beyond"
-
-
-def _compute(implementation: str, platform: str, shape: _Shape, query, key, value, mask) -> jax.Array:
+def _compute(implementation: str, platform: str, window, softcap, scale, query, key, value, mask) -> jax.Array:
     if implementation == "plain":
-        allowed = _allowed(mask, shape.window)
-        return plain(query, key, value, allowed, softcap=shape.softcap, scale=shape.scale)
+        return plain(query, key, value, _allowed(mask, window), softcap=softcap, scale=scale)
     if implementation == "blockwise":
         # CPUs want blocks that stay in their caches, accelerators few steps.
-        return blockwise(query, key, value, mask, *shape, block=128 if platform == "cpu" else 512)
-    return {"cudnn": cudnn, "splash": splash}[implementation](query, key, value, mask, *shape)
+        return blockwise(query, key, value, mask, window, softcap, scale, block=128 if platform == "cpu" else 512)
+    return {"cudnn": cudnn, "splash": splash}[implementation](query, key, value, mask, window, softcap, scale)
 
 
 def plain(query, key, value, allowed: jax.Array, *, softcap: float | None, scale: float) -> jax.Array:
-    """Attention with all scores at once.
-
-    Args:
-        query: [B, T, H, K]; key, value: [B, S, N, K]; allowed: bool [B, T, S].
-        softcap, scale: as in `attention`.
-
-    Returns:
-        [B, T, H, K] in the query's dtype.
-    """
+    """Attention with all scores at once, of query [B, T, H, K] to key and value [B, S, N, K] as bool `allowed` [B, T, S] says."""
     rows, length, _, size = query.shape
     grouped = query.reshape(rows, length, key.shape[2], -1, size)
     scores = jnp.einsum("btngk,bsnk->bngts", grouped, key, preferred_element_type=jnp.float32)
@@ -266,22 +193,17 @@ def _allowed(mask: jax.Array, window: int | None) -> jax.Array:
 def cudnn(query, key, value, mask, window, softcap, scale, *, kernel: str = "cudnn") -> jax.Array:
     """cuDNN's flash attention; arguments as `attention`, shapes too. `kernel`: jax.nn's name for what computes it.
 
-    cuDNN takes the length of a row, not its offset: rows are rolled until their tokens come first. (A mask
-    would be [B, 1, T, T].)
+    cuDNN takes the length of a row, not its offset: rows are rolled until their tokens come first. (A mask would be
+    [B, 1, T, T].)
     """
     del softcap  # `check` has seen to it that there is none
     start = jnp.argmax(mask, axis=1)
     # A row without tokens reads one of padding: a softmax over nothing is not finite everywhere.
     lengths = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
-    out = jax.nn.dot_product_attention(
-        *(_roll(x, start) for x in (query, key, value)),
-        scale=scale,
-        is_causal=True,
-        query_seq_lengths=lengths,
-        key_value_seq_lengths=lengths,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation=kernel,
-    )
+    rolled = (_roll(x, start) for x in (query, key, value))
+    options = {"scale": scale, "is_causal": True, "local_window_size": None if window is None else (window - 1, 0)}
+    options |= {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths, "implementation": kernel}
+    out = jax.nn.dot_product_attention(*rolled, **options)
     inside = jnp.arange(mask.shape[1]) < lengths[:, None]
     return _roll(jnp.where(inside[..., None, None], out, 0), -start)
 
@@ -300,9 +222,8 @@ _roll.defvjp(lambda x, start: (_roll(x, start), start), lambda start, gradient: 
 def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512, interpret: bool = False) -> jax.Array:
     """JAX's Pallas kernel for TPUs; arguments as `attention`, shapes too.
 
-    `block`: most queries and keys in a step. `interpret`: compute what the kernel says, slowly, on any platform.
-
-    Padding attends to padding as tokens do to tokens, so that no softmax is over nothing.
+    `block`: most queries and keys in a step. `interpret`: compute what the kernel says, slowly, on any platform. Padding
+    attends to padding as tokens do to tokens, so that no softmax is over nothing.
     """
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -315,16 +236,12 @@ def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512,
     square = (length + extra,) * 2
     # Reaching `window - 1` back and none ahead is causal as well.
     static = masks.CausalMask(square) if window is None else masks.LocalMask(square, (window - 1, 0), 0)
+    options = {"head_shards": 1, "q_seq_shards": 1, "attn_logits_soft_cap": softcap, "interpret": interpret}
+    parts = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
 
     def compute(query, key, value, segments):  # heads outside tokens
-        kernel = kernels.make_splash_mha(
-            masks.MultiHeadMask([static] * heads),
-            block_sizes=kernels.BlockSizes(**dict.fromkeys(_SPLASH_BLOCKS, size)),
-            head_shards=1,
-            q_seq_shards=1,
-            attn_logits_soft_cap=softcap,
-            interpret=interpret,
-        )
+        blocks = kernels.BlockSizes(**{f"block_{part}": size for part in parts})
+        kernel = kernels.make_splash_mha(masks.MultiHeadMask([static] * heads), block_sizes=blocks, **options)
         rows = jax.vmap(lambda q, k, v, own: kernel(q, k, v, segment_ids=kernels.SegmentIds(own, own)))
         return rows(query, key, value, segments)
 
@@ -332,12 +249,6 @@ def splash(query, key, value, mask, window, softcap, scale, *, block: int = 512,
         compute = _in_full_float32(compute)
     out = compute(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value)), segments)
     return jnp.swapaxes(out, 1, 2)[:, :length]
-
-
-_SPLASH_BLOCKS = (
-    *("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute"),
-    *("block_q_dq", "block_kv_dq"),
-)
 
 
 def _in_full_float32(function: Callable) -> Callable:
@@ -359,16 +270,3 @@ def _in_full_float32(function: Callable) -> Callable:
 
     precise.defvjp(forward, backward)
     return precise
-
-
-__all__ = [
-    "IMPLEMENTATIONS",
-    "PLATFORMS",
-    "attention",
-    "check",
-    "check_model",
-    "choose",
-    "current_platform",
-    "describe",
-    "make_layer_attention",
-]

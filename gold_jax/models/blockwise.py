@@ -29,19 +29,8 @@ def block_size(length: int, most: int, *, multiple: int = 1) -> int:
 
 
 def blockwise(query, key, value, mask, window, softcap, scale, *, block: int = 128) -> jax.Array:
-    """Causal attention of tokens to those before them.
-
-    Args:
-        query: [B, T, H, K]; key, value: [B, T, N, K]; mask: bool [B, T], where there is a token.
-        window: how many tokens a query sees, its own included, or None for all; softcap: cap on scores, or None.
-        scale: factor on scores.
-        block: most queries and keys in a step.
-
-    Returns:
-        [B, T, H, K] in the query's dtype; 0 where a query sees no token.
-    """
-    rows, length, _, size = query.shape
-    heads = key.shape[2]
+    """Causal attention as `attention.attention`, 0 where a query sees nothing; `block`: most queries and keys in a step."""
+    (rows, length, _, size), heads = query.shape, key.shape[2]
     size_of_block = block_size(length, block)
     extra = -length % size_of_block
     query, key, value = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (query, key, value))
@@ -73,9 +62,8 @@ def _forward(query, key, value, mask, static: _Static):
 
         def step(key_index, state):
             highest, total, weighted = state
-            scores, _ = _scores(
-                queries, _block(key, key_index, block), _block(mask, key_index, block, axis=1), index, key_index, static
-            )
+            keys, seen = _block(key, key_index, block), _block(mask, key_index, block, axis=1)
+            scores, _ = _scores(queries, keys, seen, index, key_index, static)
             higher = jnp.maximum(highest, scores.max(axis=-1, keepdims=True))
             probs = jnp.exp(scores - higher)
             rescale = jnp.exp(highest - higher)
@@ -108,7 +96,8 @@ def _backward(static: _Static, residuals, gradient):
         def step(key_index, state):
             d_queries, d_key, d_value = state
             keys, values = _block(key, key_index, block), _block(value, key_index, block)
-            scores, unmasked = _scores(queries, keys, _block(mask, key_index, block, axis=1), index, key_index, static)
+            seen = _block(mask, key_index, block, axis=1)
+            scores, unmasked = _scores(queries, keys, seen, index, key_index, static)
             probs = jnp.exp(scores - log_sum)
             d_scores = probs * (_product("bngtk,bnsk->bngts", outward, values) - mean)
             if static.softcap is not None:
@@ -145,10 +134,10 @@ def _scores(queries, keys, mask, index, key_index, static: _Static) -> tuple[jax
     return jnp.where(visible & mask[:, None, None, None, :], unmasked, MASK_VALUE), unmasked
 
 
-def _product(equation: str, one: jax.Array, key_index: jax.Array) -> jax.Array:
+def _product(equation: str, one: jax.Array, other: jax.Array) -> jax.Array:
     """An einsum in float32; the precision is said here because the backward pass is traced outside the caller's setting."""
     precision = jax.lax.Precision.HIGHEST if one.dtype == jnp.float32 else None
-    return jnp.einsum(equation, one, key_index, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, one, other, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _block(x: jax.Array, index: jax.Array, block: int, axis: int = 2) -> jax.Array:
@@ -164,6 +153,3 @@ def _join_blocks(blocks: jax.Array) -> jax.Array:
     """Stacked blocks of queries [T / P, B, N, G, P, …] as one [B, N, G, T, …]."""
     moved = jnp.moveaxis(blocks, 0, 3)
     return moved.reshape(*moved.shape[:3], -1, *moved.shape[5:])
-
-
-__all__ = ["MASK_VALUE", "block_size", "blockwise", "capped"]

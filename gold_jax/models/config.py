@@ -4,92 +4,72 @@ import dataclasses
 import json
 from typing import Any
 
+import jax
+
 from gold_jax.models.rope import Rope
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
-ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "gelu")
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Shape and arithmetic of a decoder-only transformer.
+    """Shape and arithmetic of a decoder-only transformer."""
 
-    Attributes:
-        family: `model_type` of the config it came from (`gemma3_text` for the language part of `gemma3`).
-        vocab_size: rows of the embedding and of the head; may exceed the tokenizer's entries.
-        width, mlp_width, layers, heads, kv_heads, head_dim: sizes; `head_dim` need not be `width / heads`.
-        norm_eps: added to the mean square in every RMSNorm.
-        norm_offset: norms multiply by `norm_offset + weight` (Gemma: 1, else 0).
-        activation: `silu`, `gelu_pytorch_tanh` or `gelu`.
-        ropes: rotary settings of (full-attention layers, sliding layers); Gemma 3 alone has two different ones.
-        sliding: per layer, whether it sees only the last `window` tokens.
-        window: width of the sliding window in tokens, the token itself included; None without sliding layers.
-        tied: the head is the embedding.
-        qkv_bias, out_bias, mlp_bias: which projections have biases.
-        qk_norm: RMSNorm on every query and key head before the rotation (Qwen 3, Gemma 3).
-        sandwich_norms: norms after attention and MLP as well as before (Gemma).
-        query_scale: factor on attention scores.
-        attention_softcap, final_softcap: `cap · tanh(x / cap)` on scores and on logits; None without.
-        embedding_scale: factor on embeddings (Gemma: √width), rounded to the compute dtype as transformers does.
-        source: JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in
-            comparisons.
-    """
-
-    family: str
-    vocab_size: int
+    family: str  # `model_type` of the config it came from (`gemma3_text` for the language part of `gemma3`)
+    vocab_size: int  # rows of the embedding and of the head; may exceed the tokenizer's entries
     width: int
     mlp_width: int
     layers: int
     heads: int
     kv_heads: int
-    head_dim: int
-    norm_eps: float
-    activation: str
-    ropes: tuple[Rope, Rope]
-    sliding: tuple[bool, ...]
-    window: int | None
-    tied: bool
-    query_scale: float
-    norm_offset: float = 0.0
+    head_dim: int  # need not be `width / heads`
+    norm_eps: float  # added to the mean square in every RMSNorm
+    activation: str  # one of `ACTIVATIONS`
+    ropes: tuple[Rope, Rope]  # of (full-attention layers, sliding layers); Gemma 3 alone has two different ones
+    sliding: tuple[bool, ...]  # per layer, whether it sees only the last `window` tokens
+    window: int | None  # tokens in the sliding window, the token itself included; None without sliding layers
+    tied: bool  # the head is the embedding
+    query_scale: float  # factor on attention scores
+    norm_offset: float = 0.0  # norms multiply by `norm_offset + weight` (Gemma: 1)
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    sandwich_norms: bool = False
-    attention_softcap: float | None = None
-    final_softcap: float | None = None
-    embedding_scale: float = 1.0
+    qk_norm: bool = False  # RMSNorm on every query and key head before the rotation (Qwen 3, Gemma 3)
+    sandwich_norms: bool = False  # norms after attention and MLP as well as before (Gemma)
+    attention_softcap: float | None = None  # `cap · tanh(x / cap)` on scores
+    final_softcap: float | None = None  # the same on logits
+    embedding_scale: float = 1.0  # on embeddings (Gemma: √width), rounded to the compute dtype as transformers does
+    # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     @classmethod
     def from_hf(cls, hf_config: Any, *, raw: dict | None = None) -> "DecoderConfig":
-        """Read a `transformers` config object (`AutoConfig`, or a family's config class).
+        """Read a `transformers` config object; of the multimodal `gemma3` its `text_config` is taken.
 
-        Args:
-            hf_config: the config; of the multimodal `gemma3` its `text_config` is taken.
-            raw: the dictionary that `config.json` held, kept for saving; None: `hf_config.to_dict()`.
+        `raw` is the dictionary that `config.json` held, kept for saving; None: `hf_config.to_dict()`.
 
         Raises:
             ValueError: `model_type`, `rope_type` or another feature that this decoder does not have.
         """
-        if hf_config.model_type not in FAMILIES:
-            raise ValueError(f"model_type {hf_config.model_type!r} is not known. Known are {', '.join(FAMILIES)}.")
-        raw = hf_config.to_dict() if raw is None else raw
-        multimodal = hf_config.model_type == "gemma3"
-        text = hf_config.text_config if multimodal else hf_config
+        check_family(hf_config.model_type)
+        text = hf_config.text_config if hf_config.model_type == "gemma3" else hf_config
         _refuse_unsupported(text, hf_config)
-        gemma = text.model_type.startswith("gemma")
+        family = text.model_type
+        gemma = family.startswith("gemma")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         sliding, window = _sliding_layers(text)
         bias = bool(getattr(text, "attention_bias", False))
         activation = text.hidden_activation if gemma else text.hidden_act
-        if activation == "gelu_new":  # another name for the same tanh approximation
-            activation = "gelu_pytorch_tanh"
+        activation = {"gelu_new": "gelu_pytorch_tanh"}.get(activation, activation)  # two names of one approximation
         if activation not in ACTIVATIONS:
             raise ValueError(f"hidden activation {activation!r} is not known. Known are {', '.join(ACTIVATIONS)}.")
-        query_scalar = text.query_pre_attn_scalar if gemma else head_dim
         return cls(
-            family=text.model_type,
+            family=family,
             vocab_size=text.vocab_size,
             width=text.hidden_size,
             mlp_width=text.intermediate_size,
@@ -104,37 +84,37 @@ class DecoderConfig:
             window=window,
             # The outer config of a multimodal model decides whether its head is tied.
             tied=bool(hf_config.tie_word_embeddings),
-            query_scale=query_scalar**-0.5,
+            query_scale=(text.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
             norm_offset=1.0 if gemma else 0.0,
-            qkv_bias=text.model_type == "qwen2" or (bias and text.model_type != "mistral"),
-            out_bias=bias and text.model_type not in ("qwen2", "mistral"),
-            mlp_bias=text.model_type == "llama" and bool(getattr(text, "mlp_bias", False)),
-            qk_norm=text.model_type in ("qwen3", "gemma3_text"),
+            qkv_bias=family == "qwen2" or (bias and family != "mistral"),
+            out_bias=bias and family not in ("qwen2", "mistral"),
+            mlp_bias=family == "llama" and bool(getattr(text, "mlp_bias", False)),
+            qk_norm=family in ("qwen3", "gemma3_text"),
             sandwich_norms=gemma,
             # Gemma 3's attention has no cap in transformers, whatever its config says.
-            attention_softcap=text.attn_logit_softcapping if text.model_type == "gemma2" else None,
+            attention_softcap=text.attn_logit_softcapping if family == "gemma2" else None,
             final_softcap=text.final_logit_softcapping if gemma else None,
             embedding_scale=float(text.hidden_size) ** 0.5 if gemma else 1.0,
-            source=json.dumps({"config": raw}, default=str),
+            source=json.dumps({"config": hf_config.to_dict() if raw is None else raw}, default=str),
         )
+
+
+def check_family(model_type: str | None) -> None:
+    """Raises a ValueError where a `model_type` is none of `FAMILIES`."""
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type {model_type!r} is not known. Known are {', '.join(FAMILIES)}.")
 
 
 def _refuse_unsupported(text: Any, outer: Any) -> None:
-    problems = []
-    for config in (text, outer):
-        if getattr(config, "quantization_config", None) is not None:
-            problems.append("quantization_config (only plain float weights are read; export the model unquantised)")
-            break
-    for name in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(text, name, None):
-            problems.append(f"{name}={getattr(text, name)} (mixtures of experts)")
+    experts = ("num_local_experts", "num_experts", "n_routed_experts")
+    problems = [f"{name}={getattr(text, name)} (mixtures of experts)" for name in experts if getattr(text, name, None)]
+    if any(getattr(config, "quantization_config", None) is not None for config in (text, outer)):
+        problems.append("quantization_config (only plain float weights are read; export the model unquantised)")
     if getattr(text, "use_bidirectional_attention", None):
         problems.append("use_bidirectional_attention (only causal attention)")
-    if text.num_attention_heads % text.num_key_value_heads:
-        problems.append(
-            f"num_attention_heads={text.num_attention_heads}, not a multiple of "
-            f"num_key_value_heads={text.num_key_value_heads}"
-        )
+    heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+    if heads % kv_heads:
+        problems.append(f"num_attention_heads={heads}, not a multiple of num_key_value_heads={kv_heads}")
     if problems:
         raise ValueError(
             f"The {outer.model_type} config has what this decoder does not support: {'; '.join(problems)}. Supported are "
@@ -143,8 +123,8 @@ def _refuse_unsupported(text: Any, outer: Any) -> None:
 
 
 def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
-    window = getattr(text, "sliding_window", None)
-    count = text.num_hidden_layers
+    """Which layers slide, and their window."""
+    window, count = getattr(text, "sliding_window", None), text.num_hidden_layers
     if text.model_type == "llama":  # transformers' Llama has no window
         return (False,) * count, None
     if text.model_type == "mistral":  # every layer slides, whatever layer_types says
@@ -172,17 +152,9 @@ def _ropes(text: Any) -> tuple[Rope, Rope]:
         parameters = {"rope_theta": getattr(text, "rope_theta", None), **(getattr(text, "rope_scaling", None) or {})}
     kinds = ("full_attention", "sliding_attention")
     nested = {kind: parameters[kind] for kind in kinds if isinstance(parameters.get(kind), dict)}
-    length = text.max_position_embeddings
-    if not nested:
-        rope = Rope.from_parameters(
-            parameters, max_length=length, where=f"rope_parameters of the {text.model_type} config"
-        )
-        return rope, rope
-    read = {
-        kind: Rope.from_parameters(
-            values, max_length=length, where=f"rope_parameters[{kind!r}] of the {text.model_type} config"
-        )
-        for kind, values in nested.items()
-    }
-    one = next(iter(read.values()))
-    return read.get("full_attention", one), read.get("sliding_attention", one)
+    read = {}
+    for kind, values in (nested or {None: parameters}).items():
+        where = f"rope_parameters{f'[{kind!r}]' if kind else ''} of the {text.model_type} config"
+        read[kind] = Rope.from_parameters(values, max_length=text.max_position_embeddings, where=where)
+    one, *_ = read.values()
+    return tuple(read.get(kind, one) for kind in kinds)

@@ -11,31 +11,25 @@ import jax
 from flax import nnx
 
 Params = Mapping[str, Any]
-ModelValue = tuple[nnx.GraphDef, Params]
 
 
-def split(model: nnx.Module | tuple[nnx.GraphDef, Any]) -> ModelValue:
-    """The graph definition of a model and its parameters as nested dicts of arrays (or of their shapes).
+def split(model: nnx.Module | tuple[nnx.GraphDef, Any]) -> tuple[nnx.GraphDef, Params]:
+    """The graph definition and the parameters of a module, or of its `(graphdef, state)`, an `nnx.State` or nested dicts."""
 
-    Args:
-        model: a module, or its `(graphdef, state)`, where the state is an `nnx.State` or such dicts already.
-    """
+    def arrays(state):
+        if isinstance(state, nnx.Variable):
+            (state,) = jax.tree.leaves(state)
+        if isinstance(state, Mapping):  # an nnx.State is one
+            return {name: arrays(value) for name, value in state.items()}
+        return state
+
     graph, state = nnx.split(model) if isinstance(model, nnx.Module) else model
-    return graph, _arrays(state)
+    return graph, arrays(state)
 
 
 def merge(graph: nnx.GraphDef, params: Params) -> Any:
     """A module with Variables of its own that hold the arrays of `params`. Make it where it is used, and do not keep it."""
     return nnx.merge(graph, params)
-
-
-def _arrays(state: Any) -> Any:
-    if isinstance(state, nnx.Variable):
-        (value,) = jax.tree.leaves(state)
-        return value
-    if isinstance(state, Mapping):  # an nnx.State is one
-        return {name: _arrays(value) for name, value in state.items()}
-    return state
 
 
 def count(params: Params) -> int:

@@ -6,6 +6,7 @@ fetches one layer of it at a time where devices share it. So no host ever holds 
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -15,54 +16,41 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from transformers import AutoConfig
 
 from gold_jax.models.attention import check_model, current_platform
-from gold_jax.models.config import FAMILIES, DecoderConfig
+from gold_jax.models.config import DecoderConfig, check_family
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.parameters import ParamInfo, nested, parameters
-from gold_jax.models.safetensors_io import (
-    CODES,
-    FLOATS,
-    Entry,
-    TensorFolder,
-    listed,
-    read_json,
-    write_json,
-    write_tensors,
-)
+from gold_jax.models.parameters import parameters
+from gold_jax.models.safetensors_io import CODES, FLOATS, Entry, TensorFolder, read_json, write_json, write_tensors
 from gold_jax.quickstart import resolve_embedded
+from gold_jax.wording import listed
 
-# Parameter path -> tensor name after the prefix; {} is the layer. Matrices of layers are [out, in] in the file.
+# Parameter -> tensor, after the prefix and, of a layer, its number; of `query_bias` the name is that of `query`. Matrices
+# of layers are [out, in] in the file.
 NAMES = {
-    ("embedding",): "embed_tokens.weight",
-    ("final_norm",): "norm.weight",
-    ("layers", "attention_norm"): "layers.{}.input_layernorm.weight",
-    ("layers", "query"): "layers.{}.self_attn.q_proj.weight",
-    ("layers", "query_bias"): "layers.{}.self_attn.q_proj.bias",
-    ("layers", "query_norm"): "layers.{}.self_attn.q_norm.weight",
-    ("layers", "key"): "layers.{}.self_attn.k_proj.weight",
-    ("layers", "key_bias"): "layers.{}.self_attn.k_proj.bias",
-    ("layers", "key_norm"): "layers.{}.self_attn.k_norm.weight",
-    ("layers", "value"): "layers.{}.self_attn.v_proj.weight",
-    ("layers", "value_bias"): "layers.{}.self_attn.v_proj.bias",
-    ("layers", "out"): "layers.{}.self_attn.o_proj.weight",
-    ("layers", "out_bias"): "layers.{}.self_attn.o_proj.bias",
-    ("layers", "gate"): "layers.{}.mlp.gate_proj.weight",
-    ("layers", "gate_bias"): "layers.{}.mlp.gate_proj.bias",
-    ("layers", "up"): "layers.{}.mlp.up_proj.weight",
-    ("layers", "up_bias"): "layers.{}.mlp.up_proj.bias",
-    ("layers", "down"): "layers.{}.mlp.down_proj.weight",
-    ("layers", "down_bias"): "layers.{}.mlp.down_proj.bias",
-    ("layers", "mlp_norm"): "layers.{}.post_attention_layernorm.weight",
+    "embedding": "embed_tokens",
+    "final_norm": "norm",
+    "attention_norm": "input_layernorm",
+    "query": "self_attn.q_proj",
+    "query_norm": "self_attn.q_norm",
+    "key": "self_attn.k_proj",
+    "key_norm": "self_attn.k_norm",
+    "value": "self_attn.v_proj",
+    "out": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+    "mlp_norm": "post_attention_layernorm",
 }
 # With sandwich norms (Gemma) `post_attention_layernorm` means what it says.
 SANDWICH_NAMES = {
-    ("layers", "attention_out_norm"): "layers.{}.post_attention_layernorm.weight",
-    ("layers", "mlp_norm"): "layers.{}.pre_feedforward_layernorm.weight",
-    ("layers", "mlp_out_norm"): "layers.{}.post_feedforward_layernorm.weight",
+    "attention_out_norm": "post_attention_layernorm",
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_out_norm": "post_feedforward_layernorm",
 }
 # The last is a bare base model. Gemma 3's multimodal checkpoints exist in two layouts.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
@@ -104,40 +92,35 @@ def load_model(
             be computed so.
     """
     folder = model_folder(name_or_path, revision=revision)
-    config = read_config(folder)
-    check_model(config, dtype, attention, current_platform() if platform is None else platform)
-    files = _ModelFiles(folder)
-    checked = files.check(config)
-    untied, config = checked.tied != config.tied, checked
-    values, dtypes = {}, {}
-    for path, info in parameters(config).items():
-        found = files.dtypes(config, path, info)
-        dtypes |= found
-        own = np.result_type(*map(np.dtype, set(found.values())))
-        kind = own if param_dtype == "auto" else np.dtype(param_dtype)
-        rounded = own if read_dtype == "auto" else np.dtype(read_dtype)
+    read = read_config(folder)
+    check_model(read, dtype, attention, current_platform() if platform is None else platform)
+    files = TensorFolder(folder)
+    config, own = _match(files, read)
+    values, dtypes, saved = {}, {}, _tensors(config)
+    for path, (shape, spec, _) in parameters(config).items():
+        names = [name for name, _ in own[path]]
+        found = [FLOATS[files.info(name)[1]] for name in names]
+        dtypes |= {name: kind for (name, _), kind in zip(saved[path], found)}
+        widest = np.result_type(*map(np.dtype, set(found)))
+        kept = widest if param_dtype == "auto" else np.dtype(param_dtype)
+        rounded = widest if read_dtype == "auto" else np.dtype(read_dtype)
         # What loses nothing by it is read into the kept dtype at once.
-        rounded = kind if np.can_cast(own, rounded) else rounded
-        read = functools.partial(_rounded, functools.partial(files.read, config, path, info, rounded), kind)
+        rounded = kept if np.can_cast(widest, rounded) else rounded
+        part = functools.partial(_read, files, names, len(path) == 2, rounded, kept)
         if sharding is None:
-            values[path] = jnp.asarray(read(tuple(slice(0, size) for size in info.shape)))
+            values[path] = jnp.asarray(part(tuple(slice(0, size) for size in shape)))
         else:
-            values[path] = _read_sharded(read, info.shape, kind, sharding(info.shape, info.spec))
+            values[path] = _read_sharded(part, shape, kept, sharding(shape, spec))
     common = max(set(dtypes.values()), key=list(dtypes.values()).count)
     exceptions = {name: kind for name, kind in dtypes.items() if kind != common}
-    source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": untied}
+    source = json.loads(config.source) | {"dtype": common, "dtypes": exceptions, "untied": config.tied != read.tied}
     config = dataclasses.replace(config, source=json.dumps(source))
-    kept = common if param_dtype == "auto" else param_dtype
-    settings = {"dtype": dtype, "param_dtype": kept, "remat": remat, "attention": attention, "platform": platform}
-    return Decoder.from_params(config, nested(values), **settings)
+    settings = {"dtype": dtype, "param_dtype": common if param_dtype == "auto" else param_dtype, "remat": remat}
+    return Decoder.from_params(config, unflatten_dict(values), **settings, attention=attention, platform=platform)
 
 
 def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None) -> pathlib.Path:
-    """The folder of a model: the one named, or a download of the hub's JSON and safetensors files.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a model that the hub gave.
-    """
+    """The folder named, or one with the hub's JSON and safetensors files of a model; a FileNotFoundError if neither is."""
     path = pathlib.Path(resolve_embedded(name_or_path)).expanduser()
     if path.is_dir():
         return path
@@ -145,37 +128,31 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not ("/" in name and path.parent.is_dir())
     if not looks_like_id:
         what = "is a file" if path.exists() else "does not exist"
-        raise FileNotFoundError(
-            f"Model folder {name!r} {what}; give a folder with config.json and *.safetensors in it."
-        )
+        raise FileNotFoundError(f"Model folder {name!r} {what}; give one with config.json and *.safetensors in it.")
     from huggingface_hub import snapshot_download
 
     try:
         return pathlib.Path(snapshot_download(name, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else "no reason given"
         raise FileNotFoundError(
             f"Model {name!r} is not a folder here, and the Hugging Face hub did not give it either "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'})."
+            f"({type(error).__name__}: {reason})."
         ) from error
 
 
 def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     """The `DecoderConfig` of a model folder or hub id, with what `save_model` needs to write it back."""
     folder = model_folder(name_or_path)
-    raw = read_json(folder / "config.json", required=True)
-    kind = raw.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"{folder / 'config.json'}: model_type {kind!r} is not known. Known are {', '.join(FAMILIES)}."
-        )
+    path = folder / "config.json"
+    raw = read_json(path, required=True)
     try:
+        check_family(raw.get("model_type"))
         config = DecoderConfig.from_hf(AutoConfig.from_pretrained(folder), raw=raw)
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     except (KeyError, TypeError) as error:  # transformers' own validation
-        raise ValueError(
-            f"{folder / 'config.json'}: transformers cannot read it ({type(error).__name__}: {error})."
-        ) from error
+        raise ValueError(f"{path}: transformers cannot read it ({type(error).__name__}: {error}).") from error
     source = {"config": raw, "generation_config": read_json(folder / "generation_config.json")}
     return dataclasses.replace(config, source=json.dumps(source))
 
@@ -202,15 +179,16 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
     config, source = model.config, json.loads(model.config.source)
     if "config" not in source:
         raise ValueError(
-            "The model's DecoderConfig was made by hand and has no config.json to write; use DecoderConfig.from_hf."
+            "The DecoderConfig was made by hand and has no config.json to write; use DecoderConfig.from_hf."
         )
     common = source.get("dtype", str(model.param_dtype)) if dtype == "auto" else dtype
     exceptions = source.get("dtypes", {}) if dtype == "auto" else {}
-    plan = []
-    for path, info in parameters(config).items():
-        for layer, (name, shape) in enumerate(_tensors_of(config, path, info)):
-            plan.append((Entry(name, shape, exceptions.get(name, common)), path, layer))
-    plan.sort(key=lambda planned: -planned[0].itemsize)  # keeps every tensor aligned
+    plan = [
+        (Entry(name, shape, exceptions.get(name, common)), path, layer)
+        for path, tensors in _tensors(config).items()
+        for layer, (name, shape) in enumerate(tensors)
+    ]
+    plan.sort(key=lambda planned: -np.dtype(planned[0].dtype).itemsize)  # keeps every tensor aligned
     tensors = _to_host(model, [(path, layer) for _, path, layer in plan])
     try:
         if jax.process_index() == 0:
@@ -227,66 +205,59 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
             multihost_utils.sync_global_devices("save_model")
 
 
-class _ModelFiles:
-    """The tensors of a model folder by the parameters that they make up."""
+def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list]:
+    """Names and shapes of the tensors that make up each parameter, by its path; as a text checkpoint has them."""
+    names = NAMES | (SANDWICH_NAMES if config.sandwich_norms else {})
+    found = {}
+    for path, info in parameters(config).items():
+        if path == ("head",):
+            found[path] = [(head, info.shape)]
+            continue
+        *layers, name = path
+        tensor = names[name.removesuffix("_bias")] + (".bias" if name.endswith("_bias") else ".weight")
+        found[path] = [(prefix + tensor, info.shape)]
+        if layers:
+            found[path] = [(f"{prefix}layers.{i}.{tensor}", info.shape[:0:-1]) for i in range(config.layers)]
+    return found
 
-    def __init__(self, folder: pathlib.Path):
-        self.tensors = TensorFolder(folder)
-        names = self.tensors.names
-        found = [prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names]
-        self.prefix = found[0] if found else PREFIXES[0]
-        self.head = next((name for name in HEADS if name in names), HEADS[0])
 
-    def check(self, config: DecoderConfig) -> DecoderConfig:
-        """Compare names, shapes and dtypes with what the config asks for; gives the config, untied where the files are."""
-        tensors, embedding = self.tensors, self.prefix + NAMES["embedding",]
-        if config.tied and {self.head, embedding} <= tensors.names and not tensors.same(self.head, embedding):
-            # transformers, too, takes the head that is there.
-            config = dataclasses.replace(config, tied=False)
-        faults, wanted = [], {self.head} if config.tied else set()
-        for path, info in parameters(config).items():
-            for name, shape in self._names(config, path, info):
-                wanted.add(name)
-                if name not in tensors.names:
-                    faults.append(f"{name} is missing (expected {list(shape)})")
-                    continue
-                if tensors.shape(name) != shape:
-                    faults.append(f"{name} has the shape {list(tensors.shape(name))}, expected {list(shape)}")
-                if tensors.code(name) not in FLOATS:
-                    faults.append(f"{name} is {tensors.code(name)}, expected one of {', '.join(FLOATS)}")
-        unexpected = sorted(name for name in tensors.names if name not in wanted and not _IGNORED.search(name))
-        faults += [f"{name} is unexpected" for name in unexpected]
-        if faults:
-            raise ValueError(
-                f"The tensors in {tensors.folder} do not fit its {config.family} config: {listed(faults)}."
-            )
-        return config
+def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, dict[tuple, list]]:
+    """The config, untied where the files are, and `_tensors` as they call them, names, shapes and dtypes compared."""
+    names = files.names
+    prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names), PREFIXES[0])
+    head = next((name for name in HEADS if name in names), HEADS[0])
+    embedding = f"{prefix}embed_tokens.weight"
+    if config.tied and {head, embedding} <= names and not files.same(head, embedding):
+        config = dataclasses.replace(config, tied=False)  # transformers, too, takes the head that is there
+    own = _tensors(config, prefix, head)
+    wanted = dict(itertools.chain(*own.values()))
+    faults = []
+    for name, shape in wanted.items():
+        if name not in names:
+            faults.append(f"{name} is missing (expected {list(shape)})")
+            continue
+        found, code = files.info(name)
+        if found != shape:
+            faults.append(f"{name} has the shape {list(found)}, expected {list(shape)}")
+        if code not in FLOATS:
+            faults.append(f"{name} is {code}, expected one of {', '.join(FLOATS)}")
+    unexpected = names - wanted.keys() - ({head} if config.tied else set())
+    faults += [f"{name} is unexpected" for name in sorted(unexpected) if not _IGNORED.search(name)]
+    if faults:
+        faults = listed(faults, 40, "; ", "; and")
+        raise ValueError(f"The tensors in {files.folder} do not fit its {config.family} config: {faults}.")
+    return config, own
 
-    def dtypes(self, config: DecoderConfig, path: tuple, info: ParamInfo) -> dict[str, str]:
-        """The dtypes that one parameter's tensors have, by their names when saved."""
-        saved = [name for name, _ in _tensors_of(config, path, info)]
-        return {name: FLOATS[self.tensors.code(own)] for name, (own, _) in zip(saved, self._names(config, path, info))}
 
-    def read(
-        self, config: DecoderConfig, path: tuple, info: ParamInfo, dtype: np.dtype, index: tuple[slice, ...]
-    ) -> np.ndarray:
-        """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
-        array = np.empty([part.stop - part.start for part in index], dtype)
-        names = [name for name, _ in self._names(config, path, info)]
-        if len(path) == 1:
-            array[...] = self.tensors.read(names[0], index)
-            return array
+def _read(files: TensorFolder, names: list[str], stacked: bool, rounded, kept, index: tuple[slice, ...]) -> np.ndarray:
+    """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
+    array = np.empty([part.stop - part.start for part in index], rounded)
+    if stacked:
         for row, name in zip(array, names[index[0]]):
-            row[...] = self.tensors.read(name, index[:0:-1]).T
-        return array
-
-    def _names(self, config: DecoderConfig, path: tuple, info: ParamInfo) -> Iterator[tuple[str, tuple[int, ...]]]:
-        for name, shape in _tensors_of(config, path, info):
-            yield (self.head if path == ("head",) else self.prefix + name.removeprefix("model.")), shape
-
-
-def _rounded(read: Callable, dtype: np.dtype, index: tuple[slice, ...]) -> np.ndarray:
-    return read(index).astype(dtype, copy=False)
+            row[...] = files.read(name, index[:0:-1]).T
+    else:
+        array[...] = files.read(names[0], index)
+    return array.astype(kept, copy=False)
 
 
 def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:
@@ -297,31 +268,16 @@ def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, shard
         holders.setdefault(bounds, []).append(device)
     pieces = []
     for bounds, devices in holders.items():
-        pieces += _replicate_to_devices(read(tuple(slice(*ends) for ends in bounds)), devices, sharding.memory_kind)
+        part = read(tuple(slice(*ends) for ends in bounds))
+        places = [SingleDeviceSharding(device, memory_kind=sharding.memory_kind) for device in devices]
+        # Waits: else the host would read ahead, and hold all that is on its way.
+        pieces += jax.block_until_ready([jax.device_put(part, place) for place in places])
+        del part
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces, dtype=dtype)
 
 
-def _replicate_to_devices(part: np.ndarray, devices: list[jax.Device], memory_kind: str | None) -> list[jax.Array]:
-    """Copies on devices. Waits for them: else the host would read ahead, and hold all that is on its way."""
-    there = [jax.device_put(part, SingleDeviceSharding(device, memory_kind=memory_kind)) for device in devices]
-    return jax.block_until_ready(there)
-
-
-def _tensors_of(config: DecoderConfig, path: tuple, info: ParamInfo) -> list[tuple[str, tuple[int, ...]]]:
-    """Names and shapes in a text checkpoint of the tensors that make up one parameter."""
-    if path == ("head",):
-        return [("lm_head.weight", info.shape)]
-    name = "model." + (SANDWICH_NAMES.get(path, NAMES.get(path)) if config.sandwich_norms else NAMES[path])
-    if len(path) == 1:
-        return [(name, info.shape)]
-    return [(name.format(index), info.shape[:0:-1]) for index in range(config.layers)]
-
-
 def _to_host(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
-    """The tensors of parameters and layers, one by one, in the layout of the file.
-
-    Of parameters that several processes share, each process must iterate over all, in the same order.
-    """
+    """The tensors of parameters and layers one by one, as in the file; processes that share some must all iterate alike."""
     last, value = None, None
     for path, layer in plan:
         if path != last:
@@ -357,6 +313,3 @@ def _config_to_write(config: DecoderConfig, source: dict, dtype: str) -> dict:
         raw["tie_word_embeddings"] = False
     raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = dtype
     return raw
-
-
-__all__ = ["load_model", "model_folder", "read_config", "save_model"]

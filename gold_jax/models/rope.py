@@ -29,46 +29,39 @@ class Rope:
 
     @classmethod
     def from_parameters(cls, parameters: dict, *, max_length: int, where: str) -> "Rope":
-        """Read one `rope_parameters` dictionary of a transformers config.
+        """Read one `rope_parameters` dictionary of a transformers config, which errors call `where`.
 
-        Args:
-            parameters: keys `rope_theta`, `rope_type` (or the older `type`) and those that the kind needs.
-            max_length: `max_position_embeddings`, the original length where the dictionary does not name one.
-            where: what to call the dictionary in an error.
+        `max_length` is `max_position_embeddings`, the original length where the dictionary does not name one.
 
         Raises:
             ValueError: unknown kind, or a value that the kind needs is missing.
         """
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
-        if kind not in _FREQUENCIES:
-            raise ValueError(f"{where}: rope_type {kind!r} is not known. Known are {', '.join(sorted(_FREQUENCIES))}.")
+        if kind not in _KINDS:
+            raise ValueError(f"{where}: rope_type {kind!r} is not known. Known are {', '.join(sorted(_KINDS))}.")
         if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
+            partial = parameters["partial_rotary_factor"]
             raise ValueError(
-                f"{where}: partial_rotary_factor {parameters['partial_rotary_factor']} is not supported; every family "
-                "here turns whole heads (1.0)."
+                f"{where}: partial_rotary_factor {partial} is not supported; whole heads are turned (1.0)."
             )
-        missing = [name for name in ("rope_theta", *_NEEDS[kind]) if parameters.get(name) is None]
+        needed = _KINDS[kind][1]
+        missing = [name for name in ("rope_theta", *needed) if parameters.get(name) is None]
         if missing:
             raise ValueError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}, which the config does not give.")
-        values = {"theta": float(parameters["rope_theta"]), "kind": kind}
-        if kind != "default":
-            values["factor"] = float(parameters["factor"])
+        values = {name: float(parameters[name]) for name in needed}
         if kind in ("llama3", "yarn"):
             values["original_length"] = int(parameters.get("original_max_position_embeddings") or max_length)
-        if kind == "llama3":
-            values["low_freq_factor"] = float(parameters["low_freq_factor"])
-            values["high_freq_factor"] = float(parameters["high_freq_factor"])
         if kind == "yarn":
-            values["beta_fast"] = float(parameters.get("beta_fast") or 32)
-            values["beta_slow"] = float(parameters.get("beta_slow") or 1)
+            given = (name for name in ("beta_fast", "beta_slow") if parameters.get(name))
+            values |= {name: float(parameters[name]) for name in given}
             values["attention_factor"] = _yarn_attention_factor(parameters)
             values["truncate"] = bool(parameters.get("truncate", True))
-        return cls(**values)
+        return cls(float(parameters["rope_theta"]), kind, **values)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each pair of channels: float32 [head_dim / 2]."""
         plain = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        return _FREQUENCIES[self.kind](self, plain, head_dim).astype(np.float32)
+        return _KINDS[self.kind][0](self, plain, head_dim).astype(np.float32)
 
     def tables(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines, float32 [..., head_dim / 2], of int positions [...]."""
@@ -77,22 +70,13 @@ class Rope:
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn heads by their positions, in float32.
+    """Heads x [B, T, heads, head_dim] turned by their positions, in float32; cos, sin: float32 [B, T, head_dim / 2].
 
-    Args:
-        x: [B, T, heads, head_dim]; channel i pairs with channel i + head_dim / 2, as in transformers.
-        cos, sin: float32 [B, T, head_dim / 2].
-
-    Returns:
-        Array of x's shape and dtype.
+    Channel i pairs with channel i + head_dim / 2, as in transformers. Of x's shape and dtype.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
-def _default(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
-    return plain
 
 
 def _linear(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
@@ -130,10 +114,10 @@ def _yarn_attention_factor(parameters: dict) -> float:
     return scale(1.0)
 
 
-_FREQUENCIES = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
-_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
+# A kind's function from plain inverse frequencies to its own, and the values that it needs.
+_KINDS = {
+    "default": (_linear, ()),  # by the factor 1
+    "linear": (_linear, ("factor",)),
+    "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor")),
+    "yarn": (_yarn, ("factor",)),
 }

@@ -3,38 +3,35 @@
 Knows names, shapes and bytes; what they mean to a model is in `hf_checkpoint`.
 """
 
-import dataclasses
 import json
 import math
 import os
 import pathlib
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import ml_dtypes  # noqa: F401  (importing it teaches numpy, and so safetensors, the name bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gold_jax.wording import listed
+
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in FLOATS.items()}
 SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
 
 
 class TensorFolder:
-    """The tensors of a model folder, found but not yet read.
+    """The tensors of a model folder, found but not yet read; `names` has the names of all.
 
-    Attributes:
-        folder: where they are.
-        names: of all of them.
+    Raises:
+        FileNotFoundError: there are none.
+        ValueError: files that are missing, cut short, or not safetensors.
     """
 
     def __init__(self, folder: pathlib.Path):
-        """Open the folder's files.
-
-        Raises:
-            FileNotFoundError: there are none.
-            ValueError: files that are missing, cut short, or not safetensors.
-        """
         self.folder = folder
         self._files: dict[str, safe_open] = {}  # tensor name -> open file
         faults = []
@@ -45,16 +42,14 @@ class TensorFolder:
             except (SafetensorError, OSError) as error:
                 faults.append(f"{path.name} is not a whole safetensors file ({error})")
         if faults:
-            raise ValueError(f"The weights in {folder} cannot be read: {listed(faults)}. Copy or download them again.")
+            faults = listed(faults, 40, "; ", "; and")
+            raise ValueError(f"The weights in {folder} cannot be read: {faults}. Copy or download them again.")
         self.names = self._files.keys()
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def code(self, name: str) -> str:
-        """What the file calls a tensor's dtype; `FLOATS` has those that can be read."""
-        return self._files[name].get_slice(name).get_dtype()
+    def info(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The shape of a tensor, and what the file calls its dtype; `FLOATS` has those that can be read."""
+        tensor = self._files[name].get_slice(name)
+        return tuple(tensor.get_shape()), tensor.get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor, one step-less `slice` per axis; no more than it is read."""
@@ -62,20 +57,18 @@ class TensorFolder:
 
     def same(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two tensors hold the same values; looks at some `rows` of each at a time."""
-        if self.shape(one) != self.shape(other):
+        (end, *shape), _ = self.info(one)
+        if (end, *shape) != self.info(other)[0]:
             return False
-        end = self.shape(one)[0]
         parts = ((slice(start, min(start + rows, end)),) for start in range(0, end, rows))
         return all(np.array_equal(self.read(one, part), self.read(other, part)) for part in parts)
 
 
 def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]:
-    index = read_json(folder / "model.safetensors.index.json")
+    index = read_json(folder / INDEX)
     if index is not None:
         paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
-        faults += [
-            f"model.safetensors.index.json names {path.name}, which is not there" for path in paths if not path.exists()
-        ]
+        faults += [f"{INDEX} names {path.name}, which is not there" for path in paths if not path.exists()]
         return [path for path in paths if path.exists()]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
@@ -83,15 +76,14 @@ def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
     if pickled and not others:
         raise ValueError(
-            f"{folder} holds its weights as {listed(pickled)} alone. Pickled weights can run code and are not read; save "
+            f"{folder} holds its weights as {listed(pickled, 40)} alone. Pickled weights can run code and are not read; save "
             "the model with safe_serialization=True."
         )
-    hint = f" (it holds {listed(others)}, but no index)" if others else ""
-    raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json{hint}.")
+    hint = f" (it holds {listed(others, 40)}, but no index)" if others else ""
+    raise FileNotFoundError(f"{folder} has neither model.safetensors nor {INDEX}{hint}.")
 
 
-@dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """One tensor to write."""
 
     name: str
@@ -99,41 +91,32 @@ class Entry:
     dtype: str
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of one value."""
-        return np.dtype(self.dtype).itemsize
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all values."""
-        return math.prod(self.shape) * self.itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def write_tensors(folder: pathlib.Path, entries: Sequence[Entry], tensors: Iterator[np.ndarray]) -> None:
     """Write a model's tensors into one file, or into several with an index; those of a model that was here before go.
 
-    Args:
-        folder: must be there.
-        entries: the tensors in the order of the files.
-        tensors: gives the values of each, in any dtype and layout, when it is its turn.
+    `entries` are in the order of the files; `tensors` gives the values of each, in any dtype and layout, at its turn.
     """
     shards: list[list[Entry]] = [[]]
     for entry in entries:
         if shards[-1] and sum(other.nbytes for other in shards[-1]) + entry.nbytes > SHARD_BYTES:
             shards.append([])
         shards[-1].append(entry)
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    names = names if count > 1 else ["model.safetensors"]
     for name, shard in zip(names, shards):
         _write_file(folder / name, shard, tensors)
-    index = folder / "model.safetensors.index.json"
-    if len(shards) > 1:
+    if count > 1:
         weight_map = {entry.name: name for name, shard in zip(names, shards) for entry in shard}
         total = sum(entry.nbytes for entry in entries)
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     else:
-        index.unlink(missing_ok=True)
+        (folder / INDEX).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
         if path.name not in names:
             path.unlink()
@@ -156,16 +139,11 @@ def _write_file(path: pathlib.Path, entries: Sequence[Entry], tensors: Iterator[
 
 
 def read_json(path: pathlib.Path, *, required: bool = False) -> dict | None:
-    """What a JSON file holds; None where it is not there and not `required`.
-
-    Raises:
-        FileNotFoundError: it is required, and not there.
-        ValueError: it is not JSON.
-    """
+    """What a JSON file holds; None, or where it is `required` a FileNotFoundError, if there is none. ValueError: no JSON."""
     if not path.exists():
         if required:
             raise FileNotFoundError(
-                f"{path.parent} has no {path.name}; a model folder holds one beside its *.safetensors."
+                f"{path.parent} has no {path.name}; a model folder has one beside its *.safetensors."
             )
         return None
     try:
@@ -177,22 +155,3 @@ def read_json(path: pathlib.Path, *, required: bool = False) -> dict | None:
 def write_json(path: pathlib.Path, value: dict) -> None:
     """Write a JSON file as transformers does."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def listed(items: list[str], limit: int = 40) -> str:
-    """The first of many, for an error message, and how many more there are."""
-    more = len(items) - limit
-    return "; ".join(items[:limit]) + (f"; and {more} more" if more > 0 else "")
-
-
-__all__ = [
-    "CODES",
-    "FLOATS",
-    "SHARD_BYTES",
-    "Entry",
-    "TensorFolder",
-    "listed",
-    "read_json",
-    "write_json",
-    "write_tensors",
-]

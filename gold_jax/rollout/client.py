@@ -17,51 +17,37 @@ class ServerError(OSError):
 
 
 class Client:
-    """Sends requests to one server, from any number of threads.
+    """Sends requests to one server, from any number of threads; a `ServerError` says what went wrong.
 
     Refused and broken connections are tried again until `timeout` is over, faults of the server's own (5xx) at most
     `ATTEMPTS` times; requests that the server refuses (4xx) are not repeated.
 
     Args:
-        base_url: such as "http://localhost:8000".
+        base_url: such as "http://localhost:8000"; a ValueError if it is no address of HTTP.
         timeout: seconds for a request, all attempts together.
         started: how such a server is started, for the errors.
         api_key: sent as a bearer token; None sends none.
         pause: seconds before the second attempt; doubled before each further one, up to 8.
-
-    Raises:
-        ValueError: the address is not one of HTTP.
     """
 
-    def __init__(
-        self, base_url: str, *, timeout: float, started: str = "", api_key: str | None = None, pause: float = 0.5
-    ):
-        self.base_url = base_url.rstrip("/")
+    def __init__(self, base_url: str, *, timeout: float, started="", api_key: str | None = None, pause: float = 0.5):
         try:
             address = httpx.URL(base_url)
         except httpx.InvalidURL:
             address = httpx.URL()
         if address.scheme not in ("http", "https") or not address.host:
             raise ValueError(f"the server's address is {base_url!r}; it must be one such as http://localhost:8000.")
-        self.timeout, self.started, self.pause = timeout, started, pause
+        self.base_url, self.timeout, self.started, self.pause = base_url.rstrip("/"), timeout, started, pause
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else None
         limits = httpx.Limits(max_connections=None)  # the caller bounds the concurrency
         self._http = httpx.Client(headers=headers, limits=limits, follow_redirects=True)
 
     def get(self, path: str) -> Any:
-        """What the server answers to a GET, read as JSON.
-
-        Raises:
-            ServerError: see the class.
-        """
+        """What the server answers to a GET, read as JSON."""
         return self._ask("GET", path)
 
     def post(self, path: str, body: Any = None) -> Any:
-        """What the server answers to a POST of a JSON body (None: an empty one), read as JSON; None if it says nothing.
-
-        Raises:
-            ServerError: see the class.
-        """
+        """What the server answers to a POST of a JSON body (None: an empty one), read as JSON; None if it says nothing."""
         return self._ask("POST", path, body)
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
@@ -94,10 +80,8 @@ class Client:
                 raise ServerError(problem)
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
-        if not answer.content.strip():
-            return None
         try:
-            return answer.json()
+            return answer.json() if answer.content.strip() else None
         except ValueError as error:
             raise ServerError(f"{url} answers with something that is not JSON: {_cut(answer.text)}") from error
 

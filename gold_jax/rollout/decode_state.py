@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Cache
@@ -26,40 +25,24 @@ from gold_jax.sharding.placement import ROW_AXES, Placement
 
 
 class SamplingOptions(NamedTuple):
-    """How tokens are sampled; all traced.
+    """How tokens are sampled; all traced."""
 
-    Attributes:
-        temperature, top_k, top_p: as in `rollout.engine.Engine.generate`.
-        stops: int32 [any], tokens that end a row; -1 is none.
-        limit: int32, most tokens of a row.
-    """
-
-    temperature: jax.Array
+    temperature: jax.Array  # this and the next two as in `rollout.engine.Engine.generate`
     top_k: jax.Array
     top_p: jax.Array
-    stops: jax.Array
-    limit: jax.Array
+    stops: jax.Array  # int32 [any], tokens that end a row; -1 is none
+    limit: jax.Array  # int32, most tokens of a row
 
 
 class DecodeState(NamedTuple):
-    """The state of each row beside its cache.
+    """The state of each row beside its cache."""
 
-    Attributes:
-        next_token: int32 [R], sampled (or the prompt's last) but not yet fed to the model.
-        key: PRNG key [R]; token number `count` is sampled with `fold_in(key, count)`, which makes it independent of
-            timing.
-        count: int32 [R], tokens sampled so far.
-        done: bool [R]; an empty slot is done.
-        tokens, logprobs: int32 and float32 [R, N], the samples and their log-probabilities at temperature 1,
-            unfiltered.
-    """
-
-    next_token: jax.Array
-    key: jax.Array
-    count: jax.Array
-    done: jax.Array
-    tokens: jax.Array
-    logprobs: jax.Array
+    next_token: jax.Array  # int32 [R], sampled (or the prompt's last) but not yet fed to the model
+    key: jax.Array  # PRNG key [R]; sample number `count` takes `fold_in(key, count)`, and so is independent of timing
+    count: jax.Array  # int32 [R], tokens sampled so far
+    done: jax.Array  # bool [R]; an empty slot is done
+    tokens: jax.Array  # int32 [R, N], the samples
+    logprobs: jax.Array  # float32 [R, N], their log-probabilities at temperature 1, unfiltered
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new"))
@@ -68,20 +51,14 @@ def empty_slots(
 ) -> tuple[Cache, DecodeState]:
     """Empty decode slots with room for `new` tokens each."""
     heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
-    zeros = jnp.zeros(rows, jnp.int32)
+    zeros, size = jnp.zeros(rows, jnp.int32), config.head_dim
     keys, values = (
         tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
-        for shape in ((config.head_dim, slots), (slots, config.head_dim))
+        for shape in ((size, slots), (slots, size))
     )
-    decode_state = DecodeState(
-        next_token=zeros,
-        key=jnp.broadcast_to(key, (rows,)),
-        count=zeros,
-        done=jnp.ones(rows, bool),
-        tokens=jnp.zeros((rows, new), jnp.int32),
-        logprobs=jnp.zeros((rows, new), jnp.float32),
-    )
-    return _constrain_cache(placement, Cache(keys, values, zeros)), _replicated(placement, decode_state)
+    samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, jnp.float32))
+    state = DecodeState(zeros, jnp.broadcast_to(key, (rows,)), zeros, jnp.ones(rows, bool), *samples)
+    return _constrain(placement, Cache(keys, values, zeros), state)
 
 
 def cache_shardings(placement: Placement, cache: Cache) -> Cache:
@@ -92,29 +69,23 @@ def cache_shardings(placement: Placement, cache: Cache) -> Cache:
     return Cache(by_heads, by_heads, placement.sharding(placement.row_axes(rows)))
 
 
-def _constrain_cache(placement: Placement | None, cache: Cache) -> Cache:
-    """The cache with its shardings imposed."""
+def _constrain(placement: Placement | None, cache: Cache, replicated):
+    """The cache with its shardings imposed, and what every device has a full copy of."""
     if placement is None:
-        return cache
-    return jax.lax.with_sharding_constraint(cache, cache_shardings(placement, cache))
+        return cache, replicated
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(cache, cache_shardings(placement, cache)), constrain(replicated, placement.replicated)
 
 
-def _replicated(placement: Placement | None, tree):
-    return tree if placement is None else jax.lax.with_sharding_constraint(tree, placement.replicated)
-
-
-def _per_shard(
-    placement: Placement | None, change: Callable, cache: Cache, row_index: jax.Array, *more: Cache
-) -> Cache:
+def _per_shard(placement: Placement | None, change: Callable, cache: Cache, row_index, *more: Cache) -> Cache:
     """`change(cache, row_index, *more)`, on a mesh in every shard by itself, where indices count the shard's own rows."""
     if placement is None:
         return change(cache, row_index, *more)
-    rows, heads = cache.keys[0].shape[:2]
-    by_head, by_row = P(ROW_AXES, placement.head_axis(heads)), P(ROW_AXES)
-    specs = Cache(by_head, by_head, by_row)
+    specs = jax.tree.map(lambda sharding: sharding.spec, cache_shardings(placement, cache))
+    by_row, own = specs.length, len(cache.length) // placement.row_shards
 
     def local(cache, row_index, *more):
-        return change(cache, row_index - jax.lax.axis_index(ROW_AXES) * (rows // placement.row_shards), *more)
+        return change(cache, row_index - jax.lax.axis_index(ROW_AXES) * own, *more)
 
     return map_shards(placement, local, (specs, by_row, *(specs,) * len(more)), specs)(cache, row_index, *more)
 
@@ -127,8 +98,7 @@ def prefill_into_slots(
 
     Args:
         graphdef, params: the model.
-        cache: donated.
-        decode state: of the same rows.
+        cache, decode_state: of R rows; the cache is donated.
         tokens: int32 [F, P], all of each prompt but its last token, padded on the right.
         lengths: int32 [F], how many tokens that is.
         next_token: int32 [F], each prompt's last token, the first that decoding feeds.
@@ -144,15 +114,17 @@ def prefill_into_slots(
         tokens, lengths = (placement.shard_rows(x) for x in (tokens, lengths))
     _, prefilled = model.prefill(tokens, jnp.arange(width) < lengths[:, None], width)
     cache = _per_shard(placement, _scatter_rows, cache, row_index, prefilled._replace(length=lengths))
+
+    def joined(name, new):
+        return getattr(decode_state, name).at[row_index].set(new, mode="drop")
+
     decode_state = decode_state._replace(
-        next_token=decode_state.next_token.at[row_index].set(next_token, mode="drop"),
-        key=decode_state.key.at[row_index].set(
-            jax.vmap(functools.partial(jax.random.fold_in, key))(index), mode="drop"
-        ),
-        count=decode_state.count.at[row_index].set(0, mode="drop"),
-        done=decode_state.done.at[row_index].set(False, mode="drop"),
+        next_token=joined("next_token", next_token),
+        key=joined("key", jax.vmap(functools.partial(jax.random.fold_in, key))(index)),
+        count=joined("count", 0),
+        done=joined("done", False),
     )
-    return _constrain_cache(placement, cache), _replicated(placement, decode_state)
+    return _constrain(placement, cache, decode_state)
 
 
 def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
@@ -167,30 +139,17 @@ def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def decode_until(
-    graphdef,
-    params,
-    weights,
-    cache: Cache,
-    decode_state: DecodeState,
-    options: SamplingOptions,
-    max_steps,
-    min_active,
-    min_active_per_shard,
+    graphdef, params, weights, cache, decode_state, options, max_steps, min_active, min_active_per_shard
 ) -> tuple[Cache, DecodeState, jax.Array]:
     """Decode all rows in a `while_loop` until the host has something to do (refill, shrink or grow).
 
     Args:
-        graphdef, params: the model.
-        weights: its `decoding_weights()`.
-        cache: donated; the slots left in every row that goes on must be `max_steps` or more.
-        decode state: of the same rows.
-        options: how to sample.
-        max_steps: int32, most tokens to decode now.
-        min_active: int32; stops when at most this many rows are unfinished …
-        min_active_per_shard: int32; … or at most this many in every shard.
-
-    Returns:
-        The cache, the decode state, and the number of steps done.
+        graphdef, params, weights: the model, and its `decoding_weights()`.
+        cache, decode_state: of the same rows. The cache is donated; the slots left in every row that goes on must be
+            `max_steps` or more.
+        options, max_steps: `SamplingOptions`; int32, most tokens to decode now (the third result says how many it were).
+        min_active, min_active_per_shard: int32; stops when at most this many rows are unfinished, or at most this many in
+            every shard.
     """
     model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.row_shards
@@ -206,10 +165,11 @@ def decode_until(
         # Shapes are static, so finished rows are decoded too: into slot 0, which is always there and no longer needed.
         cache = cache._replace(length=jnp.where(decode_state.done, 0, cache.length))
         decode_state = _sample_and_record(model.decode_logits(hidden, weights), decode_state, options)
-        return steps + 1, _constrain_cache(model.placement, cache), _replicated(model.placement, decode_state)
+        return steps + 1, *_constrain(model.placement, cache, decode_state)
 
     steps, cache, decode_state = jax.lax.while_loop(keep_going, step, (jnp.int32(0), cache, decode_state))
-    return _constrain_cache(model.placement, cache), *_replicated(model.placement, (decode_state, steps))
+    cache, (decode_state, steps) = _constrain(model.placement, cache, (decode_state, steps))
+    return cache, decode_state, steps
 
 
 @jax.named_scope("draw")
@@ -232,21 +192,13 @@ def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: Sa
 
 
 @functools.partial(jax.jit, static_argnames=("placement", "slots"))
-def resize_slots(
-    cache: Cache, decode_state: DecodeState, rows: jax.Array, *, placement: Placement | None = None, slots: int
-) -> tuple[Cache, DecodeState]:
+def resize_slots(cache: Cache, decode_state: DecodeState, rows, *, placement: Placement | None = None, slots: int):
     """Keep some of the rows, with more or fewer slots, at least as many as these rows have filled.
 
-    Args:
-        cache, decode state: of R rows.
-        rows: int32 [any], which to keep, in their new order; on a mesh as many of each shard, in the order of the
-            shards.
-        placement: of the model.
-        slots: of the new cache.
+    `rows`, int32 [any], are those to keep, in their new order; on a mesh as many of each shard, in the order of shards.
     """
     cache = _per_shard(placement, functools.partial(_gather_rows, slots), cache, rows)
-    decode_state = jax.tree.map(lambda old: old[rows], decode_state)
-    return _constrain_cache(placement, cache), _replicated(placement, decode_state)
+    return _constrain(placement, cache, jax.tree.map(lambda old: old[rows], decode_state))
 
 
 def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
@@ -258,14 +210,3 @@ def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
 
     keys, values = (tuple(fit(old, axis) for old in both) for both, axis in ((cache.keys, 3), (cache.values, 2)))
     return Cache(keys, values, cache.length[rows])
-
-
-__all__ = [
-    "DecodeState",
-    "SamplingOptions",
-    "cache_shardings",
-    "decode_until",
-    "empty_slots",
-    "prefill_into_slots",
-    "resize_slots",
-]

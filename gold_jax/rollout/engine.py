@@ -8,16 +8,13 @@ import numpy as np
 
 
 class Sampled(NamedTuple):
-    """One completion as token ids.
+    """One completion as token ids."""
 
-    Attributes:
-        ids: int32 [N], the stop token that ended it included.
-        logprobs: float32 [N], log-probability of each token under the model itself (temperature 1, nothing left out);
-            NaN where the engine does not tell.
-    """
+    ids: np.ndarray  # int32 [N], the stop token that ended it included
+    logprobs: np.ndarray  # float32 [N], of the model itself (temperature 1, no filter); NaN where it is not told
 
-    ids: np.ndarray
-    logprobs: np.ndarray
+
+EMPTY = Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 
 class Engine(Protocol):
@@ -34,7 +31,6 @@ class Engine(Protocol):
         top_k: int = 0,
         top_p: float = 1.0,
         stop_ids: Sequence[int] = (),
-        pad_id: int = 0,
     ) -> list[Sampled]:
         """One completion for each prompt, in order.
 
@@ -47,5 +43,4 @@ class Engine(Protocol):
             top_k: draw among the k likeliest tokens; 0 is off.
             top_p: then among the fewest tokens that together have this share; 1 is off.
             stop_ids: tokens that end a completion.
-            pad_id: the token to pad with; what it is does not matter.
         """

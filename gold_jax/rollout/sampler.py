@@ -4,75 +4,50 @@ What happens to the rows on the device is in `rollout.decode_state`.
 """
 
 import collections
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import merge, split
+from gold_jax.models.functional import count, merge, split
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
-from gold_jax.rollout.engine import Sampled
+from gold_jax.rollout.engine import EMPTY, Sampled
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
 _MIN_LENGTH = 32  # least prompt width, number of slots, and free slots after a resize
 _MIN_ROWS = 8  # no program for fewer rows: decoding is bound by reading the weights, for one row as for eight
 _REFILL_FRACTION = 4  # refill when a fourth of the rows is free: each prefill interrupts decoding
-_SMALL_CACHE = (
-    4  # a cache of at most a fourth of the weights' bytes gets all its slots at once: growing would save little
-)
+_SMALL_CACHE = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once: growing saves little
 
 
 class SamplingEngine:
     """Writes completions with the model itself; an `rollout.engine.Engine`.
 
-    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device decodes by
-    itself until the host must act: when a fourth of the rows is free and prompts wait, they are prefilled; when none
-    waits and half the rows are done, the others are compacted to half as many; when a row's slots are full, all rows
-    get twice as many.
-    Prompts go from the longest to the shortest.
+    At most `rows` rows are written at once; on a mesh, the next multiple of its shards. The device decodes by itself
+    until the host must act: when a fourth of the rows is free and prompts wait, they are prefilled, the longest first;
+    when none waits and half the rows are done, the others are compacted to half as many; when a row's slots are full,
+    all rows get twice as many.
 
     What a row draws depends on the key, its index and its own prompt alone, whatever `rows` is and the other rows do
     (as far as rounding goes: a product of other shapes may round otherwise).
 
     Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of
-    two. In one call the rows only shrink and there is one number of slots where the cache is small beside the weights;
-    never are there more than one program for each number of rows and two for each number of slots. Reading prompts
-    compiles once for each of these and width of prompts (32, 48, 64, 96, 128, …).
+    two (of a cache that is small beside the weights, one); to read prompts, also for their width (32, 48, 64, 96, …). In
+    one call the rows only shrink; never are there more than one program for each number of rows and two for each of slots.
     """
 
     def __init__(self, rows: int = 32):
-        """Make an engine that writes at most as many rows at once."""
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}.")
         self.rows = rows
 
-    def generate(
-        self,
-        model: Decoder | tuple,
-        prompts: Sequence[np.ndarray],
-        *,
-        max_new_tokens: int,
-        key: jax.Array,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop_ids: Sequence[int] = (),
-        pad_id: int = 0,
-    ) -> list[Sampled]:
+    def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
         """See `Engine.generate`.
 
-        Args:
-            model: as there.
-            prompts: as there.
-            max_new_tokens: a static size: each new value compiles once.
-            key: as there.
-            temperature, top_k, top_p, stop_ids: as there; changing them compiles nothing.
-            pad_id: as there.
+        `max_new_tokens` is a static size: each new value compiles once. Changing the other settings compiles nothing.
 
         Raises:
             ValueError: a setting out of its range, or a token that the model does not have.
@@ -87,51 +62,47 @@ class SamplingEngine:
             raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
         stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
-        settings = SamplingOptions(
-            np.float32(temperature), np.int32(top_k), np.float32(top_p), stops, np.int32(max_new_tokens)
-        )
+        filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+        settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        return _GenerationRun(*split(model), prompts, settings, key, pad_id, self.rows).finish()
+        return _GenerationRun(split(model), prompts, settings, key, self.rows).finish()
 
 
 class _GenerationRun:
     """One call of an engine: which prompt each row of the device holds, and what comes next."""
 
-    def __init__(
-        self, graphdef, params, prompts: list[np.ndarray], settings: SamplingOptions, key, pad_id: int, rows: int
-    ):
-        model = merge(graphdef, params)
-        check_tokens(prompts, model.config.vocab_size)
-        self.model, self.config, self.dtype = (graphdef, params), model.config, model.dtype
-        self.prompts, self.settings, self.key, self.pad_id = prompts, settings, key, pad_id
-        self.new = int(settings.limit)
+    def __init__(self, model: tuple, prompts: list[np.ndarray], settings: SamplingOptions, key, rows: int):
+        decoder = merge(*model)
+        vocab_size = decoder.config.vocab_size
+        for number, prompt in enumerate(prompts):
+            if len(wrong := prompt[(prompt < 0) | (prompt >= vocab_size)]):
+                raise ValueError(
+                    f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}."
+                )
+        self.model, self.config, self.dtype, self.placement = model, decoder.config, decoder.dtype, decoder.placement
+        self.prompts, self.settings, self.key, self.new = prompts, settings, key, int(settings.limit)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.queue = collections.deque(i for i in longest_first if len(prompts[i]))
-        self.placement = model.placement
-        self.shards = 1 if model.placement is None else model.placement.row_shards
-        each = -(-rows // self.shards)
-        self.sizes = [self.shards * size for size in halves(each)]
-        size = min(size for size in self.sizes if size >= min(self.shards * each, len(self.queue)))
+        self.shards = 1 if self.placement is None else self.placement.row_shards
+        halves = [-(-rows // self.shards)]  # of the rows of a shard, down to 1
+        while halves[-1] > 1:
+            halves.append(-(-halves[-1] // 2))
+        self.sizes = [self.shards * size for size in halves]
+        size = min(size for size in self.sizes if size >= min(self.sizes[0], len(self.queue)))
         # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
 
     def finish(self) -> list[Sampled]:
         """Run until every prompt has its completion."""
-        found = [Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32)) for _ in self.prompts]
+        found = [EMPTY] * len(self.prompts)
         if not self.queue:
             return found
         self.weights = merge(*self.model).decoding_weights()
         self.slots = self._fitting_slots(len(self.prompts[self.queue[0]]) - 1)
-        self.cache, self.decode_state = device.empty_slots(
-            self.key,
-            config=self.config,
-            dtype=self.dtype,
-            placement=self.placement,
-            rows=len(self.active),
-            slots=self.slots,
-            new=self.new,
-        )
+        of_model = {"config": self.config, "dtype": self.dtype, "placement": self.placement}
+        sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new}
+        self.state = device.empty_slots(self.key, **of_model, **sizes)  # the cache and the decode state
         while True:
             while self.queue and (~self.active).sum() >= self._rows_needed_free():
                 self._prefill()
@@ -141,10 +112,10 @@ class _GenerationRun:
             self._decode()
         self._offload_finished()
         # One device-to-host transfer for the whole call.
-        for (tokens, logprobs, count), prompt_of_row in jax.device_get(self.offloaded):
+        for (tokens, logprobs, lengths), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):
-                n = count[row]
-                found[prompt_of_row[row]] = Sampled(tokens[row, :n], logprobs[row, :n])
+                end = lengths[row]
+                found[prompt_of_row[row]] = Sampled(tokens[row, :end], logprobs[row, :end])
         return found
 
     def _refill_size(self) -> int:
@@ -172,26 +143,12 @@ class _GenerationRun:
         rows, row_index = row_index.reshape(-1)[taken], np.full(space, size, np.int32)
         row_index[taken] = rows
         lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
-        tokens = np.full((space, bucket(int(lengths.max()), smallest=_MIN_LENGTH)), self.pad_id, np.int32)
+        tokens = np.zeros((space, bucket(int(lengths.max()), smallest=_MIN_LENGTH)), np.int32)
         for row, i in zip(taken, chosen):
             tokens[row, : len(self.prompts[i]) - 1] = self.prompts[i][:-1]
-
-        def spread(values):
-            out = np.zeros(space, np.int32)
-            out[taken] = values
-            return out
-
-        self.cache, self.decode_state = device.prefill_into_slots(
-            *self.model,
-            self.cache,
-            self.decode_state,
-            tokens,
-            spread(lengths),
-            spread([self.prompts[i][-1] for i in chosen]),
-            spread(chosen),
-            row_index,
-            self.key,
-        )
+        of_prompt = np.zeros((3, space), np.int32)
+        of_prompt[:, taken] = lengths, [self.prompts[i][-1] for i in chosen], chosen
+        self.state = device.prefill_into_slots(*self.model, *self.state, tokens, *of_prompt, row_index, self.key)
         self.prompt_of_row[rows], self.length[rows], self.active[rows] = chosen, lengths, True
 
     def _resize(self) -> None:
@@ -209,23 +166,16 @@ class _GenerationRun:
         self._offload_finished()
         kept = np.argsort(~alive, axis=1, kind="stable")[:, : size // self.shards]
         rows = (kept + alive.shape[1] * np.arange(self.shards)[:, None]).reshape(-1).astype(np.int32)
-        self.cache, self.decode_state = device.resize_slots(
-            self.cache, self.decode_state, rows, placement=self.placement, slots=slots
-        )
-        self.prompt_of_row, self.length, self.active, self.slots = (
-            self.prompt_of_row[rows],
-            self.length[rows],
-            self.active[rows],
-            slots,
-        )
+        self.state = device.resize_slots(*self.state, rows, placement=self.placement, slots=slots)
+        self.prompt_of_row, self.length, self.active = (x[rows] for x in (self.prompt_of_row, self.length, self.active))
+        self.slots = slots
 
     def _fitting_slots(self, longest: int) -> int:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
         prompts = self.prompt_of_row[self.active] if self.active.any() else [self.queue[0]]
         needed = max(len(self.prompts[i]) for i in prompts) - 1 + self.new
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.model[1]))
-        max_steps, small = most_slots(self.config, weights, len(self.active) // self.shards, needed)
-        return max_steps if small else min(max_steps, _slots(longest + _MIN_LENGTH))
+        most, small = most_slots(self.config, count(self.model[1]), len(self.active) // self.shards, needed)
+        return most if small else min(most, _slots(longest + _MIN_LENGTH))
 
     def _decode(self) -> None:
         """Decode on the device until the next refill, shrink or resize."""
@@ -236,15 +186,10 @@ class _GenerationRun:
             smaller = [s // self.shards for s in self.sizes if s < size]
             min_active_per_shard = max((s for s in smaller if s >= _MIN_ROWS), default=0)
         max_steps = self.slots - self.length[self.active].max()
-        self.cache, self.decode_state, steps = device.decode_until(
-            *self.model,
-            self.weights,
-            self.cache,
-            self.decode_state,
-            self.settings,
-            *map(np.int32, (max_steps, min_active, min_active_per_shard)),
-        )
-        done, steps = jax.device_get((self.decode_state.done, steps))
+        limits = map(np.int32, (max_steps, min_active, min_active_per_shard))
+        *state, steps = device.decode_until(*self.model, self.weights, *self.state, self.settings, *limits)
+        self.state = state
+        done, steps = jax.device_get((state[1].done, steps))
         self.length += steps * self.active
         self.active = ~done
 
@@ -252,44 +197,19 @@ class _GenerationRun:
         """Copy the samples of finished rows to the host, asynchronously, before their slots are reused."""
         prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
         if (prompt_of_row >= 0).any():
-            samples = self.decode_state.tokens, self.decode_state.logprobs, self.decode_state.count
+            _, state = self.state
+            samples = state.tokens, state.logprobs, state.count
             for array in samples:
                 array.copy_to_host_async()
             self.offloaded.append((samples, prompt_of_row))
-        self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
-
-
-def check_tokens(prompts: Sequence[np.ndarray], vocab_size: int) -> None:
-    """See that a model has every token of the prompts.
-
-    Raises:
-        ValueError: it has not, and which.
-    """
-    for number, prompt in enumerate(prompts):
-        wrong = prompt[(prompt < 0) | (prompt >= vocab_size)]
-        if len(wrong):
-            raise ValueError(f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}.")
-
-
-def halves(rows: int) -> list[int]:
-    """`rows`, half of it, and so on, rounded up, down to 1."""
-    return [rows] if rows == 1 else [rows, *halves(-(-rows // 2))]
+            self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
 
 
 def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> tuple[int, bool]:
-    """How many slots a cache has at most that is to hold `length` tokens.
+    """How many slots a cache has at most that is to hold `length` tokens in so many rows, and whether it is cheap.
 
-    A cache that is cheap, because it is small beside the weights, has all its slots at once and in few sizes; of
-    another no more than a fourth stays empty.
-
-    Args:
-        config: the model's.
-        weights: how many parameters it has.
-        rows: that a device writes at once.
-        length: tokens of the longest row.
-
-    Returns:
-        The slots, and whether the cache is cheap.
+    A cache that is cheap, because it is small beside the model's `weights` (their number), has all its slots at once and
+    in few sizes; of another no more than a fourth stays empty.
     """
     slots = _slots(length)
     small = _SMALL_CACHE * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
@@ -299,6 +219,3 @@ def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> t
 def _slots(length: int) -> int:
     """How many slots hold `length` tokens: 32, 64, 128, …"""
     return power_of_two(int(length), smallest=_MIN_LENGTH)
-
-
-__all__ = ["SamplingEngine"]

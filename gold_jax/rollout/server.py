@@ -2,11 +2,9 @@
 
 Tokens go out and come back as ids, never as text: text that is read again need not give the tokens that were drawn. A
 server that returns no ids is an error. What ends a completion is the student's stop tokens alone (`ignore_eos`), and
-every penalty and filter that is not a setting of the run is switched off by name, because servers take defaults for them from the
-model's generation_config.json.
-
-Weights are pushed by saving and reloading: the student is written as a Hugging Face folder where the server can read it
-too, under the same path, and the server loads it in place.
+every penalty and filter that is not a setting of the run is switched off by name. Weights are pushed by saving and
+reloading: the student is written as a Hugging Face folder where the server can read it too, under the same path, and
+the server loads it in place.
 
 Fields and routes, as they stood in the servers' sources and documentation in 2026:
 
@@ -25,11 +23,11 @@ Fields and routes, as they stood in the servers' sources and documentation in 20
 """
 
 import concurrent.futures
+import dataclasses
 import os
 import pathlib
 import shutil
 import uuid
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -38,76 +36,40 @@ import numpy as np
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.rollout.client import Client, ServerError
-from gold_jax.rollout.engine import Sampled
+from gold_jax.rollout.engine import EMPTY, Sampled
 
-CONCURRENCY = 64
 # Servers would take these from the model's generation_config.json, which would change what is sampled.
-_NEUTRAL = {
-    "min_p": 0.0,
-    "repetition_penalty": 1.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "ignore_eos": True,
-}
-
-
-class SamplingParams(NamedTuple):
-    """How one completion is sampled."""
-
-    max_new_tokens: int
-    temperature: float
-    top_k: int
-    top_p: float
-    stop_ids: list[int]
+_NEUTRAL = dict(min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=True)
 
 
 class Answer(NamedTuple):
-    """What a server says about one completion.
-
-    Attributes:
-        ids: token ids, not yet checked.
-        logprobs: one for each id, or None where it does not tell the model's own.
-        finish: "stop", "length", or another reason to end.
-        matched: the id of the stop token that ended it, if it says so.
-    """
+    """What a server says about one completion, not yet checked."""
 
     ids: Any
-    logprobs: Any
-    finish: Any
-    matched: Any
+    logprobs: Any  # one for each id, or None where it does not tell the model's own
+    finish: Any  # "stop", "length", or another reason to end
+    matched: Any  # the id of the stop token that ended it, if it says so
 
 
-class VLLM:
+class _VLLM:
     """vLLM's OpenAI-compatible server (`vllm serve`); TRL's `trl vllm-serve` is another one."""
 
     started = "vLLM is started with: VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --port PORT"
     path = "/v1/completions"
 
-    def request(self, prompt: list[int], params: SamplingParams, seed: int) -> dict:
-        """The body of the request for one completion."""
-        return {
-            "prompt": prompt,
-            "max_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "seed": seed,
-            "stop_token_ids": params.stop_ids,
-            "return_token_ids": True,
-            "logprobs": 0,
-            **_NEUTRAL,
-        }
+    def request(self, prompt: list[int], sampling: dict, most: int, seed: int) -> dict:
+        """The body of the request for one completion of at most so many tokens."""
+        return {"prompt": prompt, "max_tokens": most, "seed": seed, "return_token_ids": True, "logprobs": 0, **sampling}
 
-    def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
+    def read(self, answer: Any, prompt: list[int], temperature: float) -> Answer:
         """What the answer says; KeyError, IndexError and TypeError where it has another form."""
         (choice,) = answer["choices"]
-        ids = choice.get("token_ids")
+        ids, read = choice.get("token_ids"), choice.get("prompt_token_ids")
         if ids is None:
             raise ServerError(
                 "the answer has no token_ids, and text that is read again need not give the tokens that were drawn; vLLM returns "
                 "them for return_token_ids from version 0.10.2 on, SGLang through its own route (--rollout_server sglang)."
             )
-        read = choice.get("prompt_token_ids")
         if read is not None and read != prompt:
             raise ServerError(
                 f"the server read another prompt ({len(read)} tokens) than the one it was given ({len(prompt)})."
@@ -132,42 +94,29 @@ class VLLM:
             )
 
 
-class SGLang:
-    """SGLang's own server (`python -m sglang.launch_server`), through its native routes. Methods as in `VLLM`."""
+class _SGLang:
+    """SGLang's own server (`python -m sglang.launch_server`), through its native routes. Methods as in `_VLLM`."""
 
     started = "SGLang is started with: python -m sglang.launch_server --model-path MODEL --port PORT"
     path = "/generate"
 
-    def request(self, prompt: list[int], params: SamplingParams, seed: int) -> dict:
-        """See `VLLM.request`."""
-        sampling = {
-            "max_new_tokens": params.max_new_tokens,
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k or -1,
-            "sampling_seed": seed,
-            "stop_token_ids": params.stop_ids,
-            **_NEUTRAL,
-        }
-        return {"input_ids": prompt, "return_logprob": True, "sampling_params": sampling}
+    def request(self, prompt: list[int], sampling: dict, most: int, seed: int) -> dict:
+        own = {"max_new_tokens": most, "sampling_seed": seed, "top_k": sampling["top_k"] or -1}
+        return {"input_ids": prompt, "return_logprob": True, "sampling_params": sampling | own}
 
-    def read(self, answer: Any, prompt: list[int], params: SamplingParams) -> Answer:
-        """See `VLLM.read`."""
-        meta_info = answer["meta_info"]
-        token_logprobs = meta_info.get("output_token_logprobs")
-        if token_logprobs is None:
+    def read(self, answer: Any, prompt: list[int], temperature: float) -> Answer:
+        meta = answer["meta_info"]
+        drawn = meta.get("output_token_logprobs")
+        if drawn is None:
             raise ServerError(
                 "the answer has no meta_info.output_token_logprobs, from which the token ids are read; SGLang's /generate gives "
                 "them for return_logprob, vLLM through another route (--rollout_server vllm)."
             )
-        logprobs = (
-            [d[0] for d in token_logprobs] if params.temperature in (0, 1) else None
-        )  # else they are not the model's own
-        finish = meta_info["finish_reason"]
-        return Answer([d[1] for d in token_logprobs], logprobs, finish["type"], finish.get("matched"))
+        logprobs = [d[0] for d in drawn] if temperature in (0, 1) else None  # else they are not the model's own
+        finish = meta["finish_reason"]
+        return Answer([d[1] for d in drawn], logprobs, finish["type"], finish.get("matched"))
 
     def reload(self, client: Client, folder: str) -> None:
-        """See `VLLM.reload`."""
         try:
             said = client.post("/update_weights_from_disk", {"model_path": folder})
         except ServerError as error:
@@ -177,99 +126,67 @@ class SGLang:
             raise ServerError(f"{client.base_url} has not loaded {folder}: {reason}")
 
 
-KINDS = {"vllm": VLLM, "sglang": SGLang}
+KINDS = {"vllm": _VLLM(), "sglang": _SGLang()}
 
 
+@dataclasses.dataclass(eq=False, repr=False)
 class ServerEngine:
     """Has a server write completions; see `rollout.engine.Engine`.
 
-    The server answers with the weights that `sync` pushed last, whatever model `generate` is given.
-
-    Args:
-        base_url: such as "http://localhost:8000".
-        weights_dir: folder for pushed weights, which the server must be able to read under the same absolute path.
-        kind: "vllm" or "sglang".
-        vocab_size: rows of the student's head; ids beyond are an error. None: not checked.
-        timeout: seconds for each answer; a server that is starting is waited for as long.
-        sync_every: updates between two pushes.
-        sync_first: push before the first rollouts too; False where the server already has the student's weights.
-        dtype: type of pushed weights, as in `save_model`.
-        api_key: bearer token, where the server wants one.
-        concurrency: most requests at once.
-        pause: seconds before a second attempt, as in `Client`.
-
-    Raises:
-        ValueError: an unknown kind, or no HTTP address.
+    The server answers with the weights that `sync` pushed last, whatever model `generate` is given. An unknown kind and
+    what is no HTTP address are a ValueError.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        weights_dir: str | os.PathLike,
-        *,
-        kind: str = "vllm",
-        vocab_size: int | None = None,
-        timeout: float = 240.0,
-        sync_every: int = 1,
-        sync_first: bool = True,
-        dtype: str = "auto",
-        api_key: str | None = None,
-        concurrency: int = CONCURRENCY,
-        pause: float = 0.5,
-    ):
-        if kind not in KINDS:
-            raise ValueError(f"the server's kind is {kind!r}; it must be one of {', '.join(KINDS)}.")
-        self.api = KINDS[kind]()
-        self.client = Client(base_url, timeout=timeout, started=self.api.started, api_key=api_key, pause=pause)
-        self.weights_dir = pathlib.Path(weights_dir).absolute()
-        self.vocab_size, self.concurrency, self.dtype = vocab_size, concurrency, dtype
-        self.sync_every = sync_every
-        self.pushed: int | None = None if sync_first else 0  # updates that the server's weights have seen
+    base_url: str  # such as "http://localhost:8000"
+    weights_dir: str | os.PathLike  # for pushed weights; the server must be able to read the same absolute path
+    kind: str = "vllm"  # one of `KINDS`
+    vocab_size: int | None = None  # rows of the student's head; ids beyond are an error. None: not checked
+    timeout: float = 240.0  # seconds for each answer; a server that is starting is waited for as long
+    sync_every: int = 1  # updates between two pushes
+    sync_first: bool = True  # push before the first rollouts too; False where the server has the student's weights
+    dtype: str = "auto"  # of pushed weights, as in `save_model`
+    api_key: str | None = None  # bearer token, where the server wants one
+    concurrency: int = 64  # most requests at once
+    pause: float = 0.5  # seconds before a second attempt, as in `Client`
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"the server's kind is {self.kind!r}; it must be one of {', '.join(KINDS)}.")
+        self.api = KINDS[self.kind]
+        options = {"timeout": self.timeout, "api_key": self.api_key, "pause": self.pause}
+        self.client = Client(self.base_url, started=self.api.started, **options)
+        self.weights_dir = pathlib.Path(self.weights_dir).absolute()
+        self.pushed: int | None = None if self.sync_first else 0  # updates that the server's weights have seen
         self.folder: pathlib.Path | None = None
 
     def check(self, longest: int) -> None:
-        """Make sure that a server of the right kind is there.
-
-        Args:
-            longest: most tokens of a prompt and its completion together.
-
-        Raises:
-            ServerError: it is not, or its window is too short.
-        """
-        answer = self.client.get("/v1/models")
+        """Make sure that a server of the right kind is there, whose window holds `longest` tokens; else a `ServerError`."""
+        answer, url = self.client.get("/v1/models"), self.client.base_url
         try:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{self.client.base_url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
+                f"{url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
             ) from error
         if window is not None and window < longest:
             raise ServerError(
-                f"{self.client.base_url} reads at most {window} tokens, but prompts and completions may have {longest}; raise its "
+                f"{url} reads at most {window} tokens, but prompts and completions may have {longest}; raise its "
                 "--max-model-len (vLLM) or --context-length (SGLang), or lower --max_prompt_length or --max_completion_length."
             )
 
     def sync(self, model: Any, updates: int) -> bool:
-        """Push the student's weights where those that the server has are `sync_every` updates old.
+        """Push the student's weights where those that the server has are `sync_every` updates old; whether they were.
 
-        Args:
-            model: a `Decoder`, or its `(graphdef, params)` as they stand now.
-            updates: how many updates these have seen.
-
-        Returns:
-            Whether they were pushed.
-
-        Raises:
-            ServerError: the server did not load them.
+        `model` is a `Decoder`, or its `(graphdef, params)` as they stand after so many updates. A `ServerError` says that
+        the server did not load them.
         """
         if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False
-        model = merge(*split(model))
         # A name of its own for every push: nothing that a server or a file system remembers of a path can be stale.
         folder = self.weights_dir / f"update-{updates}-{uuid.uuid4().hex[:8]}"
         unfinished = folder.with_name(f".{folder.name}")
         try:
-            save_model(model, unfinished, dtype=self.dtype)
+            save_model(merge(*split(model)), unfinished, dtype=self.dtype)
             os.replace(unfinished, folder)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -284,45 +201,33 @@ class ServerEngine:
         """Makes the next `sync` push in any case: updates are counted from 0 again, with other weights."""
         self.pushed = None
 
-    def generate(
-        self,
-        model: Any,
-        prompts: Sequence[np.ndarray],
-        *,
-        max_new_tokens: int,
-        key: jax.Array,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        stop_ids: Sequence[int] = (),
-        pad_id: int = 0,
-    ) -> list[Sampled]:
-        """See `Engine.generate`; `model` and `pad_id` have no part here.
+    def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
+        """See `Engine.generate`; `model` has no part here.
 
         Each prompt is a request with a seed of its own, made of the key and the prompt's index.
 
         Raises:
             ServerError: the server refuses a setting, or a completion is missing or breaks the settings.
         """
-        params = SamplingParams(
-            max_new_tokens, float(temperature), int(top_k), float(top_p), [int(i) for i in stop_ids]
-        )
+        sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
+        sampling |= {"stop_token_ids": [int(i) for i in stop_ids], **_NEUTRAL}
         seeds = _seeds(key, len(prompts))
 
         def complete(index: int) -> Sampled:
             prompt = [int(i) for i in prompts[index]]
             if not prompt:
-                return Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32))
-            answer = self.client.post(self.api.path, self.api.request(prompt, params, seeds[index]))
+                return EMPTY
+            said = self.client.post(self.api.path, self.api.request(prompt, sampling, max_new_tokens, seeds[index]))
             source = f"{self.client.base_url}{self.api.path}, completion {index}"
             try:
-                return check_completion(self.api.read(answer, prompt, params), params, self.vocab_size)
+                answer = self.api.read(said, prompt, temperature)
+                return check_completion(answer, max_new_tokens, set(sampling["stop_token_ids"]), self.vocab_size)
             except ServerError as error:
                 raise ServerError(f"{source}: {error}") from error
             except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
                 raise ServerError(
                     f"{source}: the answer is not of the form that was expected ({type(error).__name__}: {error}); it begins with "
-                    f"{str(answer)[:200]}. Is --rollout_server right?"
+                    f"{str(said)[:200]}. Is --rollout_server right?"
                 ) from error
 
         pool = concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(prompts))))
@@ -332,20 +237,14 @@ class ServerEngine:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | None) -> Sampled:
-    """The completion, checked to be one that the student could have sampled with these settings.
-
-    Raises:
-        ServerError: it is not, and why.
-    """
-    ids, stops = list(answer.ids), set(params.stop_ids)
+def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int | None) -> Sampled:
+    """The completion, or a `ServerError` that says why the student could not have sampled it with these settings."""
+    ids = list(answer.ids)
     for i in ids:
         if type(i) is not int or i < 0:
             raise ServerError(f"a token id is {i!r}, which is none.")
         if vocab_size is not None and i >= vocab_size:
-            raise ServerError(
-                f"a token id is {i}, but the student has {vocab_size} tokens; the server has another model."
-            )
+            raise ServerError(f"a token id is {i}, but the student has {vocab_size} tokens: another model's.")
     reported = [None] * len(ids) if answer.logprobs is None else answer.logprobs
     logprobs = [np.nan if x is None else x for x in reported]
     if len(logprobs) != len(ids):
@@ -359,13 +258,13 @@ def check_completion(answer: Answer, params: SamplingParams, vocab_size: int | N
                 "strings and stop tokens of its own."
             )
         ids, logprobs = [*ids, answer.matched], [*logprobs, np.nan]
-    if len(ids) > params.max_new_tokens:
-        raise ServerError(f"it has {len(ids)} tokens, but at most {params.max_new_tokens} were asked for.")
+    if len(ids) > most:
+        raise ServerError(f"it has {len(ids)} tokens, but at most {most} were asked for.")
     if stops.intersection(ids[:-1]):
         raise ServerError("it goes on behind a stop token; the server does not heed stop_token_ids.")
-    if answer.finish == "length" and len(ids) < params.max_new_tokens:
+    if answer.finish == "length" and len(ids) < most:
         raise ServerError(
-            f"it was cut at {len(ids)} of {params.max_new_tokens} tokens, because the server's window is full; raise its "
+            f"it was cut at {len(ids)} of {most} tokens, because the server's window is full; raise its "
             "--max-model-len (vLLM) or --context-length (SGLang)."
         )
     return Sampled(np.asarray(ids, np.int32), np.asarray(logprobs, np.float32))

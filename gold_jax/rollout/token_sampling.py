@@ -10,30 +10,17 @@ import jax.numpy as jnp
 _BLOCK = 256  # entries of the vocabulary per block in `inverse_cdf`
 
 
-def sample_tokens(
-    logits: jax.Array, keys: jax.Array, temperature: jax.Array, top_k: jax.Array, top_p: jax.Array
-) -> jax.Array:
-    """One token per row.
+def sample_tokens(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
+    """One token per row, int32 [B], of logits float32 [B, V]; the PRNG keys [B] are the only randomness.
 
-    The filters come in transformers' order: temperature, top-k, top-p. Entries that tie with the last one kept are
-    kept.
+    `temperature`, `top_k` and `top_p` are scalars as in `rollout.engine.Engine.generate`, and come in this order, as in
+    transformers. Entries that tie with the last one kept are kept.
 
     Top-p is drawn, not filtered: a token that turns out not to be among the likeliest that together have `top_p` is
     drawn again, among those that are likelier than it. All that may be kept are likelier than what is not, so every
     further draw is among all of them still, and what is kept comes as often as its probability says. One draw does more
     often than not, where a filter would have to find its threshold first.
-
-    Args:
-        logits: float32 [B, V].
-        keys: PRNG keys [B], the only randomness.
-        temperature, top_k, top_p: scalars as in `rollout.engine.Engine.generate`.
-
-    Returns:
-        int32 [B].
     """
-
-    def greedy(logits):
-        return jnp.argmax(logits, axis=1).astype(jnp.int32)
 
     def sampled(logits):
         weights = top_k_weights(logits, temperature, top_k)
@@ -51,7 +38,7 @@ def sample_tokens(
         start = jnp.int32(0), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)
         return jax.lax.while_loop(lambda state: ~state[2].all(), draw_again, start)[1]
 
-    return jax.lax.cond(temperature == 0, greedy, sampled, logits)
+    return jax.lax.cond(temperature == 0, lambda x: jnp.argmax(x, axis=1).astype(jnp.int32), sampled, logits)
 
 
 def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array) -> jax.Array:
@@ -62,10 +49,12 @@ def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array) -
     def keep_k(weights):
         order = _sortable_bits(scaled)
 
-        def enough(threshold):
-            return (order >= threshold[:, None]).sum(axis=1) >= top_k
+        def halve(index, threshold):  # the largest of each row, uint32 [B], that keeps enough: 32 steps, no sort
+            higher = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+            return jnp.where((order >= higher[:, None]).sum(axis=1) >= top_k, higher, threshold)
 
-        return jnp.where(order >= _largest_threshold(enough, weights)[:, None], weights, 0.0)
+        threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros(len(weights), jnp.uint32))
+        return jnp.where(order >= threshold[:, None], weights, 0.0)
 
     return jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
 
@@ -85,16 +74,6 @@ def _sortable_bits(values: jax.Array) -> jax.Array:
     bits = jax.lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits >= sign, ~bits, bits | sign)
-
-
-def _largest_threshold(enough, like: jax.Array) -> jax.Array:
-    """The largest threshold of each row, uint32 [B], that is `enough`: 32 halvings instead of a sort."""
-
-    def halve(index, threshold):
-        higher = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-        return jnp.where(enough(higher), higher, threshold)
-
-    return jax.lax.fori_loop(0, 32, halve, jnp.zeros(like.shape[0], jnp.uint32))
 
 
 def inverse_cdf(weights: jax.Array, uniform: jax.Array) -> jax.Array:
@@ -120,6 +99,3 @@ def _inverse_cdf(weights: jax.Array, uniform: jax.Array) -> tuple[jax.Array, jax
     weight = jnp.take_along_axis(weights, index[:, None], axis=1)[:, 0]
     before = jnp.take_along_axis(sums, index[:, None], axis=1)[:, 0] - weight
     return index, jnp.clip((target - before) / weight, 0.0, 1.0)
-
-
-__all__ = ["in_nucleus", "inverse_cdf", "sample_tokens", "top_k_weights"]

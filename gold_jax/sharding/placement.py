@@ -54,7 +54,7 @@ class Placement:
         return self.sharding()
 
     def param_sharding(self, shape: tuple[int, ...], logical: tuple[str | None, ...]) -> NamedSharding:
-        """How a parameter is stored, given its shape and logical axes (`models.decoder.ParamInfo.spec`)."""
+        """How a parameter is stored, given its shape and logical axes (`models.parameters.ParamInfo.spec`)."""
         width = _WIDTH[self.layout] + (("tensor",) if "vocab" in logical else ())
         return self._shard(shape, logical, {"embed": width, **dict.fromkeys(_TENSOR, ("tensor",))})
 

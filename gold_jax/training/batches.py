@@ -165,7 +165,7 @@ class DistillationBatchBuilder:
         """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
         rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
         prompt_ids = self.process_shard.gather_token_ids(wanted, ids, self.batch_size)
-        options = dict(self.sampling, stop_ids=tokenizer.stop_ids, pad_id=tokenizer.pad_id)
+        options = dict(self.sampling, stop_ids=tokenizer.stop_ids)
         sampled = dict(zip(wanted, (engine or SamplingEngine(rows)).generate(model, prompt_ids, key=key, **options)))
         return {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
 
