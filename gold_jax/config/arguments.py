@@ -246,6 +246,8 @@ class TextFlags(Settings):
         'chat_template_kwargs goes before it.', alias="chat_template_kwargs")
     special_tokens_in_prompts: bool = flag(False,
         "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
+    on_bad_row: str = free_flag("error", "What to do with a row that cannot be read: end with an error, or skip it, count "
+        "it and show the first ones.", choices=("error", "skip"))
     completion_only_loss: bool | None = flag(None, "Learn the completion (of a conversation its last answer) and "
         "nothing else; false: the whole sequence.", effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")

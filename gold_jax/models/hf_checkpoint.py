@@ -157,7 +157,7 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     return dataclasses.replace(config, source=json.dumps(source))
 
 
-def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto") -> None:
+def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto", stop_ids: Sequence[int] = ()) -> None:
     """Write safetensors and `config.json` that transformers opens.
 
     A model that came from `load_model` keeps its config, tensor names and generation config. The language part of a
@@ -169,6 +169,7 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
         folder: made if it is not there; a model already in it is replaced.
         dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else
             `param_dtype`.
+        stop_ids: the `eos_token_id` of both configs, in place of what they have.
 
     Raises:
         ValueError: unknown dtype, or a config that was not read from a transformers config.
@@ -195,9 +196,10 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
             folder = pathlib.Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(folder, [entry for entry, _, _ in plan], tensors)
-            write_json(folder / "config.json", _config_to_write(config, source, common))
-            if source.get("generation_config"):
-                write_json(folder / "generation_config.json", source["generation_config"])
+            stops = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)} if stop_ids else {}
+            write_json(folder / "config.json", _config_to_write(config, source, common) | stops)
+            if generation := (source.get("generation_config") or {}) | stops:
+                write_json(folder / "generation_config.json", generation)
     finally:
         if jax.process_count() > 1:
             for _ in tensors:  # to fetch takes all processes, whether or not the first one could write

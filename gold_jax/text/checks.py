@@ -53,10 +53,9 @@ class RowReader:
         try:
             found = self._read(number, example)
             for what, text in zip(("prompt", "completion"), found):
-                if not text.isascii() and _LONE_SURROGATE.search(text):
-                    at = _LONE_SURROGATE.search(text).start()
+                if not text.isascii() and (lone := _LONE_SURROGATE.search(text)):
                     raise ValueError(
-                        f"the {what} is not valid Unicode: at {excerpt(text, at)} it holds half of a surrogate pair; repair or "
+                        f"the {what} is not valid Unicode: at {excerpt(text, lone.start())} it holds half of a surrogate pair; repair or "
                         "remove it in the data"
                     )
             return found
@@ -74,7 +73,8 @@ class RowReader:
             for side in self.sides.values():
                 if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
                     side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if isinstance(example.prompt, str) or conversation is example.prompt or example.calls_tools:
+        plain = isinstance(example.prompt, str) or isinstance(conversation, str)
+        if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, (self.answers and example.completion) or ""
         found = {who: side.answer(conversation) for who, side in self.sides.items()}

@@ -4,7 +4,7 @@ import functools
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gold_jax.text.surface import excerpt, name_of
 
@@ -144,6 +144,18 @@ class ChatTemplate:
         self._fixed_with_tools = _dated(with_tools or source)
         self.lead, self.tail, self._has_generation_prompt = self._probe()
 
+    @property
+    def portable(self) -> str:
+        """The template for a saved tokenizer: its source, with the run's variables as what they are unless said otherwise."""
+        named = {name: value for name, value in self._kwargs.items() if name in self.source}
+        defaults = [
+            f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja(value)} %}}{{%- endif %}}"
+            for name, value in named.items()
+            if name.isidentifier()
+        ]
+        # Jinja drops the newline after a block: the source begins a line, as it does alone.
+        return "".join(defaults) + "\n" * bool(defaults) + self.source
+
     @functools.cached_property
     def takes_system(self) -> bool:
         """Whether the template writes what a system message says."""
@@ -187,7 +199,8 @@ class ChatTemplate:
                 message = message | {"role": self._developer}
             if message.get("tool_calls"):
                 content, as_text = self._call_form
-                calls = [_with_text_arguments(c) for c in message["tool_calls"]] if as_text else message["tool_calls"]
+                calls: Any = message["tool_calls"]
+                calls = [_with_text_arguments(call) for call in calls] if as_text else calls
                 message = message | {"content": message.get("content") or content, "tool_calls": calls}
             adapted.append(message)
         return _like(messages, adapted)
@@ -426,6 +439,15 @@ def _says(message: dict, text: str) -> bool:
     if not found and wanted:  # of thinking alone nothing may be left
         return wanted.endswith(">")
     return wanted.endswith(found) or found.endswith(wanted) or _calls_in(message, found)
+
+
+def _jinja(value: Any) -> str:
+    """A value as Jinja writes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{_jinja(key)}: {_jinja(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_jinja, value)) + "]"
+    return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
 def _with_text_arguments(call: dict) -> dict:

@@ -51,6 +51,7 @@ class UpdateBatch:
     batches: list
     stats: dict[str, float]
     samples: list[tuple[str | list[dict], str]] = dataclasses.field(default_factory=list)
+    counted: int = 1  # groups or tokens that the loss has, of all processes; 0: there is nothing to learn
 
 
 class Evaluation(NamedTuple):
@@ -107,14 +108,14 @@ class DistillationBatchBuilder:
     student_graph: Any
     spec: LossSpec
     one_vocabulary: bool
-    batch_size: int
-    eval_batch_size: int
-    micro_batches: int
-    lmbda: float
-    num_generations: int
     max_length: int
-    sampling: dict[str, Any]  # max_new_tokens, temperature, top_k, top_p
-    seed: int
+    batch_size: int = 1
+    eval_batch_size: int = 1
+    micro_batches: int = 1
+    lmbda: float = 0.0
+    num_generations: int = 1
+    sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # max_new_tokens, temperature, top_k, top_p
+    seed: int = 0
     generation_batch_size: int = 32
     teacher_model: Any = None
     teacher_context: str | None = None
@@ -155,8 +156,9 @@ class DistillationBatchBuilder:
             completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
         completions |= sampled
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
-        stats = self._describe(rows, sampled) | {"on_policy": float(on_policy.mean())}
-        return UpdateBatch(batches, stats, [(examples[i].prompt, d.text) for i, d in sampled.items()])
+        stats, counted = self._describe(rows, sampled)
+        stats["on_policy"] = float(on_policy.mean())
+        return UpdateBatch(batches, stats, [(examples[i].prompt, d.text) for i, d in sampled.items()], counted)
 
     @annotate(SAMPLER)
     def _sample(
@@ -224,29 +226,41 @@ class DistillationBatchBuilder:
         batches = text_batch.build_batches(given, batch_size, process_shard=self.process_shard, **options)
         return dict(zip(numbers, encoded)), rows, batches
 
-    def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> dict[str, float]:
-        """What the rows of all processes hold."""
+    def count_targets(self, example: Example) -> tuple[int, bool]:
+        """How many groups, or tokens of cross-entropy, a row of the data set gives to learn, and whether it is cut."""
+        encoded, rows, _ = self._batches([example], {0: example.completion_for(self.student)}, 1)
+        size = len(encoded[0].student_prompt) + len(encoded[0].student.ids) + 1
+        return self._count(rows[0]), size > self.max_length
+
+    def _count(self, row: Row) -> int:
+        groups = "all" if self.spec.groups == "positional" else self.spec.groups
+        counted = int(counted_groups(row, self.spec.merge, groups).sum()) if self.spec.distillation_weight else 0
+        return counted + (len(row.student.completion) if self.spec.crossentropy_weight else 0)
+
+    def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> tuple[dict, int]:
+        """What the rows of all processes hold, and how much of it counts in the loss."""
 
         def owned(found: Mapping[int, Any]) -> list:
             return [x for i, x in found.items() if self.process_shard.is_owner(i, self.batch_size)]
 
         def of_row(r: Row) -> tuple[int, ...]:
             one_to_one = int(counted_groups(r, "boundary", "one_to_one").sum())
-            return r.groups, one_to_one, len(np.unique(r.unknown)), len(r.student.prompt) + len(r.student.completion)
+            tokens = len(r.student.prompt) + len(r.student.completion)
+            return r.groups, one_to_one, len(np.unique(r.unknown)), tokens, self._count(r)
 
         def of_completion(d: SampledCompletion) -> tuple[int, ...]:
-            return 1, len(d.ids) + d.stopped, d.stopped, d.invalid_utf8
+            return 1, len(d.ids) + d.stopped, d.stopped, d.invalid_utf8, 0
 
-        counts = [[(0, 0, 0, 0), *map(of_row, owned(rows))], [(0, 0, 0, 0), *map(of_completion, owned(sampled))]]
+        counts = [[(0,) * 5, *map(of_row, owned(rows))], [(0,) * 5, *map(of_completion, owned(sampled))]]
         sums = self.process_shard.all_reduce_sum(np.array([np.sum(part, axis=0) for part in counts])).tolist()
-        (groups, one_to_one, unknown, tokens), (written, *sums) = sums
+        (groups, one_to_one, unknown, tokens, counted), (written, *sums) = sums
         found = {"groups": groups, "one_to_one": one_to_one / max(1, groups), "tokens": tokens}
         if unknown:
             found["unknown"] = unknown / max(1, groups)
         if written:
             names = "completion_tokens", "stopped", "damaged"
             found |= {name: value / written for name, value in zip(names, sums)}
-        return found
+        return found, counted
 
 
 def sampling_rows(prompts: int, batch_size: int, limit: int) -> int:
@@ -275,7 +289,7 @@ class TokenBatchBuilder:
         owned = [row for i, row in rows.items() if self.process_shard.is_owner(i, self.batch_size)]
         sums = [sum(len(ids) for ids, *_ in owned), sum(int(counted[1:].sum()) for _, counted, _ in owned)]
         tokens, targets = self.process_shard.all_reduce_sum(np.array(sums)).tolist()
-        return UpdateBatch(batches, {"tokens": tokens, "targets": targets})
+        return UpdateBatch(batches, {"tokens": tokens, "targets": targets}, counted=targets)
 
     def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
         """All batches of an evaluation, on the data set's completions."""
@@ -290,6 +304,11 @@ class TokenBatchBuilder:
             rows = {i: self._row(examples[i]) for i in numbers}
         given = [rows[i][:2] if i in rows else None for i in range(len(examples))]
         return rows, text_batch.build_token_batches(given, batch_size, pad=pad, process_shard=self.process_shard)
+
+    def count_targets(self, example: Example, max_length: int) -> tuple[int, bool]:
+        """How many tokens a row gives to learn within `max_length`, and whether it is longer."""
+        ids, counted, _ = self._row(example)
+        return int(counted[1:max_length].sum()), len(ids) > max_length
 
     def _row(self, example: Example):
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""

@@ -24,7 +24,7 @@ from gold_jax.sharding.mesh import make_mesh, mesh_sizes
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.batch import SINGLE_PROCESS
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.text.vocabulary import VocabularyMap, one_sided_ids
 from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
 from gold_jax.training.objective import make_cross_entropy_loss, make_distillation_loss
 from gold_jax.training.optimizer import make_optimizer, make_schedule
@@ -37,7 +37,8 @@ class Match(NamedTuple):
 
     vocabulary: VocabularyMap  # the order of either head
     stops: tuple[Sequence[int], Sequence[int]] | None  # of either side, matched by role; None: as all other entries
-    same: bool  # whether both tokenizers have the same entries under the same ids
+    same: bool  # whether all that the student may write are entries of the teacher's under the same ids
+    related: bool = False  # whether both have one vocabulary but for added tokens of one side alone
 
 
 class Run(NamedTuple):
@@ -100,7 +101,7 @@ def build_run(
 
     teacher_graph, teacher_params = split(teacher.model)
     match = match or match_pair(args, student, teacher)
-    spec = args.loss_spec(match.same)
+    spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
     step = Step(objective, optimizer, constants, **mesh)
@@ -142,11 +143,15 @@ def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
     """How the vocabularies of two models face each other, by their tokenizers; `args.loss_spec` may mask entries."""
     ours, theirs = student.chat_tokenizer, teacher.chat_tokenizer
     sizes, stops = (student.model.config.vocab_size, teacher.model.config.vocab_size), (ours.stop_ids, theirs.stop_ids)
-    if ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab():
-        by_role = ours.stop_id != theirs.stop_id
-        return Match(VocabularyMap.identity(*sizes, stop=stops), stops if by_role else None, True)
+    one_sided = one_sided_ids(ours.tokenizer, theirs.tokenizer)
+    # The teacher reads the student's very tokens where all that the student may write are the teacher's too.
+    if one_sided is not None and not any(ours.surfaces.table[i] for i in one_sided[0]):
+        by_role, unmatched = ours.stop_id != theirs.stop_id, one_sided[0] | one_sided[1]
+        vocabulary = VocabularyMap.identity(*sizes, stop=stops, unmatched=unmatched)
+        return Match(vocabulary, stops if by_role else None, True, True)
     options = dict(student_size=sizes[0], teacher_size=sizes[1], stop=stops, mask=args.loss_spec(False).mask)
-    return Match(VocabularyMap.build(ours.surfaces, theirs.surfaces, **options), stops, False)
+    vocabulary = VocabularyMap.build(ours.surfaces, theirs.surfaces, **options)
+    return Match(vocabulary, stops, False, one_sided is not None)
 
 
 def place_run(mesh: str | None, layout: str = "fsdp") -> Placement | None:

@@ -61,12 +61,17 @@ class _StepNames(step_lib.NameFormat):
 
 @dataclasses.dataclass(frozen=True)
 class _LastSaved(PreservationPolicy):
-    """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
+    """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's.
+
+    Those of this run (`steps`, in the order in which they were saved) come after all others, whatever the clock says.
+    """
 
     n: int
+    steps: list[int]
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
-        kept = sorted(checkpoints, key=lambda info: info.time)[-self.n :]
+        order = {step: number for number, step in enumerate(self.steps)}
+        kept = sorted(checkpoints, key=lambda info: (order.get(info.step, -1), info.time))[-self.n :]
         return [info in kept for info in checkpoints]
 
 
@@ -86,7 +91,8 @@ class Checkpoints:
         self._write_files: Callable[[], None] | None = None  # beside its arrays
         self.folder.mkdir(parents=True, exist_ok=True)
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
-        policy = None if limit is None else _LastSaved(limit)
+        self._saved: list[int] = []  # steps, in the order in which this run saved them
+        policy = None if limit is None else _LastSaved(limit, self._saved)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
         options = dict(create=False, save_root_metadata=False, preservation_policy=policy, async_options=finalized)
         options = ocp.CheckpointManagerOptions(step_name_format=_StepNames(), **options)
@@ -119,6 +125,7 @@ class Checkpoints:
             (folder / METADATA).write_text(json.dumps(row))
 
         def begin() -> None:
+            self._saved[:] = [*(x for x in self._saved if x != step), step]
             if step in self._manager.all_steps():  # the manager refuses to write over one
                 self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)), force=True)

@@ -1,8 +1,10 @@
 """The student as transformers and vLLM open it, saved so that a folder always holds a whole one."""
 
+import json
 import os
 import pathlib
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,8 +12,19 @@ import jax
 from gold_jax.models.hf_checkpoint import save_model
 
 
-def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, dtype: str = "auto") -> pathlib.Path:
+def save_final_model(
+    model: Any,
+    tokenizer: Any,
+    folder: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    stop_ids: Sequence[int] = (),
+    chat_template: str | None = None,
+) -> pathlib.Path:
     """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
+
+    The configs name the stop tokens, the tokenizer brings the template, that were trained: asked in chat form, the
+    student reads the ids that it read in training, and stops where it stopped.
 
     Everything is written beside the folder first and then moved into it, so that a run that is stopped while saving
     leaves the files that were there before. Other files of the folder (logs, a model card) stay. In a run of several
@@ -20,15 +33,15 @@ def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, d
     folder = pathlib.Path(folder)
     staging = folder / ".saving"
     if jax.process_index():
-        save_model(model, staging, dtype=dtype)
+        save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     try:
-        save_model(model, staging, dtype=dtype)
+        save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
         if hasattr(tokenizer, "save_pretrained"):
-            tokenizer.save_pretrained(str(staging))
+            _save_tokenizer(tokenizer, staging, chat_template)
         elif hasattr(tokenizer, "save"):
             tokenizer.save(str(staging / "tokenizer.json"))
         # Weight files whose number differs from the new model's: a stale shard would be read as part of it.
@@ -43,3 +56,22 @@ def save_final_model(model: Any, tokenizer: Any, folder: str | os.PathLike, *, d
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return folder
+
+
+def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | None) -> None:
+    """A transformers tokenizer, with this template (None: its own), as files that give the tokenizer that it is."""
+    own = getattr(tokenizer, "chat_template", None)
+    if chat_template:
+        tokenizer.chat_template = own | {"default": chat_template} if isinstance(own, dict) else chat_template
+    try:
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        if chat_template:
+            tokenizer.chat_template = own
+    # transformers leaves this one out, and without it Llama's tokenizer puts no blank after a special token.
+    path, legacy = folder / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
+    if legacy is not None and path.exists():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        path.write_text(
+            json.dumps(settings | {"legacy": legacy}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )

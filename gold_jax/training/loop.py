@@ -172,6 +172,11 @@ class Loop:
                         if signals.interrupted_twice:
                             raise
                         signals.request("interrupt")
+                    except Diverged:
+                        raise
+                    except Exception:
+                        self._save_before_error()
+                        raise
                     if signals.requested:
                         self._leave(signals)
                 self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
@@ -193,8 +198,12 @@ class Loop:
             if batch is None:  # a signal came while it was built
                 return
             self.callbacks.call("on_step_begin")
-            with annotate(DISPATCH):
-                self.state, metrics = run.step(self.state, batch.batches)  # asynchronous: returns before it is computed
+            with annotate(DISPATCH):  # asynchronous: returns before it is computed
+                if batch.counted:
+                    self.state, metrics = run.step(self.state, batch.batches)
+                else:
+                    self.state, metrics = run.step.skip(self.state)
+                    self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
                 current, self.done = batch, step + 1
             # While the device computes this update, the host prepares the next one.
             batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
@@ -204,7 +213,7 @@ class Loop:
             self._log_update(step, current, metrics)
             self.callbacks.call("on_step_end")
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
-                self._give_up(metrics, step)
+                self._give_up(metrics, step, current.counted)
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
             self.unmeasured = self.data.eval is not None and self._is_due("eval")
@@ -393,7 +402,9 @@ class Loop:
         return self._save_model(self.student.model, folder)
 
     def _save_model(self, model: Decoder, folder: str | pathlib.Path) -> pathlib.Path:
-        return save_final_model(model, self._student.chat_tokenizer.tokenizer, folder, dtype=self.save_dtype)
+        tokenizer = self._student.chat_tokenizer
+        trained = dict(stop_ids=tokenizer.stop_ids, chat_template=tokenizer.template.portable)
+        return save_final_model(model, tokenizer.tokenizer, folder, dtype=self.save_dtype, **trained)
 
     def _save_student(self) -> None:
         self.watchdog.report(self.done, "saving the student")
@@ -499,12 +510,29 @@ class Loop:
         self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {where}.{further}")
         raise KeyboardInterrupt if interrupted else Preempted
 
-    def _give_up(self, metrics: Mapping[str, Any], step: int) -> None:
+    def _save_before_error(self) -> None:
+        """Saves the last update where something else than the updates ends the run: a row, a log, a server."""
+        gone = any(x.is_deleted() for x in jax.tree.leaves(self.state))
+        self.checkpoints.finish()
+        saved = self.checkpoints.last is not None and self.checkpoints.last.name == f"checkpoint-{self.done}"
+        if jax.process_count() > 1 or gone or saved or not self.done:
+            return
+        self._log.flush()
+        self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
+        self._save_checkpoint()
+        if self.checkpoints.finish():
+            self.say(
+                f"An error ends the run after {self.done} updates; the student and all that the run needs to go on are saved in "
+                f"{self.checkpoints.last}. --resume_from_checkpoint latest goes on."
+            )
+
+    def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
         self._log.flush()
         names = "max_skipped_updates", "learning_rate", "max_grad_norm", "bf16"
         settings = {name: getattr(self.args, name) for name in names}
         rows = self.data.order(step)
-        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, **settings)
+        options = dict(settings, counted=counted)
+        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, **options)
         if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)
             self._save_checkpoint()

@@ -32,16 +32,22 @@ def describe_divergence(
     learning_rate: float,
     max_grad_norm: float | None,
     bf16: bool | None,
+    counted: int = 1,
 ) -> str:
     """What can be said of a run that makes no more updates: of `step` so far, those left out (`counter`) too.
 
-    `metrics` (`loss`, `grad_norm` and parts of the loss) and `rows` (numbers) are those of the last update.
+    `metrics` (`loss`, `grad_norm` and parts of the loss), `rows` (numbers) and how much of them `counted` are those of
+    the last update.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
-    if nonfinite:
+    if not counted:
+        cause = (
+            "Nothing in the rows of the last one counts in the loss: they may be cut before their completions begin."
+        )
+    elif nonfinite:
         names = ", ".join(nonfinite[:3])
         cause = f"The parameters themselves are not finite ({names}): the model was broken before training."
     elif not np.isfinite(loss):

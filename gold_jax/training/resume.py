@@ -166,7 +166,9 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
             f"The run that was started last has no checkpoint in {folder} yet: it begins anew. Those of earlier runs are passed "
             f"over ({names}); --resume_from_checkpoint {earlier[0]} goes on from one."
         )
-    return [path for path in found if path not in earlier]
+    rest = [path for path in found if path not in earlier]
+    # Of one run the higher step is the later one, whatever the clock said.
+    return rest if current is None else sorted(rest, key=lambda path: -int(path.name.rpartition("-")[2]))
 
 
 def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:

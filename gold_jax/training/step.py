@@ -187,6 +187,12 @@ class Step:
         loss, parts = metrics
         return state, {"loss": loss, **done, **parts}
 
+    def skip(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
+        """An update that is left out: it counts as one, and nothing is computed. Returns what a call returns."""
+        counter, nothing = NonFiniteCounter(*(count + 1 for count in state.nonfinite)), jnp.float32(jnp.nan)
+        metrics = {"loss": nothing, "grad_norm": nothing, "skipped": jnp.int32(1)}
+        return state._replace(step=state.step + 1, nonfinite=counter), metrics
+
     def evaluate(self, params: Any, batch: Any, text: Any = None) -> dict[str, jax.Array]:
         """Loss and parts of one batch, no gradient; of labels marked as `text`, `[B, T]`, their `text_nll` too."""
         given = self._with_teacher(batch), self._device_put(text)

@@ -26,7 +26,7 @@ from gold_jax.sharding.placement import Placement
 from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.training import build
-from gold_jax.training.batches import RowOrder
+from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.logging import header
@@ -284,7 +284,10 @@ class SFTTrainer(_Trainer):
         need = "supervised fine-tuning learns completions, so every row needs one"
         # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
         budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
+        targets = TokenBatchBuilder(student.chat_tokenizer, 1, 1, None, learned)
+        targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
         options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
+        options |= dict(max_length=args.max_length, count_targets=targets, on_bad_row=args.on_bad_row)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
@@ -342,19 +345,29 @@ class GOLDTrainer(_Trainer):
         settings = dict(param_dtype=self.dtype, template_kwargs=template, placement=placement)
         teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
         match = build.match_pair(a, student, teacher)
-        self.spec = a.loss_spec(match.same)
+        self.spec = a.loss_spec(match.same or match.related)
         need = (
             f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone"
         )
         need, by_teacher = None if a.lmbda == 1 or a.seq_kd else need, a.seq_kd and a.lmbda < 1
         options = dict(budget=a.prompt_budget, need_completion=need, teacher=teacher.chat_tokenizer)
         options |= dict(student_writes=a.lmbda > 0, teacher_writes=by_teacher, teacher_context=a.teacher_context)
+        if need is not None:
+            builder = DistillationBatchBuilder(
+                student.chat_tokenizer, teacher.chat_tokenizer, None, self.spec, match.same, max_length=a.max_length
+            )
+            options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
+        options |= dict(on_bad_row=a.on_bad_row)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         engine, notices = build.completion_server(a, sizes[0], self.dtype)
         vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
-        if match.same:
-            vocabularies = "one and the same" + ("" if match.stops is None else ", stop tokens matched by role")
+        if match.same or match.related:
+            alone = sum(sizes) - 2 * match.vocabulary.matched
+            vocabularies = "one and the same" + (
+                f", {alone:,} rows of one side alone" if alone and match.related else ""
+            )
+            vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
         completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""

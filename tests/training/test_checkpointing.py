@@ -122,6 +122,17 @@ def test_an_earlier_runs_checkpoint_with_a_higher_step_does_not_push_out_this_ru
         assert checkpoints_in(tmp_path)[0].name == f"checkpoint-{step}"
 
 
+def test_what_was_just_saved_stays_whatever_the_clock_says(tmp_path):
+    saved_in_turn(tmp_path, 50)
+    made = Checkpoints(tmp_path, limit=1, say=pytest.fail)
+    for step in (1, 2):  # as on a host whose clock is behind that of the others
+        for path in tmp_path.iterdir():
+            os.utime(path, (4e9, 4e9))
+        made.save(step, state(), {})
+        assert made.finish() and {path.name for path in tmp_path.iterdir()} == {f"checkpoint-{step}"}
+    made.close()
+
+
 def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
     for seed in (0, 1):
         checkpoints.save(1, state(seed), {"seed": seed})

@@ -14,7 +14,7 @@ def saved(monkeypatch):
     """Stands in for `save_model`: writes two files, or fails half-way."""
     state = {"fail": False}
 
-    def save_model(model, folder, *, dtype):
+    def save_model(model, folder, *, dtype, stop_ids):
         (folder / "model.safetensors").write_text(f"{model} {dtype}")
         if state["fail"]:
             raise OSError("disk full")

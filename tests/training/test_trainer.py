@@ -1,14 +1,20 @@
 """Trainers take TRL's arguments by their names, or say what stands in their place."""
 
+import json
+
 import jax
 import numpy as np
 import optax
 import pytest
 import tiny_models as tiny
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, score_completions
+from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.training import export
+from gold_jax.training.nonfinite import Diverged
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS = [tiny.conversation(*row) for row in tiny.ROWS[:4]]
@@ -136,3 +142,124 @@ def test_an_evaluation_goes_over_its_rows_once_and_finds_the_bits_that_score_com
     assert trainer.loop.run.batches.build_evaluation(trainer.eval_examples).rest == rest
     wanted = score_completions(trainer.model, trainer.student.chat_tokenizer, rows)
     assert trainer.evaluate()["eval_bits_per_byte"] == pytest.approx(wanted.bits_per_byte, rel=1e-6)
+
+
+# What a run does about rows that teach nothing, and about errors
+
+
+def gold(world, output, rows=ROWS, changes=(), **options):
+    args = GOLDConfig(output_dir=str(output), **(QUICK | {"lmbda": 0.0, "max_completion_length": 24} | dict(changes)))
+    models = str(world / "student"), str(world / "teacher")
+    return GOLDTrainer(*models, args, rows, console=tiny.quiet_console(), **options)
+
+
+def test_rows_cut_before_their_completion_are_left_out_and_all_of_them_are_an_error(world, tmp_path):
+    long = tiny.conversation("one two three four " * 8, "five")
+    with pytest.raises(
+        ValueError, match="none of the 1 rows can be learned from: 1 of which --max_length 24 leaves nothing"
+    ):
+        args = SFTConfig(output_dir=str(tmp_path), **QUICK | {"max_length": 24}, assistant_only_loss=True)
+        SFTTrainer(str(world / "student"), args, [long], console=tiny.quiet_console())
+    question, answer = "How many?", "thirty thousand four hundred and fifty-six and a half. " * 3
+    trainer = gold(
+        world, tmp_path, [tiny.conversation(question, answer)], {"max_length": 64, "max_completion_length": 8}
+    )
+    assert any("--max_length 64 cuts 1 of 1 rows" in notice for notice in trainer.notices)
+
+
+def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, monkeypatch):
+    trainer = gold(world, tmp_path, changes={"max_skipped_updates": 2})
+    builder = trainer.loop.run.batches
+    build = type(builder).build
+
+    def nothing(self, step, examples, params):
+        batch = build(self, step, examples, params)
+        batch.counted = 0 if step else batch.counted
+        return batch
+
+    monkeypatch.setattr(type(builder), "build", nothing)
+    said = []
+    monkeypatch.setattr(trainer.loop, "say", said.append)
+    with pytest.raises(
+        Diverged, match="2 updates in a row, up to update 3.*Nothing in the rows of the last one counts"
+    ):
+        trainer.train()
+    assert [line for line in said if "is left out" in line] == [
+        f"Update {step} is left out: nothing in its rows counts in the loss." for step in (2, 3)
+    ]
+    assert int(trainer.loop.state.step) == 3 and trainer.log_history[-1]["skipped"] == 2
+
+
+def test_an_error_leaves_the_last_update_saved(world, tmp_path, monkeypatch):
+    trainer = gold(world, tmp_path)
+    build = type(trainer.loop.run.batches).build
+
+    def fails(self, step, examples, params):
+        if step == 2:
+            raise OSError("the server does not answer")
+        return build(self, step, examples, params)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(trainer.loop.run.batches), "build", fails)
+        said = []
+        patch.setattr(trainer.loop, "say", said.append)
+        with pytest.raises(OSError, match="does not answer"):
+            trainer.train()
+        assert "An error ends the run after" in said[-1] and "checkpoint-2" in said[-1]
+    again = gold(world, tmp_path).train(resume_from_checkpoint="latest")
+    assert again.global_step == 3
+
+
+def test_one_bad_row_need_not_end_a_run(world, tmp_path):
+    rows = [*ROWS, {"prompt": "no answer"}]
+    with pytest.raises(ValueError, match="row 4 of the data set"):
+        gold(world, tmp_path, rows)
+    trainer = gold(world, tmp_path, rows, {"on_bad_row": "skip"})
+    assert any("left out 1 of 5 rows that cannot be read" in notice for notice in trainer.notices)
+
+
+# What leaves
+
+
+def test_a_saved_student_is_asked_in_the_form_that_it_was_taught(world, tmp_path):
+    template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
+        "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% if not enable_thinking %}{{ 'Briefly: ' }}{% endif %}{% endif %}"
+    )
+    path = tmp_path / "template.jinja"
+    path.write_text(template)
+    changes = {"chat_template_path": str(path), "template_kwargs": {"enable_thinking": False}, "max_steps": 1}
+    trainer = gold(
+        world, tmp_path / "out", changes=changes | {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
+    )
+    trainer.train()
+    chat_tokenizer = trainer.student.chat_tokenizer
+    messages = ROWS[0]["messages"][:-1]
+    for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-1"):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert ids == chat_tokenizer.encode_prompt(messages).tolist()
+        thinking = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=True
+        )
+        assert thinking.endswith("<|assistant|>")
+        for name in ("config.json", "generation_config.json"):
+            stops = json.loads((folder / name).read_text())["eos_token_id"]
+            assert tuple(np.atleast_1d(stops).tolist()) == chat_tokenizer.stop_ids
+        assert load_model_and_tokenizer(folder).chat_tokenizer.stop_ids == chat_tokenizer.stop_ids
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "gemma3", "llama2"])
+def test_real_tokenizers_are_saved_with_the_template_in_force(assets, tmp_path, name):
+    kwargs = {"enable_thinking": False}
+    chat_tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / name), template_kwargs=kwargs)
+    export._save_tokenizer(chat_tokenizer.tokenizer, tmp_path, chat_tokenizer.template.portable)
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}]
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert (
+        saved.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        == chat_tokenizer.encode_prompt(messages).tolist()
+    )
+    assert ChatTokenizer(saved).stop_ids == chat_tokenizer.stop_ids
