@@ -143,7 +143,7 @@ class _GenerationRun:
         rows, row_index = row_index.reshape(-1)[taken], np.full(space, size, np.int32)
         row_index[taken] = rows
         lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
-        tokens = np.zeros((space, bucket(int(lengths.max()), smallest=_MIN_LENGTH)), np.int32)
+        tokens = np.zeros((space, prompt_width(int(lengths.max()), self.slots)), np.int32)
         for row, i in zip(taken, chosen):
             tokens[row, : len(self.prompts[i]) - 1] = self.prompts[i][:-1]
         of_prompt = np.zeros((3, space), np.int32)
@@ -203,6 +203,11 @@ class _GenerationRun:
                 array.copy_to_host_async()
             self.offloaded.append((samples, prompt_of_row))
             self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
+
+
+def prompt_width(length: int, slots: int) -> int:
+    """How wide prompts of `length` tokens are padded, in few sizes, to be read into a cache of `slots`, which hold them."""
+    return min(bucket(length, smallest=_MIN_LENGTH), slots)
 
 
 def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> tuple[int, bool]:

@@ -11,7 +11,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.rollout import decode_state as device
-from gold_jax.rollout.sampler import SamplingEngine
+from gold_jax.rollout.sampler import SamplingEngine, most_slots, prompt_width
 
 NEW = 6
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "models" / "greedy.json"
@@ -181,6 +181,25 @@ def test_slots_shrink_when_a_long_row_has_left(model, events):
     generate(model, [[3] * 500] + [[4, 5]] * 20, rows=4, new=8)
     slots = [slots for name, _, slots in events if name == "decode_until"]
     assert slots[0] == 512 and slots[-1] == 32
+
+
+@pytest.mark.parametrize("length", [66, 130])
+def test_a_prompt_just_beyond_a_bucket_fits_into_its_slots(model, length):
+    prompt = (
+        np.random.default_rng(0).integers(3, 50, length).tolist()
+    )  # 65 tokens are padded to 96, 65 + 4 fit in 80 slots
+    (drawn,) = generate(model, [prompt], rows=8, new=4, temperature=0)
+    tokens = np.array([prompt + drawn.ids.tolist()])
+    logits = model.logits(model(tokens, np.ones(tokens.shape, bool)))[0, length - 1 : -1]
+    np.testing.assert_array_equal(np.asarray(logits).argmax(axis=1), drawn.ids)
+
+
+@pytest.mark.parametrize("weights", [0, 10**12])
+def test_prompts_of_every_length_fit_into_the_slots_of_their_cache(model, weights):
+    for length in range(1, 3000):
+        for new in (1, 2, 5, 30, 300):
+            slots, _ = most_slots(model.config, weights, 8, length + new)
+            assert length <= prompt_width(length, slots) <= slots and length + new <= slots
 
 
 def test_settings_compile_nothing_anew(model):
