@@ -263,3 +263,22 @@ def test_real_tokenizers_are_saved_with_the_template_in_force(assets, tmp_path, 
         == chat_tokenizer.encode_prompt(messages).tolist()
     )
     assert ChatTokenizer(saved).stop_ids == chat_tokenizer.stop_ids
+
+
+def test_a_teacher_with_added_tokens_has_the_students_vocabulary(world, tmp_path):
+    teacher = AutoTokenizer.from_pretrained(world / "sibling")
+    student = AutoTokenizer.from_pretrained(world / "student")
+    rows = json.loads((world / "student" / "config.json").read_text())["vocab_size"]
+    assert len(student) < rows, "the heads have padding rows"
+    teacher.add_tokens(["<only the teacher's>"])
+    args = GOLDConfig(output_dir=str(tmp_path), **QUICK | {"lmbda": 0.0, "max_completion_length": 24})
+    models, quiet = (str(world / "student"), str(world / "sibling")), tiny.quiet_console()
+    trainer = GOLDTrainer(*models, args, ROWS, None, student, teacher, console=quiet)
+    match = trainer.loop.run.match
+    assert trainer.spec.name == "gkd" and match.same and match.vocabulary.matched == rows - 1
+    assert np.isfinite(trainer.train().training_loss)
+    student.add_tokens(["<only the student's>"])  # its text is no token of the teacher's: both read it for themselves
+    trainer = GOLDTrainer(*models, args, ROWS, None, student, teacher, console=quiet)
+    match = trainer.loop.run.match
+    assert trainer.spec.name == "gkd" and match.related and not match.same
+    assert np.isfinite(trainer.train().training_loss)
