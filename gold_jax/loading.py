@@ -1,7 +1,6 @@
 """Models with their tokenizers, and tokenizers alone, from whatever a caller has: names, folders or objects."""
 
 import copy
-import itertools
 import json
 import os
 import pathlib
@@ -156,11 +155,17 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
 
 
 def stop_ids_of(model: Decoder) -> Sequence[int]:
-    """The stop tokens that a model's generation config and config name."""
-    source = json.loads(model.config.source)
-    parts = ((source.get(part) or {}).get("eos_token_id") for part in ("generation_config", "config"))
-    found = itertools.chain.from_iterable(ids if isinstance(ids, list) else [ids] for ids in parts)
-    return tuple(dict.fromkeys(i for i in found if i is not None and 0 <= i < model.config.vocab_size))
+    """The stop tokens that a model's generation config and config name; ValueError where one is no number."""
+    source, found = json.loads(model.config.source), []
+    for part in ("generation_config", "config"):
+        ids = (source.get(part) or {}).get("eos_token_id")
+        for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if isinstance(i, bool) or not isinstance(i, int):
+                raise ValueError(
+                    f"eos_token_id in {part}.json is {i!r}; it must be the number of a token, or several of them."
+                )
+            found.append(i)
+    return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))
 
 
 def as_chat_tokenizer(source: Any) -> ChatTokenizer:

@@ -710,3 +710,36 @@ def test_an_empty_text_names_no_folder(wrong):
 def test_a_seed_fits_into_64_bits():
     with pytest.raises(ValueError, match="--seed is .* smaller than 2"):
         GOLDConfig(seed=2**63)
+
+
+# Messages
+
+
+def refusal(*argv, settings=GOLDConfig):
+    with pytest.raises(FlagError) as error:
+        parse_args(list(argv), settings)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    ["--push_to_hub_token SECRET", "--hub_token SECRET SECRET2", "--hub_token SECRET --hub_token=SECRET SECRET2"],
+)
+def test_secrets_are_never_printed(argv):
+    assert "SECRET" not in refusal(*argv.split())
+
+
+def test_messages_quote_little_of_what_is_given(tmp_path):
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    for k in range(1, 7):
+        bomb += f"a{k}: &a{k} [{', '.join([f'*a{k - 1}'] * 10)}]\n"
+    for name, text in (
+        ("bomb", "max_steps: *a6\n"),
+        ("deep", f"max_steps: {'[' * 3000}{']' * 3000}\n"),
+        ("long", f"max_steps: {'x' * 10**6}\n"),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text((bomb if name == "bomb" else "") + text)
+        assert len(refusal("--config", str(path))) < 700, name
+    assert len(refusal("--max_steps", "x" * 10**6)) < 400
+    assert len(refusal("--" + "x" * 10**5, "1")) < 700

@@ -1,3 +1,6 @@
+import json
+import shutil
+
 import pytest
 from flax import nnx
 
@@ -58,3 +61,12 @@ def test_each_model_s_own_options_choose_its_attention(world, asked):
         rows = [{"prompt": "a", "completion": "b"}]
         GOLDTrainer(str(world / "student"), str(world / "teacher"), args=GOLDConfig(**options), train_dataset=rows)
     assert asked == {"student": "auto", "teacher": "plain"}
+
+
+def test_stop_tokens_of_a_file_are_numbers(world, tmp_path):
+    shutil.copytree(world / "student", tmp_path / "student")
+    (tmp_path / "student" / "generation_config.json").write_text(json.dumps({"eos_token_id": "abc"}))
+    with pytest.raises(
+        ValueError, match="eos_token_id in generation_config.json is 'abc'; it must be the number of a token"
+    ):
+        load_model_and_tokenizer(tmp_path / "student")

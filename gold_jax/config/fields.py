@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
 from gold_jax.values import READERS, Range, plain_types
 
 
@@ -225,7 +225,8 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     choices = legal_texts(field)
 
     def refused(words: str) -> ValueError:
-        return ValueError(f"--{name} is {value!r}; it must {words}.")
+        shown = "given" if field.metadata["secret"] else f"is {quoted(value)}"
+        return ValueError(f"--{name} {shown}; it must {words}.")
 
     if value is False and "no" in choices:
         return "no"  # YAML reads a bare `no` as false

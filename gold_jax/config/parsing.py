@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from gold_jax.config.fields import Settings, field_names, groups, kinds, legal_texts, read_value
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
 from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import resolve_embedded
 
@@ -22,7 +22,10 @@ Fields = Mapping[str, tuple[type[Settings], dataclasses.Field]]  # every name of
 
 
 class FlagError(ValueError):
-    """A command line or configuration file that cannot be run; the text is one paragraph."""
+    """A command line or configuration file that cannot be run; the text is one paragraph of not too many characters."""
+
+    def __init__(self, text: str):
+        super().__init__(text if len(text) <= 2000 else f"{text[:500]}… ({len(text):,} characters)")
 
 
 class HelpRequested(Exception):
@@ -130,7 +133,10 @@ def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]
         if not words and bool not in types:
             raise FlagError(f"--{name} needs a value.")
         if len(words) > 1 and list not in types:
-            raise FlagError(f"--{name} takes one value, but {words[1]!r} follows {words[0]!r}; quote text with spaces.")
+            said_words = (
+                "another follows it" if field.metadata["secret"] else "{1} follows {0}".format(*map(quoted, words))
+            )
+            raise FlagError(f"--{name} takes one value, but {said_words}; quote text with spaces.")
         values[field.name] = flag == name if not words else words if list in types else words[0]
     return values
 
@@ -177,7 +183,11 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FlagError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise FlagError(f"{path} is not YAML: {quoted(' '.join(str(error).split()), plain=True)}.") from None
+    except RecursionError:
+        raise FlagError(
+            f"{path} is nested too deeply to be read; settings are lines such as `learning_rate: 1e-7`."
+        ) from None
     if content is not None and not isinstance(content, Mapping):
         raise FlagError(f"{path} holds a {type(content).__name__}; it must hold lines such as `learning_rate: 1e-7`.")
     return content or {}

@@ -58,6 +58,7 @@ class DecoderConfig:
         """
         check_family(hf_config.model_type)
         text = hf_config.text_config if hf_config.model_type == "gemma3" else hf_config
+        _refuse_out_of_range(text)
         _refuse_unsupported(text, hf_config)
         family = text.model_type
         gemma = family.startswith("gemma")
@@ -103,6 +104,29 @@ def check_family(model_type: str | None) -> None:
     """Raises a ValueError where a `model_type` is none of `FAMILIES`."""
     if model_type not in FAMILIES:
         raise ValueError(f"model_type {model_type!r} is not known. Known are {', '.join(FAMILIES)}.")
+
+
+_MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 10**9}
+
+
+def _refuse_out_of_range(text: Any) -> None:
+    """Raises a ValueError where a number of a config cannot be what it says."""
+    sizes = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
+    )
+    for name in [*sizes.split(), "max_position_embeddings"]:
+        value, most = getattr(text, name, None), _MOST.get(name, 10**7)
+        if name in ("head_dim", "max_position_embeddings") and value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(
+                f"{name} of the {text.model_type} config is {value!r}; it must be a whole number from 1 to {most}."
+            )
+    eps = text.rms_norm_eps
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
+        raise ValueError(
+            f"rms_norm_eps of the {text.model_type} config is {eps!r}; it must be a number between 0 and 1."
+        )
 
 
 def _refuse_unsupported(text: Any, outer: Any) -> None:

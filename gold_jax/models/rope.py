@@ -56,7 +56,14 @@ class Rope:
             values |= {name: float(parameters[name]) for name in given}
             values["attention_factor"] = _yarn_attention_factor(parameters)
             values["truncate"] = bool(parameters.get("truncate", True))
-        return cls(float(parameters["rope_theta"]), kind, **values)
+        theta = float(parameters["rope_theta"])
+        positive = {"rope_theta": theta} | {
+            name: values[name] for name in ("factor", "original_length") if name in values
+        }
+        for name, value in positive.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"{where}: {name} is {value:g}; it must be greater than 0.")
+        return cls(theta, kind, **values)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """Angle per position of each pair of channels: float32 [head_dim / 2]."""

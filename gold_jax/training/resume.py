@@ -180,7 +180,7 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
     if not path.exists():
         return []
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with contextlib.suppress(ValueError, AttributeError):  # no JSON object
             row = json.loads(line)
             again = ended and row.get("step") == step and any(name.startswith("eval_") for name in row)

@@ -73,3 +73,25 @@ def test_an_unknown_rope_type_is_refused_with_the_known_ones():
 def test_a_feature_that_is_not_there_is_refused_by_name(config, words):
     with pytest.raises(ValueError, match=words):
         DecoderConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"num_key_value_heads": 0}, "num_key_value_heads of the llama config is 0; it must be a whole number from 1"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers .* is 1000000000; it must be a whole number from 1 to 10000"),
+        ({"vocab_size": -5}, "vocab_size .* is -5"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps .* is nan; it must be a number between 0 and 1"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
+            "rope_theta is 0; it must be greater than 0",
+        ),
+    ],
+)
+def test_numbers_out_of_range_are_one_sentence(changes, words):
+    config = LlamaConfig(num_hidden_layers=2)
+    for name, value in changes.items():  # as a file may hold them; transformers checks some of them itself
+        object.__setattr__(config, name, value)
+    with pytest.raises(ValueError, match=words) as error:
+        DecoderConfig.from_hf(config)
+    assert len(str(error.value)) < 300

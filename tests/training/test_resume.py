@@ -282,6 +282,9 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "eval_loss": 1}\n{"step": 4, "lo')
     assert [row["step"] for row in truncate_log(log, 2)] == [1, 2, 2]
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "eval_loss": 1}\n'
+    separators = "\u2028 \u2029 \x85 \x0b"  # ends of lines to `str.splitlines`, and text to JSON
+    log.write_text(json.dumps({"step": 1, "completion": separators}, ensure_ascii=False) + "\n")
+    assert [row["completion"] for row in truncate_log(log, 2)] == [separators]
     assert truncate_log(tmp_path / "none.jsonl", 2) == [] and not (tmp_path / "none.jsonl").exists()
 
 
