@@ -141,7 +141,7 @@ OTHERWISE = {
     ),
     # All at once, since every one of them is another program to compile. Both sorts are exact, the sums over what is sorted
     # are XLA's either way; no row of the data is cut at 48 tokens, so a greater limit has nothing to let in.
-    "in smaller chunks, keeping activations, with attention in blocks, sorting on the host, with room for longer rows": (
+    "in chunks, keeping activations, attending in blocks, sorting on the host, with room for more": (
         {},
         {
             "loss_chunk": 16,
