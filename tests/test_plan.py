@@ -316,7 +316,8 @@ def test_the_command_needs_no_device_and_no_terminal(world):
 @pytest.mark.slow
 @NEEDS_COMPILER
 def test_a_pair_is_compiled_for_a_slice_that_is_not_here(world):
-    found = json.loads(in_a_process(f"--topology v5e:2x2 {pair(world)} --mesh fsdp=2,tensor=2 --max_length 256 --json"))
+    lengths = "--max_length 64 --max_new_tokens 16"  # short: to compile takes longer for more
+    found = json.loads(in_a_process(f"--topology v5e:2x2 {pair(world)} --mesh fsdp=2,tensor=2 {lengths} --json"))
     memory = found["memory"]
     assert found["fits"] and found["compiled"] and found["mesh"] == {"data": 1, "fsdp": 2, "tensor": 2}
     assert memory["limit_bytes"] == found["topology"]["memory_bytes"]

@@ -42,6 +42,7 @@ from gold_jax.training.batches import RowOrder, UpdateBatch
 from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.export import save_final_model
+from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
@@ -149,6 +150,7 @@ class Loop:
             self.output.mkdir(parents=True, exist_ok=True)
         folder = args.checkpoint_dir or self.output
         with (
+            locked(self.output) if is_main_process() else contextlib.nullcontext(),
             Watchdog(args.process_timeout) as self.watchdog,
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):

@@ -35,15 +35,16 @@ QUICK = {
 
 
 def begin(
-    output, number=1, index=0, address=None, command=("-m", "gold_jax.train"), devices=8, **changes
+    output, number=1, index=0, address=None, command=("-m", "gold_jax.train"), devices=8, variables=(), **changes
 ) -> subprocess.Popen:
-    """One process of a run of `number` with so many devices in all."""
+    """One process of a run of `number` with so many devices in all; `variables` are added to its environment."""
     flags = [f"--{name}={value}" for name, value in ({**QUICK, "output_dir": output} | changes).items()]
     several = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(number), "JAX_PROCESS_ID": str(index)}
     environment = os.environ | (several if number > 1 else {}) | {
         **tiny.cpu_devices(devices // number),
         "PYTHONPATH": str(ROOT),
         "HF_HUB_OFFLINE": "1",
+        **dict(variables),
     }  # fmt: skip
     command = [sys.executable, *command, *flags]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -100,16 +101,37 @@ def one(tmp_path_factory):
     return output
 
 
-def test_two_processes_with_four_devices_are_one_with_eight(one, tmp_path):
-    (code, said), (other, quiet) = ends(*begin_two(tmp_path))
+@pytest.fixture(scope="module")
+def two(one, tmp_path_factory):
+    """The same run of two processes, and what each said; the second takes its time over the batch of one update."""
+    output = tmp_path_factory.mktemp("two")
+    # Where the student writes the batch, the first process waits at the device and cannot say so.
+    late = next(row["step"] for row in log(one)[1:] if row["on_policy"] == 0) - 1
+    command = [str(ROOT / "tests" / "distributed" / "late_train.py")]
+    runs = begin_two(output, command=command, variables={"LATE_UPDATE": str(late)}, process_timeout=8)
+    (code, said), (other, quiet) = ends(*runs)
     assert code == other == 0, said[-3000:] + quiet[-3000:]
+    return output, said, quiet, late
+
+
+def test_two_processes_with_four_devices_are_one_with_eight(one, two):
+    output, said, quiet, _ = two
     assert "(8 devices of 2 processes)" in said and "updates done" not in quiet
-    assert_same(one, tmp_path)
+    assert_same(one, output)
+
+
+def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(two):
+    _, said, _, late = two
+    assert re.search(
+        r"\(process 1\) keeps the others waiting: it has been making the batch for \d+ seconds, "
+        rf"at update {late}\b",
+        said,
+    )
 
 
 @pytest.mark.parametrize("killed", [0, 1])
 def test_when_a_process_is_killed_the_other_ends_and_says_which(tmp_path, killed):
-    runs = begin_two(tmp_path, process_timeout=10, max_steps=2000)
+    runs = begin_two(tmp_path, process_timeout=10, max_steps=2000, lmbda=0)
     wait_for(reached(tmp_path, 3), runs[0])
     runs[killed].kill()
     start = time.monotonic()
@@ -160,16 +182,6 @@ def test_processes_with_other_settings_end_with_what_differs(tmp_path):
     runs = [begin(tmp_path, 2, 0, address), begin(tmp_path, 2, 1, address, seed=3)]
     for code, said in ends(*runs, timeout=200):
         assert code in (1, 2) and "seed" in said and "(process 1) has 3" in said, said[-2000:]
-
-
-def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tmp_path):
-    address, late = free_address(), [str(ROOT / "tests" / "distributed" / "late_train.py")]
-    runs = [begin(tmp_path, 2, i, address, late, process_timeout=8, max_steps=5, lmbda=0) for i in range(2)]
-    (code, said), (other, _) = ends(*runs)
-    assert code == other == 0, said[-2000:]
-    assert re.search(
-        r"\(process 1\) keeps the others waiting: it has been making the batch for \d+ seconds, at update 3", said
-    )
 
 
 @pytest.mark.assets

@@ -85,6 +85,11 @@ def test_nobody_is_late_before_one_has_waited_long_or_where_all_wait():
     assert diagnosed(all_wait, beat(activity=WAITING, seconds=99.0)) is None
 
 
+def test_who_is_silent_for_half_the_timeout_is_lost_and_who_is_waited_for_twice_as_long_is_late():
+    assert Watchdog(30)._limits == {"lost_after": 15, "late_after": 60}
+    assert Watchdog(30, late_after=5)._limits == {"lost_after": 15, "late_after": 5}
+
+
 def test_only_a_new_heartbeat_counts_as_seen():
     first = update_peers({}, {0: json.dumps(beat(1)), 1: json.dumps(beat(1))}, 0, 5.0)
     assert first == {1: (beat(1), 5.0)}

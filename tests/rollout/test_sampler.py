@@ -115,7 +115,7 @@ def alone(model):
 
 
 @pytest.mark.parametrize("temperature", (0, 1))
-@pytest.mark.parametrize("rows", (2, 4, 8, 64))
+@pytest.mark.parametrize("rows", (2, pytest.param(4, marks=pytest.mark.long), 8, 64))
 def test_what_a_row_draws_does_not_depend_on_the_rows_beside_it(model, alone, rows, temperature):
     found = generate(model, MANY, rows=rows, new=40, stop_ids=STOPS, temperature=temperature)
     assert ids(found) == alone[temperature]
@@ -259,7 +259,9 @@ def greedy(folder, prompts, new, stop):
 
 @pytest.mark.assets
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("smollm2-135m-instruct", "smollm2-135m-gpt2tok"))
+@pytest.mark.parametrize(
+    "name", ("smollm2-135m-instruct", pytest.param("smollm2-135m-gpt2tok", marks=pytest.mark.long))
+)
 def test_greedy_output_is_that_of_transformers(assets, name):
     from transformers import AutoTokenizer
 

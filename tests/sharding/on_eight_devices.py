@@ -1,7 +1,7 @@
 """Three steps of every method on meshes of eight devices against one device: prints the largest relative differences.
 
-With XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu in the environment; names of meshes as arguments.
-`--every N` takes each N-th method alone.
+With XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu in the environment; meshes as arguments: MESH for
+every method, MESH/N for each N-th method alone.
 """
 
 import argparse
@@ -83,12 +83,12 @@ def main():
     assert jax.device_count() == 8
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("meshes", nargs="*", default=MESHES)
-    parser.add_argument("--every", type=int, default=1)
     args = parser.parse_args()
     plain, found = {}, {}
-    for text in args.meshes:
+    for given in args.meshes:
+        text, _, every = given.partition("/")
         mesh = make_mesh(mesh_sizes(text, 8))
-        for number, method in list(enumerate([*SPECS, "sft"]))[:: args.every]:
+        for number, method in list(enumerate([*SPECS, "sft"]))[:: int(every or 1)]:
             name = method if method == "sft" else method.name
             if name not in plain:
                 plain[name] = steps(method)

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import run_state_machine_as_test
 from stateful.story import Story, World
 
-STORIES, CALLS = 5, 10
+CALLS = 10
 SFT, _, BY_TEACHER, STRICT = range(4)  # numbers of story.SETTINGS
 
 
@@ -74,9 +74,10 @@ def test_every_trainer_answers_as_a_new_one_when(order, world):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
-def test_every_trainer_answers_as_a_new_one_in_orders_drawn_at_random(world):
+@pytest.mark.parametrize("stories", [2, pytest.param(5, marks=pytest.mark.long)])
+def test_every_trainer_answers_as_a_new_one_in_orders_drawn_at_random(world, stories):
     how = settings(
-        max_examples=STORIES,
+        max_examples=stories,
         stateful_step_count=CALLS,
         derandomize=True,
         deadline=None,

@@ -12,6 +12,7 @@ plain walk along both sides. One line is printed for each pair, and at the end h
 import argparse
 import copy
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import pathlib
@@ -21,6 +22,7 @@ import time
 from collections import Counter
 
 import numpy as np
+import real_tokenizers as real
 import toy_tokenizers as toys
 from strings import mixed_strings
 
@@ -74,13 +76,10 @@ class Side:
         return (read.replace("▁", " ") if self._marks_blanks else read) not in (text, " " + text)
 
 
+@functools.cache
 def real_sides(assets: pathlib.Path) -> dict[str, Side]:
     """The real tokenizers, and two that are trained here."""
-    from transformers import AutoTokenizer
-
-    return {name: Side(AutoTokenizer.from_pretrained(assets / path)) for name, path in REAL.items()} | toy_sides(
-        TRAINED
-    )
+    return {name: Side(real.tokenizer(assets / path)) for name, path in REAL.items()} | toy_sides(TRAINED)
 
 
 def toy_sides(names=tuple(toys.EVERY)) -> dict[str, Side]:

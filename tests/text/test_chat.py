@@ -2,6 +2,7 @@ import functools
 
 import numpy as np
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -353,10 +354,8 @@ def test_any_ids_keep_the_longest_whole_prefix(ids):
 
 @pytest.mark.assets
 def test_thinking_can_be_turned_off(assets):
-    from transformers import AutoTokenizer
-
     chat_tokenizer = ChatTokenizer(
-        AutoTokenizer.from_pretrained(assets / "tokenizers" / "qwen3"), template_kwargs={"enable_thinking": False}
+        real.tokenizer(assets / "tokenizers" / "qwen3"), template_kwargs={"enable_thinking": False}
     )
     assert chat_tokenizer.render([USER]).endswith("assistant\n<think>\n\n</think>\n\n")
     ids, counted = chat_tokenizer.encode_turns(MORE)
@@ -377,9 +376,7 @@ def test_thinking_can_be_turned_off(assets):
     ],
 )
 def test_real_tokenizers(assets, folder, stop, begin):
-    from transformers import AutoTokenizer
-
-    chat_tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(assets / folder))
+    chat_tokenizer = real.chat_tokenizer(assets / folder)
     assert tokens(chat_tokenizer, [chat_tokenizer.stop_id]) == [stop]
     prompt = tokens(chat_tokenizer, chat_tokenizer.encode_prompt([USER]))
     assert prompt[0] == begin and prompt[:2] != [begin, begin]

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -193,11 +194,10 @@ def test_a_character_cut_off_by_the_length_limit_is_left_out_with_the_token_that
 @pytest.mark.slow
 def test_whatever_real_models_draw_nothing_shifts(assets):
     import alignment_at_scale as scale
-    from transformers import AutoTokenizer
 
     encoders = {name: side.encoder for name, side in scale.real_sides(assets).items()}
     for name, path in scale.REAL.items():
-        chat_tokenizer, rng = ChatTokenizer(AutoTokenizer.from_pretrained(assets / path)), np.random.default_rng(7)
+        chat_tokenizer, rng = real.chat_tokenizer(assets / path), np.random.default_rng(7)
         for k, ids in enumerate(drawn_ids(chat_tokenizer, rng, 300)):
             check(chat_tokenizer, ids, AFTER[k % 4], encoders)
         assert k == 299, name

@@ -3,6 +3,7 @@ import string
 
 import numpy as np
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -431,12 +432,8 @@ def test_answers_are_counted_beside_special_strings(kind):
 # Real tokenizers
 
 
-@functools.cache
 def real_chat_tokenizer(folder):
-    from transformers import AutoTokenizer
-
-    template = toys.LLAMA2 if folder.name == "llama2" else None
-    return ChatTokenizer(AutoTokenizer.from_pretrained(folder), chat_template=template)
+    return real.chat_tokenizer(folder, toys.LLAMA2) if folder.name == "llama2" else real.chat_tokenizer(folder)
 
 
 @pytest.mark.assets

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 
 from gold_jax.text.surface import Surfaces, surfaces_of, unknown_id
@@ -156,9 +157,7 @@ def test_without_makes_ids_special():
 
 @pytest.mark.assets
 def test_gemma_added_runs_and_tags_spell_their_letters(assets):
-    from transformers import AutoTokenizer
-
-    surfaces = surfaces_of(AutoTokenizer.from_pretrained(assets / "tokenizers" / "gemma3"))
+    surfaces = real.surfaces(assets / "tokenizers" / "gemma3")
     assert entry(surfaces, "\n\n\n") == b"\n\n\n"
     assert entry(surfaces, "▁▁▁") == b"   "
     assert entry(surfaces, "<table>") == b"<table>"
@@ -168,10 +167,7 @@ def test_gemma_added_runs_and_tags_spell_their_letters(assets):
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2"])
 def test_surfaces_joined_are_what_the_real_tokenizers_decode(assets, name):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / name)
-    surfaces = surfaces_of(tokenizer)
+    tokenizer, surfaces = (read(assets / "tokenizers" / name) for read in (real.tokenizer, real.surfaces))
     for i in range(0, len(surfaces), 37):
         if surfaces.table[i] is None:
             continue

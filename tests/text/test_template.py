@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 
 from gold_jax.text.template import (
@@ -390,10 +391,8 @@ def test_an_answer_that_the_template_leaves_out_or_changes_is_named():
 
 @pytest.mark.assets
 def test_real_templates_render_as_transformers_does(assets):
-    from transformers import AutoTokenizer
-
     for folder in ("smollm2-135m-instruct", "tokenizers/qwen3", "tokenizers/gemma3", "tokenizers/llama3_2"):
-        tokenizer = AutoTokenizer.from_pretrained(assets / folder)
+        tokenizer = real.tokenizer(assets / folder)
         expected = tokenizer.apply_chat_template(
             MORE[:3], tokenize=False, add_generation_prompt=True, date_string=FIXED_DATE
         )
@@ -402,11 +401,9 @@ def test_real_templates_render_as_transformers_does(assets):
 
 @pytest.mark.assets
 def test_real_templates_give_back_the_answers(assets):
-    from transformers import AutoTokenizer
-
     thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nthe dog."}
     for folder in ("smollm2-135m-instruct", "tokenizers/qwen3", "tokenizers/gemma3", "tokenizers/llama3_2"):
-        template = ChatTemplate(AutoTokenizer.from_pretrained(assets / folder))
+        template = ChatTemplate(real.tokenizer(assets / folder))
         block = "<think>\n\n</think>\n\n" if "qwen3" in folder else ""
         assert said(template, MORE) == ["the dog.", block + "72."]
         kept = said(template, [USER, thought, *MORE])
@@ -416,9 +413,7 @@ def test_real_templates_give_back_the_answers(assets):
 
 @pytest.mark.assets
 def test_qwen_thinks_or_not_by_row_before_run(assets):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers/qwen3")
+    tokenizer = real.tokenizer(assets / "tokenizers/qwen3")
     closed = "<think>\n\n</think>\n\n"
     off, on = ({"enable_thinking": value} for value in (False, True))
     for run, row, ends in [({}, None, False), (off, None, True), (off, on, False), ({}, off, True), (on, off, True)]:
@@ -429,9 +424,7 @@ def test_qwen_thinks_or_not_by_row_before_run(assets):
 @pytest.mark.assets
 @pytest.mark.parametrize("folder", ["qwen3", "llama3_2"])
 def test_real_templates_write_tools_as_transformers_does(assets, folder):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / folder)
+    tokenizer = real.tokenizer(assets / "tokenizers" / folder)
     messages = [USER, call(""), {"role": "tool", "content": "sunny"}, ANSWER]
     expected = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, date_string=FIXED_DATE)
     template = ChatTemplate(tokenizer)

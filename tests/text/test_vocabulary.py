@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+import real_tokenizers as real
 import toy_tokenizers as toys
 
 from gold_jax.text.surface import Surfaces, surfaces_of
@@ -104,9 +105,7 @@ def test_byte_level_and_sentencepiece_share_all_single_bytes():
     ],
 )
 def test_real_vocabularies_share_what_is_known_of_them(assets, pair, by, shared, jaccard):
-    from transformers import AutoTokenizer
-
-    student, teacher = (surfaces_of(AutoTokenizer.from_pretrained(assets / "tokenizers" / name)) for name in pair)
+    student, teacher = (real.surfaces(assets / "tokenizers" / name) for name in pair)
     mapping = build(student, teacher, by=by)
     assert mapping.shared == mapping.matched == shared
     assert mapping.jaccard() == pytest.approx(jaccard, abs=5e-4)

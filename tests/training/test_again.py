@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
@@ -180,21 +181,33 @@ def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earl
     assert log[1]["step"] == 2
 
 
-@pytest.mark.parametrize("wanted", ["missing", "further", "damaged"])
-def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, pair, tmp_path):
-    trainer = gold(pair, tmp_path / "out", evaluation=None, save_strategy="steps", save_steps=1)
+@pytest.fixture(scope="module")
+def saved(pair, tmp_path_factory):
+    """A trainer that has trained, and the checkpoint that it saved on the way."""
+    output = tmp_path_factory.mktemp("saved")
+    trainer = gold(pair, output, evaluation=None, save_strategy="steps", save_steps=1)
     trainer.train()
+    return trainer, output / "checkpoint-1"
+
+
+@pytest.mark.parametrize("wanted", ["missing", "further", "damaged"])
+def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, saved, tmp_path):
+    trainer, checkpoint = saved
     before, log = arrays(trainer), trainer.log_history
     path = tmp_path / "nothing"
+    if wanted != "missing":
+        path = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     if wanted == "further":
-        path = tmp_path / "out" / "checkpoint-1"
         notes = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(notes | {"step": 9}))
     if wanted == "damaged":
-        path = tmp_path / "out" / "checkpoint-1"
         largest = max((p for p in (path / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
         largest.write_bytes(largest.read_bytes()[:64])
-    says = "nothing|has seen 9 updates, and this run makes 2|no whole checkpoint is left"
+    says = {
+        "missing": "nothing",
+        "further": "has seen 9 updates, and this run makes 2",
+        "damaged": "no whole checkpoint is left",
+    }[wanted]
     with pytest.raises((FileNotFoundError, ValueError), match=says):
         trainer.train(resume_from_checkpoint=str(path))
     assert same(arrays(trainer), before) and trainer.log_history == log

@@ -98,26 +98,26 @@ def damage(checkpoint):
 @pytest.mark.slow
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_bit(world, tmp_path, monkeypatch):
     flags = dict(
-        max_steps=40, logging_steps=3, save_strategy="no", eval_strategy="steps", eval_steps=10, log_completions=True,
+        max_steps=14, logging_steps=3, save_strategy="no", eval_strategy="steps", eval_steps=7, log_completions=True,
         log_completions_steps=100,
     )  # fmt: skip
     whole = gold(world, tmp_path / "whole", **flags)
     whole.train()
     with monkeypatch.context() as patch:
-        stopped_in(patch, 20)
+        stopped_in(patch, 7)
         first = gold(world, tmp_path / "parts", **flags)
         with pytest.raises(Preempted) as end:
             first.train()
     assert end.value.exit_code == 75
-    assert "Preempted after 20 updates" in first.console.export_text()
-    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-20"]
+    assert "Preempted after 7 updates" in first.console.export_text()
+    assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-7"]
     # An evaluation was due after this update and had to wait.
-    assert not [row for row in lines(tmp_path / "parts" / "metrics.jsonl") if row["step"] == 20]
+    assert not [row for row in lines(tmp_path / "parts" / "metrics.jsonl") if row["step"] == 7]
     second = gold(world, tmp_path / "parts", **flags)
     second.train(resume_from_checkpoint=True)
     assert same(held(second), held(whole))
     logs = [steady(lines(tmp_path / name / "metrics.jsonl")) for name in ("parts", "whole")]
-    assert logs[0] == logs[1] and len(logs[0]) == 13 + 1 + 4
+    assert logs[0] == logs[1] and len(logs[0]) == 4 + 1 + 2
     drawn = [lines(tmp_path / name / "completions.jsonl") for name in ("parts", "whole")]
     assert drawn[0] == drawn[1] and drawn[0]
     assert steady(second.log_history) == steady(whole.log_history)

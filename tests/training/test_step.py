@@ -17,12 +17,15 @@ from gold_jax.training.step import Program, Step, init_state
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
 
+@pytest.mark.parametrize(
+    "micro_batches", [(8, 2), pytest.param((8, 4), marks=pytest.mark.long)], ids=lambda sizes: f"{sizes[-1]} at once"
+)
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
-def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec):
+def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec, micro_batches):
     loss, params, constants = built(spec)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: loss(p, constants, b)[0]))
     results = []
-    for micro in (8, 4, 2):
+    for micro in micro_batches:
         parts = [gradient(params, b) for b in batches(spec, micro)]
         results.append(jax.tree.map(lambda *x: sum(x), *parts))
     for value, grads in results[1:]:
@@ -67,9 +70,17 @@ def test_an_update_that_is_not_finite_leaves_all_as_it_was(micro):
     assert not np.array_equal(state.params["embedding"], before[0]["embedding"])
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+POINTS = [("chain", "shared"), ("boundary", "projected"), ("boundary", "events"), ("boundary", "alm")]
+BETA = {"shared": 0.5, "projected": 0.0, "events": 0.5, "alm": 1.0}
+
+
 @pytest.mark.parametrize(
-    "merge, compare", [("chain", "shared"), ("boundary", "projected"), ("boundary", "events"), ("boundary", "alm")]
+    "merge, compare, beta",
+    [
+        pytest.param(*point, beta, marks=[] if beta == BETA[point[1]] else pytest.mark.long)
+        for point in POINTS
+        for beta in (0.0, 0.5, 1.0)
+    ],
 )
 def test_a_student_that_is_its_teacher_has_no_loss_and_no_gradient(merge, compare, beta):
     spec = LossSpec(merge, "all", compare, {"beta": beta})

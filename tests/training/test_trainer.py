@@ -1,6 +1,8 @@
 """Trainers take TRL's arguments by their names, or say what stands in their place."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -216,6 +218,21 @@ def test_one_bad_row_need_not_end_a_run(world, tmp_path):
         gold(world, tmp_path, rows)
     trainer = gold(world, tmp_path, rows, {"on_bad_row": "skip"})
     assert any("left out 1 of 5 rows that cannot be read" in notice for notice in trainer.notices)
+
+
+def test_a_folder_in_which_a_run_is_under_way_is_refused(world, tmp_path):
+    code = (
+        "import pathlib, sys, time\nfrom gold_jax.training.folder_lock import locked\n"
+        f"with locked(pathlib.Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    trainer = gold(world, tmp_path)
+    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --output_dir"):
+        trainer.train()
+    other.kill()
+    other.wait()
+    assert trainer.train().global_step == 3 and not (tmp_path / ".lock").exists()
 
 
 # What leaves

@@ -1,0 +1,45 @@
+"""One run at a time in an output folder."""
+
+import contextlib
+import os
+import pathlib
+import socket
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a folder for this process; ValueError, with who it is, where another process holds it.
+
+    The lock ends with the process, however that ends. Where the file system (or the system) has none, nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    path = folder / ".lock"
+    while True:
+        file = open(path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read(200).strip() or "another process"
+            file.close()
+            raise ValueError(
+                f"{folder} is the output folder of a run that is under way ({who}); choose another --output_dir, or end that run"
+            ) from None
+        except OSError:  # not every network file system has locks
+            break
+        if os.fstat(file.fileno()).st_nlink:
+            break
+        file.close()  # removed by the process that held it, after it was opened here
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
