@@ -26,7 +26,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         _run(prog, main, sys.argv[1:] if argv is None else argv)
     finally:
         if "gold_jax.distributed.initialize" in sys.modules:  # the command may have joined other processes
-            from gold_jax.distributed.shutdown import end_process
+            from gold_jax.distributed.watchdog import end_process
 
             end_process(sys.exception())
 

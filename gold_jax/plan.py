@@ -66,7 +66,7 @@ def plan_run(
     from gold_jax.planning.models import find_model, find_vocabularies
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.planning.report import Report
-    from gold_jax.sharding.mesh import mesh_sizes
+    from gold_jax.sharding.axes import mesh_sizes
 
     mesh = mesh_sizes(training.mesh, topology.devices)
     options = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}

@@ -1,7 +1,5 @@
 """The command line and its YAML files into classes of flags, and errors that help."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os

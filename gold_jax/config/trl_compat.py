@@ -1,7 +1,5 @@
 """Names and values of TRL and transformers that this project has not: what stands in their place, or why not."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """What the processes of a run exchange: numbers and token ids over the devices, settings through JAX's key-value store."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence

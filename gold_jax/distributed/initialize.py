@@ -1,9 +1,4 @@
-"""Joins the processes of one run with `jax.distributed`, which detects Slurm steps, Open MPI jobs and TPU pods itself.
-
-What is added here: whether there are several processes at all, and errors that name the flag to change.
-"""
-
-from __future__ import annotations
+"""Joins the processes of one run with `jax.distributed`, where there are several; errors name the flag to change."""
 
 import concurrent.futures
 import functools
@@ -23,7 +18,7 @@ except ImportError:
 
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Launchers whose environment says how many processes they started, and which of them this one is.
+# What launchers set: how many processes they started, and which of them this one is.
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -50,14 +45,9 @@ def initialize(
 ) -> None:
     """Joins the processes of a run; does nothing where there is one, or where `jax.distributed` was initialized before.
 
-    Must come before JAX's first use of a device.
-
-    Args:
-        coordinator_address: HOST:PORT of process 0, the same in all processes.
-        num_processes, process_id: how many there are, and which this one is, from 0. Slurm and Open MPI tell both where
-            only the address is given.
-        timeout: seconds to wait for the other processes.
-        heartbeat_timeout: seconds after which JAX takes a silent process for lost and ends the others.
+    Must come before JAX's first use of a device. `coordinator_address` is HOST:PORT of process 0, the same in all
+    processes; where it alone is given, Slurm and Open MPI tell the rest. The others are waited for `timeout` seconds;
+    after `heartbeat_timeout` seconds JAX takes a silent process for lost and ends the others.
 
     Raises:
         ValueError: one of the three is missing or makes no sense; the text names the flag.
@@ -171,10 +161,9 @@ def _check_port(address: str) -> None:
     try:
         socket.create_server(("", int(address.rpartition(":")[2]))).close()
     except OSError as error:
-        raise ConnectionError(
-            f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)}). Give another port in "
-            "--coordinator_address, the same one to all processes."
-        ) from error
+        cannot = f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)})"
+        same = "Give another port in --coordinator_address, the same one to all processes."
+        raise ConnectionError(f"{cannot}. {same}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -32,8 +32,7 @@ from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
-from gold_jax.sharding.mesh import make_mesh
-from gold_jax.sharding.placement import ROW_AXES, Placement
+from gold_jax.sharding.placement import ROW_AXES, Placement, make_mesh
 from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.build import Match, build_run

@@ -3,8 +3,6 @@
 Letters: B rows, T tokens, V vocabulary, D width, H heads, K head_dim.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence

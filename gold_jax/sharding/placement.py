@@ -1,26 +1,34 @@
-"""How the arrays of a model and of its batches are sharded on a mesh; docs/distributed.md has the whole table.
+"""The mesh, and how the arrays of a model and of its batches are sharded on it; docs/distributed.md has the whole table.
 
-A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. The width of a
-model is sharded over `fsdp` where it is stored, in the layout `full` over `data` too (for a large teacher beside a
-small student), in `replicated` over neither. An axis of an array that the mesh axis does not divide is not sharded.
+An axis of an array that the mesh axis does not divide is not sharded.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.sharding.axes import LAYOUTS
+from gold_jax.sharding.axes import AXES, LAYOUTS
 
 ROW_AXES = ("data", "fsdp")
 _WIDTH = {"fsdp": ("fsdp",), "full": ("data", "fsdp"), "replicated": ()}
 _TENSOR = ("heads", "kv_heads", "mlp")
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes over the devices given; None: all there are."""
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=types)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes that are larger than one, such as `fsdp=4,tensor=2`."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,5 @@ def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | N
     # transformers leaves this one out, and without it Llama's tokenizer puts no blank after a special token.
     path, legacy = folder / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
     if legacy is not None and path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(
-            json.dumps(settings | {"legacy": legacy}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"legacy": legacy}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,15 +22,10 @@ class HubSilent(HubError):
 def create_hub_repository(
     repo_id: str | None, folder: str | os.PathLike, private: bool | None, token: str | None
 ) -> str:
-    """Make the repository that a run will be pushed to, before training, so that a bad token shows at once.
+    """Make the repository that a run will be pushed to, before training, so that a bad token shows at once; its full name.
 
-    Args:
-        repo_id: `user/name`; None: the name of `folder`, the run's output, under the token's account.
-        private: None: the account's default.
-        token: None: the one that is stored on this machine.
-
-    Returns:
-        The repository's full name.
+    `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's
+    default; `token` None the one that is stored on this machine.
 
     Raises:
         HubSilent: it does not answer.
@@ -43,14 +38,11 @@ def create_hub_repository(
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:
         if _no_answer(error):
-            raise HubSilent(
-                f"--push_to_hub: the hub does not answer ({_reason(error)}); training goes on, and the push is tried when it "
-                "is done."
-            ) from error
-        raise HubError(
-            f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}. Log in with `hf auth login` or give "
-            "--hub_token, and check --hub_model_id."
-        ) from error
+            silent = f"--push_to_hub: the hub does not answer ({_reason(error)})"
+            raise HubSilent(f"{silent}; training goes on, and the push is tried when it is done.") from error
+        refused = f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}"
+        instead = "Log in with `hf auth login` or give --hub_token, and check --hub_model_id."
+        raise HubError(f"{refused}. {instead}") from error
 
 
 def push_to_hub(
@@ -60,13 +52,9 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model, but for earlier saves (`checkpoint-*`) and event files; arguments as above.
+    """Upload a folder with a trained model, but for earlier saves (`checkpoint-*`) and event files; the commit's address.
 
-    Returns:
-        The address of the commit.
-
-    Raises:
-        HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
+    HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
 
@@ -78,10 +66,9 @@ def push_to_hub(
         upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, ignore_patterns=ignored)
         return str(api.upload_folder(**upload))
     except Exception as error:
-        raise HubError(
-            f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}. Upload it "
-            f"with: hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
-        ) from error
+        failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
+        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
+        raise HubError(f"{failed}. Upload it with: {by_hand}") from error
 
 
 def _no_answer(error: BaseException) -> bool:

@@ -1,7 +1,5 @@
 """What a run reports: each logged step as a line of JSON, in the terminal and to the trackers; and the tables around them."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
@@ -64,7 +62,7 @@ class MetricLog:
         if self._file is not None:
             self.attempt("the log file", self._file.close)
 
-    def __enter__(self) -> MetricLog:
+    def __enter__(self) -> "MetricLog":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: a run stops between two updates, with its state saved."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable
@@ -40,7 +38,7 @@ class SignalHandler:
         self._interruptible = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> SignalHandler:
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number, default in (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL):
                 if signal.getsignal(number) is default:

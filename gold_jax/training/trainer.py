@@ -21,8 +21,7 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.scoring import exact_match, score_completions
-from gold_jax.sharding.mesh import describe_mesh
-from gold_jax.sharding.placement import Placement
+from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.training import build
