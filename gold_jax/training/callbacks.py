@@ -8,10 +8,12 @@ from transformers.trainer_callback import TrainerControl
 
 
 class Callbacks:
-    """The callbacks of a run. Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`)."""
+    """The callbacks of a run, or classes of them, called with the settings and the `TrainerState` of the moment.
+
+    Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`).
+    """
 
     def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
-        """Takes callbacks, or classes of them; each is given the settings and the `TrainerState` of the moment."""
         self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
         self._args, self._state = args, state
         self.stop = False
@@ -40,12 +42,9 @@ def check_optimizers(optimizers: tuple[Any, Any]) -> tuple[optax.GradientTransfo
     """The transformation and the learning rates in place of the settings'; a TypeError where they are not optax's."""
     optimizer, schedule = optimizers
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"optimizers takes (an optax.GradientTransformation, an optax schedule or None), not a {type(optimizer).__name__}"
-        )
+        takes = "(an optax.GradientTransformation, an optax schedule or None)"
+        raise TypeError(f"optimizers takes {takes}, not a {type(optimizer).__name__}")
     if optimizer is None and schedule is not None:
-        raise TypeError(
-            "optimizers has a schedule without an optimizer; give the optax transformation that uses it, or learning_rate and "
-            "lr_scheduler_type"
-        )
+        instead = "give the optax transformation that uses it, or learning_rate and lr_scheduler_type"
+        raise TypeError(f"optimizers has a schedule without an optimizer; {instead}")
     return optimizer, schedule

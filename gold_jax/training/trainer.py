@@ -38,12 +38,7 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 
 
 class _Trainer:
-    """What the trainers have in common: inputs, read and checked before a model is loaded, and the run that is made of them.
-
-    Attributes:
-        args: a frozen copy of the settings.
-        student: the name and the tokenizer of the model that is trained; see `model`.
-    """
+    """What the trainers have in common: inputs, read and checked before a model is loaded, and the run that is made of them."""
 
     method = title = ""
     spec: LossSpec | None = None  # the loss of a distillation
@@ -51,22 +46,20 @@ class _Trainer:
 
     def __init__(self, args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name):
         self._optimizers, self._callbacks = check_optimizers(optimizers), callbacks
-        # A copy, checked again: what was set on the settings since they were made is checked by the same rules.
-        self.args = a = args.frozen_copy()
+        self.args = a = args.frozen_copy()  # checked again
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
-            raise ValueError(
-                f"num_processes is {a.num_processes}, and this process runs alone: call "
+            first = (
                 "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer is made"
             )
+            raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first}")
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
-        self.train_examples, self.eval_examples = (
-            None if rows is None else load_examples(rows, text_column=a.dataset_text_field)
-            for rows in (train_dataset, eval_dataset)
-        )
+        read = functools.partial(load_examples, text_column=a.dataset_text_field)
+        self.train_examples = read(train_dataset)
+        self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
         self.console = (console or Console()) if is_main_process() else Console(quiet=True)
@@ -128,10 +121,10 @@ class _Trainer:
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
-        # From here on the constants of the step hold the teacher's parameters.
-        score = teacher and functools.partial(
-            self._score_teacher, run._replace(params=None), teacher._replace(model=None)
-        )
+        score = None
+        if teacher is not None:  # whose parameters the constants of the step hold from here on
+            sides = run._replace(params=None), teacher._replace(model=None)
+            score = functools.partial(self._score_teacher, *sides)
         restart = engine and engine.restart
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, self._callbacks)
 
@@ -198,9 +191,8 @@ class _Trainer:
         a, pushes = self.args, self.args.push_to_hub and is_main_process()
         if pushes:
             try:
-                self.hub_model_id = create_hub_repository(
-                    self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
-                )
+                where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
+                self.hub_model_id = create_hub_repository(*where)
             except HubSilent as error:
                 self.loop.say(str(error))
         resume = a.resume_from_checkpoint
@@ -345,16 +337,15 @@ class GOLDTrainer(_Trainer):
         teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
         match = build.match_pair(a, student, teacher)
         self.spec = a.loss_spec(match.same or match.related)
-        need = (
-            f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone"
-        )
-        need, by_teacher = None if a.lmbda == 1 or a.seq_kd else need, a.seq_kd and a.lmbda < 1
+        need, by_teacher = None, a.seq_kd and a.lmbda < 1
+        if a.lmbda < 1 and not a.seq_kd:
+            share = f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set"
+            need = f"{share}; use --lmbda 1 for prompts alone"
         options = dict(budget=a.prompt_budget, need_completion=need, teacher=teacher.chat_tokenizer)
         options |= dict(student_writes=a.lmbda > 0, teacher_writes=by_teacher, teacher_context=a.teacher_context)
         if need is not None:
-            builder = DistillationBatchBuilder(
-                student.chat_tokenizer, teacher.chat_tokenizer, None, self.spec, match.same, max_length=a.max_length
-            )
+            sides = student.chat_tokenizer, teacher.chat_tokenizer, None
+            builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
@@ -362,10 +353,8 @@ class GOLDTrainer(_Trainer):
         engine, notices = build.completion_server(a, sizes[0], self.dtype)
         vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
         if match.same or match.related:
-            alone = sum(sizes) - 2 * match.vocabulary.matched
-            vocabularies = "one and the same" + (
-                f", {alone:,} rows of one side alone" if alone and match.related else ""
-            )
+            alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"
+            vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""
             vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
