@@ -17,20 +17,19 @@ _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more to
 
 
 class Advice(NamedTuple):
-    """A change as flags, what it does, the bytes of a device at its fullest then, those that it saves, and whether it fits."""
+    """A change and what it does."""
 
     flags: str
     why: str
-    peak: int
-    saves: int
+    peak: int  # bytes of a device at its fullest then
+    saves: int  # bytes
     fits: bool
 
 
 def advice(plan: Plan) -> tuple[Advice, ...]:
     """Changes that would make a plan smaller, the one that saves most first; then, if none of them alone is enough, several.
 
-    Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they
-    are, where they can: fewer at a time are more micro-batches.
+    Of each kind it is the least change that is enough, or else the one that saves most. An update keeps its rows.
     """
     changes, before = list(_changes(plan.request)), estimate(plan.request).peak_bytes
 
@@ -151,12 +150,10 @@ def search(
 ) -> list[Plan]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer
-    micro-batches. For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most
-    are taken, and fewer where these turn out not to fit.
-
-    `first` is the plan of what was asked for, and one of the at most `limit` that are compiled, or shown; without
-    `compile_plan`, which makes one by compiling, the analytic model decides. `progress` is told what is being done.
+    An update keeps its rows (it has a few more where a mesh cannot share them out evenly). For each mesh and layout, rows
+    at once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not
+    to fit. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
+    (None: by the analytic model). `progress` is told what is being done.
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]

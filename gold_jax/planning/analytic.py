@@ -1,12 +1,9 @@
 """The analytic model: a run's memory, FLOPs and bytes by formula, for GPUs and to rank what is worth compiling.
 
-What is resident and what programs are given is exact. A program's temporaries are a formula: a student's step is fullest
-either in its loss or when it begins to go back through the layers, and the larger sum is its peak. Against what libtpu
-0.0.42.1 lays out for nine programs (`benchmarks/footprint.py`) that comes out between 16 % too small and 2 % too large.
-What XLA makes of it for GPUs has not been compared.
-
-FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as if all that
-stands between two products were fused into them; what is sent follows the ring formulas of `planning.collectives`.
+What is resident and what programs are given is exact; temporaries, against what libtpu 0.0.42.1 lays out for nine programs
+(`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; for GPUs that has not been compared. FLOPs
+are those of products; bytes those of parameters, of each product's input and output and of logits, as if all between two
+products were fused into them; what is sent follows the ring formulas of `planning.collectives`.
 """
 
 import math
@@ -266,20 +263,18 @@ def layer_matrices(config: DecoderConfig, without: Iterable[str] = ()) -> int:
 
 
 def attention_product(config: DecoderConfig, rows: list[int], attention: str) -> float:
-    """FLOPs of one of attention's products over all layers: of queries with keys, or of shares with values.
+    """FLOPs of one of attention's products over all layers, of queries with keys, or of shares with values; `rows` are lengths.
 
-    `rows` are their lengths, `attention` is one of `models.attention.IMPLEMENTATIONS`; "plain" computes the pairs that
-    it masks, too.
+    "plain" of `models.attention.IMPLEMENTATIONS` computes the pairs that it masks, too.
     """
 
-    def pairs(length: int, window: int | None) -> float:
-        seen = length if window is None else min(window, length)
-        return length * length if attention == "plain" else seen * length - seen * (seen - 1) / 2
+    def pairs(window: int | None) -> float:
+        seen = [(n, n if window is None else min(window, n)) for n in rows]
+        return sum(n * n if attention == "plain" else near * n - near * (near - 1) / 2 for n, near in seen)
 
     sliding = sum(config.sliding)
-    full = sum(pairs(length, None) for length in rows) * (config.layers - sliding)
-    near = sum(pairs(length, config.window) for length in rows) * sliding
-    return 2.0 * config.heads * config.head_dim * (full + near)
+    every = pairs(None) * (config.layers - sliding) + pairs(config.window) * sliding
+    return 2.0 * config.heads * config.head_dim * every
 
 
 def activation_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> float:

@@ -1,8 +1,6 @@
-"""A run's very programs, compiled for TPUs that are only described: what they hold, compute, move and send.
+"""A run's very programs, as training calls them, compiled for TPUs that are only described: what they hold, compute, move, send.
 
-Nothing of a model is there but its shapes. The step, its loss and the sampler are those that training calls
-(`training.build.build_run`); a batch has rows as long as the settings allow, which share no beginning, and every token
-is a group of its own.
+A batch has rows as long as the settings allow, which share no beginning, and every token is a group of its own.
 """
 
 import dataclasses
@@ -45,7 +43,7 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 def compile_plan(
     request: PlanRequest, progress: Callable[[str], None] = lambda _: None, leave_out: Collection[str] = ()
 ) -> Plan:
-    """A plan for TPUs. `progress` is told what is being done; programs to `leave_out` are not compiled, nor in the memory."""
+    """A plan for TPUs; programs to `leave_out` are not compiled, nor in the memory. `progress` is told what is being done."""
     described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
     run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
     costs, moments, code = {name: model.cost(name) for name in request.programs}, [], 0
@@ -71,7 +69,7 @@ def compile_plan(
 
 
 class PlannedRun:
-    """A run's programs and what they read, as shapes; `mesh` is of devices that may be only described (None: of none)."""
+    """A run's programs and what they read, as shapes, on a mesh of devices that may be only described (None: of none)."""
 
     def __init__(self, request: PlanRequest, mesh: Any = None):
         self.request, self.args, pair = request, request.args, request.pair
@@ -174,8 +172,7 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
             if "memory" not in str(error).lower():
                 raise
             return None, 0, " ".join(str(error).split())
-        # The peak of `memory_analysis`, by which a program is refused, is of what is used at once. What is used at
-        # several times has to lie in one place, which takes a few per cent more.
+        # What is laid out takes a few per cent more than is used at once, the peak of `memory_analysis`.
         reports = "\n".join(path.read_text() for path in pathlib.Path(folder).glob("*memory-usage-report.txt"))
     return compiled, max(map(int, re.findall(r"color=0\)\s+Total bytes: (\d+)", reports)), default=0), None
 
@@ -183,13 +180,14 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
 def _read(compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: Callable[[str], int]) -> tuple[int, int, Cost]:
     """Bytes that a program needs while it runs; of the program itself, which lies there as long as it may be called; its cost."""
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    # Of all that is laid out, what is neither argument nor result: `temp_size_in_bytes` adds up buffers of different times.
     given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     executions, _ = hlo.executed(program, trips)
     flops, moved = read_work(program, executions)
     traffic = read_collectives(executions, mesh)
     sent = {axes: sum(one.bytes for one in by_op.values()) for axes, by_op in traffic.items()}
-    needed = max(memory.peak_memory_in_bytes, laid_out) - given
+    needed = (
+        max(memory.peak_memory_in_bytes, laid_out) - given
+    )  # `temp_size_in_bytes` adds up buffers of different times
     return needed, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, sent)
 
 

@@ -1,8 +1,7 @@
 """The models of a plan by their names, and what their vocabularies share, without any weight.
 
-`known_models.json` holds what the `config.json` of well-known models on the hub says of shapes and rotations: a family's
-common fields and, for each model, its sizes and the fields that are its own. Of Gemma 3's multimodal models it is the
-language part. An instruction-tuned model and its base have one shape.
+`known_models.json` holds what the `config.json` of well-known models says of shapes and rotations: a family's common
+fields and, for each model, its own. Of Gemma 3's multimodal models it is the language part.
 """
 
 import difflib
@@ -30,18 +29,18 @@ ASSUMED_SHARE = 0.72
 
 
 class Model(NamedTuple):
-    """A model by the name that was given, where its tokenizer is (folder or hub id), and its revision there (None: main)."""
+    """A model of a run that is planned."""
 
-    name: str
+    name: str  # as it was given
     config: DecoderConfig
-    source: str
-    revision: str | None = None
+    source: str  # where its tokenizer is, folder or hub id
+    revision: str | None = None  # None: main
 
 
 class Vocabularies(NamedTuple):
-    """Entries that both vocabularies of a pair have (None: they are one and the same), and where that number is from."""
+    """What the two vocabularies of a pair share."""
 
-    matched: int | None
+    matched: int | None  # entries that both have; None: they are one and the same
     how: str  # "tokenizers", "given", "configs" (same family and size) or "assumed"
 
 
@@ -87,11 +86,9 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:
-        said = (str(error).strip() or "no reason given").splitlines()[0]
-        raise FileNotFoundError(
-            f"the {role} {name!r} is neither a folder here nor a model whose shapes are known without the hub, and the hub did "
-            f"not give its config.json ({type(error).__name__}: {said}).{near}"
-        ) from error
+        said = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        unknown = f"the {role} {name!r} is neither a folder here nor a model whose shapes are known without the hub"
+        raise FileNotFoundError(f"{unknown}, and the hub did not give its config.json ({said}).{near}") from error
     return Model(name, read_config(pathlib.Path(file).parent), name, revision)
 
 

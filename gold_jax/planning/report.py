@@ -38,18 +38,14 @@ _COUNTS = {" P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, "": 1.0}
 
 @dataclasses.dataclass
 class Report:
-    """What is known of a run before anything of it is there.
-
-    The models (no teacher: fine-tuning) and what their vocabularies share; what the run takes; changes for where it does
-    not fit; ways to spread it, the best first (None: none was looked for); what else the reader should know.
-    """
+    """What is known of a run before anything of it is there."""
 
     student: Model
-    teacher: Model | None
+    teacher: Model | None  # None: fine-tuning
     vocabularies: Vocabularies | None
     plan: Plan
-    advice: tuple[Advice, ...]
-    search: list[Plan] | None
+    advice: tuple[Advice, ...]  # changes for where it does not fit
+    search: list[Plan] | None  # ways to spread it, the best first
     notes: list[str]
 
     def __post_init__(self):
@@ -74,10 +70,9 @@ class Report:
         for one in plan.refused:
             when = _PROGRAMS[one["program"]][1]
             found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
-        source = (
-            "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
-            f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
-        )
+        formula = f"a formula that comes out up to {ERROR:.0%} too small where it was compared with compiled programs"
+        exact = "Nothing was compiled. What stays is exact; activations, loss and temporaries are by"
+        source = f"{exact} {formula}, for TPUs."
         if plan.compile_seconds is not None:
             count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
