@@ -46,9 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.show(Console())
 
 
-def plan_run(
-    model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None] = lambda _: None
-) -> Any:
+def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None]) -> Any:
     """The `planning.report.Report` of a run on `args.topology`; `progress` is told what is being done.
 
     Raises:
@@ -99,9 +97,8 @@ def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:
     if getattr(training, "seq_kd", False):
         notes.append("What the teacher writes (--seq_kd) is not planned.")
     if getattr(training, "server_url", None) and pair.teacher:
-        notes.append(
-            "A server writes the student's completions: it has devices of its own, and no time of it is counted."
-        )
+        own = "it has devices of its own, and no time of it is counted"
+        notes.append(f"A server writes the student's completions: {own}.")
     if training.bf16 is False:
         counted = "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs"
         notes.append(f"{counted}; on GPUs they can take longer.")

@@ -185,9 +185,8 @@ def _read(compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: Callable
     flops, moved = read_work(program, executions)
     traffic = read_collectives(executions, mesh)
     sent = {axes: sum(one.bytes for one in by_op.values()) for axes, by_op in traffic.items()}
-    needed = (
-        max(memory.peak_memory_in_bytes, laid_out) - given
-    )  # `temp_size_in_bytes` adds up buffers of different times
+    # `temp_size_in_bytes` adds up buffers of different times.
+    needed = max(memory.peak_memory_in_bytes, laid_out) - given
     return needed, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, sent)
 
 

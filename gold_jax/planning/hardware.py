@@ -15,9 +15,7 @@ import sys
 from typing import NamedTuple
 
 GIB = 2**30
-GPU_SHARE = (
-    0.75  # of a GPU's memory that JAX takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
-)
+GPU_SHARE = 0.75  # of a GPU's memory, what JAX takes by XLA_PYTHON_CLIENT_MEM_FRACTION's default
 
 
 class Chip(NamedTuple):

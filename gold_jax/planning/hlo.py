@@ -11,9 +11,8 @@ _HEADER = re.compile(r"(?!HloModule)(ENTRY )?%?([\w.\-]+).*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 _ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
 _DELIMITER = re.compile(r"[][(){},]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|(?:called|branch)_computations|(?:true|false)_computation)=(\{[^}]*\}|[\w.%\-]+)"
-)
+_CALLS = r"calls|to_apply|(?:called|branch)_computations|(?:true|false)_computation"
+_CALLED = re.compile(rf"(?:{_CALLS})=(\{{[^}}]*\}}|[\w.%\-]+)")
 # Types of what loops count with, and how it is computed.
 _COUNTING = re.compile(r"\(|pred\[\]|[su]\d+\[\]")
 _UNCHANGED = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")

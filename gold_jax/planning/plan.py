@@ -64,9 +64,8 @@ class PlanRequest:
         self.length = args.max_length or 1024  # tokens of the longest row, and of the longest prompt
         self.prompt_length = args.prompt_budget if isinstance(args, GOLDConfig) else self.length // 2
         self.tokens = self.update_rows * self.length  # that the student learns from in an update
-        self.positions = self.device_rows * (
-            self.length - self.prompt_length
-        )  # that a device compares in a micro-batch
+        # Positions that a device compares in a micro-batch.
+        self.positions = self.device_rows * (self.length - self.prompt_length)
         # The programs of an update and how often each runs in one; of decoding, tokens of a row.
         self.programs = {"teacher": self.micro_batches} if self.reads else {}
         self.programs[STUDENT[0]] = 1

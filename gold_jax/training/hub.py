@@ -19,9 +19,7 @@ class HubSilent(HubError):
     """The hub does not answer now; it may later."""
 
 
-def create_hub_repository(
-    repo_id: str | None, folder: str | os.PathLike, private: bool | None, token: str | None
-) -> str:
+def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None, token: str | None) -> str:
     """Make the repository that a run will be pushed to, before training, so that a bad token shows at once; its full name.
 
     `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's

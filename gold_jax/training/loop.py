@@ -329,9 +329,8 @@ class Loop:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         self.watchdog.report(self.done, "evaluating")
         if self.data.eval is None:
-            raise ValueError(
-                "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
-            )
+            give = "give an eval_dataset, or --eval_strategy and a test split"
+            raise ValueError(f"there is no data to evaluate on: {give}")
         examples = with_text_completion(self.data.eval)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")

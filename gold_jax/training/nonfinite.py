@@ -40,9 +40,8 @@ def describe_divergence(
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     if not counted:
-        cause = (
-            "Nothing in the rows of the last one counts in the loss: they may be cut before their completions begin."
-        )
+        cut = "they may be cut before their completions begin"
+        cause = f"Nothing in the rows of the last one counts in the loss: {cut}."
     elif nonfinite:
         names = ", ".join(nonfinite[:3])
         cause = f"The parameters themselves are not finite ({names}): the model was broken before training."

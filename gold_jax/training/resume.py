@@ -150,11 +150,9 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     if not found:
         say(f"There is no checkpoint in {folder} yet: the run begins anew.")
     elif len(earlier) == len(found):
-        names = ", ".join(sorted(path.name for path in earlier)[:5])
-        over = (
-            f"Those of earlier runs are passed over ({names}); --resume_from_checkpoint {earlier[0]} goes on from one."
-        )
-        say(f"The run that was started last has no checkpoint in {folder} yet: it begins anew. {over}")
+        over = f"Those of earlier runs are passed over ({', '.join(sorted(path.name for path in earlier)[:5])})"
+        anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
+        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} goes on from one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the higher step is the later one, whatever the clock said.
     return rest if current is None else sorted(rest, key=lambda path: -int(path.name.rpartition("-")[2]))

@@ -48,10 +48,8 @@ class _Trainer:
         self._optimizers, self._callbacks = check_optimizers(optimizers), callbacks
         self.args = a = args.frozen_copy()  # checked again
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
-            first = (
-                "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer is made"
-            )
-            raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first}")
+            first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
+            raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first} is made")
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
