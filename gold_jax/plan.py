@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None]) -> Any:
     """The `planning.report.Report` of a run on `args.topology`; `progress` is told what is being done.
 
-    Raises:
-        ValueError: settings, names or devices that make no run.
-        FileNotFoundError, ImportError: a model is not found; the TPU compiler is needed and not installed.
+    ValueError: it makes no run. FileNotFoundError, ImportError: a model, or the TPU compiler, is not there.
     """
     require(args.topology, "topology", FORMS)
     topology = read_topology(args.topology)

@@ -45,12 +45,12 @@ class PeerFailed(RuntimeError):
 
 
 class Heartbeat(NamedTuple):
-    """What a process says of itself: `count` grows with each, `seconds` is how long the activity has lasted."""
+    """What a process says of itself."""
 
-    count: int
+    count: int  # grows with each
     step: int
     activity: str
-    seconds: float
+    seconds: float  # how long the activity has lasted
     finished: bool = False
 
 

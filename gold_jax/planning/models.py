@@ -69,9 +69,7 @@ def known_config(name: str) -> DecoderConfig | None:
 def find_model(name: str, revision: str | None = None, role: str = "model") -> Model:
     """A model by a folder, by the name of a well-known one, or by a hub id, of which config.json alone is downloaded.
 
-    Raises:
-        FileNotFoundError: `role` is none of these; the text names well-known models that are near.
-        ValueError: a config that this decoder does not support.
+    FileNotFoundError: it is none of these; the text names `role` and near ones. ValueError: it is not supported.
     """
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     if path.is_dir():

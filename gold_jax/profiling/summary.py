@@ -35,9 +35,7 @@ def summarize(folder: str | os.PathLike) -> dict[str, Any]:
         ran while the device was busy. `operations`: the heaviest, with `seconds` and `count` in a step. `device`: which
         one it was.
 
-    Raises:
-        FileNotFoundError: the folder holds no trace.
-        ValueError: a trace holds no step.
+    FileNotFoundError: the folder holds no trace. ValueError: a trace holds no step.
     """
     files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
     if not files:

@@ -7,13 +7,10 @@ LAYOUTS = ("fsdp", "full", "replicated")
 
 
 def read_mesh(text: str | None) -> dict[str, int]:
-    """The axes that are named and their sizes; `auto` and None name none.
+    """The axes that are named and their sizes; `auto` and None name none. A ValueError says what is legal.
 
     >>> read_mesh("fsdp=4,tensor=2")
     {'fsdp': 4, 'tensor': 2}
-
-    Raises:
-        ValueError: another form, an axis that does not exist or is named twice, or a size below 1.
     """
     found: dict[str, int] = {}
     for part in "" if text in (None, "auto") else text.replace(" ", "").split(","):
@@ -26,13 +23,10 @@ def read_mesh(text: str | None) -> dict[str, int]:
 
 
 def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
-    """The size of every axis, for so many devices: 1 where it is not named, but `fsdp` takes the devices that are left.
+    """The size of every axis, 1 where it is not named, but `fsdp` takes what is left; ValueError where devices do not come out.
 
     >>> mesh_sizes("tensor=2", 8)
     {'data': 1, 'fsdp': 4, 'tensor': 2}
-
-    Raises:
-        ValueError: as `read_mesh`, or the sizes do not come to the number of devices.
     """
     named = read_mesh(text)
     product = math.prod(named.values())

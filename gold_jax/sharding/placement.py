@@ -97,7 +97,7 @@ class Placement:
 
     def row_owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
-        parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor_size` is the last axis
+        parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor` is the last axis
         holders = [sorted({device.process_index for device in part}) for part in parts]
         local_shards = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
         return tuple(found[0] for found in holders), local_shards
@@ -111,8 +111,7 @@ class Placement:
             unit = len(x) // len(local_shards)
 
             def part(index):
-                start = local_index[(index[0].start or 0) // unit] * unit
-                return x[start : start + unit]
+                return np.split(x, len(local_shards))[local_index[(index[0].start or 0) // unit]]
 
             return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
 

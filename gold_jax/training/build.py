@@ -151,9 +151,7 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
 def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:
     """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
 
-    Raises:
-        ServerError: it is not there, or its window is too short.
-        ValueError: the run has several processes.
+    ServerError: it is not there, or its window is too short. ValueError: the run has several processes.
     """
     if args.server_url is None:
         return None, []

@@ -29,11 +29,10 @@ class Callbacks:
 def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
     """Refuses, by a ValueError, arguments of TRL's trainers in whose place something else stands, and says what."""
     if compute_metrics is not None:
-        raise ValueError(
-            "compute_metrics reads the logits of whole batches, which are never held here; predict_with_generate=True counts "
-            "exact matches, and a callback's on_evaluate, or gold_jax.score_completions and gold_jax.sample_completions on "
-            "trainer.model, measure anything else"
-        )
+        never = "compute_metrics reads the logits of whole batches, which are never held here"
+        counts = "predict_with_generate=True counts exact matches, and a callback's on_evaluate, or"
+        other = "gold_jax.score_completions and gold_jax.sample_completions on trainer.model, measure anything else"
+        raise ValueError(f"{never}; {counts} {other}")
     if peft_config is not None:
         raise ValueError("peft_config: adapters are not trained here, all parameters are; leave it out")
 

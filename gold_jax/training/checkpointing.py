@@ -100,8 +100,8 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        One of the same step (updates made so far) is replaced. `metadata` is anything that JSON can hold, for
-        `read_metadata`; `student` writes the student into the folder that it is given, from another thread.
+        One of the same step is replaced. `metadata` is for `read_metadata`; `student` writes the student into the folder
+        that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -219,8 +219,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
     """Raises a ValueError that names the arrays in which a checkpoint is of another model or optimizer.
 
-    Scalars beside parameters and optimizer state (counters of the run) may be missing on either side: versions differ
-    in them.
+    The run's counters, scalars beside parameters and optimizer state, may be missing on either side: versions differ.
     """
     wanted = {name: f"{x.dtype}{list(x.shape)}" for name, x in named_arrays(abstract).items()}
     saved = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in metadata["arrays"].items()}
@@ -236,10 +235,9 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
 
 
 def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
-    """The state of a checkpoint, bit for bit; scalars that it lacks (see `check_arrays`) are zero.
+    """The state of a checkpoint, bit for bit, sharded as `abstract`, a pytree of arrays or shapes; scalars that it lacks are zero.
 
-    `abstract` is a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`s; its shardings are those of the result,
-    whatever mesh the checkpoint was saved from. BadCheckpoint: something cannot be read, or is not what was saved.
+    BadCheckpoint: something cannot be read, or is not what was saved.
     """
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named_arrays(abstract))
     wanted = {name: x for name, x in target.items() if name in metadata["arrays"]}

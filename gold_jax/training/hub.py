@@ -24,10 +24,7 @@ def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None
 
     `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's
     default; `token` None the one that is stored on this machine.
-
-    Raises:
-        HubSilent: it does not answer.
-        HubError: with what the hub said.
+    HubSilent: it does not answer. HubError: with what the hub said.
     """
     from huggingface_hub import HfApi
 

@@ -50,6 +50,8 @@ from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
 from gold_jax.wording import listed
 
+_SAVED = "the student and all that the run needs to go on are saved in"
+
 
 class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
@@ -352,7 +354,7 @@ class Loop:
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        before: Mapping[str, float] = next((row for row in self.history if row["step"] == 0), {})
+        before = next((row for row in self.history if row["step"] == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)
@@ -399,10 +401,9 @@ class Loop:
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            raise OSError(
-                f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}. Make room, then "
-                "run the same command with --resume_from_checkpoint latest."
-            ) from error
+            failed = f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}"
+            again = "Make room, then run the same command with --resume_from_checkpoint latest."
+            raise OSError(f"{failed}. {again}") from error
 
     # checkpoints
 
@@ -416,10 +417,9 @@ class Loop:
         rename_logs(self.output, self.say)
         folder = self.checkpoints.folder
         if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
-            self.say(
-                f"{folder} holds checkpoints of an earlier run ({listed(old, 3)}): one of this run replaces that of the same step, "
-                "--save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
-            )
+            kept = "one of this run replaces that of the same step, --save_total_limit counts them too"
+            over = "and --resume_from_checkpoint latest passes them over."
+            self.say(f"{folder} holds checkpoints of an earlier run ({listed(old, 3)}): {kept}, {over}")
         checkpointing.set_current_run(self.run_id, self.output, folder)
 
     def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
@@ -485,8 +485,7 @@ class Loop:
         saved, last = self.checkpoints.finish() and self.done > 0, self.checkpoints.last
         interrupted = signals.requested == "interrupt"
         where = f"the last checkpoint is {last}" if last else "nothing is saved"
-        if saved:
-            where = f"the student and all that the run needs to go on are saved in {last}"
+        where = f"{_SAVED} {last}" if saved else where
         further = " --resume_from_checkpoint latest goes on." if last else ""
         self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {where}.{further}")
         raise KeyboardInterrupt if interrupted else Preempted
@@ -502,10 +501,8 @@ class Loop:
         self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
         self._save_checkpoint()
         if self.checkpoints.finish():
-            self.say(
-                f"An error ends the run after {self.done} updates; the student and all that the run needs to go on are saved in "
-                f"{self.checkpoints.last}. --resume_from_checkpoint latest goes on."
-            )
+            where = f"{_SAVED} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
+            self.say(f"An error ends the run after {self.done} updates; {where}")
 
     def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
         self._log.flush()

@@ -53,8 +53,7 @@ def _digest(content: bytes) -> str:
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
     """Compares the run of a checkpoint with the one that resumes from it; a line for each difference that changes what comes after.
 
-    Raises:
-        ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
+    A ValueError names those that would make rows come twice, be left out, or be learned in another way.
     """
     refused, warnings = [], []
     if _DATA in now and _DATA not in saved:
@@ -100,10 +99,7 @@ def find_and_restore(
     `wanted` is "latest" in `folder`, a checkpoint's folder, or one with checkpoints, of which the newest is taken. `run`
     is this run's `Data.description`, `last` the number of its updates, `abstract` as `checkpointing.restore` takes it.
     `say` is given a line for every checkpoint that is not whole and for every difference that matters.
-
-    Raises:
-        FileNotFoundError: there is nothing at this path.
-        ValueError: the checkpoint is of another run or model, or none of those found is whole.
+    FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is whole.
     """
     found = _latest_checkpoints(folder, say) if wanted == "latest" else _named_checkpoints(epath.Path(wanted))
     if not found:

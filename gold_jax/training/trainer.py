@@ -19,10 +19,9 @@ from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenize
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
-from gold_jax.rollout.server import ServerEngine
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
-from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
+from gold_jax.text.checks import check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
@@ -79,34 +78,21 @@ class _Trainer:
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
     def _set_up(
-        self,
-        student: LoadedModel,
-        checked: CheckedRows,
-        shown: Mapping[str, Any],
-        max_new_tokens: int,
-        teacher: LoadedModel | None = None,
-        match: build.Match | None = None,
-        engine: ServerEngine | None = None,
-        notices: Sequence[str] = (),
+        self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
-        """Says what is about to run, and makes the loop that runs it."""
+        """Says what is about to run (`shown`), and makes the loop that runs it, over the rows that were `checked`."""
         a, evaluation = self.args, self.eval_examples
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
-        self.notices = [
-            *a.notices,
-            *(() if evaluation is None else check_evaluation(evaluation, *tokenizers.values())),
-            *checked.notices,
-            *named_without_effect(a, facts),
-            *notices,
-        ]
+        measured = () if evaluation is None else check_evaluation(evaluation, *tokenizers.values())
+        self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         self._show(student, len(checked.kept), shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
         digests = {"the training data": checked.digest}
-        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(tokenizers[whose]) for whose in sides}
+        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
