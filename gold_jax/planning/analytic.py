@@ -19,11 +19,9 @@ from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 ERROR = 0.16  # by which the formula came out too small at most
 FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that are by it
-# Products of `[T, T]` with heads in the backward pass of attention, two being the forward pass's: kernels compute the
-# scores again, splash once for the queries' gradients and once for the keys' and values'.
+# Products of `[T, T]` with heads in attention's backward pass (two in the forward one): kernels compute the scores again, splash twice.
 _BACKWARD_PRODUCTS = {"plain": 4, "blockwise": 5, "cudnn": 5, "splash": 7}
-# How often float32 logits pass between memory and compute: written, read for the maximum, the sum and the comparison;
-# the student's gradient written, and read for two products.
+# Passes of float32 logits: written, read for maximum, sum and comparison; the student's gradient written, read for two products.
 _FORWARD_PASSES, _GRADIENT_PASSES = 4, 3
 
 
@@ -144,12 +142,10 @@ class Analytic:
             loss += c * self.teacher.head
         # A layer's own, and gathered matrices.
         layer = n * ((5 * config.mlp_width + 2 * side.queries) // t + 6 * config.width) + 3 * side.largest // t
-        return {"activations": activations + 2 * c * n * config.width, "loss": loss}, {
-            "activations": activations + c * layer,
-            # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
-            "loss": 4 * (side.head if reads else side.head_part),
-            "new gradients": self.new_gradients,
-        }
+        # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
+        head = 4 * (side.head if reads else side.head_part)
+        going_back = {"activations": activations + c * layer, "loss": head, "new gradients": self.new_gradients}
+        return {"activations": activations + 2 * c * n * config.width, "loss": loss}, going_back
 
     def cost(self, program: str) -> Cost:
         """What one run of a program costs; of decoding, one token more for each row."""
@@ -205,8 +201,7 @@ class Analytic:
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
         own = (4 + c) / 4 + (3 if program == STUDENT[1] else 1) + (0 if self.request.micro_batches > 1 else 8)
         moved += own * self.student_bytes * self.tensor
-        # Layers are gathered for the forward and again for the backward pass, heads once; float32 gradients of heads are
-        # summed where they are kept, as are those of layers.
+        # Layers are gathered for either pass, heads once; gradients are summed where they are kept, those of heads in float32.
         layers /= self.tensor
         sent = self._ring(side.width_axes, 3 * layers) + self._all_reduced(side.width_axes, layers)
         sent += self._ring(side.head_axes, side.head * (c + 4))

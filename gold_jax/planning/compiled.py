@@ -26,7 +26,7 @@ from gold_jax.models.functional import merge, split
 from gold_jax.planning import hlo
 from gold_jax.planning.analytic import Analytic
 from gold_jax.planning.collectives import read_collectives
-from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest
+from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest, Progress
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
@@ -40,10 +40,8 @@ from gold_jax.training.step import state_shapes
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_plan(
-    request: PlanRequest, progress: Callable[[str], None] = lambda _: None, leave_out: Collection[str] = ()
-) -> Plan:
-    """A plan for TPUs; programs to `leave_out` are not compiled, nor in the memory. `progress` is told what is being done."""
+def compile_plan(request: PlanRequest, progress: Progress = lambda _: None, leave_out: Collection[str] = ()) -> Plan:
+    """A plan for TPUs; programs to `leave_out` are not compiled, nor in the memory."""
     described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
     run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
     costs, moments, code = {name: model.cost(name) for name in request.programs}, [], 0

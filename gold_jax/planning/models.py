@@ -100,20 +100,16 @@ def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, matched:
         source, revision = (model.source, model.revision) if name is None else (str(resolve_embedded(name)), None)
         options = {"revision": revision, "local_files_only": True, "trust_remote_code": args.trust_remote_code}
         try:
-            sides.append((model, AutoTokenizer.from_pretrained(source, **options)))
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception:  # each library that reads them has its own errors for files that are not there
             break
+        config = types.SimpleNamespace(config=model.config)  # what of a loaded model its vocabulary is matched by
+        sides.append(LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name))
     else:
-        match = match_pair(args, *(_loaded(*side) for side in sides))
+        match = match_pair(args, *sides)
         return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")
     if student.config.family == teacher.config.family and student.config.vocab_size == teacher.config.vocab_size:
         return Vocabularies(None, "configs")
     return Vocabularies(round(ASSUMED_SHARE * smaller), "assumed")
-
-
-def _loaded(model: Model, tokenizer: Any) -> Any:
-    """What of a loaded model its vocabulary is matched by."""
-    config = types.SimpleNamespace(config=model.config)
-    return LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name)

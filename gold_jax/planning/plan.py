@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from gold_jax.training.batches import sampling_rows
 
 STUDENT = ("student", "student, further micro-batches")  # programs that go forward and backward
 RESOURCES = ("compute", "memory", "interconnect")
+Progress = Callable[[str], None]  # is told what is being done
 _ORDER = ("prefill", "decoding", "teacher", "student", "optimizer")
 
 

@@ -151,17 +151,14 @@ def _title(report: Report) -> dict[str, str]:
         rows[role] = f"{name} ({family}, {shown} parameters)"
     if report.teacher:
         rows["vocabularies"] = _describe_vocabularies(report)
+    rows["loss"] = report.loss
     batches = f" in {request.micro_batches} micro-batches" if request.micro_batches > 1 else ""
-    rows |= {
-        "loss": report.loss,
-        "update": f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {request.device_rows} at a "
-        f"time on {'each device' if tensor == 1 else f'each {tensor} devices'}",
-    }
+    at_once = f"{request.device_rows} at a time on {'each device' if tensor == 1 else f'each {tensor} devices'}"
+    rows["update"] = f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {at_once}"
     if request.samples:
-        rows["sampling"] = (
-            f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once, of {args.max_completion_length:,} tokens "
-            f"after prompts of {request.prompt_length:,}"
-        )
+        written = f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once"
+        lengths = f"{args.max_completion_length:,} tokens after prompts of {request.prompt_length:,}"
+        rows["sampling"] = f"{written}, of {lengths}"
     limit, memory = _size(plan.limit_bytes), f"{_size(plan.limit_bytes)} each"
     if topology.kind == "gpu":
         taken = f"of {_size(chip.hbm_bytes)} each JAX takes {plan.limit_bytes / chip.hbm_bytes:.0%}, {limit}"
@@ -181,8 +178,9 @@ def _describe_vocabularies(report: Report) -> str:
         return "one and the same"
     if matched is None:
         return f"taken for one and the same ({sizes} rows, one family; the tokenizers are not both here)"
-    missing = "the tokenizers are not both here, and --matched says nothing"
-    assumed = f"assumed, {ASSUMED_SHARE:.0%} of the smaller: {missing}"
+    assumed = (
+        f"assumed, {ASSUMED_SHARE:.0%} of the smaller: the tokenizers are not both here, and --matched says nothing"
+    )
     said = {"tokenizers": "by the tokenizers", "given": "by --matched", "assumed": assumed}[how]
     return f"{sizes} rows, {matched:,} matched ({said})"
 
@@ -211,13 +209,11 @@ def _time(report: Report, console: Console) -> None:
     seconds = {which: sum(phase["seconds"][which] for phase in plan.phases) for which in RESOURCES}
     total = {**vars(plan.together), "seconds": seconds, "least": plan.seconds, "slowest": plan.slowest}
     for one in (*plan.phases, total):
-        name = Text("together", "bold")
-        if one is not total:
-            name = _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
+        name = "together" if one is total else _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
         *times, least = (f"{n / factor:,.2f}" if n else "" for n in (*one["seconds"].values(), one["least"]))
         styled = (Text(time, "yellow" if one["slowest"] == which else "") for time, which in zip(times, RESOURCES))
         amounts = (_short(n, _COUNTS) for n in (one["flops"], one["hbm_bytes"], sum(one["sent"].values())))
-        rows.append((name, *amounts, *styled, Text(least, "bold")))
+        rows.append((Text(name, "bold" * (one is total)), *amounts, *styled, Text(least, "bold")))
     rows.insert(-1, None)
     names = ["FLOP", "HBM B", "sent B", *RESOURCES, "least"]
     _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in{unit}")

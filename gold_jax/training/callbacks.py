@@ -37,13 +37,11 @@ def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
         raise ValueError("peft_config: adapters are not trained here, all parameters are; leave it out")
 
 
-def check_optimizers(optimizers: tuple[Any, Any]) -> tuple[optax.GradientTransformation | None, Any]:
-    """The transformation and the learning rates in place of the settings'; a TypeError where they are not optax's."""
-    optimizer, schedule = optimizers
+def check_optimizers(optimizer: Any, schedule: Any) -> None:
+    """A TypeError where the transformation and the learning rates in place of the settings' are not optax's."""
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         takes = "(an optax.GradientTransformation, an optax schedule or None)"
         raise TypeError(f"optimizers takes {takes}, not a {type(optimizer).__name__}")
     if optimizer is None and schedule is not None:
         instead = "give the optax transformation that uses it, or learning_rate and lr_scheduler_type"
         raise TypeError(f"optimizers has a schedule without an optimizer; {instead}")
-    return optimizer, schedule

@@ -115,13 +115,14 @@ def write_model_card(
     path = pathlib.Path(folder) / "README.md"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return path
+    on_hub = {x for x in (base_model, dataset) if x and _HUB_ID.fullmatch(x) and not os.path.exists(x)}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gold_jax", "distillation" if teacher else "sft"],
         # The hub refuses cards whose metadata name a folder; the text below names it all the same.
-        base_model=base_model if base_model and _on_hub(base_model) else None,
-        datasets=[dataset] if dataset and _on_hub(dataset) else None,
+        base_model=base_model if base_model in on_hub else None,
+        datasets=[dataset] if dataset in on_hub else None,
     )
     lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {path.parent.resolve().name}", ""]
     lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
@@ -134,8 +135,3 @@ def write_model_card(
         lines += ["", "```", shown_command(command), "```"]
     ModelCard("\n".join(lines) + "\n").save(path)
     return path
-
-
-def _on_hub(name: str) -> bool:
-    """Whether a name is a hub id and no folder of this machine."""
-    return bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name)

@@ -44,7 +44,8 @@ class _Trainer:
     _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
 
     def __init__(self, args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name):
-        self._optimizers, self._callbacks = check_optimizers(optimizers), callbacks
+        check_optimizers(*optimizers)
+        self._optimizers, self._callbacks = optimizers, callbacks
         self.args = a = args.frozen_copy()  # checked again
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
