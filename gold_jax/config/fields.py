@@ -1,7 +1,5 @@
 """Flags as dataclass fields: `flag` declares default, meaning, range, resume policy and effect, which everything else reads."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import enum
@@ -43,7 +41,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def like(cls: type[Settings], name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+def like(cls: type["Settings"], name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
     """The flag `name` of `cls` again, with another default or other metadata."""
     field = cls.__dataclass_fields__[name]
     default = field.default if default is dataclasses.MISSING else default

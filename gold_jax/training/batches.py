@@ -129,20 +129,19 @@ class DistillationBatchBuilder:
             distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
             encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
         prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
-        completions: dict[int, str | SampledCompletion] = {}
+        others = {i: examples[i] for i in local_rows if not on_policy[i]}
         if self.teacher_model is None:
             with annotate(ENCODING):
-                given = {id(examples[i]): examples[i] for i in local_rows if not on_policy[i]}
+                given = {id(example): example for example in others.values()}
                 given = {number: example.completion_for(self.student) for number, example in given.items()}
-            completions = {i: given[id(examples[i])] for i in local_rows if not on_policy[i]}
         sampled, prompts = {}, {i: examples[i].prompt for i in local_rows if on_policy[i]}
         if student_rows:
             sampled = self._sample(model, self.student, prompts, prompt_ids, student_rows, key, self.engine)
-        teacher_rows = np.flatnonzero(~on_policy).tolist()
-        if teacher_rows and self.teacher_model is not None:
-            remaining = {i: examples[i] for i in local_rows if not on_policy[i]}
-            completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
-        completions |= sampled
+        completions = sampled
+        if self.teacher_model is None:
+            completions = sampled | {i: given[id(example)] for i, example in others.items()}
+        elif teacher_rows := np.flatnonzero(~on_policy).tolist():
+            completions = sampled | self._by_teacher(others, teacher_rows, jax.random.fold_in(key, 1))
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())

@@ -1,5 +1,6 @@
 """What a run reports: each logged step as a line of JSON, in the terminal and to the trackers; and the tables around them."""
 
+import contextlib
 import functools
 import json
 import math
@@ -22,7 +23,7 @@ _WIDTH = 11  # least width of a column of the terminal's log
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
-class MetricLog:
+class MetricLog(contextlib.AbstractContextManager):
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
@@ -60,9 +61,6 @@ class MetricLog:
             worker.close(PATIENCE)
         if self._file is not None:
             self.attempt("the log file", self._file.close)
-
-    def __enter__(self) -> "MetricLog":
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

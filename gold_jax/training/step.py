@@ -59,6 +59,7 @@ class Program:
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
         self._jitted = jax.jit(function, donate_argnums=donate)
+        self.lower = self._jitted.lower  # for arguments or their shapes, perhaps for devices elsewhere
         self._seen: set = set()
 
     def __call__(self, *args):
@@ -70,10 +71,6 @@ class Program:
             self._jitted.lower(*args).compile()  # JAX finds it again when the function is called
             release_freed_memory()
         return self._jitted(*args)
-
-    def lower(self, *args):
-        """The function lowered for arguments or their shapes, perhaps for devices elsewhere."""
-        return self._jitted.lower(*args)
 
     @property
     def compiled(self) -> int:
