@@ -85,7 +85,7 @@ def require(value: Any, flag: str, words: str) -> None:
 
 
 def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, doc: str | None) -> tuple:
-    """Reads the flags of a command that trains, and its data; what is wrong or missing is a ValueError or FileNotFoundError.
+    """Reads the flags of a command that trains, and its data; a ValueError or FileNotFoundError says what is wrong.
 
     Returns the model's name, the settings with those of the models in them, the rows to train and to evaluate on
     (`Examples`; None for none), and further arguments of a trainer.

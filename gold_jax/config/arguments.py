@@ -1,6 +1,6 @@
 """The settings of a run: dataclasses whose fields are the command line's flags, each class a group of `--help`.
 
-A field has the name, type and meaning that TRL and transformers give to the flag; what is otherwise stands in its `differs`.
+A field has the name, type and meaning that TRL and transformers give to the flag, but for what its `differs` says.
 """
 
 from __future__ import annotations

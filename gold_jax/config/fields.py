@@ -1,4 +1,4 @@
-"""Flags as dataclass fields: `flag` declares default, meaning, range, resume policy and effect, which everything else reads."""
+"""Flags as dataclass fields: `flag` declares default, meaning, range, resume policy and effect, for all to read."""
 
 import copy
 import dataclasses
@@ -53,8 +53,8 @@ class Settings:
     """The base of every class of flags, each a dataclass whose constructor also answers what is not a field.
 
     Wherever a value is set, it is checked; an alias sets its field; flags that TRL has and this project has not are
-    refused or noted in `notices`; any other name is an error that names the nearest one. Copies (`replace`, `frozen_copy`)
-    are constructed from the named values, so that what follows from one (`eval_steps` from `logging_steps`) follows it.
+    refused or noted in `notices`; any other name is an error that names the nearest one. Copies are constructed from
+    the named values, so that what follows from one (`eval_steps` from `logging_steps`) follows its changes.
     """
 
     notices: list[str]  # lines to show once, about flags in whose place something else stands
@@ -182,7 +182,7 @@ def without_effect(settings: Settings, run: Any) -> Iterator[tuple[str, str]]:
 
 
 def named_without_effect(settings: Settings, run: Any) -> list[str]:
-    """A line for each group of flags that were named, but not to be off as by default, and change nothing for the same reason."""
+    """A line for each group of flags that were named, not to be off as by default, and do nothing for one reason."""
     values = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)}
     off = {name for name, (value, default) in values.items() if not value and value == default}
     lines: dict[str, list[str]] = {}

@@ -44,7 +44,7 @@ def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
 
 
 def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]]:
-    """One of `ATTENTION`, None where nothing was said, and a notice where "auto" stands for PyTorch's name; else a ValueError."""
+    """One of `ATTENTION` (else a ValueError) or None, and a notice where "auto" stands for PyTorch's name."""
     value = None if value is None or str(value).lower() in ("none", "null") else str(value)
     if value is None or value in ATTENTION:
         return value, []

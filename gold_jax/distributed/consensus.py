@@ -17,7 +17,7 @@ _calls = itertools.count()  # all processes make these calls in the same order; 
 
 
 def assert_same_across_processes(what: str, value: Any) -> None:
-    """Raises in all processes where they do not have the same value (anything that JSON can hold), called `what` in the error.
+    """Raises in all processes where they do not have the same JSON value, called `what` in the error.
 
     A ValueError says which processes have what, of mappings which keys differ; a PeerFailed, which ended with an error
     before it came here.
@@ -46,7 +46,7 @@ def assert_same_across_processes(what: str, value: Any) -> None:
 
 
 def all_gather(values: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, of one shape and dtype of numbers (else a ValueError): [...] -> [P, ...], bit for bit."""
+    """The arrays of all processes, of one shape and numeric dtype (or a ValueError): [...] -> [P, ...], unchanged."""
     values = np.asarray(values)
     if values.dtype.hasobject:
         raise ValueError(f"arrays of {values.dtype} cannot be sent to other processes")

@@ -72,7 +72,7 @@ def diagnose(
     names: Sequence[str],
     limits: tuple[float, float],
 ) -> tuple[tuple, str] | None:
-    """The worst that is wrong with others: "lost", "failed" or "late" with the process (and where it is late), and a sentence.
+    """The worst that is wrong with others: "lost", "failed" or "late" with the process (and update), and a sentence.
 
     `limits` are the seconds of silence before `now` after which a process is lost, and those that this one waits at the
     device before it says for whom.

@@ -150,9 +150,9 @@ def search(
 ) -> list[Plan]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    An update keeps its rows (it has a few more where a mesh cannot share them out evenly). For each mesh and layout, rows
-    at once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not
-    to fit. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
+    An update keeps its rows (a few more where a mesh cannot share them out evenly). For each mesh and layout, rows at
+    once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to
+    fit. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
     (None: by the analytic model).
     """
     progress("ranking meshes and rows")

@@ -1,9 +1,9 @@
 """The analytic model: a run's memory, FLOPs and bytes by formula, for GPUs and to rank what is worth compiling.
 
-What is resident and what programs are given is exact; temporaries, against what libtpu 0.0.42.1 lays out for nine programs
-(`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; for GPUs that has not been compared. FLOPs
-are those of products; bytes those of parameters, of each product's input and output and of logits, as if all between two
-products were fused into them; what is sent follows the ring formulas of `planning.collectives`.
+What is resident and what programs are given is exact; temporaries, against what libtpu 0.0.42.1 lays out for nine
+programs (`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; for GPUs that has not been
+compared. FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as
+if all between were fused into them; what is sent follows the ring formulas of `planning.collectives`.
 """
 
 import math
@@ -19,9 +19,9 @@ from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 ERROR = 0.16  # by which the formula came out too small at most
 FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that are by it
-# Products of `[T, T]` with heads in attention's backward pass (two in the forward one): kernels compute the scores again, splash twice.
+# Products of `[T, T]` with heads in attention's backward pass: kernels compute the scores again, splash twice.
 _BACKWARD_PRODUCTS = {"plain": 4, "blockwise": 5, "cudnn": 5, "splash": 7}
-# Passes of float32 logits: written, read for maximum, sum and comparison; the student's gradient written, read for two products.
+# Of float32 logits: written, read for maximum, sum and comparison; the gradient written, read for two products.
 _FORWARD_PASSES, _GRADIENT_PASSES = 4, 3
 
 
@@ -201,7 +201,7 @@ class Analytic:
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
         own = (4 + c) / 4 + (3 if program == STUDENT[1] else 1) + (0 if self.request.micro_batches > 1 else 8)
         moved += own * self.student_bytes * self.tensor
-        # Layers are gathered for either pass, heads once; gradients are summed where they are kept, those of heads in float32.
+        # Layers are gathered for either pass, heads once; gradients, heads' in float32, are summed where they are kept.
         layers /= self.tensor
         sent = self._ring(side.width_axes, 3 * layers) + self._all_reduced(side.width_axes, layers)
         sent += self._ring(side.head_axes, side.head * (c + 4))
@@ -258,7 +258,7 @@ def layer_matrices(config: DecoderConfig, without: Iterable[str] = ()) -> int:
 
 
 def attention_product(config: DecoderConfig, rows: list[int], attention: str) -> float:
-    """FLOPs of one of attention's products over all layers, of queries with keys, or of shares with values; `rows` are lengths.
+    """FLOPs of one of attention's two products over all layers, of rows of these lengths.
 
     "plain" of `models.attention.IMPLEMENTATIONS` computes the pairs that it masks, too.
     """

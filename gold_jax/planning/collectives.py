@@ -2,9 +2,9 @@
 
 Bytes are those that one device sends over its links, by the ring formulas: for a group of `n` devices `(n-1) / n` of what
 is gathered, scattered or exchanged, twice that for an all-reduce, all of it for a permutation; times the trips of the
-loops around it. A `-start` counts and its `-done` does not. In TPU programs (libtpu 0.0.42.1) an asynchronous all-gather
-stands in three fusions or more: in one that ends in a custom call to `AsyncCollectiveStart`, which counts, in those that
-compute meanwhile, and in one that ends in `AsyncCollectiveDone`. Channel ids are no names: under `shard_map` all are 1.
+loops around it. A `-start` counts and its `-done` does not. In TPU programs (libtpu 0.0.42.1) an all-gather that runs
+meanwhile stands in three fusions or more: that which ends in a custom call to `AsyncCollectiveStart` counts, those that
+compute and that which ends in `AsyncCollectiveDone` do not. Channel ids are no names: under `shard_map` all are 1.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""A run's very programs, as training calls them, compiled for TPUs that are only described: what they hold, compute, move, send.
+"""A run's very programs, compiled for TPUs that are only described: what they hold, compute, move and send.
 
 A batch has rows as long as the settings allow, which share no beginning, and every token is a group of its own.
 """
@@ -67,7 +67,7 @@ def compile_plan(request: PlanRequest, progress: Progress = lambda _: None, leav
 
 
 class PlannedRun:
-    """A run's programs and what they read, as shapes, on a mesh of devices that may be only described (None: of none)."""
+    """A run's programs and what they read, as shapes, on a mesh of devices that may be only described (or None)."""
 
     def __init__(self, request: PlanRequest, mesh: Any = None):
         self.request, self.args, pair = request, request.args, request.pair

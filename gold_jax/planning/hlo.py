@@ -136,7 +136,7 @@ def size(type_: str) -> int:
 
 
 def trip_count(program: Program, inside: Computation, loop: Instruction) -> int | None:
-    """How often a while loop runs, where the text tells: what the compiler noted, or, in TPU programs, what counting comes to.
+    """How often a while loop runs, where the text tells: what the compiler noted, or what counting comes to.
 
     The integers in the loop's tuple are computed, trip by trip, until the condition is false.
     """

@@ -17,11 +17,11 @@ from gold_jax.training.annotations import STEP, WAITING, annotate
 def trace_steps(
     steps: Collection[int], numbers: Collection[int], folder: str | os.PathLike, *, block: Callable, report: Callable
 ) -> Iterator[int]:
-    """Yields all `steps` (from 0) and traces those that `numbers` (from 1) name; what the loop does with one lies in its trace.
+    """Yields all `steps` (from 0) and traces what the loop does with those that `numbers` (from 1) name.
 
-    The trace of consecutive steps lies in `folder/plugins/profile/steps_A-B`, where xprof, TensorBoard and Perfetto find
-    it, beside `summary.json`; an earlier run's are deleted. `block` waits until the device has nothing to do, so that no
-    step's work is in another's trace. After the last one `report` gets the summary, or `{"failed": why}`.
+    The trace of consecutive steps lies in `folder/plugins/profile/steps_A-B`, where xprof, TensorBoard and Perfetto
+    find it, beside `summary.json`; an earlier run's are deleted. `block` waits until the device has nothing to do, so
+    that no step's work is in another's trace. After the last one `report` gets the summary, or `{"failed": why}`.
     """
     traced = set(numbers) & {step + 1 for step in steps}
     if not traced:

@@ -1,4 +1,4 @@
-"""Which part of a training step each instruction of a compiled program belongs to, by the `jax.named_scope`s in its text.
+"""Which part of a training step each instruction of a compiled program belongs to, by its `jax.named_scope`s.
 
 A CPU's and a GPU's trace names instructions only, so programs are read while they are in memory, and kept beside it.
 """
@@ -46,8 +46,8 @@ def part_of(scope: str) -> str:
 def scopes_of(hlo: str) -> dict[str, tuple[str, str]]:
     """Every instruction of an optimized program, given as HLO text.
 
-    Those in no scope, which the compiler adds, count with the first that reads them, or else with the one before them in
-    the order of execution; in a computation without any scope with the program's only part, if it has but one.
+    Those in no scope, which the compiler adds, count with the first that reads them, or else with the one before them
+    in the order of execution; in a computation without any scope with the program's only part, if it has but one.
     """
     parts, scopes = {}, {}
     for computation in re.split("^}", hlo, flags=re.MULTILINE):

@@ -1,4 +1,4 @@
-"""What a profiler's trace file says: what the host did and which operations the device ran, in seconds of its own clock."""
+"""What a profiler's trace file says the host did and the device ran, in seconds of its own clock."""
 
 import collections
 import functools

@@ -1,4 +1,4 @@
-"""The mesh's axes, `data` (replicas of the model), `fsdp` (shards, other rows) and `tensor` (shards, the same rows); without JAX."""
+"""The mesh's axes: `data` (replicas of the model), `fsdp` (shards, other rows), `tensor` (shards, the same rows)."""
 
 import math
 
@@ -23,7 +23,7 @@ def read_mesh(text: str | None) -> dict[str, int]:
 
 
 def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
-    """The size of every axis, 1 where it is not named, but `fsdp` takes what is left; ValueError where devices do not come out.
+    """The size of every axis, 1 where it is not named, but `fsdp` takes what is left; a ValueError says what would do.
 
     >>> mesh_sizes("tensor=2", 8)
     {'data': 1, 'fsdp': 4, 'tensor': 2}

@@ -87,8 +87,8 @@ def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, 
 def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
     """Attention in which every device computes its own rows and heads, so that kernels need know nothing of a mesh.
 
-    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where `by_rows` are arrays whose first axis
-    is that of rows, becomes the same function of sharded arrays.
+    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where `by_rows` are arrays whose first
+    axis is that of rows, becomes the same function of sharded arrays.
     """
 
     def sharded(by_rows, sliding, query, key, value):

@@ -1,4 +1,4 @@
-"""The mesh, and how the arrays of a model and of its batches are sharded on it; docs/distributed.md has the whole table.
+"""The mesh, and how the arrays of a model and of its batches are sharded on it; docs/distributed.md has the table.
 
 An axis of an array that the mesh axis does not divide is not sharded.
 """

@@ -1,4 +1,4 @@
-"""Names for the host's work in a profiler's trace; `jax.named_scope` names the device's. `gold_jax.profiling` adds them up."""
+"""Names for the host's work in a profiler's trace, which `gold_jax.profiling` adds up."""
 
 import contextlib
 from collections.abc import Iterator

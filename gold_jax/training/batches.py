@@ -1,4 +1,4 @@
-"""What each update learns from: rows in a random order, and batches made from them, all pure functions of seed and step."""
+"""What each update learns from: rows in a random order, and batches made from them, pure functions of seed and step."""
 
 import dataclasses
 import math

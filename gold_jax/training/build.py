@@ -1,4 +1,4 @@
-"""From settings and models to everything that an update needs, for trainers and, with abstract models, for `gold_jax.plan`."""
+"""From settings and models to all that an update needs, for trainers and, with abstract models, for `gold_jax.plan`."""
 
 import os
 import pathlib
@@ -68,7 +68,7 @@ def build_run(
 
     The models' parameters are arrays or `jax.ShapeDtypeStruct`s with shardings, `placement` the mesh that both are on
     (None: one device). `match`: None is as the tokenizers say. `engine` writes for the student in place of the built-in
-    sampler; `optimizers`, in place of the settings', are the gradient transformation and its learning rates, for the log.
+    sampler; `optimizers`, in place of the settings', are the gradient transformation and, for the log, its schedule.
     """
     graph, params = split(student.model)
     optimizer, schedule = optimizers

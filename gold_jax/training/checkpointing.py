@@ -62,7 +62,7 @@ class _StepNames(step_lib.NameFormat):
 
 @dataclasses.dataclass(frozen=True)
 class _LastSaved(PreservationPolicy):
-    """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
+    """Keeps the `n` saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
 
     n: int
     steps: list[int]  # of this run, in the order in which they were saved: after all others, whatever the clock says
@@ -100,8 +100,8 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        One of the same step is replaced. `metadata` is for `read_metadata`; `student` writes the student into the folder
-        that it is given, from another thread.
+        One of the same step is replaced. `metadata` is for `read_metadata`; `student` writes the student into the
+        folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -235,7 +235,7 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
 
 
 def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
-    """The state of a checkpoint, bit for bit, sharded as `abstract`, a pytree of arrays or shapes; scalars that it lacks are zero.
+    """The state of a checkpoint, sharded as `abstract`, a pytree of arrays or shapes; scalars that it lacks are zero.
 
     BadCheckpoint: something cannot be read, or is not what was saved.
     """

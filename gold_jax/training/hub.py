@@ -20,7 +20,7 @@ class HubSilent(HubError):
 
 
 def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None, token: str | None) -> str:
-    """Make the repository that a run will be pushed to, before training, so that a bad token shows at once; its full name.
+    """Make the repository that a run will be pushed to, so that a bad token shows before training; its full name.
 
     `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's
     default; `token` None the one that is stored on this machine.
@@ -47,7 +47,7 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model, but for earlier saves (`checkpoint-*`) and event files; the commit's address.
+    """Upload a folder with a trained model, but for earlier saves and event files; the commit's address.
 
     HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """

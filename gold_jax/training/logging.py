@@ -212,7 +212,7 @@ def header(console: Console, title: str, rows: Mapping[str, Any], notices: Seque
 def completions_table(
     console: Console, rows: Sequence[tuple[str, str]], n: int | None = None, step: int | None = None, limit: int = 600
 ) -> None:
-    """Show the first `n` prompts (None: all) and completions, cut to a prompt's last, a completion's first `limit` characters."""
+    """Show the first `n` rows (None: all), cut to a prompt's last and a completion's first `limit` characters."""
     table = Table(title=None if step is None else f"Completions at step {step}", box=box.ROUNDED, show_lines=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")

@@ -69,7 +69,7 @@ class Data(NamedTuple):
 
 
 class Loop:
-    """One training run, made of what `build_run` gives, whose parameters must not be used elsewhere: updates donate them.
+    """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
     `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
     the teacher on the evaluation rows, `restart` is called before each further training of the same student. The
@@ -121,7 +121,7 @@ class Loop:
     # the run
 
     def train(self, resume: str | None = None) -> TrainOutput:
-        """Runs all updates, saves the student to `output_dir`, and returns updates, the mean loss of those made now, closing metrics.
+        """Runs all updates and saves the student; returns updates, the mean loss of those made now, closing metrics.
 
         A second call trains again, from the parameters as they are: optimizer, schedule and order of rows are new. A
         run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint`

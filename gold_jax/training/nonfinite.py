@@ -56,7 +56,7 @@ def describe_divergence(
         advice.append("--max_grad_norm 1")
     return (
         f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} Not finite "
-        f"in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
+        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
         f"{'; '.join(advice)}."
     )

@@ -1,6 +1,6 @@
 """The training objective: which loss over which heads, as a function of parameters and a batch.
 
-Weights in a batch already hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
+Weights in a batch hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
 
 Shapes: `S` packed sequences of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W`
 entries of the student's and teacher's vocabularies, `K` matched entries.
@@ -35,8 +35,8 @@ class Objective(NamedTuple):
     states in it. `text` `[B, T]` marks labels whose negative log-likelihoods are added up as `text_nll`.
     """
 
-    # `(constants, packed) -> hidden states [S, O, E]` of the teacher, compiled for its tokens' shapes and no others; None
-    # where there is no distillation.
+    # `(constants, packed) -> hidden states [S, O, E]` of the teacher, compiled for its tokens' shapes and no others;
+    # None where there is no distillation.
     teacher_forward: Callable[[Any, PackedBatch], jax.Array] | None
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 

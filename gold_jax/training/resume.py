@@ -76,10 +76,9 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         else:
             refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
     if refused:
-        instead = f"or begin a new run from its weights with --model_name_or_path {checkpoint}."
-        raise ValueError(
-            f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. Resume with what it was saved with, {instead}"
-        )
+        anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
+        instead = f"Resume with what it was saved with, or {anew}."
+        raise ValueError(f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. {instead}")
     return warnings
 
 
@@ -94,10 +93,10 @@ def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
 def find_and_restore(
     wanted: str, folder: Any, run: Mapping[str, Any], abstract: Any, say: Callable[[str], Any], last: int
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
-    """The checkpoint to resume from: folder, metadata and state; None where "latest" finds none of the run that was started last.
+    """The checkpoint to resume from: folder, metadata and state; None where "latest" finds none.
 
-    `wanted` is "latest" in `folder`, a checkpoint's folder, or one with checkpoints, of which the newest is taken. `run`
-    is this run's `Data.description`, `last` the number of its updates, `abstract` as `checkpointing.restore` takes it.
+    `wanted` is "latest", of the run that was started last in `folder`, a checkpoint's folder, or one with checkpoints.
+    `run` is this run's `Data.description`, `last` the number of its updates, `abstract` as for `checkpointing.restore`.
     `say` is given a line for every checkpoint that is not whole and for every difference that matters.
     FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is whole.
     """

@@ -24,9 +24,9 @@ class _Interrupted(KeyboardInterrupt):
 class SignalHandler:
     """While it is entered, Ctrl-C and SIGTERM are held until the run looks at `requested`.
 
-    What may take minutes and loses nothing by being cut short is called by `interruptible`. A second Ctrl-C ends the run
-    at once. Signals are left alone outside the main thread and where something else already handles them. In a run of
-    several processes JAX's runtime hears SIGTERM and has all of them end after the same update; Ctrl-C ends the process
+    What may take minutes and loses nothing by being cut short is called by `interruptible`. A second Ctrl-C ends the
+    run at once. Signals are left alone outside the main thread and where something else already handles them. In a run
+    of several processes JAX's runtime hears SIGTERM and has all of them end after the same update; Ctrl-C ends the process
     that it is pressed in, and so the others, with nothing saved.
     """
 

@@ -1,4 +1,4 @@
-"""The training step, `state, metrics = step(state, batches)`: gradients summed over micro-batches, and one optimizer update."""
+"""The training step, `state, metrics = step(state, batches)`: gradients summed over micro-batches, and one update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The shardings of a state: what the optimizer keeps of a parameter (array or shape) as the parameter, scalars replicated."""
+    """The shardings of a state: what the optimizer keeps of a parameter as the parameter, scalars replicated."""
     shardings = jax.tree.map(lambda x: x.sharding, params)
     one = jax.tree.leaves(shardings)[0]
     replicated = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
@@ -146,10 +146,10 @@ class Step:
         return sum(program.compiled for program in self.programs.values())
 
     def __call__(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from micro-batches whose weights are normalised together; donates the state, returns while it is computed.
+        """One update from micro-batches that are normalised together; donates the state, returns while it is computed.
 
-        Beside the new state the metrics `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where
-        loss or gradients are not finite; then parameters and optimizer are what they were.
+        Beside the new state the metrics `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1
+        where loss or gradients are not finite; then parameters and optimizer are what they were.
         """
         run, constants = self.programs, self.constants
         head = self._with_teacher(batches[0])

@@ -33,10 +33,10 @@ def freeze_teacher(
 ) -> StepConstants:
     """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
-    In the result the reordered head replaces the teacher's own, so that memory holds one head unless the caller keeps the
-    original; where it is the embedding (tied), tokens must be looked up by their `teacher_row_of_token`. Of
-    `jax.ShapeDtypeStruct`s with shardings the result has such. `stops`, the stop tokens of student and teacher, are each
-    model's taken as one; None leaves every token by itself.
+    In the result the reordered head replaces the teacher's own, so that memory holds one head unless the caller keeps
+    the original; where it is the embedding (tied), tokens must be looked up by their `teacher_row_of_token`. Of
+    `jax.ShapeDtypeStruct`s with shardings the result has such. `stops`, the stop tokens of student and teacher, are
+    each model's taken as one; None leaves every token by itself.
     """
     teacher = merge(graph, params)
     placement, name = teacher.placement, _head_name(teacher)

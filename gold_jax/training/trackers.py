@@ -11,7 +11,7 @@ from gold_jax.config import SFTConfig
 
 
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
-    """Start the trackers that a run reports to, "all" those that are installed: objects with `log(values, step)` and `close()`.
+    """Start the trackers that a run reports to, "all" those installed: objects with `log(values, step)` and `close()`.
 
     All fields of the run's settings are recorded. ValueError: a tracker is not installed, or does not start.
     """

@@ -37,7 +37,7 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 
 
 class _Trainer:
-    """What the trainers have in common: inputs, read and checked before a model is loaded, and the run that is made of them."""
+    """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them."""
 
     method = title = ""
     spec: LossSpec | None = None  # the loss of a distillation
