@@ -57,6 +57,6 @@ def describe_divergence(
     return (
         f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
         f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
-        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
-        f"{'; '.join(advice)}."
+        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
+        f"What may help: {'; '.join(advice)}."
     )

@@ -26,8 +26,8 @@ class SignalHandler:
 
     What may take minutes and loses nothing by being cut short is called by `interruptible`. A second Ctrl-C ends the
     run at once. Signals are left alone outside the main thread and where something else already handles them. In a run
-    of several processes JAX's runtime hears SIGTERM and has all of them end after the same update; Ctrl-C ends the process
-    that it is pressed in, and so the others, with nothing saved.
+    of several processes JAX's runtime hears SIGTERM and has all of them end after the same update; Ctrl-C ends the
+    process that it is pressed in, and so the others, with nothing saved.
     """
 
     def __init__(self):
