@@ -37,7 +37,7 @@ def main() -> None:
     from gold_jax.planning.hardware import GIB, read_topology
     from gold_jax.planning.models import known_config
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
-    from gold_jax.sharding.mesh import mesh_sizes
+    from gold_jax.sharding.axes import mesh_sizes
 
     print("| run | program | compiler, GiB | formula, GiB | formula less compiler |")
     print("| --- | --- | --- | --- | --- |", flush=True)

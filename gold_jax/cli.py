@@ -14,8 +14,8 @@ from gold_jax.config.parsing import HelpRequested, parse_args
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command. What is wrong with the user's input ends it with one paragraph and exit code 2, not a traceback.
 
-    What `gold_jax.cpu` has is enabled. Without `argv` the process is the command's own, and may start again
-    (`cpu.restart_with_huge_pages`). `GOLD_JAX_TRACEBACK=1` shows where an error came from all the same.
+    `GOLD_JAX_TRACEBACK=1` shows where an error came from all the same. Without `argv` the process is the command's own,
+    and may start again (`cpu.restart_with_huge_pages`).
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -26,7 +26,7 @@ def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | 
         _run(prog, main, sys.argv[1:] if argv is None else argv)
     finally:
         if "gold_jax.distributed.initialize" in sys.modules:  # the command may have joined other processes
-            from gold_jax.distributed.shutdown import end_process
+            from gold_jax.distributed.watchdog import end_process
 
             end_process(sys.exception())
 
@@ -85,11 +85,10 @@ def require(value: Any, flag: str, words: str) -> None:
 
 
 def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, doc: str | None) -> tuple:
-    """Reads the flags of a command that trains, and its data.
+    """Reads the flags of a command that trains, and its data; a ValueError or FileNotFoundError says what is wrong.
 
     Returns the model's name, the settings with those of the models in them, the rows to train and to evaluate on
-    (`Examples`; None for none), and further arguments of a trainer. What is wrong or missing is a ValueError or
-    FileNotFoundError.
+    (`Examples`; None for none), and further arguments of a trainer.
     """
     model, data, training, notices = parse_args(argv, ModelArguments, DataArguments, settings, prog=prog, doc=doc)
     require(model.model_name_or_path, "model_name_or_path", "the model to train, a folder or a hub id")
@@ -109,13 +108,10 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
     train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
     evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
-    evaluation = None
+    evaluation, name = None, data.eval_dataset_name
     if evaluates:
-        name, split = data.dataset_name, data.dataset_test_split
-        if data.eval_dataset_name is not None:
-            name = data.eval_dataset_name
-            split = "train" if os.path.isfile(name) else split
-        evaluation = load_examples(name, split=split, **options)
+        split = "train" if name is not None and os.path.isfile(name) else data.dataset_test_split
+        evaluation = load_examples(data.dataset_name if name is None else name, split=split, **options)
         evaluation = evaluation if data.max_eval_samples is None else evaluation.first(data.max_eval_samples)
     unused = named_without_effect(data, RunFacts(training, evaluates=evaluates, data=data))
     training = training.replace(**changes, notices=[*notices, *unused])
@@ -126,21 +122,14 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
 def load_reader(model: ModelArguments, args: Any, tokenizer: str | None, *, special_tokens: bool = False):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
-    It is computed as `args.bf16` and spread over all devices as `args.mesh` says. `special_tokens` has the strings of
-    special tokens in plain-text prompts read as those tokens. Errors as `load_model_and_tokenizer` and `mesh_sizes`.
+    `special_tokens` has the strings of special tokens in plain-text prompts read as those tokens. Errors as
+    `load_model_and_tokenizer` and `mesh_sizes`.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
     from gold_jax.training.build import place_run
 
     dtype = compute_dtype(args.bf16)
-    return load_model_and_tokenizer(
-        model.model_name_or_path,
-        tokenizer,
-        dtype=dtype,
-        param_dtype=dtype,
-        read_dtype=model.dtype,
-        revision=model.model_revision,
-        attention=model.attn_implementation,
-        special_tokens_in_prompts=special_tokens,
-        placement=place_run(args.mesh),
-    )
+    options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
+    options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
+    options |= dict(special_tokens_in_prompts=special_tokens)
+    return load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)

@@ -32,13 +32,13 @@ class PlanArguments(Settings):
 def main(argv: Sequence[str] | None = None) -> None:
     """Parses the flags of `gold_jax.train` or `gold_jax.sft` and its own, plans, shows the report (with `--json`, an object)."""
     prepare()
-    # A run of fine-tuning where nothing is named that fine-tuning has not.
+    # Fine-tuning where nothing is named that it has not.
     kinds = ModelArguments, DataArguments, (SFTConfig, GOLDConfig), PlanArguments
     model, _, training, args, notices = parse_args(argv, *kinds, prog="gold_jax.plan", doc=__doc__)
     show(notices)
     from rich.console import Console
 
-    with Console(stderr=True).status("reading configs") as status:  # nothing of it is shown where there is no terminal
+    with Console(stderr=True).status("reading configs") as status:
         report = plan_run(model, training, args, lambda what: status.update(f"gold_jax.plan: {what}"))
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))
@@ -46,14 +46,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         report.show(Console())
 
 
-def plan_run(
-    model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None] = lambda _: None
-) -> Any:
+def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, progress: Callable[[str], None]) -> Any:
     """The `planning.report.Report` of a run on `args.topology`; `progress` is told what is being done.
 
-    Raises:
-        ValueError: settings, names or devices that make no run.
-        FileNotFoundError, ImportError: a model is not found; the TPU compiler is needed and not installed.
+    ValueError: it makes no run. FileNotFoundError, ImportError: a model, or the TPU compiler, is not there.
     """
     require(args.topology, "topology", FORMS)
     topology = read_topology(args.topology)
@@ -66,11 +62,11 @@ def plan_run(
     from gold_jax.planning.models import find_model, find_vocabularies
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.planning.report import Report
-    from gold_jax.sharding.mesh import mesh_sizes
+    from gold_jax.sharding.axes import mesh_sizes
 
     mesh = mesh_sizes(training.mesh, topology.devices)
-    options = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
-    options |= training.model_init_kwargs
+    named = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
+    options = named | training.model_init_kwargs
     student = find_model(model.model_name_or_path, options["revision"], "student")
     teacher = vocabularies = None
     if (name := getattr(training, "teacher_model_name_or_path", None)) is not None:
@@ -99,14 +95,11 @@ def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:
     if getattr(training, "seq_kd", False):
         notes.append("What the teacher writes (--seq_kd) is not planned.")
     if getattr(training, "server_url", None) and pair.teacher:
-        notes.append(
-            "A server writes the student's completions: it has devices of its own, and no time of it is counted."
-        )
+        own = "it has devices of its own, and no time of it is counted"
+        notes.append(f"A server writes the student's completions: {own}.")
     if training.bf16 is False:
-        notes.append(
-            "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs; on GPUs they can take "
-            "longer."
-        )
+        counted = "Without --bf16 products of float32 factors are counted as six of bfloat16 ones, as on TPUs"
+        notes.append(f"{counted}; on GPUs they can take longer.")
     for role, config in (("student", pair.student), ("teacher", pair.teacher)):
         if config and config.heads % tensor:
             heads = f"tensor={tensor} does not divide the {role}'s {config.heads} heads"

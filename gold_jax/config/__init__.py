@@ -3,15 +3,5 @@
 from gold_jax.config.arguments import TRACKERS, DataArguments, GOLDConfig, ModelArguments, RunFacts, SFTConfig
 from gold_jax.config.fields import fields_with, named_without_effect, read_value, without_effect
 
-__all__ = [
-    "TRACKERS",
-    "DataArguments",
-    "GOLDConfig",
-    "ModelArguments",
-    "RunFacts",
-    "SFTConfig",
-    "fields_with",
-    "named_without_effect",
-    "read_value",
-    "without_effect",
-]
+__all__ = ["TRACKERS", "DataArguments", "GOLDConfig", "ModelArguments", "RunFacts", "SFTConfig"]
+__all__ += ["fields_with", "named_without_effect", "read_value", "without_effect"]

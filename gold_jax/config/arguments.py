@@ -1,8 +1,6 @@
-"""The settings of a run: dataclasses whose fields are the command line's flags. A new flag is one field here.
+"""The settings of a run: dataclasses whose fields are the command line's flags, each class a group of `--help`.
 
-A field has the name, type and meaning that TRL and transformers give to the flag; what is otherwise stands in its
-`differs`. The same checks hold on the command line, in a YAML file and in Python. Each class is a group of `--help` and
-of docs/flags.md.
+A field has the name, type and meaning that TRL and transformers give to the flag, but for what its `differs` says.
 """
 
 from __future__ import annotations
@@ -53,7 +51,6 @@ class RunFacts(NamedTuple):
         return f"loss {self.spec.name} ({self.spec.merge}/{self.spec.groups}/{self.spec.compare})"
 
 
-# The flags, and when they change anything, are tables: few lines for each.
 # fmt: off
 def _option(flag_name: str) -> Effect:
     """Has an effect where the comparison has the option that a flag sets."""
@@ -72,7 +69,6 @@ _FINE_TUNES = Effect(lambda r: r.spec is None,
                      "no effect in distillation, which learns the completion alone; gold_jax.sft has it")
 _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_only_loss,
                           "no effect with --assistant_only_loss, which learns every answer of a conversation")
-# The conditions from here on are of distillation's flags alone.
 _NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
 _SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
 _ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
@@ -292,8 +288,8 @@ class SFTConfig(
         super().__post_init__()
         read_mesh(self.mesh)
         if "://" in self.output_dir:
-            it = f"--output_dir is {self.output_dir!r}"
-            raise ValueError(f"{it}; it must be a local folder. --checkpoint_dir may be in a bucket.")
+            must = "it must be a local folder. --checkpoint_dir may be in a bucket"
+            raise ValueError(f"--output_dir is {self.output_dir!r}; {must}.")
         last = self.max_steps if self.max_steps > 0 else None
         self.profile_steps = read_steps("profile_steps", self.profile_steps, last)
         given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
@@ -466,35 +462,32 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         if url is not None and not url.startswith(("http://", "https://")):
             raise ValueError(f"--vllm_server_base_url is {url!r}; it must be an address such as http://localhost:8000.")
         if self.use_vllm and self.server_url is None:
-            self.notices.append(
-                "--use_vllm: The built-in sampler writes the completions, on the training devices and with the current "
-                "weights; --vllm_mode server has a running vLLM or SGLang write them."
+            built_in = (
+                "The built-in sampler writes the completions, on the training devices and with the current weights"
             )
+            self.notices.append(f"--use_vllm: {built_in}; --vllm_mode server has a running vLLM or SGLang write them.")
         self.loss_kwargs = dict(self.loss_kwargs or {})
         if self.loss_kwargs:
             read_options(self._point(False)[1][2], vars(self), self.loss_kwargs)
         one, other = self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight
         if (one is None) != (other is None):
             given, missing = ("matched", "unmatched") if other is None else ("unmatched", "matched")
-            raise ValueError(
-                f"--uld_hybrid_{given}_weight is {one if other is None else other} but --uld_hybrid_{missing}_weight is "
-                "none; give both as numbers of at least 0, or neither."
-            )
+            differ = f"{one if other is None else other} but --uld_hybrid_{missing}_weight is none"
+            both = "give both as numbers of at least 0, or neither"
+            raise ValueError(f"--uld_hybrid_{given}_weight is {differ}; {both}.")
         if self.max_length is None:
             self.max_length = max(1024, (self.max_prompt_length or 512) + self.max_completion_length)
         if self.max_completion_length >= self.max_length:
-            raise ValueError(
-                f"--max_completion_length is {self.max_completion_length}, which leaves no room for a prompt in "
-                f"--max_length {self.max_length}; it must be smaller than --max_length."
-            )
+            full = f"which leaves no room for a prompt in --max_length {self.max_length}"
+            must = "it must be smaller than --max_length"
+            raise ValueError(f"--max_completion_length is {self.max_completion_length}, {full}; {must}.")
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if rows % self.num_generations:
-            raise ValueError(
-                f"--num_generations is {self.num_generations}; it must divide the rows of an update on one device, "
-                f"per_device_train_batch_size x gradient_accumulation_steps = {rows}."
-            )
-        options = read_load_options("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
-        self.teacher_model_init_kwargs, notices = options
+            of_update = f"per_device_train_batch_size x gradient_accumulation_steps = {rows}"
+            must = f"it must divide the rows of an update on one device, {of_update}"
+            raise ValueError(f"--num_generations is {self.num_generations}; {must}.")
+        name = "teacher_model_init_kwargs"
+        self.teacher_model_init_kwargs, notices = read_load_options(name, self.teacher_model_init_kwargs)
         self.notices += notices
 
     @property
@@ -521,26 +514,18 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         """The loss that these settings choose for a student and a teacher; ValueError for one that means nothing for them."""
         name, (merge, groups, compare) = self._point(same_tokenizer)
         if name == "gkd" and not same_tokenizer:
-            raise ValueError(
-                "--loss is 'gkd', which compares two models entry by entry, but student and teacher have different "
-                "tokenizers; use another --loss, such as gold, events or strict."
-            )
-        gkd = name == "gkd"  # TRL divides both models' logits by the sampling temperature there
-        spec = LossSpec(
-            merge=merge,
-            groups=groups,
-            compare=compare,
-            options=read_options(compare, vars(self), self.loss_kwargs),
-            crossentropy_weight=self.uld_crossentropy_weight,
-            distillation_weight=self.uld_distillation_weight,
-            student_temperature=self.temperature if gkd else self.uld_student_temperature,
-            teacher_temperature=self.temperature if gkd else self.uld_teacher_temperature,
-            skip_student_stop=self.uld_skip_student_eos,
-            skip_teacher_stop=self.uld_skip_teacher_eos,
-            mask=tuple(self.projection_mask),
-            normalization=self.normalization,
-            name=name,
+            differ = "compares two models entry by entry, but student and teacher have different tokenizers"
+            raise ValueError(f"--loss is 'gkd', which {differ}; use another --loss, such as gold, events or strict.")
+        own, theirs = self.uld_student_temperature, self.uld_teacher_temperature
+        if name == "gkd":  # TRL divides both models' logits by the sampling temperature there
+            own = theirs = self.temperature
+        weights = dict(
+            crossentropy_weight=self.uld_crossentropy_weight, distillation_weight=self.uld_distillation_weight
         )
+        stops = dict(skip_student_stop=self.uld_skip_student_eos, skip_teacher_stop=self.uld_skip_teacher_eos)
+        options = dict(student_temperature=own, teacher_temperature=theirs, mask=tuple(self.projection_mask))
+        options |= dict(options=read_options(compare, vars(self), self.loss_kwargs), normalization=self.normalization)
+        spec = LossSpec(merge=merge, groups=groups, compare=compare, name=name, **weights, **stops, **options)
         spec.check()
         if spec.comparison.on_policy and self.lmbda < 1:
             learns = "learns from what the student itself drew; use --lmbda 1"

@@ -1,10 +1,4 @@
-"""Flags as dataclass fields: one declaration holds a flag's default, meaning, range, resume policy and effect.
-
-`flag` declares a field of a subclass of `Settings`, which checks its values however they are given. Constructors, the
-command line, YAML files, `--help`, docs/flags.md and resuming all read the same metadata.
-"""
-
-from __future__ import annotations
+"""Flags as dataclass fields: `flag` declares default, meaning, range, resume policy and effect, for all to read."""
 
 import copy
 import dataclasses
@@ -19,10 +13,10 @@ from gold_jax.values import READERS, Range, plain_types
 
 
 class Effect(NamedTuple):
-    """When a flag changes anything, as a test of the run it is part of, and what to say where it does not."""
+    """When a flag changes anything."""
 
-    holds: Callable[[Any], bool]
-    otherwise: str
+    holds: Callable[[Any], bool]  # a test of the run
+    otherwise: str  # what to say where it does not hold
 
 
 def flag(
@@ -47,7 +41,7 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata, repr=not secret)
 
 
-def like(cls: type[Settings], name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
+def like(cls: type["Settings"], name: str, default: Any = dataclasses.MISSING, **changes: Any) -> Any:
     """The flag `name` of `cls` again, with another default or other metadata."""
     field = cls.__dataclass_fields__[name]
     default = field.default if default is dataclasses.MISSING else default
@@ -59,9 +53,8 @@ class Settings:
     """The base of every class of flags, each a dataclass whose constructor also answers what is not a field.
 
     Wherever a value is set, it is checked; an alias sets its field; flags that TRL has and this project has not are
-    refused or noted in `notices`; any other name is an error that names the nearest one. What follows from a value
-    (`eval_steps` from `logging_steps`) follows a later change in the copies that `replace` and `frozen_copy` make,
-    which are constructed from the named values.
+    refused or noted in `notices`; any other name is an error that names the nearest one. Copies are constructed from
+    the named values, so that what follows from one (`eval_steps` from `logging_steps`) follows its changes.
     """
 
     notices: list[str]  # lines to show once, about flags in whose place something else stands
@@ -103,10 +96,9 @@ class Settings:
         if state == "new" or name == "notices":
             _set(self, **{name: value})
         elif state == "frozen":
-            raise AttributeError(
-                f"{name!r} cannot be set to {value!r}: these settings belong to a trainer that was made with them. Change "
-                f"a copy, such as args.replace({name}=...), and make another trainer with it."
-            )
+            belong = "these settings belong to a trainer that was made with them"
+            instead = f"Change a copy, such as args.replace({name}=...), and make another trainer with it."
+            raise AttributeError(f"{name!r} cannot be set to {value!r}: {belong}. {instead}")
         elif (own := self._own(name, value, AttributeError)) is not None:
             found = {own: read_value(type(self), own, value)}
             _set(self, **found, _named=self._named | found)
@@ -190,10 +182,7 @@ def without_effect(settings: Settings, run: Any) -> Iterator[tuple[str, str]]:
 
 
 def named_without_effect(settings: Settings, run: Any) -> list[str]:
-    """A line for each group of flags that were named and that change nothing for the same reason.
-
-    Flags that were named only to be off (false, none, zero where that is the default) are no matter.
-    """
+    """A line for each group of flags that were named, not to be off as by default, and do nothing for one reason."""
     values = {f.name: (getattr(settings, f.name), f.default) for f in dataclasses.fields(settings)}
     off = {name for name, (value, default) in values.items() if not value and value == default}
     lines: dict[str, list[str]] = {}
@@ -204,10 +193,7 @@ def named_without_effect(settings: Settings, run: Any) -> list[str]:
 
 
 def read_value(cls: type[Settings], name: str, value: Any) -> Any:
-    """The value of one field in the field's type, from Python, YAML or text, held to its choices and range.
-
-    A ValueError names the flag, the value and what is legal.
-    """
+    """The value of one field in the field's type, from Python, YAML or text; a ValueError names what is legal."""
     types, field = kinds(cls, name), cls.__dataclass_fields__[name]
     has_choices, range, true_means = (field.metadata[key] for key in ("choices", "range", "true_means"))
     value = value.value if isinstance(value, enum.Enum) else value

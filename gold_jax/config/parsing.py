@@ -1,7 +1,5 @@
 """The command line and its YAML files into classes of flags, and errors that help."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import os
@@ -38,10 +36,9 @@ def parse_args(
     prog: str = "gold_jax",
     doc: str | None = None,
 ) -> list:
-    """Reads a command line, and the files that its --config names, into one instance of each of `classes`.
+    """Reads a command line, and the files that its --config names, into one instance of each of `classes`, and notices.
 
-    Each class of a tuple extends the one before. `prog` and `doc` are for `--help`. The list of notices follows the
-    instances: lines about accepted flags in whose place something else stands.
+    Each class of a tuple extends the one before. `prog` and `doc` are for `--help`.
 
     Raises:
         FlagError: a name that is no flag, or a value that is not legal.
@@ -63,14 +60,11 @@ def parse_args(
     files = [words for name, words in flags if name == "config"]
     if any(len(words) != 1 for words in files):
         raise FlagError("--config needs the path of one YAML file.")
-    notices: list[str] = []
-    named: dict[str, Any] = {}
-    source: dict[str, str] = {}
+    notices, named, source, filled = [], {}, {}, []
     for (path,) in files:
         values = _read_file(path, fields, given, notices)
         named |= values
         source |= dict.fromkeys(values, path)
-    filled: list[Any] = []
     try:
         named |= _by_field(given, fields, notices)
         for choice in choices:
@@ -78,7 +72,7 @@ def parse_args(
             filled.append(next(cls for cls in choice if own.keys() <= field_names(cls).keys())(**own))
     except ValueError as error:
         flag = re.match(r"--(\w+)", str(error))
-        name = flag.group(1) if flag else None
+        name = flag and flag[1]
         where = f" (it stands in {source[name]})" if name in source and name not in given else ""
         raise FlagError(f"{error}{where}") from None
     for settings in filled:
@@ -110,14 +104,13 @@ def _check_names(leading: Sequence[str], names: Sequence[str], fields: Fields) -
             near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
             raise FlagError(f"there is no flag --{name}{near}.")
     if leading:
-        word = leading[0]
-        raise FlagError(f"{word!r} stands before any flag; values follow a flag, as in --output_dir {word}.")
+        follow = f"values follow a flag, as in --output_dir {leading[0]}"
+        raise FlagError(f"{leading[0]!r} stands before any flag; {follow}.")
 
 
 def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]) -> dict[str, Any]:
     """The values of a command line by their fields' names; `notices` gets those about flags of other projects."""
-    values: dict[str, Any] = {}
-    said: dict[str, str] = {}  # the flag that each field was set by
+    values, said = {}, {}  # and the flag that each field was set by
     for name, words in given.items():
         flag = name if name in fields or name in ANSWERS else name.removeprefix("no_")
         if flag not in fields:
@@ -200,12 +193,10 @@ def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_
         near = nearest(wanted, members)
         raise FlagError(f"--help {wanted} is no group{near}; there are {', '.join(members)} and all.")
     count = sum(len(found) for *_, found in members.values())
-    short, more = not wanted and count > _SHORT, None
-    if short:
-        more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}"
-    parser = argparse.ArgumentParser(
-        prog, f"{prog} --FLAG VALUE …", doc, more, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
-    )
+    short = not wanted and count > _SHORT
+    more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}" if short else None
+    options = dict(formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(prog, f"{prog} --FLAG VALUE …", doc, more, **options)
     for name, (cls, owner, found) in members.items():
         about = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(f"{name}: {about}")

@@ -1,7 +1,5 @@
 """Names and values of TRL and transformers that this project has not: what stands in their place, or why not."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 import reprlib
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 # Values that switch a flag off: nothing is lost, so nothing is said.
 _OFF = ("false", "none", "null", "no", "off", "0", "0.0", "", "[]", "{}")
 
-# How attention over whole sequences is computed: "auto", and the implementations of gold_jax.models.attention.
+# "auto", and the implementations of gold_jax.models.attention.
 ATTENTION = ("auto", "plain", "blockwise", "cudnn", "splash")
 # Shell patterns of what PyTorch's transformers calls its own; with a slash: kernels on the hub.
 _TORCH_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_*", "paged|*", "*/*")
@@ -57,10 +55,7 @@ def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:
 
 
 def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]]:
-    """One of `ATTENTION`, or None where nothing was said, and a notice where PyTorch's name has "auto" in its place.
-
-    Any other name is a ValueError that begins with `where`.
-    """
+    """One of `ATTENTION` (else a ValueError) or None, and a notice where "auto" stands for PyTorch's name."""
     value = None if value is None or str(value).lower() in ("none", "null") else str(value)
     if value is None or value in ATTENTION:
         return value, []
@@ -76,8 +71,7 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
 
     An option that would change the model and is not there is a ValueError.
     """
-    options: dict[str, Any] = {}
-    notices = []
+    options, notices = {}, []
     for key, value in (given or {}).items():
         if key in ("dtype", "torch_dtype"):
             dtype = str(value).removeprefix("torch.")

@@ -1,7 +1,5 @@
 """What the processes of a run exchange: numbers and token ids over the devices, settings through JAX's key-value store."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Sequence
@@ -19,13 +17,10 @@ _calls = itertools.count()  # all processes make these calls in the same order; 
 
 
 def assert_same_across_processes(what: str, value: Any) -> None:
-    """Raises in all processes where they do not have the same value.
+    """Raises in all processes where they do not have the same JSON value, called `what` in the error.
 
-    It is anything that JSON can hold, and called `what` in the error, which shows of mappings the keys that differ.
-
-    Raises:
-        ValueError: says which processes have what.
-        PeerFailed: a process ended with an error before it came here.
+    A ValueError says which processes have what, of mappings which keys differ; a PeerFailed, which ended with an error
+    before it came here.
     """
     count, me = jax.process_count(), jax.process_index()
     if count == 1:
@@ -51,11 +46,7 @@ def assert_same_across_processes(what: str, value: Any) -> None:
 
 
 def all_gather(values: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, of one shape and dtype: [...] -> [P, ...], bit for bit.
-
-    Raises:
-        ValueError: shapes or dtypes differ, or the dtype is not of numbers.
-    """
+    """The arrays of all processes, of one shape and numeric dtype (or a ValueError): [...] -> [P, ...], unchanged."""
     values = np.asarray(values)
     if values.dtype.hasobject:
         raise ValueError(f"arrays of {values.dtype} cannot be sent to other processes")
@@ -79,19 +70,14 @@ def all_reduce_max(values: np.ndarray) -> np.ndarray:
 
 
 def all_gather_ragged(rows: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
-    """The rows of all processes, int32 arrays such as token ids: for each process its own, however many and long.
-
-    Raises:
-        ValueError: a row is something else.
-    """
+    """The rows of all processes, int32 arrays (else a ValueError): for each process its own, however many and long."""
     rows = [np.asarray(row) for row in rows]
     for i, row in enumerate(rows):
         if row.ndim != 1 or row.dtype != np.int32:
             raise ValueError(f"row {i} is {row.dtype.name}{list(row.shape)}: rows are one-dimensional int32 arrays")
     if jax.process_count() == 1:
         return [rows]
-    gathered = []
-    header = np.array([len(rows), *map(len, rows)], np.int32)
+    gathered, header = [], np.array([len(rows), *map(len, rows)], np.int32)
     for data in _gather_bytes(np.concatenate([header, *rows]).tobytes()):
         values = np.frombuffer(data, np.int32)
         lengths, tokens = values[1 : 1 + values[0]], values[1 + values[0] :]

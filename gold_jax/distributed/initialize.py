@@ -1,9 +1,4 @@
-"""Joins the processes of one run with `jax.distributed`, which detects Slurm steps, Open MPI jobs and TPU pods itself.
-
-What is added here: whether there are several processes at all, and errors that name the flag to change.
-"""
-
-from __future__ import annotations
+"""Joins the processes of one run with `jax.distributed`, where there are several; errors name the flag to change."""
 
 import concurrent.futures
 import functools
@@ -22,8 +17,9 @@ except ImportError:
     _state = None
 
 FLAGS = ("--coordinator_address", "--num_processes", "--process_id")
+_ALL_FLAGS = "--coordinator_address, --num_processes and --process_id"
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# Launchers whose environment says how many processes they started, and which of them this one is.
+# What launchers set: how many processes they started, and which of them this one is.
 LAUNCHERS = {
     "Open MPI": ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     "Slurm": ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -50,14 +46,9 @@ def initialize(
 ) -> None:
     """Joins the processes of a run; does nothing where there is one, or where `jax.distributed` was initialized before.
 
-    Must come before JAX's first use of a device.
-
-    Args:
-        coordinator_address: HOST:PORT of process 0, the same in all processes.
-        num_processes, process_id: how many there are, and which this one is, from 0. Slurm and Open MPI tell both where
-            only the address is given.
-        timeout: seconds to wait for the other processes.
-        heartbeat_timeout: seconds after which JAX takes a silent process for lost and ends the others.
+    Must come before JAX's first use of a device. `coordinator_address` is HOST:PORT of process 0, the same in all
+    processes; where it alone is given, Slurm and Open MPI tell the rest. The others are waited for `timeout` seconds;
+    after `heartbeat_timeout` seconds JAX takes a silent process for lost and ends the others.
 
     Raises:
         ValueError: one of the three is missing or makes no sense; the text names the flag.
@@ -72,11 +63,8 @@ def initialize(
     source, address, count, index, detection = spec
     if index == 0 and address and not os.environ.get("JAX_COORDINATOR_BIND_ADDRESS"):
         _check_port(address)
-    options = {
-        "cluster_detection_method": detection,
-        "initialization_timeout": int(timeout) + 60,  # at it JAX aborts the process: the wait below ends first
-        "heartbeat_timeout_seconds": max(1, round(heartbeat_timeout)),
-    }
+    options = dict(cluster_detection_method=detection, heartbeat_timeout_seconds=max(1, round(heartbeat_timeout)))
+    options["initialization_timeout"] = int(timeout) + 60  # at it JAX aborts the process: the wait below ends first
     joined = concurrent.futures.Future()
 
     def join() -> None:
@@ -91,30 +79,24 @@ def initialize(
     except (TimeoutError, jax.errors.JaxRuntimeError) as error:
         this = f"Process {index} of {count}" if count else f"A process of {source}"
         at = address or getattr(_state, "coordinator_address", None) or "the address of process 0"
-        failed = f"could not join the others at {at} ({_one_line(error)})"
-        raise ConnectionError(
-            f"{this} {failed if joined.done() else f'waited {timeout:g} seconds at {at}'}. Process 0 must run on that "
-            "host, with that port open to the others; all processes need the same --coordinator_address and "
-            "--num_processes, and each a --process_id of its own."
-        ) from (error if joined.done() else None)
+        failed = f"waited {timeout:g} seconds at {at}"
+        if joined.done():
+            failed = f"could not join the others at {at} ({_one_line(error)})"
+        must = "Process 0 must run on that host, with that port open to the others; all processes need the same"
+        each = "--coordinator_address and --num_processes, and each a --process_id of its own."
+        raise ConnectionError(f"{this} {failed}. {must} {each}") from (error if joined.done() else None)
     except ValueError as error:
         if address is not None:
             raise
-        raise ValueError(
-            f"{source} says that this run has several processes, but JAX could not find out how they reach each other "
-            f"({_one_line(error)}): give {', '.join(FLAGS[:2])} and {FLAGS[2]}"
-        ) from error
+        lost = f"but JAX could not find out how they reach each other ({_one_line(error)})"
+        raise ValueError(f"{source} says that this run has several processes, {lost}: give {_ALL_FLAGS}") from error
     process_names()  # all processes tell each other of their devices and hosts now, before one of them can fail
 
 
 def detect_cluster(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None, environ: Mapping[str, str]
 ) -> ClusterSpec | None:
-    """The processes that flags or the environment describe; None where there is one.
-
-    Raises:
-        ValueError: as `initialize`.
-    """
+    """The processes that flags or the environment describe; None where there is one. ValueError as `initialize`."""
     address = coordinator_address or environ.get(VARIABLES[0]) or None
     number = _read_int(environ, VARIABLES[1]) if num_processes is None else num_processes
     index = _read_int(environ, VARIABLES[2]) if process_id is None else process_id
@@ -133,10 +115,9 @@ def detect_cluster(
         return None
     missing = [flag for flag, value in zip(FLAGS, (address, number, index)) if value is None]
     if missing:
-        raise ValueError(
-            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: a run of several processes needs "
-            f"{', '.join(FLAGS[:2])} and {FLAGS[2]}, or {', '.join(VARIABLES[:2])} and {VARIABLES[2]} in the environment"
-        )
+        which = f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+        needs = f"{_ALL_FLAGS}, or {', '.join(VARIABLES[:2])} and {VARIABLES[2]} in the environment"
+        raise ValueError(f"{which}: a run of several processes needs {needs}")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"--coordinator_address is {address}: it must be HOST:PORT, such as 10.0.0.1:1234")
@@ -171,10 +152,9 @@ def _check_port(address: str) -> None:
     try:
         socket.create_server(("", int(address.rpartition(":")[2]))).close()
     except OSError as error:
-        raise ConnectionError(
-            f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)}). Give another port in "
-            "--coordinator_address, the same one to all processes."
-        ) from error
+        cannot = f"Process 0 cannot listen on the port of {address} ({os.strerror(error.errno)})"
+        same = "Give another port in --coordinator_address, the same one to all processes."
+        raise ConnectionError(f"{cannot}. {same}") from error
 
 
 def _one_line(error: BaseException) -> str:

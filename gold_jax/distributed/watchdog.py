@@ -1,23 +1,24 @@
-"""Logs which process of a run is lost, has failed or is late.
+"""Logs which process of a run is lost, has failed or is late, and ends the processes of a command.
 
-It ends nothing: where a process is lost, JAX's own heartbeats end the others. What the processes say of themselves goes
-through the key-value store that JAX keeps in process 0.
+What they say of themselves goes through the key-value store that JAX keeps in process 0. Where a process is lost, JAX's
+own heartbeats end the others.
 """
-
-from __future__ import annotations
 
 import contextlib
 import functools
 import itertools
 import json
+import os
 import re
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from gold_jax.distributed.initialize import coordination_client, process_id, process_names
 
@@ -44,12 +45,12 @@ class PeerFailed(RuntimeError):
 
 
 class Heartbeat(NamedTuple):
-    """What a process says of itself: `count` grows with each, `seconds` is how long the activity has lasted."""
+    """What a process says of itself."""
 
-    count: int
+    count: int  # grows with each
     step: int
     activity: str
-    seconds: float
+    seconds: float  # how long the activity has lasted
     finished: bool = False
 
 
@@ -71,11 +72,10 @@ def diagnose(
     names: Sequence[str],
     limits: tuple[float, float],
 ) -> tuple[tuple, str] | None:
-    """The worst that is wrong with other processes: "lost", "failed" or "late" with the process, and a sentence.
+    """The worst that is wrong with others: "lost", "failed" or "late" with the process (and update), and a sentence.
 
-    Who has not sent a heartbeat yet is not missed. `limits` are the seconds of silence before `now` after which a
-    process is lost, and those that this one waits at the device before it says for whom; the update and activity that a
-    process is late in are returned too.
+    `limits` are the seconds of silence before `now` after which a process is lost, and those that this one waits at the
+    device before it says for whom.
     """
     lost_after, late_after = limits
     for i, error in failures.items():
@@ -103,15 +103,10 @@ def log_to_stderr(line: str) -> None:
 class Watchdog:
     """While it is entered, a thread exchanges heartbeats with the other processes and logs what is wrong with them, once.
 
-    A late process is named once for each update and activity. A no-op in a run of one process, and until it is entered.
-    An error that leaves the block is reported to the others; one that comes of another process's end is replaced by
-    `PeerLost` or `PeerFailed`, which name that process.
-
-    Args:
-        timeout: seconds of silence after which JAX ends the run (`initialize`'s `heartbeat_timeout`); half of it after
-            which a process is named.
-        log: takes a line, from any thread, in every process.
-        late_after: seconds of waiting for a process after which it is named; None: twice the timeout.
+    A no-op in a run of one process, and until it is entered. A process is named after half of the `timeout` in seconds
+    (`initialize`'s `heartbeat_timeout`) without an answer, and, once for each update and activity, after `late_after`
+    seconds (None: twice the timeout) in which others wait for it. An error that leaves the block is reported to the
+    others; one that comes of another process's end is replaced by `PeerLost` or `PeerFailed`, which name that process.
     """
 
     def __init__(self, timeout: float, log: Callable[[str], None] = log_to_stderr, *, late_after: float | None = None):
@@ -123,7 +118,7 @@ class Watchdog:
         self._explanation: Exception | None = None  # of what comes of another process's end
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> Watchdog:
+    def __enter__(self) -> "Watchdog":
         if jax.process_count() > 1 and (client := coordination_client()) is not None:
             with contextlib.suppress(jax.errors.JaxRuntimeError):  # where an earlier run of this process failed
                 client.key_value_delete(f"{FAILURES}{process_id()}")
@@ -219,3 +214,37 @@ def report_failure(error: BaseException) -> None:
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     thread.join(2)  # the store may not answer
+
+
+def end_process(ending: BaseException | None) -> None:
+    """Called by the main thread of a command as the last thing it does; returns where the process may end as others do.
+
+    JAX waits for all processes when one ends, and aborts those that waited in vain. So they first wait for each other
+    here, for as long as it takes (process 0 may still be uploading). One that failed does not take part: it tells the
+    others why and ends without JAX's shutdown, which would replace its exit code by that of an abort minutes later.
+    """
+    if coordination_client() is None:
+        return
+    code = 0 if ending is None else ending.code if isinstance(ending, SystemExit) else 1
+    error = ending.__context__ or ending if isinstance(ending, SystemExit) else ending  # what the command printed
+    if code in (None, 0, EX_TEMPFAIL) and not isinstance(error, PeerLost):
+        try:
+            multihost_utils.sync_global_devices("gold_jax ends")
+            return
+        except Exception as failure:
+            ending, code, error = failure, 1, failure
+    if not isinstance(ending, SystemExit):
+        traceback.print_exception(ending)
+    failures = {}
+    if comes_from_peer(error):
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the store is gone
+            failures = read_failures(coordination_client())
+    for i, text in failures.items():
+        log_to_stderr(f"{process_names()[i]} ended with an error: {text}.")
+    if not failures:
+        report_failure(error)
+    if process_id() == 0:
+        time.sleep(5)  # it holds the store from which the others learn why
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else 1)

@@ -8,7 +8,7 @@ from gold_jax.config import GOLDConfig
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import Topology, read_topology
-from gold_jax.planning.plan import Plan, PlanRequest, mesh_flag, meshes
+from gold_jax.planning.plan import Plan, PlanRequest, Progress, mesh_flag, meshes
 
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LAST_RESORTS = ("slice", "length")  # kinds of changes that cost money or change the data
@@ -17,20 +17,19 @@ _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more to
 
 
 class Advice(NamedTuple):
-    """A change as flags, what it does, the bytes of a device at its fullest then, those that it saves, and whether it fits."""
+    """A change and what it does."""
 
     flags: str
     why: str
-    peak: int
-    saves: int
+    peak: int  # bytes of a device at its fullest then
+    saves: int  # bytes
     fits: bool
 
 
 def advice(plan: Plan) -> tuple[Advice, ...]:
     """Changes that would make a plan smaller, the one that saves most first; then, if none of them alone is enough, several.
 
-    Of each kind it is the least change that is enough, or else the one that saves most. Rows of an update stay as they
-    are, where they can: fewer at a time are more micro-batches.
+    Of each kind it is the least change that is enough, or else the one that saves most. An update keeps its rows.
     """
     changes, before = list(_changes(plan.request)), estimate(plan.request).peak_bytes
 
@@ -144,19 +143,17 @@ def times_the_chips(topology: Topology, factor: int) -> Topology | None:
 
 def search(
     first: Plan,
-    compile_plan: Callable[[PlanRequest], Plan] | None = None,
+    compile_plan: Callable[[PlanRequest], Plan] | None,
     *,
     limit: int = 6,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> list[Plan]:
     """The best ways to spread a run, the one with most tokens a second first, those that do not fit last.
 
-    An update keeps its rows (it has a few more where a mesh cannot share them out evenly), in more or fewer
-    micro-batches. For each mesh and layout, rows at once are doubled while they fit; of those that are as good the most
-    are taken, and fewer where these turn out not to fit.
-
-    `first` is the plan of what was asked for, and one of the at most `limit` that are compiled, or shown; without
-    `compile_plan`, which makes one by compiling, the analytic model decides. `progress` is told what is being done.
+    An update keeps its rows (a few more where a mesh cannot share them out evenly). For each mesh and layout, rows at
+    once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to
+    fit. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
+    (None: by the analytic model).
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]

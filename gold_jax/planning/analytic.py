@@ -1,12 +1,9 @@
 """The analytic model: a run's memory, FLOPs and bytes by formula, for GPUs and to rank what is worth compiling.
 
-What is resident and what programs are given is exact. A program's temporaries are a formula: a student's step is fullest
-either in its loss or when it begins to go back through the layers, and the larger sum is its peak. Against what libtpu
-0.0.42.1 lays out for nine programs (`benchmarks/footprint.py`) that comes out between 16 % too small and 2 % too large.
-What XLA makes of it for GPUs has not been compared.
-
-FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as if all that
-stands between two products were fused into them; what is sent follows the ring formulas of `planning.collectives`.
+What is resident and what programs are given is exact; temporaries, against what libtpu 0.0.42.1 lays out for nine
+programs (`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; for GPUs that has not been
+compared. FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as
+if all between were fused into them; what is sent follows the ring formulas of `planning.collectives`.
 """
 
 import math
@@ -22,11 +19,9 @@ from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 
 ERROR = 0.16  # by which the formula came out too small at most
 FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that are by it
-# Products of `[T, T]` with heads in the backward pass of attention, two being the forward pass's: kernels compute the
-# scores again, splash once for the queries' gradients and once for the keys' and values'.
+# Products of `[T, T]` with heads in attention's backward pass: kernels compute the scores again, splash twice.
 _BACKWARD_PRODUCTS = {"plain": 4, "blockwise": 5, "cudnn": 5, "splash": 7}
-# How often float32 logits pass between memory and compute: written, read for the maximum, the sum and the comparison;
-# the student's gradient written, and read for two products.
+# Of float32 logits: written, read for maximum, sum and comparison; the gradient written, read for two products.
 _FORWARD_PASSES, _GRADIENT_PASSES = 4, 3
 
 
@@ -147,12 +142,10 @@ class Analytic:
             loss += c * self.teacher.head
         # A layer's own, and gathered matrices.
         layer = n * ((5 * config.mlp_width + 2 * side.queries) // t + 6 * config.width) + 3 * side.largest // t
-        return {"activations": activations + 2 * c * n * config.width, "loss": loss}, {
-            "activations": activations + c * layer,
-            # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
-            "loss": 4 * (side.head if reads else side.head_part),
-            "new gradients": self.new_gradients,
-        }
+        # Cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
+        head = 4 * (side.head if reads else side.head_part)
+        going_back = {"activations": activations + c * layer, "loss": head, "new gradients": self.new_gradients}
+        return {"activations": activations + 2 * c * n * config.width, "loss": loss}, going_back
 
     def cost(self, program: str) -> Cost:
         """What one run of a program costs; of decoding, one token more for each row."""
@@ -208,8 +201,7 @@ class Analytic:
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
         own = (4 + c) / 4 + (3 if program == STUDENT[1] else 1) + (0 if self.request.micro_batches > 1 else 8)
         moved += own * self.student_bytes * self.tensor
-        # Layers are gathered for the forward and again for the backward pass, heads once; float32 gradients of heads are
-        # summed where they are kept, as are those of layers.
+        # Layers are gathered for either pass, heads once; gradients, heads' in float32, are summed where they are kept.
         layers /= self.tensor
         sent = self._ring(side.width_axes, 3 * layers) + self._all_reduced(side.width_axes, layers)
         sent += self._ring(side.head_axes, side.head * (c + 4))
@@ -266,20 +258,18 @@ def layer_matrices(config: DecoderConfig, without: Iterable[str] = ()) -> int:
 
 
 def attention_product(config: DecoderConfig, rows: list[int], attention: str) -> float:
-    """FLOPs of one of attention's products over all layers: of queries with keys, or of shares with values.
+    """FLOPs of one of attention's two products over all layers, of rows of these lengths.
 
-    `rows` are their lengths, `attention` is one of `models.attention.IMPLEMENTATIONS`; "plain" computes the pairs that
-    it masks, too.
+    "plain" of `models.attention.IMPLEMENTATIONS` computes the pairs that it masks, too.
     """
 
-    def pairs(length: int, window: int | None) -> float:
-        seen = length if window is None else min(window, length)
-        return length * length if attention == "plain" else seen * length - seen * (seen - 1) / 2
+    def pairs(window: int | None) -> float:
+        seen = [(n, n if window is None else min(window, n)) for n in rows]
+        return sum(n * n if attention == "plain" else near * n - near * (near - 1) / 2 for n, near in seen)
 
     sliding = sum(config.sliding)
-    full = sum(pairs(length, None) for length in rows) * (config.layers - sliding)
-    near = sum(pairs(length, config.window) for length in rows) * sliding
-    return 2.0 * config.heads * config.head_dim * (full + near)
+    every = pairs(None) * (config.layers - sliding) + pairs(config.window) * sliding
+    return 2.0 * config.heads * config.head_dim * every
 
 
 def activation_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> float:

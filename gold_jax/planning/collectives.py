@@ -2,10 +2,9 @@
 
 Bytes are those that one device sends over its links, by the ring formulas: for a group of `n` devices `(n-1) / n` of what
 is gathered, scattered or exchanged, twice that for an all-reduce, all of it for a permutation; times the trips of the
-loops around it. A `-start` counts and its `-done` does not. In TPU programs (libtpu 0.0.42.1) an all-gather that runs while
-something else is computed stands in the text three times or more: in a fusion that ends in a custom call to
-`AsyncCollectiveStart`, which counts, in the fusions that compute meanwhile, and in one that ends in `AsyncCollectiveDone`. A
-reduce-scatter is mostly a fusion of an all-reduce and a dynamic-slice of it, and channel ids are no names: under `shard_map` all are 1.
+loops around it. A `-start` counts and its `-done` does not. In TPU programs (libtpu 0.0.42.1) an all-gather that runs
+meanwhile stands in three fusions or more: that which ends in a custom call to `AsyncCollectiveStart` counts, those that
+compute and that which ends in `AsyncCollectiveDone` do not. Channel ids are no names: under `shard_map` all are 1.
 """
 
 import math
@@ -22,10 +21,10 @@ _OP = re.compile(r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|co
 
 
 class Traffic(NamedTuple):
-    """Bytes that each device sends, and how many collectives run, both over a whole call of the program."""
+    """What runs in a whole call of the program."""
 
-    bytes: float = 0.0
-    count: int = 0
+    bytes: float = 0.0  # that each device sends
+    count: int = 0  # of collectives
 
 
 def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -> dict[str, dict[str, Traffic]]:

@@ -1,8 +1,6 @@
 """A run's very programs, compiled for TPUs that are only described: what they hold, compute, move and send.
 
-Nothing of a model is there but its shapes. The step, its loss and the sampler are those that training calls
-(`training.build.build_run`); a batch has rows as long as the settings allow, which share no beginning, and every token
-is a group of its own.
+A batch has rows as long as the settings allow, which share no beginning, and every token is a group of its own.
 """
 
 import dataclasses
@@ -28,12 +26,11 @@ from gold_jax.models.functional import merge, split
 from gold_jax.planning import hlo
 from gold_jax.planning.analytic import Analytic
 from gold_jax.planning.collectives import read_collectives
-from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest
+from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest, Progress
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
 from gold_jax.rollout.sampler import STOP_SLOTS
-from gold_jax.sharding.mesh import make_mesh
-from gold_jax.sharding.placement import ROW_AXES, Placement
+from gold_jax.sharding.placement import ROW_AXES, Placement, make_mesh
 from gold_jax.text.batch import Row, SideTokens, build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.build import Match, build_run
@@ -43,10 +40,8 @@ from gold_jax.training.step import state_shapes
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compile_plan(
-    request: PlanRequest, progress: Callable[[str], None] = lambda _: None, leave_out: Collection[str] = ()
-) -> Plan:
-    """A plan for TPUs. `progress` is told what is being done; programs to `leave_out` are not compiled, nor in the memory."""
+def compile_plan(request: PlanRequest, progress: Progress = lambda _: None, leave_out: Collection[str] = ()) -> Plan:
+    """A plan for TPUs; programs to `leave_out` are not compiled, nor in the memory."""
     described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
     run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
     costs, moments, code = {name: model.cost(name) for name in request.programs}, [], 0
@@ -72,7 +67,7 @@ def compile_plan(
 
 
 class PlannedRun:
-    """A run's programs and what they read, as shapes; `mesh` is of devices that may be only described (None: of none)."""
+    """A run's programs and what they read, as shapes, on a mesh of devices that may be only described (or None)."""
 
     def __init__(self, request: PlanRequest, mesh: Any = None):
         self.request, self.args, pair = request, request.args, request.pair
@@ -175,8 +170,7 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
             if "memory" not in str(error).lower():
                 raise
             return None, 0, " ".join(str(error).split())
-        # The peak of `memory_analysis`, by which a program is refused, is of what is used at once. What is used at
-        # several times has to lie in one place, which takes a few per cent more.
+        # What is laid out takes a few per cent more than is used at once, the peak of `memory_analysis`.
         reports = "\n".join(path.read_text() for path in pathlib.Path(folder).glob("*memory-usage-report.txt"))
     return compiled, max(map(int, re.findall(r"color=0\)\s+Total bytes: (\d+)", reports)), default=0), None
 
@@ -184,12 +178,12 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
 def _read(compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: Callable[[str], int]) -> tuple[int, int, Cost]:
     """Bytes that a program needs while it runs; of the program itself, which lies there as long as it may be called; its cost."""
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
-    # Of all that is laid out, what is neither argument nor result: `temp_size_in_bytes` adds up buffers of different times.
     given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     executions, _ = hlo.executed(program, trips)
     flops, moved = read_work(program, executions)
     traffic = read_collectives(executions, mesh)
     sent = {axes: sum(one.bytes for one in by_op.values()) for axes, by_op in traffic.items()}
+    # `temp_size_in_bytes` adds up buffers of different times.
     needed = max(memory.peak_memory_in_bytes, laid_out) - given
     return needed, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, sent)
 

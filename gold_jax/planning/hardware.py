@@ -1,8 +1,7 @@
 """Accelerators that need not be here: their figures by name, slices of them by a short text, what compiling for them needs.
 
-Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device, the thing a mesh has
-positions for: a chip, or, on v3 and tpu7x, one of a chip's two cores. FLOP/s are dense bfloat16 with float32 sums. Where they are from
-stands in `hardware.json`.
+Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device: a chip, or, on v3 and
+tpu7x, one of a chip's two cores. Where they are from stands in `hardware.json`.
 """
 
 import difflib
@@ -16,9 +15,7 @@ import sys
 from typing import NamedTuple
 
 GIB = 2**30
-
-# Of a GPU's memory, JAX takes this share when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise.
-GPU_SHARE = 0.75
+GPU_SHARE = 0.75  # of a GPU's memory, what JAX takes by XLA_PYTHON_CLIENT_MEM_FRACTION's default
 
 
 class Chip(NamedTuple):
@@ -26,11 +23,9 @@ class Chip(NamedTuple):
 
     name: str
     hbm_bytes: int  # TPUs: what the compiler lets a program fill. GPUs: all of it, of which JAX takes `GPU_SHARE`
-    flops: float  # peak dense bfloat16 FLOP/s
+    flops: float  # peak dense bfloat16 FLOP/s, with float32 sums
     hbm_bandwidth: float
-    # In one direction over all links to others: ICI, of which only a slice with wrapped axes and traffic along every axis
-    # has use for all (`Topology.interconnect` has those of a slice); NVLink or PCIe.
-    interconnect: float
+    interconnect: float  # in one direction over all links to others, ICI (a slice has fewer), NVLink or PCIe
     network: float | None  # in one direction, of the host's NICs; None where that depends on who built the host
     host: int = 8  # chips of a full host
     cores: int = 1  # devices per chip
@@ -134,10 +129,9 @@ def _usual_shape(chip: Chip, count: int, text: str) -> tuple[int, ...]:
     chips, odd = divmod(count, cores)
     if odd or chips in (0, 2) or chips & (chips - 1):
         unit = "TensorCores, two to a chip," if cores == 2 else "chips"
-        raise ValueError(
-            f"{text!r}: {count} {unit} have no usual shape; powers of two have. Any shape can be named, as "
-            f"{chip.name}:{'2x2' if axes == 2 else '2x2x1'}."
-        )
+        example = f"{chip.name}:{'2x2' if axes == 2 else '2x2x1'}"
+        usual = f"{count} {unit} have no usual shape; powers of two have"
+        raise ValueError(f"{text!r}: {usual}. Any shape can be named, as {example}.")
     exponent = chips.bit_length() - 1
     sizes = [2 ** (exponent // axes + (axis < exponent % axes)) for axis in range(axes)]
     return tuple(sizes if chips == 4 else sorted(sizes))
@@ -148,10 +142,8 @@ def _checked_shape(chip: Chip, named: str, text: str) -> tuple[int, ...]:
     shape += (1,) * (axes - len(shape))
     if len(shape) != axes or not all(shape) or ((shape[0] % 2 or shape[1] % 2) and math.prod(shape) != 1):
         example = {2: "2x2, 2x4, 4x4, … 16x16", 3: "2x2x1, 2x2x2, 2x2x4, … 4x4x4"}[axes]
-        raise ValueError(
-            f"{text!r}: {chip.name} slices have {axes} axes, the first two even, for a host's chips lie 2 by 2: {example}; "
-            f"one chip is {'x'.join('1' * axes)}."
-        )
+        legal = f"{axes} axes, the first two even, for a host's chips lie 2 by 2: {example}"
+        raise ValueError(f"{text!r}: {chip.name} slices have {legal}; one chip is {'x'.join('1' * axes)}.")
     return shape
 
 
@@ -163,7 +155,7 @@ def _nearest(name: str) -> str:
 
 def prepare() -> None:
     """Sets the environment in which JAX is to start; an already imported JAX is told to run on the CPU."""
-    # Without these libtpu complains that it cannot find them out. What they say does not change what it compiles.
+    # libtpu complains where it cannot find these out; they do not change what it compiles.
     quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
     # No metadata server is asked which TPU this is; and another process may hold libtpu.
     alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -175,7 +167,6 @@ def prepare() -> None:
 def need_compiler(topology: str) -> None:
     """Sees that the TPU compiler is installed; an ImportError says how it gets there."""
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(
-            f"planning for {topology} compiles the run's programs, which takes the TPU compiler (it needs no TPU): pip install "
-            "'gold_jax[tpu]', or libtpu alone. GPUs, such as gpu:8xh100-80gb, are planned without."
-        )
+        takes = f"planning for {topology} compiles the run's programs, which takes the TPU compiler (it needs no TPU)"
+        how = "pip install 'gold_jax[tpu]', or libtpu alone. GPUs, such as gpu:8xh100-80gb, are planned without."
+        raise ImportError(f"{takes}: {how}")

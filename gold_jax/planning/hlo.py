@@ -11,9 +11,8 @@ _HEADER = re.compile(r"(?!HloModule)(ENTRY )?%?([\w.\-]+).*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\(([^)]*)\)(.*)")
 _ARRAY = re.compile(r"([a-z]+[a-z0-9]*)\[([\d,<=]*)\]")
 _DELIMITER = re.compile(r"[][(){},]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|called_computations|branch_computations|true_computation|false_computation)=(\{[^}]*\}|[\w.%\-]+)"
-)
+_CALLS = r"calls|to_apply|(?:called|branch)_computations|(?:true|false)_computation"
+_CALLED = re.compile(rf"(?:{_CALLS})=(\{{[^}}]*\}}|[\w.%\-]+)")
 # Types of what loops count with, and how it is computed.
 _COUNTING = re.compile(r"\(|pred\[\]|[su]\d+\[\]")
 _UNCHANGED = ("copy", "bitcast", "convert", "copy-start", "copy-done", "optimization-barrier")
@@ -43,10 +42,10 @@ class Instruction(NamedTuple):
 
 
 class Computation(NamedTuple):
-    """Instructions by name, in order, and the one that is the value: that marked ROOT, or the last."""
+    """A computation of a program."""
 
-    instructions: dict[str, Instruction]
-    root: Instruction
+    instructions: dict[str, Instruction]  # by name, in order
+    root: Instruction  # the one that is the value: that marked ROOT, or the last
 
 
 Program = dict[str, Computation]  # by name, that of the entry ""
@@ -139,8 +138,7 @@ def size(type_: str) -> int:
 def trip_count(program: Program, inside: Computation, loop: Instruction) -> int | None:
     """How often a while loop runs, where the text tells: what the compiler noted, or what counting comes to.
 
-    TPU programs come without the note: the integers in the loop's tuple are computed, trip by trip, until the condition,
-    which compares one of them with a constant, is false.
+    The integers in the loop's tuple are computed, trip by trip, until the condition is false.
     """
     if noted := re.search(r'known_trip_count"?\W+n\W+(\d+)', loop.attributes):
         return int(noted[1])

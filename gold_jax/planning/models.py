@@ -1,8 +1,7 @@
 """The models of a plan by their names, and what their vocabularies share, without any weight.
 
-`known_models.json` holds what the `config.json` of well-known models on the hub says of shapes and rotations: a family's
-common fields and, for each model, its sizes and the fields that are its own. Of Gemma 3's multimodal models it is the
-language part. An instruction-tuned model and its base have one shape.
+`known_models.json` holds what the `config.json` of well-known models says of shapes and rotations: a family's common
+fields and, for each model, its own. Of Gemma 3's multimodal models it is the language part.
 """
 
 import difflib
@@ -30,18 +29,18 @@ ASSUMED_SHARE = 0.72
 
 
 class Model(NamedTuple):
-    """A model by the name that was given, where its tokenizer is (folder or hub id), and its revision there (None: main)."""
+    """A model of a run that is planned."""
 
-    name: str
+    name: str  # as it was given
     config: DecoderConfig
-    source: str
-    revision: str | None = None
+    source: str  # where its tokenizer is, folder or hub id
+    revision: str | None = None  # None: main
 
 
 class Vocabularies(NamedTuple):
-    """Entries that both vocabularies of a pair have (None: they are one and the same), and where that number is from."""
+    """What the two vocabularies of a pair share."""
 
-    matched: int | None
+    matched: int | None  # entries that both have; None: they are one and the same
     how: str  # "tokenizers", "given", "configs" (same family and size) or "assumed"
 
 
@@ -70,9 +69,7 @@ def known_config(name: str) -> DecoderConfig | None:
 def find_model(name: str, revision: str | None = None, role: str = "model") -> Model:
     """A model by a folder, by the name of a well-known one, or by a hub id, of which config.json alone is downloaded.
 
-    Raises:
-        FileNotFoundError: `role` is none of these; the text names well-known models that are near.
-        ValueError: a config that this decoder does not support.
+    FileNotFoundError: it is none of these; the text names `role` and near ones. ValueError: it is not supported.
     """
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     if path.is_dir():
@@ -87,11 +84,9 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:
-        said = (str(error).strip() or "no reason given").splitlines()[0]
-        raise FileNotFoundError(
-            f"the {role} {name!r} is neither a folder here nor a model whose shapes are known without the hub, and the hub did "
-            f"not give its config.json ({type(error).__name__}: {said}).{near}"
-        ) from error
+        said = f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+        unknown = f"the {role} {name!r} is neither a folder here nor a model whose shapes are known without the hub"
+        raise FileNotFoundError(f"{unknown}, and the hub did not give its config.json ({said}).{near}") from error
     return Model(name, read_config(pathlib.Path(file).parent), name, revision)
 
 
@@ -105,20 +100,16 @@ def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, matched:
         source, revision = (model.source, model.revision) if name is None else (str(resolve_embedded(name)), None)
         options = {"revision": revision, "local_files_only": True, "trust_remote_code": args.trust_remote_code}
         try:
-            sides.append((model, AutoTokenizer.from_pretrained(source, **options)))
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
         except Exception:  # each library that reads them has its own errors for files that are not there
             break
+        config = types.SimpleNamespace(config=model.config)  # what of a loaded model its vocabulary is matched by
+        sides.append(LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name))
     else:
-        match = match_pair(args, *(_loaded(*side) for side in sides))
+        match = match_pair(args, *sides)
         return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")
     if student.config.family == teacher.config.family and student.config.vocab_size == teacher.config.vocab_size:
         return Vocabularies(None, "configs")
     return Vocabularies(round(ASSUMED_SHARE * smaller), "assumed")
-
-
-def _loaded(model: Model, tokenizer: Any) -> Any:
-    """What of a loaded model its vocabulary is matched by."""
-    config = types.SimpleNamespace(config=model.config)
-    return LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name)

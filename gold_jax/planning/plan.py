@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +20,7 @@ from gold_jax.training.batches import sampling_rows
 
 STUDENT = ("student", "student, further micro-batches")  # programs that go forward and backward
 RESOURCES = ("compute", "memory", "interconnect")
+Progress = Callable[[str], None]  # is told what is being done
 _ORDER = ("prefill", "decoding", "teacher", "student", "optimizer")
 
 
@@ -33,18 +34,13 @@ class Pair(NamedTuple):
 
 @dataclasses.dataclass
 class PlanRequest:
-    """A run to plan: its settings, models, devices, size of each mesh axis, and kind of attention (None: "auto").
-
-    Rows are those of a micro-batch on all devices, `sampled_rows` those that are written at once; `length` and
-    `prompt_length` are tokens of the longest row and prompt, `tokens` those that the student learns from in an update,
-    `positions` those that one device compares in a micro-batch. Models that the devices cannot compute are a ValueError.
-    """
+    """A run to plan; models that the devices cannot compute are a ValueError."""
 
     args: Any
     pair: Pair
     topology: Topology
-    mesh: dict[str, int]
-    attention: str | None = None
+    mesh: dict[str, int]  # the size of each axis
+    attention: str | None = None  # None: "auto"
 
     def __post_init__(self):
         args, mesh, (student, teacher, matched) = self.args, self.mesh, self.pair
@@ -64,18 +60,19 @@ class PlanRequest:
         self.micro_batches = args.gradient_accumulation_steps
         self.shards = mesh["data"] * mesh["fsdp"]  # parts that the rows of a batch are shared out to
         self.device_rows = args.per_device_train_batch_size
-        self.rows = self.device_rows * self.shards
+        self.rows = self.device_rows * self.shards  # of a micro-batch
         self.update_rows = self.rows * self.micro_batches
-        self.length = args.max_length or 1024
+        self.length = args.max_length or 1024  # tokens of the longest row, and of the longest prompt
         self.prompt_length = args.prompt_budget if isinstance(args, GOLDConfig) else self.length // 2
-        self.tokens = self.update_rows * self.length
+        self.tokens = self.update_rows * self.length  # that the student learns from in an update
+        # Positions that a device compares in a micro-batch.
         self.positions = self.device_rows * (self.length - self.prompt_length)
         # The programs of an update and how often each runs in one; of decoding, tokens of a row.
         self.programs = {"teacher": self.micro_batches} if self.reads else {}
         self.programs[STUDENT[0]] = 1
         if self.micro_batches > 1:
             self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
-        self.sampled_rows = 0
+        self.sampled_rows = 0  # that are written at once
         if self.samples:
             requested = sampling_rows(self.update_rows, self.rows, args.generation_batch_size or 32 * self.shards)
             self.sampled_rows = -(-min(requested, self.update_rows) // self.shards) * self.shards
@@ -94,9 +91,9 @@ class PlanRequest:
     def moment(self, program: str, given: dict[str, int], needed: dict[str, int], **compiling: Any) -> dict[str, Any]:
         """What a device holds while a program runs: bytes by part of what it is given, beside what is resident, and needs.
 
-        In decoding that is the cache that the largest grows from, where that is more. `compiling` are the `seconds` that it
-        took (None: nothing was compiled) and the `error`, what the compiler said where it refused.
+        `compiling` are the `seconds` that it took and the `error` that the compiler refused it with.
         """
+        # In decoding the cache that the largest grows from, where that is more.
         half = power_of_two(self.slots) // 2 if program == "decoding" and not self._one_size else 0
         smaller = given["cache"] * half // self.slots if half > self.prompt_length else 0
         parts = given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
@@ -120,16 +117,12 @@ def mesh_flag(mesh: Mapping[str, int]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What one device does in one run of a program, or in a phase of an update.
+    """What one device does in one run of a program, or in a phase of an update."""
 
-    Operations, those done again too; those that the models need, however they are computed; bytes between memory and
-    compute; and bytes sent by the mesh axes that the devices differ along, as in `read_collectives`.
-    """
-
-    flops: float = 0.0
-    model_flops: float = 0.0
-    hbm_bytes: float = 0.0
-    sent: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    flops: float = 0.0  # operations, those done again too
+    model_flops: float = 0.0  # those that the models need, however they are computed
+    hbm_bytes: float = 0.0  # between memory and compute
+    sent: Mapping[str, float] = dataclasses.field(default_factory=dict)  # bytes by mesh axes, as in `read_collectives`
 
     def __add__(self, other: "Cost") -> "Cost":
         sent = {axes: self.sent.get(axes, 0.0) + other.sent.get(axes, 0.0) for axes in {**self.sent, **other.sent}}
@@ -149,18 +142,13 @@ def phase(name: str, cost: Cost, seconds: dict[str, float]) -> dict[str, Any]:
 
 @dataclasses.dataclass
 class Plan:
-    """What a run takes of each device: bytes by part of what is resident, `PlanRequest.moment`s, costs of one run of each.
-
-    `compiled`: moments and costs are the compiler's; else all is by the analytic model. `together` is the cost of all
-    phases of an update, `seconds` its least time and `slowest` the resource that most of that is for; tokens a second are
-    at most so many; `model_flops_share` is of the chips' operations in that time what the models need.
-    """
+    """What a run takes of each device."""
 
     request: PlanRequest
-    resident: dict[str, int]
-    moments: list[dict[str, Any]]
-    costs: dict[str, Cost]
-    compiled: bool = False
+    resident: dict[str, int]  # bytes by part
+    moments: list[dict[str, Any]]  # `PlanRequest.moment`s
+    costs: dict[str, Cost]  # of one run of each program
+    compiled: bool = False  # whether moments and costs are the compiler's; else all is by the analytic model
 
     def __post_init__(self):
         topology, chip = self.request.topology, self.request.topology.chip
@@ -182,9 +170,9 @@ class Plan:
             self.phases.append(phase(name, cost, dict(zip(RESOURCES, seconds))))
             spent[self.phases[-1]["slowest"]] += self.phases[-1]["least"]
         self.together = sum((costs[phase["name"]] for phase in self.phases), Cost())
-        self.seconds = sum(phase["least"] for phase in self.phases)
-        self.slowest = max(spent, key=spent.get)
-        self.tokens_per_second = self.request.tokens / self.seconds
+        self.seconds = sum(phase["least"] for phase in self.phases)  # the least time of an update
+        self.slowest = max(spent, key=spent.get)  # the resource that most of that is for
+        self.tokens_per_second = self.request.tokens / self.seconds  # at most
         self.tokens_per_second_per_chip = self.tokens_per_second / topology.chips
         self.model_flops_share = self.together.model_flops / (self.seconds * chip.flops)
         self.compiling = [moment["seconds"] for moment in self.moments if moment["seconds"] is not None]

@@ -38,18 +38,14 @@ _COUNTS = {" P": 1e15, " T": 1e12, " G": 1e9, " M": 1e6, " k": 1e3, "": 1.0}
 
 @dataclasses.dataclass
 class Report:
-    """What is known of a run before anything of it is there.
-
-    The models (no teacher: fine-tuning) and what their vocabularies share; what the run takes; changes for where it does
-    not fit; ways to spread it, the best first (None: none was looked for); what else the reader should know.
-    """
+    """What is known of a run before anything of it is there."""
 
     student: Model
-    teacher: Model | None
+    teacher: Model | None  # None: fine-tuning
     vocabularies: Vocabularies | None
     plan: Plan
-    advice: tuple[Advice, ...]
-    search: list[Plan] | None
+    advice: tuple[Advice, ...]  # changes for where it does not fit
+    search: list[Plan] | None  # ways to spread it, the best first
     notes: list[str]
 
     def __post_init__(self):
@@ -74,10 +70,9 @@ class Report:
         for one in plan.refused:
             when = _PROGRAMS[one["program"]][1]
             found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
-        source = (
-            "Nothing was compiled. What stays is exact; activations, loss and temporaries are by a formula that comes out up "
-            f"to {ERROR:.0%} too small where it was compared with compiled programs, for TPUs."
-        )
+        formula = f"a formula that comes out up to {ERROR:.0%} too small where it was compared with compiled programs"
+        exact = "Nothing was compiled. What stays is exact; activations, loss and temporaries are by"
+        source = f"{exact} {formula}, for TPUs."
         if plan.compile_seconds is not None:
             count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
@@ -156,17 +151,14 @@ def _title(report: Report) -> dict[str, str]:
         rows[role] = f"{name} ({family}, {shown} parameters)"
     if report.teacher:
         rows["vocabularies"] = _describe_vocabularies(report)
+    rows["loss"] = report.loss
     batches = f" in {request.micro_batches} micro-batches" if request.micro_batches > 1 else ""
-    rows |= {
-        "loss": report.loss,
-        "update": f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {request.device_rows} at a "
-        f"time on {'each device' if tensor == 1 else f'each {tensor} devices'}",
-    }
+    at_once = f"{request.device_rows} at a time on {'each device' if tensor == 1 else f'each {tensor} devices'}"
+    rows["update"] = f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {at_once}"
     if request.samples:
-        rows["sampling"] = (
-            f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once, of {args.max_completion_length:,} tokens "
-            f"after prompts of {request.prompt_length:,}"
-        )
+        written = f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once"
+        lengths = f"{args.max_completion_length:,} tokens after prompts of {request.prompt_length:,}"
+        rows["sampling"] = f"{written}, of {lengths}"
     limit, memory = _size(plan.limit_bytes), f"{_size(plan.limit_bytes)} each"
     if topology.kind == "gpu":
         taken = f"of {_size(chip.hbm_bytes)} each JAX takes {plan.limit_bytes / chip.hbm_bytes:.0%}, {limit}"
@@ -186,8 +178,9 @@ def _describe_vocabularies(report: Report) -> str:
         return "one and the same"
     if matched is None:
         return f"taken for one and the same ({sizes} rows, one family; the tokenizers are not both here)"
-    missing = "the tokenizers are not both here, and --matched says nothing"
-    assumed = f"assumed, {ASSUMED_SHARE:.0%} of the smaller: {missing}"
+    assumed = (
+        f"assumed, {ASSUMED_SHARE:.0%} of the smaller: the tokenizers are not both here, and --matched says nothing"
+    )
     said = {"tokenizers": "by the tokenizers", "given": "by --matched", "assumed": assumed}[how]
     return f"{sizes} rows, {matched:,} matched ({said})"
 
@@ -216,13 +209,11 @@ def _time(report: Report, console: Console) -> None:
     seconds = {which: sum(phase["seconds"][which] for phase in plan.phases) for which in RESOURCES}
     total = {**vars(plan.together), "seconds": seconds, "least": plan.seconds, "slowest": plan.slowest}
     for one in (*plan.phases, total):
-        name = Text("together", "bold")
-        if one is not total:
-            name = _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
+        name = "together" if one is total else _PROGRAMS[one["name"]][0].replace("-\n", "").replace("\n", " ")
         *times, least = (f"{n / factor:,.2f}" if n else "" for n in (*one["seconds"].values(), one["least"]))
         styled = (Text(time, "yellow" if one["slowest"] == which else "") for time, which in zip(times, RESOURCES))
         amounts = (_short(n, _COUNTS) for n in (one["flops"], one["hbm_bytes"], sum(one["sent"].values())))
-        rows.append((name, *amounts, *styled, Text(least, "bold")))
+        rows.append((Text(name, "bold" * (one is total)), *amounts, *styled, Text(least, "bold")))
     rows.insert(-1, None)
     names = ["FLOP", "HBM B", "sent B", *RESOURCES, "least"]
     _table(console, f"an update on each {report.device}, at least", names, rows, first=f"times in{unit}")

@@ -1,10 +1,9 @@
 """What a compiled program computes and moves on one device: FLOPs and bytes of memory traffic, read from its text.
 
-`compiled.cost_analysis()` counts the body of a loop once, whatever its trips, and a Pallas kernel not at all. Here every
-instruction counts as often as it runs. FLOPs are those of products, two for a multiplication with an addition; what is
-no product is left out (about a hundredth). Bytes are what instructions outside of fusions read from and write to HBM:
-a fusion's slices count as slices, an update in place as what is new, and what lies in another memory space (a TPU's VMEM
-is `S(1)` in a layout) not at all.
+`compiled.cost_analysis()` counts the body of a loop once, a Pallas kernel not at all; here an instruction counts as
+often as it runs. FLOPs are those of products, two for a multiplication with an addition. Bytes are what instructions
+outside of fusions read from and write to HBM: a fusion's slices count as slices, an update in place as what is new, and
+what lies in another memory space (a TPU's VMEM is `S(1)` in a layout) not at all.
 """
 
 import math

@@ -1,8 +1,6 @@
 """`--profile_steps`: traces of chosen training steps, and from them a table of where a step's time goes.
 
 A profiled step is one turn of the training loop: an update, and beside it the making of the next update's batches.
-The trace of consecutive steps lies in `FOLDER/plugins/profile/steps_A-B`, where xprof, TensorBoard and Perfetto find
-it; the table's numbers lie in `FOLDER/summary.json`.
 """
 
 from gold_jax.profiling.capture import trace_steps

@@ -29,20 +29,17 @@ class StepTimes:
 def step_times(trace: Trace) -> list[StepTimes]:
     """What each step's time goes to.
 
-    While the host evaluates, all that the device does counts as evaluation, and all that the host does but compiling:
-    an evaluation encodes and pads too, but not for the next update. A CPU runs parts of an operation on
-    threads that record no events: time of a program without an event is attributed to the operation that began last. An
-    operation that runs others gets only the time in which none of these runs.
+    While the host evaluates, all that the device does counts as evaluation, and all that the host does but compiling.
+    A CPU runs parts of an operation on threads that record no events: time of a program without one is attributed to
+    the operation that began last. An operation that runs others gets only the time in which none of these runs.
     """
     evaluations = [span for span in trace.host if span.what == EVALUATION]
     lines = (evaluations, trace.steps, trace.host, trace.running, *trace.threads)
     lines = [[span for span in spans if span.end > span.start] for spans in lines]
     found = {s.what: StepTimes(s.what, s.end - s.start, *(collections.Counter() for _ in range(4))) for s in lines[1]}
     # Of what begins at one moment the longest comes first, as the outermost; before it what ends there.
-    edges = []
-    for k, spans in enumerate(lines):
-        for span in spans:
-            edges += [(span.start, 1, -span.end, k, span), (span.end, 0, 0.0, k, span)]
+    edges = [(span.start, 1, -span.end, k, span) for k, spans in enumerate(lines) for span in spans]
+    edges += [(span.end, 0, 0.0, k, span) for _, _, _, k, span in edges]
     edges.sort(key=lambda edge: edge[:3])
     # Of every line the spans that have begun and not ended, the innermost last; of threads the innermost operation.
     current: list[list[Span]] = [[] for _ in lines]
@@ -59,8 +56,7 @@ def step_times(trace: Trace) -> list[StepTimes]:
                 times.device[part] += length / len(operations)
                 times.operations[operation] += length / len(operations)
             if host:
-                work = host[-1].what
-                work = EVALUATION if evaluation and work != COMPILING else work
+                work = EVALUATION if evaluation and host[-1].what != COMPILING else host[-1].what
                 times.host[work] += length
                 times.hidden[work] += length * bool(operations)
         now = time

@@ -17,24 +17,20 @@ from gold_jax.training.annotations import STEP, WAITING, annotate
 def trace_steps(
     steps: Collection[int], numbers: Collection[int], folder: str | os.PathLike, *, block: Callable, report: Callable
 ) -> Iterator[int]:
-    """Yields all steps and traces those that were chosen; what the loop does with a step lies in its trace.
+    """Yields all `steps` (from 0) and traces what the loop does with those that `numbers` (from 1) name.
 
-    Args:
-        steps: the steps, counted from 0.
-        numbers: those to trace, counted from 1.
-        folder: where traces and the summary go; an earlier run's are deleted.
-        block: waits until the device has nothing to do, so that no step's work is in another's trace.
-        report: gets the summary after the last traced step; where it cannot be made, `{"failed": why}`.
+    The trace of consecutive steps lies in `folder/plugins/profile/steps_A-B`, where xprof, TensorBoard and Perfetto
+    find it, beside `summary.json`; an earlier run's are deleted. `block` waits until the device has nothing to do, so
+    that no step's work is in another's trace. After the last one `report` gets the summary, or `{"failed": why}`.
     """
     traced = set(numbers) & {step + 1 for step in steps}
     if not traced:
         yield from steps
         return
-    folder = pathlib.Path(folder)
+    folder, options = pathlib.Path(folder), jax.profiler.ProfileOptions()
     shutil.rmtree(folder / "plugins" / "profile", ignore_errors=True)
     for name in ("summary.json", "scopes.json"):
         (folder / name).unlink(missing_ok=True)
-    options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # every Python call would be an event, and slower
     options.host_tracer_level = 1
     for is_traced, run in itertools.groupby(steps, lambda step: step + 1 in traced):

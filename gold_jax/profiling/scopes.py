@@ -1,7 +1,6 @@
-"""Which part of a training step each instruction of a compiled program belongs to.
+"""Which part of a training step each instruction of a compiled program belongs to, by its `jax.named_scope`s.
 
-A CPU's and a GPU's trace names instructions only. What `jax.named_scope` called them stands in the compiled programs,
-so these are read while they are in memory, and kept beside the trace.
+A CPU's and a GPU's trace names instructions only, so programs are read while they are in memory, and kept beside it.
 """
 
 import json
@@ -47,9 +46,8 @@ def part_of(scope: str) -> str:
 def scopes_of(hlo: str) -> dict[str, tuple[str, str]]:
     """Every instruction of an optimized program, given as HLO text.
 
-    The compiler adds instructions that stand in no scope, copies above all. They count with the first that reads them,
-    or else with the one before them in the order of execution, which is that of the text. In a computation without
-    any scope they count with the program's only part, if it has but one.
+    Those in no scope, which the compiler adds, count with the first that reads them, or else with the one before them
+    in the order of execution; in a computation without any scope with the program's only part, if it has but one.
     """
     parts, scopes = {}, {}
     for computation in re.split("^}", hlo, flags=re.MULTILINE):

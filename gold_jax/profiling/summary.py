@@ -27,10 +27,7 @@ HEAVIEST = 10  # operations that a summary names
 
 
 def summarize(folder: str | os.PathLike) -> dict[str, Any]:
-    """Where the time of the steps that were traced into a folder went.
-
-    Args:
-        folder: `output_dir/profile` of a run with `--profile_steps`, or any folder above `.xplane.pb` files.
+    """Where the time of the steps went that were traced into a folder, or those below it.
 
     Returns:
         `steps` and `mean`, which hold for each step and on average, in seconds: `wall`; `device` and `host` by part,
@@ -38,14 +35,11 @@ def summarize(folder: str | os.PathLike) -> dict[str, Any]:
         ran while the device was busy. `operations`: the heaviest, with `seconds` and `count` in a step. `device`: which
         one it was.
 
-    Raises:
-        FileNotFoundError: the folder holds no trace.
-        ValueError: a trace holds no step.
+    FileNotFoundError: the folder holds no trace. ValueError: a trace holds no step.
     """
     files = sorted(pathlib.Path(folder).rglob("*.xplane.pb"))
     if not files:
-        said = "holds no trace (no .xplane.pb file); make one with --profile_steps"
-        raise FileNotFoundError(f"{os.fspath(folder)} {said}")
+        raise FileNotFoundError(f"{folder} holds no trace (no .xplane.pb file); make one with --profile_steps")
     programs = load_scopes(pathlib.Path(folder) / "scopes.json")
     steps, device, seconds, counts = [], "", collections.Counter(), collections.Counter()
     for file in files:
@@ -59,11 +53,11 @@ def summarize(folder: str | os.PathLike) -> dict[str, Any]:
         for span in itertools.chain(*trace.threads):
             counts[span.what[1:]] += any(step.start <= span.start < step.end for step in trace.steps)
     steps.sort(key=lambda step: step["step"])
-    operations = []
-    for found, spent in seconds.most_common(HEAVIEST):
-        name, part, scope = found
-        each = {"seconds": spent / len(steps), "count": counts[found] / len(steps)}
-        operations.append({"name": name, "part": part or OTHER, "scope": scope, **each})
+    operations = [
+        {"name": name, "part": part or OTHER, "scope": scope}
+        | {"seconds": spent / len(steps), "count": counts[name, part, scope] / len(steps)}
+        for (name, part, scope), spent in seconds.most_common(HEAVIEST)
+    ]
     return {"device": device, "steps": steps, "mean": _mean(*steps), "operations": operations}
 
 
@@ -86,7 +80,7 @@ def _mean(*values: Any) -> Any:
 def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os.PathLike) -> None:
     """Prints what `summarize` found: the parts of a step, what overlapped, the heaviest operations."""
     if "failed" in summary:
-        said = f"The trace in {os.fspath(folder)} could not be summarised: {summary['failed']}"
+        said = f"The trace in {folder} could not be summarised: {summary['failed']}"
         console.print(Text(said, "yellow"), soft_wrap=True)
         return
     steps, mean = summary["steps"], summary["mean"]
@@ -120,14 +114,13 @@ def print_summary(console: Console, summary: Mapping[str, Any], folder: str | os
     compiled = [str(step["step"]) for step in steps if step["host"][COMPILING] > 0.01 * step["wall"]]
     if compiled:
         said += f" New programs were compiled in step {', '.join(compiled)}, which is not its usual time."
-    console.print(Text(said))
-    console.print()
+    console.print(Text(f"{said}\n"))
     console.print(Text(f"The {len(summary['operations'])} heaviest operations, in a step", "italic"))
     for found in summary["operations"]:
         spent = f"{found['seconds']:8.3f} s {100 * found['seconds'] / mean['wall']:5.1f} %{found['count']:8.3g} × "
         line = Text(f"{spent} {found['name']:24} {found['part']}: {_short(found['scope'])}")
         console.print(line, soft_wrap=True, highlight=False)
-    console.print(Text(f"The trace and summary.json are in {os.fspath(folder)}"), soft_wrap=True)
+    console.print(Text(f"The trace and summary.json are in {folder}"), soft_wrap=True)
 
 
 def _short(scope: str) -> str:

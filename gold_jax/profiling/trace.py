@@ -1,7 +1,4 @@
-"""What a profiler's trace file says: what the host did when, and which operations the device ran when.
-
-`jax.profiler.ProfileData` reads the file. Times are seconds on the trace's own clock.
-"""
+"""What a profiler's trace file says the host did and the device ran, in seconds of its own clock."""
 
 import collections
 import functools
@@ -21,7 +18,7 @@ _COMPILE = ("trace_to_jaxpr_dynamic", "lower_sharding_computation", "backend_com
 
 
 class Span(NamedTuple):
-    """Something that lasted from `start` to `end`."""
+    """Something that lasted a while."""
 
     start: float
     end: float
@@ -43,9 +40,9 @@ class Operation(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """One trace."""
+    """One trace, of the first device."""
 
-    device: str  # the device's plane
+    device: str  # its plane
     steps: list[Span]  # what is the step's number
     host: list[Span]  # annotated work on the thread that trains; spans may be nested
     threads: list[list[Span]]  # operations by the thread or stream that ran them; those of one thread may be nested
@@ -53,13 +50,7 @@ class Trace(NamedTuple):
 
 
 def read_trace(path: str | os.PathLike, programs: Mapping[str, Sequence[Scopes]] | None = None) -> Trace:
-    """The trace in an `.xplane.pb` file, with `programs` as `load_scopes` gives them.
-
-    Of several devices the first is taken: they all do the same.
-
-    Raises:
-        ValueError: the file holds no step.
-    """
+    """The trace in an `.xplane.pb` file, with `programs` as `load_scopes` gives them. ValueError: it holds no step."""
     planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(os.fspath(path)).planes}
     steps, host, threads, running = _host(planes["/host:CPU"].lines if "/host:CPU" in planes else ())
     device = "CPU"
@@ -70,7 +61,7 @@ def read_trace(path: str | os.PathLike, programs: Mapping[str, Sequence[Scopes]]
         lines = [line for line in lines if line.name.startswith("Stream")] or [x for x in lines if x.name == "XLA Ops"]
         threads = [[_span(e, _operation(e.name, dict(e.stats))) for e in line.events] for line in lines]
     if not steps:
-        raise ValueError(f"{os.fspath(path)} holds no step; trace steps with --profile_steps")
+        raise ValueError(f"{path} holds no step; trace steps with --profile_steps")
     return Trace(device, steps, host, _with_scopes(threads, programs or {}), running)
 
 

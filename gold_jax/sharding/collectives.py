@@ -3,8 +3,6 @@
 Letters: B rows, T tokens, V vocabulary, D width, H heads, K head_dim.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -65,8 +63,7 @@ def map_shards(placement: Placement, function: Callable[..., Any], in_specs: Any
 def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, dtype) -> jax.Array:
     """`table [V, D]` at `tokens [B, ...]`, `[B, ..., D]` in another dtype, without gathering the table.
 
-    A device holds some columns of the table: it looks them up for the tokens of all devices that hold the other
-    columns, and they exchange what they found with an all-to-all.
+    A device looks its columns up for the tokens of all that hold the others, and they exchange these by an all-to-all.
     """
     sharding, row_axes = placement.param_sharding(table.shape, ("vocab", "embed")), placement.row_axes(tokens.shape[0])
     if row_axes is None:
@@ -90,8 +87,8 @@ def embedding_lookup(placement: Placement, table: jax.Array, tokens: jax.Array, 
 def attention_per_head(placement: Placement, attend: Callable[..., jax.Array], heads: int, kv_heads: int) -> Callable:
     """Attention in which every device computes its own rows and heads, so that kernels need know nothing of a mesh.
 
-    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where the first axis of every array of
-    `by_rows` is that of rows, becomes the same function of arrays that are sharded over the mesh.
+    `attend(by_rows, sliding, query [B, T, H, K], key, value) -> [B, T, H·K]`, where `by_rows` are arrays whose first
+    axis is that of rows, becomes the same function of sharded arrays.
     """
 
     def sharded(by_rows, sliding, query, key, value):

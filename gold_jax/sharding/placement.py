@@ -1,26 +1,34 @@
-"""How the arrays of a model and of its batches are sharded on a mesh; docs/distributed.md has the whole table.
+"""The mesh, and how the arrays of a model and of its batches are sharded on it; docs/distributed.md has the table.
 
-A row of a batch belongs to one shard of `data` × `fsdp`, all `tensor` devices of which work on it. The width of a
-model is sharded over `fsdp` where it is stored, in the layout `full` over `data` too (for a large teacher beside a
-small student), in `replicated` over neither. An axis of an array that the mesh axis does not divide is not sharded.
+An axis of an array that the mesh axis does not divide is not sharded.
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gold_jax.sharding.axes import LAYOUTS
+from gold_jax.sharding.axes import AXES, LAYOUTS
 
 ROW_AXES = ("data", "fsdp")
 _WIDTH = {"fsdp": ("fsdp",), "full": ("data", "fsdp"), "replicated": ()}
 _TENSOR = ("heads", "kv_heads", "mlp")
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh of these sizes over the devices given; None: all there are."""
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=types)
+
+
+def describe_mesh(mesh: Mesh) -> str:
+    """The axes that are larger than one, such as `fsdp=4,tensor=2`."""
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +97,7 @@ class Placement:
 
     def row_owners(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Of each shard of rows the first process that has devices of it; and the shards of which this process has some."""
-        parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor_size` is the last axis
+        parts = self.mesh.devices.reshape(self.row_shards, -1)  # `tensor` is the last axis
         holders = [sorted({device.process_index for device in part}) for part in parts]
         local_shards = tuple(i for i, found in enumerate(holders) if jax.process_index() in found)
         return tuple(found[0] for found in holders), local_shards
@@ -103,8 +111,7 @@ class Placement:
             unit = len(x) // len(local_shards)
 
             def part(index):
-                start = local_index[(index[0].start or 0) // unit] * unit
-                return x[start : start + unit]
+                return np.split(x, len(local_shards))[local_index[(index[0].start or 0) // unit]]
 
             return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
 

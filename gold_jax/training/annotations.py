@@ -1,8 +1,4 @@
-"""Names for the host's work in a profiler's trace, put around the work itself; about a microsecond where nothing is traced.
-
-xprof and Perfetto show them, `gold_jax.profiling` adds them up. The device's work is named by `jax.named_scope` in the
-programs: student, teacher, loss, optimizer, prefill, decode, draw.
-"""
+"""Names for the host's work in a profiler's trace, which `gold_jax.profiling` adds up."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,8 +1,4 @@
-"""What each update learns from: rows in a fixed random order, and batches made from them.
-
-An update batch is the rows of one update, split into micro-batches. Which rows it holds, which micro-batches the
-student writes itself, and the sampling keys are pure functions of the seed and the step.
-"""
+"""What each update learns from: rows in a random order, and batches made from them, pure functions of seed and step."""
 
 import dataclasses
 import math
@@ -93,14 +89,8 @@ def _evaluation(batches: list, labels: Mapping[int, Any], count: int, rows: int,
 class DistillationBatchBuilder:
     """Batches of on-policy distillation: a share λ of the micro-batches is written by the student.
 
-    The others come from the data set or, where `teacher_model` (graph and parameters) is given, are written by the
-    teacher. An update's completions are sampled together, `generation_batch_size` rows at a time, however it is split
-    into micro-batches. `teacher_context` is a text that the teacher alone reads, before what a row may have of its own.
-    `engine` writes for the student in place of the built-in sampler, after its `sync` has been given the student (graph
-    and parameters) and the number of updates that it has seen.
-
-    `batch_size` and `eval_batch_size` count the rows of all devices, and `process_shard` says which of them this
-    process makes. All processes sample together, including rows of other processes.
+    The others come from the data set or are written by the teacher. An update's completions are sampled together,
+    however it is split into micro-batches. All processes sample together, including rows of other processes.
     """
 
     student: ChatTokenizer
@@ -109,18 +99,18 @@ class DistillationBatchBuilder:
     spec: LossSpec
     one_vocabulary: bool
     max_length: int
-    batch_size: int = 1
+    batch_size: int = 1  # rows of all devices, as the next one
     eval_batch_size: int = 1
     micro_batches: int = 1
     lmbda: float = 0.0
     num_generations: int = 1
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # max_new_tokens, temperature, top_k, top_p
     seed: int = 0
-    generation_batch_size: int = 32
-    teacher_model: Any = None
-    teacher_context: str | None = None
-    engine: ServerEngine | None = None
-    process_shard: ProcessShard = SINGLE_PROCESS
+    generation_batch_size: int = 32  # rows that are sampled at once
+    teacher_model: Any = None  # its graph and parameters, where it writes
+    teacher_context: str | None = None  # a text that the teacher alone reads, before what a row may have of its own
+    engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
+    process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
 
     @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
@@ -139,22 +129,19 @@ class DistillationBatchBuilder:
             distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
             encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
         prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
-        completions: dict[int, str | SampledCompletion] = {}
+        others = {i: examples[i] for i in local_rows if not on_policy[i]}
         if self.teacher_model is None:
             with annotate(ENCODING):
-                given = {id(examples[i]): examples[i] for i in local_rows if not on_policy[i]}
+                given = {id(example): example for example in others.values()}
                 given = {number: example.completion_for(self.student) for number, example in given.items()}
-            completions = {i: given[id(examples[i])] for i in local_rows if not on_policy[i]}
-        sampled = {}
+        sampled, prompts = {}, {i: examples[i].prompt for i in local_rows if on_policy[i]}
         if student_rows:
-            prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
-            ids = {i: prompt_ids[i] for i in prompts}
-            sampled = self._sample(model, self.student, prompts, ids, student_rows, key, self.engine)
-        teacher_rows = np.flatnonzero(~on_policy).tolist()
-        if teacher_rows and self.teacher_model is not None:
-            remaining = {i: examples[i] for i in local_rows if not on_policy[i]}
-            completions |= self._by_teacher(remaining, teacher_rows, jax.random.fold_in(key, 1))
-        completions |= sampled
+            sampled = self._sample(model, self.student, prompts, prompt_ids, student_rows, key, self.engine)
+        completions = sampled
+        if self.teacher_model is None:
+            completions = sampled | {i: given[id(example)] for i, example in others.items()}
+        elif teacher_rows := np.flatnonzero(~on_policy).tolist():
+            completions = sampled | self._by_teacher(others, teacher_rows, jax.random.fold_in(key, 1))
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())
@@ -180,19 +167,15 @@ class DistillationBatchBuilder:
         with annotate(ENCODING):
             texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
             read = dict(zip(examples, self.student.encode_completions(texts, after=after)))
-        return {
-            i: SampledCompletion.from_text(d.text, read[i], stopped=d.stopped, invalid_utf8=d.invalid_utf8)
-            for i, d in sampled.items()
-        }
+        ends = {i: dict(stopped=d.stopped, invalid_utf8=d.invalid_utf8) for i, d in sampled.items()}
+        return {i: SampledCompletion.from_text(d.text, read[i], **ends[i]) for i, d in sampled.items()}
 
     @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher reads them, with its contexts."""
-        contexts = [[c for c in (self.teacher_context, e.teacher_context) if c] for e in examples]
-        return [
-            self.teacher.with_context(e.prompt, "\n\n".join(context)) if context else e.prompt
-            for e, context in zip(examples, contexts)
-        ]
+        contexts = ["\n\n".join(filter(None, (self.teacher_context, e.teacher_context))) for e in examples]
+        pairs = [(e.prompt, context) for e, context in zip(examples, contexts)]
+        return [self.teacher.with_context(*pair) if pair[1] else pair[0] for pair in pairs]
 
     def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
         """All batches of an evaluation, on the data set's completions."""
@@ -209,11 +192,9 @@ class DistillationBatchBuilder:
         local = [examples[i] for i in numbers]
         teacher_prompts = self._teacher_prompts(local)
         with annotate(ENCODING):
-            known = prompt_ids and [prompt_ids[i] for i in numbers]
             texts = [e.prompt for e in local], [completions[i] for i in numbers]
-            options = dict(
-                one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts, student_prompt_ids=known
-            )
+            options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
+            options |= dict(student_prompt_ids=prompt_ids and [prompt_ids[i] for i in numbers])
             encoded = text_batch.encode_rows(self.student, self.teacher, *texts, **options)
         positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
         with annotate(ALIGNMENT):

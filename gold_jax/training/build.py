@@ -1,8 +1,4 @@
-"""From settings and models to everything that an update needs: where it is computed, and with which programs.
-
-Trainers call `build_run` with loaded models, `gold_jax.plan` with models whose parameters are `jax.ShapeDtypeStruct`s,
-and so both have the same programs.
-"""
+"""From settings and models to all that an update needs, for trainers and, with abstract models, for `gold_jax.plan`."""
 
 import os
 import pathlib
@@ -20,8 +16,8 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import Params, split
 from gold_jax.rollout.server import ServerEngine
-from gold_jax.sharding.mesh import make_mesh, mesh_sizes
-from gold_jax.sharding.placement import Placement
+from gold_jax.sharding.axes import mesh_sizes
+from gold_jax.sharding.placement import Placement, make_mesh
 from gold_jax.text.batch import SINGLE_PROCESS
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.vocabulary import VocabularyMap, one_sided_ids
@@ -50,9 +46,7 @@ class Run(NamedTuple):
     schedule: optax.Schedule | None  # the optimizer's learning rates, where they are known
     shardings: TrainState | None  # of the state on a mesh; None: one device
     step: Step
-    batches: (
-        DistillationBatchBuilder | TokenBatchBuilder | None
-    )  # of updates and evaluations; None where a model has no tokenizer
+    batches: DistillationBatchBuilder | TokenBatchBuilder | None  # None where a model has no tokenizer
     spec: LossSpec | None = None  # of a distillation, as what follows
     teacher_graph: nnx.GraphDef | None = None
     match: Match | None = None
@@ -70,17 +64,11 @@ def build_run(
     engine: ServerEngine | None = None,
     optimizers: tuple[optax.GradientTransformation | None, optax.Schedule | None] = (None, None),
 ) -> Run:
-    """Everything that an update needs.
+    """Everything that an update of a run of `total_steps` needs; without a teacher it is supervised fine-tuning.
 
-    Args:
-        student: the model that learns, its parameters arrays or `jax.ShapeDtypeStruct`s with shardings.
-        teacher: the model that it learns from; None: supervised fine-tuning.
-        placement: the mesh that both are sharded on; None: one device.
-        total_steps: updates of the whole run, for the schedule.
-        match: how the vocabularies face each other; None: as the tokenizers say.
-        process_shard: which rows this process prepares.
-        engine: writes for the student in place of the built-in sampler.
-        optimizers: the gradient transformation, and its learning rate at each update (for the log), in place of the settings'.
+    The models' parameters are arrays or `jax.ShapeDtypeStruct`s with shardings, `placement` the mesh that both are on
+    (None: one device). `match`: None is as the tokenizers say. `engine` writes for the student in place of the built-in
+    sampler; `optimizers`, in place of the settings', are the gradient transformation and, for the log, its schedule.
     """
     graph, params = split(student.model)
     optimizer, schedule = optimizers
@@ -106,29 +94,18 @@ def build_run(
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
     step = Step(objective, optimizer, constants, **mesh)
     if chat_tokenizer is not None:
-        sampling = dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p)
+        sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
+        sampling |= dict(top_k=args.top_k, top_p=args.top_p)
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.
         writes = args.seq_kd and args.lmbda < 1
-        batches = DistillationBatchBuilder(
-            student=chat_tokenizer,
-            teacher=teacher.chat_tokenizer,
-            student_graph=graph,
-            spec=spec,
-            one_vocabulary=match.same,
-            batch_size=rows,
-            eval_batch_size=eval_rows,
-            micro_batches=args.gradient_accumulation_steps,
-            lmbda=args.lmbda,
-            num_generations=args.num_generations,
-            max_length=args.max_length,
-            sampling=dict(max_new_tokens=args.max_completion_length, **sampling),
-            seed=args.seed,
-            generation_batch_size=args.generation_batch_size or 32 * shards,
-            teacher_model=(teacher_graph, teacher_params) if writes else None,
-            teacher_context=args.teacher_context,
-            engine=engine,
-            process_shard=process_shard,
-        )
+        options = dict(batch_size=rows, eval_batch_size=eval_rows, micro_batches=args.gradient_accumulation_steps)
+        options |= dict(max_length=args.max_length, seed=args.seed, process_shard=process_shard)
+        options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
+        options |= dict(generation_batch_size=args.generation_batch_size or 32 * shards)
+        options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)
+        sides = chat_tokenizer, teacher.chat_tokenizer, graph
+        context = args.teacher_context
+        batches = DistillationBatchBuilder(*sides, spec, match.same, teacher_context=context, **options)
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match)
 
 
@@ -174,19 +151,15 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
 def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:
     """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
 
-    Raises:
-        ServerError: it is not there, or its window is too short.
-        ValueError: the run has several processes.
+    ServerError: it is not there, or its window is too short. ValueError: the run has several processes.
     """
     if args.server_url is None:
         return None, []
     if args.lmbda == 0:
         return None, ["--use_vllm: no effect with --lmbda 0, where the student writes nothing"]
     if jax.process_count() > 1:
-        raise ValueError(
-            "--use_vllm --vllm_mode server takes a run of one process, and this one has several; leave it out, and the built-in "
-            "sampler writes the completions on all devices."
-        )
+        several = "--use_vllm --vllm_mode server takes a run of one process, and this one has several"
+        raise ValueError(f"{several}; leave it out, and the built-in sampler writes the completions on all devices.")
     folder = args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights")
     syncs = dict(sync_every=args.vllm_sync_frequency, sync_first=args.rollout_sync_first, dtype=dtype)
     answers = dict(kind=args.rollout_server, timeout=args.vllm_server_timeout, api_key=os.environ.get("VLLM_API_KEY"))

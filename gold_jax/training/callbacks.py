@@ -8,10 +8,12 @@ from transformers.trainer_callback import TrainerControl
 
 
 class Callbacks:
-    """The callbacks of a run. Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`)."""
+    """The callbacks of a run, or classes of them, called with the settings and the `TrainerState` of the moment.
+
+    Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`).
+    """
 
     def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
-        """Takes callbacks, or classes of them; each is given the settings and the `TrainerState` of the moment."""
         self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
         self._args, self._state = args, state
         self.stop = False
@@ -27,25 +29,19 @@ class Callbacks:
 def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
     """Refuses, by a ValueError, arguments of TRL's trainers in whose place something else stands, and says what."""
     if compute_metrics is not None:
-        raise ValueError(
-            "compute_metrics reads the logits of whole batches, which are never held here; predict_with_generate=True counts "
-            "exact matches, and a callback's on_evaluate, or gold_jax.score_completions and gold_jax.sample_completions on "
-            "trainer.model, measure anything else"
-        )
+        never = "compute_metrics reads the logits of whole batches, which are never held here"
+        counts = "predict_with_generate=True counts exact matches, and a callback's on_evaluate, or"
+        other = "gold_jax.score_completions and gold_jax.sample_completions on trainer.model, measure anything else"
+        raise ValueError(f"{never}; {counts} {other}")
     if peft_config is not None:
         raise ValueError("peft_config: adapters are not trained here, all parameters are; leave it out")
 
 
-def check_optimizers(optimizers: tuple[Any, Any]) -> tuple[optax.GradientTransformation | None, Any]:
-    """The transformation and the learning rates in place of the settings'; a TypeError where they are not optax's."""
-    optimizer, schedule = optimizers
+def check_optimizers(optimizer: Any, schedule: Any) -> None:
+    """A TypeError where the transformation and the learning rates in place of the settings' are not optax's."""
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
-        raise TypeError(
-            f"optimizers takes (an optax.GradientTransformation, an optax schedule or None), not a {type(optimizer).__name__}"
-        )
+        takes = "(an optax.GradientTransformation, an optax schedule or None)"
+        raise TypeError(f"optimizers takes {takes}, not a {type(optimizer).__name__}")
     if optimizer is None and schedule is not None:
-        raise TypeError(
-            "optimizers has a schedule without an optimizer; give the optax transformation that uses it, or learning_rate and "
-            "lr_scheduler_type"
-        )
-    return optimizer, schedule
+        instead = "give the optax transformation that uses it, or learning_rate and lr_scheduler_type"
+        raise TypeError(f"optimizers has a schedule without an optimizer; {instead}")

@@ -6,8 +6,7 @@ A checkpoint is a folder `checkpoint-STEP` that holds
     run.json          metadata: the step, the settings, where the log stood, and a checksum of every array
     *.safetensors …   the student as transformers and vLLM open it, where it was given
 
-All of it is written in the background. orbax commits it last: by renaming the folder, or by a marker in it where the
-storage (`gs://`) has no renaming.
+All of it is written in the background. orbax commits it last: by renaming the folder, or by a marker in it on `gs://`.
 """
 
 import contextlib
@@ -29,6 +28,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationPolicy
 from orbax.checkpoint.path import step as step_lib
+
+from gold_jax.wording import listed
 
 METADATA, STATE = "run.json", "state"
 FORMAT = 1
@@ -61,13 +62,10 @@ class _StepNames(step_lib.NameFormat):
 
 @dataclasses.dataclass(frozen=True)
 class _LastSaved(PreservationPolicy):
-    """Keeps the `n` checkpoints that were saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's.
-
-    Those of this run (`steps`, in the order in which they were saved) come after all others, whatever the clock says.
-    """
+    """Keeps the `n` saved last. orbax's `LatestN` goes by step, and a higher one may be an earlier run's."""
 
     n: int
-    steps: list[int]
+    steps: list[int]  # of this run, in the order in which they were saved: after all others, whatever the clock says
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
         order = {step: number for number, step in enumerate(self.steps)}
@@ -78,14 +76,13 @@ class _LastSaved(PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
 
-    A save that fails ends no run: `say` is given a line, and `last`, the newest that this run has written or gone on
-    from (None before that), stays what it was.
+    At most `limit` are kept (None: all). A save that fails ends no run: `say` is given a line, and `last` stays what it
+    was. OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: Any, limit: int | None = None, say: Callable[[str], Any] = print):
-        """Keeps at most `limit` checkpoints (None: all). Raises OSError where the folder cannot be made."""
         self.folder, self.say = epath.Path(folder), say
-        self.last: epath.Path | None = None
+        self.last: epath.Path | None = None  # the newest that this run has written or gone on from
         self._failed: str | None = None  # why the last save did
         self._step: int | None = None  # of the save under way
         self._write_files: Callable[[], None] | None = None  # beside its arrays
@@ -94,8 +91,8 @@ class Checkpoints:
         self._saved: list[int] = []  # steps, in the order in which this run saved them
         policy = None if limit is None else _LastSaved(limit, self._saved)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
-        options = dict(create=False, save_root_metadata=False, preservation_policy=policy, async_options=finalized)
-        options = ocp.CheckpointManagerOptions(step_name_format=_StepNames(), **options)
+        plain = dict(step_name_format=_StepNames(), create=False, save_root_metadata=False)
+        options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=finalized, **plain)
         self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options)
 
     def save(
@@ -103,8 +100,8 @@ class Checkpoints:
     ) -> None:
         """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        One of the same step (updates made so far) is replaced. `metadata` is anything that JSON can hold, for
-        `read_metadata`; `student` writes the student into the folder that it is given, from another thread.
+        One of the same step is replaced. `metadata` is for `read_metadata`; `student` writes the student into the
+        folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -207,9 +204,8 @@ def run_of(checkpoint: epath.Path) -> str | None:
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     """The metadata of a checkpoint. Raises BadCheckpoint where it was not written to its end, or cannot be read."""
     path = epath.Path(path)
-    for name in (METADATA, STATE):
-        if not (path / name).exists():
-            raise BadCheckpoint(f"it has no {name}: it was not written to its end, or it holds a model alone")
+    if missing := [name for name in (METADATA, STATE) if not (path / name).exists()]:
+        raise BadCheckpoint(f"it has no {missing[0]}: it was not written to its end, or it holds a model alone")
     try:
         metadata = json.loads((path / METADATA).read_text())
         version, *_ = metadata["format"], metadata["step"], metadata["arrays"]
@@ -223,8 +219,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
     """Raises a ValueError that names the arrays in which a checkpoint is of another model or optimizer.
 
-    Scalars beside parameters and optimizer state (counters of the run) may be missing on either side: versions differ
-    in them.
+    The run's counters, scalars beside parameters and optimizer state, may be missing on either side: versions differ.
     """
     wanted = {name: f"{x.dtype}{list(x.shape)}" for name, x in named_arrays(abstract).items()}
     saved = {name: f"{dtype}{shape}" for name, (shape, dtype, _) in metadata["arrays"].items()}
@@ -235,20 +230,16 @@ def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:
         if old != new and not (counter and "missing" in (old, new)):
             differ.append(f"{name} is {old}, here {new}")
     if differ:
-        raise ValueError(
-            f"{path} is of another student or optimizer: {first_of(differ, 5, ', and')}. Resume with the model and the "
-            "optimizer's settings that it was saved with."
-        )
+        instead = "Resume with the model and the optimizer's settings that it was saved with."
+        raise ValueError(f"{path} is of another student or optimizer: {listed(differ, 5, joint=', and')}. {instead}")
 
 
 def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any) -> Any:
-    """The state of a checkpoint, bit for bit; scalars that it lacks (see `check_arrays`) are zero.
+    """The state of a checkpoint, sharded as `abstract`, a pytree of arrays or shapes; scalars that it lacks are zero.
 
-    `abstract` is a pytree as it was saved, of arrays or of `jax.ShapeDtypeStruct`s; its shardings are those of the result,
-    whatever mesh the checkpoint was saved from. BadCheckpoint: something cannot be read, or is not what was saved.
+    BadCheckpoint: something cannot be read, or is not what was saved.
     """
-    named = named_arrays(abstract)
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in named.items()}
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named_arrays(abstract))
     wanted = {name: x for name, x in target.items() if name in metadata["arrays"]}
     shardings = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(wanted, restore_args=shardings, partial_restore=True)
@@ -259,7 +250,7 @@ def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any)
         raise BadCheckpoint(f"its arrays cannot be read ({describe_error(error)})") from error
     sums = zip(sorted(arrays), np.asarray(checksums(arrays)).tolist())
     if bad := [name for name, sum_ in sums if sum_ != metadata["arrays"][name][2]]:
-        raise BadCheckpoint(f"{first_of(bad, 3)} in it differ from what was saved")
+        raise BadCheckpoint(f"{listed(bad, 3)} in it differ from what was saved")
     new = {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in target.items() if name not in wanted}
     return from_named_arrays(abstract, {**arrays, **new})
 
@@ -293,9 +284,8 @@ def checksums(arrays: Mapping[str, jax.Array]) -> jax.Array:
         for axis in range(bits.ndim):
             iota = jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
             position += iota * jnp.uint32(_PRIMES[axis % len(_PRIMES)])
-        return jnp.sum(
-            bits * (2 * position + 1), dtype=jnp.uint32
-        )  # an odd weight: a change of one element always shows
+        odd = 2 * position + 1  # so that a change of one element always shows
+        return jnp.sum(bits * odd, dtype=jnp.uint32)
 
     return jnp.stack([checksum(arrays[name]) for name in sorted(arrays)])
 
@@ -306,11 +296,6 @@ def describe_error(error: BaseException) -> str:
     if "No space left on device" in text:
         return "no space left on the disk"
     return f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
-
-
-def first_of(names: Sequence[str], most: int, joint: str = " and") -> str:
-    """The first of many, for a message, and how many more there are."""
-    return ", ".join(names[:most]) + (f"{joint} {len(names) - most} more" if len(names) > most else "")
 
 
 def _absolute(path: str | os.PathLike) -> epath.Path:

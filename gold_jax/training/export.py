@@ -23,12 +23,10 @@ def save_final_model(
 ) -> pathlib.Path:
     """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
 
-    The configs name the stop tokens, the tokenizer brings the template, that were trained: asked in chat form, the
-    student reads the ids that it read in training, and stops where it stopped.
-
-    Everything is written beside the folder first and then moved into it, so that a run that is stopped while saving
-    leaves the files that were there before. Other files of the folder (logs, a model card) stay. In a run of several
-    processes all call it, and the first one writes. Without a tokenizer that can be saved the model alone is written.
+    The configs name the stop tokens, the tokenizer brings the template, that were trained. Everything is written beside
+    the folder first and then moved into it, so that a run that is stopped while saving leaves what was there before;
+    other files stay. In a run of several processes all call it, and the first one writes. Without a tokenizer that can
+    be saved the model alone is written.
     """
     folder = pathlib.Path(folder)
     staging = folder / ".saving"
@@ -71,7 +69,5 @@ def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | N
     # transformers leaves this one out, and without it Llama's tokenizer puts no blank after a special token.
     path, legacy = folder / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
     if legacy is not None and path.exists():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        path.write_text(
-            json.dumps(settings | {"legacy": legacy}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        settings = json.loads(path.read_text(encoding="utf-8")) | {"legacy": legacy}
+        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

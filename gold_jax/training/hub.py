@@ -19,22 +19,12 @@ class HubSilent(HubError):
     """The hub does not answer now; it may later."""
 
 
-def create_hub_repository(
-    repo_id: str | None, folder: str | os.PathLike, private: bool | None, token: str | None
-) -> str:
-    """Make the repository that a run will be pushed to, before training, so that a bad token shows at once.
+def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None, token: str | None) -> str:
+    """Make the repository that a run will be pushed to, so that a bad token shows before training; its full name.
 
-    Args:
-        repo_id: `user/name`; None: the name of `folder`, the run's output, under the token's account.
-        private: None: the account's default.
-        token: None: the one that is stored on this machine.
-
-    Returns:
-        The repository's full name.
-
-    Raises:
-        HubSilent: it does not answer.
-        HubError: with what the hub said.
+    `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's
+    default; `token` None the one that is stored on this machine.
+    HubSilent: it does not answer. HubError: with what the hub said.
     """
     from huggingface_hub import HfApi
 
@@ -43,14 +33,11 @@ def create_hub_repository(
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
     except Exception as error:
         if _no_answer(error):
-            raise HubSilent(
-                f"--push_to_hub: the hub does not answer ({_reason(error)}); training goes on, and the push is tried when it "
-                "is done."
-            ) from error
-        raise HubError(
-            f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}. Log in with `hf auth login` or give "
-            "--hub_token, and check --hub_model_id."
-        ) from error
+            silent = f"--push_to_hub: the hub does not answer ({_reason(error)})"
+            raise HubSilent(f"{silent}; training goes on, and the push is tried when it is done.") from error
+        refused = f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}"
+        instead = "Log in with `hf auth login` or give --hub_token, and check --hub_model_id."
+        raise HubError(f"{refused}. {instead}") from error
 
 
 def push_to_hub(
@@ -60,13 +47,9 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model, but for earlier saves (`checkpoint-*`) and event files; arguments as above.
+    """Upload a folder with a trained model, but for earlier saves and event files; the commit's address.
 
-    Returns:
-        The address of the commit.
-
-    Raises:
-        HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
+    HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
 
@@ -78,10 +61,9 @@ def push_to_hub(
         upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, ignore_patterns=ignored)
         return str(api.upload_folder(**upload))
     except Exception as error:
-        raise HubError(
-            f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}. Upload it "
-            f"with: hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
-        ) from error
+        failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
+        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
+        raise HubError(f"{failed}. Upload it with: {by_hand}") from error
 
 
 def _no_answer(error: BaseException) -> bool:
@@ -133,13 +115,14 @@ def write_model_card(
     path = pathlib.Path(folder) / "README.md"
     if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return path
+    on_hub = {x for x in (base_model, dataset) if x and _HUB_ID.fullmatch(x) and not os.path.exists(x)}
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gold_jax", "distillation" if teacher else "sft"],
         # The hub refuses cards whose metadata name a folder; the text below names it all the same.
-        base_model=base_model if base_model and _on_hub(base_model) else None,
-        datasets=[dataset] if dataset and _on_hub(dataset) else None,
+        base_model=base_model if base_model in on_hub else None,
+        datasets=[dataset] if dataset in on_hub else None,
     )
     lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {path.parent.resolve().name}", ""]
     lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
@@ -152,8 +135,3 @@ def write_model_card(
         lines += ["", "```", shown_command(command), "```"]
     ModelCard("\n".join(lines) + "\n").save(path)
     return path
-
-
-def _on_hub(name: str) -> bool:
-    """Whether a name is a hub id and no folder of this machine."""
-    return bool(_HUB_ID.fullmatch(name)) and not os.path.exists(name)

@@ -1,7 +1,6 @@
 """What a run reports: each logged step as a line of JSON, in the terminal and to the trackers; and the tables around them."""
 
-from __future__ import annotations
-
+import contextlib
 import functools
 import json
 import math
@@ -24,16 +23,15 @@ _WIDTH = 11  # least width of a column of the terminal's log
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
-class MetricLog:
+class MetricLog(contextlib.AbstractContextManager):
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
-    delays nothing. An error in any of them is shown once and training continues; so is a tracker that does not answer,
-    for which even `close` waits no longer than `PATIENCE`.
+    delays nothing. An error in any of them is shown once and training continues; so is a tracker (of `make_trackers`)
+    that does not answer, for which even `close` waits no longer than `PATIENCE`.
     """
 
     def __init__(self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Any] = ()):
-        """Starts a log in a JSONL file, made with its folder and appended to, on a console, to `make_trackers`' objects."""
         self._console, self._file = console, None
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +61,6 @@ class MetricLog:
             worker.close(PATIENCE)
         if self._file is not None:
             self.attempt("the log file", self._file.close)
-
-    def __enter__(self) -> MetricLog:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -165,9 +160,8 @@ def shown(value: Any) -> str:
     """A number in few characters, for people."""
     if not isinstance(value, float) or not math.isfinite(value):
         return str(value)
-    if value != 0 and not 1e-3 <= abs(value) < 1e6:
-        return f"{value:.2e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    kind = ".2e" if value != 0 and not 1e-3 <= abs(value) < 1e6 else ".0f" if abs(value) >= 1000 else ".4g"
+    return f"{value:{kind}}"
 
 
 class RunningMean:
@@ -216,17 +210,9 @@ def header(console: Console, title: str, rows: Mapping[str, Any], notices: Seque
 
 
 def completions_table(
-    console: Console,
-    rows: Sequence[tuple[str, str]],
-    n: int | None = None,
-    *,
-    step: int | None = None,
-    limit: int = 600,
+    console: Console, rows: Sequence[tuple[str, str]], n: int | None = None, step: int | None = None, limit: int = 600
 ) -> None:
-    """Show the first `n` prompts (None: all) with what was written for them at an update.
-
-    Texts are cut after `limit` characters: of a prompt the end is kept, of a completion the start.
-    """
+    """Show the first `n` rows (None: all), cut to a prompt's last and a completion's first `limit` characters."""
     table = Table(title=None if step is None else f"Completions at step {step}", box=box.ROUNDED, show_lines=True)
     table.add_column("prompt", ratio=2, overflow="fold")
     table.add_column("completion", ratio=3, overflow="fold")

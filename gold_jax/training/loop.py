@@ -49,6 +49,9 @@ from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, 
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
+from gold_jax.wording import listed
+
+_SAVED = "the student and all that the run needs to go on are saved in"
 
 
 class Data(NamedTuple):
@@ -67,12 +70,11 @@ class Data(NamedTuple):
 
 
 class Loop:
-    """One training run.
+    """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
-    Attributes:
-        history: every logged line of the last `train`, oldest first.
-        state: the student's parameters and, once `train` was called, the optimizer's state. Steps donate it.
-        done, nonfinite: updates so far, and how many of them were left out, as Python ints.
+    `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
+    the teacher on the evaluation rows, `restart` is called before each further training of the same student. The
+    console is a quiet one in all processes but the first.
     """
 
     def __init__(
@@ -87,17 +89,6 @@ class Loop:
         restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
     ):
-        """Sets a run up; computes nothing.
-
-        Args:
-            run: what `build_run` gives. Its parameters must not be used elsewhere, because updates donate them.
-            student: name and tokenizer of the student, whose model is in `run`.
-            data, args, callbacks: the rows, the settings, transformers' `TrainerCallback`s.
-            console: where it prints; a quiet one in all processes but the first.
-            max_new_tokens: bounds greedy completions in evaluation.
-            teacher_score: measures the teacher on the evaluation rows.
-            restart: called before each further training of the same student.
-        """
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=True)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
@@ -108,7 +99,7 @@ class Loop:
             batches = dataclasses.replace(batches, process_shard=self._with_wait_marked(batches.process_shard))
         profiled = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = profiled if is_main_process() else []
-        self.state = TrainState(run.params, None)
+        self.state = TrainState(run.params, None)  # the optimizer's state once `train` was called; steps donate it
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
@@ -122,7 +113,8 @@ class Loop:
     def _reset(self) -> None:
         """Forgets what an earlier `train` left, but for the parameters."""
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
-        self.done, self.nonfinite, self.history = 0, NonFiniteCounter(0, 0), []
+        self.done, self.nonfinite = 0, NonFiniteCounter(0, 0)  # updates so far, and those of them that were left out
+        self.history: list[dict[str, Any]] = []  # every logged line, oldest first
         self._means = RunningMean()
         self._losses: list[float] = []  # of the updates made since `train` began
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
@@ -130,14 +122,11 @@ class Loop:
     # the run
 
     def train(self, resume: str | None = None) -> TrainOutput:
-        """Runs all updates and saves the student to `output_dir`.
+        """Runs all updates and saves the student; returns updates, the mean loss of those made now, closing metrics.
 
         A second call trains again, from the parameters as they are: optimizer, schedule and order of rows are new. A
         run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint`
         does. What it refuses leaves all as it was.
-
-        Returns:
-            Updates, the mean loss of those made now, and the closing metrics.
 
         Raises:
             FileNotFoundError, ValueError: as `find_and_restore`.
@@ -328,10 +317,9 @@ class Loop:
     def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
+        rows = [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
         with open(self.output / LOGS[1], "a", encoding="utf-8") as file:
-            for prompt, completion in samples:
-                row = {"step": self.done, "prompt": prompt, "completion": completion}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         every = self.args.log_completions_steps
         if step >= self._table_due:
             self._table_due = step - step % every + every
@@ -345,9 +333,8 @@ class Loop:
         """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
         self.watchdog.report(self.done, "evaluating")
         if self.data.eval is None:
-            raise ValueError(
-                "there is no data to evaluate on: give an eval_dataset, or --eval_strategy and a test split"
-            )
+            give = "give an eval_dataset, or --eval_strategy and a test split"
+            raise ValueError(f"there is no data to evaluate on: {give}")
         examples = with_text_completion(self.data.eval)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
@@ -369,7 +356,7 @@ class Loop:
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        before: Mapping[str, float] = next((row for row in self.history if row["step"] == 0), {})
+        before = next((row for row in self.history if row["step"] == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)
@@ -382,8 +369,8 @@ class Loop:
         if not after:
             return
         teacher = self._teacher_score() if self._teacher_score else {}
-        names = [f"eval_{name}" for name in ("loss", "bits_per_byte", "exact_match")]
-        rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names if n in after]
+        names = [n for n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match") if n in after]
+        rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
         before_after(self.console, rows)
 
     # the student
@@ -416,10 +403,9 @@ class Loop:
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            raise OSError(
-                f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}. Make room, then "
-                "run the same command with --resume_from_checkpoint latest."
-            ) from error
+            failed = f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}"
+            again = "Make room, then run the same command with --resume_from_checkpoint latest."
+            raise OSError(f"{failed}. {again}") from error
 
     # checkpoints
 
@@ -433,11 +419,9 @@ class Loop:
         rename_logs(self.output, self.say)
         folder = self.checkpoints.folder
         if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
-            shown = checkpointing.first_of(old, 3)
-            self.say(
-                f"{folder} holds checkpoints of an earlier run ({shown}): one of this run replaces that of the same step, "
-                "--save_total_limit counts them too, and --resume_from_checkpoint latest passes them over."
-            )
+            kept = "one of this run replaces that of the same step, --save_total_limit counts them too"
+            over = "and --resume_from_checkpoint latest passes them over."
+            self.say(f"{folder} holds checkpoints of an earlier run ({listed(old, 3)}): {kept}, {over}")
         checkpointing.set_current_run(self.run_id, self.output, folder)
 
     def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
@@ -453,11 +437,9 @@ class Loop:
         path, metadata, arrays = found
         boxed = jax.tree.leaves((arrays["params"], arrays["optimizer"]))
         params, optimizer = jax.tree.unflatten(jax.tree.structure((shapes.params, shapes.optimizer)), boxed)
-        counts = metadata["step"], NonFiniteCounter(**metadata["skips"])
-        step, nonfinite = jax.tree.map(
-            lambda count, x: jax.device_put(np.int32(count), x.sharding), counts, (shapes.step, shapes.nonfinite)
-        )
-        return path, metadata, TrainState(params, optimizer, step, nonfinite)
+        counts, shapes = (metadata["step"], NonFiniteCounter(**metadata["skips"])), (shapes.step, shapes.nonfinite)
+        counts = jax.tree.map(lambda count, x: jax.device_put(np.int32(count), x.sharding), counts, shapes)
+        return path, metadata, TrainState(params, optimizer, *counts)
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Puts the run where a checkpoint was saved."""
@@ -500,14 +482,12 @@ class Loop:
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         self._log.flush()
-        interrupted = signals.requested == "interrupt"
         if self.done:
             self._save_checkpoint()
-        saved = self.checkpoints.finish() and self.done > 0
-        last = self.checkpoints.last
+        saved, last = self.checkpoints.finish() and self.done > 0, self.checkpoints.last
+        interrupted = signals.requested == "interrupt"
         where = f"the last checkpoint is {last}" if last else "nothing is saved"
-        if saved:
-            where = f"the student and all that the run needs to go on are saved in {last}"
+        where = f"{_SAVED} {last}" if saved else where
         further = " --resume_from_checkpoint latest goes on." if last else ""
         self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {where}.{further}")
         raise KeyboardInterrupt if interrupted else Preempted
@@ -523,18 +503,13 @@ class Loop:
         self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
         self._save_checkpoint()
         if self.checkpoints.finish():
-            self.say(
-                f"An error ends the run after {self.done} updates; the student and all that the run needs to go on are saved in "
-                f"{self.checkpoints.last}. --resume_from_checkpoint latest goes on."
-            )
+            where = f"{_SAVED} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
+            self.say(f"An error ends the run after {self.done} updates; {where}")
 
     def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
         self._log.flush()
-        names = "max_skipped_updates", "learning_rate", "max_grad_norm", "bf16"
-        settings = {name: getattr(self.args, name) for name in names}
-        rows = self.data.order(step)
-        options = dict(settings, counted=counted)
-        why = describe_divergence(self.done, self.nonfinite, metrics, self.state.params, rows, **options)
+        seen = self.done, self.nonfinite, metrics, self.state.params, self.data.order(step)
+        why = describe_divergence(*seen, self.args, counted)
         if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)
             self._save_checkpoint()

@@ -24,29 +24,24 @@ class NonFiniteCounter(NamedTuple):
 def describe_divergence(
     step: int,
     counter: NonFiniteCounter,
-    metrics: Mapping[str, Any],
+    metrics: Mapping,
     params: Any,
     rows: Sequence[int],
-    *,
-    max_skipped_updates: int,
-    learning_rate: float,
-    max_grad_norm: float | None,
-    bf16: bool | None,
+    args: Any,
     counted: int = 1,
 ) -> str:
     """What can be said of a run that makes no more updates: of `step` so far, those left out (`counter`) too.
 
     `metrics` (`loss`, `grad_norm` and parts of the loss), `rows` (numbers) and how much of them `counted` are those of
-    the last update.
+    the last update; `args` the settings.
     """
     nonfinite = [name for name, x in named_arrays(params).items() if not bool(jnp.isfinite(x).all())]
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     if not counted:
-        cause = (
-            "Nothing in the rows of the last one counts in the loss: they may be cut before their completions begin."
-        )
+        cut = "they may be cut before their completions begin"
+        cause = f"Nothing in the rows of the last one counts in the loss: {cut}."
     elif nonfinite:
         names = ", ".join(nonfinite[:3])
         cause = f"The parameters themselves are not finite ({names}): the model was broken before training."
@@ -54,14 +49,14 @@ def describe_divergence(
         cause = f"The parameters are finite, the loss is {loss}."
     else:
         cause = f"Parameters and loss ({loss:.4g}) are finite, the gradient's norm is {norm}."
-    advice = [f"a lower --learning_rate than {learning_rate:g}", "a look at these rows"]
-    if bf16 or (bf16 is None and jax.default_backend() != "cpu"):
+    advice = [f"a lower --learning_rate than {args.learning_rate:g}", "a look at these rows"]
+    if args.bf16 or (args.bf16 is None and jax.default_backend() != "cpu"):
         advice.append("--bf16 false, to see whether it is bfloat16's precision")
-    if not max_grad_norm:
+    if not args.max_grad_norm:
         advice.append("--max_grad_norm 1")
     return (
         f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {max_skipped_updates}. {cause} Not finite "
-        f"in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. What may help: "
-        f"{'; '.join(advice)}."
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
+        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
+        f"What may help: {'; '.join(advice)}."
     )

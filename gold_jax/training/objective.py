@@ -1,8 +1,6 @@
 """The training objective: which loss over which heads, as a function of parameters and a batch.
 
-The teacher's forward pass is a function of its own, `Objective.teacher_forward`, because no gradient goes through it
-and it depends on the teacher's tokens alone: it is compiled for their shapes and no others. Weights in a batch already
-hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
+Weights in a batch hold the normalisation over the whole global batch, so losses and gradients of micro-batches add up.
 
 Shapes: `S` packed sequences of `N` student and `O` teacher tokens; `B` rows, `G` groups; `D` and `E` widths, `V` and `W`
 entries of the student's and teacher's vocabularies, `K` matched entries.
@@ -37,7 +35,8 @@ class Objective(NamedTuple):
     states in it. `text` `[B, T]` marks labels whose negative log-likelihoods are added up as `text_nll`.
     """
 
-    # `(constants, packed) -> hidden states [S, O, E]` of the teacher; None where there is no distillation.
+    # `(constants, packed) -> hidden states [S, O, E]` of the teacher, compiled for its tokens' shapes and no others;
+    # None where there is no distillation.
     teacher_forward: Callable[[Any, PackedBatch], jax.Array] | None
     loss: Callable[..., tuple[jax.Array, dict[str, jax.Array]]]
 
@@ -95,12 +94,9 @@ def make_distillation_loss(
         if spec.distillation_weight:
             teacher_hidden = batch.teacher.packed  # `with_hidden`
             sides = _flat(batch.student, hidden), _flat(batch.teacher, teacher_hidden)
-            softcap, temperature, prefixes = (
-                teacher_config.final_softcap,
-                spec.teacher_temperature,
-                c.teacher_prefix_of_unmatched,
-            )
-            teacher_head = Head(teacher_weight, c.teacher_row_of_token, softcap, temperature, prefixes, c.teacher_stops)
+            softcap, prefixes = teacher_config.final_softcap, c.teacher_prefix_of_unmatched
+            scaled = softcap, spec.teacher_temperature
+            teacher_head = Head(teacher_weight, c.teacher_row_of_token, *scaled, prefixes, c.teacher_stops)
             theirs = teacher_hidden, teacher_head, sides[1]
             value, parts = distill_loss(hidden, head, sides[0], *theirs, batch.weight, **options)
             total += spec.distillation_weight * value
@@ -154,9 +150,8 @@ def _flat(side: Side, hidden: jax.Array) -> Side:
 def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
     """`compared(by_rows, heads, replicated)`: sums over positions, of which every device of a mesh computes a part.
 
-    Rows are sharded over `data` and `fsdp`, and the positions of each shard over its `tensor` devices. Heads are
-    all-gathered, but only while the loss is computed: a loss has many more positions than a head has columns, so that
-    sending the head to the positions is less traffic than exchanging their logits.
+    Positions of each shard of rows are sharded over its `tensor` devices. Heads are all-gathered while the loss is
+    computed, which is less traffic than exchanging logits: there are many more positions than a head has columns.
 
     `by_rows` are hidden states `[S, N, D]`, a batch, and which of its labels are text; `heads` `[V, D]` with their
     `placements`; `replicated` is what every device has in full, arrays or not.

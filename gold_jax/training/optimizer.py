@@ -1,5 +1,6 @@
 """The learning-rate schedules and the AdamW of transformers' Trainer, as optax transformations."""
 
+import functools
 import math
 import re
 from typing import Any
@@ -46,9 +47,8 @@ def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
 
 def decay_mask(params: Any) -> Any:
     """Whether weight decay applies to each array of a pytree: to all but norms and biases, by the names in its path."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: not _NO_DECAY.search(jax.tree_util.keystr(path, simple=True, separator=".")), params
-    )
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(name(path)), params)
 
 
 def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransformation:
@@ -90,8 +90,8 @@ def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransfo
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Scales gradients so that their global norm is at most `limit`.
 
-    What `optax.clip_by_global_norm` computes, as one factor: a product by it is computed where it is read, while XLA
-    would write optax's quotient of every gradient to memory, as much again as the gradients take.
+    What `optax.clip_by_global_norm` computes, but as one factor: XLA would write optax's quotients to memory, as much
+    again as the gradients take.
     """
 
     def update(updates, state, params=None):

@@ -22,7 +22,7 @@ from gold_jax.training import checkpointing
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 LOGS = ("metrics.jsonl", "completions.jsonl")
-# What a checkpoint remembers of its run beside every setting that had an effect.
+# What a checkpoint has of its run beside every setting that had an effect.
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
@@ -53,15 +53,12 @@ def _digest(content: bytes) -> str:
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
     """Compares the run of a checkpoint with the one that resumes from it; a line for each difference that changes what comes after.
 
-    Raises:
-        ValueError: naming each difference that would make rows come twice, be left out, or be learned in another way.
+    A ValueError names those that would make rows come twice, be left out, or be learned in another way.
     """
     refused, warnings = [], []
     if _DATA in now and _DATA not in saved:
-        warnings.append(
-            f"{checkpoint} was saved by an earlier version, which did not describe its training data in full: see that they "
-            "are the same"
-        )
+        earlier = f"{checkpoint} was saved by an earlier version, which did not describe its training data in full"
+        warnings.append(f"{earlier}: see that they are the same")
     for name in now:
         # A setting that the checkpoint does not know came after it.
         if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
@@ -79,10 +76,9 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         else:
             refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
     if refused:
-        raise ValueError(
-            f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. Resume with what it was saved with, or begin a "
-            f"new run from its weights with --model_name_or_path {checkpoint}."
-        )
+        anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
+        instead = f"Resume with what it was saved with, or {anew}."
+        raise ValueError(f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. {instead}")
     return warnings
 
 
@@ -97,22 +93,12 @@ def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
 def find_and_restore(
     wanted: str, folder: Any, run: Mapping[str, Any], abstract: Any, say: Callable[[str], Any], last: int
 ) -> tuple[epath.Path, dict[str, Any], Any] | None:
-    """The checkpoint to resume from: its folder, its metadata, and the state in it.
+    """The checkpoint to resume from: folder, metadata and state; None where "latest" finds none.
 
-    Args:
-        wanted: "latest", the folder of a checkpoint, or a folder with checkpoints, of which the newest is taken.
-        folder: where this run has its checkpoints.
-        run: the `Data.description` of this run.
-        abstract: the state's structure and shardings, as `checkpointing.restore` takes it.
-        say: is given a line for every checkpoint that is not whole and for every difference that matters.
-        last: how many updates this run makes.
-
-    Returns:
-        None where "latest" finds no checkpoint of the run that was started last.
-
-    Raises:
-        FileNotFoundError: there is nothing at this path.
-        ValueError: the checkpoint is of another run or model, or none of those found is whole.
+    `wanted` is "latest", of the run that was started last in `folder`, a checkpoint's folder, or one with checkpoints.
+    `run` is this run's `Data.description`, `last` the number of its updates, `abstract` as for `checkpointing.restore`.
+    `say` is given a line for every checkpoint that is not whole and for every difference that matters.
+    FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is whole.
     """
     found = _latest_checkpoints(folder, say) if wanted == "latest" else _named_checkpoints(epath.Path(wanted))
     if not found:
@@ -136,10 +122,8 @@ def find_and_restore(
         return path, metadata, state
     others = [p.name for p in checkpointing.checkpoints_in(found[0].parent) if p not in found]
     hint = f"; others are there: {', '.join(others[:5])}" if others else ""
-    raise ValueError(
-        f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. Name another with --resume_from_checkpoint, or "
-        "leave it out to begin anew."
-    )
+    instead = "Name another with --resume_from_checkpoint, or leave it out to begin anew."
+    raise ValueError(f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. {instead}")
 
 
 def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
@@ -161,11 +145,9 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     if not found:
         say(f"There is no checkpoint in {folder} yet: the run begins anew.")
     elif len(earlier) == len(found):
-        names = ", ".join(sorted(path.name for path in earlier)[:5])
-        say(
-            f"The run that was started last has no checkpoint in {folder} yet: it begins anew. Those of earlier runs are passed "
-            f"over ({names}); --resume_from_checkpoint {earlier[0]} goes on from one."
-        )
+        over = f"Those of earlier runs are passed over ({', '.join(sorted(path.name for path in earlier)[:5])})"
+        anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
+        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} goes on from one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the higher step is the later one, whatever the clock said.
     return rest if current is None else sorted(rest, key=lambda path: -int(path.name.rpartition("-")[2]))
@@ -175,7 +157,6 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
     """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
 
     Where the run has `ended` with this step, its closing evaluation comes again too. A last line that was cut off goes.
-    Where there is no log, there is none afterwards.
     """
     if not path.exists():
         return []

@@ -1,7 +1,5 @@
 """Ctrl-C and SIGTERM: a run stops between two updates, with its state saved."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Callable
@@ -26,12 +24,10 @@ class _Interrupted(KeyboardInterrupt):
 class SignalHandler:
     """While it is entered, Ctrl-C and SIGTERM are held until the run looks at `requested`.
 
-    Between an update and the logging of it nothing may come. The next batch and an evaluation may take minutes and lose
-    nothing by being cut short: `interruptible` calls them. A second Ctrl-C ends the run at once.
-
-    Signals are left alone outside the main thread and where something else already handles them. In a run of several
-    processes JAX's runtime hears SIGTERM and has all processes end after the same update; Ctrl-C ends the process that
-    it is pressed in, and so the others, with nothing saved.
+    What may take minutes and loses nothing by being cut short is called by `interruptible`. A second Ctrl-C ends the
+    run at once. Signals are left alone outside the main thread and where something else already handles them. In a run
+    of several processes JAX's runtime hears SIGTERM and has all of them end after the same update; Ctrl-C ends the
+    process that it is pressed in, and so the others, with nothing saved.
     """
 
     def __init__(self):
@@ -40,7 +36,7 @@ class SignalHandler:
         self._interruptible = False
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> SignalHandler:
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number, default in (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL):
                 if signal.getsignal(number) is default:

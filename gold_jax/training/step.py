@@ -1,8 +1,4 @@
-"""The training step: gradients of the objective summed over micro-batches, and one optimizer update.
-
-`state, metrics = step(state, batches)` is a function of values. The state is donated: its buffers become those of the
-new one.
-"""
+"""The training step, `state, metrics = step(state, batches)`: gradients summed over micro-batches, and one update."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -28,16 +24,13 @@ class TrainState(NamedTuple):
 
 
 def state_shardings(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
-    """The shardings of a state, given its parameters (arrays or shapes): the optimizer's state of a parameter is sharded as the
-    parameter is, scalars are replicated."""
+    """The shardings of a state: what the optimizer keeps of a parameter as the parameter, scalars replicated."""
     shardings = jax.tree.map(lambda x: x.sharding, params)
     one = jax.tree.leaves(shardings)[0]
     replicated = jax.sharding.NamedSharding(one.mesh, P()) if isinstance(one, jax.sharding.NamedSharding) else one
-    state = jax.eval_shape(optimizer.init, params)
-    optimizer_shardings = optax.tree.map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: replicated
-    )
-    return TrainState(shardings, optimizer_shardings, replicated, NonFiniteCounter(replicated, replicated))
+    given, scalars = (jax.eval_shape(optimizer.init, params), shardings), lambda _: replicated
+    kept = optax.tree.map_params(optimizer, lambda _, sharding: sharding, *given, transform_non_params=scalars)
+    return TrainState(shardings, kept, replicated, NonFiniteCounter(replicated, replicated))
 
 
 def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
@@ -66,6 +59,7 @@ class Program:
 
     def __init__(self, function: Callable, donate: Sequence[int] = ()):
         self._jitted = jax.jit(function, donate_argnums=donate)
+        self.lower = self._jitted.lower  # for arguments or their shapes, perhaps for devices elsewhere
         self._seen: set = set()
 
     def __call__(self, *args):
@@ -78,10 +72,6 @@ class Program:
             release_freed_memory()
         return self._jitted(*args)
 
-    def lower(self, *args):
-        """The function lowered for arguments or their shapes, perhaps for devices elsewhere."""
-        return self._jitted.lower(*args)
-
     @property
     def compiled(self) -> int:
         """For how many different arguments it has been compiled."""
@@ -92,14 +82,9 @@ class Step:
     """One update, and a loss without one, as jitted programs.
 
     `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
-    and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher.
-
-    Args:
-        objective: what is minimised.
-        optimizer: the transformation of gradients; None to evaluate alone.
-        constants: what the objective reads and no update changes, such as the teacher; arguments, not baked in.
-        shardings: of the state on a mesh, as `state_shardings`; None: one device.
-        device_put: puts a batch of host arrays on the mesh; None: jit does.
+    and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher. Without an
+    optimizer it only evaluates. `constants` are what the objective reads and no update changes, such as the teacher.
+    On a mesh `shardings` are those of the state, and `device_put` puts a batch of host arrays there.
     """
 
     def __init__(
@@ -130,10 +115,11 @@ class Step:
                 updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
                 return optax.apply_updates(params, updates), optimizer_state
 
+            def leave(params, optimizer_state, grads):
+                return params, optimizer_state
+
             # One branch or the other, in place: to choose afterwards would take memory for old and new state together.
-            params, optimizer_state = jax.lax.cond(
-                finite, take, lambda params, state, _: (params, state), state.params, state.optimizer, grads
-            )
+            params, optimizer_state = jax.lax.cond(finite, take, leave, state.params, state.optimizer, grads)
             left_out = 1 - finite.astype(jnp.int32)
             counter = NonFiniteCounter(state.nonfinite.total + left_out, (state.nonfinite.in_a_row + 1) * left_out)
             new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
@@ -149,12 +135,8 @@ class Step:
             return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
         self.programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
-        several = {
-            "first": Program(gradient),
-            "add": Program(add, donate=(1, 2)),
-            "update": Program(update, donate=(0,)),
-        }
-        self.programs |= several
+        self.programs |= {"first": Program(gradient), "add": Program(add, donate=(1, 2))}
+        self.programs["update"] = Program(update, donate=(0,))
         if objective.teacher_forward is not None:
             self.programs["teacher_forward"] = Program(objective.teacher_forward)
 
@@ -164,15 +146,10 @@ class Step:
         return sum(program.compiled for program in self.programs.values())
 
     def __call__(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One update from its micro-batches; returns at once, with metrics that are still being computed.
+        """One update from micro-batches that are normalised together; donates the state, returns while it is computed.
 
-        Args:
-            state: donated.
-            batches: `Batch`es or `TokenBatch`es whose weights are normalised together.
-
-        Returns:
-            The new state, and `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1 where loss or
-            gradients are not finite; then parameters and optimizer are what they were.
+        Beside the new state the metrics `loss`, its parts, `grad_norm` (before clipping) and `skipped`, which is 1
+        where loss or gradients are not finite; then parameters and optimizer are what they were.
         """
         run, constants = self.programs, self.constants
         head = self._with_teacher(batches[0])

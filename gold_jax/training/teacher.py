@@ -29,17 +29,14 @@ class StepConstants(NamedTuple):
 
 
 def freeze_teacher(
-    graph: nnx.GraphDef,
-    params: Params,
-    vocabulary: VocabularyMap,
-    stops: tuple[Sequence[int], Sequence[int]] | None = None,
+    graph: nnx.GraphDef, params: Params, vocabulary: VocabularyMap, stops: Sequence[Sequence[int]] | None = None
 ) -> StepConstants:
     """The teacher as the loss reads it: its head's rows reordered once, so that column `i` faces the student's column `i`.
 
-    In the parameters of the result the reordered head replaces the teacher's own, so that memory holds one head unless the
-    caller keeps the original. Where the embedding is the head (tied), tokens must therefore be looked up by their
-    `teacher_row_of_token`. The arrays given are not changed; of `jax.ShapeDtypeStruct`s with shardings the result has such.
-    `stops`, the stop tokens of student and teacher, are each model's taken as one; None leaves every token by itself.
+    In the result the reordered head replaces the teacher's own, so that memory holds one head unless the caller keeps
+    the original; where it is the embedding (tied), tokens must be looked up by their `teacher_row_of_token`. Of
+    `jax.ShapeDtypeStruct`s with shardings the result has such. `stops`, the stop tokens of student and teacher, are
+    each model's taken as one; None leaves every token by itself.
     """
     teacher = merge(graph, params)
     placement, name = teacher.placement, _head_name(teacher)
@@ -47,12 +44,9 @@ def freeze_teacher(
     if not abstract and not _is_identity(vocabulary.teacher_order):
         params = {**params, name: _rows_of(params[name], vocabulary.teacher_order)}
     orders = vocabulary.student_order, vocabulary.teacher_order
-    ours, theirs = (np.argsort(order).astype(np.int32) for order in orders)
+    rows = ours, theirs = [np.argsort(order).astype(np.int32) for order in orders]
     prefixes = vocabulary.student_prefix_of_unmatched, vocabulary.teacher_prefix_of_unmatched
-    stop_rows = (
-        row_of_token[list(ids)] if len(ids) > 1 else None
-        for row_of_token, ids in zip((ours, theirs), stops or ((), ()))
-    )
+    stop_rows = (row_of[list(ids)] if len(ids) > 1 else None for row_of, ids in zip(rows, stops or ((), ())))
     order = None if _is_identity(orders[0]) else orders[0]
     constants = StepConstants(None, None, theirs, order, ours, *prefixes, *stop_rows)
     if abstract:

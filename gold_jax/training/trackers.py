@@ -11,13 +11,9 @@ from gold_jax.config import SFTConfig
 
 
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
-    """Start the trackers that a run reports to, "all" those that are installed; all fields of its settings are recorded.
+    """Start the trackers that a run reports to, "all" those installed: objects with `log(values, step)` and `close()`.
 
-    Returns:
-        Objects with `log(values, step)` and `close()`.
-
-    Raises:
-        ValueError: a tracker is not installed, or does not start.
+    All fields of the run's settings are recorded. ValueError: a tracker is not installed, or does not start.
     """
     names = list(dict.fromkeys(report_to))
     if "all" in names:
@@ -27,17 +23,14 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
         try:
             module = importlib.import_module(_MODULES[name])
         except ImportError:
-            raise ValueError(
-                f'--report_to {name} needs a package that is not installed: pip install "gold_jax[{name}]", or train '
-                "with --report_to none (metrics are written to the output folder anyway)."
-            ) from None
+            instead = f'pip install "gold_jax[{name}]", or train with --report_to none'
+            needs = f"--report_to {name} needs a package that is not installed: {instead}"
+            raise ValueError(f"{needs} (metrics are written to the output folder anyway).") from None
         try:
             trackers.append(_TRACKERS[name](module, config))
         except Exception as error:  # each library has its own; all mean that this run would not be tracked
-            raise ValueError(
-                f"--report_to {name} could not start: {type(error).__name__}: {error}. Put that right, or train with "
-                "--report_to none."
-            ) from error
+            failed = f"--report_to {name} could not start: {type(error).__name__}: {error}"
+            raise ValueError(f"{failed}. Put that right, or train with --report_to none.") from error
     return trackers
 
 
@@ -51,12 +44,10 @@ class Trackio:
     """Reports to Trackio, on this machine or in a Space."""
 
     def __init__(self, module: Any, config: SFTConfig):
+        named = dict(project=config.project, name=config.run_name, config=config.to_dict(), resume="allow")
         options = {"space_id": config.trackio_space_id, "private": config.hub_private_repo}
         given = {name: value for name, value in options.items() if value is not None}
-        # Metrics are logged from another thread, where `trackio.log` would not find this run.
-        self._run = module.init(
-            project=config.project, name=config.run_name, config=config.to_dict(), resume="allow", **given
-        )
+        self._run = module.init(**named, **given)  # `trackio.log` would not find it from the thread that logs
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
         """Record the metrics of one step."""

@@ -19,11 +19,9 @@ from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenize
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
-from gold_jax.rollout.server import ServerEngine
 from gold_jax.scoring import exact_match, score_completions
-from gold_jax.sharding.mesh import describe_mesh
-from gold_jax.sharding.placement import Placement
-from gold_jax.text.checks import CheckedRows, check_evaluation, check_examples, with_text_completion
+from gold_jax.sharding.placement import Placement, describe_mesh
+from gold_jax.text.checks import check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
@@ -39,35 +37,27 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 
 
 class _Trainer:
-    """What the trainers have in common: inputs, read and checked before a model is loaded, and the run that is made of them.
-
-    Attributes:
-        args: a frozen copy of the settings.
-        student: the name and the tokenizer of the model that is trained; see `model`.
-    """
+    """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them."""
 
     method = title = ""
     spec: LossSpec | None = None  # the loss of a distillation
     _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
 
     def __init__(self, args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name):
-        self._optimizers, self._callbacks = check_optimizers(optimizers), callbacks
-        # A copy, checked again: what was set on the settings since they were made is checked by the same rules.
-        self.args = a = args.frozen_copy()
+        check_optimizers(*optimizers)
+        self._optimizers, self._callbacks = optimizers, callbacks
+        self.args = a = args.frozen_copy()  # checked again
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
-            raise ValueError(
-                f"num_processes is {a.num_processes}, and this process runs alone: call "
-                "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer is made"
-            )
+            first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
+            raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first} is made")
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
-        self.train_examples, self.eval_examples = (
-            None if rows is None else load_examples(rows, text_column=a.dataset_text_field)
-            for rows in (train_dataset, eval_dataset)
-        )
+        read = functools.partial(load_examples, text_column=a.dataset_text_field)
+        self.train_examples = read(train_dataset)
+        self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
         self.console = (console or Console()) if is_main_process() else Console(quiet=True)
@@ -89,34 +79,21 @@ class _Trainer:
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
     def _set_up(
-        self,
-        student: LoadedModel,
-        checked: CheckedRows,
-        shown: Mapping[str, Any],
-        max_new_tokens: int,
-        teacher: LoadedModel | None = None,
-        match: build.Match | None = None,
-        engine: ServerEngine | None = None,
-        notices: Sequence[str] = (),
+        self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
-        """Says what is about to run, and makes the loop that runs it."""
+        """Says what is about to run (`shown`), and makes the loop that runs it, over the rows that were `checked`."""
         a, evaluation = self.args, self.eval_examples
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
-        self.notices = [
-            *a.notices,
-            *(() if evaluation is None else check_evaluation(evaluation, *tokenizers.values())),
-            *checked.notices,
-            *named_without_effect(a, facts),
-            *notices,
-        ]
+        measured = () if evaluation is None else check_evaluation(evaluation, *tokenizers.values())
+        self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         self._show(student, len(checked.kept), shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
         digests = {"the training data": checked.digest}
-        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(tokenizers[whose]) for whose in sides}
+        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
@@ -129,10 +106,10 @@ class _Trainer:
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
-        # From here on the constants of the step hold the teacher's parameters.
-        score = teacher and functools.partial(
-            self._score_teacher, run._replace(params=None), teacher._replace(model=None)
-        )
+        score = None
+        if teacher is not None:  # whose parameters the constants of the step hold from here on
+            sides = run._replace(params=None), teacher._replace(model=None)
+            score = functools.partial(self._score_teacher, *sides)
         restart = engine and engine.restart
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, self._callbacks)
 
@@ -199,9 +176,8 @@ class _Trainer:
         a, pushes = self.args, self.args.push_to_hub and is_main_process()
         if pushes:
             try:
-                self.hub_model_id = create_hub_repository(
-                    self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
-                )
+                where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
+                self.hub_model_id = create_hub_repository(*where)
             except HubSilent as error:
                 self.loop.say(str(error))
         resume = a.resume_from_checkpoint
@@ -346,16 +322,15 @@ class GOLDTrainer(_Trainer):
         teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
         match = build.match_pair(a, student, teacher)
         self.spec = a.loss_spec(match.same or match.related)
-        need = (
-            f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set; use --lmbda 1 for prompts alone"
-        )
-        need, by_teacher = None if a.lmbda == 1 or a.seq_kd else need, a.seq_kd and a.lmbda < 1
+        need, by_teacher = None, a.seq_kd and a.lmbda < 1
+        if a.lmbda < 1 and not a.seq_kd:
+            share = f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set"
+            need = f"{share}; use --lmbda 1 for prompts alone"
         options = dict(budget=a.prompt_budget, need_completion=need, teacher=teacher.chat_tokenizer)
         options |= dict(student_writes=a.lmbda > 0, teacher_writes=by_teacher, teacher_context=a.teacher_context)
         if need is not None:
-            builder = DistillationBatchBuilder(
-                student.chat_tokenizer, teacher.chat_tokenizer, None, self.spec, match.same, max_length=a.max_length
-            )
+            sides = student.chat_tokenizer, teacher.chat_tokenizer, None
+            builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
@@ -363,10 +338,8 @@ class GOLDTrainer(_Trainer):
         engine, notices = build.completion_server(a, sizes[0], self.dtype)
         vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
         if match.same or match.related:
-            alone = sum(sizes) - 2 * match.vocabulary.matched
-            vocabularies = "one and the same" + (
-                f", {alone:,} rows of one side alone" if alone and match.related else ""
-            )
+            alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"
+            vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""
             vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"

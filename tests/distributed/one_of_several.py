@@ -10,8 +10,7 @@ import numpy as np
 
 from gold_jax.distributed import consensus
 from gold_jax.distributed.initialize import initialize, is_main_process, process_names
-from gold_jax.distributed.shutdown import end_process
-from gold_jax.distributed.watchdog import WAITING, PeerFailed, PeerLost, Watchdog
+from gold_jax.distributed.watchdog import WAITING, PeerFailed, PeerLost, Watchdog, end_process
 
 TIMEOUT = 10  # seconds of silence after which JAX ends a process
 

@@ -118,7 +118,7 @@ def test_what_jax_cannot_detect_is_asked_for(monkeypatch):
 
 def test_importing_starts_nothing_and_touches_no_device():
     code = (
-        "import threading, gold_jax.distributed.shutdown, gold_jax.distributed.consensus; from jax._src import xla_bridge; "
+        "import threading, gold_jax.distributed.watchdog, gold_jax.distributed.consensus; from jax._src import xla_bridge; "
         "assert threading.active_count() == 1 and not xla_bridge.backends_are_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)

@@ -7,7 +7,6 @@ import time
 import jax
 import pytest
 
-from gold_jax.distributed import shutdown
 from gold_jax.distributed import watchdog as module
 from gold_jax.distributed.watchdog import (
     WAITING,
@@ -302,7 +301,7 @@ def test_a_single_process_watches_nobody():
     with Run().watchdog as watchdog:
         watchdog.report(1, WAITING)
         assert threading.active_count() == before
-    assert shutdown.end_process(ValueError("no rows")) is None
+    assert module.end_process(ValueError("no rows")) is None
 
 
 def test_a_slow_process_is_named_and_a_clean_end_is_no_loss():

@@ -103,7 +103,7 @@ def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
 def test_a_search_changes_nothing_of_what_was_asked_for():
     first = estimate(asked("gpu:8xa100-80gb"))
     before = dict(vars(first.request.args))
-    search(first, limit=3)
+    search(first, None, limit=3)
     assert vars(first.request.args) == before
 
 

@@ -19,8 +19,8 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 
 from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
 
-from gold_jax.sharding.mesh import make_mesh, mesh_sizes  # noqa: E402
-from gold_jax.sharding.placement import Placement  # noqa: E402
+from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
+from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
 from gold_jax.text.process_shard import ProcessShard  # noqa: E402
 from gold_jax.training.objective import make_cross_entropy_loss  # noqa: E402

@@ -16,8 +16,8 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 from training.small import V, decoder  # noqa: E402
 
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
-from gold_jax.sharding.mesh import make_mesh, mesh_sizes  # noqa: E402
-from gold_jax.sharding.placement import Placement  # noqa: E402
+from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
+from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
 
 MESHES = ("data=8", "fsdp"), ("fsdp=8", "full"), ("fsdp=4,tensor=2", "fsdp"), ("data=2,fsdp=2,tensor=2", "full")
 

@@ -12,9 +12,8 @@ import tiny_models as tiny
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.models.decoder import parameters
-from gold_jax.sharding.axes import read_mesh
-from gold_jax.sharding.mesh import describe_mesh, make_mesh, mesh_sizes
-from gold_jax.sharding.placement import Placement
+from gold_jax.sharding.axes import mesh_sizes, read_mesh
+from gold_jax.sharding.placement import Placement, describe_mesh, make_mesh
 
 HERE = pathlib.Path(__file__).parent
 

@@ -368,13 +368,13 @@ def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(w
 def test_broken_parameters_are_told_from_a_broken_loss():
     params = {"embedding": np.array([1.0, np.nan]), "norm": np.ones(2)}
     metrics = {"loss": np.float32(np.nan), "grad_norm": np.float32(np.nan)}
-    settings = {"max_skipped_updates": 4, "learning_rate": 1e-3, "max_grad_norm": 0, "bf16": None}
-    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, params, range(20), **settings)
+    args = SFTConfig(max_skipped_updates=4, learning_rate=1e-3, max_grad_norm=0, bf16=None)
+    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, params, range(20), args)
     assert "parameters themselves are not finite (embedding)" in said and "--max_grad_norm 1" in said
     assert "rows 0, 1, 2, 3, 4, 5, 6, 7, …" in said
     fine = {"embedding": np.ones(2)}
     metrics = {"loss": 1.5, "grad_norm": np.inf}
-    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, fine, [1], **settings)
+    said = describe_divergence(4, NonFiniteCounter(4, 4), metrics, fine, [1], args)
     assert "finite, the gradient's norm is inf" in said
 
 
