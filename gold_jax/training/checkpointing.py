@@ -17,7 +17,6 @@ import os
 import pathlib
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +117,7 @@ class Checkpoints:
                     for path in epath.Path(local).iterdir():
                         path.copy(folder / path.name)
             infos = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
-            row = {**metadata, "format": FORMAT, "step": step, "saved": time.time(), "arrays": infos}
+            row = {**metadata, "format": FORMAT, "step": step, "arrays": infos}
             (folder / METADATA).write_text(json.dumps(row))
 
         def begin() -> None:
@@ -199,6 +198,15 @@ def run_of(checkpoint: epath.Path) -> str | None:
         return json.loads((checkpoint / METADATA).read_text()).get("run_id", "")
     except (OSError, ValueError, AttributeError):
         return None
+
+
+def order_in_run(checkpoint: epath.Path) -> tuple[int, int]:
+    """What orders the checkpoints of one run: how often it had been resumed, and the step."""
+    step = int(checkpoint.name.rpartition("-")[2])
+    try:
+        return int(json.loads((checkpoint / METADATA).read_text()).get("resumed", 0)), step
+    except (OSError, ValueError, AttributeError, TypeError):
+        return 0, step
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import pathlib
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -103,6 +103,9 @@ class Loop:
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
+        self.resumed = (
+            0  # how often: of a run resumed from an older checkpoint, tells the newer ones from those left behind
+        )
         compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", compared)
         self._trained = False
@@ -139,8 +142,8 @@ class Loop:
             self.output.mkdir(parents=True, exist_ok=True)
         folder = args.checkpoint_dir or self.output
         with (
-            locked(self.output) if is_main_process() else contextlib.nullcontext(),
             Watchdog(args.process_timeout) as self.watchdog,
+            self._locked_output(),
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
@@ -160,13 +163,14 @@ class Loop:
                     try:
                         self._updates(signals)
                     except KeyboardInterrupt:
-                        if signals.interrupted_twice:
+                        if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
                             raise
                         signals.request("interrupt")
                     except Diverged:
                         raise
                     except Exception:
-                        self._save_before_error()
+                        with contextlib.suppress(Exception):  # what ends the run is the first error
+                            self._save_before_error()
                         raise
                     if signals.requested:
                         self._leave(signals)
@@ -178,6 +182,21 @@ class Loop:
                 self.callbacks.call("on_train_end")
             self._show_result(before, after)
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
+
+    @contextlib.contextmanager
+    def _locked_output(self) -> Iterator[None]:
+        """Holds the output folder for this run, in the first process; all end where it is another run's."""
+        with contextlib.ExitStack() as held:
+            refused = None
+            if is_main_process():
+                try:
+                    held.enter_context(locked(self.output))
+                except ValueError as error:
+                    refused = error
+            assert_same_across_processes("the lock of the output folder", refused and str(refused))
+            if refused:
+                raise refused
+            yield
 
     def _updates(self, signals: SignalHandler) -> None:
         """Build batch, step, log, evaluate, save, stop."""
@@ -197,7 +216,11 @@ class Loop:
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
                 current, self.done = batch, step + 1
             # While the device computes this update, the host prepares the next one.
-            batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+            failed = None
+            try:
+                batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+            except Exception as error:  # raised below, when this update is logged
+                batch, failed = None, error
             with annotate(WAITING):
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
@@ -208,6 +231,8 @@ class Loop:
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
             self.unmeasured = self.data.eval is not None and self._is_due("eval")
+            if failed is not None:
+                raise failed
             if self.unmeasured:
                 measured = signals.interruptible(self.evaluate)
                 if measured is not None:
@@ -291,7 +316,8 @@ class Loop:
         self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))
         if not metrics.pop("skipped"):
             self._losses.append(float(metrics["loss"]))
-        self._means.add({**metrics, **{k: v for k, v in batch.stats.items() if k != "tokens"}})
+        held = {k: v for k, v in batch.stats.items() if k != "tokens"}
+        self._means.add({**metrics, **held} if batch.counted else held)  # where nothing counts there is no loss
         self._tokens += batch.stats["tokens"]
         first = step == 0 and self.args.logging_first_step
         if self.done % self._interval("logging_steps") == 0 or self.done == self.total_steps or first:
@@ -413,7 +439,7 @@ class Loop:
         """A run's state before its first update: the parameters as they are, all else new."""
         self.state = init_state(self.run.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
-        self.run_id = uuid.uuid4().hex
+        self.run_id, self.resumed = uuid.uuid4().hex, 0
         if not is_main_process():
             return
         rename_logs(self.output, self.say)
@@ -446,6 +472,7 @@ class Loop:
         self.state, self.checkpoints.last = state, path
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
+        self.resumed = metadata.get("resumed", 0) + 1
         self._means.restore(metadata["means"])
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
@@ -475,7 +502,8 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
-        metadata = {"run": self.data.description, "run_id": self.run_id, "means": self._means.state()}
+        metadata = {"run": self.data.description, "run_id": self.run_id, "resumed": self.resumed}
+        metadata["means"] = self._means.state()
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 

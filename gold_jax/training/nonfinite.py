@@ -40,9 +40,12 @@ def describe_divergence(
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
     if not counted:
-        cut = "they may be cut before their completions begin"
-        cause = f"Nothing in the rows of the last one counts in the loss: {cut}."
-    elif nonfinite:
+        return (
+            f"{counter.in_a_row} updates in a row, up to update {step}, were left out ({counter.total} in all), so the run stops: "
+            f"--max_skipped_updates is {args.max_skipped_updates}. Nothing in the rows of the last one ({shown}) counts in the "
+            "loss. What may help: a higher --max_length, so that their completions are not cut away; --groups all."
+        )
+    if nonfinite:
         names = ", ".join(nonfinite[:3])
         cause = f"The parameters themselves are not finite ({names}): the model was broken before training."
     elif not np.isfinite(loss):

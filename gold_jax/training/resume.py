@@ -149,8 +149,8 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
         anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
         say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} goes on from one.")
     rest = [path for path in found if path not in earlier]
-    # Of one run the higher step is the later one, whatever the clock said.
-    return rest if current is None else sorted(rest, key=lambda path: -int(path.name.rpartition("-")[2]))
+    # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.
+    return rest if current is None else sorted(rest, key=checkpointing.order_in_run, reverse=True)
 
 
 def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
