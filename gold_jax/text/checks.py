@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -11,21 +12,25 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Answer, Conversation, conversation_shape, unwritten_parts
+from gold_jax.wording import listed
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# What a template may leave out with a notice: everything else is an error.
+_TOLD = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
+# Variables by which templates turn thinking on and off.
+_VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
+_SHOWN = 5  # errors of skipped rows
+# Columns that other formats keep an answer in.
+_ANSWERS = ("response", "answer", "output", "chosen", "solution", "target", "label_text", "completions")
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRows:
-    """What is known of a data set once all its rows were looked at.
+    """What is known of a data set once all its rows were looked at."""
 
-    Attributes:
-        kept: numbers of the rows that can be learned from.
-        notices: lines about the others, and about columns that are not read.
-        digest: of all that is learned from the rows that are kept, in hexadecimal.
-    """
-
-    kept: list[int]
-    notices: list[str]
-    digest: str
+    kept: list[int]  # numbers of the rows that can be learned from
+    notices: list[str]  # lines about the others, and about columns that are not read
+    digest: str  # of all that is learned from the rows that are kept, in hexadecimal
 
 
 class RowReader:
@@ -42,7 +47,7 @@ class RowReader:
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self._unwritten: dict[tuple, list[str]] = {}
         self._told: collections.Counter = collections.Counter()
-        self._disagreement: dict[str, tuple[int, int, str]] = {}  # kind -> rows, the first one, what it shows
+        self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
 
     def read(self, number: int, example: Example) -> tuple[str, str]:
         """Prompt and completion as the student's template writes them; "" for a completion that is not read.
@@ -55,8 +60,8 @@ class RowReader:
             for what, text in zip(("prompt", "completion"), found):
                 if not text.isascii() and (lone := _LONE_SURROGATE.search(text)):
                     raise ValueError(
-                        f"the {what} is not valid Unicode: at {excerpt(text, lone.start())} it holds half of a surrogate pair; repair or "
-                        "remove it in the data"
+                        f"the {what} is not valid Unicode: at {excerpt(text, lone.start())} it holds half of a "
+                        "surrogate pair; repair or remove it in the data"
                     )
             return found
         except ValueError as error:
@@ -73,8 +78,7 @@ class RowReader:
             for side in self.sides.values():
                 if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
                     side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        plain = isinstance(example.prompt, str) or isinstance(conversation, str)
-        if plain or conversation is example.prompt or example.calls_tools:
+        if isinstance(example.prompt, str) or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, (self.answers and example.completion) or ""
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
@@ -86,8 +90,7 @@ class RowReader:
         if shape not in self._unwritten:
             self._unwritten[shape] = unwritten_parts(side.template, conversation, whole=self.whole)
         missing = self._unwritten[shape]
-        parts = [part for part in missing if part not in _TOLD]
-        if parts:
+        if parts := [part for part in missing if part not in _TOLD]:
             roles = sorted({str(m.get("role")) for m in conversation} - {"system", "user", "assistant", "tool"})
             known = f"; it may not know the role {', '.join(map(repr, roles))}" if roles else ""
             raise ValueError(
@@ -101,57 +104,38 @@ class RowReader:
         """Notes where prompt and answer are not what a template writes, or the two models' answers differ."""
         for who, answer in found.items():
             if not answer.continues:
+                said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
-                self._note(f"continues {who}", number, lambda shown=shown: shown)
+                self._note(said, number, lambda shown=shown: shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
-            self._note("answers", number, lambda: self._describe_difference(conversation, texts))
+            said = "the two templates write different answers, and both models read the student's"
+            self._note(said, number, lambda: self._describe_difference(conversation, texts))
 
-    def _note(self, kind: str, number: int, describe: Callable[[], str]) -> None:
-        count, first, shown = self._disagreement.get(kind) or (0, number, describe())
-        self._disagreement[kind] = count + 1, first, shown
+    def _note(self, said: str, number: int, describe: Callable[[], str]) -> None:
+        count, first, shown = self._notes.get(said) or (0, number, describe())
+        self._notes[said] = count + 1, first, shown
 
     def _describe_difference(self, conversation: list[dict], texts: Mapping[str, str]) -> str:
         shown = " and ".join(f"{excerpt(text)} (the {who}'s)" for who, text in texts.items())
-        for name in _VARIABLES:
+        tools, given = (getattr(conversation, name, None) for name in ("tools", "template_kwargs"))
+        for name, value in itertools.product(_VARIABLES, (False, True)):
             if any(name in side.template.source for side in self.sides.values()):
-                for value in (False, True):
-                    variables = {**(getattr(conversation, "template_kwargs", None) or {}), name: value}
-                    tools = getattr(conversation, "tools", None)
-                    changed = Conversation(conversation, tools=tools, template_kwargs=variables)
-                    found = [side.answer(changed) for side in self.sides.values()]
-                    if all(answer.continues for answer in found) and len({answer.text for answer in found}) == 1:
-                        return f"{shown}; --template_kwargs '{json.dumps({name: value})}' makes them agree"
+                changed = Conversation(conversation, tools=tools, template_kwargs={**(given or {}), name: value})
+                found = [side.answer(changed) for side in self.sides.values()]
+                if all(answer.continues for answer in found) and len({answer.text for answer in found}) == 1:
+                    return f"{shown}; --template_kwargs '{json.dumps({name: value})}' makes them agree"
         return shown
 
     def notices(self) -> list[str]:
         """Lines about what templates do not write and where they do not agree."""
-        found = [
+        return [
             f"the chat template of {self.sides[who].name} ({who}) does not write {_TOLD[part]} of {count} rows of {self.where}"
             for (who, part), count in self._told.items()
+        ] + [
+            f"in {count} rows of {self.where} {said}: in row {first} {shown}"
+            for said, (count, first, shown) in self._notes.items()
         ]
-        for kind, (count, first, shown) in self._disagreement.items():
-            if kind == "answers":
-                found.append(
-                    f"in {count} rows of {self.where} the two templates write different answers, and both models read the "
-                    f"student's: in row {first} {shown}"
-                )
-            else:
-                found.append(
-                    f"in {count} rows of {self.where} the generation prompt of the {kind.split()[1]}'s template is not what it writes "
-                    f"before such an answer: in row {first} {shown}"
-                )
-        return found
-
-
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# What a template may leave out with a notice: everything else is an error.
-_TOLD = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
-# Variables by which templates turn thinking on and off.
-_VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
-_SHOWN = 5  # errors of skipped rows
-# Columns that other formats keep an answer in.
-_ANSWERS = ("response", "answer", "output", "chosen", "solution", "target", "label_text", "completions")
 
 
 def check_examples(
@@ -190,37 +174,29 @@ def check_examples(
     Raises:
         ValueError: a row lacks its completion, a chat template refuses one or leaves a part of it out, or no row is left.
     """
-    digest, unread = hashlib.sha256(), collections.Counter()
-    kept, bad, markup = [], [], []
-    left_out, prompts_alone, cut = collections.Counter(), collections.Counter(), collections.Counter()
+    digest, kept, bad, markup = hashlib.sha256(), [], [], []
+    unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
     reader = RowReader("the data set", sides, answers=need_completion is not None, whole=learns_calls)
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
-    writers = {"student": chat_tokenizer if student_writes else None, "teacher": teacher if teacher_writes else None}
-    writers = {who: writer for who, writer in writers.items() if writer and not len(writer.encode_prompt(""))}
-
-    def cannot_write(e: Example) -> str | None:
-        """Who would have to write after no token."""
-        if not isinstance(e.prompt, str) or e.prompt.strip():
-            return None
-        for who, writer in writers.items():
-            context = who == "teacher" and (teacher_context or e.teacher_context)
-            if not context and not len(writer.encode_prompt(e.prompt)):
-                return who
-        return None
+    writes = {"student": student_writes, "teacher": teacher_writes}
+    writers = {who: side for who, side in sides.items() if writes[who] and not len(side.encode_prompt(""))}
 
     def reason_to_leave_out(i: int, e: Example) -> str | None:
         unread.update(e.unread)
-        if need_completion and e.completion is None:
-            named = [name for name in e.unread if name in _ANSWERS]
-            hint = f". Its column {named[0]!r} may be the answer: name it 'completion'" if named else ""
-            raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
+        answers = [name for name in e.unread if name in _ANSWERS]
         if e.completion is None:
-            prompts_alone.update(name for name in e.unread if name in _ANSWERS)
+            if need_completion:
+                hint = f". Its column {answers[0]!r} may be the answer: name it 'completion'" if answers else ""
+                raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
+            prompts_alone.update(answers)
         if need_completion and e.calls_tools and not learns_calls:
             return "calls"
-        if unable := cannot_write(e):
-            return unable
+        if isinstance(e.prompt, str) and not e.prompt.strip():
+            for who, writer in writers.items():
+                context = who == "teacher" and (teacher_context or e.teacher_context)
+                if not context and not len(writer.encode_prompt(e.prompt)):
+                    return who
         prompt, completion = reader.read(i, e)
         if isinstance(e.prompt, str) and not chat_tokenizer.special_tokens_in_prompts:
             markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
@@ -248,6 +224,7 @@ def check_examples(
         else:
             kept.append(i)
             digest.update(b"%d\0%b\0" % (i, e.fingerprint))
+    total, first_bad = len(examples), listed(bad, _SHOWN, "; ", "; and")
     no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
     reasons = {
         "long": (
@@ -256,22 +233,18 @@ def check_examples(
         ),
         "calls": ("whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
         "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
-        **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in ("student", "teacher")},
+        **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in writes},
+        "bad": ("that cannot be read", f"see the first ones: {first_bad}"),
     }
-    told = [(left_out[why], *words) for why, words in reasons.items() if left_out[why]]
-    if bad:
-        told.append((len(bad), "that cannot be read", "see the first ones: " + "; ".join(bad[:_SHOWN])))
+    left_out["bad"] = len(bad)
     if not kept:
-        why = "; ".join(f"{count} {words} ({remedy})" for count, words, remedy in told)
-        raise ValueError(f"none of the {len(examples)} rows can be learned from: {why}")
-    notices = [f"left out {count} of {len(examples)} rows {words}" for count, words, _ in told]
+        why = "; ".join(f"{left_out[x]} {words} ({remedy})" for x, (words, remedy) in reasons.items() if left_out[x])
+        raise ValueError(f"none of the {total} rows can be learned from: {why}")
+    notices = [f"left out {left_out[x]} of {total} rows {words}" for x, (words, _) in reasons.items() if left_out[x]]
     if bad:
-        notices[-1] += f" (--on_bad_row skip): {'; '.join(bad[:_SHOWN])}"
-        notices[-1] += f"; and {len(bad) - _SHOWN} more" if len(bad) > _SHOWN else ""
+        notices[-1] += f" (--on_bad_row skip): {first_bad}"
     if cut[True]:
-        notices.append(
-            f"--max_length {max_length} cuts {cut[True]} of {len(examples)} rows: their ends are not learned"
-        )
+        notices.append(f"--max_length {max_length} cuts {cut[True]} of {total} rows: their ends are not learned")
     notices += reader.notices()
     if markup:
         first = chat_tokenizer.special_strings_in(examples[markup[0]].prompt)[0]
@@ -284,9 +257,8 @@ def check_examples(
         for name, count in prompts_alone.items()
     ]
     if unread:
-        shown = ", ".join(f"{name!r} (rows: {count:,})" for name, count in unread.most_common(8))
-        more = f" and {len(unread) - 8} more" if len(unread) > 8 else ""
-        notices.append(f"columns of the data that nothing reads: {shown}{more}")
+        shown = listed([f"{name!r} (rows: {count:,})" for name, count in unread.most_common()], 8)
+        notices.append(f"columns of the data that nothing reads: {shown}")
     return CheckedRows(kept, notices, digest.hexdigest())
 
 
@@ -298,10 +270,7 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
 def check_evaluation(
     examples: Sequence[Example], student: ChatTokenizer, teacher: ChatTokenizer | None = None
 ) -> list[str]:
-    """Makes sure, before the first update, that there is something to evaluate on and that every template writes all of it.
-
-    Returns:
-        Notices: about rows that cannot be measured, and about what templates do not write.
+    """Notices on evaluation data: which rows cannot be measured, and what templates do not write.
 
     Raises:
         ValueError: no row has a completion, or a chat template refuses one or leaves a part of it out.
@@ -314,8 +283,8 @@ def check_evaluation(
             measured += 1
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    missing, notices = len(examples) - measured, reader.notices()
-    if missing:
+    notices = reader.notices()
+    if missing := len(examples) - measured:
         notices.append(
             f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
         )
