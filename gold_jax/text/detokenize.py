@@ -1,7 +1,6 @@
 """Reading what a model drew: its tokens as text, up to the first damage."""
 
 import dataclasses
-from typing import cast
 
 import numpy as np
 
@@ -10,37 +9,17 @@ from gold_jax.text.encode import Encoded, spans_from_surfaces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SampledCompletion:
-    """A completion that a model drew.
+class SampledCompletion(Encoded):
+    """A completion that a model drew, without the stop token and without what was left out; or a text of the data set.
 
-    Attributes:
-        ids: int32 [T], as drawn, without the stop token and without what was left out.
-        spans: int32 [T, 2], the bytes of `text` that each token spells.
-        text: the completion.
-        stopped: whether a stop token ended it.
-        invalid_utf8: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or,
-            where a tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
-        unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a
-            model drew has none, because it ends before the first; a text that was encoded may.
+    What a model drew has no unknown token, because it ends before the first; a text that was encoded may.
     """
 
-    ids: np.ndarray
-    spans: np.ndarray
-    text: str
-    stopped: bool
-    invalid_utf8: bool
-    unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
-
-    def __post_init__(self):
-        if self.unknown is None:
-            object.__setattr__(self, "unknown", np.zeros(len(self.ids), np.bool_))
-
-    @classmethod
-    def from_text(
-        cls, text: str, encoded: Encoded, *, stopped: bool = True, invalid_utf8: bool = False
-    ) -> "SampledCompletion":
-        """A text that a tokenizer has encoded, in the form of what a model drew."""
-        return cls(encoded.ids, encoded.spans, text, stopped, invalid_utf8, encoded.unknown)
+    text: str = ""
+    stopped: bool = False  # whether a stop token ended it
+    #: Whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
+    #: tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
+    invalid_utf8: bool = False
 
 
 def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | None = None) -> SampledCompletion:
@@ -55,7 +34,7 @@ def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | N
     left out.
 
     Args:
-        chat tokenizer: the chat tokenizer of the model that drew.
+        chat_tokenizer: that of the model that drew.
         ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
         after: the prompt, as for `encode_completions`.
 
@@ -65,13 +44,14 @@ def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | N
     ids = np.asarray(ids, np.int32)
     stops = np.flatnonzero(np.isin(ids, chat_tokenizer.stop_ids))
     ids = ids[: stops[0]] if stops.size else ids
-    size = len(chat_tokenizer.surfaces)
-    invalid = np.flatnonzero((ids < 0) | (ids >= size) | ~chat_tokenizer.surfaces.spells[np.clip(ids, 0, size - 1)])
+    surfaces, size = chat_tokenizer.surfaces, len(chat_tokenizer.surfaces)
+    invalid = np.flatnonzero((ids < 0) | (ids >= size) | ~surfaces.spells[np.clip(ids, 0, size - 1)])
     clean = ids[: invalid[0]] if invalid.size else ids
-    read = _decode_by_surfaces if chat_tokenizer.surfaces.reversible else _decode_by_tokenizer
+    read = _decode_by_surfaces if surfaces.reversible else _decode_by_tokenizer
     spans, text = read(chat_tokenizer, clean, after)
-    invalid_utf8 = len(spans) < len(ids)
-    return SampledCompletion(ids[: len(spans)], spans, text, bool(stops.size) and not invalid_utf8, invalid_utf8)
+    damaged = len(spans) < len(ids)
+    stopped = bool(stops.size) and not damaged
+    return SampledCompletion(ids[: len(spans)], spans, text=text, stopped=stopped, invalid_utf8=damaged)
 
 
 def _decode_by_surfaces(chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
@@ -116,6 +96,5 @@ def _starts_with_space(chat_tokenizer: ChatTokenizer, after: Prompt | None) -> b
     """Whether the first token of any completion there holds a blank that belongs to the template or the tokenizer."""
     if chat_tokenizer.has_leading_space("", after):
         return True
-    return chat_tokenizer.surfaces.join(chat_tokenizer.encode_completion("a", after=after).ids.tolist()).startswith(
-        b" "
-    )
+    ids = chat_tokenizer.encode_completion("a", after=after).ids
+    return chat_tokenizer.surfaces.join(ids.tolist()).startswith(b" ")

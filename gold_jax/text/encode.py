@@ -58,14 +58,8 @@ def spans_from_offsets(surfaces: Surfaces, ids: Sequence[int], offsets: Sequence
     that no token claims (a combining mark that a normaliser composed, blanks that were trimmed) go to the token that
     spells them, else to the one before; of blanks before a token that spells one, the last goes to it.
 
-    Args:
-        surfaces: the tokenizer's surfaces.
-        ids: token ids, [T].
-        offsets: the characters `[start, end)` of each token, [T].
-        text: the text.
-
-    Returns:
-        int32 [T, 2], byte spans that follow each other without a gap and cover the text.
+    `offsets` are the characters `[start, end)` of each of the `ids`, [T]. The spans, int32 [T, 2] in bytes, follow each
+    other without a gap and cover the text.
     """
     widths = [len(char.encode()) for char in text]
     at = [0, *itertools.accumulate(widths)]  # character -> byte
@@ -105,11 +99,8 @@ def _runs(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, i
 
 
 def _stretch(ends: list[int], end: int):
-    """Give bytes that no token claims to the last token that has any; empty ones behind it stay behind it.
-
-    At the text's start there is none yet: the first token begins there in any case.
-    """
-    value = ends[-1] if ends else None
+    """Give bytes that no token claims to the last token that has any; empty ones behind it stay behind it."""
+    value = ends[-1] if ends else None  # at the text's start there is none: the first token begins there in any case
     for k in reversed(range(len(ends))):
         if ends[k] != value:
             return
@@ -119,8 +110,8 @@ def _stretch(ends: list[int], end: int):
 def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[int]:
     """Where the tokens of a run end within its bytes.
 
-    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets what is
-    left in the middle.
+    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets
+    what is left in the middle.
     """
     if len(run) == 1:
         return [len(data)]
@@ -161,25 +152,19 @@ def _spans(ends: np.ndarray) -> np.ndarray:
 class PlainEncoder:
     """Encodes texts as plain text: no special token is added, none is read out of the text, no blank is put before it.
 
-    The tokenizer given is left as it is: a changed copy does the work.
-
-    Args:
-        tokenizer: whatever `surfaces_of` takes.
-        surfaces: its surfaces, if they are at hand.
+    A changed copy of the tokenizer, which is whatever `surfaces_of` takes, does the work.
     """
 
     def __init__(self, tokenizer, surfaces: Surfaces | None = None):
         self.surfaces = surfaces or surfaces_of(tokenizer)
         self.name = name_of(tokenizer)
         self._tokenizer = tokenizer
-        self._backend = None
         self._dropped: int | None = None
         #: Whether the tokenizer by itself puts a blank before a text: "" (no), "always", "unless" the text has one, or
         #: "forced" where this encoder cannot keep it from doing so (its span is then cut to the text).
         self.prefix = ""
-        backend = backend_of(tokenizer)
-        if backend is not None:
-            self._backend = copy.deepcopy(backend)
+        self._backend = copy.deepcopy(backend_of(tokenizer))
+        if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
@@ -197,18 +182,13 @@ class PlainEncoder:
             return False
 
     def encode(self, texts: Sequence[str], *, lead: bool = False) -> list[Encoded]:
-        """Encode texts.
+        """The tokens of texts; one of which the tokenizer leaves nothing (blanks before WordPiece) is one unknown token.
 
-        A text of which the tokenizer leaves nothing (blanks before WordPiece) is one unknown token.
-
-        Args:
-            texts: the texts.
-            lead: whether a blank stands before each text, which the first token may hold (`▁answer`) but which is not
-                part of the text: spans count from the text's first byte.
+        `lead` says that a blank stands before each text, which the first token may hold (`▁answer`) but which is not
+        part of the text: spans count from the text's first byte.
 
         Raises:
-            ValueError: a text is not valid Unicode, or the tokens that the tokenizer makes of it cannot be located in
-                it.
+            ValueError: a text is not valid Unicode, or the tokens made of it cannot be located in it.
         """
         data = [_utf8(text, self.name) for text in texts]
         blank = b" " if lead and self.prefix != "forced" else b""
@@ -249,22 +229,20 @@ class PlainEncoder:
 
     def _exact(self, data: bytes, ids: list[int]) -> Encoded | None:
         """Tokens whose surfaces spell the text; None where they do not."""
-        joined = b"".join(map(self.surfaces.spelling.__getitem__, ids))
-        if joined == data:
-            return Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids))
-        if self.prefix == "forced" and joined == b" " + data:
-            return _without_first_byte(Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids)))
-        return None
+        joined = self.surfaces.join(ids)
+        shifted = self.prefix == "forced" and joined == b" " + data
+        if joined != data and not shifted:
+            return None
+        encoded = Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids))
+        return _without_first_byte(encoded) if shifted else encoded
 
     def _located(self, texts: list[str]) -> Iterator[Encoded]:
         """The tokens of texts by the tokenizer's own character offsets."""
         if self._backend is not None:
-            found = [
-                self._fast_spans(text, encoding)
-                for text, encoding in zip(texts, self._encodings(self._backend.encode_batch, texts))
-            ]
+            encodings = self._encodings(self._backend.encode_batch, texts)
+            found = (self._fast_spans(*pair) for pair in zip(texts, encodings))
         else:
-            found = [self._slow_spans(text) for text in texts]
+            found = map(self._slow_spans, texts)
         for text, (ids, spans) in zip(texts, found):
             array = np.array(ids, np.int32)
             unknown = ~self.surfaces.spells[array] & (spans[:, 1] > spans[:, 0])

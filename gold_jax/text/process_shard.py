@@ -19,20 +19,12 @@ def _identity(values: Any) -> Any:
 
 
 class ProcessShard(NamedTuple):
-    """The part of every micro-batch that one process builds.
+    """The part of every micro-batch that one process builds."""
 
-    Attributes:
-        owners: for each shard, the index of the process that counts it in sums.
-        local_shards: the shards built here, ascending.
-        process_index: the index of this process.
-        all_reduce_sum: elementwise sum of an array over all processes.
-        all_reduce_max: elementwise maximum of an array over all processes.
-        all_gather: the lists of int32 arrays of all processes, in process order.
-    """
-
-    owners: tuple[int, ...] = (0,)
-    local_shards: tuple[int, ...] = (0,)
+    owners: tuple[int, ...] = (0,)  # for each shard, the index of the process that counts it in sums
+    local_shards: tuple[int, ...] = (0,)  # the shards built here, ascending
     process_index: int = 0
+    # Elementwise sum and maximum of an array over all processes, and the lists of arrays of all, in process order.
     all_reduce_sum: Callable[[np.ndarray], np.ndarray] = _identity
     all_reduce_max: Callable[[np.ndarray], np.ndarray] = _identity
     all_gather: Callable[[list[np.ndarray]], list[list[np.ndarray]]] = lambda arrays: [arrays]
@@ -57,15 +49,15 @@ class ProcessShard(NamedTuple):
             raise ValueError(f"{batch_size} rows cannot be shared out evenly among {self.num_shards} devices")
         return batch_size // self.num_shards
 
+    def local_height(self, batch_size: int) -> int:
+        """Rows of a micro-batch that are built here, the missing ones of the last included."""
+        return self.rows_per_shard(batch_size) * len(self.local_shards)
+
     def local_rows_per_batch(self, count: int, batch_size: int) -> list[list[int]]:
         """For each micro-batch of `count` rows in all, the indices of the rows built here."""
         rows = self.rows_per_shard(batch_size)
         return [
-            [
-                i
-                for shard in self.local_shards
-                for i in range(start + shard * rows, min(start + (shard + 1) * rows, count))
-            ]
+            [i for k in self.local_shards for i in range(start + k * rows, min(start + (k + 1) * rows, count))]
             for start in range(0, count, batch_size)
         ]
 
