@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.surface import excerpt
-from gold_jax.text.template import Answer, Conversation, conversation_shape, unwritten_parts
+from gold_jax.text.template import Answer, Conversation, conversation_shape, extras_of, unwritten_parts
 from gold_jax.wording import listed
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -118,7 +118,7 @@ class RowReader:
 
     def _describe_difference(self, conversation: list[dict], texts: Mapping[str, str]) -> str:
         shown = " and ".join(f"{excerpt(text)} (the {who}'s)" for who, text in texts.items())
-        tools, given = (getattr(conversation, name, None) for name in ("tools", "template_kwargs"))
+        tools, given = extras_of(conversation).values()
         for name, value in itertools.product(_VARIABLES, (False, True)):
             if any(name in side.template.source for side in self.sides.values()):
                 changed = Conversation(conversation, tools=tools, template_kwargs={**(given or {}), name: value})

@@ -17,22 +17,17 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.surface import backend_of
-from gold_jax.text.template import Answer, ChatTemplate, Conversation
+from gold_jax.text.template import Answer, ChatTemplate, Conversation, extras_of
 
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
 @dataclasses.dataclass(frozen=True)
 class EscapedText:
-    """A text in which some strings are hidden.
+    """A text in which some strings are hidden."""
 
-    Attributes:
-        text: the text, with one private-use character in the place of each hidden string.
-        strings: what every such character stands for; empty where nothing is hidden.
-    """
-
-    text: str
-    strings: dict[str, str]
+    text: str  # with one private-use character in the place of each hidden string
+    strings: dict[str, str]  # what every such character stands for; empty where nothing is hidden
 
     @property
     def original(self) -> str:
@@ -67,12 +62,9 @@ class SpecialStrings:
         return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
 
     def escape(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
-        """A text, or every text in nested lists and dicts, with placeholders for these strings.
+        """A text, or every text in nested lists and dicts, with placeholders for `strings` (as `EscapedText` has them).
 
-        Args:
-            value: the text, list or dict.
-            strings: placeholder to string, as `EscapedText` has it.
-            keep: strings to leave as they are.
+        Those of `keep` are left as they are.
         """
         marks = {string: mark for mark, string in strings.items()}
         return _map_strings(value, lambda t: self.pattern.sub(lambda m: m[0] if m[0] in keep else marks[m[0]], t))
@@ -108,9 +100,7 @@ class SpecialTokenEscaper:
         frame: Iterable[str] = (),
         guarded: SpecialStrings | None = None,
     ):
-        self._template = template
-        self._specials = specials
-        self._guarded = guarded or specials
+        self._template, self._specials, self._guarded = template, specials, guarded or specials
         self._structural = frozenset(self._guarded.tokens.keys() - specials.tokens.keys())
         self._frame_given = frozenset(frame)
 
@@ -155,9 +145,8 @@ class SpecialTokenEscaper:
             text, spans = work(messages)
             return EscapedText(text, {}), spans
         try:
-            text, spans = work(
-                self._escape_messages(messages, strings, self._strings_the_template_looks_for(messages, strings))
-            )
+            keep = self._strings_the_template_looks_for(messages, strings)
+            text, spans = work(self._escape_messages(messages, strings, keep))
         except ValueError:
             work(messages)  # complains in the user's own words
             raise
@@ -180,16 +169,13 @@ class SpecialTokenEscaper:
         hide = functools.partial(self._guarded.escape, strings=strings, keep=self._structural)
 
         def hidden(message):
-            if _is_read(message):
-                kept = frozenset()
-            else:
-                kept = self._structural | (keep if message.get("role") == "assistant" else frozenset())
-            return {k: v if k == "role" else hide(v, keep=kept) for k, v in message.items()}
+            kept = frozenset() if _is_read(message) else self._structural
+            if message.get("role") == "assistant":
+                kept |= keep
+            return {key: value if key == "role" else hide(value, keep=kept) for key, value in message.items()}
 
         escaped = [hidden(message) for message in messages]
-        if not isinstance(messages, Conversation):
-            return escaped
-        return Conversation(escaped, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
+        return Conversation(escaped, **{name: hide(value) for name, value in extras_of(messages).items()})
 
     def _strings_the_template_looks_for(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
         """What the template looks for in assistants' messages and may find there."""
@@ -219,38 +205,29 @@ class SpecialTokenEscaper:
 class EscapedTextEncoder:
     """Encodes texts with hidden strings: these as plain text, everything else as the tokenizer by itself reads it.
 
-    Args:
-        tokenizer: a transformers tokenizer. It is not changed.
-        specials: its special strings.
+    The tokenizer, a transformers one, is not changed; `specials` are its special strings.
     """
 
     def __init__(self, tokenizer, specials: SpecialStrings):
-        self._tokenizer = tokenizer
-        self._specials = specials
+        self._tokenizer, self._specials = tokenizer, specials
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self._string_of = {added[string]: string for string in specials.tokens}
         self._names: dict[str, str] = {}
         self._renamed: Any = None  # made when it is first needed
 
     def encode(self, escaped: EscapedText, *, add_special_tokens: bool = False) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            escaped: the text.
-            add_special_tokens: whether the tokenizer puts its own special tokens around it.
-        """
+        """The tokens of a text; `add_special_tokens` has the tokenizer put its own special tokens around it."""
         if backend_of(self._tokenizer) is None:
             return self._encode_segments(escaped, add_special_tokens)
-        return self._encode_with_renamed(escaped, add_special_tokens)[0]
+        return self.encode_with_offsets(escaped, add_special_tokens)[0]
 
-    def encode_with_offsets(self, escaped: EscapedText) -> tuple[list[int], np.ndarray]:
+    def encode_with_offsets(
+        self, escaped: EscapedText, add_special_tokens: bool = False
+    ) -> tuple[list[int], np.ndarray]:
         """The tokens of a text, and the characters `[start, end)` of the escaped text that each spans, int64 [T, 2].
 
         For tokenizers with a `tokenizers` backend alone: others tell no offsets.
         """
-        return self._encode_with_renamed(escaped, False)
-
-    def _encode_with_renamed(self, escaped: EscapedText, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
         # One string for every character of the hidden text; "" inside a token that the template wrote.
         pieces = [escaped.strings.get(char, char) for char in escaped.text]
         written = self._template_specials(escaped.text)
@@ -275,9 +252,7 @@ class EscapedTextEncoder:
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for i, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
             string = self._string_of.get(i)
-            if string is None:
-                continue
-            at = text.find(string, begin, end)  # it may have taken blanks beside it, too
+            at = -1 if string is None else text.find(string, begin, end)  # it may have taken blanks beside it, too
             if at >= 0:  # else the token for unknown characters, which nobody wrote
                 yield at, at + len(string), string
 
@@ -351,8 +326,8 @@ def _to_escaped_offsets(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarr
 def _with_renamed_special_tokens(backend, names: dict[str, str]):
     """A copy of a `tokenizers.Tokenizer` whose special tokens have other strings and the same ids.
 
-    Nothing in the copy spells the old strings as one token: neither the vocabulary of a Unigram model, which would
-    choose its `</s>` for the letters, nor a merge of BPE.
+    Nothing in it spells the old strings as one token: neither a Unigram vocabulary, which would choose its `</s>` for
+    the letters, nor a merge of BPE.
     """
     import tokenizers
 
@@ -391,12 +366,10 @@ def _any_of(strings: Sequence[str]) -> str:
 def _user_texts(prompt: str | list[dict]) -> Iterator[str]:
     """Every text that a user controls: of messages all but their roles, tools and template variables."""
     if isinstance(prompt, str):
-        yield prompt
-        return
-    for message in prompt:
-        yield from _nested_texts([item for key, item in message.items() if key != "role"])
-    if isinstance(prompt, Conversation):
-        yield from _nested_texts((prompt.tools, prompt.template_kwargs))
+        return _nested_texts(prompt)
+    return _nested_texts(
+        [[item for key, item in message.items() if key != "role"] for message in prompt] + [*extras_of(prompt).values()]
+    )
 
 
 def _nested_texts(value: Any) -> Iterator[str]:

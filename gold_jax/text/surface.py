@@ -7,6 +7,7 @@ that its surfaces say what an entry stands for, and only its character offsets w
 nothing: it steers the model and stands for no text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -67,22 +68,16 @@ class Surfaces:
 
     def without(self, ids: Iterable[int]) -> "Surfaces":
         """The same surfaces with these ids made special, that is, without a surface."""
-        drop = {i for i in ids if 0 <= i < len(self.table) and self.table[i] is not None}
-        if not drop:
-            return self
+        drop = set(ids)
         table = [None if i in drop else entry for i, entry in enumerate(self.table)]
-        return dataclasses.replace(self, table=table)
+        return self if table == self.table else dataclasses.replace(self, table=table)
 
 
 def surfaces_of(tokenizer) -> Surfaces:
     """The surfaces of a tokenizer.
 
-    Args:
-        tokenizer: a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
-            `tiktoken.Encoding`.
-
-    Returns:
-        The surfaces; their size is the highest id and one.
+    `tokenizer` is a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
+    `tiktoken.Encoding`.
 
     Raises:
         ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters
@@ -90,8 +85,7 @@ def surfaces_of(tokenizer) -> Surfaces:
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)
-    backend = backend_of(tokenizer)
-    if backend is not None:
+    if (backend := backend_of(tokenizer)) is not None:
         return _of_backend(tokenizer, backend)
     if hasattr(tokenizer, "sp_model"):
         return _of_sentencepiece(tokenizer)
@@ -251,20 +245,12 @@ def _of_sentencepiece(tokenizer) -> Surfaces:
 
 
 def _of_tiktoken(encoding) -> Surfaces:
-    size = encoding.n_vocab
-    table: list[bytes | None] = [None] * size
-    strings: list[str | None] = [None] * size
     special = {encoding.encode_single_token(text): text for text in encoding.special_tokens_set}
-    for i in range(size):
-        if i in special:
-            strings[i] = special[i]
-            continue
-        try:
-            entry: bytes = encoding.decode_single_token_bytes(i)
-        except KeyError:  # a hole in the numbering
-            continue
-        table[i], strings[i] = entry, entry.decode("latin-1")
-    return Surfaces(table, strings, np.zeros(size, np.bool_), name_of(encoding))
+    entries = dict(special)
+    for i in range(encoding.n_vocab):
+        with contextlib.suppress(KeyError):  # a hole in the numbering
+            entries.setdefault(i, encoding.decode_single_token_bytes(i).decode("latin-1"))
+    return _build(entries.items(), lambda string: string.encode("latin-1"), special, False, name_of(encoding))
 
 
 def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str, as_written=()) -> Surfaces:
@@ -278,9 +264,8 @@ def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool,
         if i in special:
             continue
         byte = _FALLBACK.fullmatch(string) if falls_back and len(string) == 6 else None
-        is_fallback[i] = byte is not None
         if byte:
-            table[i] = bytes([int(byte[1], 16)])
+            is_fallback[i], table[i] = True, bytes([int(byte[1], 16)])
         else:
             table[i] = string.encode() if i in as_written else spell(string)
     return Surfaces(table, strings, is_fallback, name)
