@@ -1,9 +1,9 @@
 """From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
 
-A `Row` is ragged and stays on the host; a `Batch` is rectangular and goes to the device. The device never sees text or
-spans: everything that the alignment found is in the merge-index arrays of `Side`, which say at which positions to read
-a distribution and which token probabilities to multiply into which group. Weights already hold the normalisation over
-the global batch, so that losses of micro-batches, devices and hosts simply add up.
+A `Row` is ragged and stays on the host; a `Batch` is rectangular and goes to the device, which never sees text or spans:
+the merge-index arrays of `Side` say at which positions to read a distribution and which token probabilities to multiply
+into which group. Weights already hold the normalisation over the global batch, so that losses of micro-batches, devices
+and hosts simply add up.
 
 Shapes: B rows, T and U student and teacher tokens, G groups, M tokens inside merged groups; S packed sequences of N
 tokens (see `text.packing`). Numpy only.
@@ -143,7 +143,7 @@ def align_rows(
     skip_student_stop: bool = False,
     skip_teacher_stop: bool = False,
 ) -> list[Row]:
-    """Groups the tokens of both sides between the boundaries that they share.
+    """Groups the tokens of both sides between the boundaries that they share. A row without a group counts for nothing.
 
     Args:
         rows: of `encode_rows`.
@@ -154,9 +154,6 @@ def align_rows(
         one_vocabulary: both have the same entries, so that all groups are `1:1`.
         skip_student_stop, skip_teacher_stop: leave that side's stop token out of the groups; either one leaves the pair
             out.
-
-    Returns:
-        A row each. A row may have no group at all: it then counts for nothing.
     """
     paired = positional or one_vocabulary
     aligned = []
@@ -268,10 +265,10 @@ def build_batches(
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
-    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard`
-    says into how many sequences the rows of a batch are packed and which of them this process makes; rows of others may
-    be None, and are not in the result.
+    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the comparison asks for the
+    probability of a group's text, which under `boundary` takes further tokens. `process_shard` says into how many
+    sequences the rows of a batch are packed and which of them this process makes; rows of others may be None, and are
+    not in the result.
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}

@@ -224,9 +224,8 @@ class ChatTokenizer:
     def encode_turns(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation by the template, for training on its answers.
 
-        Returns:
-            The tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to and
-            with its stop token, where the template writes one.
+        Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
+        and with its stop token, where the template writes one.
 
         Raises:
             ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.

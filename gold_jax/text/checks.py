@@ -36,11 +36,8 @@ class CheckedRows:
 class RowReader:
     """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
 
-    Args:
-        where: what errors call the data.
-        sides: the models that read a row: `student` first, perhaps `teacher`.
-        answers: whether the rows' answers are read, not their prompts alone.
-        whole: whether whole conversations are read, every answer of the assistant's.
+    `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`;
+    `answers` has the rows' answers read, not their prompts alone, and `whole` every answer of the assistant's.
     """
 
     def __init__(self, where: str, sides: Mapping[str, ChatTokenizer], *, answers: bool, whole: bool = False):
@@ -157,14 +154,13 @@ def check_examples(
 
     Args:
         examples: all rows.
-        chat_tokenizer: the student's.
+        chat_tokenizer, teacher: the chat tokenizers whose templates must take every row; the student's, perhaps a
+            teacher's.
         budget: most tokens of a prompt; rows with longer ones are left out. None: any.
         need_completion: why every row must have a completion, for the error; None if it need not.
-        teacher: a teacher's chat tokenizer, whose template must take every row as well.
         learns_calls: whether whole conversations are learned, and with them an answer that calls tools. A completion
             cannot hold it, because every template writes calls in its own way; such rows are left out where one is needed.
-        student_writes, teacher_writes: whether completions are drawn from either model, for which a prompt needs a
-            token.
+        student_writes, teacher_writes: whether completions are drawn from it, for which a prompt needs a token.
         teacher_context: text before every prompt of the teacher.
         max_length: most tokens of a row, to tell which are cut; None: any.
         count_targets: what is learned of a row: tokens or groups, and whether `max_length` cut it. Asked of rows that

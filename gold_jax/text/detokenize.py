@@ -33,13 +33,8 @@ def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | N
     Encoded again it must give the same ids: they have the spans found there. From the first that differs on they are
     left out.
 
-    Args:
-        chat_tokenizer: that of the model that drew.
-        ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
-        after: the prompt, as for `encode_completions`.
-
-    Returns:
-        The longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
+    `ids` [N] were drawn after the prompt, `after` (as for `encode_completions`), by the model whose chat tokenizer this is.
+    Returned is the longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
     """
     ids = np.asarray(ids, np.int32)
     stops = np.flatnonzero(np.isin(ids, chat_tokenizer.stop_ids))

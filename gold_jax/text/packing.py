@@ -1,11 +1,9 @@
 """Sequence packing: the rows of a batch end to end in a few sequences, shared prefixes stored once, shapes padded to buckets.
 
-Everything but attention treats a decoder's tokens one by one, so their order and grouping do not matter to it;
-attention alone needs rows, and gathers them by `gather_index`. Packing pays twice:
-
-- padding stands only at the end of a packed sequence, not behind every row;
-- a prefix that rows share (a template's system message, a prompt sampled several times) is computed once. Its hidden
-  states are the same in every row that begins with it, and the gradients of these rows add up in them.
+Everything but attention treats a decoder's tokens one by one, whatever their order; attention alone needs rows, and
+gathers them by `gather_index`. So padding stands only at the end of a packed sequence, and a prefix that rows share (a
+template's system message, a prompt sampled several times) is computed once: its hidden states are the same in every row
+that begins with it, and the gradients of these rows add up in them.
 
 Shapes: B rows, T tokens of a row; S packed sequences (one per device that shares the batch) of N tokens and R = B / S
 rows each. Numpy only.
@@ -79,8 +77,7 @@ def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *,
 def _deduplicate_prefixes(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The tokens of one packed sequence, and for every row the indices of its tokens in it.
 
-    Rows are visited in lexicographic order: there, a row's longest prefix shared with any earlier row is the one it
-    shares with its predecessor, so one comparison per row finds every prefix to reuse.
+    In lexicographic order a row's longest prefix shared with any earlier row is the one it shares with its predecessor.
     """
     parts, index, size = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)] * len(rows), 0
     previous_row, previous_index = parts[0], parts[0]

@@ -1,9 +1,8 @@
 """Which rows of a global batch this process builds, and the reductions over processes that its normalisation needs.
 
-The rows of a micro-batch are split over the mesh's row shards, one packed sequence each. A process builds the shards
-that its devices hold. Two processes build the same shard where its devices belong to both (tensor parallelism across
-hosts); in sums it counts for its owner alone, the first of them. Numpy only: the collectives are passed in as
-functions.
+The rows of a micro-batch are split over the mesh's row shards, one packed sequence each. Two processes build the same
+shard where its devices belong to both (tensor parallelism across hosts); in sums it counts for its owner alone, the first
+of them. Numpy only: the collectives are passed in as functions.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Escapes the strings of special tokens in users' text, so that they are read as plain text, unlike the template's own.
 
-A user may well write `<|im_end|>` or `</s>`. In the text that a chat template makes of the messages such a string looks
-like the template's own. So every one is hidden behind a private-use character before the template runs, comes back
-after it, and goes through a copy of the tokenizer that knows its special tokens by other names: the template's are
-written by these names, and the user's letters are nothing but letters.
+In what a chat template makes of messages, a user's `<|im_end|>` looks like the template's own. So every such string is
+hidden behind a private-use character while the template runs, and what it wrote goes through a copy of the tokenizer that
+knows its special tokens by other names: the template's are written by these, and the user's letters are only letters.
 """
 
 import dataclasses
@@ -40,15 +39,11 @@ class EscapedText:
 
 
 class SpecialStrings:
-    """The strings that a tokenizer reads as special tokens.
+    """The strings that a transformers tokenizer reads as special tokens: `tokens`, string to added token.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        also: strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those
-            that are no added tokens are left out, since a tokenizer does not look for them.
-
-    Attributes:
-        tokens: string to added token. A string of blanks alone is not among them: it is text to everyone.
+    `also` are strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those
+    that are no added tokens are left out, since a tokenizer does not look for them, and so are blanks alone, which are
+    text to everyone.
     """
 
     def __init__(self, tokenizer, also: Iterable[str] = ()):
@@ -86,11 +81,9 @@ class SpecialTokenEscaper:
     stays plain text wherever it stands, looked for or not: a conversation must not be cut up by what is said in it. In
     a user's text nothing is left alone.
 
-    Args:
-        template: the chat template.
-        specials: the tokenizer's special strings.
-        frame: strings that are never left alone, beside those that the template itself frames turns with.
-        guarded: `specials` and the added tokens of the template (`structural_strings`); None: `specials`.
+    `specials` are the tokenizer's special strings, `frame` strings that are never left alone, beside those that the
+    template itself frames turns with, and `guarded` are `specials` and the added tokens of the template
+    (`structural_strings`); None: `specials`.
     """
 
     def __init__(
@@ -363,26 +356,17 @@ def _any_of(strings: Sequence[str]) -> str:
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
-def _user_texts(prompt: str | list[dict]) -> Iterator[str]:
+def _user_texts(prompt: str | list[dict]) -> list[str]:
     """Every text that a user controls: of messages all but their roles, tools and template variables."""
     if isinstance(prompt, str):
-        return _nested_texts(prompt)
-    return _nested_texts(
-        [[item for key, item in message.items() if key != "role"] for message in prompt] + [*extras_of(prompt).values()]
-    )
+        return [prompt]
+    texts: list[str] = []
+    said = [[value for key, value in message.items() if key != "role"] for message in prompt]
+    _map_strings([said, *extras_of(prompt).values()], texts.append)
+    return texts
 
 
-def _nested_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _nested_texts([*value.keys(), *value.values()])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _nested_texts(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

@@ -1,10 +1,9 @@
 """Surfaces: the bytes that every entry of a tokenizer's vocabulary spells, whatever the tokenizer writes for them.
 
-Three families of tokenizers give text back byte for byte: byte-level BPE, which shows every byte as one printable
-character; SentencePiece (BPE and Unigram), which shows a space as `▁` and lone bytes as `<0xNN>`; and tiktoken, which
-stores bytes. A fourth, WordPiece and other vocabularies of words, does not: it forgets white space (and often case), so
-that its surfaces say what an entry stands for, and only its character offsets where that is. A special token spells
-nothing: it steers the model and stands for no text.
+Byte-level BPE shows every byte as one printable character; SentencePiece (BPE and Unigram) shows a space as `▁` and lone
+bytes as `<0xNN>`; tiktoken stores bytes. WordPiece and other vocabularies of words do not give text back byte for byte:
+they forget white space (and often case), so that a surface says what an entry stands for, and only its character offsets
+where that is. A special token spells nothing: it steers the model and stands for no text.
 """
 
 import contextlib

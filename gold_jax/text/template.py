@@ -106,9 +106,8 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer.
-        source: another template (Jinja) in the place of the tokenizer's own.
-        kwargs: further variables, such as `enable_thinking`. `date_string` says another date to
-            templates that take it from there than `FIXED_DATE`.
+        source: another template (Jinja, or a file of it) in the place of the tokenizer's own.
+        kwargs: further variables, such as `enable_thinking`, or `date_string`, another date than `FIXED_DATE`.
 
     Attributes:
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
@@ -250,9 +249,8 @@ class ChatTemplate:
     def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
-        An answer is what the template writes after the generation prompt: its content (stripped, or without its
-        thinking where the template drops that), and before it the thinking, or the empty block for it, that the
-        template writes.
+        An answer is what the template writes after the generation prompt: its content (as far as the template keeps it),
+        and before it the thinking, or the empty block for it, that the template writes.
 
         Raises:
             ValueError: an answer cannot be located exactly in what the template writes.

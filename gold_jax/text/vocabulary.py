@@ -54,9 +54,8 @@ class VocabularyMap:
 
         Args:
             student, teacher: either side's surfaces.
-            student_size: rows of the student's head (V). Rows beyond the tokenizer's ids are padding and stay
-                unmatched; special tokens beyond the rows (Gemma 3's image token) are left out.
-            teacher_size: rows of the teacher's head (W).
+            student_size, teacher_size: rows of the heads (V and W). Rows beyond the tokenizer's ids are padding and
+                stay unmatched; special tokens beyond the rows (Gemma 3's image token) are left out.
             stop: either model's stop token, or all of them with the one that is written first. The two first match each
                 other by role, whatever they are called.
             by: "surfaces", or "strings" for the rule of TRL, where entries match whose raw vocabulary strings are
