@@ -120,10 +120,8 @@ def encode_rows(
         student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
     # Texts take one call to the tokenizer; what was drawn already stays.
     texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
-    encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
-    ours = [
-        SampledCompletion(**vars(next(encoded)), text=c, stopped=True) if isinstance(c, str) else c for c in completions
-    ]
+    encoded = map(vars, student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
+    ours = [SampledCompletion(**next(encoded), text=c, stopped=True) if isinstance(c, str) else c for c in completions]
     theirs = ours if one_vocabulary else teacher.encode_completions([c.text for c in ours], after=teacher_prompts)
     teacher_prompt_ids = [
         ids if teacher is student and other is prompt else teacher.encode_prompt(other)
@@ -155,18 +153,14 @@ def align_rows(
         skip_student_stop, skip_teacher_stop: leave that side's stop token out of the groups; either one leaves the pair
             out.
     """
-    paired = positional or one_vocabulary
-    aligned = []
-    if not paired:
+    if positional or one_vocabulary:
+        sizes = [(len(row.student.ids), len(row.teacher.ids)) for row in rows]
+        aligned = [(np.arange(ours), np.arange(theirs), min(ours, theirs)) for ours, theirs in sizes]
+    else:
         aligned = groups_of([r.student.spans[:, 1] for r in rows], [r.teacher.spans[:, 1] for r in rows])
     made = []
-    for i, (s_prompt, t_prompt, ours, theirs) in enumerate(rows):
+    for (s_prompt, t_prompt, ours, theirs), (s_group, t_group, count) in zip(rows, aligned):
         s_ids, t_ids = ours.ids, theirs.ids
-        if paired:
-            s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
-            count = min(len(s_ids), len(t_ids))
-        else:
-            s_group, t_group, count = aligned[i]
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
         unknown = s_group[ours.unknown]
         if not one_vocabulary:
@@ -196,7 +190,8 @@ def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     `one_to_one` leaves merged groups out, and groups with an unknown token never count. A group whose distribution has
     no position before it (an empty prompt) is left out as well, except under `observed`, which reads one position late.
     """
-    s, t = (_sizes(half, row.groups) for half in (row.student, row.teacher))
+    inside = (half.group[half.group < row.groups] for half in (row.student, row.teacher))
+    s, t = (np.bincount(group, minlength=row.groups)[: row.groups] for group in inside)
     keep = (s > 0) & (t > 0)
     if groups == "one_to_one":
         keep &= (s == 1) & (t == 1)
@@ -204,10 +199,6 @@ def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     if merge != "observed" and row.groups and not (len(row.student.prompt) and len(row.teacher.prompt)):
         keep[0] = False
     return keep
-
-
-def _sizes(half: SideTokens, groups: int) -> np.ndarray:
-    return np.bincount(half.group[half.group < groups], minlength=groups)[:groups]
 
 
 def _merge_index(half: SideTokens, groups: int, merge: str, text: bool):
@@ -278,20 +269,19 @@ def build_batches(
     weights, label_weights = _weights((keeps, counted), normalization, len(rows), batch_size, process_shard)
     sides = [[[getattr(local[i], who) for i in part] for who in ("student", "teacher")] for part in parts]
     height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
-    unpadded = [
-        [pack_unpadded([_tokens(half) for half in halves], height, sequences) for halves in both] for both in sides
-    ]
+    unpadded = [[pack_unpadded([_tokens(half) for half in side], height, sequences) for side in both] for both in sides]
     sizes = process_shard.all_reduce_max(np.array([[side.longest for side in both] for both in unpadded])).tolist()
     batches = []
     for part, both, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
         pads, counts = (student_pad, teacher_pad), [local[i].groups for i in part]
+        ours, theirs = ([_merge_index(half, n, merge, text) for half, n in zip(side, counts)] for side in both)
         student, teacher = (pad_packed(x, *size, pad=pad) for x, size, pad in zip(unpadded_both, longest, pads))
         # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
         batches.append(
             Batch(
-                _pad_side(student, both[0], counts, merge, text, height, width),
-                _pad_side(teacher, both[1], counts, merge, text, height, width),
+                _pad_side(student, ours, height, width),
+                _pad_side(teacher, theirs, height, width),
                 pad_right([weights[i] for i in part], height, width, np.float32),
                 _pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height),
             )
@@ -324,18 +314,9 @@ def _next_token_targets(half: SideTokens) -> tuple[np.ndarray, np.ndarray]:
     return np.where(counted, labels, IGNORE), counted
 
 
-def _pad_side(
-    packed: PackedBatch,
-    halves: Sequence[SideTokens],
-    counts: Sequence[int],
-    merge: str,
-    text: bool,
-    height: int,
-    groups: int,
-) -> Side:
+def _pad_side(packed: PackedBatch, found: Sequence[tuple], height: int, groups: int) -> Side:
     gather_index = gather_positions(packed)
     width = gather_index.shape[1]
-    found = [_merge_index(h, n, merge, text) for h, n in zip(halves, counts)]
     base, token_index, position, token, group = zip(*found) if found else ((),) * 5
     return Side(
         packed,
@@ -347,9 +328,7 @@ def _pad_side(
     )
 
 
-def _pad_labels(
-    packed: PackedBatch, tokens: Sequence[np.ndarray], weights: Sequence[np.ndarray], height: int
-) -> Labels:
+def _pad_labels(packed: PackedBatch, tokens, weights: Sequence[np.ndarray], height: int) -> Labels:
     index = gather_positions(packed)
     width = index.shape[1]
     padded = pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)

@@ -115,11 +115,7 @@ class ChatTokenizer:
         return self._render_escaped(prompt).original
 
     def answer(self, messages: list[dict]) -> Answer:
-        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
-        """
+        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
 
     def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
@@ -156,9 +152,7 @@ class ChatTokenizer:
         result: list = [None] * len(prompts)
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
-            batch = iter(
-                self._tokenize([written[row].text for row in rows if not written[row].strings], special=wanted)
-            )
+            batch = iter(self._tokenize([written[r].text for r in rows if not written[r].strings], special=wanted))
             for row in rows:
                 text, hidden = written[row].text, written[row].strings
                 ids = self._escaped_encoder.encode(written[row], add_special_tokens=wanted) if hidden else next(batch)
@@ -188,9 +182,7 @@ class ChatTokenizer:
         """The tokens of an answer, see `encode_completions`."""
         return self.encode_completions([text], after=[after])[0]
 
-    def encode_completions(
-        self, texts: Sequence[str], *, after: Sequence[Prompt | None] | None = None
-    ) -> list[Encoded]:
+    def encode_completions(self, texts: Sequence[str], *, after: Sequence[Prompt | None] = ()) -> list[Encoded]:
         """The tokens of answers, without stop tokens; strings in them that look like special tokens are plain text.
 
         Where the template writes a blank before an answer the first token holds it (Llama 2: `▁Yes`), and where a
@@ -236,10 +228,8 @@ class ChatTokenizer:
         if written.strings:
             found, offsets = self._escaped_encoder.encode_with_offsets(written)
         else:
-            encoding = self.tokenizer(
-                written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
-            found, offsets = encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
+            read = self.tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            found, offsets = read["input_ids"], np.array(read["offset_mapping"], np.int64).reshape(-1, 2)
         ids, counted = np.array(found, np.int32), np.zeros(len(found), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)

@@ -5,16 +5,15 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
+from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Answer, Conversation, conversation_shape, extras_of, unwritten_parts
 from gold_jax.wording import listed
 
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # What a template may leave out with a notice: everything else is an error.
 _TOLD = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
 # Variables by which templates turn thinking on and off.
@@ -55,11 +54,7 @@ class RowReader:
         try:
             found = self._read(number, example)
             for what, text in zip(("prompt", "completion"), found):
-                if not text.isascii() and (lone := _LONE_SURROGATE.search(text)):
-                    raise ValueError(
-                        f"the {what} is not valid Unicode: at {excerpt(text, lone.start())} it holds half of a "
-                        "surrogate pair; repair or remove it in the data"
-                    )
+                utf8(text, f"the {what}")
             return found
         except ValueError as error:
             raise ValueError(f"row {number} of {self.where}: {error}") from error
@@ -75,7 +70,8 @@ class RowReader:
             for side in self.sides.values():
                 if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
                     side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if isinstance(example.prompt, str) or conversation is example.prompt or example.calls_tools:
+        plain = isinstance(example.prompt, str) or isinstance(conversation, str)
+        if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, (self.answers and example.completion) or ""
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
@@ -263,15 +259,13 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
     return [e for e in examples if e.completion is not None and not e.calls_tools]
 
 
-def check_evaluation(
-    examples: Sequence[Example], student: ChatTokenizer, teacher: ChatTokenizer | None = None
-) -> list[str]:
-    """Notices on evaluation data: which rows cannot be measured, and what templates do not write.
+def check_evaluation(examples: Sequence[Example], *tokenizers: ChatTokenizer) -> list[str]:
+    """Notices on evaluation data for the student's tokenizer, perhaps a teacher's: rows not measured, parts not written.
 
     Raises:
         ValueError: no row has a completion, or a chat template refuses one or leaves a part of it out.
     """
-    sides = {"student": student} | ({"teacher": teacher} if teacher else {})
+    sides = dict(zip(("student", "teacher"), tokenizers))
     reader, measured = RowReader("the evaluation data", sides, answers=True), 0
     for i, e in enumerate(examples):
         if with_text_completion([e]):

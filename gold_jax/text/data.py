@@ -153,19 +153,19 @@ def _load(name: str, config: str | None, split: str):
                 f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
             ) from error
     files = _files_in(path, name, base) if path.is_dir() else [path]
-    kinds = {_FORMATS.get(p.suffix) for p in files}
-    if kinds == {None}:
+    kind, *others = {_FORMATS.get(p.suffix) for p in files}
+    if kind is None:
         raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
-    if len(kinds) > 1:
+    if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
     if path.is_file() and base != "train":
         raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
     try:
         data_files = {"train": [str(p) for p in files]}
-        return datasets.load_dataset(*kinds, data_files=data_files, split=split.replace(base, "train", 1))
+        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
     except Exception as error:  # the builder wraps what its readers raise
         names, reason = ", ".join(p.name for p in files), error.__cause__ or error
-        raise ValueError(f"{names} of {name!r} cannot be read as {kinds.pop()}: {reason}") from error
+        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {reason}") from error
 
 
 def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
@@ -226,7 +226,8 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
                 f"{where} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
                 'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
             )
-        prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in (prompt, messages))
+        read_by: Any = prompt, messages
+        prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in read_by)
     unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
     return Example(prompt, completion, messages, context, unread)
 

@@ -49,27 +49,25 @@ def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | N
     return SampledCompletion(ids[: len(spans)], spans, text=text, stopped=stopped, invalid_utf8=damaged)
 
 
-def _decode_by_surfaces(chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+def _decode_by_surfaces(chat: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
     """The spans of the tokens that are kept, and their text, where the joined surfaces are the text."""
-    data = chat_tokenizer.surfaces.join(ids.tolist())
-    spans = spans_from_surfaces(chat_tokenizer.surfaces, ids)
+    data = chat.surfaces.join(ids.tolist())
+    spans = spans_from_surfaces(chat.surfaces, ids)
     try:
         data.decode()
     except UnicodeDecodeError as error:
         kept = _count_complete_tokens(spans[:, 1], data, error.start)
         spans = spans[:kept]
         data = data[: spans[-1, 1] if kept else 0]
-    if data.startswith(b" ") and _starts_with_space(chat_tokenizer, after):
+    if data.startswith(b" ") and _starts_with_space(chat, after):
         data, spans = data[1:], np.maximum(spans - 1, 0)
     return spans, data.decode()
 
 
-def _decode_by_tokenizer(
-    chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None
-) -> tuple[np.ndarray, str]:
+def _decode_by_tokenizer(chat: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
     """The same where only the tokenizer's decoder knows the text."""
-    text = chat_tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    again = chat_tokenizer.encode_completion(text, after=after)
+    text = chat.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = chat.encode_completion(text, after=after)
     overlap = min(len(ids), len(again.ids))
     differ = np.flatnonzero(ids[:overlap] != again.ids[:overlap])
     agreed = int(differ[0]) if differ.size else overlap
@@ -87,9 +85,9 @@ def _count_complete_tokens(ends: np.ndarray, data: bytes, valid: int) -> int:
     return int(complete[-1]) + 1 if complete.size else 0
 
 
-def _starts_with_space(chat_tokenizer: ChatTokenizer, after: Prompt | None) -> bool:
+def _starts_with_space(chat: ChatTokenizer, after: Prompt | None) -> bool:
     """Whether the first token of any completion there holds a blank that belongs to the template or the tokenizer."""
-    if chat_tokenizer.has_leading_space("", after):
+    if chat.has_leading_space("", after):
         return True
-    ids = chat_tokenizer.encode_completion("a", after=after).ids
-    return chat_tokenizer.surfaces.join(ids.tolist()).startswith(b" ")
+    ids = chat.encode_completion("a", after=after).ids
+    return chat.surfaces.join(ids.tolist()).startswith(b" ")

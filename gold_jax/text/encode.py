@@ -190,7 +190,7 @@ class PlainEncoder:
         Raises:
             ValueError: a text is not valid Unicode, or the tokens made of it cannot be located in it.
         """
-        data = [_utf8(text, self.name) for text in texts]
+        data = [utf8(text, f"a text for {self.name}") for text in texts]
         blank = b" " if lead and self.prefix != "forced" else b""
         read = {row: blank.decode() + text for row, text in enumerate(texts) if text}
         found: dict[int, Encoded] = {}
@@ -291,13 +291,14 @@ def _without_first_byte(encoded: Encoded) -> Encoded:
     return Encoded(encoded.ids, spans, encoded.unknown & (spans[:, 1] > spans[:, 0]))
 
 
-def _utf8(text: str, name: str) -> bytes:
+def utf8(text: str, what: str) -> bytes:
+    """The text's bytes; ValueError where it is not valid Unicode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"a text for {name} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds "
-            "half of a surrogate pair; repair or remove it in the data"
+            f"{what} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds half of a "
+            "surrogate pair; repair or remove it in the data"
         ) from None
 
 
@@ -353,23 +354,22 @@ def _remove_prefix(backend) -> str:
     for part in parts_of(normalizer):
         if part["type"] == "Prepend" and part["prepend"]:
             part["prepend"], prefix = "", "always"
-    if normalizer is not None and prefix:
+    if prefix:
         backend.normalizer = _from_state("normalizers", normalizer)
     changed = False
     for index, part in enumerate(parts_of(splitter)):
+        scheme = part.get("prepend_scheme", "always")
         # Where a part before it has cut the text, every piece gets a blank: that is how words are marked. It stays.
-        if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            if index and part.get("prepend_scheme", "always") == "always":
-                continue
+        if part["type"] == "Metaspace" and scheme != "never" and not (index and scheme == "always"):
             part["prepend_scheme"], changed = "never", True
         elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not index:
             part["add_prefix_space"], changed = False, True
-    if splitter is not None and changed:
+    if changed:
         backend.pre_tokenizer = _from_state("pre_tokenizers", splitter)
     return prefix or ("unless" if changed else "")
 
 
-def _from_state(kind: str, state: dict):
+def _from_state(kind: str, state: dict | None):
     import tokenizers
 
     module = getattr(tokenizers, kind)

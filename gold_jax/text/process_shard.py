@@ -72,12 +72,10 @@ class ProcessShard(NamedTuple):
         """Whether this process counts a row."""
         return self.owner_of(row, batch_size) == self.process_index
 
-    def gather_token_ids(
-        self, wanted: Sequence[int], local: Mapping[int, np.ndarray], batch_size: int
-    ) -> list[np.ndarray]:
-        """Token ids of the rows `wanted`, in order, all-gathered from the processes that have them."""
+    def gather_token_ids(self, rows: Sequence[int], local: Mapping[int, np.ndarray], batch_size: int) -> list:
+        """Token ids of these rows, int32 [T] each, in order, all-gathered from the processes that have them."""
         if len(set(self.owners)) == 1 and len(self.local_shards) == self.num_shards:
-            return [local[i] for i in wanted]
-        gathered = self.all_gather([np.asarray(local[i], np.int32) for i in wanted if self.is_owner(i, batch_size)])
+            return [local[i] for i in rows]
+        gathered = self.all_gather([np.asarray(local[i], np.int32) for i in rows if self.is_owner(i, batch_size)])
         remaining = [iter(arrays) for arrays in gathered]
-        return [next(remaining[self.owner_of(i, batch_size)]) for i in wanted]
+        return [next(remaining[self.owner_of(i, batch_size)]) for i in rows]

@@ -82,18 +82,12 @@ class SpecialTokenEscaper:
     a user's text nothing is left alone.
 
     `specials` are the tokenizer's special strings, `frame` strings that are never left alone, beside those that the
-    template itself frames turns with, and `guarded` are `specials` and the added tokens of the template
+    template itself frames turns with, and `guard` are `specials` and the added tokens of the template
     (`structural_strings`); None: `specials`.
     """
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        specials: SpecialStrings,
-        frame: Iterable[str] = (),
-        guarded: SpecialStrings | None = None,
-    ):
-        self._template, self._specials, self._guarded = template, specials, guarded or specials
+    def __init__(self, template: ChatTemplate, specials: SpecialStrings, frame=(), guard: SpecialStrings | None = None):
+        self._template, self._specials, self._guarded = template, specials, guard or specials
         self._structural = frozenset(self._guarded.tokens.keys() - specials.tokens.keys())
         self._frame_given = frozenset(frame)
 
@@ -214,9 +208,7 @@ class EscapedTextEncoder:
             return self._encode_segments(escaped, add_special_tokens)
         return self.encode_with_offsets(escaped, add_special_tokens)[0]
 
-    def encode_with_offsets(
-        self, escaped: EscapedText, add_special_tokens: bool = False
-    ) -> tuple[list[int], np.ndarray]:
+    def encode_with_offsets(self, escaped: EscapedText, add_special_tokens=False) -> tuple[list[int], np.ndarray]:
         """The tokens of a text, and the characters `[start, end)` of the escaped text that each spans, int64 [T, 2].
 
         For tokenizers with a `tokenizers` backend alone: others tell no offsets.
@@ -244,8 +236,9 @@ class EscapedTextEncoder:
             return
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for i, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
-            string = self._string_of.get(i)
-            at = -1 if string is None else text.find(string, begin, end)  # it may have taken blanks beside it, too
+            if (string := self._string_of.get(i)) is None:
+                continue
+            at = text.find(string, begin, end)  # it may have taken blanks beside it, too
             if at >= 0:  # else the token for unknown characters, which nobody wrote
                 yield at, at + len(string), string
 

@@ -154,9 +154,8 @@ def _spell_word(continuing: str, string: str) -> bytes:
 
 def _stands_alone(char: str) -> bool:
     """Whether BERT's pre-tokenizer cuts a text before and after this character."""
-    if char in punctuation or unicodedata.category(char).startswith("P"):
-        return True
-    return any(low <= ord(char) <= high for low, high in _CHINESE)
+    marks = char in punctuation or unicodedata.category(char).startswith("P")
+    return marks or any(low <= ord(char) <= high for low, high in _CHINESE)
 
 
 def _speller(backend) -> tuple[Callable[[str], bytes], bool] | None:
@@ -184,11 +183,8 @@ def _speller(backend) -> tuple[Callable[[str], bytes], bool] | None:
 
 
 def _unigram(model) -> dict:
-    """What a Unigram model shows in its state alone: `unk_id` and `byte_fallback`; empty for other models."""
-    if type(model).__name__ != "Unigram":
-        return {}
-    state = json.loads(model.__getstate__())
-    return {"unk_id": state.get("unk_id"), "byte_fallback": state.get("byte_fallback", False)}
+    """The state of a Unigram model, which alone shows its `unk_id` and `byte_fallback`; empty for other models."""
+    return json.loads(model.__getstate__()) if type(model).__name__ == "Unigram" else {}
 
 
 def unknown_id(tokenizer) -> int | None:
@@ -226,8 +222,7 @@ def _of_backend(tokenizer, backend) -> Surfaces:
     )
     entries = [(i, string) for string, i in backend.get_vocab(with_added_tokens=True).items()]
     as_written = added if spell is _spell_byte_level else ()  # an added entry is not shown in the byte alphabet
-    surfaces = _build(entries, spell, special, falls_back, name_of(tokenizer), as_written)
-    return surfaces if reversible else dataclasses.replace(surfaces, reversible=False)
+    return _build(entries, spell, special, falls_back, name_of(tokenizer), as_written, reversible)
 
 
 def _of_sentencepiece(tokenizer) -> Surfaces:
@@ -252,7 +247,7 @@ def _of_tiktoken(encoding) -> Surfaces:
     return _build(entries.items(), lambda string: string.encode("latin-1"), special, False, name_of(encoding))
 
 
-def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str, as_written=()) -> Surfaces:
+def _build(entries: Iterable, spell, special, falls_back: bool, name: str, as_written=(), reversible=True):
     entries = [(i, string) for i, string in entries if string is not None]
     size = max((i for i, _ in entries), default=-1) + 1
     table: list[bytes | None] = [None] * size
@@ -267,7 +262,7 @@ def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool,
             is_fallback[i], table[i] = True, bytes([int(byte[1], 16)])
         else:
             table[i] = string.encode() if i in as_written else spell(string)
-    return Surfaces(table, strings, is_fallback, name)
+    return Surfaces(table, strings, is_fallback, name, reversible)
 
 
 def excerpt(text: str | bytes | Sequence, at: int = 0, width: int = 60) -> str:

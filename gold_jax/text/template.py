@@ -58,9 +58,7 @@ class Conversation(list):
             before those of the run.
     """
 
-    def __init__(
-        self, messages: Iterable[dict] = (), *, tools: list[dict] | None = None, template_kwargs: dict | None = None
-    ):
+    def __init__(self, messages=(), *, tools: list[dict] | None = None, template_kwargs: dict | None = None):
         super().__init__(messages)
         self.tools, self.template_kwargs = tools or None, template_kwargs or None
 
@@ -191,7 +189,8 @@ class ChatTemplate:
         for message in messages:
             if message.get("role") == "developer":
                 message = message | {"role": self._developer}
-            if calls := message.get("tool_calls"):
+            calls: Any = message.get("tool_calls")
+            if calls:
                 content, as_text = self._call_form
                 calls = [_in_function(call, _arguments_as_text) for call in calls] if as_text else calls
                 message = message | {"content": message.get("content") or content, "tool_calls": calls}
@@ -276,18 +275,16 @@ class ChatTemplate:
         end = len(rendered) - len(after)
         if not rendered.endswith(after):
             raise self._lost(messages, turn, "what the template writes after it depends on what it says")
-        begin = self._after_generation_prompt(messages[:turn], before, rendered, earlier, end)
-        if begin is None and rendered.startswith(before) and len(before) <= end:
-            begin = len(before)
+        begin = self._after_prompt(messages[:turn], before, rendered, earlier, end)
         if begin is None:
-            raise self._lost(messages, turn, "what the template writes before it depends on what it says")
+            begin = len(before)
+            if begin > end or not rendered.startswith(before):
+                raise self._lost(messages, turn, "what the template writes before it depends on what it says")
         if not _says(messages[turn], rendered[begin:end]):
             raise self._lost(messages, turn, f"{excerpt(rendered[begin:end])} stands in its place")
         return begin, end
 
-    def _after_generation_prompt(
-        self, messages: list[dict], before: str, rendered: str, earlier: int, end: int
-    ) -> int | None:
+    def _after_prompt(self, messages: list[dict], before: str, rendered: str, earlier: int, end: int) -> int | None:
         """Where an answer to messages begins: behind the generation prompt, and the blank of `lead`; None if it is not there."""
         if not messages or not self._has_generation_prompt:
             return None
@@ -359,7 +356,7 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         parts[f"{_MARK}{len(parts)}x"] = part
         return next(reversed(parts))
 
-    def in_call(turn: int, k: int, _: dict) -> dict:
+    def in_call(turn: int, k: int, _) -> dict:
         name, arguments = (word(f"the {what} of tool call {k} of message {turn}") for what in ("name", "arguments"))
         return {"name": name, "arguments": {"key": arguments}}
 
@@ -371,9 +368,8 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         if message.get("reasoning_content") and turn == len(messages) - 1:
             changed["reasoning_content"] = word("reasoning_content")
         if message.get("tool_calls"):
-            changed["tool_calls"] = [
-                _in_function(call, functools.partial(in_call, turn, k)) for k, call in enumerate(message["tool_calls"])
-            ]
+            calls = enumerate(message["tool_calls"])
+            changed["tool_calls"] = [_in_function(call, functools.partial(in_call, turn, k)) for k, call in calls]
         marked.append(changed)
     extras = extras_of(messages)
     extras["tools"] = [_in_function(tool, lambda _: {"name": word("tools")}) for tool in extras["tools"] or ()]
@@ -422,7 +418,7 @@ def _jinja(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
-def _in_function(call: Mapping, changes: Callable[[Mapping], dict]) -> Mapping:
+def _in_function(call: Any, changes: Callable[[Any], dict]) -> Any:
     """A tool call, or a tool, with changes where its name stands: in its `function`, or in itself."""
     inner = call.get("function")
     return call | ({"function": _in_function(inner, changes)} if isinstance(inner, Mapping) else changes(call))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -46,7 +46,7 @@ class VocabularyMap:
         stop: tuple[int | Sequence[int], int | Sequence[int]] | None = None,
         by: str = "surfaces",
         mask: Collection[str] = (),
-    ) -> "VocabularyMap":
+    ) -> Self:
         """Match two vocabularies.
 
         Where several entries of one side spell the same, an ordinary entry goes before a byte-fallback one, then the
@@ -90,11 +90,9 @@ class VocabularyMap:
         return cls._in_step(pairs, sizes, stops, shared, distinct, (student, teacher), column, mask)
 
     @classmethod
-    def _in_step(
-        cls, pairs: dict[int, int], sizes, stops, shared: int, distinct, surfaces=(None, None), column=None, mask=()
-    ) -> "VocabularyMap":
+    def _in_step(cls, pairs, sizes, stops, shared, distinct, surfaces=(None, None), column=None, mask=()) -> Self:
         """The map of these pairs of rows; `column` is that of every matched surface (none where rows match by id)."""
-        matched, orders, prefixes = sorted(pairs.items()), [], []
+        matched, sides = sorted(pairs.items()), []
         for k, size in enumerate(sizes):
             first = np.array([pair[k] for pair in matched], np.int32)
             rest = np.setdiff1d(np.arange(size, dtype=np.int32), first, assume_unique=True)
@@ -102,9 +100,9 @@ class VocabularyMap:
             if stops[k]:
                 route[np.isin(rest, stops[k])] = next(c for c, pair in enumerate(matched) if pair[k] == stops[k][0])
             by_route = np.argsort(route, kind="stable")
-            orders.append(np.concatenate([first, rest[by_route]]))
-            prefixes.append(route[by_route])
-        return cls(*orders, len(matched), shared, *distinct, *prefixes)
+            sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
+        (ours, our_route), (theirs, their_route) = sides
+        return cls(ours, theirs, len(matched), shared, *distinct, our_route, their_route)
 
     @classmethod
     def identity(
@@ -114,7 +112,7 @@ class VocabularyMap:
         *,
         stop: tuple[Sequence[int], Sequence[int]] | None = None,
         unmatched: Collection[int] = (),
-    ) -> "VocabularyMap":
+    ) -> Self:
         """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched.
 
         Padding rows of both heads match each other.
@@ -178,9 +176,7 @@ def kind_of(surface: bytes) -> str | None:
     return "numerals" if len(bare) > 1 and bare.isdigit() else None
 
 
-def _routes(
-    surfaces: Surfaces | None, rows: np.ndarray, column: dict[bytes, int] | None, matched: int, mask
-) -> np.ndarray:
+def _routes(surfaces: Surfaces | None, rows: np.ndarray, column: dict | None, matched: int, mask) -> np.ndarray:
     """For each row the column of its longest matched prefix, `matched` without one, `matched + 1` if it is masked."""
     route = np.full(len(rows), matched, np.int32)
     if not column or surfaces is None:
