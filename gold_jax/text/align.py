@@ -17,11 +17,8 @@ def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]
     that a caller may put after the text, such as that of the stop tokens.)
 
     `student_ends` [T] and `teacher_ends` [U] are the byte offsets at which tokens end: they never fall, and the last
-    ones are equal. Returned are the group of each student token, int32 [T], that of each teacher token, int32 [U], and
-    the number of groups.
-
-    Raises:
-        ValueError: the offsets fall somewhere, or the two sides do not end at the same byte.
+    ones are equal (else a ValueError). Returned are the group of each student token, int32 [T], that of each teacher
+    token, int32 [U], and the number of groups.
 
     >>> group_ends([2, 4, 5], [4, 5])
     (array([0, 0, 1], dtype=int32), array([0, 1], dtype=int32), 2)

@@ -48,8 +48,7 @@ class RowReader:
     def read(self, number: int, example: Example) -> tuple[str, str]:
         """Prompt and completion as the student's template writes them; "" for a completion that is not read.
 
-        Raises:
-            ValueError: a template refuses the row or leaves a part of it out, or the answer cannot be located.
+        ValueError where a template refuses the row or leaves a part of it out, or the answer cannot be located.
         """
         try:
             found = self._read(number, example)
@@ -262,8 +261,7 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
 def check_evaluation(examples: Sequence[Example], *tokenizers: ChatTokenizer) -> list[str]:
     """Notices on evaluation data for the student's tokenizer, perhaps a teacher's: rows not measured, parts not written.
 
-    Raises:
-        ValueError: no row has a completion, or a chat template refuses one or leaves a part of it out.
+    ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out.
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
     reader, measured = RowReader("the evaluation data", sides, answers=True), 0

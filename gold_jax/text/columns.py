@@ -83,11 +83,7 @@ def _is_false(label: Any) -> bool:
 
 
 def text_of(value, what: str, wanted: str = "text") -> str:
-    """A value that must be text.
-
-    Raises:
-        ValueError: it is something else.
-    """
+    """A value that must be text; ValueError where it is something else."""
     if not isinstance(value, str):
         raise ValueError(f"{what} must be {wanted}, not {describe_type(value)}")
     return value

@@ -42,10 +42,8 @@ class Example:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
         That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
-        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
+        `ChatTokenizer.answer`.
         """
         if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
             return self.completion or ""

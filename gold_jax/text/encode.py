@@ -24,19 +24,15 @@ from gold_jax.text.surface import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """The tokens of a text.
+    """The tokens of a text."""
 
-    Attributes:
-        ids: int32 [T].
-        spans: int32 [T, 2], the bytes `[start, end)` of the text's UTF-8 that each token spells. They follow each other
-            without a gap from 0 to the text's length; a token that spells no bytes of its own has an empty span.
-        unknown: bool [T], True for the tokens that stand for bytes of the text although they have no surface, such as
-            `<unk>` for a character that the vocabulary lacks: what the model reads there does not say which text it is,
-            so that a loss may leave their groups out.
-    """
-
-    ids: np.ndarray
+    ids: np.ndarray  # int32 [T]
+    #: int32 [T, 2], the bytes `[start, end)` of the text's UTF-8 that each token spells. They follow each other without a
+    #: gap from 0 to the text's length; a token that spells no bytes of its own has an empty span.
     spans: np.ndarray
+    #: bool [T], True for the tokens that stand for bytes of the text although they have no surface, such as `<unk>` for a
+    #: character that the vocabulary lacks: what the model reads there does not say which text it is, so that a loss may
+    #: leave their groups out.
     unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
 
     def __post_init__(self):

@@ -67,8 +67,7 @@ def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_sequence: int,
 def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *, pad: int = 0) -> PackedBatch:
     """Packs `B = batch_size` rows, int32 `[T]` each, `B / S` per sequence with `S = num_sequences`; missing ones are empty.
 
-    Raises:
-        ValueError: `num_sequences` does not divide `batch_size`.
+    ValueError where `num_sequences` does not divide `batch_size`.
     """
     unpadded = pack_unpadded(rows, batch_size, num_sequences)
     return pad_packed(unpadded, *unpadded.longest, pad=pad)

@@ -92,11 +92,7 @@ class SpecialTokenEscaper:
         self._frame_given = frozenset(frame)
 
     def render(self, prompt: str | list[dict], *, generate: bool = False) -> EscapedText:
-        """A prompt as the template writes it; a plain text as it is.
-
-        Raises:
-            ValueError: the template refuses the conversation.
-        """
+        """A prompt as the template writes it (ValueError where it refuses that); a plain text as it is."""
         if isinstance(prompt, str):
             strings = self._placeholders(prompt)
             return EscapedText(self._specials.escape(prompt, strings), strings)
@@ -278,11 +274,7 @@ def _is_read(message: dict) -> bool:
 
 
 def placeholders(count: int, text: str) -> list[str]:
-    """Private-use characters that do not stand in a text, nor their JSON escapes.
-
-    Raises:
-        ValueError: the text holds too many of them.
-    """
+    """Private-use characters that do not stand in a text, nor their JSON escapes; ValueError where it holds too many."""
     lower = text.lower()
     free = (chr(i) for first, last in _PRIVATE for i in range(first, last))
     marks = list(itertools.islice((c for c in free if c not in text and _json_escape(c) not in lower), count))

@@ -28,26 +28,18 @@ _SPLIT_AT_BLANKS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surfaces:
-    """What every entry of one vocabulary spells, by token id.
+    """What every entry of one vocabulary spells, by token id."""
 
-    Attributes:
-        table: the bytes of each entry; None for special tokens and for ids that no entry has.
-        strings: the raw vocabulary string of each entry; None for ids that no entry has.
-        is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
-        name: the tokenizer's name, for messages.
-        reversible: whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed).
-            False for WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by
-            its own decoder, and its surfaces serve to match vocabularies.
-        lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
-        spells: bool [size], False where the table says None.
-        spelling: the table with b"" in the place of None, for joining.
-    """
-
-    table: list[bytes | None]
-    strings: list[str | None]
-    is_fallback: np.ndarray
-    name: str = "tokenizer"
+    table: list[bytes | None]  # the bytes of each entry; None for special tokens and for ids that no entry has
+    strings: list[str | None]  # the raw vocabulary string of each entry; None for ids that no entry has
+    is_fallback: np.ndarray  # bool [size], True for the byte-fallback entries `<0xNN>`
+    name: str = "tokenizer"  # for messages
+    #: Whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed). False for
+    #: WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by its own decoder,
+    #: and its surfaces serve to match vocabularies.
     reversible: bool = True
+    #: int32 [size], the bytes that each entry has; bool [size], False where the table says None; and the table with b""
+    #: in the place of None, for joining.
     lengths: np.ndarray = dataclasses.field(init=False, repr=False)
     spells: np.ndarray = dataclasses.field(init=False, repr=False)
     spelling: list[bytes] = dataclasses.field(init=False, repr=False)

@@ -200,10 +200,8 @@ class ChatTemplate:
     def render(self, messages: list[dict], *, generate: bool = False) -> str:
         """The text that the model reads for a conversation (of a `Conversation` the template gets the tools and variables).
 
-        `generate` says that the beginning of an assistant's answer is to follow.
-
-        Raises:
-            ValueError: the template refuses the conversation; with its own words.
+        `generate` says that the beginning of an assistant's answer is to follow. Where the template refuses the
+        conversation, the ValueError has its own words.
         """
         return self._render(self._adapted(messages), generate=generate)
 
@@ -231,10 +229,8 @@ class ChatTemplate:
     def answer(self, messages: list[dict]) -> Answer:
         """The last answer of a conversation: what the template writes after the generation prompt.
 
-        The last of `messages` is the assistant's, and not the only one.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        The last of `messages` is the assistant's, and not the only one. ValueError where the template refuses the
+        conversation, or the answer cannot be located in what it writes.
         """
         prompt, rendered = self.render(messages[:-1], generate=True), self.render(messages)
         begin, end = len(prompt) + self.lead, len(rendered) - len(self.tail)
@@ -249,10 +245,8 @@ class ChatTemplate:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
         An answer is what the template writes after the generation prompt: its content (as far as the template keeps it),
-        and before it the thinking, or the empty block for it, that the template writes.
-
-        Raises:
-            ValueError: an answer cannot be located exactly in what the template writes.
+        and before it the thinking, or the empty block for it, that the template writes. ValueError where one cannot be
+        located exactly.
         """
         rendered = self.render(messages)
         spans: list[tuple[int, int]] = []

@@ -14,26 +14,21 @@ from gold_jax.text.surface import Surfaces
 class VocabularyMap:
     """Two vocabularies brought into step, as the order in which the rows of either head are to be read.
 
-    Attributes:
-        student_order: int32 [V], a permutation of the rows of the student's head: first the matched ones in the order
-            of their ids, then the others in the order of their routes, then of their ids.
-        teacher_order: int32 [W], the same for the teacher's head; its first `matched` rows are the partners of the
-            student's, one by one.
-        student_prefix_of_unmatched: int32 [V - matched], never falling: for each unmatched row, in the order above, the
-            matched column whose surface is the longest prefix of the row's own. `matched` where there is none (special
-            tokens, padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens'
-            column.
-        teacher_prefix_of_unmatched: int32 [W - matched], the same for the teacher.
+    Orders are permutations of a head's rows: first the `matched` ones, in the order of the student's ids, so that the two
+    sides' are partners one by one, then the others in the order of their routes, then of their ids. Prefixes, never
+    falling, say for each of these others the matched column whose surface is the longest prefix of the row's own:
+    `matched` where there is none (special tokens, padding rows), `matched + 1` where the row is masked. A further stop
+    token goes to the stop tokens' column.
     """
 
-    student_order: np.ndarray
-    teacher_order: np.ndarray
+    student_order: np.ndarray  # int32 [V]
+    teacher_order: np.ndarray  # int32 [W]
     matched: int  # pairs, the stop tokens' among them
     shared: int  # different surfaces (or strings) that both vocabularies have
     student_distinct: int  # different surfaces (or strings) of the student's
     teacher_distinct: int
-    student_prefix_of_unmatched: np.ndarray
-    teacher_prefix_of_unmatched: np.ndarray
+    student_prefix_of_unmatched: np.ndarray  # int32 [V - matched]
+    teacher_prefix_of_unmatched: np.ndarray  # int32 [W - matched]
 
     @classmethod
     def build(
