@@ -149,14 +149,10 @@ def align(student_tokenizer, teacher_tokenizer, text: str) -> Alignment:
     """Tokenize a text on both sides and group the tokens.
 
     Either tokenizer is anything that `surfaces_of` takes, or a `PlainEncoder` (quicker where many texts are aligned).
-    The text is read as plain text: special strings in it are characters like others.
-
-    Raises:
-        ValueError: a tokenizer is of an unknown kind, or its tokens cannot be located in the text.
+    The text is read as plain text: special strings in it are characters like others. ValueError where a tokenizer is of
+    an unknown kind, or its tokens cannot be located in the text.
     """
-    sides = []
-    for tokenizer in (student_tokenizer, teacher_tokenizer):
-        encoder = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-        sides += encoder.encode([text])
-    ours, theirs = sides
+    given = student_tokenizer, teacher_tokenizer
+    encoders = (side if isinstance(side, PlainEncoder) else PlainEncoder(side) for side in given)
+    ours, theirs = (encoder.encode([text])[0] for encoder in encoders)
     return Alignment(text.encode(), ours, theirs, *group_ends(ours.spans[:, 1], theirs.spans[:, 1]))

@@ -278,14 +278,10 @@ def build_batches(
         student, teacher = (pad_packed(x, *size, pad=pad) for x, size, pad in zip(unpadded_both, longest, pads))
         # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
-        batches.append(
-            Batch(
-                _pad_side(student, ours, height, width),
-                _pad_side(teacher, theirs, height, width),
-                pad_right([weights[i] for i in part], height, width, np.float32),
-                _pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height),
-            )
-        )
+        sides_of_batch = _pad_side(student, ours, height, width), _pad_side(teacher, theirs, height, width)
+        weight = pad_right([weights[i] for i in part], height, width, np.float32)
+        labels = _pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height)
+        batches.append(Batch(*sides_of_batch, weight, labels))
     return batches
 
 
@@ -295,10 +291,8 @@ def _weights(
     """The weights of the rows built here for each kind of mask, normalized over the rows of all processes."""
     owned = [{i: mask for i, mask in kind.items() if shard.is_owner(i, batch_size)} for kind in masks]
     totals = shard.all_reduce_sum(np.array([sum(int(mask.sum()) for mask in kind.values()) for kind in owned]))
-    return [
-        dict(zip(kind, normalized_weights(list(kind.values()), normalization, int(total), row_count)))
-        for kind, total in zip(masks, totals)
-    ]
+    found = [normalized_weights([*kind.values()], normalization, int(n), row_count) for kind, n in zip(masks, totals)]
+    return [dict(zip(kind, weights)) for kind, weights in zip(masks, found)]
 
 
 def _tokens(half: SideTokens) -> np.ndarray:

@@ -140,10 +140,8 @@ class ChatTokenizer:
         Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
         `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that
         look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token, but
-        for messages of users and tools, where one that the template itself writes is plain text as well.
-
-        Raises:
-            ValueError: the template refuses a conversation, or a token has no embedding.
+        for messages of users and tools, where one that the template itself writes is plain text as well. ValueError where
+        the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
@@ -190,9 +188,7 @@ class ChatTokenizer:
         the completion: the spans cover its own bytes.
 
         `after` says what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's beginning.
-
-        Raises:
-            ValueError: a text is not valid Unicode, or its tokens cannot be located in it.
+        ValueError where a text is not valid Unicode, or its tokens cannot be located in it.
         """
         pairs = zip(texts, after or [None] * len(texts), strict=True)
         lead = [self.has_leading_space(text, prompt) for text, prompt in pairs]
@@ -217,10 +213,7 @@ class ChatTokenizer:
         """A whole conversation by the template, for training on its answers.
 
         Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
-        and with its stop token, where the template writes one.
-
-        Raises:
-            ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
+        and with its stop token, where the template writes one. ValueError as `ChatTemplate.answers`.
         """
         written, answers = self.locate_answers(messages)
         if backend_of(self.tokenizer) is None:

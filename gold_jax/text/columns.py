@@ -19,13 +19,10 @@ _TOOL = '{"type": "function", "function": {"name": …, "parameters": {…}}}'
 def messages_of(value, column: str) -> list[dict]:
     """Checked copies of messages.
 
-    Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a
-    list of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty
-    one; arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they
-    are.
-
-    Raises:
-        ValueError: it is no list of messages, it is empty, or a message lacks its role or its content.
+    Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a list of
+    text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty one;
+    arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they are.
+    ValueError where it is no list of messages, it is empty, or a message lacks its role or its content.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
         raise ValueError(f"{column!r} must be a list of {{role, content}} messages, not {describe_type(value)}")
@@ -37,9 +34,8 @@ def messages_of(value, column: str) -> list[dict]:
 def conversation_extras(row: Mapping) -> dict[str, Any]:
     """A row's `tools` and template variables, as `Conversation` takes them; what is null or empty is left out.
 
-    Raises:
-        ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place
-            not valid JSON, or a variable has a name that rendering needs.
+    ValueError where `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place not
+    valid JSON, or a variable has a name that rendering needs.
     """
     extras = {}
     if tools := _parsed(row.get("tools"), "tools", "a list of JSON schemas"):

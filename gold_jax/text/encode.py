@@ -153,8 +153,7 @@ class PlainEncoder:
 
     def __init__(self, tokenizer, surfaces: Surfaces | None = None):
         self.surfaces = surfaces or surfaces_of(tokenizer)
-        self.name = name_of(tokenizer)
-        self._tokenizer = tokenizer
+        self.name, self._tokenizer = name_of(tokenizer), tokenizer
         self._dropped: int | None = None
         #: Whether the tokenizer by itself puts a blank before a text: "" (no), "always", "unless" the text has one, or
         #: "forced" where this encoder cannot keep it from doing so (its span is then cut to the text).
@@ -181,10 +180,8 @@ class PlainEncoder:
         """The tokens of texts; one of which the tokenizer leaves nothing (blanks before WordPiece) is one unknown token.
 
         `lead` says that a blank stands before each text, which the first token may hold (`▁answer`) but which is not
-        part of the text: spans count from the text's first byte.
-
-        Raises:
-            ValueError: a text is not valid Unicode, or the tokens made of it cannot be located in it.
+        part of the text: spans count from the text's first byte. ValueError where a text is not valid Unicode, or the
+        tokens made of it cannot be located in it.
         """
         data = [utf8(text, f"a text for {self.name}") for text in texts]
         blank = b" " if lead and self.prefix != "forced" else b""
@@ -192,8 +189,7 @@ class PlainEncoder:
         found: dict[int, Encoded] = {}
         if self.surfaces.reversible:
             for row, ids in zip(read, self._ids(list(read.values()))):
-                exact = self._exact(blank + data[row], ids)
-                if exact is not None:
+                if (exact := self._exact(blank + data[row], ids)) is not None:
                     found[row] = exact
         others = [row for row in read if row not in found]
         found.update(zip(others, self._located([read[row] for row in others])))

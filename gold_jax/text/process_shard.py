@@ -5,16 +5,10 @@ shard where its devices belong to both (tensor parallelism across hosts); in sum
 of them. Numpy only: the collectives are passed in as functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
-
-
-def _identity(values: Any) -> Any:
-    return values
 
 
 class ProcessShard(NamedTuple):
@@ -24,12 +18,12 @@ class ProcessShard(NamedTuple):
     local_shards: tuple[int, ...] = (0,)  # the shards built here, ascending
     process_index: int = 0
     # Elementwise sum and maximum of an array over all processes, and the lists of arrays of all, in process order.
-    all_reduce_sum: Callable[[np.ndarray], np.ndarray] = _identity
-    all_reduce_max: Callable[[np.ndarray], np.ndarray] = _identity
+    all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda values: values
+    all_reduce_max: Callable[[np.ndarray], np.ndarray] = lambda values: values
     all_gather: Callable[[list[np.ndarray]], list[list[np.ndarray]]] = lambda arrays: [arrays]
 
     @classmethod
-    def single_process(cls, num_shards: int = 1) -> ProcessShard:
+    def single_process(cls, num_shards: int = 1) -> Self:
         """All shards, for a run of one process."""
         return cls((0,) * num_shards, tuple(range(num_shards)))
 

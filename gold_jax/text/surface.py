@@ -68,11 +68,8 @@ def surfaces_of(tokenizer) -> Surfaces:
     """The surfaces of a tokenizer.
 
     `tokenizer` is a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
-    `tiktoken.Encoding`.
-
-    Raises:
-        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters
-            with a mark at the end of words.
+    `tiktoken.Encoding`. ValueError where its entries are not known to spell bytes, such as BPE over characters with a mark
+    at the end of words.
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)

@@ -44,6 +44,7 @@ RESERVED = frozenset({
 })  # fmt: skip
 
 _MARK = "qZ7probeX3answerK9"
+_QUESTION = [{"role": "user", "content": "Hello?"}]
 
 
 class Conversation(list):
@@ -159,7 +160,7 @@ class ChatTemplate:
         return "system" if self.takes_system and not self._takes_role("developer") else "developer"
 
     def _takes_role(self, role: str) -> bool:
-        messages = [{"role": role, "content": _MARK}, {"role": "user", "content": "Hello?"}]
+        messages = [{"role": role, "content": _MARK}, *_QUESTION]
         try:
             return _MARK in self._render(messages)
         except ValueError:
@@ -172,9 +173,8 @@ class ChatTemplate:
             arguments = {"key": _MARK + "value"}
             call = {"name": _MARK + "name", "arguments": json.dumps(arguments) if as_text else arguments}
             calls = [{"id": "call00001", "type": "function", "function": call}]
-            question = {"role": "user", "content": "Hello?"}
             try:
-                text = self._render([question, {"role": "assistant", "content": content, "tool_calls": calls}])
+                text = self._render([*_QUESTION, {"role": "assistant", "content": content, "tool_calls": calls}])
             except ValueError:
                 continue
             if _MARK + "name" in text and _MARK + "value" in text and "None" not in text:
@@ -183,8 +183,6 @@ class ChatTemplate:
 
     def _adapted(self, messages: list[dict]) -> list[dict]:
         """Messages in the form that the template takes: developer messages, tool calls without content, arguments."""
-        if not any(message.get("role") == "developer" or message.get("tool_calls") for message in messages):
-            return messages
         adapted = []
         for message in messages:
             if message.get("role") == "developer":
@@ -302,15 +300,14 @@ class ChatTemplate:
 
     def _probe(self) -> tuple[bool, str, bool]:
         """`lead`, `tail`, and whether an answer follows what the template writes where one is to be generated."""
-        question = [{"role": "user", "content": "Hello?"}]
         try:
-            prompt = self.render(question, generate=True)
-            rendered = self.render([*question, {"role": "assistant", "content": _MARK}])
+            prompt = self.render(_QUESTION, generate=True)
+            rendered = self.render([*_QUESTION, {"role": "assistant", "content": _MARK}])
         except ValueError:  # a template for other conversations than this one: nothing can be read off it
             return False, "", True
         before, _, tail = rendered.rpartition(_MARK)
         lead = before == prompt + " "
-        return lead, tail, lead or before == prompt or prompt != self.render(question)
+        return lead, tail, lead or before == prompt or prompt != self.render(_QUESTION)
 
 
 def with_context(prompt: str | list[dict], context: str, template: ChatTemplate) -> str | list[dict]:
