@@ -195,8 +195,8 @@ def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_
     count = sum(len(found) for *_, found in members.values())
     short = not wanted and count > _SHORT
     more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}" if short else None
-    options: dict[str, Any] = dict(formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
-    parser = argparse.ArgumentParser(prog, f"{prog} --FLAG VALUE …", doc, more, **options)
+    style: dict[str, Any] = dict(formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(prog, f"{prog} --FLAG VALUE …", doc, more, **style)
     for name, (cls, owner, found) in members.items():
         about = (owner.__doc__ or "").partition("\n")[0].rstrip(".")
         group = parser.add_argument_group(f"{name}: {about}")

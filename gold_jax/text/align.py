@@ -5,17 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gold_jax.text.encode import Encoded, PlainEncoder, spans_from_offsets, spans_from_surfaces
-
-__all__ = [
-    "Alignment",
-    "align",
-    "group_ends",
-    "groups_holding",
-    "groups_of",
-    "spans_from_offsets",
-    "spans_from_surfaces",
-]
+from gold_jax.text.encode import Encoded, PlainEncoder
 
 
 def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]:
@@ -26,36 +16,25 @@ def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]
     no bytes that only one side has tokens for: there is no group then, and those tokens get 0, the number of the group
     that a caller may put after the text, such as that of the stop tokens.)
 
-    Args:
-        student_ends: [T], the byte offsets at which the student's tokens end, never falling.
-        teacher_ends: [U], the teacher's; the last equals the student's last.
-
-    Returns:
-        The group of each student token, int32 [T]; of each teacher token, int32 [U]; and the number of groups.
-
-    Raises:
-        ValueError: the offsets fall somewhere, or the two sides do not end at the same byte.
+    `student_ends` [T] and `teacher_ends` [U] are the byte offsets at which tokens end: they never fall, and the last
+    ones are equal (else a ValueError). Returned are the group of each student token, int32 [T], that of each teacher
+    token, int32 [U], and the number of groups.
 
     >>> group_ends([2, 4, 5], [4, 5])
     (array([0, 0, 1], dtype=int32), array([0, 1], dtype=int32), 2)
     """
-    (found,) = groups_of([student_ends], [teacher_ends])
-    return found
+    return groups_of([student_ends], [teacher_ends])[0]
 
 
 def groups_of(student_ends: Sequence, teacher_ends: Sequence) -> list[tuple[np.ndarray, np.ndarray, int]]:
-    """`group_ends` of many texts at once: its arguments and its results, one for each text.
-
-    Raises:
-        ValueError: as `group_ends`.
-    """
+    """`group_ends` of many texts at once: its arguments and its results, one for each text."""
     ours, theirs = ([np.asarray(ends, np.int32) for ends in side] for side in (student_ends, teacher_ends))
-    totals = np.array([int(ends[-1]) if ends.size else 0 for ends in ours], np.int64)
-    for total, ends in zip(totals, theirs):
-        if total != (int(ends[-1]) if ends.size else 0):
+    totals, others = (np.array([int(x[-1]) if x.size else 0 for x in side], np.int64) for side in (ours, theirs))
+    for total, other in zip(totals.tolist(), others.tolist()):
+        if total != other:
             raise ValueError(
-                f"two tokenizations of one text end at the same byte, but the student's ends at {total} and the teacher's at "
-                f"{int(ends[-1]) if ends.size else 0}"
+                f"two tokenizations of one text end at the same byte, but the student's ends at {total} and the "
+                f"teacher's at {other}"
             )
     # All texts lie end to end, a byte apart, so that a token without bytes at a text's start is none at another's end.
     starts = np.cumsum(totals + 1) - totals - 1
@@ -105,15 +84,10 @@ def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> np.ndarray:
 
 
 def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
-    """The groups that hold one of the marked tokens, such as an unknown one (`Encoded.unknown`).
+    """The groups that hold one of the marked tokens, such as an unknown one (`Encoded.unknown`): bool [G].
 
-    Args:
-        tokens: bool [T], True for the tokens to look for.
-        group: int32 [T], the group of every token; numbers beyond `count` are in none.
-        count: the number of groups.
-
-    Returns:
-        Bool [G].
+    `tokens`, bool [T], is True for the tokens to look for; `group`, int32 [T], numbers the group of every token, those
+    from `count` on being none.
     """
     holds = np.zeros(count, np.bool_)
     found = group[tokens]
@@ -123,27 +97,17 @@ def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndar
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alignment:
-    """One text as two tokenizers cut it.
+    """One text as two tokenizers cut it."""
 
-    Attributes:
-        text: the text's UTF-8.
-        student, teacher: the tokens and spans of each side.
-        student_group, teacher_group: int32 [T] and [U], the group of every token.
-        count: the number of groups.
-    """
-
-    text: bytes
+    text: bytes  # UTF-8
     student: Encoded
     teacher: Encoded
-    student_group: np.ndarray
-    teacher_group: np.ndarray
-    count: int
+    student_group: np.ndarray  # int32 [T], the group of every token
+    teacher_group: np.ndarray  # int32 [U]
+    count: int  # groups
 
     def __len__(self) -> int:
         return self.count
-
-    def __iter__(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
-        return self.groups()
 
     def __str__(self) -> str:
         """Both sides' tokens, one line each: `·` between the tokens of a group, `│` between groups."""
@@ -165,9 +129,9 @@ class Alignment:
 
     def unknown(self) -> np.ndarray:
         """Bool [G]: the groups in which a token of either side stands for text without saying which."""
-        return groups_holding(self.student.unknown, self.student_group, self.count) | groups_holding(
-            self.teacher.unknown, self.teacher_group, self.count
-        )
+        sides = (self.student, self.student_group), (self.teacher, self.teacher_group)
+        ours, theirs = (groups_holding(tokens.unknown, group, self.count) for tokens, group in sides)
+        return ours | theirs
 
     def groups(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
         """The groups one by one: their bytes, the student's ids, the teacher's ids."""
@@ -178,21 +142,17 @@ class Alignment:
             yield self.text[begin:end], self.student.ids[ours], self.teacher.ids[theirs]
             begin = end
 
+    __iter__ = groups
+
 
 def align(student_tokenizer, teacher_tokenizer, text: str) -> Alignment:
     """Tokenize a text on both sides and group the tokens.
 
-    Args:
-        student_tokenizer: anything `surfaces_of` takes, or a `PlainEncoder` (quicker where many texts are aligned).
-        teacher_tokenizer: the same.
-        text: the text, read as plain text: special strings in it are characters like others.
-
-    Raises:
-        ValueError: a tokenizer is of an unknown kind, or its tokens cannot be located in the text.
+    Either tokenizer is anything that `surfaces_of` takes, or a `PlainEncoder` (quicker where many texts are aligned).
+    The text is read as plain text: special strings in it are characters like others. ValueError where a tokenizer is of
+    an unknown kind, or its tokens cannot be located in the text.
     """
-    sides = []
-    for tokenizer in (student_tokenizer, teacher_tokenizer):
-        encoder = tokenizer if isinstance(tokenizer, PlainEncoder) else PlainEncoder(tokenizer)
-        sides.append(encoder.encode([text])[0])
-    ours, theirs = sides
+    given = student_tokenizer, teacher_tokenizer
+    encoders = (side if isinstance(side, PlainEncoder) else PlainEncoder(side) for side in given)
+    ours, theirs = (encoder.encode([text])[0] for encoder in encoders)
     return Alignment(text.encode(), ours, theirs, *group_ends(ours.spans[:, 1], theirs.spans[:, 1]))

@@ -1,9 +1,9 @@
 """From texts to static arrays: rows with both tokenizations and their groups, then padded merge-index batches.
 
-A `Row` is ragged and stays on the host; a `Batch` is rectangular and goes to the device. The device never sees text or
-spans: everything that the alignment found is in the merge-index arrays of `Side`, which say at which positions to read
-a distribution and which token probabilities to multiply into which group. Weights already hold the normalisation over
-the global batch, so that losses of micro-batches, devices and hosts simply add up.
+A `Row` is ragged and stays on the host; a `Batch` is rectangular and goes to the device, which never sees text or spans:
+the merge-index arrays of `Side` say at which positions to read a distribution and which token probabilities to multiply
+into which group. Weights already hold the normalisation over the global batch, so that losses of micro-batches, devices
+and hosts simply add up.
 
 Shapes: B rows, T and U student and teacher tokens, G groups, M tokens inside merged groups; S packed sequences of N
 tokens (see `text.packing`). Numpy only.
@@ -72,11 +72,7 @@ class SideTokens(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One prompt and completion as both models read it.
-
-    `unknown` are the groups that a token stands in which does not spell its text (an unknown token): what it costs says
-    nothing about the text, so they never count.
-    """
+    """One prompt and completion as both models read it."""
 
     student: SideTokens
     teacher: SideTokens
@@ -84,6 +80,8 @@ class Row:
     text: str
     stopped: bool
     invalid_utf8: bool = False
+    #: The groups that a token stands in which does not spell its text (an unknown token): what it costs says nothing
+    #: about the text, so they never count.
     unknown: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int32))
 
 
@@ -93,7 +91,7 @@ class EncodedRow(NamedTuple):
     student_prompt: np.ndarray
     teacher_prompt: np.ndarray
     student: SampledCompletion
-    teacher: SampledCompletion | Encoded
+    teacher: Encoded
 
 
 def encode_rows(
@@ -109,8 +107,7 @@ def encode_rows(
     """Encodes prompts with their completions for both models.
 
     Args:
-        student: the student's chat tokenizer.
-        teacher: the teacher's chat tokenizer.
+        student, teacher: either model's chat tokenizer.
         prompts: plain texts or lists of messages; each model renders them with its own template.
         completions: text from the data set (it ends by itself, so a stop token follows), or what the student drew.
         one_vocabulary: both have the same entries: the teacher reads the very tokens of the student.
@@ -119,17 +116,18 @@ def encode_rows(
     """
     if teacher_prompts is None:
         teacher_prompts = prompts
-    sampled = _encode_texts(student, prompts, completions)
-    others = sampled if one_vocabulary else teacher.encode_completions([d.text for d in sampled], after=teacher_prompts)
-    rows = []
     if student_prompt_ids is None:
         student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
-    for ids, ours, theirs, prompt, teacher_prompt in zip(
-        student_prompt_ids, sampled, others, prompts, teacher_prompts, strict=True
-    ):
-        same = teacher is student and teacher_prompt is prompt
-        rows.append(EncodedRow(ids, ids if same else teacher.encode_prompt(teacher_prompt), ours, theirs))
-    return rows
+    # Texts take one call to the tokenizer; what was drawn already stays.
+    texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
+    encoded = map(vars, student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
+    ours = [SampledCompletion(**next(encoded), text=c, stopped=True) if isinstance(c, str) else c for c in completions]
+    theirs = ours if one_vocabulary else teacher.encode_completions([c.text for c in ours], after=teacher_prompts)
+    teacher_prompt_ids = [
+        ids if teacher is student and other is prompt else teacher.encode_prompt(other)
+        for ids, other, prompt in zip(student_prompt_ids, teacher_prompts, prompts, strict=True)
+    ]
+    return [EncodedRow(*row) for row in zip(student_prompt_ids, teacher_prompt_ids, ours, theirs, strict=True)]
 
 
 def align_rows(
@@ -143,7 +141,7 @@ def align_rows(
     skip_student_stop: bool = False,
     skip_teacher_stop: bool = False,
 ) -> list[Row]:
-    """Groups the tokens of both sides between the boundaries that they share.
+    """Groups the tokens of both sides between the boundaries that they share. A row without a group counts for nothing.
 
     Args:
         rows: of `encode_rows`.
@@ -152,24 +150,17 @@ def align_rows(
         teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
         positional: pair tokens by position, as the first ULD did, instead of by bytes.
         one_vocabulary: both have the same entries, so that all groups are `1:1`.
-        skip_student_stop: leave the student's stop token out of the groups.
-        skip_teacher_stop: the same for the teacher; either one leaves the pair out.
-
-    Returns:
-        A row each. A row may have no group at all: it then counts for nothing.
+        skip_student_stop, skip_teacher_stop: leave that side's stop token out of the groups; either one leaves the pair
+            out.
     """
-    paired = positional or one_vocabulary
-    aligned = []
-    if not paired:
+    if positional or one_vocabulary:
+        sizes = [(len(row.student.ids), len(row.teacher.ids)) for row in rows]
+        aligned = [(np.arange(ours), np.arange(theirs), min(ours, theirs)) for ours, theirs in sizes]
+    else:
         aligned = groups_of([r.student.spans[:, 1] for r in rows], [r.teacher.spans[:, 1] for r in rows])
     made = []
-    for i, (s_prompt, t_prompt, ours, theirs) in enumerate(rows):
+    for (s_prompt, t_prompt, ours, theirs), (s_group, t_group, count) in zip(rows, aligned):
         s_ids, t_ids = ours.ids, theirs.ids
-        if paired:
-            s_group, t_group = np.arange(len(s_ids)), np.arange(len(t_ids))
-            count = min(len(s_ids), len(t_ids))
-        else:
-            s_group, t_group, count = aligned[i]
         s_group, t_group = (np.where((g >= 0) & (g < count), g, NO_GROUP) for g in (s_group, t_group))
         unknown = s_group[ours.unknown]
         if not one_vocabulary:
@@ -179,31 +170,18 @@ def align_rows(
             s_ids, t_ids = (np.append(ids, stop) for ids, stop in zip((s_ids, t_ids), stop_ids))
             s_group, t_group = (np.append(g, count if counts_stop else NO_GROUP) for g in (s_group, t_group))
             count += counts_stop
-        ours_half = SideTokens(s_prompt, s_ids.astype(np.int32), s_group)
-        theirs_half = SideTokens(t_prompt, t_ids.astype(np.int32), t_group)
-        halves_and_count = _truncate(ours_half, theirs_half, count, max_length, teacher_max_length)
-        made.append(Row(*halves_and_count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
+        s_side, s_lost = _truncate(SideTokens(s_prompt, s_ids.astype(np.int32), s_group), max_length)
+        t_side, t_lost = _truncate(SideTokens(t_prompt, t_ids.astype(np.int32), t_group), teacher_max_length)
+        count = min(count, s_lost, t_lost)
+        made.append(Row(s_side, t_side, count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
     return made
 
 
-def _encode_texts(student: ChatTokenizer, prompts, completions) -> list[SampledCompletion]:
-    """Texts become `SampledCompletion` in one call to the tokenizer, what was drawn already stays."""
-    texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
-    encoded = iter(student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
-    return [SampledCompletion.from_text(c, next(encoded)) if isinstance(c, str) else c for c in completions]
-
-
-def _truncate(student: SideTokens, teacher: SideTokens, count: int, student_limit: int, teacher_limit: int | None):
-    """Truncates both sides to their limits; returns them with the number of groups that are complete on both."""
-
-    def cut(half, limit):
-        room = len(half.completion) if limit is None else max(0, limit - len(half.prompt))
-        kept, lost = half.group[:room], half.group[room:]
-        first_lost = int(lost.min()) if len(lost) else NO_GROUP
-        return SideTokens(half.prompt, half.completion[:room], kept), first_lost
-
-    (student, a), (teacher, b) = cut(student, student_limit), cut(teacher, teacher_limit)
-    return student, teacher, min(count, a, b)
+def _truncate(half: SideTokens, limit: int | None) -> tuple[SideTokens, int]:
+    """One side within its limit, and the first group that is no longer whole."""
+    room = len(half.completion) if limit is None else max(0, limit - len(half.prompt))
+    kept, lost = half.group[:room], half.group[room:]
+    return SideTokens(half.prompt, half.completion[:room], kept), int(lost.min()) if len(lost) else NO_GROUP
 
 
 def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
@@ -212,7 +190,8 @@ def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     `one_to_one` leaves merged groups out, and groups with an unknown token never count. A group whose distribution has
     no position before it (an empty prompt) is left out as well, except under `observed`, which reads one position late.
     """
-    s, t = (_sizes(half, row.groups) for half in (row.student, row.teacher))
+    inside = (half.group[half.group < row.groups] for half in (row.student, row.teacher))
+    s, t = (np.bincount(group, minlength=row.groups)[: row.groups] for group in inside)
     keep = (s > 0) & (t > 0)
     if groups == "one_to_one":
         keep &= (s == 1) & (t == 1)
@@ -220,10 +199,6 @@ def counted_groups(row: Row, merge: str, groups: str) -> np.ndarray:
     if merge != "observed" and row.groups and not (len(row.student.prompt) and len(row.teacher.prompt)):
         keep[0] = False
     return keep
-
-
-def _sizes(half: SideTokens, groups: int) -> np.ndarray:
-    return np.bincount(half.group[half.group < groups], minlength=groups)[:groups]
 
 
 def _merge_index(half: SideTokens, groups: int, merge: str, text: bool):
@@ -281,57 +256,43 @@ def build_batches(
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
-    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the
-    comparison asks for the probability of a group's text, which under `boundary` takes further tokens. `process_shard`
-    says into how many sequences the rows of a batch are packed and which of them this process makes; rows of others may
-    be None, and are not in the result.
+    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the comparison asks for the
+    probability of a group's text, which under `boundary` takes further tokens. `process_shard` says into how many
+    sequences the rows of a batch are packed and which of them this process makes; rows of others may be None, and are
+    not in the result.
     """
-    parts, row_count = process_shard.local_rows_per_batch(len(rows), batch_size), len(rows)
-    numbers = [i for part in parts for i in part]
-    local = {i: row for i in numbers if (row := rows[i]) is not None}
-    keeps = {i: counted_groups(local[i], merge, groups) for i in numbers}
-    targets = {i: _next_token_targets(local[i].student) for i in numbers}
-    counted = [i for i in numbers if process_shard.is_owner(i, batch_size)]
-    totals = process_shard.all_reduce_sum(
-        np.array([sum(int(x[i].sum()) for i in counted) for x in (keeps, _masks(targets))])
-    )
-    weights, label_weights = (
-        dict(zip(numbers, normalized_weights(list(masks.values()), normalization, int(total), row_count)))
-        for masks, total in zip((keeps, _masks(targets)), totals)
-    )
-    unpadded = [
-        [
-            pack_unpadded(
-                [_tokens(half(local[i])) for i in part],
-                process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards),
-                len(process_shard.local_shards),
-            )
-            for half in (lambda row: row.student, lambda row: row.teacher)
-        ]
-        for part in parts
-    ]
+    parts = process_shard.local_rows_per_batch(len(rows), batch_size)
+    local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
+    keeps = {i: counted_groups(row, merge, groups) for i, row in local.items()}
+    targets = {i: _next_token_targets(row.student) for i, row in local.items()}
+    counted = {i: mask for i, (_, mask) in targets.items()}
+    weights, label_weights = _weights((keeps, counted), normalization, len(rows), batch_size, process_shard)
+    sides = [[[getattr(local[i], who) for i in part] for who in ("student", "teacher")] for part in parts]
+    height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
+    unpadded = [[pack_unpadded([_tokens(half) for half in side], height, sequences) for side in both] for both in sides]
     sizes = process_shard.all_reduce_max(np.array([[side.longest for side in both] for both in unpadded])).tolist()
     batches = []
-    for part, both, (ours, theirs) in zip(parts, unpadded, sizes):
-        chosen, counts, height = [local[i] for i in part], [local[i].groups for i in part], both[0].rows_per_sequence
-        height *= len(process_shard.local_shards)
-        student = pad_packed(both[0], *ours, pad=student_pad)
-        teacher = pad_packed(both[1], *theirs, pad=teacher_pad)
+    for part, both, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
+        pads, counts = (student_pad, teacher_pad), [local[i].groups for i in part]
+        ours, theirs = ([_merge_index(half, n, merge, text) for half, n in zip(side, counts)] for side in both)
+        student, teacher = (pad_packed(x, *size, pad=pad) for x, size, pad in zip(unpadded_both, longest, pads))
         # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
-        batches.append(
-            Batch(
-                _pad_side(student, [r.student for r in chosen], counts, merge, text, height, width),
-                _pad_side(teacher, [r.teacher for r in chosen], counts, merge, text, height, width),
-                weight=pad_right([weights[i] for i in part], height, width, np.float32),
-                labels=_pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height),
-            )
-        )
+        sides_of_batch = _pad_side(student, ours, height, width), _pad_side(teacher, theirs, height, width)
+        weight = pad_right([weights[i] for i in part], height, width, np.float32)
+        labels = _pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height)
+        batches.append(Batch(*sides_of_batch, weight, labels))
     return batches
 
 
-def _masks(targets: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> dict[int, np.ndarray]:
-    return {i: mask for i, (_, mask) in targets.items()}
+def _weights(
+    masks: Sequence[Mapping[int, np.ndarray]], normalization: str, row_count: int, batch_size: int, shard: ProcessShard
+) -> list[dict[int, np.ndarray]]:
+    """The weights of the rows built here for each kind of mask, normalized over the rows of all processes."""
+    owned = [{i: mask for i, mask in kind.items() if shard.is_owner(i, batch_size)} for kind in masks]
+    totals = shard.all_reduce_sum(np.array([sum(int(mask.sum()) for mask in kind.values()) for kind in owned]))
+    found = [normalized_weights([*kind.values()], normalization, int(n), row_count) for kind, n in zip(masks, totals)]
+    return [dict(zip(kind, weights)) for kind, weights in zip(masks, found)]
 
 
 def _tokens(half: SideTokens) -> np.ndarray:
@@ -347,18 +308,9 @@ def _next_token_targets(half: SideTokens) -> tuple[np.ndarray, np.ndarray]:
     return np.where(counted, labels, IGNORE), counted
 
 
-def _pad_side(
-    packed: PackedBatch,
-    halves: Sequence[SideTokens],
-    counts: Sequence[int],
-    merge: str,
-    text: bool,
-    height: int,
-    groups: int,
-) -> Side:
+def _pad_side(packed: PackedBatch, found: Sequence[tuple], height: int, groups: int) -> Side:
     gather_index = gather_positions(packed)
     width = gather_index.shape[1]
-    found = [_merge_index(h, n, merge, text) for h, n in zip(halves, counts)]
     base, token_index, position, token, group = zip(*found) if found else ((),) * 5
     return Side(
         packed,
@@ -370,14 +322,11 @@ def _pad_side(
     )
 
 
-def _pad_labels(
-    packed: PackedBatch, tokens: Sequence[np.ndarray], weights: Sequence[np.ndarray], height: int
-) -> Labels:
-    gather_index = gather_positions(packed)
-    width = gather_index.shape[1]
-    return Labels(
-        gather_index, pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)
-    )
+def _pad_labels(packed: PackedBatch, tokens, weights: Sequence[np.ndarray], height: int) -> Labels:
+    index = gather_positions(packed)
+    width = index.shape[1]
+    padded = pad_right(tokens, height, width, np.int32, IGNORE), pad_right(weights, height, width, np.float32)
+    return Labels(index, *padded)
 
 
 def build_token_batches(
@@ -393,21 +342,16 @@ def build_token_batches(
     `process_shard` as in `build_batches`.
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
-    numbers = [i for part in parts for i in part]
-    local = {i: row for i in numbers if (row := rows[i]) is not None}
-    masks = {i: np.append(local[i][1][1:], False) for i in numbers}
-    total = process_shard.all_reduce_sum(
-        np.array([sum(int(masks[i].sum()) for i in numbers if process_shard.is_owner(i, batch_size))])
-    )
-    weights = dict(zip(numbers, normalized_weights(list(masks.values()), normalization, int(total[0]), len(rows))))
-    labels = {i: np.where(masks[i], np.append(local[i][0][1:], IGNORE), IGNORE) for i in numbers}
-    height = process_shard.rows_per_shard(batch_size) * len(process_shard.local_shards)
-    unpadded = [pack_unpadded([local[i][0] for i in part], height, len(process_shard.local_shards)) for part in parts]
+    local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
+    masks = {i: np.append(counted[1:], False) for i, (_, counted) in local.items()}
+    (weights,) = _weights((masks,), normalization, len(rows), batch_size, process_shard)
+    labels = {i: np.where(masks[i], np.append(ids[1:], IGNORE), IGNORE) for i, (ids, _) in local.items()}
+    height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
+    unpadded = [pack_unpadded([local[i][0] for i in part], height, sequences) for part in parts]
+    sizes = process_shard.all_reduce_max(np.array([x.longest for x in unpadded])).tolist()
     batches = []
-    for part, unpadded_part, sizes in zip(
-        parts, unpadded, process_shard.all_reduce_max(np.array([x.longest for x in unpadded])).tolist()
-    ):
-        packed = pad_packed(unpadded_part, *sizes, pad=pad)
+    for part, unpadded_part, size in zip(parts, unpadded, sizes):
+        packed = pad_packed(unpadded_part, *size, pad=pad)
         chosen = [labels[i] for i in part], [weights[i] for i in part]
         batches.append(TokenBatch(packed, _pad_labels(packed, *chosen, height)))
     return batches

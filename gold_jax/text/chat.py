@@ -5,14 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gold_jax.text import special_tokens
 from gold_jax.text.encode import Encoded, PlainEncoder
-from gold_jax.text.special_tokens import (
-    EscapedText,
-    EscapedTextEncoder,
-    SpecialStrings,
-    SpecialTokenEscaper,
-    structural_strings,
-)
+from gold_jax.text.special_tokens import EscapedText, SpecialStrings
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
 from gold_jax.text.template import Answer, ChatTemplate, with_context
 
@@ -57,8 +52,7 @@ class ChatTokenizer:
         copy_tokenizer: bool = True,
     ):
         # Calling a tokenizer sets its truncation and padding, and its owner may change it.
-        tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
         self.name = name_of(tokenizer)
         self.template = ChatTemplate(tokenizer, chat_template, template_kwargs)
         surfaces = surfaces_of(tokenizer)
@@ -67,29 +61,25 @@ class ChatTokenizer:
         known = [self.stop_id, eos, *(int(i) for i in stop_ids)]
         self.stop_ids = tuple(dict.fromkeys(i for i in known if i is not None))
         self.surfaces = surfaces.without(self.stop_ids)
-        pads = (tokenizer.pad_token_id, eos, self.stop_id)
-        self.pad_id = next(i for i in pads if i is not None)
+        self.pad_id = next(i for i in (tokenizer.pad_token_id, eos, self.stop_id) if i is not None)
         self._plain = PlainEncoder(tokenizer, self.surfaces)
         stops = [string for i in self.stop_ids if i < len(surfaces) and (string := surfaces.strings[i])]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
-        guarded = SpecialStrings(tokenizer, also=[*stops, *structural_strings(tokenizer, self.template)])
-        self._escaper = SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
-        self._escaped_encoder = EscapedTextEncoder(tokenizer, guarded)
+        guarded = SpecialStrings(tokenizer, also=[*stops, *special_tokens.structural_strings(tokenizer, self.template)])
+        self._escaper = special_tokens.SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
+        self._escaped_encoder = special_tokens.EscapedTextEncoder(tokenizer, guarded)
+        self.special_tokens_in_prompts, self.embedding_rows = special_tokens_in_prompts, embedding_rows
         self._refuse_lost_blanks()
-        self.special_tokens_in_prompts = special_tokens_in_prompts
-        self.embedding_rows = embedding_rows
 
     def _refuse_lost_blanks(self) -> None:
         """Sees that a tokenizer gives the blanks of a text back, which one loaded as another class than its own may not."""
         text = "the fox is 72"
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         joined = self.surfaces.join(ids).decode(errors="replace")
-        lost = " " not in joined and joined.lower() == text.replace(" ", "")
+        lost = self.surfaces.reversible and " " not in joined and joined.lower() == text.replace(" ", "")
         backend = backend_of(self.tokenizer)
-        if (self.surfaces.reversible and lost) or (
-            backend is not None and backend.encode(text, add_special_tokens=False).ids != ids
-        ):
+        if lost or (backend is not None and backend.encode(text, add_special_tokens=False).ids != ids):
             raise ValueError(
                 f"{self.name} does not give text back: of {text!r} it makes {joined!r}, as a {type(self.tokenizer).__name__}. Its "
                 "`tokenizer_class` may be another one's than its tokenizer.json's; correct it in tokenizer_config.json, or install "
@@ -99,14 +89,15 @@ class ChatTokenizer:
     def _stop_of(self, surfaces, eos: int | None) -> int:
         text, known = self.template.tail, self.tokenizer.added_tokens_decoder
         tail = self.tokenizer.encode(text, add_special_tokens=False) if text else []
-        special = [i for i in tail if _is_written_special(surfaces, i, text)]
+        # Special tokens that stand in the text by their letters (so that none is the one for unknown bytes).
+        special = [i for i in tail if surfaces.table[i] is None and surfaces.strings[i] in text]
         # Some models' stop tokens are added to the vocabulary without being called special.
         added = [i for i in tail if i in known and surfaces.spelling[i].strip()]
         stop = next(iter(special or added), eos)
         if stop is None:
             raise ValueError(
                 f"{self.name} has no end token and its chat template writes no special token after an answer "
-                f"({excerpt(self.template.tail)} follows it), so that nothing tells the model to stop: set eos_token, or "
+                f"({excerpt(text)} follows it), so that nothing tells the model to stop: set eos_token, or "
                 "pass a chat template that writes a stop token"
             )
         return int(stop)
@@ -124,11 +115,7 @@ class ChatTokenizer:
         return self._render_escaped(prompt).original
 
     def answer(self, messages: list[dict]) -> Answer:
-        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
-        """
+        """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
 
     def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
@@ -152,11 +139,9 @@ class ChatTokenizer:
 
         Text gets the tokenizer's own special tokens before it (unless it begins with them and is read as markup, see
         `special_tokens_in_prompts`) and none after it; messages get what their template writes. Strings in them that
-        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token, but for
-        messages of users and tools, where one that the template itself writes is plain text as well.
-
-        Raises:
-            ValueError: the template refuses a conversation, or a token has no embedding.
+        look like special tokens are plain text; an added token that is not special (Qwen's `<think>`) is that token, but
+        for messages of users and tools, where one that the template itself writes is plain text as well. ValueError where
+        the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
         begin = self.tokenizer.bos_token
@@ -165,15 +150,11 @@ class ChatTokenizer:
         result: list = [None] * len(prompts)
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
-            batch = iter(
-                self._tokenize([w.text for w in map(written.__getitem__, rows) if not w.strings], special=wanted)
-            )
+            batch = iter(self._tokenize([written[r].text for r in rows if not written[r].strings], special=wanted))
             for row in rows:
-                escaped = written[row]
-                ids = (
-                    self._escaped_encoder.encode(escaped, add_special_tokens=wanted) if escaped.strings else next(batch)
-                )
-                result[row] = np.array(self._without_end_token(ids, escaped.text) if wanted else ids, np.int32)
+                text, hidden = written[row].text, written[row].strings
+                ids = self._escaped_encoder.encode(written[row], add_special_tokens=wanted) if hidden else next(batch)
+                result[row] = np.array(self._without_end_token(ids, text) if wanted else ids, np.int32)
         if self.embedding_rows is not None:
             for ids in result:
                 if len(ids) and ids.max() >= self.embedding_rows:
@@ -185,11 +166,8 @@ class ChatTokenizer:
 
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
-        if not texts:
-            return []
-        return self.tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
-            "input_ids"
-        ]
+        options = dict(add_special_tokens=special, return_attention_mask=False, verbose=False)
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
 
     def _without_end_token(self, ids: list[int], text: str) -> list[int]:
         """Without the end token that some tokenizers append: more text follows here."""
@@ -202,27 +180,18 @@ class ChatTokenizer:
         """The tokens of an answer, see `encode_completions`."""
         return self.encode_completions([text], after=[after])[0]
 
-    def encode_completions(
-        self, texts: Sequence[str], *, after: Sequence[Prompt | None] | None = None
-    ) -> list[Encoded]:
+    def encode_completions(self, texts: Sequence[str], *, after: Sequence[Prompt | None] = ()) -> list[Encoded]:
         """The tokens of answers, without stop tokens; strings in them that look like special tokens are plain text.
 
         Where the template writes a blank before an answer the first token holds it (Llama 2: `▁Yes`), and where a
         completion is a text from its beginning, so does a tokenizer that puts a blank there. The blank is no part of
         the completion: the spans cover its own bytes.
 
-        Args:
-            texts: the completions.
-            after: what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's
-                beginning.
-
-        Raises:
-            ValueError: a text is not valid Unicode, or its tokens cannot be located in it.
+        `after` says what each follows: messages, or None for an answer in a chat; a plain text; "" for a text's beginning.
+        ValueError where a text is not valid Unicode, or its tokens cannot be located in it.
         """
-        lead = [
-            self.has_leading_space(text, prompt)
-            for text, prompt in zip(texts, after or [None] * len(texts), strict=True)
-        ]
+        pairs = zip(texts, after or [None] * len(texts), strict=True)
+        lead = [self.has_leading_space(text, prompt) for text, prompt in pairs]
         result: list = [None] * len(texts)
         for wanted in set(lead):
             rows = [row for row, has in enumerate(lead) if has == wanted]
@@ -243,31 +212,22 @@ class ChatTokenizer:
     def encode_turns(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation by the template, for training on its answers.
 
-        Returns:
-            The tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to and
-            with its stop token, where the template writes one.
-
-        Raises:
-            ValueError: the template refuses the conversation, or an answer cannot be located in what it writes.
+        Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
+        and with its stop token, where the template writes one. ValueError as `ChatTemplate.answers`.
         """
         written, answers = self.locate_answers(messages)
         if backend_of(self.tokenizer) is None:
             return self._encode_in_pieces(written, answers)
-        found, offsets = self._encode_with_offsets(written)
-        ids = np.array(found, np.int32)
-        counted = np.zeros(len(ids), np.bool_)
+        if written.strings:
+            found, offsets = self._escaped_encoder.encode_with_offsets(written)
+        else:
+            read = self.tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            found, offsets = read["input_ids"], np.array(read["offset_mapping"], np.int64).reshape(-1, 2)
+        ids, counted = np.array(found, np.int32), np.zeros(len(found), np.bool_)
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        for _, end in answers:
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
         return ids, counted
-
-    def _encode_with_offsets(self, written: EscapedText) -> tuple[list[int], np.ndarray]:
-        """The tokens of what the template wrote, and the characters `[start, end)` that each stands in, [T, 2]."""
-        if written.strings:
-            return self._escaped_encoder.encode_with_offsets(written)
-        encoding = self.tokenizer(written.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        return encoding["input_ids"], np.array(encoding["offset_mapping"], np.int64).reshape(-1, 2)
 
     def _encode_in_pieces(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         """The template's text and the answers each encoded alone, as in generation."""
@@ -278,15 +238,13 @@ class ChatTokenizer:
             if begin > at:
                 part = written.slice(at, begin)
                 ids += self._escaped_encoder.encode(part) if part.strings else self._tokenize([part.text])[0]
-            if end > begin:
-                first, part = len(ids), written.slice(begin, end)
-                if self._specials.pattern.search(part.text):  # a special token that the template itself writes
-                    ids += self._escaped_encoder.encode(part)
-                else:
-                    ids += self._plain.encode([part.original])[0].ids.tolist()
+            first, part = len(ids), written.slice(begin, end)
+            if self._specials.pattern.search(part.text):  # a special token that the template itself writes
+                ids += self._escaped_encoder.encode(part)
+            elif part.text:
+                ids += self._plain.encode([part.original])[0].ids.tolist()
+            if begin < last:
                 spans.append((first, len(ids)))
-            elif begin < last:
-                spans.append((len(ids), len(ids)))
             at = end
         array, counted = np.array(ids, np.int32), np.zeros(len(ids), np.bool_)
         for begin, end in spans:
@@ -301,8 +259,3 @@ class ChatTokenizer:
                 counted[at : k + 1] = True
             if self.surfaces.spelling[ids[k]].strip() or self.surfaces.table[ids[k]] is None:
                 return
-
-
-def _is_written_special(surfaces, i: int, text: str) -> bool:
-    """Whether a token is a special one that stands in the text by its letters (and not the one for unknown bytes)."""
-    return surfaces.table[i] is None and surfaces.strings[i] in text

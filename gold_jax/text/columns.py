@@ -1,4 +1,7 @@
-"""What stands in the columns of a row: messages, tools, template variables, checked and brought into one form."""
+"""What stands in the columns of a row: messages, tools, template variables, checked and brought into one form.
+
+Errors name the column and what it must be; the caller puts the row before them.
+"""
 
 import json
 import numbers
@@ -9,76 +12,63 @@ import numpy as np
 
 from gold_jax.text.template import refused_variables
 
+_CALL = '{"type": "function", "function": {"name": …, "arguments": {…}}}'
+_TOOL = '{"type": "function", "function": {"name": …, "parameters": {…}}}'
 
-def messages_of(value, error_prefix: str, column: str) -> list[dict]:
+
+def messages_of(value, column: str) -> list[dict]:
     """Checked copies of messages.
 
-    Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a
-    list of text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty
-    one; arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they
-    are.
-
-    Args:
-        value: what the row has.
-        error_prefix: the row, for messages.
-        column: the column, for messages.
-
-    Raises:
-        ValueError: it is no list of messages, it is empty, or a message lacks its role or its content.
+    Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a list of
+    text parts becomes one text. An assistant's message that calls tools may have no content: it gets an empty one;
+    arguments that are a JSON object as text become the object, which templates expect. All other keys stay as they are.
+    ValueError where it is no list of messages, it is empty, or a message lacks its role or its content.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        raise ValueError(
-            f"{error_prefix}: {column!r} must be a list of {{role, content}} messages, not {describe_type(value)}"
-        )
+        raise ValueError(f"{column!r} must be a list of {{role, content}} messages, not {describe_type(value)}")
     if not value:
-        raise ValueError(f"{error_prefix}: {column!r} is an empty list; it needs at least one message")
-    return [_message(message, error_prefix, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
+        raise ValueError(f"{column!r} is an empty list; it needs at least one message")
+    return [_message(message, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
 
 
-def conversation_extras(row: Mapping, error_prefix: str) -> dict[str, Any]:
+def conversation_extras(row: Mapping) -> dict[str, Any]:
     """A row's `tools` and template variables, as `Conversation` takes them; what is null or empty is left out.
 
-    Raises:
-        ValueError: `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place
-            not valid JSON, or a variable has a name that rendering needs.
+    ValueError where `tools` is not a list of JSON schemas, `chat_template_kwargs` not a dict, a string in their place not
+    valid JSON, or a variable has a name that rendering needs.
     """
     extras = {}
-    tools = _parsed(row.get("tools"), error_prefix, "tools", "a list of JSON schemas")
-    if tools:
-        extras["tools"] = _tools(tools, error_prefix)
-    variables = _parsed(
-        row.get("chat_template_kwargs"), error_prefix, "chat_template_kwargs", "a dict of template variables"
-    )
-    if variables:
+    if tools := _parsed(row.get("tools"), "tools", "a list of JSON schemas"):
+        extras["tools"] = _tools(tools)
+    name, wanted = "chat_template_kwargs", "a dict of template variables"
+    if variables := _parsed(row.get(name), name, wanted):
         if not isinstance(variables, Mapping):
             raise ValueError(
-                f"{error_prefix}: 'chat_template_kwargs' must be a dict of template variables, such as "
-                f'{{"enable_thinking": false}}, not {describe_type(variables)}'
+                f'{name!r} must be {wanted}, such as {{"enable_thinking": false}}, not {describe_type(variables)}'
             )
-        wrong = refused_variables(variables)
-        if wrong:
-            raise ValueError(f"{error_prefix}: 'chat_template_kwargs' cannot hold {wrong}")
+        if wrong := refused_variables(variables):
+            raise ValueError(f"{name!r} cannot hold {wrong}")
         extras["template_kwargs"] = dict(variables)
     return extras
 
 
-def refuse_preferences(row: Mapping, error_prefix: str) -> None:
-    """See that a row is not one of preferences, whose bad answer would be learned as a good one.
+def what_is_compared(row: Mapping) -> str:
+    """Why a row is one of preferences, whose bad answer would be learned as a good one, and the remedy; "" if it is not.
 
-    Raises:
-        ValueError: it has `chosen` and `rejected`, or an answer with `label` false (or 0).
+    Such rows have `chosen` and `rejected`, or an answer with `label` false (or 0).
     """
     if row.get("chosen") is not None and row.get("rejected") is not None:
-        raise ValueError(
-            f"{error_prefix} has the columns 'chosen' and 'rejected': it compares two answers, and here one is learned. Rename the one "
+        return (
+            "the columns 'chosen' and 'rejected': it compares two answers, and here one is learned. Rename the one "
             "that is to be learned to 'completion', and leave the other out"
         )
     answered = row.get("completion") is not None or row.get("messages") is not None
     if answered and _is_false(row.get("label")):
-        raise ValueError(
-            f"{error_prefix} has 'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
+        return (
+            "'label' false: its answer is marked as bad, and here answers are learned. Keep the rows whose label is "
             "true, and leave the column out"
         )
+    return ""
 
 
 def _is_false(label: Any) -> bool:
@@ -88,16 +78,11 @@ def _is_false(label: Any) -> bool:
     return isinstance(label, bool | np.bool_ | numbers.Number) and label == 0
 
 
-def optional_text(row: Mapping, column: str, error_prefix: str) -> str | None:
-    """A column that is text or null; an empty text counts as null.
-
-    Raises:
-        ValueError: it is something else.
-    """
-    value = row.get(column)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{error_prefix}: {column!r} must be text or null, not {describe_type(value)}")
-    return value or None
+def text_of(value, what: str, wanted: str = "text") -> str:
+    """A value that must be text; ValueError where it is something else."""
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be {wanted}, not {describe_type(value)}")
+    return value
 
 
 def describe_type(value) -> str:
@@ -105,44 +90,39 @@ def describe_type(value) -> str:
     return "missing or null" if value is None else f"a {type(value).__name__}"
 
 
-def _message(message, error_prefix: str, which: str) -> dict:
+def _message(message, which: str) -> dict:
     if not isinstance(message, Mapping):
-        raise ValueError(f"{error_prefix}: {which} must have role and content, but is {describe_type(message)}")
-    if not isinstance(message.get("role"), str):
-        raise ValueError(f"{error_prefix}: the role of {which} must be text, not {describe_type(message.get('role'))}")
+        raise ValueError(f"{which} must have role and content, but is {describe_type(message)}")
+    text_of(message.get("role"), f"the role of {which}")
     known = _without_nulls(message)
     calls = known.pop("tool_calls", None)
     if calls:
-        known["tool_calls"] = _calls(calls, error_prefix, which)
+        known["tool_calls"] = _calls(calls, which)
     content = known.get("content")
     if content is None and calls and known["role"] == "assistant":
         content = ""
-    known["content"] = _text(content, error_prefix, which)
+    known["content"] = _content(content, f"the content of {which}")
     return known
 
 
-def _text(content, error_prefix: str, which: str) -> str:
-    if isinstance(content, str):
-        return content
+def _content(content, what: str) -> str:
     if not isinstance(content, list):
-        raise ValueError(f"{error_prefix}: the content of {which} must be text, not {describe_type(content)}")
+        return text_of(content, what)
     for k, part in enumerate(content):
         if not (isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)):
             kind = f"of the type {part.get('type')!r}" if isinstance(part, Mapping) else describe_type(part)
             raise ValueError(
-                f"{error_prefix}: the content of {which} must be text or a list of text parts, "
-                f'{{"type": "text", "text": …}}, but its part {k} is {kind}, not text; only text can be read'
+                f'{what} must be text or a list of text parts, {{"type": "text", "text": …}}, but its part {k} is '
+                f"{kind}, not text; only text can be read"
             )
     return "".join(part["text"] for part in content)
 
 
-def _calls(calls, error_prefix: str, which: str) -> list[dict]:
-    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
-        kind = describe_type(next(c for c in calls if not isinstance(c, Mapping)) if isinstance(calls, list) else calls)
-        raise ValueError(
-            f"{error_prefix}: the tool_calls of {which} must be a list of calls, "
-            f'{{"type": "function", "function": {{"name": …, "arguments": {{…}}}}}}, not {kind}'
-        )
+def _calls(calls, which: str) -> list[dict]:
+    wrong = [call for call in calls if not isinstance(call, Mapping)] if isinstance(calls, list) else [calls]
+    if wrong:
+        kind = describe_type(wrong[0])
+        raise ValueError(f"the tool_calls of {which} must be a list of calls, {_CALL}, not {kind}")
     return [_call(call) for call in calls]
 
 
@@ -160,43 +140,31 @@ def _call(call: dict) -> dict:
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
 
-def _tools(tools, error_prefix: str) -> list[dict]:
+def _tools(tools) -> list[dict]:
     if isinstance(tools, Mapping) or not isinstance(tools, Sequence):
-        raise ValueError(f"{error_prefix}: 'tools' must be a list of JSON schemas, not {describe_type(tools)}")
-    found = [
-        _parsed(t, error_prefix, f"tools[{k}]", "a JSON schema") if isinstance(t, str) else t
-        for k, t in enumerate(tools)
-    ]
+        raise ValueError(f"'tools' must be a list of JSON schemas, not {describe_type(tools)}")
+    found = [_parsed(tool, f"tools[{k}]", "a JSON schema") for k, tool in enumerate(tools)]
     for k, tool in enumerate(found):
         if not isinstance(tool, Mapping):
-            raise ValueError(
-                f"{error_prefix}: 'tools[{k}]' must be a JSON schema, such as "
-                f'{{"type": "function", "function": {{"name": …, "parameters": {{…}}}}}}, not {describe_type(tool)}'
-            )
+            raise ValueError(f"'tools[{k}]' must be a JSON schema, such as {_TOOL}, not {describe_type(tool)}")
     return found
 
 
-def _parsed(value, error_prefix: str, column: str, wanted: str):
-    """A column that may be a string of JSON."""
+def _parsed(value, column: str, wanted: str):
+    """A column that may be a string of JSON; a blank one counts as null."""
     if not isinstance(value, str):
         return value
-    if not value.strip():
-        return None
     try:
-        return json.loads(value)
+        return json.loads(value) if value.strip() else None
     except ValueError as error:
-        raise ValueError(
-            f"{error_prefix}: {column!r} is text but no valid JSON ({error}); it must be {wanted}"
-        ) from None
+        raise ValueError(f"{column!r} is text but no valid JSON ({error}); it must be {wanted}") from None
 
 
 def without_fill(value: Any, feature: Any) -> Any:
     """A value of a `datasets` column without the nulls that Arrow fills in where a struct lacks a key that others have.
 
-    Args:
-        value: the value.
-        feature: what `datasets.Features` says of it: of a struct (a dict) keys that hold null are left out, at every depth;
-            JSON (`datasets.Json`) and what is unknown (None) stay as they are, with the nulls that somebody wrote.
+    `feature` is what `datasets.Features` says of it: of a struct (a dict) keys that hold null are left out, at every
+    depth; JSON (`datasets.Json`) and what is unknown (None) stay as they are, with the nulls that somebody wrote.
     """
     if isinstance(feature, Mapping) and isinstance(value, Mapping):
         return {key: without_fill(item, feature.get(key)) for key, item in value.items() if item is not None}

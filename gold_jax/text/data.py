@@ -6,14 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.text.columns import (
-    conversation_extras,
-    describe_type,
-    messages_of,
-    optional_text,
-    refuse_preferences,
-    without_fill,
-)
+from gold_jax.text.columns import conversation_extras, messages_of, text_of, what_is_compared, without_fill
 from gold_jax.text.template import Conversation
 
 if TYPE_CHECKING:
@@ -28,38 +21,29 @@ _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One row.
+    """One row."""
 
-    Attributes:
-        prompt: text, or a list of messages: a `Conversation` where the row has tools or template variables.
-        completion: the text that follows the prompt, of messages the last answer's content (see `completion_for`); None
-            where the row has a prompt alone. Of an answer that calls tools it is what it says beside, see `calls_tools`.
-        messages: the whole conversation, its last answer included, where the row is one; a `Conversation` likewise.
-        teacher_context: text that only the teacher reads, before the prompt, see `template.with_context`; None: nothing.
-        unread: the row's columns that hold something and that nothing reads.
-    """
-
-    prompt: str | list[dict]
+    prompt: str | list[dict]  # text, or messages: a `Conversation` where the row has tools or template variables
+    #: The text that follows the prompt, of messages the last answer's content (see `completion_for`); None where the
+    #: row has a prompt alone. Of an answer that calls tools it is what it says beside, see `calls_tools`.
     completion: str | None = None
-    messages: list[dict] | None = None
-    teacher_context: str | None = None
+    messages: list[dict] | None = None  # the whole conversation, its last answer included, where the row is one
+    teacher_context: str | None = None  # text that only the teacher reads, before the prompt, see `with_context`
+    #: The row's columns that hold something and that nothing reads.
     unread: tuple[str, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def fingerprint(self) -> bytes:
         """All that is learned from the row, the same for rows that are read alike."""
-        return repr((self.prompt, self.completion, self.messages, self.teacher_context)).encode(
-            "utf-8", "surrogatepass"
-        )
+        learned = self.prompt, self.completion, self.messages, self.teacher_context
+        return repr(learned).encode("utf-8", "surrogatepass")
 
     def completion_for(self, chat_tokenizer: "ChatTokenizer") -> str:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
         That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
-        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
+        `ChatTokenizer.answer`.
         """
         if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
             return self.completion or ""
@@ -74,11 +58,8 @@ class Example:
 class Examples(Sequence):
     """The rows of a data set as examples, converted when they are accessed.
 
-    Args:
-        rows: anything with a length whose items are dicts.
-        source: what messages call it.
-        text_column: the column that stands for `text`.
-        features: the columns' types, as `datasets.Features`; None: those of the rows, if they say any.
+    `rows` is anything with a length whose items are dicts, `source` what messages call it, and `features` the columns'
+    types, as `datasets.Features`; None: those of the rows, if they say any.
     """
 
     def __init__(self, rows, source: str, text_column: str = "text", features: Mapping | None = None):
@@ -104,14 +85,14 @@ class Examples(Sequence):
             row = {name: without_fill(value, self.features.get(name)) for name, value in row.items()}
         return to_example(row, index, self.source, text_column=self.text_column)
 
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
     def first(self, count: int) -> "Examples":
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
         return Examples(rows, self.source, self.text_column, self.features)
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[i] for i in range(len(self)))
 
 
 def load_examples(
@@ -140,67 +121,61 @@ def load_examples(
             that `to_example` takes. Later rows are checked when they are accessed.
     """
     if isinstance(source, (str, pathlib.Path)):
-        name = str(source)
-        return Examples(_load(name, config, split), f"the data set {name!r}", text_column)
+        return Examples(_load(str(source), config, split), f"the data set {str(source)!r}", text_column)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
         source = source[split]
     if isinstance(source, Examples):
         return source
+    features = getattr(source, "features", None)
     if not hasattr(source, "__len__"):
         if streaming_limit is None:
             raise ValueError("a streamed data set has no length: pass a loaded one, or say how many rows to take of it")
-        features, source = getattr(source, "features", None), list(source.take(streaming_limit))
-        return Examples(source, "the data set", text_column, features)
-    return Examples(source, "the data set", text_column)
+        source = list(source.take(streaming_limit))
+    return Examples(source, "the data set", text_column, features)
 
 
 def _load(name: str, config: str | None, split: str):
     import datasets
 
     path = pathlib.Path(resolve_embedded(name)).expanduser()
-    kind = _FORMATS.get(path.suffix)
     base = split.split("[")[0]
-    if path.is_dir():
-        files = sorted(p for p in path.iterdir() if p.suffix in _FORMATS and p.is_file())
-        if not files:
-            raise FileNotFoundError(f"the folder {name!r} holds no .json, .jsonl or .parquet file")
-        kinds = {_FORMATS[p.suffix] for p in files}
-        named = [p for p in files if p.stem == base or p.stem.startswith((base + "-", base + "_", base + "."))]
-        if not named and base != "train":
-            found = ", ".join(p.name for p in files)
-            raise ValueError(f"the folder {name!r} has no file for the split {base!r}; it has {found}")
-        files = named or files
-        kinds = {_FORMATS[p.suffix] for p in files}
-        if len(kinds) > 1:
-            raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
-        kind = kinds.pop()
-    elif path.is_file():
-        if kind is None:
-            raise ValueError(
-                f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub"
-            )
-        if base != "train":
-            raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
-        files = [path]
-    elif kind is not None or name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"there is no file or folder {name!r}")
-    else:
+    if not path.exists():
+        if path.suffix in _FORMATS or name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"there is no file or folder {name!r}")
         try:
             return datasets.load_dataset(name, config, split=split)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
             ) from error
-    slice_of = split.replace(base, "train", 1)
+    files = _files_in(path, name, base) if path.is_dir() else [path]
+    kind, *others = {_FORMATS.get(p.suffix) for p in files}
+    if kind is None:
+        raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
+    if others:
+        raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
+    if path.is_file() and base != "train":
+        raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
     try:
-        return datasets.load_dataset(kind, data_files={"train": [str(p) for p in files]}, split=slice_of)
+        data_files = {"train": [str(p) for p in files]}
+        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
     except Exception as error:  # the builder wraps what its readers raise
-        reason = error.__cause__ or error
-        raise ValueError(
-            f"{', '.join(p.name for p in files)} of {name!r} cannot be read as {kind}: {reason}"
-        ) from error
+        names, reason = ", ".join(p.name for p in files), error.__cause__ or error
+        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {reason}") from error
+
+
+def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
+    """The files of a split in a folder."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in _FORMATS and p.is_file())
+    if not files:
+        raise FileNotFoundError(f"the folder {name!r} holds no .json, .jsonl or .parquet file")
+    named = [p for p in files if p.stem == split or p.stem.startswith((split + "-", split + "_", split + "."))]
+    if not named and split != "train":
+        found = ", ".join(p.name for p in files)
+        raise ValueError(f"the folder {name!r} has no file for the split {split!r}; it has {found}")
+    return named or files
 
 
 def to_example(row, index: int, source: str, *, text_column: str = "text") -> Example:
@@ -212,88 +187,70 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
 
     Beside them a row may have `tools` (a list of JSON schemas) and `chat_template_kwargs` (template variables of this
     row), each also as a string of JSON, which go with messages (a `text` is whole, so that it passes them over), and
-    `teacher_context`, a text. All of them may be null.
-
-    Args:
-        row: a dict.
-        index: its number, for messages.
-        source: the data set's name, for messages.
-        text_column: the column that stands for `text`.
+    `teacher_context`, a text. All of them may be null. Messages call the row by its `index` and the data set's name,
+    `source`.
 
     Raises:
         ValueError: the row has none of the forms, it is one of preferences, or something in it is not as
-            `rows.messages_of` and `rows.conversation_extras` take it. It names the row and its columns.
+            `columns.messages_of` and `columns.conversation_extras` take it. It names the row and its columns.
     """
-    error_prefix = f"row {index} of {source}"
+    where = f"row {index} of {source}"
     if not isinstance(row, Mapping):
-        raise ValueError(f"{error_prefix} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
-    context = optional_text(row, "teacher_context", error_prefix)
-    for form, columns in (("messages", ()), ("prompt", ("completion",)), (text_column, ())):
-        if row.get(form) is None:
-            continue
-        refuse_preferences(row, error_prefix)
+        raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
+    forms = ("messages", "prompt", text_column)
+    form = next((name for name in forms if row.get(name) is not None), None)
+    if form is None:
+        empty = ", ".join(name for name in forms if name in row)
+        hint = f" ({empty} is there but null)" if empty else ""
+        raise ValueError(f"{where} has the columns {', '.join(map(str, row)) or 'none'}{hint}; accepted are {ACCEPTED}")
+    if compared := what_is_compared(row):
+        raise ValueError(f"{where} has {compared}")
+    read = {form, "teacher_context"} | ({"completion"} if form == "prompt" else set())
+    try:
+        context = row.get("teacher_context")
+        context = None if context is None else text_of(context, "'teacher_context'", "text or null") or None
         if form == text_column:
-            example, extra_columns = _text(row, form, error_prefix), ()
+            prompt, completion, messages, extras = "", text_of(row[form], repr(form)), None, {}
         else:
-            example = _conversation(row, error_prefix) if form == "messages" else _prompt(row, error_prefix)
-            example, extra_columns = _with_extras(example, row, error_prefix), ("tools", "chat_template_kwargs")
-        read = {form, *columns, *extra_columns, "teacher_context"}
-        unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
-        return dataclasses.replace(example, teacher_context=context, unread=unread)
-    columns = ", ".join(map(str, row)) or "none"
-    empty = [c for c in ("messages", "prompt", text_column) if c in row]
-    hint = f" ({', '.join(empty)} is there but null)" if empty else ""
-    raise ValueError(f"{error_prefix} has the columns {columns}{hint}; accepted are {ACCEPTED}")
+            prompt, completion, messages = _conversation(row) if form == "messages" else _prompt(row)
+            extras = conversation_extras(row)
+            read |= {"tools", "chat_template_kwargs"}
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if extras:
+        if isinstance(prompt, str) and messages is None:
+            columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
+            raise ValueError(
+                f"{where} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
+                'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
+            )
+        read_by: Any = prompt, messages
+        prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in read_by)
+    unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
+    return Example(prompt, completion, messages, context, unread)
 
 
-def _text(row: Mapping, column: str, error_prefix: str) -> Example:
-    text = row[column]
-    if not isinstance(text, str):
-        raise ValueError(f"{error_prefix}: {column!r} must be text, not {describe_type(text)}")
-    return Example("", text)
-
-
-def _conversation(row: Mapping, error_prefix: str) -> Example:
-    messages = messages_of(row["messages"], error_prefix, "messages")
+def _conversation(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | None]:
+    """Prompt, completion and whole conversation of a row of `messages`."""
+    messages = messages_of(row["messages"], "messages")
     if messages[-1]["role"] != "assistant":
-        return Example(messages)
-    return Example(messages[:-1] or "", messages[-1]["content"], messages)
+        return messages, None, None
+    return messages[:-1] or "", messages[-1]["content"], messages
 
 
-def _prompt(row: Mapping, error_prefix: str) -> Example:
-    prompt = _text_or_messages(row["prompt"], error_prefix, "prompt")
-    if row.get("completion") is None:
-        return Example(prompt)
-    completion = _text_or_messages(row["completion"], error_prefix, "completion")
+def _prompt(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | None]:
+    """The same of a row of `prompt`, perhaps with a `completion`."""
+
+    def read(column: str):
+        value = row.get(column)
+        return value if value is None or isinstance(value, str) else messages_of(value, column)
+
+    prompt, completion = read("prompt"), read("completion")
+    if completion is None or isinstance(prompt, str) and isinstance(completion, str):
+        return prompt, completion, None
     if isinstance(completion, str):
-        if isinstance(prompt, str):
-            return Example(prompt, completion)
-        return Example(prompt, completion, [*prompt, {"role": "assistant", "content": completion}])
+        return prompt, completion, [*prompt, {"role": "assistant", "content": completion}]
     if completion[-1]["role"] != "assistant":
-        raise ValueError(
-            f"{error_prefix}: the completion's last message must be an assistant's, not {completion[-1]['role']!r}"
-        )
-    before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    messages = [*before, *completion]
-    return Example(messages[:-1], messages[-1]["content"], messages)
-
-
-def _with_extras(example: Example, row: Mapping, error_prefix: str) -> Example:
-    """The example with the row's tools and template variables."""
-    extras = conversation_extras(row, error_prefix)
-    if not extras:
-        return example
-    if isinstance(example.prompt, str) and example.messages is None:
-        columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
-        raise ValueError(
-            f"{error_prefix} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
-            'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
-        )
-    prompt, messages = (
-        Conversation(m, **extras) if isinstance(m, list) else m for m in (example.prompt, example.messages)
-    )
-    return dataclasses.replace(example, prompt=prompt, messages=messages)
-
-
-def _text_or_messages(value, error_prefix: str, column: str) -> str | list[dict]:
-    return value if isinstance(value, str) else messages_of(value, error_prefix, column)
+        raise ValueError(f"the completion's last message must be an assistant's, not {completion[-1]['role']!r}")
+    messages = [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), *completion]
+    return messages[:-1], messages[-1]["content"], messages

@@ -1,7 +1,6 @@
 """Reading what a model drew: its tokens as text, up to the first damage."""
 
 import dataclasses
-from typing import cast
 
 import numpy as np
 
@@ -10,37 +9,17 @@ from gold_jax.text.encode import Encoded, spans_from_surfaces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class SampledCompletion:
-    """A completion that a model drew.
+class SampledCompletion(Encoded):
+    """A completion that a model drew, without the stop token and without what was left out; or a text of the data set.
 
-    Attributes:
-        ids: int32 [T], as drawn, without the stop token and without what was left out.
-        spans: int32 [T, 2], the bytes of `text` that each token spells.
-        text: the completion.
-        stopped: whether a stop token ended it.
-        invalid_utf8: whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or,
-            where a tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
-        unknown: bool [T], as `Encoded.unknown`: True for tokens that stand for bytes that they do not spell. What a
-            model drew has none, because it ends before the first; a text that was encoded may.
+    What a model drew has no unknown token, because it ends before the first; a text that was encoded may.
     """
 
-    ids: np.ndarray
-    spans: np.ndarray
-    text: str
-    stopped: bool
-    invalid_utf8: bool
-    unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
-
-    def __post_init__(self):
-        if self.unknown is None:
-            object.__setattr__(self, "unknown", np.zeros(len(self.ids), np.bool_))
-
-    @classmethod
-    def from_text(
-        cls, text: str, encoded: Encoded, *, stopped: bool = True, invalid_utf8: bool = False
-    ) -> "SampledCompletion":
-        """A text that a tokenizer has encoded, in the form of what a model drew."""
-        return cls(encoded.ids, encoded.spans, text, stopped, invalid_utf8, encoded.unknown)
+    text: str = ""
+    stopped: bool = False  # whether a stop token ended it
+    #: Whether tokens were left out at its end: bytes that are no UTF-8, a token that spells nothing, or, where a
+    #: tokenizer does not give text back byte for byte, tokens that it would not make of their own text.
+    invalid_utf8: bool = False
 
 
 def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | None = None) -> SampledCompletion:
@@ -54,47 +33,41 @@ def completion_from_ids(chat_tokenizer: ChatTokenizer, ids, *, after: Prompt | N
     Encoded again it must give the same ids: they have the spans found there. From the first that differs on they are
     left out.
 
-    Args:
-        chat tokenizer: the chat tokenizer of the model that drew.
-        ids: [N], the ids drawn after the prompt. What follows the first stop token does not matter.
-        after: the prompt, as for `encode_completions`.
-
-    Returns:
-        The longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
+    `ids` [N] were drawn after the prompt, `after` (as for `encode_completions`), by the model whose chat tokenizer this is.
+    Returned is the longest prefix that ends with a token and is valid text. It counts as stopped only if it is whole.
     """
     ids = np.asarray(ids, np.int32)
     stops = np.flatnonzero(np.isin(ids, chat_tokenizer.stop_ids))
     ids = ids[: stops[0]] if stops.size else ids
-    size = len(chat_tokenizer.surfaces)
-    invalid = np.flatnonzero((ids < 0) | (ids >= size) | ~chat_tokenizer.surfaces.spells[np.clip(ids, 0, size - 1)])
+    surfaces, size = chat_tokenizer.surfaces, len(chat_tokenizer.surfaces)
+    invalid = np.flatnonzero((ids < 0) | (ids >= size) | ~surfaces.spells[np.clip(ids, 0, size - 1)])
     clean = ids[: invalid[0]] if invalid.size else ids
-    read = _decode_by_surfaces if chat_tokenizer.surfaces.reversible else _decode_by_tokenizer
+    read = _decode_by_surfaces if surfaces.reversible else _decode_by_tokenizer
     spans, text = read(chat_tokenizer, clean, after)
-    invalid_utf8 = len(spans) < len(ids)
-    return SampledCompletion(ids[: len(spans)], spans, text, bool(stops.size) and not invalid_utf8, invalid_utf8)
+    damaged = len(spans) < len(ids)
+    stopped = bool(stops.size) and not damaged
+    return SampledCompletion(ids[: len(spans)], spans, text=text, stopped=stopped, invalid_utf8=damaged)
 
 
-def _decode_by_surfaces(chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
+def _decode_by_surfaces(chat: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
     """The spans of the tokens that are kept, and their text, where the joined surfaces are the text."""
-    data = chat_tokenizer.surfaces.join(ids.tolist())
-    spans = spans_from_surfaces(chat_tokenizer.surfaces, ids)
+    data = chat.surfaces.join(ids.tolist())
+    spans = spans_from_surfaces(chat.surfaces, ids)
     try:
         data.decode()
     except UnicodeDecodeError as error:
         kept = _count_complete_tokens(spans[:, 1], data, error.start)
         spans = spans[:kept]
         data = data[: spans[-1, 1] if kept else 0]
-    if data.startswith(b" ") and _starts_with_space(chat_tokenizer, after):
+    if data.startswith(b" ") and _starts_with_space(chat, after):
         data, spans = data[1:], np.maximum(spans - 1, 0)
     return spans, data.decode()
 
 
-def _decode_by_tokenizer(
-    chat_tokenizer: ChatTokenizer, ids: np.ndarray, after: Prompt | None
-) -> tuple[np.ndarray, str]:
+def _decode_by_tokenizer(chat: ChatTokenizer, ids: np.ndarray, after: Prompt | None) -> tuple[np.ndarray, str]:
     """The same where only the tokenizer's decoder knows the text."""
-    text = chat_tokenizer.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    again = chat_tokenizer.encode_completion(text, after=after)
+    text = chat.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    again = chat.encode_completion(text, after=after)
     overlap = min(len(ids), len(again.ids))
     differ = np.flatnonzero(ids[:overlap] != again.ids[:overlap])
     agreed = int(differ[0]) if differ.size else overlap
@@ -112,10 +85,9 @@ def _count_complete_tokens(ends: np.ndarray, data: bytes, valid: int) -> int:
     return int(complete[-1]) + 1 if complete.size else 0
 
 
-def _starts_with_space(chat_tokenizer: ChatTokenizer, after: Prompt | None) -> bool:
+def _starts_with_space(chat: ChatTokenizer, after: Prompt | None) -> bool:
     """Whether the first token of any completion there holds a blank that belongs to the template or the tokenizer."""
-    if chat_tokenizer.has_leading_space("", after):
+    if chat.has_leading_space("", after):
         return True
-    return chat_tokenizer.surfaces.join(chat_tokenizer.encode_completion("a", after=after).ids.tolist()).startswith(
-        b" "
-    )
+    ids = chat.encode_completion("a", after=after).ids
+    return chat.surfaces.join(ids.tolist()).startswith(b" ")

@@ -24,19 +24,15 @@ from gold_jax.text.surface import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoded:
-    """The tokens of a text.
+    """The tokens of a text."""
 
-    Attributes:
-        ids: int32 [T].
-        spans: int32 [T, 2], the bytes `[start, end)` of the text's UTF-8 that each token spells. They follow each other
-            without a gap from 0 to the text's length; a token that spells no bytes of its own has an empty span.
-        unknown: bool [T], True for the tokens that stand for bytes of the text although they have no surface, such as
-            `<unk>` for a character that the vocabulary lacks: what the model reads there does not say which text it is,
-            so that a loss may leave their groups out.
-    """
-
-    ids: np.ndarray
+    ids: np.ndarray  # int32 [T]
+    #: int32 [T, 2], the bytes `[start, end)` of the text's UTF-8 that each token spells. They follow each other without a
+    #: gap from 0 to the text's length; a token that spells no bytes of its own has an empty span.
     spans: np.ndarray
+    #: bool [T], True for the tokens that stand for bytes of the text although they have no surface, such as `<unk>` for a
+    #: character that the vocabulary lacks: what the model reads there does not say which text it is, so that a loss may
+    #: leave their groups out.
     unknown: np.ndarray = cast(np.ndarray, None)  # unless given, `__post_init__` says False of every token
 
     def __post_init__(self):
@@ -58,14 +54,8 @@ def spans_from_offsets(surfaces: Surfaces, ids: Sequence[int], offsets: Sequence
     that no token claims (a combining mark that a normaliser composed, blanks that were trimmed) go to the token that
     spells them, else to the one before; of blanks before a token that spells one, the last goes to it.
 
-    Args:
-        surfaces: the tokenizer's surfaces.
-        ids: token ids, [T].
-        offsets: the characters `[start, end)` of each token, [T].
-        text: the text.
-
-    Returns:
-        int32 [T, 2], byte spans that follow each other without a gap and cover the text.
+    `offsets` are the characters `[start, end)` of each of the `ids`, [T]. The spans, int32 [T, 2] in bytes, follow each
+    other without a gap and cover the text.
     """
     widths = [len(char.encode()) for char in text]
     at = [0, *itertools.accumulate(widths)]  # character -> byte
@@ -105,11 +95,8 @@ def _runs(offsets: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, i
 
 
 def _stretch(ends: list[int], end: int):
-    """Give bytes that no token claims to the last token that has any; empty ones behind it stay behind it.
-
-    At the text's start there is none yet: the first token begins there in any case.
-    """
-    value = ends[-1] if ends else None
+    """Give bytes that no token claims to the last token that has any; empty ones behind it stay behind it."""
+    value = ends[-1] if ends else None  # at the text's start there is none: the first token begins there in any case
     for k in reversed(range(len(ends))):
         if ends[k] != value:
             return
@@ -119,8 +106,8 @@ def _stretch(ends: list[int], end: int):
 def _ends_in_run(surfaces: Surfaces, run: Sequence[int], data: bytes) -> list[int]:
     """Where the tokens of a run end within its bytes.
 
-    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets what is
-    left in the middle.
+    From both ends, tokens that spell the bytes at their position get them, up to complete characters; one token gets
+    what is left in the middle.
     """
     if len(run) == 1:
         return [len(data)]
@@ -161,25 +148,18 @@ def _spans(ends: np.ndarray) -> np.ndarray:
 class PlainEncoder:
     """Encodes texts as plain text: no special token is added, none is read out of the text, no blank is put before it.
 
-    The tokenizer given is left as it is: a changed copy does the work.
-
-    Args:
-        tokenizer: whatever `surfaces_of` takes.
-        surfaces: its surfaces, if they are at hand.
+    A changed copy of the tokenizer, which is whatever `surfaces_of` takes, does the work.
     """
 
     def __init__(self, tokenizer, surfaces: Surfaces | None = None):
         self.surfaces = surfaces or surfaces_of(tokenizer)
-        self.name = name_of(tokenizer)
-        self._tokenizer = tokenizer
-        self._backend = None
+        self.name, self._tokenizer = name_of(tokenizer), tokenizer
         self._dropped: int | None = None
         #: Whether the tokenizer by itself puts a blank before a text: "" (no), "always", "unless" the text has one, or
         #: "forced" where this encoder cannot keep it from doing so (its span is then cut to the text).
         self.prefix = ""
-        backend = backend_of(tokenizer)
-        if backend is not None:
-            self._backend = copy.deepcopy(backend)
+        self._backend = copy.deepcopy(backend_of(tokenizer))
+        if self._backend is not None:
             self._backend.no_truncation()
             self._backend.no_padding()
             self._backend.encode_special_tokens = True
@@ -197,27 +177,19 @@ class PlainEncoder:
             return False
 
     def encode(self, texts: Sequence[str], *, lead: bool = False) -> list[Encoded]:
-        """Encode texts.
+        """The tokens of texts; one of which the tokenizer leaves nothing (blanks before WordPiece) is one unknown token.
 
-        A text of which the tokenizer leaves nothing (blanks before WordPiece) is one unknown token.
-
-        Args:
-            texts: the texts.
-            lead: whether a blank stands before each text, which the first token may hold (`▁answer`) but which is not
-                part of the text: spans count from the text's first byte.
-
-        Raises:
-            ValueError: a text is not valid Unicode, or the tokens that the tokenizer makes of it cannot be located in
-                it.
+        `lead` says that a blank stands before each text, which the first token may hold (`▁answer`) but which is not
+        part of the text: spans count from the text's first byte. ValueError where a text is not valid Unicode, or the
+        tokens made of it cannot be located in it.
         """
-        data = [_utf8(text, self.name) for text in texts]
+        data = [utf8(text, f"a text for {self.name}") for text in texts]
         blank = b" " if lead and self.prefix != "forced" else b""
         read = {row: blank.decode() + text for row, text in enumerate(texts) if text}
         found: dict[int, Encoded] = {}
         if self.surfaces.reversible:
             for row, ids in zip(read, self._ids(list(read.values()))):
-                exact = self._exact(blank + data[row], ids)
-                if exact is not None:
+                if (exact := self._exact(blank + data[row], ids)) is not None:
                     found[row] = exact
         others = [row for row in read if row not in found]
         found.update(zip(others, self._located([read[row] for row in others])))
@@ -249,22 +221,20 @@ class PlainEncoder:
 
     def _exact(self, data: bytes, ids: list[int]) -> Encoded | None:
         """Tokens whose surfaces spell the text; None where they do not."""
-        joined = b"".join(map(self.surfaces.spelling.__getitem__, ids))
-        if joined == data:
-            return Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids))
-        if self.prefix == "forced" and joined == b" " + data:
-            return _without_first_byte(Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids)))
-        return None
+        joined = self.surfaces.join(ids)
+        shifted = self.prefix == "forced" and joined == b" " + data
+        if joined != data and not shifted:
+            return None
+        encoded = Encoded(np.array(ids, np.int32), spans_from_surfaces(self.surfaces, ids))
+        return _without_first_byte(encoded) if shifted else encoded
 
     def _located(self, texts: list[str]) -> Iterator[Encoded]:
         """The tokens of texts by the tokenizer's own character offsets."""
         if self._backend is not None:
-            found = [
-                self._fast_spans(text, encoding)
-                for text, encoding in zip(texts, self._encodings(self._backend.encode_batch, texts))
-            ]
+            encodings = self._encodings(self._backend.encode_batch, texts)
+            found = (self._fast_spans(*pair) for pair in zip(texts, encodings))
         else:
-            found = [self._slow_spans(text) for text in texts]
+            found = map(self._slow_spans, texts)
         for text, (ids, spans) in zip(texts, found):
             array = np.array(ids, np.int32)
             unknown = ~self.surfaces.spells[array] & (spans[:, 1] > spans[:, 0])
@@ -313,13 +283,14 @@ def _without_first_byte(encoded: Encoded) -> Encoded:
     return Encoded(encoded.ids, spans, encoded.unknown & (spans[:, 1] > spans[:, 0]))
 
 
-def _utf8(text: str, name: str) -> bytes:
+def utf8(text: str, what: str) -> bytes:
+    """The text's bytes; ValueError where it is not valid Unicode."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"a text for {name} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds "
-            "half of a surrogate pair; repair or remove it in the data"
+            f"{what} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds half of a "
+            "surrogate pair; repair or remove it in the data"
         ) from None
 
 
@@ -375,23 +346,22 @@ def _remove_prefix(backend) -> str:
     for part in parts_of(normalizer):
         if part["type"] == "Prepend" and part["prepend"]:
             part["prepend"], prefix = "", "always"
-    if normalizer is not None and prefix:
+    if prefix:
         backend.normalizer = _from_state("normalizers", normalizer)
     changed = False
     for index, part in enumerate(parts_of(splitter)):
+        scheme = part.get("prepend_scheme", "always")
         # Where a part before it has cut the text, every piece gets a blank: that is how words are marked. It stays.
-        if part["type"] == "Metaspace" and part.get("prepend_scheme", "always") != "never":
-            if index and part.get("prepend_scheme", "always") == "always":
-                continue
+        if part["type"] == "Metaspace" and scheme != "never" and not (index and scheme == "always"):
             part["prepend_scheme"], changed = "never", True
         elif part["type"] == "ByteLevel" and part.get("add_prefix_space") and not index:
             part["add_prefix_space"], changed = False, True
-    if splitter is not None and changed:
+    if changed:
         backend.pre_tokenizer = _from_state("pre_tokenizers", splitter)
     return prefix or ("unless" if changed else "")
 
 
-def _from_state(kind: str, state: dict):
+def _from_state(kind: str, state: dict | None):
     import tokenizers
 
     module = getattr(tokenizers, kind)

@@ -1,11 +1,9 @@
 """Sequence packing: the rows of a batch end to end in a few sequences, shared prefixes stored once, shapes padded to buckets.
 
-Everything but attention treats a decoder's tokens one by one, so their order and grouping do not matter to it;
-attention alone needs rows, and gathers them by `gather_index`. Packing pays twice:
-
-- padding stands only at the end of a packed sequence, not behind every row;
-- a prefix that rows share (a template's system message, a prompt sampled several times) is computed once. Its hidden
-  states are the same in every row that begins with it, and the gradients of these rows add up in them.
+Everything but attention treats a decoder's tokens one by one, whatever their order; attention alone needs rows, and
+gathers them by `gather_index`. So padding stands only at the end of a packed sequence, and a prefix that rows share (a
+template's system message, a prompt sampled several times) is computed once: its hidden states are the same in every row
+that begins with it, and the gradients of these rows add up in them.
 
 Shapes: B rows, T tokens of a row; S packed sequences (one per device that shares the batch) of N tokens and R = B / S
 rows each. Numpy only.
@@ -24,22 +22,15 @@ class PackedBatch(NamedTuple):
 
     tokens: np.ndarray  # [S, N] int32
     gather_index: np.ndarray  # [S, R, T] int32, index into its sequence of each token of a row; 0 behind a row's end
-    first_slot: (
-        np.ndarray
-    )  # [S, N] int32, the first of the sequence's R·T row slots that holds the token; 0 for padding
+    first_slot: np.ndarray  # [S, N] int32, the first of its R·T row slots that holds the token; 0 for padding
     mask: np.ndarray  # [S, R, T] bool, true where there is a token
 
 
 class UnpaddedBatch(NamedTuple):
-    """Packed rows whose sequences are not yet padded.
+    """Packed rows whose sequences are not yet padded."""
 
-    Attributes:
-        sequences: the tokens of each sequence, and the indices into it of each row's tokens.
-        rows_per_sequence: `R`.
-    """
-
-    sequences: list[tuple[np.ndarray, list[np.ndarray]]]
-    rows_per_sequence: int
+    sequences: list[tuple[np.ndarray, list[np.ndarray]]]  # tokens, and the indices into them of each row's tokens
+    rows_per_sequence: int  # R
 
     @property
     def longest(self) -> tuple[int, int]:
@@ -52,51 +43,31 @@ def pack_unpadded(rows: Sequence[np.ndarray], batch_size: int, num_sequences: in
     """Packs rows, `batch_size / num_sequences` per sequence, without padding; arguments as `pack`."""
     if batch_size % num_sequences:
         raise ValueError(f"{batch_size} rows cannot be shared out evenly among {num_sequences} devices")
-    rows_per_sequence = batch_size // num_sequences
-    return UnpaddedBatch(
-        [
-            _deduplicate_prefixes(rows[k * rows_per_sequence : (k + 1) * rows_per_sequence])
-            for k in range(num_sequences)
-        ],
-        rows_per_sequence,
-    )
+    size = batch_size // num_sequences
+    parts = [rows[k * size : (k + 1) * size] for k in range(num_sequences)]
+    return UnpaddedBatch([_deduplicate_prefixes(part) for part in parts], size)
 
 
 def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_sequence: int, *, pad: int = 0) -> PackedBatch:
     """Pads rows and sequences to the buckets that hold these lengths, so that shapes, and compilations, stay few."""
-    width, length, count = bucket(longest_row), fine_bucket(longest_sequence), len(unpadded.sequences)
-    gather_index = np.stack(
-        [pad_right(index, unpadded.rows_per_sequence, width, np.int32) for _, index in unpadded.sequences]
-    )
-    sizes = [
-        [len(w) for w in index] + [0] * (unpadded.rows_per_sequence - len(index)) for _, index in unpadded.sequences
-    ]
+    width, length, height = bucket(longest_row), fine_bucket(longest_sequence), unpadded.rows_per_sequence
+    tokens, indices = zip(*unpadded.sequences)
+    gather_index = np.stack([pad_right(index, height, width, np.int32) for index in indices])
+    sizes = [[len(w) for w in index] + [0] * (height - len(index)) for index in indices]
     mask = np.arange(width) < np.array(sizes)[..., None]
-    first_slot = np.zeros((count, length), np.int32)
-    slots = np.arange(unpadded.rows_per_sequence * width, dtype=np.int32)
-    for k in range(count):
+    first_slot = np.zeros((len(tokens), length), np.int32)
+    slots = np.arange(height * width, dtype=np.int32)
+    for k, first in enumerate(first_slot):
         valid = mask[k].reshape(-1)
         # Assigned from the last slot to the first: where several slots hold one token, the first is what remains.
-        first_slot[k, gather_index[k].reshape(-1)[valid][::-1]] = slots[valid][::-1]
-    return PackedBatch(
-        pad_right([tokens for tokens, _ in unpadded.sequences], count, length, np.int32, pad),
-        gather_index,
-        first_slot,
-        mask,
-    )
+        first[gather_index[k].reshape(-1)[valid][::-1]] = slots[valid][::-1]
+    return PackedBatch(pad_right(tokens, len(tokens), length, np.int32, pad), gather_index, first_slot, mask)
 
 
 def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *, pad: int = 0) -> PackedBatch:
-    """Packs rows, `batch_size / num_sequences` per sequence; missing rows are empty.
+    """Packs `B = batch_size` rows, int32 `[T]` each, `B / S` per sequence with `S = num_sequences`; missing ones are empty.
 
-    Args:
-        rows: int32 `[T]` each, at most `batch_size` of them.
-        batch_size: `B`.
-        num_sequences: `S`.
-        pad: the token id of padding.
-
-    Raises:
-        ValueError: `num_sequences` does not divide `batch_size`.
+    ValueError where `num_sequences` does not divide `batch_size`.
     """
     unpadded = pack_unpadded(rows, batch_size, num_sequences)
     return pad_packed(unpadded, *unpadded.longest, pad=pad)
@@ -105,8 +76,7 @@ def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *,
 def _deduplicate_prefixes(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The tokens of one packed sequence, and for every row the indices of its tokens in it.
 
-    Rows are visited in lexicographic order: there, a row's longest prefix shared with any earlier row is the one it
-    shares with its predecessor, so one comparison per row finds every prefix to reuse.
+    In lexicographic order a row's longest prefix shared with any earlier row is the one it shares with its predecessor.
     """
     parts, index, size = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)] * len(rows), 0
     previous_row, previous_index = parts[0], parts[0]

@@ -1,44 +1,29 @@
 """Which rows of a global batch this process builds, and the reductions over processes that its normalisation needs.
 
-The rows of a micro-batch are split over the mesh's row shards, one packed sequence each. A process builds the shards
-that its devices hold. Two processes build the same shard where its devices belong to both (tensor parallelism across
-hosts); in sums it counts for its owner alone, the first of them. Numpy only: the collectives are passed in as
-functions.
+The rows of a micro-batch are split over the mesh's row shards, one packed sequence each. Two processes build the same
+shard where its devices belong to both (tensor parallelism across hosts); in sums it counts for its owner alone, the first
+of them. Numpy only: the collectives are passed in as functions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 
 
-def _identity(values: Any) -> Any:
-    return values
-
-
 class ProcessShard(NamedTuple):
-    """The part of every micro-batch that one process builds.
+    """The part of every micro-batch that one process builds."""
 
-    Attributes:
-        owners: for each shard, the index of the process that counts it in sums.
-        local_shards: the shards built here, ascending.
-        process_index: the index of this process.
-        all_reduce_sum: elementwise sum of an array over all processes.
-        all_reduce_max: elementwise maximum of an array over all processes.
-        all_gather: the lists of int32 arrays of all processes, in process order.
-    """
-
-    owners: tuple[int, ...] = (0,)
-    local_shards: tuple[int, ...] = (0,)
+    owners: tuple[int, ...] = (0,)  # for each shard, the index of the process that counts it in sums
+    local_shards: tuple[int, ...] = (0,)  # the shards built here, ascending
     process_index: int = 0
-    all_reduce_sum: Callable[[np.ndarray], np.ndarray] = _identity
-    all_reduce_max: Callable[[np.ndarray], np.ndarray] = _identity
+    # Elementwise sum and maximum of an array over all processes, and the lists of arrays of all, in process order.
+    all_reduce_sum: Callable[[np.ndarray], np.ndarray] = lambda values: values
+    all_reduce_max: Callable[[np.ndarray], np.ndarray] = lambda values: values
     all_gather: Callable[[list[np.ndarray]], list[list[np.ndarray]]] = lambda arrays: [arrays]
 
     @classmethod
-    def single_process(cls, num_shards: int = 1) -> ProcessShard:
+    def single_process(cls, num_shards: int = 1) -> Self:
         """All shards, for a run of one process."""
         return cls((0,) * num_shards, tuple(range(num_shards)))
 
@@ -48,24 +33,20 @@ class ProcessShard(NamedTuple):
         return len(self.owners)
 
     def rows_per_shard(self, batch_size: int) -> int:
-        """Rows of one shard.
-
-        Raises:
-            ValueError: the shards do not divide the batch.
-        """
+        """Rows of one shard; ValueError where the shards do not divide the batch."""
         if batch_size % self.num_shards:
             raise ValueError(f"{batch_size} rows cannot be shared out evenly among {self.num_shards} devices")
         return batch_size // self.num_shards
+
+    def local_height(self, batch_size: int) -> int:
+        """Rows of a micro-batch that are built here, the missing ones of the last included."""
+        return self.rows_per_shard(batch_size) * len(self.local_shards)
 
     def local_rows_per_batch(self, count: int, batch_size: int) -> list[list[int]]:
         """For each micro-batch of `count` rows in all, the indices of the rows built here."""
         rows = self.rows_per_shard(batch_size)
         return [
-            [
-                i
-                for shard in self.local_shards
-                for i in range(start + shard * rows, min(start + (shard + 1) * rows, count))
-            ]
+            [i for k in self.local_shards for i in range(start + k * rows, min(start + (k + 1) * rows, count))]
             for start in range(0, count, batch_size)
         ]
 
@@ -81,12 +62,10 @@ class ProcessShard(NamedTuple):
         """Whether this process counts a row."""
         return self.owner_of(row, batch_size) == self.process_index
 
-    def gather_token_ids(
-        self, wanted: Sequence[int], local: Mapping[int, np.ndarray], batch_size: int
-    ) -> list[np.ndarray]:
-        """Token ids of the rows `wanted`, in order, all-gathered from the processes that have them."""
+    def gather_token_ids(self, rows: Sequence[int], local: Mapping[int, np.ndarray], batch_size: int) -> list:
+        """Token ids of these rows, int32 [T] each, in order, all-gathered from the processes that have them."""
         if len(set(self.owners)) == 1 and len(self.local_shards) == self.num_shards:
-            return [local[i] for i in wanted]
-        gathered = self.all_gather([np.asarray(local[i], np.int32) for i in wanted if self.is_owner(i, batch_size)])
+            return [local[i] for i in rows]
+        gathered = self.all_gather([np.asarray(local[i], np.int32) for i in rows if self.is_owner(i, batch_size)])
         remaining = [iter(arrays) for arrays in gathered]
-        return [next(remaining[self.owner_of(i, batch_size)]) for i in wanted]
+        return [next(remaining[self.owner_of(i, batch_size)]) for i in rows]

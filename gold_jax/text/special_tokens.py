@@ -1,9 +1,8 @@
 """Escapes the strings of special tokens in users' text, so that they are read as plain text, unlike the template's own.
 
-A user may well write `<|im_end|>` or `</s>`. In the text that a chat template makes of the messages such a string looks
-like the template's own. So every one is hidden behind a private-use character before the template runs, comes back
-after it, and goes through a copy of the tokenizer that knows its special tokens by other names: the template's are
-written by these names, and the user's letters are nothing but letters.
+In what a chat template makes of messages, a user's `<|im_end|>` looks like the template's own. So every such string is
+hidden behind a private-use character while the template runs, and what it wrote goes through a copy of the tokenizer that
+knows its special tokens by other names: the template's are written by these, and the user's letters are only letters.
 """
 
 import dataclasses
@@ -17,22 +16,17 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.surface import backend_of
-from gold_jax.text.template import Answer, ChatTemplate, Conversation
+from gold_jax.text.template import Answer, ChatTemplate, Conversation, extras_of
 
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
 @dataclasses.dataclass(frozen=True)
 class EscapedText:
-    """A text in which some strings are hidden.
+    """A text in which some strings are hidden."""
 
-    Attributes:
-        text: the text, with one private-use character in the place of each hidden string.
-        strings: what every such character stands for; empty where nothing is hidden.
-    """
-
-    text: str
-    strings: dict[str, str]
+    text: str  # with one private-use character in the place of each hidden string
+    strings: dict[str, str]  # what every such character stands for; empty where nothing is hidden
 
     @property
     def original(self) -> str:
@@ -45,15 +39,11 @@ class EscapedText:
 
 
 class SpecialStrings:
-    """The strings that a tokenizer reads as special tokens.
+    """The strings that a transformers tokenizer reads as special tokens: `tokens`, string to added token.
 
-    Args:
-        tokenizer: a transformers tokenizer.
-        also: strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those
-            that are no added tokens are left out, since a tokenizer does not look for them.
-
-    Attributes:
-        tokens: string to added token. A string of blanks alone is not among them: it is text to everyone.
+    `also` are strings of tokens to treat as special although the tokenizer does not call them so: stop tokens. Those
+    that are no added tokens are left out, since a tokenizer does not look for them, and so are blanks alone, which are
+    text to everyone.
     """
 
     def __init__(self, tokenizer, also: Iterable[str] = ()):
@@ -67,12 +57,9 @@ class SpecialStrings:
         return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
 
     def escape(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
-        """A text, or every text in nested lists and dicts, with placeholders for these strings.
+        """A text, or every text in nested lists and dicts, with placeholders for `strings` (as `EscapedText` has them).
 
-        Args:
-            value: the text, list or dict.
-            strings: placeholder to string, as `EscapedText` has it.
-            keep: strings to leave as they are.
+        Those of `keep` are left as they are.
         """
         marks = {string: mark for mark, string in strings.items()}
         return _map_strings(value, lambda t: self.pattern.sub(lambda m: m[0] if m[0] in keep else marks[m[0]], t))
@@ -94,32 +81,18 @@ class SpecialTokenEscaper:
     stays plain text wherever it stands, looked for or not: a conversation must not be cut up by what is said in it. In
     a user's text nothing is left alone.
 
-    Args:
-        template: the chat template.
-        specials: the tokenizer's special strings.
-        frame: strings that are never left alone, beside those that the template itself frames turns with.
-        guarded: `specials` and the added tokens of the template (`structural_strings`); None: `specials`.
+    `specials` are the tokenizer's special strings, `frame` strings that are never left alone, beside those that the
+    template itself frames turns with, and `guard` are `specials` and the added tokens of the template
+    (`structural_strings`); None: `specials`.
     """
 
-    def __init__(
-        self,
-        template: ChatTemplate,
-        specials: SpecialStrings,
-        frame: Iterable[str] = (),
-        guarded: SpecialStrings | None = None,
-    ):
-        self._template = template
-        self._specials = specials
-        self._guarded = guarded or specials
+    def __init__(self, template: ChatTemplate, specials: SpecialStrings, frame=(), guard: SpecialStrings | None = None):
+        self._template, self._specials, self._guarded = template, specials, guard or specials
         self._structural = frozenset(self._guarded.tokens.keys() - specials.tokens.keys())
         self._frame_given = frozenset(frame)
 
     def render(self, prompt: str | list[dict], *, generate: bool = False) -> EscapedText:
-        """A prompt as the template writes it; a plain text as it is.
-
-        Raises:
-            ValueError: the template refuses the conversation.
-        """
+        """A prompt as the template writes it (ValueError where it refuses that); a plain text as it is."""
         if isinstance(prompt, str):
             strings = self._placeholders(prompt)
             return EscapedText(self._specials.escape(prompt, strings), strings)
@@ -155,9 +128,8 @@ class SpecialTokenEscaper:
             text, spans = work(messages)
             return EscapedText(text, {}), spans
         try:
-            text, spans = work(
-                self._escape_messages(messages, strings, self._strings_the_template_looks_for(messages, strings))
-            )
+            keep = self._strings_the_template_looks_for(messages, strings)
+            text, spans = work(self._escape_messages(messages, strings, keep))
         except ValueError:
             work(messages)  # complains in the user's own words
             raise
@@ -180,16 +152,13 @@ class SpecialTokenEscaper:
         hide = functools.partial(self._guarded.escape, strings=strings, keep=self._structural)
 
         def hidden(message):
-            if _is_read(message):
-                kept = frozenset()
-            else:
-                kept = self._structural | (keep if message.get("role") == "assistant" else frozenset())
-            return {k: v if k == "role" else hide(v, keep=kept) for k, v in message.items()}
+            kept = frozenset() if _is_read(message) else self._structural
+            if message.get("role") == "assistant":
+                kept |= keep
+            return {key: value if key == "role" else hide(value, keep=kept) for key, value in message.items()}
 
         escaped = [hidden(message) for message in messages]
-        if not isinstance(messages, Conversation):
-            return escaped
-        return Conversation(escaped, tools=hide(messages.tools), template_kwargs=hide(messages.template_kwargs))
+        return Conversation(escaped, **{name: hide(value) for name, value in extras_of(messages).items()})
 
     def _strings_the_template_looks_for(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
         """What the template looks for in assistants' messages and may find there."""
@@ -219,38 +188,27 @@ class SpecialTokenEscaper:
 class EscapedTextEncoder:
     """Encodes texts with hidden strings: these as plain text, everything else as the tokenizer by itself reads it.
 
-    Args:
-        tokenizer: a transformers tokenizer. It is not changed.
-        specials: its special strings.
+    The tokenizer, a transformers one, is not changed; `specials` are its special strings.
     """
 
     def __init__(self, tokenizer, specials: SpecialStrings):
-        self._tokenizer = tokenizer
-        self._specials = specials
+        self._tokenizer, self._specials = tokenizer, specials
         added = {token.content: i for i, token in tokenizer.added_tokens_decoder.items()}
         self._string_of = {added[string]: string for string in specials.tokens}
         self._names: dict[str, str] = {}
         self._renamed: Any = None  # made when it is first needed
 
     def encode(self, escaped: EscapedText, *, add_special_tokens: bool = False) -> list[int]:
-        """The tokens of a text.
-
-        Args:
-            escaped: the text.
-            add_special_tokens: whether the tokenizer puts its own special tokens around it.
-        """
+        """The tokens of a text; `add_special_tokens` has the tokenizer put its own special tokens around it."""
         if backend_of(self._tokenizer) is None:
             return self._encode_segments(escaped, add_special_tokens)
-        return self._encode_with_renamed(escaped, add_special_tokens)[0]
+        return self.encode_with_offsets(escaped, add_special_tokens)[0]
 
-    def encode_with_offsets(self, escaped: EscapedText) -> tuple[list[int], np.ndarray]:
+    def encode_with_offsets(self, escaped: EscapedText, add_special_tokens=False) -> tuple[list[int], np.ndarray]:
         """The tokens of a text, and the characters `[start, end)` of the escaped text that each spans, int64 [T, 2].
 
         For tokenizers with a `tokenizers` backend alone: others tell no offsets.
         """
-        return self._encode_with_renamed(escaped, False)
-
-    def _encode_with_renamed(self, escaped: EscapedText, add_special_tokens: bool) -> tuple[list[int], np.ndarray]:
         # One string for every character of the hidden text; "" inside a token that the template wrote.
         pieces = [escaped.strings.get(char, char) for char in escaped.text]
         written = self._template_specials(escaped.text)
@@ -274,8 +232,7 @@ class EscapedTextEncoder:
             return
         encoding = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         for i, (begin, end) in zip(encoding["input_ids"], encoding["offset_mapping"]):
-            string = self._string_of.get(i)
-            if string is None:
+            if (string := self._string_of.get(i)) is None:
                 continue
             at = text.find(string, begin, end)  # it may have taken blanks beside it, too
             if at >= 0:  # else the token for unknown characters, which nobody wrote
@@ -317,11 +274,7 @@ def _is_read(message: dict) -> bool:
 
 
 def placeholders(count: int, text: str) -> list[str]:
-    """Private-use characters that do not stand in a text, nor their JSON escapes.
-
-    Raises:
-        ValueError: the text holds too many of them.
-    """
+    """Private-use characters that do not stand in a text, nor their JSON escapes; ValueError where it holds too many."""
     lower = text.lower()
     free = (chr(i) for first, last in _PRIVATE for i in range(first, last))
     marks = list(itertools.islice((c for c in free if c not in text and _json_escape(c) not in lower), count))
@@ -351,8 +304,8 @@ def _to_escaped_offsets(offsets: np.ndarray, lengths: np.ndarray, ends: np.ndarr
 def _with_renamed_special_tokens(backend, names: dict[str, str]):
     """A copy of a `tokenizers.Tokenizer` whose special tokens have other strings and the same ids.
 
-    Nothing in the copy spells the old strings as one token: neither the vocabulary of a Unigram model, which would
-    choose its `</s>` for the letters, nor a merge of BPE.
+    Nothing in it spells the old strings as one token: neither a Unigram vocabulary, which would choose its `</s>` for
+    the letters, nor a merge of BPE.
     """
     import tokenizers
 
@@ -388,28 +341,17 @@ def _any_of(strings: Sequence[str]) -> str:
     return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
-def _user_texts(prompt: str | list[dict]) -> Iterator[str]:
+def _user_texts(prompt: str | list[dict]) -> list[str]:
     """Every text that a user controls: of messages all but their roles, tools and template variables."""
     if isinstance(prompt, str):
-        yield prompt
-        return
-    for message in prompt:
-        yield from _nested_texts([item for key, item in message.items() if key != "role"])
-    if isinstance(prompt, Conversation):
-        yield from _nested_texts((prompt.tools, prompt.template_kwargs))
+        return [prompt]
+    texts: list[str] = []
+    said = [[value for key, value in message.items() if key != "role"] for message in prompt]
+    _map_strings([said, *extras_of(prompt).values()], texts.append)
+    return texts
 
 
-def _nested_texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from _nested_texts([*value.keys(), *value.values()])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _nested_texts(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+def _map_strings(value: Any, change: Callable[[str], Any]) -> Any:
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):

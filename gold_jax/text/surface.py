@@ -1,12 +1,12 @@
 """Surfaces: the bytes that every entry of a tokenizer's vocabulary spells, whatever the tokenizer writes for them.
 
-Three families of tokenizers give text back byte for byte: byte-level BPE, which shows every byte as one printable
-character; SentencePiece (BPE and Unigram), which shows a space as `▁` and lone bytes as `<0xNN>`; and tiktoken, which
-stores bytes. A fourth, WordPiece and other vocabularies of words, does not: it forgets white space (and often case), so
-that its surfaces say what an entry stands for, and only its character offsets where that is. A special token spells
-nothing: it steers the model and stands for no text.
+Byte-level BPE shows every byte as one printable character; SentencePiece (BPE and Unigram) shows a space as `▁` and lone
+bytes as `<0xNN>`; tiktoken stores bytes. WordPiece and other vocabularies of words do not give text back byte for byte:
+they forget white space (and often case), so that a surface says what an entry stands for, and only its character offsets
+where that is. A special token spells nothing: it steers the model and stands for no text.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -28,26 +28,18 @@ _SPLIT_AT_BLANKS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Surfaces:
-    """What every entry of one vocabulary spells, by token id.
+    """What every entry of one vocabulary spells, by token id."""
 
-    Attributes:
-        table: the bytes of each entry; None for special tokens and for ids that no entry has.
-        strings: the raw vocabulary string of each entry; None for ids that no entry has.
-        is_fallback: bool [size], True for the byte-fallback entries `<0xNN>`.
-        name: the tokenizer's name, for messages.
-        reversible: whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed).
-            False for WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by
-            its own decoder, and its surfaces serve to match vocabularies.
-        lengths: int32 [size], the number of bytes of each entry, 0 where the table says None.
-        spells: bool [size], False where the table says None.
-        spelling: the table with b"" in the place of None, for joining.
-    """
-
-    table: list[bytes | None]
-    strings: list[str | None]
-    is_fallback: np.ndarray
-    name: str = "tokenizer"
+    table: list[bytes | None]  # the bytes of each entry; None for special tokens and for ids that no entry has
+    strings: list[str | None]  # the raw vocabulary string of each entry; None for ids that no entry has
+    is_fallback: np.ndarray  # bool [size], True for the byte-fallback entries `<0xNN>`
+    name: str = "tokenizer"  # for messages
+    #: Whether the surfaces of a text's tokens, joined, are the text (up to what a normaliser changed). False for
+    #: WordPiece: its tokens are located by the tokenizer's character offsets, what it drew is read by its own decoder,
+    #: and its surfaces serve to match vocabularies.
     reversible: bool = True
+    #: int32 [size], the bytes that each entry has; bool [size], False where the table says None; and the table with b""
+    #: in the place of None, for joining.
     lengths: np.ndarray = dataclasses.field(init=False, repr=False)
     spells: np.ndarray = dataclasses.field(init=False, repr=False)
     spelling: list[bytes] = dataclasses.field(init=False, repr=False)
@@ -67,31 +59,21 @@ class Surfaces:
 
     def without(self, ids: Iterable[int]) -> "Surfaces":
         """The same surfaces with these ids made special, that is, without a surface."""
-        drop = {i for i in ids if 0 <= i < len(self.table) and self.table[i] is not None}
-        if not drop:
-            return self
+        drop = set(ids)
         table = [None if i in drop else entry for i, entry in enumerate(self.table)]
-        return dataclasses.replace(self, table=table)
+        return self if table == self.table else dataclasses.replace(self, table=table)
 
 
 def surfaces_of(tokenizer) -> Surfaces:
     """The surfaces of a tokenizer.
 
-    Args:
-        tokenizer: a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
-            `tiktoken.Encoding`.
-
-    Returns:
-        The surfaces; their size is the highest id and one.
-
-    Raises:
-        ValueError: the tokenizer is of a kind whose entries are not known to spell bytes, such as BPE over characters
-            with a mark at the end of words.
+    `tokenizer` is a transformers tokenizer (fast, or slow with a SentencePiece model), a `tokenizers.Tokenizer`, or a
+    `tiktoken.Encoding`. ValueError where its entries are not known to spell bytes, such as BPE over characters with a mark
+    at the end of words.
     """
     if hasattr(tokenizer, "decode_single_token_bytes"):
         return _of_tiktoken(tokenizer)
-    backend = backend_of(tokenizer)
-    if backend is not None:
+    if (backend := backend_of(tokenizer)) is not None:
         return _of_backend(tokenizer, backend)
     if hasattr(tokenizer, "sp_model"):
         return _of_sentencepiece(tokenizer)
@@ -161,9 +143,8 @@ def _spell_word(continuing: str, string: str) -> bytes:
 
 def _stands_alone(char: str) -> bool:
     """Whether BERT's pre-tokenizer cuts a text before and after this character."""
-    if char in punctuation or unicodedata.category(char).startswith("P"):
-        return True
-    return any(low <= ord(char) <= high for low, high in _CHINESE)
+    marks = char in punctuation or unicodedata.category(char).startswith("P")
+    return marks or any(low <= ord(char) <= high for low, high in _CHINESE)
 
 
 def _speller(backend) -> tuple[Callable[[str], bytes], bool] | None:
@@ -191,11 +172,8 @@ def _speller(backend) -> tuple[Callable[[str], bytes], bool] | None:
 
 
 def _unigram(model) -> dict:
-    """What a Unigram model shows in its state alone: `unk_id` and `byte_fallback`; empty for other models."""
-    if type(model).__name__ != "Unigram":
-        return {}
-    state = json.loads(model.__getstate__())
-    return {"unk_id": state.get("unk_id"), "byte_fallback": state.get("byte_fallback", False)}
+    """The state of a Unigram model, which alone shows its `unk_id` and `byte_fallback`; empty for other models."""
+    return json.loads(model.__getstate__()) if type(model).__name__ == "Unigram" else {}
 
 
 def unknown_id(tokenizer) -> int | None:
@@ -233,8 +211,7 @@ def _of_backend(tokenizer, backend) -> Surfaces:
     )
     entries = [(i, string) for string, i in backend.get_vocab(with_added_tokens=True).items()]
     as_written = added if spell is _spell_byte_level else ()  # an added entry is not shown in the byte alphabet
-    surfaces = _build(entries, spell, special, falls_back, name_of(tokenizer), as_written)
-    return surfaces if reversible else dataclasses.replace(surfaces, reversible=False)
+    return _build(entries, spell, special, falls_back, name_of(tokenizer), as_written, reversible)
 
 
 def _of_sentencepiece(tokenizer) -> Surfaces:
@@ -251,23 +228,15 @@ def _of_sentencepiece(tokenizer) -> Surfaces:
 
 
 def _of_tiktoken(encoding) -> Surfaces:
-    size = encoding.n_vocab
-    table: list[bytes | None] = [None] * size
-    strings: list[str | None] = [None] * size
     special = {encoding.encode_single_token(text): text for text in encoding.special_tokens_set}
-    for i in range(size):
-        if i in special:
-            strings[i] = special[i]
-            continue
-        try:
-            entry: bytes = encoding.decode_single_token_bytes(i)
-        except KeyError:  # a hole in the numbering
-            continue
-        table[i], strings[i] = entry, entry.decode("latin-1")
-    return Surfaces(table, strings, np.zeros(size, np.bool_), name_of(encoding))
+    entries = dict(special)
+    for i in range(encoding.n_vocab):
+        with contextlib.suppress(KeyError):  # a hole in the numbering
+            entries.setdefault(i, encoding.decode_single_token_bytes(i).decode("latin-1"))
+    return _build(entries.items(), lambda string: string.encode("latin-1"), special, False, name_of(encoding))
 
 
-def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool, name: str, as_written=()) -> Surfaces:
+def _build(entries: Iterable, spell, special, falls_back: bool, name: str, as_written=(), reversible=True):
     entries = [(i, string) for i, string in entries if string is not None]
     size = max((i for i, _ in entries), default=-1) + 1
     table: list[bytes | None] = [None] * size
@@ -278,12 +247,11 @@ def _build(entries: Iterable[tuple[int, str]], spell, special, falls_back: bool,
         if i in special:
             continue
         byte = _FALLBACK.fullmatch(string) if falls_back and len(string) == 6 else None
-        is_fallback[i] = byte is not None
         if byte:
-            table[i] = bytes([int(byte[1], 16)])
+            is_fallback[i], table[i] = True, bytes([int(byte[1], 16)])
         else:
             table[i] = string.encode() if i in as_written else spell(string)
-    return Surfaces(table, strings, is_fallback, name)
+    return Surfaces(table, strings, is_fallback, name, reversible)
 
 
 def excerpt(text: str | bytes | Sequence, at: int = 0, width: int = 60) -> str:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from gold_jax.text.surface import excerpt, name_of
@@ -44,13 +44,13 @@ RESERVED = frozenset({
 })  # fmt: skip
 
 _MARK = "qZ7probeX3answerK9"
+_QUESTION = [{"role": "user", "content": "Hello?"}]
 
 
 class Conversation(list):
     """A list of messages with the tools and template variables that belong to it.
 
-    Slices keep it; `like` gives it to other messages. It equals a list of the same messages if it has nothing to
-    remember.
+    Slices keep them; `like` gives them to other messages. It equals a list of the same messages if it has neither.
 
     Args:
         messages: dicts with `role` and `content`.
@@ -59,24 +59,20 @@ class Conversation(list):
             before those of the run.
     """
 
-    def __init__(
-        self, messages: Iterable[dict] = (), *, tools: list[dict] | None = None, template_kwargs: dict | None = None
-    ):
+    def __init__(self, messages=(), *, tools: list[dict] | None = None, template_kwargs: dict | None = None):
         super().__init__(messages)
-        self.tools = tools
-        self.template_kwargs = template_kwargs
+        self.tools, self.template_kwargs = tools or None, template_kwargs or None
 
     def like(self, messages: Iterable[dict]) -> "Conversation":
         """Other messages with the same tools and template variables."""
-        return Conversation(messages, tools=self.tools, template_kwargs=self.template_kwargs)
+        return Conversation(messages, **extras_of(self))
 
     def __getitem__(self, index):
         found = super().__getitem__(index)
         return self.like(found) if isinstance(index, slice) else found
 
     def __eq__(self, other):
-        others = (getattr(other, "tools", None) or None, getattr(other, "template_kwargs", None) or None)
-        return list.__eq__(self, other) and (self.tools or None, self.template_kwargs or None) == others
+        return list.__eq__(self, other) and extras_of(self) == extras_of(other)
 
     def __ne__(self, other):
         return not self == other
@@ -87,19 +83,20 @@ class Conversation(list):
         return f"Conversation({super().__repr__()}, tools={self.tools!r}, template_kwargs={self.template_kwargs!r})"
 
 
+def extras_of(messages: list[dict]) -> dict[str, Any]:
+    """The tools and template variables of messages, None each where they have none."""
+    return {name: getattr(messages, name, None) or None for name in ("tools", "template_kwargs")}
+
+
 class Answer(NamedTuple):
-    """The last answer of a conversation, as a chat template writes it.
+    """The last answer of a conversation, as a chat template writes it."""
 
-    Attributes:
-        prompt: what the model reads before it: the earlier messages and the generation prompt.
-        text: what the template writes after that, without what follows every answer (`ChatTemplate.tail`) and without
-            the blank of `ChatTemplate.lead`.
-        continues: whether `prompt` and `text` are how the whole conversation begins. False where the generation prompt
-            is not what the template writes before such an answer.
-    """
-
-    prompt: str
+    prompt: str  # what the model reads before it: the earlier messages and the generation prompt
+    #: What the template writes after that, without what follows every answer (`ChatTemplate.tail`) and without the
+    #: blank of `ChatTemplate.lead`.
     text: str
+    #: Whether `prompt` and `text` are how the whole conversation begins. False where the generation prompt is not what
+    #: the template writes before such an answer.
     continues: bool
 
 
@@ -108,9 +105,8 @@ class ChatTemplate:
 
     Args:
         tokenizer: a transformers tokenizer.
-        source: another template (Jinja) in the place of the tokenizer's own.
-        kwargs: further variables, such as `enable_thinking`. `date_string` says another date to
-            templates that take it from there than `FIXED_DATE`.
+        source: another template (Jinja, or a file of it) in the place of the tokenizer's own.
+        kwargs: further variables, such as `enable_thinking`, or `date_string`, another date than `FIXED_DATE`.
 
     Attributes:
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
@@ -124,8 +120,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer, source: str | None = None, kwargs: dict | None = None):
-        wrong = refused_variables(kwargs or {})
-        if wrong:
+        if wrong := refused_variables(kwargs or {}):
             raise ValueError(f"the chat template's variables cannot hold {wrong}")
         self._tokenizer = tokenizer
         self._kwargs = {"date_string": FIXED_DATE} | (kwargs or {})
@@ -140,21 +135,19 @@ class ChatTemplate:
             begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             source = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
         self.source = source
-        self._fixed = _dated(source)
-        self._fixed_with_tools = _dated(with_tools or source)
+        self._fixed, self._fixed_with_tools = _dated(source), _dated(with_tools or source)
         self.lead, self.tail, self._has_generation_prompt = self._probe()
 
     @property
     def portable(self) -> str:
         """The template for a saved tokenizer: its source, with the run's variables as what they are unless said otherwise."""
-        named = {name: value for name, value in self._kwargs.items() if name in self.source}
-        defaults = [
+        defaults = "".join(
             f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja(value)} %}}{{%- endif %}}"
-            for name, value in named.items()
-            if name.isidentifier()
-        ]
+            for name, value in self._kwargs.items()
+            if name in self.source and name.isidentifier()
+        )
         # Jinja drops the newline after a block: the source begins a line, as it does alone.
-        return "".join(defaults) + "\n" * bool(defaults) + self.source
+        return defaults + "\n" * bool(defaults) + self.source
 
     @functools.cached_property
     def takes_system(self) -> bool:
@@ -167,7 +160,7 @@ class ChatTemplate:
         return "system" if self.takes_system and not self._takes_role("developer") else "developer"
 
     def _takes_role(self, role: str) -> bool:
-        messages = [{"role": role, "content": _MARK}, {"role": "user", "content": "Hello?"}]
+        messages = [{"role": role, "content": _MARK}, *_QUESTION]
         try:
             return _MARK in self._render(messages)
         except ValueError:
@@ -180,9 +173,8 @@ class ChatTemplate:
             arguments = {"key": _MARK + "value"}
             call = {"name": _MARK + "name", "arguments": json.dumps(arguments) if as_text else arguments}
             calls = [{"id": "call00001", "type": "function", "function": call}]
-            question = {"role": "user", "content": "Hello?"}
             try:
-                text = self._render([question, {"role": "assistant", "content": content, "tool_calls": calls}])
+                text = self._render([*_QUESTION, {"role": "assistant", "content": content, "tool_calls": calls}])
             except ValueError:
                 continue
             if _MARK + "name" in text and _MARK + "value" in text and "None" not in text:
@@ -191,36 +183,30 @@ class ChatTemplate:
 
     def _adapted(self, messages: list[dict]) -> list[dict]:
         """Messages in the form that the template takes: developer messages, tool calls without content, arguments."""
-        if not any(message.get("role") == "developer" or message.get("tool_calls") for message in messages):
-            return messages
         adapted = []
         for message in messages:
             if message.get("role") == "developer":
                 message = message | {"role": self._developer}
-            if message.get("tool_calls"):
+            calls: Any = message.get("tool_calls")
+            if calls:
                 content, as_text = self._call_form
-                calls: Any = message["tool_calls"]
-                calls = [_with_text_arguments(call) for call in calls] if as_text else calls
+                calls = [_in_function(call, _arguments_as_text) for call in calls] if as_text else calls
                 message = message | {"content": message.get("content") or content, "tool_calls": calls}
             adapted.append(message)
         return _like(messages, adapted)
 
     def render(self, messages: list[dict], *, generate: bool = False) -> str:
-        """The text that the model reads for a conversation.
+        """The text that the model reads for a conversation (of a `Conversation` the template gets the tools and variables).
 
-        Args:
-            messages: dicts with `role` and `content`; of a `Conversation` the template gets the tools and variables.
-            generate: whether the beginning of an assistant's answer is to follow.
-
-        Raises:
-            ValueError: the template refuses the conversation; with its own words.
+        `generate` says that the beginning of an assistant's answer is to follow. Where the template refuses the
+        conversation, the ValueError has its own words.
         """
         return self._render(self._adapted(messages), generate=generate)
 
     def _render(self, messages: list[dict], *, generate: bool = False) -> str:
         import jinja2
 
-        tools = getattr(messages, "tools", None) or None
+        tools, variables = extras_of(messages).values()
         try:
             return self._tokenizer.apply_chat_template(
                 messages,
@@ -228,7 +214,7 @@ class ChatTemplate:
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=generate,
-                **self._kwargs | (getattr(messages, "template_kwargs", None) or {}),
+                **self._kwargs | (variables or {}),
             )
         except (jinja2.exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
             roles = ", ".join(str(message.get("role")) for message in messages)
@@ -241,11 +227,8 @@ class ChatTemplate:
     def answer(self, messages: list[dict]) -> Answer:
         """The last answer of a conversation: what the template writes after the generation prompt.
 
-        Args:
-            messages: the conversation; its last message is the assistant's, and not the only one.
-
-        Raises:
-            ValueError: the template refuses the conversation, or the answer cannot be located in what it writes.
+        The last of `messages` is the assistant's, and not the only one. ValueError where the template refuses the
+        conversation, or the answer cannot be located in what it writes.
         """
         prompt, rendered = self.render(messages[:-1], generate=True), self.render(messages)
         begin, end = len(prompt) + self.lead, len(rendered) - len(self.tail)
@@ -259,12 +242,9 @@ class ChatTemplate:
     def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
-        An answer is what the template writes after the generation prompt: its content (stripped, or without its
-        thinking where the template drops that), and before it the thinking, or the empty block for it, that the
-        template writes.
-
-        Raises:
-            ValueError: an answer cannot be located exactly in what the template writes.
+        An answer is what the template writes after the generation prompt: its content (as far as the template keeps it),
+        and before it the thinking, or the empty block for it, that the template writes. ValueError where one cannot be
+        located exactly.
         """
         rendered = self.render(messages)
         spans: list[tuple[int, int]] = []
@@ -287,18 +267,16 @@ class ChatTemplate:
         end = len(rendered) - len(after)
         if not rendered.endswith(after):
             raise self._lost(messages, turn, "what the template writes after it depends on what it says")
-        begin = self._after_generation_prompt(messages[:turn], before, rendered, earlier, end)
-        if begin is None and rendered.startswith(before) and len(before) <= end:
-            begin = len(before)
+        begin = self._after_prompt(messages[:turn], before, rendered, earlier, end)
         if begin is None:
-            raise self._lost(messages, turn, "what the template writes before it depends on what it says")
+            begin = len(before)
+            if begin > end or not rendered.startswith(before):
+                raise self._lost(messages, turn, "what the template writes before it depends on what it says")
         if not _says(messages[turn], rendered[begin:end]):
             raise self._lost(messages, turn, f"{excerpt(rendered[begin:end])} stands in its place")
         return begin, end
 
-    def _after_generation_prompt(
-        self, messages: list[dict], before: str, rendered: str, earlier: int, end: int
-    ) -> int | None:
+    def _after_prompt(self, messages: list[dict], before: str, rendered: str, earlier: int, end: int) -> int | None:
         """Where an answer to messages begins: behind the generation prompt, and the blank of `lead`; None if it is not there."""
         if not messages or not self._has_generation_prompt:
             return None
@@ -322,29 +300,23 @@ class ChatTemplate:
 
     def _probe(self) -> tuple[bool, str, bool]:
         """`lead`, `tail`, and whether an answer follows what the template writes where one is to be generated."""
-        question = [{"role": "user", "content": "Hello?"}]
         try:
-            prompt = self.render(question, generate=True)
-            rendered = self.render([*question, {"role": "assistant", "content": _MARK}])
+            prompt = self.render(_QUESTION, generate=True)
+            rendered = self.render([*_QUESTION, {"role": "assistant", "content": _MARK}])
         except ValueError:  # a template for other conversations than this one: nothing can be read off it
             return False, "", True
         before, _, tail = rendered.rpartition(_MARK)
         lead = before == prompt + " "
-        return lead, tail, lead or before == prompt or prompt != self.render(question)
+        return lead, tail, lead or before == prompt or prompt != self.render(_QUESTION)
 
 
 def with_context(prompt: str | list[dict], context: str, template: ChatTemplate) -> str | list[dict]:
     """A prompt with more to know before it, such as a worked answer that the teacher alone is shown.
 
-    Args:
-        prompt: text or messages; it is not changed.
-        context: the text. An empty one changes nothing.
-        template: the template of the model that is to read it.
-
-    Returns:
-        Of a text, the context, a blank line and the text. Of messages, the same with the context at the beginning of
-        the system message, which is put there if there is none; where the template takes no system messages, at the
-        beginning of the first user message. Tools and template variables stay.
+    Of a text, the context, a blank line and the text. Of messages, the same with the context at the beginning of the
+    system message, which is put there if there is none; where `template`, that of the model that is to read it, takes no
+    system messages, at the beginning of the first user message. Tools and template variables stay. An empty context
+    changes nothing.
     """
     if not context:
         return prompt
@@ -366,11 +338,8 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
     by a word of its own, which is looked for in what the template writes; so the result is the same for all
     conversations of one shape (`conversation_shape`). Empty where the template refuses such a conversation.
 
-    Args:
-        template: the template.
-        messages: the conversation, perhaps with an answer at its end.
-        whole: whether the model reads the whole conversation as it is written at once; False: the prompt, and then the
-            answer.
+    The conversation may have an answer at its end. `whole` says that the model reads it as it is written at once, not
+    the prompt, and then the answer.
     """
     parts: dict[str, str] = {}
 
@@ -378,16 +347,9 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         parts[f"{_MARK}{len(parts)}x"] = part
         return next(reversed(parts))
 
-    def function(call: dict, turn: int, k: int) -> dict:
-        if isinstance(call.get("function"), Mapping):
-            return call | {"function": function(call["function"], turn, k)}
+    def in_call(turn: int, k: int, _) -> dict:
         name, arguments = (word(f"the {what} of tool call {k} of message {turn}") for what in ("name", "arguments"))
-        return call | {"name": name, "arguments": {"key": arguments}}
-
-    def named(tool: dict) -> dict:
-        if isinstance(tool.get("function"), Mapping):
-            return tool | {"function": named(tool["function"])}
-        return tool | {"name": word("tools")}
+        return {"name": name, "arguments": {"key": arguments}}
 
     marked = []
     for turn, message in enumerate(messages):
@@ -397,14 +359,12 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         if message.get("reasoning_content") and turn == len(messages) - 1:
             changed["reasoning_content"] = word("reasoning_content")
         if message.get("tool_calls"):
-            changed["tool_calls"] = [function(call, turn, k) for k, call in enumerate(message["tool_calls"])]
+            calls = enumerate(message["tool_calls"])
+            changed["tool_calls"] = [_in_function(call, functools.partial(in_call, turn, k)) for k, call in calls]
         marked.append(changed)
-    tools = getattr(messages, "tools", None)
-    conversation = Conversation(
-        marked,
-        tools=[named(tool) for tool in tools] if tools else None,
-        template_kwargs=getattr(messages, "template_kwargs", None),
-    )
+    extras = extras_of(messages)
+    extras["tools"] = [_in_function(tool, lambda _: {"name": word("tools")}) for tool in extras["tools"] or ()]
+    conversation = Conversation(marked, **extras)
     answered = marked[-1].get("role") == "assistant"
     try:
         text = template.render(conversation, generate=not answered)
@@ -421,16 +381,15 @@ def conversation_shape(messages: list[dict]) -> tuple:
         (m.get("role"), bool(m.get("content")), tuple(sorted(k for k in m if m[k])), len(m.get("tool_calls") or ()))
         for m in messages
     )
-    return shape, len(getattr(messages, "tools", None) or ()), repr(getattr(messages, "template_kwargs", None))
+    tools, variables = extras_of(messages).values()
+    return shape, len(tools or ()), repr(variables)
 
 
 def refused_variables(variables: Iterable[str]) -> str:
     """What is wrong with the names of template variables, and what would be right; "" if nothing is."""
     wrong = sorted(RESERVED.intersection(variables))
-    if not wrong:
-        return ""
     rest = "; tools have a column of their own, `tools`" if "tools" in wrong else ""
-    return f"{', '.join(map(repr, wrong))}, which rendering sets itself{rest}"
+    return f"{', '.join(map(repr, wrong))}, which rendering sets itself{rest}" if wrong else ""
 
 
 def _says(message: dict, text: str) -> bool:
@@ -450,12 +409,15 @@ def _jinja(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value is not None else "none"
 
 
-def _with_text_arguments(call: dict) -> dict:
-    """A tool call whose arguments are a string of JSON."""
-    if isinstance(call.get("function"), Mapping):
-        return call | {"function": _with_text_arguments(call["function"])}
+def _in_function(call: Any, changes: Callable[[Any], dict]) -> Any:
+    """A tool call, or a tool, with changes where its name stands: in its `function`, or in itself."""
+    inner = call.get("function")
+    return call | ({"function": _in_function(inner, changes)} if isinstance(inner, Mapping) else changes(call))
+
+
+def _arguments_as_text(call: Mapping) -> dict:
     arguments = call.get("arguments")
-    return call if isinstance(arguments, str) else call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+    return {} if isinstance(arguments, str) else {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def _calls_in(message: dict, text: str) -> bool:
@@ -469,11 +431,9 @@ def _like(messages: list[dict], others: list[dict]) -> list[dict]:
 
 
 def _dated(source: str) -> str:
-    return _date_macro() + source if "strftime_now" in source else source
-
-
-def _date_macro() -> str:
-    """Jinja that shadows `strftime_now` with a fixed date (values given to templates must be plain data)."""
+    """A template after a macro that shadows `strftime_now` with a fixed date (values given to it must be plain data)."""
+    if "strftime_now" not in source:
+        return source
     steps = "".join(f" | replace('{directive}', '{value}')" for directive, value in _STRFTIME.items())
     # The empty expression keeps Jinja from eating a newline at the template's start.
-    return "{% macro strftime_now(format) %}{{ format" + steps + " }}{% endmacro %}{{ '' }}"
+    return "{% macro strftime_now(format) %}{{ format" + steps + " }}{% endmacro %}{{ '' }}" + source

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -14,29 +14,21 @@ from gold_jax.text.surface import Surfaces
 class VocabularyMap:
     """Two vocabularies brought into step, as the order in which the rows of either head are to be read.
 
-    Attributes:
-        student_order: int32 [V], a permutation of the rows of the student's head: first the matched ones in the order
-            of their ids, then the others in the order of their routes, then of their ids.
-        teacher_order: int32 [W], the same for the teacher's head; its first `matched` rows are the partners of the
-            student's, one by one.
-        matched: how many pairs there are, the stop tokens' among them.
-        shared: how many different surfaces (or strings) both vocabularies have.
-        student_distinct, teacher_distinct: how many different surfaces (or strings) each has.
-        student_prefix_of_unmatched: int32 [V - matched], never falling: for each unmatched row, in the order above, the
-            matched column whose surface is the longest prefix of the row's own. `matched` where there is none (special
-            tokens, padding rows), `matched + 1` where the row is masked. A further stop token goes to the stop tokens'
-            column.
-        teacher_prefix_of_unmatched: int32 [W - matched], the same for the teacher.
+    Orders are permutations of a head's rows: first the `matched` ones, in the order of the student's ids, so that the two
+    sides' are partners one by one, then the others in the order of their routes, then of their ids. Prefixes, never
+    falling, say for each of these others the matched column whose surface is the longest prefix of the row's own:
+    `matched` where there is none (special tokens, padding rows), `matched + 1` where the row is masked. A further stop
+    token goes to the stop tokens' column.
     """
 
-    student_order: np.ndarray
-    teacher_order: np.ndarray
-    matched: int
-    shared: int
-    student_distinct: int
+    student_order: np.ndarray  # int32 [V]
+    teacher_order: np.ndarray  # int32 [W]
+    matched: int  # pairs, the stop tokens' among them
+    shared: int  # different surfaces (or strings) that both vocabularies have
+    student_distinct: int  # different surfaces (or strings) of the student's
     teacher_distinct: int
-    student_prefix_of_unmatched: np.ndarray
-    teacher_prefix_of_unmatched: np.ndarray
+    student_prefix_of_unmatched: np.ndarray  # int32 [V - matched]
+    teacher_prefix_of_unmatched: np.ndarray  # int32 [W - matched]
 
     @classmethod
     def build(
@@ -49,18 +41,16 @@ class VocabularyMap:
         stop: tuple[int | Sequence[int], int | Sequence[int]] | None = None,
         by: str = "surfaces",
         mask: Collection[str] = (),
-    ) -> "VocabularyMap":
+    ) -> Self:
         """Match two vocabularies.
 
         Where several entries of one side spell the same, an ordinary entry goes before a byte-fallback one, then the
         lowest id; the others stay unmatched (their longest prefix is the surface itself).
 
         Args:
-            student: the student's surfaces.
-            teacher: the teacher's surfaces.
-            student_size: rows of the student's head (V). Rows beyond the tokenizer's ids are padding and stay
-                unmatched; special tokens beyond the rows (Gemma 3's image token) are left out.
-            teacher_size: rows of the teacher's head (W).
+            student, teacher: either side's surfaces.
+            student_size, teacher_size: rows of the heads (V and W). Rows beyond the tokenizer's ids are padding and
+                stay unmatched; special tokens beyond the rows (Gemma 3's image token) are left out.
             stop: either model's stop token, or all of them with the one that is written first. The two first match each
                 other by role, whatever they are called.
             by: "surfaces", or "strings" for the rule of TRL, where entries match whose raw vocabulary strings are
@@ -75,6 +65,7 @@ class VocabularyMap:
             raise ValueError(f"vocabularies are matched by 'surfaces' or by 'strings', not by {by!r}")
         if unknown := sorted(set(mask) - set(MASKS)):
             raise ValueError(f"entries are masked by kind, {' or '.join(MASKS)}, not {unknown[0]!r}")
+        sizes = (student_size, teacher_size)
         ours = _keys(student, student_size, by, "student")
         theirs = _keys(teacher, teacher_size, by, "teacher")
         pairs = {i: theirs[key] for key, i in ours.items() if key in theirs}
@@ -82,35 +73,31 @@ class VocabularyMap:
         stops: list[tuple[int, ...]] = [(), ()]
         if stop is not None:
             stops = [tuple(np.atleast_1d(ids).tolist()) for ids in stop]
-            for side, ids, size in (("student", stops[0], student_size), ("teacher", stops[1], teacher_size)):
+            for side, ids, size in zip(("student", "teacher"), stops, sizes):
                 if outside := [i for i in ids if not 0 <= i < size]:
                     raise ValueError(f"the {side}'s stop token {outside[0]} lies outside its head of {size} rows")
             pairs = _with_stops(pairs, stops)
-        matched = sorted(pairs.items())
         column: dict[bytes, int] = {}
         if by == "surfaces":
-            ids = [(k, i) for k, (i, _) in enumerate(matched) if i not in stops[0]]
+            ids = [(k, i) for k, i in enumerate(sorted(pairs)) if i not in stops[0]]
             column = {entry: k for k, i in ids if (entry := student.table[i]) is not None}
-        stop_column = None if stop is None else next(k for k, (i, _) in enumerate(matched) if i == stops[0][0])
-        sides = []
-        for k, (surfaces, size) in enumerate(((student, student_size), (teacher, teacher_size))):
+        distinct = (len(ours), len(theirs))
+        return cls._in_step(pairs, sizes, stops, shared, distinct, (student, teacher), column, mask)
+
+    @classmethod
+    def _in_step(cls, pairs, sizes, stops, shared, distinct, surfaces=(None, None), column=None, mask=()) -> Self:
+        """The map of these pairs of rows; `column` is that of every matched surface (none where rows match by id)."""
+        matched, sides = sorted(pairs.items()), []
+        for k, size in enumerate(sizes):
             first = np.array([pair[k] for pair in matched], np.int32)
             rest = np.setdiff1d(np.arange(size, dtype=np.int32), first, assume_unique=True)
-            route = _routes(surfaces, rest, column, len(matched), mask)
-            if stop_column is not None:
-                route[np.isin(rest, stops[k])] = stop_column
+            route = _routes(surfaces[k], rest, column, len(matched), mask)
+            if stops[k]:
+                route[np.isin(rest, stops[k])] = next(c for c, pair in enumerate(matched) if pair[k] == stops[k][0])
             by_route = np.argsort(route, kind="stable")
             sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
-        return cls(
-            student_order=sides[0][0],
-            teacher_order=sides[1][0],
-            matched=len(matched),
-            shared=shared,
-            student_distinct=len(ours),
-            teacher_distinct=len(theirs),
-            student_prefix_of_unmatched=sides[0][1],
-            teacher_prefix_of_unmatched=sides[1][1],
-        )
+        (ours, our_route), (theirs, their_route) = sides
+        return cls(ours, theirs, len(matched), shared, *distinct, our_route, their_route)
 
     @classmethod
     def identity(
@@ -120,7 +107,7 @@ class VocabularyMap:
         *,
         stop: tuple[Sequence[int], Sequence[int]] | None = None,
         unmatched: Collection[int] = (),
-    ) -> "VocabularyMap":
+    ) -> Self:
         """The map of a vocabulary to itself: row to row, what one head has beyond the other's rows unmatched.
 
         Padding rows of both heads match each other.
@@ -138,18 +125,8 @@ class VocabularyMap:
             stop = ((), ())
         else:
             pairs = _with_stops(pairs, stop)
-        matched, sides = sorted(pairs.items()), []
-        for k, size in enumerate(sizes):
-            first = np.array([pair[k] for pair in matched], np.int32)
-            rest = np.setdiff1d(np.arange(size, dtype=np.int32), first, assume_unique=True)
-            route = np.full(len(rest), len(matched), np.int32)
-            if stop[k]:
-                route[np.isin(rest, stop[k])] = next(c for c, pair in enumerate(matched) if pair[k] == stop[k][0])
-            by_route = np.argsort(route, kind="stable")
-            sides.append((np.concatenate([first, rest[by_route]]), route[by_route]))
-        (ours, our_route), (theirs, their_route) = sides
         shared = min(sizes) - sum(i < min(sizes) for i in unmatched)
-        return cls(ours, theirs, len(matched), shared, *sizes, our_route, their_route)
+        return cls._in_step(pairs, sizes, stop, shared, sizes)
 
     def jaccard(self) -> float:
         """What both vocabularies have over what either has, each surface (or string) counted once.
@@ -162,10 +139,7 @@ class VocabularyMap:
 
 
 def one_sided_ids(student: Any, teacher: Any) -> tuple[frozenset[int], frozenset[int]] | None:
-    """The added tokens that one of two tokenizers alone has, where they have one vocabulary beside these.
-
-    Args:
-        student, teacher: transformers tokenizers.
+    """The added tokens that one of two transformers tokenizers alone has, where they have one vocabulary beside these.
 
     Returns:
         The ids of the student's and of the teacher's; None for two vocabularies: an entry has another id on the other
@@ -197,25 +171,21 @@ def kind_of(surface: bytes) -> str | None:
     return "numerals" if len(bare) > 1 and bare.isdigit() else None
 
 
-def _routes(surfaces: Surfaces, rows: np.ndarray, column: dict[bytes, int], matched: int, mask) -> np.ndarray:
+def _routes(surfaces: Surfaces | None, rows: np.ndarray, column: dict | None, matched: int, mask) -> np.ndarray:
     """For each row the column of its longest matched prefix, `matched` without one, `matched + 1` if it is masked."""
     route = np.full(len(rows), matched, np.int32)
-    if not column:
+    if not column or surfaces is None:
         return route
     longest = max(map(len, column))
-    size = len(surfaces)
     for k, i in enumerate(rows.tolist()):
-        entry = surfaces.table[i] if i < size else None
-        if not entry:
-            continue
-        if mask and kind_of(entry) in mask:
+        entry = surfaces.table[i] if i < len(surfaces) else None
+        if entry and mask and kind_of(entry) in mask:
             route[k] = matched + 1
-            continue
-        for end in range(min(len(entry), longest), 0, -1):
-            found = column.get(entry[:end])
-            if found is not None:
-                route[k] = found
-                break
+        elif entry:
+            for end in range(min(len(entry), longest), 0, -1):
+                if (found := column.get(entry[:end])) is not None:
+                    route[k] = found
+                    break
     return route
 
 

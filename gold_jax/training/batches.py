@@ -167,8 +167,7 @@ class DistillationBatchBuilder:
         with annotate(ENCODING):
             texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
             read = dict(zip(examples, self.student.encode_completions(texts, after=after)))
-        ends = {i: dict(stopped=d.stopped, invalid_utf8=d.invalid_utf8) for i, d in sampled.items()}
-        return {i: SampledCompletion.from_text(d.text, read[i], **ends[i]) for i, d in sampled.items()}
+        return {i: dataclasses.replace(d, **vars(read[i])) for i, d in sampled.items()}
 
     @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
