@@ -79,7 +79,12 @@ class ChatTokenizer:
         joined = self.surfaces.join(ids).decode(errors="replace")
         lost = self.surfaces.reversible and " " not in joined and joined.lower() == text.replace(" ", "")
         backend = backend_of(self.tokenizer)
-        if lost or (backend is not None and backend.encode(text, add_special_tokens=False).ids != ids):
+        if backend is not None and backend.encode(text, add_special_tokens=False).ids != ids:
+            raise ValueError(
+                f"{self.name}, a {type(self.tokenizer).__name__}, makes other tokens of {text!r} than its tokenizer.json says: it "
+                "changes a text before it is read, so that what stands where in it is not known; pass the tokenizer of tokenizer.json"
+            )
+        if lost:
             raise ValueError(
                 f"{self.name} does not give text back: of {text!r} it makes {joined!r}, as a {type(self.tokenizer).__name__}. Its "
                 "`tokenizer_class` may be another one's than its tokenizer.json's; correct it in tokenizer_config.json, or install "

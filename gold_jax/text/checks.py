@@ -46,7 +46,8 @@ class RowReader:
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
 
     def read(self, number: int, example: Example) -> tuple[str, str]:
-        """Prompt and completion as the student's template writes them; "" for a completion that is not read.
+        """Prompt and completion as the student's template writes them; "" for a completion that is not read, and the whole
+        conversation in its place where that is read.
 
         ValueError where a template refuses the row or leaves a part of it out, or the answer cannot be located.
         """
@@ -63,8 +64,9 @@ class RowReader:
         if not isinstance(conversation, str):
             for who, side in self.sides.items():
                 self._find_unwritten(who, side, conversation)
+        whole = ""
         if self.whole and example.messages:
-            self.sides["student"].locate_answers(example.messages)
+            whole = self.sides["student"].locate_answers(example.messages)[0].original
         if isinstance(example.prompt, str):
             for side in self.sides.values():
                 if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
@@ -72,10 +74,10 @@ class RowReader:
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
-            return prompt, (self.answers and example.completion) or ""
+            return prompt, whole or (self.answers and example.completion) or ""
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
         self._compare(number, conversation, found)
-        return found["student"].prompt, found["student"].text
+        return found["student"].prompt, whole or found["student"].text
 
     def _find_unwritten(self, who: str, side: ChatTokenizer, conversation: list[dict]) -> None:
         shape = who, conversation_shape(conversation)
@@ -99,6 +101,11 @@ class RowReader:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
+            written, wanted = ("".join(x.split()) for x in (answer.prompt + answer.text, conversation[-1]["content"]))
+            if wanted not in written:
+                said = f"the {who}'s template leaves out a part of the answer, such as its thinking"
+                shown = f"of {excerpt(conversation[-1]['content'])} it writes {excerpt(answer.text)}"
+                self._note(said, number, lambda shown=shown: shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
             said = "the two templates write different answers, and both models read the student's"
@@ -114,7 +121,10 @@ class RowReader:
         for name, value in itertools.product(_VARIABLES, (False, True)):
             if any(name in side.template.source for side in self.sides.values()):
                 changed = Conversation(conversation, tools=tools, template_kwargs={**(given or {}), name: value})
-                found = [side.answer(changed) for side in self.sides.values()]
+                try:
+                    found = [side.answer(changed) for side in self.sides.values()]
+                except ValueError:  # an answer that thinks where the template is told not to
+                    continue
                 if all(answer.continues for answer in found) and len({answer.text for answer in found}) == 1:
                     return f"{shown}; --template_kwargs '{json.dumps({name: value})}' makes them agree"
         return shown
@@ -197,7 +207,10 @@ def check_examples(
             return "long"
         if count_targets is None or max_length is None or size + len(completion.encode()) <= max_length:
             return None
-        targets, was_cut = count_targets(e)
+        try:
+            targets, was_cut = count_targets(e)
+        except ValueError as error:
+            raise ValueError(f"row {i} of the data set: {error}") from error
         cut[bool(targets)] += was_cut
         return None if targets else "nothing"
 
@@ -258,22 +271,35 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
     return [e for e in examples if e.completion is not None and not e.calls_tools]
 
 
-def check_evaluation(examples: Sequence[Example], *tokenizers: ChatTokenizer) -> list[str]:
-    """Notices on evaluation data for the student's tokenizer, perhaps a teacher's: rows not measured, parts not written.
+def check_evaluation(
+    examples: Sequence[Example], *tokenizers: ChatTokenizer, on_bad_row: str = "error"
+) -> tuple[Sequence[Example], list[str]]:
+    """Evaluation data for the student's tokenizer, perhaps a teacher's: the rows that can be read, and notices.
 
-    ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out.
+    ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
+    `on_bad_row` "skip" leaves out.
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
-    reader, measured = RowReader("the evaluation data", sides, answers=True), 0
-    for i, e in enumerate(examples):
-        if with_text_completion([e]):
-            reader.read(i, e)
-            measured += 1
+    reader, measured, bad = RowReader("the evaluation data", sides, answers=True), 0, {}
+    for i in range(len(examples)):
+        try:
+            if with_text_completion([e := examples[i]]):
+                reader.read(i, e)
+                measured += 1
+        except ValueError as error:
+            if on_bad_row == "error":
+                raise
+            bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
     notices = reader.notices()
-    if missing := len(examples) - measured:
+    if bad:
+        first = listed(list(bad.values()), _SHOWN, "; ", "; and")
+        notices.append(
+            f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
+        )
+    if missing := len(examples) - measured - len(bad):
         notices.append(
             f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
         )
-    return notices
+    return [examples[i] for i in range(len(examples)) if i not in bad] if bad else examples, notices

@@ -62,14 +62,17 @@ class Examples(Sequence):
     types, as `datasets.Features`; None: those of the rows, if they say any.
     """
 
-    def __init__(self, rows, source: str, text_column: str = "text", features: Mapping | None = None):
+    def __init__(
+        self, rows, source: str, text_column: str = "text", features: Mapping | None = None, check_first: bool = True
+    ):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
         self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
         self.source, self.text_column = source, text_column
         self.features = features or getattr(rows, "features", None)
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no row to train on")
-        self[0]
+        if check_first:
+            self[0]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,7 +95,7 @@ class Examples(Sequence):
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
-        return Examples(rows, self.source, self.text_column, self.features)
+        return Examples(rows, self.source, self.text_column, self.features, check_first=False)
 
 
 def load_examples(
@@ -102,6 +105,7 @@ def load_examples(
     split: str = "train",
     text_column: str = "text",
     streaming_limit: int | None = None,
+    check_first: bool = True,
 ) -> Examples:
     """Open a data set.
 
@@ -114,6 +118,7 @@ def load_examples(
             they are all "train".
         text_column: the column that stands for `text`, TRL's `dataset_text_field`.
         streaming_limit: how many rows to take of a `datasets.IterableDataset`, which has no length of its own.
+        check_first: whether the first row is looked at here.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
@@ -121,7 +126,8 @@ def load_examples(
             that `to_example` takes. Later rows are checked when they are accessed.
     """
     if isinstance(source, (str, pathlib.Path)):
-        return Examples(_load(str(source), config, split), f"the data set {str(source)!r}", text_column)
+        name = f"the data set {str(source)!r}"
+        return Examples(_load(str(source), config, split), name, text_column, check_first=check_first)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
@@ -133,7 +139,7 @@ def load_examples(
         if streaming_limit is None:
             raise ValueError("a streamed data set has no length: pass a loaded one, or say how many rows to take of it")
         source = list(source.take(streaming_limit))
-    return Examples(source, "the data set", text_column, features)
+    return Examples(source, "the data set", text_column, features, check_first)
 
 
 def _load(name: str, config: str | None, split: str):

@@ -113,9 +113,12 @@ class SpecialTokenEscaper:
 
         whole, [(begin, end)] = self._with_escaped(messages, work)
         text = whole.slice(begin, end)
-        for found in self._specials.pattern.finditer(text.text):
-            if found[0] not in messages[-1]["content"]:
-                text, continues = whole.slice(begin + found.end(), end), False
+        if written := list(self._specials.pattern.finditer(text.text)):
+            strings = self._placeholders(messages)
+            said = self._strings_the_template_looks_for(messages, strings) if strings else ()
+            for found in written:
+                if found[0] not in said:
+                    text, continues = whole.slice(begin + found.end(), end), False
         return Answer(whole.slice(0, begin).original, text.original, continues)
 
     def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
@@ -146,7 +149,7 @@ class SpecialTokenEscaper:
             found += [string for string in self._guarded.found_in(texts) if string in self._structural]
         if not found:
             return {}
-        return dict(zip(placeholders(len(found), "".join(_user_texts(prompt)) + self._template.source), found))
+        return dict(zip(placeholders(len(found), "".join(_user_texts(prompt)) + self._template.sources), found))
 
     def _escape_messages(self, messages: list[dict], strings: dict[str, str], keep: frozenset[str]) -> list[dict]:
         hide = functools.partial(self._guarded.escape, strings=strings, keep=self._structural)
@@ -163,7 +166,7 @@ class SpecialTokenEscaper:
     def _strings_the_template_looks_for(self, messages: list[dict], strings: dict[str, str]) -> frozenset[str]:
         """What the template looks for in assistants' messages and may find there."""
         said = self._specials.found_in(_user_texts([m for m in messages if m.get("role") == "assistant"]))
-        literals = frozenset(s for s in said if s in self._template.source and s not in self._frame)
+        literals = frozenset(s for s in said if s in self._template.sources and s not in self._frame)
         if not literals:
             return literals
 
@@ -265,7 +268,7 @@ class EscapedTextEncoder:
 def structural_strings(tokenizer, template: ChatTemplate) -> list[str]:
     """The added tokens that are not special and that a chat template names."""
     known = tokenizer.added_tokens_decoder.values()
-    return [t.content for t in known if not t.special and t.content.strip() and t.content in template.source]
+    return [t.content for t in known if not t.special and t.content.strip() and t.content in template.sources]
 
 
 def _is_read(message: dict) -> bool:

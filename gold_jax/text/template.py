@@ -135,19 +135,31 @@ class ChatTemplate:
             begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             source = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
         self.source = source
+        self._with_tools: str | None = with_tools
         self._fixed, self._fixed_with_tools = _dated(source), _dated(with_tools or source)
         self.lead, self.tail, self._has_generation_prompt = self._probe()
 
     @property
-    def portable(self) -> str:
-        """The template for a saved tokenizer: its source, with the run's variables as what they are unless said otherwise."""
+    def portable(self) -> str | dict[str, str]:
+        """The template for a saved tokenizer, with the run's variables as its defaults; with that for tools, where it is another."""
+        if self._with_tools is None:
+            return self._with_defaults(self.source)
+        own = {"default": self.source, "tool_use": self._with_tools}
+        return dict(self._tokenizer.chat_template) | {name: self._with_defaults(source) for name, source in own.items()}
+
+    @property
+    def sources(self) -> str:
+        """All that the template may write, for looking strings up."""
+        return self.source + (self._with_tools or "")
+
+    def _with_defaults(self, source: str) -> str:
         defaults = "".join(
             f"{{%- if {name} is not defined %}}{{%- set {name} = {_jinja(value)} %}}{{%- endif %}}"
             for name, value in self._kwargs.items()
-            if name in self.source and name.isidentifier()
+            if name in source and name.isidentifier()
         )
         # Jinja drops the newline after a block: the source begins a line, as it does alone.
-        return defaults + "\n" * bool(defaults) + self.source
+        return defaults + "\n" * bool(defaults) + source
 
     @functools.cached_property
     def takes_system(self) -> bool:
@@ -235,8 +247,12 @@ class ChatTemplate:
         starts = rendered.startswith(prompt + " " * self.lead)
         known = self.tail and self._has_generation_prompt and starts and begin <= end and rendered.endswith(self.tail)
         if not known or not _says(messages[-1], rendered[begin:end]):
-            begin, end = self._locate(messages, len(messages) - 1, rendered)
+            # The earlier turns stand where they stand without the answer: its generation prompt is behind them.
+            earlier = len(os.path.commonprefix([self.render(messages[:-1]), rendered]))
+            begin, end = self._locate(messages, len(messages) - 1, rendered, earlier)
             starts = rendered[:begin].removesuffix(" " * self.lead) == prompt
+        if begin == end and (messages[-1].get("content") or "").strip():
+            raise self._lost(messages, len(messages) - 1, "nothing of it is left")
         return Answer(prompt, rendered[begin:end], starts)
 
     def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:

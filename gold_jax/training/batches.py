@@ -215,7 +215,9 @@ class DistillationBatchBuilder:
     def _count(self, row: Row) -> int:
         groups = "all" if self.spec.groups == "positional" else self.spec.groups
         counted = int(counted_groups(row, self.spec.merge, groups).sum()) if self.spec.distillation_weight else 0
-        return counted + (len(row.student.completion) if self.spec.crossentropy_weight else 0)
+        # Without a prompt nothing stands before the first token.
+        targets = len(row.student.completion) - (not len(row.student.prompt) and bool(len(row.student.completion)))
+        return counted + (targets if self.spec.crossentropy_weight else 0)
 
     def _describe(self, rows: Mapping[int, Row], sampled: Mapping[int, SampledCompletion]) -> tuple[dict, int]:
         """What the rows of all processes hold, and how much of it counts in the loss."""

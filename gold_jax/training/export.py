@@ -1,5 +1,6 @@
 """The student as transformers and vLLM open it, saved so that a folder always holds a whole one."""
 
+import copy
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ def save_final_model(
     *,
     dtype: str = "auto",
     stop_ids: Sequence[int] = (),
-    chat_template: str | None = None,
+    chat_template: str | dict[str, str] | None = None,
 ) -> pathlib.Path:
     """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
 
@@ -43,7 +44,7 @@ def save_final_model(
         elif hasattr(tokenizer, "save"):
             tokenizer.save(str(staging / "tokenizer.json"))
         # Weight files whose number differs from the new model's: a stale shard would be read as part of it.
-        for pattern in ("model*.safetensors", "model*.safetensors.index.json"):
+        for pattern in ("model*.safetensors", "model*.safetensors.index.json", "additional_chat_templates/*"):
             for path in folder.glob(pattern):
                 path.unlink()
         for path in sorted(staging.iterdir()):
@@ -56,16 +57,12 @@ def save_final_model(
     return folder
 
 
-def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | None) -> None:
+def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | dict[str, str] | None) -> None:
     """A transformers tokenizer, with this template (None: its own), as files that give the tokenizer that it is."""
-    own = getattr(tokenizer, "chat_template", None)
-    if chat_template:
-        tokenizer.chat_template = own | {"default": chat_template} if isinstance(own, dict) else chat_template
-    try:
-        tokenizer.save_pretrained(str(folder))
-    finally:
-        if chat_template:
-            tokenizer.chat_template = own
+    if chat_template:  # a checkpoint is saved in another thread, beside a run that reads with the tokenizer
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(str(folder))
     # transformers leaves this one out, and without it Llama's tokenizer puts no blank after a special token.
     path, legacy = folder / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
     if legacy is not None and path.exists():

@@ -382,7 +382,7 @@ class Loop:
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        before = next((row for row in self.history if row["step"] == 0), {})
+        before = next((row for row in self.history if row.get("step") == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)

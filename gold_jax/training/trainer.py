@@ -55,7 +55,8 @@ class _Trainer:
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
-        read = functools.partial(load_examples, text_column=a.dataset_text_field)
+        first = a.on_bad_row == "error"
+        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first)
         self.train_examples = read(train_dataset)
         self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
@@ -86,7 +87,11 @@ class _Trainer:
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
-        measured = () if evaluation is None else check_evaluation(evaluation, *tokenizers.values())
+        measured: list[str] = []
+        if evaluation is not None:
+            options = dict(on_bad_row=a.on_bad_row)
+            self.eval_examples, measured = check_evaluation(evaluation, *tokenizers.values(), **options)
+            evaluation = self.eval_examples
         self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         self._show(student, len(checked.kept), shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
