@@ -98,6 +98,31 @@ def test_templates_that_write_different_answers_are_told_and_what_makes_them_agr
     assert check({"prompt": [USER]}, need=None, **same).notices == []
 
 
+def test_a_row_that_thinks_is_read_whatever_variables_would_make_the_templates_agree():
+    thinks = answered("<think>\nhm\n</think>\n\nthe dog.")
+    for sides in (dict(student=THINKS, teacher=CHATML), dict(student=CHATML, teacher=THINKS)):
+        assert check(thinks, **sides).kept == [0]
+
+
+def test_thinking_that_a_template_drops_is_told_and_nothing_left_is_an_error():
+    drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+    (notice,) = check(answered("<think>hm</think>yes"), student=drops).notices
+    assert (
+        "in 1 rows of the data set the student's template leaves out a part of the answer" in notice
+        and "'yes'" in notice
+    )
+    with pytest.raises(ValueError, match="row 0 of the data set.*nothing of it is left"):
+        check(answered("<think>hm</think>"), student=drops)
+
+
+def test_evaluation_rows_that_cannot_be_read_can_be_left_out():
+    rows = load_examples([{"prompt": 3}, {"prompt": "x", "completion": "y"}], check_first=False)
+    kept, (notice,) = check_evaluation(rows, chat_tokenizer(), on_bad_row="skip")
+    assert [e.completion for e in kept] == ["y"] and "left out 1 of 2 rows of the evaluation data" in notice
+    with pytest.raises(ValueError, match="row 0"):
+        check_evaluation(rows, chat_tokenizer())
+
+
 def test_a_generation_prompt_that_is_not_what_stands_before_an_answer_is_told():
     opens = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     (notice,) = check(answered(), student=opens).notices

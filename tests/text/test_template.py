@@ -433,3 +433,24 @@ def test_real_templates_write_tools_as_transformers_does(assets, folder):
     calls, answer = said(template, told)
     assert '{"name": "look", ' in calls and answer.endswith("the dog.")
     assert said(template, Conversation([USER, call("one moment"), *messages[2:]], tools=TOOLS))[1] == answer
+
+
+def test_an_answer_is_looked_for_behind_the_earlier_turns():
+    # No special token marks a turn; the generation prompt closes the thinking, which earlier turns have empty.
+    source = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'User: ' + m['content'] + '\n' }}{% else %}"
+        "{{ 'Bot:\n<think>' + (m['reasoning_content'] or '') + '</think>\n' + m['content'] + '\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Bot:\n<think></think>\n' }}{% endif %}"
+    )
+    template = ChatTemplate(toys.byte_level(), source)
+    thinks = {"role": "assistant", "content": "A2", "reasoning_content": "r"}
+    messages = [
+        {"role": "user", "content": "Q1"},
+        {"role": "assistant", "content": "A1"},
+        {"role": "user", "content": "Q2"},
+        thinks,
+    ]
+    try:
+        assert "Q2" not in template.answer(messages).text
+    except ValueError as error:
+        assert "cannot be located" in str(error)
