@@ -172,8 +172,8 @@ def align_rows(
             count += counts_stop
         s_side, s_lost = _truncate(SideTokens(s_prompt, s_ids.astype(np.int32), s_group), max_length)
         t_side, t_lost = _truncate(SideTokens(t_prompt, t_ids.astype(np.int32), t_group), teacher_max_length)
-        count = min(count, s_lost, t_lost)
-        made.append(Row(s_side, t_side, count, ours.text, ours.stopped, ours.invalid_utf8, unknown[unknown < count]))
+        whole, unknown = min(count, s_lost, t_lost), unknown[unknown < count]
+        made.append(Row(s_side, t_side, whole, ours.text, ours.stopped, ours.invalid_utf8, unknown))
     return made
 
 
