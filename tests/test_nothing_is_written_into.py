@@ -9,7 +9,7 @@ ALLOWED = {
     # a module during its construction
     ("models/decoder.py", "__init__", "setattr"),
     # numpy arrays that the function itself has made
-    ("models/hf_checkpoint.py", "read", "[...] ="),
+    ("models/hf_checkpoint.py", "_read", "[...] ="),
     # settings during their construction, and what is set on them by their owner
     ("config/fields.py", "__post_init__", "setattr"),
     ("config/fields.py", "_set", "setattr"),
@@ -17,7 +17,6 @@ ALLOWED = {
     ("loss_spec.py", "__post_init__", "setattr"),
     # frozen dataclasses during their construction
     ("text/encode.py", "__post_init__", "setattr"),
-    ("text/detokenize.py", "__post_init__", "setattr"),
     ("text/surface.py", "__post_init__", "setattr"),
     # copies that the function itself has made
     ("text/encode.py", "__init__", "attribute"),
@@ -26,8 +25,10 @@ ALLOWED = {
     ("text/encode.py", "_remove_prefix", "attribute"),
     ("text/special_tokens.py", "_with_renamed_special_tokens", "attribute"),
     ("loading.py", "load_model_and_tokenizer", "attribute"),
+    ("training/export.py", "_save_tokenizer", "attribute"),
     # objects of other libraries that the function itself has made
-    ("profiling/capture.py", "_trace", "attribute"),
+    ("profiling/capture.py", "trace_steps", "attribute"),
+    ("config/trl_compat.py", None, "attribute"),
     ("distributed/watchdog.py", "_watch", "attribute"),
 }
 OWN = ("self", "cls")

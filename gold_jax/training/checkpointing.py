@@ -129,6 +129,10 @@ class Checkpoints:
         self._write_files, self._failed = write_files, None
         self._step = step if self._attempt(step, begin) else None
 
+    def go_on_from(self, path: epath.Path) -> None:
+        """Takes a checkpoint for the newest of this run."""
+        self.last = path
+
     def poll(self) -> None:
         """Looks, without waiting, whether the save under way has ended or failed."""
         if self._step is not None and not self._manager.is_saving_in_progress():

@@ -469,7 +469,8 @@ class Loop:
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Puts the run where a checkpoint was saved."""
-        self.state, self.checkpoints.last = state, path
+        self.state = state
+        self.checkpoints.go_on_from(path)
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self.resumed = metadata.get("resumed", 0) + 1

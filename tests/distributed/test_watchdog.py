@@ -85,8 +85,9 @@ def test_nobody_is_late_before_one_has_waited_long_or_where_all_wait():
 
 
 def test_who_is_silent_for_half_the_timeout_is_lost_and_who_is_waited_for_twice_as_long_is_late():
-    assert Watchdog(30)._limits == {"lost_after": 15, "late_after": 60}
-    assert Watchdog(30, late_after=5)._limits == {"lost_after": 15, "late_after": 5}
+    for options, late in ({}, 60), ({"late_after": 5}, 5):
+        watchdog = Watchdog(30, **options)
+        assert (watchdog._lost_after, watchdog._late_after) == (15, late)
 
 
 def test_only_a_new_heartbeat_counts_as_seen():

@@ -15,6 +15,7 @@ from gold_jax import evaluate, generate, inspect, sft, train
 from gold_jax.loading import LoadedModel
 from gold_jax.scoring import exact_match
 from gold_jax.text.data import load_examples
+from gold_jax.text.template import PLAIN_TEMPLATE
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"numbers": [24, {"of": 48}]}}}
@@ -74,7 +75,9 @@ class Caller:
         self.examples = list(load_examples(self.data))
         self.texts = {"one": "The quick brown fox", "other": "größer"}
         self.key = jax.random.key(0)
-        self.sft = gold_jax.SFTConfig(output_dir=str(folder / "sft"), assistant_only_loss=True, **SMALL)
+        (folder / "calls.jinja").write_text(PLAIN_TEMPLATE)  # one that writes tool calls
+        calls = {"assistant_only_loss": True, "chat_template_path": str(folder / "calls.jinja")}
+        self.sft = gold_jax.SFTConfig(output_dir=str(folder / "sft"), **calls, **SMALL)
         self.gold = gold_jax.GOLDConfig(output_dir=str(folder / "gold"), **GOLD)
         self.settings = {"sft": dict(SMALL), "gold": dict(GOLD)}
         self.mask = ["whitespace"]
