@@ -42,17 +42,21 @@ def gold(world, output, **changes):
 
 
 def stopped_in(monkeypatch, update, number=signal.SIGTERM):
-    """Sends this process a signal during an update."""
-    train_step, calls = Step.__call__, []
+    """Sends this process a signal during an update, be it made or left out."""
+    calls = []
 
-    def stopping(self, *arguments):
-        metrics = train_step(self, *arguments)
-        calls.append(1)
-        if len(calls) == update:
-            os.kill(os.getpid(), number)
-        return metrics
+    def stopping(make):
+        def made(self, *arguments):
+            metrics = make(self, *arguments)
+            calls.append(1)
+            if len(calls) == update:
+                os.kill(os.getpid(), number)
+            return metrics
 
-    monkeypatch.setattr(Step, "__call__", stopping)
+        return made
+
+    for name in ("__call__", "skip"):
+        monkeypatch.setattr(Step, name, stopping(getattr(Step, name)))
 
 
 @pytest.fixture(scope="module")
