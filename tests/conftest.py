@@ -9,7 +9,12 @@ import pytest
 # reads it. Without XLA's emitters for fusions a program of many small operations compiles in less than half the time, and
 # as one module of LLVM's, not cut for several threads, in two thirds of that.
 os.environ["XLA_FLAGS"] = " ".join(
-    ["--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1", os.environ.get("XLA_FLAGS", "")]
+    [
+        "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1",
+        # Eight devices on two busy cores may take longer than the 40 s after which XLA ends a process.
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        os.environ.get("XLA_FLAGS", ""),
+    ]
 ).strip()
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # small matrices: numpy's other threads would only wait for work
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
