@@ -9,7 +9,7 @@ from gold_jax.text import special_tokens
 from gold_jax.text.encode import Encoded, PlainEncoder
 from gold_jax.text.special_tokens import EscapedText, SpecialStrings
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
-from gold_jax.text.template import Answer, ChatTemplate, with_context
+from gold_jax.text.template import ChatTemplate, RenderedAnswer, with_context
 
 Prompt = str | list[dict]
 
@@ -119,7 +119,7 @@ class ChatTokenizer:
         """A prompt as the model reads it: text as it is, messages by the template, up to where the answer begins."""
         return self._render_escaped(prompt).original
 
-    def answer(self, messages: list[dict]) -> Answer:
+    def answer(self, messages: list[dict]) -> RenderedAnswer:
         """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
 

@@ -11,11 +11,11 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
-from gold_jax.text.template import Answer, Conversation, conversation_shape, extras_of, unwritten_parts
+from gold_jax.text.template import Conversation, RenderedAnswer, conversation_shape, extras_of, unwritten_parts
 from gold_jax.wording import listed
 
 # What a template may leave out with a notice: everything else is an error.
-_TOLD = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
+_NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _SHOWN = 5  # errors of skipped rows
@@ -42,7 +42,7 @@ class RowReader:
     def __init__(self, where: str, sides: Mapping[str, ChatTokenizer], *, answers: bool, whole: bool = False):
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self._unwritten: dict[tuple, list[str]] = {}
-        self._told: collections.Counter = collections.Counter()
+        self._unwritten_counts: collections.Counter = collections.Counter()
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
 
     def read(self, number: int, example: Example) -> tuple[str, str]:
@@ -84,7 +84,7 @@ class RowReader:
         if shape not in self._unwritten:
             self._unwritten[shape] = unwritten_parts(side.template, conversation, whole=self.whole)
         missing = self._unwritten[shape]
-        if parts := [part for part in missing if part not in _TOLD]:
+        if parts := [part for part in missing if part not in _NOTICE_ONLY]:
             roles = sorted({str(m.get("role")) for m in conversation} - {"system", "user", "assistant", "tool"})
             known = f"; it may not know the role {', '.join(map(repr, roles))}" if roles else ""
             raise ValueError(
@@ -92,12 +92,12 @@ class RowReader:
                 "Bring the messages into the form that the template takes (roles are system, user, assistant and tool), or "
                 "pass another chat template"
             )
-        self._told.update((who, part) for part in missing)
+        self._unwritten_counts.update((who, part) for part in missing)
 
-    def _compare(self, number: int, conversation: list[dict], found: Mapping[str, Answer]) -> None:
+    def _compare(self, number: int, conversation: list[dict], found: Mapping[str, RenderedAnswer]) -> None:
         """Notes where prompt and answer are not what a template writes, or the two models' answers differ."""
         for who, answer in found.items():
-            if not answer.continues:
+            if not answer.follows_prompt:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
@@ -125,15 +125,15 @@ class RowReader:
                     found = [side.answer(changed) for side in self.sides.values()]
                 except ValueError:  # an answer that thinks where the template is told not to
                     continue
-                if all(answer.continues for answer in found) and len({answer.text for answer in found}) == 1:
+                if all(answer.follows_prompt for answer in found) and len({answer.text for answer in found}) == 1:
                     return f"{shown}; --template_kwargs '{json.dumps({name: value})}' makes them agree"
         return shown
 
     def notices(self) -> list[str]:
         """Lines about what templates do not write and where they do not agree."""
         return [
-            f"the chat template of {self.sides[who].name} ({who}) does not write {_TOLD[part]} of {count} rows of {self.where}"
-            for (who, part), count in self._told.items()
+            f"the chat template of {self.sides[who].name} ({who}) does not write {_NOTICE_ONLY[part]} of {count} rows of {self.where}"
+            for (who, part), count in self._unwritten_counts.items()
         ] + [
             f"in {count} rows of {self.where} {said}: in row {first} {shown}"
             for said, (count, first, shown) in self._notes.items()

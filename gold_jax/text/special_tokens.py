@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.surface import backend_of
-from gold_jax.text.template import Answer, ChatTemplate, Conversation, extras_of
+from gold_jax.text.template import ChatTemplate, Conversation, RenderedAnswer, extras_of
 
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
@@ -98,17 +98,17 @@ class SpecialTokenEscaper:
             return EscapedText(self._specials.escape(prompt, strings), strings)
         return self._with_escaped(prompt, lambda messages: (self._template.render(messages, generate=generate), []))[0]
 
-    def answer(self, messages: list[dict]) -> Answer:
+    def answer(self, messages: list[dict]) -> RenderedAnswer:
         """The last answer of a conversation, see `ChatTemplate.answer`.
 
         Special tokens that the template itself writes after the generation prompt (gpt-oss' channels) are no text: then
-        `text` is what stands after the last of them, and `continues` is False.
+        `text` is what stands after the last of them, and `follows_prompt` is False.
         """
-        continues = True
+        follows_prompt = True
 
         def work(messages):
-            nonlocal continues
-            prompt, text, continues = self._template.answer(messages)
+            nonlocal follows_prompt
+            prompt, text, follows_prompt = self._template.answer(messages)
             return prompt + text, [(len(prompt), len(prompt) + len(text))]
 
         whole, [(begin, end)] = self._with_escaped(messages, work)
@@ -118,8 +118,8 @@ class SpecialTokenEscaper:
             said = self._strings_the_template_looks_for(messages, strings) if strings else ()
             for found in written:
                 if found[0] not in said:
-                    text, continues = whole.slice(begin + found.end(), end), False
-        return Answer(whole.slice(0, begin).original, text.original, continues)
+                    text, follows_prompt = whole.slice(begin + found.end(), end), False
+        return RenderedAnswer(whole.slice(0, begin).original, text.original, follows_prompt)
 
     def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""

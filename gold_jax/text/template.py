@@ -88,7 +88,7 @@ def extras_of(messages: list[dict]) -> dict[str, Any]:
     return {name: getattr(messages, name, None) or None for name in ("tools", "template_kwargs")}
 
 
-class Answer(NamedTuple):
+class RenderedAnswer(NamedTuple):
     """The last answer of a conversation, as a chat template writes it."""
 
     prompt: str  # what the model reads before it: the earlier messages and the generation prompt
@@ -97,7 +97,7 @@ class Answer(NamedTuple):
     text: str
     #: Whether `prompt` and `text` are how the whole conversation begins. False where the generation prompt is not what
     #: the template writes before such an answer.
-    continues: bool
+    follows_prompt: bool
 
 
 class ChatTemplate:
@@ -236,7 +236,7 @@ class ChatTemplate:
                 f"{excerpt(first)}: {error}; bring the messages into the form it takes, or pass another chat template"
             ) from error
 
-    def answer(self, messages: list[dict]) -> Answer:
+    def answer(self, messages: list[dict]) -> RenderedAnswer:
         """The last answer of a conversation: what the template writes after the generation prompt.
 
         The last of `messages` is the assistant's, and not the only one. ValueError where the template refuses the
@@ -253,7 +253,7 @@ class ChatTemplate:
             starts = rendered[:begin].removesuffix(" " * self.lead) == prompt
         if begin == end and (messages[-1].get("content") or "").strip():
             raise self._lost(messages, len(messages) - 1, "nothing of it is left")
-        return Answer(prompt, rendered[begin:end], starts)
+        return RenderedAnswer(prompt, rendered[begin:end], starts)
 
     def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.

@@ -256,7 +256,7 @@ OPENS_THINKING = THINKING.replace(
 
 
 @pytest.mark.parametrize(
-    "source, content, text, continues",
+    "source, content, text, follows_prompt",
     [
         (toys.CHATML, "the dog.", "the dog.", True),
         (THINKING, "the dog.", "<think>\n\n</think>\n\nthe dog.", True),
@@ -268,15 +268,15 @@ OPENS_THINKING = THINKING.replace(
         (toys.CHATML, " yes\n", " yes\n", True),
     ],
 )  # fmt: skip
-def test_an_answer_is_what_stands_after_the_generation_prompt(source, content, text, continues):
+def test_an_answer_is_what_stands_after_the_generation_prompt(source, content, text, follows_prompt):
     template = ChatTemplate(toys.byte_level(), source)
     messages = [USER, {"role": "assistant", "content": content}]
     answer = template.answer(messages)
-    assert (answer.text, answer.continues) == (text, continues)
+    assert (answer.text, answer.follows_prompt) == (text, follows_prompt)
     assert answer.prompt == template.render([USER], generate=True)
     assert said(template, messages) == [text]
     assert said(template, [USER, ANSWER, *messages])[-1] == text
-    if continues:
+    if follows_prompt:
         assert template.render(messages) == answer.prompt + answer.text + template.tail
 
 
