@@ -200,11 +200,16 @@ class DistillationBatchBuilder:
             options = dict(max_length=self.max_length, positional=positional, one_vocabulary=self.one_vocabulary)
             options |= dict(skip_student_stop=spec.skip_student_stop, skip_teacher_stop=spec.skip_teacher_stop)
             rows = dict(zip(numbers, text_batch.align_rows(encoded, stops, **options)))
-        groups, given = "all" if positional else spec.groups, [rows.get(i) for i in range(len(examples))]
-        options = dict(merge=spec.merge, groups=groups, text=spec.of_text, normalization=spec.normalization)
+        given = [rows.get(i) for i in range(len(examples))]
+        options = dict(merge=spec.merge, groups=self._groups, text=spec.of_text, normalization=spec.normalization)
         options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
         batches = text_batch.build_batches(given, batch_size, process_shard=self.process_shard, **options)
         return dict(zip(numbers, encoded)), rows, batches
+
+    @property
+    def _groups(self) -> str:
+        """Which groups count; pairs by position all do."""
+        return "all" if self.spec.groups == "positional" else self.spec.groups
 
     def count_targets(self, example: Example) -> tuple[int, bool]:
         """How many groups, or tokens of cross-entropy, a row of the data set gives to learn, and whether it is cut."""
@@ -213,8 +218,7 @@ class DistillationBatchBuilder:
         return self._count(rows[0]), size > self.max_length
 
     def _count(self, row: Row) -> int:
-        groups = "all" if self.spec.groups == "positional" else self.spec.groups
-        counted = int(counted_groups(row, self.spec.merge, groups).sum()) if self.spec.distillation_weight else 0
+        counted = int(counted_groups(row, self.spec.merge, self._groups).sum()) if self.spec.distillation_weight else 0
         # Without a prompt nothing stands before the first token.
         targets = len(row.student.completion) - (not len(row.student.prompt) and bool(len(row.student.completion)))
         return counted + (targets if self.spec.crossentropy_weight else 0)

@@ -103,9 +103,8 @@ class Loop:
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
         self._student, self._teacher_score, self._restart = student, teacher_score, restart
         self.run_id = ""  # tells the checkpoints of one run from those of others in the same folder
-        self.resumed = (
-            0  # how often: of a run resumed from an older checkpoint, tells the newer ones from those left behind
-        )
+        # How often: of a run that goes on from an older checkpoint, tells the newer ones from those left behind.
+        self.resumed = 0
         compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", compared)
         self._trained = False
