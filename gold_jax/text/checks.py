@@ -189,6 +189,9 @@ def check_examples(
         if e.completion is None:
             if need_completion:
                 hint = f". Its column {answers[0]!r} may be the answer: name it 'completion'" if answers else ""
+                last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
+                if last not in ("system", "user", "tool", "developer"):
+                    hint = f". Its last message has the role {last!r}; an answer has the role 'assistant'"
                 raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
             prompts_alone.update(answers)
         if need_completion and e.calls_tools and not learns_calls:

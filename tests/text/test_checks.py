@@ -73,6 +73,14 @@ def test_messages_that_a_template_does_not_write_are_an_error():
         check(prompt, student=SYSTEM_AND_USER, need=None)
 
 
+def test_an_answer_under_another_role_is_named():
+    row = {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}
+    with pytest.raises(
+        ValueError, match="row 0.*no completion; it is learned. Its last message has the role 'gpt'; an answer"
+    ):
+        check(row)
+
+
 def test_tool_calls_that_a_template_does_not_write_are_an_error():
     row = {"messages": [USER, call("hm"), {"role": "tool", "content": "s"}, {"role": "assistant", "content": "b"}]}
     with pytest.raises(ValueError, match="row 0.*the name of tool call 0 of message 1"):
