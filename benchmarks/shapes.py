@@ -1,13 +1,16 @@
 """How many programs a run compiles: the shapes of its steps, without taking them.
 
     python benchmarks/shapes.py ASSETS DATA.jsonl [--steps 200] [--batch 4] [--max_length 512] [--new_tokens 64]
+        [--length_buckets 12]
 
 DATA has GSM8K's columns. Off-policy, completions are the data's; for on-policy their first `--new_tokens` tokens stand in
 for what the student would write, which may be shorter but is never longer. Printed with it: how many tokens are computed
-to one that is there, in lines as they are and in rows padded to the longest of a batch.
+to one that is there, in lines as they are and in rows padded to the longest of a batch; and the same with as many shapes
+as buckets make of the lengths, without the bound of `--length_buckets`.
 """
 
 import argparse
+import itertools
 import json
 import pathlib
 
@@ -24,8 +27,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--length_buckets", type=int, default=12)
     args = parser.parse_args()
-    from gold_jax.bucketing import power_of_two
+    from gold_jax.bucketing import ShapeSet, power_of_two
     from gold_jax.loading import load_tokenizer
     from gold_jax.text.batch import align_rows, build_batches, encode_rows
     from gold_jax.text.chat import ChatTokenizer
@@ -39,10 +43,11 @@ def main() -> None:
     rows = [json.loads(line) for line in pathlib.Path(args.data).read_text(encoding="utf-8").splitlines()]
     order = RowOrder(range(len(rows)), args.batch, 42)
     print(
-        "| completions | teacher's programs | student's programs | computed tokens to one, in lines | in padded rows |"
+        "| completions | shapes | teacher's programs | student's programs | tokens to one, in lines | in padded rows |"
     )
-    print("| --- | --- | --- | --- | --- |")
-    for mode in ("off", "on"):
+    print("| --- | --- | --- | --- | --- | --- |")
+    for mode, limit in itertools.product(("off", "on"), (args.length_buckets, None)):
+        shapes = limit and ShapeSet(limit)
         programs, computed, padded, there = (set(), set()), 0, 0, 0
         for step in range(args.steps):
             chosen = [rows[i] for i in order(step)]
@@ -55,7 +60,7 @@ def main() -> None:
                 completions = [completion_from_ids(student, ids, after=p) for ids, p in zip(drawn, prompts)]
             encoded = encode_rows(student, teacher, prompts, completions)
             made = align_rows(encoded, (student.stop_id, teacher.stop_id), max_length=args.max_length)
-            (batch,) = build_batches(made, args.batch, merge="chain", groups="all")
+            (batch,) = build_batches(made, args.batch, merge="chain", groups="all", shapes=shapes)
             read = power_of_two(batch.teacher.packed.tokens.size)
             programs[0].add(str(jax.tree.map(np.shape, batch.teacher.packed)))
             programs[1].add(
@@ -66,9 +71,8 @@ def main() -> None:
                 computed += side.tokens.size
                 padded += args.batch * int(lengths.max())
                 there += int(lengths.sum())
-        print(
-            f"| {mode}-policy | {len(programs[0])} | {len(programs[1])} | {computed / there:.2f} | {padded / there:.2f} |"
-        )
+        counts = f"{limit or 'all'} | {len(programs[0])} | {len(programs[1])}"
+        print(f"| {mode}-policy | {counts} | {computed / there:.2f} | {padded / there:.2f} |")
 
 
 if __name__ == "__main__":

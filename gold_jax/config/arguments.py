@@ -249,9 +249,11 @@ class TextFlags(Settings):
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")
     assistant_only_loss: bool = flag(False, "Learn every answer of the assistant's in a conversation.", effect=_FINE_TUNES)
     eos_token: str | None = flag(None, "Token that ends a turn; none: what the chat template writes.")
-    pad_to_multiple_of: int | None = free_flag(None, "No effect: lengths are always padded to a few buckets.",
-        range=AT_LEAST_ONE, effect=Effect(lambda r: False, "lengths are always padded to a few buckets"),
-        differs="no effect: lengths are always padded to a few buckets")
+    length_buckets: int = warned_flag(12, "About how many shapes micro-batches are padded to; each is compiled. More: less "
+        "padding.", range=AT_LEAST_ONE)
+    pad_to_multiple_of: int | None = free_flag(None, "No effect: lengths are padded to buckets, see --length_buckets.",
+        range=AT_LEAST_ONE, effect=Effect(lambda r: False, "lengths are padded to buckets; --length_buckets says how many"),
+        differs="no effect: lengths are padded to buckets, --length_buckets says how many")
     shuffle_dataset: bool = free_flag(False, "No effect: rows come in a new random order in every epoch.",
         effect=Effect(lambda r: False, "rows always come in a new random order in every epoch"),
         differs="no effect: rows come in a new random order in every epoch")

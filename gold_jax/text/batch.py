@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gold_jax.bucketing import ShapeSet
 from gold_jax.text.align import groups_of
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import SampledCompletion
@@ -252,14 +253,16 @@ def build_batches(
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
+    shapes: ShapeSet | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
     The last micro-batch is filled up with empty rows of weight zero. `text` says whether the comparison asks for the
-    probability of a group's text, which under `boundary` takes further tokens. `process_shard` says into how many
-    sequences the rows of a batch are packed and which of them this process makes; rows of others may be None, and are
-    not in the result.
+    probability of a group's text, which under `boundary` takes further tokens. `shapes`, to which new ones are added,
+    are those that batches are padded to (None: to the buckets of each). `process_shard` says into how many sequences
+    the rows of a batch are packed and which of them this process makes; rows of others may be None, and are not in the
+    result.
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
@@ -270,7 +273,9 @@ def build_batches(
     sides = [[[getattr(local[i], who) for i in part] for who in ("student", "teacher")] for part in parts]
     height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
     unpadded = [[pack_unpadded([_tokens(half) for half in side], height, sequences) for side in both] for both in sides]
-    sizes = process_shard.all_reduce_max(np.array([[side.longest for side in both] for both in unpadded])).tolist()
+    sizes = _padded_sizes(
+        [[side.longest for side in both] for both in unpadded], height // sequences, shapes, process_shard
+    )
     batches = []
     for part, both, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
         pads, counts = (student_pad, teacher_pad), [local[i].groups for i in part]
@@ -293,6 +298,14 @@ def _weights(
     totals = shard.all_reduce_sum(np.array([sum(int(mask.sum()) for mask in kind.values()) for kind in owned]))
     found = [normalized_weights([*kind.values()], normalization, int(n), row_count) for kind, n in zip(masks, totals)]
     return [dict(zip(kind, weights)) for kind, weights in zip(masks, found)]
+
+
+def _padded_sizes(longest: list, rows: int, shapes: ShapeSet | None, shard: ProcessShard) -> list:
+    """Sizes of the longest row and sequence that hold those of all processes: `[batches][sides]` pairs, as `longest`."""
+    sizes = shard.all_reduce_max(np.array(longest))
+    if shapes is not None:
+        sizes = np.array([shapes.fit(size.ravel().tolist(), rows) for size in sizes]).reshape(sizes.shape)
+    return sizes.tolist()
 
 
 def _tokens(half: SideTokens) -> np.ndarray:
@@ -335,11 +348,12 @@ def build_token_batches(
     *,
     normalization: str = "groups",
     pad: int = 0,
+    shapes: ShapeSet | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
 ) -> list[TokenBatch]:
     """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it.
 
-    `process_shard` as in `build_batches`.
+    `shapes` and `process_shard` as in `build_batches`.
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
@@ -348,9 +362,9 @@ def build_token_batches(
     labels = {i: np.where(masks[i], np.append(ids[1:], IGNORE), IGNORE) for i, (ids, _) in local.items()}
     height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
     unpadded = [pack_unpadded([local[i][0] for i in part], height, sequences) for part in parts]
-    sizes = process_shard.all_reduce_max(np.array([x.longest for x in unpadded])).tolist()
+    sizes = _padded_sizes([[x.longest] for x in unpadded], height // sequences, shapes, process_shard)
     batches = []
-    for part, unpadded_part, size in zip(parts, unpadded, sizes):
+    for part, unpadded_part, (size,) in zip(parts, unpadded, sizes):
         packed = pad_packed(unpadded_part, *size, pad=pad)
         chosen = [labels[i] for i in part], [weights[i] for i in part]
         batches.append(TokenBatch(packed, _pad_labels(packed, *chosen, height)))

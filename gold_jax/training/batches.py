@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from gold_jax.bucketing import ShapeSet
 from gold_jax.loss_spec import LossSpec
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.rollout.server import ServerEngine
@@ -48,6 +49,7 @@ class UpdateBatch:
     stats: dict[str, float]
     samples: list[tuple[str | list[dict], str]] = dataclasses.field(default_factory=list)
     counted: int = 1  # groups or tokens that the loss has, of all processes; 0: there is nothing to learn
+    shapes: Sequence[Sequence[int]] = ()  # that the run's batches are padded to, these ones' among them
 
 
 class Evaluation(NamedTuple):
@@ -110,11 +112,12 @@ class DistillationBatchBuilder:
     teacher_model: Any = None  # its graph and parameters, where it writes
     teacher_context: str | None = None  # a text that the teacher alone reads, before what a row may have of its own
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
+    length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
 
     @annotate(BATCHES)
-    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
-        """The batch of an update, given its rows and the student's current parameters."""
+    def build(self, step: int, examples: Sequence[Example], params: Any, shapes: Iterable = ()) -> UpdateBatch:
+        """The batch of an update, given its rows, the student's current parameters, and the shapes of the run so far."""
         examples = [e for e in examples for _ in range(self.num_generations)]
         chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
         on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
@@ -142,10 +145,12 @@ class DistillationBatchBuilder:
             completions = sampled | {i: given[id(example)] for i, example in others.items()}
         elif teacher_rows := np.flatnonzero(~on_policy).tolist():
             completions = sampled | self._by_teacher(others, teacher_rows, jax.random.fold_in(key, 1))
-        _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
+        shape_set = ShapeSet(self.length_buckets, shapes)
+        _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids, shape_set)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())
-        return UpdateBatch(batches, stats, [(examples[i].prompt, d.text) for i, d in sampled.items()], counted)
+        samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
+        return UpdateBatch(batches, stats, samples, counted, shape_set.shapes)
 
     @annotate(SAMPLER)
     def _sample(
@@ -181,11 +186,13 @@ class DistillationBatchBuilder:
         rows = self.eval_batch_size
         numbers = self.process_shard.local_rows(len(examples), rows)
         completions = {i: examples[i].completion_for(self.student) for i in numbers}
-        encoded, _, batches = self._batches(examples, completions, rows)
+        encoded, _, batches = self._batches(examples, completions, rows, shapes=ShapeSet(self.length_buckets))
         text = {i: _text_labels(row.student_prompt, row.student, self.max_length) for i, row in encoded.items()}
         return _evaluation(batches, text, len(examples), rows, self.process_shard)
 
-    def _batches(self, examples: Sequence[Example], completions: Mapping, batch_size: int, prompt_ids=None):
+    def _batches(
+        self, examples: Sequence[Example], completions: Mapping, batch_size: int, prompt_ids=None, shapes=None
+    ):
         """The rows that are made here, encoded and aligned, and the micro-batches of all."""
         numbers, spec = self.process_shard.local_rows(len(examples), batch_size), self.spec
         local = [examples[i] for i in numbers]
@@ -203,7 +210,8 @@ class DistillationBatchBuilder:
         given = [rows.get(i) for i in range(len(examples))]
         options = dict(merge=spec.merge, groups=self._groups, text=spec.of_text, normalization=spec.normalization)
         options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
-        batches = text_batch.build_batches(given, batch_size, process_shard=self.process_shard, **options)
+        options |= dict(shapes=shapes, process_shard=self.process_shard)
+        batches = text_batch.build_batches(given, batch_size, **options)
         return dict(zip(numbers, encoded)), rows, batches
 
     @property
@@ -266,30 +274,34 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
+    length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 
     @annotate(BATCHES)
-    def build(self, step: int, examples: Sequence[Example], params: Any) -> UpdateBatch:
-        """The batch of an update, given its rows and the student's current parameters."""
-        rows, batches = self._batches(examples, self.batch_size)
+    def build(self, step: int, examples: Sequence[Example], params: Any, shapes: Iterable = ()) -> UpdateBatch:
+        """The batch of an update, given its rows, the student's current parameters, and the shapes of the run so far."""
+        shape_set = ShapeSet(self.length_buckets, shapes)
+        rows, batches = self._batches(examples, self.batch_size, shape_set)
         owned = [row for i, row in rows.items() if self.process_shard.is_owner(i, self.batch_size)]
         sums = [sum(len(ids) for ids, *_ in owned), sum(int(counted[1:].sum()) for _, counted, _ in owned)]
         tokens, targets = self.process_shard.all_reduce_sum(np.array(sums)).tolist()
-        return UpdateBatch(batches, {"tokens": tokens, "targets": targets}, counted=targets)
+        stats = {"tokens": tokens, "targets": targets}
+        return UpdateBatch(batches, stats, counted=targets, shapes=shape_set.shapes)
 
     def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
         """All batches of an evaluation, on the data set's completions."""
-        rows, batches = self._batches(examples, self.eval_batch_size)
+        rows, batches = self._batches(examples, self.eval_batch_size, ShapeSet(self.length_buckets))
         text = {i: labels for i, (*_, labels) in rows.items()}
         return _evaluation(batches, text, len(examples), self.eval_batch_size, self.process_shard)
 
-    def _batches(self, examples: Sequence[Example], batch_size: int):
+    def _batches(self, examples: Sequence[Example], batch_size: int, shapes: ShapeSet):
         """The rows that are made here, and the micro-batches of all."""
         numbers, pad = self.process_shard.local_rows(len(examples), batch_size), self.chat_tokenizer.pad_id
         with annotate(ENCODING):
             rows = {i: self._row(examples[i]) for i in numbers}
         given = [rows[i][:2] if i in rows else None for i in range(len(examples))]
-        return rows, text_batch.build_token_batches(given, batch_size, pad=pad, process_shard=self.process_shard)
+        options = dict(pad=pad, shapes=shapes, process_shard=self.process_shard)
+        return rows, text_batch.build_token_batches(given, batch_size, **options)
 
     def count_targets(self, example: Example, max_length: int) -> tuple[int, bool]:
         """How many tokens a row gives to learn within `max_length`, and whether it is longer."""

@@ -84,7 +84,8 @@ def build_run(
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, **mesh)
         if chat_tokenizer is not None:
             counted = counted_tokens(args)
-            batches = TokenBatchBuilder(chat_tokenizer, rows, eval_rows, args.max_length, counted, process_shard)
+            sizes = rows, eval_rows, args.max_length, counted, args.length_buckets
+            batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
         return Run(graph, params, optimizer, schedule, shardings, step, batches)
 
     teacher_graph, teacher_params = split(teacher.model)
@@ -100,6 +101,7 @@ def build_run(
         writes = args.seq_kd and args.lmbda < 1
         options = dict(batch_size=rows, eval_batch_size=eval_rows, micro_batches=args.gradient_accumulation_steps)
         options |= dict(max_length=args.max_length, seed=args.seed, process_shard=process_shard)
+        options |= dict(length_buckets=args.length_buckets)
         options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
         options |= dict(generation_batch_size=args.generation_batch_size or 32 * shards)
         options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)

@@ -119,6 +119,7 @@ class Loop:
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
         self._means = RunningMean()
         self._losses: list[float] = []  # of the updates made since `train` began
+        self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
 
     # the run
@@ -202,7 +203,7 @@ class Loop:
         run, args, total = self.run, self.args, self.total_steps
         self._restart_clock()
         self._table_due = 0
-        batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
+        batch = signals.interruptible(self._build_batch, self.done, self.shapes) if self.done < total else None
         for step in self._steps():
             if batch is None:  # a signal came while it was built
                 return
@@ -213,11 +214,11 @@ class Loop:
                 else:
                     self.state, metrics = run.step.skip(self.state)
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
-                current, self.done = batch, step + 1
+                current, self.done, self.shapes = batch, step + 1, batch.shapes
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
-                batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
+                batch = signals.interruptible(self._build_batch, step + 1, self.shapes) if step + 1 < total else None
             except Exception as error:  # raised below, when this update is logged
                 batch, failed = None, error
             with annotate(WAITING):
@@ -247,9 +248,10 @@ class Loop:
                 self._restart_clock()
             self.checkpoints.poll()
 
-    def _build_batch(self, step: int) -> UpdateBatch:
+    def _build_batch(self, step: int, shapes: Sequence) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        return self.run.batches.build(step, [self.data.train[i] for i in self.data.order(step)], self.state.params)
+        examples = [self.data.train[i] for i in self.data.order(step)]
+        return self.run.batches.build(step, examples, self.state.params, shapes)
 
     def _is_due(self, what: str) -> bool:
         """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
@@ -474,6 +476,7 @@ class Loop:
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self.resumed = metadata.get("resumed", 0) + 1
         self._means.restore(metadata["means"])
+        self.shapes = metadata.get("shapes", ())
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
                 ended = self.done == self.total_steps
@@ -503,7 +506,7 @@ class Loop:
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
         metadata = {"run": self.data.description, "run_id": self.run_id, "resumed": self.resumed}
-        metadata["means"] = self._means.state()
+        metadata |= {"means": self._means.state(), "shapes": self.shapes}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 

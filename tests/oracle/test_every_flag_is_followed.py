@@ -97,6 +97,7 @@ REASONS = {
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
     "on_bad_row": "Rows that cannot be read end a run or are left out before it begins: tests/text/test_checks.py.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",
+    "length_buckets": "It says what batches are padded to, and padding counts for nothing: see the tests of batches.",
     "pad_to_multiple_of": "Lengths are padded to buckets in any case, nothing reads the flag, and a run says so.",
     "shuffle_dataset": "Rows come in shuffled order in any case, and nothing reads the flag, and a run says so.",
     "trust_remote_code": "It lets a tokenizer run code of its own; the embedded ones have none.",

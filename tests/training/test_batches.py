@@ -85,6 +85,21 @@ def test_sequences_keep_their_start_where_they_are_longer_than_the_window():
     assert batch.packed.mask.sum() == 5 and np.count_nonzero(batch.labels.weight) == made.stats["targets"]
 
 
+def test_batches_are_padded_to_the_shapes_of_those_before_them():
+    texts = [Example("x", "y" * n) for n in (90, 20, 40, 85)]
+    builder = TokenBatchBuilder(chat_tokenizer(), 1, 1, None, "completion", length_buckets=1)
+    made, shapes = [], ()
+    for step, example in enumerate(texts):
+        made.append(builder.build(step, [example], None, shapes))
+        shapes = made[-1].shapes
+    found = [update.batches[0].packed.gather_index.shape[-1] for update in made]
+    assert found == [96, 96, 96, 96]
+    alone = [builder.build(step, [example], None) for step, example in enumerate(texts)]
+    for padded, own in zip(made, alone):
+        assert padded.stats == own.stats and padded.batches[0].packed.mask.sum() == own.batches[0].packed.mask.sum()
+        assert padded.batches[0].labels.weight.sum() == own.batches[0].labels.weight.sum()
+
+
 @pytest.mark.parametrize(
     "prompts, batch, limit, rows", [(1, 4, 32, 4), (5, 4, 32, 8), (64, 1, 32, 32), (64, 3, 32, 24), (9, 48, 32, 32)]
 )

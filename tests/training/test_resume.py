@@ -136,6 +136,16 @@ def test_resuming_from_any_save_gives_the_same_student_and_the_same_log(world, f
     assert "Resumed from" in trainer.console.export_text()
 
 
+def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):
+    trainer = sft(world, tmp_path / "out", length_buckets=1)
+    trainer.train()
+    metadata = json.loads((tmp_path / "out" / "checkpoint-2" / "run.json").read_text())
+    assert metadata["shapes"]
+    again = sft(world, tmp_path / "out", length_buckets=1)
+    again.train(str(tmp_path / "out" / "checkpoint-2"))
+    assert again.loop.shapes == trainer.loop.shapes and same(held(again), held(trainer))
+
+
 def test_a_save_is_also_a_student_that_opens_by_itself(finished):
     assert load_model(finished[0] / "checkpoint-2").config.layers == 2
     assert (finished[0] / "checkpoint-2" / "tokenizer.json").is_file()
@@ -333,8 +343,8 @@ def poisoned(monkeypatch, updates):
     """Batches whose loss is not finite in some updates (counted from 1)."""
     build = TokenBatchBuilder.build
 
-    def with_poison(self, step, examples, params):
-        made = build(self, step, examples, params)
+    def with_poison(self, step, examples, params, shapes=()):
+        made = build(self, step, examples, params, shapes)
         if step + 1 in updates:
             made.batches = [jax.tree.map(endless, batch) for batch in made.batches]
         return made

@@ -174,8 +174,8 @@ def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, mon
     builder = trainer.loop.run.batches
     build = type(builder).build
 
-    def nothing(self, step, examples, params):
-        batch = build(self, step, examples, params)
+    def nothing(self, step, examples, params, shapes=()):
+        batch = build(self, step, examples, params, shapes)
         batch.counted = 0 if step else batch.counted
         return batch
 
@@ -196,10 +196,10 @@ def test_an_error_leaves_the_last_update_saved(world, tmp_path, monkeypatch):
     trainer = gold(world, tmp_path)
     build = type(trainer.loop.run.batches).build
 
-    def fails(self, step, examples, params):
+    def fails(self, step, examples, params, shapes=()):
         if step == 2:
             raise OSError("the server does not answer")
-        return build(self, step, examples, params)
+        return build(self, step, examples, params, shapes)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(trainer.loop.run.batches), "build", fails)
