@@ -6,6 +6,7 @@ Shapes: `S` packed sequences of `N` student and `O` teacher tokens; `B` rows, `G
 entries of the student's and teacher's vocabularies, `K` matched entries.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.bucketing import power_of_two
+from gold_jax.cpu import sorts_on_host
 from gold_jax.loss_spec import LossSpec
+from gold_jax.losses.compare import Comparison, Overlap
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
 from gold_jax.losses.fused_head import HeadShard
 from gold_jax.models.functional import merge
@@ -59,8 +62,24 @@ def with_hidden(batch: Batch, hidden: jax.Array) -> Batch:
 def make_distillation_loss(
     student: nnx.GraphDef, teacher: nnx.GraphDef, spec: LossSpec, vocabulary: VocabularyMap, *, chunk: int
 ) -> Objective:
-    """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`."""
-    options = dict(compare=spec.bound(), overlap=overlap_of(vocabulary), merge=spec.merge, chunk=chunk)
+    """The loss of a `Batch`: `distillation_weight · distillation + crossentropy_weight · cross-entropy`.
+
+    The same arguments give the same functions, so that `Step` finds its programs again.
+    """
+    traced_with = spec.comparison, sorts_on_host()  # what the table and the process say now
+    return _distillation_loss(student, teacher, spec, overlap_of(vocabulary), chunk, traced_with)
+
+
+@functools.lru_cache(maxsize=8)
+def _distillation_loss(
+    student: nnx.GraphDef,
+    teacher: nnx.GraphDef,
+    spec: LossSpec,
+    overlap: Overlap,
+    chunk: int,
+    traced_with: tuple[Comparison, bool],
+) -> Objective:
+    options = dict(compare=spec.bound(), overlap=overlap, merge=spec.merge, chunk=chunk)
 
     def teacher_forward(constants: StepConstants, packed: PackedBatch):
         frozen = merge(teacher, constants.teacher)
@@ -110,8 +129,9 @@ def make_distillation_loss(
     return Objective(teacher_forward if spec.distillation_weight else None, loss)
 
 
+@functools.lru_cache(maxsize=8)
 def make_cross_entropy_loss(student: nnx.GraphDef, *, chunk: int) -> Objective:
-    """The loss of a `TokenBatch`: the mean cross-entropy over its targets."""
+    """The loss of a `TokenBatch`: the mean cross-entropy over its targets. One function for the same arguments."""
 
     def loss(params, _constants, batch: TokenBatch, text: jax.Array | None = None):
         model = merge(student, params)

@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -16,33 +17,45 @@ _NO_DECAY = re.compile(r"bias|norm", re.IGNORECASE)
 _DEFAULT_MIN_LR_RATE = 0.1
 
 
-def make_schedule(config: SFTConfig, total_steps: int) -> optax.Schedule:
-    """The float32 learning rate of an update from the number of those made before, equal to `transformers.get_scheduler`'s.
+@dataclass(frozen=True)
+class Schedule:
+    """The float32 learning rate of an update from the number of those made before, as a value that can be compared."""
+
+    peak: float
+    kind: str
+    total_steps: int
+    warmup: int
+    cycles: float
+    floor: float  # as a share of the peak
+
+    def __call__(self, count: jax.Array | int) -> jax.Array:
+        """The learning rate after `count` updates."""
+        step, warmup = jnp.asarray(count, jnp.float32), self.warmup
+        return self.peak * jnp.where(step < warmup, step / max(1, warmup), self._after_warmup(step))
+
+    def _after_warmup(self, step: jax.Array) -> jax.Array:
+        decay_steps = max(1, self.total_steps - self.warmup)
+        if self.kind in ("constant", "constant_with_warmup"):
+            return jnp.ones_like(step)
+        if self.kind == "linear":
+            return jnp.maximum(0.0, (self.total_steps - step) / decay_steps)
+        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * self.cycles * 2.0 * (step - self.warmup) / decay_steps))
+        return jnp.maximum(0.0, wave * (1.0 - self.floor) + self.floor)
+
+
+def make_schedule(config: SFTConfig, total_steps: int) -> Schedule:
+    """The learning rates of a run, equal to those of `transformers.get_scheduler`.
 
     Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0. With
     `cosine_with_min_lr` and neither `min_lr` nor `min_lr_rate`, the rate falls to a tenth of its peak.
     """
     peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
-    warmup = 0 if kind == "constant" else config.warmup(total_steps)
-    decay_steps, cycles, floor = max(1, total_steps - warmup), options.get("num_cycles", 0.5), 0.0
+    warmup, floor = 0 if kind == "constant" else config.warmup(total_steps), 0.0
     if kind == "cosine_with_min_lr":
         floor = options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
         if "min_lr" in options and peak:
             floor = options["min_lr"] / peak
-
-    def after_warmup(step: jax.Array) -> jax.Array:
-        if kind in ("constant", "constant_with_warmup"):
-            return jnp.ones_like(step)
-        if kind == "linear":
-            return jnp.maximum(0.0, (total_steps - step) / decay_steps)
-        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * cycles * 2.0 * (step - warmup) / decay_steps))
-        return jnp.maximum(0.0, wave * (1.0 - floor) + floor)
-
-    def schedule(count: jax.Array | int) -> jax.Array:
-        step = jnp.asarray(count, jnp.float32)
-        return peak * jnp.where(step < warmup, step / max(1, warmup), after_warmup(step))
-
-    return schedule
+    return Schedule(peak, kind, total_steps, warmup, options.get("num_cycles", 0.5), floor)
 
 
 def decay_mask(params: Any) -> Any:
@@ -56,14 +69,20 @@ def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransfo
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
     `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
-    `max_grad_norm` is 0 or None.
+    `max_grad_norm` is 0 or None. The same settings give the same object, so that `Step` finds its programs again.
     """
+    betas = config.adam_beta1, config.adam_beta2, config.adam_epsilon
+    return _adamw(*betas, config.weight_decay, config.max_grad_norm, make_schedule(config, total_steps))
+
+
+@functools.lru_cache(maxsize=8)
+def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule) -> optax.GradientTransformation:
     adamw = optax.chain(
-        scale_by_adam(config.adam_beta1, config.adam_beta2, config.adam_epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(make_schedule(config, total_steps)),
+        scale_by_adam(b1, b2, epsilon),
+        optax.add_decayed_weights(weight_decay, mask=decay_mask),
+        optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(clip_by_global_norm(config.max_grad_norm), adamw) if config.max_grad_norm else adamw
+    return optax.chain(clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:

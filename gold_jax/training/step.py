@@ -1,5 +1,6 @@
 """The training step, `state, metrics = step(state, batches)`: gradients summed over micro-batches, and one update."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -78,13 +79,62 @@ class Program:
         return self._jitted._cache_size()
 
 
+@functools.lru_cache(maxsize=8)
+def _programs(objective: Objective, optimizer: optax.GradientTransformation | None, shardings: tuple) -> dict:
+    """The programs of a `Step`, for all steps of one objective and optimizer; `shardings` flattened, as they are no key."""
+    shardings = jax.tree.unflatten(*shardings)
+
+    def constrained(tree, sharding):
+        return tree if shardings is None else jax.lax.with_sharding_constraint(tree, sharding)
+
+    def gradient(params, constants, batch):
+        metrics, grads = jax.value_and_grad(objective.loss, has_aux=True)(params, constants, batch)
+        return metrics, constrained(grads, shardings and shardings.params)
+
+    @jax.named_scope("optimizer")
+    def update(state: TrainState, grads, loss):
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+
+        def take(params, optimizer_state, grads):
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            return optax.apply_updates(params, updates), optimizer_state
+
+        def leave(params, optimizer_state, grads):
+            return params, optimizer_state
+
+        # One branch or the other, in place: to choose afterwards would take memory for old and new state together.
+        params, optimizer_state = jax.lax.cond(finite, take, leave, state.params, state.optimizer, grads)
+        left_out = 1 - finite.astype(jnp.int32)
+        counter = NonFiniteCounter(state.nonfinite.total + left_out, (state.nonfinite.in_a_row + 1) * left_out)
+        new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
+        return new, {"grad_norm": norm, "skipped": left_out}
+
+    def fused(state, constants, batch):
+        metrics, grads = gradient(state.params, constants, batch)
+        state, done = update(state, grads, metrics[0])
+        return state, metrics, done
+
+    def add(params, grads, metrics, constants, batch):
+        more, new = gradient(params, constants, batch)
+        return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
+
+    programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
+    programs |= {"first": Program(gradient), "add": Program(add, donate=(1, 2))}
+    programs["update"] = Program(update, donate=(0,))
+    if objective.teacher_forward is not None:
+        programs["teacher_forward"] = Program(objective.teacher_forward)
+    return programs
+
+
 class Step:
     """One update, and a loss without one, as jitted programs.
 
     `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
     and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher. Without an
     optimizer it only evaluates. `constants` are what the objective reads and no update changes, such as the teacher.
-    On a mesh `shardings` are those of the state, and `device_put` puts a batch of host arrays there.
+    On a mesh `shardings` are those of the state, and `device_put` puts a batch of host arrays there. Steps of one
+    objective and optimizer share their programs: a second run in a process traces and compiles nothing again.
     """
 
     def __init__(
@@ -98,52 +148,15 @@ class Step:
     ):
         self.objective, self.constants = objective, constants
         self._device_put = device_put or (lambda batch: batch)
-
-        def constrained(tree, sharding):
-            return tree if shardings is None else jax.lax.with_sharding_constraint(tree, sharding)
-
-        def gradient(params, constants, batch):
-            metrics, grads = jax.value_and_grad(objective.loss, has_aux=True)(params, constants, batch)
-            return metrics, constrained(grads, shardings and shardings.params)
-
-        @jax.named_scope("optimizer")
-        def update(state: TrainState, grads, loss):
-            norm = optax.global_norm(grads)
-            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-
-            def take(params, optimizer_state, grads):
-                updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
-                return optax.apply_updates(params, updates), optimizer_state
-
-            def leave(params, optimizer_state, grads):
-                return params, optimizer_state
-
-            # One branch or the other, in place: to choose afterwards would take memory for old and new state together.
-            params, optimizer_state = jax.lax.cond(finite, take, leave, state.params, state.optimizer, grads)
-            left_out = 1 - finite.astype(jnp.int32)
-            counter = NonFiniteCounter(state.nonfinite.total + left_out, (state.nonfinite.in_a_row + 1) * left_out)
-            new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
-            return new, {"grad_norm": norm, "skipped": left_out}
-
-        def fused(state, constants, batch):
-            metrics, grads = gradient(state.params, constants, batch)
-            state, done = update(state, grads, metrics[0])
-            return state, metrics, done
-
-        def add(params, grads, metrics, constants, batch):
-            more, new = gradient(params, constants, batch)
-            return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
-
-        self.programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
-        self.programs |= {"first": Program(gradient), "add": Program(add, donate=(1, 2))}
-        self.programs["update"] = Program(update, donate=(0,))
-        if objective.teacher_forward is not None:
-            self.programs["teacher_forward"] = Program(objective.teacher_forward)
+        leaves, structure = jax.tree.flatten(shardings)
+        self.programs = _programs(objective, optimizer, (structure, tuple(leaves)))
+        self._compiled_before = 0
+        self._compiled_before = self.compiled
 
     @property
     def compiled(self) -> int:
-        """Number of compiled programs so far."""
-        return sum(program.compiled for program in self.programs.values())
+        """Number of programs compiled since this step was made."""
+        return sum(program.compiled for program in self.programs.values()) - self._compiled_before
 
     def __call__(self, state: TrainState, batches: Sequence[Any]) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update from micro-batches that are normalised together; donates the state, returns while it is computed.

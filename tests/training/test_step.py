@@ -8,11 +8,13 @@ import optax
 import pytest
 from training.small import SPECS, V, W, batches, built, decoder, rows, vocabulary
 
+from gold_jax import SFTConfig
 from gold_jax.loss_spec import LossSpec
 from gold_jax.models.functional import merge, split
 from gold_jax.text.batch import build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.objective import make_cross_entropy_loss, make_distillation_loss
+from gold_jax.training.optimizer import make_optimizer
 from gold_jax.training.step import Program, Step, init_state
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
@@ -139,3 +141,24 @@ def test_a_program_is_compiled_once_for_each_shape_though_it_is_compiled_ahead()
     for size in (3, 4, 3):
         np.testing.assert_array_equal(program(np.ones(size, np.float32), np.float32(1)), np.full(size, 2.0))
     assert program.compiled == len(seconds) == 2
+
+
+def test_steps_of_the_same_settings_share_their_programs_and_others_do_not():
+    graph, params = split(decoder(V, 3))
+    shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
+    (batch,) = build_token_batches(shown, 2)
+    settings = SFTConfig(output_dir="", learning_rate=1e-2, lr_scheduler_type="constant", warmup_ratio=0.0)
+
+    def once(**changes):
+        args = settings.replace(**changes)
+        optimizer = make_optimizer(args, 10)
+        step = Step(make_cross_entropy_loss(graph, chunk=args.loss_chunk or 8), optimizer)
+        state = init_state(optimizer, jax.tree.map(jnp.array, params))
+        return step, jax.tree.map(np.array, step(state, [batch])[0].params)
+
+    (one, first), (two, second), (three, third) = once(), once(), once(learning_rate=2e-2)
+    assert one.programs is two.programs and two.compiled == 0
+    assert three.programs is not one.programs and three.compiled == 1
+    chex.assert_trees_all_equal(first, second)
+    moved, twice = (jax.tree.map(lambda x, y: y - x, jax.tree.map(np.array, params), end) for end in (first, third))
+    chex.assert_trees_all_close(jax.tree.map(lambda x: 2 * x, moved), twice, rtol=1e-3, atol=1e-6)
