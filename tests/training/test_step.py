@@ -147,7 +147,7 @@ def test_steps_of_the_same_settings_share_their_programs_and_others_do_not():
     graph, params = split(decoder(V, 3))
     shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
     (batch,) = build_token_batches(shown, 2)
-    settings = SFTConfig(output_dir="", learning_rate=1e-2, lr_scheduler_type="constant", warmup_ratio=0.0)
+    settings = SFTConfig(output_dir="unused", learning_rate=1e-2, lr_scheduler_type="constant", warmup_ratio=0.0)
 
     def once(**changes):
         args = settings.replace(**changes)
