@@ -1,0 +1,118 @@
+"""Rows of JSON files as they stand there: no text is taken for a date, a number or a null, and no key is filled in."""
+
+import codecs
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gold_jax.text.surface import excerpt
+
+
+class JsonRows(Sequence):
+    """The rows of some files, those of one after those of another.
+
+    A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object.
+
+    Raises:
+        ValueError: the whole of a file cannot be read, or, at access, a line of it. It names file and line.
+    """
+
+    def __init__(self, paths: Sequence[str | os.PathLike]):
+        self._files = [_open(pathlib.Path(path)) for path in paths]
+        self._ends = list(itertools.accumulate(map(len, self._files)))
+        self._index: Sequence[int] = range(self._ends[-1])
+
+    def select(self, index: Sequence[int]) -> "JsonRows":
+        """Some of the rows, by their numbers here."""
+        chosen = object.__new__(JsonRows)
+        chosen._files, chosen._ends, chosen._index = self._files, self._ends, [self._index[i] for i in index]
+        return chosen
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        number = self._index[index]
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        return self._files[file][number - (self._ends[file - 1] if file else 0)]
+
+
+class _Lines(Sequence):
+    """The lines of a file that are not blank."""
+
+    def __init__(self, path: pathlib.Path):
+        self._name, self._file = path.name, open(path, "rb")  # held open: a file put in its place is another one
+        self._version = self._seen()
+        sizes = np.fromiter((len(line) if line.strip() else -len(line) for line in self._file), np.int64)
+        ends = np.cumsum(np.abs(sizes))
+        self._numbers = np.flatnonzero(sizes > 0)
+        self._spans = np.stack([ends - np.abs(sizes), ends], axis=1)[self._numbers]
+
+    def _seen(self) -> tuple[int, int]:
+        stat = os.fstat(self._file.fileno())
+        return stat.st_mtime_ns, stat.st_size
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        if self._seen() != self._version:
+            raise ValueError(f"{self._name} was changed while it is read; begin again with a file that stays as it is")
+        begin, end = self._spans[index].tolist()
+        self._file.seek(begin)
+        return _parse(self._file.read(end - begin), self._name, int(self._numbers[index]) + 1)
+
+
+def _open(path: pathlib.Path) -> Sequence:
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path.name} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
+        file.seek(0)
+        if begin.startswith(b"["):
+            return _parse(file.read(), path.name)
+        lines = _Lines(path)
+        if len(lines) > 1 and begin.startswith(b"{"):  # perhaps one object over many lines
+            try:
+                lines[0]
+            except ValueError:
+                try:
+                    return [_parse(file.read(), path.name)]
+                except ValueError:  # what is wrong is said of the line
+                    pass
+    return lines
+
+
+def _parse(data: bytes, name: str, line: int | None = None) -> Any:
+    """The value of a line, or of a whole file; ValueError where it is no JSON, not UTF-8, or has a key twice."""
+    place = f"line {line} of {name}" if line else name
+    try:
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        at = f"byte {error.start} of line {line or data[: error.start].count(10) + 1} of {name}"
+        raise ValueError(
+            f"{at} is no UTF-8 ({excerpt(data, error.start)}); write the file as UTF-8 (iconv -t UTF-8)"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno} of {name} cannot be read as json: {error.msg.removesuffix(' at')}"
+        raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
+    except ValueError as error:  # a key twice, a number of thousands of digits
+        raise ValueError(f"{place} cannot be read as json: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {excerpt(next(n for n in names if names.count(n) > 1))} is there twice")
+    return found
