@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import check_texts, conversation_extras, messages_of, text_of, what_is_compared, without_fill
-from gold_jax.text.json_rows import JsonRows
+from gold_jax.text.json_rows import read_json_rows
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
 
@@ -178,7 +178,7 @@ def _load(name: str, config: str | None, split: str):
     if path.is_file() and base != "train":
         raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
     if kind == "json":
-        return _of_split(JsonRows(files), split)
+        return _of_split(read_json_rows(files), split)
     try:
         data_files = {"train": [str(p) for p in files]}
         return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
@@ -209,7 +209,7 @@ def _from_hub(name: str, config: str | None, split: str):
     manager = datasets.DownloadManager(dataset_name=name)
     paths = list(manager.iter_files(manager.download_and_extract(list(files))))
     if isinstance(builder, Json):
-        return _of_split(JsonRows(paths), split)
+        return _of_split(read_json_rows(paths), split)
     # Every cell is text but an empty one, which is null.
     options: Any = dict(sep=builder.config.sep, dtype=str, keep_default_na=False, na_values=[""])
     tables = [datasets.Dataset.from_pandas(pd.read_csv(path, **options), preserve_index=False) for path in paths]

@@ -13,25 +13,25 @@ import numpy as np
 from gold_jax.text.surface import excerpt
 
 
-class JsonRows(Sequence):
-    """The rows of some files, those of one after those of another.
+def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
+    """The rows of JSON files, those of one after those of another.
 
-    A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object.
-
-    Raises:
-        ValueError: the whole of a file cannot be read, or, at access, a line of it. It names file and line.
+    A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object. ValueError,
+    here or at access, where a file or a line of it cannot be read: it names file and line.
     """
+    return JsonRows([_open(pathlib.Path(path)) for path in paths])
 
-    def __init__(self, paths: Sequence[str | os.PathLike]):
-        self._files = [_open(pathlib.Path(path)) for path in paths]
-        self._ends = list(itertools.accumulate(map(len, self._files)))
-        self._index: Sequence[int] = range(self._ends[-1])
+
+class JsonRows(Sequence):
+    """The rows of `files` (sequences of them), or those with the numbers `index` of them."""
+
+    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None):
+        self._files, self._ends = files, list(itertools.accumulate(map(len, files)))
+        self._index = range(self._ends[-1]) if index is None else index
 
     def select(self, index: Sequence[int]) -> "JsonRows":
         """Some of the rows, by their numbers here."""
-        chosen = object.__new__(JsonRows)
-        chosen._files, chosen._ends, chosen._index = self._files, self._ends, [self._index[i] for i in index]
-        return chosen
+        return JsonRows(self._files, [self._index[i] for i in index])
 
     def __len__(self) -> int:
         return len(self._index)
