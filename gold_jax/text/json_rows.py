@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,25 +50,22 @@ class _Lines(Sequence):
 
     def __init__(self, path: pathlib.Path):
         self._name, self._file = path.name, open(path, "rb")  # held open: a file put in its place is another one
-        self._version = self._seen()
-        sizes = np.fromiter((len(line) if line.strip() else -len(line) for line in self._file), np.int64)
-        ends = np.cumsum(np.abs(sizes))
-        self._numbers = np.flatnonzero(sizes > 0)
-        self._spans = np.stack([ends - np.abs(sizes), ends], axis=1)[self._numbers]
-
-    def _seen(self) -> tuple[int, int]:
-        stat = os.fstat(self._file.fileno())
-        return stat.st_mtime_ns, stat.st_size
+        lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in self._file)
+        sizes, filled, sums = np.fromiter(itertools.chain.from_iterable(lines), np.int64).reshape(-1, 3).T
+        self._numbers = np.flatnonzero(filled)
+        self._begins, self._sizes, self._sums = (x[self._numbers] for x in (np.cumsum(sizes) - sizes, sizes, sums))
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index):
-        if self._seen() != self._version:
-            raise ValueError(f"{self._name} was changed while it is read; begin again with a file that stays as it is")
-        begin, end = self._spans[index].tolist()
-        self._file.seek(begin)
-        return _parse(self._file.read(end - begin), self._name, int(self._numbers[index]) + 1)
+        self._file.seek(self._begins[index])
+        line, number = self._file.read(self._sizes[index]), int(self._numbers[index]) + 1
+        if zlib.crc32(line) != self._sums[index]:
+            raise ValueError(
+                f"line {number} of {self._name} was changed while it is in use; begin again with a file that stays as it is"
+            )
+        return _parse(line, self._name, number)
 
 
 def _open(path: pathlib.Path) -> Sequence:

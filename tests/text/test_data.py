@@ -460,7 +460,7 @@ def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
     write(path, [{"text": "other"}])
     assert found[1].completion == "b"
     write(tmp_path / "old.jsonl", [{"text": "a"}, {"text": "c"}])
-    with pytest.raises(ValueError, match="rows.jsonl was changed while it is read"):
+    with pytest.raises(ValueError, match="row 1 .*line 2 of rows.jsonl was changed while it is in use"):
         found[1]
 
 
