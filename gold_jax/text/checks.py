@@ -301,14 +301,15 @@ def check_evaluation(
     *tokenizers: ChatTokenizer,
     on_bad_row: str = "error",
     teacher_context: str | None = None,
+    whole: bool = False,
 ) -> tuple[Sequence[Example], list[str]]:
     """Evaluation data for the student's tokenizer, perhaps a teacher's: the rows that can be read, and notices.
 
-    `teacher_context` is text before every prompt of the teacher. ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
+    `teacher_context` is text before every prompt of the teacher; `whole` says that whole conversations are measured. ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
     `on_bad_row` "skip" leaves out.
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
-    reader = RowReader("the evaluation data", sides, answers=True, context=teacher_context)
+    reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
     measured, bad = 0, {}
     for i in range(len(examples)):
         try:
