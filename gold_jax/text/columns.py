@@ -111,8 +111,8 @@ def text_of(value, what: str, wanted: str = "text") -> str:
 
 def describe_type(value) -> str:
     """What messages call a value."""
-    if isinstance(value, datetime.date):  # `datasets` takes texts in a JSON file for dates, pandas some in a CSV file
-        return f"a {type(value).__name__}: what read the file took its text for a date"
+    if isinstance(value, datetime.date):
+        return f"a {type(value).__name__} (write the column as text)"
     return "missing or null" if value is None else f"a {type(value).__name__}"
 
 

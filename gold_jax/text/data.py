@@ -184,7 +184,7 @@ def _load(name: str, config: str | None, split: str):
         return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
     except Exception as error:  # the builder wraps what its readers raise
         names, reason = listed([p.name for p in files], 3), error.__cause__ or error
-        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {reason}") from error
+        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
 
 
 def _of_split(rows: Any, split: str):

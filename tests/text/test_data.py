@@ -500,7 +500,7 @@ def test_files_of_the_hub_are_read_as_they_stand(tmp_path, suffix):
             {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": r'{"a": "\ud800"}'}]}]},
             r"tool_calls of message 0 of .messages.\[0\].arguments.a. is not",
         ),
-        ({"prompt": datetime.date(2020, 1, 1)}, "'prompt' must be text or .*not a date: what read the file took"),
+        ({"prompt": datetime.date(2020, 1, 1)}, "'prompt' must be text or .*not a date .write the column as text"),
     ],
 )
 def test_what_cannot_be_rendered_is_named_where_it_stands(row, says):
