@@ -171,7 +171,7 @@ def _load(name: str, config: str | None, split: str):
             ) from error
     files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
-    if kind is None:
+    if kind is None or not all(p.is_file() for p in files):
         raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
     if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
@@ -191,6 +191,8 @@ def _of_split(rows: Any, split: str):
     """The rows that a split such as "train[:10%]" names, of all those of "train"."""
     import datasets
 
+    if not {"[", "+"} & set(split):
+        return rows
     parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.split("[")[0]: len(rows)})
     return rows.select([i for part in parts for i in range(len(rows))[part.from_ : part.to]])
 

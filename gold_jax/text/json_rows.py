@@ -1,17 +1,21 @@
 """Rows of JSON files as they stand there: no text is taken for a date, a number or a null, and no key is filled in."""
 
 import codecs
+import collections
+import contextlib
 import itertools
 import json
 import os
 import pathlib
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from gold_jax.text.surface import excerpt
+
+_MOST_HELD = 64  # files that are held open
 
 
 def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
@@ -20,7 +24,7 @@ def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
     A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object. ValueError,
     here or at access, where a file or a line of it cannot be read: it names file and line.
     """
-    return JsonRows([_open(pathlib.Path(path)) for path in paths])
+    return JsonRows([_open(pathlib.Path(path), hold=len(paths) <= _MOST_HELD) for path in paths])
 
 
 class JsonRows(Sequence):
@@ -46,21 +50,28 @@ class JsonRows(Sequence):
 
 
 class _Lines(Sequence):
-    """The lines of a file that are not blank."""
+    """The lines of a file that are not blank. A file that is held open stays the same one if another is put in its place."""
 
-    def __init__(self, path: pathlib.Path):
-        self._name, self._file = path.name, open(path, "rb")  # held open: a file put in its place is another one
-        lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in self._file)
-        sizes, filled, sums = np.fromiter(itertools.chain.from_iterable(lines), np.int64).reshape(-1, 3).T
+    def __init__(self, path: pathlib.Path, hold: bool):
+        self._path, self._name = path, path.name
+        self._held = open(path, "rb") if hold else None
+        with self._opened() as file:
+            lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in file)
+            table = np.fromiter(itertools.chain.from_iterable(lines), np.int64)
+        sizes, filled, sums = table.reshape(-1, 3).T
         self._numbers = np.flatnonzero(filled)
         self._begins, self._sizes, self._sums = (x[self._numbers] for x in (np.cumsum(sizes) - sizes, sizes, sums))
+
+    def _opened(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        return open(self._path, "rb") if self._held is None else contextlib.nullcontext(self._held)
 
     def __len__(self) -> int:
         return len(self._numbers)
 
     def __getitem__(self, index):
-        self._file.seek(self._begins[index])
-        line, number = self._file.read(self._sizes[index]), int(self._numbers[index]) + 1
+        with self._opened() as file:
+            file.seek(self._begins[index])
+            line, number = file.read(self._sizes[index]), int(self._numbers[index]) + 1
         if zlib.crc32(line) != self._sums[index]:
             raise ValueError(
                 f"line {number} of {self._name} was changed while it is in use; begin again with a file that stays as it is"
@@ -68,7 +79,7 @@ class _Lines(Sequence):
         return _parse(line, self._name, number)
 
 
-def _open(path: pathlib.Path) -> Sequence:
+def _open(path: pathlib.Path, hold: bool) -> Sequence:
     with open(path, "rb") as file:
         begin = file.read(1 << 16)
         if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -77,7 +88,7 @@ def _open(path: pathlib.Path) -> Sequence:
         file.seek(0)
         if begin.startswith(b"["):
             return _parse(file.read(), path.name)
-        lines = _Lines(path)
+        lines = _Lines(path, hold)
         if len(lines) > 1 and begin.startswith(b"{"):  # perhaps one object over many lines
             try:
                 lines[0]
@@ -95,7 +106,8 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
     try:
         return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
-        at = f"byte {error.start} of line {line or data[: error.start].count(10) + 1} of {name}"
+        begin = data.rfind(b"\n", 0, error.start) + 1
+        at = f"byte {error.start - begin} of line {line or data.count(10, 0, begin) + 1} of {name}"
         raise ValueError(
             f"{at} is no UTF-8 ({excerpt(data, error.start)}); write the file as UTF-8 (iconv -t UTF-8)"
         ) from None
@@ -111,6 +123,6 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {excerpt(next(n for n in names if names.count(n) > 1))} is there twice")
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {excerpt(twice)} is there twice")
     return found

@@ -1,11 +1,13 @@
 import datetime
 import json
+import os
 import re
 
 import datasets
 import numpy as np
 import pytest
 
+from gold_jax.text import json_rows
 from gold_jax.text.data import Example, _from_hub, load_examples, to_example
 from gold_jax.text.template import Conversation
 
@@ -445,11 +447,26 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl is UTF-16; write it as UTF-8"):
         read(tmp_path / "rows.jsonl", '{"text": "a"}\n'.encode("utf-16"))
     for content, says in {
+        b'[{"text": "a"},\n {"text": "\xff"}]': "byte 11 of line 2 of rows.json is no UTF-8",
         '[{"text": "a"},\n {"text": }]': "line 2 of rows.json cannot be read as json: Expecting value at character 11",
         "[" * 100_000: "rows.json cannot be read as json: it is nested too deeply",
     }.items():
         with pytest.raises(ValueError, match=says):
             read(tmp_path / "rows.json", content)
+
+
+def test_many_files_are_not_held_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "_MOST_HELD", 1)
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": name * 2}])
+    found = load_examples(tmp_path)
+    assert [e.completion for e in found] == ["a", "aa", "b", "bb"] and found[-1].completion == "bb"
+    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": "cc"}])
+    with pytest.raises(ValueError, match="row 3 .*line 2 of b.jsonl was changed"):
+        found[3]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl' is not a .json"):
+        load_examples(tmp_path / "pipe.jsonl")
 
 
 def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
