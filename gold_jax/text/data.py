@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import check_texts, conversation_extras, messages_of, text_of, what_is_compared, without_fill
 from gold_jax.text.json_rows import read_json_rows
+from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
 
@@ -156,8 +157,10 @@ def load_examples(
 
 
 def _load(name: str, config: str | None, split: str):
-    import datasets
+    import datasets.exceptions
 
+    if len(name) > 4096:
+        raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     base = split.split("[")[0]
     if not path.exists():
@@ -169,6 +172,8 @@ def _load(name: str, config: str | None, split: str):
             raise FileNotFoundError(
                 f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
             ) from error
+        except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
+            raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
     files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
     if kind is None or not all(p.is_file() for p in files):

@@ -7,7 +7,7 @@ import datasets
 import numpy as np
 import pytest
 
-from gold_jax.text import json_rows
+from gold_jax.text import data, json_rows
 from gold_jax.text.data import Example, _from_hub, load_examples, to_example
 from gold_jax.text.template import Conversation
 
@@ -479,6 +479,18 @@ def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
     write(tmp_path / "old.jsonl", [{"text": "a"}, {"text": "c"}])
     with pytest.raises(ValueError, match="row 1 .*line 2 of rows.jsonl was changed while it is in use"):
         found[1]
+
+
+def test_what_the_hub_s_data_sets_lack_is_told_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(data, "_from_hub", lambda _, config, split: _from_hub(str(tmp_path / "rows"), config, split))
+    assert load_examples("someone/rows")[0].completion == "a"
+    with pytest.raises(ValueError, match="data set 'someone/rows' of the hub cannot be read: .*split.*dev"):
+        load_examples("someone/rows", split="dev")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder 'xxx") as error:
+        load_examples("x" * 10**6)
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
