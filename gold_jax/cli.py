@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from gold_jax import cpu
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
+from gold_jax.wording import shortened
 
 
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
@@ -58,7 +59,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 
 def _exit(prog: str, error: Exception, code: int) -> NoReturn:
     """Ends the command with what the error says, in one paragraph; those of libraries can be several."""
-    words = " ".join(str(error).split())
+    words = shortened(" ".join(str(error).split()), 4000)
     if words or code == 2:
         print(f"{prog}: {words or type(error).__name__}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -3,6 +3,15 @@
 from collections.abc import Sequence
 
 
+def shortened(text: str, most: int = 600) -> str:
+    """A message without its middle where it quotes too much: what is wrong stands at its beginning, the remedy at its end.
+
+    >>> shortened("a name that is too long: " + 9999 * "x" + "; rename it", 40)
+    'a name that is too l…xxxxxxxxx; rename it'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
 def listed(items: Sequence[str], most: int, separator: str = ", ", joint: str = " and") -> str:
     """The first of many, for a message, and how many more there are.
 

@@ -215,6 +215,18 @@ def test_evaluation_rows_are_looked_at_before_training(refused, world, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_evaluation_rows_are_looked_at_as_they_are_measured(world, tmp_path, capsys):
+    mews = "('meow' if 'cat' in m['content'] and not loop.last else '') + '<|im_end|>'"
+    changes = tiny.student_tokenizer().chat_template.replace("'<|im_end|>'", mews)
+    (tmp_path / "changes.jinja").write_text(changes)
+    good, turns = tiny.conversation(*tiny.ROWS[0]), [*tiny.conversation("Hi.", "A cat.")["messages"]] * 2
+    train, measured = rows_file(tmp_path, good), tiny.write_rows(tmp_path / "eval.jsonl", [good, {"messages": turns}])
+    line = f"--model_name_or_path {world}/student --dataset_name {train} --eval_dataset_name {measured} --assistant_only_loss"
+    with pytest.raises(SystemExit) as end:
+        call("sft", f"{line} --output_dir {tmp_path}/out --chat_template_path {tmp_path}/changes.jinja --max_steps 1")
+    contains(told(end.value.code, capsys.readouterr().err), "row 1 of the evaluation data", "cannot be located")
+
+
 def test_a_conversation_that_a_template_refuses(refused, world, tmp_path):
     good = tiny.conversation(*tiny.ROWS[0])
     bad = {"messages": [{"role": "system", "content": "Be brief."}, *good["messages"]]}

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pickle
+import re
 import subprocess
 import sys
 
@@ -743,3 +744,50 @@ def test_messages_quote_little_of_what_is_given(tmp_path):
         assert len(refusal("--config", str(path))) < 700, name
     assert len(refusal("--max_steps", "x" * 10**6)) < 400
     assert len(refusal("--" + "x" * 10**5, "1")) < 700
+
+
+@pytest.mark.parametrize(
+    ("value", "flags"),
+    [
+        ("x" * 10**5, "report_to profile_steps mesh attn_implementation lr_scheduler_kwargs seed bf16 loss packing"),
+        ('{"' + "x" * 10**5 + '": 1}', "lr_scheduler_kwargs loss_kwargs model_init_kwargs"),
+        ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "lr_scheduler_kwargs template_kwargs loss_kwargs"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", "template_kwargs loss_kwargs model_init_kwargs"),
+        ("9" * 5000, "seed profile_steps mesh"),
+        ("1-999999999999", "profile_steps"),
+    ],
+)
+def test_errors_of_flags_quote_little(value, flags):
+    for name in flags.split():
+        assert len(refusal("--" + name, value)) < 700, name
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (
+            "a0: &a0 {x: 1}\n" + "".join(f"a{k}: &a{k} {{<<: [{f'*a{k - 1}, ' * 10}]}}\n" for k in range(1, 8)),
+            "20 aliases",
+        ),
+        ("report_to: &a [*a]\n", "contains itself"),
+        ("template_kwargs: &a {b: {c: *a}}\n", "contains itself"),
+        ("seed: 1" + "0" * 400, "--seed is 1000"),
+        ("seed: " + "9" * 5000, "limit .4300 digits"),
+        ("seed: 2020-13-45", "month must be in"),
+        ("report_to: [" + "x" * 10**5 + "]", "--report_to is"),
+        ("report_to: " + "{a: " * 200 + "}" * 200, "--report_to is"),
+        ("x" * 10**5 + ":\n- 1", "is not YAML"),
+    ],
+)
+def test_errors_of_files_quote_little(tmp_path, text, says):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    said = refusal("--config", str(path))
+    assert len(said) < 700 and re.search(says, said), said
+
+
+def test_aliases_of_a_file_are_read(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: &n 3\nmax_steps: *n\n")
+    *_, settings, _ = gold("--config", str(path))
+    assert settings.seed == settings.max_steps == 3

@@ -11,7 +11,7 @@ import os
 from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
-from gold_jax.config.trl_compat import read_attention, read_load_options
+from gold_jax.config.trl_compat import quoted, read_attention, read_load_options
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
@@ -291,7 +291,7 @@ class SFTConfig(
         read_mesh(self.mesh)
         if "://" in self.output_dir:
             must = "it must be a local folder. --checkpoint_dir may be in a bucket"
-            raise ValueError(f"--output_dir is {self.output_dir!r}; {must}.")
+            raise ValueError(f"--output_dir is {quoted(self.output_dir)}; {must}.")
         last = self.max_steps if self.max_steps > 0 else None
         self.profile_steps = read_steps("profile_steps", self.profile_steps, last)
         given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
@@ -299,9 +299,13 @@ class SFTConfig(
         for key, value in given.items():
             if key not in legal:
                 reads = f"reads {', '.join(legal)}" if legal else "reads nothing from it"
-                raise ValueError(f"--lr_scheduler_kwargs has {key!r}; the schedule {self.lr_scheduler_type!r} {reads}.")
+                raise ValueError(
+                    f"--lr_scheduler_kwargs has {quoted(key)}; the schedule {self.lr_scheduler_type!r} {reads}."
+                )
             if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ValueError(f"--lr_scheduler_kwargs has {key}={value!r}; it must be a number of at least 0.")
+                raise ValueError(
+                    f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}; it must be a number of at least 0."
+                )
         if "min_lr" in given and "min_lr_rate" in given:
             raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
         if self.eval_steps is None:
@@ -462,7 +466,9 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         super().__post_init__()
         url = self.vllm_server_base_url
         if url is not None and not url.startswith(("http://", "https://")):
-            raise ValueError(f"--vllm_server_base_url is {url!r}; it must be an address such as http://localhost:8000.")
+            raise ValueError(
+                f"--vllm_server_base_url is {quoted(url)}; it must be an address such as http://localhost:8000."
+            )
         if self.use_vllm and self.server_url is None:
             built_in = (
                 "The built-in sampler writes the completions, on the training devices and with the current weights"

@@ -98,7 +98,7 @@ class Settings:
         elif state == "frozen":
             belong = "these settings belong to a trainer that was made with them"
             instead = f"Change a copy, such as args.replace({name}=...), and make another trainer with it."
-            raise AttributeError(f"{name!r} cannot be set to {value!r}: {belong}. {instead}")
+            raise AttributeError(f"{name!r} cannot be set to {quoted(value)}: {belong}. {instead}")
         elif (own := self._own(name, value, AttributeError)) is not None:
             found = {own: read_value(type(self), own, value)}
             _set(self, **found, _named=self._named | found)
@@ -107,7 +107,7 @@ class Settings:
         """The field that a name sets; None where the name is TRL's and has been answered."""
         names = field_names(type(self))
         if name not in names and name not in ANSWERS:
-            raise error(f"{type(self).__name__} has no field {name!r}{nearest(name, names)}.")
+            raise error(f"{type(self).__name__} has no field {quoted(name)}{nearest(name, names)}.")
         if name not in names:
             self.notices.extend(answer(name, value))
         return names.get(name)
@@ -220,7 +220,7 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     read, words = next(READERS[t] for t in READERS if t in types)
     try:
         value = read(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError, RecursionError):
         raise refused(one_of if choices else f"be {words}") from None
     if choices and value not in choices:
         raise refused(one_of)
@@ -236,7 +236,7 @@ def _read_list(field: dataclasses.Field, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, bool) or not isinstance(value, str | int | list | tuple):
-        raise ValueError(f"--{field.name} is {value!r}; it must be a list of names.")
+        raise ValueError(f"--{field.name} is {quoted(value)}; it must be a list of names.")
     parts = [str(part) for part in value] if isinstance(value, list | tuple) else [str(value)]
     if field.metadata["verbatim"]:
         return parts
@@ -245,5 +245,5 @@ def _read_list(field: dataclasses.Field, value: Any) -> list[str]:
     legal = legal_texts(field)
     for part in parts:
         if legal and part not in legal:
-            raise ValueError(f"--{field.name} is {part!r}; it must be none or some of {', '.join(legal)}.")
+            raise ValueError(f"--{field.name} is {quoted(part)}; it must be none or some of {', '.join(legal)}.")
     return parts

@@ -14,7 +14,9 @@ from gold_jax.config.fields import Settings, field_names, groups, kinds, legal_t
 from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
 from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import resolve_embedded
+from gold_jax.wording import shortened
 
+_MOST_ALIASES = 20  # of a YAML file: those of a few more, one within another, make gigabytes of some lines
 _SHORT = 40  # a command with at most so many flags shows them all in --help
 Fields = Mapping[str, tuple[type[Settings], dataclasses.Field]]  # every name of a flag, with its class and its field
 
@@ -23,7 +25,7 @@ class FlagError(ValueError):
     """A command line or configuration file that cannot be run; the text is one paragraph of not too many characters."""
 
     def __init__(self, text: str):
-        super().__init__(text if len(text) <= 2000 else f"{text[:500]}… ({len(text):,} characters)")
+        super().__init__(text if len(text) <= 2000 else shortened(text))
 
 
 class HelpRequested(Exception):
@@ -104,8 +106,8 @@ def _check_names(leading: Sequence[str], names: Sequence[str], fields: Fields) -
             near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
             raise FlagError(f"there is no flag --{name}{near}.")
     if leading:
-        follow = f"values follow a flag, as in --output_dir {leading[0]}"
-        raise FlagError(f"{leading[0]!r} stands before any flag; {follow}.")
+        follow = f"values follow a flag, as in --output_dir {quoted(leading[0], plain=True)}"
+        raise FlagError(f"{quoted(leading[0])} stands before any flag; {follow}.")
 
 
 def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]
             raise FlagError(f"--{name} and --{said[field.name]} are one setting; give it once.")
         said[field.name] = name
         if flag != name and words:
-            raise FlagError(f"--{name} takes no value, but {words[0]!r} follows it.")
+            raise FlagError(f"--{name} takes no value, but {quoted(words[0])} follows it.")
         if not words and bool not in types:
             raise FlagError(f"--{name} needs a value.")
         if len(words) > 1 and list not in types:
@@ -135,13 +137,25 @@ def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key comes twice; PyYAML by itself keeps the last."""
+    """YAML in which no key comes twice, of which PyYAML by itself keeps the last, and aliases are few and end somewhere."""
+
+    aliases = 0
+
+    def compose_node(self, parent, index):
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.aliases += is_alias
+        if self.aliases > _MOST_ALIASES:
+            raise yaml.YAMLError(f"it has more than {_MOST_ALIASES} aliases (*name); write the values out")
+        if is_alias and node.end_mark is None:  # which is not yet read to its end
+            raise yaml.YAMLError("a value contains itself; write it out")
+        return node
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
-            raise yaml.YAMLError(f"the key {twice!r} is there twice")
+            raise yaml.YAMLError(f"the key {quoted(twice)} is there twice")
         return super().construct_mapping(node, deep)
 
 
@@ -157,7 +171,7 @@ def _read_file(path: str, fields: Fields, given: Mapping[str, Any], notices: lis
                     raise ValueError(f"{name!r} sets {field.name}, which is there already; give it once.")
                 values[field.name] = read_value(cls, field.name, value)
             elif name not in ANSWERS:
-                raise ValueError(f"{name!r} is no setting{nearest(name, [*fields, *ANSWERS])}.")
+                raise ValueError(f"{quoted(name)} is no setting{nearest(name, [*fields, *ANSWERS])}.")
             elif name not in given and f"no_{name}" not in given:  # else the command line has the word
                 notices += answer(name, value)
         except ValueError as error:
@@ -175,7 +189,7 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no date, no UTF-8, a number of thousands of digits
         raise FlagError(f"{path} is not YAML: {quoted(' '.join(str(error).split()), plain=True)}.") from None
     except RecursionError:
         raise FlagError(

@@ -63,7 +63,7 @@ def read_attention(where: str, value: str | None) -> tuple[str | None, list[str]
         taken = "plain, blockwise, cudnn or splash, by platform, model and length"
         return "auto", [f"{where}: {value} is PyTorch's; in its place stands auto ({taken})."]
     legal = f"one of {', '.join(ATTENTION)} (PyTorch's names, such as sdpa, count as auto)"
-    raise ValueError(f"{where} is {value!r}; it must be {legal}{nearest(value, ATTENTION)}.")
+    raise ValueError(f"{where} is {quoted(value)}; it must be {legal}{nearest(value, ATTENTION)}.")
 
 
 def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], list[str]]:
@@ -76,7 +76,7 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
         if key in ("dtype", "torch_dtype"):
             dtype = str(value).removeprefix("torch.")
             if dtype not in ("auto", "float32", "bfloat16"):
-                raise ValueError(f"--{name} has {key}={value!r}; it must be one of auto, float32, bfloat16.")
+                raise ValueError(f"--{name} has {key}={quoted(value)}; it must be one of auto, float32, bfloat16.")
             options["dtype"] = dtype
         elif key == "revision":
             options["revision"] = value
@@ -86,7 +86,7 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
         elif key in _PLACEMENT:
             notices.append(f"--{name}: {key} has no part here; JAX places and compiles the model.")
         else:
-            raise ValueError(f"--{name} has {key!r}; it must hold only dtype, revision and attn_implementation.")
+            raise ValueError(f"--{name} has {quoted(key)}; it must hold only dtype, revision and attn_implementation.")
     return options, notices
 
 

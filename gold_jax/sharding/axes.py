@@ -1,6 +1,9 @@
 """The mesh's axes: `data` (replicas of the model), `fsdp` (shards, other rows), `tensor` (shards, the same rows)."""
 
 import math
+import re
+
+from gold_jax.wording import shortened
 
 AXES = ("data", "fsdp", "tensor")
 LAYOUTS = ("fsdp", "full", "replicated")
@@ -15,9 +18,9 @@ def read_mesh(text: str | None) -> dict[str, int]:
     found: dict[str, int] = {}
     for part in "" if text in (None, "auto") else text.replace(" ", "").split(","):
         name, _, size = part.partition("=")
-        if name not in AXES or not size.isdecimal() or int(size) < 1 or name in found:
+        if name not in AXES or not re.fullmatch("[0-9]{1,9}", size) or int(size) < 1 or name in found:
             legal = f"auto, or sizes of {', '.join(AXES)}, each once and at least 1, such as fsdp=4,tensor=2"
-            raise ValueError(f"--mesh is {text!r}; it must be {legal}.")
+            raise ValueError(f"--mesh is {shortened(repr(text), 200)}; it must be {legal}.")
         found[name] = int(size)
     return found
 

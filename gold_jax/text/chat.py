@@ -75,7 +75,7 @@ class ChatTokenizer:
     def _refuse_lost_blanks(self) -> None:
         """Sees that a tokenizer gives the blanks of a text back, which one loaded as another class than its own may not."""
         text = "the fox is 72"
-        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ids = self._tokenize([text])[0]
         joined = self.surfaces.join(ids).decode(errors="replace")
         lost = self.surfaces.reversible and " " not in joined and joined.lower() == text.replace(" ", "")
         backend = backend_of(self.tokenizer)
@@ -172,7 +172,14 @@ class ChatTokenizer:
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
         options = dict(add_special_tokens=special, return_attention_mask=False, verbose=False)
-        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+        try:
+            return self.tokenizer(texts, **options)["input_ids"] if texts else []
+        except Exception as error:  # the `tokenizers` library knows no other kind
+            raise ValueError(f"{self.name} cannot encode a prompt that begins {excerpt(texts[0])}: {error}") from error
+
+    def may_refuse(self, text: str) -> bool:
+        """Whether encoding a text may raise, or make no token of it, see `PlainEncoder.may_refuse`."""
+        return self._plain.may_refuse(text)
 
     def _without_end_token(self, ids: list[int], text: str) -> list[int]:
         """Without the end token that some tokenizers append: more text follows here."""

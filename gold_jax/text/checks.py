@@ -8,19 +8,19 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example
+from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation, RenderedAnswer, conversation_shape, extras_of, unwritten_parts
-from gold_jax.wording import listed
+from gold_jax.wording import listed, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _SHOWN = 5  # errors of skipped rows
-# Columns that other formats keep an answer in.
-_ANSWERS = ("response", "answer", "output", "chosen", "solution", "target", "label_text", "completions")
+# Words in the names of columns that other formats keep an answer in.
+_ANSWERS = frozenset("response answer output chosen solution target label completion reasoning thinking reply".split())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +35,21 @@ class CheckedRows:
 class RowReader:
     """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
 
-    `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`;
-    `answers` has the rows' answers read, not their prompts alone, and `whole` every answer of the assistant's.
+    `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`,
+    before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
+    `whole` every answer of the assistant's.
     """
 
-    def __init__(self, where: str, sides: Mapping[str, ChatTokenizer], *, answers: bool, whole: bool = False):
-        self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
+    def __init__(
+        self,
+        where: str,
+        sides: Mapping[str, ChatTokenizer],
+        *,
+        answers: bool,
+        whole: bool = False,
+        context: str | None = None,
+    ):
+        self.where, self.sides, self.answers, self.whole, self.context = where, sides, answers, whole, context
         self._unwritten: dict[tuple, list[str]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
@@ -49,15 +58,21 @@ class RowReader:
         """Prompt and completion as the student's template writes them; "" for a completion that is not read, and the whole
         conversation in its place where that is read.
 
-        ValueError where a template refuses the row or leaves a part of it out, or the answer cannot be located.
+        ValueError where a template refuses the row or leaves a part of it out, the answer cannot be located, or a tokenizer
+        cannot encode it.
         """
         try:
-            found = self._read(number, example)
-            for what, text in zip(("prompt", "completion"), found):
-                utf8(text, f"the {what}")
-            return found
+            prompt, completion = self._read(number, example)
+            teacher, context = self.sides.get("teacher"), join_contexts(self.context, example.teacher_context)
+            if teacher and context:
+                teacher.render(teacher.with_context(example.prompt, context))
+            for side in self.sides.values():
+                if side.may_refuse(prompt) or side.may_refuse(completion):
+                    side.encode_prompt(example.prompt)
+                    side.encode_completion(completion, after=example.prompt)
+            return prompt, completion
         except ValueError as error:
-            raise ValueError(f"row {number} of {self.where}: {error}") from error
+            raise ValueError(shortened(f"row {number} of {self.where}: {error}")) from error
 
     def _read(self, number: int, example: Example) -> tuple[str, str]:
         conversation = (self.answers and example.messages) or example.prompt
@@ -140,6 +155,11 @@ class RowReader:
         ]
 
 
+def _may_be_answer(column: str) -> bool:
+    words = column.lower().replace("_", " ").replace("-", " ").split()
+    return any(word.removesuffix("s") in _ANSWERS for word in words)
+
+
 def check_examples(
     examples: Sequence[Example],
     chat_tokenizer: ChatTokenizer,
@@ -178,30 +198,32 @@ def check_examples(
     digest, kept, bad, markup = hashlib.sha256(), [], [], []
     unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
-    reader = RowReader("the data set", sides, answers=need_completion is not None, whole=learns_calls)
+    utf8(teacher_context or "", "--teacher_context")
+    answers = need_completion is not None
+    reader = RowReader("the data set", sides, answers=answers, whole=learns_calls, context=teacher_context)
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
     writes = {"student": student_writes, "teacher": teacher_writes}
     writers = {who: side for who, side in sides.items() if writes[who] and not len(side.encode_prompt(""))}
 
     def reason_to_leave_out(i: int, e: Example) -> str | None:
         unread.update(e.unread)
-        answers = [name for name in e.unread if name in _ANSWERS]
+        named = [name for name in e.unread if _may_be_answer(name)]
         if e.completion is None:
             if need_completion:
-                hint = f". Its column {answers[0]!r} may be the answer: name it 'completion'" if answers else ""
+                hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
                 last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
                 if last not in ("system", "user", "tool", "developer"):
-                    hint = f". Its last message has the role {last!r}; an answer has the role 'assistant'"
+                    hint = f". Its last message has the role {excerpt(str(last))}; an answer has the role 'assistant'"
                 raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
-            prompts_alone.update(answers)
+            prompts_alone.update(named)
         if need_completion and e.calls_tools and not learns_calls:
             return "calls"
-        if isinstance(e.prompt, str) and not e.prompt.strip():
-            for who, writer in writers.items():
-                context = who == "teacher" and (teacher_context or e.teacher_context)
-                if not context and not len(writer.encode_prompt(e.prompt)):
-                    return who
         prompt, completion = reader.read(i, e)
+        for who, writer in writers.items():
+            context = who == "teacher" and (teacher_context or e.teacher_context)
+            blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
+            if blank and not len(writer.encode_prompt(e.prompt)):
+                return who
         if isinstance(e.prompt, str) and not chat_tokenizer.special_tokens_in_prompts:
             markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
         # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
@@ -213,7 +235,7 @@ def check_examples(
         try:
             targets, was_cut = count_targets(e)
         except ValueError as error:
-            raise ValueError(f"row {i} of the data set: {error}") from error
+            raise ValueError(shortened(f"row {i} of the data set: {error}")) from error
         cut[bool(targets)] += was_cut
         return None if targets else "nothing"
 
@@ -260,11 +282,11 @@ def check_examples(
             "as plain text; --special_tokens_in_prompts reads it as the token"
         )
     notices += [
-        f"{count} rows have a prompt, no completion, and a column {name!r} that may be the answer and is not read: name it 'completion'"
+        f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
         for name, count in prompts_alone.items()
     ]
     if unread:
-        shown = listed([f"{name!r} (rows: {count:,})" for name, count in unread.most_common()], 8)
+        shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in unread.most_common()], 8)
         notices.append(f"columns of the data that nothing reads: {shown}")
     return CheckedRows(kept, notices, digest.hexdigest())
 
@@ -275,15 +297,20 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
 
 
 def check_evaluation(
-    examples: Sequence[Example], *tokenizers: ChatTokenizer, on_bad_row: str = "error"
+    examples: Sequence[Example],
+    *tokenizers: ChatTokenizer,
+    on_bad_row: str = "error",
+    teacher_context: str | None = None,
+    whole: bool = False,
 ) -> tuple[Sequence[Example], list[str]]:
     """Evaluation data for the student's tokenizer, perhaps a teacher's: the rows that can be read, and notices.
 
-    ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
+    `teacher_context` is text before every prompt of the teacher; `whole` says that whole conversations are measured. ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
     `on_bad_row` "skip" leaves out.
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
-    reader, measured, bad = RowReader("the evaluation data", sides, answers=True), 0, {}
+    reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
+    measured, bad = 0, {}
     for i in range(len(examples)):
         try:
             if with_text_completion([e := examples[i]]):

@@ -3,6 +3,7 @@
 Errors name the column and what it must be; the caller puts the row before them.
 """
 
+import datetime
 import json
 import numbers
 from collections.abc import Mapping, Sequence
@@ -10,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from gold_jax.text.encode import utf8
+from gold_jax.text.surface import excerpt
 from gold_jax.text.template import refused_variables
 
 _CALL = '{"type": "function", "function": {"name": …, "arguments": {…}}}'
+_DEEPEST = 100  # levels of lists and dicts in a column
 _TOOL = '{"type": "function", "function": {"name": …, "parameters": {…}}}'
 
 
-def messages_of(value, column: str) -> list[dict]:
+def messages_of(value, column: str, wanted: str = "a list of {role, content} messages") -> list[dict]:
     """Checked copies of messages.
 
     Keys of messages and of tool calls that hold null are left out; nulls inside arguments stay. Content that is a list of
@@ -25,7 +29,7 @@ def messages_of(value, column: str) -> list[dict]:
     ValueError where it is no list of messages, it is empty, or a message lacks its role or its content.
     """
     if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-        raise ValueError(f"{column!r} must be a list of {{role, content}} messages, not {describe_type(value)}")
+        raise ValueError(f"{column!r} must be {wanted}, not {describe_type(value)}")
     if not value:
         raise ValueError(f"{column!r} is an empty list; it needs at least one message")
     return [_message(message, f"message {turn} of {column!r}") for turn, message in enumerate(value)]
@@ -78,6 +82,26 @@ def _is_false(label: Any) -> bool:
     return isinstance(label, bool | np.bool_ | numbers.Number) and label == 0
 
 
+def check_texts(value: Any, place: str, depth: int = 0) -> None:
+    """ValueError where a text in a value of nested lists and dicts is no Unicode, or it is nested too deeply to be rendered.
+
+    `place` is what the error calls the value, such as `messages[1].content`.
+    """
+    if isinstance(value, str):
+        if not value.isascii():
+            utf8(value, excerpt(place))
+    elif isinstance(value, Mapping | list | tuple):
+        if depth == _DEEPEST:
+            raise ValueError(f"{excerpt(place)} is nested more than {_DEEPEST} levels deep")
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                check_texts(key, f"{place}: a key", depth + 1)
+                check_texts(item, f"{place}.{key}", depth + 1)
+        else:
+            for k, item in enumerate(value):
+                check_texts(item, f"{place}[{k}]", depth + 1)
+
+
 def text_of(value, what: str, wanted: str = "text") -> str:
     """A value that must be text; ValueError where it is something else."""
     if not isinstance(value, str):
@@ -87,6 +111,8 @@ def text_of(value, what: str, wanted: str = "text") -> str:
 
 def describe_type(value) -> str:
     """What messages call a value."""
+    if isinstance(value, datetime.date):
+        return f"a {type(value).__name__} (write the column as text)"
     return "missing or null" if value is None else f"a {type(value).__name__}"
 
 
@@ -98,6 +124,7 @@ def _message(message, which: str) -> dict:
     calls = known.pop("tool_calls", None)
     if calls:
         known["tool_calls"] = _calls(calls, which)
+        check_texts(known["tool_calls"], f"tool_calls of {which}")  # arguments were text, perhaps
     content = known.get("content")
     if content is None and calls and known["role"] == "assistant":
         content = ""
@@ -135,7 +162,7 @@ def _call(call: dict) -> dict:
         return call
     try:
         arguments = json.loads(call["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return call
     return call | {"arguments": arguments} if isinstance(arguments, dict) else call
 
@@ -155,9 +182,11 @@ def _parsed(value, column: str, wanted: str):
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except ValueError as error:
+        parsed = json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{column!r} is text but no valid JSON ({error}); it must be {wanted}") from None
+    check_texts(parsed, column)
+    return parsed
 
 
 def without_fill(value: Any, feature: Any) -> Any:

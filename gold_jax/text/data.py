@@ -6,8 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.text.columns import conversation_extras, messages_of, text_of, what_is_compared, without_fill
+from gold_jax.text.columns import check_texts, conversation_extras, messages_of, text_of, what_is_compared, without_fill
+from gold_jax.text.json_rows import read_json_rows
+from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
+from gold_jax.wording import listed, shortened
 
 if TYPE_CHECKING:
     from gold_jax.text.chat import ChatTokenizer
@@ -55,6 +58,11 @@ class Example:
         return bool(self.completion is not None and self.messages and self.messages[-1].get("tool_calls"))
 
 
+def join_contexts(*contexts: str | None) -> str:
+    """What the teacher alone reads before a prompt: the run's context, then the row's."""
+    return "\n\n".join(filter(None, contexts))
+
+
 class Examples(Sequence):
     """The rows of a data set as examples, converted when they are accessed.
 
@@ -83,10 +91,16 @@ class Examples(Sequence):
         if not -len(self) <= index < len(self):
             raise IndexError(f"{self.source} has {len(self)} rows, none with the number {index}")
         index = int(index) % len(self)
-        row = self.rows[index]
+        try:
+            row = self.rows[index]
+        except ValueError as error:  # a file's line that is no JSON, a column's text that is no UTF-8
+            raise ValueError(shortened(f"row {index} of {self.source}: {error}")) from error
         if self.features and isinstance(row, Mapping):
             row = {name: without_fill(value, self.features.get(name)) for name, value in row.items()}
-        return to_example(row, index, self.source, text_column=self.text_column)
+        try:
+            return to_example(row, index, self.source, text_column=self.text_column)
+        except ValueError as error:
+            raise ValueError(shortened(str(error))) from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -143,33 +157,70 @@ def load_examples(
 
 
 def _load(name: str, config: str | None, split: str):
-    import datasets
+    import datasets.exceptions
 
+    if len(name) > 4096:
+        raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     base = split.split("[")[0]
     if not path.exists():
         if path.suffix in _FORMATS or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"there is no file or folder {name!r}")
         try:
-            return datasets.load_dataset(name, config, split=split)
+            return _from_hub(name, config, split)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
             ) from error
+        except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
+            raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
     files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
-    if kind is None:
+    if kind is None or not all(p.is_file() for p in files):
         raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
     if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
     if path.is_file() and base != "train":
         raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
+    if kind == "json":
+        return _of_split(read_json_rows(files), split)
     try:
         data_files = {"train": [str(p) for p in files]}
         return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
     except Exception as error:  # the builder wraps what its readers raise
-        names, reason = ", ".join(p.name for p in files), error.__cause__ or error
-        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {reason}") from error
+        names, reason = listed([p.name for p in files], 3), error.__cause__ or error
+        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
+
+
+def _of_split(rows: Any, split: str):
+    """The rows that a split such as "train[:10%]" names, of all those of "train"."""
+    import datasets
+
+    if not {"[", "+"} & set(split):
+        return rows
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({split.split("[")[0]: len(rows)})
+    return rows.select([i for part in parts for i in range(len(rows))[part.from_ : part.to]])
+
+
+def _from_hub(name: str, config: str | None, split: str):
+    """A data set of the hub. JSON and CSV files in it are read here: `datasets` guesses what their texts may be."""
+    import datasets
+    import pandas as pd
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+
+    builder: Any = datasets.load_dataset_builder(name, config)
+    files = (builder.config.data_files or {}).get(split.split("[")[0])
+    if not files or not isinstance(builder, Json | Csv) or getattr(builder.config, "field", None):
+        return datasets.load_dataset(name, config, split=split)
+    manager = datasets.DownloadManager(dataset_name=name)
+    paths = list(manager.iter_files(manager.download_and_extract(list(files))))
+    if isinstance(builder, Json):
+        return _of_split(read_json_rows(paths), split)
+    # Every cell is text but an empty one, which is null.
+    options: Any = dict(sep=builder.config.sep, dtype=str, keep_default_na=False, na_values=[""])
+    tables = [datasets.Dataset.from_pandas(pd.read_csv(path, **options), preserve_index=False) for path in paths]
+    return _of_split(datasets.concatenate_datasets(tables), split)
 
 
 def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
@@ -208,11 +259,16 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
     if form is None:
         empty = ", ".join(name for name in forms if name in row)
         hint = f" ({empty} is there but null)" if empty else ""
-        raise ValueError(f"{where} has the columns {', '.join(map(str, row)) or 'none'}{hint}; accepted are {ACCEPTED}")
+        raise ValueError(
+            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {ACCEPTED}"
+        )
     if compared := what_is_compared(row):
         raise ValueError(f"{where} has {compared}")
     read = {form, "teacher_context"} | ({"completion"} if form == "prompt" else set())
+    read |= {"tools", "chat_template_kwargs"} if form != text_column else set()
     try:
+        for name in read & row.keys():
+            check_texts(row[name], name)
         context = row.get("teacher_context")
         context = None if context is None else text_of(context, "'teacher_context'", "text or null") or None
         if form == text_column:
@@ -220,7 +276,6 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
         else:
             prompt, completion, messages = _conversation(row) if form == "messages" else _prompt(row)
             extras = conversation_extras(row)
-            read |= {"tools", "chat_template_kwargs"}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if extras:
@@ -249,7 +304,9 @@ def _prompt(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | No
 
     def read(column: str):
         value = row.get(column)
-        return value if value is None or isinstance(value, str) else messages_of(value, column)
+        if value is None or isinstance(value, str):
+            return value
+        return messages_of(value, column, "text or a list of {role, content} messages")
 
     prompt, completion = read("prompt"), read("completion")
     if completion is None or isinstance(prompt, str) and isinstance(completion, str):

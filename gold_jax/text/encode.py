@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -197,6 +198,22 @@ class PlainEncoder:
             found = {row: _without_first_byte(e) for row, e in found.items()}
         nothing = Encoded(np.zeros(0, np.int32), np.zeros((0, 2), np.int32))
         return [found.get(row, nothing) for row in range(len(texts))]
+
+    def may_refuse(self, text: str) -> bool:
+        """Whether `encode` may raise for a text, valid Unicode though it is, or make no token of it.
+
+        That takes a tokenizer without a token for what its vocabulary lacks; BPE leaves such bytes out.
+        """
+        if self._backend is None:
+            return True
+        if unknown_id(self._tokenizer) is not None:
+            return False
+        return type(self._backend.model).__name__ != "BPE" or not any(byte in self._bytes for byte in text.encode())
+
+    @functools.cached_property
+    def _bytes(self) -> frozenset[int]:
+        """The bytes that have an entry of their own."""
+        return frozenset(spelled[0] for spelled in self.surfaces.table if spelled is not None and len(spelled) == 1)
 
     def begins_with_prefix(self, text: str) -> bool:
         """Whether the tokenizer puts a blank before this text where it stands alone."""

@@ -15,7 +15,7 @@ from gold_jax.rollout.server import ServerEngine
 from gold_jax.text import batch as text_batch
 from gold_jax.text.batch import SINGLE_PROCESS, Row, counted_groups
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example
+from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
@@ -177,7 +177,7 @@ class DistillationBatchBuilder:
     @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher reads them, with its contexts."""
-        contexts = ["\n\n".join(filter(None, (self.teacher_context, e.teacher_context))) for e in examples]
+        contexts = [join_contexts(self.teacher_context, e.teacher_context) for e in examples]
         pairs = [(e.prompt, context) for e, context in zip(examples, contexts)]
         return [self.teacher.with_context(*pair) if pair[1] else pair[0] for pair in pairs]
 

@@ -89,7 +89,8 @@ class _Trainer:
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
         measured: list[str] = []
         if evaluation is not None:
-            options = dict(on_bad_row=a.on_bad_row)
+            options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
+            options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
             self.eval_examples, measured = check_evaluation(evaluation, *tokenizers.values(), **options)
             evaluation = self.eval_examples
         self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 from test_template import OPENS_THINKING, SYSTEM_AND_USER, THINKING, TOOLS, USER, call
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy_tokenizers import CHATML, byte_level
+from transformers import PreTrainedTokenizerFast
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluation, check_examples
@@ -148,6 +150,52 @@ def test_a_prompt_with_a_column_that_looks_like_its_answer_is_named():
     assert "2 rows have a prompt, no completion, and a column 'response' that may be the answer" in notices[0]
 
 
+@pytest.mark.parametrize("name", "response chosen output Answer target label solution model_outputs reasoning".split())
+def test_columns_that_may_hold_an_answer_are_known(name):
+    with pytest.raises(ValueError, match=f"Its column '{name}' may be the answer"):
+        check({"prompt": "x", name: "y"})
+    (notice,) = check({"prompt": "x", "completion": "y", name: "z"}).notices
+    assert notice == f"columns of the data that nothing reads: '{name}' (rows: 1)"
+
+
+def test_a_prompt_is_read_with_the_context_that_stands_before_it():
+    too_long = "{% if m['content'] | length > 39 %}{{ raise_exception('too long') }}{% endif %}"
+    strict = CHATML.replace("{% for m in messages %}", "{% for m in messages %}" + too_long)
+    for row, run in ({"teacher_context": "c" * 40}, None), ({}, "c" * 40):
+        with pytest.raises(ValueError, match=r"row \d of the data set: the chat template.* too long"):
+            check(answered(), answered() | row, teacher=strict, teacher_context=run)
+        with pytest.raises(ValueError, match="row 0 of the evaluation data: the chat template.* too long"):
+            check_evaluation(
+                load_examples([answered() | row]), *[chat_tokenizer(s) for s in (CHATML, strict)], teacher_context=run
+            )
+    with pytest.raises(ValueError, match="--teacher_context is not valid Unicode"):
+        check(answered(), teacher=CHATML, teacher_context="\udcff")
+
+
+def test_texts_that_a_tokenizer_cannot_encode_are_found_at_the_start():
+    model = models.WordLevel({w: i for i, w in enumerate("the fox is 72 b </s>".split())}, unk_token="<none>")
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Whitespace(), decoders.WordPiece()
+    drops = byte_level_without("a")
+    for tokenizer, text in (PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "c"), (drops, "aa"):
+        chat = ChatTokenizer(tokenizer)
+        rows = [{"prompt": "b", "completion": "b"}, {"prompt": "b", "completion": text}]
+        need = dict(budget=None, need_completion="x")
+        with pytest.raises(ValueError, match="row 1 of the data set: .*(cannot encode|makes no token of)"):
+            check_examples(load_examples(rows), chat, **need)
+        assert check_examples(load_examples(rows), chat, **need, on_bad_row="skip").kept == [0]
+        with pytest.raises(ValueError, match="row 1 of the evaluation data"):
+            check_evaluation(load_examples(rows), chat)
+
+
+def byte_level_without(letter):
+    """Byte-level BPE that lacks a byte and drops it."""
+    vocabulary = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - {letter})
+    backend = Tokenizer(models.BPE({x: i for i, x in enumerate([*vocabulary, "</s>"])}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
 def test_rows_of_which_nothing_is_left_are_left_out_and_cut_ones_counted():
     found = {"a" * 80: (0, True), "b" * 80: (3, True), "c" * 80: (5, False)}
     rows = [{"prompt": "x", "completion": text} for text in (*found, "short")]
@@ -194,7 +242,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
 def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
     row = {"prompt": "x", "completion": "y"}
     with pytest.raises(
-        ValueError, match=f"row 1 of the data set: the {column} is not valid Unicode.*half of a surrogate"
+        ValueError, match=f"row 1 of the data set: '{column}' is not valid Unicode.*half of a surrogate"
     ):
         check(row, row | {column: "a \ud800 b"})
 

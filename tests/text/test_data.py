@@ -1,10 +1,14 @@
+import datetime
 import json
+import os
+import re
 
 import datasets
 import numpy as np
 import pytest
 
-from gold_jax.text.data import Example, load_examples, to_example
+from gold_jax.text import data, json_rows
+from gold_jax.text.data import Example, _from_hub, load_examples, to_example
 from gold_jax.text.template import Conversation
 
 USER = {"role": "user", "content": "q"}
@@ -227,8 +231,8 @@ def test_text_parts_are_joined():
         ({"prompt": [USER], "chat_template_kwargs": {"tokenize": 1}}, "'chat_template_kwargs' cannot hold 'tokenize'"),
         ({"prompt": "q", "teacher_context": 3}, "'teacher_context' must be text or null, not a int"),
         ({"messages": [{"content": "q"}]}, "role of message 0"),
-        ({"prompt": 3}, "'prompt' must be a list of .*not a int"),
-        ({"prompt": "q", "completion": 3}, "'completion' must be a list"),
+        ({"prompt": 3}, "'prompt' must be text or a list of .*not a int"),
+        ({"prompt": "q", "completion": 3}, "'completion' must be text or a list"),
         ({"prompt": "q", "completion": [USER]}, "last message must be an assistant's, not 'user'"),
         ({"text": 3}, "'text' must be text, not a int"),
         ("q", "row 3 of the data set 'd' is a str"),
@@ -358,10 +362,196 @@ def test_wrong_paths_are_named(tmp_path):
         load_examples(tmp_path / "rows.jsonl", split="test")
 
 
-def test_a_broken_file_is_named(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n{"text": ')
-    with pytest.raises(ValueError, match="rows.jsonl.*cannot be read as json"):
-        load_examples(tmp_path / "rows.jsonl")
+def read(path, content):
+    """Every row of a file with this content: its completion, or what is wrong with it."""
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = load_examples(path, check_first=False)
+
+    def said(i):
+        try:
+            return found[i].completion
+        except ValueError as error:
+            return f"error: {error}"
+
+    return [said(i) for i in range(len(found))]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["2020-01-01", "2021-05-06T10:00:00Z"],
+        ["007", "1e5"],
+        ["true", "null", "NA", "nan", "NaT", "None", ""],
+        ["a\u2028b\x85c", "a\x00b", " \r\n"],
+        ["3", "[1]", '{"a": 1}'],
+    ],
+)
+def test_a_text_is_never_taken_for_something_else(tmp_path, suffix, texts):
+    path = tmp_path / f"rows{suffix}"
+    write(path, [{"prompt": t, "completion": t, "teacher_context": f"{t}."} for t in texts])
+    assert [(e.prompt, e.completion, e.teacher_context) for e in load_examples(path)] == [
+        (t, t, f"{t}.") for t in texts
+    ]
+
+
+def test_rows_of_a_json_file_are_what_the_file_has(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"prompt": [USER], "completion": "3"}, {"prompt": "2020-01-01", "completion": [ANSWER]}])
+    assert [e.completion for e in load_examples(path)] == ["3", "a"]
+    schemas = [{"a": None, "b": 1.1}, {"b": {"c": "007"}, "a": 12345678901234567890}]
+    write(path, [{"messages": [USER], "tools": [schema]} for schema in schemas])
+    assert [e.prompt.tools for e in load_examples(path)] == [[schema] for schema in schemas]
+    rows = {"prompt": "q", "completion": "a", "date": "2020-01-01"}
+    assert read(tmp_path / "one.json", json.dumps(rows, indent=1)) == ["a"]
+    assert read(tmp_path / "array.json", "\n " + json.dumps([rows, rows], indent=1)) == ["a", "a"]
+    blank = '\ufeff{"text": "a"}\r\n\n  \n{"text": "b", "score": NaN}'
+    assert read(tmp_path / "blank.jsonl", blank) == ["a", "b"]
+
+
+def test_splits_of_a_json_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"text": str(i)} for i in range(10)])
+    for split, rows in {"train[2:4]": "23", "train[-10%:]": "9", "train[:1]+train[50%:60%]": "05"}.items():
+        assert [e.completion for e in load_examples(path, split=split)] == list(rows)
+    assert [e.completion for e in load_examples(path).first(2)] == ["0", "1"]
+    with pytest.raises(ValueError, match="train.1"):
+        load_examples(path, split="train[1")
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (b'{"text": ', "line 3 of rows.jsonl cannot be read as json: Expecting value at character 1"),
+        (b'{"text": "caf\xe9"}', "byte 13 of line 3 of rows.jsonl is no UTF-8 .*xe9"),
+        (b'{"text": "a\x00b"}', "line 3 .*Invalid control character at character 12 .*x00"),
+        (b"\x00\x00\x00", "line 3 .*Expecting value at character 1 "),
+        (b'{"text": "a", "text": "b"}', "line 3 .*the key 'text' is there twice"),
+        (b'{"text": "a", "x": {"y": 1, "y": 2}}', "line 3 .*the key 'y' is there twice"),
+        (b'{"text": "a"},', "line 3 .*Extra data at character 14"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000, "line 3 .*nested too deeply"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 3 .*cannot be read as json"),
+        (b'["a"]', "is a list, not a dict of columns"),
+        (b'"a"', "is a str, not a dict of columns"),
+        (b'{"text": "a \\ud800"}', "'text' is not valid Unicode at character 2 "),
+        (b'{"text": ' + b'"a' * 10**6, "line 3 "),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named_and_leaves_the_others(tmp_path, line, says):
+    first, second, third = read(tmp_path / "rows.jsonl", b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n')
+    assert (first, third) == ("a", "b") and len(second) < 500
+    assert re.match(f"error: row 1 of the data set '.*rows.jsonl'.*{says}", second), second
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(ValueError, match="rows.jsonl is UTF-16; write it as UTF-8"):
+        read(tmp_path / "rows.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+    for content, says in {
+        b'[{"text": "a"},\n {"text": "\xff"}]': "byte 11 of line 2 of rows.json is no UTF-8",
+        '[{"text": "a"},\n {"text": }]': "line 2 of rows.json cannot be read as json: Expecting value at character 11",
+        "[" * 100_000: "rows.json cannot be read as json: it is nested too deeply",
+    }.items():
+        with pytest.raises(ValueError, match=says):
+            read(tmp_path / "rows.json", content)
+
+
+def test_many_files_are_not_held_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_rows, "_MOST_HELD", 1)
+    for name in "ab":
+        write(tmp_path / f"{name}.jsonl", [{"text": name}, {"text": name * 2}])
+    found = load_examples(tmp_path)
+    assert [e.completion for e in found] == ["a", "aa", "b", "bb"] and found[-1].completion == "bb"
+    write(tmp_path / "b.jsonl", [{"text": "b"}, {"text": "cc"}])
+    with pytest.raises(ValueError, match="row 3 .*line 2 of b.jsonl was changed"):
+        found[3]
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl' is not a .json"):
+        load_examples(tmp_path / "pipe.jsonl")
+
+
+def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write(path, [{"text": "a"}, {"text": "b"}])
+    found = load_examples(path)
+    path.rename(tmp_path / "old.jsonl")
+    write(path, [{"text": "other"}])
+    assert found[1].completion == "b"
+    write(tmp_path / "old.jsonl", [{"text": "a"}, {"text": "c"}])
+    with pytest.raises(ValueError, match="row 1 .*line 2 of rows.jsonl was changed while it is in use"):
+        found[1]
+
+
+def test_what_the_hub_s_data_sets_lack_is_told_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "rows").mkdir()
+    write(tmp_path / "rows" / "train.jsonl", [{"text": "a"}])
+    monkeypatch.setattr(data, "_from_hub", lambda _, config, split: _from_hub(str(tmp_path / "rows"), config, split))
+    assert load_examples("someone/rows")[0].completion == "a"
+    with pytest.raises(ValueError, match="data set 'someone/rows' of the hub cannot be read: .*split.*dev"):
+        load_examples("someone/rows", split="dev")
+    with pytest.raises(FileNotFoundError, match="there is no file or folder 'xxx") as error:
+        load_examples("x" * 10**6)
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_files_of_the_hub_are_read_as_they_stand(tmp_path, suffix):
+    texts = ["2020-01-01", "2021-05-06"] if suffix == ".jsonl" else ["007", "NA", "null", "3"]
+    for split in ("train", "test"):
+        path = tmp_path / f"{split}{suffix}"
+        rows = [{"prompt": split, "completion": text} for text in texts]
+        if suffix == ".csv":
+            path.write_text(
+                "prompt,completion\n" + "".join(f"{r['prompt']},{r['completion']}\n" for r in rows) + "q,\n"
+            )
+        else:
+            write(path, rows)
+    for split in ("train", "test"):
+        rows = _from_hub(str(tmp_path), None, f"{split}[:{len(texts)}]")
+        assert [(e.prompt, e.completion) for e in load_examples(rows)] == [(split, text) for text in texts]
+    if suffix == ".csv":
+        assert _from_hub(str(tmp_path), None, "test")[4] == {"prompt": "q", "completion": None}
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"messages": [USER, {"role": "assistant", "content": "a \ud800"}]}, r"'messages\[1\].content' is not valid"),
+        ({"prompt": "q", "completion": "a", "teacher_context": "\udfff"}, "'teacher_context' is not valid Unicode"),
+        ({"prompt": [USER], "tools": [{"a": {"\ud800": 1}}]}, r"'tools\[0\].a: a key' is not valid"),
+        ({"prompt": [USER], "chat_template_kwargs": {"a": ["\ud800"]}}, r"'chat_template_kwargs.a\[0\]' is not"),
+        ({"prompt": [USER], "tools": json.loads("[" * 200 + "]" * 200)}, "nested more than 100 levels deep"),
+        (
+            {"prompt": [USER], "chat_template_kwargs": '{"a": ' * 9000 + "1" + "}" * 9000},
+            "no valid JSON .maximum recursion",
+        ),
+        ({"prompt": [USER], "tools": r'[{"a": "\ud800"}]'}, r"'tools\[0\].a' is not valid Unicode"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": r'{"a": "\ud800"}'}]}]},
+            r"tool_calls of message 0 of .messages.\[0\].arguments.a. is not",
+        ),
+        ({"prompt": datetime.date(2020, 1, 1)}, "'prompt' must be text or .*not a date .write the column as text"),
+    ],
+)
+def test_what_cannot_be_rendered_is_named_where_it_stands(row, says):
+    with pytest.raises(ValueError, match=f"row 3 of the data set 'd': .*{says}"):
+        example(row)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"x" * 5_000_000: 1},
+        {"prompt": [USER], "tools": "{" + "x" * 5_000_000},
+        {"prompt": [{"role": "user", "content": [{"type": "x" * 5_000_000}]}]},
+        {"prompt": "q", "completion": [{"role": "x" * 5_000_000, "content": "a"}]},
+        {"prompt": [USER], "chat_template_kwargs": {"x" * 5_000_000: 1, "tokenize": 2}},
+        {f"column {i}": 1 for i in range(100_000)},
+    ],
+)
+def test_errors_of_rows_quote_little(row):
+    with pytest.raises(ValueError) as error:
+        load_examples([row])
+    assert len(str(error.value)) < 800 and str(error.value).startswith("row 0 of the data set")
 
 
 # What nobody reads

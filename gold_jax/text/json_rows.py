@@ -1,0 +1,128 @@
+"""Rows of JSON files as they stand there: no text is taken for a date, a number or a null, and no key is filled in."""
+
+import codecs
+import collections
+import contextlib
+import itertools
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gold_jax.text.surface import excerpt
+
+_MOST_HELD = 64  # files that are held open
+
+
+def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
+    """The rows of JSON files, those of one after those of another.
+
+    A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object. ValueError,
+    here or at access, where a file or a line of it cannot be read: it names file and line.
+    """
+    return JsonRows([_open(pathlib.Path(path), hold=len(paths) <= _MOST_HELD) for path in paths])
+
+
+class JsonRows(Sequence):
+    """The rows of `files` (sequences of them), or those with the numbers `index` of them."""
+
+    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None):
+        self._files, self._ends = files, list(itertools.accumulate(map(len, files)))
+        self._index = range(self._ends[-1]) if index is None else index
+
+    def select(self, index: Sequence[int]) -> "JsonRows":
+        """Some of the rows, by their numbers here."""
+        return JsonRows(self._files, [self._index[i] for i in index])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.select(range(*index.indices(len(self))))
+        number = self._index[index]
+        file = int(np.searchsorted(self._ends, number, side="right"))
+        return self._files[file][number - (self._ends[file - 1] if file else 0)]
+
+
+class _Lines(Sequence):
+    """The lines of a file that are not blank. A file that is held open stays the same one if another is put in its place."""
+
+    def __init__(self, path: pathlib.Path, hold: bool):
+        self._path, self._name = path, path.name
+        self._held = open(path, "rb") if hold else None
+        with self._opened() as file:
+            lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in file)
+            table = np.fromiter(itertools.chain.from_iterable(lines), np.int64)
+        sizes, filled, sums = table.reshape(-1, 3).T
+        self._numbers = np.flatnonzero(filled)
+        self._begins, self._sizes, self._sums = (x[self._numbers] for x in (np.cumsum(sizes) - sizes, sizes, sums))
+
+    def _opened(self) -> contextlib.AbstractContextManager[BinaryIO]:
+        return open(self._path, "rb") if self._held is None else contextlib.nullcontext(self._held)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __getitem__(self, index):
+        with self._opened() as file:
+            file.seek(self._begins[index])
+            line, number = file.read(self._sizes[index]), int(self._numbers[index]) + 1
+        if zlib.crc32(line) != self._sums[index]:
+            raise ValueError(
+                f"line {number} of {self._name} was changed while it is in use; begin again with a file that stays as it is"
+            )
+        return _parse(line, self._name, number)
+
+
+def _open(path: pathlib.Path, hold: bool) -> Sequence:
+    with open(path, "rb") as file:
+        begin = file.read(1 << 16)
+        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError(f"{path.name} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
+        file.seek(0)
+        if begin.startswith(b"["):
+            return _parse(file.read(), path.name)
+        lines = _Lines(path, hold)
+        if len(lines) > 1 and begin.startswith(b"{"):  # perhaps one object over many lines
+            try:
+                lines[0]
+            except ValueError:
+                try:
+                    return [_parse(file.read(), path.name)]
+                except ValueError:  # what is wrong is said of the line
+                    pass
+    return lines
+
+
+def _parse(data: bytes, name: str, line: int | None = None) -> Any:
+    """The value of a line, or of a whole file; ValueError where it is no JSON, not UTF-8, or has a key twice."""
+    place = f"line {line} of {name}" if line else name
+    try:
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object)
+    except UnicodeDecodeError as error:
+        begin = data.rfind(b"\n", 0, error.start) + 1
+        at = f"byte {error.start - begin} of line {line or data.count(10, 0, begin) + 1} of {name}"
+        raise ValueError(
+            f"{at} is no UTF-8 ({excerpt(data, error.start)}); write the file as UTF-8 (iconv -t UTF-8)"
+        ) from None
+    except RecursionError:
+        raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None
+    except json.JSONDecodeError as error:
+        place = f"line {line or error.lineno} of {name} cannot be read as json: {error.msg.removesuffix(' at')}"
+        raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
+    except ValueError as error:  # a key twice, a number of thousands of digits
+        raise ValueError(f"{place} cannot be read as json: {error}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {excerpt(twice)} is there twice")
+    return found
