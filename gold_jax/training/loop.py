@@ -203,7 +203,7 @@ class Loop:
         run, args, total = self.run, self.args, self.total_steps
         self._restart_clock()
         self._table_due = 0
-        batch = signals.interruptible(self._build_batch, self.done, self.shapes) if self.done < total else None
+        batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         for step in self._steps():
             if batch is None:  # a signal came while it was built
                 return
@@ -218,7 +218,7 @@ class Loop:
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
-                batch = signals.interruptible(self._build_batch, step + 1, self.shapes) if step + 1 < total else None
+                batch = signals.interruptible(self._build_batch, step + 1) if step + 1 < total else None
             except Exception as error:  # raised below, when this update is logged
                 batch, failed = None, error
             with annotate(WAITING):
@@ -248,10 +248,10 @@ class Loop:
                 self._restart_clock()
             self.checkpoints.poll()
 
-    def _build_batch(self, step: int, shapes: Sequence) -> UpdateBatch:
+    def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
         examples = [self.data.train[i] for i in self.data.order(step)]
-        return self.run.batches.build(step, examples, self.state.params, shapes)
+        return self.run.batches.build(step, examples, self.state.params, self.shapes)
 
     def _is_due(self, what: str) -> bool:
         """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
