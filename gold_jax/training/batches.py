@@ -145,6 +145,8 @@ class DistillationBatchBuilder:
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())
+        if student_rows and self.engine is not None and self.engine.difference is not None:
+            stats["sampling_logp_difference"] = self.engine.difference
         return UpdateBatch(batches, stats, [(examples[i].prompt, d.text) for i, d in sampled.items()], counted)
 
     @annotate(SAMPLER)

@@ -31,6 +31,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
+from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
@@ -44,7 +45,12 @@ from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
-from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
+from gold_jax.training.nonfinite import (
+    Diverged,
+    NonFiniteCounter,
+    describe_divergence,
+    describe_nonfinite_logits,
+)
 from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
@@ -133,7 +139,7 @@ class Loop:
         Raises:
             FileNotFoundError, ValueError: as `find_and_restore`.
             Preempted: SIGTERM came.
-            Diverged: `max_skipped_updates` updates in a row were left out.
+            Diverged: `max_skipped_updates` updates in a row were left out, or the student's logits are not finite.
             OSError: the student cannot be written; the text says where it still is.
         """
         args = self.args
@@ -167,9 +173,12 @@ class Loop:
                         signals.request("interrupt")
                     except Diverged:
                         raise
-                    except Exception:
+                    except Exception as error:
                         with contextlib.suppress(Exception):  # what ends the run is the first error
                             self._save_before_error()
+                        if isinstance(error, NonFiniteLogits) and self.done:
+                            last = f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
+                            raise Diverged(describe_nonfinite_logits(error, self.done, self.args) + last) from error
                         raise
                     if signals.requested:
                         self._leave(signals)
