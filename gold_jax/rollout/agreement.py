@@ -20,7 +20,7 @@ from gold_jax.rollout.engine import NonFiniteLogits, Sampled
 
 ROWS = 4  # completions that are compared; on a mesh, the next multiple of its shards
 TOLERANCE = 0.25  # mean absolute difference in nats a token; implementations in bfloat16 differ by 0.01 to 0.05
-_CLEAR = 16  # how far the student must have moved to tell, in standard deviations of its difference from the server
+_CLEAR = 10  # how far the student must have moved to tell, in standard deviations of its difference from the server
 _LEAST_MOVE = 0.01  # and in nats a token, root mean square
 _LEAST_SHARE = 0.25  # of the student's way that a server must have gone with it
 _PART = 16  # positions of a row whose logits are held at once; divides every `bucketing.bucket`
