@@ -71,8 +71,8 @@ class Agreement:
             if difference > TOLERANCE:
                 raise ServerError(
                     f"{self.url} does not write with the student's weights: its log-probabilities of {len(known)} tokens that it "
-                    f"drew differ from the student's own by {difference:.2f} nats on average, and by less than {TOLERANCE} where "
-                    "both compute alike. Start it with the student, for this run alone, and see its log for what it loaded."
+                    f"drew differ from the student's own by {difference:.2f} nats on average, {TOLERANCE} at most where the weights "
+                    "are the same. Start it with the student, for this run alone, and see its log for what it loaded."
                 )
         if self._text is None:
             text = [row[:-1] for row in rows]  # to score it, a server draws one more token

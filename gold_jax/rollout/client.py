@@ -74,11 +74,10 @@ class Client:
                 answer, content = asyncio.run_coroutine_threadsafe(asked, self._loop).result()
                 if answer.is_success:
                     return _read(url, answer, content)
-                problem = f"{url} answers {answer.status_code} {answer.reason_phrase}: {_words(content)}"
-                if answer.is_redirect:
-                    raise ServerError(
-                        f"{problem} It sends on to {answer.headers.get('Location')}, which is not followed."
-                    )
+                status = f"{url} answers {answer.status_code} {answer.reason_phrase}"
+                if answer.has_redirect_location:
+                    raise ServerError(f"{status} and sends on to {answer.headers['Location']}, which is not followed.")
+                problem = f"{status}: {_words(content)}"
                 after = _seconds(answer.headers.get("Retry-After"))
                 if answer.status_code == 429 or (answer.status_code == 503 and after is not None):
                     wait = max(pause, after or 0.0)
@@ -97,8 +96,8 @@ class Client:
                 if any(isinstance(e, socket.gaierror) and e.errno == socket.EAI_NONAME for e in _causes(error)):
                     raise ServerError(f"{url} cannot be reached: there is no host of that name.") from error
                 problem = (
-                    f"{url} cannot be reached ({_reason(error)}), tried for {self.timeout:g} seconds: is "
-                    f"the server up, and are host and port right? {self.started}".rstrip()
+                    f"{url} cannot be reached ({_reason(error)}), tried for {self.timeout:g} seconds: is the server up, "
+                    f"and are host and port right? {self.started}".rstrip()
                 )
             if faults == ATTEMPTS or time.monotonic() + wait > deadline:
                 raise ServerError(problem)
@@ -113,7 +112,7 @@ class Client:
                 content += part
                 if len(content) > _LONGEST_REPLY:
                     raise ServerError(
-                        f"{url} answers with more than {_LONGEST_REPLY >> 20} MiB, which no answer takes."
+                        f"{url} answers with more than {_LONGEST_REPLY >> 20} MiB: too much for an answer."
                     )
         return answer, bytes(content)
 
@@ -126,9 +125,7 @@ def _read(url: str, answer: httpx.Response, content: bytes) -> Any:
         words = _cut(content.decode("utf-8", "replace"))
         raise ServerError(f"{url} answers with something that is not JSON: {words}") from error
     if isinstance(said, dict) and (said.get("error") or said.get("object") == "error"):
-        raise ServerError(
-            f"{url} answers {answer.status_code} {answer.reason_phrase}, but with an error: {_words(content)}"
-        )
+        raise ServerError(f"{url} answers {answer.status_code}, but with an error: {_words(content)}")
     return said
 
 
@@ -137,11 +134,8 @@ def _seconds(retry_after: str | None) -> float | None:
     try:
         return float(retry_after or "")
     except ValueError:
-        pass
-    try:
-        return email.utils.parsedate_to_datetime(retry_after or "").timestamp() - time.time()
-    except ValueError:
-        return None
+        date = email.utils.parsedate_tz(retry_after or "")
+        return email.utils.mktime_tz(date) - time.time() if date else None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -45,12 +45,7 @@ from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
-from gold_jax.training.nonfinite import (
-    Diverged,
-    NonFiniteCounter,
-    describe_divergence,
-    describe_nonfinite_logits,
-)
+from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
@@ -177,8 +172,10 @@ class Loop:
                         with contextlib.suppress(Exception):  # what ends the run is the first error
                             self._save_before_error()
                         if isinstance(error, NonFiniteLogits) and self.done:
+                            help = f"a lower --learning_rate than {args.learning_rate:g}; --max_grad_norm 1"
+                            why = f"After {self.done} updates no completions can be drawn, so the run stops: {error}"
                             last = f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
-                            raise Diverged(describe_nonfinite_logits(error, self.done, self.args) + last) from error
+                            raise Diverged(f"{why} What may help: {help}.{last}") from error
                         raise
                     if signals.requested:
                         self._leave(signals)

@@ -52,26 +52,14 @@ def describe_divergence(
         cause = f"The parameters are finite, the loss is {loss}."
     else:
         cause = f"Parameters and loss ({loss:.4g}) are finite, the gradient's norm is {norm}."
-    return (
-        f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
-        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
-        f"What may help: {'; '.join(_advice(args, 'a look at these rows'))}."
-    )
-
-
-def describe_nonfinite_logits(error: Exception, step: int, args: Any) -> str:
-    """What can be said of a run that ends after `step` updates because completions could not be drawn, by `error`."""
-    return (
-        f"After {step} updates no completions can be written, so the run stops: {error} "
-        f"What may help: {'; '.join(_advice(args, 'an earlier checkpoint'))}."
-    )
-
-
-def _advice(args: Any, look: str) -> list[str]:
-    advice = [f"a lower --learning_rate than {args.learning_rate:g}", look]
+    advice = [f"a lower --learning_rate than {args.learning_rate:g}", "a look at these rows"]
     if args.bf16 or (args.bf16 is None and jax.default_backend() != "cpu"):
         advice.append("--bf16 false, to see whether it is bfloat16's precision")
     if not args.max_grad_norm:
         advice.append("--max_grad_norm 1")
-    return advice
+    return (
+        f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
+        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
+        f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
+        f"What may help: {'; '.join(advice)}."
+    )

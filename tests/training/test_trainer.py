@@ -221,7 +221,7 @@ def test_a_student_that_can_draw_nothing_any_more_has_diverged(world, tmp_path, 
 
     monkeypatch.setattr(type(trainer.loop.run.batches), "build", overflows)
     monkeypatch.setattr(trainer.loop, "say", said.append)
-    broken = "After 1 updates no completions can be written, .*logits for completion [01] are not finite.*--learning_rate than 0.01"
+    broken = "After 1 updates no completions can be drawn, .*logits for completion [01] are not finite.*--learning_rate than 0.01"
     with pytest.raises(Diverged, match=broken + r".* The last checkpoint is .*checkpoint-1\.$"):
         trainer.train()
     assert "An error ends the run after 1 updates" in said[-1]
