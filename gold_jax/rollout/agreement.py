@@ -20,8 +20,9 @@ from gold_jax.rollout.engine import NonFiniteLogits, Sampled
 
 ROWS = 4  # completions that are compared; on a mesh, the next multiple of its shards
 TOLERANCE = 0.25  # mean absolute difference in nats a token; implementations in bfloat16 differ by 0.01 to 0.05
-_CLEAR = 10  # how far the student must have moved to tell, in standard deviations of its difference from the server
-_LEAST_MOVE = 0.01  # and in nats a token, root mean square
+# How far the student must have moved to tell, root mean square: in nats; in differences from the server, of which those
+# that come of rounding the weights alone need not be followed; and in these where there are few tokens, over their root.
+_LEAST_MOVE, _LEAST_RATIO, _LEAST_CLEAR = 0.01, 2, 10
 _LEAST_SHARE = 0.25  # of the student's way that a server must have gone with it
 _PART = 16  # positions of a row whose logits are held at once; divides every `bucketing.bucket`
 
@@ -41,11 +42,11 @@ class Agreement:
         url: the server, for the errors.
         score: its log-probabilities of a text's tokens but the first; None where it does not tell them.
         notify: is told, once, that they are not told.
+        longest: most tokens of a prompt and its completion, where that is known: then there is one program.
     """
 
-    def __init__(self, url: str, score: Callable[[list[int]], Sequence[float] | None], notify: Callable[[str], Any]):
-        self.url, self.score, self.notify = url, score, notify
-        self.longest = 0  # tokens of a prompt and its completion, where that is known: then there is one program
+    def __init__(self, url: str, score: Callable[[list[int]], list[float] | None], notify: Callable, longest: int = 0):
+        self.url, self.score, self.notify, self.longest = url, score, notify, longest
         self._tells, self._text = True, None
 
     def restart(self) -> None:
@@ -119,8 +120,9 @@ class Agreement:
 
 def share_followed(text: FixedText, own: np.ndarray, served: np.ndarray) -> float | None:
     """How much of the student's way the server has gone with it, 1 for all; None where the student moved too little."""
-    moved, noise = own - text.own, np.sqrt(np.mean((text.served - text.own) ** 2))
-    if np.linalg.norm(moved) < max(_CLEAR * noise, _LEAST_MOVE * np.sqrt(len(moved))):
+    moved, root = own - text.own, np.sqrt(len(own))
+    noise = max(_LEAST_RATIO, _LEAST_CLEAR / root) * np.linalg.norm(text.served - text.own)
+    if np.linalg.norm(moved) < max(noise, _LEAST_MOVE * root):
         return None
     return float((served - text.served) @ moved / (moved @ moved))
 

@@ -198,7 +198,7 @@ class ServerEngine:
     def check(self, longest: int) -> None:
         """Make sure that a server of the right kind is there, whose window holds `longest` tokens; else a `ServerError`."""
         answer, url = self.client.get("/v1/models"), self.client.base_url
-        self.agreement.longest = longest
+        self.agreement = Agreement(url, self._score, self.notify, longest)
         try:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:

@@ -328,14 +328,19 @@ def test_a_student_that_is_no_number_is_not_the_servers_fault(server, student, t
 
 def test_noise_of_either_side_is_no_move():
     rng = np.random.default_rng(0)
+
+    def noise(scale):
+        return scale * rng.normal(size=400)
+
     own = -rng.exponential(2.0, 400)
-    served = own + 0.05 * rng.normal(size=400)
-    text = FixedText([], own, served)
-    noisy = lambda x: x + 0.05 * rng.normal(size=400)  # noqa: E731
-    assert share_followed(text, own + 0.03 * rng.normal(size=400), noisy(own)) is None
-    way = 0.1 * rng.normal(size=400)
-    assert share_followed(text, own + way, noisy(own + way)) == pytest.approx(1, abs=0.15)
-    assert share_followed(text, own + way, noisy(own)) == pytest.approx(0, abs=0.15)
+    text = FixedText([], own, own + noise(0.05))
+    assert share_followed(text, own + noise(0.07), text.served) is None  # its weights are rounded anew
+    way = noise(0.15)
+    assert share_followed(text, own + way, own + way + noise(0.05)) == pytest.approx(1, abs=0.15)
+    assert share_followed(text, own + way + noise(0.07), text.served + way) == pytest.approx(1, abs=0.3)
+    assert share_followed(text, own + way, own + noise(0.05)) == pytest.approx(0, abs=0.15)
+    few = FixedText([], text.own[:9], text.served[:9])
+    assert share_followed(few, (own + way)[:9], text.served[:9]) is None
 
 
 # what a server may not do
@@ -701,6 +706,16 @@ def test_a_run_ends_where_the_server_stays_behind_and_loses_nothing(world, vllm,
     vllm.deaf = False
     again = trainer(world, tmp_path / "out", vllm.url, max_steps=4).train(resume_from_checkpoint="latest")
     assert again.global_step == 4
+
+
+def test_a_run_whose_server_fails_between_updates_loses_nothing(world, vllm, tmp_path, own_cache):
+    run, said = trainer(world, tmp_path / "out", vllm.url, max_steps=4), []
+    run.loop.say = said.append
+    vllm.faults["/v1/completions"] = [0.0] * 5 + [(200, {"error": {"message": "the engine is dead"}})]
+    with pytest.raises(ServerError, match="/v1/completions answers 200, but with an error: the engine is dead"):
+        run.train()
+    assert said[-1].startswith("An error ends the run after 1 updates") and "checkpoint-1" in said[-1]
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
 
 
 def test_a_run_does_not_begin_with_a_server_of_another_model(world, other, tmp_path, own_cache):
