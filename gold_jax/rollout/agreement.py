@@ -24,6 +24,7 @@ TOLERANCE = 0.25  # mean absolute difference in nats a token; implementations in
 # that come of rounding the weights alone need not be followed; and in these where there are few tokens, over their root.
 _LEAST_MOVE, _LEAST_RATIO, _LEAST_CLEAR = 0.01, 2, 10
 _LEAST_SHARE = 0.25  # of the student's way that a server must have gone with it
+_LONG = 2048  # tokens of a row up to which all are padded alike
 _PART = 16  # positions of a row whose logits are held at once; divides every `bucketing.bucket`
 
 
@@ -42,7 +43,7 @@ class Agreement:
         url: the server, for the errors.
         score: its log-probabilities of a text's tokens but the first; None where it does not tell them.
         notify: is told, once, that they are not told.
-        longest: most tokens of a prompt and its completion, where that is known: then there is one program.
+        longest: most tokens of a prompt and its completion, where that is known: then there is one program, up to 2,048.
     """
 
     def __init__(self, url: str, score: Callable[[list[int]], list[float] | None], notify: Callable, longest: int = 0):
@@ -63,9 +64,12 @@ class Agreement:
             return None
         rows, difference = [np.concatenate([prompt, d.ids]).astype(np.int32) for prompt, d in pairs], None
         drawn_part = np.concatenate([np.arange(1, len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, pairs)])
-        told = np.concatenate([d.logprobs for _, d in pairs])
-        if np.isnan(told).all() and (served := self._served(rows)) is not None:
-            told = served[drawn_part]
+        told, text = np.concatenate([d.logprobs for _, d in pairs]), [row[:-1] for row in rows]
+        silent, served = np.isnan(told).all(), None
+        if silent or self._text is None:  # to score a text, a server draws one more token: it may have no room for all
+            served = self._served(text)
+        if silent and served is not None:
+            told = np.concatenate([np.append(x, np.nan)[-len(d.ids) :] for x, (_, d) in zip(served, pairs)])
         if len(known := np.flatnonzero(~np.isnan(told))):
             own = own_logprobs(model, rows, self._width(rows))[drawn_part]
             difference = float(np.abs(own - told)[known].mean())
@@ -75,18 +79,18 @@ class Agreement:
                     f"drew differ from the student's own by {difference:.2f} nats on average, {TOLERANCE} at most where the weights "
                     "are the same. Start it with the student, for this run alone, and see its log for what it loaded."
                 )
-        if self._text is None:
-            text = [row[:-1] for row in rows]  # to score it, a server draws one more token
-            if (served := self._served(text)) is not None and len(served):
-                self._text = FixedText(text, own_logprobs(as_served(model), text, self._width(rows)), served)
+        if self._text is None and served is not None and sum(map(len, served)):
+            own = own_logprobs(as_served(model), text, self._width(rows))
+            self._text = FixedText(text, own, np.concatenate(served))
         return difference
 
     def check_followed(self, model: Any, updates: int) -> None:
         """A `ServerError` where the server, after a push of `model`, did not go with the student on the fixed text."""
         if (text := self._text) is None:
             return
-        own = own_logprobs(as_served(model), text.rows, self._width(text.rows))
-        if (served := self._served(text.rows)) is None or (share := share_followed(text, own, served)) is None:
+        own, served = own_logprobs(as_served(model), text.rows, self._width(text.rows)), self._served(text.rows)
+        share = None if served is None else share_followed(text, own, np.concatenate(served))
+        if share is None:
             return
         if share < _LEAST_SHARE:
             raise ServerError(
@@ -94,18 +98,18 @@ class Agreement:
                 f"{len(own)} tokens the student has moved by {np.abs(own - text.own).mean():.2g} nats on average since it was "
                 f"compared last, the server {share:.0%} of that way. See its log for what it loaded."
             )
-        self._text = text._replace(own=own, served=served)
+        self._text = text._replace(own=own, served=np.concatenate(served))
 
-    def _served(self, rows: Sequence[np.ndarray]) -> np.ndarray | None:
-        """The server's log-probabilities, end to end, of the tokens of each row but the first."""
-        found: list[float] = []
+    def _served(self, rows: Sequence[np.ndarray]) -> list[np.ndarray] | None:
+        """The server's log-probabilities of the tokens of each row but the first; None where it does not tell them."""
+        found = []
         for row in rows:
             scores = self.score([int(i) for i in row]) if self._tells else None
             if scores is None:
                 break
-            found += scores
+            found.append(np.asarray(scores, np.float32))
         else:
-            return np.asarray(found, np.float32)
+            return found
         if self._tells:
             self.notify(
                 f"{self.url} tells no log-probabilities of a given text, so that weights that it does not load are found only "
@@ -115,7 +119,7 @@ class Agreement:
         return None
 
     def _width(self, rows: Sequence[np.ndarray]) -> int:
-        return bucket(max(self.longest, *map(len, rows)))
+        return bucket(max(min(self.longest, _LONG), *map(len, rows)))
 
 
 def share_followed(text: FixedText, own: np.ndarray, served: np.ndarray) -> float | None:

@@ -265,6 +265,13 @@ def test_a_server_that_follows_differs_by_rounding_alone(server, student, tmp_pa
     assert differences[1::2] == [None] * 3 and max(differences[::2]) < 1e-5 and said == []
 
 
+def test_a_text_is_scored_within_the_servers_window(server, student, tmp_path):
+    at = engine(server, tmp_path)
+    push_and_write(at, load_model(student), 0)
+    asked = [body.get("prompt", body.get("input_ids")) for body in server.bodies(ROUTE[server.kind])]
+    assert sorted(map(len, asked[3:])) == sorted(len(prompt) + NEW - 1 for prompt in PROMPTS)
+
+
 def test_weights_that_a_server_says_to_have_loaded_and_has_not_are_found(server, student, tmp_path):
     at, model = engine(server, tmp_path), load_model(student)
     push_and_write(at, model, 0)
@@ -283,7 +290,7 @@ def test_weights_that_a_server_says_to_have_loaded_and_has_not_are_found(server,
 def test_another_model_of_the_same_size_is_found_before_anything_is_learned(server, other, tmp_path):
     server.deaf = True
     mine = load_model(other)
-    with pytest.raises(ServerError, match=r"18 tokens that it drew differ from the student's own by [1-9]\.\d+ nats"):
+    with pytest.raises(ServerError, match=r"1[58] tokens that it drew differ from the student's own by [1-9]\.\d+ nats"):
         push_and_write(engine(server, tmp_path), mine, 0)
     with pytest.raises(ServerError, match="does not write with the student's weights"):  # said to have them
         push_and_write(engine(server, tmp_path, sync_first=False), mine, 0)
