@@ -290,7 +290,9 @@ def test_weights_that_a_server_says_to_have_loaded_and_has_not_are_found(server,
 def test_another_model_of_the_same_size_is_found_before_anything_is_learned(server, other, tmp_path):
     server.deaf = True
     mine = load_model(other)
-    with pytest.raises(ServerError, match=r"1[58] tokens that it drew differ from the student's own by [1-9]\.\d+ nats"):
+    with pytest.raises(
+        ServerError, match=r"1[58] tokens that it drew differ from the student's own by [1-9]\.\d+ nats"
+    ):
         push_and_write(engine(server, tmp_path), mine, 0)
     with pytest.raises(ServerError, match="does not write with the student's weights"):  # said to have them
         push_and_write(engine(server, tmp_path, sync_first=False), mine, 0)
@@ -660,7 +662,7 @@ def test_server_settings_out_of_range_are_named(wrong):
 def trainer(world, output, url, **settings):
     settings = {
         **dict(max_steps=2, max_completion_length=8, max_length=128, per_device_train_batch_size=2, save_strategy="no"),
-        **dict(lmbda=1.0, temperature=1.0, top_p=1.0, learning_rate=0.1, logging_steps=1, vllm_server_timeout=20.0),
+        **dict(lmbda=1.0, temperature=1.0, top_p=1.0, learning_rate=0.01, logging_steps=1, vllm_server_timeout=20.0),
         **dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=url),
         **settings,
     }
