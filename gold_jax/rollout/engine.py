@@ -14,6 +14,10 @@ class Sampled(NamedTuple):
     logprobs: np.ndarray  # float32 [N], of the model itself (temperature 1, no filter); NaN where it is not told
 
 
+class NonFiniteLogits(ValueError):
+    """A model's logits are not finite, so that nothing can be drawn from them."""
+
+
 EMPTY = Sampled(np.zeros(0, np.int32), np.zeros(0, np.float32))
 
 

@@ -13,7 +13,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import count, merge, split
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
-from gold_jax.rollout.engine import EMPTY, Sampled
+from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
@@ -51,6 +51,7 @@ class SamplingEngine:
 
         Raises:
             ValueError: a setting out of its range, or a token that the model does not have.
+            NonFiniteLogits: the model's logits for a completion are not finite.
         """
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
@@ -115,7 +116,13 @@ class _GenerationRun:
         for (tokens, logprobs, lengths), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):
                 end = lengths[row]
-                found[prompt_of_row[row]] = Sampled(tokens[row, :end], logprobs[row, :end])
+                drawn = Sampled(tokens[row, :end], logprobs[row, :end])
+                if not np.isfinite(drawn.logprobs).all():  # a drawn token's always is where the logits are
+                    raise NonFiniteLogits(
+                        f"the model's logits for completion {prompt_of_row[row]} are not finite, so that nothing can be drawn "
+                        "from them: its weights are not finite, or it overflows on this prompt."
+                    )
+                found[prompt_of_row[row]] = drawn
         return found
 
     def _refill_size(self) -> int:

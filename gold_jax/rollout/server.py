@@ -11,23 +11,29 @@ Fields and routes, as they stood in the servers' sources and documentation in 20
 * vLLM, `POST /v1/completions` with `return_token_ids` (0.10.2 and newer): `choices[0].token_ids` with the stop token in
   it, `finish_reason`, `stop_reason` (the stop token's id). `logprobs: 0` gives each drawn token's log-probability,
   under the default `--logprobs-mode raw_logprobs` that of the model itself. `seed` is honoured for each request.
+  `prompt_logprobs: 1` gives the prompt's own, read anew whatever is cached: for each token but the first an object of
+  token ids with their `logprob`. Where one is -inf, -9999 is written.
   `POST /collective_rpc` with `reload_weights` and `weights_path` (since pull request 32133, early 2026: 0.16 or newer)
   loads a folder, `POST /reset_prefix_cache` forgets what the old weights computed; both routes are there only
   where the server was started with `VLLM_SERVER_DEV_MODE=1`.
 * SGLang, `POST /generate` with `input_ids` and `return_logprob` (0.5): `meta_info.output_token_logprobs` holds
   (log-probability, id, text) for each drawn token, the stop token too; `output_ids` is not read, because in some
   versions it begins with the end of the prompt (issue 17240). The log-probabilities are divided by the temperature, so
-  they are the model's own at temperature 1 and when greedy alone. `sampling_seed` (0.5.3 and newer) is honoured under
+  they are the model's own at temperature 1 and when greedy alone. With `logprob_start_len: 0`, `input_token_logprobs`
+  has the same of the prompt, never divided. `sampling_seed` (0.5.3 and newer) is honoured under
   `--enable-deterministic-inference`. `POST /update_weights_from_disk` loads a folder and forgets the old cache.
 * Both list the model and its window under `GET /v1/models`.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
 import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +41,15 @@ import numpy as np
 
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import save_model
-from gold_jax.rollout.client import Client, ServerError
+from gold_jax.rollout.agreement import Agreement
+from gold_jax.rollout.client import Client, Refused, ServerError
 from gold_jax.rollout.engine import EMPTY, Sampled
 
 # Servers would take these from the model's generation_config.json, which would change what is sampled.
 _NEUTRAL = dict(min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=True)
+
+_IMPOSSIBLE = -9999.0  # what vLLM writes for -inf
+_ROUNDING = 0.01  # nats that a log-probability may lie above 0
 
 
 class Answer(NamedTuple):
@@ -77,16 +87,28 @@ class _VLLM:
         logprobs = choice["logprobs"]["token_logprobs"] if choice.get("logprobs") else None
         return Answer(ids, logprobs, choice["finish_reason"], choice.get("stop_reason"))
 
+    def score_request(self, ids: list[int]) -> dict:
+        """The body of the request for the log-probabilities of a text."""
+        return {"prompt": ids, "max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 1}
+
+    def read_scores(self, answer: Any, ids: list[int]) -> list | None:
+        """Those of each token but the first; None where it does not tell. Errors as `read`."""
+        (choice,) = answer["choices"]
+        told = choice.get("prompt_logprobs")
+        return told and [of[str(i)]["logprob"] for of, i in zip(told[1:], ids[1:], strict=True)]
+
     def reload(self, client: Client, folder: str) -> None:
         """Have the server load a folder of weights."""
         try:
-            client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
+            said = client.post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
             reset = client.post("/reset_prefix_cache")
         except ServerError as error:
             raise ServerError(
                 f"{error} Weights are reloaded by vLLM 0.16 or newer, started with VLLM_SERVER_DEV_MODE=1, which must be able to "
                 f"read {folder}."
             ) from error
+        if isinstance(said, dict) and said.get("success") is False:
+            raise ServerError(f"{client.base_url} has not loaded {folder}: {said.get('message')}")
         if isinstance(reset, dict) and reset.get("success") is False:
             raise ServerError(
                 f"{client.base_url} cannot forget what the old weights computed, because it is still answering others; it must "
@@ -115,6 +137,16 @@ class _SGLang:
         logprobs = [d[0] for d in drawn] if temperature in (0, 1) else None  # else they are not the model's own
         finish = meta["finish_reason"]
         return Answer([d[1] for d in drawn], logprobs, finish["type"], finish.get("matched"))
+
+    def score_request(self, ids: list[int]) -> dict:
+        settings = {"max_new_tokens": 1, "temperature": 1.0}
+        return {"input_ids": ids, "return_logprob": True, "logprob_start_len": 0, "sampling_params": settings}
+
+    def read_scores(self, answer: Any, ids: list[int]) -> list | None:
+        told = answer["meta_info"].get("input_token_logprobs")
+        if told and [d[1] for d in told] != ids:
+            raise ServerError("it tells log-probabilities of other tokens than those it was given.")
+        return told and [d[0] for d in told[1:]]
 
     def reload(self, client: Client, folder: str) -> None:
         try:
@@ -148,6 +180,7 @@ class ServerEngine:
     api_key: str | None = None  # bearer token, where the server wants one
     concurrency: int = 64  # most requests at once
     pause: float = 0.5  # seconds before a second attempt, as in `Client`
+    notify: Callable[[str], Any] = warnings.warn  # is told what cannot be checked
 
     def __post_init__(self):
         if self.kind not in KINDS:
@@ -158,10 +191,14 @@ class ServerEngine:
         self.weights_dir = pathlib.Path(self.weights_dir).absolute()
         self.pushed: int | None = None if self.sync_first else 0  # updates that the server's weights have seen
         self.folder: pathlib.Path | None = None
+        self.agreement = Agreement(self.client.base_url, self._score, self.notify)
+        self.compared = False  # since the last push
+        self.difference: float | None = None  # mean absolute, in nats, that the last `generate` found, if it compared
 
     def check(self, longest: int) -> None:
         """Make sure that a server of the right kind is there, whose window holds `longest` tokens; else a `ServerError`."""
         answer, url = self.client.get("/v1/models"), self.client.base_url
+        self.agreement = Agreement(url, self._score, self.notify, longest)
         try:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -178,7 +215,7 @@ class ServerEngine:
         """Push the student's weights where those that the server has are `sync_every` updates old; whether they were.
 
         `model` is a `Decoder`, or its `(graphdef, params)` as they stand after so many updates. A `ServerError` says that
-        the server did not load them.
+        the server did not load them, or that it goes on with others; `NonFiniteLogits` that they give no numbers.
         """
         if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False
@@ -192,22 +229,26 @@ class ServerEngine:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
         self.api.reload(self.client, str(folder))
+        self.agreement.check_followed(model, updates)
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.folder, self.pushed = folder, updates
+        self.folder, self.pushed, self.compared = folder, updates, False
         return True
 
     def restart(self) -> None:
         """Makes the next `sync` push in any case: updates are counted from 0 again, with other weights."""
         self.pushed = None
+        self.agreement.restart()
 
     def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
-        """See `Engine.generate`; `model` has no part here.
+        """See `Engine.generate`; `model` is the one pushed last, beside which the first completions after a push are put.
 
         Each prompt is a request with a seed of its own, made of the key and the prompt's index.
 
         Raises:
-            ServerError: the server refuses a setting, or a completion is missing or breaks the settings.
+            ServerError: the server refuses a setting, a completion is missing or breaks the settings, or another model
+                drew it.
+            NonFiniteLogits: the model gives no numbers.
         """
         sampling = {"temperature": float(temperature), "top_k": int(top_k), "top_p": float(top_p)}
         sampling |= {"stop_token_ids": [int(i) for i in stop_ids], **_NEUTRAL}
@@ -218,23 +259,44 @@ class ServerEngine:
             if not prompt:
                 return EMPTY
             said = self.client.post(self.api.path, self.api.request(prompt, sampling, max_new_tokens, seeds[index]))
-            source = f"{self.client.base_url}{self.api.path}, completion {index}"
-            try:
+            with self._reading(said, f"completion {index}"):
                 answer = self.api.read(said, prompt, temperature)
                 return check_completion(answer, max_new_tokens, set(sampling["stop_token_ids"]), self.vocab_size)
-            except ServerError as error:
-                raise ServerError(f"{source}: {error}") from error
-            except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-                raise ServerError(
-                    f"{source}: the answer is not of the form that was expected ({type(error).__name__}: {error}); it begins with "
-                    f"{str(said)[:200]}. Is --rollout_server right?"
-                ) from error
 
         pool = concurrent.futures.ThreadPoolExecutor(min(self.concurrency, max(1, len(prompts))))
         try:
-            return list(pool.map(complete, range(len(prompts))))
+            drawn = list(pool.map(complete, range(len(prompts))))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+        self.difference = None
+        if not self.compared and self.pushed is not None and model is not None:
+            self.difference = self.agreement.check_drawn(model, prompts, drawn)
+            self.compared = True
+        return drawn
+
+    def _score(self, ids: list[int]) -> list[float] | None:
+        """The log-probabilities of a text's tokens but the first; None where the server does not tell them."""
+        try:
+            said = self.client.post(self.api.path, self.api.score_request(ids))
+        except Refused:
+            return None
+        with self._reading(said, "the log-probabilities of a text"):
+            scores = self.api.read_scores(said, ids)
+            return None if scores is None or None in scores else check_logprobs(scores)
+
+    @contextlib.contextmanager
+    def _reading(self, said: Any, what: str) -> Iterator[None]:
+        """A `ServerError` that says of which answer something could not be read."""
+        source = f"{self.client.base_url}{self.api.path}, {what}"
+        try:
+            yield
+        except ServerError as error:
+            raise ServerError(f"{source}: {error}") from error
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            raise ServerError(
+                f"{source}: the answer is not of the form that was expected ({type(error).__name__}: {error}); it begins with "
+                f"{str(said)[:200]}. Is --rollout_server right?"
+            ) from error
 
 
 def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int | None) -> Sampled:
@@ -245,8 +307,7 @@ def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int
             raise ServerError(f"a token id is {i!r}, which is none.")
         if vocab_size is not None and i >= vocab_size:
             raise ServerError(f"a token id is {i}, but the student has {vocab_size} tokens: another model's.")
-    reported = [None] * len(ids) if answer.logprobs is None else answer.logprobs
-    logprobs = [np.nan if x is None else x for x in reported]
+    logprobs = check_logprobs([None] * len(ids) if answer.logprobs is None else answer.logprobs)
     if len(logprobs) != len(ids):
         raise ServerError(f"there are {len(ids)} token ids but {len(logprobs)} log-probabilities.")
     if answer.finish not in ("stop", "length"):
@@ -268,6 +329,14 @@ def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int
             "--max-model-len (vLLM) or --context-length (SGLang)."
         )
     return Sampled(np.asarray(ids, np.int32), np.asarray(logprobs, np.float32))
+
+
+def check_logprobs(logprobs: Sequence) -> list[float]:
+    """Log-probabilities of tokens that are there, NaN for None; a `ServerError` where one is none."""
+    for x in logprobs:
+        if x is not None and (type(x) not in (int, float) or not _IMPOSSIBLE < x <= _ROUNDING):
+            raise ServerError(f"a log-probability is {x!r}; that of a token that is there is a number, at most 0.")
+    return [np.nan if x is None else float(x) for x in logprobs]
 
 
 def _seeds(key: jax.Array, count: int) -> list[int]:

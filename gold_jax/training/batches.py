@@ -149,6 +149,8 @@ class DistillationBatchBuilder:
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids, shape_set)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())
+        if student_rows and self.engine is not None and self.engine.difference is not None:
+            stats["sampling_logp_difference"] = self.engine.difference
         samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
         return UpdateBatch(batches, stats, samples, counted, shape_set.shapes)
 

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -150,8 +150,12 @@ def process_shard_of(placement: Placement | None) -> ProcessShard:
     return ProcessShard(owner, local_shards, jax.process_index(), *exchange)
 
 
-def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[ServerEngine | None, list[str]]:
+def completion_server(
+    args: GOLDConfig, vocab_size: int, dtype: str, notify: Callable[[str], Any]
+) -> tuple[ServerEngine | None, list[str]]:
     """The server that writes for the student, found to be there, or None for the built-in sampler; and notices.
+
+    `notify` is told, during the run, what cannot be checked of it.
 
     ServerError: it is not there, or its window is too short. ValueError: the run has several processes.
     """
@@ -165,6 +169,6 @@ def completion_server(args: GOLDConfig, vocab_size: int, dtype: str) -> tuple[Se
     folder = args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights")
     syncs = dict(sync_every=args.vllm_sync_frequency, sync_first=args.rollout_sync_first, dtype=dtype)
     answers = dict(kind=args.rollout_server, timeout=args.vllm_server_timeout, api_key=os.environ.get("VLLM_API_KEY"))
-    engine = ServerEngine(args.server_url, folder, vocab_size=vocab_size, **syncs, **answers)
+    engine = ServerEngine(args.server_url, folder, vocab_size=vocab_size, notify=notify, **syncs, **answers)
     engine.check(args.prompt_budget + args.max_completion_length)
     return engine, []

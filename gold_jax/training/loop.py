@@ -31,6 +31,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
+from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
@@ -134,7 +135,7 @@ class Loop:
         Raises:
             FileNotFoundError, ValueError: as `find_and_restore`.
             Preempted: SIGTERM came.
-            Diverged: `max_skipped_updates` updates in a row were left out.
+            Diverged: `max_skipped_updates` updates in a row were left out, or the student's logits are not finite.
             OSError: the student cannot be written; the text says where it still is.
         """
         args = self.args
@@ -168,9 +169,14 @@ class Loop:
                         signals.request("interrupt")
                     except Diverged:
                         raise
-                    except Exception:
+                    except Exception as error:
                         with contextlib.suppress(Exception):  # what ends the run is the first error
                             self._save_before_error()
+                        if isinstance(error, NonFiniteLogits) and self.done:
+                            help = f"a lower --learning_rate than {args.learning_rate:g}; --max_grad_norm 1"
+                            why = f"After {self.done} updates no completions can be drawn, so the run stops: {error}"
+                            last = f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
+                            raise Diverged(f"{why} What may help: {help}.{last}") from error
                         raise
                     if signals.requested:
                         self._leave(signals)

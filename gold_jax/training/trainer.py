@@ -341,7 +341,8 @@ class GOLDTrainer(_Trainer):
         options |= dict(on_bad_row=a.on_bad_row)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
-        engine, notices = build.completion_server(a, sizes[0], self.dtype)
+        notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
+        engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
         vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
         if match.same or match.related:
             alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"

@@ -27,14 +27,16 @@ class FakeServer:
     Attributes:
       kind: "vllm" or "sglang".
       asked: (path, body) of every request, in the order they came.
-      faults: what to answer next in place of the truth, per path: (status, body), or seconds to stay silent, or "drop".
+      faults: what to answer next in place of the truth, per path: (status, body) or (status, body, headers), or seconds
+        to stay silent, or "drop", or "slow head" or "slow body" to send the truth from there on by the byte.
       mangle: changes every true answer before it goes out.
       window: the longest sequence that it says it reads.
+      deaf: whether it answers that it has loaded weights, and goes on with those it has.
     """
 
     def __init__(self, folder, kind):
         self.kind, self.asked, self.faults, self.mangle = kind, [], {}, lambda answer: answer
-        self.window, self.busy, self.key = WINDOW, False, None
+        self.window, self.busy, self.deaf, self.key = WINDOW, False, False, None
         self.lock = threading.Lock()
         self.most_at_once = self.at_once = 0
         self.serving = self.loaded = load_model(folder)
@@ -45,15 +47,26 @@ class FakeServer:
     def bodies(self, path):
         return [body for asked, body in self.asked if asked == path]
 
+    def drawn(self):
+        """The paths of the requests but those for the log-probabilities of a given text."""
+        scores = "prompt_logprobs", "logprob_start_len"
+        return [path for path, body in self.asked if not any(name in (body or {}) for name in scores)]
+
+    def read(self, ids):
+        """Log-probabilities of whatever may follow each token."""
+        tokens, mask = np.zeros((1, WINDOW), np.int32), np.zeros((1, WINDOW), bool)
+        tokens[0, : len(ids)], mask[0, : len(ids)] = ids, True
+        return np.asarray(jax.nn.log_softmax(logits_of(self.serving, tokens, mask)[0, : len(ids)]))
+
+    def score(self, ids):
+        """The log-probability of each token, None for the first."""
+        return [None, *map(float, self.read(ids)[np.arange(len(ids) - 1), ids[1:]])]
+
     def draw(self, prompt, *, most, temperature, seed, stops):
         """Ids and log-probabilities of one completion, one whole forward pass for each token."""
         rng, ids, logprobs = np.random.default_rng(seed), [], []
         while len(ids) < most and not (ids and ids[-1] in stops):
-            known = prompt + ids
-            tokens, mask = np.zeros((1, WINDOW), np.int32), np.zeros((1, WINDOW), bool)
-            tokens[0, : len(known)], mask[0, : len(known)] = known, True
-            logits = np.asarray(logits_of(self.serving, tokens, mask))[0, len(known) - 1]
-            own = np.asarray(jax.nn.log_softmax(logits))
+            own = self.read(prompt + ids)[-1]
             if temperature == 0:
                 token = int(own.argmax())
             else:
@@ -80,6 +93,10 @@ class FakeServer:
         return routes[path](body) if path in routes else (404, {"detail": "Not Found"})
 
     def complete(self, body):
+        if body.get("prompt_logprobs") is not None:
+            ids = body["prompt"]
+            told = [x and {str(i): {"logprob": x, "rank": 1}} for i, x in zip(ids, self.score(ids))]
+            return 200, {"choices": [{"text": "…", "finish_reason": "length", "prompt_logprobs": told}]}
         if not body.get("ignore_eos") or body["top_k"] < -1:
             return 400, {"error": {"message": "top_k must be 0 (disable), or at least 1", "type": "BadRequestError"}}
         ids, logprobs = self.draw(
@@ -102,7 +119,8 @@ class FakeServer:
 
     def reload_vllm(self, body):
         assert body["method"] == "reload_weights"
-        self.loaded = load_model(body["kwargs"]["weights_path"])
+        if not self.deaf:
+            self.loaded = load_model(body["kwargs"]["weights_path"])
         return 200, {"results": [None]}
 
     def reset(self, _):
@@ -113,6 +131,9 @@ class FakeServer:
 
     def generate(self, body):
         settings = body["sampling_params"]
+        if body.get("logprob_start_len") == 0:
+            told = [[x, i, None] for i, x in zip(body["input_ids"], self.score(body["input_ids"]))]
+            return 200, {"text": "…", "meta_info": {"finish_reason": {"type": "length"}, "input_token_logprobs": told}}
         if settings["top_k"] == 0 or not settings.get("ignore_eos"):
             return 400, {"error": {"message": "top_k must be -1 (disable) or at least 1, got 0."}}
         ids, logprobs = self.draw(
@@ -130,8 +151,25 @@ class FakeServer:
         return 200, {"text": "…", "output_ids": body["input_ids"][-2:] + ids, "meta_info": about}
 
     def reload_sglang(self, body):
-        self.loaded = self.serving = load_model(body["model_path"])
+        if not self.deaf:
+            self.loaded = self.serving = load_model(body["model_path"])
         return 200, {"success": True, "message": "Succeeded to update model weights."}
+
+
+class Slow:
+    """A file that is written to by the byte."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, content):
+        for byte in content:
+            self.file.write(bytes([byte]))
+            self.file.flush()
+            time.sleep(0.05)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 @contextlib.contextmanager
@@ -156,12 +194,13 @@ def serving(folder, kind="vllm"):
                 fake.most_at_once = max(fake.most_at_once, fake.at_once)
             if isinstance(fault, float):
                 time.sleep(fault)
+            headers = []
             if fault == "drop":
                 self.close_connection = True
                 self.connection.close()
                 status = None
             elif isinstance(fault, tuple):
-                status, answer = fault
+                status, answer, *headers = fault
             else:
                 try:
                     status, answer = fake.answer(self.path, body)
@@ -173,9 +212,14 @@ def serving(folder, kind="vllm"):
             if status is not None:
                 content = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 with contextlib.suppress(OSError):  # whoever asked has gone
+                    if fault == "slow head":
+                        self.wfile = Slow(self.wfile)
                     self.send_response(status)
-                    self.send_header("Content-Length", str(len(content)))
+                    for name, value in dict(*headers, **{"Content-Length": len(content)}).items():
+                        self.send_header(name, str(value))
                     self.end_headers()
+                    if fault == "slow body":
+                        self.wfile = Slow(self.wfile)
                     self.wfile.write(content)
 
         def log_message(self, *_):

@@ -9,8 +9,10 @@ from transformers import LlamaConfig
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.rollout import decode_state as device
+from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.rollout.sampler import SamplingEngine, most_slots, prompt_width
 
 NEW = 6
@@ -290,3 +292,24 @@ def test_greedy_output_on_questions_is_that_of_transformers_here(assets, name):
     tokenizer = AutoTokenizer.from_pretrained(assets / name)
     found = greedy(assets / name, chat(tokenizer, questions), 64, tokenizer.eos_token_id)
     assert found == make_model_golden.greedy(assets / name, questions, 64)
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5}])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), 1e38])
+def test_logits_that_are_no_numbers_give_an_error_and_no_tokens(model, options, broken):
+    graph, params = split(model)
+    params = {**params, "head": params["head"] * broken}
+    with pytest.raises(NonFiniteLogits, match="logits for completion 0 are not finite"):
+        generate((graph, params), [[3, 14]], **options)
+
+
+def test_the_completion_whose_logits_are_no_numbers_is_named_however_late_they_come(model):
+    graph, params = split(model)
+    second = ids(generate(model, temperature=0))[1][2]  # read when the fourth token is drawn
+    broken = {**params, "embedding": params["embedding"].at[second].set(np.nan)}
+    alone = [PROMPTS[0], PROMPTS[1]] if second not in ids(generate(model, temperature=0))[0] else [PROMPTS[1]] * 2
+    with pytest.raises(NonFiniteLogits, match="logits for completion [01] are not finite"):
+        generate((graph, broken), alone, temperature=0)
+    assert ids(generate((graph, broken), alone, temperature=0, new=3)) == ids(
+        generate(model, alone, temperature=0, new=3)
+    )

@@ -1,5 +1,8 @@
+import email.utils
 import json
+import re
 import socket
+import time
 
 import jax
 import numpy as np
@@ -9,8 +12,11 @@ from flax import nnx
 
 from gold_jax import GOLDConfig, GOLDTrainer
 from gold_jax.config import RunFacts, named_without_effect
+from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.rollout.agreement import FixedText, share_followed
 from gold_jax.rollout.client import ATTEMPTS, Client, ServerError
+from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.rollout.server import ServerEngine
 from rollout.fake_server import serving
@@ -233,6 +239,119 @@ def test_weights_that_were_not_loaded_are_pushed_again(server, student, tmp_path
     assert at.sync(load_model(student), 0)
 
 
+# whether its weights are the student's
+
+
+def moved(model, step, scale=1e-3):
+    """A model after something like an update."""
+    graph, params = split(model)
+    return graph, jax.tree.map(lambda x: x + scale * jax.random.normal(jax.random.key(step), x.shape), params)
+
+
+def push_and_write(at, model, step, temperature=0.7):
+    at.sync(model, step)
+    return at.generate(model, PROMPTS, max_new_tokens=NEW, key=jax.random.key(step), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_a_server_that_follows_differs_by_rounding_alone(server, student, tmp_path, temperature):
+    said = []
+    at, model = engine(server, tmp_path, sync_every=2, notify=said.append), load_model(student)
+    differences = []
+    for step in range(6):
+        push_and_write(at, model, step, temperature)
+        differences.append(at.difference)
+        model = moved(model, step, (1e-7, 1e-3, 1e-2, 0.1, 1e-3, 1e-3)[step])
+    assert differences[1::2] == [None] * 3 and max(differences[::2]) < 1e-5 and said == []
+
+
+def test_a_text_is_scored_within_the_servers_window(server, student, tmp_path):
+    at = engine(server, tmp_path)
+    push_and_write(at, load_model(student), 0)
+    asked = [body.get("prompt", body.get("input_ids")) for body in server.bodies(ROUTE[server.kind])]
+    assert sorted(map(len, asked[3:])) == sorted(len(prompt) + NEW - 1 for prompt in PROMPTS)
+
+
+def test_weights_that_a_server_says_to_have_loaded_and_has_not_are_found(server, student, tmp_path):
+    at, model = engine(server, tmp_path), load_model(student)
+    push_and_write(at, model, 0)
+    server.deaf = True
+    small = moved(model, 1, 1e-7)
+    push_and_write(at, small, 1)  # rounds to the same weights in bfloat16
+    with pytest.raises(
+        ServerError, match=r"loaded the student's weights after \d updates, and goes on with others: .* 0% of"
+    ):
+        for step in range(2, 9):  # small steps add up
+            small = moved(small, 2, 5e-4)
+            push_and_write(at, small, step)
+    assert step < 8
+
+
+def test_another_model_of_the_same_size_is_found_before_anything_is_learned(server, other, tmp_path):
+    server.deaf = True
+    mine = load_model(other)
+    with pytest.raises(
+        ServerError, match=r"1[58] tokens that it drew differ from the student's own by [1-9]\.\d+ nats"
+    ):
+        push_and_write(engine(server, tmp_path), mine, 0)
+    with pytest.raises(ServerError, match="does not write with the student's weights"):  # said to have them
+        push_and_write(engine(server, tmp_path, sync_first=False), mine, 0)
+
+
+def test_a_server_that_tells_no_logprobs_is_named_once(server, student, tmp_path):
+    def silent(answer):
+        if server.kind == "vllm":
+            (choice,) = answer.get("choices", [{}])
+            choice |= {"logprobs": None, "prompt_logprobs": None}
+        elif "meta_info" in answer:
+            answer["meta_info"]["input_token_logprobs"] = None
+        return answer
+
+    server.mangle, said = silent, []
+    at, model = engine(server, tmp_path, notify=said.append), load_model(student)
+    for step in range(3):
+        push_and_write(at, model, step)
+        assert at.difference is None
+    (line,) = said
+    assert line.startswith(f"{server.url} tells no log-probabilities of a given text")
+
+
+def test_a_server_that_refuses_to_score_a_text_is_named_once(student, tmp_path):
+    with serving(student) as fake:
+        said = []
+        at, model = engine(fake, tmp_path, notify=said.append), load_model(student)
+        fake.faults["/v1/completions"] = [0.0, 0.0, 0.0, (400, {"message": "prompt_logprobs are not served"})]
+        for step in range(2):
+            push_and_write(at, model, step)
+            assert at.difference < 1e-5
+        assert len(said) == 1
+
+
+def test_a_student_that_is_no_number_is_not_the_servers_fault(server, student, tmp_path):
+    at, model = engine(server, tmp_path), load_model(student)
+    push_and_write(at, model, 0)
+    graph, params = split(model)
+    with pytest.raises(NonFiniteLogits):
+        at.sync((graph, jax.tree.map(lambda x: x * np.nan, params)), 1)
+
+
+def test_noise_of_either_side_is_no_move():
+    rng = np.random.default_rng(0)
+
+    def noise(scale):
+        return scale * rng.normal(size=400)
+
+    own = -rng.exponential(2.0, 400)
+    text = FixedText([], own, own + noise(0.05))
+    assert share_followed(text, own + noise(0.07), text.served) is None  # its weights are rounded anew
+    way = noise(0.15)
+    assert share_followed(text, own + way, own + way + noise(0.05)) == pytest.approx(1, abs=0.15)
+    assert share_followed(text, own + way + noise(0.07), text.served + way) == pytest.approx(1, abs=0.3)
+    assert share_followed(text, own + way, own + noise(0.05)) == pytest.approx(0, abs=0.15)
+    few = FixedText([], text.own[:9], text.served[:9])
+    assert share_followed(few, (own + way)[:9], text.served[:9]) is None
+
+
 # what a server may not do
 
 
@@ -325,6 +444,33 @@ def test_logprobs_that_do_not_fit_the_ids_are_an_error(student, tmp_path):
             written(fake, tmp_path)
 
 
+@pytest.mark.parametrize("wrong", [0.5, float("nan"), "-1.0", True, -9999.0, -float("inf"), [-1.0]])
+def test_logprobs_that_no_drawn_token_can_have_are_an_error(server, tmp_path, wrong):
+    def false(answer):
+        if server.kind == "vllm":
+            answer["choices"][0]["logprobs"]["token_logprobs"][1] = wrong
+        else:
+            answer["meta_info"]["output_token_logprobs"][1][0] = wrong
+        return answer
+
+    server.mangle = false
+    with pytest.raises(ServerError, match=f"completion 0: a log-probability is {re.escape(repr(wrong))}"):
+        written(server, tmp_path, prompts=PROMPTS[:1])
+
+
+@pytest.mark.parametrize("content", [{"error": {"message": "dead"}}, {"object": "error", "message": "dead"}])
+def test_success_with_an_error_in_it_is_an_error(server, student, tmp_path, content):
+    reset = ["/reset_prefix_cache"] if server.kind == "vllm" else []
+    at, model = engine(server, tmp_path), load_model(student)
+    asked = dict(max_new_tokens=NEW, key=jax.random.key(0))
+    for path in ["/v1/models", RELOAD[server.kind], *reset, ROUTE[server.kind]]:
+        server.faults[path] = [(200, content)]
+        with pytest.raises(ServerError, match=f"{path} answers 200, but with an error: dead"):
+            at.check(1)
+            at.sync(model, 0)
+            at.generate(model, PROMPTS, **asked)
+
+
 def test_an_unknown_kind_and_an_address_that_is_none_are_errors(tmp_path):
     with pytest.raises(ValueError, match="'tgi'; it must be one of vllm, sglang"):
         ServerEngine("http://localhost:1", tmp_path, kind="tgi")
@@ -398,6 +544,56 @@ def test_silence_is_an_error_that_names_the_flag(asked):
         Client(fake.url, timeout=0.1).get("/v1/models")
 
 
+@pytest.mark.parametrize("what", ["slow head", "slow body"])
+def test_a_server_that_goes_on_byte_by_byte_ends_with_the_time_for_the_whole(asked, what):
+    fake, _ = asked
+    fake.faults["/v1/models"] = [what]
+    start = time.monotonic()
+    with pytest.raises(ServerError, match="not answered within 0.3 seconds"):
+        Client(fake.url, timeout=0.3).get("/v1/models")
+    assert time.monotonic() - start < 2
+
+
+def test_an_answer_without_end_is_not_read_to_its_end(asked, monkeypatch):
+    fake, client = asked
+    monkeypatch.setattr("gold_jax.rollout.client._LONGEST_REPLY", 1 << 20)
+    fake.faults["/v1/models"] = [(200, b" " * (3 << 20))]
+    with pytest.raises(ServerError, match="/v1/models answers with more than 1 MiB"):
+        client.get("/v1/models")
+
+
+def test_a_server_that_sends_on_is_not_followed_and_no_key_goes_there(asked, student):
+    fake, _ = asked
+    with serving(student) as elsewhere:
+        fake.faults["/v1/models"] = [(307, b"", {"Location": f"{elsewhere.url}/v1/models"})]
+        with pytest.raises(
+            ServerError,
+            match=f"answers 307 Temporary Redirect and sends on to {elsewhere.url}/v1/models, .*not followed",
+        ):
+            Client(fake.url, timeout=20.0, api_key="secret").get("/v1/models")
+        assert len(fake.asked) == 1 and elsewhere.asked == []
+
+
+def test_a_server_that_asks_for_patience_gets_it_within_the_time(asked):
+    fake, client = asked
+    soon = email.utils.formatdate(time.time() + 1, usegmt=True)
+    busy = [(429, {"message": "slow down"})] * 6 + [(503, b"", {"Retry-After": 0})] * 6
+    fake.faults["/v1/models"] = [*busy, (429, b"", {"Retry-After": 0.1}), (503, b"", {"Retry-After": soon})]
+    start = time.monotonic()
+    assert client.get("/v1/models")["data"] and time.monotonic() - start > 0.1
+    fake.faults["/v1/models"] = [(429, {"message": "slow down"}, {"Retry-After": "100"})]
+    with pytest.raises(ServerError, match="429 Too Many Requests: slow down .asked again for 20 seconds"):
+        client.get("/v1/models")
+
+
+def test_an_answer_of_another_form_than_any_is_an_error(asked):
+    fake, client = asked
+    for content in (b"[" * 100_000, b"\xff\xfe", b"{"):
+        fake.faults["/v1/models"] = [(200, content)]
+        with pytest.raises(ServerError, match="not JSON"):
+            client.get("/v1/models")
+
+
 def test_a_server_that_is_not_there_is_waited_for_and_then_named():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
@@ -466,7 +662,7 @@ def test_server_settings_out_of_range_are_named(wrong):
 def trainer(world, output, url, **settings):
     settings = {
         **dict(max_steps=2, max_completion_length=8, max_length=128, per_device_train_batch_size=2, save_strategy="no"),
-        **dict(lmbda=1.0, temperature=1.0, top_p=1.0, learning_rate=0.1, logging_steps=1, vllm_server_timeout=20.0),
+        **dict(lmbda=1.0, temperature=1.0, top_p=1.0, learning_rate=0.01, logging_steps=1, vllm_server_timeout=20.0),
         **dict(use_vllm=True, vllm_mode="server", vllm_server_base_url=url),
         **settings,
     }
@@ -492,11 +688,51 @@ def test_a_run_draws_from_the_server_what_each_update_made_of_the_student(world,
     assert [row["on_policy"] for row in run.log_history] == [1, 1]
     assert all(np.isfinite(row["loss"]) for row in run.log_history)
     reload, draw = RELOAD["vllm"], ROUTE["vllm"]
-    assert [p for p in vllm.paths() if p in (reload, draw)] == [reload, draw, draw] * 2
+    assert [p for p in vllm.drawn() if p in (reload, draw)] == [reload, draw, draw] * 2
     # The second window, which was the last to be drawn, is written by the student after one update.
     begun, once, served = load_model(world / "student"), load_model(out / "checkpoint-1"), vllm.serving
     assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(once), nnx.state(served)))
     assert not np.array_equal(begun.embedding[...], served.embedding[...])
+
+
+def test_a_run_logs_how_far_the_server_is_from_the_student(world, vllm, tmp_path, own_cache):
+    run = trainer(world, tmp_path / "out", vllm.url, vllm_sync_frequency=2, max_steps=3)
+    run.train()
+    found = [row.get("sampling_logp_difference") for row in run.log_history]
+    assert found[1] is None and found[0] < 1e-4 and found[2] < 1e-4
+
+
+def test_a_run_ends_where_the_server_stays_behind_and_loses_nothing(world, vllm, tmp_path, own_cache):
+    run = trainer(world, tmp_path / "out", vllm.url, max_steps=4)
+    vllm.deaf = True
+    said = []
+    run.loop.say = said.append
+    with pytest.raises(ServerError, match="loaded the student's weights after 1 updates, and goes on with others"):
+        run.train()
+    assert (
+        said[-1].startswith("An error ends the run after 1 updates; the student and all") and "checkpoint-1" in said[-1]
+    )
+    vllm.deaf = False
+    again = trainer(world, tmp_path / "out", vllm.url, max_steps=4).train(resume_from_checkpoint="latest")
+    assert again.global_step == 4
+
+
+def test_a_run_whose_server_fails_between_updates_loses_nothing(world, vllm, tmp_path, own_cache):
+    run, said = trainer(world, tmp_path / "out", vllm.url, max_steps=4), []
+    run.loop.say = said.append
+    vllm.faults["/v1/completions"] = [0.0] * 5 + [(200, {"error": {"message": "the engine is dead"}})]
+    with pytest.raises(ServerError, match="/v1/completions answers 200, but with an error: the engine is dead"):
+        run.train()
+    assert said[-1].startswith("An error ends the run after 1 updates") and "checkpoint-1" in said[-1]
+    assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
+
+
+def test_a_run_does_not_begin_with_a_server_of_another_model(world, other, tmp_path, own_cache):
+    with serving(other) as fake:
+        fake.deaf = True
+        with pytest.raises(ServerError, match="does not write with the student's weights"):
+            trainer(world, tmp_path / "out", fake.url).train()
+        assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
 def test_a_run_pushes_where_and_as_rarely_as_it_is_told(world, vllm, tmp_path, own_cache):
@@ -505,7 +741,7 @@ def test_a_run_pushes_where_and_as_rarely_as_it_is_told(world, vllm, tmp_path, o
     loop = trainer(world, tmp_path / "out", vllm.url, **settings).loop
     for step in range(4):
         loop.run.batches.build(step, loop.data.train[:2], loop.state.params)
-    assert [p for p in vllm.paths() if p != "/v1/models"] == [
+    assert [p for p in vllm.drawn() if p != "/v1/models"] == [
         *["/v1/completions"] * 4,
         *["/collective_rpc", "/reset_prefix_cache"],
         *["/v1/completions"] * 4,
@@ -532,9 +768,9 @@ def test_the_teacher_and_evaluations_write_with_the_built_in_sampler(world, vllm
     mixed = next(s for s in range(20) if (np.random.default_rng((42, s, 1)).random(2) < 0.5).sum() == 1)
     window = run.loop.run.batches.build(mixed, run.train_examples[:4], run.loop.state.params)
     assert window.stats["on_policy"] == 0.5
-    assert vllm.paths().count("/v1/completions") == 2
+    assert vllm.drawn().count("/v1/completions") == 2
     assert "eval_exact_match" in run.evaluate()
-    assert vllm.paths().count("/v1/completions") == 2
+    assert vllm.drawn().count("/v1/completions") == 2
 
 
 def test_a_server_that_is_missing_stops_a_run_before_it_starts(world, tmp_path, own_cache):

@@ -15,6 +15,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 
 from training.small import V, decoder  # noqa: E402
 
+from gold_jax.rollout.agreement import own_logprobs  # noqa: E402
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
 from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
 from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
@@ -33,6 +34,8 @@ def main():
         return SamplingEngine(rows).generate(nnx.split(model), prompts, **options)
 
     expected = drawn(model, 16)
+    texts = [prompt for prompt in prompts if len(prompt) > 1][:3]
+    scored = own_logprobs(model, texts, 48)
     found = {}
     for text, layout in MESHES:
         placed = model.shard(Placement(make_mesh(mesh_sizes(text, 8)), layout))
@@ -41,6 +44,7 @@ def main():
         gaps = [
             np.abs(a.logprobs - b.logprobs).max() for a, b, equal in zip(expected, ours, same) if equal and len(a.ids)
         ]
+        gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
     lengths = [len(d.ids) for d in expected]
     print(json.dumps({"meshes": found, "lengths": [min(lengths), max(lengths)], "distinct": len(set(lengths))}))

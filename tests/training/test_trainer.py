@@ -212,6 +212,21 @@ def test_an_error_leaves_the_last_update_saved(world, tmp_path, monkeypatch):
     assert again.global_step == 3
 
 
+def test_a_student_that_can_draw_nothing_any_more_has_diverged(world, tmp_path, monkeypatch):
+    trainer, said = gold(world, tmp_path, ROWS, {"lmbda": 1.0, "max_completion_length": 4}), []
+    build = type(trainer.loop.run.batches).build
+
+    def overflows(self, step, examples, params):
+        return build(self, step, examples, jax.tree.map(lambda x: x * np.nan, params) if step == 1 else params)
+
+    monkeypatch.setattr(type(trainer.loop.run.batches), "build", overflows)
+    monkeypatch.setattr(trainer.loop, "say", said.append)
+    broken = "After 1 updates no completions can be drawn, .*logits for completion [01] are not finite.*--learning_rate than 0.01"
+    with pytest.raises(Diverged, match=broken + r".* The last checkpoint is .*checkpoint-1\.$"):
+        trainer.train()
+    assert "An error ends the run after 1 updates" in said[-1]
+
+
 def test_one_bad_row_need_not_end_a_run(world, tmp_path):
     rows = [*ROWS, {"prompt": "no answer"}]
     with pytest.raises(ValueError, match="row 4 of the data set"):
