@@ -8,8 +8,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest
 from gold_jax.values import READERS, Range, plain_types
+from gold_jax.wording import quoted
 
 
 class Effect(NamedTuple):
