@@ -108,7 +108,9 @@ def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]
                 )
         paths = [folder / name for name in sorted(set(names))]
         faults += [
-            f"{INDEX} names {quoted(path.name, plain=True)}, which is not there" for path in paths if not os.path.exists(path)
+            f"{INDEX} names {quoted(path.name, plain=True)}, which is not there"
+            for path in paths
+            if not os.path.exists(path)
         ]
         return [path for path in paths if os.path.exists(path)]
     if (folder / "model.safetensors").exists():

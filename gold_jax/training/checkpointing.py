@@ -28,17 +28,30 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationPolicy
 from orbax.checkpoint.path import step as step_lib
 
-from gold_jax.wording import listed
+from gold_jax.json_files import parse_json_object, regular_file
+from gold_jax.wording import listed, quoted
 
 METADATA, STATE = "run.json", "state"
 FORMAT = 1
-STEP_NAME = re.compile(r"checkpoint-(\d+)")
+STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
 class BadCheckpoint(Exception):
     """A checkpoint that is not whole; the text says why."""
+
+
+class _Saved(step_lib.Metadata):
+    """A checkpoint's step, path and date, which is that of the oldest where orbax's record of it is damaged."""
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        try:
+            date = super().commit_timestamp_nsecs
+        except Exception:
+            return 0
+        return date if date is None or 0 <= date < 2**62 else 0
 
 
 class _StepNames(step_lib.NameFormat):
@@ -50,13 +63,13 @@ class _StepNames(step_lib.NameFormat):
     def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
         for path in epath.Path(base_path).iterdir():
             if (match := STEP_NAME.fullmatch(path.name)) and step_lib.is_path_finalized(path):
-                yield step_lib.Metadata(step=int(match[1]), path=path)
+                yield _Saved(step=int(match[1]), path=path)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
         path = epath.Path(base_path) / self.build_name(step)
         if not step_lib.is_path_finalized(path):
             raise ValueError(f"{path} is not there, or was not written to its end")
-        return step_lib.Metadata(step=step, path=path)
+        return _Saved(step=step, path=path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +199,10 @@ def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
 
 def current_run(folder: str | os.PathLike) -> str | None:
     """The id of the run that was started last with its checkpoints in a folder; None where it is not recorded."""
-    path = epath.Path(folder) / _CURRENT_RUN
-    return path.read_text().strip() if path.exists() else None
+    try:
+        return (epath.Path(folder) / _CURRENT_RUN).read_text().strip()
+    except (OSError, ValueError):
+        return None
 
 
 def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
@@ -199,18 +214,64 @@ def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
 def run_of(checkpoint: epath.Path) -> str | None:
     """The id of the run that saved a checkpoint, empty for earlier versions; None where its metadata cannot be read."""
     try:
-        return json.loads((checkpoint / METADATA).read_text()).get("run_id", "")
-    except (OSError, ValueError, AttributeError):
+        run_id = _parsed(checkpoint).get("run_id", "")
+    except (OSError, ValueError):
         return None
+    return run_id if isinstance(run_id, str) else None
 
 
 def order_in_run(checkpoint: epath.Path) -> tuple[int, int]:
     """What orders the checkpoints of one run: how often it had been resumed, and the step."""
     step = int(checkpoint.name.rpartition("-")[2])
     try:
-        return int(json.loads((checkpoint / METADATA).read_text()).get("resumed", 0)), step
-    except (OSError, ValueError, AttributeError, TypeError):
+        resumed = _parsed(checkpoint).get("resumed", 0)
+    except (OSError, ValueError):
         return 0, step
+    return resumed if _is_count(resumed) else 0, step
+
+
+def _parsed(checkpoint: epath.Path) -> dict[str, Any]:
+    """What the metadata file holds; ValueError where it is no JSON object, OSError where it cannot be read."""
+    path = checkpoint / METADATA
+    return parse_json_object((path if "://" in str(path) else regular_file(path)).read_text(), METADATA)
+
+
+def _is_count(value: Any, below: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _are_means(value: Any) -> bool:
+    return all(_is_number(x) and _is_number(w) and (not dtype or np.dtype(dtype)) for x, dtype, w in value.values())
+
+
+def _are_arrays(value: Any) -> bool:
+    return all(
+        all(map(_is_count, shape)) and np.dtype(d) and _is_count(sum_, 2**32) for shape, d, sum_ in value.values()
+    )
+
+
+# What metadata say of a run, and whether it can be: a test that raises says no.
+_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "step": _is_count,
+    "arrays": _are_arrays,
+    "run": lambda value: isinstance(value, dict),
+    "run_id": lambda value: isinstance(value, str),
+    "resumed": _is_count,
+    "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
+    "unmeasured": lambda value: isinstance(value, bool),
+    "means": _are_means,
+}
+
+
+def _holds(test: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except (TypeError, ValueError, AttributeError):
+        return False
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -219,12 +280,17 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     if missing := [name for name in (METADATA, STATE) if not (path / name).exists()]:
         raise BadCheckpoint(f"it has no {missing[0]}: it was not written to its end, or it holds a model alone")
     try:
-        metadata = json.loads((path / METADATA).read_text())
+        metadata = _parsed(path)
         version, *_ = metadata["format"], metadata["step"], metadata["arrays"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
     if version != FORMAT:
-        raise BadCheckpoint(f"it has the format {version}, and this version reads {FORMAT}")
+        raise BadCheckpoint(f"it has the format {quoted(version)}, and this version reads {FORMAT}")
+    for name, test in _FORMS.items():
+        if name in metadata and not _holds(test, metadata[name]):
+            raise BadCheckpoint(f"{METADATA} is damaged (its {name} cannot be {quoted(metadata[name])})")
+    if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != metadata["step"]:
+        raise BadCheckpoint(f"{METADATA} is damaged (its step is {metadata['step']}, and its folder is {path.name})")
     return metadata
 
 

@@ -20,8 +20,10 @@ from gold_jax.training.checkpointing import (
     checksums,
     from_named_arrays,
     named_arrays,
+    order_in_run,
     read_metadata,
     restore,
+    run_of,
 )
 
 
@@ -222,6 +224,58 @@ def test_metadata_of_a_later_format_are_not_guessed_at(checkpoints):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(BadCheckpoint, match="format 99"):
         read_metadata(checkpoints.last)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 4), ("step", 5.0), ("step", "5"), ("step", True), ("step", 10**400), ("step", None), ("step", [5]),
+        ("format", []), ("arrays", []), ("arrays", {"params.a": 1}), ("arrays", {"params.a": [[6, 4], "nonsense", 1]}),
+        ("arrays", {"params.a": [["6", 4], "float32", 1]}), ("arrays", {"params.a": [[6, 4], "float32", 1.5]}),
+        ("run", []), ("run_id", 3), ("resumed", "x"), ("resumed", -1), ("skips", {"total": 1}), ("unmeasured", 1),
+        ("skips", {"total": 1, "in_a_row": "0"}), ("means", {"loss": [1, 2]}), ("means", {"loss": ["1", "float32", 1]}),
+        ("means", {"loss": [1, "nonsense", 1]}),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_kinds_are_damaged(name, value, checkpoints):
+    checkpoints.save(5, state(), {"skips": {"total": 1, "in_a_row": 0}, "means": {"loss": [1.5, "float32", 1.0]}})
+    checkpoints.finish()
+    path = checkpoints.last / METADATA
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {name: value}))
+    with pytest.raises(BadCheckpoint, match="damaged|has the format"):
+        read_metadata(checkpoints.last)
+    assert order_in_run(checkpoints.last)[1] == 5 and run_of(checkpoints.last) in ("", None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"step": 1e400}', '{"a": ' * 100_000, b"\xff", None])
+def test_metadata_that_are_no_object_are_damaged(text, checkpoints):
+    checkpoints.save(5, state(), {})
+    checkpoints.finish()
+    path = checkpoints.last / METADATA
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadCheckpoint, match="run.json is damaged"):
+        read_metadata(checkpoints.last)
+    assert order_in_run(checkpoints.last) == (0, 5) and run_of(checkpoints.last) is None
+
+
+@pytest.mark.parametrize("record", ["{", '{"commit_timestamp_nsecs": 1e400}', '{"commit_timestamp_nsecs": "x"}', "[]"])
+def test_a_checkpoint_whose_date_cannot_be_read_counts_as_the_oldest(record, checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(step, state(), {})
+        checkpoints.finish()
+    (tmp_path / "checkpoint-2" / "_CHECKPOINT_METADATA").write_text(record)
+    (tmp_path / f"checkpoint-{'9' * 5000}"[:200]).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    other = Checkpoints(tmp_path, limit=2, say=checkpoints.said.append)
+    other.save(3, state(), {})
+    assert other.finish()
+    other.close()
+    assert (tmp_path / "checkpoint-3").is_dir() and (tmp_path / "checkpoint-1").is_dir()
 
 
 def test_names_of_a_tree_find_their_places_again():
