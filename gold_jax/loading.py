@@ -16,6 +16,7 @@ from gold_jax.json_files import read_json_object, regular_file
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.models.staged_save import finish_move
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
@@ -150,8 +151,10 @@ def _in_memory(
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id; FileNotFoundError where there is none, ValueError where a file of it is broken."""
-    folder = pathlib.Path(name)
-    paths = [path for file in _TOKENIZER_FILES if (path := folder / file).exists()] if folder.is_dir() else []
+    folder, paths = pathlib.Path(name), []
+    if folder.is_dir():
+        finish_move(folder)  # of a save that was cut short
+        paths = [path for file in _TOKENIZER_FILES if (path := folder / file).exists()]
     files = {path: read_json_object(path) for path in paths}
     regular_file(folder / "chat_template.jinja")
     needs = "a folder needs tokenizer.json (or a SentencePiece model) and tokenizer_config.json"

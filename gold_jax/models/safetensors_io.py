@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from gold_jax.json_files import read_json_object, regular_file
+from gold_jax.models.staged_save import WEIGHTS
 from gold_jax.wording import listed, quoted
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -161,7 +162,7 @@ def write_tensors(folder: pathlib.Path, entries: Sequence[Entry], tensors: Itera
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
-        if path.name not in names:
+        if path.name not in names and WEIGHTS.fullmatch(path.name):
             path.unlink()
 
 

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed import watchdog
-from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.loading import LoadedModel
@@ -137,12 +137,10 @@ class Loop:
             OSError: the student cannot be written; the text says where it still is.
         """
         args = self.args
-        if is_main_process():
-            self.output.mkdir(parents=True, exist_ok=True)
         folder = args.checkpoint_dir or self.output
         with (
             Watchdog(args.process_timeout) as self.watchdog,
-            self._locked_output(),
+            self._locked_folders(),
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
@@ -183,18 +181,20 @@ class Loop:
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
 
     @contextlib.contextmanager
-    def _locked_output(self) -> Iterator[None]:
-        """Holds the output folder for this run, in the first process; all end where it is another run's."""
+    def _locked_folders(self) -> Iterator[None]:
+        """Makes and holds this run's local folders, in the first process; all end where one is another run's."""
+        folders, failed = {"output_dir": self.output}, None
+        if self.args.checkpoint_dir and "://" not in self.args.checkpoint_dir:
+            folders["checkpoint_dir"] = pathlib.Path(self.args.checkpoint_dir)
         with contextlib.ExitStack() as held:
-            refused = None
-            if is_main_process():
-                try:
-                    held.enter_context(locked(self.output))
-                except ValueError as error:
-                    refused = error
-            assert_same_across_processes("the lock of the output folder", refused and str(refused))
-            if refused:
-                raise refused
+            try:
+                for name, folder in folders.items() if is_main_process() else ():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if name == "output_dir" or not folder.samefile(self.output):
+                        held.enter_context(locked(folder, f"--{name}"))
+            except (ValueError, OSError) as error:
+                failed = error
+            raise_in_all_processes("the folders of the run", failed)
             yield
 
     def _updates(self, signals: SignalHandler) -> None:

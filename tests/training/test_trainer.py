@@ -220,19 +220,25 @@ def test_one_bad_row_need_not_end_a_run(world, tmp_path):
     assert any("left out 1 of 5 rows that cannot be read" in notice for notice in trainer.notices)
 
 
-def test_a_folder_in_which_a_run_is_under_way_is_refused(world, tmp_path):
+@pytest.mark.parametrize("flag", ["output_dir", "checkpoint_dir"])
+def test_a_folder_in_which_a_run_is_under_way_is_refused(flag, world, tmp_path):
+    (tmp_path / flag).mkdir()
     code = (
         "import pathlib, sys, time\nfrom gold_jax.training.folder_lock import locked\n"
-        f"with locked(pathlib.Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
+        f"with locked(pathlib.Path({str(tmp_path / flag)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    trainer = gold(world, tmp_path)
-    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --output_dir"):
+    trainer = gold(world, tmp_path / "output_dir", changes={"checkpoint_dir": str(tmp_path / "checkpoint_dir")})
+    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --{flag}"):
         trainer.train()
     other.kill()
     other.wait()
-    assert trainer.train().global_step == 3 and not (tmp_path / ".lock").exists()
+    assert trainer.train().global_step == 3 and not list(tmp_path.rglob(".lock"))
+
+
+def test_checkpoints_may_go_to_the_output_folder_by_name(world, tmp_path):
+    assert gold(world, tmp_path, changes={"checkpoint_dir": f"{tmp_path}/../{tmp_path.name}"}).train().global_step == 3
 
 
 # What leaves
