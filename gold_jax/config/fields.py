@@ -221,8 +221,10 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     read, words = next(READERS[t] for t in READERS if t in types)
     try:
         value = read(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise refused(one_of if choices else f"be {words}") from None
+    except OverflowError:
+        raise refused("be smaller than 2**63 in magnitude") from None
     if choices and value not in choices:
         raise refused(one_of)
     if range is not None and not range.holds(value):

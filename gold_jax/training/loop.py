@@ -63,10 +63,15 @@ class Data(NamedTuple):
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
     def total_steps(self, args: SFTConfig) -> int:
-        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to."""
-        if args.max_steps >= 0:
-            return args.max_steps
-        return max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to; ValueError: they are too many."""
+        flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
+        steps = max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+        steps = args.max_steps if args.max_steps >= 0 else steps
+        if steps >= 2**31:
+            raise ValueError(
+                f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; 2**31 - 1 can be counted"
+            )
+        return steps
 
 
 class Loop:
@@ -239,7 +244,7 @@ class Loop:
                     self._record(measured, "on_evaluate")
                 self._restart_clock()
             signals.poll_preemption(self.done)
-            if signals.requested or self.callbacks.stop:
+            if self.callbacks.asked_to_stop() or signals.requested:
                 return
             if self._is_due("save"):
                 self._save_checkpoint()

@@ -68,7 +68,9 @@ def content(folder):
 
 
 @pytest.mark.parametrize("call", range(12))
-def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_reader_finishes(call, saved, tmp_path, monkeypatch):
+def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_reader_finishes(
+    call, saved, tmp_path, monkeypatch
+):
     folder = tmp_path / "model"
     save_final_model("first", Tokenizer(), folder)
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja", "mine.txt"):

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, score_completions
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.training import export
+from gold_jax.training import callbacks, export
 from gold_jax.training.nonfinite import Diverged
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -46,6 +46,22 @@ class Recorder(TrainerCallback):
             return control
 
         return record
+
+
+def test_a_callback_of_any_process_ends_the_run_of_all(monkeypatch):
+    stops = []
+    gathered = lambda values: np.maximum(values, stops[-1] if stops else 1)  # noqa: E731 (another process has one callback)
+    monkeypatch.setattr(callbacks, "all_reduce_max", gathered)
+    none = callbacks.Callbacks(None, None, lambda: None)
+    stops.append(False)
+    assert not none.asked_to_stop()
+    stops.append(True)
+    assert none.asked_to_stop()
+
+
+def test_more_updates_than_can_be_counted_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="--num_train_epochs is 1e.300, which is .* updates"):
+        sft(world, tmp_path, ROWS[:2], {"max_steps": -1, "num_train_epochs": 1e300})
 
 
 @pytest.fixture(scope="module")
