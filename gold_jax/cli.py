@@ -38,7 +38,12 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from gold_jax.training.signals import InterruptedTwice
+
+        if isinstance(error, InterruptedTwice):  # a thread that still writes must not delay it
+            sys.stdout.flush()
+            os._exit(130)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None

@@ -35,6 +35,7 @@ METADATA, STATE = "run.json", "state"
 FORMAT = 1
 STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
+_REPLACED = ".replaced"  # ends the hidden name of a checkpoint whose successor of the same step is being written
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
@@ -98,7 +99,9 @@ class Checkpoints:
         self._failed: str | None = None  # why the last save did
         self._step: int | None = None  # of the save under way
         self._write_files: Callable[[], None] | None = None  # beside its arrays
+        self._abandoned, self._is_local = False, "://" not in str(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._settle_replaced()  # of a save that was cut short
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
         self._saved: list[int] = []  # steps, in the order in which this run saved them
         policy = None if limit is None else _LastSaved(limit, self._saved)
@@ -136,7 +139,12 @@ class Checkpoints:
         def begin() -> None:
             self._saved[:] = [*(x for x in self._saved if x != step), step]
             if step in self._manager.all_steps():  # the manager refuses to write over one
-                self._manager.delete(step)
+                if self._is_local and jax.process_count() == 1:  # it stays until the new one is whole
+                    path = self.folder / f"checkpoint-{step}"
+                    path.rename(self.folder / f".{path.name}{_REPLACED}")
+                    self._manager.reload()
+                else:
+                    self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)), force=True)
 
         self._write_files, self._failed = write_files, None
@@ -157,12 +165,18 @@ class Checkpoints:
             if self._attempt(self._step, self._manager.wait_until_finished):
                 self.last = self.folder / f"checkpoint-{self._step}"
             self._step = self._write_files = None  # it holds a copy of the student
+            self._settle_replaced()
         return self._failed is None
 
+    def abandon(self) -> None:
+        """Has nobody wait for the save under way: it is a checkpoint only if it is whole when the process ends."""
+        self._abandoned, self._step, self._write_files = True, None, None
+
     def close(self) -> None:
-        """Waits for the save under way and lets go of orbax's threads."""
+        """Waits for the save under way, if it is not abandoned, and lets go of orbax's threads."""
         self.finish()
-        self._manager.close()
+        if not self._abandoned:
+            self._manager.close()
         logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
@@ -176,11 +190,23 @@ class Checkpoints:
             self._manager.reload()
             self.remove_unfinished()
         failed = f"checkpoint-{step} could not be written to"
-        if step in self._manager.all_steps():
+        if self._step is not None and step in self._manager.all_steps():  # it was begun, and is there
             failed, self.last = "old checkpoints could not be removed from", self.folder / f"checkpoint-{step}"
+        self._settle_replaced()
+        if self.last is not None and not self.last.is_dir():
+            self.last = None
         kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
-        self.say(f"{failed} {self.folder} ({self._failed}); training goes on, and {kept}.")
+        self.say(f"{failed} {self.folder} ({self._failed}); {kept}.")
         return False
+
+    def _settle_replaced(self) -> None:
+        """Removes the checkpoint in whose place a new one is whole; puts it back where that came to nothing."""
+        if not self._is_local or jax.process_index():
+            return
+        for aside in self.folder.glob(f".checkpoint-*{_REPLACED}"):
+            with contextlib.suppress(OSError):  # tried again when the next run starts
+                path = self.folder / aside.name[1:].removesuffix(_REPLACED)
+                aside.rmtree() if path.exists() else aside.rename(path)
 
     def remove_unfinished(self) -> None:
         """Removes what a save that was cut short left behind."""

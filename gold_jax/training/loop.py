@@ -46,7 +46,7 @@ from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
-from gold_jax.training.signals import Preempted, SignalHandler
+from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
 from gold_jax.wording import listed
@@ -163,19 +163,13 @@ class Loop:
                 before = self._evaluate_before()
                 with SignalHandler() as signals:
                     try:
-                        self._updates(signals)
-                    except KeyboardInterrupt:
-                        if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
-                            raise
-                        signals.request("interrupt")
-                    except Diverged:
+                        self._updates_until_stopped(signals)
+                    except InterruptedTwice:
+                        self.checkpoints.abandon()
+                        last = self.checkpoints.last
+                        kept = f"the last checkpoint is {last}" if last else "nothing is saved"
+                        self.say(f"Interrupted again after {self.done} updates, before they were saved; {kept}.")
                         raise
-                    except Exception:
-                        with contextlib.suppress(Exception):  # what ends the run is the first error
-                            self._save_before_error()
-                        raise
-                    if signals.requested:
-                        self._leave(signals)
                 self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
                 after = {}
                 if self.data.eval is not None:
@@ -184,6 +178,23 @@ class Loop:
                 self.callbacks.call("on_train_end")
             self._show_result(before, after)
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
+
+    def _updates_until_stopped(self, signals: SignalHandler) -> None:
+        """All updates; what ends them early has the last one saved."""
+        try:
+            self._updates(signals)
+        except KeyboardInterrupt:
+            if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
+                raise
+            signals.request("interrupt")
+        except Diverged:
+            raise
+        except Exception:
+            with contextlib.suppress(Exception):  # what ends the run is the first error
+                self._save_before_error()
+            raise
+        if signals.requested:
+            self._leave(signals)
 
     @contextlib.contextmanager
     def _locked_folders(self) -> Iterator[None]:
@@ -434,7 +445,9 @@ class Loop:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
             failed = f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}"
-            again = "Make room, then run the same command with --resume_from_checkpoint latest."
+            again = "Make room, then run the same command" + (
+                " with --resume_from_checkpoint latest." if last else " again."
+            )
             raise OSError(f"{failed}. {again}") from error
 
     # checkpoints

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -140,6 +141,61 @@ def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
         checkpoints.save(1, state(seed), {"seed": seed})
     assert checkpoints.finish() and read_metadata(checkpoints.last)["seed"] == 1
     assert same(restore(checkpoints.last, read_metadata(checkpoints.last), abstract(state())), state(1))
+
+
+@pytest.mark.parametrize("end", ["fails", "cannot begin", "is abandoned", "is killed"])
+def test_a_checkpoint_stays_until_another_of_its_step_is_whole(end, tmp_path, monkeypatch):
+    def full(folder):
+        if end == "fails":
+            raise OSError(28, "No space left on device")
+        begun.set()
+        resume.wait(60)
+
+    said, begun, resume = [], threading.Event(), threading.Event()
+    run = Checkpoints(tmp_path, say=said.append)
+    run.save(1, state(0), {"seed": 0})
+    run.finish()
+    if end == "cannot begin":
+        monkeypatch.setattr(run._manager, "save", lambda *arguments, **options: full_disk())
+    run.save(1, state(1), {"seed": 1}, full)
+    if end == "is abandoned":
+        begun.wait(60)
+        run.abandon()
+    if end in ("fails", "cannot begin"):
+        assert not run.finish() and "could not be written" in said[0] and "checkpoint-1." in said[0]
+        assert run.last.name == "checkpoint-1"
+    else:
+        begun.wait(60)
+        if end == "is killed":  # as another process finds it
+            assert checkpoints_in(tmp_path) == []
+            shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+        resume.set()
+    run.close()
+    for thread in threading.enumerate():
+        if thread.name in ("async_save", "save_finalize"):
+            threading.Thread.join(thread)
+    folder = tmp_path.with_name("copy") if end == "is killed" else tmp_path
+    after = Checkpoints(folder)
+    after.remove_unfinished()
+    after.close()
+    (kept,) = checkpoints_in(folder)
+    seed = 1 if end == "is abandoned" else 0  # the thread went on, and this process lived on
+    assert read_metadata(kept)["seed"] == seed
+    assert same(restore(kept, read_metadata(kept), abstract(state())), state(seed))
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
+
+
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
+def test_where_no_checkpoint_could_be_written_none_is_named(checkpoints, monkeypatch):
+    monkeypatch.setattr(checkpoints._manager, "save", lambda *arguments, **options: full_disk())
+    checkpoints.save(3, state(), {})
+    assert not checkpoints.finish() and checkpoints.last is None
+    assert checkpoints.said == [
+        f"checkpoint-3 could not be written to {checkpoints.folder} (no space left on the disk); there is no whole one yet."
+    ]
 
 
 def test_old_checkpoints_that_cannot_be_removed_are_told_and_the_new_one_is_there(checkpoints, monkeypatch):
