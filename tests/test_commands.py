@@ -529,7 +529,9 @@ def test_a_second_ctrl_c_while_the_run_is_saved_ends_it_at_once_and_the_checkpoi
     finally:
         process.kill()
     assert process.returncode == 130 and err.count("Traceback") == 0, err
-    assert re.search(rf"Interrupted again after \d+ updates, .* the last checkpoint is {tmp_path}/out/checkpoint-2", out)
+    assert re.search(
+        rf"Interrupted again after \d+ updates, .* the last checkpoint is {tmp_path}/out/checkpoint-2", out
+    )
     assert [path.name for path in checkpointing.checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
     assert load_model(tmp_path / "out" / "checkpoint-2").config.layers == 2
 

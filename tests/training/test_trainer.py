@@ -260,6 +260,18 @@ def test_checkpoints_may_go_to_the_output_folder_by_name(world, tmp_path):
 # What leaves
 
 
+def test_the_hub_token_is_in_no_file_that_a_run_writes(world, tmp_path):
+    secret = "hf_nobodyshouldreadthis"
+    changes = {"hub_token": secret, "save_strategy": "steps", "save_steps": 1}
+    command = ["python", "-m", "gold_jax.sft", "--hub_token", secret, f"--hub_token={secret}"]
+    trainer = sft(world, tmp_path, ROWS[:2], changes, command=command)
+    trainer.train()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"run.json", "README.md", "metrics.jsonl"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in repr(trainer.args) + json.dumps(trainer.args.to_dict(), default=str)
+
+
 def test_a_saved_student_is_asked_in_the_form_that_it_was_taught(world, tmp_path):
     template = (
         "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}"
