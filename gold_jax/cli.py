@@ -10,6 +10,8 @@ from gold_jax import cpu
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
 
+_LONGEST = 6000  # characters of an error: it may quote what it complains of
+
 
 def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs a command. What is wrong with the user's input ends it with one paragraph and exit code 2, not a traceback.
@@ -64,6 +66,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 def _exit(prog: str, error: Exception, code: int) -> NoReturn:
     """Ends the command with what the error says, in one paragraph; those of libraries can be several."""
     words = " ".join(str(error).split())
+    words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]}… ({len(words):,} characters)"
     if words or code == 2:
         print(f"{prog}: {words or type(error).__name__}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -209,7 +209,7 @@ def stop_ids_of(model: Decoder) -> Sequence[int]:
         for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if isinstance(i, bool) or not isinstance(i, int):
                 raise ValueError(
-                    f"eos_token_id in {part}.json is {i!r}; it must be the number of a token, or several of them."
+                    f"eos_token_id in {part}.json is {quoted(i)}; it must be the number of a token, or several of them."
                 )
             found.append(i)
     return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))

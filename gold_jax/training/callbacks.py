@@ -25,7 +25,7 @@ class Callbacks:
 
     def call(self, event: str, **values: Any) -> None:
         """Calls the method of every callback that is named after an event, such as `on_step_end`."""
-        control = TrainerControl()
+        control, self._stop = TrainerControl(), self._stop and event != "on_train_begin"  # of an earlier training
         for callback in self._callbacks:
             control = getattr(callback, event)(self._args, self._state(), control, **values) or control
         self._stop |= control.should_training_stop

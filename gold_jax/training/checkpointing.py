@@ -193,6 +193,8 @@ class Checkpoints:
         if self._step is not None and step in self._manager.all_steps():  # it was begun, and is there
             failed, self.last = "old checkpoints could not be removed from", self.folder / f"checkpoint-{step}"
         self._settle_replaced()
+        with contextlib.suppress(Exception):
+            self._manager.reload()  # with what was put back
         if self.last is not None and not self.last.is_dir():
             self.last = None
         kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
@@ -225,10 +227,10 @@ def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
 
 def current_run(folder: str | os.PathLike) -> str | None:
     """The id of the run that was started last with its checkpoints in a folder; None where it is not recorded."""
-    try:
-        return (epath.Path(folder) / _CURRENT_RUN).read_text().strip()
-    except (OSError, ValueError):
-        return None
+    path = epath.Path(folder) / _CURRENT_RUN
+    with contextlib.suppress(UnicodeDecodeError):
+        return path.read_text().strip() if path.exists() else None
+    return None
 
 
 def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
@@ -266,17 +268,19 @@ def _is_count(value: Any, below: int = 2**31) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_dtype(value: Any) -> bool:
+    return isinstance(np.dtype(value), np.dtype)  # or a TypeError
 
 
 def _are_means(value: Any) -> bool:
-    return all(_is_number(x) and _is_number(w) and (not dtype or np.dtype(dtype)) for x, dtype, w in value.values())
+    numbers = (x for total, dtype, weight in value.values() if not dtype or _is_dtype(dtype) for x in (total, weight))
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
 
 
 def _are_arrays(value: Any) -> bool:
+    rows = value.values()
     return all(
-        all(map(_is_count, shape)) and np.dtype(d) and _is_count(sum_, 2**32) for shape, d, sum_ in value.values()
+        all(map(_is_count, shape)) and _is_dtype(dtype) and _is_count(sum_, 2**32) for shape, dtype, sum_ in rows
     )
 
 

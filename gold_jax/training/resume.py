@@ -180,7 +180,7 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
         return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON object with a step
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):  # no JSON object with a step
             row = json.loads(line)
             again = ended and row.get("step") == step and any(name.startswith("eval_") for name in row)
             if row.get("step", 0) <= step and not again:
