@@ -39,7 +39,12 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from gold_jax.training.signals import InterruptedTwice
+
+        if isinstance(error, InterruptedTwice):  # a thread that still writes must not delay it
+            sys.stdout.flush()
+            os._exit(130)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None
@@ -59,7 +64,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
 
 def _exit(prog: str, error: Exception, code: int) -> NoReturn:
     """Ends the command with what the error says, in one paragraph; those of libraries can be several."""
-    words = shortened(" ".join(str(error).split()), 4000)
+    words = shortened(" ".join(str(error).split()), 6000)
     if words or code == 2:
         print(f"{prog}: {words or type(error).__name__}", file=sys.stderr)
     raise SystemExit(code) from None

@@ -9,16 +9,23 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from gold_jax.json_files import read_json_object, regular_file
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.models.staged_save import finish_move
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
+from gold_jax.wording import quoted
 
 NAME = str | pathlib.Path
+_TOKENIZER_FILES = tuple(
+    f"{name}.json" for name in "tokenizer_config special_tokens_map added_tokens config tokenizer".split()
+)
 
 
 class LoadedModel(NamedTuple):
@@ -143,15 +150,55 @@ def _in_memory(
 
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id; FileNotFoundError where there is none."""
+    """The tokenizer of a folder or hub id; FileNotFoundError where there is none, ValueError where a file of it is broken."""
+    folder, paths = pathlib.Path(name), []
+    if folder.is_dir():
+        finish_move(folder)  # of a save that was cut short
+        paths = [path for file in _TOKENIZER_FILES if (path := folder / file).exists()]
+    files = {path: read_json_object(path) for path in paths}
+    regular_file(folder / "chat_template.jinja")
+    needs = "a folder needs tokenizer.json (or a SentencePiece model) and tokenizer_config.json"
     try:
-        return AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(
-            f"no tokenizer can be read from {str(name)!r} ({reason}); a folder needs tokenizer.json (or a SentencePiece "
-            "model) and tokenizer_config.json"
-        ) from error
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of tokenizers' Rust is no Exception
+        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = quoted(f"{type(error).__name__}: {reason}" if len(reason.split()) < 2 else reason, plain=True)
+        for path in paths:
+            if path.name == "tokenizer.json" and not _opens(path):
+                raise ValueError(f"{path} is not the file of a tokenizer ({reason}).") from error
+        raise FileNotFoundError(f"no tokenizer can be read from {str(name)!r} ({reason}); {needs}") from error
+    if not tokenizer.vocab_size:  # transformers makes one of nothing where a config names its class
+        raise FileNotFoundError(f"no tokenizer can be read from {str(name)!r} (it has no vocabulary); {needs}")
+    for path, content in files.items():
+        for token, i in _added_ids(path.name, content):
+            if (read := tokenizer.convert_tokens_to_ids(token)) != i:
+                raise ValueError(
+                    f"{path} gives the added token {quoted(token)} the id {quoted(i)}, but with the vocabulary beside it the "
+                    f"token has the id {read}: an id that is taken or far beyond the others, or files of two tokenizers."
+                )
+    return tokenizer
+
+
+def _opens(path: pathlib.Path) -> bool:
+    """Whether the library that a `tokenizer.json` is for can read it."""
+    try:
+        return bool(Tokenizer.from_file(str(path)))
+    except BaseException:
+        return False
+
+
+def _added_ids(file: str, content: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """The added tokens that a file of a tokenizer names, with the ids that it gives them."""
+    if file == "tokenizer.json":
+        return [(token["content"], token["id"]) for token in content.get("added_tokens") or ()]
+    if file == "tokenizer_config.json":
+        tokens = content.get("added_tokens_decoder") or {}
+        return [(token["content"], int(i)) for i, token in tokens.items()]
+    return list(content.items()) if file == "added_tokens.json" else []
 
 
 def stop_ids_of(model: Decoder) -> Sequence[int]:
@@ -162,7 +209,7 @@ def stop_ids_of(model: Decoder) -> Sequence[int]:
         for i in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if isinstance(i, bool) or not isinstance(i, int):
                 raise ValueError(
-                    f"eos_token_id in {part}.json is {i!r}; it must be the number of a token, or several of them."
+                    f"eos_token_id in {part}.json is {quoted(i)}; it must be the number of a token, or several of them."
                 )
             found.append(i)
     return tuple(dict.fromkeys(i for i in found if 0 <= i < model.config.vocab_size))
@@ -215,7 +262,10 @@ def as_loaded_model(model: Any, tokenizer: Any = None) -> LoadedModel:
 def read_template(path: str) -> str:
     """The chat template of a Jinja file, or of a tokenizer named by folder or hub id; ValueError where that has none."""
     if os.path.isfile(path):
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        try:
+            return pathlib.Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}, which --chat_template_path names, is no text in UTF-8 ({error})") from None
     template = load_tokenizer(path).chat_template
     if not isinstance(template, str):
         raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import numbers
@@ -23,7 +24,7 @@ class Range(NamedTuple):
 
     def holds(self, value: Any) -> bool:
         """Whether the value is one of them."""
-        return (isinstance(value, str) or math.isfinite(value)) and self.test(value)
+        return (isinstance(value, str | int) or math.isfinite(value)) and self.test(value)
 
 
 AT_LEAST_ONE = Range("at least 1", lambda v: v >= 1)
@@ -59,10 +60,18 @@ def _read_bool(value: Any) -> bool:
 
 
 def _read_int(value: Any) -> int:
-    number = _read_float(value)
-    if number % 1:  # NaN of infinities
-        raise ValueError
-    return int(value) if isinstance(value, numbers.Integral) else int(number)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | str):
+        raise TypeError
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):  # all digits of it: a float has 16
+            value = int(value)
+    if not isinstance(value, numbers.Integral):
+        value = float(value)
+        if not value.is_integer() or abs(value) > 2**53:  # beyond, a float is not the number that was written
+            raise ValueError
+    if not -(2**63) <= value < 2**63:
+        raise OverflowError
+    return int(value)
 
 
 def _read_float(value: Any) -> float:
@@ -71,7 +80,8 @@ def _read_float(value: Any) -> float:
     return float(value)
 
 
-# type -> (how a value becomes one or raises TypeError or ValueError, what it must be). The first that a setting takes reads it.
+# type -> (how a value becomes one, what it must be). The first that a setting takes reads it. What is none raises TypeError or
+# ValueError, a number that 64 bits do not hold OverflowError, JSON nested too deeply RecursionError.
 READERS: Mapping[type, tuple[Callable[[Any], Any], str]] = {
     dict: (_read_dict, "a JSON object, such as '{\"name\": 1}'"),
     bool: (_read_bool, "true or false"),

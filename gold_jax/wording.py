@@ -1,6 +1,11 @@
 """Wording that messages share."""
 
+import reprlib
 from collections.abc import Sequence
+from typing import Any
+
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def shortened(text: str, most: int = 600) -> str:
@@ -20,3 +25,9 @@ def listed(items: Sequence[str], most: int, separator: str = ", ", joint: str = 
     """
     more = len(items) - most
     return separator.join(items[:most]) + (f"{joint} {more} more" if more > 0 else "")
+
+
+def quoted(value: Any, *, plain: bool = False) -> str:
+    """A value for a message, at most some hundred characters of it; `plain`: a text without quotes."""
+    shown = value if plain and isinstance(value, str) else _REPR.repr(value)
+    return shown if len(shown) <= 200 else f"{shown[:200]}…"

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shlex
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from flax import nnx
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, cli, evaluate, generate, load_model, sft, train
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.hf_checkpoint import save_model
+from gold_jax.training import checkpointing
 from gold_jax.training.loop import Loop
 from gold_jax.training.step import Step
 
@@ -494,7 +496,7 @@ def shell(*argv) -> subprocess.Popen:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", *map(str, argv)],
+            [sys.executable, *([] if str(argv[0]).endswith(".py") else ["-m"]), *map(str, argv)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -502,6 +504,36 @@ def shell(*argv) -> subprocess.Popen:
         )
     finally:
         signal.signal(signal.SIGINT, handler)
+
+
+def test_a_second_ctrl_c_while_the_run_is_saved_ends_it_at_once_and_the_checkpoint_before_stays(world, tmp_path):
+    code = (
+        "import sys, time\nfrom gold_jax import cli, sft\nfrom gold_jax.training import loop\nsave = loop.save_final_model\n"
+        "def slow(model, tokenizer, folder, **options):\n"
+        "    if 'checkpoint-2' not in str(folder):\n        print('saving', flush=True)\n        time.sleep(100)\n"
+        "    return save(model, tokenizer, folder, **options)\n"
+        "loop.save_final_model = slow\ncli.run('gold_jax.sft', sft.main, sys.argv[1:])"
+    )
+    (tmp_path / "slow.py").write_text(code)
+    process = shell(
+        tmp_path / "slow.py", "--model_name_or_path", world / "student", "--dataset_name", world / "data", "--output_dir",
+        tmp_path / "out", "--max_steps", "100000", "--logging_steps", "1", "--save_steps", "2", "--learning_rate", "1e-3",
+    )  # fmt: skip
+    try:
+        for line in process.stdout:
+            if line.startswith(("step 3 ", "saving")):
+                process.send_signal(signal.SIGINT)
+            if line.startswith("saving"):
+                break
+        out, err = process.communicate(timeout=50)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and err.count("Traceback") == 0, err
+    assert re.search(
+        rf"Interrupted again after \d+ updates, .* the last checkpoint is {tmp_path}/out/checkpoint-2", out
+    )
+    assert [path.name for path in checkpointing.checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
+    assert load_model(tmp_path / "out" / "checkpoint-2").config.layers == 2
 
 
 def test_ctrl_c_ends_a_process_with_130_and_a_checkpoint(world, tmp_path):

@@ -713,6 +713,34 @@ def test_a_seed_fits_into_64_bits():
         GOLDConfig(seed=2**63)
 
 
+@pytest.mark.parametrize("name", ["seed", "max_steps", "per_device_train_batch_size", "max_length", "save_total_limit"])
+@pytest.mark.parametrize(
+    "value", [10**400, -(10**400), 2**63, "1" + "0" * 5000, "1e30", "nan", "inf", 1e300, "1.5", [1]]
+)
+def test_what_is_no_whole_number_of_64_bits_is_one_short_sentence(name, value):
+    with pytest.raises(ValueError, match=f"--{name} is .*; it must be") as error:
+        GOLDConfig(**{name: value})
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("value", [10**400, "1e400", "nan", "-inf", float("inf"), "x", [1]])
+def test_what_is_no_finite_number_is_one_short_sentence(value):
+    with pytest.raises(ValueError, match="--learning_rate is .*; it must be") as error:
+        GOLDConfig(learning_rate=value)
+    assert len(str(error.value)) < 400
+
+
+def test_whole_numbers_are_read_to_the_last_digit():
+    assert GOLDConfig(seed="9007199254740993").seed == 9007199254740993
+    assert GOLDConfig(seed=str(2**63 - 1)).seed == 2**63 - 1
+    assert GOLDConfig(seed="1e3").seed == 1000 and GOLDConfig(seed=7.0).seed == 7
+
+
+def test_options_nested_without_end_are_refused():
+    with pytest.raises(ValueError, match="--loss_kwargs is .*; it must be a JSON object"):
+        GOLDConfig(loss_kwargs='{"a": ' * 100_000)
+
+
 # Messages
 
 

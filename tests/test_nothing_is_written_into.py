@@ -28,7 +28,7 @@ ALLOWED = {
     ("training/export.py", "_save_tokenizer", "attribute"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
-    ("config/trl_compat.py", None, "attribute"),
+    ("wording.py", None, "attribute"),
     ("distributed/watchdog.py", "_watch", "attribute"),
 }
 OWN = ("self", "cls")

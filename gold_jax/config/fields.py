@@ -8,8 +8,9 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest
 from gold_jax.values import READERS, Range, plain_types
+from gold_jax.wording import quoted
 
 
 class Effect(NamedTuple):
@@ -220,8 +221,10 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     read, words = next(READERS[t] for t in READERS if t in types)
     try:
         value = read(value)
-    except (TypeError, ValueError, OverflowError, RecursionError):
+    except (TypeError, ValueError, RecursionError):
         raise refused(one_of if choices else f"be {words}") from None
+    except OverflowError:
+        raise refused("be smaller than 2**63 in magnitude") from None
     if choices and value not in choices:
         raise refused(one_of)
     if range is not None and not range.holds(value):

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from gold_jax.config.fields import Settings, field_names, groups, kinds, legal_texts, read_value
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest, quoted
+from gold_jax.config.trl_compat import ANSWERS, answer, nearest
 from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.wording import shortened
+from gold_jax.wording import quoted, shortened
 
 _MOST_ALIASES = 20  # of a YAML file: those of a few more, one within another, make gigabytes of some lines
 _SHORT = 40  # a command with at most so many flags shows them all in --help

@@ -2,9 +2,10 @@
 
 import difflib
 import fnmatch
-import reprlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+from gold_jax.wording import quoted
 
 # Values that switch a flag off: nothing is lost, so nothing is said.
 _OFF = ("false", "none", "null", "no", "off", "0", "0.0", "", "[]", "{}")
@@ -16,10 +17,6 @@ _TORCH_ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_*", "pag
 
 # Options of from_pretrained that place or speed up a PyTorch model and change no number here.
 _PLACEMENT = ("device_map", "low_cpu_mem_usage", "use_cache", "trust_remote_code")
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxother = 200
 
 
 class Answer(NamedTuple):
@@ -40,12 +37,6 @@ def answer(name: str, value: Any = True) -> list[str]:
         shown = "" if value is True or text == "true" or "token" in name else f" {quoted(value, plain=True)}"
         raise ValueError(f"--{name}{shown} is not supported here: {said.text}")
     return [f"--{name}: {said.text}"]
-
-
-def quoted(value: Any, *, plain: bool = False) -> str:
-    """A value for a message, at most some hundred characters of it; `plain`: a text without quotes."""
-    shown = value if plain and isinstance(value, str) else _REPR.repr(value)
-    return shown if len(shown) <= 200 else f"{shown[:200]}…"
 
 
 def nearest(name: str, names: Iterable[str], *, prefix: str = "") -> str:

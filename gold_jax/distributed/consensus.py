@@ -45,6 +45,16 @@ def assert_same_across_processes(what: str, value: Any) -> None:
         raise ValueError(problem)
 
 
+def raise_in_all_processes(what: str, error: Exception | None) -> None:
+    """Raises where any process has an error: its own there, in the others a ValueError that says which has it."""
+    try:
+        assert_same_across_processes(what, None if error is None else str(error))
+    except ValueError as difference:
+        raise error or difference from None
+    if error is not None:
+        raise error
+
+
 def all_gather(values: np.ndarray) -> np.ndarray:
     """The arrays of all processes, of one shape and numeric dtype (or a ValueError): [...] -> [P, ...], unchanged."""
     values = np.asarray(values)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from gold_jax.values import READERS, Range, plain_types
+from gold_jax.wording import quoted
 
 
 class Option(NamedTuple):
@@ -62,9 +63,9 @@ def complete(name: str, known: Mapping[str, Parameter], given: Mapping[str, Any]
             found[key] = None if value is None and optional else read(value)
             if found[key] is not None and not option.range.holds(found[key]):
                 raise ValueError
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError, RecursionError):
             legal = f"{words} {option.range.words}".rstrip()
-            raise ValueError(f"{prefix}{key} is {value!r}; it must be {legal}.") from None
+            raise ValueError(f"{prefix}{key} is {quoted(value)}; it must be {legal}.") from None
     return found
 
 

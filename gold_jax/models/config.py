@@ -2,11 +2,14 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 from gold_jax.models.rope import Rope
+from gold_jax.wording import quoted
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
 ACTIVATIONS = {
@@ -68,7 +71,9 @@ class DecoderConfig:
         activation = text.hidden_activation if gemma else text.hidden_act
         activation = {"gelu_new": "gelu_pytorch_tanh"}.get(activation, activation)  # two names of one approximation
         if activation not in ACTIVATIONS:
-            raise ValueError(f"hidden activation {activation!r} is not known. Known are {', '.join(ACTIVATIONS)}.")
+            raise ValueError(
+                f"hidden activation {quoted(activation)} is not known. Known are {', '.join(ACTIVATIONS)}."
+            )
         return cls(
             family=family,
             vocab_size=text.vocab_size,
@@ -80,7 +85,7 @@ class DecoderConfig:
             head_dim=head_dim,
             norm_eps=float(text.rms_norm_eps),
             activation=activation,
-            ropes=_ropes(text),
+            ropes=_ropes(text, head_dim),
             sliding=sliding,
             window=window,
             # The outer config of a multimodal model decides whether its head is tied.
@@ -103,35 +108,44 @@ class DecoderConfig:
 def check_family(model_type: str | None) -> None:
     """Raises a ValueError where a `model_type` is none of `FAMILIES`."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known. Known are {', '.join(FAMILIES)}.")
+        raise ValueError(f"model_type {quoted(model_type)} is not known. Known are {', '.join(FAMILIES)}.")
 
 
 _MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 10**9}
+_SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
+_SCALES = "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window".split()
+
+
+def check_sizes(config: Mapping[str, Any], model_type: Any) -> None:
+    """Raises a ValueError where a size that a config gives cannot be one; transformers makes lists of so many layers."""
+    for name in [*_SIZES, "max_position_embeddings"]:
+        value, most = config.get(name), _MOST.get(name, 10**7)
+        if name not in config or (name in ("head_dim", "max_position_embeddings") and value is None):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise ValueError(
+                f"{name} of the {model_type} config is {quoted(value)}; it must be a whole number from 1 to {most}."
+            )
 
 
 def _refuse_out_of_range(text: Any) -> None:
     """Raises a ValueError where a number of a config cannot be what it says."""
-    sizes = (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim"
-    )
-    for name in [*sizes.split(), "max_position_embeddings"]:
-        value, most = getattr(text, name, None), _MOST.get(name, 10**7)
-        if name in ("head_dim", "max_position_embeddings") and value is None:
+    check_sizes({name: getattr(text, name, None) for name in [*_SIZES, *_MOST]}, text.model_type)
+    scales = {"rms_norm_eps": 1} | dict.fromkeys(_SCALES, math.inf)
+    for name, below in scales.items():
+        value = getattr(text, name, None)
+        if value is None and name != "rms_norm_eps":
             continue
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-            raise ValueError(
-                f"{name} of the {text.model_type} config is {value!r}; it must be a whole number from 1 to {most}."
-            )
-    eps = text.rms_norm_eps
-    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1:
-        raise ValueError(
-            f"rms_norm_eps of the {text.model_type} config is {eps!r}; it must be a number between 0 and 1."
-        )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < below:
+            words = f"between 0 and {below}" if below == 1 else "greater than 0"
+            raise ValueError(f"{name} of the {text.model_type} config is {quoted(value)}; it must be a number {words}.")
 
 
 def _refuse_unsupported(text: Any, outer: Any) -> None:
     experts = ("num_local_experts", "num_experts", "n_routed_experts")
-    problems = [f"{name}={getattr(text, name)} (mixtures of experts)" for name in experts if getattr(text, name, None)]
+    problems = [
+        f"{name}={quoted(getattr(text, name))} (mixtures of experts)" for name in experts if getattr(text, name, None)
+    ]
     if any(getattr(config, "quantization_config", None) is not None for config in (text, outer)):
         problems.append("quantization_config (only plain float weights are read; export the model unquantised)")
     if getattr(text, "use_bidirectional_attention", None):
@@ -158,7 +172,8 @@ def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
     if unknown or len(kinds) < count:
         raise ValueError(
             f"layer_types of the {text.model_type} config must name full_attention or sliding_attention for each of its "
-            f"{count} layers; it has {len(kinds)} entries" + (f", among them {', '.join(unknown)}." if unknown else ".")
+            f"{count} layers; it has {len(kinds)} entries"
+            + (f", among them {quoted(', '.join(map(str, unknown)), plain=True)}." if unknown else ".")
         )
     sliding = tuple(kind == "sliding_attention" for kind in kinds[:count])
     if any(sliding) and window is None:
@@ -169,7 +184,7 @@ def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
     return sliding, window if any(sliding) else None
 
 
-def _ropes(text: Any) -> tuple[Rope, Rope]:
+def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
     """Rotary settings of full and of sliding layers, from the new format, or the old where an older release left it."""
     parameters = getattr(text, "rope_parameters", None)
     if not parameters:
@@ -180,5 +195,7 @@ def _ropes(text: Any) -> tuple[Rope, Rope]:
     for kind, values in (nested or {None: parameters}).items():
         where = f"rope_parameters{f'[{kind!r}]' if kind else ''} of the {text.model_type} config"
         read[kind] = Rope.from_parameters(values, max_length=text.max_position_embeddings, where=where)
+        if not read[kind].is_finite(head_dim):
+            raise ValueError(f"{where} is {quoted(values)}, which gives angles that are no finite numbers.")
     one, *_ = read.values()
     return tuple(read.get(kind, one) for kind in kinds)

@@ -22,12 +22,13 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from transformers import AutoConfig
 
 from gold_jax.models.attention import check_model, current_platform
-from gold_jax.models.config import DecoderConfig, check_family
+from gold_jax.models.config import DecoderConfig, check_family, check_sizes
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.parameters import parameters
 from gold_jax.models.safetensors_io import CODES, FLOATS, Entry, TensorFolder, read_json, write_json, write_tensors
+from gold_jax.models.staged_save import finish_move
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.wording import listed
+from gold_jax.wording import listed, quoted
 
 # Parameter -> tensor, after the prefix and, of a layer, its number; of `query_bias` the name is that of `query`. Matrices
 # of layers are [out, in] in the file.
@@ -123,6 +124,7 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
     """The folder named, or one with the hub's JSON and safetensors files of a model; a FileNotFoundError if neither is."""
     path = pathlib.Path(resolve_embedded(name_or_path)).expanduser()
     if path.is_dir():
+        finish_move(path)  # of a save that was cut short
         return path
     name = str(name_or_path)
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not ("/" in name and path.parent.is_dir())
@@ -148,11 +150,15 @@ def read_config(name_or_path: str | os.PathLike) -> DecoderConfig:
     raw = read_json(path, required=True)
     try:
         check_family(raw.get("model_type"))
+        for part in (raw, raw.get("text_config")):
+            if isinstance(part, dict):
+                check_sizes(part, raw["model_type"])
         config = DecoderConfig.from_hf(AutoConfig.from_pretrained(folder), raw=raw)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (KeyError, TypeError) as error:  # transformers' own validation
-        raise ValueError(f"{path}: transformers cannot read it ({type(error).__name__}: {error}).") from error
+    except Exception as error:  # transformers' own validation
+        reason = quoted(f"{type(error).__name__}: {error}", plain=True)
+        raise ValueError(f"{path}: transformers cannot read it ({reason}).") from error
     source = {"config": raw, "generation_config": read_json(folder / "generation_config.json")}
     return dataclasses.replace(config, source=json.dumps(source))
 
@@ -240,11 +246,11 @@ def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, d
             continue
         found, code = files.info(name)
         if found != shape:
-            faults.append(f"{name} has the shape {list(found)}, expected {list(shape)}")
+            faults.append(f"{name} has the shape {quoted(list(found))}, expected {list(shape)}")
         if code not in FLOATS:
             faults.append(f"{name} is {code}, expected one of {', '.join(FLOATS)}")
     unexpected = names - wanted.keys() - ({head} if config.tied else set())
-    faults += [f"{name} is unexpected" for name in sorted(unexpected) if not _IGNORED.search(name)]
+    faults += [f"{quoted(name, plain=True)} is unexpected" for name in sorted(unexpected) if not _IGNORED.search(name)]
     if faults:
         faults = listed(faults, 40, "; ", "; and")
         raise ValueError(f"The tensors in {files.folder} do not fit its {config.family} config: {faults}.")
@@ -255,11 +261,15 @@ def _read(files: TensorFolder, names: list[str], stacked: bool, rounded, kept, i
     """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
     array = np.empty([part.stop - part.start for part in index], rounded)
     if stacked:
-        for row, name in zip(array, names[index[0]]):
+        names = names[index[0]]
+        for row, name in zip(array, names):
             row[...] = files.read(name, index[:0:-1]).T
     else:
         array[...] = files.read(names[0], index)
-    return array.astype(kept, copy=False)
+    array = array.astype(kept, copy=False)
+    for row, name in zip(array if stacked else [array], names):
+        files.check_finite(name, row)
+    return array
 
 
 def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, sharding: Sharding) -> jax.Array:

@@ -4,6 +4,7 @@ Facts from `transformers.modeling_rope_utils`; the papers are RoFormer (arXiv 21
 by wavelength) and YaRN (2309.00071).
 """
 
+import contextlib
 import dataclasses
 import math
 
@@ -69,6 +70,12 @@ class Rope:
         """Angle per position of each pair of channels: float32 [head_dim / 2]."""
         plain = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
         return _KINDS[self.kind][0](self, plain, head_dim).astype(np.float32)
+
+    def is_finite(self, head_dim: int) -> bool:
+        """Whether all angles and the scale are finite, and the scale positive."""
+        with np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
+            return bool(np.isfinite(self.inverse_frequencies(head_dim)).all()) and 0 < self.attention_factor < math.inf
+        return False
 
     def tables(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
         """Cosines and sines, float32 [..., head_dim / 2], of int positions [...]."""

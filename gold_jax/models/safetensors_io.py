@@ -15,7 +15,9 @@ import ml_dtypes  # noqa: F401  (importing it teaches numpy, and so safetensors,
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from gold_jax.wording import listed
+from gold_jax.json_files import read_json_object, regular_file
+from gold_jax.models.staged_save import WEIGHTS
+from gold_jax.wording import listed, quoted
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 CODES = {name: code for code, name in FLOATS.items()}
@@ -34,13 +36,19 @@ class TensorFolder:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self._files: dict[str, safe_open] = {}  # tensor name -> open file
+        self._paths: dict[str, pathlib.Path] = {}  # tensor name -> its path
         faults = []
         for path in _weight_files(folder, faults):
             try:
-                opened = safe_open(path, "np")
-                self._files.update(dict.fromkeys(opened.keys(), opened))
-            except (SafetensorError, OSError) as error:
-                faults.append(f"{path.name} is not a whole safetensors file ({error})")
+                opened = safe_open(regular_file(path), "np")
+                names = opened.keys()
+            except (SafetensorError, ValueError, OSError) as error:
+                faults.append(f"{path.name} is not a whole safetensors file ({quoted(str(error), plain=True)})")
+                continue
+            twice = sorted(self._files.keys() & names)
+            faults += [f"{quoted(name)} is in {self._paths[name].name} and in {path.name}" for name in twice]
+            self._files.update(dict.fromkeys(names, opened))
+            self._paths.update(dict.fromkeys(names, path))
         if faults:
             faults = listed(faults, 40, "; ", "; and")
             raise ValueError(f"The weights in {folder} cannot be read: {faults}. Copy or download them again.")
@@ -55,6 +63,15 @@ class TensorFolder:
         """A slice of a tensor, one step-less `slice` per axis; no more than it is read."""
         return self._files[name].get_slice(name)[index]
 
+    def check_finite(self, name: str, values: np.ndarray) -> None:
+        """Raises a ValueError where values that were read of a tensor, then perhaps rounded, are NaN or infinite."""
+        if not is_finite(values):
+            dtype = np.dtype(FLOATS[self.info(name)[1]])
+            raise ValueError(
+                f"{self._paths[name]}: {name} holds NaN or infinite values (it is {dtype}, read as {values.dtype}), so that "
+                "whatever the model computes would be NaN; copy or download the weights again, or take an earlier save."
+            )
+
     def same(self, one: str, other: str, rows: int = 4096) -> bool:
         """Whether two tensors hold the same values; looks at some `rows` of each at a time."""
         (end, *shape), _ = self.info(one)
@@ -64,12 +81,39 @@ class TensorFolder:
         return all(np.array_equal(self.read(one, part), self.read(other, part)) for part in parts)
 
 
+def is_finite(values: np.ndarray) -> bool:
+    """Whether no float of an array is NaN or infinite, by the bits: no array is made of it, and ml_dtypes' are as fast.
+
+    A magnitude counts up with its bits as an integer, to infinity and beyond it NaN; the sign is the highest bit.
+    """
+    size, infinity = values.dtype.itemsize, np.array(np.inf, values.dtype)
+    bits = values.reshape(-1)
+    return not bits.size or bool(
+        bits.view(f"i{size}").max() < infinity.view(f"i{size}")  # of the positive ones
+        and bits.view(f"u{size}").max() < (-infinity).view(f"u{size}")  # of the negative ones, where there are any
+    )
+
+
 def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]:
     index = read_json(folder / INDEX)
     if index is not None:
-        paths = [folder / name for name in sorted(set(index["weight_map"].values()))]
-        faults += [f"{INDEX} names {path.name}, which is not there" for path in paths if not path.exists()]
-        return [path for path in paths if path.exists()]
+        weight_map = index.get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{folder / INDEX}: weight_map must be an object that gives every tensor a file's name.")
+        for name in sorted(set(names)):
+            path = pathlib.PurePath(name)
+            if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+                raise ValueError(
+                    f"{folder / INDEX}: weight_map names {quoted(name)}; it must name *.safetensors files in this folder."
+                )
+        paths = [folder / name for name in sorted(set(names))]
+        faults += [
+            f"{INDEX} names {quoted(path.name, plain=True)}, which is not there"
+            for path in paths
+            if not os.path.exists(path)
+        ]
+        return [path for path in paths if os.path.exists(path)]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     others = sorted(path.name for path in folder.glob("*.safetensors"))
@@ -118,7 +162,7 @@ def write_tensors(folder: pathlib.Path, entries: Sequence[Entry], tensors: Itera
     else:
         (folder / INDEX).unlink(missing_ok=True)
     for path in folder.glob("model*.safetensors"):
-        if path.name not in names:
+        if path.name not in names and WEIGHTS.fullmatch(path.name):
             path.unlink()
 
 
@@ -139,17 +183,12 @@ def _write_file(path: pathlib.Path, entries: Sequence[Entry], tensors: Iterator[
 
 
 def read_json(path: pathlib.Path, *, required: bool = False) -> dict | None:
-    """What a JSON file holds; None, or where it is `required` a FileNotFoundError, if there is none. ValueError: no JSON."""
-    if not path.exists():
-        if required:
-            raise FileNotFoundError(
-                f"{path.parent} has no {path.name}; a model folder has one beside its *.safetensors."
-            )
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}).") from error
+    """`read_json_object`; if there is no file None, or where it is `required` a FileNotFoundError."""
+    if path.exists():
+        return read_json_object(path)
+    if required:
+        raise FileNotFoundError(f"{path.parent} has no {path.name}; a model folder has one beside its *.safetensors.")
+    return None
 
 
 def write_json(path: pathlib.Path, value: dict) -> None:

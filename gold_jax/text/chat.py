@@ -51,11 +51,11 @@ class ChatTokenizer:
         embedding_rows: int | None = None,
         copy_tokenizer: bool = True,
     ):
+        surfaces = surfaces_of(tokenizer)  # of the original: a copy leaves out one of two entries with one id
         # Calling a tokenizer sets its truncation and padding, and its owner may change it.
         self.tokenizer = tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
         self.name = name_of(tokenizer)
         self.template = ChatTemplate(tokenizer, chat_template, template_kwargs)
-        surfaces = surfaces_of(tokenizer)
         eos = tokenizer.eos_token_id
         self.stop_id = self._stop_of(surfaces, eos)
         known = [self.stop_id, eos, *(int(i) for i in stop_ids)]

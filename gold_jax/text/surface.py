@@ -23,6 +23,7 @@ _METASPACE = "▁"
 _CHINESE = (
     (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2A6DF), (0x2A700, 0x2CEAF), (0x2F800, 0x2FA1F),
 )  # fmt: skip
+_MOST_IDS = 10**7
 _SPLIT_AT_BLANKS = ("WhitespaceSplit", "Whitespace", "BertPreTokenizer")
 
 
@@ -239,10 +240,14 @@ def _of_tiktoken(encoding) -> Surfaces:
 def _build(entries: Iterable, spell, special, falls_back: bool, name: str, as_written=(), reversible=True):
     entries = [(i, string) for i, string in entries if string is not None]
     size = max((i for i, _ in entries), default=-1) + 1
+    if size > _MOST_IDS:
+        raise ValueError(f"{name} has the id {size - 1} ({dict(entries)[size - 1]!r}); ids are below {_MOST_IDS:,}")
     table: list[bytes | None] = [None] * size
     strings: list[str | None] = [None] * size
     is_fallback = np.zeros(size, np.bool_)
     for i, string in entries:
+        if strings[i] is not None:
+            raise ValueError(f"{name} gives two entries the id {i}: {excerpt(strings[i])} and {excerpt(string)}")
         strings[i] = string
         if i in special:
             continue

@@ -3,27 +3,36 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import optax
 from transformers.trainer_callback import TrainerControl
+
+from gold_jax.distributed.consensus import all_reduce_max
 
 
 class Callbacks:
     """The callbacks of a run, or classes of them, called with the settings and the `TrainerState` of the moment.
 
-    Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded (`stop`).
+    Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded, whichever process's callback asks.
+    In a run of several processes all construct one together.
     """
 
     def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
         self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
         self._args, self._state = args, state
-        self.stop = False
+        self._stop = False
+        self._there_are_any = bool(all_reduce_max(np.array(len(self._callbacks))))  # in any process
 
     def call(self, event: str, **values: Any) -> None:
         """Calls the method of every callback that is named after an event, such as `on_step_end`."""
-        control = TrainerControl()
+        control, self._stop = TrainerControl(), self._stop and event != "on_train_begin"  # of an earlier training
         for callback in self._callbacks:
             control = getattr(callback, event)(self._args, self._state(), control, **values) or control
-        self.stop |= control.should_training_stop
+        self._stop |= control.should_training_stop
+
+    def asked_to_stop(self) -> bool:
+        """Whether a callback of any process has asked to end the run; all processes call this together."""
+        return self._there_are_any and bool(all_reduce_max(np.array(self._stop)))
 
 
 def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:

@@ -28,17 +28,31 @@ from etils import epath
 from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, PreservationPolicy
 from orbax.checkpoint.path import step as step_lib
 
-from gold_jax.wording import listed
+from gold_jax.json_files import parse_json_object, regular_file
+from gold_jax.wording import listed, quoted
 
 METADATA, STATE = "run.json", "state"
 FORMAT = 1
-STEP_NAME = re.compile(r"checkpoint-(\d+)")
+STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
+_REPLACED = ".replaced"  # ends the hidden name of a checkpoint whose successor of the same step is being written
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
 class BadCheckpoint(Exception):
     """A checkpoint that is not whole; the text says why."""
+
+
+class _Saved(step_lib.Metadata):
+    """A checkpoint's step, path and date, which is that of the oldest where orbax's record of it is damaged."""
+
+    @property
+    def commit_timestamp_nsecs(self) -> int | None:
+        try:
+            date = super().commit_timestamp_nsecs
+        except Exception:
+            return 0
+        return date if date is None or 0 <= date < 2**62 else 0
 
 
 class _StepNames(step_lib.NameFormat):
@@ -50,13 +64,13 @@ class _StepNames(step_lib.NameFormat):
     def find_all(self, base_path: epath.PathLike) -> Iterator[step_lib.Metadata]:
         for path in epath.Path(base_path).iterdir():
             if (match := STEP_NAME.fullmatch(path.name)) and step_lib.is_path_finalized(path):
-                yield step_lib.Metadata(step=int(match[1]), path=path)
+                yield _Saved(step=int(match[1]), path=path)
 
     def find_step(self, base_path: epath.PathLike, step: int) -> step_lib.Metadata:
         path = epath.Path(base_path) / self.build_name(step)
         if not step_lib.is_path_finalized(path):
             raise ValueError(f"{path} is not there, or was not written to its end")
-        return step_lib.Metadata(step=step, path=path)
+        return _Saved(step=step, path=path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +99,9 @@ class Checkpoints:
         self._failed: str | None = None  # why the last save did
         self._step: int | None = None  # of the save under way
         self._write_files: Callable[[], None] | None = None  # beside its arrays
+        self._abandoned, self._is_local = False, "://" not in str(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._settle_replaced()  # of a save that was cut short
         logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
         self._saved: list[int] = []  # steps, in the order in which this run saved them
         policy = None if limit is None else _LastSaved(limit, self._saved)
@@ -123,7 +139,12 @@ class Checkpoints:
         def begin() -> None:
             self._saved[:] = [*(x for x in self._saved if x != step), step]
             if step in self._manager.all_steps():  # the manager refuses to write over one
-                self._manager.delete(step)
+                if self._is_local and jax.process_count() == 1:  # it stays until the new one is whole
+                    path = self.folder / f"checkpoint-{step}"
+                    path.rename(self.folder / f".{path.name}{_REPLACED}")
+                    self._manager.reload()
+                else:
+                    self._manager.delete(step)
             self._manager.save(step, args=ocp.args.Composite(state=ocp.args.StandardSave(arrays)), force=True)
 
         self._write_files, self._failed = write_files, None
@@ -144,12 +165,18 @@ class Checkpoints:
             if self._attempt(self._step, self._manager.wait_until_finished):
                 self.last = self.folder / f"checkpoint-{self._step}"
             self._step = self._write_files = None  # it holds a copy of the student
+            self._settle_replaced()
         return self._failed is None
 
+    def abandon(self) -> None:
+        """Has nobody wait for the save under way: it is a checkpoint only if it is whole when the process ends."""
+        self._abandoned, self._step, self._write_files = True, None, None
+
     def close(self) -> None:
-        """Waits for the save under way and lets go of orbax's threads."""
+        """Waits for the save under way, if it is not abandoned, and lets go of orbax's threads."""
         self.finish()
-        self._manager.close()
+        if not self._abandoned:
+            self._manager.close()
         logging.getLogger("absl").removeFilter(_not_from_orbax)
 
     def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
@@ -163,11 +190,25 @@ class Checkpoints:
             self._manager.reload()
             self.remove_unfinished()
         failed = f"checkpoint-{step} could not be written to"
-        if step in self._manager.all_steps():
+        if self._step is not None and step in self._manager.all_steps():  # it was begun, and is there
             failed, self.last = "old checkpoints could not be removed from", self.folder / f"checkpoint-{step}"
+        self._settle_replaced()
+        with contextlib.suppress(Exception):
+            self._manager.reload()  # with what was put back
+        if self.last is not None and not self.last.is_dir():
+            self.last = None
         kept = f"the last whole one is {self.last}" if self.last else "there is no whole one yet"
-        self.say(f"{failed} {self.folder} ({self._failed}); training goes on, and {kept}.")
+        self.say(f"{failed} {self.folder} ({self._failed}); {kept}.")
         return False
+
+    def _settle_replaced(self) -> None:
+        """Removes the checkpoint in whose place a new one is whole; puts it back where that came to nothing."""
+        if not self._is_local or jax.process_index():
+            return
+        for aside in self.folder.glob(f".checkpoint-*{_REPLACED}"):
+            with contextlib.suppress(OSError):  # tried again when the next run starts
+                path = self.folder / aside.name[1:].removesuffix(_REPLACED)
+                aside.rmtree() if path.exists() else aside.rename(path)
 
     def remove_unfinished(self) -> None:
         """Removes what a save that was cut short left behind."""
@@ -187,7 +228,9 @@ def checkpoints_in(folder: str | os.PathLike) -> list[epath.Path]:
 def current_run(folder: str | os.PathLike) -> str | None:
     """The id of the run that was started last with its checkpoints in a folder; None where it is not recorded."""
     path = epath.Path(folder) / _CURRENT_RUN
-    return path.read_text().strip() if path.exists() else None
+    with contextlib.suppress(UnicodeDecodeError):
+        return path.read_text().strip() if path.exists() else None
+    return None
 
 
 def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
@@ -199,18 +242,66 @@ def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
 def run_of(checkpoint: epath.Path) -> str | None:
     """The id of the run that saved a checkpoint, empty for earlier versions; None where its metadata cannot be read."""
     try:
-        return json.loads((checkpoint / METADATA).read_text()).get("run_id", "")
-    except (OSError, ValueError, AttributeError):
+        run_id = _parsed(checkpoint).get("run_id", "")
+    except (OSError, ValueError):
         return None
+    return run_id if isinstance(run_id, str) else None
 
 
 def order_in_run(checkpoint: epath.Path) -> tuple[int, int]:
     """What orders the checkpoints of one run: how often it had been resumed, and the step."""
     step = int(checkpoint.name.rpartition("-")[2])
     try:
-        return int(json.loads((checkpoint / METADATA).read_text()).get("resumed", 0)), step
-    except (OSError, ValueError, AttributeError, TypeError):
+        resumed = _parsed(checkpoint).get("resumed", 0)
+    except (OSError, ValueError):
         return 0, step
+    return resumed if _is_count(resumed) else 0, step
+
+
+def _parsed(checkpoint: epath.Path) -> dict[str, Any]:
+    """What the metadata file holds; ValueError where it is no JSON object, OSError where it cannot be read."""
+    path = checkpoint / METADATA
+    return parse_json_object((path if "://" in str(path) else regular_file(path)).read_text(), METADATA)
+
+
+def _is_count(value: Any, below: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(np.dtype(value), np.dtype)  # or a TypeError
+
+
+def _are_means(value: Any) -> bool:
+    numbers = (x for total, dtype, weight in value.values() if not dtype or _is_dtype(dtype) for x in (total, weight))
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
+
+
+def _are_arrays(value: Any) -> bool:
+    rows = value.values()
+    return all(
+        all(map(_is_count, shape)) and _is_dtype(dtype) and _is_count(sum_, 2**32) for shape, dtype, sum_ in rows
+    )
+
+
+# What metadata say of a run, and whether it can be: a test that raises says no.
+_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "step": _is_count,
+    "arrays": _are_arrays,
+    "run": lambda value: isinstance(value, dict),
+    "run_id": lambda value: isinstance(value, str),
+    "resumed": _is_count,
+    "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
+    "unmeasured": lambda value: isinstance(value, bool),
+    "means": _are_means,
+}
+
+
+def _holds(test: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except (TypeError, ValueError, AttributeError):
+        return False
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -219,12 +310,17 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     if missing := [name for name in (METADATA, STATE) if not (path / name).exists()]:
         raise BadCheckpoint(f"it has no {missing[0]}: it was not written to its end, or it holds a model alone")
     try:
-        metadata = json.loads((path / METADATA).read_text())
+        metadata = _parsed(path)
         version, *_ = metadata["format"], metadata["step"], metadata["arrays"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
     if version != FORMAT:
-        raise BadCheckpoint(f"it has the format {version}, and this version reads {FORMAT}")
+        raise BadCheckpoint(f"it has the format {quoted(version)}, and this version reads {FORMAT}")
+    for name, test in _FORMS.items():
+        if name in metadata and not _holds(test, metadata[name]):
+            raise BadCheckpoint(f"{METADATA} is damaged (its {name} cannot be {quoted(metadata[name])})")
+    if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != metadata["step"]:
+        raise BadCheckpoint(f"{METADATA} is damaged (its step is {metadata['step']}, and its folder is {path.name})")
     return metadata
 
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import jax
 
+from gold_jax.distributed.consensus import raise_in_all_processes
 from gold_jax.models.hf_checkpoint import save_model
+from gold_jax.models.staged_save import STAGING, move_in
 
 
 def save_final_model(
@@ -25,35 +27,34 @@ def save_final_model(
     """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
 
     The configs name the stop tokens, the tokenizer brings the template, that were trained. Everything is written beside
-    the folder first and then moved into it, so that a run that is stopped while saving leaves what was there before;
-    other files stay. In a run of several processes all call it, and the first one writes. Without a tokenizer that can
-    be saved the model alone is written.
+    the folder's files first and then moved in, so that a run that is stopped while saving leaves what was there before,
+    or what `load_model` or the next save finishes (`models.staged_save`); other files stay. In a run of several processes
+    all call it, the first one writes, and all raise where it cannot. Without a tokenizer that can be saved the model alone
+    is written.
     """
-    folder = pathlib.Path(folder)
-    staging = folder / ".saving"
-    if jax.process_index():
-        save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    folder, failed = pathlib.Path(folder), None
+    staging, writes = folder / STAGING, jax.process_index() == 0
+    try:
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+            staging.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        failed = error
+    raise_in_all_processes("the folder of the model", failed)
     try:
         save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
-        if hasattr(tokenizer, "save_pretrained"):
-            _save_tokenizer(tokenizer, staging, chat_template)
-        elif hasattr(tokenizer, "save"):
-            tokenizer.save(str(staging / "tokenizer.json"))
-        # Weight files whose number differs from the new model's: a stale shard would be read as part of it.
-        for pattern in ("model*.safetensors", "model*.safetensors.index.json", "additional_chat_templates/*"):
-            for path in folder.glob(pattern):
-                path.unlink()
-        for path in sorted(staging.iterdir()):
-            target = folder / path.name
-            if target.is_dir():
-                shutil.rmtree(target)
-            os.replace(path, target)
+        if writes:
+            if hasattr(tokenizer, "save_pretrained"):
+                _save_tokenizer(tokenizer, staging, chat_template)
+            elif hasattr(tokenizer, "save"):
+                tokenizer.save(str(staging / "tokenizer.json"))
+            move_in(folder)
+    except OSError as error:
+        failed = error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if writes:
+            shutil.rmtree(staging, ignore_errors=True)
+    raise_in_all_processes("the model that is saved", failed)
     return folder
 
 

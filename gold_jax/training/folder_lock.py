@@ -1,4 +1,4 @@
-"""One run at a time in an output folder."""
+"""One run at a time in a folder."""
 
 import contextlib
 import os
@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a folder for this process; ValueError, with who it is, where another process holds it.
+def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
+    """Holds the folder of a flag for this process; ValueError, with who it is, where another process holds it.
 
     The lock ends with the process, however that ends. Where the file system (or the system) has none, nothing is held.
     """
@@ -28,7 +28,7 @@ def locked(folder: pathlib.Path) -> Iterator[None]:
             who = file.read(200).strip() or "another process"
             file.close()
             raise ValueError(
-                f"{folder} is the output folder of a run that is under way ({who}); choose another --output_dir, or end that run"
+                f"{folder} belongs to a run that is under way ({who}); choose another {flag}, or end that run"
             ) from None
         except OSError:  # not every network file system has locks
             break

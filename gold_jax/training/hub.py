@@ -8,6 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MARK = "<!-- written by gold_jax -->"
+# What a run writes beside the model, which is not published: checkpoints, logs, what the student wrote, traces, locks.
+_PRIVATE = (
+    "checkpoint-*", "*/checkpoint-*", "*.jsonl", "runs/*", "profile/*", "current_run", "*/current_run", ".*", "*/.*"
+)  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
@@ -47,14 +51,14 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model, but for earlier saves and event files; the commit's address.
+    """Upload a folder with a trained model, but for what a run writes beside it (checkpoints, logs, completions); the commit's address.
 
     HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
 
     folder = pathlib.Path(folder)
-    name, ignored = repo_id or folder.resolve().name, ["checkpoint-*/**", "runs/**", ".*", "**/.*"]
+    name, ignored = repo_id or folder.resolve().name, list(_PRIVATE)
     try:
         api = HfApi(token=token)
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
@@ -62,7 +66,7 @@ def push_to_hub(
         return str(api.upload_folder(**upload))
     except Exception as error:
         failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
-        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))}"
+        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --exclude {shlex.join(ignored)}"
         raise HubError(f"{failed}. Upload it with: {by_hand}") from error
 
 

@@ -24,7 +24,7 @@ from transformers.trainer_utils import TrainOutput
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed import watchdog
-from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.loading import LoadedModel
@@ -47,7 +47,7 @@ from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
-from gold_jax.training.signals import Preempted, SignalHandler
+from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
 from gold_jax.wording import listed
@@ -64,10 +64,15 @@ class Data(NamedTuple):
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
     def total_steps(self, args: SFTConfig) -> int:
-        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to."""
-        if args.max_steps >= 0:
-            return args.max_steps
-        return max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to; ValueError: they are too many."""
+        flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
+        steps = max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+        steps = args.max_steps if args.max_steps >= 0 else steps
+        if steps >= 2**31:
+            raise ValueError(
+                f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; 2**31 - 1 can be counted"
+            )
+        return steps
 
 
 class Loop:
@@ -139,12 +144,10 @@ class Loop:
             OSError: the student cannot be written; the text says where it still is.
         """
         args = self.args
-        if is_main_process():
-            self.output.mkdir(parents=True, exist_ok=True)
         folder = args.checkpoint_dir or self.output
         with (
             Watchdog(args.process_timeout) as self.watchdog,
-            self._locked_output(),
+            self._locked_folders(),
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
@@ -162,24 +165,13 @@ class Loop:
                 before = self._evaluate_before()
                 with SignalHandler() as signals:
                     try:
-                        self._updates(signals)
-                    except KeyboardInterrupt:
-                        if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
-                            raise
-                        signals.request("interrupt")
-                    except Diverged:
+                        self._updates_until_stopped(signals)
+                    except InterruptedTwice:
+                        self.checkpoints.abandon()
+                        last = self.checkpoints.last
+                        kept = f"the last checkpoint is {last}" if last else "nothing is saved"
+                        self.say(f"Interrupted again after {self.done} updates, before they were saved; {kept}.")
                         raise
-                    except Exception as error:
-                        with contextlib.suppress(Exception):  # what ends the run is the first error
-                            self._save_before_error()
-                        if isinstance(error, NonFiniteLogits) and self.done:
-                            help = f"a lower --learning_rate than {args.learning_rate:g}; --max_grad_norm 1"
-                            why = f"After {self.done} updates no completions can be drawn, so the run stops: {error}"
-                            last = f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
-                            raise Diverged(f"{why} What may help: {help}.{last}") from error
-                        raise
-                    if signals.requested:
-                        self._leave(signals)
                 self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
                 after = {}
                 if self.data.eval is not None:
@@ -189,19 +181,43 @@ class Loop:
             self._show_result(before, after)
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
 
+    def _updates_until_stopped(self, signals: SignalHandler) -> None:
+        """All updates; what ends them early has the last one saved."""
+        try:
+            self._updates(signals)
+        except KeyboardInterrupt:
+            if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
+                raise
+            signals.request("interrupt")
+        except Diverged:
+            raise
+        except Exception as error:
+            with contextlib.suppress(Exception):  # what ends the run is the first error
+                self._save_before_error()
+            if isinstance(error, NonFiniteLogits) and self.done:
+                help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
+                why = f"After {self.done} updates no completions can be drawn, so the run stops: {error}"
+                last = f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
+                raise Diverged(f"{why} What may help: {help}.{last}") from error
+            raise
+        if signals.requested:
+            self._leave(signals)
+
     @contextlib.contextmanager
-    def _locked_output(self) -> Iterator[None]:
-        """Holds the output folder for this run, in the first process; all end where it is another run's."""
+    def _locked_folders(self) -> Iterator[None]:
+        """Makes and holds this run's local folders, in the first process; all end where one is another run's."""
+        folders, failed = {"output_dir": self.output}, None
+        if self.args.checkpoint_dir and "://" not in self.args.checkpoint_dir:
+            folders["checkpoint_dir"] = pathlib.Path(self.args.checkpoint_dir)
         with contextlib.ExitStack() as held:
-            refused = None
-            if is_main_process():
-                try:
-                    held.enter_context(locked(self.output))
-                except ValueError as error:
-                    refused = error
-            assert_same_across_processes("the lock of the output folder", refused and str(refused))
-            if refused:
-                raise refused
+            try:
+                for name, folder in folders.items() if is_main_process() else ():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    if name == "output_dir" or not folder.samefile(self.output):
+                        held.enter_context(locked(folder, f"--{name}"))
+            except (ValueError, OSError) as error:
+                failed = error
+            raise_in_all_processes("the folders of the run", failed)
             yield
 
     def _updates(self, signals: SignalHandler) -> None:
@@ -246,7 +262,7 @@ class Loop:
                     self._record(measured, "on_evaluate")
                 self._restart_clock()
             signals.poll_preemption(self.done)
-            if signals.requested or self.callbacks.stop:
+            if self.callbacks.asked_to_stop() or signals.requested:
                 return
             if self._is_due("save"):
                 self._save_checkpoint()
@@ -437,7 +453,9 @@ class Loop:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
             failed = f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}"
-            again = "Make room, then run the same command with --resume_from_checkpoint latest."
+            again = "Make room, then run the same command" + (
+                " with --resume_from_checkpoint latest." if last else " again."
+            )
             raise OSError(f"{failed}. {again}") from error
 
     # checkpoints

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from gold_jax.config import GOLDConfig, fields_with
+from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
@@ -65,7 +66,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
             continue
         flag = name if " " in name else f"--{name}"
         differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
-        if name == _WEIGHTS and saved[name].split()[0] != now[name].split()[0]:
+        if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
             continue  # kept in another precision, which --bf16 tells
         if name in (_WEIGHTS, _TEACHER):
             warnings.append(differ)
@@ -101,12 +102,13 @@ def find_and_restore(
     FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is whole.
     """
     found = _latest_checkpoints(folder, say) if wanted == "latest" else _named_checkpoints(epath.Path(wanted))
+    assert_same_across_processes("the checkpoints that they find", [str(path) for path in found])
     if not found:
         return None
     bad = []
     for path in found:
         try:
-            metadata = checkpointing.read_metadata(path)
+            metadata = _agreed_metadata(path)
             checkpointing.check_arrays(path, metadata, abstract)
             warnings = check_run(metadata["run"], run, path)
             if metadata["step"] > last:
@@ -124,6 +126,22 @@ def find_and_restore(
     hint = f"; others are there: {', '.join(others[:5])}" if others else ""
     instead = "Name another with --resume_from_checkpoint, or leave it out to begin anew."
     raise ValueError(f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. {instead}")
+
+
+def _agreed_metadata(path: epath.Path) -> dict[str, Any]:
+    """The metadata of a checkpoint, the same in all processes or a ValueError: to restore one takes all of them."""
+    metadata, bad = None, None
+    try:
+        metadata = checkpointing.read_metadata(path)
+        missing = [name for name in ("run", "skips", "means", "unmeasured") if name not in metadata]
+        if missing:
+            raise checkpointing.BadCheckpoint(f"{checkpointing.METADATA} is damaged (it has no {missing[0]})")
+    except checkpointing.BadCheckpoint as error:
+        metadata, bad = None, error
+    assert_same_across_processes(f"what they read of {path}", str(bad) if metadata is None else metadata)
+    if metadata is None:
+        raise bad
+    return metadata
 
 
 def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
@@ -162,7 +180,7 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
         return []
     kept = []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        with contextlib.suppress(ValueError, AttributeError, TypeError):  # no JSON object with a step
+        with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):  # no JSON object with a step
             row = json.loads(line)
             again = ended and row.get("step") == step and any(name.startswith("eval_") for name in row)
             if row.get("step", 0) <= step and not again:

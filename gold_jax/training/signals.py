@@ -21,6 +21,10 @@ class _Interrupted(KeyboardInterrupt):
     """Ends what is interruptible. A kind of KeyboardInterrupt, for which libraries clean up after themselves."""
 
 
+class InterruptedTwice(KeyboardInterrupt):
+    """Ctrl-C came a second time: a command ends at once, with nothing waited for."""
+
+
 class SignalHandler:
     """While it is entered, Ctrl-C and SIGTERM are held until the run looks at `requested`.
 
@@ -55,7 +59,7 @@ class SignalHandler:
     def _handle(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.requested == "interrupt":
             self.interrupted_twice = True
-            raise KeyboardInterrupt
+            raise InterruptedTwice
         self.request("interrupt" if number == signal.SIGINT else "preemption")
         if self._interruptible:
             self._interruptible = False

@@ -13,7 +13,7 @@ from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
-from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.loss_spec import LossSpec
@@ -26,7 +26,7 @@ from gold_jax.text.data import load_examples
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
-from gold_jax.training.hub import HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.logging import header
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.resume import LEARNED, MICRO, ROWS, describe_tokenizer, describe_weights
@@ -179,13 +179,16 @@ class _Trainer:
             `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, empty
             without evaluation data.
         """
-        a, pushes = self.args, self.args.push_to_hub and is_main_process()
+        a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
         if pushes:
             try:
                 where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
                 self.hub_model_id = create_hub_repository(*where)
             except HubSilent as error:
                 self.loop.say(str(error))
+            except HubError as error:
+                failed = error
+        raise_in_all_processes("the repository on the hub", failed)
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
@@ -195,8 +198,12 @@ class _Trainer:
             card = dict(dataset=self.dataset_name, command=self.command, results=results, **self._card)
             write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
             self.loop.say(f"The student is saved in {a.output_dir}")
-        if pushes:
-            self.push_to_hub()
+        try:
+            if pushes:
+                self.push_to_hub()
+        except HubError as error:
+            failed = error
+        raise_in_all_processes("the push to the hub", failed)
         return output
 
     def evaluate(self) -> dict[str, float]:

@@ -91,3 +91,21 @@ def test_what_the_processes_disagree_on_is_said_in_all_of_them(exchanged):
             "differ in the settings. batch: " in settings and "(process 0) has 4" in settings and "lr" not in settings
         )
         assert "float64[3]" in of(one, "shapes")[0]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_an_error_of_one_process_is_raised_in_all(several, monkeypatch):
+    def compare(what, value):
+        if several:
+            raise ValueError(
+                f"The processes differ in {what}: host0 (process 0) has 'full'; host1 (process 1) has null."
+            )
+
+    monkeypatch.setattr(consensus, "assert_same_across_processes", compare)
+    with pytest.raises(OSError, match="^full$"):
+        consensus.raise_in_all_processes("the folder", OSError("full"))
+    if several:
+        with pytest.raises(ValueError, match="differ in the folder: host0"):
+            consensus.raise_in_all_processes("the folder", None)
+    else:
+        consensus.raise_in_all_processes("the folder", None)

@@ -196,7 +196,7 @@ def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, saved, tmp_path):
     before, log = arrays(trainer), trainer.log_history
     path = tmp_path / "nothing"
     if wanted != "missing":
-        path = shutil.copytree(checkpoint, tmp_path / checkpoint.name)
+        path = shutil.copytree(checkpoint, tmp_path / f"checkpoint-{9 if wanted == 'further' else 1}")
     if wanted == "further":
         notes = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(notes | {"step": 9}))

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,8 +21,10 @@ from gold_jax.training.checkpointing import (
     checksums,
     from_named_arrays,
     named_arrays,
+    order_in_run,
     read_metadata,
     restore,
+    run_of,
 )
 
 
@@ -140,6 +143,61 @@ def test_a_checkpoint_of_the_same_step_is_replaced(checkpoints):
     assert same(restore(checkpoints.last, read_metadata(checkpoints.last), abstract(state())), state(1))
 
 
+@pytest.mark.parametrize("end", ["fails", "cannot begin", "is abandoned", "is killed"])
+def test_a_checkpoint_stays_until_another_of_its_step_is_whole(end, tmp_path, monkeypatch):
+    def full(folder):
+        if end == "fails":
+            raise OSError(28, "No space left on device")
+        begun.set()
+        resume.wait(60)
+
+    said, begun, resume = [], threading.Event(), threading.Event()
+    run = Checkpoints(tmp_path, say=said.append)
+    run.save(1, state(0), {"seed": 0})
+    run.finish()
+    if end == "cannot begin":
+        monkeypatch.setattr(run._manager, "save", lambda *arguments, **options: full_disk())
+    run.save(1, state(1), {"seed": 1}, full)
+    if end == "is abandoned":
+        begun.wait(60)
+        run.abandon()
+    if end in ("fails", "cannot begin"):
+        assert not run.finish() and "could not be written" in said[0] and "checkpoint-1." in said[0]
+        assert run.last.name == "checkpoint-1"
+    else:
+        begun.wait(60)
+        if end == "is killed":  # as another process finds it
+            assert checkpoints_in(tmp_path) == []
+            shutil.copytree(tmp_path, tmp_path.with_name("copy"))
+        resume.set()
+    run.close()
+    for thread in threading.enumerate():
+        if thread.name in ("async_save", "save_finalize"):
+            threading.Thread.join(thread)
+    folder = tmp_path.with_name("copy") if end == "is killed" else tmp_path
+    after = Checkpoints(folder)
+    after.remove_unfinished()
+    after.close()
+    (kept,) = checkpoints_in(folder)
+    seed = 1 if end == "is abandoned" else 0  # the thread went on, and this process lived on
+    assert read_metadata(kept)["seed"] == seed
+    assert same(restore(kept, read_metadata(kept), abstract(state())), state(seed))
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-1"]
+
+
+def full_disk():
+    raise OSError(28, "No space left on device")
+
+
+def test_where_no_checkpoint_could_be_written_none_is_named(checkpoints, monkeypatch):
+    monkeypatch.setattr(checkpoints._manager, "save", lambda *arguments, **options: full_disk())
+    checkpoints.save(3, state(), {})
+    assert not checkpoints.finish() and checkpoints.last is None
+    assert checkpoints.said == [
+        f"checkpoint-3 could not be written to {checkpoints.folder} (no space left on the disk); there is no whole one yet."
+    ]
+
+
 def test_old_checkpoints_that_cannot_be_removed_are_told_and_the_new_one_is_there(checkpoints, monkeypatch):
     for step in (1, 2):
         checkpoints.save(step, state(), {})
@@ -222,6 +280,58 @@ def test_metadata_of_a_later_format_are_not_guessed_at(checkpoints):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(BadCheckpoint, match="format 99"):
         read_metadata(checkpoints.last)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 4), ("step", 5.0), ("step", "5"), ("step", True), ("step", 10**400), ("step", None), ("step", [5]),
+        ("format", []), ("arrays", []), ("arrays", {"params.a": 1}), ("arrays", {"params.a": [[6, 4], "nonsense", 1]}),
+        ("arrays", {"params.a": [["6", 4], "float32", 1]}), ("arrays", {"params.a": [[6, 4], "float32", 1.5]}),
+        ("run", []), ("run_id", 3), ("resumed", "x"), ("resumed", -1), ("skips", {"total": 1}), ("unmeasured", 1),
+        ("skips", {"total": 1, "in_a_row": "0"}), ("means", {"loss": [1, 2]}), ("means", {"loss": ["1", "float32", 1]}),
+        ("means", {"loss": [1, "nonsense", 1]}),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_kinds_are_damaged(name, value, checkpoints):
+    checkpoints.save(5, state(), {"skips": {"total": 1, "in_a_row": 0}, "means": {"loss": [1.5, "float32", 1.0]}})
+    checkpoints.finish()
+    path = checkpoints.last / METADATA
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {name: value}))
+    with pytest.raises(BadCheckpoint, match="damaged|has the format"):
+        read_metadata(checkpoints.last)
+    assert order_in_run(checkpoints.last)[1] == 5 and run_of(checkpoints.last) in ("", None)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"step": 1e400}', '{"a": ' * 100_000, b"\xff", None])
+def test_metadata_that_are_no_object_are_damaged(text, checkpoints):
+    checkpoints.save(5, state(), {})
+    checkpoints.finish()
+    path = checkpoints.last / METADATA
+    path.unlink()
+    if text is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(BadCheckpoint, match="run.json is damaged"):
+        read_metadata(checkpoints.last)
+    assert order_in_run(checkpoints.last) == (0, 5) and run_of(checkpoints.last) is None
+
+
+@pytest.mark.parametrize("record", ["{", '{"commit_timestamp_nsecs": 1e400}', '{"commit_timestamp_nsecs": "x"}', "[]"])
+def test_a_checkpoint_whose_date_cannot_be_read_counts_as_the_oldest(record, checkpoints, tmp_path):
+    for step in (1, 2):
+        checkpoints.save(step, state(), {})
+        checkpoints.finish()
+    (tmp_path / "checkpoint-2" / "_CHECKPOINT_METADATA").write_text(record)
+    (tmp_path / f"checkpoint-{'9' * 5000}"[:200]).mkdir()
+    assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+    other = Checkpoints(tmp_path, limit=2, say=checkpoints.said.append)
+    other.save(3, state(), {})
+    assert other.finish()
+    other.close()
+    assert (tmp_path / "checkpoint-3").is_dir() and (tmp_path / "checkpoint-1").is_dir()
 
 
 def test_names_of_a_tree_find_their_places_again():

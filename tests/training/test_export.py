@@ -1,5 +1,9 @@
+import contextlib
+
 import pytest
 
+from gold_jax.models import staged_save
+from gold_jax.models.hf_checkpoint import model_folder
 from gold_jax.training import export
 from gold_jax.training.export import save_final_model
 
@@ -53,3 +57,60 @@ def test_a_save_that_fails_leaves_the_model_that_was_there(saved, tmp_path):
         save_final_model("second", Tokenizer(), tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "first auto"
     assert names(tmp_path) == ["config.json", "model.safetensors", "tokenizer.json"]
+
+
+class Killed(BaseException):
+    """Ends a process wherever it is: nothing that comes after it is done."""
+
+
+def content(folder):
+    return {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("call", range(12))
+def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_reader_finishes(
+    call, saved, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    save_final_model("first", Tokenizer(), folder)
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja", "mine.txt"):
+        (folder / name).write_text("old")
+    before, calls = content(folder), []
+
+    def killed(function):
+        def called(*arguments, **options):
+            if len(calls) == call:
+                raise Killed
+            calls.append(function)
+            return function(*arguments, **options)
+
+        return called
+
+    with monkeypatch.context() as patched:
+        patched.setattr(staged_save.os, "replace", killed(staged_save.os.replace))
+        patched.setattr(staged_save, "_remove", killed(staged_save._remove))
+        patched.setattr(staged_save.pathlib.Path, "rmdir", killed(staged_save.pathlib.Path.rmdir))
+        patched.setattr(export.shutil, "rmtree", lambda *arguments, **options: None)
+        with contextlib.suppress(Killed):
+            save_final_model("second", Tokenizer(), folder)
+    assert model_folder(folder) == folder
+    new = {"model.safetensors": "second auto", "config.json": "{}", "tokenizer.json": "new", "mine.txt": "old"}
+    assert content(folder) == (before if calls == [] else new)
+    assert not {".saved", ".moving"} & set(names(folder))
+    save_final_model("third", Tokenizer(), folder)
+    assert content(folder) == new | {"model.safetensors": "third auto"}
+
+
+def test_files_that_are_no_part_of_a_model_stay(saved, tmp_path):
+    kept = {"model_of_my_own.safetensors": "x", "notes.json": "{}", "README.md": "mine", "checkpoint-3": None}
+    for name, text in kept.items():
+        (tmp_path / name).mkdir() if text is None else (tmp_path / name).write_text(text)
+    (tmp_path / "chat_template.jinja").write_text("of a tokenizer that comes with no other")
+    save_final_model("model", None, tmp_path)
+    assert names(tmp_path) == sorted([*kept, "chat_template.jinja", "config.json", "model.safetensors"])
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_of_its_own_kind(saved, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        save_final_model("model", None, tmp_path / "file" / "model")

@@ -52,11 +52,14 @@ def test_a_push_makes_the_repository_and_uploads_the_folder_without_earlier_save
     assert token == ("token", "hf_t")
     assert create == ("create", "U/M", {"private": True, "exist_ok": True})
     assert (upload["folder_path"], upload["repo_id"], upload["commit_message"]) == (str(tmp_path), "U/M", "message")
-    kept = huggingface_hub.utils.filter_repo_objects(
-        ["model.safetensors", "checkpoint-5/model.safetensors", "runs/run/events", ".saving/x", "metrics.jsonl"],
-        ignore_patterns=upload["ignore_patterns"],
-    )
-    assert list(kept) == ["model.safetensors", "metrics.jsonl"]
+    model = ["model.safetensors", "config.json", "tokenizer.json", "additional_chat_templates/a.jinja", "README.md"]
+    others = (
+        "checkpoint-5/model.safetensors checkpoint-5/state/array_metadatas/a saves/checkpoint-5/run.json runs/run/events "
+        "metrics.jsonl metrics.1.jsonl completions.jsonl completions.2.jsonl profile/x/trace.json.gz current_run .lock "
+        ".saving/x .saved/model.safetensors .rollout_weights/model.safetensors saves/current_run"
+    ).split()
+    kept = huggingface_hub.utils.filter_repo_objects(model + others, ignore_patterns=upload["ignore_patterns"])
+    assert list(kept) == model
 
 
 def test_without_a_name_the_folder_names_the_repository(hub, tmp_path):

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.training import loop
+from gold_jax.training import loop, resume
 from gold_jax.training.batches import TokenBatchBuilder
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import check_run, truncate_log
@@ -152,7 +152,9 @@ def test_a_save_is_also_a_student_that_opens_by_itself(finished):
     assert not list(finished[0].glob("*orbax*"))
 
 
-@pytest.mark.parametrize("fault", ["damaged arrays", "no notes", "half of the notes", "no arrays", "a file missing"])
+@pytest.mark.parametrize(
+    "fault", ["damaged arrays", "no notes", "half of the notes", "no arrays", "a file missing", "types", "date"]
+)
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(fault, world, finished, tmp_path):
     output = copied(finished, tmp_path)
     newest = output / "checkpoint-4"
@@ -163,6 +165,16 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
     elif fault == "half of the notes":
         text = (newest / "run.json").read_text()
         (newest / "run.json").write_text(text[: len(text) // 2])
+    elif fault in ("types", "date"):
+        change = {
+            "types": ("run.json", {"means": [1]}),
+            "date": ("_CHECKPOINT_METADATA", {"commit_timestamp_nsecs": "?"}),
+        }
+        name, wrong = change[fault]
+        text = json.dumps(json.loads((newest / name).read_text()) | wrong)
+        (newest / name).write_text(text.replace('"?"', "1e400"))
+        if fault == "date":
+            damage(newest)
     elif fault == "no arrays":
         shutil.rmtree(newest / "state")
     else:
@@ -299,6 +311,8 @@ def test_a_log_is_cut_back_to_the_checkpoint(tmp_path):
     separators = "\u2028 \u2029 \x85 \x0b"  # ends of lines to `str.splitlines`, and text to JSON
     log.write_text(json.dumps({"step": 1, "completion": separators}, ensure_ascii=False) + "\n")
     assert [row["completion"] for row in truncate_log(log, 2)] == [separators]
+    log.write_text('{"step": 1}\n' + '{"step": ' * 100_000 + '\n{"step": 1e400}\n[1]\n')
+    assert truncate_log(log, 2) == [{"step": 1}]
     assert truncate_log(tmp_path / "none.jsonl", 2) == [] and not (tmp_path / "none.jsonl").exists()
 
 
@@ -455,3 +469,15 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compar
     trainer = made(folder)
     trainer.train("latest")
     assert "was saved by an earlier version" in trainer.console.export_text()
+
+
+def test_processes_agree_on_the_checkpoints_that_they_find_and_on_what_they_read_of_each(
+    world, finished, tmp_path, monkeypatch
+):
+    output, compared = copied(finished, tmp_path), []
+    monkeypatch.setattr(resume, "assert_same_across_processes", lambda what, value: compared.append((what, value)))
+    (output / "checkpoint-4" / "run.json").write_text("{")
+    sft(world, output).train("latest")
+    (_, found), (_, broken), (_, whole) = compared
+    assert found == [str(output / f"checkpoint-{step}") for step in (4, 2)]
+    assert "run.json is damaged" in broken and whole["step"] == 2

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, score_completions
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.training import export
+from gold_jax.training import callbacks, export
 from gold_jax.training.nonfinite import Diverged
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -46,6 +46,22 @@ class Recorder(TrainerCallback):
             return control
 
         return record
+
+
+def test_a_callback_of_any_process_ends_the_run_of_all(monkeypatch):
+    stops = []
+    gathered = lambda values: np.maximum(values, stops[-1] if stops else 1)  # noqa: E731 (another process has one callback)
+    monkeypatch.setattr(callbacks, "all_reduce_max", gathered)
+    none = callbacks.Callbacks(None, None, lambda: None)
+    stops.append(False)
+    assert not none.asked_to_stop()
+    stops.append(True)
+    assert none.asked_to_stop()
+
+
+def test_more_updates_than_can_be_counted_are_refused(world, tmp_path):
+    with pytest.raises(ValueError, match="--num_train_epochs is 1e.300, which is .* updates"):
+        sft(world, tmp_path, ROWS[:2], {"max_steps": -1, "num_train_epochs": 1e300})
 
 
 @pytest.fixture(scope="module")
@@ -235,22 +251,40 @@ def test_one_bad_row_need_not_end_a_run(world, tmp_path):
     assert any("left out 1 of 5 rows that cannot be read" in notice for notice in trainer.notices)
 
 
-def test_a_folder_in_which_a_run_is_under_way_is_refused(world, tmp_path):
+@pytest.mark.parametrize("flag", ["output_dir", "checkpoint_dir"])
+def test_a_folder_in_which_a_run_is_under_way_is_refused(flag, world, tmp_path):
+    (tmp_path / flag).mkdir()
     code = (
         "import pathlib, sys, time\nfrom gold_jax.training.folder_lock import locked\n"
-        f"with locked(pathlib.Path({str(tmp_path)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
+        f"with locked(pathlib.Path({str(tmp_path / flag)!r})):\n    print('held', flush=True)\n    time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
-    trainer = gold(world, tmp_path)
-    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --output_dir"):
+    trainer = gold(world, tmp_path / "output_dir", changes={"checkpoint_dir": str(tmp_path / "checkpoint_dir")})
+    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --{flag}"):
         trainer.train()
     other.kill()
     other.wait()
-    assert trainer.train().global_step == 3 and not (tmp_path / ".lock").exists()
+    assert trainer.train().global_step == 3 and not list(tmp_path.rglob(".lock"))
+
+
+def test_checkpoints_may_go_to_the_output_folder_by_name(world, tmp_path):
+    assert gold(world, tmp_path, changes={"checkpoint_dir": f"{tmp_path}/../{tmp_path.name}"}).train().global_step == 3
 
 
 # What leaves
+
+
+def test_the_hub_token_is_in_no_file_that_a_run_writes(world, tmp_path):
+    secret = "hf_nobodyshouldreadthis"
+    changes = {"hub_token": secret, "save_strategy": "steps", "save_steps": 1}
+    command = ["python", "-m", "gold_jax.sft", "--hub_token", secret, f"--hub_token={secret}"]
+    trainer = sft(world, tmp_path, ROWS[:2], changes, command=command)
+    trainer.train()
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"run.json", "README.md", "metrics.jsonl"} <= {path.name for path in files}
+    assert not [path for path in files if secret.encode() in path.read_bytes()]
+    assert secret not in repr(trainer.args) + json.dumps(trainer.args.to_dict(), default=str)
 
 
 def test_a_saved_student_is_asked_in_the_form_that_it_was_taught(world, tmp_path):
