@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jinja2
+
 from gold_jax.text.surface import excerpt, name_of
+from gold_jax.text.template_budget import TemplateBudgetError, budget, counted
 
 #: What stands for today in templates that ask for the date.
 FIXED_DATE = "26 Jul 2024"
@@ -116,7 +119,8 @@ class ChatTemplate:
         tail: what the template writes after an answer that ends the conversation.
 
     Raises:
-        ValueError: a template variable has the name of something that rendering sets itself.
+        ValueError: a template variable has the name of something that rendering sets itself, or the template is one that
+            has no end (`template_budget`).
     """
 
     def __init__(self, tokenizer, source: str | None = None, kwargs: dict | None = None):
@@ -216,24 +220,25 @@ class ChatTemplate:
         return self._render(self._adapted(messages), generate=generate)
 
     def _render(self, messages: list[dict], *, generate: bool = False) -> str:
-        import jinja2
-
         tools, variables = extras_of(messages).values()
+        variables = self._kwargs | (variables or {})
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._fixed_with_tools if tools else self._fixed,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **self._kwargs | (variables or {}),
-            )
-        except (jinja2.exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
+            with budget(messages, tools, variables):
+                return self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=counted(self._fixed_with_tools if tools else self._fixed),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
+                )
+        except Exception as error:  # whatever may go wrong in a program that came with a model
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             roles = ", ".join(str(message.get("role")) for message in messages)
             first = str(messages[0].get("content")) if messages else ""
             raise ValueError(
                 f"the chat template of {name_of(self._tokenizer)} refuses a conversation of the roles {roles} that begins "
-                f"{excerpt(first)}: {error}; bring the messages into the form it takes, or pass another chat template"
+                f"{excerpt(first)}: {kind}{error}; bring the messages into the form it takes, or pass another chat template"
             ) from error
 
     def answer(self, messages: list[dict]) -> RenderedAnswer:
@@ -319,7 +324,9 @@ class ChatTemplate:
         try:
             prompt = self.render(_QUESTION, generate=True)
             rendered = self.render([*_QUESTION, {"role": "assistant", "content": _MARK}])
-        except ValueError:  # a template for other conversations than this one: nothing can be read off it
+        except ValueError as error:  # a template for other conversations than this one: nothing can be read off it
+            if isinstance(error.__cause__, TemplateBudgetError):
+                raise
             return False, "", True
         before, _, tail = rendered.rpartition(_MARK)
         lead = before == prompt + " "
