@@ -160,14 +160,22 @@ class ChatTokenizer:
                 text, hidden = written[row].text, written[row].strings
                 ids = self._escaped_encoder.encode(written[row], add_special_tokens=wanted) if hidden else next(batch)
                 result[row] = np.array(self._without_end_token(ids, text) if wanted else ids, np.int32)
-        if self.embedding_rows is not None:
-            for ids in result:
-                if len(ids) and ids.max() >= self.embedding_rows:
-                    raise ValueError(
-                        f"a prompt holds {self.surfaces.strings[ids.max()]!r}, the token {ids.max()} of {self.name}, for which its "
-                        f"model has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away"
-                    )
+        for ids in result:
+            self._refuse_unembedded(ids)
         return result
+
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether the tokenizer has ids for which the model has no embedding, see `embedding_rows`."""
+        return self.embedding_rows is not None and len(self.surfaces) > self.embedding_rows
+
+    def _refuse_unembedded(self, ids: np.ndarray) -> None:
+        if self.lacks_embeddings and len(ids) and (last := int(ids.max())) >= self.embedding_rows:
+            raise ValueError(
+                f"what the model reads holds {self.surfaces.strings[last]!r}, the token {last} of {self.name}, for which its model "
+                f"has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away; where the "
+                "chat template writes it, pass another one"
+            )
 
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
@@ -232,6 +240,7 @@ class ChatTokenizer:
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
+        self._refuse_unembedded(ids)
         return ids, counted
 
     def _encode_in_pieces(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -255,6 +264,7 @@ class ChatTokenizer:
         for begin, end in spans:
             counted[begin:end] = True
             self._count_stop(array, counted, end)
+        self._refuse_unembedded(array)
         return array, counted
 
     def _count_stop(self, ids: np.ndarray, counted: np.ndarray, at: int):

@@ -67,10 +67,11 @@ class RowReader:
         whole = ""
         if self.whole and example.messages:
             whole = self.sides["student"].locate_answers(example.messages)[0].original
-        if isinstance(example.prompt, str):
-            for side in self.sides.values():
-                if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
-                    side.encode_prompt(example.prompt)  # refuses tokens without an embedding
+        for side in self.sides.values():
+            if side.lacks_embeddings:
+                side.encode_prompt(example.prompt)  # refuses tokens without an embedding
+        if self.whole and example.messages and self.sides["student"].lacks_embeddings:
+            self.sides["student"].encode_turns(example.messages)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
