@@ -1,7 +1,8 @@
 """One model's way of reading: its chat template, its tokens for prompts and answers, its stop tokens."""
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
 from gold_jax.text.template import ChatTemplate, RenderedAnswer, with_context
 
 Prompt = str | list[dict]
+
+# A text is read as far as needed by so many characters for each token, then by more; the tokens of a margin do not count.
+_CHARS_PER_TOKEN, _MARGIN = 32, 16
+_END_OF_WORD = re.compile(r"\w(?= )")
 
 
 class ChatTokenizer:
@@ -135,9 +140,16 @@ class ChatTokenizer:
             return EscapedText(prompt, {})
         return self._escaper.render(prompt, generate=True)
 
-    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
-        """The tokens of a prompt, int32 [P], see `encode_prompts`."""
-        return self.encode_prompts([prompt])[0]
+    def encode_prompt(self, prompt: Prompt, *, limit: int | None = None) -> np.ndarray:
+        """The tokens of a prompt, int32 [P], see `encode_prompts`; of one that has more than `limit`, `limit + 1` of them."""
+        if limit is None:
+            return self.encode_prompts([prompt])[0]
+        written, plain = self._render_escaped(prompt), [isinstance(prompt, str)]
+        for cut in _cuts(written.text, limit):
+            ids = self._encode_written([written.slice(0, cut)], plain)[0]
+            if len(ids) >= limit + _MARGIN:
+                return ids[: limit + 1]
+        return self._encode_written([written], plain)[0][: limit + 1]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """The tokens of prompts, int32 [P] each.
@@ -149,10 +161,14 @@ class ChatTokenizer:
         the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
+        return self._encode_written(written, [isinstance(prompt, str) for prompt in prompts])
+
+    def _encode_written(self, written: list[EscapedText], plain: list[bool]) -> list[np.ndarray]:
+        """The tokens of prompts as they are written; `plain` says which were texts, not messages."""
         begin = self.tokenizer.bos_token
         begun = [bool(begin) and w.text.startswith(begin) for w in written]
-        special = [isinstance(p, str) and not has for p, has in zip(prompts, begun)]
-        result: list = [None] * len(prompts)
+        special = [is_text and not has for is_text, has in zip(plain, begun)]
+        result: list = [None] * len(written)
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
             batch = iter(self._tokenize([written[r].text for r in rows if not written[r].strings], special=wanted))
@@ -170,7 +186,8 @@ class ChatTokenizer:
         return self.embedding_rows is not None and len(self.surfaces) > self.embedding_rows
 
     def _refuse_unembedded(self, ids: np.ndarray) -> None:
-        if self.lacks_embeddings and len(ids) and (last := int(ids.max())) >= self.embedding_rows:
+        last = int(ids.max(initial=0))
+        if self.embedding_rows is not None and last >= self.embedding_rows:
             raise ValueError(
                 f"what the model reads holds {self.surfaces.strings[last]!r}, the token {last} of {self.name}, for which its model "
                 f"has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away; where the "
@@ -212,6 +229,13 @@ class ChatTokenizer:
                 result[row] = encoded
         return result
 
+    def shorten(self, completion: str, tokens: int) -> str:
+        """A completion, or as much of its beginning as is needed for its first `tokens` tokens, with some more behind them."""
+        for cut in _cuts(completion, max(0, tokens)):
+            if len(self._plain.encode([completion[:cut]])[0].ids) >= tokens + _MARGIN:
+                return completion[:cut]
+        return completion
+
     def has_leading_space(self, text: str, after: Prompt | None) -> bool:
         """Whether a blank that is no part of a completion stands before it, see `encode_completions`."""
         if isinstance(after, str):
@@ -222,13 +246,25 @@ class ChatTokenizer:
         """The bytes that ids spell; special and stop tokens spell none."""
         return self.surfaces.join(np.asarray(ids).tolist())
 
-    def encode_turns(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_turns(self, messages: list[dict], *, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation by the template, for training on its answers.
 
         Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
-        and with its stop token, where the template writes one. ValueError as `ChatTemplate.answers`.
+        and with its stop token, where the template writes one; of more than `limit` tokens, `limit + 1`. ValueError as
+        `ChatTemplate.answers`.
         """
         written, answers = self.locate_answers(messages)
+        if limit is None:
+            return self._encode_answers(written, answers)
+        for cut in _cuts(written.text, limit):
+            within = [(begin, min(end, cut)) for begin, end in answers if begin < cut]
+            ids, counted = self._encode_answers(written.slice(0, cut), within)
+            if len(ids) >= limit + _MARGIN:
+                return ids[: limit + 1], counted[: limit + 1]
+        ids, counted = self._encode_answers(written, answers)
+        return ids[: limit + 1], counted[: limit + 1]
+
+    def _encode_answers(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         if backend_of(self.tokenizer) is None:
             return self._encode_in_pieces(written, answers)
         if written.strings:
@@ -274,3 +310,16 @@ class ChatTokenizer:
                 counted[at : k + 1] = True
             if self.surfaces.spelling[ids[k]].strip() or self.surfaces.table[ids[k]] is None:
                 return
+
+
+def _cuts(text: str, tokens: int) -> Iterator[int]:
+    """Where to cut a long text of which the first tokens alone are needed, further and further out; nowhere for a short one.
+
+    Before a blank behind a letter or numeral, where one is near: there tokenizers cut a text into words. Else, and for
+    those that do not, the cut is far behind the tokens that are needed: it changes the last few before it.
+    """
+    size = _CHARS_PER_TOKEN * (tokens + _MARGIN)
+    while 2 * size < len(text):
+        word = _END_OF_WORD.search(text, size, 2 * size)
+        yield word.end() if word else size
+        size *= 4

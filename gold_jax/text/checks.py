@@ -102,8 +102,8 @@ class RowReader:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
-            written, wanted = ("".join(x.split()) for x in (answer.prompt + answer.text, conversation[-1]["content"]))
-            if wanted not in written:
+            written, wanted = answer.prompt + answer.text, conversation[-1]["content"]
+            if wanted not in written and "".join(wanted.split()) not in "".join(written.split()):
                 said = f"the {who}'s template leaves out a part of the answer, such as its thinking"
                 shown = f"of {excerpt(conversation[-1]['content'])} it writes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
@@ -207,7 +207,7 @@ def check_examples(
             markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
         # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
         size = len(prompt.encode()) + 2
-        if budget is not None and size > budget and len(chat_tokenizer.encode_prompt(e.prompt)) > budget:
+        if budget is not None and size > budget < len(chat_tokenizer.encode_prompt(e.prompt, limit=budget)):
             return "long"
         if count_targets is None or max_length is None or size + len(completion.encode()) <= max_length:
             return None

@@ -417,7 +417,10 @@ def refused_variables(variables: Iterable[str]) -> str:
 
 def _says(message: dict, text: str) -> bool:
     """Whether a text is an assistant's message: its content, perhaps with thinking before it or dropped from it, or its calls."""
-    found, wanted = ("".join(x.split()) for x in (text, message.get("content") or ""))
+    content = message.get("content") or ""
+    if content and text.endswith(content):  # of a long text most is spared
+        return True
+    found, wanted = ("".join(x.split()) for x in (text, content))
     if not found and wanted:  # of thinking alone nothing may be left
         return wanted.endswith(">")
     return wanted.endswith(found) or found.endswith(wanted) or _calls_in(message, found)

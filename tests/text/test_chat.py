@@ -394,6 +394,49 @@ def test_real_tokenizers(assets, folder, stop, begin):
     assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer
 
 
+LONG = {
+    "prose": "the photographer couldn't believe HOW quickly; fog_had lifted 1,234 naïve Straße\tx\n(a+b) " * 120,
+    "code": "def f(x):\r\n    return x ** 2  # &nbsp;\r\n\r\n" * 250,
+    "Chinese": "今天天气很好,我们去公园看樱花,然后喝一杯热茶。" * 400,
+    "combining": "e\u0301a\u0308\u0323\u1112\u1161\u11ab👩‍💻" * 900,
+    **{name: part * 9_000 for name, part in {"blanks": " ", "lines": "\n", "digits": "7", "letters": "ab"}.items()},
+}
+
+
+def same_beginnings(chat_tokenizer):
+    for name, text in LONG.items():
+        whole, short = (chat_tokenizer.encode_completion(t) for t in (text, chat_tokenizer.shorten(text, 96)))
+        for field in ("ids", "spans", "unknown"):
+            assert np.array_equal(getattr(short, field)[:96], getattr(whole, field)[:96]), name
+        asked, answered = (
+            [{"role": "user", "content": text + "<|im_end|>"}],
+            [USER, {"role": "assistant", "content": text}],
+        )
+        for prompt in (text, asked):
+            ids = chat_tokenizer.encode_prompt(prompt)
+            assert np.array_equal(chat_tokenizer.encode_prompt(prompt, limit=96), ids[:97]), name
+        for turns in ([*asked, ANSWER], answered):
+            pairs = zip(chat_tokenizer.encode_turns(turns, limit=96), chat_tokenizer.encode_turns(turns))
+            assert all(np.array_equal(some, whole[:97]) for some, whole in pairs), name
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "word_piece"])
+def test_a_long_text_is_read_as_far_as_it_is_needed(kind, monkeypatch):
+    chat_tokenizer = ChatTokenizer(getattr(toys, kind)(template=toys.CHATML if kind == "byte_level" else toys.LLAMA2))
+    if kind == "byte_level":
+        same_beginnings(chat_tokenizer)
+    text, read = "the fox? 72 dogs. " * 50_000, []
+    monkeypatch.setattr(chat_tokenizer, "_tokenize", lambda texts, **_: read.append(texts) or [[1] * len(texts[0])])
+    assert len(chat_tokenizer.encode_prompt([{"role": "user", "content": text}], limit=96)) == 97
+    assert sum(map(len, read[0])) < 10_000 and len(chat_tokenizer.shorten(text, 96)) < 10_000
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2", "deepseek_v3"])
+def test_real_tokenizers_read_the_beginning_of_a_long_text_as_in_the_whole(assets, name):
+    same_beginnings(real.chat_tokenizer(assets / "tokenizers" / name))
+
+
 def test_the_blank_that_a_template_writes_before_an_answer_counts_as_part_of_it(llama2):
     chat_tokenizer = llama2
     ids, counted = chat_tokenizer.encode_turns(

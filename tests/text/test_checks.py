@@ -39,7 +39,7 @@ def test_a_completion_is_the_same_on_every_path(source, content):
     common = dict(batch_size=1, eval_batch_size=1, max_length=None)
     learned = []
     for counted in ("completion", "assistant"):
-        ids, mask, _ = TokenBatchBuilder(student, counted=counted, **common)._row(example)
+        ids, mask, _ = TokenBatchBuilder(student, counted=counted, **common)._row(example, None)
         learned.append(student.tokenizer.decode(ids[mask]))
     assert learned == [text + "<|im_end|>"] * 2
     prompted = {"prompt": [USER], "completion": content}
