@@ -112,6 +112,14 @@ class ChatTokenizer:
             )
         return int(stop)
 
+    def describe(self) -> str:
+        """Whose chat template it reads with, and the stop tokens, in a line for people."""
+        stops = (
+            f"{self.surfaces.strings[i] if i < len(self.surfaces) else 'an id without token'} ({i})"
+            for i in self.stop_ids
+        )
+        return f"{self.template.called}, stops at {', '.join(stops)}"
+
     def special_strings_in(self, text: str) -> list[str]:
         """The strings in a text that would be special tokens if they were not read as plain text; each once, in order."""
         return self._specials.found_in([text])

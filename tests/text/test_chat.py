@@ -394,6 +394,17 @@ def test_real_tokenizers(assets, folder, stop, begin):
     assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer
 
 
+def test_a_chat_tokenizer_says_whose_template_it_has_and_where_it_stops():
+    tokenizer = toys.byte_level(template=toys.CHATML)
+    own, stop = ChatTokenizer(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert own.describe() == f"chat template of a TokenizersBackend, stops at <|im_end|> ({stop})"
+    given = ChatTokenizer(tokenizer, chat_template="{{ messages[-1]['content'] }}", stop_ids=[7]).describe()
+    assert given == f"a chat template in place of its own, stops at <|im_end|> ({stop}), {own.surfaces.strings[7]} (7)"
+    assert (
+        ChatTokenizer(toys.byte_level()).describe().startswith("plain text (the tokenizer has no chat template), stops")
+    )
+
+
 LONG = {
     "prose": "the photographer couldn't believe HOW quickly; fog_had lifted 1,234 naïve Straße\tx\n(a+b) " * 120,
     "code": "def f(x):\r\n    return x ** 2  # &nbsp;\r\n\r\n" * 250,
