@@ -114,11 +114,11 @@ class ChatTokenizer:
 
     def describe(self) -> str:
         """Whose chat template it reads with, and the stop tokens, in a line for people."""
-        stops = (
-            f"{self.surfaces.strings[i] if i < len(self.surfaces) else 'an id without token'} ({i})"
-            for i in self.stop_ids
-        )
-        return f"{self.template.called}, stops at {', '.join(stops)}"
+        names = {i: self.surfaces.strings[i] if i < len(self.surfaces) else "no token" for i in self.stop_ids}
+        line = f"{self.template.called}, stops at {', '.join(f'{name} ({i})' for i, name in names.items())}"
+        tail = self.template.tail
+        other = tail.strip() and (names[self.stop_id] or "") not in tail
+        return f"{line}; the template ends an answer with {excerpt(tail)}, which is no stop token" if other else line
 
     def special_strings_in(self, text: str) -> list[str]:
         """The strings in a text that would be special tokens if they were not read as plain text; each once, in order."""
