@@ -136,9 +136,15 @@ class ChatTokenizer:
         """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
 
-    def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
-        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`."""
-        written, answers = self._escaper.answers(messages)
+    def locate_answers(
+        self, messages: list[dict], limit: int | None = None
+    ) -> tuple[EscapedText, list[tuple[int, int]]]:
+        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`.
+
+        Answers that are surely, or nearly so, behind its first `limit` tokens are not looked for.
+        """
+        within = None if limit is None else 2 * _CHARS_PER_TOKEN * (limit + _MARGIN)
+        written, answers = self._escaper.answers(messages, within)
         if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
             answers = [(begin - written.text[:begin].endswith(" "), end) for begin, end in answers]
         return written, answers
@@ -261,14 +267,20 @@ class ChatTokenizer:
         and with its stop token, where the template writes one; of more than `limit` tokens, `limit + 1`. ValueError as
         `ChatTemplate.answers`.
         """
-        written, answers = self.locate_answers(messages)
         if limit is None:
-            return self._encode_answers(written, answers)
-        for cut in _cuts(written.text, limit):
-            within = [(begin, min(end, cut)) for begin, end in answers if begin < cut]
-            ids, counted = self._encode_answers(written.slice(0, cut), within)
-            if len(ids) >= limit + _MARGIN:
-                return ids[: limit + 1], counted[: limit + 1]
+            return self._encode_answers(*self.locate_answers(messages))
+        every = sum(message.get("role") == "assistant" for message in messages)
+        for looked_for in (limit, None):
+            written, answers = self.locate_answers(messages, looked_for)
+            for cut in _cuts(written.text, limit):
+                if len(answers) < every and answers[-1][1] < cut:
+                    break
+                within = [(begin, min(end, cut)) for begin, end in answers if begin < cut]
+                ids, counted = self._encode_answers(written.slice(0, cut), within)
+                if len(ids) >= limit + _MARGIN:
+                    return ids[: limit + 1], counted[: limit + 1]
+            if len(answers) == every:
+                break
         ids, counted = self._encode_answers(written, answers)
         return ids[: limit + 1], counted[: limit + 1]
 

@@ -36,11 +36,20 @@ class RowReader:
     """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
 
     `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`;
-    `answers` has the rows' answers read, not their prompts alone, and `whole` every answer of the assistant's.
+    `answers` has the rows' answers read, not their prompts alone, and `whole` every answer of the assistant's within
+    `max_length` tokens.
     """
 
-    def __init__(self, where: str, sides: Mapping[str, ChatTokenizer], *, answers: bool, whole: bool = False):
-        self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
+    def __init__(
+        self,
+        where: str,
+        sides: Mapping[str, ChatTokenizer],
+        *,
+        answers: bool,
+        whole: bool = False,
+        max_length: int | None = None,
+    ):
+        self.where, self.sides, self.answers, self.whole, self.max_length = where, sides, answers, whole, max_length
         self._unwritten: dict[tuple, list[str]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
@@ -66,12 +75,12 @@ class RowReader:
                 self._find_unwritten(who, side, conversation)
         whole = ""
         if self.whole and example.messages:
-            whole = self.sides["student"].locate_answers(example.messages)[0].original
+            whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
         for side in self.sides.values():
             if side.lacks_embeddings:
                 side.encode_prompt(example.prompt)  # refuses tokens without an embedding
         if self.whole and example.messages and self.sides["student"].lacks_embeddings:
-            self.sides["student"].encode_turns(example.messages)
+            self.sides["student"].encode_turns(example.messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
@@ -179,7 +188,9 @@ def check_examples(
     digest, kept, bad, markup = hashlib.sha256(), [], [], []
     unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
-    reader = RowReader("the data set", sides, answers=need_completion is not None, whole=learns_calls)
+    reader = RowReader(
+        "the data set", sides, answers=need_completion is not None, whole=learns_calls, max_length=max_length
+    )
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
     writes = {"student": student_writes, "teacher": teacher_writes}
     writers = {who: side for who, side in sides.items() if writes[who] and not len(side.encode_prompt(""))}

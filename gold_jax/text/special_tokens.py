@@ -122,9 +122,9 @@ class SpecialTokenEscaper:
                     text, follows_prompt = whole.slice(begin + found.end(), end), False
         return RenderedAnswer(whole.slice(0, begin).original, text.original, follows_prompt)
 
-    def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
+    def answers(self, messages: list[dict], within: int | None = None) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""
-        return self._with_escaped(messages, self._template.answers)
+        return self._with_escaped(messages, functools.partial(self._template.answers, within=within))
 
     def _with_escaped(self, messages: list[dict], work: Callable) -> tuple[EscapedText, list]:
         strings = self._placeholders(messages)

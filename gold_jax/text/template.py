@@ -265,18 +265,20 @@ class ChatTemplate:
             raise self._lost(messages, len(messages) - 1, "nothing of it is left")
         return RenderedAnswer(prompt, rendered[begin:end], starts)
 
-    def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def answers(self, messages: list[dict], within: int | None = None) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
         An answer is what the template writes after the generation prompt: its content (as far as the template keeps it),
-        and before it the thinking, or the empty block for it, that the template writes. ValueError where one cannot be
-        located exactly.
+        and before it the thinking, or the empty block for it, that the template writes. Those behind the character `within`
+        are not looked for. ValueError where one cannot be located exactly.
         """
         rendered = self.render(messages)
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
+            earlier = spans[-1][1] if spans else 0
+            if within is not None and earlier >= within:
+                break
             if message.get("role") == "assistant":
-                earlier = spans[-1][1] if spans else 0
                 spans.append(self._locate(messages, turn, rendered, earlier))
                 if spans[-1][0] < earlier:
                     raise self._lost(messages, turn, "it stands before the one before it")
@@ -306,11 +308,10 @@ class ChatTemplate:
         """Where an answer to messages begins: behind the generation prompt, and the blank of `lead`; None if it is not there."""
         if not messages or not self._has_generation_prompt:
             return None
-        base, prompt = self.render(messages), self.render(messages, generate=True)
-        header = prompt.removeprefix(base)
+        prompt = self.render(messages, generate=True)
         if rendered.startswith(prompt):
             begin = len(prompt)
-        elif prompt.startswith(base) and header:
+        elif prompt.startswith(base := self.render(messages)) and (header := prompt.removeprefix(base)):
             at = rendered.rfind(header, earlier, len(os.path.commonprefix([before, rendered])))
             begin = at + len(header) if at >= 0 else end + 1
         else:

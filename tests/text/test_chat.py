@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import completion_from_ids
-from gold_jax.text.template import Conversation
+from gold_jax.text.template import ChatTemplate, Conversation
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}
@@ -440,6 +440,23 @@ def test_a_long_text_is_read_as_far_as_it_is_needed(kind, monkeypatch):
     monkeypatch.setattr(chat_tokenizer, "_tokenize", lambda texts, **_: read.append(texts) or [[1] * len(texts[0])])
     assert len(chat_tokenizer.encode_prompt([{"role": "user", "content": text}], limit=96)) == 97
     assert sum(map(len, read[0])) < 10_000 and len(chat_tokenizer.shorten(text, 96)) < 10_000
+
+
+def test_of_many_turns_those_that_are_needed_are_looked_for(monkeypatch):
+    chat_tokenizer = ChatTokenizer(toys.byte_level(), chat_template=toys.CHATML)
+    turns = [m | {"content": f"{m['content']} {k} {'dogs ' * 30}"} for k in range(100) for m in (USER, ANSWER)]
+    blanks = [m | {"content": " " * 400 + m["content"]} for m in turns]
+    for messages, limit in ((turns, 96), (turns, 2000), (turns, 10**6), (blanks, 96), (turns[:2], 96)):
+        whole = chat_tokenizer.encode_turns(messages)
+        for some, every in zip(chat_tokenizer.encode_turns(messages, limit=limit), whole):
+            assert np.array_equal(some, every[: limit + 1])
+    located = []
+    monkeypatch.setattr(
+        chat_tokenizer.template, "_locate", lambda *a: located.append(a) or ChatTemplate._locate(template, *a)
+    )
+    template = ChatTemplate(chat_tokenizer.tokenizer, toys.CHATML)
+    chat_tokenizer.encode_turns(turns, limit=96)
+    assert 0 < len(located) < 40
 
 
 @pytest.mark.assets
