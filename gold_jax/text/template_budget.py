@@ -23,9 +23,8 @@ CHARS_PER_STEP = 64  # of a text that an operation makes
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
 
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
-_WIDTH = re.compile(
-    rf"(?:%|\{{[^{{}}]*:)[^a-zA-Z%{{}}]*\d{{{len(str(LARGEST_NUMBER))},}}"
-)  # of a value in a format string
+# The width of a value in a format string, of as many digits as a number beyond.
+_WIDTH = re.compile(r"(?:%%|\{[^{}]*:)[^a-zA-Z%%{}]*\d{%d,}" % len(str(LARGEST_NUMBER)))
 
 
 class TemplateBudgetError(jinja2.TemplateError):
