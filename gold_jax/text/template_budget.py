@@ -23,8 +23,9 @@ CHARS_PER_STEP = 64  # of a text that an operation makes
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
 
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
-# The width of a value in a format string, of as many digits as a number beyond.
-_WIDTH = re.compile(r"(?:%%|\{[^{}]*:)[^a-zA-Z%%{}]*\d{%d,}" % len(str(LARGEST_NUMBER)))
+_WIDTH = re.compile(
+    r"(?:%|\{[^{}]*:)[^a-zA-Z%{}]*\d{8,}"
+)  # of a value in a format string, as large as `LARGEST_NUMBER`
 
 
 class TemplateBudgetError(jinja2.TemplateError):
