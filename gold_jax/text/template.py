@@ -241,9 +241,12 @@ class ChatTemplate:
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             roles = ", ".join(str(message.get("role")) for message in messages)
             first = str(messages[0].get("content")) if messages else ""
+            does, remedy = "refuses", "bring the messages into the form it takes, or pass"
+            if isinstance(error, TemplateBudgetError):
+                does, remedy = "was stopped on", "pass"
             raise ValueError(
-                f"the chat template of {name_of(self._tokenizer)} refuses a conversation of the roles {roles} that begins "
-                f"{excerpt(first)}: {kind}{error}; bring the messages into the form it takes, or pass another chat template"
+                f"the chat template of {name_of(self._tokenizer)} {does} a conversation of the roles {roles} that begins "
+                f"{excerpt(first)}: {kind}{error}; {remedy} another chat template"
             ) from error
 
     def answer(self, messages: list[dict]) -> RenderedAnswer:

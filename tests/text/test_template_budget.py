@@ -46,7 +46,9 @@ ENDLESS = {
 @pytest.mark.parametrize("source", ENDLESS, ids=lambda source: source[:40])
 def test_a_template_without_end_is_an_error_that_names_it_and_its_fault(source):
     began = time.process_time()
-    with pytest.raises(ValueError, match=f"the chat template of a TokenizersBackend refuses .*{ENDLESS[source]}"):
+    with pytest.raises(
+        ValueError, match=f"the chat template of a TokenizersBackend (refuses|was stopped on) .*{ENDLESS[source]}"
+    ):
         ChatTokenizer(toys.byte_level(), chat_template=source + TURNS).render(USER)
     assert time.process_time() - began < 20
 
