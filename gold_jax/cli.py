@@ -126,11 +126,14 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     return model.model_name_or_path, training, train, evaluation, options
 
 
-def load_reader(model: ModelArguments, args: Any, tokenizer: str | None, *, special_tokens: bool = False):
+def load_reader(
+    model: ModelArguments, args: Any, tokenizer: str | None, *, special_tokens: bool = False, role: str = "model"
+):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
-    `special_tokens` has the strings of special tokens in plain-text prompts read as those tokens. Errors as
-    `load_model_and_tokenizer` and `mesh_sizes`.
+    A line on stderr says which chat template and stop tokens it has. `special_tokens` has the strings of special tokens in
+    plain-text prompts read as those tokens; `role` is what lines and errors call it. Errors as `load_model_and_tokenizer`
+    and `mesh_sizes`.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
     from gold_jax.training.build import place_run
@@ -138,5 +141,7 @@ def load_reader(model: ModelArguments, args: Any, tokenizer: str | None, *, spec
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
-    options |= dict(special_tokens_in_prompts=special_tokens)
-    return load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
+    options |= dict(special_tokens_in_prompts=special_tokens, role=role)
+    loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
+    print(f"{role}: {loaded.chat_tokenizer.describe()}", file=sys.stderr)
+    return loaded

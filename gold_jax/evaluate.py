@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["exact_match"] = exact_match(student, None, examples, **written)
     if args.teacher_model_name_or_path is not None:
         named = model.replace(model_name_or_path=args.teacher_model_name_or_path, model_revision=None)
-        teacher, key = load(named, tokenizer=args.teacher_tokenizer_name_or_path), jax.random.key(args.seed)
+        teacher = load(named, tokenizer=args.teacher_tokenizer_name_or_path, role="teacher")
+        key = jax.random.key(args.seed)
         gaps = measure_gaps(student, teacher, [e.prompt for e in examples], key=key, chunk=chunk, **written)
         found |= {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | vars(gaps)
     if args.json:

@@ -99,7 +99,10 @@ def score_completions(
     if len(completions) < len(examples):
         row = next(i for i, e in enumerate(examples) if e.completion is None)
         raise ValueError(f"row {row} has a prompt but no completion, so nothing can be scored; give rows with answers")
-    prompts = [chat_tokenizer.encode_prompt(e.prompt) for e in examples]
+    prompts = [chat_tokenizer.encode_prompt(e.prompt, limit=max_length) for e in examples]
+    if max_length is not None:
+        pairs = zip(completions, prompts)
+        completions = [chat_tokenizer.shorten(text, max_length - len(prompt)) for text, prompt in pairs]
     answers = chat_tokenizer.encode_completions(completions, after=[e.prompt for e in examples])
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0

@@ -400,7 +400,9 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
 def test_evaluate_measures_the_gaps_to_a_teacher(world, capsys):
     line = f"--model_name_or_path {world}/student --dataset_name {world}/data --max_new_tokens 24"
     call("evaluate", line, teacher_model_name_or_path=world / "teacher", json=True)
-    found = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    assert "model: chat template of " in shown.err and "teacher: chat template of " in shown.err
+    found = json.loads(shown.out)
     assert found["forward_gap"] == pytest.approx(found["student_on_teacher"] - found["teacher_on_teacher"])
     assert found["reverse_gap"] == pytest.approx(found["teacher_on_student"] - found["student_on_student"])
     assert 0 <= found["ended"] <= 1
@@ -413,6 +415,8 @@ def test_one_tokenizer_for_both_is_gkd(world, tmp_path, capsys):
     distil(world, tmp_path / "out", teacher_model_name_or_path=world / "sibling", lmbda=0.5)
     shown = capsys.readouterr().out
     assert "one and the same" in shown and "gkd: chain/all/shared" in shown
+    for who, folder in (("student", "student"), ("teacher", "sibling")):
+        assert f"{who} reads: chat template of the tokenizer '{world / folder}', stops at " in shown
     assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
 
 

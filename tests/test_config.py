@@ -606,7 +606,10 @@ def test_settings_know_which_of_them_were_named():
     ("named", "says"),
     [
         (dict(shuffle_dataset=True), "--shuffle_dataset: rows always come in a new random order"),
-        (dict(pad_to_multiple_of=8), "--pad_to_multiple_of: lengths are always padded to a few buckets"),
+        (
+            dict(pad_to_multiple_of=8),
+            "--pad_to_multiple_of: lengths are padded to buckets; --length_buckets says how many",
+        ),
         (dict(vllm_mode="colocate"), "--vllm_mode: no effect without --use_vllm"),
         (dict(vllm_mode="server"), "--vllm_mode: no effect without --use_vllm"),
         (dict(completion_only_loss=True), "--completion_only_loss: no effect in distillation"),

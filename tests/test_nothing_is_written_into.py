@@ -26,6 +26,10 @@ ALLOWED = {
     ("text/special_tokens.py", "_with_renamed_special_tokens", "attribute"),
     ("loading.py", "load_model_and_tokenizer", "attribute"),
     ("training/export.py", "_save_tokenizer", "attribute"),
+    # nodes of a tree that was parsed for this
+    ("text/template_budget.py", "visit_For", "attribute"),
+    ("text/template_budget.py", "visit_Output", "attribute"),
+    ("text/template_budget.py", "_block", "setattr"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
     ("wording.py", None, "attribute"),

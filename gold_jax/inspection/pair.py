@@ -10,6 +10,7 @@ from rich.console import Console
 
 from gold_jax.inspection import page, terminal
 from gold_jax.inspection.mass import measure
+from gold_jax.inspection.prompts import compare_prompts
 from gold_jax.inspection.report import Mass, PairMass, Report
 from gold_jax.inspection.samples import SAMPLES
 from gold_jax.inspection.tokenization import Reader, cut_text, shapes_of
@@ -82,13 +83,18 @@ def inspect_pair(
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         hint = "To compare the tokenizers alone: models=False, on the command line --no_models."
         raise kind(f"{str(error).rstrip('.')}. {hint}") from error
-    names, vocabularies, readers, loaded = zip(*sides)
+    names, vocabularies, readers, loaded, chat = zip(*sides)
     cuts = tuple(cut_text(*readers, name, text) for name, text in named.items())
     figures = compare(*vocabularies)
     mass, notes = None, []
     if models is None and lacking:
         whose = " and ".join(f"the {role}" for role in lacking)
         notes.append(f"The tokenizers alone were compared: there is no folder with weights of {whose}.")
+    prompts = None
+    try:
+        prompts = None if None in chat else compare_prompts(*chat)
+    except ValueError as error:
+        notes.append(f"The two forms of a conversation are not compared: {error}.")
     if scored:
         options = {"max_length": max_length, "chunk": chunk}
         measured = (measure(who, list(named.values()), rows, **options) for who, rows in zip(loaded, figures.rows))
@@ -97,7 +103,7 @@ def inspect_pair(
         mass = PairMass(*map(Mass.mean, by_side), tuple(zip(*by_side)), " and ".join(dtypes))
         too_long = (name for name, *either in zip(named, *cut) if any(either))
         notes += [f"The models read only the beginning of {name}, as far as max_length goes." for name in too_long]
-    return PairReport(*names, cuts, shapes_of(cuts), figures, mass, tuple(notes))
+    return PairReport(*names, cuts, shapes_of(cuts), figures, mass, tuple(notes), prompts)
 
 
 def _named(texts: str | Sequence[str] | Mapping[str, str] | None) -> Mapping[str, str]:
@@ -126,8 +132,8 @@ def _has_weights(source: Any) -> bool:
 
 def _side(
     source: Any, role: str, scored: bool, bf16: bool | None, trust_remote_code: bool
-) -> tuple[str, Vocabulary, Reader, LoadedModel | None]:
-    """One side's name, vocabulary, reader and, if it is `scored`, model, its parameters kept in the compute dtype."""
+) -> tuple[str, Vocabulary, Reader, LoadedModel | None, ChatTokenizer | None]:
+    """One side's name, vocabulary, reader, model if it is `scored` (parameters in the compute dtype), and chat tokenizer."""
     name = str(source) if isinstance(source, str | pathlib.Path) else None
     if scored and not (isinstance(source, LoadedModel) and source.model is not None):
         if name is None:
@@ -155,7 +161,8 @@ def _side(
     rows = len(surfaces) if loaded is None else loaded.model.config.vocab_size
     called = name or getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
     called = called if isinstance(called, str) and called else type(tokenizer).__name__
-    return called, Vocabulary(surfaces, rows, stop_ids), read, loaded
+    chat_tokenizer = source if isinstance(source, ChatTokenizer) else None
+    return called, Vocabulary(surfaces, rows, stop_ids), read, loaded, chat_tokenizer
 
 
 def _encode(encoder: PlainEncoder, text: str) -> Encoded:

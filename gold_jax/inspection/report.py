@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from gold_jax.inspection.prompts import Prompts
 from gold_jax.inspection.tokenization import Counts, CutText, Shape
 from gold_jax.inspection.vocabularies import VocabularyFigures
 
@@ -70,6 +71,7 @@ class Report:
     vocabularies: VocabularyFigures
     mass: PairMass | None = None  # None where tokenizers alone were compared
     notes: tuple[str, ...] = ()  # what else the reader should know, one sentence each
+    prompts: Prompts | None = None  # None where a side has no chat template that can be used
 
     @functools.cached_property
     def total(self) -> Counts:
@@ -87,4 +89,5 @@ class Report:
             "vocabularies": self.vocabularies.to_dict(),
             "mass": None if self.mass is None else self.mass.to_dict(),
             "notes": list(self.notes),
+            "prompts": None if self.prompts is None else self.prompts.to_dict(),
         }

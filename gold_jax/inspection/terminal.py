@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from rich.cells import chop_cells
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -48,6 +49,7 @@ def show(report: Report, console: Console) -> None:
         section(console, text.name)
         for line in lines_of(text, console.width - 1):
             console.print(line, overflow="crop", no_wrap=True, highlight=False)
+    _prompts(report, console)
     section(console, "groups")
     _table(console, tables.shares(report))
     _shapes(report, console)
@@ -61,7 +63,7 @@ def show(report: Report, console: Console) -> None:
     section(console, "in short")
     for sentence in tables.findings(report):
         say(console, sentence)
-    for note in report.notes:
+    for note in (*(report.prompts.differences if report.prompts else ()), *report.notes):
         say(console, note, "yellow")
 
 
@@ -123,6 +125,20 @@ def _folded(cell: _Cell, room: int) -> list[list[_Cell]]:
     lengths = ([len(part) for part in chop_cells(half.plain, room)[:-1]] for half in cell[:2])
     halves = (half.divide(itertools.accumulate(cuts)) for half, cuts in zip(cell, lengths))
     return [[_Cell(*pair, cell.style)] for pair in itertools.zip_longest(*halves, fillvalue=Text())]
+
+
+def _prompts(report: Report, console: Console) -> None:
+    if report.prompts is None:
+        return
+    section(console, "one conversation as either reads it (the answer in colour)")
+    grid = RichTable.grid(padding=(0, 2), expand=True)
+    for _ in _SIDES:
+        grid.add_column(ratio=1, overflow="fold")
+    sides = [(getattr(report.prompts, side), *look) for side, look in _SIDES.items()]
+    grid.add_row(*(Text(f"{letter}  {one.stops}", style) for one, letter, style in sides))
+    grid.add_row()
+    grid.add_row(*(Text.assemble(one.shown[0], (one.shown[1], style)) for one, _, style in sides))
+    console.print(Padding(grid, (0, 0, 0, 2)), highlight=False)
 
 
 def _shapes(report: Report, console: Console) -> None:

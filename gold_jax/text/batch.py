@@ -104,6 +104,7 @@ def encode_rows(
     one_vocabulary: bool = False,
     teacher_prompts: Sequence[str | list] | None = None,
     student_prompt_ids: Sequence[np.ndarray] | None = None,
+    max_length: int | None = None,
 ) -> list[EncodedRow]:
     """Encodes prompts with their completions for both models.
 
@@ -114,11 +115,15 @@ def encode_rows(
         one_vocabulary: both have the same entries: the teacher reads the very tokens of the student.
         teacher_prompts: other prompts for the teacher alone.
         student_prompt_ids: the student's tokens of the prompts, where they are known already.
+        max_length: student tokens of prompt and completion that are needed; much longer texts are not read whole.
     """
     if teacher_prompts is None:
         teacher_prompts = prompts
     if student_prompt_ids is None:
         student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
+    if max_length is not None:
+        rooms = [max_length - len(ids) for ids in student_prompt_ids]
+        completions = [student.shorten(c, n) if isinstance(c, str) else c for c, n in zip(completions, rooms)]
     # Texts take one call to the tokenizer; what was drawn already stays.
     texts = [(c, p) for c, p in zip(completions, prompts) if isinstance(c, str)]
     encoded = map(vars, student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
@@ -147,7 +152,8 @@ def align_rows(
     Args:
         rows: of `encode_rows`.
         stop_ids: the token that ends a turn, for student and teacher.
-        max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off.
+        max_length: student tokens of prompt and completion together. A group that does not fit whole is cut off, and
+            with it what the teacher would read behind it.
         teacher_max_length: the same for the teacher; None leaves the teacher's side as long as it is.
         positional: pair tokens by position, as the first ULD did, instead of by bytes.
         one_vocabulary: both have the same entries, so that all groups are `1:1`.
@@ -174,6 +180,8 @@ def align_rows(
         s_side, s_lost = _truncate(SideTokens(s_prompt, s_ids.astype(np.int32), s_group), max_length)
         t_side, t_lost = _truncate(SideTokens(t_prompt, t_ids.astype(np.int32), t_group), teacher_max_length)
         whole, unknown = min(count, s_lost, t_lost), unknown[unknown < count]
+        if whole < count:  # the teacher need not read what the student is not to learn
+            t_side = SideTokens(t_prompt, *(x[: np.count_nonzero(t_side.group < whole)] for x in t_side[1:]))
         made.append(Row(s_side, t_side, whole, ours.text, ours.stopped, ours.invalid_utf8, unknown))
     return made
 

@@ -1,7 +1,8 @@
 """One model's way of reading: its chat template, its tokens for prompts and answers, its stop tokens."""
 
 import copy
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
 from gold_jax.text.template import ChatTemplate, RenderedAnswer, with_context
 
 Prompt = str | list[dict]
+
+# A text is read as far as needed by so many characters for each token, then by more; the tokens of a margin do not count.
+_CHARS_PER_TOKEN, _MARGIN = 32, 16
+_END_OF_WORD = re.compile(r"\w(?= )")
 
 
 class ChatTokenizer:
@@ -107,6 +112,14 @@ class ChatTokenizer:
             )
         return int(stop)
 
+    def describe(self) -> str:
+        """Whose chat template it reads with, and the stop tokens, in a line for people."""
+        names = {i: self.surfaces.strings[i] if i < len(self.surfaces) else "no token" for i in self.stop_ids}
+        line = f"{self.template.called}, stops at {', '.join(f'{name} ({i})' for i, name in names.items())}"
+        tail = self.template.tail
+        other = tail.strip() and (names[self.stop_id] or "") not in tail
+        return f"{line}; the template ends an answer with {excerpt(tail)}, which is no stop token" if other else line
+
     def special_strings_in(self, text: str) -> list[str]:
         """The strings in a text that would be special tokens if they were not read as plain text; each once, in order."""
         return self._specials.found_in([text])
@@ -123,9 +136,15 @@ class ChatTokenizer:
         """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
 
-    def locate_answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
-        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`."""
-        written, answers = self._escaper.answers(messages)
+    def locate_answers(
+        self, messages: list[dict], limit: int | None = None
+    ) -> tuple[EscapedText, list[tuple[int, int]]]:
+        """A whole conversation and the characters of every answer in it, see `ChatTemplate.answers`.
+
+        Answers that are surely, or nearly so, behind its first `limit` tokens are not looked for.
+        """
+        within = None if limit is None else 2 * _CHARS_PER_TOKEN * (limit + _MARGIN)
+        written, answers = self._escaper.answers(messages, within)
         if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
             answers = [(begin - written.text[:begin].endswith(" "), end) for begin, end in answers]
         return written, answers
@@ -135,9 +154,16 @@ class ChatTokenizer:
             return EscapedText(prompt, {})
         return self._escaper.render(prompt, generate=True)
 
-    def encode_prompt(self, prompt: Prompt) -> np.ndarray:
-        """The tokens of a prompt, int32 [P], see `encode_prompts`."""
-        return self.encode_prompts([prompt])[0]
+    def encode_prompt(self, prompt: Prompt, *, limit: int | None = None) -> np.ndarray:
+        """The tokens of a prompt, int32 [P], see `encode_prompts`; of one that has more than `limit`, `limit + 1` of them."""
+        if limit is None:
+            return self.encode_prompts([prompt])[0]
+        written, plain = self._render_escaped(prompt), [isinstance(prompt, str)]
+        for cut in _cuts(written.text, limit):
+            ids = self._encode_written([written.slice(0, cut)], plain)[0]
+            if len(ids) >= limit + _MARGIN:
+                return ids[: limit + 1]
+        return self._encode_written([written], plain)[0][: limit + 1]
 
     def encode_prompts(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
         """The tokens of prompts, int32 [P] each.
@@ -149,10 +175,14 @@ class ChatTokenizer:
         the template refuses a conversation, or a token has no embedding.
         """
         written = [self._render_escaped(prompt) for prompt in prompts]
+        return self._encode_written(written, [isinstance(prompt, str) for prompt in prompts])
+
+    def _encode_written(self, written: list[EscapedText], plain: list[bool]) -> list[np.ndarray]:
+        """The tokens of prompts as they are written; `plain` says which were texts, not messages."""
         begin = self.tokenizer.bos_token
         begun = [bool(begin) and w.text.startswith(begin) for w in written]
-        special = [isinstance(p, str) and not has for p, has in zip(prompts, begun)]
-        result: list = [None] * len(prompts)
+        special = [is_text and not has for is_text, has in zip(plain, begun)]
+        result: list = [None] * len(written)
         for wanted in set(special):
             rows = [row for row, has in enumerate(special) if has == wanted]
             batch = iter(self._tokenize([written[r].text for r in rows if not written[r].strings], special=wanted))
@@ -160,14 +190,23 @@ class ChatTokenizer:
                 text, hidden = written[row].text, written[row].strings
                 ids = self._escaped_encoder.encode(written[row], add_special_tokens=wanted) if hidden else next(batch)
                 result[row] = np.array(self._without_end_token(ids, text) if wanted else ids, np.int32)
-        if self.embedding_rows is not None:
-            for ids in result:
-                if len(ids) and ids.max() >= self.embedding_rows:
-                    raise ValueError(
-                        f"a prompt holds {self.surfaces.strings[ids.max()]!r}, the token {ids.max()} of {self.name}, for which its "
-                        f"model has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away"
-                    )
+        for ids in result:
+            self._refuse_unembedded(ids)
         return result
+
+    @property
+    def lacks_embeddings(self) -> bool:
+        """Whether the tokenizer has ids for which the model has no embedding, see `embedding_rows`."""
+        return self.embedding_rows is not None and len(self.surfaces) > self.embedding_rows
+
+    def _refuse_unembedded(self, ids: np.ndarray) -> None:
+        last = int(ids.max(initial=0))
+        if self.embedding_rows is not None and last >= self.embedding_rows:
+            raise ValueError(
+                f"what the model reads holds {self.surfaces.strings[last]!r}, the token {last} of {self.name}, for which its model "
+                f"has no embedding (it has {self.embedding_rows}): remove it, or leave --special_tokens_in_prompts away; where the "
+                "chat template writes it, pass another one"
+            )
 
     def _tokenize(self, texts: list[str], *, special: bool = False) -> list[list[int]]:
         """As the tokenizer by itself reads texts."""
@@ -211,6 +250,13 @@ class ChatTokenizer:
                 result[row] = encoded
         return result
 
+    def shorten(self, completion: str, tokens: int) -> str:
+        """A completion, or as much of its beginning as is needed for its first `tokens` tokens, with some more behind them."""
+        for cut in _cuts(completion, max(0, tokens)):
+            if len(self._plain.encode([completion[:cut]])[0].ids) >= tokens + _MARGIN:
+                return completion[:cut]
+        return completion
+
     def has_leading_space(self, text: str, after: Prompt | None) -> bool:
         """Whether a blank that is no part of a completion stands before it, see `encode_completions`."""
         if isinstance(after, str):
@@ -221,13 +267,31 @@ class ChatTokenizer:
         """The bytes that ids spell; special and stop tokens spell none."""
         return self.surfaces.join(np.asarray(ids).tolist())
 
-    def encode_turns(self, messages: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    def encode_turns(self, messages: list[dict], *, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation by the template, for training on its answers.
 
         Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
-        and with its stop token, where the template writes one. ValueError as `ChatTemplate.answers`.
+        and with its stop token, where the template writes one; of more than `limit` tokens, `limit + 1`. ValueError as
+        `ChatTemplate.answers`.
         """
-        written, answers = self.locate_answers(messages)
+        if limit is None:
+            return self._encode_answers(*self.locate_answers(messages))
+        every = sum(message.get("role") == "assistant" for message in messages)
+        for looked_for in (limit, None):
+            written, answers = self.locate_answers(messages, looked_for)
+            for cut in _cuts(written.text, limit):
+                if len(answers) < every and answers[-1][1] < cut:
+                    break
+                within = [(begin, min(end, cut)) for begin, end in answers if begin < cut]
+                ids, counted = self._encode_answers(written.slice(0, cut), within)
+                if len(ids) >= limit + _MARGIN:
+                    return ids[: limit + 1], counted[: limit + 1]
+            if len(answers) == every:
+                break
+        ids, counted = self._encode_answers(written, answers)
+        return ids[: limit + 1], counted[: limit + 1]
+
+    def _encode_answers(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
         if backend_of(self.tokenizer) is None:
             return self._encode_in_pieces(written, answers)
         if written.strings:
@@ -239,6 +303,7 @@ class ChatTokenizer:
         for begin, end in answers:
             counted |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
             self._count_stop(ids, counted, int(np.searchsorted(offsets[:, 0], end)))
+        self._refuse_unembedded(ids)
         return ids, counted
 
     def _encode_in_pieces(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -262,6 +327,7 @@ class ChatTokenizer:
         for begin, end in spans:
             counted[begin:end] = True
             self._count_stop(array, counted, end)
+        self._refuse_unembedded(array)
         return array, counted
 
     def _count_stop(self, ids: np.ndarray, counted: np.ndarray, at: int):
@@ -271,3 +337,16 @@ class ChatTokenizer:
                 counted[at : k + 1] = True
             if self.surfaces.spelling[ids[k]].strip() or self.surfaces.table[ids[k]] is None:
                 return
+
+
+def _cuts(text: str, tokens: int) -> Iterator[int]:
+    """Where to cut a long text of which the first tokens alone are needed, further and further out; nowhere for a short one.
+
+    Before a blank behind a letter or numeral, where one is near: there tokenizers cut a text into words. Else, and for
+    those that do not, the cut is far behind the tokens that are needed: it changes the last few before it.
+    """
+    size = _CHARS_PER_TOKEN * (tokens + _MARGIN)
+    while 2 * size < len(text):
+        word = _END_OF_WORD.search(text, size, 2 * size)
+        yield word.end() if word else size
+        size *= 4

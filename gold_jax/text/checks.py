@@ -37,7 +37,7 @@ class RowReader:
 
     `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`,
     before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
-    `whole` every answer of the assistant's.
+    `whole` every answer of the assistant's within `max_length` tokens.
     """
 
     def __init__(
@@ -48,8 +48,10 @@ class RowReader:
         answers: bool,
         whole: bool = False,
         context: str | None = None,
+        max_length: int | None = None,
     ):
-        self.where, self.sides, self.answers, self.whole, self.context = where, sides, answers, whole, context
+        self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
+        self.context, self.max_length = context, max_length
         self._unwritten: dict[tuple, list[str]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
@@ -81,11 +83,12 @@ class RowReader:
                 self._find_unwritten(who, side, conversation)
         whole = ""
         if self.whole and example.messages:
-            whole = self.sides["student"].locate_answers(example.messages)[0].original
-        if isinstance(example.prompt, str):
-            for side in self.sides.values():
-                if side.special_tokens_in_prompts and side.special_strings_in(example.prompt):
-                    side.encode_prompt(example.prompt)  # refuses tokens without an embedding
+            whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
+        for side in self.sides.values():
+            if side.lacks_embeddings:
+                side.encode_prompt(example.prompt)  # refuses tokens without an embedding
+        if self.whole and example.messages and self.sides["student"].lacks_embeddings:
+            self.sides["student"].encode_turns(example.messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
@@ -116,8 +119,8 @@ class RowReader:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
-            written, wanted = ("".join(x.split()) for x in (answer.prompt + answer.text, conversation[-1]["content"]))
-            if wanted not in written:
+            written, wanted = answer.prompt + answer.text, conversation[-1]["content"]
+            if wanted not in written and "".join(wanted.split()) not in "".join(written.split()):
                 said = f"the {who}'s template leaves out a part of the answer, such as its thinking"
                 shown = f"of {excerpt(conversation[-1]['content'])} it writes {excerpt(answer.text)}"
                 self._note(said, number, lambda shown=shown: shown)
@@ -199,8 +202,14 @@ def check_examples(
     unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
     utf8(teacher_context or "", "--teacher_context")
-    answers = need_completion is not None
-    reader = RowReader("the data set", sides, answers=answers, whole=learns_calls, context=teacher_context)
+    reader = RowReader(
+        "the data set",
+        sides,
+        answers=need_completion is not None,
+        whole=learns_calls,
+        context=teacher_context,
+        max_length=max_length,
+    )
     # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
     writes = {"student": student_writes, "teacher": teacher_writes}
     writers = {who: side for who, side in sides.items() if writes[who] and not len(side.encode_prompt(""))}
@@ -228,7 +237,7 @@ def check_examples(
             markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
         # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
         size = len(prompt.encode()) + 2
-        if budget is not None and size > budget and len(chat_tokenizer.encode_prompt(e.prompt)) > budget:
+        if budget is not None and size > budget < len(chat_tokenizer.encode_prompt(e.prompt, limit=budget)):
             return "long"
         if count_targets is None or max_length is None or size + len(completion.encode()) <= max_length:
             return None

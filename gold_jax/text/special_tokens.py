@@ -18,6 +18,7 @@ import numpy as np
 from gold_jax.text.surface import backend_of
 from gold_jax.text.template import ChatTemplate, Conversation, RenderedAnswer, extras_of
 
+_ROLE = re.compile(r"\w[\w .-]*")
 _PRIVATE = ((0xE000, 0xF900), (0xF0000, 0xFFFFE), (0x100000, 0x10FFFE))
 
 
@@ -69,7 +70,7 @@ class SpecialTokenEscaper:
     """Renders prompts with special strings of users' text hidden.
 
     What is hidden: every special string in contents, names, tool calls, tools and a row's own template variables. Roles
-    are left alone: a template compares them. Of added tokens that are not special but that the template itself writes or
+    are left alone, for a template compares them: one that is more than a name is a ValueError. Of added tokens that are not special but that the template itself writes or
     looks for (Qwen's `</think>` and `<tool_response>`) those in the messages of users and tools are hidden; an
     assistant may write them, a system message explain them.
 
@@ -121,9 +122,9 @@ class SpecialTokenEscaper:
                     text, follows_prompt = whole.slice(begin + found.end(), end), False
         return RenderedAnswer(whole.slice(0, begin).original, text.original, follows_prompt)
 
-    def answers(self, messages: list[dict]) -> tuple[EscapedText, list[tuple[int, int]]]:
+    def answers(self, messages: list[dict], within: int | None = None) -> tuple[EscapedText, list[tuple[int, int]]]:
         """A whole conversation and the characters of the hidden text that are its answers, see `ChatTemplate.answers`."""
-        return self._with_escaped(messages, self._template.answers)
+        return self._with_escaped(messages, functools.partial(self._template.answers, within=within))
 
     def _with_escaped(self, messages: list[dict], work: Callable) -> tuple[EscapedText, list]:
         strings = self._placeholders(messages)
@@ -143,6 +144,13 @@ class SpecialTokenEscaper:
         return EscapedText(text, strings), spans
 
     def _placeholders(self, prompt) -> dict[str, str]:
+        for turn, role in enumerate(() if isinstance(prompt, str) else [message.get("role") for message in prompt]):
+            is_name = isinstance(role, str) and _ROLE.fullmatch(role)
+            if not is_name or self._guarded.found_in([role]) and role not in self._template.sources:
+                raise ValueError(
+                    f"message {turn} has the role {role!r}, which a chat template would write as it is; a role is a name, of letters, "
+                    "digits, blanks, '.', '-' and '_', such as 'user'"
+                )
         found = self._specials.found_in(_user_texts(prompt))
         if self._structural and not isinstance(prompt, str):
             texts = _user_texts([message for message in prompt if _is_read(message)])

@@ -6,7 +6,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jinja2
+
 from gold_jax.text.surface import excerpt, name_of
+from gold_jax.text.template_budget import TemplateBudgetError, budget, counted
 
 #: What stands for today in templates that ask for the date.
 FIXED_DATE = "26 Jul 2024"
@@ -112,11 +115,13 @@ class ChatTemplate:
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
             tokenizer's beginning-of-text token, if it puts one before plain text). A tokenizer may have a template of
             its own for conversations with tools, which they then get.
+        called: whose template it is, for people.
         lead: whether the template writes one blank between the generation prompt and the answer, as Llama 2's does.
         tail: what the template writes after an answer that ends the conversation.
 
     Raises:
-        ValueError: a template variable has the name of something that rendering sets itself.
+        ValueError: a template variable has the name of something that rendering sets itself, or the template is one that
+            has no end (`template_budget`).
     """
 
     def __init__(self, tokenizer, source: str | None = None, kwargs: dict | None = None):
@@ -125,6 +130,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._kwargs = {"date_string": FIXED_DATE} | (kwargs or {})
         own = getattr(tokenizer, "chat_template", None)
+        self.called = (
+            f"chat template of {name_of(tokenizer)}" if source is None else "a chat template in place of its own"
+        )
         with_tools = own.get("tool_use") if source is None and isinstance(own, Mapping) else None
         if source is not None and os.path.isfile(source):
             with open(source, encoding="utf-8") as file:
@@ -132,6 +140,7 @@ class ChatTemplate:
         elif source is None and own:
             source = tokenizer.get_chat_template()
         if source is None:
+            self.called = "plain text (the tokenizer has no chat template)"
             begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             source = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
         self.source = source
@@ -216,24 +225,28 @@ class ChatTemplate:
         return self._render(self._adapted(messages), generate=generate)
 
     def _render(self, messages: list[dict], *, generate: bool = False) -> str:
-        import jinja2
-
         tools, variables = extras_of(messages).values()
+        variables = self._kwargs | (variables or {})
         try:
-            return self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._fixed_with_tools if tools else self._fixed,
-                tools=tools,
-                tokenize=False,
-                add_generation_prompt=generate,
-                **self._kwargs | (variables or {}),
-            )
-        except (jinja2.exceptions.TemplateError, TypeError, KeyError, AttributeError) as error:
+            with budget(messages, tools, variables):
+                return self._tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=counted(self._fixed_with_tools if tools else self._fixed),
+                    tools=tools,
+                    tokenize=False,
+                    add_generation_prompt=generate,
+                    **variables,
+                )
+        except Exception as error:  # whatever may go wrong in a program that came with a model
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
             roles = ", ".join(str(message.get("role")) for message in messages)
             first = str(messages[0].get("content")) if messages else ""
+            does, remedy = "refuses", "bring the messages into the form it takes, or pass"
+            if isinstance(error, TemplateBudgetError):
+                does, remedy = "was stopped on", "pass"
             raise ValueError(
-                f"the chat template of {name_of(self._tokenizer)} refuses a conversation of the roles {roles} that begins "
-                f"{excerpt(first)}: {error}; bring the messages into the form it takes, or pass another chat template"
+                f"the chat template of {name_of(self._tokenizer)} {does} a conversation of the roles {roles} that begins "
+                f"{excerpt(first)}: {kind}{error}; {remedy} another chat template"
             ) from error
 
     def answer(self, messages: list[dict]) -> RenderedAnswer:
@@ -255,18 +268,20 @@ class ChatTemplate:
             raise self._lost(messages, len(messages) - 1, "nothing of it is left")
         return RenderedAnswer(prompt, rendered[begin:end], starts)
 
-    def answers(self, messages: list[dict]) -> tuple[str, list[tuple[int, int]]]:
+    def answers(self, messages: list[dict], within: int | None = None) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.
 
         An answer is what the template writes after the generation prompt: its content (as far as the template keeps it),
-        and before it the thinking, or the empty block for it, that the template writes. ValueError where one cannot be
-        located exactly.
+        and before it the thinking, or the empty block for it, that the template writes. Those behind the character `within`
+        are not looked for. ValueError where one cannot be located exactly.
         """
         rendered = self.render(messages)
         spans: list[tuple[int, int]] = []
         for turn, message in enumerate(messages):
+            earlier = spans[-1][1] if spans else 0
+            if within is not None and earlier >= within:
+                break
             if message.get("role") == "assistant":
-                earlier = spans[-1][1] if spans else 0
                 spans.append(self._locate(messages, turn, rendered, earlier))
                 if spans[-1][0] < earlier:
                     raise self._lost(messages, turn, "it stands before the one before it")
@@ -296,11 +311,10 @@ class ChatTemplate:
         """Where an answer to messages begins: behind the generation prompt, and the blank of `lead`; None if it is not there."""
         if not messages or not self._has_generation_prompt:
             return None
-        base, prompt = self.render(messages), self.render(messages, generate=True)
-        header = prompt.removeprefix(base)
+        prompt = self.render(messages, generate=True)
         if rendered.startswith(prompt):
             begin = len(prompt)
-        elif prompt.startswith(base) and header:
+        elif prompt.startswith(base := self.render(messages)) and (header := prompt.removeprefix(base)):
             at = rendered.rfind(header, earlier, len(os.path.commonprefix([before, rendered])))
             begin = at + len(header) if at >= 0 else end + 1
         else:
@@ -319,7 +333,9 @@ class ChatTemplate:
         try:
             prompt = self.render(_QUESTION, generate=True)
             rendered = self.render([*_QUESTION, {"role": "assistant", "content": _MARK}])
-        except ValueError:  # a template for other conversations than this one: nothing can be read off it
+        except ValueError as error:  # a template for other conversations than this one: nothing can be read off it
+            if isinstance(error.__cause__, TemplateBudgetError):
+                raise
             return False, "", True
         before, _, tail = rendered.rpartition(_MARK)
         lead = before == prompt + " "
@@ -410,7 +426,10 @@ def refused_variables(variables: Iterable[str]) -> str:
 
 def _says(message: dict, text: str) -> bool:
     """Whether a text is an assistant's message: its content, perhaps with thinking before it or dropped from it, or its calls."""
-    found, wanted = ("".join(x.split()) for x in (text, message.get("content") or ""))
+    content = message.get("content") or ""
+    if content and text.endswith(content):  # of a long text most is spared
+        return True
+    found, wanted = ("".join(x.split()) for x in (text, content))
     if not found and wanted:  # of thinking alone nothing may be left
         return wanted.endswith(">")
     return wanted.endswith(found) or found.endswith(wanted) or _calls_in(message, found)

@@ -203,6 +203,7 @@ class DistillationBatchBuilder:
             texts = [e.prompt for e in local], [completions[i] for i in numbers]
             options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
             options |= dict(student_prompt_ids=prompt_ids and [prompt_ids[i] for i in numbers])
+            options |= dict(max_length=self.max_length)
             encoded = text_batch.encode_rows(self.student, self.teacher, *texts, **options)
         positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
         with annotate(ALIGNMENT):
@@ -300,26 +301,28 @@ class TokenBatchBuilder:
         """The rows that are made here, and the micro-batches of all."""
         numbers, pad = self.process_shard.local_rows(len(examples), batch_size), self.chat_tokenizer.pad_id
         with annotate(ENCODING):
-            rows = {i: self._row(examples[i]) for i in numbers}
+            rows = {i: self._row(examples[i], self.max_length) for i in numbers}
         given = [rows[i][:2] if i in rows else None for i in range(len(examples))]
         options = dict(pad=pad, shapes=shapes, process_shard=self.process_shard)
         return rows, text_batch.build_token_batches(given, batch_size, **options)
 
     def count_targets(self, example: Example, max_length: int) -> tuple[int, bool]:
         """How many tokens a row gives to learn within `max_length`, and whether it is longer."""
-        ids, counted, _ = self._row(example)
+        ids, counted, _ = self._row(example, max_length + 1)
         return int(counted[1:max_length].sum()), len(ids) > max_length
 
-    def _row(self, example: Example):
+    def _row(self, example: Example, max_length: int | None):
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""
         if self.counted != "completion" and example.messages:
-            ids, counted = self.chat_tokenizer.encode_turns(example.messages)
+            ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length)
             text = None
         else:
-            prompt = self.chat_tokenizer.encode_prompt(example.prompt)
+            prompt = self.chat_tokenizer.encode_prompt(example.prompt, limit=max_length)
             completion = example.completion_for(self.chat_tokenizer)
+            if max_length is not None:
+                completion = self.chat_tokenizer.shorten(completion, max_length - len(prompt))
             answer = self.chat_tokenizer.encode_completion(completion, after=example.prompt)
             ids = np.concatenate([prompt, answer.ids, [self.chat_tokenizer.stop_id]]).astype(np.int32)
-            counted, text = np.arange(len(ids)) >= len(prompt), _text_labels(prompt, answer, self.max_length)
+            counted, text = np.arange(len(ids)) >= len(prompt), _text_labels(prompt, answer, max_length)
         counted = np.ones_like(counted) if self.counted == "all" else counted
-        return ids[: self.max_length], counted[: self.max_length], text
+        return ids[:max_length], counted[:max_length], text

@@ -94,6 +94,7 @@ class _Trainer:
             self.eval_examples, measured = check_evaluation(evaluation, *tokenizers.values(), **options)
             evaluation = self.eval_examples
         self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
+        shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         self._show(student, len(checked.kept), shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]

@@ -27,6 +27,21 @@ def half(prompt, completion, group):
     return SideTokens(np.arange(prompt, dtype=np.int32), np.array(completion, np.int32), np.array(group))
 
 
+def test_neither_side_reads_more_of_a_long_completion_than_the_student_learns():
+    student, teacher = chat_tokenizers()
+    prompts, completions = ["the fox?"] * 2, ["the dog is 72, said the quick brown fox. " * 500, "the dog."]
+    whole = build_rows(student, teacher, prompts, completions, max_length=40)
+    encoded = encode_rows(student, teacher, prompts, completions, max_length=40)
+    assert max(len(side.ids) for row in encoded for side in (row.student, row.teacher)) < 5_000
+    rows = align_rows(encoded, (student.stop_id, teacher.stop_id), max_length=40)
+    for row, other in zip(rows, whole):
+        assert row.groups == other.groups and row.stopped
+        for side, same in zip((*row.student, *row.teacher), (*other.student, *other.teacher)):
+            assert np.array_equal(side, same)
+    assert rows[0].teacher.group.max() == rows[0].groups - 1 and len(rows[0].teacher.completion) < 80
+    assert rows[1].teacher.completion[-1] == teacher.stop_id
+
+
 def row(student_groups, teacher_groups, groups, prompt=2):
     """Two sides with tokens 100, 101, … and 200, 201, … behind prompts of two and three tokens."""
     return Row(

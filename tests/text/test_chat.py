@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import completion_from_ids
-from gold_jax.text.template import Conversation
+from gold_jax.text.template import ChatTemplate, Conversation
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}
@@ -392,6 +392,77 @@ def test_real_tokenizers(assets, folder, stop, begin):
         assert chat_tokenizer.decode(ids[counted]).replace(b" ", b"") == wanted.encode().replace(b" ", b"")
         assert counted_text(chat_tokenizer, ids, counted).count(stop) == len(messages) // 2
     assert completion_from_ids(chat_tokenizer, [*encoded.ids, chat_tokenizer.stop_id]).text == answer
+
+
+def test_a_chat_tokenizer_says_whose_template_it_has_and_where_it_stops():
+    tokenizer = toys.byte_level(template=toys.CHATML)
+    own, stop = ChatTokenizer(tokenizer), tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert own.describe() == f"chat template of a TokenizersBackend, stops at <|im_end|> ({stop})"
+    given = ChatTokenizer(tokenizer, chat_template="{{ messages[-1]['content'] }}", stop_ids=[7]).describe()
+    assert given == f"a chat template in place of its own, stops at <|im_end|> ({stop}), {own.surfaces.strings[7]} (7)"
+    assert (
+        ChatTokenizer(toys.byte_level()).describe().startswith("plain text (the tokenizer has no chat template), stops")
+    )
+
+
+LONG = {
+    "prose": "the photographer couldn't believe HOW quickly; fog_had lifted 1,234 naïve Straße\tx\n(a+b) " * 120,
+    "code": "def f(x):\r\n    return x ** 2  # &nbsp;\r\n\r\n" * 250,
+    "Chinese": "今天天气很好,我们去公园看樱花,然后喝一杯热茶。" * 400,
+    "combining": "e\u0301a\u0308\u0323\u1112\u1161\u11ab👩‍💻" * 900,
+    **{name: part * 9_000 for name, part in {"blanks": " ", "lines": "\n", "digits": "7", "letters": "ab"}.items()},
+}
+
+
+def same_beginnings(chat_tokenizer):
+    for name, text in LONG.items():
+        whole, short = (chat_tokenizer.encode_completion(t) for t in (text, chat_tokenizer.shorten(text, 96)))
+        for field in ("ids", "spans", "unknown"):
+            assert np.array_equal(getattr(short, field)[:96], getattr(whole, field)[:96]), name
+        asked, answered = (
+            [{"role": "user", "content": text + "<|im_end|>"}],
+            [USER, {"role": "assistant", "content": text}],
+        )
+        for prompt in (text, asked):
+            ids = chat_tokenizer.encode_prompt(prompt)
+            assert np.array_equal(chat_tokenizer.encode_prompt(prompt, limit=96), ids[:97]), name
+        for turns in ([*asked, ANSWER], answered):
+            pairs = zip(chat_tokenizer.encode_turns(turns, limit=96), chat_tokenizer.encode_turns(turns))
+            assert all(np.array_equal(some, whole[:97]) for some, whole in pairs), name
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "word_piece"])
+def test_a_long_text_is_read_as_far_as_it_is_needed(kind, monkeypatch):
+    chat_tokenizer = ChatTokenizer(getattr(toys, kind)(template=toys.CHATML if kind == "byte_level" else toys.LLAMA2))
+    if kind == "byte_level":
+        same_beginnings(chat_tokenizer)
+    text, read = "the fox? 72 dogs. " * 50_000, []
+    monkeypatch.setattr(chat_tokenizer, "_tokenize", lambda texts, **_: read.append(texts) or [[1] * len(texts[0])])
+    assert len(chat_tokenizer.encode_prompt([{"role": "user", "content": text}], limit=96)) == 97
+    assert sum(map(len, read[0])) < 10_000 and len(chat_tokenizer.shorten(text, 96)) < 10_000
+
+
+def test_of_many_turns_those_that_are_needed_are_looked_for(monkeypatch):
+    chat_tokenizer = ChatTokenizer(toys.byte_level(), chat_template=toys.CHATML)
+    turns = [m | {"content": f"{m['content']} {k} {'dogs ' * 30}"} for k in range(100) for m in (USER, ANSWER)]
+    blanks = [m | {"content": " " * 400 + m["content"]} for m in turns]
+    for messages, limit in ((turns, 96), (turns, 2000), (turns, 10**6), (blanks, 96), (turns[:2], 96)):
+        whole = chat_tokenizer.encode_turns(messages)
+        for some, every in zip(chat_tokenizer.encode_turns(messages, limit=limit), whole):
+            assert np.array_equal(some, every[: limit + 1])
+    located = []
+    monkeypatch.setattr(
+        chat_tokenizer.template, "_locate", lambda *a: located.append(a) or ChatTemplate._locate(template, *a)
+    )
+    template = ChatTemplate(chat_tokenizer.tokenizer, toys.CHATML)
+    chat_tokenizer.encode_turns(turns, limit=96)
+    assert 0 < len(located) < 40
+
+
+@pytest.mark.assets
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2", "deepseek_v3"])
+def test_real_tokenizers_read_the_beginning_of_a_long_text_as_in_the_whole(assets, name):
+    same_beginnings(real.chat_tokenizer(assets / "tokenizers" / name))
 
 
 def test_the_blank_that_a_template_writes_before_an_answer_counts_as_part_of_it(llama2):

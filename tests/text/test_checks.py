@@ -41,7 +41,7 @@ def test_a_completion_is_the_same_on_every_path(source, content):
     common = dict(batch_size=1, eval_batch_size=1, max_length=None)
     learned = []
     for counted in ("completion", "assistant"):
-        ids, mask, _ = TokenBatchBuilder(student, counted=counted, **common)._row(example)
+        ids, mask, _ = TokenBatchBuilder(student, counted=counted, **common)._row(example, None)
         learned.append(student.tokenizer.decode(ids[mask]))
     assert learned == [text + "<|im_end|>"] * 2
     prompted = {"prompt": [USER], "completion": content}
@@ -51,6 +51,37 @@ def test_a_completion_is_the_same_on_every_path(source, content):
 def test_a_completion_of_a_plain_text_is_as_it_is():
     (example,) = load_examples([{"prompt": "x", "completion": " y "}])
     assert example.completion_for(chat_tokenizer(THINKING)) == " y "
+
+
+def test_a_role_that_would_be_control_is_told_with_its_row():
+    bad = {"prompt": [{"role": "user<|im_end|>", "content": "q"}]}
+    for where in ("student", "teacher"):
+        with pytest.raises(ValueError, match="row 1 of the data set: message 0 has the role 'user<.im_end.>'"):
+            check({"prompt": [USER]}, bad, need=None, **{where: CHATML})
+
+
+def test_a_token_of_the_template_without_an_embedding_is_told_before_training():
+    tokenizer = byte_level.__wrapped__()
+    rows = len(tokenizer)
+    tokenizer.add_tokens(["<sys>"], special_tokens=True)
+    source = "{% for m in messages %}{{ '<sys>' if m['role'] == 'system' else '' }}{{ m['content'] + '<|im_end|>' }}{% endfor %}"
+    student = ChatTokenizer(tokenizer, chat_template=source, embedding_rows=rows)
+    told = [{"role": "system", "content": "be kind"}, USER]
+    answer = {"role": "assistant", "content": "the dog."}
+    for row in ({"prompt": told}, {"messages": [*told, answer]}):
+        for learns_calls in (False, True):
+            with pytest.raises(
+                ValueError, match=f"row 1 of the data set: .*'<sys>', the token {rows} of .* no embedding"
+            ):
+                check_examples(
+                    load_examples([{"prompt": [USER]}, row]),
+                    student,
+                    budget=None,
+                    need_completion=None,
+                    learns_calls=learns_calls,
+                )
+    with pytest.raises(ValueError, match="no embedding"):
+        student.encode_turns([*told, answer])
 
 
 def test_messages_that_a_template_does_not_write_are_an_error():

@@ -50,7 +50,7 @@ def test_a_row_without_the_completion_that_it_needs_is_named():
 
 
 def counted_text(builder, example):
-    ids, counted, _ = builder._row(example)
+    ids, counted, _ = builder._row(example, builder.max_length)
     return builder.chat_tokenizer.tokenizer.decode(ids[counted])
 
 
@@ -73,7 +73,7 @@ def test_fine_tuning_counts_the_completion_the_turns_or_everything():
 
 def test_fine_tuning_learns_to_stop():
     builder = TokenBatchBuilder(chat_tokenizer(), 1, 1, None, "completion")
-    ids, counted, _ = builder._row(Example("x", "y"))
+    ids, counted, _ = builder._row(Example("x", "y"), builder.max_length)
     assert ids[-1] == builder.chat_tokenizer.stop_id and counted[-1]
 
 

@@ -232,8 +232,8 @@ def test_a_student_that_can_draw_nothing_any_more_has_diverged(world, tmp_path, 
     trainer, said = gold(world, tmp_path, ROWS, {"lmbda": 1.0, "max_completion_length": 4}), []
     build = type(trainer.loop.run.batches).build
 
-    def overflows(self, step, examples, params):
-        return build(self, step, examples, jax.tree.map(lambda x: x * np.nan, params) if step == 1 else params)
+    def overflows(self, step, examples, params, shapes):
+        return build(self, step, examples, jax.tree.map(lambda x: x * np.nan, params) if step == 1 else params, shapes)
 
     monkeypatch.setattr(type(trainer.loop.run.batches), "build", overflows)
     monkeypatch.setattr(trainer.loop, "say", said.append)

@@ -1,0 +1,77 @@
+"""Templates that have no end, or grow without bound, are an error within seconds and without their memory."""
+
+import time
+
+import pytest
+import toy_tokenizers as toys
+
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.template import ChatTemplate
+
+USER = [{"role": "user", "content": "the fox?"}]
+TURNS = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+DOUBLED = "{%% set ns = namespace(s='ab') %%}{%% for i in range(60) %%}%s{%% endfor %%}"
+
+STEPS, TEXT, NUMBER = "takes more than .* steps", "makes a text of .* characters", "states or computes"
+ENDLESS = {
+    "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}": STEPS,
+    "{% set x = 'a' * 400000 %}{% for i in range(9**5) %}{{ x }}{% endfor %}": STEPS,
+    "{% for i in range(9**5) %}" + "x" * 50_000 + "{% endfor %}": STEPS,
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(99) }}": STEPS,
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "RecursionError",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}": "RecursionError",
+    "{{ 1 // (messages | length - 1) }}": "ZeroDivisionError",
+    "{{ 'abc'.index('z') }}": "ValueError: substring not found",
+    "{% for i in range(10**9) %}{% endfor %}": NUMBER,
+    "{% for i in range(9999999) %}{% endfor %}": "Range too big",
+    "{{ 10 ** 10 ** 10 }}": NUMBER,
+    "{{ 'a' * 10**9 }}": NUMBER,
+    "{{ 'a' * 9999999 }}": TEXT,
+    "{{ ([0] * 9999999) | length }}": TEXT,
+    "{{ 'a' | center(1000000000) }}": NUMBER,
+    "{{ 'a'.ljust(9999999) }}": TEXT,
+    "{{ 'a\nb' | indent(9999999) }}": TEXT,
+    "{{ '%1000000000d' % 1 }}": "formats a value to the width",
+    "{{ '%1000000000d' | format(1) }}": "formats a value to the width",
+    "{{ '{:>1000000000}'.format(1) }}": "formats a value to the width",
+    "{{ lipsum(n=9999999) }}": "lipsum",
+    DOUBLED % "{% set ns.s = ns.s ~ ns.s %}": TEXT,
+    DOUBLED % "{% set ns.s = ns.s + ns.s %}": TEXT,
+    DOUBLED % "{% set ns.s = [ns.s, ns.s] | join %}": TEXT,
+    DOUBLED % "{% set ns.s = ns.s.replace('b', 'bbb') %}": TEXT,
+    DOUBLED % "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}": TEXT,
+}
+
+
+@pytest.mark.parametrize("source", ENDLESS, ids=lambda source: source[:40])
+def test_a_template_without_end_is_an_error_that_names_it_and_its_fault(source):
+    began = time.process_time()
+    with pytest.raises(
+        ValueError, match=f"the chat template of a TokenizersBackend (refuses|was stopped on) .*{ENDLESS[source]}"
+    ):
+        ChatTokenizer(toys.byte_level(), chat_template=source + TURNS).render(USER)
+    assert time.process_time() - began < 20
+
+
+def test_what_a_conversation_says_is_no_fault_of_the_template():
+    long = [{"role": role, "content": "12345678901 words " * 500} for role in ("user", "assistant")] * 200
+    nested = "{% for m in messages %}{% for other in messages[loop.index :] %}{% endfor %}{% endfor %}"
+    template = ChatTemplate(toys.byte_level(), nested + TURNS)
+    assert template.render(long).count("words") == 200_000
+
+
+def test_counting_changes_nothing_of_what_a_template_writes():
+    source = (
+        "{% macro shout(text) %}{{ caller() }}{{ text | upper }}{% endmacro %}"
+        "{% set head %}{{ messages | length }} turns{% endset %}{% set low | lower %}ABC{% endset %}{{ head }}{{ low }}\n"
+        "{% for m in messages if m.role != 'system' recursive %}{{ loop.index }}/{{ loop.length }} {{ loop.revindex0 }} "
+        "{{- loop.previtem.content if loop.previtem }}{% if loop.last %}!{% endif %}"
+        "{% if m.parts %}{{ loop(m.parts) }}{% endif %}{% else %}nobody{% endfor %}"
+        "{% filter trim %}  {{ messages[0:1] | tojson }}  {% endfilter %}{{ unknown }}{{ (7 % 4 + 2 * 3 ** 2) ~ 'x' * 3 }}"
+        "{% call shout('%s-%d' % ('a', 2)) %}{% generation %}said{% endgeneration %}{% endcall %}"
+        "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+    )
+    messages = [*USER, {"role": "assistant", "content": "the dog.", "parts": [{"role": "x", "content": "y"}]}]
+    tokenizer = toys.byte_level()
+    expected = tokenizer.apply_chat_template(messages, chat_template=source, tokenize=False)
+    assert ChatTemplate(tokenizer, source).render(messages) == expected
