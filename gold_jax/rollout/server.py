@@ -37,13 +37,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.rollout.agreement import Agreement
 from gold_jax.rollout.client import Client, Refused, ServerError
-from gold_jax.rollout.engine import EMPTY, Sampled
+from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
 
 # Servers would take these from the model's generation_config.json, which would change what is sampled.
 _NEUTRAL = dict(min_p=0.0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, ignore_eos=True)
@@ -219,6 +220,8 @@ class ServerEngine:
         """
         if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(split(model)[1])):
+            raise NonFiniteLogits("the student's weights are not finite, so no server is given them.")
         # A name of its own for every push: nothing that a server or a file system remembers of a path can be stale.
         folder = self.weights_dir / f"update-{updates}-{uuid.uuid4().hex[:8]}"
         unfinished = folder.with_name(f".{folder.name}")
