@@ -23,7 +23,7 @@ def trained(tokenizer, tmp_path, template: str | None = None, **changes):
     if template is not None:
         (tmp_path / "template.jinja").write_text(template)
         changes |= {"chat_template_path": str(tmp_path / "template.jinja")}
-    changes |= {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2} | changes
     args = SFTConfig(output_dir=str(tmp_path / "out"), max_length=256, **changes)
     trainer = SFTTrainer(str(model), args, [{"messages": ASKED}, {"messages": TOLD}], console=tiny.quiet_console())
     trainer.train()
