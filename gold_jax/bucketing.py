@@ -37,12 +37,14 @@ class ShapeSet:
 
     def fit(self, lengths: Sequence[int], rows: int) -> tuple[int, ...]:
         """Buckets for the longest row and the longest packed sequence of each side, `rows` rows to a sequence."""
-        own = tuple(size(length) for size, length in zip([bucket, fine_bucket] * (len(lengths) // 2), lengths))
+        own = tuple(
+            size(length) for size, length in zip([bucket, fine_bucket] * (len(lengths) // 2), lengths, strict=True)
+        )
 
         def cost(shape: Sequence[int]) -> int:
             return rows * sum(shape[::2]) + sum(shape[1::2])
 
-        holding = [s for s in self.shapes if all(have >= need for have, need in zip(s, own))]
+        holding = [s for s in self.shapes if all(have >= need for have, need in zip(s, own, strict=True))]
         best, few = min(holding, key=cost, default=None), 4 * len(self.shapes) < 3 * self.limit
         if best is None or few and cost(best) > _LITTLE_PADDING * cost(own):
             best = own if few else tuple(map(max, own, *self.shapes))

@@ -1,5 +1,6 @@
 """JSON objects from files that others wrote: what is no plain object is one ValueError that names the file."""
 
+import collections
 import json
 import math
 import os
@@ -35,8 +36,7 @@ def parse_json_object(text: str | bytes, path: Any) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for i, name in enumerate(names) if name in names[:i])
+            twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
             raise ValueError(f"the key {quoted(twice)} is there twice")
         return found
 

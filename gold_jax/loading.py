@@ -16,7 +16,7 @@ from gold_jax.json_files import read_json_object, regular_file
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.models.staged_save import finish_move
+from gold_jax.models.staged_save import check_complete
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
@@ -153,7 +153,7 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
     """The tokenizer of a folder or hub id; FileNotFoundError where there is none, ValueError where a file of it is broken."""
     folder, paths = pathlib.Path(name), []
     if folder.is_dir():
-        finish_move(folder)  # of a save that was cut short
+        check_complete(folder)
         paths = [path for file in _TOKENIZER_FILES if (path := folder / file).exists()]
     files = {path: read_json_object(path) for path in paths}
     regular_file(folder / "chat_template.jinja")
@@ -162,7 +162,7 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
         tokenizer: Any = AutoTokenizer.from_pretrained(
             str(name), revision=revision, trust_remote_code=trust_remote_code
         )
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of tokenizers' Rust is no Exception
         reason = (str(error).strip().splitlines() or [""])[0]
@@ -187,6 +187,8 @@ def _opens(path: pathlib.Path) -> bool:
     """Whether the library that a `tokenizer.json` is for can read it."""
     try:
         return bool(Tokenizer.from_file(str(path)))
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
     except BaseException:
         return False
 

@@ -26,7 +26,7 @@ from gold_jax.models.config import DecoderConfig, check_family, check_sizes
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.parameters import parameters
 from gold_jax.models.safetensors_io import CODES, FLOATS, Entry, TensorFolder, read_json, write_json, write_tensors
-from gold_jax.models.staged_save import finish_move
+from gold_jax.models.staged_save import check_complete
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.wording import listed, quoted
 
@@ -124,7 +124,7 @@ def model_folder(name_or_path: str | os.PathLike, *, revision: str | None = None
     """The folder named, or one with the hub's JSON and safetensors files of a model; a FileNotFoundError if neither is."""
     path = pathlib.Path(resolve_embedded(name_or_path)).expanduser()
     if path.is_dir():
-        finish_move(path)  # of a save that was cut short
+        check_complete(path)
         return path
     name = str(name_or_path)
     looks_like_id = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not ("/" in name and path.parent.is_dir())

@@ -1,16 +1,15 @@
-"""A model in a folder replaced by another one: written beside it, then moved in. A move that was cut short is finished."""
+"""A model in a folder replaced by another one: written beside it, committed by one rename, then moved in file by file."""
 
-import contextlib
+import json
 import os
 import pathlib
 import re
 import shutil
 
-STAGING = ".saving"  # where a model is written; of no use until it is whole
-# Whole ones: beside the model that was there before, whose other files go first; and while their files move in.
-_WHOLE, _MOVING = ".saved", ".moving"
+STAGING = ".saving"  # where a model is written; of no use until it is committed
+_COMMITTED, _NAMES = ".saved", ".names"  # the whole model, and in it a list of its files
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
-_TOKENIZER = frozenset(
+TOKENIZER = frozenset(
     (
         "tokenizer.json tokenizer.model tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
         "chat_template.jinja chat_template.json additional_chat_templates"
@@ -18,37 +17,50 @@ _TOKENIZER = frozenset(
 )
 
 
-def move_in(folder: pathlib.Path) -> None:
+def commit(folder: pathlib.Path) -> None:
     """Puts the whole model in `STAGING` in the place of the one in the folder; files that are no model's stay."""
-    finish_move(folder)  # an earlier one
-    os.replace(folder / STAGING, folder / _WHOLE)
-    finish_move(folder)
+    staging = folder / STAGING
+    (staging / _NAMES).write_text(json.dumps(sorted(path.name for path in staging.iterdir())))
+    complete_commit(folder)  # an earlier one
+    os.replace(staging, folder / _COMMITTED)
+    complete_commit(folder)
 
 
-def finish_move(folder: pathlib.Path) -> None:
-    """Moves in what is left of a whole model, whether this process wrote it or one that was stopped. OSError: it cannot."""
-    whole, moving = folder / _WHOLE, folder / _MOVING
-    if whole.is_dir() and not moving.is_dir():
-        new = {path.name for path in whole.iterdir()}
-        old = new | {"generation_config.json"} | (_TOKENIZER if new & _TOKENIZER else set())
-        for path in folder.iterdir():
-            if path.name not in new and (path.name in old or WEIGHTS.fullmatch(path.name)):
-                _remove(path)
-        with contextlib.suppress(FileNotFoundError):  # another process may do the same
-            os.replace(whole, moving)
-    if moving.is_dir():
-        for path in sorted(moving.iterdir()):
-            target = folder / path.name
-            if target.is_dir():
+def complete_commit(folder: pathlib.Path) -> None:
+    """Moves in what is left of a committed model, whether this process wrote it or one that was killed."""
+    committed = folder / _COMMITTED
+    if not is_interrupted(folder):
+        return
+    names = set(json.loads((committed / _NAMES).read_text()))
+    old = {"generation_config.json"} | (TOKENIZER if names & TOKENIZER else set())
+    for path in folder.iterdir():
+        if path.name not in names and (path.name in old or WEIGHTS.fullmatch(path.name)):
+            _remove(path)
+    for path in committed.iterdir():
+        if path.name != _NAMES:
+            if (target := folder / path.name).is_dir():
                 _remove(target)
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(path, target)
-        with contextlib.suppress(FileNotFoundError):
-            moving.rmdir()
+            os.replace(path, target)
+    shutil.rmtree(committed)
+
+
+def is_interrupted(folder: pathlib.Path) -> bool:
+    """Whether a save into the folder was killed while its files were moved in, so that it may hold files of two models."""
+    committed = folder / _COMMITTED
+    return not committed.is_symlink() and (committed / _NAMES).is_file()
+
+
+def check_complete(folder: pathlib.Path) -> None:
+    """ValueError where the folder may hold files of two models."""
+    if is_interrupted(folder):
+        raise ValueError(
+            f"a save into {folder} was interrupted, so that it may hold files of two models. Resume the run, which saves "
+            f"again, or move the files of {folder / _COMMITTED} into it."
+        )
 
 
 def _remove(path: pathlib.Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

@@ -231,8 +231,12 @@ class ServerEngine:
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        self.api.reload(self.client, str(folder))
-        self.agreement.check_followed(model, updates)
+        try:
+            self.api.reload(self.client, str(folder))
+            self.agreement.check_followed(model, updates)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.folder, self.pushed, self.compared = folder, updates, False
@@ -274,7 +278,7 @@ class ServerEngine:
         self.difference = None
         if not self.compared and self.pushed is not None and model is not None:
             self.difference = self.agreement.check_drawn(model, prompts, drawn)
-            self.compared = True
+            self.compared = any(len(d.ids) for d in drawn)
         return drawn
 
     def _score(self, ids: list[int]) -> list[float] | None:

@@ -11,11 +11,19 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
-from gold_jax.text.template import Conversation, RenderedAnswer, conversation_shape, extras_of, unwritten_parts
+from gold_jax.text.template import (
+    Conversation,
+    RenderedAnswer,
+    conversation_shape,
+    extras_of,
+    unwritten_keys,
+    unwritten_parts,
+)
 from gold_jax.wording import listed, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
+_ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _SHOWN = 5  # errors of skipped rows
@@ -52,8 +60,9 @@ class RowReader:
     ):
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self.context, self.max_length = context, max_length
-        self._unwritten: dict[tuple, list[str]] = {}
+        self._unwritten: dict[tuple, tuple[list[str], list[str]]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
+        self._odd_roles: collections.Counter = collections.Counter()
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
 
     def read(self, number: int, example: Example) -> tuple[str, str]:
@@ -100,8 +109,9 @@ class RowReader:
     def _find_unwritten(self, who: str, side: ChatTokenizer, conversation: list[dict]) -> None:
         shape = who, conversation_shape(conversation)
         if shape not in self._unwritten:
-            self._unwritten[shape] = unwritten_parts(side.template, conversation, whole=self.whole)
-        missing = self._unwritten[shape]
+            parts = unwritten_parts(side.template, conversation, whole=self.whole)
+            self._unwritten[shape] = parts, unwritten_keys(side.template, conversation)
+        missing, keys = self._unwritten[shape]
         if parts := [part for part in missing if part not in _NOTICE_ONLY]:
             roles = sorted({str(m.get("role")) for m in conversation} - {"system", "user", "assistant", "tool"})
             known = f"; it may not know the role {', '.join(map(repr, roles))}" if roles else ""
@@ -110,7 +120,10 @@ class RowReader:
                 "Bring the messages into the form that the template takes (roles are system, user, assistant and tool), or "
                 "pass another chat template"
             )
-        self._unwritten_counts.update((who, part) for part in missing)
+        self._unwritten_counts.update((who, _NOTICE_ONLY[part]) for part in missing)
+        self._unwritten_counts.update((who, f"the key {excerpt(key)} of messages") for key in keys)
+        if who == "student":
+            self._odd_roles.update({str(m.get("role")) for m in conversation} - {*_ROLES})
 
     def _compare(self, number: int, conversation: list[dict], found: Mapping[str, RenderedAnswer]) -> None:
         """Notes where prompt and answer are not what a template writes, or the two models' answers differ."""
@@ -149,13 +162,21 @@ class RowReader:
 
     def notices(self) -> list[str]:
         """Lines about what templates do not write and where they do not agree."""
-        return [
-            f"the chat template of {self.sides[who].name} ({who}) does not write {_NOTICE_ONLY[part]} of {count} rows of {self.where}"
-            for (who, part), count in self._unwritten_counts.items()
-        ] + [
-            f"in {count} rows of {self.where} {said}: in row {first} {shown}"
-            for said, (count, first, shown) in self._notes.items()
-        ]
+        return (
+            [
+                f"the chat template of {self.sides[who].name} ({who}) does not write {part} of {count} rows of {self.where}"
+                for (who, part), count in self._unwritten_counts.items()
+            ]
+            + [
+                f"in {count} rows of {self.where} {said}: in row {first} {shown}"
+                for said, (count, first, shown) in self._notes.items()
+            ]
+            + [
+                f"{count} rows of {self.where} have the role {excerpt(role)}, which is none of {', '.join(_ROLES)}: the student's "
+                "template writes it in its own way, others leave such messages out"
+                for role, count in self._odd_roles.items()
+            ]
+        )
 
 
 def _may_be_answer(column: str) -> bool:

@@ -1,5 +1,6 @@
 """Chat templates: what a model reads for a conversation, the same on every day, and where the answers stand in it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -47,6 +48,8 @@ RESERVED = frozenset({
 })  # fmt: skip
 
 _MARK = "qZ7probeX3answerK9"
+# Keys of messages that `unwritten_keys` leaves to others; few templates write the id of the call that a tool answers.
+_LOOKED_FOR = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
 _QUESTION = [{"role": "user", "content": "Hello?"}]
 
 
@@ -405,6 +408,21 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
     except ValueError:
         return []
     return list(dict.fromkeys(part for mark, part in parts.items() if mark not in text))
+
+
+def unwritten_keys(template: ChatTemplate, messages: list[dict]) -> list[str]:
+    """Which further keys of messages that hold text the template does not write, such as `name` or `thinking`.
+
+    The texts of one key at a time are replaced, so that what a template decides by one of them does not hide a content.
+    """
+    mark, missing = f"{_MARK}x", []
+    texts = [{key for key, value in m.items() if isinstance(value, str) and value} for m in messages]
+    for key in sorted(set().union(*texts) - _LOOKED_FOR):
+        marked = [m | {key: mark} if key in has else m for m, has in zip(messages, texts)]
+        with contextlib.suppress(ValueError):  # the template takes no such text: it reads the key
+            if mark not in template.render(_like(messages, marked), generate=marked[-1].get("role") != "assistant"):
+                missing.append(key)
+    return missing
 
 
 def conversation_shape(messages: list[dict]) -> tuple:

@@ -169,8 +169,13 @@ class Checkpoints:
         return self._failed is None
 
     def abandon(self) -> None:
-        """Has nobody wait for the save under way: it is a checkpoint only if it is whole when the process ends."""
-        self._abandoned, self._step, self._write_files = True, None, None
+        """Lets the save under way come to nothing, and puts back the checkpoint that it was to replace."""
+
+        def stop() -> None:
+            raise SystemExit  # of orbax's thread, which then commits nothing
+
+        self._abandoned, self._step, self._write_files = True, None, stop
+        self._settle_replaced()
 
     def close(self) -> None:
         """Waits for the save under way, if it is not abandoned, and lets go of orbax's threads."""
@@ -294,6 +299,9 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
     "means": _are_means,
+    "shapes": lambda value: all(
+        len(shape) in (2, 4) and all(0 < n < 2**31 for n in map(int, shape)) for shape in value
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The student as transformers and vLLM open it, saved so that a folder always holds a whole one."""
+"""The student as transformers and vLLM open it, saved so that an interrupted save can be completed."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import jax
 
 from gold_jax.distributed.consensus import raise_in_all_processes
 from gold_jax.models.hf_checkpoint import save_model
-from gold_jax.models.staged_save import STAGING, move_in
+from gold_jax.models.staged_save import STAGING, commit
 
 
 def save_final_model(
@@ -27,10 +27,10 @@ def save_final_model(
     """Write weights (in `dtype`, as `save_model`), config and tokenizer into a folder that transformers and vLLM open; returns it.
 
     The configs name the stop tokens, the tokenizer brings the template, that were trained. Everything is written beside
-    the folder's files first and then moved in, so that a run that is stopped while saving leaves what was there before,
-    or what `load_model` or the next save finishes (`models.staged_save`); other files stay. In a run of several processes
-    all call it, the first one writes, and all raise where it cannot. Without a tokenizer that can be saved the model alone
-    is written.
+    the folder's files first and then moved in, so that a run that is killed while saving leaves what was there before, or
+    what the next save completes and `load_model` refuses until then (`models.staged_save`); other files stay. In a run of
+    several processes all call it, the first one writes, and all raise where it cannot. Without a tokenizer that can be
+    saved the model alone is written.
     """
     folder, failed = pathlib.Path(folder), None
     staging, writes = folder / STAGING, jax.process_index() == 0
@@ -38,7 +38,7 @@ def save_final_model(
         if writes:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    except Exception as error:
         failed = error
     raise_in_all_processes("the folder of the model", failed)
     try:
@@ -48,8 +48,8 @@ def save_final_model(
                 _save_tokenizer(tokenizer, staging, chat_template)
             elif hasattr(tokenizer, "save"):
                 tokenizer.save(str(staging / "tokenizer.json"))
-            move_in(folder)
-    except OSError as error:
+            commit(folder)
+    except Exception as error:
         failed = error
     finally:
         if writes:
@@ -63,7 +63,12 @@ def _save_tokenizer(tokenizer: Any, folder: pathlib.Path, chat_template: str | d
     if chat_template:  # a checkpoint is saved in another thread, beside a run that reads with the tokenizer
         tokenizer = copy.copy(tokenizer)
         tokenizer.chat_template = chat_template
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(f"{folder}: {error}") from error  # which is how the tokenizers library reports a full disk
     # transformers leaves this one out, and without it Llama's tokenizer puts no blank after a special token.
     path, legacy = folder / "tokenizer_config.json", getattr(tokenizer, "legacy", None)
     if legacy is not None and path.exists():

@@ -169,6 +169,7 @@ class RunningMean:
 
     def __init__(self):
         self._sums: dict[str, tuple[Any, Any]] = {}  # weighted sum and weight
+        self._order: list[str] = []  # of names as they came first, so that logged lines have one
 
     def add(self, values: Mapping[str, Any], weight: Any = 1.0) -> None:
         """Take in values, each counted `weight` times (a number or array). Names may differ from call to call."""
@@ -179,7 +180,9 @@ class RunningMean:
 
     def take(self) -> dict[str, Any]:
         """The weighted means since the last call, as numbers or arrays; resets them."""
-        means = {name: total / weight for name, (total, weight) in self._sums.items()}
+        self._order = list(dict.fromkeys([*self._order, *self._sums]))
+        found = {name: self._sums[name] for name in self._order if name in self._sums}
+        means = {name: total / weight for name, (total, weight) in found.items()}
         self._sums = {}
         return means
 

@@ -537,9 +537,11 @@ class Loop:
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         self._log.flush()
-        if self.done:
+        self.checkpoints.finish()
+        if self.done and not self._is_saved():
             self._save_checkpoint()
-        saved, last = self.checkpoints.finish() and self.done > 0, self.checkpoints.last
+            self.checkpoints.finish()
+        saved, last = self._is_saved(), self.checkpoints.last
         interrupted = signals.requested == "interrupt"
         where = f"the last checkpoint is {last}" if last else "nothing is saved"
         where = f"{_SAVED} {last}" if saved else where
@@ -547,12 +549,16 @@ class Loop:
         self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {where}.{further}")
         raise KeyboardInterrupt if interrupted else Preempted
 
+    def _is_saved(self) -> bool:
+        """Whether the newest whole checkpoint is of the last update."""
+        last = self.checkpoints.last
+        return last is not None and last.name == f"checkpoint-{self.done}"
+
     def _save_before_error(self) -> None:
         """Saves the last update where something else than the updates ends the run: a row, a log, a server."""
         gone = any(x.is_deleted() for x in jax.tree.leaves(self.state))
         self.checkpoints.finish()
-        saved = self.checkpoints.last is not None and self.checkpoints.last.name == f"checkpoint-{self.done}"
-        if jax.process_count() > 1 or gone or saved or not self.done:
+        if jax.process_count() > 1 or gone or self._is_saved() or not self.done:
             return
         self._log.flush()
         self.nonfinite = NonFiniteCounter(*map(int, self.state.nonfinite))

@@ -57,7 +57,7 @@ class SignalHandler:
         self.requested = self.requested or reason
 
     def _handle(self, number: int, _frame: object) -> None:
-        if number == signal.SIGINT and self.requested == "interrupt":
+        if number == signal.SIGINT and self.requested:  # a second signal, the first may have been SIGTERM
             self.interrupted_twice = True
             raise InterruptedTwice
         self.request("interrupt" if number == signal.SIGINT else "preemption")

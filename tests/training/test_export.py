@@ -1,7 +1,9 @@
 import contextlib
+import types
 
 import pytest
 
+from gold_jax.loading import load_tokenizer
 from gold_jax.models import staged_save
 from gold_jax.models.hf_checkpoint import model_folder
 from gold_jax.training import export
@@ -68,9 +70,7 @@ def content(folder):
 
 
 @pytest.mark.parametrize("call", range(12))
-def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_reader_finishes(
-    call, saved, tmp_path, monkeypatch
-):
+def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_save_completes(call, saved, tmp_path, monkeypatch):
     folder = tmp_path / "model"
     save_final_model("first", Tokenizer(), folder)
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "chat_template.jinja", "mine.txt"):
@@ -89,16 +89,42 @@ def test_a_save_that_is_killed_leaves_the_old_model_or_what_the_next_reader_fini
     with monkeypatch.context() as patched:
         patched.setattr(staged_save.os, "replace", killed(staged_save.os.replace))
         patched.setattr(staged_save, "_remove", killed(staged_save._remove))
-        patched.setattr(staged_save.pathlib.Path, "rmdir", killed(staged_save.pathlib.Path.rmdir))
-        patched.setattr(export.shutil, "rmtree", lambda *arguments, **options: None)
+        patched.setattr(
+            export, "shutil", types.SimpleNamespace(rmtree=lambda *_, **__: None)
+        )  # a killed process cleans nothing
         with contextlib.suppress(Killed):
             save_final_model("second", Tokenizer(), folder)
-    assert model_folder(folder) == folder
     new = {"model.safetensors": "second auto", "config.json": "{}", "tokenizer.json": "new", "mine.txt": "old"}
-    assert content(folder) == (before if calls == [] else new)
-    assert not {".saved", ".moving"} & set(names(folder))
+    if staged_save.is_interrupted(folder):
+        seen = content(folder)
+        for read in (model_folder, load_tokenizer):
+            with pytest.raises(ValueError, match=r"a save into .* was interrupted"):
+                read(folder)
+        assert content(folder) == seen  # readers change nothing
+        staged_save.complete_commit(folder)
+        assert content(folder) == new
+    else:
+        assert content(folder) == (before if len(calls) < 2 else new) and model_folder(folder) == folder
     save_final_model("third", Tokenizer(), folder)
-    assert content(folder) == new | {"model.safetensors": "third auto"}
+    assert content(folder) == new | {"model.safetensors": "third auto"} and not staged_save.is_interrupted(folder)
+
+
+@pytest.mark.parametrize("name", [".saved", ".moving", ".saving"])
+def test_a_folder_of_that_name_that_no_save_made_is_left_alone(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tokenizer.model").write_text("mine")
+    staged_save.complete_commit(tmp_path)
+    staged_save.check_complete(tmp_path)
+    assert (tmp_path / name / "tokenizer.model").read_text() == "mine"
+
+
+def test_a_full_disk_under_a_tokenizer_is_an_error_of_the_system(saved, tmp_path):
+    class Full(Tokenizer):
+        def save_pretrained(self, folder):
+            raise Exception("No space left on device (os error 28)")
+
+    with pytest.raises(OSError, match="No space left"):
+        save_final_model("model", Full(), tmp_path)
 
 
 def test_files_that_are_no_part_of_a_model_stay(saved, tmp_path):
