@@ -22,6 +22,9 @@ STEPS, STEPS_PER_MESSAGE, STEPS_OF_CALL = 500_000, 10_000, 5
 CHARS_PER_STEP = 64  # of a text that an operation makes
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
 
+# Methods and filters that make a text as long as a number says, and those that read a format string.
+_WIDENING = frozenset("center ljust rjust zfill expandtabs indent wordwrap".split())
+_FORMATTING = frozenset("format format_map".split())
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
 _WIDTH = re.compile(
     r"(?:%|\{[^{}]*:)[^a-zA-Z%{}]*\d{8,}"
@@ -127,11 +130,39 @@ class _Counting(NodeTransformer):
     def visit_Getitem(self, node):
         return self._counted(node) if isinstance(node.arg, nodes.Slice) else self.generic_visit(node)
 
+    def visit_Compare(self, node):
+        node = self.generic_visit(node)
+        node.expr = _call("count", node.expr)
+        for operand in node.ops:
+            operand.expr = _call("count", operand.expr)
+        return node
+
     def _counted(self, node):
         for constant in node.find_all(nodes.Const):  # before Jinja folds them
             _check_number(constant.value)
-        steps = STEPS_OF_CALL if isinstance(node, nodes.Call) else 1
-        return _call("count", self.generic_visit(node), nodes.Const(steps))
+        node = self.generic_visit(node)
+        if isinstance(node, nodes.Filter):
+            name, holder = node.name, node
+        elif isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr):
+            name, holder = node.node.attr, node.node
+        else:
+            name, holder = "", None
+        if holder is not None and holder.node is not None:  # what is read, not only what is made
+            holder.node = _call("format_string" if name in _FORMATTING else "count", holder.node)
+        if isinstance(node, nodes.Filter | nodes.Call):
+            node.args = [_call("width" if name in _WIDENING else "count", x) for x in node.args]
+            for pair in node.kwargs:
+                pair.value = _call("width" if name in _WIDENING else "count", pair.value)
+        if (
+            isinstance(node, nodes.Call)
+            and isinstance(node.node, nodes.Name)
+            and node.node.name == "loop"
+            and node.args
+        ):
+            node.args[0] = _call("each_counted", node.args[0], nodes.Const(1))  # a round of a recursive loop
+        if name == "int":
+            node = _call("width", node)
+        return _call("count", node, nodes.Const(STEPS_OF_CALL if isinstance(node, nodes.Call) else 1))
 
     visit_Add = visit_Mul = visit_Mod = visit_Pow = _operation
     visit_Call = visit_Filter = visit_Concat = _counted
@@ -147,6 +178,18 @@ def count(value: Any, steps: int = 1) -> Any:
     return value
 
 
+def width(value: Any) -> Any:
+    """The value, which may be how long a text becomes."""
+    return count(_check_number(value))
+
+
+def format_string(value: Any) -> Any:
+    """The value, whose fields are not too wide where it is a format string."""
+    if isinstance(value, str) and (found := _WIDTH.search(value)):
+        raise TemplateBudgetError(f"it formats a value to the width {found[0]}")
+    return count(value)
+
+
 def each_counted(values: Iterable, steps: int) -> Iterator:
     """The values, each of them for so many steps."""
     for value in values:
@@ -160,6 +203,10 @@ def operate(sign: str, left: Any, right: Any) -> Any:
         if sign == "**" and left.bit_length() * max(right, 0) > 64:
             raise TemplateBudgetError(f"it computes {left} ** {right}")
         return _check_number(count(_FUNCTIONS[sign](left, right)))
+    if sign == "%" and isinstance(left, str):
+        format_string(left)
+        for value in right if "*" in left and isinstance(right, tuple) else ():
+            _check_number(value)
     if sign == "*":
         for text, times in ((left, right), (right, left)):
             if isinstance(text, str | list | tuple) and isinstance(times, int):

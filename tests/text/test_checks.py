@@ -322,3 +322,20 @@ def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
     ).notices
     assert f"{name}" in notice and "(teacher) does not write the tools of 1 rows" in notice
     assert (load_examples([answered(" b\n")])[0].completion_for(teacher) == "b") == (name == "gemma3")
+
+
+@pytest.mark.parametrize("key", ["name", "thinking", "refusal"])
+def test_keys_of_messages_that_a_template_does_not_write_are_told(key):
+    row = {"messages": [USER | {key: "x"}, {"role": "assistant", "content": "b"}]}
+    (notice,) = check(row, answered()).notices
+    assert f"(student) does not write the key {key!r} of messages of 1 rows" in notice
+    writes = "{% for m in messages %}{{ m.get('KEY', '') }}{{ m['content'] }}{{ eos_token }}{% endfor %}".replace(
+        "KEY", key
+    )
+    assert not check(row, student=writes).notices
+
+
+def test_roles_of_other_formats_are_told_where_a_template_writes_them():
+    rows = [{"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
+    (notice,) = [n for n in check(*rows).notices if "'human'" in n]
+    assert "2 rows of the data set have the role 'human', which is none of system, developer, user" in notice

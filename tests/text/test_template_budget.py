@@ -11,6 +11,10 @@ from gold_jax.text.template import ChatTemplate
 USER = [{"role": "user", "content": "the fox?"}]
 TURNS = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
 DOUBLED = "{%% set ns = namespace(s='ab') %%}{%% for i in range(60) %%}%s{%% endfor %%}"
+LONG_LIST = (
+    "{%% set l = range(99999) | list %%}{%% set m = range(99999) | list %%}{%% set t = 'a' * 400000 %%}"
+    "{%% for i in range(99999) %%}%s{%% endfor %%}"
+)
 
 STEPS, TEXT, NUMBER = "takes more than .* steps", "makes a text of .* characters", "states or computes"
 ENDLESS = {
@@ -35,6 +39,16 @@ ENDLESS = {
     "{{ '%1000000000d' | format(1) }}": "formats a value to the width",
     "{{ '{:>1000000000}'.format(1) }}": "formats a value to the width",
     "{{ lipsum(n=9999999) }}": "lipsum",
+    "{% for i in range(50000) recursive %}{% if loop.depth == 1 %}{% set _ = loop(range(99999)) %}{% endif %}{% endfor %}": STEPS,
+    LONG_LIST % "{% set x = -1 in l %}": STEPS,
+    LONG_LIST % "{% set x = l == m %}": STEPS,
+    LONG_LIST % "{% set x = l | sum %}": STEPS,
+    LONG_LIST % "{% set x = t.count('aa') %}": STEPS,
+    "{% set f = '%' ~ '1999999999' ~ 'd' %}{{ f % 1 }}": "formats a value to the width",
+    "{% set f = '{:' ~ '1999999999' ~ '}' %}{{ f.format(1) }}": "formats a value to the width",
+    "{{ '%*d' % (1999999999, 1) }}": NUMBER,
+    "{{ 'a' | center(('1' * 10) | int) }}": NUMBER,
+    "{{ 'a'.zfill(('1' * 10) | int) }}": NUMBER,
     DOUBLED % "{% set ns.s = ns.s ~ ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = ns.s + ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = [ns.s, ns.s] | join %}": TEXT,
