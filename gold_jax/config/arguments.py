@@ -11,11 +11,12 @@ import os
 from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
-from gold_jax.config.trl_compat import quoted, read_attention, read_load_options
+from gold_jax.config.trl_compat import read_attention, read_load_options
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
 from gold_jax.values import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
+from gold_jax.wording import quoted
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
 # Schedule -> what it reads from lr_scheduler_kwargs.

@@ -210,15 +210,22 @@ def _from_hub(name: str, config: str | None, split: str):
     from datasets.packaged_modules.json.json import Json
 
     builder: Any = datasets.load_dataset_builder(name, config)
-    files = (builder.config.data_files or {}).get(split.split("[")[0])
-    if not files or not isinstance(builder, Json | Csv) or getattr(builder.config, "field", None):
+    given, bases = builder.config.data_files or {}, {part.split("[")[0].strip() for part in split.split("+")}
+    if not given or not isinstance(builder, Json | Csv) or getattr(builder.config, "field", None):
         return datasets.load_dataset(name, config, split=split)
+    if len(bases) > 1:
+        raise ValueError(
+            f"the split {split!r} of {name!r} joins several, and files of JSON or CSV are read one split at a time"
+        )
+    if not (files := given.get(base := bases.pop())):
+        raise ValueError(f"{name!r} has no split {base!r}; it has {listed(list(map(str, given)), 8)}")
     manager = datasets.DownloadManager(dataset_name=name)
     paths = list(manager.iter_files(manager.download_and_extract(list(files))))
     if isinstance(builder, Json):
         return _of_split(read_json_rows(paths), split)
     # Every cell is text but an empty one, which is null.
-    options: Any = dict(sep=builder.config.sep, dtype=str, keep_default_na=False, na_values=[""])
+    options: Any = builder.config.pd_read_csv_kwargs | dict(dtype=str, keep_default_na=False, na_values=[""])
+    options |= dict(chunksize=None, iterator=False)
     tables = [datasets.Dataset.from_pandas(pd.read_csv(path, **options), preserve_index=False) for path in paths]
     return _of_split(datasets.concatenate_datasets(tables), split)
 

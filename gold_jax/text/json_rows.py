@@ -24,6 +24,8 @@ def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
     A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object. ValueError,
     here or at access, where a file or a line of it cannot be read: it names file and line.
     """
+    if not paths:
+        raise ValueError("there is no file to read rows from")
     return JsonRows([_open(pathlib.Path(path), hold=len(paths) <= _MOST_HELD) for path in paths])
 
 
@@ -70,8 +72,10 @@ class _Lines(Sequence):
 
     def __getitem__(self, index):
         with self._opened() as file:
-            file.seek(self._begins[index])
-            line, number = file.read(self._sizes[index]), int(self._numbers[index]) + 1
+            line, number = (
+                os.pread(file.fileno(), self._sizes[index], self._begins[index]),
+                int(self._numbers[index]) + 1,
+            )
         if zlib.crc32(line) != self._sums[index]:
             raise ValueError(
                 f"line {number} of {self._name} was changed while it is in use; begin again with a file that stays as it is"

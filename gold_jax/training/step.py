@@ -150,8 +150,7 @@ class Step:
         self._device_put = device_put or (lambda batch: batch)
         leaves, structure = jax.tree.flatten(shardings)
         self.programs = _programs(objective, optimizer, (structure, tuple(leaves)))
-        self._compiled_before = 0
-        self._compiled_before = self.compiled
+        self._compiled_before = sum(program.compiled for program in self.programs.values())
 
     @property
     def compiled(self) -> int:

@@ -508,6 +508,8 @@ def test_files_of_the_hub_are_read_as_they_stand(tmp_path, suffix):
     for split in ("train", "test"):
         rows = _from_hub(str(tmp_path), None, f"{split}[:{len(texts)}]")
         assert [(e.prompt, e.completion) for e in load_examples(rows)] == [(split, text) for text in texts]
+    with pytest.raises(ValueError, match="'train\\+test' of .* joins several"):
+        _from_hub(str(tmp_path), None, "train+test")
     if suffix == ".csv":
         assert _from_hub(str(tmp_path), None, "test")[4] == {"prompt": "q", "completion": None}
 
