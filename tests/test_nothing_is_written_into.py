@@ -29,6 +29,8 @@ ALLOWED = {
     # nodes of a tree that was parsed for this
     ("text/template_budget.py", "visit_For", "attribute"),
     ("text/template_budget.py", "visit_Output", "attribute"),
+    ("text/template_budget.py", "visit_Compare", "attribute"),
+    ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
