@@ -299,9 +299,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
     "means": _are_means,
-    "shapes": lambda value: all(
-        len(shape) in (2, 4) and all(0 < n < 2**31 for n in map(int, shape)) for shape in value
-    ),
+    "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
 
 
