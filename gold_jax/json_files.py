@@ -27,18 +27,20 @@ def regular_file(path: str | os.PathLike) -> pathlib.Path:
     return pathlib.Path(path)
 
 
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An `object_pairs_hook` of `json` that refuses a key that is there twice, of which `json` by itself keeps the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {quoted(twice)} is there twice")
+    return found
+
+
 def parse_json_object(text: str | bytes, path: Any) -> dict[str, Any]:
     """The object that a JSON text of the file `path` is.
 
     ValueError: it is none, is nested too deeply, has a key twice, or a number that is too large for a float.
     """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-            raise ValueError(f"the key {quoted(twice)} is there twice")
-        return found
 
     def number(digits: str) -> float:
         if math.isinf(value := float(digits)):
@@ -47,7 +49,7 @@ def parse_json_object(text: str | bytes, path: Any) -> dict[str, Any]:
 
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
-        found = json.loads(text, object_pairs_hook=unique, parse_float=number)
+        found = json.loads(text, object_pairs_hook=unique_keys, parse_float=number)
     except RecursionError:
         raise ValueError(f"{path} is not valid JSON (it is nested too deeply).") from None
     except ValueError as error:

@@ -1,7 +1,6 @@
 """Rows of JSON files as they stand there: no text is taken for a date, a number or a null, and no key is filled in."""
 
 import codecs
-import collections
 import contextlib
 import itertools
 import json
@@ -13,6 +12,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from gold_jax.json_files import unique_keys
 from gold_jax.text.surface import excerpt
 
 _MOST_HELD = 64  # files that are held open
@@ -108,7 +108,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
     """The value of a line, or of a whole file; ValueError where it is no JSON, not UTF-8, or has a key twice."""
     place = f"line {line} of {name}" if line else name
     try:
-        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=_object)
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         begin = data.rfind(b"\n", 0, error.start) + 1
         at = f"byte {error.start - begin} of line {line or data.count(10, 0, begin) + 1} of {name}"
@@ -122,11 +122,3 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
         raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
         raise ValueError(f"{place} cannot be read as json: {error}") from None
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice, _ = collections.Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the key {excerpt(twice)} is there twice")
-    return found
