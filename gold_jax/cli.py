@@ -40,9 +40,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
     except HelpRequested as wanted:
         print(wanted, end="")
     except KeyboardInterrupt as error:
-        from gold_jax.training.signals import InterruptedTwice
-
-        if isinstance(error, InterruptedTwice):  # a thread that still writes must not delay it
+        if getattr(error, "at_once", False):  # a thread that still writes must not delay it
             sys.stdout.flush()
             os._exit(130)
         raise SystemExit(130) from None

@@ -78,7 +78,7 @@ def write_index(folder, weight_map):
         ({"a": ["b"]}, "weight_map must be an object"),
         ({"a": "../other/model.safetensors"}, "must name .* files in this folder"),
         ({"a": "/etc/passwd"}, "must name .* files in this folder"),
-        ({"a": "/tmp/x.safetensors"}, "must name .* files in this folder"),
+        ({"a": "/elsewhere/x.safetensors"}, "must name .* files in this folder"),
         ({"a": "pytorch_model.bin"}, "must name .* files in this folder"),
         ({"a": "x" * 10**5 + ".safetensors"}, "which is not there"),
         ({"a": "pipe.safetensors"}, "pipe.safetensors is no regular file"),

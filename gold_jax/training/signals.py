@@ -24,6 +24,8 @@ class _Interrupted(KeyboardInterrupt):
 class InterruptedTwice(KeyboardInterrupt):
     """Ctrl-C came a second time: a command ends at once, with nothing waited for."""
 
+    at_once = True
+
 
 class SignalHandler:
     """While it is entered, Ctrl-C and SIGTERM are held until the run looks at `requested`.
