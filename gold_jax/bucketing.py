@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-_LITTLE_PADDING = 1.15  # a shape that costs this much more than its own is taken for a batch without a thought
+_LITTLE_PADDING = 1.15  # a shape that costs up to this many times a batch's own is used in its place
 
 
 def bucket(length: int, *, smallest: int = 32) -> int:

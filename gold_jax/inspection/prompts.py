@@ -58,7 +58,7 @@ def compare_prompts(student: ChatTokenizer, teacher: ChatTokenizer) -> Prompts:
         [x.answer([QUESTION, ANSWER]) for x in (student, teacher)],
     )
     formats = [
-        Format(x.describe().removeprefix(f"{x.template.called}, "), a.prompt, a.text + x.template.tail)
+        Format(x.describe().removeprefix(f"{x.template.origin}, "), a.prompt, a.text + x.template.tail)
         for x, a in zip(sides.values(), answers)
     ]
     ours, theirs = (_kinds(*pair) for pair in zip(sides.values(), answers))

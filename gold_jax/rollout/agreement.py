@@ -23,7 +23,7 @@ TOLERANCE = 0.25  # mean absolute difference in nats a token; implementations in
 # How far the student must have moved to tell, root mean square: in nats; in differences from the server, of which those
 # that come of rounding the weights alone need not be followed; and in these where there are few tokens, over their root.
 _LEAST_MOVE, _LEAST_RATIO, _LEAST_CLEAR = 0.01, 2, 10
-_LEAST_SHARE = 0.25  # of the student's way that a server must have gone with it
+_LEAST_SHARE = 0.25  # of the student's change that a server must have made, too
 _LONG = 2048  # tokens of a row up to which all are padded alike
 _PART = 16  # positions of a row whose logits are held at once; divides every `bucketing.bucket`
 
@@ -48,7 +48,7 @@ class Agreement:
 
     def __init__(self, url: str, score: Callable[[list[int]], list[float] | None], notify: Callable, longest: int = 0):
         self.url, self.score, self.notify, self.longest = url, score, notify, longest
-        self._tells, self._text = True, None
+        self._scores_prompts, self._text = True, None
 
     def restart(self) -> None:
         """Forgets the fixed text."""
@@ -75,7 +75,7 @@ class Agreement:
             difference = float(np.abs(own - told)[known].mean())
             if difference > TOLERANCE:
                 raise ServerError(
-                    f"{self.url} does not write with the student's weights: its log-probabilities of {len(known)} tokens that it "
+                    f"{self.url} is not sampling from the student's weights: its log-probabilities of {len(known)} tokens that it "
                     f"drew differ from the student's own by {difference:.2f} nats on average, {TOLERANCE} at most where the weights "
                     "are the same. Start it with the student, for this run alone, and see its log for what it loaded."
                 )
@@ -89,14 +89,14 @@ class Agreement:
         if (text := self._text) is None:
             return
         own, served = own_logprobs(as_served(model), text.rows, self._width(text.rows)), self._served(text.rows)
-        share = None if served is None else share_followed(text, own, np.concatenate(served))
+        share = None if served is None else fraction_followed(text, own, np.concatenate(served))
         if share is None:
             return
         if share < _LEAST_SHARE:
             raise ServerError(
-                f"{self.url} has said that it loaded the student's weights after {updates} updates, and goes on with others: on "
+                f"{self.url} reported that it loaded the student's weights of update {updates}, and still serves others: on "
                 f"{len(own)} tokens the student has moved by {np.abs(own - text.own).mean():.2g} nats on average since it was "
-                f"compared last, the server {share:.0%} of that way. See its log for what it loaded."
+                f"compared last, the server {share:.0%} of that. See its log for what it loaded."
             )
         self._text = text._replace(own=own, served=np.concatenate(served))
 
@@ -104,26 +104,26 @@ class Agreement:
         """The server's log-probabilities of the tokens of each row but the first; None where it does not tell them."""
         found = []
         for row in rows:
-            scores = self.score([int(i) for i in row]) if self._tells else None
+            scores = self.score([int(i) for i in row]) if self._scores_prompts else None
             if scores is None:
                 break
             found.append(np.asarray(scores, np.float32))
         else:
             return found
-        if self._tells:
+        if self._scores_prompts:
             self.notify(
-                f"{self.url} tells no log-probabilities of a given text, so that weights that it does not load are found only "
+                f"{self.url} returns no log-probabilities of a prompt, so that weights that it does not load are found only "
                 "where sampling_logp_difference shows them, or not at all where that is not logged."
             )
-        self._tells = False
+        self._scores_prompts = False
         return None
 
     def _width(self, rows: Sequence[np.ndarray]) -> int:
         return bucket(max(min(self.longest, _LONG), *map(len, rows)))
 
 
-def share_followed(text: FixedText, own: np.ndarray, served: np.ndarray) -> float | None:
-    """How much of the student's way the server has gone with it, 1 for all; None where the student moved too little."""
+def fraction_followed(text: FixedText, own: np.ndarray, served: np.ndarray) -> float | None:
+    """How much of the student's change the server has made, too, 1 for all; None where the student moved too little."""
     moved, root = own - text.own, np.sqrt(len(own))
     noise = max(_LEAST_RATIO, _LEAST_CLEAR / root) * np.linalg.norm(text.served - text.own)
     if np.linalg.norm(moved) < max(noise, _LEAST_MOVE * root):

@@ -216,7 +216,7 @@ class ServerEngine:
         """Push the student's weights where those that the server has are `sync_every` updates old; whether they were.
 
         `model` is a `Decoder`, or its `(graphdef, params)` as they stand after so many updates. A `ServerError` says that
-        the server did not load them, or that it goes on with others; `NonFiniteLogits` that they give no numbers.
+        the server did not load them, or still serves others; `NonFiniteLogits` that they give no numbers.
         """
         if self.pushed is not None and 0 <= updates - self.pushed < self.sync_every:
             return False

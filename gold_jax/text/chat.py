@@ -115,7 +115,7 @@ class ChatTokenizer:
     def describe(self) -> str:
         """Whose chat template it reads with, and the stop tokens, in a line for people."""
         names = {i: self.surfaces.strings[i] if i < len(self.surfaces) else "no token" for i in self.stop_ids}
-        line = f"{self.template.called}, stops at {', '.join(f'{name} ({i})' for i, name in names.items())}"
+        line = f"{self.template.origin}, stops at {', '.join(f'{name} ({i})' for i, name in names.items())}"
         tail = self.template.tail
         other = tail.strip() and (names[self.stop_id] or "") not in tail
         return f"{line}; the template ends an answer with {excerpt(tail)}, which is no stop token" if other else line

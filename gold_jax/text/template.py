@@ -118,7 +118,7 @@ class ChatTemplate:
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
             tokenizer's beginning-of-text token, if it puts one before plain text). A tokenizer may have a template of
             its own for conversations with tools, which they then get.
-        called: whose template it is, for people.
+        origin: whose template it is, for people.
         lead: whether the template writes one blank between the generation prompt and the answer, as Llama 2's does.
         tail: what the template writes after an answer that ends the conversation.
 
@@ -133,7 +133,7 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._kwargs = {"date_string": FIXED_DATE} | (kwargs or {})
         own = getattr(tokenizer, "chat_template", None)
-        self.called = (
+        self.origin = (
             f"chat template of {name_of(tokenizer)}" if source is None else "a chat template in place of its own"
         )
         with_tools = own.get("tool_use") if source is None and isinstance(own, Mapping) else None
@@ -143,7 +143,7 @@ class ChatTemplate:
         elif source is None and own:
             source = tokenizer.get_chat_template()
         if source is None:
-            self.called = "plain text (the tokenizer has no chat template)"
+            self.origin = "plain text (the tokenizer has no chat template)"
             begins = tokenizer.bos_token_id is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
             source = ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
         self.source = source

@@ -21,7 +21,7 @@ class Callbacks:
         self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
         self._args, self._state = args, state
         self._stop = False
-        self._there_are_any = bool(all_reduce_max(np.array(len(self._callbacks))))  # in any process
+        self._any_callbacks = bool(all_reduce_max(np.array(len(self._callbacks))))  # in any process
 
     def call(self, event: str, **values: Any) -> None:
         """Calls the method of every callback that is named after an event, such as `on_step_end`."""
@@ -32,7 +32,7 @@ class Callbacks:
 
     def asked_to_stop(self) -> bool:
         """Whether a callback of any process has asked to end the run; all processes call this together."""
-        return self._there_are_any and bool(all_reduce_max(np.array(self._stop)))
+        return self._any_callbacks and bool(all_reduce_max(np.array(self._stop)))
 
 
 def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:

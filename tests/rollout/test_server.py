@@ -14,7 +14,7 @@ from gold_jax import GOLDConfig, GOLDTrainer
 from gold_jax.config import RunFacts, named_without_effect
 from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.rollout.agreement import FixedText, share_followed
+from gold_jax.rollout.agreement import FixedText, fraction_followed
 from gold_jax.rollout.client import ATTEMPTS, Client, ServerError
 from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.rollout.sampler import SamplingEngine
@@ -279,7 +279,7 @@ def test_weights_that_a_server_says_to_have_loaded_and_has_not_are_found(server,
     small = moved(model, 1, 1e-7)
     push_and_write(at, small, 1)  # rounds to the same weights in bfloat16
     with pytest.raises(
-        ServerError, match=r"loaded the student's weights after \d updates, and goes on with others: .* 0% of"
+        ServerError, match=r"loaded the student's weights of update \d, and still serves others: .* 0% of"
     ):
         for step in range(2, 9):  # small steps add up
             small = moved(small, 2, 5e-4)
@@ -294,7 +294,7 @@ def test_another_model_of_the_same_size_is_found_before_anything_is_learned(serv
         ServerError, match=r"1[58] tokens that it drew differ from the student's own by [1-9]\.\d+ nats"
     ):
         push_and_write(engine(server, tmp_path), mine, 0)
-    with pytest.raises(ServerError, match="does not write with the student's weights"):  # said to have them
+    with pytest.raises(ServerError, match="is not sampling from the student's weights"):  # said to have them
         push_and_write(engine(server, tmp_path, sync_first=False), mine, 0)
 
 
@@ -313,7 +313,7 @@ def test_a_server_that_tells_no_logprobs_is_named_once(server, student, tmp_path
         push_and_write(at, model, step)
         assert at.difference is None
     (line,) = said
-    assert line.startswith(f"{server.url} tells no log-probabilities of a given text")
+    assert line.startswith(f"{server.url} returns no log-probabilities of a prompt")
 
 
 def test_a_server_that_refuses_to_score_a_text_is_named_once(student, tmp_path):
@@ -343,13 +343,13 @@ def test_noise_of_either_side_is_no_move():
 
     own = -rng.exponential(2.0, 400)
     text = FixedText([], own, own + noise(0.05))
-    assert share_followed(text, own + noise(0.07), text.served) is None  # its weights are rounded anew
+    assert fraction_followed(text, own + noise(0.07), text.served) is None  # its weights are rounded anew
     way = noise(0.15)
-    assert share_followed(text, own + way, own + way + noise(0.05)) == pytest.approx(1, abs=0.15)
-    assert share_followed(text, own + way + noise(0.07), text.served + way) == pytest.approx(1, abs=0.3)
-    assert share_followed(text, own + way, own + noise(0.05)) == pytest.approx(0, abs=0.15)
+    assert fraction_followed(text, own + way, own + way + noise(0.05)) == pytest.approx(1, abs=0.15)
+    assert fraction_followed(text, own + way + noise(0.07), text.served + way) == pytest.approx(1, abs=0.3)
+    assert fraction_followed(text, own + way, own + noise(0.05)) == pytest.approx(0, abs=0.15)
     few = FixedText([], text.own[:9], text.served[:9])
-    assert share_followed(few, (own + way)[:9], text.served[:9]) is None
+    assert fraction_followed(few, (own + way)[:9], text.served[:9]) is None
 
 
 # what a server may not do
@@ -707,7 +707,7 @@ def test_a_run_ends_where_the_server_stays_behind_and_loses_nothing(world, vllm,
     vllm.deaf = True
     said = []
     run.loop.say = said.append
-    with pytest.raises(ServerError, match="loaded the student's weights after 1 updates, and goes on with others"):
+    with pytest.raises(ServerError, match="loaded the student's weights of update 1, and still serves others"):
         run.train()
     assert (
         said[-1].startswith("An error ends the run after 1 updates; the student and all") and "checkpoint-1" in said[-1]
@@ -730,7 +730,7 @@ def test_a_run_whose_server_fails_between_updates_loses_nothing(world, vllm, tmp
 def test_a_run_does_not_begin_with_a_server_of_another_model(world, other, tmp_path, own_cache):
     with serving(other) as fake:
         fake.deaf = True
-        with pytest.raises(ServerError, match="does not write with the student's weights"):
+        with pytest.raises(ServerError, match="is not sampling from the student's weights"):
             trainer(world, tmp_path / "out", fake.url).train()
         assert not list((tmp_path / "out").glob("checkpoint-*"))
 
