@@ -1,4 +1,4 @@
-"""A bound on the work of chat templates: they are programs, and one that has no end must not hold a run up or fill the memory.
+"""A bound on the work of chat templates: they are programs, and one that never ends must not stop a run or fill the memory.
 
 A template is rewritten before it is compiled: its loops, calls, filters and arithmetic, and what it writes, count steps
 and characters. The bound is a number of steps, not a time, so that a row passes on every machine or on none.
@@ -45,7 +45,7 @@ class _Budget:
         self.left -= steps + size // CHARS_PER_STEP
         if self.left < 0:
             raise TemplateBudgetError(
-                f"it takes more than {self.limit:,} steps: a loop, a macro or a text in it has no end"
+                f"it takes more than {self.limit:,} steps, in a loop, a macro or a text that is too long"
             )
 
 
@@ -59,8 +59,8 @@ def budget(messages: list[dict], *others: Any) -> Generator[None]:
     It may take `STEPS`, `STEPS_PER_MESSAGE` for each message and one for each character given. A round of a loop, a
     filter and an operation is a step, a call some, and so are `CHARS_PER_STEP` characters of what is made. `TemplateBudgetError`
     beyond it, where one text has more characters than that, or a number is beyond `LARGEST_NUMBER`. What a single filter
-    or method makes is seen afterwards: up to then it holds memory. Lists within lists that hold one another many times
-    are not seen through.
+    or method makes is seen afterwards: up to then it holds memory. Of a list that stands in another one many times its
+    own length is counted once.
     """
     token = _BUDGET.set(_Budget(STEPS + STEPS_PER_MESSAGE * len(messages) + _chars([messages, *others])))
     try:
