@@ -398,7 +398,7 @@ def test_the_teacher_alone_reads_its_context(world, tmp_path):
 
 
 def test_evaluate_measures_the_gaps_to_a_teacher(world, capsys):
-    line = f"--model_name_or_path {world}/student --dataset_name {world}/data --max_new_tokens 48"
+    line = f"--model_name_or_path {world}/student --dataset_name {world}/data --max_new_tokens 24"
     call("evaluate", line, teacher_model_name_or_path=world / "teacher", json=True)
     shown = capsys.readouterr()
     assert "model: chat template of " in shown.err and "teacher: chat template of " in shown.err

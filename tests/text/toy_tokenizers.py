@@ -1,5 +1,6 @@
 """Tokenizers of every kind, trained in a moment on a few lines of text, so that tests need nothing from outside."""
 
+import collections
 import functools
 import json
 import tempfile
@@ -45,7 +46,8 @@ def sentencepiece(dummy: str = "normalizer", template: str = "") -> PreTrainedTo
     """BPE over `▁` with byte fallback, as Llama 2 has it; `dummy` says what puts the blank before a text."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
-    trainer = trainers.BpeTrainer(vocab_size=200, limit_alphabet=60, show_progress=False)
+    alphabet = ["▁", *(c for c in _letters() if c != " ")][:60]
+    trainer = trainers.BpeTrainer(vocab_size=200, initial_alphabet=alphabet, limit_alphabet=60, show_progress=False)
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trained.train_from_iterator(CORPUS, trainer)
     model = json.loads(trained.to_str())["model"]
@@ -70,6 +72,12 @@ def sentencepiece(dummy: str = "normalizer", template: str = "") -> PreTrainedTo
     tokenizer = _wrapped(backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     tokenizer.chat_template = template or None
     return tokenizer
+
+
+def _letters() -> list[str]:
+    """The characters of the corpus, the most frequent first; trainers choose among equal ones another way in each process."""
+    counts = collections.Counter("".join(CORPUS))
+    return sorted(counts, key=lambda c: (-counts[c], c))
 
 
 @functools.cache
