@@ -7,10 +7,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gold_jax.models.staged_save import TOKENIZER
+
 _MARK = "<!-- written by gold_jax -->"
-# What a run writes beside the model, which is not published: checkpoints, logs, what the student wrote, traces, locks.
-_PRIVATE = (
-    "checkpoint-*", "*/checkpoint-*", "*.jsonl", "runs/*", "profile/*", "current_run", "*/current_run", ".*", "*/.*"
+# The files of a model. Nothing else in the folder is published: a run's logs and checkpoints, or what somebody keeps there.
+_PUBLISHED = (
+    "README.md", "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
+    "model.safetensors.index.json", *sorted(TOKENIZER), "additional_chat_templates/*", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model",
 )  # fmt: skip
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
@@ -51,22 +55,22 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload a folder with a trained model, but for what a run writes beside it (checkpoints, logs, completions); the commit's address.
+    """Upload the model that a folder holds, with its tokenizer and card, and nothing else; the commit's address.
 
     HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
 
     folder = pathlib.Path(folder)
-    name, ignored = repo_id or folder.resolve().name, list(_PRIVATE)
+    name, allowed = repo_id or folder.resolve().name, list(_PUBLISHED)
     try:
         api = HfApi(token=token)
         name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, ignore_patterns=ignored)
+        upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, allow_patterns=allowed)
         return str(api.upload_folder(**upload))
     except Exception as error:
         failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
-        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --exclude {shlex.join(ignored)}"
+        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --include {shlex.join(allowed)}"
         raise HubError(f"{failed}. Upload it with: {by_hand}") from error
 
 

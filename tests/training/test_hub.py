@@ -46,7 +46,7 @@ def hub(monkeypatch):
     return Hub
 
 
-def test_a_push_makes_the_repository_and_uploads_the_folder_without_earlier_saves(hub, tmp_path):
+def test_a_push_makes_the_repository_and_uploads_the_model_and_nothing_else(hub, tmp_path):
     assert push_to_hub(tmp_path, "U/M", True, "hf_t", "message") == "https://hub/commit"
     token, create, (_, upload) = hub.asked
     assert token == ("token", "hf_t")
@@ -56,9 +56,10 @@ def test_a_push_makes_the_repository_and_uploads_the_folder_without_earlier_save
     others = (
         "checkpoint-5/model.safetensors checkpoint-5/state/array_metadatas/a saves/checkpoint-5/run.json runs/run/events "
         "metrics.jsonl metrics.1.jsonl completions.jsonl completions.2.jsonl profile/x/trace.json.gz current_run .lock "
-        ".saving/x .saved/model.safetensors .rollout_weights/model.safetensors saves/current_run"
+        ".saving/x .saved/model.safetensors .rollout_weights/model.safetensors saves/current_run "
+        "checkpoint-5/tokenizer.model saves/tokenizer.json notes.txt data.csv .env model_of_my_own.safetensors"
     ).split()
-    kept = huggingface_hub.utils.filter_repo_objects(model + others, ignore_patterns=upload["ignore_patterns"])
+    kept = huggingface_hub.utils.filter_repo_objects(model + others, allow_patterns=upload["allow_patterns"])
     assert list(kept) == model
 
 
