@@ -287,7 +287,7 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
     p_V, column = jnp.exp(side.logp), side.token_column
     text = jnp.where(apart, p_V[column] * jnp.exp(side.suffix_logp), 0.0)
     left = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what goes on in another way
-    p_V = p_V.at[column].multiply(left, unique_indices=True)
+    p_V = jnp.where(jax.lax.iota(jnp.int32, p_V.size) == column, p_V * left, p_V)  # a scatter would not fuse
     return _renormalized(jnp.concatenate([text[None], _project(p_V, side, overlap)]), overlap)
 
 

@@ -83,8 +83,10 @@ def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
     logp = jax.nn.log_softmax(_cap_and_scale(logits, head), -1)
     if head.stop_rows is None:
         return logp
-    together = jax.nn.logsumexp(logp[:, head.stop_rows], -1)
-    return logp.at[:, head.stop_rows].set(-jnp.inf).at[:, head.stop_rows[0]].set(together)
+    columns = jax.lax.iota(jnp.int32, logp.shape[-1])  # compared, which fuses: scattering columns would not
+    stops = jnp.any(columns[:, None] == head.stop_rows, -1)
+    together = jax.nn.logsumexp(logp, -1, where=stops, keepdims=True)
+    return jnp.where(columns == head.stop_rows[0], together, jnp.where(stops, -jnp.inf, logp))
 
 
 def _token_fn(head: Head):

@@ -85,21 +85,31 @@ def _by_host(student_V, teacher_W):
 
 
 def _by_xla(student_V, teacher_W):
-    """Bare values are sorted, and their ranks looked up: values that are equal share the first of their ranks.
+    """The student's values are sorted along with their columns, so that signs by rank go back to where they belong.
 
     Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
     """
     size = max(student_V.size, teacher_W.size)
     bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
 
-    def ascending(x):  # padded with zeros in front, so that the largest values stand opposite each other
-        return jnp.pad(jax.lax.sort(bits(x), is_stable=False), (size - x.size, 0))
+    def padded(ascending):  # with zeros in front, so that the largest values stand opposite each other
+        return jax.lax.bitcast_convert_type(jnp.pad(ascending, (size - ascending.size, 0)), jnp.float32)
 
-    ours, theirs = ascending(student_V), ascending(teacher_W)
-    floats = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.float32)
-    difference = floats(ours) - floats(theirs)
-    ranks = jnp.searchsorted(ours, bits(student_V), method="scan")
-    return jnp.sum(jnp.abs(difference)), jnp.sign(difference).astype(jnp.int8)[ranks]
+    columns = jax.lax.iota(jnp.int32, student_V.size)
+    ours, columns = jax.lax.sort((bits(student_V), columns), num_keys=1, is_stable=False)
+    difference = padded(ours) - padded(jax.lax.sort(bits(teacher_W), is_stable=False))
+    signs = jnp.sign(difference[size - student_V.size :]).astype(jnp.int8)
+    # TPUs scatter one element after the other, and sort many at once.
+    by_column = jax.lax.platform_dependent(columns, signs, tpu=_by_column_sorted, default=_by_column_scattered)
+    return jnp.sum(jnp.abs(difference)), by_column
+
+
+def _by_column_sorted(columns, values):
+    return jax.lax.sort((columns, values), num_keys=1, is_stable=False)[1]
+
+
+def _by_column_scattered(columns, values):
+    return jnp.zeros_like(values).at[columns].set(values, mode="promise_in_bounds", unique_indices=True)
 
 
 def _sorted_l1_forward(student, teacher, sort):

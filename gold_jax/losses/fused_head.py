@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient
+GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient, on CPUs
 INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
 
 
@@ -21,11 +21,10 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     """Positions whose logits are in memory at once: `--loss_chunk`, or what runs best on a platform (None: where JAX runs).
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
-    not for 64, and takes three to six times as long. Accelerators read the head once a chunk and want many rows for it:
-    on an H200 1,024 took a tenth to a fifth less than 256 (`benchmarks/results/h200.json`), and holds four times as
-    much.
+    not for 64, and takes three to six times as long. Accelerators read the head and its gradient once a chunk: on an
+    H200 512 positions took up to a tenth less than 256, and 1,024 no less again (`benchmarks/results/h200_chunks.json`).
     """
-    return requested or (64 if (platform or jax.default_backend()) == "cpu" else 256)
+    return requested or (64 if (platform or jax.default_backend()) == "cpu" else 512)
 
 
 class InnerTokens(NamedTuple):
@@ -203,8 +202,18 @@ def _accumulate_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidde
 
 
 def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
-    """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the full product is never in memory."""
+    """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the full product is never in memory.
 
+    Accelerators multiply and add in one kernel; CPUs would write the product first, so that they go by blocks of rows.
+    """
+    return jax.lax.platform_dependent(total, d_logits, hidden, cpu=_add_product_by_blocks, default=_add_whole_product)
+
+
+def _add_whole_product(total, d_logits, hidden):
+    return total + _multiply("cv,cd->vd", d_logits, hidden)
+
+
+def _add_product_by_blocks(total, d_logits, hidden):
     def add(total, start, size):
         product = _multiply("cv,cd->vd", jax.lax.dynamic_slice_in_dim(d_logits, start, size, 1), hidden)
         block = jax.lax.dynamic_slice_in_dim(total, start, size, 0) + product

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from gold_jax.models import layer
+from gold_jax.models import layer, repack
 from gold_jax.models.attention import PLAIN_LENGTH, check_model, choose, current_platform, make_layer_attention
 from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
@@ -144,19 +144,20 @@ class Decoder(nnx.Module):
         """
         _, rows, length = gather_index.shape
 
-        def repack(attend, layout, sliding, query, key, value):
+        def attend_to_rows(attend, layout, sliding, query, key, value):
             (gather_index, first_slot), shared = layout
             sequences = len(gather_index)  # on a mesh a device's own
 
             def to_rows(x):  # [S, N, H, K] -> [B, T, H, K]
-                rows = _gather(x.reshape(*x.shape[:2], -1), gather_index.reshape(sequences, -1))
+                rows = repack.to_rows(x.reshape(*x.shape[:2], -1), gather_index)
                 return rows.reshape(-1, length, *x.shape[2:])
 
             attended = attend(shared, sliding, *map(to_rows, (query, key, value)))
-            return _gather(attended.reshape(sequences, rows * length, -1), first_slot)  # [B, T, F] -> [S, N, F]
+            attended = attended.reshape(sequences, rows * length, -1)
+            return repack.to_sequences(attended, gather_index, first_slot)  # [B, T, F] -> [S, N, F]
 
         mask, positions = mask.reshape(-1, length), first_slot % length
-        return self._layers(tokens, positions, mask, repack, (gather_index, first_slot))[0]
+        return self._layers(tokens, positions, mask, attend_to_rows, (gather_index, first_slot))[0]
 
     @classmethod
     def from_params(cls, config: DecoderConfig, params: Params, **settings) -> "Decoder":
@@ -303,15 +304,15 @@ class Decoder(nnx.Module):
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
         return self._layers(tokens, positions, mask, keep_cache=keep_cache)
 
-    def _layers(self, tokens, positions, mask, repack=None, arrays=(), *, keep_cache: bool = False):
-        """All layers over tokens in any arrangement, that `repack` changes for attention into rows as `mask` has them.
+    def _layers(self, tokens, positions, mask, attend_to_rows=None, arrays=(), *, keep_cache: bool = False):
+        """All layers over tokens in any arrangement, that `attend_to_rows` changes into rows as `mask` has them.
 
         It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
         """
         config, placement = self.config, self.placement
         layout, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
-        if repack is not None:
-            attend, layout = functools.partial(repack, attend), (arrays, layout)
+        if attend_to_rows is not None:
+            attend, layout = functools.partial(attend_to_rows, attend), (arrays, layout)
         weights = self._stacked()
         if placement is not None:
             attend = collectives.attention_per_head(placement, attend, config.heads, config.kv_heads)
@@ -342,11 +343,6 @@ class Decoder(nnx.Module):
 
     def _shard_rows(self, x: jax.Array) -> jax.Array:
         return x if self.placement is None else self.placement.shard_rows(x)
-
-
-def _gather(x: jax.Array, index: jax.Array) -> jax.Array:
-    """`x [S, N, F]` at `index [S, M]` of each line: `[S, M, F]`. Indices must be in range."""
-    return jax.vmap(lambda x, index: x.at[index].get(mode="promise_in_bounds"))(x, index)
 
 
 def _layer_views(x: jax.Array, dtype) -> list[jax.Array]:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses import fused_head
+from gold_jax.losses import distill, fused_head
 from gold_jax.losses.distill import Head, compact, cross_entropy, order_rows, token_logp
 from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum, head_logits
 
@@ -182,3 +182,30 @@ def test_in_bfloat16_logits_and_the_heads_gradient_are_accumulated_in_float32():
     )(head)
     assert grad.dtype == jnp.float32
     assert jnp.linalg.norm(grad - exact) < 2e-2 * jnp.linalg.norm(exact)  # bfloat16 has 8 bits
+
+
+def test_the_first_of_several_stop_tokens_has_the_probability_of_all():
+    """As one event, with its gradient, and without a scatter, which would not fuse into the softmax."""
+    hidden, head = normal(1, D), normal(V, D, seed=1)
+    order = jnp.asarray(np.random.default_rng(3).permutation(V))
+    row_of_token, stops = jnp.argsort(order), jnp.array([9, 2, 4])
+    side = Head(head[order], row_of_token, stop_rows=row_of_token[stops])
+    one, weight = jnp.zeros((1, 1), int), jnp.ones((1, 1), jnp.float32)
+
+    def loss(hidden, label):
+        return cross_entropy(hidden, side, one, jnp.array([[label]]), weight, chunk=2)[0]
+
+    def expected(hidden):
+        return -jax.nn.logsumexp(jax.nn.log_softmax(head @ hidden[0])[stops])
+
+    assert jnp.isinf(loss(hidden, 4)) and jnp.isinf(loss(hidden, 2))  # 9 alone stands for all three
+    found, right = (jax.value_and_grad(f)(hidden) for f in (lambda h: loss(h, 9), expected))
+    chex.assert_trees_all_close(found, right, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        loss(hidden, 7), -jax.nn.log_softmax(head @ hidden[0])[7], rtol=1e-6
+    )  # the others are what they were
+
+    def summed(logits):
+        return jnp.sum(jnp.where(jnp.arange(V) < 3, distill._log_softmax(logits, side), 0.0))
+
+    assert "scatter" not in jax.jit(jax.grad(summed)).lower(jnp.zeros((2, V))).as_text()
