@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class Examples(Sequence):
         self.source, self.text_column = source, text_column
         self.features = features or getattr(rows, "features", None)
         if len(rows) == 0:
-            raise ValueError(f"{source} is empty: it has no row to train on")
+            raise ValueError(f"{source} is empty: it has no rows")
         if check_first:
             self[0]
 
@@ -222,7 +223,9 @@ def _from_hub(name: str, config: str | None, split: str):
     manager = datasets.DownloadManager(dataset_name=name)
     paths = list(manager.iter_files(manager.download_and_extract(list(files))))
     if isinstance(builder, Json):
-        return _of_split(read_json_rows(paths), split)
+        # In the cache a file has a hash for a name; messages use that in the repository.
+        names = [re.sub(r"hf://datasets/[^/]+/[^/]+/", "", str(file)) for file in files]
+        return _of_split(read_json_rows(paths, names if len(names) == len(paths) else None), split)
     # Every cell is text but an empty one, which is null.
     options: Any = builder.config.pd_read_csv_kwargs | dict(dtype=str, keep_default_na=False, na_values=[""])
     options |= dict(chunksize=None, iterator=False)
