@@ -231,7 +231,7 @@ def as_chat_tokenizer(source: Any) -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(resolve_embedded(source)), copy_tokenizer=False)
     if not hasattr(source, "apply_chat_template"):
         raise TypeError(
-            f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers "
+            f"a {type(source).__name__} is not a tokenizer with a chat template; give a folder, a hub id, a transformers "
             "tokenizer, a ChatTokenizer or a LoadedModel"
         )
     return ChatTokenizer(source)
@@ -268,7 +268,7 @@ def read_template(path: str) -> str:
         try:
             return pathlib.Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, which --chat_template_path names, is no text in UTF-8 ({error})") from None
+            raise ValueError(f"{path}, which --chat_template_path names, is not valid UTF-8 ({error})") from None
     template = load_tokenizer(path).chat_template
     if not isinstance(template, str):
         raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")

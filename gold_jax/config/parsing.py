@@ -171,7 +171,7 @@ def _read_file(path: str, fields: Fields, given: Mapping[str, Any], notices: lis
                     raise ValueError(f"{name!r} sets {field.name}, which is there already; give it once.")
                 values[field.name] = read_value(cls, field.name, value)
             elif name not in ANSWERS:
-                raise ValueError(f"{quoted(name)} is no setting{nearest(name, [*fields, *ANSWERS])}.")
+                raise ValueError(f"{quoted(name)} is not a setting{nearest(name, [*fields, *ANSWERS])}.")
             elif name not in given and f"no_{name}" not in given:  # else the command line has the word
                 notices += answer(name, value)
         except ValueError as error:
@@ -205,7 +205,7 @@ def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_
     members = {group_name(owner): (cls, owner, found) for cls in classes for owner, found in groups(cls).items()}
     if wanted not in ("", "all", *members):
         near = nearest(wanted, members)
-        raise FlagError(f"--help {wanted} is no group{near}; there are {', '.join(members)} and all.")
+        raise FlagError(f"--help {wanted} is not a group{near}; there are {', '.join(members)} and all.")
     count = sum(len(found) for *_, found in members.values())
     short = not wanted and count > _SHORT
     more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}" if short else None

@@ -204,7 +204,7 @@ class ServerEngine:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
+                f"{url}/v1/models lists no model, so this server cannot be used. {self.api.started}"
             ) from error
         if window is not None and window < longest:
             raise ServerError(

@@ -172,7 +172,7 @@ class RowReader:
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"{count} rows of {self.where} have the role {excerpt(role)}, which is none of {', '.join(_ROLES)}: the student's "
+                f"{count} rows of {self.where} have the role {excerpt(role)}, which is not one of {', '.join(_ROLES)}: the student's "
                 "template writes it in its own way, others leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
@@ -290,7 +290,7 @@ def check_examples(
             f"whose prompt is longer than {budget} tokens",
             "raise --max_prompt_length or --max_length, or lower --max_completion_length",
         ),
-        "calls": ("whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
+        "calls": ("whose last answer calls tools, which is not text", "gold_jax.sft --assistant_only_loss learns it"),
         "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
         **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in writes},
         "bad": ("that cannot be read", f"see the first ones: {first_bad}"),

@@ -339,7 +339,7 @@ def test_an_option_comes_from_the_function_s_own_signature(registered):
     [
         ({"power": 0.5}, "--loss_kwargs: power is 0.5; it must be a number at least 1"),
         ({"power": "much"}, "--loss_kwargs: power is 'much'; it must be a number at least 1"),
-        ({"powers": 2}, r"--loss_kwargs: 'powers' is no option of power_distance, which has power .*, --beta"),
+        ({"powers": 2}, r"--loss_kwargs: 'powers' is not an option of power_distance, which has power .*, --beta"),
         ({"beta": 0.5}, "--loss_kwargs has 'beta', which has a flag of its own: --beta"),
     ],
 )

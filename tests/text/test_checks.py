@@ -272,9 +272,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
     row = {"prompt": "x", "completion": "y"}
-    with pytest.raises(
-        ValueError, match=f"row 1 of the data set: '{column}' is not valid Unicode.*half of a surrogate"
-    ):
+    with pytest.raises(ValueError, match=f"row 1 of the data set: '{column}' is not valid Unicode.*lone surrogate"):
         check(row, row | {column: "a \ud800 b"})
 
 
@@ -338,4 +336,4 @@ def test_keys_of_messages_that_a_template_does_not_write_are_told(key):
 def test_roles_of_other_formats_are_told_where_a_template_writes_them():
     rows = [{"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
     (notice,) = [n for n in check(*rows).notices if "'human'" in n]
-    assert "2 rows of the data set have the role 'human', which is none of system, developer, user" in notice
+    assert "2 rows of the data set have the role 'human', which is not one of system, developer, user" in notice
