@@ -269,8 +269,12 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
     if form is None:
         empty = ", ".join(name for name in forms if name in row)
         hint = f" ({empty} is there but null)" if empty else ""
+        sharegpt = (
+            "; write `conversations` as `messages`: {from: human, value} is {role: user, content}, gpt is assistant"
+        )
+        instead = f"{ACCEPTED}{sharegpt if 'conversations' in row else ''}"
         raise ValueError(
-            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {ACCEPTED}"
+            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {instead}"
         )
     if compared := what_is_compared(row):
         raise ValueError(f"{where} has {compared}")
@@ -324,6 +328,8 @@ def _prompt(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | No
     if isinstance(completion, str):
         return prompt, completion, [*prompt, {"role": "assistant", "content": completion}]
     if completion[-1]["role"] != "assistant":
-        raise ValueError(f"the completion's last message must be an assistant's, not {completion[-1]['role']!r}")
+        raise ValueError(
+            f"the last message of a completion must have the role 'assistant', not {completion[-1]['role']!r}"
+        )
     messages = [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), *completion]
     return messages[:-1], messages[-1]["content"], messages
