@@ -236,7 +236,10 @@ def test_text_parts_are_joined():
         ({"messages": [{"content": "q"}]}, "role of message 0"),
         ({"prompt": 3}, "'prompt' must be text or a list of .*not a int"),
         ({"prompt": "q", "completion": 3}, "'completion' must be text or a list"),
-        ({"prompt": "q", "completion": [USER]}, "last message of a completion must have the role 'assistant', not 'user'"),
+        (
+            {"prompt": "q", "completion": [USER]},
+            "last message of a completion must have the role 'assistant', not 'user'",
+        ),
         ({"text": 3}, "'text' must be text, not a int"),
         ("q", "row 3 of the data set 'd' is a str"),
     ],
