@@ -182,7 +182,10 @@ def _load(name: str, config: str | None, split: str):
     if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
     if path.is_file() and base != "train":
-        raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
+        raise ValueError(
+            f"the file {name!r} holds the split 'train' alone; the rows of {base!r} need a file of their own (in training, "
+            "--eval_dataset_name)"
+        )
     if kind == "json":
         return _of_split(read_json_rows(files), split)
     try:

@@ -51,6 +51,9 @@ class _Trainer:
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
             raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first} is made")
+        for name in ("output_dir", "checkpoint_dir"):
+            if os.path.isfile(getattr(a, name) or ""):
+                raise ValueError(f"--{name} is {str(getattr(a, name))!r}, which is a file; name a folder")
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):

@@ -364,7 +364,7 @@ def test_wrong_paths_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a .json, .jsonl or .parquet file"):
         load_examples(tmp_path / "rows.csv")
     write(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match="one split, 'train'"):
+    with pytest.raises(ValueError, match="the split 'train' alone"):
         load_examples(tmp_path / "rows.jsonl", split="test")
 
 
