@@ -329,7 +329,7 @@ def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int
     if len(ids) > most:
         raise ServerError(f"it has {len(ids)} tokens, but at most {most} were asked for.")
     if stops.intersection(ids[:-1]):
-        raise ServerError("it goes on behind a stop token; the server does not heed stop_token_ids.")
+        raise ServerError("it continues after a stop token; the server does not heed stop_token_ids.")
     if answer.finish == "length" and len(ids) < most:
         raise ServerError(
             f"it was cut at {len(ids)} of {most} tokens, because the server's window is full; raise its "
