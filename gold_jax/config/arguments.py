@@ -81,9 +81,9 @@ _OWN_TEMPERATURES = Effect(lambda r: r.spec.name != "gkd",
 
 
 class ModelArguments(Settings):
-    """Which model is trained."""
+    """Which model, and how it is read."""
 
-    model_name_or_path: str | None = flag(None, "The model to train: a folder or a hub id.", important=True)
+    model_name_or_path: str | None = flag(None, "The model (of a distillation, the student): a folder or a hub id.", important=True)
     model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.",
         differs="none is the hub's main branch, as TRL's `main`")
     dtype: str = flag("float32",

@@ -240,5 +240,6 @@ def default_text(field: dataclasses.Field) -> str:
 
 def values_text(cls: type[Settings], field: dataclasses.Field) -> str:
     """What may follow a flag."""
-    words = {dict: "JSON", list: "NAMES", bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
+    several = "TEXT [TEXT …]" if field.metadata["verbatim"] else "NAMES"
+    words = {dict: "JSON", list: several, bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
     return "|".join(legal_texts(field)) or next(words[t] for t in words if t in kinds(cls, field.name))

@@ -360,7 +360,9 @@ class GOLDTrainer(_Trainer):
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
-        vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
+        vocabularies = (
+            f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by the bytes they spell"
+        )
         if match.same or match.related:
             alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"
             vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""
