@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
@@ -283,7 +284,7 @@ def check_examples(
         else:
             kept.append(i)
             digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-    total, first_bad = len(examples), listed(bad, _SHOWN, "; ", "; and")
+    total, first_bad = len(examples), _first_errors(bad)
     no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
     reasons = {
         "long": (
@@ -321,6 +322,15 @@ def check_examples(
     return CheckedRows(kept, notices, digest.hexdigest())
 
 
+def _first_errors(errors: Iterable[str]) -> str:
+    """The first errors of skipped rows; one that several rows have is there once, with their number."""
+    alike: dict[str, list[str]] = {}
+    for error in errors:
+        alike.setdefault(re.sub(r"^row \d+", "", error), []).append(error)
+    shown = [f"{first}{f' (and {len(more)} more rows like it)' if more else ''}" for first, *more in alike.values()]
+    return listed(shown, _SHOWN, "; ", "; and")
+
+
 def with_text_completion(examples: Sequence[Example]) -> list[Example]:
     """The rows that have a completion in text."""
     return [e for e in examples if e.completion is not None and not e.calls_tools]
@@ -354,7 +364,7 @@ def check_evaluation(
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
     notices = reader.notices()
     if bad:
-        first = listed(list(bad.values()), _SHOWN, "; ", "; and")
+        first = _first_errors(bad.values())
         notices.append(
             f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
         )

@@ -263,6 +263,8 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
     (notice,) = [n for n in checked.notices if "cannot be read" in n]
     assert notice.startswith("left out 6 of 8 rows that cannot be read (--on_bad_row skip): row 1 of the data set")
     assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")
+    (notice,) = [n for n in check(*rows[:2], *rows[1:3] * 3, on_bad_row="skip").notices if "cannot be read" in n]
+    assert notice.count("no completion") == 1 == notice.count("(and 3 more rows like it)") and "row 4" not in notice
     with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 that cannot be read"):
         check_examples(
             load_examples([{"prompt": "x"}]), chat_tokenizer(), budget=None, need_completion="x", on_bad_row="skip"
