@@ -1,4 +1,4 @@
-"""`python -m gold_jax.inspect`: what a student and a teacher will do together, before anyone trains them."""
+"""`python -m gold_jax.inspect`: how a student's and a teacher's tokenizers and models differ, before anything is trained."""
 
 import json
 import pathlib

@@ -52,7 +52,7 @@ def inspect_pair(
     chunk: int = 128,
     trust_remote_code: bool = False,
 ) -> PairReport:
-    """What a pair will do together: how the two cut texts, what their vocabularies share, where probability goes.
+    """How two models or tokenizers differ: how they cut texts, what their vocabularies share, where probability goes.
 
     Args:
         student: a folder or hub id of a model or a tokenizer, `embedded:student` or `embedded:teacher`, a tokenizer (of
