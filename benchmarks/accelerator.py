@@ -255,7 +255,7 @@ def full_step(bench: Bench) -> None:
     bench.add(
         "4 step",
         "most bytes in use",
-        measured / GIB if measured else "not told",
+        measured / GIB if measured else "not reported",
         "GiB",
         arguments=about.argument_size_in_bytes / GIB,
         temporaries=about.temp_size_in_bytes / GIB,
@@ -486,7 +486,7 @@ def state_checks(bench: Bench) -> None:
     jax.block_until_ready(metrics)
     del metrics
     grown = None if not stats else (bench.device.memory_stats()["bytes_in_use"] - used) / 2**20
-    bench.add("8 state", "memory after 20 further updates", "not told" if grown is None else grown, "MiB more",
+    bench.add("8 state", "memory after 20 further updates", "not reported" if grown is None else grown, "MiB more",
               passed=None if grown is None else grown < 1)  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     (`Examples`; None for none), and further arguments of a trainer.
     """
     model, data, training, notices = parse_args(argv, ModelArguments, DataArguments, settings, prog=prog, doc=doc)
-    require(model.model_name_or_path, "model_name_or_path", "the model to train, a folder or a hub id")
+    require(model.model_name_or_path, "model_name_or_path", "the model, a folder or a hub id")
     named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
     changes = {"model_init_kwargs": named | training.model_init_kwargs}
     if hasattr(training, "teacher_model_name_or_path"):

@@ -79,8 +79,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")
     if "forward_gap" in found:
-        print(f"  forward gap     {found['forward_gap']:.4f}   (student less teacher, on the teacher's text)")
-        print(f"  reverse gap     {found['reverse_gap']:.4f}   (teacher less student, on the student's text)")
+        print(
+            f"  forward gap     {found['forward_gap']:.4f}   (bits per byte, student minus teacher, on the teacher's text)"
+        )
+        print(
+            f"  reverse gap     {found['reverse_gap']:.4f}   (bits per byte, teacher minus student, on the student's text)"
+        )
         within = f"of the student's completions within {args.max_new_tokens} tokens"
         print(f"  ended           {found['ended']:.1%}   {within}")
     if score.cut:

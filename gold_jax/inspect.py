@@ -1,4 +1,4 @@
-"""`python -m gold_jax.inspect`: what a student and a teacher will do together, before anyone trains them."""
+"""`python -m gold_jax.inspect`: how a student's and a teacher's tokenizers and models differ, before anything is trained."""
 
 import json
 import pathlib
@@ -19,7 +19,7 @@ class InspectArguments(Settings):
     teacher: str | None = flag(None, "The teacher: a folder or hub id of a model or a tokenizer, or embedded:teacher.",
         alias="teacher_model_name_or_path")
     text: list[str] | None = flag(None, "Texts to look at (quote each); none: samples of several kinds.", verbatim=True)
-    text_file: str | None = flag(None, "A file of UTF-8 that holds one text more.")
+    text_file: str | None = flag(None, "A UTF-8 file whose content is a further text.")
     html: str | None = flag(None, "Also write a page of HTML, which needs nothing else, to this file.")
     json: bool = flag(False, "Print one JSON object.")
     models: bool | None = flag(None,

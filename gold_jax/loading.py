@@ -151,6 +151,7 @@ def _in_memory(
 
 def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id; FileNotFoundError where there is none, ValueError where a file of it is broken."""
+    name = os.path.expanduser(name)
     folder, paths = pathlib.Path(name), []
     if folder.is_dir():
         check_complete(folder)
@@ -158,10 +159,10 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
     files = {path: read_json_object(path) for path in paths}
     regular_file(folder / "chat_template.jinja")
     needs = "a folder needs tokenizer.json (or a SentencePiece model) and tokenizer_config.json"
+    if not folder.exists() and (folder.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"no tokenizer can be read from {name!r} (there is no such folder); {needs}")
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(name), revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic of tokenizers' Rust is no Exception
@@ -170,9 +171,9 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
         for path in paths:
             if path.name == "tokenizer.json" and not _opens(path):
                 raise ValueError(f"{path} is not the file of a tokenizer ({reason}).") from error
-        raise FileNotFoundError(f"no tokenizer can be read from {str(name)!r} ({reason}); {needs}") from error
+        raise FileNotFoundError(f"no tokenizer can be read from {name!r} ({reason}); {needs}") from error
     if not tokenizer.vocab_size:  # transformers makes one of nothing where a config names its class
-        raise FileNotFoundError(f"no tokenizer can be read from {str(name)!r} (it has no vocabulary); {needs}")
+        raise FileNotFoundError(f"no tokenizer can be read from {name!r} (it has no vocabulary); {needs}")
     for path, content in files.items():
         for token, i in _added_ids(path.name, content):
             if (read := tokenizer.convert_tokens_to_ids(token)) != i:
@@ -230,7 +231,7 @@ def as_chat_tokenizer(source: Any) -> ChatTokenizer:
         return ChatTokenizer(load_tokenizer(resolve_embedded(source)), copy_tokenizer=False)
     if not hasattr(source, "apply_chat_template"):
         raise TypeError(
-            f"a {type(source).__name__} is no tokenizer with a chat template; give a folder, a hub id, a transformers "
+            f"a {type(source).__name__} is not a tokenizer with a chat template; give a folder, a hub id, a transformers "
             "tokenizer, a ChatTokenizer or a LoadedModel"
         )
     return ChatTokenizer(source)
@@ -267,7 +268,7 @@ def read_template(path: str) -> str:
         try:
             return pathlib.Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path}, which --chat_template_path names, is no text in UTF-8 ({error})") from None
+            raise ValueError(f"{path}, which --chat_template_path names, is not valid UTF-8 ({error})") from None
     template = load_tokenizer(path).chat_template
     if not isinstance(template, str):
         raise ValueError(f"the tokenizer {path!r}, which --chat_template_path names, has no chat template")

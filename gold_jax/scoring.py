@@ -194,12 +194,12 @@ class Gaps:
 
     @property
     def forward(self) -> float:
-        """Student less teacher on the teacher's text."""
+        """Student minus teacher on the teacher's text."""
         return self.student_on_teacher - self.teacher_on_teacher
 
     @property
     def reverse(self) -> float:
-        """Teacher less student on the student's text."""
+        """Teacher minus student on the student's text."""
         return self.teacher_on_student - self.student_on_student
 
 
@@ -215,7 +215,7 @@ def measure_gaps(
 ) -> Gaps:
     """Both models write on the prompts, at temperature 1 from their whole distributions, and read what was written.
 
-    Blank completions are left out, damaged ones count up to the damage.
+    Completions of white space alone are left out; one that is not valid UTF-8 counts up to the invalid bytes.
 
     Args:
         student, teacher: a folder, a hub id or `embedded:…`, a `LoadedModel`, or a pair of a model and its tokenizer.
@@ -245,13 +245,13 @@ def measure_gaps(
     theirs, _ = written("teacher", teacher, jax.random.fold_in(key, 1))
     spent = sum(-float(logp[: len(d.ids)].sum()) for _, d, logp in ours) / np.log(2)
     size = sum(len(d.text.encode()) for _, d, _ in ours)
-    return Gaps(bits(student, theirs), bits(teacher, theirs), bits(teacher, ours), spent / size, ended)
+    return Gaps(bits(student, theirs), bits(teacher, theirs), bits(teacher, ours), float(spent / size), ended)
 
 
 def exact_match(
     model: Any, tokenizer: Any = None, rows: Any = (), *, max_new_tokens: int = 128, batch_size: int = 8
 ) -> float:
-    """Share of rows whose greedy completion is the given one, blanks at either end aside; arguments as `score_completions`."""
+    """Share of rows whose greedy completion is the given one, white space at both ends aside; arguments as `score_completions`."""
     loaded = as_loaded_model(model, tokenizer)
     pairs = [(e.prompt, e.completion_for(loaded.chat_tokenizer)) for e in _examples(rows) if e.completion is not None]
     prompts, size = [prompt for prompt, _ in pairs], batch_size

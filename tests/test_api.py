@@ -44,6 +44,7 @@ def test_an_alignment_prints_both_sides_group_under_group():
 
 def test_vocabularies_are_matched_as_training_matches_them(student, world):
     found = gold_jax.match_vocabularies(student, TEACHER)
+    assert repr(found).startswith(f"VocabularyMap(matched={found.matched}, ") and len(repr(found)) < 100
     trainer = gold_jax.GOLDTrainer(
         STUDENT,
         TEACHER,
@@ -94,5 +95,5 @@ def test_a_model_in_memory_without_a_tokenizer_is_refused(student, call):
 
 
 def test_what_is_no_tokenizer_is_refused():
-    with pytest.raises(TypeError, match="a dict is no tokenizer with a chat template"):
+    with pytest.raises(TypeError, match="a dict is not a tokenizer with a chat template"):
         gold_jax.match_vocabularies({}, TEACHER)

@@ -247,6 +247,12 @@ def test_a_value_out_of_range(refused):
     contains(refused(lmbda=1.5), "--lmbda is 1.5", "between 0 and 1")
 
 
+@pytest.mark.parametrize("name", ["output_dir", "checkpoint_dir"])
+def test_a_folder_of_the_run_that_is_a_file(refused, tmp_path, name):
+    path = rows_file(tmp_path, {"text": "a"})
+    contains(refused(**{name: path}), f"--{name} is '{path}', which is a file")
+
+
 def test_an_unknown_flag_and_its_nearest(refused):
     contains(refused("--learning_rat 1e-3"), "there is no flag --learning_rat", "--learning_rate")
 

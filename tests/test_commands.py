@@ -417,6 +417,7 @@ def test_one_tokenizer_for_both_is_gkd(world, tmp_path, capsys):
     assert "one and the same" in shown and "gkd: chain/all/shared" in shown
     for who, folder in (("student", "student"), ("teacher", "sibling")):
         assert f"{who} reads: chat template of the tokenizer '{world / folder}', stops at " in shown
+    assert re.search(r"updates: \d+ of \d+ rows each, learning rate \S+ \(\w+, \d+ warmup steps\)", shown)
     assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
 
 
@@ -581,5 +582,5 @@ def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(world, tmp_
     process = shell(*line, str(done + 2))
     said, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-    assert f"Resumed from {saved}: {done} of {done + 2} updates are done." in said and "another --max_steps" in said
+    assert f"Resumed from {saved}: {done} of {done + 2} updates are done." in said and "--max_steps is now " in said
     assert [row["step"] for row in lines(out / "metrics.jsonl")] == list(range(1, done + 3))

@@ -256,7 +256,7 @@ def test_help_shows_the_flags_that_matter_first_and_names_the_groups_of_the_othe
         "--help", classes=(ModelArguments, DataArguments)
     )  # few flags: all of them
     with pytest.raises(
-        FlagError, match="--help optimiser is no group; the nearest is optimizer; there are model, data, run"
+        FlagError, match="--help optimiser is not a group; the nearest is optimizer; there are model, data, run"
     ):
         gold("--help", "optimiser")
 

@@ -92,7 +92,7 @@ def test_the_flags_of_train_name_the_pair_too(world, capsys):
 def test_tokenizers_alone_are_compared_where_one_side_has_no_weights(told):
     found = json.loads(told("--text a --json", teacher="teacher_tokenizer"))
     assert found["mass"] is None
-    assert found["notes"] == ["The tokenizers alone were compared: there is no folder with weights of the teacher."]
+    assert found["notes"] == ["The tokenizers alone were compared: no weights were found for the teacher."]
     assert json.loads(told("--text a --json --no_models"))["notes"] == []
 
 

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from gold_jax import GOLDConfig, GOLDTrainer, train
-from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.loading import load_model_and_tokenizer, load_tokenizer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.training import trainer
 
@@ -70,3 +70,10 @@ def test_stop_tokens_of_a_file_are_numbers(world, tmp_path):
         ValueError, match="eos_token_id in generation_config.json is 'abc'; it must be the number of a token"
     ):
         load_model_and_tokenizer(tmp_path / "student")
+
+
+def test_a_tokenizer_is_found_in_the_home_folder_as_its_model_is(world, monkeypatch):
+    monkeypatch.setenv("HOME", str(world))
+    assert load_model_and_tokenizer("~/student").chat_tokenizer.stop_ids
+    with pytest.raises(FileNotFoundError, match="no tokenizer can be read from '.*/nowhere' .there is no such folder"):
+        load_tokenizer("~/nowhere")

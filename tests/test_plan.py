@@ -275,9 +275,9 @@ def test_the_recipes_are_planned_without_the_hub(recipe, told):
     ("line", "says"),
     [
         ("", "--topology is missing: TYPE:SHAPE for a TPU slice"),
-        ("--topology v9:2x2", "'v9' in 'v9:2x2' is no known TPU"),
+        ("--topology v9:2x2", "'v9' in 'v9:2x2' is not a known TPU"),
         ("--topology gpu:8xa100", "It could be a100-40gb or a100-80gb"),
-        ("--topology nonsense", "'nonsense' is no topology"),
+        ("--topology nonsense", "'nonsense' is not a topology"),
         (f"{GPUS} --mesh fsdp=3", "which takes 3 devices, and there are 8"),
         (f"{GPUS} --matched 420", "--matched is 420; it must be between 1 and 419"),
         (f"{GPUS} --matched 0", "--matched is 0; it must be at least 1"),
@@ -295,7 +295,7 @@ def test_what_is_wrong_with_a_model_is_said_in_one_paragraph(refused, world):
     assert "the student 'Qwen/Qwen3-5B' is neither a folder here" in said
     assert "Qwen/Qwen3-4B" in said.partition("Known without the hub are ")[2]
     said = refused(f"{GPUS} --model_name_or_path {world}/student --teacher_model_name_or_path ./no/where")
-    assert "the teacher './no/where' is no folder here, and no name of a model on the hub" in said
+    assert "the teacher './no/where' is not a folder here, nor the name of a model on the hub" in said
     assert "has no config.json" in refused(f"{GPUS} --model_name_or_path {world}/student_tokenizer")
 
 

@@ -81,9 +81,9 @@ _OWN_TEMPERATURES = Effect(lambda r: r.spec.name != "gkd",
 
 
 class ModelArguments(Settings):
-    """Which model is trained."""
+    """Which model, and how it is read."""
 
-    model_name_or_path: str | None = flag(None, "The model to train: a folder or a hub id.", important=True)
+    model_name_or_path: str | None = flag(None, "The model (of a distillation, the student): a folder or a hub id.", important=True)
     model_revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.",
         differs="none is the hub's main branch, as TRL's `main`")
     dtype: str = flag("float32",
@@ -198,7 +198,8 @@ class EvaluationFlags(Settings):
 class CheckpointFlags(Settings):
     """When a run is saved, and going on from a save."""
 
-    save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"))
+    save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"),
+        differs="no checkpoint after the last update: output_dir holds the student, without the optimizer's state")
     save_steps: float = free_flag(500, "Updates between two saves; below 1: a share of all.", range=POSITIVE,
         effect=Effect(lambda r: r.args.save_strategy == "steps", "no effect without --save_strategy steps"))
     save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)

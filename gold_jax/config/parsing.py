@@ -171,7 +171,7 @@ def _read_file(path: str, fields: Fields, given: Mapping[str, Any], notices: lis
                     raise ValueError(f"{name!r} sets {field.name}, which is there already; give it once.")
                 values[field.name] = read_value(cls, field.name, value)
             elif name not in ANSWERS:
-                raise ValueError(f"{quoted(name)} is no setting{nearest(name, [*fields, *ANSWERS])}.")
+                raise ValueError(f"{quoted(name)} is not a setting{nearest(name, [*fields, *ANSWERS])}.")
             elif name not in given and f"no_{name}" not in given:  # else the command line has the word
                 notices += answer(name, value)
         except ValueError as error:
@@ -205,7 +205,7 @@ def help_text(wanted: str, classes: Sequence[type[Settings]], prog: str = "gold_
     members = {group_name(owner): (cls, owner, found) for cls in classes for owner, found in groups(cls).items()}
     if wanted not in ("", "all", *members):
         near = nearest(wanted, members)
-        raise FlagError(f"--help {wanted} is no group{near}; there are {', '.join(members)} and all.")
+        raise FlagError(f"--help {wanted} is not a group{near}; there are {', '.join(members)} and all.")
     count = sum(len(found) for *_, found in members.values())
     short = not wanted and count > _SHORT
     more = f"{count} flags in all: --help all, or --help GROUP with one of\n  {', '.join(members)}" if short else None
@@ -240,5 +240,6 @@ def default_text(field: dataclasses.Field) -> str:
 
 def values_text(cls: type[Settings], field: dataclasses.Field) -> str:
     """What may follow a flag."""
-    words = {dict: "JSON", list: "NAMES", bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
+    several = "TEXT [TEXT …]" if field.metadata["verbatim"] else "NAMES"
+    words = {dict: "JSON", list: several, bool: "[true|false]", int: "N", float: "X", str: "TEXT"}
     return "|".join(legal_texts(field)) or next(words[t] for t in words if t in kinds(cls, field.name))

@@ -1,4 +1,4 @@
-"""How bytes and numbers are written for people: blanks made visible, broken characters as hex."""
+"""How bytes and numbers are written for people: white space made visible, broken characters as hex."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def visible(data: bytes) -> str:
 
 
 def brief(data: bytes, limit: int = 24) -> str:
-    """Bytes as visible text of at most `limit` characters; a long run of one blank is counted: `·×31`."""
+    """Bytes as visible text of at most `limit` characters; a long run of one white-space character is counted: `·×31`."""
     text = _LONG_RUN.sub(lambda run: f"{run[1]}×{len(run[0])}", visible(data))
     return text if len(text) <= limit else text[: limit - 1] + "…"
 

@@ -22,7 +22,7 @@ from gold_jax.text.encode import Encoded, PlainEncoder
 from gold_jax.text.surface import surfaces_of
 
 _ROLES = ("student", "teacher")
-_BEFORE = "\n"  # any text: a continuation gets no blank of the tokenizer's own
+_BEFORE = "\n"  # any text: a continuation gets no space from the tokenizer
 
 
 class PairReport(Report):
@@ -52,7 +52,7 @@ def inspect_pair(
     chunk: int = 128,
     trust_remote_code: bool = False,
 ) -> PairReport:
-    """What a pair will do together: how the two cut texts, what their vocabularies share, where probability goes.
+    """How two models or tokenizers differ: how they cut texts, what their vocabularies share, where probability goes.
 
     Args:
         student: a folder or hub id of a model or a tokenizer, `embedded:student` or `embedded:teacher`, a tokenizer (of
@@ -89,7 +89,7 @@ def inspect_pair(
     mass, notes = None, []
     if models is None and lacking:
         whose = " and ".join(f"the {role}" for role in lacking)
-        notes.append(f"The tokenizers alone were compared: there is no folder with weights of {whose}.")
+        notes.append(f"The tokenizers alone were compared: no weights were found for {whose}.")
     prompts = None
     try:
         prompts = None if None in chat else compare_prompts(*chat)

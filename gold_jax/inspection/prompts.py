@@ -14,12 +14,12 @@ _DATE = re.compile(r"26 July? 2024|2024-07-26|07/26/(20)?24")  # as `template.FI
 _OWN_WORDS = 4  # before the first message; the names of roles are fewer
 #: What is said of a template that does and of one that does not.
 _KINDS = {
-    "chat": ("is one for chats", "is plain text under headings"),
+    "chat": ("is a chat template", "is plain text under headings (its tokenizer has none)"),
     "system": ("writes a system prompt of its own", "writes none"),
     "takes system": ("takes system messages", "does not"),
-    "opens": ("opens thinking where a new answer begins", "does not"),
-    "block": ("writes a block of thinking before an answer", "writes none"),
-    "tools": ("writes tools", "leaves them out"),
+    "opens": ("opens a thinking block in the generation prompt", "does not"),
+    "block": ("writes a thinking block before the answer", "writes none"),
+    "tools": ("renders tools", "ignores them"),
     "date": ("writes a date", "writes none"),
 }
 
@@ -29,7 +29,7 @@ class Format(NamedTuple):
 
     stops: str  # its stop tokens
     prompt: str
-    answer: str  # what stands behind the prompt, with what ends it
+    answer: str  # what follows the prompt, with what ends it
 
     @property
     def shown(self) -> tuple[str, str]:
@@ -69,7 +69,7 @@ def compare_prompts(student: ChatTokenizer, teacher: ChatTokenizer) -> Prompts:
             differences.append(f"The {one}'s template {does}, the {other}'s {does_not}.")
     if answers[0].text != answers[1].text:
         differences.append(
-            "The templates write different answers behind their prompts; both models read the student's."
+            "The templates render the answer differently; both models read it as the student's template writes it."
         )
     return Prompts(*formats, tuple(differences))
 

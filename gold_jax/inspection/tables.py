@@ -6,26 +6,26 @@ from gold_jax.inspection.characters import percent
 from gold_jax.inspection.report import Report
 
 SIDES = ("student", "teacher")
-# Attributes of `Unmatched` and `Mass`, and what they are called; blanks in front say how deep a row stands.
+# Attributes of `Unmatched` and `Mass`, and what they are called; spaces in front say how deep a row stands.
 _UNMATCHED = {
     "rows": "all",
-    "routed": "  give to their longest matched prefix",
+    "routed": "  projected onto their longest matched prefix",
     "whitespace": "    of these, runs of white space",
     "numerals": "    of these, numerals of several digits",
-    "lost": "  give to none (such as special tokens)",
+    "lost": "  without a matched prefix (special tokens, say)",
 }
 _MASS = {
     "strings": "on entries matched by strings",
     "surfaces": "on entries matched by surfaces",
     "projected": "the same after projection",
-    "routed": "brought in by projection",
+    "routed": "gained by projection",
 }
-_ROUTED = {"whitespace": "  the part of runs of white space", "numerals": "  the part of numerals of several digits"}
+_ROUTED = {"whitespace": "  share of runs of white space", "numerals": "  share of numerals of several digits"}
 _KINDS = {"whitespace": "white space", "numerals": "numerals", "others": "others"}
 _NOTABLE = 0.25  # a kind of entries is spoken of where it has this part of what is routed
 _SPOKEN = {
-    "whitespace": "runs of white space, which shrink to shorter ones",
-    "numerals": "numerals of several digits, of which only the first digits or a blank remain",
+    "whitespace": "runs of white space, which become shorter ones",
+    "numerals": "numerals of several digits, of which the first digits or a space remain",
 }
 
 
@@ -57,14 +57,14 @@ def overlaps(report: Report) -> Table:
 
 
 def unmatched(report: Report) -> Table:
-    """Rows of the heads that have no partner by surfaces."""
+    """Rows of the heads that are not matched by surfaces."""
     sides = [getattr(report.vocabularies, side) for side in SIDES]
     rows = [(label, *(f"{getattr(side, name):,}" for side in sides)) for name, label in _UNMATCHED.items()]
-    return Table(("rows without a partner (by surfaces)", *SIDES), rows)
+    return Table(("unmatched rows of the head (by surfaces)", *SIDES), rows)
 
 
 def examples(report: Report) -> list[tuple[str, str, tuple[tuple[str, str], ...]]]:
-    """Side, kind, and a few entries without a partner with the prefixes that they give their probability to."""
+    """Side, kind, and a few unmatched entries with the prefixes that get their probability."""
     found = ((side, getattr(report.vocabularies, side).examples) for side in SIDES)
     return [(side, _KINDS[kind], pairs) for side, kinds in found for kind, pairs in kinds.items() if pairs]
 
@@ -90,16 +90,13 @@ def findings(report: Report) -> list[str]:
     """What a report says, one sentence each."""
     figures, counts = report.vocabularies, report.total
     if figures.identical:
-        return [
-            "Both sides have one and the same vocabulary: every entry is its own partner, and distillation here is GKD."
-        ]
-    found = [
-        f"{percent(counts.share_of_groups, 0)} of the groups are 1:1 and hold {percent(counts.share_of_bytes, 0)} of the "
-        "bytes; the rest takes merging, or is left out where 1:1 groups alone count (--loss strict)."
-    ]
+        return ["The two vocabularies are identical: no tokens are merged, and the default loss is GKD (--loss gkd)."]
+    share = f"{percent(counts.share_of_groups, 0)} of the groups are 1:1 and hold {percent(counts.share_of_bytes, 0)} of the bytes"
+    rest = "; the tokens of the others are merged (--merge), or ignored by --loss strict."
+    found = ["All groups are 1:1." if counts.share_of_groups == 1 else share + rest]
     strings, surfaces = figures.strings.shared, figures.surfaces.shared
     if strings < 0.95 * surfaces:
-        differ = ": matched by strings, most of what they share would look different."
+        differ = ": most of the shared entries are written differently by the two tokenizers."
         shared = f"The vocabularies share {surfaces:,} surfaces, but only {strings:,} raw strings"
         found.append(shared + (differ if strings < 0.5 * surfaces else "."))
     if report.mass is None or not (report.mass.student.positions and report.mass.teacher.positions):
@@ -115,7 +112,7 @@ def findings(report: Report) -> list[str]:
             share = side.share_of_routed(kind)
             if side.routed > 0.01 and share > _NOTABLE:  # where hardly anything is routed, its parts say nothing
                 found.append(
-                    f"Of what projection brings in on the {role}'s side, {percent(share, 0)} stands on {words} "
-                    f"(--projection_mask {kind} leaves them out)."
+                    f"Of what the {role} gains by projection, {percent(share, 0)} comes from {words} "
+                    f"(--projection_mask {kind} excludes them)."
                 )
     return found

@@ -44,7 +44,7 @@ def show(report: Report, console: Console) -> None:
         grid.add_row(Text(f"  {letter}", style), Text(role), Text(getattr(report, role), overflow="fold"))
     console.print(grid)
     words = Text(" ").join(Text(*word) for word in zip(("merged", "groups", "in", "colour"), MERGED))
-    console.print(Text("     ") + words + Text("  1:1 plain  │ between a group's tokens  · blank"))
+    console.print(Text("     ") + words + Text("  1:1 plain  │ between a group's tokens  · space"))
     for text in report.texts:
         section(console, text.name)
         for line in lines_of(text, console.width - 1):
@@ -130,7 +130,7 @@ def _folded(cell: _Cell, room: int) -> list[list[_Cell]]:
 def _prompts(report: Report, console: Console) -> None:
     if report.prompts is None:
         return
-    section(console, "one conversation as either reads it (the answer in colour)")
+    section(console, "one conversation as each model reads it (the answer in colour)")
     grid = RichTable.grid(padding=(0, 2), expand=True)
     for _ in _SIDES:
         grid.add_column(ratio=1, overflow="fold")
@@ -159,7 +159,7 @@ def _shapes(report: Report, console: Console) -> None:
 def _vocabularies(report: Report, console: Console) -> None:
     section(console, "vocabularies")
     if report.vocabularies.identical:
-        say(console, "Both sides have the same entries under the same ids: every entry is its own partner.\n")
+        say(console, "The two vocabularies have the same entries under the same ids.\n")
     _table(console, tables.overlaps(report))
     console.print()
     _table(console, tables.unmatched(report))

@@ -24,7 +24,7 @@ class Token(NamedTuple):
 
     @property
     def pieces(self) -> list[tuple[str, bool]]:
-        """Its visible text, each piece with whether it is a sign for a blank, to be drawn faintly."""
+        """Its visible text, each piece with whether it is a sign for a space, to be drawn faintly."""
         return [(piece, is_mark and "⟨" not in piece) for piece, is_mark in marked(self.data) or [("∅", True)]]
 
 

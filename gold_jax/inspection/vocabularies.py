@@ -25,7 +25,7 @@ class Vocabulary(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """How many different entries both vocabularies and each of them have, and the shared over those that either has."""
+    """How many different entries both vocabularies and each of them have, and the Jaccard index."""
 
     shared: int
     student: int
@@ -35,7 +35,7 @@ class Overlap:
 
 @dataclasses.dataclass(frozen=True)
 class Unmatched:
-    """The rows of one side's head that have no partner by surfaces."""
+    """The rows of one side's head that are not matched by surfaces."""
 
     rows: int  # special tokens and padding among them
     routed: int  # give their probability to a matched entry, their longest prefix (or the stop token: further ones)
@@ -87,7 +87,7 @@ def compare(student: Vocabulary, teacher: Vocabulary) -> VocabularyFigures:
 
 
 def _side(role: str, side: Vocabulary, by_strings: VocabularyMap, mapping: VocabularyMap):
-    """What the rows of one side's head are, bool [len(KINDS), rows], and those without a partner."""
+    """What the rows of one side's head are, bool [len(KINDS), rows], and those that are unmatched."""
     order, prefixes = (getattr(mapping, f"{role}_{name}") for name in ("order", "prefix_of_unmatched"))
     gives_to: dict[str, dict[int, int]] = {"whitespace": {}, "numerals": {}, "others": {}}
     for i, column in zip(order[mapping.matched :].tolist(), prefixes.tolist()):

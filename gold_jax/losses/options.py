@@ -54,7 +54,7 @@ def complete(name: str, known: Mapping[str, Parameter], given: Mapping[str, Any]
     flag that gave the options, and names what is legal.
     """
     if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{prefix}{unknown[0]!r} is no option of {name}, which has {describe(known) or 'none'}.")
+        raise ValueError(f"{prefix}{unknown[0]!r} is not an option of {name}, which has {describe(known) or 'none'}.")
     found = {}
     for key, (kind, optional, default, option) in known.items():
         value = given.get(key, default)

@@ -90,11 +90,11 @@ def read_topology(text: str) -> Topology:
         return _read_gpus(text)
     match = re.fullmatch(r"(?:tpu-)?([a-z]*\d*[a-z]*)(?::(\d+(?:x\d+)*)|-(\d+))", text)
     if not match:
-        raise ValueError(f"{text!r} is no topology. It is {FORMS}.{_nearest(text)}")
+        raise ValueError(f"{text!r} is not a topology. It is {FORMS}.{_nearest(text)}")
     name, shape, count = match.groups()
     name = _DATA["other_names"].get(name, name)  # what the cloud, or its users, call them besides
     if name not in TPUS:
-        raise ValueError(f"{name!r} in {text!r} is no known TPU ({', '.join(TPUS)}).{_nearest(name)}")
+        raise ValueError(f"{name!r} in {text!r} is not a known TPU ({', '.join(TPUS)}).{_nearest(name)}")
     chip = TPUS[name]
     shape = _usual_shape(chip, int(count), text) if count else _checked_shape(chip, shape, text)
     chips, name = math.prod(shape), f"{name}:{'x'.join(map(str, shape))}"
@@ -111,12 +111,12 @@ def read_topology(text: str) -> Topology:
 def _read_gpus(text: str) -> Topology:
     match = re.fullmatch(r"gpu:(?:(\d+)x)?([a-z].*)", text)
     if not match:
-        raise ValueError(f"{text!r} is no topology. GPUs are gpu:COUNTxNAME, as gpu:8xh100-80gb.")
+        raise ValueError(f"{text!r} is not a topology. GPUs are gpu:COUNTxNAME, as gpu:8xh100-80gb.")
     count, name = int(match[1] or 1), match[2]
     meant = [name] if name in GPUS else [full for full in GPUS if full.split("-")[0] == name]
     if len(meant) != 1:
         which = f" It could be {' or '.join(meant)}." if meant else _nearest(name)
-        raise ValueError(f"{name!r} in {text!r} is no known GPU ({', '.join(GPUS)}).{which}")
+        raise ValueError(f"{name!r} in {text!r} is not a known GPU ({', '.join(GPUS)}).{which}")
     chip = GPUS[meant[0]]
     if not count or (count > chip.host and count % chip.host):
         raise ValueError(f"{text!r}: {count} GPUs are not 1 to {chip.host}, nor whole hosts of {chip.host}.")

@@ -104,7 +104,7 @@ def read(text: str) -> Program:
             x = Instruction(name_, type_, opcode, re.findall(r"[\w.\-]+(?=,|$)", operands), attributes)
             own[x.name], root = x, x if marked else root
     if "" not in program:
-        raise ValueError("This is no text of a compiled program: it has no ENTRY computation.")
+        raise ValueError("This is not the text of a compiled program: it has no ENTRY computation.")
     return program
 
 

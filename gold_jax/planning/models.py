@@ -80,7 +80,7 @@ def find_model(name: str, revision: str | None = None, role: str = "model") -> M
     near = difflib.get_close_matches(name.split("/")[-1].lower(), models, n=3, cutoff=0.5)
     near = f" Known without the hub are {', '.join(models[key] for key in near)}." if near else ""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise FileNotFoundError(f"the {role} {name!r} is no folder here, and no name of a model on the hub.{near}")
+        raise FileNotFoundError(f"the {role} {name!r} is not a folder here, nor the name of a model on the hub.{near}")
     try:
         file = huggingface_hub.hf_hub_download(name, "config.json", revision=revision)
     except Exception as error:

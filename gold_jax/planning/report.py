@@ -60,7 +60,7 @@ class Report:
         peak, limit, free = (_size(abs(count)) for count in (plan.peak_bytes, plan.limit_bytes, plan.free_bytes))
         found = ["It does not fit: the compiler refuses a program."]
         if plan.fits:
-            found = [f"It fits: at its fullest, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."]
+            found = [f"It fits: at its peak, when {when}, a {self.device} holds {peak} of {limit}; {free} are free."]
             by_formula = sum(plan.fullest["parts"].get(part, 0) for part in FORMULA)
             if not plan.compiled and plan.free_bytes < ERROR * by_formula:
                 found.append("That is too close to tell without compiling.")
@@ -70,19 +70,20 @@ class Report:
         for one in plan.refused:
             when = _PROGRAMS[one["program"]][1]
             found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
-        formula = f"a formula that comes out up to {ERROR:.0%} too small where it was compared with compiled programs"
-        exact = "Nothing was compiled. What stays is exact; activations, loss and temporaries are by"
-        source = f"{exact} {formula}, for TPUs."
+        exact = (
+            "Nothing was compiled. The resident memory is exact; activations, loss and temporaries come from a formula,"
+        )
+        source = f"{exact} which was up to {ERROR:.0%} too low where it was compared with programs compiled for TPUs."
         if plan.compile_seconds is not None:
             count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
         return [
             *found,
-            f"An update of {plan.request.tokens:,} tokens takes {_short(plan.seconds, _SECONDS)} at least, most of it for "
-            f"{plan.slowest}: {plan.tokens_per_second:,.0f} tokens a second at most, {plan.tokens_per_second_per_chip:,.0f} a "
-            f"chip. Of the operations that the chips could do in that time the models need {plan.model_flops_share:.0%}.",
-            "That is a floor for rows as long as they may be: computing, reading and sending are taken to overlap wholly, and "
-            "the host to take no time. What share of it a run reaches is not known before one is run.",
+            f"An update of {plan.request.tokens:,} tokens takes at least {_short(plan.seconds, _SECONDS)}, most of it for "
+            f"{plan.slowest}: at most {plan.tokens_per_second:,.0f} tokens/s, {plan.tokens_per_second_per_chip:,.0f} per "
+            f"chip. The models' FLOPs are {plan.model_flops_share:.0%} of what the chips could do in that time.",
+            "This is a lower bound for rows of the greatest length: it assumes that compute, memory traffic and communication "
+            "overlap completely and that the host takes no time. How close a run comes to it only a run can show.",
             source,
         ]
 

@@ -35,6 +35,12 @@ def resolve(name: str) -> pathlib.Path:
     return path
 
 
+def shown_name(name: str) -> str:
+    """A path as messages show it: one of the package's own as the `embedded:…` name that stands for it."""
+    path = pathlib.Path(name)
+    return f"{PREFIX}{path.name}" if path.parent == ASSETS and path.name in _PATHS else name
+
+
 def resolve_embedded(source: Any) -> Any:
     """Where something lies that an `embedded:…` name stands for; everything else as it is."""
     return resolve(source) if isinstance(source, str) and source.startswith(PREFIX) else source

@@ -204,7 +204,7 @@ class ServerEngine:
             window = answer["data"][0].get("max_model_len")
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise ServerError(
-                f"{url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
+                f"{url}/v1/models lists no model, so this server cannot be used. {self.api.started}"
             ) from error
         if window is not None and window < longest:
             raise ServerError(
@@ -329,7 +329,7 @@ def check_completion(answer: Answer, most: int, stops: set[int], vocab_size: int
     if len(ids) > most:
         raise ServerError(f"it has {len(ids)} tokens, but at most {most} were asked for.")
     if stops.intersection(ids[:-1]):
-        raise ServerError("it goes on behind a stop token; the server does not heed stop_token_ids.")
+        raise ServerError("it continues after a stop token; the server does not heed stop_token_ids.")
     if answer.finish == "length" and len(ids) < most:
         raise ServerError(
             f"it was cut at {len(ids)} of {most} tokens, because the server's window is full; raise its "

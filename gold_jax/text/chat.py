@@ -42,7 +42,7 @@ class ChatTokenizer:
 
     Raises:
         ValueError: the tokenizer has neither a template that writes a stop token nor an end token, its entries are not
-            known to spell bytes, or it loses the blanks of a text.
+            known to spell bytes, or it loses the spaces of a text.
     """
 
     def __init__(

@@ -5,7 +5,8 @@ import dataclasses
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
@@ -172,7 +173,7 @@ class RowReader:
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"{count} rows of {self.where} have the role {excerpt(role)}, which is none of {', '.join(_ROLES)}: the student's "
+                f"{count} rows of {self.where} have the role {excerpt(role)}, which is not one of {', '.join(_ROLES)}: the student's "
                 "template writes it in its own way, others leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
@@ -283,14 +284,14 @@ def check_examples(
         else:
             kept.append(i)
             digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-    total, first_bad = len(examples), listed(bad, _SHOWN, "; ", "; and")
+    total, first_bad = len(examples), _first_errors(bad)
     no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
     reasons = {
         "long": (
             f"whose prompt is longer than {budget} tokens",
             "raise --max_prompt_length or --max_length, or lower --max_completion_length",
         ),
-        "calls": ("whose last answer calls tools, which is no text", "gold_jax.sft --assistant_only_loss learns it"),
+        "calls": ("whose last answer calls tools, which is not text", "gold_jax.sft --assistant_only_loss learns it"),
         "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
         **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in writes},
         "bad": ("that cannot be read", f"see the first ones: {first_bad}"),
@@ -319,6 +320,15 @@ def check_examples(
         shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in unread.most_common()], 8)
         notices.append(f"columns of the data that nothing reads: {shown}")
     return CheckedRows(kept, notices, digest.hexdigest())
+
+
+def _first_errors(errors: Iterable[str]) -> str:
+    """The first errors of skipped rows; one that several rows have is there once, with their number."""
+    alike: dict[str, list[str]] = {}
+    for error in errors:
+        alike.setdefault(re.sub(r"^row \d+", "", error), []).append(error)
+    shown = [f"{first}{f' (and {len(more)} more rows like it)' if more else ''}" for first, *more in alike.values()]
+    return listed(shown, _SHOWN, "; ", "; and")
 
 
 def with_text_completion(examples: Sequence[Example]) -> list[Example]:
@@ -354,7 +364,7 @@ def check_evaluation(
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
     notices = reader.notices()
     if bad:
-        first = listed(list(bad.values()), _SHOWN, "; ", "; and")
+        first = _first_errors(bad.values())
         notices.append(
             f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
         )

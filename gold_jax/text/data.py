@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -78,7 +79,7 @@ class Examples(Sequence):
         self.source, self.text_column = source, text_column
         self.features = features or getattr(rows, "features", None)
         if len(rows) == 0:
-            raise ValueError(f"{source} is empty: it has no row to train on")
+            raise ValueError(f"{source} is empty: it has no rows")
         if check_first:
             self[0]
 
@@ -181,7 +182,10 @@ def _load(name: str, config: str | None, split: str):
     if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
     if path.is_file() and base != "train":
-        raise ValueError(f"the file {name!r} is one split, 'train'; {base!r} needs a file of its own")
+        raise ValueError(
+            f"the file {name!r} holds the split 'train' alone; the rows of {base!r} need a file of their own (in training, "
+            "--eval_dataset_name)"
+        )
     if kind == "json":
         return _of_split(read_json_rows(files), split)
     try:
@@ -222,7 +226,9 @@ def _from_hub(name: str, config: str | None, split: str):
     manager = datasets.DownloadManager(dataset_name=name)
     paths = list(manager.iter_files(manager.download_and_extract(list(files))))
     if isinstance(builder, Json):
-        return _of_split(read_json_rows(paths), split)
+        # In the cache a file has a hash for a name; messages use that in the repository.
+        names = [re.sub(r"hf://datasets/[^/]+/[^/]+/", "", str(file)) for file in files]
+        return _of_split(read_json_rows(paths, names if len(names) == len(paths) else None), split)
     # Every cell is text but an empty one, which is null.
     options: Any = builder.config.pd_read_csv_kwargs | dict(dtype=str, keep_default_na=False, na_values=[""])
     options |= dict(chunksize=None, iterator=False)
@@ -266,8 +272,12 @@ def to_example(row, index: int, source: str, *, text_column: str = "text") -> Ex
     if form is None:
         empty = ", ".join(name for name in forms if name in row)
         hint = f" ({empty} is there but null)" if empty else ""
+        sharegpt = (
+            "; write `conversations` as `messages`: {from: human, value} is {role: user, content}, gpt is assistant"
+        )
+        instead = f"{ACCEPTED}{sharegpt if 'conversations' in row else ''}"
         raise ValueError(
-            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {ACCEPTED}"
+            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {instead}"
         )
     if compared := what_is_compared(row):
         raise ValueError(f"{where} has {compared}")
@@ -321,6 +331,8 @@ def _prompt(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | No
     if isinstance(completion, str):
         return prompt, completion, [*prompt, {"role": "assistant", "content": completion}]
     if completion[-1]["role"] != "assistant":
-        raise ValueError(f"the completion's last message must be an assistant's, not {completion[-1]['role']!r}")
+        raise ValueError(
+            f"the last message of a completion must have the role 'assistant', not {completion[-1]['role']!r}"
+        )
     messages = [*([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt), *completion]
     return messages[:-1], messages[-1]["content"], messages

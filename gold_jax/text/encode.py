@@ -306,8 +306,8 @@ def utf8(text: str, what: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds half of a "
-            "surrogate pair; repair or remove it in the data"
+            f"{what} is not valid Unicode at character {error.start} ({excerpt(text, error.start)}): it holds a lone "
+            "surrogate; repair or remove it in the data"
         ) from None
 
 

@@ -18,15 +18,16 @@ from gold_jax.text.surface import excerpt
 _MOST_HELD = 64  # files that are held open
 
 
-def read_json_rows(paths: Sequence[str | os.PathLike]) -> "JsonRows":
-    """The rows of JSON files, those of one after those of another.
+def read_json_rows(paths: Sequence[str | os.PathLike], names: Sequence[str] | None = None) -> "JsonRows":
+    """The rows of JSON files, those of one after those of another; messages call them by `names`, else by their own.
 
     A file holds an object a line, which is parsed when it is accessed; an array of objects; or one object. ValueError,
     here or at access, where a file or a line of it cannot be read: it names file and line.
     """
     if not paths:
         raise ValueError("there is no file to read rows from")
-    return JsonRows([_open(pathlib.Path(path), hold=len(paths) <= _MOST_HELD) for path in paths])
+    files, hold = [pathlib.Path(path) for path in paths], len(paths) <= _MOST_HELD
+    return JsonRows([_open(file, name, hold) for file, name in zip(files, names or [file.name for file in files])])
 
 
 class JsonRows(Sequence):
@@ -54,8 +55,8 @@ class JsonRows(Sequence):
 class _Lines(Sequence):
     """The lines of a file that are not blank. A file that is held open stays the same one if another is put in its place."""
 
-    def __init__(self, path: pathlib.Path, hold: bool):
-        self._path, self._name = path, path.name
+    def __init__(self, path: pathlib.Path, name: str, hold: bool):
+        self._path, self._name = path, name
         self._held = open(path, "rb") if hold else None
         with self._opened() as file:
             lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in file)
@@ -83,29 +84,29 @@ class _Lines(Sequence):
         return _parse(line, self._name, number)
 
 
-def _open(path: pathlib.Path, hold: bool) -> Sequence:
+def _open(path: pathlib.Path, name: str, hold: bool) -> Sequence:
     with open(path, "rb") as file:
         begin = file.read(1 << 16)
         if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{path.name} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+            raise ValueError(f"{name} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
         begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if begin.startswith(b"["):
-            return _parse(file.read(), path.name)
-        lines = _Lines(path, hold)
+            return _parse(file.read(), name)
+        lines = _Lines(path, name, hold)
         if len(lines) > 1 and begin.startswith(b"{"):  # perhaps one object over many lines
             try:
                 lines[0]
             except ValueError:
                 try:
-                    return [_parse(file.read(), path.name)]
+                    return [_parse(file.read(), name)]
                 except ValueError:  # what is wrong is said of the line
                     pass
     return lines
 
 
 def _parse(data: bytes, name: str, line: int | None = None) -> Any:
-    """The value of a line, or of a whole file; ValueError where it is no JSON, not UTF-8, or has a key twice."""
+    """The value of a line, or of a whole file; ValueError where it is not JSON, not UTF-8, or has a key twice."""
     place = f"line {line} of {name}" if line else name
     try:
         return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=unique_keys)
@@ -113,7 +114,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
         begin = data.rfind(b"\n", 0, error.start) + 1
         at = f"byte {error.start - begin} of line {line or data.count(10, 0, begin) + 1} of {name}"
         raise ValueError(
-            f"{at} is no UTF-8 ({excerpt(data, error.start)}); write the file as UTF-8 (iconv -t UTF-8)"
+            f"{at} is not valid UTF-8 ({excerpt(data, error.start)}); write the file as UTF-8 (iconv -t UTF-8)"
         ) from None
     except RecursionError:
         raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None

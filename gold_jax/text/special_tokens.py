@@ -149,7 +149,7 @@ class SpecialTokenEscaper:
             if not is_name or self._guarded.found_in([role]) and role not in self._template.sources:
                 raise ValueError(
                     f"message {turn} has the role {role!r}, which a chat template would write as it is; a role is a name, of letters, "
-                    "digits, blanks, '.', '-' and '_', such as 'user'"
+                    "digits, spaces, '.', '-' and '_', such as 'user'"
                 )
         found = self._specials.found_in(_user_texts(prompt))
         if self._structural and not isinstance(prompt, str):

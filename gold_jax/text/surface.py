@@ -17,6 +17,8 @@ from string import punctuation
 
 import numpy as np
 
+from gold_jax.quickstart import shown_name
+
 _FALLBACK = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _METASPACE = "▁"
 #: The ranges that BERT's normaliser takes for Chinese characters: it puts blanks around them.
@@ -95,7 +97,7 @@ def backend_of(tokenizer):
 def name_of(tokenizer) -> str:
     """What messages call a tokenizer: the name it was loaded by, else its class."""
     name = getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
-    return f"the tokenizer {name!r}" if isinstance(name, str) and name else f"a {type(tokenizer).__name__}"
+    return f"the tokenizer {shown_name(name)!r}" if isinstance(name, str) and name else f"a {type(tokenizer).__name__}"
 
 
 def state_of(component) -> dict | None:

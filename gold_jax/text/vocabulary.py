@@ -12,11 +12,11 @@ from gold_jax.text.surface import Surfaces
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class VocabularyMap:
-    """Two vocabularies brought into step, as the order in which the rows of either head are to be read.
+    """Two vocabularies aligned with each other, as the order in which the rows of each head are to be read.
 
-    Orders are permutations of a head's rows: first the `matched` ones, in the order of the student's ids, so that the two
-    sides' are partners one by one, then the others in the order of their routes, then of their ids. Prefixes, never
-    falling, say for each of these others the matched column whose surface is the longest prefix of the row's own:
+    Orders are permutations of a head's rows: first the `matched` ones, in the order of the student's ids, so that row `i`
+    of one side matches row `i` of the other, then the others, sorted by their prefix columns, then by id. The prefix columns
+    say for each of these others the matched column whose surface is the longest prefix of the row's own:
     `matched` where there is none (special tokens, padding rows), `matched + 1` where the row is masked. A further stop
     token goes to the stop tokens' column.
     """
@@ -29,6 +29,10 @@ class VocabularyMap:
     teacher_distinct: int
     student_prefix_of_unmatched: np.ndarray  # int32 [V - matched]
     teacher_prefix_of_unmatched: np.ndarray  # int32 [W - matched]
+
+    def __repr__(self) -> str:
+        sizes = f"student_rows={len(self.student_order)}, teacher_rows={len(self.teacher_order)}"
+        return f"VocabularyMap(matched={self.matched}, shared={self.shared}, {sizes})"
 
     @classmethod
     def build(

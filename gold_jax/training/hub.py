@@ -111,12 +111,12 @@ def write_model_card(
     loss: str | None = None,
     dataset: str | None = None,
     command: Sequence[str] | None = None,
-    results: Mapping[str, Any] | None = None,
+    results: Mapping[str, Mapping[str, float]] | None = None,
 ) -> pathlib.Path:
     """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
 
-    One that someone else wrote is kept. Of the command line the hub token is left out; `results` are metrics with their
-    values as measured at the end.
+    One that someone else wrote is kept. Of the command line the hub token is left out; `results` has a column of
+    metrics for each time or model that was measured; empty columns are left out.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -136,9 +136,13 @@ def write_model_card(
     lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
     facts = {"Base model": base_model, "Teacher": teacher, "Data set": dataset, "Loss": loss}
     lines += [f"- {label}: `{value}`" for label, value in facts.items() if value]
-    if results:
-        lines += ["", "Measured at the end of training, on the run's own evaluation data:", "", "| metric | value |"]
-        lines += ["| --- | --- |"] + [f"| {name} | {value} |" for name, value in results.items()]
+    columns = {head: column for head, column in (results or {}).items() if column}
+    if columns:
+        lines += ["", "Measured on the run's own evaluation data:", "", f"| metric | {' | '.join(columns)} |"]
+        lines += ["| --- |" + " --- |" * len(columns)]
+        for name in dict.fromkeys(name for column in columns.values() for name in column):
+            cells = (f"{column[name]:.4f}" if name in column else "" for column in columns.values())
+            lines += [f"| {name} | {' | '.join(cells)} |"]
     if command:
         lines += ["", "```", shown_command(command), "```"]
     ModelCard("\n".join(lines) + "\n").save(path)

@@ -233,13 +233,17 @@ def _printable(text: str) -> str:
 
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
     """Show what training changed: names with values before, after and of the teacher; None: not measured."""
-    taught = any(teacher is not None for *_, teacher in rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ["", "before", "after", "change"] + ["teacher"] * taught:
-        table.add_column(name, justify="right" if name else "left")
-    for name, before, after, teacher in rows:
+    columns: dict[str, list[str]] = {name: [] for name in ("before", "after", "change", "teacher")}
+    for _, before, after, teacher in rows:
         both = before is not None and after is not None
         change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
         cells = ["" if value is None else shown(value) for value in (before, after, teacher)]
-        table.add_row(Text(name), *cells[:2], change, *cells[2:] * taught)
+        for column, cell in zip(columns.values(), [*cells[:2], change, cells[2]]):
+            column.append(cell)
+    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    table = Table("", box=box.SIMPLE_HEAD)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for (label, *_), *cells in zip(rows, *columns.values()):
+        table.add_row(Text(label), *cells)
     console.print(table)

@@ -123,6 +123,9 @@ class Loop:
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
         self.done, self.nonfinite = 0, NonFiniteCounter(0, 0)  # updates so far, and those of them that were left out
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
+        self.results: dict[
+            str, Mapping[str, float]
+        ] = {}  # of the student before and after, of the teacher: for the card
         self._means = RunningMean()
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
@@ -414,10 +417,14 @@ class Loop:
         return before
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        self.console.print(f"{self.done} updates done; {self.run.step.compiled} programs compiled for them.")
+        counts = (self.done, "update"), (self.run.step.compiled, "program")
+        updates, programs = (f"{n} {name}{'' if n == 1 else 's'}" for n, name in counts)
+        self.console.print(f"{updates} done; {programs} compiled.")
         if not after:
             return
         teacher = self._teacher_score() if self._teacher_score else {}
+        measured = {name: value for name, value in before.items() if name.startswith("eval_")}
+        self.results = {"before training": measured, "after training": after, "teacher": teacher}
         names = [n for n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match") if n in after]
         rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
         before_after(self.console, rows)

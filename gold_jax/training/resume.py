@@ -71,7 +71,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         if name in (_WEIGHTS, _TEACHER):
             warnings.append(differ)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
-            warnings.append(f"resumed with another {flag}: {now[name]!r}, until the checkpoint {saved[name]!r}")
+            warnings.append(f"{flag} is now {now[name]!r}; the checkpoint was saved with {saved[name]!r}")
         elif name in (_DATA, _STUDENT):
             refused.append(differ)
         else:

@@ -29,6 +29,7 @@ from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.logging import header
 from gold_jax.training.loop import Data, Loop
+from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import LEARNED, MICRO, ROWS, describe_tokenizer, describe_weights
 from gold_jax.training.teacher import restore_teacher
 
@@ -50,6 +51,9 @@ class _Trainer:
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
             raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first} is made")
+        for name in ("output_dir", "checkpoint_dir"):
+            if os.path.isfile(getattr(a, name) or ""):
+                raise ValueError(f"--{name} is {str(getattr(a, name))!r}, which is a file; name a folder")
         if train_dataset is None:
             raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
@@ -95,7 +99,10 @@ class _Trainer:
             evaluation = self.eval_examples
         self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
-        self._show(student, len(checked.kept), shown)
+        batch = a.per_device_train_batch_size * self.process_shard.num_shards
+        rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
+        data = Data(self.train_examples, evaluation, RowOrder(checked.kept, rows_per_step, a.seed), {})
+        self._show(student, data, shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
@@ -103,13 +110,11 @@ class _Trainer:
         digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
-        batch = a.per_device_train_batch_size * self.process_shard.num_shards
-        rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
         description |= {LEARNED: len(checked.kept), ROWS: rows_per_step, MICRO: batch, **digests}
         description = json.loads(json.dumps(description, default=str))
-        data = Data(self.train_examples, evaluation, RowOrder(checked.kept, rows_per_step, a.seed), description)
+        data = data._replace(description=description)
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
@@ -120,9 +125,13 @@ class _Trainer:
         restart = engine and engine.restart
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, self._callbacks)
 
-    def _show(self, student: LoadedModel, kept: int, shown: Mapping[str, Any]) -> None:
+    def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
-        device, size, mesh = jax.devices()[0], count(split(student.model)[1]), None
+        kept, total = len(data.order.rows), data.total_steps(self.args)
+        schedule = make_schedule(self.args, total)
+        rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
+        rate = rate if self._optimizers[0] is None else "optimizer as passed"
+        device, backend, size, mesh = jax.devices()[0], jax.default_backend(), count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             mesh = f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
@@ -130,9 +139,10 @@ class _Trainer:
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,
             "data": f"{kept} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
+            "updates": f"{total:,} of {data.order.per_step} rows each, {rate}",
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
-            "device": f"{device.device_kind} ({jax.default_backend()})",
+            "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
             "mesh": mesh,
             "output": self.args.output_dir,
         }
@@ -195,8 +205,7 @@ class _Trainer:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
         output = self.loop.train(resume)
         if is_main_process():
-            results = {k: f"{v:.4f}" for k, v in output.metrics.items()}
-            card = dict(dataset=self.dataset_name, command=self.command, results=results, **self._card)
+            card = dict(dataset=self.dataset_name, command=self.command, results=self.loop.results, **self._card)
             write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
             self.loop.say(f"The student is saved in {a.output_dir}")
         try:
@@ -351,7 +360,9 @@ class GOLDTrainer(_Trainer):
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
-        vocabularies = f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by surface"
+        vocabularies = (
+            f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by the bytes they spell"
+        )
         if match.same or match.related:
             alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"
             vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""

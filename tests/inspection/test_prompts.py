@@ -15,8 +15,10 @@ from gold_jax.text.template import PLAIN_TEMPLATE
 SYSTEM = "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a helpful friend of foxes.<|im_end|>\n' }}{% endif %}"
 CHANGED = {
     SYSTEM + toys.CHATML: "writes a system prompt of its own",
-    toys.CHATML.replace("assistant\n' }}", "assistant\n<think>\n' }}"): "opens thinking where a new answer begins",
-    "{{ tools | tojson if tools }}" + toys.CHATML: "writes tools",
+    toys.CHATML.replace(
+        "assistant\n' }}", "assistant\n<think>\n' }}"
+    ): "opens a thinking block in the generation prompt",
+    "{{ tools | tojson if tools }}" + toys.CHATML: "renders tools",
     "{{ strftime_now('%Y-%m-%d') }}" + toys.CHATML: "writes a date",
     PLAIN_TEMPLATE: "is plain text under headings",
     "{{ raise_exception('no system') if messages[0]['role'] == 'system' }}" + toys.CHATML: "takes system messages",

@@ -57,7 +57,7 @@ def test_a_topology_is_read_from_its_shape_or_its_usual_name(text, name, chips, 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v5x:2x4", r"no known TPU .*v5e.* The nearest is v5\w-8"),
+        ("v5x:2x4", r"not a known TPU .*v5e.* The nearest is v5\w-8"),
         ("v5e:2x3", "2 axes, the first two even"),
         ("v5e:2x2x2", "2 axes"),
         ("v5e:0x2", "2 axes"),
@@ -66,11 +66,11 @@ def test_a_topology_is_read_from_its_shape_or_its_usual_name(text, name, chips, 
         ("v4-4", "4 TensorCores, two to a chip, have no usual shape.* v4:2x2x1"),
         ("v5e", "TYPE:SHAPE .* The nearest is v5e-8"),
         ("h100-80gb", "gpu:COUNTxNAME.* The nearest is gpu:h100-80gb"),
-        ("gpu:8xh1000", "no known GPU .* The nearest is gpu:h100-80gb"),
+        ("gpu:8xh1000", "not a known GPU .* The nearest is gpu:h100-80gb"),
         ("gpu:a100", "a100-40gb or a100-80gb"),
         ("gpu:12xl4", "nor whole hosts of 8"),
         ("gpu:0xl4", "are not 1 to 8"),
-        ("", "is no topology"),
+        ("", "is not a topology"),
     ],
 )
 def test_another_text_is_answered_with_what_would_be_right(text, message):

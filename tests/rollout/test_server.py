@@ -387,7 +387,7 @@ def changed(kind, **changes):
         ({"ids": [1] * 7}, "7 tokens, but at most 6"),
         ({"ids": [1, 2, 3]}, "cut at 3 of 6 tokens.*--max-model-len"),
         ({"ids": []}, "cut at 0 of 6 tokens"),
-        ({"ids": [1, 99, 3, 4, 5, 6]}, "behind a stop token"),
+        ({"ids": [1, 99, 3, 4, 5, 6]}, "continues after a stop token"),
         ({"finish": "abort"}, "ended by 'abort'"),
         ({"ids": [1, 2], "finish": "stop", "matched": "###"}, "stopped by '###', but only \\[99\\]"),
         ({"ids": [1, 2], "finish": "stop", "matched": None}, "stopped by None"),

@@ -263,6 +263,8 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
     (notice,) = [n for n in checked.notices if "cannot be read" in n]
     assert notice.startswith("left out 6 of 8 rows that cannot be read (--on_bad_row skip): row 1 of the data set")
     assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")
+    (notice,) = [n for n in check(*rows[:2], *rows[1:3] * 3, on_bad_row="skip").notices if "cannot be read" in n]
+    assert notice.count("no completion") == 1 == notice.count("(and 3 more rows like it)") and "row 4" not in notice
     with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 that cannot be read"):
         check_examples(
             load_examples([{"prompt": "x"}]), chat_tokenizer(), budget=None, need_completion="x", on_bad_row="skip"
@@ -272,9 +274,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
     row = {"prompt": "x", "completion": "y"}
-    with pytest.raises(
-        ValueError, match=f"row 1 of the data set: '{column}' is not valid Unicode.*half of a surrogate"
-    ):
+    with pytest.raises(ValueError, match=f"row 1 of the data set: '{column}' is not valid Unicode.*lone surrogate"):
         check(row, row | {column: "a \ud800 b"})
 
 
@@ -338,4 +338,4 @@ def test_keys_of_messages_that_a_template_does_not_write_are_told(key):
 def test_roles_of_other_formats_are_told_where_a_template_writes_them():
     rows = [{"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
     (notice,) = [n for n in check(*rows).notices if "'human'" in n]
-    assert "2 rows of the data set have the role 'human', which is none of system, developer, user" in notice
+    assert "2 rows of the data set have the role 'human', which is not one of system, developer, user" in notice

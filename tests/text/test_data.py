@@ -1,7 +1,9 @@
 import datetime
+import importlib
 import json
 import os
 import re
+import types
 
 import datasets
 import numpy as np
@@ -197,6 +199,7 @@ def test_text_parts_are_joined():
 @pytest.mark.parametrize(
     "row, message",
     [
+        ({"conversations": [{"from": "human", "value": "q"}]}, "accepted are .*write `conversations` as `messages`"),
         ({"question": "q", "answer": "a"}, "row 3 of the data set 'd' has the columns question, answer; accepted are"),
         ({"messages": None}, "messages is there but null"),
         ({"messages": []}, "'messages' is an empty list"),
@@ -233,7 +236,10 @@ def test_text_parts_are_joined():
         ({"messages": [{"content": "q"}]}, "role of message 0"),
         ({"prompt": 3}, "'prompt' must be text or a list of .*not a int"),
         ({"prompt": "q", "completion": 3}, "'completion' must be text or a list"),
-        ({"prompt": "q", "completion": [USER]}, "last message must be an assistant's, not 'user'"),
+        (
+            {"prompt": "q", "completion": [USER]},
+            "last message of a completion must have the role 'assistant', not 'user'",
+        ),
         ({"text": 3}, "'text' must be text, not a int"),
         ("q", "row 3 of the data set 'd' is a str"),
     ],
@@ -358,7 +364,7 @@ def test_wrong_paths_are_named(tmp_path):
     with pytest.raises(ValueError, match="is not a .json, .jsonl or .parquet file"):
         load_examples(tmp_path / "rows.csv")
     write(tmp_path / "rows.jsonl", [{"text": "a"}])
-    with pytest.raises(ValueError, match="one split, 'train'"):
+    with pytest.raises(ValueError, match="the split 'train' alone"):
         load_examples(tmp_path / "rows.jsonl", split="test")
 
 
@@ -423,7 +429,7 @@ def test_splits_of_a_json_file(tmp_path):
     ("line", "says"),
     [
         (b'{"text": ', "line 3 of rows.jsonl cannot be read as json: Expecting value at character 1"),
-        (b'{"text": "caf\xe9"}', "byte 13 of line 3 of rows.jsonl is no UTF-8 .*xe9"),
+        (b'{"text": "caf\xe9"}', "byte 13 of line 3 of rows.jsonl is not valid UTF-8 .*xe9"),
         (b'{"text": "a\x00b"}', "line 3 .*Invalid control character at character 12 .*x00"),
         (b"\x00\x00\x00", "line 3 .*Expecting value at character 1 "),
         (b'{"text": "a", "text": "b"}', "line 3 .*the key 'text' is there twice"),
@@ -447,7 +453,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(ValueError, match="rows.jsonl is UTF-16; write it as UTF-8"):
         read(tmp_path / "rows.jsonl", '{"text": "a"}\n'.encode("utf-16"))
     for content, says in {
-        b'[{"text": "a"},\n {"text": "\xff"}]': "byte 11 of line 2 of rows.json is no UTF-8",
+        b'[{"text": "a"},\n {"text": "\xff"}]': "byte 11 of line 2 of rows.json is not valid UTF-8",
         '[{"text": "a"},\n {"text": }]': "line 2 of rows.json cannot be read as json: Expecting value at character 11",
         "[" * 100_000: "rows.json cannot be read as json: it is nested too deeply",
     }.items():
@@ -491,6 +497,21 @@ def test_what_the_hub_s_data_sets_lack_is_told_in_a_sentence(tmp_path, monkeypat
     with pytest.raises(FileNotFoundError, match="there is no file or folder 'xxx") as error:
         load_examples("x" * 10**6)
     assert len(str(error.value)) < 200
+
+
+def test_a_broken_file_of_the_hub_is_called_as_in_its_repository(tmp_path, monkeypatch):
+    (tmp_path / "0a1b2c").write_text('{"text": "a"}\nbroken\n')
+    builder = types.SimpleNamespace(
+        config=types.SimpleNamespace(data_files={"train": ["hf://datasets/u/rows@main/data/a.jsonl"]})
+    )
+    manager = types.SimpleNamespace(
+        download_and_extract=lambda _: None, iter_files=lambda _: [str(tmp_path / "0a1b2c")]
+    )
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: builder)
+    monkeypatch.setattr(importlib.import_module("datasets.packaged_modules.json.json"), "Json", types.SimpleNamespace)
+    monkeypatch.setattr("datasets.DownloadManager", lambda **_: manager)
+    with pytest.raises(ValueError, match="row 1 of the data set 'u/rows': line 2 of data/a.jsonl cannot be read"):
+        load_examples("u/rows")[1]
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".csv"])

@@ -114,10 +114,17 @@ def card(folder, **given):
     return yaml.safe_load(text.split("---")[1]), text
 
 
+RESULTS = {
+    "before training": {"eval_loss": 1.25},
+    "after training": {"eval_loss": 0.5, "eval_bits_per_byte": 0.3},
+    "teacher": {"eval_bits_per_byte": 0.1},
+}
+
+
 def test_the_model_card_names_what_the_model_was_made_of(tmp_path):
     head, text = card(
         tmp_path / "m",
-        **dict(teacher="org/teacher", loss="gold: chain/all/hybrid", dataset="org/data", results={"eval_loss": 0.5}),
+        **dict(teacher="org/teacher", loss="gold: chain/all/hybrid", dataset="org/data", results=RESULTS),
         command=["python", "-m", "gold_jax.train", "--hub_token", "hf_secret"],
     )
     assert head["base_model"] == "org/base" and head["datasets"] == ["org/data"] and "gold_jax" in head["tags"]
@@ -126,11 +133,19 @@ def test_the_model_card_names_what_the_model_was_made_of(tmp_path):
         "`org/base`",
         "`org/teacher`",
         "`gold: chain/all/hybrid`",
-        "| eval_loss | 0.5 |",
+        "| metric | before training | after training | teacher |",
+        "| eval_loss | 1.2500 | 0.5000 |  |",
+        "| eval_bits_per_byte |  | 0.3000 | 0.1000 |",
         "gold_jax.train",
     ):
         assert part in text
     assert "hf_secret" not in text
+
+
+def test_the_model_card_has_columns_only_for_what_was_measured(tmp_path):
+    assert "Measured" not in card(tmp_path / "a", results={"after training": {}, "teacher": {}})[1]
+    text = card(tmp_path / "b", results={**RESULTS, "before training": {}})[1]
+    assert "| metric | after training | teacher |" in text and "before training" not in text
 
 
 def test_folders_of_this_machine_stay_out_of_the_card_s_metadata(tmp_path):

@@ -235,3 +235,10 @@ def test_the_closing_table_shows_what_changed():
     assert ["eval_loss", "2", "1.5", "-0.5"] in lines
     assert ["reward", "0.25", "0.5", "+0.25"] in lines
     assert ["new", "1"] in lines
+
+
+def test_the_closing_table_has_only_columns_that_were_measured():
+    screen = console(terminal=False)
+    before_after(screen, [("loss", None, 0.5, None), ("bits per byte", None, 0.25, 0.125)])
+    lines = [line.split() for line in written(screen).splitlines()]
+    assert ["after", "teacher"] in lines and ["bits", "per", "byte", "0.25", "0.125"] in lines

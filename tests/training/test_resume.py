@@ -252,7 +252,7 @@ def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, f
     )
     trainer.train("latest")
     said = trainer.console.export_text()
-    assert "another --learning_rate: 0.001, until the checkpoint 0.01" in said and "logging_steps" not in said
+    assert "--learning_rate is now 0.001; the checkpoint was saved with 0.01" in said and "logging_steps" not in said
     assert not same(held(trainer), finished[1])
 
 
@@ -274,7 +274,7 @@ def test_another_mesh_matters_where_it_makes_other_micro_batches():
     }
     now = saved | {"per_device_train_batch_size": 2, "mesh": "fsdp=4"}
     (line,) = check_run(saved, now, "here")
-    assert "--per_device_train_batch_size: 2" in line
+    assert "--per_device_train_batch_size is now 2" in line
     other = saved | {"gradient_accumulation_steps": 2, "rows of a micro-batch": 4}
     with pytest.raises(ValueError, match="--gradient_accumulation_steps is 2 and was 1"):
         check_run(saved | {"gradient_accumulation_steps": 1}, other, "here")
