@@ -1,6 +1,7 @@
 """Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -27,6 +28,7 @@ LOGS = ("metrics.jsonl", "completions.jsonl")
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
+_CONFIG = " config"  # ends the names of what the models compute beside their weights
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
@@ -45,6 +47,13 @@ def describe_weights(params: Any) -> str:
     """The dtype of a model's parameters and a digest of all of them, however they are sharded."""
     dtype = jax.tree.leaves(params)[0].dtype
     return f"{dtype} {_digest(np.asarray(checkpointing.checksums(checkpointing.named_arrays(params))).tobytes())}"
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """What a model computes beside its weights; values that are a field's default are left out, as versions differ in fields."""
+    fields = [field for field in dataclasses.fields(config) if field.compare]
+    values = {field.name: getattr(config, field.name) for field in fields}
+    return {field.name: repr(values[field.name]) for field in fields if values[field.name] != field.default}
 
 
 def _digest(content: bytes) -> str:
@@ -68,11 +77,13 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
         if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
             continue  # kept in another precision, which --bf16 tells
-        if name in (_WEIGHTS, _TEACHER):
+        if name.endswith(_CONFIG):
+            differ = f"{name} differs in {_differences(saved[name], now[name])}"
+        if name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
             warnings.append(differ)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
             warnings.append(f"resumed with another {flag}: {now[name]!r}, until the checkpoint {saved[name]!r}")
-        elif name in (_DATA, _STUDENT):
+        elif name in (_DATA, _STUDENT, f"the student's{_CONFIG}"):
             refused.append(differ)
         else:
             refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
@@ -81,6 +92,12 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         instead = f"Resume with what it was saved with, or {anew}."
         raise ValueError(f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. {instead}")
     return warnings
+
+
+def _differences(saved: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The values of two configs that differ."""
+    pairs = {name: (now.get(name, "the default"), saved.get(name, "the default")) for name in [*saved, *now]}
+    return ", ".join(f"{name}, here {new} and until then {old}" for name, (new, old) in pairs.items() if new != old)
 
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -245,6 +245,22 @@ def test_other_rows_or_another_model_are_noticed(world, finished, tmp_path):
         SFTTrainer(str(larger), args, str(world / "data" / "train.jsonl")).train("latest")
 
 
+def with_rope_theta(model, folder, theta):
+    """A copy of a model's folder that differs in what the weights do not show."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "rope_parameters": None}))
+    return folder
+
+
+def test_a_student_of_the_same_shapes_that_computes_in_another_way_is_refused(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    other = with_rope_theta(world / "student", tmp_path / "other", 77.0)
+    args = SFTConfig(output_dir=str(output), **QUICK)
+    with pytest.raises(ValueError, match="the student's config differs in ropes, here .*77.* and until then"):
+        SFTTrainer(str(other), args, str(world / "data" / "train.jsonl")).train("latest")
+
+
 def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, finished, tmp_path):
     output = copied(finished, tmp_path)
     trainer = sft(
@@ -455,6 +471,14 @@ def test_another_teacher_is_told(distilled, tmp_path):
     trainer = made(folder, teacher=teacher)
     trainer.train("latest")
     assert "the teacher's weights differ from what the checkpoint was saved with" in trainer.console.export_text()
+
+
+def test_a_teacher_that_computes_in_another_way_is_told(distilled, world, tmp_path):
+    output, _, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    trainer = made(folder, teacher=with_rope_theta(world / "teacher", tmp_path / "other", 77.0))
+    trainer.train("latest")
+    assert "the teacher's config differs in ropes, here" in trainer.console.export_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):
