@@ -46,7 +46,7 @@ from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
-from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
+from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
@@ -127,6 +127,9 @@ class Loop:
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
+        self._measured = self.data.description.get(
+            EVALUATED
+        )  # the rows that the measures before the first update are of
 
     # the run
 
@@ -405,11 +408,13 @@ class Loop:
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        before = next((row for row in self.history if row.get("step") == 0), {})
+        rows = self.history if self._measured == self.data.description.get(EVALUATED) else ()
+        before = next((row for row in rows if row.get("step") == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)
-        if self.unmeasured and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
+        due = self.unmeasured and self.data.eval is not None
+        if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
             self._record(self.evaluate())
         return before
 
@@ -499,6 +504,7 @@ class Loop:
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self.resumed = metadata.get("resumed", 0) + 1
+        self._measured = metadata["run"].get(EVALUATED, self._measured)
         self._means.restore(metadata["means"])
         self.shapes = metadata.get("shapes", ())
         if is_main_process():
@@ -529,7 +535,8 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
-        metadata = {"run": self.data.description, "run_id": self.run_id, "resumed": self.resumed}
+        measured = {} if self._measured is None else {EVALUATED: self._measured}
+        metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from etils import epath
 from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.data import Example
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 
@@ -25,7 +26,12 @@ IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 LOGS = ("metrics.jsonl", "completions.jsonl")
 # What a checkpoint has of its run beside every setting that had an effect.
-LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
+LEARNED, ROWS, MICRO, EVALUATED = (
+    "rows to learn from",
+    "rows of an update",
+    "rows of a micro-batch",
+    "the rows to evaluate on",
+)
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
 _CONFIG = " config"  # ends the names of what the models compute beside their weights
@@ -41,6 +47,14 @@ def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
         pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     content = repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
     return _digest(content.encode("utf-8", "surrogatepass"))
+
+
+def describe_rows(examples: Iterable[Example]) -> str:
+    """A digest of rows, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(hashlib.sha256(example.fingerprint).digest())
+    return digest.hexdigest()[:16]
 
 
 def describe_weights(params: Any) -> str:
@@ -74,12 +88,14 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
             continue
         flag = name if " " in name else f"--{name}"
-        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
+        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'} from what the checkpoint was saved with"
         if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
             continue  # kept in another precision, which --bf16 tells
         if name.endswith(_CONFIG):
             differ = f"{name} differs in {_differences(saved[name], now[name])}"
-        if name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
+        if name == EVALUATED:
+            warnings.append(f"{differ}: measures up to there are of others")
+        elif name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
             warnings.append(differ)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
             warnings.append(f"resumed with another {flag}: {now[name]!r}, until the checkpoint {saved[name]!r}")

@@ -29,7 +29,16 @@ from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
 from gold_jax.training.logging import header
 from gold_jax.training.loop import Data, Loop
-from gold_jax.training.resume import LEARNED, MICRO, ROWS, describe_config, describe_tokenizer, describe_weights
+from gold_jax.training.resume import (
+    EVALUATED,
+    LEARNED,
+    MICRO,
+    ROWS,
+    describe_config,
+    describe_rows,
+    describe_tokenizer,
+    describe_weights,
+)
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128
@@ -102,6 +111,8 @@ class _Trainer:
         digests = {"the training data": checked.digest}
         digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
+        if evaluation is not None:
+            digests[EVALUATED] = describe_rows(evaluation)
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         batch = a.per_device_train_batch_size * self.process_shard.num_shards

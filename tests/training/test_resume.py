@@ -1,5 +1,6 @@
 """Runs that end midway and go on: nothing is lost, nothing comes twice."""
 
+import functools
 import json
 import os
 import shutil
@@ -270,6 +271,35 @@ def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, f
     said = trainer.console.export_text()
     assert "another --learning_rate: 0.001, until the checkpoint 0.01" in said and "logging_steps" not in said
     assert not same(held(trainer), finished[1])
+
+
+def test_a_measure_of_other_rows_is_not_compared_with_the_closing_one(world, tmp_path, monkeypatch):
+    def made(count, **changes):
+        console = Console(file=open(os.devnull, "w"), width=200, record=True)
+        args = SFTConfig(output_dir=str(tmp_path / "run"), **(QUICK | changes))
+        rows = [tiny.conversation(*row) for row in tiny.ROWS]
+        return SFTTrainer(str(world / "student"), args, rows[:4], rows[:count], console=console)
+
+    made(2, eval_on_start=True).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # so that the next run saves one, too
+    for count, told in (3, True), (3, True), (2, False):
+        trainer = made(count, eval_on_start=True)
+        shown: list = []
+        monkeypatch.setattr(loop, "before_after", functools.partial(lambda to, _, rows: to.extend(rows), shown))
+        trainer.train("latest")
+        assert all((before is None) == told for _, before, *_ in shown) and shown
+        assert ("the rows to evaluate on differ" in trainer.console.export_text()) == told
+
+
+def test_an_evaluation_that_was_due_and_is_not_wanted_any_more_is_left_out(world, tmp_path, monkeypatch):
+    rows = [tiny.conversation(*row) for row in tiny.ROWS]
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 3)
+        args = SFTConfig(output_dir=str(tmp_path), **(QUICK | {"eval_strategy": "steps", "eval_steps": 3}))
+        with pytest.raises(Preempted):
+            SFTTrainer(str(world / "student"), args, rows[:4], rows[4:]).train()
+    trainer = SFTTrainer(str(world / "student"), SFTConfig(output_dir=str(tmp_path), **QUICK), rows[:4])
+    assert trainer.train("latest").global_step == 6
 
 
 def test_how_an_update_is_split_matters_where_the_student_writes_a_share_of_the_parts():
