@@ -206,6 +206,10 @@ class ServerEngine:
             raise ServerError(
                 f"{url}/v1/models lists no model, so this is no server that can be used. {self.api.started}"
             ) from error
+        if window is not None and (type(window) is not int or window < 1):
+            raise ServerError(
+                f"{url}/v1/models says that it reads {str(window)[:200]!r} tokens, which is no number of them."
+            )
         if window is not None and window < longest:
             raise ServerError(
                 f"{url} reads at most {window} tokens, but prompts and completions may have {longest}; raise its "
