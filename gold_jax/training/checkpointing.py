@@ -299,6 +299,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
     "means": _are_means,
+    "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),
     "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
 

@@ -124,6 +124,7 @@ class Loop:
         self.done, self.nonfinite = 0, NonFiniteCounter(0, 0)  # updates so far, and those of them that were left out
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
         self._means = RunningMean()
+        self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
@@ -369,14 +370,24 @@ class Loop:
     def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
-        rows = [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
-        with open(self.output / LOGS[1], "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._write_completions(
+            [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
+        )
         every = self.args.log_completions_steps
         if step >= self._table_due:
             self._table_due = step - step % every + every
             self._log.flush()
             completions_table(self.console, samples, self.args.num_completions_to_print, step=self.done)
+
+    def _write_completions(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows to `completions.jsonl`; where that fails, a checkpoint keeps them for the run that goes on from it."""
+        path, self._unwritten = self.output / LOGS[1], rows
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {checkpointing.describe_error(error)}") from error
+        self._unwritten = []
 
     # evaluation
 
@@ -509,8 +520,12 @@ class Loop:
         self.shapes = metadata.get("shapes", ())
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
-                ended = self.done == self.total_steps
-                self.history, _ = (truncate_log(self.output / name, self.done, ended=ended) for name in LOGS)
+                metrics, completions = (self.output / name for name in LOGS)
+                self.history = truncate_log(metrics, self.done, ended=self.done == self.total_steps)
+                unwritten = metadata.get("unwritten", [])
+                truncate_log(completions, self.done - bool(unwritten))
+                if unwritten:
+                    self._write_completions(unwritten)
             else:  # the logs are of another run than the checkpoint
                 rename_logs(self.output, self.say)
             checkpointing.set_current_run(self.run_id, self.output, self.checkpoints.folder)
@@ -538,6 +553,7 @@ class Loop:
         measured = {} if self._measured is None else {EVALUATED: self._measured}
         metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
+        metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 

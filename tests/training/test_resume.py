@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
+import transformers
 from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
@@ -34,12 +35,14 @@ def sft(world, output, **changes):
     return SFTTrainer(str(world / "student"), args, str(world / "data" / "train.jsonl"), console=console)
 
 
-def gold(world, output, **changes):
+def gold(world, output, callbacks=None, **changes):
     rows = [tiny.conversation(*row) for row in tiny.ROWS]
     console = Console(file=open(os.devnull, "w"), width=200, record=True)
     settings = QUICK | {"lmbda": 0.5, "max_completion_length": 8, "max_length": 128} | changes
     args = GOLDConfig(output_dir=str(output), **settings)
-    return GOLDTrainer(str(world / "student"), str(world / "teacher"), args, rows[:5], rows[4:], console=console)
+    return GOLDTrainer(
+        str(world / "student"), str(world / "teacher"), args, rows[:5], rows[4:], callbacks=callbacks, console=console
+    )
 
 
 def stopped_in(monkeypatch, update, number=signal.SIGTERM):
@@ -379,6 +382,30 @@ def test_a_full_disk_ends_no_run_and_the_last_whole_checkpoint_stays(world, fini
     assert f"the last whole one is {tmp_path / 'out' / 'checkpoint-2'}" in said
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
     assert same(held(trainer), finished[1])
+
+
+def test_completions_that_could_not_be_written_are_when_the_run_goes_on(world, tmp_path):
+    flags = dict(lmbda=1.0, max_steps=4, save_strategy="no", log_completions=True, log_completions_steps=100)
+    gold(world, tmp_path / "whole", **flags).train()
+    path = tmp_path / "parts" / "completions.jsonl"
+
+    class Full(transformers.TrainerCallback):
+        """From the third update on there is only room for a part of what the student wrote."""
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                path.rename(path.with_suffix(".kept"))
+                path.symlink_to("/dev/full")
+
+    trainer = gold(world, tmp_path / "parts", callbacks=[Full()], **flags)
+    with pytest.raises(OSError, match="completions.jsonl cannot be written: no space left on the disk"):
+        trainer.train()
+    path.unlink()
+    path.with_suffix(".kept").rename(path)
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": 3, "prompt": "a part", "completion": "of it"}) + '\n{"step": 3, "pro')
+    gold(world, tmp_path / "parts", **flags).train("latest")
+    assert lines(path) == lines(tmp_path / "whole" / "completions.jsonl")
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_where_the_student_is(world, tmp_path, monkeypatch):
