@@ -9,6 +9,7 @@ A checkpoint is a folder `checkpoint-STEP` that holds
 All of it is written in the background. orbax commits it last: by renaming the folder, or by a marker in it on `gs://`.
 """
 
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -35,12 +36,31 @@ METADATA, STATE = "run.json", "state"
 FORMAT = 1
 STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
+_LOGGERS = "absl", "asyncio"
 _REPLACED = ".replaced"  # ends the hidden name of a checkpoint whose successor of the same step is being written
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
 class BadCheckpoint(Exception):
     """A checkpoint that is not whole; the text says why."""
+
+
+class _QuietLoop(asyncio.SelectorEventLoop):
+    """An event loop that says nothing where tensorstore, in another thread, is done after orbax has closed it on an error."""
+
+    def call_soon_threadsafe(self, callback, *arguments, context=None):
+        if not self.is_closed():
+            return super().call_soon_threadsafe(callback, *arguments, context=context)
+
+
+class _QuietLoops(asyncio.AbstractEventLoopPolicy):
+    """An event loop policy whose new loops are quiet ones; in all else it is the one that was there."""
+
+    def __init__(self, policy: asyncio.AbstractEventLoopPolicy):
+        self.get_event_loop, self.set_event_loop = policy.get_event_loop, policy.set_event_loop
+
+    def new_event_loop(self) -> asyncio.AbstractEventLoop:
+        return _QuietLoop()
 
 
 class _Saved(step_lib.Metadata):
@@ -102,7 +122,11 @@ class Checkpoints:
         self._abandoned, self._is_local = False, "://" not in str(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._settle_replaced()  # of a save that was cut short
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
+        # Failures are reported by `say`, in one line: by no log, and by no traceback of a thread.
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_not_from_orbax)
+        self._event_loops = asyncio.get_event_loop_policy()
+        asyncio.set_event_loop_policy(_QuietLoops(self._event_loops))
         self._saved: list[int] = []  # steps, in the order in which this run saved them
         policy = None if limit is None else _LastSaved(limit, self._saved)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
@@ -182,7 +206,9 @@ class Checkpoints:
         self.finish()
         if not self._abandoned:
             self._manager.close()
-        logging.getLogger("absl").removeFilter(_not_from_orbax)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(_not_from_orbax)
+        asyncio.set_event_loop_policy(self._event_loops)
 
     def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
         """Whether it worked. A run must outlive a full disk or a storage that does not answer."""
@@ -418,4 +444,4 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())

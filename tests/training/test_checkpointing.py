@@ -1,4 +1,6 @@
+import asyncio
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -382,3 +384,22 @@ def test_a_checkpoint_is_read_onto_another_mesh(tmp_path):
     command = [sys.executable, "-c", RESHARD, str(tmp_path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_what_tensorstore_does_after_an_error_closed_orbaxs_loop_prints_no_traceback(tmp_path):
+    def is_quiet():
+        loop = asyncio.new_event_loop()
+        loop.close()
+        try:
+            loop.call_soon_threadsafe(print)
+        except RuntimeError:
+            return False
+        return True
+
+    checkpoints = Checkpoints(tmp_path)
+    assert is_quiet()
+    task = "future: <Task finished coro=<write() defined at orbax/checkpoint/serialization.py:1>>"
+    records = [logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), None) for text in (task, "other")]
+    assert [bool(logging.getLogger("asyncio").filter(record)) for record in records] == [False, True]
+    checkpoints.close()
+    assert not is_quiet() and logging.getLogger("asyncio").filter(records[0])

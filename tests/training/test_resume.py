@@ -157,13 +157,26 @@ def test_a_save_is_also_a_student_that_opens_by_itself(finished):
 
 
 @pytest.mark.parametrize(
-    "fault", ["damaged arrays", "no notes", "half of the notes", "no arrays", "a file missing", "types", "date"]
+    "fault",
+    [
+        "damaged arrays",
+        "half of an index",
+        "no notes",
+        "half of the notes",
+        "no arrays",
+        "a file missing",
+        "types",
+        "date",
+    ],
 )
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(fault, world, finished, tmp_path):
     output = copied(finished, tmp_path)
     newest = output / "checkpoint-4"
     if fault == "damaged arrays":
         damage(newest)
+    elif fault == "half of an index":
+        index = newest / "state" / "manifest.ocdbt"
+        index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
     elif fault == "no notes":
         (newest / "run.json").unlink()
     elif fault == "half of the notes":
