@@ -195,6 +195,18 @@ def test_a_push_leaves_one_whole_folder_under_a_name_of_its_own(server, student,
     assert json.dumps(str(first)) in json.dumps(body)  # absolute: the server stands elsewhere
 
 
+def test_what_a_killed_run_left_in_a_folder_of_its_own_is_removed(server, student, tmp_path):
+    for name in "update-2-killed", ".update-3-killed", "update.txt":
+        (tmp_path / name).mkdir()
+    model = load_model(student)
+    engine(server, tmp_path).sync(model, 4)
+    assert (tmp_path / "update-2-killed").is_dir()
+    at = engine(server, tmp_path, owns_dir=True)
+    at.sync(model, 5)
+    at.sync(model, 6)
+    assert sorted(tmp_path.iterdir()) == [at.folder, tmp_path / "update.txt"]
+
+
 def test_a_push_that_cannot_be_written_leaves_nothing_behind_and_is_not_announced(
     server, student, tmp_path, monkeypatch
 ):
