@@ -9,20 +9,25 @@ from typing import Any, NoReturn
 from gold_jax import cpu
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
+from gold_jax.preemption import end_when_preempted
 from gold_jax.wording import shortened
 
 
-def run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> None:
+def run(
+    prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None, *, resumable: bool = False
+) -> None:
     """Runs a command. What is wrong with the user's input ends it with one paragraph and exit code 2, not a traceback.
 
     `GOLD_JAX_TRACEBACK=1` shows where an error came from all the same. Without `argv` the process is the command's own,
-    and may start again (`cpu.restart_with_huge_pages`).
+    and may start again (`cpu.restart_with_huge_pages`); SIGTERM ends one that is `resumable` so that it is started again.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if argv is None:
         cpu.restart_with_huge_pages()
+        if resumable:
+            end_when_preempted()
     try:
         _run(prog, main, sys.argv[1:] if argv is None else argv)
     finally:

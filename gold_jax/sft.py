@@ -15,4 +15,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    cli.run("gold_jax.sft", main)
+    cli.run("gold_jax.sft", main, resumable=True)

@@ -1,6 +1,7 @@
 """JSON over HTTP, with patience for a server that is starting or busy, and errors that say what to look at."""
 
 import asyncio
+import contextlib
 import email.utils
 import json
 import os
@@ -131,11 +132,12 @@ def _read(url: str, answer: httpx.Response, content: bytes) -> Any:
 
 def _seconds(retry_after: str | None) -> float | None:
     """A Retry-After in seconds from now, which it gives as such or as a date; None where there is none that can be read."""
-    try:
+    with contextlib.suppress(ValueError):
         return float(retry_after or "")
-    except ValueError:
+    with contextlib.suppress(ValueError, OverflowError):  # a year that no calendar has
         date = email.utils.parsedate_tz(retry_after or "")
         return email.utils.mktime_tz(date) - time.time() if date else None
+    return None
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -155,7 +157,7 @@ def _words(content: bytes) -> str:
     """The server's own message, out of the forms in which vLLM, SGLang and FastAPI write one."""
     try:
         said = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         said = content.decode("utf-8", "replace")
     for name in ("error", "message", "detail"):
         while isinstance(said, dict) and name in said:

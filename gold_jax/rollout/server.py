@@ -173,6 +173,7 @@ class ServerEngine:
     base_url: str  # such as "http://localhost:8000"
     weights_dir: str | os.PathLike  # for pushed weights; the server must be able to read the same absolute path
     kind: str = "vllm"  # one of `KINDS`
+    owns_dir: bool = False  # whether no other run uses `weights_dir`, so that what a killed one left there is removed
     vocab_size: int | None = None  # rows of the student's head; ids beyond are an error. None: not checked
     timeout: float = 240.0  # seconds for each answer; a server that is starting is waited for as long
     sync_every: int = 1  # updates between two pushes
@@ -206,6 +207,10 @@ class ServerEngine:
             raise ServerError(
                 f"{url}/v1/models lists no model, so this server cannot be used. {self.api.started}"
             ) from error
+        if window is not None and (type(window) is not int or window < 1):
+            raise ServerError(
+                f"{url}/v1/models says that it reads {str(window)[:200]!r} tokens, which is no number of them."
+            )
         if window is not None and window < longest:
             raise ServerError(
                 f"{url} reads at most {window} tokens, but prompts and completions may have {longest}; raise its "
@@ -222,6 +227,9 @@ class ServerEngine:
             return False
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(split(model)[1])):
             raise NonFiniteLogits("the student's weights are not finite, so no server is given them.")
+        if self.owns_dir and self.folder is None:
+            for left in (*self.weights_dir.glob("update-*"), *self.weights_dir.glob(".update-*")):
+                shutil.rmtree(left, ignore_errors=True)
         # A name of its own for every push: nothing that a server or a file system remembers of a path can be stale.
         folder = self.weights_dir / f"update-{updates}-{uuid.uuid4().hex[:8]}"
         unfinished = folder.with_name(f".{folder.name}")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gold_jax.json_files import unique_keys
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import refused_variables
@@ -182,7 +183,7 @@ def _parsed(value, column: str, wanted: str):
     if not isinstance(value, str):
         return value
     try:
-        parsed = json.loads(value) if value.strip() else None
+        parsed = json.loads(value, object_pairs_hook=unique_keys) if value.strip() else None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{column!r} is text but no valid JSON ({error}); it must be {wanted}") from None
     check_texts(parsed, column)

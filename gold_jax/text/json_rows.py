@@ -15,6 +15,11 @@ import numpy as np
 from gold_jax.json_files import unique_keys
 from gold_jax.text.surface import excerpt
 
+# Encodings by the marks that files of theirs begin with; that of the first begins as that of the second does.
+_WIDE = {
+    "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
+    "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
+}
 _MOST_HELD = 64  # files that are held open
 
 
@@ -87,8 +92,9 @@ class _Lines(Sequence):
 def _open(path: pathlib.Path, name: str, hold: bool) -> Sequence:
     with open(path, "rb") as file:
         begin = file.read(1 << 16)
-        if begin.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise ValueError(f"{name} is UTF-16; write it as UTF-8 (iconv -f UTF-16 -t UTF-8)")
+        for encoding, marks in _WIDE.items():
+            if begin.startswith(marks):
+                raise ValueError(f"{name} is {encoding}; write it as UTF-8 (iconv -f {encoding} -t UTF-8)")
         begin = begin.removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if begin.startswith(b"["):

@@ -20,10 +20,12 @@ from jinja2.visitor import NodeTransformer
 #: Steps of any rendering (about a second), those beside them for each message, and those that a call takes.
 STEPS, STEPS_PER_MESSAGE, STEPS_OF_CALL = 500_000, 10_000, 5
 CHARS_PER_STEP = 64  # of a text that an operation makes
+LARGEST_INDENT = 1_000  # in characters
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
 
 # Methods and filters that make a text as long as a number says, and those that read a format string.
-_WIDENING = frozenset("center ljust rjust zfill expandtabs indent wordwrap".split())
+_WIDENING = frozenset("center ljust rjust zfill wordwrap".split())
+_INDENTING = frozenset("expandtabs indent tojson".split())  # that many times, for every line or tab
 _FORMATTING = frozenset("format format_map".split())
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
 _WIDTH = re.compile(
@@ -150,9 +152,10 @@ class _Counting(NodeTransformer):
         if holder is not None and holder.node is not None:  # what is read, not only what is made
             holder.node = _call("format_string" if name in _FORMATTING else "count", holder.node)
         if isinstance(node, nodes.Filter | nodes.Call):
-            node.args = [_call("width" if name in _WIDENING else "count", x) for x in node.args]
+            check = "width" if name in _WIDENING else "indent" if name in _INDENTING else "count"
+            node.args = [_call(check, x) for x in node.args]
             for pair in node.kwargs:
-                pair.value = _call("width" if name in _WIDENING else "count", pair.value)
+                pair.value = _call(check, pair.value)
         if (
             isinstance(node, nodes.Call)
             and isinstance(node.node, nodes.Name)
@@ -181,6 +184,14 @@ def count(value: Any, steps: int = 1) -> Any:
 def width(value: Any) -> Any:
     """The value, which may be how long a text becomes."""
     return count(_check_number(value))
+
+
+def indent(value: Any) -> Any:
+    """The value, which may be how far, or with what, each line of a text is indented."""
+    size = len(value) if isinstance(value, str) else value
+    if isinstance(size, int) and size > LARGEST_INDENT:
+        raise TemplateBudgetError(f"it indents lines by {size:,} characters, more than {LARGEST_INDENT:,}")
+    return count(value)
 
 
 def format_string(value: Any) -> Any:

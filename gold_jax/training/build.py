@@ -169,6 +169,7 @@ def completion_server(
     folder = args.rollout_weights_dir or pathlib.Path(args.output_dir, ".rollout_weights")
     syncs = dict(sync_every=args.vllm_sync_frequency, sync_first=args.rollout_sync_first, dtype=dtype)
     answers = dict(kind=args.rollout_server, timeout=args.vllm_server_timeout, api_key=os.environ.get("VLLM_API_KEY"))
+    syncs |= dict(owns_dir=args.rollout_weights_dir is None)  # which lies in the output_dir that this run locks
     engine = ServerEngine(args.server_url, folder, vocab_size=vocab_size, notify=notify, **syncs, **answers)
     engine.check(args.prompt_budget + args.max_completion_length)
     return engine, []

@@ -35,6 +35,7 @@ METADATA, STATE = "run.json", "state"
 FORMAT = 1
 STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
+_LOGGERS = "absl", "asyncio"
 _REPLACED = ".replaced"  # ends the hidden name of a checkpoint whose successor of the same step is being written
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
@@ -102,7 +103,9 @@ class Checkpoints:
         self._abandoned, self._is_local = False, "://" not in str(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._settle_replaced()  # of a save that was cut short
-        logging.getLogger("absl").addFilter(_not_from_orbax)  # failures are reported by `say`, in one line
+        # Failures are reported by `say`, in one line.
+        for name in _LOGGERS:
+            logging.getLogger(name).addFilter(_not_from_orbax)
         self._saved: list[int] = []  # steps, in the order in which this run saved them
         policy = None if limit is None else _LastSaved(limit, self._saved)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
@@ -182,7 +185,8 @@ class Checkpoints:
         self.finish()
         if not self._abandoned:
             self._manager.close()
-        logging.getLogger("absl").removeFilter(_not_from_orbax)
+        for name in _LOGGERS:
+            logging.getLogger(name).removeFilter(_not_from_orbax)
 
     def _attempt(self, step: int, action: Callable[[], Any]) -> bool:
         """Whether it worked. A run must outlive a full disk or a storage that does not answer."""
@@ -299,6 +303,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
     "means": _are_means,
+    "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),
     "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
 
@@ -417,4 +422,4 @@ def _absolute(path: str | os.PathLike) -> epath.Path:
 
 
 def _not_from_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname
+    return "orbax" not in record.pathname and not (record.name == "asyncio" and "orbax" in record.getMessage())

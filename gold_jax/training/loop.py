@@ -46,7 +46,7 @@ from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
 from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
-from gold_jax.training.resume import IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
+from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
@@ -127,9 +127,13 @@ class Loop:
             str, Mapping[str, float]
         ] = {}  # of the student before and after, of the teacher: for the card
         self._means = RunningMean()
+        self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
+        self._measured = self.data.description.get(
+            EVALUATED
+        )  # the rows that the measures before the first update are of
 
     # the run
 
@@ -369,14 +373,24 @@ class Loop:
     def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
-        rows = [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
-        with open(self.output / LOGS[1], "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        self._write_completions(
+            [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
+        )
         every = self.args.log_completions_steps
         if step >= self._table_due:
             self._table_due = step - step % every + every
             self._log.flush()
             completions_table(self.console, samples, self.args.num_completions_to_print, step=self.done)
+
+    def _write_completions(self, rows: list[dict[str, Any]]) -> None:
+        """Appends rows to `completions.jsonl`; where that fails, a checkpoint keeps them for the run that goes on from it."""
+        path, self._unwritten = self.output / LOGS[1], rows
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        except OSError as error:
+            raise OSError(f"{path} cannot be written: {checkpointing.describe_error(error)}") from error
+        self._unwritten = []
 
     # evaluation
 
@@ -408,11 +422,13 @@ class Loop:
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
-        before = next((row for row in self.history if row.get("step") == 0), {})
+        rows = self.history if self._measured == self.data.description.get(EVALUATED) else ()
+        before = next((row for row in rows if row.get("step") == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self._record(before)
-        if self.unmeasured and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
+        due = self.unmeasured and self.data.eval is not None
+        if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
             self._record(self.evaluate())
         return before
 
@@ -506,12 +522,17 @@ class Loop:
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self.resumed = metadata.get("resumed", 0) + 1
+        self._measured = metadata["run"].get(EVALUATED, self._measured)
         self._means.restore(metadata["means"])
         self.shapes = metadata.get("shapes", ())
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
-                ended = self.done == self.total_steps
-                self.history, _ = (truncate_log(self.output / name, self.done, ended=ended) for name in LOGS)
+                metrics, completions = (self.output / name for name in LOGS)
+                self.history = truncate_log(metrics, self.done, ended=self.done == self.total_steps)
+                unwritten = metadata.get("unwritten", [])
+                truncate_log(completions, self.done - bool(unwritten))
+                if unwritten:
+                    self._write_completions(unwritten)
             else:  # the logs are of another run than the checkpoint
                 rename_logs(self.output, self.say)
             checkpointing.set_current_run(self.run_id, self.output, self.checkpoints.folder)
@@ -536,8 +557,10 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
-        metadata = {"run": self.data.description, "run_id": self.run_id, "resumed": self.resumed}
+        measured = {} if self._measured is None else {EVALUATED: self._measured}
+        metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
+        metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
 

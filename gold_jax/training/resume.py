@@ -1,12 +1,13 @@
 """Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from etils import epath
 from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.data import Example
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 
@@ -24,9 +26,15 @@ IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 LOGS = ("metrics.jsonl", "completions.jsonl")
 # What a checkpoint has of its run beside every setting that had an effect.
-LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
+LEARNED, ROWS, MICRO, EVALUATED = (
+    "rows to learn from",
+    "rows of an update",
+    "rows of a micro-batch",
+    "the rows to evaluate on",
+)
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
+_CONFIG = " config"  # ends the names of what the models compute beside their weights
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
@@ -41,10 +49,32 @@ def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
     return _digest(content.encode("utf-8", "surrogatepass"))
 
 
+def describe_rows(examples: Iterable[Example]) -> str:
+    """A digest of rows, in their order."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(hashlib.sha256(example.fingerprint).digest())
+    return digest.hexdigest()[:16]
+
+
 def describe_weights(params: Any) -> str:
     """The dtype of a model's parameters and a digest of all of them, however they are sharded."""
     dtype = jax.tree.leaves(params)[0].dtype
     return f"{dtype} {_digest(np.asarray(checkpointing.checksums(checkpointing.named_arrays(params))).tobytes())}"
+
+
+def describe_config(config: Any) -> dict[str, Any]:
+    """What a model computes beside its weights; values that are a field's default are left out, as versions differ in fields."""
+    fields = [field for field in dataclasses.fields(config) if field.compare]
+    values = {field.name: getattr(config, field.name) for field in fields}
+    return {field.name: _plain(values[field.name]) for field in fields if values[field.name] != field.default}
+
+
+def _plain(value: Any) -> Any:
+    """A config's value as JSON gives it back."""
+    if dataclasses.is_dataclass(value):
+        return describe_config(value)
+    return [_plain(x) for x in value] if isinstance(value, list | tuple) else value
 
 
 def _digest(content: bytes) -> str:
@@ -65,14 +95,18 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
             continue
         flag = name if " " in name else f"--{name}"
-        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS) else 's'} from what the checkpoint was saved with"
+        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'} from what the checkpoint was saved with"
         if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
             continue  # kept in another precision, which --bf16 tells
-        if name in (_WEIGHTS, _TEACHER):
+        if name.endswith(_CONFIG):
+            differ = f"{name} differs in {_differences(saved[name], now[name])}"
+        if name == EVALUATED:
+            warnings.append(f"{differ}: measures up to there are of others")
+        elif name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
             warnings.append(differ)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
             warnings.append(f"{flag} is now {now[name]!r}; the checkpoint was saved with {saved[name]!r}")
-        elif name in (_DATA, _STUDENT):
+        elif name in (_DATA, _STUDENT, f"the student's{_CONFIG}"):
             refused.append(differ)
         else:
             refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
@@ -81,6 +115,12 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         instead = f"Resume with what it was saved with, or {anew}."
         raise ValueError(f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. {instead}")
     return warnings
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The values of two configs that differ."""
+    pairs = {name: (now.get(name, "the default"), saved.get(name, "the default")) for name in [*saved, *now]}
+    return ", ".join(f"{name}, here {new} and until then {old}" for name, (new, old) in pairs.items() if new != old)
 
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 import jax
 from jax.experimental import multihost_utils
 
+from gold_jax.preemption import EXIT_CODE, end_at_once
+
 T = TypeVar("T")
 
 
 class Preempted(RuntimeError):
     """SIGTERM ended a run, its state saved. A command ends with `exit_code`, EX_TEMPFAIL of sysexits.h."""
 
-    exit_code = 75
+    exit_code = EXIT_CODE
 
 
 class _Interrupted(KeyboardInterrupt):
@@ -45,7 +47,7 @@ class SignalHandler:
     def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number, default in (signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL):
-                if signal.getsignal(number) is default:
+                if signal.getsignal(number) in (default, end_at_once):
                     self._before[number] = signal.signal(number, self._handle)
         return self
 

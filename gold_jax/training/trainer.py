@@ -30,7 +30,16 @@ from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, pu
 from gold_jax.training.logging import header
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.optimizer import make_schedule
-from gold_jax.training.resume import LEARNED, MICRO, ROWS, describe_tokenizer, describe_weights
+from gold_jax.training.resume import (
+    EVALUATED,
+    LEARNED,
+    MICRO,
+    ROWS,
+    describe_config,
+    describe_rows,
+    describe_tokenizer,
+    describe_weights,
+)
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128
@@ -108,6 +117,9 @@ class _Trainer:
         assert_same_across_processes("the sizes of the vocabularies", sizes)
         digests = {"the training data": checked.digest}
         digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
+        digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
+        if evaluation is not None:
+            digests[EVALUATED] = describe_rows(evaluation)
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         unused = {name for name, _ in without_effect(a, facts)}

@@ -195,6 +195,18 @@ def test_a_push_leaves_one_whole_folder_under_a_name_of_its_own(server, student,
     assert json.dumps(str(first)) in json.dumps(body)  # absolute: the server stands elsewhere
 
 
+def test_what_a_killed_run_left_in_a_folder_of_its_own_is_removed(server, student, tmp_path):
+    for name in "update-2-killed", ".update-3-killed", "update.txt":
+        (tmp_path / name).mkdir()
+    model = load_model(student)
+    engine(server, tmp_path).sync(model, 4)
+    assert (tmp_path / "update-2-killed").is_dir()
+    at = engine(server, tmp_path, owns_dir=True)
+    at.sync(model, 5)
+    at.sync(model, 6)
+    assert sorted(tmp_path.iterdir()) == [at.folder, tmp_path / "update.txt"]
+
+
 def test_a_push_that_cannot_be_written_leaves_nothing_behind_and_is_not_announced(
     server, student, tmp_path, monkeypatch
 ):
@@ -484,6 +496,10 @@ def test_a_server_is_checked_before_it_is_used(server, tmp_path):
     at.check(server.window)
     with pytest.raises(ServerError, match=f"reads at most {server.window} tokens, but .* may have {server.window + 1}"):
         at.check(server.window + 1)
+    for window in "4096", [1], float("nan"), 0:
+        server.mangle = lambda _, window=window: {"data": [{"id": "student", "max_model_len": window}]}
+        with pytest.raises(ServerError, match="says that it reads .* tokens, which is no number of them"):
+            at.check(1)
     server.mangle = lambda _: {"models": ["llama"]}
     with pytest.raises(ServerError, match=f"{server.url}/v1/models lists no model"):
         at.check(1)
@@ -581,6 +597,8 @@ def test_a_server_that_asks_for_patience_gets_it_within_the_time(asked):
     fake.faults["/v1/models"] = [*busy, (429, b"", {"Retry-After": 0.1}), (503, b"", {"Retry-After": soon})]
     start = time.monotonic()
     assert client.get("/v1/models")["data"] and time.monotonic() - start > 0.1
+    fake.faults["/v1/models"] = [(503, b"", {"Retry-After": "Fri, 31 Dec 99999999 23:59:59 GMT"})]
+    assert client.get("/v1/models")["data"]  # asked again as after any 503
     fake.faults["/v1/models"] = [(429, {"message": "slow down"}, {"Retry-After": "100"})]
     with pytest.raises(ServerError, match="429 Too Many Requests: slow down .asked again for 20 seconds"):
         client.get("/v1/models")
@@ -592,6 +610,9 @@ def test_an_answer_of_another_form_than_any_is_an_error(asked):
         fake.faults["/v1/models"] = [(200, content)]
         with pytest.raises(ServerError, match="not JSON"):
             client.get("/v1/models")
+    fake.faults["/v1/models"] = [(400, b"[" * 100_000)]
+    with pytest.raises(ServerError, match=r"400 Bad Request: \[\["):
+        client.get("/v1/models")
 
 
 def test_a_server_that_is_not_there_is_waited_for_and_then_named():

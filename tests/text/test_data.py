@@ -229,6 +229,7 @@ def test_text_parts_are_joined():
             {"prompt": "q", "tools": [SCHEMA]},
             "has tools for the chat template, but its 'prompt' is text.*list of messages",
         ),
+        ({"prompt": [USER], "chat_template_kwargs": '{"a": 1, "a": 2}'}, "no valid JSON .the key 'a' is there twice"),
         ({"prompt": [USER], "chat_template_kwargs": "{a"}, "'chat_template_kwargs' is text but no valid JSON"),
         ({"prompt": [USER], "chat_template_kwargs": ["a"]}, "'chat_template_kwargs' must be a dict .*not a list"),
         ({"prompt": [USER], "chat_template_kwargs": {"tokenize": 1}}, "'chat_template_kwargs' cannot hold 'tokenize'"),
@@ -450,8 +451,9 @@ def test_a_line_that_cannot_be_read_is_named_and_leaves_the_others(tmp_path, lin
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match="rows.jsonl is UTF-16; write it as UTF-8"):
-        read(tmp_path / "rows.jsonl", '{"text": "a"}\n'.encode("utf-16"))
+    for encoding in "UTF-16", "UTF-32":
+        with pytest.raises(ValueError, match=f"rows.jsonl is {encoding}; write it as UTF-8 .iconv -f {encoding}"):
+            read(tmp_path / "rows.jsonl", '{"text": "a"}\n'.encode(encoding))
     for content, says in {
         b'[{"text": "a"},\n {"text": "\xff"}]': "byte 11 of line 2 of rows.json is not valid UTF-8",
         '[{"text": "a"},\n {"text": }]': "line 2 of rows.json cannot be read as json: Expecting value at character 11",

@@ -1,4 +1,5 @@
 import json
+import logging
 import os
 import pathlib
 import shutil
@@ -382,3 +383,12 @@ def test_a_checkpoint_is_read_onto_another_mesh(tmp_path):
     command = [sys.executable, "-c", RESHARD, str(tmp_path)]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+def test_what_orbaxs_tasks_report_of_an_error_is_not_logged_beside_the_one_line(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    task = "future: <Task finished coro=<write() defined at orbax/checkpoint/serialization.py:1>>"
+    records = [logging.LogRecord("asyncio", logging.ERROR, "events.py", 1, text, (), None) for text in (task, "other")]
+    assert [bool(logging.getLogger("asyncio").filter(record)) for record in records] == [False, True]
+    checkpoints.close()
+    assert logging.getLogger("asyncio").filter(records[0])

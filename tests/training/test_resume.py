@@ -1,5 +1,6 @@
 """Runs that end midway and go on: nothing is lost, nothing comes twice."""
 
+import functools
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_models as tiny
+import transformers
 from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
@@ -33,12 +35,14 @@ def sft(world, output, **changes):
     return SFTTrainer(str(world / "student"), args, str(world / "data" / "train.jsonl"), console=console)
 
 
-def gold(world, output, **changes):
+def gold(world, output, callbacks=None, **changes):
     rows = [tiny.conversation(*row) for row in tiny.ROWS]
     console = Console(file=open(os.devnull, "w"), width=200, record=True)
     settings = QUICK | {"lmbda": 0.5, "max_completion_length": 8, "max_length": 128} | changes
     args = GOLDConfig(output_dir=str(output), **settings)
-    return GOLDTrainer(str(world / "student"), str(world / "teacher"), args, rows[:5], rows[4:], console=console)
+    return GOLDTrainer(
+        str(world / "student"), str(world / "teacher"), args, rows[:5], rows[4:], callbacks=callbacks, console=console
+    )
 
 
 def stopped_in(monkeypatch, update, number=signal.SIGTERM):
@@ -153,13 +157,26 @@ def test_a_save_is_also_a_student_that_opens_by_itself(finished):
 
 
 @pytest.mark.parametrize(
-    "fault", ["damaged arrays", "no notes", "half of the notes", "no arrays", "a file missing", "types", "date"]
+    "fault",
+    [
+        "damaged arrays",
+        "half of an index",
+        "no notes",
+        "half of the notes",
+        "no arrays",
+        "a file missing",
+        "types",
+        "date",
+    ],
 )
 def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(fault, world, finished, tmp_path):
     output = copied(finished, tmp_path)
     newest = output / "checkpoint-4"
     if fault == "damaged arrays":
         damage(newest)
+    elif fault == "half of an index":
+        index = newest / "state" / "manifest.ocdbt"
+        index.write_bytes(index.read_bytes()[: index.stat().st_size // 2])
     elif fault == "no notes":
         (newest / "run.json").unlink()
     elif fault == "half of the notes":
@@ -245,6 +262,22 @@ def test_other_rows_or_another_model_are_noticed(world, finished, tmp_path):
         SFTTrainer(str(larger), args, str(world / "data" / "train.jsonl")).train("latest")
 
 
+def with_rope_theta(model, folder, theta):
+    """A copy of a model's folder that differs in what the weights do not show."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": theta, "rope_parameters": None}))
+    return folder
+
+
+def test_a_student_of_the_same_shapes_that_computes_in_another_way_is_refused(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    other = with_rope_theta(world / "student", tmp_path / "other", 77.0)
+    args = SFTConfig(output_dir=str(output), **QUICK)
+    with pytest.raises(ValueError, match="the student's config differs in ropes, here .*77.* and until then"):
+        SFTTrainer(str(other), args, str(world / "data" / "train.jsonl")).train("latest")
+
+
 def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, finished, tmp_path):
     output = copied(finished, tmp_path)
     trainer = sft(
@@ -254,6 +287,35 @@ def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, f
     said = trainer.console.export_text()
     assert "--learning_rate is now 0.001; the checkpoint was saved with 0.01" in said and "logging_steps" not in said
     assert not same(held(trainer), finished[1])
+
+
+def test_a_measure_of_other_rows_is_not_compared_with_the_closing_one(world, tmp_path, monkeypatch):
+    def made(count, **changes):
+        console = Console(file=open(os.devnull, "w"), width=200, record=True)
+        args = SFTConfig(output_dir=str(tmp_path / "run"), **(QUICK | changes))
+        rows = [tiny.conversation(*row) for row in tiny.ROWS]
+        return SFTTrainer(str(world / "student"), args, rows[:4], rows[:count], console=console)
+
+    made(2, eval_on_start=True).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")  # so that the next run saves one, too
+    for count, told in (3, True), (3, True), (2, False):
+        trainer = made(count, eval_on_start=True)
+        shown: list = []
+        monkeypatch.setattr(loop, "before_after", functools.partial(lambda to, _, rows: to.extend(rows), shown))
+        trainer.train("latest")
+        assert all((before is None) == told for _, before, *_ in shown) and shown
+        assert ("the rows to evaluate on differ" in trainer.console.export_text()) == told
+
+
+def test_an_evaluation_that_was_due_and_is_not_wanted_any_more_is_left_out(world, tmp_path, monkeypatch):
+    rows = [tiny.conversation(*row) for row in tiny.ROWS]
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 3)
+        args = SFTConfig(output_dir=str(tmp_path), **(QUICK | {"eval_strategy": "steps", "eval_steps": 3}))
+        with pytest.raises(Preempted):
+            SFTTrainer(str(world / "student"), args, rows[:4], rows[4:]).train()
+    trainer = SFTTrainer(str(world / "student"), SFTConfig(output_dir=str(tmp_path), **QUICK), rows[:4])
+    assert trainer.train("latest").global_step == 6
 
 
 def test_how_an_update_is_split_matters_where_the_student_writes_a_share_of_the_parts():
@@ -333,6 +395,30 @@ def test_a_full_disk_ends_no_run_and_the_last_whole_checkpoint_stays(world, fini
     assert f"the last whole one is {tmp_path / 'out' / 'checkpoint-2'}" in said
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
     assert same(held(trainer), finished[1])
+
+
+def test_completions_that_could_not_be_written_are_when_the_run_goes_on(world, tmp_path):
+    flags = dict(lmbda=1.0, max_steps=4, save_strategy="no", log_completions=True, log_completions_steps=100)
+    gold(world, tmp_path / "whole", **flags).train()
+    path = tmp_path / "parts" / "completions.jsonl"
+
+    class Full(transformers.TrainerCallback):
+        """From the third update on there is only room for a part of what the student wrote."""
+
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                path.rename(path.with_suffix(".kept"))
+                path.symlink_to("/dev/full")
+
+    trainer = gold(world, tmp_path / "parts", callbacks=[Full()], **flags)
+    with pytest.raises(OSError, match="completions.jsonl cannot be written: no space left on the disk"):
+        trainer.train()
+    path.unlink()
+    path.with_suffix(".kept").rename(path)
+    with open(path, "a") as file:
+        file.write(json.dumps({"step": 3, "prompt": "a part", "completion": "of it"}) + '\n{"step": 3, "pro')
+    gold(world, tmp_path / "parts", **flags).train("latest")
+    assert lines(path) == lines(tmp_path / "whole" / "completions.jsonl")
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_where_the_student_is(world, tmp_path, monkeypatch):
@@ -455,6 +541,14 @@ def test_another_teacher_is_told(distilled, tmp_path):
     trainer = made(folder, teacher=teacher)
     trainer.train("latest")
     assert "the teacher's weights differ from what the checkpoint was saved with" in trainer.console.export_text()
+
+
+def test_a_teacher_that_computes_in_another_way_is_told(distilled, world, tmp_path):
+    output, _, made = distilled
+    folder = shutil.copytree(output, tmp_path / "copy")
+    trainer = made(folder, teacher=with_rope_theta(world / "teacher", tmp_path / "other", 77.0))
+    trainer.train("latest")
+    assert "the teacher's config differs in ropes, here" in trainer.console.export_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):

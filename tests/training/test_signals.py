@@ -94,3 +94,25 @@ def test_a_preempted_command_ends_with_75():
     )
     ended = subprocess.run([sys.executable, "-c", code], timeout=120, capture_output=True, text=True)
     assert ended.returncode == 75 and ended.stderr == ""
+
+
+def test_sigterm_ends_a_command_that_trains_so_that_it_is_started_again_before_its_first_update_too():
+    program = """
+import os, signal
+from gold_jax import cli
+from gold_jax.training.signals import SignalHandler
+
+def main(argv):
+    with SignalHandler() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.requested == "preemption"
+    if not os.fork():
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.wait()[1]) == 143
+    os.kill(os.getpid(), signal.SIGTERM)
+
+cli.run("gold_jax.sft", main, resumable=True)
+"""
+    environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=0"}  # a program from a text cannot be restarted
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 75 and done.stderr.count("Preempted while no update was under way") == 1
