@@ -82,7 +82,8 @@ def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule) -> 
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(schedule),
     )
-    return optax.chain(clip_by_global_norm(max_grad_norm), adamw) if max_grad_norm else adamw
+    # A state of one shape, so that a resumed run may clip where it did not before.
+    return optax.chain(clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(), adamw)
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:

@@ -289,6 +289,12 @@ def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, f
     assert not same(held(trainer), finished[1])
 
 
+def test_a_resumed_run_may_clip_where_it_did_not(world, finished, tmp_path):
+    trainer = sft(world, copied(finished, tmp_path), max_grad_norm=0.0)
+    assert trainer.train("latest").global_step == 6
+    assert "--max_grad_norm is now 0.0; the checkpoint was saved with 1.0" in trainer.console.export_text()
+
+
 def test_a_measure_of_other_rows_is_not_compared_with_the_closing_one(world, tmp_path, monkeypatch):
     def made(count, **changes):
         console = Console(file=open(os.devnull, "w"), width=200, record=True)
