@@ -29,6 +29,7 @@ ALLOWED = {
     # nodes of a tree that was parsed for this
     ("text/template_budget.py", "visit_For", "attribute"),
     ("text/template_budget.py", "visit_Output", "attribute"),
+    ("text/template_budget.py", "visit_Concat", "attribute"),
     ("text/template_budget.py", "visit_Compare", "attribute"),
     ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),

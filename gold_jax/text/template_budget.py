@@ -22,11 +22,18 @@ STEPS, STEPS_PER_MESSAGE, STEPS_OF_CALL = 500_000, 10_000, 5
 CHARS_PER_STEP = 64  # of a text that an operation makes
 LARGEST_INDENT = 1_000  # in characters
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
+MOST_FIELDS = 1_000  # of a format string
+LARGEST_ARGUMENT = 1_000  # of a filter that is applied to a list or a block by name, in characters
 
 # Methods and filters that make a text as long as a number says, and those that read a format string.
 _WIDENING = frozenset("center ljust rjust zfill wordwrap".split())
 _INDENTING = frozenset("expandtabs indent tojson".split())  # that many times, for every line or tab
 _FORMATTING = frozenset("format format_map".split())
+_MULTIPLYING = frozenset("replace join format center indent wordwrap".split())  # filters: their argument, many times
+_TAKING_VALUES = frozenset(  # filters that make no text of a list or an object
+    "abs attr batch count d default dictsort first float groupby int items last length list max min random reject "
+    "rejectattr reverse round select selectattr slice sort sum unique".split()
+)
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
 _WIDTH = re.compile(
     r"(?:%|\{[^{}]*:)[^a-zA-Z%{}]*\d{8,}"
@@ -60,9 +67,8 @@ def budget(messages: list[dict], *others: Any) -> Generator[None]:
 
     It may take `STEPS`, `STEPS_PER_MESSAGE` for each message and one for each character given. A round of a loop, a
     filter and an operation is a step, a call some, and so are `CHARS_PER_STEP` characters of what is made. `TemplateBudgetError`
-    beyond it, where one text has more characters than that, or a number is beyond `LARGEST_NUMBER`. What a single filter
-    or method makes is seen afterwards: up to then it holds memory. Of a list that stands in another one many times its
-    own length is counted once.
+    beyond it, where one text has more characters than that, or a number is beyond `LARGEST_NUMBER`. What a filter or
+    method makes is counted before it makes it, where that may be many times what it is given.
     """
     token = _BUDGET.set(_Budget(STEPS + STEPS_PER_MESSAGE * len(messages) + _chars([messages, *others])))
     try:
@@ -103,12 +109,22 @@ class _Counting(NodeTransformer):
 
     def visit_Output(self, node):
         node = self.generic_visit(node)
-        node.nodes = [x if isinstance(x, nodes.TemplateData) else _call("count", x) for x in node.nodes]
+        node.nodes = [x if isinstance(x, nodes.TemplateData) else _call("written", x) for x in node.nodes]
         return node
+
+    def visit_Concat(self, node):
+        node = self.generic_visit(node)
+        node.nodes = [_call("written", x) for x in node.nodes]
+        return _call("count", node)
 
     def _block(self, node):
         field = "call" if isinstance(node, nodes.CallBlock) else "filter"
-        kept = getattr(node, field) and self.generic_visit(getattr(node, field))
+        kept = getattr(node, field)
+        for inner in kept.find_all(nodes.Filter) if isinstance(kept, nodes.Filter) else ():
+            _check_by_name(inner.name, inner)
+        if isinstance(kept, nodes.Filter):
+            _check_by_name(kept.name, kept)
+        kept = kept and self.generic_visit(kept)
         node = self.generic_visit(node)
         setattr(node, field, kept)  # what fills a block must stay a call, or a filter
         return node
@@ -142,6 +158,9 @@ class _Counting(NodeTransformer):
     def _counted(self, node):
         for constant in node.find_all(nodes.Const):  # before Jinja folds them
             _check_number(constant.value)
+        if isinstance(node, nodes.Filter) and node.name == "map" and (node.args or node.dyn_args):
+            called = node.args[0] if node.args else None
+            _check_by_name(called.value if isinstance(called, nodes.Const) else None, node, node.args[1:])
         node = self.generic_visit(node)
         if isinstance(node, nodes.Filter):
             name, holder = node.name, node
@@ -149,10 +168,25 @@ class _Counting(NodeTransformer):
             name, holder = node.node.attr, node.node
         else:
             name, holder = "", None
+        own = {"replace": "replaced", "join": "joined", "translate": "translated"}.get(name)
+        if (
+            own and holder is not None and (holder is not node or name == "replace")
+        ):  # functions here, that count before they make a text
+            function = "filter_replaced" if holder is node else own
+            return nodes.Call(
+                _function(function), [holder.node, *node.args], node.kwargs, node.dyn_args, node.dyn_kwargs
+            )
         if holder is not None and holder.node is not None:  # what is read, not only what is made
-            holder.node = _call("format_string" if name in _FORMATTING else "count", holder.node)
+            if name == "join":
+                separator = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "d")]
+                holder.node = _call("to_join", holder.node, *separator)
+            else:
+                makes_text = holder is node and name not in _TAKING_VALUES
+                check = "format_string" if name in _FORMATTING else "written" if makes_text else "count"
+                holder.node = _call(check, holder.node)
         if isinstance(node, nodes.Filter | nodes.Call):
             check = "width" if name in _WIDENING else "indent" if name in _INDENTING else "count"
+            check = "written" if name in _FORMATTING else check
             node.args = [_call(check, x) for x in node.args]
             for pair in node.kwargs:
                 pair.value = _call(check, pair.value)
@@ -168,17 +202,86 @@ class _Counting(NodeTransformer):
         return _call("count", node, nodes.Const(STEPS_OF_CALL if isinstance(node, nodes.Call) else 1))
 
     visit_Add = visit_Mul = visit_Mod = visit_Pow = _operation
-    visit_Call = visit_Filter = visit_Concat = _counted
+    visit_Call = visit_Filter = _counted
+
+
+def _check_by_name(name: str | None, node: nodes.Filter, arguments: list[nodes.Expr] | None = None) -> None:
+    """Refuses a filter that `map` or a block applies, whose calls are not seen, where it may multiply long arguments."""
+    given = [*(node.args if arguments is None else arguments), *(pair.value for pair in node.kwargs)]
+    short = [isinstance(x, nodes.Const) and len(str(x.value)) <= LARGEST_ARGUMENT for x in given]
+    if name is None or (name in _MULTIPLYING and not (all(short) and node.dyn_args is node.dyn_kwargs is None)):
+        raise TemplateBudgetError(f"it applies the filter {name or 'of a computed name'} to a list or a block")
+
+
+def _function(name: str) -> nodes.ImportedName:
+    return nodes.ImportedName(f"{__name__}.{name}")
 
 
 def _call(function: str, *arguments: Any) -> nodes.Call:
-    return nodes.Call(nodes.ImportedName(f"{__name__}.{function}"), list(arguments), [], None, None)
+    return nodes.Call(_function(function), list(arguments), [], None, None)
 
 
 def count(value: Any, steps: int = 1) -> Any:
     """The value, for so many steps and its size."""
     _BUDGET.get().spend(steps, len(value) if isinstance(value, str | list | tuple | dict) else 0)
     return value
+
+
+def written(value: Any) -> Any:
+    """The value, for a step and all the characters of which a text of it is made."""
+    _BUDGET.get().spend(1, _length(value))
+    return value
+
+
+def _length(value: Any) -> int:
+    """About the characters of a value as text. A part that stands in several places is looked at once, and counts each time."""
+    known: dict[int, int] = {}
+
+    def length(value: Any) -> int:
+        if isinstance(value, str):
+            return len(value)
+        if not isinstance(value, dict | list | tuple):
+            return 1
+        if id(value) not in known:
+            known[id(value)] = 2 + len(value)  # should it hold itself
+            parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+            known[id(value)] += sum(map(length, parts))
+        return known[id(value)]
+
+    return length(value)
+
+
+def replaced(text: Any, *arguments: Any) -> Any:
+    """`text.replace(…)`."""
+    if isinstance(text, str) and len(arguments) > 1 and all(isinstance(x, str) for x in arguments[:2]):
+        old, new = arguments[:2]
+        times = text.count(old)
+        _BUDGET.get().spend(STEPS_OF_CALL, len(text) + times * max(0, len(new) - len(old)))
+    return text.replace(*arguments)
+
+
+def filter_replaced(text: Any, old: Any, new: Any, count: int | None = None) -> str:
+    """`text | replace(old, new)`."""
+    return replaced(*(str(written(x)) for x in (text, old, new)), -1 if count is None else count)
+
+
+def joined(separator: Any, values: Iterable) -> Any:
+    """`separator.join(values)`."""
+    return separator.join(to_join(values, separator) if isinstance(separator, str) else values)
+
+
+def to_join(values: Iterable, separator: Any = "") -> Any:
+    """The values, which the separator is written between."""
+    values = values if isinstance(values, str | list | tuple | dict) else list(values)
+    _BUDGET.get().spend(STEPS_OF_CALL, _length(values) + len(values) * _length(separator))
+    return values
+
+
+def translated(text: Any, table: Any) -> Any:
+    """`text.translate(table)`."""
+    longest = max(map(_length, table.values()), default=1) if isinstance(table, dict) else 1
+    _BUDGET.get().spend(STEPS_OF_CALL, _length(text) * longest)
+    return text.translate(table)
 
 
 def width(value: Any) -> Any:
@@ -195,9 +298,12 @@ def indent(value: Any) -> Any:
 
 
 def format_string(value: Any) -> Any:
-    """The value, whose fields are not too wide where it is a format string."""
-    if isinstance(value, str) and (found := _WIDTH.search(value)):
-        raise TemplateBudgetError(f"it formats a value to the width {found[0]}")
+    """The value, whose fields are not too many or too wide where it is a format string."""
+    if isinstance(value, str):
+        if found := _WIDTH.search(value):
+            raise TemplateBudgetError(f"it formats a value to the width {found[0]}")
+        if (fields := max(map(value.count, "%{"))) > MOST_FIELDS:
+            raise TemplateBudgetError(f"it formats {fields:,} values, more than {MOST_FIELDS:,}, into one text")
     return count(value)
 
 
@@ -216,6 +322,7 @@ def operate(sign: str, left: Any, right: Any) -> Any:
         return _check_number(count(_FUNCTIONS[sign](left, right)))
     if sign == "%" and isinstance(left, str):
         format_string(left)
+        written(right)
         for value in right if "*" in left and isinstance(right, tuple) else ():
             _check_number(value)
     if sign == "*":

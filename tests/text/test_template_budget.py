@@ -16,6 +16,7 @@ LONG_LIST = (
     "{%% for i in range(99999) %%}%s{%% endfor %%}"
 )
 
+LONG = "{% set x = 'a' * 400000 %}"
 STEPS, TEXT, NUMBER = "takes more than .* steps", "makes a text of .* characters", "states or computes"
 ENDLESS = {
     "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}": STEPS,
@@ -53,6 +54,25 @@ ENDLESS = {
     "{{ '%*d' % (1999999999, 1) }}": NUMBER,
     "{{ 'a' | center(('1' * 10) | int) }}": NUMBER,
     "{{ 'a'.zfill(('1' * 10) | int) }}": NUMBER,
+    LONG + "{{ x.replace('a', x) }}": TEXT,
+    LONG + "{{ x | replace('a', x) }}": TEXT,
+    LONG + "{{ [x] | map('replace', 'a', x) | list }}": "applies the filter replace",
+    LONG + "{% filter replace('a', x) %}{{ x }}{% endfilter %}": "applies the filter replace",
+    LONG + "{% set y | replace('a', x) %}{{ x }}{% endset %}": "applies the filter replace",
+    LONG + "{{ [1] | map('rep' ~ 'lace', 'a', x) | list }}": "a computed name",
+    LONG + "{{ x.join(range(99999) | list | map('string')) }}": TEXT,
+    LONG + "{{ range(99999) | join(x) }}": TEXT,
+    LONG + "{{ range(99999) | join(d=x) }}": TEXT,
+    LONG + "{{ x.translate({97: x}) }}": TEXT,
+    LONG + "{{ ([x] * 9999) | string }}": TEXT,
+    LONG + "{{ ([x] * 9999) | tojson }}": TEXT,
+    LONG + "{{ [x] * 9999 }}": TEXT,
+    LONG + "{{ '' ~ ([x] * 9999) }}": TEXT,
+    LONG + "{{ '%s' % ([x] * 9999) }}": TEXT,
+    LONG + "{{ '{}'.format([x] * 9999) }}": TEXT,
+    LONG + "{{ ('{0}' * 9999).format(x) }}": "formats 9,999 values",
+    LONG + "{{ ('%(a)s' * 9999) % {'a': x} }}": "formats 9,999 values",
+    "{% set ns = namespace(s=['ab']) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}": TEXT,
     DOUBLED % "{% set ns.s = ns.s ~ ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = ns.s + ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = [ns.s, ns.s] | join %}": TEXT,
@@ -88,6 +108,11 @@ def test_counting_changes_nothing_of_what_a_template_writes():
         "{% filter trim %}  {{ messages[0:1] | tojson }}  {% endfilter %}{{ unknown }}{{ (7 % 4 + 2 * 3 ** 2) ~ 'x' * 3 }}"
         "{% call shout('%s-%d' % ('a', 2)) %}{% generation %}said{% endgeneration %}{% endcall %}"
         "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}{% if i > 2 %}{% break %}{% endif %}{{ i }}{% endfor %}"
+        "{{ 'aXbX'.replace('X', '--', 1) }}{{ 'aXbX' | replace('X', '--') }}{{ 12 | replace(1, 'y', count=1) }}"
+        "{{ ', '.join(['a', 'b']) }}{{ ['a', 1, none] | join(', ') }}{{ messages | join(d='; ', attribute='role') }}"
+        "{{ messages | map(attribute='content') | map('replace', 'the', 'a') | join }}{{ 'abc'.translate({97: 'z'}) }}"
+        "{{ '%s %s' % ('a', [1]) }}{{ '%(a)s' | format(a=2) }}{{ '{} {x}'.format(1, x=[2]) }}{{ [messages, 1] }}"
+        "{% filter indent(2) %}a\nb{% endfilter %}{{ {'a': [1]} | tojson(indent=1) }}{{ 'a' ~ [1] ~ none }}"
     )
     messages = [*USER, {"role": "assistant", "content": "the dog.", "parts": [{"role": "x", "content": "y"}]}]
     tokenizer = toys.byte_level()
