@@ -93,6 +93,9 @@ class ModelArguments(Settings):
     attn_implementation: str | None = flag(None, "How attention over whole sequences is computed: auto (by platform, "
         "model and length; so is none), plain, blockwise (long sequences in little memory, anywhere), cudnn (NVIDIA "
         "GPUs) or splash (TPUs).", differs="the names of PyTorch's implementations are taken and mean `auto`")
+    compilation_cache: str | None = flag(None, "Folder in which compiled programs are kept for later runs; 'none' keeps "
+        "nothing. Default: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/gold_jax/xla; in a run of several processes "
+        ".compiled in the folder of its checkpoints.")
 
     def __post_init__(self):
         super().__post_init__()

@@ -10,7 +10,7 @@ import numpy as np
 
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.functional import count, merge, split
+from gold_jax.models.functional import commit, count, merge, split
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
 from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
@@ -66,7 +66,7 @@ class SamplingEngine:
         filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
         settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        return _GenerationRun(split(model), prompts, settings, key, self.rows).finish()
+        return _GenerationRun(commit(split(model)), prompts, settings, commit(key), self.rows).finish()
 
 
 class _GenerationRun:

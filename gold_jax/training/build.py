@@ -14,7 +14,7 @@ from gold_jax.distributed import consensus
 from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
-from gold_jax.models.functional import Params, split
+from gold_jax.models.functional import Params, commit, split
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.sharding.axes import mesh_sizes
 from gold_jax.sharding.placement import Placement, make_mesh
@@ -70,7 +70,7 @@ def build_run(
     (None: one device). `match`: None is as the tokenizers say. `engine` writes for the student in place of the built-in
     sampler; `optimizers`, in place of the settings', are the gradient transformation and, for the log, its schedule.
     """
-    graph, params = split(student.model)
+    graph, params = commit(split(student.model))
     optimizer, schedule = optimizers
     if optimizer is None:
         optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
@@ -88,7 +88,7 @@ def build_run(
             batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
         return Run(graph, params, optimizer, schedule, shardings, step, batches)
 
-    teacher_graph, teacher_params = split(teacher.model)
+    teacher_graph, teacher_params = commit(split(teacher.model))
     match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)

@@ -218,6 +218,8 @@ def test_settings_compile_nothing_anew(model):
     ):
         generate(model, **options)
     generate(nnx.split(model))
+    graph, params = split(model)
+    generate((graph, jax.device_put(params, jax.devices()[0])))  # committed to the device, as those out of a step are
     assert [program._cache_size() for program in programs] == compiled
 
 

@@ -60,12 +60,16 @@ def steady(rows):
 def twice(pair, tmp_path_factory):
     """A trainer that has trained twice, and what it stood at in between."""
     output = tmp_path_factory.mktemp("twice")
-    trainer = gold(pair, output)
+    trainer, programs = gold(pair, output), []
     before = trainer.evaluate()
     assert trainer.evaluate() == before
     closing = trainer.train().metrics
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **more: programs.append(more.get("fun_name")) if "backend_compile" in name else None
+    )
     between = {
         "evaluated": trainer.evaluate(),
+        "compiled": list(programs),
         "closing": closing,
         "arrays": arrays(trainer),
         "saved": trainer.save_model(output / "between"),
@@ -78,6 +82,11 @@ def twice(pair, tmp_path_factory):
 def test_an_evaluation_after_training_is_that_which_training_ends_with(twice):
     _, between, _ = twice
     assert between["evaluated"] == between["closing"]
+
+
+def test_an_evaluation_after_training_compiles_nothing(twice):
+    _, between, _ = twice
+    assert between["compiled"] == []
 
 
 def test_an_evaluation_is_the_same_whoever_writes_the_completions_of_training(pair, tmp_path):
