@@ -21,10 +21,11 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     """Positions whose logits are in memory at once: `--loss_chunk`, or what runs best on a platform (None: where JAX runs).
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
-    not for 64, and takes three to six times as long. Accelerators read the head and its gradient once a chunk: on an
-    H200 512 positions took up to a tenth less than 256, and 1,024 no less again (`benchmarks/results/h200_chunks.json`).
+    not for 64, and takes three to six times as long. Accelerators read the head and its gradient once a chunk, and
+    compute the last one whole: with thousands of positions an H200 takes up to a tenth less with 512 than with 256
+    (`benchmarks/results/h200_chunks.json`), with hundreds more; it holds twice as much.
     """
-    return requested or (64 if (platform or jax.default_backend()) == "cpu" else 512)
+    return requested or (64 if (platform or jax.default_backend()) == "cpu" else 256)
 
 
 class InnerTokens(NamedTuple):

@@ -267,7 +267,7 @@ branch.{size} {{
 
 
 def test_a_text_that_is_no_program_is_refused():
-    with pytest.raises(ValueError, match="no text of a compiled program"):
+    with pytest.raises(ValueError, match="not the text of a compiled program"):
         hlo.read("module @jit_f {\n}\n")
 
 
