@@ -64,10 +64,10 @@ def _l1_and_signs(student, teacher, sort):
     """The distance `[...]`, and its gradient for the first side, int8 `[..., V]`."""
 
     def one(student_V, teacher_W):
-        if sort == "auto":
-            on_cpus = _by_host if cpu.sorts_on_host() else _by_xla
-            return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_by_xla)
-        return {"xla": _by_xla, "host": _by_host}[sort](student_V, teacher_W)
+        if sort == "host":
+            return _by_host(student_V, teacher_W)
+        on_cpus = _by_host if sort == "auto" and cpu.sorts_on_host() else _by_ranks
+        return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_with_columns)
 
     over_all = jnp.vectorize(one, signature="(v),(w)->(),(v)")
     return over_all(student.astype(jnp.float32), teacher.astype(jnp.float32))
@@ -84,21 +84,36 @@ def _by_host(student_V, teacher_W):
     return jax.pure_callback(cpu.sorted_l1_and_signs, shapes, student_V, teacher_W, vmap_method="broadcast_all")
 
 
-def _by_xla(student_V, teacher_W):
-    """The student's values are sorted along with their columns, so that signs by rank go back to where they belong.
+def _sorted_bits(x: jax.Array, *more: jax.Array) -> list[jax.Array]:
+    """Bit patterns of `x`, ascending, and `more` along with them.
 
     Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
     """
-    size = max(student_V.size, teacher_W.size)
-    bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.int32)
+    return jax.lax.sort((jax.lax.bitcast_convert_type(x, jnp.int32), *more), num_keys=1, is_stable=False)
 
-    def padded(ascending):  # with zeros in front, so that the largest values stand opposite each other
-        return jax.lax.bitcast_convert_type(jnp.pad(ascending, (size - ascending.size, 0)), jnp.float32)
 
-    columns = jax.lax.iota(jnp.int32, student_V.size)
-    ours, columns = jax.lax.sort((bits(student_V), columns), num_keys=1, is_stable=False)
-    difference = padded(ours) - padded(jax.lax.sort(bits(teacher_W), is_stable=False))
-    signs = jnp.sign(difference[size - student_V.size :]).astype(jnp.int8)
+def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
+    """Of ascending bit patterns, the shorter side with zeros in front, so that the largest values stand opposite each other."""
+    size = max(ours.size, theirs.size)
+    padded = (jnp.pad(x, (size - x.size, 0)) for x in (ours, theirs))
+    ours, theirs = (jax.lax.bitcast_convert_type(x, jnp.float32) for x in padded)
+    return ours - theirs
+
+
+def _by_ranks(student_V, teacher_W):
+    """XLA sorts bare values, and their ranks are looked up: on CPUs faster than to sort columns along with them."""
+    ours, theirs = (_sorted_bits(x)[0] for x in (student_V, teacher_W))
+    difference = _difference(ours, theirs)
+    ranks = jnp.searchsorted(ours, jax.lax.bitcast_convert_type(student_V, jnp.int32), method="scan")
+    signs = jnp.sign(difference[-student_V.size :]).astype(jnp.int8)
+    return jnp.sum(jnp.abs(difference)), signs[ranks]
+
+
+def _with_columns(student_V, teacher_W):
+    """XLA sorts the student's values along with their columns, so that signs by rank go back to where they belong."""
+    ours, columns = _sorted_bits(student_V, jax.lax.iota(jnp.int32, student_V.size))
+    difference = _difference(ours, _sorted_bits(teacher_W)[0])
+    signs = jnp.sign(difference[-student_V.size :]).astype(jnp.int8)
     # TPUs scatter one element after the other, and sort many at once.
     by_column = jax.lax.platform_dependent(columns, signs, tpu=_by_column_sorted, default=_by_column_scattered)
     return jnp.sum(jnp.abs(difference)), by_column
