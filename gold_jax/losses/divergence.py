@@ -84,7 +84,7 @@ def _by_host(student_V, teacher_W):
     return jax.pure_callback(cpu.sorted_l1_and_signs, shapes, student_V, teacher_W, vmap_method="broadcast_all")
 
 
-def _sorted_bits(x: jax.Array, *more: jax.Array) -> list[jax.Array]:
+def _sorted_bits(x: jax.Array, *more: jax.Array) -> tuple[jax.Array, ...]:
     """Bit patterns of `x`, ascending, and `more` along with them.
 
     Probabilities are non-negative, so their bit patterns sort as integers, which XLA does faster than floats.
