@@ -34,6 +34,9 @@ _TAKING_VALUES = frozenset(  # filters that make no text of a list or an object
     "abs attr batch count d default dictsort first float groupby int items last length list max min random reject "
     "rejectattr reverse round select selectattr slice sort sum unique".split()
 )
+# Methods and filters whose place functions below take, which count what they make before they make it.
+_OWN_METHODS = {"replace": "replaced", "join": "joined", "translate": "translated"}
+_OWN_FILTERS = {"replace": "filter_replaced"}
 _FUNCTIONS = {"+": operator.add, "*": operator.mul, "%": operator.mod, "**": operator.pow}
 _WIDTH = re.compile(
     r"(?:%|\{[^{}]*:)[^a-zA-Z%{}]*\d{8,}"
@@ -120,10 +123,9 @@ class _Counting(NodeTransformer):
     def _block(self, node):
         field = "call" if isinstance(node, nodes.CallBlock) else "filter"
         kept = getattr(node, field)
-        for inner in kept.find_all(nodes.Filter) if isinstance(kept, nodes.Filter) else ():
-            _check_by_name(inner.name, inner)
         if isinstance(kept, nodes.Filter):
-            _check_by_name(kept.name, kept)
+            for applied in (kept, *kept.find_all(nodes.Filter)):
+                _check_by_name(applied.name, applied)
         kept = kept and self.generic_visit(kept)
         node = self.generic_visit(node)
         setattr(node, field, kept)  # what fills a block must stay a call, or a filter
@@ -168,22 +170,18 @@ class _Counting(NodeTransformer):
             name, holder = node.node.attr, node.node
         else:
             name, holder = "", None
-        own = {"replace": "replaced", "join": "joined", "translate": "translated"}.get(name)
-        if (
-            own and holder is not None and (holder is not node or name == "replace")
-        ):  # functions here, that count before they make a text
-            function = "filter_replaced" if holder is node else own
-            return nodes.Call(
-                _function(function), [holder.node, *node.args], node.kwargs, node.dyn_args, node.dyn_kwargs
-            )
-        if holder is not None and holder.node is not None:  # what is read, not only what is made
-            if name == "join":
-                separator = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "d")]
-                holder.node = _call("to_join", holder.node, *separator)
-            else:
-                makes_text = holder is node and name not in _TAKING_VALUES
-                check = "format_string" if name in _FORMATTING else "written" if makes_text else "count"
-                holder.node = _call(check, holder.node)
+        reads = (
+            holder is not None and holder.node is not None
+        )  # the first filter of a block has its text from elsewhere
+        if reads and (own := (_OWN_FILTERS if holder is node else _OWN_METHODS).get(name)):
+            return nodes.Call(_function(own), [holder.node, *node.args], node.kwargs, node.dyn_args, node.dyn_kwargs)
+        if reads and name == "join":
+            separator = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "d")]
+            holder.node = _call("to_join", holder.node, *separator)
+        elif reads:  # what is read counts, not only what is made
+            makes_text = holder is node and name not in _TAKING_VALUES
+            check = "format_string" if name in _FORMATTING else "written" if makes_text else "count"
+            holder.node = _call(check, holder.node)
         if isinstance(node, nodes.Filter | nodes.Call):
             check = "width" if name in _WIDENING else "indent" if name in _INDENTING else "count"
             check = "written" if name in _FORMATTING else check
@@ -254,8 +252,10 @@ def _length(value: Any) -> int:
 def replaced(text: Any, *arguments: Any) -> Any:
     """`text.replace(…)`."""
     if isinstance(text, str) and len(arguments) > 1 and all(isinstance(x, str) for x in arguments[:2]):
-        old, new = arguments[:2]
+        old, new, *most = arguments
         times = text.count(old)
+        if most and isinstance(most[0], int) and most[0] >= 0:
+            times = min(times, most[0])
         _BUDGET.get().spend(STEPS_OF_CALL, len(text) + times * max(0, len(new) - len(old)))
     return text.replace(*arguments)
 

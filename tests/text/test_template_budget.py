@@ -98,6 +98,12 @@ def test_what_a_conversation_says_is_no_fault_of_the_template():
     assert template.render(long).count("words") == 200_000
 
 
+def test_replacing_a_few_counts_those_few():
+    """A long text in the place of one character of many."""
+    source = "{{ ('a' * 100000).replace('a', 'b' * 1000, 2) | length }} {{ ('a' * 100000) | replace('a', 'b' * 1000, 2) | length }}"
+    assert ChatTemplate(toys.byte_level(), source).render(USER) == "101998 101998"
+
+
 def test_counting_changes_nothing_of_what_a_template_writes():
     source = (
         "{% macro shout(text) %}{{ caller() }}{{ text | upper }}{% endmacro %}"
@@ -112,6 +118,8 @@ def test_counting_changes_nothing_of_what_a_template_writes():
         "{{ ', '.join(['a', 'b']) }}{{ ['a', 1, none] | join(', ') }}{{ messages | join(d='; ', attribute='role') }}"
         "{{ messages | map(attribute='content') | map('replace', 'the', 'a') | join }}{{ 'abc'.translate({97: 'z'}) }}"
         "{{ '%s %s' % ('a', [1]) }}{{ '%(a)s' | format(a=2) }}{{ '{} {x}'.format(1, x=[2]) }}{{ [messages, 1] }}"
+        "{% filter replace('a', 'b') | upper %}aXa{% endfilter %}{% filter upper | replace('A', 'b') %}aXa{% endfilter %}"
+        "{% set y | join('-') | upper %}abc{% endset %}{{ y }}"
         "{% filter indent(2) %}a\nb{% endfilter %}{{ {'a': [1]} | tojson(indent=1) }}{{ 'a' ~ [1] ~ none }}"
     )
     messages = [*USER, {"role": "assistant", "content": "the dog.", "parts": [{"role": "x", "content": "y"}]}]
