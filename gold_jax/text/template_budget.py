@@ -23,7 +23,7 @@ CHARS_PER_STEP = 64  # of a text that an operation makes
 LARGEST_INDENT = 1_000  # in characters
 LARGEST_NUMBER = 10_000_000  # of those that a template computes, or gives to a filter or a method
 MOST_FIELDS = 1_000  # of a format string
-LARGEST_ARGUMENT = 1_000  # of a filter that is applied to a list or a block by name, in characters
+LARGEST_ARGUMENT = 1_000  # of a filter that is applied to a list or a block by name: characters, or how many
 
 # Methods and filters that make a text as long as a number says, and those that read a format string.
 _WIDENING = frozenset("center ljust rjust zfill wordwrap".split())
@@ -170,18 +170,18 @@ class _Counting(NodeTransformer):
             name, holder = node.node.attr, node.node
         else:
             name, holder = "", None
-        reads = (
-            holder is not None and holder.node is not None
-        )  # the first filter of a block has its text from elsewhere
-        if reads and (own := (_OWN_FILTERS if holder is node else _OWN_METHODS).get(name)):
-            return nodes.Call(_function(own), [holder.node, *node.args], node.kwargs, node.dyn_args, node.dyn_kwargs)
-        if reads and name == "join":
-            separator = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "d")]
-            holder.node = _call("to_join", holder.node, *separator)
-        elif reads:  # what is read counts, not only what is made
-            makes_text = holder is node and name not in _TAKING_VALUES
-            check = "format_string" if name in _FORMATTING else "written" if makes_text else "count"
-            holder.node = _call(check, holder.node)
+        if holder is not None and holder.node is not None:  # the first filter of a block has its text from elsewhere
+            own = _OWN_FILTERS if holder is node else _OWN_METHODS
+            if name in own:
+                given = [holder.node, *node.args], node.kwargs, node.dyn_args, node.dyn_kwargs
+                return nodes.Call(_function(own[name]), *given)
+            if name == "join":
+                separator = [*node.args[:1], *(pair.value for pair in node.kwargs if pair.key == "d")]
+                holder.node = _call("to_join", holder.node, *separator)
+            else:  # what is read counts, not only what is made
+                makes_text = holder is node and name not in _TAKING_VALUES
+                check = "format_string" if name in _FORMATTING else "written" if makes_text else "count"
+                holder.node = _call(check, holder.node)
         if isinstance(node, nodes.Filter | nodes.Call):
             check = "width" if name in _WIDENING else "indent" if name in _INDENTING else "count"
             check = "written" if name in _FORMATTING else check
@@ -206,9 +206,14 @@ class _Counting(NodeTransformer):
 def _check_by_name(name: str | None, node: nodes.Filter, arguments: list[nodes.Expr] | None = None) -> None:
     """Refuses a filter that `map` or a block applies, whose calls are not seen, where it may multiply long arguments."""
     given = [*(node.args if arguments is None else arguments), *(pair.value for pair in node.kwargs)]
-    short = [isinstance(x, nodes.Const) and len(str(x.value)) <= LARGEST_ARGUMENT for x in given]
+    short = [isinstance(x, nodes.Const) and _size(x.value) <= LARGEST_ARGUMENT for x in given]
     if name is None or (name in _MULTIPLYING and not (all(short) and node.dyn_args is node.dyn_kwargs is None)):
         raise TemplateBudgetError(f"it applies the filter {name or 'of a computed name'} to a list or a block")
+
+
+def _size(value: Any) -> int:
+    """Of a filter's argument: a text's characters, or the number itself, which may be how many characters are added."""
+    return len(value) if isinstance(value, str) else value if isinstance(value, int) else 0
 
 
 def _function(name: str) -> nodes.ImportedName:
@@ -291,8 +296,7 @@ def width(value: Any) -> Any:
 
 def indent(value: Any) -> Any:
     """The value, which may be how far, or with what, each line of a text is indented."""
-    size = len(value) if isinstance(value, str) else value
-    if isinstance(size, int) and size > LARGEST_INDENT:
+    if (size := _size(value)) > LARGEST_INDENT:
         raise TemplateBudgetError(f"it indents lines by {size:,} characters, more than {LARGEST_INDENT:,}")
     return count(value)
 

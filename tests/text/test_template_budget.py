@@ -59,6 +59,8 @@ ENDLESS = {
     LONG + "{{ [x] | map('replace', 'a', x) | list }}": "applies the filter replace",
     LONG + "{% filter replace('a', x) %}{{ x }}{% endfilter %}": "applies the filter replace",
     LONG + "{% set y | replace('a', x) %}{{ x }}{% endset %}": "applies the filter replace",
+    "{% filter indent(999999) %}a\nb{% endfilter %}": "applies the filter indent",
+    "{{ ['a'] * 99 | map('center', 999999) | list }}": "applies the filter center",
     LONG + "{{ [1] | map('rep' ~ 'lace', 'a', x) | list }}": "a computed name",
     LONG + "{{ x.join(range(99999) | list | map('string')) }}": TEXT,
     LONG + "{{ range(99999) | join(x) }}": TEXT,
