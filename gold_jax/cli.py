@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from gold_jax import cpu
-from gold_jax.compilation_cache import keep_compiled
+from gold_jax.compilation_cache import keep_compiled, restored
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
 from gold_jax.preemption import end_when_preempted
@@ -41,7 +41,7 @@ def run(
 def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Calls `main` and turns its errors into a paragraph on stderr and an exit code."""
     try:
-        with cpu.enabled():
+        with cpu.enabled(), restored():
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
@@ -112,10 +112,7 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
 
     processes = training.coordinator_address, training.num_processes, training.process_id
     initialize(*processes, heartbeat_timeout=training.process_timeout)
-    import jax
-
-    shared = (training.checkpoint_dir or training.output_dir) if jax.process_count() > 1 else None
-    notices += filter(None, [keep_compiled(model.compilation_cache, shared)])
+    notices += keep_compiled(model.compilation_cache, training.checkpoint_dir)
     from gold_jax.text.data import load_examples
 
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
@@ -146,7 +143,7 @@ def load_reader(
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
     from gold_jax.training.build import place_run
 
-    show(list(filter(None, [keep_compiled(model.compilation_cache)])))
+    show(keep_compiled(model.compilation_cache))
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
