@@ -37,15 +37,15 @@ def count(params: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def commit(tree: Any) -> Any:
-    """A pytree whose arrays are committed to the devices that they are on, without a copy; other leaves as they are.
+def commit(params: Params) -> Params:
+    """Parameters committed to the devices that they are on, without a copy; leaves that are no arrays stay as they are.
 
     JAX compiles a program once for committed and once for uncommitted arguments, and one committed argument commits all
     results: arrays that are committed from the beginning have one program each.
     """
 
     def committed(x: Any) -> Any:
-        is_loose = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
-        return jax.device_put(x, x.sharding) if is_loose else x
+        uncommitted = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
+        return jax.device_put(x, x.sharding) if uncommitted else x
 
-    return jax.tree.map(committed, tree)
+    return jax.tree.map(committed, params)

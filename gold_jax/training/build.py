@@ -70,7 +70,8 @@ def build_run(
     (None: one device). `match`: None is as the tokenizers say. `engine` writes for the student in place of the built-in
     sampler; `optimizers`, in place of the settings', are the gradient transformation and, for the log, its schedule.
     """
-    graph, params = commit(split(student.model))
+    graph, params = split(student.model)
+    params = commit(params)
     optimizer, schedule = optimizers
     if optimizer is None:
         optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
@@ -88,7 +89,8 @@ def build_run(
             batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
         return Run(graph, params, optimizer, schedule, shardings, step, batches)
 
-    teacher_graph, teacher_params = commit(split(teacher.model))
+    teacher_graph, teacher_params = split(teacher.model)
+    teacher_params = commit(teacher_params)
     match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
