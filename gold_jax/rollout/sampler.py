@@ -66,25 +66,29 @@ class SamplingEngine:
         filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
         settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
-        return _GenerationRun(commit(split(model)), prompts, settings, key, self.rows).finish()
+        return _GenerationRun(split(model), prompts, settings, key, self.rows).finish()
 
 
 class _GenerationRun:
     """One call of an engine: which prompt each row of the device holds, and what comes next."""
 
     def __init__(self, model: tuple, prompts: list[np.ndarray], settings: SamplingOptions, key, rows: int):
-        decoder = merge(*model)
+        graph, params = model[0], commit(model[1])
+        decoder = merge(graph, params)
         vocab_size = decoder.config.vocab_size
         for number, prompt in enumerate(prompts):
             if len(wrong := prompt[(prompt < 0) | (prompt >= vocab_size)]):
                 raise ValueError(
                     f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}."
                 )
-        self.model, self.config, self.dtype, self.placement = model, decoder.config, decoder.dtype, decoder.placement
-        if (
-            self.placement is None
-        ):  # committed to the parameters' device as they are; a mesh's programs put it themselves
-            key = jax.device_put(key, getattr(jax.tree.leaves(self.model[1])[0], "sharding", None))
+        self.model, self.config, self.dtype, self.placement = (
+            (graph, params),
+            decoder.config,
+            decoder.dtype,
+            decoder.placement,
+        )
+        if self.placement is None:  # else the mesh's programs put the key where they want it
+            key = jax.device_put(key, getattr(jax.tree.leaves(params)[0], "sharding", None))
         self.prompts, self.settings, self.key, self.new = prompts, settings, key, int(settings.limit)
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         self.queue = collections.deque(i for i in longest_first if len(prompts[i]))

@@ -342,19 +342,21 @@ def check_evaluation(
     on_bad_row: str = "error",
     teacher_context: str | None = None,
     whole: bool = False,
-) -> tuple[Sequence[Example], list[str]]:
-    """Evaluation data for the student's tokenizer, perhaps a teacher's: the rows that can be read, and notices.
+) -> tuple[Sequence[Example], list[str], str]:
+    """Evaluation data for the student's tokenizer, perhaps a teacher's: the rows that can be read, notices, and a digest.
 
-    `teacher_context` is text before every prompt of the teacher; `whole` says that whole conversations are measured. ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
+    `teacher_context` is text before every prompt of the teacher; `whole` says that whole conversations are measured.
+    ValueError where no row has a completion, or a chat template refuses one or leaves a part of it out, which
     `on_bad_row` "skip" leaves out.
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
     reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
-    measured, bad = 0, {}
+    measured, bad, digest = 0, {}, hashlib.sha256()
     for i in range(len(examples)):
         try:
             if with_text_completion([e := examples[i]]):
                 reader.read(i, e)
+                digest.update(b"%d\0%b\0" % (i, e.fingerprint))
                 measured += 1
         except ValueError as error:
             if on_bad_row == "error":
@@ -372,4 +374,5 @@ def check_evaluation(
         notices.append(
             f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
         )
-    return [examples[i] for i in range(len(examples)) if i not in bad] if bad else examples, notices
+    kept = [examples[i] for i in range(len(examples)) if i not in bad] if bad else examples
+    return kept, notices, digest.hexdigest()

@@ -123,17 +123,14 @@ class Loop:
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
         self.done, self.nonfinite = 0, NonFiniteCounter(0, 0)  # updates so far, and those of them that were left out
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
-        self.results: dict[
-            str, Mapping[str, float]
-        ] = {}  # of the student before and after, of the teacher: for the card
+        # For the model card: measures of the student before and after training, and of the teacher.
+        self.results: dict[str, Mapping[str, float]] = {}
         self._means = RunningMean()
         self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
-        self._measured = self.data.description.get(
-            EVALUATED
-        )  # the rows that the measures before the first update are of
+        self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
 
     # the run
 

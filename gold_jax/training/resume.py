@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ from etils import epath
 from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 
@@ -26,12 +25,8 @@ IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 LOGS = ("metrics.jsonl", "completions.jsonl")
 # What a checkpoint has of its run beside every setting that had an effect.
-LEARNED, ROWS, MICRO, EVALUATED = (
-    "rows to learn from",
-    "rows of an update",
-    "rows of a micro-batch",
-    "the rows to evaluate on",
-)
+LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
+EVALUATED = "the rows to evaluate on"
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
 _CONFIG = " config"  # ends the names of what the models compute beside their weights
@@ -47,14 +42,6 @@ def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
         pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     content = repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
     return _digest(content.encode("utf-8", "surrogatepass"))
-
-
-def describe_rows(examples: Iterable[Example]) -> str:
-    """A digest of rows, in their order."""
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(hashlib.sha256(example.fingerprint).digest())
-    return digest.hexdigest()[:16]
 
 
 def describe_weights(params: Any) -> str:

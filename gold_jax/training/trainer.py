@@ -36,7 +36,6 @@ from gold_jax.training.resume import (
     MICRO,
     ROWS,
     describe_config,
-    describe_rows,
     describe_tokenizer,
     describe_weights,
 )
@@ -101,10 +100,11 @@ class _Trainer:
         tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
         measured: list[str] = []
+        evaluated = None  # a digest of the rows to evaluate on
         if evaluation is not None:
             options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
             options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
-            self.eval_examples, measured = check_evaluation(evaluation, *tokenizers.values(), **options)
+            self.eval_examples, measured, evaluated = check_evaluation(evaluation, *tokenizers.values(), **options)
             evaluation = self.eval_examples
         self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
@@ -118,8 +118,8 @@ class _Trainer:
         digests = {"the training data": checked.digest}
         digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
-        if evaluation is not None:
-            digests[EVALUATED] = describe_rows(evaluation)
+        if evaluated is not None:
+            digests[EVALUATED] = evaluated
         if teacher is not None:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         unused = {name for name, _ in without_effect(a, facts)}

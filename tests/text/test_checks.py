@@ -158,7 +158,7 @@ def test_thinking_that_a_template_drops_is_told_and_nothing_left_is_an_error():
 
 def test_evaluation_rows_that_cannot_be_read_can_be_left_out():
     rows = load_examples([{"prompt": 3}, {"prompt": "x", "completion": "y"}], check_first=False)
-    kept, (notice,) = check_evaluation(rows, chat_tokenizer(), on_bad_row="skip")
+    kept, (notice,), _ = check_evaluation(rows, chat_tokenizer(), on_bad_row="skip")
     assert [e.completion for e in kept] == ["y"] and "left out 1 of 2 rows of the evaluation data" in notice
     with pytest.raises(ValueError, match="row 0"):
         check_evaluation(rows, chat_tokenizer())
