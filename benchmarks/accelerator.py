@@ -152,24 +152,32 @@ def random_model(config, seed: int, **settings):
     return graph, jax.block_until_ready(params)
 
 
+def random_rows(sizes, rows: int, prompt: int, answer: int):
+    """Of each row both sides' token ids, and the bytes at which each token of the answer ends.
+
+    Tokens have one to five bytes; every fourth pair of them is cut at another byte by the teacher.
+    """
+    rng = np.random.default_rng(0)
+    for _ in range(rows):
+        lengths = rng.integers(1, 6, answer)
+        other = lengths.copy()
+        for i in range(0, answer - 1, 4):
+            both = lengths[i] + lengths[i + 1]
+            other[i] = 1 + lengths[i] % (both - 1)
+            other[i + 1] = both - other[i]
+        ids = [rng.integers(0, size, prompt + answer).astype(np.int32) for size in sizes]
+        yield ids, (np.cumsum(lengths), np.cumsum(other))
+
+
 def random_batch(configs, rows: int, prompt: int, answer: int, merge: str, text: bool):
     """A batch of random tokens whose groups are 1:1 for half of the text."""
     from gold_jax.text.align import group_ends
     from gold_jax.text.batch import Row, SideTokens, build_batches
 
-    rng, made = np.random.default_rng(0), []
-    for _ in range(rows):
-        lengths = rng.integers(1, 6, answer)
-        other = lengths.copy()
-        for i in range(0, answer - 1, 4):  # every fourth pair of tokens is cut at another byte
-            both = lengths[i] + lengths[i + 1]
-            other[i] = 1 + lengths[i] % (both - 1)
-            other[i + 1] = both - other[i]
-        student_groups, teacher_groups, count = group_ends(np.cumsum(lengths), np.cumsum(other))
-        halves = []
-        for config, groups in zip(configs, (student_groups, teacher_groups)):
-            ids = rng.integers(0, config.vocab_size, prompt + answer).astype(np.int32)
-            halves.append(SideTokens(ids[:prompt], ids[prompt:], groups))
+    made = []
+    for ids, ends in random_rows([config.vocab_size for config in configs], rows, prompt, answer):
+        *groups, count = group_ends(*ends)
+        halves = [SideTokens(x[:prompt], x[prompt:], g) for x, g in zip(ids, groups)]
         made.append(Row(*halves, groups=count, text="", stopped=True))
     (batch,) = build_batches(made, rows, merge=merge, groups="all", text=text)
     return batch

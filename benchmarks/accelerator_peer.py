@@ -3,10 +3,8 @@
     python benchmarks/accelerator_peer.py [--json FILE] [--small]
 
 The models are transformers' own: the student's parameters in float32 under bfloat16 autocast with gradient checkpointing,
-the teacher in bfloat16, attention by `scaled_dot_product_attention`, the fused AdamW of torch. That is what TRL 1.16.0's
-`GOLDTrainer` does in an off-policy step by default; its own work around them (logging, gathering of metrics, reading of
-rows) is not timed. The rows are those of `accelerator.random_batch`: tokens of 1 to 5 bytes, of which every fourth pair is
-cut at another byte by the teacher. The loss is TRL's `ULDLoss`, hybrid, merged by the chain rule.
+the teacher in bfloat16, attention by `scaled_dot_product_attention`, the fused AdamW of torch: what an off-policy step of
+TRL 1.16.0's `GOLDTrainer` computes. The trainer's own work around it (logging, metrics, reading rows) is not timed. The rows are those of `accelerator.random_rows`. The loss is TRL's `ULDLoss`, hybrid, merged by the chain rule.
 """
 
 import argparse
@@ -15,44 +13,10 @@ import os
 import pathlib
 import statistics
 import time
-import types
 
 import numpy as np
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-def rows(student_size: int, teacher_size: int, count: int, prompt: int, answer: int):
-    """Token ids of both sides, `[B, T]`, and the bytes at which each answer token ends, `[B, answer]`."""
-    rng, ids, ends = np.random.default_rng(0), [], []
-    for _ in range(count):
-        lengths = rng.integers(1, 6, answer)
-        other = lengths.copy()
-        for i in range(0, answer - 1, 4):
-            both = lengths[i] + lengths[i + 1]
-            other[i] = 1 + lengths[i] % (both - 1)
-            other[i + 1] = both - other[i]
-        ends.append([np.cumsum(lengths), np.cumsum(other)])
-        ids.append([rng.integers(0, size, prompt + answer) for size in (student_size, teacher_size)])
-    return tuple(map(np.stack, zip(*ids))), tuple(map(np.stack, zip(*ends)))
-
-
-def uld_loss(sizes, matched: int, device):
-    """TRL's loss with two vocabularies of which `matched` entries are spelled alike."""
-    from trl.experimental.gold.gold_trainer import ULDLoss
-
-    settings = types.SimpleNamespace(
-        beta=0.0, use_extended_uld=True, uld_use_hybrid_loss=True, uld_token_merge_strategy="bayesian",
-        uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,
-        uld_teacher_temperature=1.0, uld_skip_student_eos=False, uld_skip_teacher_eos=False,
-        uld_hybrid_unmatched_weight=1.0, uld_hybrid_matched_weight=1.0,
-    )  # fmt: skip
-
-    def tokenizer(side, size):
-        names = {f"entry{i}" if i < matched else f"{side}{i}": i for i in range(size)}
-        return types.SimpleNamespace(get_vocab=lambda: names)
-
-    return ULDLoss(settings, tokenizer("student", sizes[0]), tokenizer("teacher", sizes[1]), device)
 
 
 def main() -> None:
@@ -65,7 +29,8 @@ def main() -> None:
     import torch
     import transformers
     import trl
-    from accelerator import LLAMA_1B, QWEN_4B, TINY
+    from accelerator import LLAMA_1B, QWEN_4B, TINY, random_rows
+    from loss import uld_loss
 
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
@@ -85,9 +50,10 @@ def main() -> None:
     teacher.eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=cuda)
     count, prompt, answer = (2, 8, 24) if args.small else (4, 512, 512)
-    ids, ends = rows(*sizes, count, prompt, answer)
-    loss = uld_loss(sizes, int(0.7 * sizes[0]), device)
-    ids = [torch.tensor(x, device=device) for x in ids]
+    ids, ends = (list(map(np.stack, zip(*both))) for both in zip(*random_rows(sizes, count, prompt, answer)))
+    own = range(int(0.7 * sizes[0]), sizes[0])  # entries that the teacher has not
+    loss = uld_loss(range(sizes[0]), (-i if i in own else i for i in range(sizes[1])), device)
+    ids = [torch.tensor(x, device=device, dtype=torch.int64) for x in ids]
     labels = [x.clone() for x in ids]
     for x in labels:
         x[:, :prompt] = -100

@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+import types
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -144,15 +146,10 @@ def ours(student: int, teacher: int, answer: int, hidden: bool, way: str, calls:
         measured(call, calls)
 
 
-def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> None:
-    """TRL's hybrid loss on the same numbers, merged by the chain rule."""
-    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-    import types
-
-    import torch
+def uld_loss(student: Iterable, teacher: Iterable, device=None):
+    """TRL's hybrid loss, merged by the chain rule, of two vocabularies by what their entries spell."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
-    states, heads, ids, ends = inputs(student, teacher, answer, hidden)
     settings = types.SimpleNamespace(
         beta=0.0, use_extended_uld=True, uld_use_hybrid_loss=True, uld_token_merge_strategy="bayesian",
         uld_crossentropy_weight=0.0, uld_distillation_weight=1.0, uld_student_temperature=1.0,
@@ -160,9 +157,19 @@ def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> N
         uld_hybrid_unmatched_weight=1.0, uld_hybrid_matched_weight=1.0,
     )  # fmt: skip
 
-    def tokenizer(first, size):
-        names = {f"entry{first + i}": i for i in range(size)}
-        return types.SimpleNamespace(get_vocab=lambda: names)
+    def tokenizer(entries):
+        ids = {f"entry {entry}": i for i, entry in enumerate(entries)}
+        return types.SimpleNamespace(get_vocab=lambda: ids)
+
+    return ULDLoss(settings, tokenizer(student), tokenizer(teacher), device)
+
+
+def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> None:
+    """TRL's hybrid loss on the same numbers, merged by the chain rule."""
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    import torch
+
+    states, heads, ids, ends = inputs(student, teacher, answer, hidden)
 
     def spans(end):
         answer = np.stack([np.r_[0, end[:-1]], end], -1)
@@ -173,7 +180,7 @@ def peer(student: int, teacher: int, answer: int, hidden: bool, calls: int) -> N
         y[:, :PROMPT] = -100
         return y
 
-    loss = ULDLoss(settings, tokenizer(0, student), tokenizer(student // 4, teacher))
+    loss = uld_loss(range(student), range(student // 4, student // 4 + teacher))
     ours, theirs = torch.tensor(states[0], requires_grad=True), torch.tensor(states[1])
     weights = [None if w is None else torch.tensor(w, requires_grad=k == 0) for k, w in enumerate(heads)]
     leaves = [ours] + ([weights[0]] if hidden else [])
