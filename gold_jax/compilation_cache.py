@@ -1,7 +1,7 @@
 """Compiled programs kept for later runs: JAX's persistent compilation cache, on in the commands, off in the library.
 
 Compiling is most of what a short run does, and a resumed run compiles what the first one did. Programs that call back to
-the host, as sorting with numpy on CPUs does (`--uld_sort host`), JAX compiles anew in each process.
+the host, as sorting large vocabularies with numpy on CPUs does (`--uld_sort host`), JAX compiles anew in each process.
 
 Nothing here imports JAX when it is imported: a command answers `--help` before JAX is there.
 """

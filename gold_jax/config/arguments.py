@@ -415,7 +415,8 @@ class LossFlags(Settings):
     uld_top_k: int = flag(0, "Sort only this many largest probabilities; 0: all, exact.", range=NOT_NEGATIVE,
         effect=_option("uld_top_k"))
     uld_sort: str = warned_flag("auto",
-        "Who sorts all of them: host (numpy), xla, or auto: in commands the host on CPUs, XLA elsewhere.", choices=SORTS,
+        "Who sorts all of them: host (numpy), xla, or auto: in commands on CPUs the host, where a vocabulary has 8,192 "
+        "entries or more, and XLA elsewhere.", choices=SORTS,
         effect=(_option("uld_sort"), Effect(lambda r: not r.spec.options.get("top_k"), "no effect with --uld_top_k")))
     projection_mask: list[str] | None = flag(None, "Unmatched entries that projected and events leave out instead of "
         "giving them to a prefix: whitespace, numerals.", choices=MASKS, effect=_DISTILS)

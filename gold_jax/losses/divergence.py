@@ -49,8 +49,8 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
     Of float32 `[..., V]` and `[..., W]`, none negative: `[...]`, between 0 and the two sums together. The gradient of a
     value is the sign of its distance to what stands opposite; where values of one side are equal, any order of theirs
     gives a subgradient. `sort` says who sorts: "xla", "host" (numpy through a callback, on CPUs alone), or "auto": the
-    host for programs that run on CPUs where `gold_jax.cpu` is enabled (unless there is one core alone, or several
-    devices), and XLA elsewhere.
+    host for programs that run on CPUs where `gold_jax.cpu` is enabled and vocabularies are large (unless there is one
+    core alone, or several devices), and XLA elsewhere.
 
     Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
 
@@ -66,7 +66,8 @@ def _l1_and_signs(student, teacher, sort):
     def one(student_V, teacher_W):
         if sort == "host":
             return _by_host(student_V, teacher_W)
-        on_cpus = _by_host if sort == "auto" and cpu.sorts_on_host() else _by_ranks
+        large = max(student_V.size, teacher_W.size) >= cpu.FEWEST_SORTED_ON_HOST
+        on_cpus = _by_host if sort == "auto" and large and cpu.sorts_on_host() else _by_ranks
         return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_with_columns)
 
     over_all = jnp.vectorize(one, signature="(v),(w)->(),(v)")

@@ -20,6 +20,7 @@ STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their numbe
 _MIN_LENGTH = 32  # least prompt width, number of slots, and free slots after a resize
 _MIN_ROWS = 8  # no program for fewer rows: decoding is bound by reading the weights, for one row as for eight
 _REFILL_FRACTION = 4  # refill when a fourth of the rows is free: each prefill interrupts decoding
+SMALL_MODEL = 10**7  # parameters below which fewer programs save more time than the rows that they decode in vain take
 _SMALL_CACHE = 4  # a cache of at most a fourth of the weights' bytes gets all its slots at once: growing saves little
 
 
@@ -37,6 +38,7 @@ class SamplingEngine:
     Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of
     two (of a cache that is small beside the weights, one); to read prompts, also for their width (32, 48, 64, 96, …). In
     one call the rows only shrink; never are there more than one program for each number of rows and two for each of slots.
+    A small model keeps all its rows, and reads prompts that join others in as many.
     """
 
     def __init__(self, rows: int = 32):
@@ -98,6 +100,9 @@ class _GenerationRun:
             halves.append(-(-halves[-1] // 2))
         self.sizes = [self.shards * size for size in halves]
         size = min(size for size in self.sizes if size >= min(self.sizes[0], len(self.queue)))
+        self.small = count(params) < SMALL_MODEL
+        if self.small:
+            self.sizes = [size]
         # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
@@ -145,7 +150,7 @@ class _GenerationRun:
         """Prefill the next prompts into free rows."""
         self._offload_finished()
         size = len(self.active)
-        space = size if self._rows_needed_free() > self._refill_size() else self._refill_size()
+        space = size if self.small or self._rows_needed_free() > self._refill_size() else self._refill_size()
         each, own = space // self.shards, size // self.shards
         row_index = np.full((self.shards, each), size, np.int32)
         for shard, alive in enumerate(self.active.reshape(self.shards, own)):

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 
 from gold_jax.cpu import release_freed_memory
+from gold_jax.models.functional import commit
 from gold_jax.training.nonfinite import NonFiniteCounter
 from gold_jax.training.objective import Objective, with_hidden
 
@@ -49,7 +50,7 @@ def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: 
         return TrainState(None, optimizer.init(params), zero, NonFiniteCounter(zero, zero))
 
     out_shardings = None if shardings is None else shardings._replace(params=None)
-    return jax.jit(rest, out_shardings=out_shardings)(params)._replace(params=params)
+    return commit(jax.jit(rest, out_shardings=out_shardings)(params)._replace(params=params))
 
 
 class Program:

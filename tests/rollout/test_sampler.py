@@ -12,6 +12,7 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.rollout import decode_state as device
+from gold_jax.rollout import sampler
 from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.rollout.sampler import SamplingEngine, most_slots, prompt_width
 
@@ -32,6 +33,14 @@ def model() -> Decoder:
     model = Decoder.from_config(DecoderConfig.from_hf(config), 0)
     model.head.set_value(model.head[...] * 20)  # far from uniform
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_model_is_small():
+    """These models change the number of their rows as large ones do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "SMALL_MODEL", 0)
+        yield
 
 
 PROMPTS = [[3, 14, 15], [9, 2, 6, 5, 35], [8]]
@@ -171,6 +180,15 @@ def test_rows_that_are_done_are_left_behind_when_no_prompt_waits(model, events):
     generate(model, MANY, rows=64, new=40, stop_ids=STOPS)
     rows = [rows for name, rows, _ in events if name == "decode_until"]
     assert rows == [64, 32, 16, 8]
+
+
+def test_a_small_model_keeps_its_rows_and_reads_prompts_in_one_width_of_rows(model, alone, events, monkeypatch):
+    monkeypatch.setattr(sampler, "SMALL_MODEL", 10**7)
+    read = []
+    prefill = device.prefill_into_slots
+    monkeypatch.setattr(device, "prefill_into_slots", lambda *args: read.append(len(args[4])) or prefill(*args))
+    assert ids(generate(model, MANY, rows=8, new=40, stop_ids=STOPS)) == alone[1]
+    assert {rows for _, rows, _ in events} == {8} and set(read) == {8} and len(read) > 2
 
 
 def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):

@@ -15,6 +15,7 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 
 from training.small import V, decoder  # noqa: E402
 
+from gold_jax.rollout import sampler  # noqa: E402
 from gold_jax.rollout.agreement import own_logprobs  # noqa: E402
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
 from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
@@ -25,6 +26,7 @@ MESHES = ("data=8", "fsdp"), ("fsdp=8", "full"), ("fsdp=4,tensor=2", "fsdp"), ("
 
 def main():
     jax.config.update("jax_disable_most_optimizations", True)
+    sampler.SMALL_MODEL = 0  # rows join and leave as those of large models do
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, V, int(rng.integers(1, 40))).astype(np.int32) for _ in range(37)]
     options = dict(max_new_tokens=40, key=jax.random.key(3), temperature=0.8, top_k=30, top_p=0.95, stop_ids=[7, 11])

@@ -1,7 +1,10 @@
 """A trainer that is used more than once: nothing of a call is left behind in the next."""
 
+import collections
 import json
+import logging
 import os
+import re
 import shutil
 
 import jax
@@ -56,8 +59,35 @@ def steady(rows):
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
+class Compiled(logging.Handler):
+    """Counts what JAX says that it compiles, by the program's name and the shapes of its arguments."""
+
+    def __init__(self):
+        super().__init__(logging.DEBUG)
+        self.counts = collections.Counter()
+
+    def emit(self, record):
+        found = re.match(r"Compiling (\S+) with global shapes and types (.*)\. Argument mapping", record.getMessage())
+        if found:
+            self.counts[found.groups()] += 1
+
+
 @pytest.fixture(scope="module")
-def twice(pair, tmp_path_factory):
+def compiled():
+    """What is compiled from here on."""
+    logger, handler = logging.getLogger("jax._src.interpreters.pxla"), Compiled()
+    level, passed_on = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    logger.propagate = False
+    yield handler.counts
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = passed_on
+
+
+@pytest.fixture(scope="module")
+def twice(pair, compiled, tmp_path_factory):
     """A trainer that has trained twice, and what it stood at in between."""
     output = tmp_path_factory.mktemp("twice")
     trainer, programs = gold(pair, output), []
@@ -87,6 +117,13 @@ def test_an_evaluation_after_training_is_that_which_training_ends_with(twice):
 def test_an_evaluation_after_training_compiles_nothing(twice):
     _, between, _ = twice
     assert between["compiled"] == []
+
+
+def test_no_program_is_compiled_twice_for_the_same_shapes(twice, compiled):
+    programs = "fused", "loss", "teacher_forward", "prefill_into_slots", "decode_until"
+    ours = {key: count for key, count in compiled.items() if key[0].removeprefix("jit(").rstrip(")") in programs}
+    assert len({name for name, _ in ours}) >= 4
+    assert [key[0] for key, count in ours.items() if count > 1] == []
 
 
 def test_an_evaluation_is_the_same_whoever_writes_the_completions_of_training(pair, tmp_path):
