@@ -170,7 +170,7 @@ def as_key(key: jax.Array | int) -> jax.Array:
 
 def _sample_with_logprobs(model, chat_tokenizer: ChatTokenizer, prompts: Sequence, engine: Engine, **options):
     """Each completion with the log-probabilities, float32 [N], that the model itself gave to what it drew."""
-    ids = [chat_tokenizer.encode_prompt(p) for p in prompts]
+    ids = chat_tokenizer.encode_prompts(prompts)
     sampled = engine.generate(model, ids, stop_ids=chat_tokenizer.stop_ids, **options)
     for prompt, completion in zip(prompts, sampled):
         yield completion_from_ids(chat_tokenizer, completion.ids, after=prompt), completion.logprobs

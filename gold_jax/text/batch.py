@@ -120,7 +120,7 @@ def encode_rows(
     if teacher_prompts is None:
         teacher_prompts = prompts
     if student_prompt_ids is None:
-        student_prompt_ids = [student.encode_prompt(prompt) for prompt in prompts]
+        student_prompt_ids = student.encode_prompts(prompts)
     if max_length is not None:
         rooms = [max_length - len(ids) for ids in student_prompt_ids]
         completions = [student.shorten(c, n) if isinstance(c, str) else c for c, n in zip(completions, rooms)]
@@ -129,10 +129,12 @@ def encode_rows(
     encoded = map(vars, student.encode_completions([c for c, _ in texts], after=[p for _, p in texts]))
     ours = [SampledCompletion(**next(encoded), text=c, stopped=True) if isinstance(c, str) else c for c in completions]
     theirs = ours if one_vocabulary else teacher.encode_completions([c.text for c in ours], after=teacher_prompts)
-    teacher_prompt_ids = [
-        ids if teacher is student and other is prompt else teacher.encode_prompt(other)
-        for ids, other, prompt in zip(student_prompt_ids, teacher_prompts, prompts, strict=True)
-    ]
+    # A prompt that is answered several times is encoded once.
+    known = {id(prompt): ids for prompt, ids in zip(prompts, student_prompt_ids, strict=True)}
+    known = known if teacher is student else {}
+    others = {id(prompt): prompt for prompt in teacher_prompts if id(prompt) not in known}
+    known |= zip(others, teacher.encode_prompts([*others.values()]))
+    teacher_prompt_ids = [known[id(prompt)] for prompt in teacher_prompts]
     return [EncodedRow(*row) for row in zip(student_prompt_ids, teacher_prompt_ids, ours, theirs, strict=True)]
 
 

@@ -214,6 +214,8 @@ class ChatTokenizer:
         try:
             return self.tokenizer(texts, **options)["input_ids"] if texts else []
         except Exception as error:  # the `tokenizers` library knows no other kind
+            if len(texts) > 1:  # one of them is at fault
+                return [self._tokenize([text], special=special)[0] for text in texts]
             raise ValueError(f"{self.name} cannot encode a prompt that begins {excerpt(texts[0])}: {error}") from error
 
     def may_refuse(self, text: str) -> bool:

@@ -130,7 +130,7 @@ class DistillationBatchBuilder:
                 self.engine.sync(model, step)
         with annotate(ENCODING):  # a prompt that is answered several times is encoded once
             distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
-            encoded = {number: self.student.encode_prompt(prompt) for number, prompt in distinct.items()}
+            encoded = dict(zip(distinct, self.student.encode_prompts([*distinct.values()])))
         prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
         others = {i: examples[i] for i in local_rows if not on_policy[i]}
         if self.teacher_model is None:
@@ -169,7 +169,7 @@ class DistillationBatchBuilder:
         """What the teacher writes, as the student reads it."""
         prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
         with annotate(ENCODING):
-            ids = {i: self.teacher.encode_prompt(prompt) for i, prompt in prompts.items()}
+            ids = dict(zip(prompts, self.teacher.encode_prompts([*prompts.values()])))
         sampled = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key)
         with annotate(ENCODING):
             texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
