@@ -122,9 +122,9 @@ class PlannedRun:
             slots, rows = (self.cache, self.decode_state), self.request.sampled_rows
             shapes = (), (rows,), (rows, bucket(self.request.prompt_length - 1)), (STOP_SLOTS,)
             number, each, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
-            real = jax.ShapeDtypeStruct((), jnp.float32)
-            options = sampling.SamplingOptions(real, number, real, stops, number)
-            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, self.key)
+            filters = sampling.sampling_filters(self.args.temperature, self.args.top_k, self.args.top_p)
+            options = sampling.SamplingOptions(*filters, stops, number)
+            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, None, self.key)
             decode = (self.run.graph, params, self.weights, *slots, options, number, number, number)
             add("prefill", sampling.prefill_into_slots, prefill, (params, slots))
             add("decoding", sampling.decode_until, decode, (self.weights, slots))

@@ -2,11 +2,13 @@
 
 Continuous batching: R decode slots ("rows") hold prompts in any order and at any length. Rows are independent: each has
 its own cache slots, PRNG key and token count, so that what a row samples depends neither on its index nor on the other
-rows. Temperature, top-k, top-p, keys, stop tokens and limits are traced values: changing them compiles nothing. A
-program is compiled for each number of rows and slots (and, for `prefill_into_slots`, width of prompts). On a mesh every
-row shard has an equal part of the rows, which stay there, so that caches are never sent; `DecodeState` is replicated.
+rows. Temperature, top-k, top-p, keys, stop tokens and limits are traced values: changing them compiles nothing (turning
+one of the first three on or off does). A program is compiled for each number of rows and slots (and, for
+`prefill_into_slots`, of prompts and their width). On a mesh every row shard has an equal part of the rows, which stay
+there, so that caches are never sent; `DecodeState` is replicated between programs, and cut by rows while they decode.
 
-Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows to prefill, P width of their prompts.
+Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows to prefill, U prompts that they answer, P
+width of these.
 """
 
 import functools
@@ -15,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Cache
@@ -23,15 +26,27 @@ from gold_jax.rollout.token_sampling import sample_tokens
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES, Placement
 
+# Tokens that are decoded before it is looked again whether any row goes on. Where a loop's condition is decided on the
+# host, as on GPUs, it costs a synchronization; on CPUs and TPUs it costs nothing.
+TOKENS_PER_CHECK = 8
+_CHECKED_EACH_TOKEN = "cpu", "tpu"
+
 
 class SamplingOptions(NamedTuple):
     """How tokens are sampled; all traced."""
 
-    temperature: jax.Array  # this and the next two as in `rollout.engine.Engine.generate`
-    top_k: jax.Array
-    top_p: jax.Array
+    temperature: jax.Array | None  # this and the next two as in `token_sampling.sample_tokens`, None being off
+    top_k: jax.Array | None
+    top_p: jax.Array | None
     stops: jax.Array  # int32 [any], tokens that end a row; -1 is none
     limit: jax.Array  # int32, most tokens of a row
+
+
+def sampling_filters(temperature: float, top_k: int, top_p: float) -> tuple:
+    """The first three of `SamplingOptions`, of the numbers that `rollout.engine.Engine.generate` takes: those that do nothing are None."""
+    if temperature == 0:
+        return None, None, None
+    return np.float32(temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
 
 
 class DecodeState(NamedTuple):
@@ -92,20 +107,31 @@ def _per_shard(placement: Placement | None, change: Callable, cache: Cache, row_
 
 @functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def prefill_into_slots(
-    graphdef, params, cache: Cache, decode_state: DecodeState, tokens, lengths, next_token, index, row_index, key
+    graphdef,
+    params,
+    cache: Cache,
+    decode_state: DecodeState,
+    tokens,
+    lengths,
+    next_token,
+    index,
+    row_index,
+    source,
+    key,
 ) -> tuple[Cache, DecodeState]:
     """Prefill prompts into free rows.
 
     Args:
         graphdef, params: the model.
         cache, decode_state: of R rows; the cache is donated.
-        tokens: int32 [F, P], all of each prompt but its last token, padded on the right.
-        lengths: int32 [F], how many tokens that is.
-        next_token: int32 [F], each prompt's last token, the first that decoding feeds.
-        index: int32 [F], index of the prompt in the call; folded into the key.
-        row_index: int32 [F], the rows that they join; R for none, where there are fewer prompts than F. On a mesh the
-            prompts that join a shard's rows stand in its part of F.
-        key: PRNG key of all prompts.
+        tokens: int32 [U, P], all of each prompt but its last token, padded on the right.
+        lengths: int32 [U], how many tokens that is.
+        next_token: int32 [F], the last token of each row's prompt, the first that decoding feeds.
+        index: int32 [F], the row's index in the call; folded into the key.
+        row_index: int32 [F], the rows that they join; R for none, where there are fewer than F.
+        source: int32 [F], which of the U prompts a row has; None: each its own (F = U). On a mesh the rows that join a
+            shard's, and their prompts, stand in its part of F and of U.
+        key: PRNG key of all rows.
     """
     width = tokens.shape[1]
     model = merge(graphdef, params)
@@ -113,7 +139,10 @@ def prefill_into_slots(
     if placement is not None:
         tokens, lengths = (placement.shard_rows(x) for x in (tokens, lengths))
     _, prefilled = model.prefill(tokens, jnp.arange(width) < lengths[:, None], width)
-    cache = _per_shard(placement, _scatter_rows, cache, row_index, prefilled._replace(length=lengths))
+    prefilled = prefilled._replace(length=lengths)
+    if source is not None:
+        prefilled = _per_shard(placement, functools.partial(_gather_rows, width), prefilled, source)
+    cache = _per_shard(placement, _scatter_rows, cache, row_index, prefilled)
 
     def joined(name, new):
         return getattr(decode_state, name).at[row_index].set(new, mode="drop")
@@ -143,10 +172,12 @@ def decode_until(
 ) -> tuple[Cache, DecodeState, jax.Array]:
     """Decode all rows in a `while_loop` until the host has something to do (refill, shrink or grow).
 
+    Rows that end while others go on are decoded with them, for up to `TOKENS_PER_CHECK` tokens on GPUs.
+
     Args:
         graphdef, params, weights: the model, and its `decoding_weights()`.
         cache, decode_state: of the same rows. The cache is donated; the slots left in every row that goes on must be
-            `max_steps` or more.
+            `max_steps` or more, or all that the row may still draw.
         options, max_steps: `SamplingOptions`; int32, most tokens to decode now (the third result says how many it were).
         min_active, min_active_per_shard: int32; stops when at most this many rows are unfinished, or at most this many in
             every shard.
@@ -154,22 +185,39 @@ def decode_until(
     model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.row_shards
 
+    at_once = 1 if model.platform in _CHECKED_EACH_TOKEN else TOKENS_PER_CHECK
+
     def keep_going(state):
         steps, _, decode_state = state
         each = (~decode_state.done).reshape(shards, -1).sum(axis=1)
-        return (steps < max_steps) & (each.sum() > min_active) & (each.max() > min_active_per_shard)
+        room = steps + at_once <= max_steps
+        return room & (each.sum() > min_active) & (each.max() > min_active_per_shard)
 
-    def step(state):
-        steps, cache, decode_state = state
+    def step(_, state):
+        cache, decode_state = state
         hidden, cache = model.decode_step(decode_state.next_token, cache, weights)
         # Shapes are static, so finished rows are decoded too: into slot 0, which is always there and no longer needed.
         cache = cache._replace(length=jnp.where(decode_state.done, 0, cache.length))
         decode_state = _sample_and_record(model.decode_logits(hidden, weights), decode_state, options)
-        return steps + 1, *_constrain(model.placement, cache, decode_state)
+        return _cut_by_rows(model.placement, cache, decode_state)
 
-    steps, cache, decode_state = jax.lax.while_loop(keep_going, step, (jnp.int32(0), cache, decode_state))
+    def steps_at_once(state):
+        steps, *state = state
+        return steps + at_once, *(step(0, state) if at_once == 1 else jax.lax.fori_loop(0, at_once, step, tuple(state)))
+
+    before = jnp.int32(0), *_cut_by_rows(model.placement, cache, decode_state)
+    steps, cache, decode_state = jax.lax.while_loop(keep_going, steps_at_once, before)
     cache, (decode_state, steps) = _constrain(model.placement, cache, (decode_state, steps))
     return cache, decode_state, steps
+
+
+def _cut_by_rows(placement: Placement | None, cache: Cache, decode_state: DecodeState) -> tuple[Cache, DecodeState]:
+    """Both with the shardings imposed that they have while rows decode: each device has its own rows."""
+    if placement is None:
+        return cache, decode_state
+    by_row = placement.sharding(placement.row_axes(len(decode_state.done)))
+    constrain = jax.lax.with_sharding_constraint
+    return constrain(cache, cache_shardings(placement, cache)), constrain(decode_state, by_row)
 
 
 @jax.named_scope("draw")
@@ -180,14 +228,15 @@ def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: Sa
     token = sample_tokens(logits, keys, options.temperature, options.top_k, options.top_p)
     chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
     logprob = chosen - jax.nn.logsumexp(logits, axis=1)
-    at = jnp.arange(len(token)), jnp.where(done, decode_state.tokens.shape[1], count)
+    # Compared, not scattered: on a mesh a scatter would gather what all devices' rows have drawn.
+    here = ~done[:, None] & (count[:, None] == jnp.arange(decode_state.tokens.shape[1]))
     after = count + ~done
     return decode_state._replace(
         next_token=token,
         count=after,
         done=done | (token[:, None] == options.stops).any(axis=1) | (after == options.limit),
-        tokens=decode_state.tokens.at[at].set(token, mode="drop"),
-        logprobs=decode_state.logprobs.at[at].set(logprob, mode="drop"),
+        tokens=jnp.where(here, token[:, None], decode_state.tokens),
+        logprobs=jnp.where(here, logprob[:, None], decode_state.logprobs),
     )
 
 

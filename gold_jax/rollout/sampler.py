@@ -39,6 +39,8 @@ class SamplingEngine:
     two (of a cache that is small beside the weights, one); to read prompts, also for their width (32, 48, 64, 96, …). In
     one call the rows only shrink; never are there more than one program for each number of rows and two for each of slots.
     A small model keeps all its rows, and reads prompts that join others in as many.
+
+    Prompts that are the same, and join together, are read once.
     """
 
     def __init__(self, rows: int = 32):
@@ -49,7 +51,8 @@ class SamplingEngine:
     def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
         """See `Engine.generate`.
 
-        `max_new_tokens` is a static size: each new value compiles once. Changing the other settings compiles nothing.
+        `max_new_tokens` is a static size: each new value compiles once. So does turning temperature, top-k or top-p on or
+        off; their values compile nothing.
 
         Raises:
             ValueError: a setting out of its range, or a token that the model does not have.
@@ -65,7 +68,7 @@ class SamplingEngine:
             raise ValueError(f"top_p must lie in (0, 1], 1 being off, got {top_p}.")
         stops = np.full(-(-max(len(stop_ids), 1) // STOP_SLOTS) * STOP_SLOTS, -1, np.int32)
         stops[: len(stop_ids)] = stop_ids
-        filters = np.float32(temperature), np.int32(top_k), np.float32(top_p)
+        filters = device.sampling_filters(temperature, top_k, top_p)
         settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         return _GenerationRun(split(model), prompts, settings, key, self.rows).finish()
@@ -92,7 +95,11 @@ class _GenerationRun:
         if self.placement is None:  # else the mesh's programs put the key where they want it
             key = jax.device_put(key, getattr(jax.tree.leaves(params)[0], "sharding", None))
         self.prompts, self.settings, self.key, self.new = prompts, settings, key, int(settings.limit)
-        longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        known: dict[bytes, int] = {}
+        self.first_alike = [known.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)]
+        # How often a prompt is there on average, rounded down to a power of two, so that few numbers of prompts are read.
+        self.copies = 1 << (len(prompts) // max(1, len(known))).bit_length() - 1 if prompts else 1
+        longest_first = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.first_alike[i]))
         self.queue = collections.deque(i for i in longest_first if len(prompts[i]))
         self.shards = 1 if self.placement is None else self.placement.row_shards
         halves = [-(-rows // self.shards)]  # of the rows of a shard, down to 1
@@ -102,7 +109,7 @@ class _GenerationRun:
         size = min(size for size in self.sizes if size >= min(self.sizes[0], len(self.queue)))
         self.small = count(params) < SMALL_MODEL
         if self.small:
-            self.sizes = [size]
+            self.sizes, self.copies = [size], 1
         # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
@@ -152,24 +159,45 @@ class _GenerationRun:
         size = len(self.active)
         space = size if self.small or self._rows_needed_free() > self._refill_size() else self._refill_size()
         each, own = space // self.shards, size // self.shards
+        free = [shard * own + np.flatnonzero(~alive)[:each] for shard, alive in enumerate(self.active.reshape(-1, own))]
+        joining = self._distribute([len(rows) for rows in free])
+        distinct = [list(dict.fromkeys(self.first_alike[i] for i in indices)) for indices in joining]
+        copies, most = self.copies, max(map(len, distinct))
+        while copies > 1 and most > each // copies:
+            copies //= 2
+        if copies == 1:  # a shard's prompts stand as its rows do, and none is copied
+            distinct = joining
+        height = each // copies  # prompts that a shard reads
+        lengths = np.zeros((self.shards, height), np.int32)
         row_index = np.full((self.shards, each), size, np.int32)
-        for shard, alive in enumerate(self.active.reshape(self.shards, own)):
-            free = np.flatnonzero(~alive)[:each]
-            row_index[shard, : len(free)] = shard * own + free
-        # Round-robin over the shards, which then have about equal work.
-        taken = np.flatnonzero(row_index.T.reshape(-1) < size)[: len(self.queue)]
-        taken = taken % self.shards * each + taken // self.shards
-        chosen = [self.queue.popleft() for _ in taken]
-        rows, row_index = row_index.reshape(-1)[taken], np.full(space, size, np.int32)
-        row_index[taken] = rows
-        lengths = np.array([len(self.prompts[i]) - 1 for i in chosen])
-        tokens = np.zeros((space, prompt_width(int(lengths.max()), self.slots)), np.int32)
-        for row, i in zip(taken, chosen):
-            tokens[row, : len(self.prompts[i]) - 1] = self.prompts[i][:-1]
-        of_prompt = np.zeros((3, space), np.int32)
-        of_prompt[:, taken] = lengths, [self.prompts[i][-1] for i in chosen], chosen
-        self.state = device.prefill_into_slots(*self.model, *self.state, tokens, *of_prompt, row_index, self.key)
-        self.prompt_of_row[rows], self.length[rows], self.active[rows] = chosen, lengths, True
+        next_token, index, source = np.zeros((3, self.shards, each), np.int32)
+        for shard, (indices, prompts, rows) in enumerate(zip(joining, distinct, free)):
+            rows, place = rows[: len(indices)], {i: shard * height + at for at, i in enumerate(prompts)}
+            lengths[shard, : len(prompts)] = [len(self.prompts[i]) - 1 for i in prompts]
+            row_index[shard, : len(indices)] = rows
+            next_token[shard, : len(indices)] = [self.prompts[i][-1] for i in indices]
+            index[shard, : len(indices)] = indices
+            source[shard, : len(indices)] = [place[i if copies == 1 else self.first_alike[i]] for i in indices]
+            self.prompt_of_row[rows], self.active[rows] = indices, True
+            self.length[rows] = [len(self.prompts[i]) - 1 for i in indices]
+        tokens = np.zeros((*lengths.shape, prompt_width(int(lengths.max()), self.slots)), np.int32)
+        for shard, at in zip(*np.nonzero(lengths)):
+            tokens[shard, at, : lengths[shard, at]] = self.prompts[distinct[shard][at]][:-1]
+        arrays = tokens, lengths, next_token, index, row_index, source
+        *arrays, source = (x.reshape(-1, *x.shape[2:]) for x in arrays)
+        source = None if copies == 1 else source
+        self.state = device.prefill_into_slots(*self.model, *self.state, *arrays, source, self.key)
+
+    def _distribute(self, free: list[int]) -> list[list[int]]:
+        """The next indices of the queue for each shard, which has so many free rows: equally many, and copies together."""
+        joining: list[list[int]] = [[] for _ in free]
+        while self.queue and (open_ := [shard for shard, most in enumerate(free) if len(joining[shard]) < most]):
+            shard = min(open_, key=lambda shard: len(joining[shard]))
+            first = self.first_alike[self.queue[0]]
+            for _ in range(self.copies):
+                if self.queue and self.first_alike[self.queue[0]] == first and len(joining[shard]) < free[shard]:
+                    joining[shard].append(self.queue.popleft())
+        return joining
 
     def _resize(self) -> None:
         """Drop finished rows once the queue is empty, and have enough slots for the next tokens."""
@@ -179,7 +207,7 @@ class _GenerationRun:
             size = min(s for s in self.sizes if s >= self.shards * needed)
         longest = self.length[self.active].max()
         slots = self._fitting_slots(longest)
-        if longest < self.slots < 4 * slots:
+        if self._room(longest) > 0 and self.slots < 4 * slots:
             slots = self.slots
         if (size, slots) == (len(self.active), self.slots):
             return
@@ -190,12 +218,23 @@ class _GenerationRun:
         self.prompt_of_row, self.length, self.active = (x[rows] for x in (self.prompt_of_row, self.length, self.active))
         self.slots = slots
 
+    def _needed_slots(self) -> int:
+        """Slots for all that the rows, or the first that will be there, may draw."""
+        indices = self.prompt_of_row[self.active] if self.active.any() else [self.queue[0]]
+        return max(len(self.prompts[i]) for i in indices) - 1 + self.new
+
     def _fitting_slots(self, longest: int) -> int:
         """Slots for rows of which the longest holds so many tokens: all they may need where that is cheap, or the next."""
-        prompts = self.prompt_of_row[self.active] if self.active.any() else [self.queue[0]]
-        needed = max(len(self.prompts[i]) for i in prompts) - 1 + self.new
-        most, small = most_slots(self.config, count(self.model[1]), len(self.active) // self.shards, needed)
+        most, small = most_slots(
+            self.config, count(self.model[1]), len(self.active) // self.shards, self._needed_slots()
+        )
         return most if small else min(most, _slots(longest + _MIN_LENGTH))
+
+    def _room(self, longest: int) -> int:
+        """How many tokens may be decoded before there must be more slots: whole checks, or all that there will be."""
+        if self._needed_slots() <= self.slots:
+            return self.new + device.TOKENS_PER_CHECK
+        return (self.slots - longest) // device.TOKENS_PER_CHECK * device.TOKENS_PER_CHECK
 
     def _decode(self) -> None:
         """Decode on the device until the next refill, shrink or resize."""
@@ -205,7 +244,7 @@ class _GenerationRun:
         else:
             smaller = [s // self.shards for s in self.sizes if s < size]
             min_active_per_shard = max((s for s in smaller if s >= _MIN_ROWS), default=0)
-        max_steps = self.slots - self.length[self.active].max()
+        max_steps = self._room(self.length[self.active].max())
         limits = map(np.int32, (max_steps, min_active, min_active_per_shard))
         *state, steps = device.decode_until(*self.model, self.weights, *self.state, self.settings, *limits)
         self.state = state

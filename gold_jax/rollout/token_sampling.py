@@ -10,11 +10,12 @@ import jax.numpy as jnp
 _BLOCK = 256  # entries of the vocabulary per block in `inverse_cdf`
 
 
-def sample_tokens(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p) -> jax.Array:
+def sample_tokens(logits: jax.Array, keys: jax.Array, temperature=None, top_k=None, top_p=None) -> jax.Array:
     """One token per row, int32 [B], of logits float32 [B, V]; the PRNG keys [B] are the only randomness.
 
     `temperature`, `top_k` and `top_p` are scalars as in `rollout.engine.Engine.generate`, and come in this order, as in
-    transformers. Entries that tie with the last one kept are kept.
+    transformers; None is off, and no part of the program: without a temperature the likeliest token is taken. Entries
+    that tie with the last one kept are kept.
 
     Top-p is drawn, not filtered: a token that turns out not to be among the likeliest that together have `top_p` is
     drawn again, among those that are likelier than it. All that may be kept are likelier than what is not, so every
@@ -22,41 +23,42 @@ def sample_tokens(logits: jax.Array, keys: jax.Array, temperature, top_k, top_p)
     often than not, where a filter would have to find its threshold first.
     """
 
-    def sampled(logits):
-        weights = top_k_weights(logits, temperature, top_k)
-        nucleus_mass = top_p * weights.sum(axis=1)
+    if temperature is None:
+        return jnp.argmax(logits, axis=1).astype(jnp.int32)
+    weights = top_k_weights(logits, temperature, top_k)
 
-        def draw_again(state):
-            tries, token, kept = state
-            # Nothing is left out before the first draw.
-            lighter = jnp.where(tries == 0, 0.0, _weight_of(weights, token))
-            uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys)
-            candidate = inverse_cdf(jnp.where(weights > lighter[:, None], weights, 0.0), uniform)
-            token = jnp.where(kept, token, candidate)
-            return tries + 1, token, kept | (top_p >= 1) | in_nucleus(weights, token, nucleus_mass)
+    def draw(tries, weights):
+        return inverse_cdf(weights, jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, tries)))(keys))
 
-        start = jnp.int32(0), jnp.zeros(len(logits), jnp.int32), jnp.zeros(len(logits), bool)
-        return jax.lax.while_loop(lambda state: ~state[2].all(), draw_again, start)[1]
+    token = draw(0, weights)
+    if top_p is None:
+        return token
+    nucleus_mass = top_p * weights.sum(axis=1)
 
-    return jax.lax.cond(temperature == 0, lambda x: jnp.argmax(x, axis=1).astype(jnp.int32), sampled, logits)
+    def draw_again(state):
+        tries, token, kept = state
+        likelier = jnp.where(weights > _weight_of(weights, token)[:, None], weights, 0.0)
+        token = jnp.where(kept, token, draw(tries, likelier))
+        return tries + 1, token, in_nucleus(weights, token, nucleus_mass)
+
+    first = jnp.int32(1), token, in_nucleus(weights, token, nucleus_mass)
+    return jax.lax.while_loop(lambda state: ~state[2].all(), draw_again, first)[1]
 
 
-def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array) -> jax.Array:
-    """Unnormalised probabilities float32 [B, V], 0 for entries that are not among the `top_k` likeliest."""
+def top_k_weights(logits: jax.Array, temperature: jax.Array, top_k: jax.Array | None) -> jax.Array:
+    """Unnormalised probabilities float32 [B, V], 0 for entries that are not among the `top_k` likeliest; None: none is."""
     scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
     weights = jnp.exp(scaled)
+    if top_k is None:
+        return weights
+    order = _sortable_bits(scaled)
 
-    def keep_k(weights):
-        order = _sortable_bits(scaled)
+    def halve(index, threshold):  # the largest of each row, uint32 [B], that keeps enough: 32 steps, no sort
+        higher = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
+        return jnp.where((order >= higher[:, None]).sum(axis=1) >= top_k, higher, threshold)
 
-        def halve(index, threshold):  # the largest of each row, uint32 [B], that keeps enough: 32 steps, no sort
-            higher = threshold | (jnp.uint32(1 << 31) >> index.astype(jnp.uint32))
-            return jnp.where((order >= higher[:, None]).sum(axis=1) >= top_k, higher, threshold)
-
-        threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros(len(weights), jnp.uint32))
-        return jnp.where(order >= threshold[:, None], weights, 0.0)
-
-    return jax.lax.cond((top_k > 0) & (top_k < logits.shape[1]), keep_k, lambda weights: weights, weights)
+    threshold = jax.lax.fori_loop(0, 32, halve, jnp.zeros(len(weights), jnp.uint32))
+    return jnp.where(order >= threshold[:, None], weights, 0.0)
 
 
 def in_nucleus(weights: jax.Array, token: jax.Array, nucleus_mass: jax.Array) -> jax.Array:

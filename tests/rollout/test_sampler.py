@@ -191,6 +191,30 @@ def test_a_small_model_keeps_its_rows_and_reads_prompts_in_one_width_of_rows(mod
     assert {rows for _, rows, _ in events} == {8} and set(read) == {8} and len(read) > 2
 
 
+@pytest.mark.parametrize(("rows", "read"), [(8, {2, 1}), (64, {16})])
+def test_a_prompt_that_is_answered_several_times_is_read_once(model, monkeypatch, rows, read):
+    prompts = [list(prompt) for prompt in MANY[:10] for _ in range(4)]
+    expected = ids(generate(model, prompts, rows=1, new=12, stop_ids=STOPS))  # one row: none beside it to share with
+    found, prefill = [], device.prefill_into_slots
+    monkeypatch.setattr(device, "prefill_into_slots", lambda *args: found.append(len(args[4])) or prefill(*args))
+    assert ids(generate(model, prompts, rows=rows, new=12, stop_ids=STOPS)) == expected
+    assert (
+        set(found) == read
+    )  # 8 rows: two prompts at first, then one for the two rows of a refill; 64 rows: ten, padded
+
+
+def test_rows_may_be_decoded_several_tokens_at_a_time(model, alone, monkeypatch):
+    """As on GPUs, where to look whether any row goes on takes a synchronization."""
+    monkeypatch.setattr(device, "_CHECKED_EACH_TOKEN", ())
+    device.decode_until.clear_cache()
+    for options in ({"rows": 8}, {"rows": 64}):
+        assert ids(generate(model, MANY, new=40, stop_ids=STOPS, **options)) == alone[1]
+    drawn = generate(model, [[3] * 20] * 8, rows=8, new=300)  # slots grow
+    device.decode_until.clear_cache()
+    monkeypatch.undo()
+    assert ids(generate(model, [[3] * 20] * 8, rows=8, new=300)) == ids(drawn)
+
+
 def test_slots_grow_as_they_are_needed_where_the_cache_is_large(model, events):
     drawn = generate(model, [[3] * 20] * 8, rows=8, new=300)
     assert [len(completion.ids) for completion in drawn] == [300] * 8
@@ -224,15 +248,16 @@ def test_prompts_of_every_length_fit_into_the_slots_of_their_cache(model, weight
 
 def test_settings_compile_nothing_anew(model):
     programs = (device.decode_until, device.prefill_into_slots, device.empty_slots)
-    generate(model)
+    for options in ({}, {"temperature": 0}, {"top_k": 3}, {"top_p": 0.7}):  # off and on are different programs
+        generate(model, **options)
     compiled = [program._cache_size() for program in programs]
     for options in (
-        {"temperature": 0},
+        {"temperature": 0, "top_p": 0.3},
         {"top_k": 7, "key": 3},
         {"top_p": 0.5},
         {"stop_ids": [1, 2, 3]},
         {"temperature": 0.3},
-        {"prompts": [[4] * 20] * 4},
+        {"prompts": [[token] * 20 for token in range(4)]},
     ):
         generate(model, **options)
     generate(nnx.split(model))

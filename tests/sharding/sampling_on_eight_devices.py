@@ -5,6 +5,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 JAX_PLATFORMS=cpu python test
 
 import json
 import pathlib
+import re
 import sys
 
 import jax
@@ -15,6 +16,8 @@ sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file_
 
 from training.small import V, decoder  # noqa: E402
 
+from gold_jax.models.functional import split  # noqa: E402
+from gold_jax.rollout import decode_state as device  # noqa: E402
 from gold_jax.rollout import sampler  # noqa: E402
 from gold_jax.rollout.agreement import own_logprobs  # noqa: E402
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
@@ -49,7 +52,30 @@ def main():
         gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
     lengths = [len(d.ids) for d in expected]
-    print(json.dumps({"meshes": found, "lengths": [min(lengths), max(lengths)], "distinct": len(set(lengths))}))
+    print(
+        json.dumps(
+            {
+                "gathered": gathered_while_decoding(model),
+                "meshes": found,
+                "lengths": [min(lengths), max(lengths)],
+                "distinct": len(set(lengths)),
+            }
+        )
+    )
+
+
+def gathered_while_decoding(model) -> list[str]:
+    """The all-gathers that eight devices make for every token, each with its own rows."""
+    model = model.shard(Placement(make_mesh(mesh_sizes("data=8", 8)), "fsdp"))
+    sizes = {"rows": 32, "slots": 64, "new": 40}
+    slots = device.empty_slots(
+        jax.random.key(0), config=model.config, dtype=model.dtype, placement=model.placement, **sizes
+    )
+    options = device.SamplingOptions(*device.sampling_filters(0.8, 0, 0.9), np.full(8, -1, np.int32), np.int32(40))
+    limits = np.int32(8), np.int32(0), np.int32(0)
+    lowered = device.decode_until.lower(*split(model), model.decoding_weights(), *slots, options, *limits)
+    loops = lowered.compile().as_text().split("ENTRY")[0]
+    return re.findall(r"= (.*) all-gather(?:-start)?\(", loops)
 
 
 if __name__ == "__main__":
