@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from gold_jax import cpu
+from gold_jax import compile_progress, cpu
 from gold_jax.compilation_cache import keep_compiled, restored
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
@@ -41,7 +41,7 @@ def run(
 def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Calls `main` and turns its errors into a paragraph on stderr and an exit code."""
     try:
-        with cpu.enabled(), restored():
+        with cpu.enabled(), restored(), compile_progress.ended():
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
@@ -108,11 +108,13 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         require(training.teacher_model_name_or_path, "teacher_model_name_or_path", "the teacher, a folder or a hub id")
         same = {"attn_implementation": model.attn_implementation}
         changes["teacher_model_init_kwargs"] = same | training.teacher_model_init_kwargs
-    from gold_jax.distributed.initialize import initialize
+    from gold_jax.distributed.initialize import initialize, is_main_process
 
     processes = training.coordinator_address, training.num_processes, training.process_id
     initialize(*processes, heartbeat_timeout=training.process_timeout)
     notices += keep_compiled(model.compilation_cache, training.checkpoint_dir)
+    if is_main_process():
+        compile_progress.show_compiling()
     from gold_jax.text.data import load_examples
 
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
@@ -144,6 +146,7 @@ def load_reader(
     from gold_jax.training.build import place_run
 
     show(keep_compiled(model.compilation_cache))
+    compile_progress.show_compiling()
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
