@@ -15,7 +15,7 @@ from gold_jax.config.trl_compat import read_attention, read_load_options
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
-from gold_jax.values import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
+from gold_jax.values import AT_LEAST_ONE, FRACTION, NOT_NEGATIVE, POSITIVE, QUANTIZATIONS, SORTS, Range
 from gold_jax.wording import quoted
 
 TRACKERS = ("trackio", "wandb", "tensorboard")
@@ -72,6 +72,8 @@ _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_o
                           "no effect with --assistant_only_loss, which learns every answer of a conversation")
 _NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
 _SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
+_SAMPLED_HERE = Effect(lambda r: r.samples and r.args.server_url is None,
+                       "no effect where the built-in sampler writes no completion of the student's")
 _ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
 _DISTILS = Effect(lambda r: r.spec.distillation_weight > 0, "no effect with --uld_distillation_weight 0")
 _BY_ULD_FLAGS = Effect(lambda r: r.args.use_uld_loss and r.args.loss is None,
@@ -371,6 +373,9 @@ class SamplingFlags(Settings):
     generation_batch_size: int | None = free_flag(None, "Most completions sampled at once on all devices, those of an "
         "update together where they fit in; none: 32 a device (a shard of data x fsdp).", range=AT_LEAST_ONE,
         effect=_SAMPLES, differs="changes how many are sampled at once, never what an update learns")
+    rollout_quantization: str = flag("none", "The student's weights as its completions are sampled: none (its own), or int8, "
+        "half the bytes to read for every token, for GPUs and TPUs. What that changes is logged as "
+        "sampling_logp_difference.", choices=QUANTIZATIONS, effect=_SAMPLED_HERE)
 
 
 class LossFlags(Settings):

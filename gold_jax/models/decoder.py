@@ -21,6 +21,7 @@ from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.models.parameters import layer_parameters, parameters
+from gold_jax.models.quantization import Int8, to_int8
 from gold_jax.sharding import collectives
 from gold_jax.sharding.collectives import ShardedParam
 from gold_jax.sharding.placement import Placement
@@ -42,7 +43,7 @@ class DecodingWeights(NamedTuple):
     """What `Decoder.decode_step` reads for every token: each layer's own parameters by name, and the head [V, D]."""
 
     layers: list[layer.Weights]
-    head: jax.Array
+    head: jax.Array | Int8
 
 
 def full_float32(method):
@@ -206,8 +207,9 @@ class Decoder(nnx.Module):
         """
         head = self.decoding_weights().head if weights is None else weights.head
         columns = jax.lax.optimization_barrier(hidden.astype(self.dtype).T)
-        logits = jax.lax.optimization_barrier(jnp.matmul(head, columns, preferred_element_type=jnp.float32))
-        return capped(logits.T, self.config.final_softcap)
+        rows, scale = (head.values.astype(self.dtype), head.scale) if isinstance(head, Int8) else (head, None)
+        logits = jax.lax.optimization_barrier(jnp.matmul(rows, columns, preferred_element_type=jnp.float32)).T
+        return capped(logits if scale is None else logits * scale, self.config.final_softcap)
 
     @jax.named_scope("prefill")
     @full_float32
@@ -236,29 +238,48 @@ class Decoder(nnx.Module):
         cache = Cache(keys=to_slots(keys, 4), values=to_slots(values, 3), length=count)
         return jnp.take_along_axis(hidden, last, axis=1)[:, 0], cache
 
-    def decoding_weights(self) -> DecodingWeights:
+    def decoding_weights(self, quantization: str = "none") -> DecodingWeights:
         """The parameters in the form that `decode_step` reads, in `dtype`: make them once, before the loop.
 
         A scan, or a slice inside the loop, would copy every layer's weights for every token. On one CPU, parameters
         that are in `dtype` already are viewed, and then live as long as the views, even where they are donated; else
-        this is a copy. On a mesh it is sharded over `tensor` alone, so that a step all-gathers no weights.
+        this is a copy. On a mesh it is sharded over `tensor` alone, so that a step all-gathers no weights. With
+        `quantization` "int8" matrices are `Int8`: half of bfloat16's bytes, and not the model's own numbers.
         """
         stacked, head, dtype = self._stacked(), self.head_weight(), self.dtype
+        (own, *_), head_sharding = self.decoding_shardings(quantization)
+
+        def copies(name, x):
+            if isinstance(own[name], Int8):
+                return [to_int8(part, -2, self.placement and own[name]) for part in x]
+            return _layer_views(x, dtype) if self.placement is None else _layer_copies(x, dtype, own[name])
+
+        columns = [copies(name, x) for name, x in stacked.items()]
         if self.placement is not None:
-            (own, *_), head_sharding = self.decoding_shardings()
-            columns = [_layer_copies(x, dtype, own[name]) for name, x in stacked.items()]
             # From sharded columns to sharded rows: replicated in between, as XLA would do by itself, with a warning.
-            head = _cast_and_shard(_cast_and_shard(head, dtype, self.placement.replicated), dtype, head_sharding)
+            head = _cast_and_shard(head, dtype, self.placement.replicated)
+        if isinstance(head_sharding, Int8):
+            head = to_int8(head, -1, self.placement and head_sharding)
         else:
-            columns = [_layer_views(x, dtype) for x in stacked.values()]
-            head = head.astype(dtype)
+            head = head.astype(dtype) if self.placement is None else _cast_and_shard(head, dtype, head_sharding)
         return DecodingWeights([dict(zip(stacked, own)) for own in zip(*columns)], head)
 
-    def decoding_shardings(self) -> DecodingWeights:
-        """The shardings of the weights that decoding reads."""
-        sharding, config = self.placement.decode_sharding, self.config
-        own = {name: sharding(info.shape, info.spec) for name, info in layer_parameters(config).items()}
-        head = sharding((config.vocab_size, config.width), ("vocab", "embed"))
+    def decoding_shardings(self, quantization: str = "none") -> DecodingWeights:
+        """The shardings of the weights that decoding reads; without a mesh None in the place of each."""
+        config = self.config
+
+        def sharding(shape, spec):
+            return None if self.placement is None else self.placement.decode_sharding(shape, spec)
+
+        def of_matrix(shape, spec, kept):  # `kept`: the axis that a product does not sum over
+            whole = sharding(shape, spec)
+            return whole if quantization == "none" else Int8(whole, sharding((shape[kept],), (spec[kept],)))
+
+        own = {
+            name: of_matrix(info.shape, info.spec, 1) if info.init == "matrix" else sharding(info.shape, info.spec)
+            for name, info in layer_parameters(config).items()
+        }
+        head = of_matrix((config.vocab_size, config.width), ("vocab", "embed"), 0)
         return DecodingWeights([dict(own) for _ in range(config.layers)], head)
 
     @jax.named_scope("decode")

@@ -11,11 +11,12 @@ import jax.numpy as jnp
 
 from gold_jax.models.attention import masked_softmax
 from gold_jax.models.config import ACTIVATIONS, DecoderConfig
+from gold_jax.models.quantization import Int8, int8_product
 from gold_jax.models.rope import rotate
 from gold_jax.sharding.collectives import ShardedParam, cached_attention_per_head, unshard
 from gold_jax.sharding.placement import Placement
 
-Weights = dict[str, jax.Array | ShardedParam]
+Weights = dict[str, jax.Array | ShardedParam | Int8]
 
 
 def rms_norm(config: DecoderConfig, weight: jax.Array | ShardedParam, x: jax.Array) -> jax.Array:
@@ -31,7 +32,8 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     Rows and positions become one axis for the product: CPUs multiply the gradient of a matrix, which sums over both, a
     third faster when there is one axis to sum over.
     """
-    y = x.reshape(-1, x.shape[-1]) @ unshard(weights[name], x.dtype)
+    weight, flat = weights[name], x.reshape(-1, x.shape[-1])
+    y = int8_product(flat, weight) if isinstance(weight, Int8) else flat @ unshard(weight, x.dtype)
     bias = weights.get(f"{name}_bias")
     return (y if bias is None else y + unshard(bias, x.dtype)).reshape(*x.shape[:-1], -1)
 

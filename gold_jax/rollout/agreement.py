@@ -59,19 +59,17 @@ class Agreement:
 
         A `ServerError` says that it is too large, `NonFiniteLogits` that the model's own are no numbers.
         """
-        pairs = [(prompt, d) for prompt, d in zip(prompts, drawn) if len(d.ids)][:ROWS]
-        if not pairs:
+        rows, drawn_part, told = _drawn_rows(prompts, drawn)
+        if not rows:
             return None
-        rows, difference = [np.concatenate([prompt, d.ids]).astype(np.int32) for prompt, d in pairs], None
-        drawn_part = np.concatenate([np.arange(1, len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, pairs)])
-        told, text = np.concatenate([d.logprobs for _, d in pairs]), [row[:-1] for row in rows]
+        difference, text = None, [row[:-1] for row in rows]
         silent, served = np.isnan(told).all(), None
         if silent or self._text is None:  # to score a text, a server draws one more token: it may have no room for all
             served = self._served(text)
         if silent and served is not None:
-            told = np.concatenate([np.append(x, np.nan)[-len(d.ids) :] for x, (_, d) in zip(served, pairs)])
+            told = np.concatenate([np.append(x, np.nan) for x in served])[drawn_part]
         if len(known := np.flatnonzero(~np.isnan(told))):
-            own = own_logprobs(model, rows, self._width(rows))[drawn_part]
+            own = own_logprobs(model, rows, _width(rows, self.longest))[drawn_part]
             difference = float(np.abs(own - told)[known].mean())
             if difference > TOLERANCE:
                 raise ServerError(
@@ -80,7 +78,7 @@ class Agreement:
                     "are the same. Start it with the student, for this run alone, and see its log for what it loaded."
                 )
         if self._text is None and served is not None and sum(map(len, served)):
-            own = own_logprobs(as_served(model), text, self._width(rows))
+            own = own_logprobs(as_served(model), text, _width(rows, self.longest))
             self._text = FixedText(text, own, np.concatenate(served))
         return difference
 
@@ -88,7 +86,10 @@ class Agreement:
         """A `ServerError` where the server, after a push of `model`, did not go with the student on the fixed text."""
         if (text := self._text) is None:
             return
-        own, served = own_logprobs(as_served(model), text.rows, self._width(text.rows)), self._served(text.rows)
+        own, served = (
+            own_logprobs(as_served(model), text.rows, _width(text.rows, self.longest)),
+            self._served(text.rows),
+        )
         share = None if served is None else fraction_followed(text, own, np.concatenate(served))
         if share is None:
             return
@@ -118,8 +119,32 @@ class Agreement:
         self._scores_prompts = False
         return None
 
-    def _width(self, rows: Sequence[np.ndarray]) -> int:
-        return bucket(max(min(self.longest, _LONG), *map(len, rows)))
+
+def logprob_difference(
+    model: Any, prompts: Sequence[np.ndarray], drawn: Sequence[Sampled], longest: int = 0
+) -> float | None:
+    """Mean absolute difference in nats between what a model gives to tokens of `ROWS` completions and what they were drawn with.
+
+    None where nothing was drawn. `longest` as for `Agreement`.
+    """
+    rows, drawn_part, told = _drawn_rows(prompts, drawn)
+    if not rows:
+        return None
+    return float(np.abs(own_logprobs(model, rows, _width(rows, longest))[drawn_part] - told).mean())
+
+
+def _drawn_rows(prompts: Sequence[np.ndarray], drawn: Sequence[Sampled]) -> tuple[list, np.ndarray, np.ndarray]:
+    """Some prompts with their completions; which of their tokens but the first were drawn, end to end; with what log-probabilities."""
+    pairs = [(prompt, d) for prompt, d in zip(prompts, drawn) if len(d.ids)][:ROWS]
+    rows = [np.concatenate([prompt, d.ids]).astype(np.int32) for prompt, d in pairs]
+    parts = [np.arange(1, len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, pairs)]
+    none = np.zeros(0)
+    return rows, np.concatenate([*parts, none]).astype(bool), np.concatenate([*(d.logprobs for _, d in pairs), none])
+
+
+def _width(rows: Sequence[np.ndarray], longest: int) -> int:
+    """One width for all rows of up to `longest` tokens, if that is not very long."""
+    return bucket(max(min(longest, _LONG), *map(len, rows)))
 
 
 def fraction_followed(text: FixedText, own: np.ndarray, served: np.ndarray) -> float | None:
@@ -153,7 +178,7 @@ def own_logprobs(model: Any, rows: Sequence[np.ndarray], width: int) -> np.ndarr
     found = np.asarray(_token_logprobs(graph, params, tokens, lengths))
     own = np.concatenate([x[: len(row) - 1] for x, row in zip(found, rows)])
     if not np.isfinite(own).all():
-        raise NonFiniteLogits("the model's log-probabilities of what a server wrote are not finite.")
+        raise NonFiniteLogits("the model's log-probabilities of what was sampled are not finite.")
     return own
 
 

@@ -10,6 +10,8 @@ import numpy as np
 
 from gold_jax.bucketing import ShapeSet
 from gold_jax.loss_spec import LossSpec
+from gold_jax.rollout.agreement import logprob_difference
+from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text import batch as text_batch
@@ -109,6 +111,7 @@ class DistillationBatchBuilder:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # max_new_tokens, temperature, top_k, top_p
     seed: int = 0
     generation_batch_size: int = 32  # rows that are sampled at once
+    rollout_quantization: str = "none"  # of the student's weights as the built-in sampler reads them
     teacher_model: Any = None  # its graph and parameters, where it writes
     teacher_context: str | None = None  # a text that the teacher alone reads, before what a row may have of its own
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
@@ -137,9 +140,11 @@ class DistillationBatchBuilder:
             with annotate(ENCODING):
                 given = {id(example): example for example in others.values()}
                 given = {number: example.completion_for(self.student) for number, example in given.items()}
-        sampled, prompts = {}, {i: examples[i].prompt for i in local_rows if on_policy[i]}
+        sampled, difference = {}, None
+        prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
         if student_rows:
-            sampled = self._sample(model, self.student, prompts, prompt_ids, student_rows, key, self.engine)
+            engine = self.engine or SamplingEngine(self._rows_at_once(student_rows), self.rollout_quantization)
+            sampled, difference = self._sample(model, self.student, prompts, prompt_ids, student_rows, key, engine)
         completions = sampled
         if self.teacher_model is None:
             completions = sampled | {i: given[id(example)] for i, example in others.items()}
@@ -149,28 +154,48 @@ class DistillationBatchBuilder:
         _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids, shape_set)
         stats, counted = self._describe(rows, sampled)
         stats["on_policy"] = float(on_policy.mean())
-        if student_rows and self.engine is not None and self.engine.difference is not None:
-            stats["sampling_logp_difference"] = self.engine.difference
+        if difference is not None:
+            stats["sampling_logp_difference"] = difference
         samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
         return UpdateBatch(batches, stats, samples, counted, shape_set.shapes)
 
     @annotate(SAMPLER)
     def _sample(
-        self, model, tokenizer: ChatTokenizer, prompts: Mapping, ids: Mapping, wanted: Sequence[int], key, engine=None
-    ) -> dict[int, SampledCompletion]:
-        """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these."""
-        rows = sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
+        self,
+        model,
+        tokenizer: ChatTokenizer,
+        prompts: Mapping,
+        ids: Mapping,
+        wanted: Sequence[int],
+        key,
+        engine: Engine,
+    ) -> tuple[dict[int, SampledCompletion], float | None]:
+        """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these.
+
+        Also, where other weights than the model's wrote them, how far the log-probabilities of what was drawn differ.
+        """
         prompt_ids = self.process_shard.gather_token_ids(wanted, ids, self.batch_size)
         options = dict(self.sampling, stop_ids=tokenizer.stop_ids)
-        sampled = dict(zip(wanted, (engine or SamplingEngine(rows)).generate(model, prompt_ids, key=key, **options)))
-        return {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
+        drawn = engine.generate(model, prompt_ids, key=key, **options)
+        if isinstance(engine, SamplingEngine):
+            rounded = engine.quantization != "none"
+            difference = logprob_difference(model, prompt_ids, drawn, self.max_length) if rounded else None
+        else:
+            difference = engine.difference
+        sampled = dict(zip(wanted, drawn))
+        found = {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
+        return found, difference
+
+    def _rows_at_once(self, wanted: Sequence[int]) -> int:
+        return sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
         prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
         with annotate(ENCODING):
             ids = dict(zip(prompts, self.teacher.encode_prompts([*prompts.values()])))
-        sampled = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key)
+        engine = SamplingEngine(self._rows_at_once(wanted))
+        sampled, _ = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key, engine)
         with annotate(ENCODING):
             texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
             read = dict(zip(examples, self.student.encode_completions(texts, after=after)))

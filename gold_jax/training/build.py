@@ -106,6 +106,7 @@ def build_run(
         options |= dict(length_buckets=args.length_buckets)
         options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
         options |= dict(generation_batch_size=args.generation_batch_size or 32 * shards)
+        options |= dict(rollout_quantization=args.rollout_quantization)
         options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)
         sides = chat_tokenizer, teacher.chat_tokenizer, graph
         context = args.teacher_context

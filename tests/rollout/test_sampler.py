@@ -2,6 +2,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -11,9 +12,11 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.models.quantization import Int8
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout import sampler
-from gold_jax.rollout.engine import NonFiniteLogits
+from gold_jax.rollout.agreement import logprob_difference
+from gold_jax.rollout.engine import EMPTY, NonFiniteLogits
 from gold_jax.rollout.sampler import SamplingEngine, most_slots, prompt_width
 
 NEW = 6
@@ -201,6 +204,35 @@ def test_a_prompt_that_is_answered_several_times_is_read_once(model, monkeypatch
     assert (
         set(found) == read
     )  # 8 rows: two prompts at first, then one for the two rows of a refill; 64 rows: ten, padded
+
+
+def test_weights_of_8_bits_draw_as_the_model_that_they_stand_for(model):
+    """Their products are those of the rounded matrices, and what was drawn has the log-probabilities of these."""
+    params, weights = split(model)[1], model.decoding_weights("int8")
+    assert weights.head.values.dtype == np.int8 and weights.head.scale.shape == (50,)
+    rounded = {name: np.array(x) for name, x in params["layers"].items()}
+    for number, own in enumerate(weights.layers):
+        for name, matrix in own.items():
+            if isinstance(matrix, Int8):
+                given, scale = rounded[name][number].copy(), np.asarray(matrix.scale)
+                assert matrix.values.shape == given.shape and scale.shape == given.shape[1:]
+                rounded[name][number] = np.asarray(matrix.values) * scale
+                assert (np.abs(rounded[name][number] - given) <= scale / 2 * (1 + 1e-5)).all()
+    assert sum(isinstance(x, Int8) for x in weights.layers[0].values()) == 7
+    head = np.asarray(weights.head.values) * np.asarray(weights.head.scale)[:, None]
+    other = model.replace(jax.tree.map(jnp.asarray, params | {"layers": rounded, "head": head}))
+    options = dict(max_new_tokens=40, key=jax.random.key(0), stop_ids=STOPS)
+    prompts = [np.array(prompt[:1], np.int32) for prompt in MANY]  # prompts are read with the model's own weights
+    found = SamplingEngine(8, "int8").generate(model, prompts, **options)
+    expected = SamplingEngine(8).generate(other, prompts, **options)
+    assert ids(found) == ids(expected) != ids(SamplingEngine(8).generate(model, prompts, **options))
+    for one, same in zip(found, expected):
+        np.testing.assert_allclose(one.logprobs, same.logprobs, atol=2e-5)
+    difference = logprob_difference(model, prompts, found)
+    assert 0 < difference < 0.2 and logprob_difference(other, prompts, found) < 1e-5
+    assert logprob_difference(model, prompts, [EMPTY] * len(prompts)) is None
+    with pytest.raises(ValueError, match="quantization must be one of none, int8, got 'int4'"):
+        SamplingEngine(8, "int4")
 
 
 def test_rows_may_be_decoded_several_tokens_at_a_time(model, alone, monkeypatch):

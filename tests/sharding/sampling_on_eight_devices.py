@@ -35,10 +35,10 @@ def main():
     options = dict(max_new_tokens=40, key=jax.random.key(3), temperature=0.8, top_k=30, top_p=0.95, stop_ids=[7, 11])
     model = decoder(V, 1)
 
-    def drawn(model, rows):
-        return SamplingEngine(rows).generate(nnx.split(model), prompts, **options)
+    def drawn(model, rows, quantization="none"):
+        return SamplingEngine(rows, quantization).generate(nnx.split(model), prompts, **options)
 
-    expected = drawn(model, 16)
+    expected, rounded = drawn(model, 16), drawn(model, 16, "int8")
     texts = [prompt for prompt in prompts if len(prompt) > 1][:3]
     scored = own_logprobs(model, texts, 48)
     found = {}
@@ -49,6 +49,9 @@ def main():
         gaps = [
             np.abs(a.logprobs - b.logprobs).max() for a, b, equal in zip(expected, ours, same) if equal and len(a.ids)
         ]
+        if layout == "full":
+            pairs = zip(rounded, drawn(placed, 15, "int8"))
+            same += [np.array_equal(a.ids, b.ids) for a, b in pairs]
         gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
     lengths = [len(d.ids) for d in expected]
