@@ -289,21 +289,23 @@ def decoding(bench: Bench) -> None:
     rng = np.random.default_rng(0)
     for rows in (2,) if bench.small else (4, 32, 128):
         prompts = [rng.integers(0, config.vocab_size, prompt).astype(np.int32) for _ in range(rows)]
-        engine = SamplingEngine(rows)
-        for name, options in {
-            "temperature 1": {},
-            "greedy": dict(temperature=0.0),
-            "top-p 0.95": dict(top_p=0.95),
-        }.items():
-            if name != "temperature 1" and rows != 32 and not bench.small:
+        for name, quantization, options in (
+            ("temperature 1", "none", {}),
+            ("greedy", "none", dict(temperature=0.0)),
+            ("top-p 0.95", "none", dict(top_p=0.95)),
+            ("temperature 1, int8", "int8", {}),
+        ):
+            if not name.startswith("temperature 1") and rows != 32 and not bench.small:
                 continue
+            engine = SamplingEngine(rows, quantization)
 
             def call(options=options, engine=engine, prompts=prompts):
                 return engine.generate(model, prompts, max_new_tokens=new, key=jax.random.key(0), **options)
 
             seconds, spread = timed(call, 3, 1)
             cache = 2 * config.layers * config.kv_heads * config.head_dim * rows * (prompt + new / 2)
-            moved = weights + cache * jnp.dtype(dtype).itemsize
+            read = weights if quantization == "none" else weights / jnp.dtype(dtype).itemsize
+            moved = read + cache * jnp.dtype(dtype).itemsize
             share = {"of the copy's bandwidth": f"{100 * moved / (seconds / new) / bench.bandwidth:.1f} %"}
             bench.add("6 decoding", f"{rows} rows, {name}", 1e3 * seconds / new, "ms a token",
                       spread=1e3 * spread / new, rate=rows * new / seconds, **share)  # fmt: skip
