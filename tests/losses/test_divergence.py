@@ -161,6 +161,12 @@ except ValueError as error:
 SORTED_BY = [divergence._by_host, divergence._with_columns_below, divergence._with_columns]  # CPUs, CPUs, accelerators
 
 
+def test_on_cpus_equal_values_have_the_same_signs_whoever_sorts():
+    p, q = (jnp.float32(np.random.default_rng(n).integers(0, 6, n) / 16) for n in (50, 40))
+    host, xla = (f(p, q)[1] for f in SORTED_BY[:2])
+    np.testing.assert_array_equal(host, xla)
+
+
 def test_all_that_sorts_does_so_alike_where_no_two_values_are_equal():
     for student, teacher in ((40, 30), (30, 40)):
         p, q = (jax.nn.softmax(jax.random.normal(jax.random.key(n), (n,))) for n in (student, teacher))
