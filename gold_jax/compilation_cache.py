@@ -11,13 +11,15 @@ import hashlib
 import os
 import pathlib
 import platform
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
-from gold_jax.wording import shortened
+from gold_jax.wording import quoted, shortened
 
 MOST_BYTES = 4 * 2**30  # of a local folder; the programs used least recently are removed
 SHORTEST = 0.2  # seconds of compiling below which a program is not kept
+_PROBE = 64 * 2**10  # bytes that are written to see whether there is room
 _OFF = "none"
 _SHARED = ".compiled"  # in a bucket, beside the checkpoints of several processes
 _before: dict[str, Any] = {}  # JAX's settings, where `keep_compiled` has changed them
@@ -42,33 +44,74 @@ def keep_compiled(folder: str | None, checkpoints: str | None = None) -> list[st
     in `checkpoints` if that is a bucket, else in no folder that is not named. "none" keeps nothing.
 
     Returns:
-        Notices: that programs are not kept, where the folder cannot be written to.
+        Notices: that programs are not kept, where the folder of the user's cannot be written to, or where JAX's cache is
+        switched off (`JAX_ENABLE_COMPILATION_CACHE`), which is left so.
+
+    Raises:
+        ValueError: `folder` cannot be written to.
     """
     import jax
 
+    named = folder is not None and folder != _OFF
+    if not jax.config.jax_enable_compilation_cache:
+        off = f"JAX_ENABLE_COMPILATION_CACHE is off: --compilation_cache {folder} has no effect"
+        return [off] if named else []
     if folder is None and jax.config.jax_compilation_cache_dir:
         return []
-    if folder is None and jax.process_count() == 1:
-        folder = default_folder()
-    elif folder is None:
-        in_bucket = checkpoints is not None and "://" in checkpoints
-        folder = f"{checkpoints.rstrip('/')}/{_SHARED}" if in_bucket else _OFF
-    if folder == _OFF:
-        _set(jax_enable_compilation_cache=False)
-        return []
-    settings: dict[str, Any] = {"jax_enable_compilation_cache": True, "jax_compilation_cache_dir": folder}
-    if "://" not in folder:
-        try:
-            pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"{folder} cannot be written to")
-        except OSError as error:
-            return [f"compiled programs are not kept for later runs ({shortened(str(error))})"]
+    try:
+        if folder is None and jax.process_count() == 1:
+            folder = default_folder()
+        elif folder is None:
+            in_bucket = checkpoints is not None and "://" in checkpoints
+            folder = f"{checkpoints.rstrip('/')}/{_SHARED}" if in_bucket else _OFF
+        if folder == _OFF:
+            _set(jax_enable_compilation_cache=False)
+            return []
+        is_local = "://" not in folder
+        if is_local:
+            folder = str(pathlib.Path(folder).expanduser().absolute())
+        if is_local or (named and jax.process_index() == 0):
+            _write_into(folder)
+        if is_local:
+            _date(pathlib.Path(folder))
+    except Exception as error:  # of a file system, of what reads buckets, or no home
+        why = shortened(f"{type(error).__name__}: {error}")
+        if named:
+            remedy = "name a folder that can be written to, or none"
+            raise ValueError(
+                f"--compilation_cache is {quoted(folder)}, which cannot be used ({why}); {remedy}"
+            ) from error
+        return [f"compiled programs are not kept for later runs ({why})"]
+    settings: dict[str, Any] = {"jax_persistent_cache_min_compile_time_secs": SHORTEST}
+    if is_local:
         settings["jax_compilation_cache_max_size"] = MOST_BYTES
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        settings["jax_persistent_cache_min_compile_time_secs"] = SHORTEST
-    _set(**settings)
+    settings = {name: value for name, value in settings.items() if name.upper() not in os.environ}
+    _set(jax_compilation_cache_dir=folder, **settings)
     return []
+
+
+def _write_into(folder: str) -> None:
+    """Makes the folder, writes a file into it and removes it again; whatever error that gives."""
+    from etils import epath
+
+    path = epath.Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    probe = path / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"0" * _PROBE)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _date(folder: pathlib.Path) -> None:
+    """Gives programs the file that says when they were last used, without which JAX writes nothing where sizes are bounded.
+
+    Programs lack it where JAX kept them without a bound, and where a process was killed between the two.
+    """
+    for program in folder.glob("*-cache"):
+        used = program.with_name(program.name.removesuffix("-cache") + "-atime")
+        if not used.exists() or used.stat().st_size != 8:
+            used.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def _set(**settings: Any) -> None:
@@ -84,8 +127,11 @@ def _set(**settings: Any) -> None:
 
 def default_folder() -> str:
     """Among the user's caches; its own for each kind of processor, whose programs no other may be able to run."""
-    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return str(pathlib.Path(caches).expanduser() / "gold_jax" / "xla" / _processor())
+    caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
+    caches = (
+        caches if caches.is_absolute() else pathlib.Path("~/.cache").expanduser()
+    )  # as the XDG specification has it
+    return str(caches / "gold_jax" / "xla" / _processor())
 
 
 def _processor() -> str:

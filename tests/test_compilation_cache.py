@@ -1,14 +1,18 @@
 """Where commands keep compiled programs, and that a second process finds those of the first."""
 
+import errno
 import os
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
+from etils import epath
 
 from gold_jax import compilation_cache
 from gold_jax.compilation_cache import keep_compiled, restored
+from gold_jax.config import ModelArguments
 
 
 @pytest.fixture
@@ -62,11 +66,80 @@ def test_a_command_leaves_jax_s_settings_as_they_were_and_the_next_has_its_own(c
         assert config.jax_persistent_cache_min_compile_time_secs == before
 
 
-def test_a_folder_that_cannot_be_made_is_told_and_the_command_goes_on(config, tmp_path):
+@pytest.fixture
+def unusable(tmp_path, monkeypatch):
+    """What cannot be a folder of programs, by what is wrong with it."""
     (tmp_path / "file").write_text("")
-    (said,) = keep_compiled(str(tmp_path / "file" / "folder"))
-    assert said.startswith("compiled programs are not kept for later runs (") and "file" in said
+    full, LocalPath = tmp_path / "full", type(epath.Path("."))
+
+    def write_bytes(path, data, write=LocalPath.write_bytes):
+        if path.parent == full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(LocalPath, "write_bytes", write_bytes)
+    return {
+        "File exists": tmp_path / "file",
+        "Not a directory": tmp_path / "file" / "folder",
+        "No space left": full,
+        "Could not determine home": "~nobody-has-this-name/folder",
+        "KeyError": "files://folder",
+    }
+
+
+def test_a_named_folder_that_cannot_be_used_is_an_error_that_names_the_flag(config, unusable):
+    for why, folder in unusable.items():
+        with pytest.raises(
+            ValueError, match=f"--compilation_cache is '{folder}', which cannot be used .*{why}.*or none"
+        ):
+            keep_compiled(str(folder))
     assert config.jax_compilation_cache_dir is None
+    with pytest.raises(ValueError, match="compilation_cache.*name a folder"):
+        ModelArguments(compilation_cache="")
+
+
+def test_where_the_user_s_own_cannot_be_used_the_command_goes_on(config, unusable, tmp_path, monkeypatch):
+    for home in (tmp_path / "file", "~nobody-has-this-name"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        (said,) = keep_compiled(None)
+        assert said.startswith("compiled programs are not kept for later runs (")
+        assert config.jax_compilation_cache_dir is None
+
+
+def test_a_home_that_is_abbreviated_is_found_and_a_cache_home_that_is_relative_is_none(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for caches in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", caches)
+        assert compilation_cache.default_folder().startswith(str(tmp_path / ".cache" / "gold_jax" / "xla"))
+    assert keep_compiled("~/programs") == []
+    assert config.jax_compilation_cache_dir == str(tmp_path / "programs") and (tmp_path / "programs").is_dir()
+
+
+def test_what_the_user_has_set_of_jax_s_cache_stays(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_MAX_SIZE", "123456789")
+    size = config.jax_compilation_cache_max_size
+    keep_compiled(str(tmp_path))
+    assert config.jax_compilation_cache_max_size == size and config.jax_compilation_cache_dir == str(tmp_path)
+    config.update("jax_enable_compilation_cache", False)
+    try:
+        (said,) = keep_compiled(str(tmp_path / "named"))
+        assert "JAX_ENABLE_COMPILATION_CACHE is off" in said and keep_compiled(None) == []
+        assert not config.jax_enable_compilation_cache
+    finally:
+        config.update("jax_enable_compilation_cache", True)
+
+
+def test_programs_that_jax_kept_without_a_bound_hinder_no_others(config, tmp_path, monkeypatch):
+    """JAX wants to know of each program when it was last used, before it writes another."""
+    monkeypatch.setattr(compilation_cache, "SHORTEST", 0)
+    (tmp_path / "of-another-run-cache").write_bytes(b"program")
+    (tmp_path / "killed-cache").write_bytes(b"program")
+    (tmp_path / "killed-atime").write_bytes(b"")
+    keep_compiled(str(tmp_path))
+    with warnings.catch_warnings(action="error"):
+        jax.jit(lambda x: x * 17).lower(jax.numpy.ones(3)).compile()
+    programs = {path.name.removesuffix("-cache") for path in tmp_path.glob("*-cache")}
+    assert len(programs) > 2 and programs == {x.name.removesuffix("-atime") for x in tmp_path.glob("*-atime")}
 
 
 def test_a_folder_that_is_set_after_something_was_compiled_is_used(config, tmp_path, monkeypatch):

@@ -31,6 +31,9 @@ ALLOWED = {
     ("text/template_budget.py", "visit_Output", "attribute"),
     ("text/template_budget.py", "visit_Concat", "attribute"),
     ("text/template_budget.py", "visit_Compare", "attribute"),
+    ("text/template_budget.py", "visit_Pair", "attribute"),
+    ("text/template_budget.py", "visit_Test", "attribute"),
+    ("text/template_budget.py", "visit_Getitem", "attribute"),
     ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),
     # objects of other libraries that the function itself has made

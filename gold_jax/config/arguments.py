@@ -97,7 +97,8 @@ class ModelArguments(Settings):
         "GPUs) or splash (TPUs).", differs="the names of PyTorch's implementations are taken and mean `auto`")
     compilation_cache: str | None = flag(None, "Folder in which compiled programs are kept for later runs; 'none' keeps "
         "nothing. Default: $JAX_COMPILATION_CACHE_DIR, else ~/.cache/gold_jax/xla; in a run of several processes "
-        ".compiled in a --checkpoint_dir that is a bucket, else nothing. All processes must read the same folder.")
+        ".compiled in a --checkpoint_dir that is a bucket, else nothing. All processes must read the same folder.",
+        folder=True)
 
     def __post_init__(self):
         super().__post_init__()

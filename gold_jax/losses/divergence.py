@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gold_jax import cpu
 
@@ -67,7 +68,7 @@ def _l1_and_signs(student, teacher, sort):
         if sort == "host":
             return _by_host(student_V, teacher_W)
         large = max(student_V.size, teacher_W.size) >= cpu.FEWEST_SORTED_ON_HOST
-        on_cpus = _by_host if sort == "auto" and large and cpu.sorts_on_host() else _by_ranks
+        on_cpus = _by_host if sort == "auto" and large and cpu.sorts_on_host() else _with_columns_below
         return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_with_columns)
 
     over_all = jnp.vectorize(one, signature="(v),(w)->(),(v)")
@@ -101,13 +102,15 @@ def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     return ours - theirs
 
 
-def _by_ranks(student_V, teacher_W):
-    """XLA sorts bare values, and their ranks are looked up: on CPUs faster than to sort columns along with them."""
-    ours, theirs = (_sorted_bits(x)[0] for x in (student_V, teacher_W))
-    difference = _difference(ours, theirs)
-    ranks = jnp.searchsorted(ours, jax.lax.bitcast_convert_type(student_V, jnp.int32), method="scan")
+def _with_columns_below(student_V, teacher_W):
+    """As `_with_columns`, for CPUs: XLA sorts one integer of 64 bits, the column in the lower half, faster than a pair."""
+    bits_V, columns_V = jax.lax.bitcast_convert_type(student_V, jnp.int32), jax.lax.iota(jnp.int32, student_V.size)
+    with jax.enable_x64(True):
+        packed = jax.lax.sort(bits_V.astype(jnp.int64) << np.int64(32) | columns_V.astype(jnp.int64), is_stable=False)
+        ours, columns = (packed >> np.int64(32)).astype(jnp.int32), packed.astype(jnp.int32)
+    difference = _difference(ours, _sorted_bits(teacher_W)[0])
     signs = jnp.sign(difference[-student_V.size :]).astype(jnp.int8)
-    return jnp.sum(jnp.abs(difference)), signs[ranks]
+    return jnp.sum(jnp.abs(difference)), _by_column_scattered(columns, signs)
 
 
 def _with_columns(student_V, teacher_W):

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 Params = Mapping[str, Any]
@@ -38,13 +40,16 @@ def count(params: Params) -> int:
 
 
 def commit(params: Params) -> Params:
-    """Parameters committed to the devices that they are on, without a copy; leaves that are no arrays stay as they are.
+    """Parameters committed to the devices that they are on, without a copy; other leaves stay as they are.
+
+    Arrays of numpy are put on the default device once, where each program would copy them again.
 
     JAX compiles a program once for committed and once for uncommitted arguments, and one committed argument commits all
     results: arrays that are committed from the beginning have one program each.
     """
 
     def committed(x: Any) -> Any:
+        x = jnp.asarray(x) if isinstance(x, np.ndarray) else x
         uncommitted = isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) and not x.committed
         return jax.device_put(x, x.sharding) if uncommitted else x
 

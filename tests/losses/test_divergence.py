@@ -158,13 +158,36 @@ except ValueError as error:
     assert "a single device" in ran.stdout
 
 
-def test_sorting_columns_along_gives_what_ranks_that_are_looked_up_give():
-    """What accelerators do and what CPUs do, both here, where no two values are equal."""
+SORTED_BY = [divergence._by_host, divergence._with_columns_below, divergence._with_columns]  # CPUs, CPUs, accelerators
+
+
+def test_on_cpus_equal_values_have_the_same_signs_whoever_sorts():
+    p, q = (jnp.float32(np.random.default_rng(n).integers(0, 6, n) / 16) for n in (50, 40))
+    host, xla = (f(p, q)[1] for f in SORTED_BY[:2])
+    np.testing.assert_array_equal(host, xla)
+
+
+def test_all_that_sorts_does_so_alike_where_no_two_values_are_equal():
     for student, teacher in ((40, 30), (30, 40)):
         p, q = (jax.nn.softmax(jax.random.normal(jax.random.key(n), (n,))) for n in (student, teacher))
-        (one, ours), (other, theirs) = (f(p, q) for f in (divergence._by_ranks, divergence._with_columns))
-        assert float(one) == float(other)
-        np.testing.assert_array_equal(ours, theirs)
+        _, below, above = ((float(loss), signs) for loss, signs in (f(p, q) for f in SORTED_BY))
+        chex.assert_trees_all_equal(below, above)
         columns = jax.random.permutation(jax.random.key(0), student)
         for back in (divergence._by_column_sorted, divergence._by_column_scattered):
-            np.testing.assert_array_equal(back(columns, ours)[columns], ours)
+            np.testing.assert_array_equal(back(columns, below[1])[columns], below[1])
+
+
+@pytest.mark.parametrize("sorted_by", SORTED_BY, ids=lambda f: f.__name__)
+def test_equal_values_share_the_signs_of_all_their_ranks(sorted_by):
+    """Which of them gets which is open; that they move together gives their sum."""
+    rng = np.random.default_rng(0)
+    for sizes in [(1, 1), (1, 5), (5, 1), (9, 9), (12, 7), (7, 12)] * 4:
+        p, q = (np.float32(rng.integers(0, 4, n) / 8) for n in sizes)
+        p[p == 0] *= rng.choice([1, -1])  # zero has two bit patterns
+        n = max(sizes)
+        ours, theirs = np.sort(np.pad(p, (n - p.size, 0))), np.sort(np.pad(q, (n - q.size, 0)))
+        loss, signs = sorted_by(jnp.asarray(p), jnp.asarray(q))
+        assert float(loss) == np.abs(ours - theirs).sum()
+        for value in set(p.tolist()):
+            expected = np.sign(ours - theirs)[n - p.size :][ours[n - p.size :] == value].sum()
+            assert np.asarray(signs)[p == value].sum() == expected

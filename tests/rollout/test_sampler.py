@@ -72,6 +72,11 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
         np.testing.assert_array_equal(read_again(model, prompt, completion.ids).argmax(axis=1), completion.ids)
 
 
+def test_parameters_of_numpy_are_sampled_from_as_any_others(model):
+    graph, params = split(model)
+    assert ids(generate((graph, jax.tree.map(np.asarray, params)))) == ids(generate(model))
+
+
 def test_logprobs_are_those_of_the_model_itself(model):
     for prompt, completion in zip(PROMPTS, generate(model, temperature=2.0, top_k=5)):
         expected = read_again(model, prompt, completion.ids)[np.arange(NEW), completion.ids]

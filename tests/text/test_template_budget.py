@@ -18,6 +18,11 @@ LONG_LIST = (
 
 LONG = "{% set x = 'a' * 400000 %}"
 STEPS, TEXT, NUMBER = "takes more than .* steps", "makes a text of .* characters", "states or computes"
+DAG = (  # lists and tuples that are small, and of 2^40 values for whoever goes through them
+    "{% set ns = namespace(s=[1], t=[1], u=(1,)) %}{% for i in range(40) %}{% set ns.s = [ns.s, ns.s] %}"
+    "{% set ns.t = [ns.t, ns.t] %}{% set ns.u = (ns.u, ns.u) %}{% endfor %}"
+)
+KEPT = "{%% set ns = namespace(l=[]) %%}{%% for i in range(99999) %%}{%% set ns.l = [ns.l, %s] %%}{%% endfor %%}"
 ENDLESS = {
     "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}": STEPS,
     "{% set x = 'a' * 400000 %}{% for i in range(9**5) %}{{ x }}{% endfor %}": STEPS,
@@ -39,7 +44,7 @@ ENDLESS = {
     "{{ ('a\n' * 100000) | indent(1000000) }}": "it indents lines by 1,000,000 characters",
     "{{ ('a\n' * 100000) | indent('x' * 100000) }}": "it indents lines by 100,000 characters",
     "{{ ('\t' * 100000).expandtabs(1000000) }}": "it indents lines by 1,000,000 characters",
-    "{{ range(9999) | list | tojson(indent=1000000) }}": "it indents lines by 1,000,000 characters",
+    "{{ range(9999) | list | tojson(indent=1000000) }}": TEXT,
     "{{ '%1000000000d' % 1 }}": "formats a value to the width",
     "{{ '%1000000000d' | format(1) }}": "formats a value to the width",
     "{{ '{:>1000000000}'.format(1) }}": "formats a value to the width",
@@ -56,7 +61,7 @@ ENDLESS = {
     "{{ 'a'.zfill(('1' * 10) | int) }}": NUMBER,
     LONG + "{{ x.replace('a', x) }}": TEXT,
     LONG + "{{ x | replace('a', x) }}": TEXT,
-    LONG + "{{ [x] | map('replace', 'a', x) | list }}": "applies the filter replace",
+    LONG + "{{ [x] | map('replace', 'a', x) | list }}": TEXT,
     LONG + "{% filter replace('a', x) %}{{ x }}{% endfilter %}": "applies the filter replace",
     LONG + "{% set y | replace('a', x) %}{{ x }}{% endset %}": "applies the filter replace",
     "{% filter indent(999999) %}a\nb{% endfilter %}": "applies the filter indent",
@@ -75,12 +80,55 @@ ENDLESS = {
     LONG + "{{ ('{0}' * 9999).format(x) }}": "formats 9,999 values",
     LONG + "{{ ('%(a)s' * 9999) % {'a': x} }}": "formats 9,999 values",
     "{% set ns = namespace(s=['ab']) %}{% for i in range(60) %}{% set ns.s = [ns.s, ns.s] %}{% endfor %}{{ ns.s }}": TEXT,
+    "{{ [1] | slice(9999999) | list | length }}": STEPS,
+    "{{ [1] | batch(9999999, 'x') | list | length }}": STEPS,
+    "{{ [1] | slice(*[9999999]) | list | length }}": "gives slice its arguments as a list",
+    "{{ 1.5 | round(9999999, 'floor') }}": STEPS,
+    "{{ (1).to_bytes(5000000000, 'big') }}": STEPS,
+    "{{ ([[1] * 900] * 90000) | sum(start=[]) | length }}": STEPS,
+    "{{ ([{'a': [1] * 900}] * 90000) | sum('a', []) | length }}": STEPS,
+    "{{ ('%9999999d' * 900) % ((1,) * 900) }}": "formats a value to the width",
+    "{{ ('{0:9999999}' * 900).format(1) }}": "formats a value to the width",
+    "{{ ('%*d' * 499) % ((9999999, 1) * 499) }}": "formats 499 values",
+    "{{ ('{0:>{1}}' * 490).format('a', 9999999) }}": "formats 980 values",
+    "{{ '{1:>{0[a]}}'.format({'a': 5000000000}, 'x') }}": NUMBER,
+    "{{ ['%' ~ '1999999999d'] | map('format', 1) | list }}": "formats a value to the width",
+    "{% filter format(1) %}%1999999999d{% endfilter %}": "applies the filter format",
+    LONG + "{{ x | map('center', 200) | list | length }}": STEPS,
+    LONG + "{{ x.encode().join([x.encode()] * 99999) | length }}": TEXT,
+    LONG + "{{ x.encode().replace('a'.encode(), x.encode()) | length }}": TEXT,
+    "{{ ('a'.encode() * 9999999 * 9999) | length }}": TEXT,
+    LONG + "{% set f = x.replace %}{{ f('a', x) }}": "calls the method replace by another name",
+    LONG + "{{ x['replace']('a', x) }}": "calls the method replace by another name",
+    LONG + "{% set ns = namespace(join=x.join) %}{{ ns.join([x] * 999) }}": "calls the method join by another name",
+    "{% set f = 'a'.ljust %}{{ f(5000000000) }}": "calls the method ljust by another name",
+    "{{ ('😀\n' * 200000) | indent(1000) }}": "it indents lines by 1,000 characters",
+    DAG + "{{ [ns.s] | tojson(indent=100) }}": TEXT,
+    "{% set ns = namespace(s=range(9999) | list) %}{% for i in range(200) %}{% set ns.s = [ns.s] %}{% endfor %}"
+    "{{ ns.s | tojson(indent=100) }}": TEXT,
+    KEPT % "range(99999) | list": STEPS,
+    KEPT % ("[" + "{}," * 5000 + "]"): STEPS,
+    KEPT % "range(99999) | batch(1) | map('list') | list": STEPS,
+    LONG_LIST % "{% set x = -1 is in l %}": STEPS,
+    LONG_LIST % "{% set x = l is eq m %}": STEPS,
+    "{% set l = range(99999) | map('string') | list %}{{ l | select('in', range(99999) | list) | list }}": STEPS,
+    "{{ ('a' * 400000).rfind('b' + 'a' * 200000) }}": STEPS,
     DOUBLED % "{% set ns.s = ns.s ~ ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = ns.s + ns.s %}": TEXT,
     DOUBLED % "{% set ns.s = [ns.s, ns.s] | join %}": TEXT,
     DOUBLED % "{% set ns.s = ns.s.replace('b', 'bbb') %}": TEXT,
     DOUBLED % "{% set x %}{{ ns.s }}{{ ns.s }}{% endset %}{% set ns.s = x %}": TEXT,
 }
+
+
+ENDLESS |= {
+    DAG + "{% set x = " + comparison + " %}": STEPS
+    for comparison in (
+        "ns.s == ns.t", "ns.s in [ns.t]", "ns.s is eq ns.t", "{ns.u: 1}", "{}.get(ns.u)", "{'a': 1}[ns.u]",
+        "[ns.u] | unique | list", "[ns.s, ns.t] | sort", "[ns.s, ns.t] | max", "[ns.s].count(ns.t)",
+        "[ns.s] | select('eq', ns.t) | list", "[{'a': ns.s}, {'a': ns.t}] | groupby('a')",
+    )
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("source", ENDLESS, ids=lambda source: source[:40])
@@ -98,6 +146,27 @@ def test_what_a_conversation_says_is_no_fault_of_the_template():
     nested = "{% for m in messages %}{% for other in messages[loop.index :] %}{% endfor %}{% endfor %}"
     template = ChatTemplate(toys.byte_level(), nested + TURNS)
     assert template.render(long).count("words") == 200_000
+
+
+def test_what_only_looks_like_much_is_written_as_it_is():
+    """Numbers, per cent and braces that are text; what lists, formats and methods do in small."""
+    source = (
+        "{{ '{\"id\": 12345678901}' }}{{ 'Save 50% (1234567890)' }}{{ {'maximum': 2147483647} | tojson }}{{ 20240726123 }}"
+        "{{ seed | default(4294967295) }}{{ '{}'.format(1721952000) }}{{ '{:>{}}'.format('a', 10) }}{{ '%*d' % (8, 3) }}"
+        "{{ '{{\"n\": {}, \"id\": 123456}}'.format(1) }}{{ '100%% of 123456: %s' % 1 }}"
+        "{{ ([[1, 2]] * 50) | sum(start=[]) | length }}{{ ['<%s>'] | map('format', 'a') | join }}{{ 2.567 | round(2) }}"
+        "{% for r in messages | slice(3) %}{{ r | length }}{% endfor %}{{ messages | tojson(indent=4) }}"
+        "{{ messages | selectattr('role', 'in', ['user']) | map(attribute='content') | join(',') }}"
+        "{{ none | select('odd') | list }}{{ messages | rejectattr('role', 'defined') | list }}{{ 'a' is in ['a'] }}"
+        "{{ 'é'.encode('utf-8') | length }}{{ ['a'] | map('replace', 'a', x or '" + 300 * "b" + "') | list }}"
+        "{% set get = messages[0].get %}{{ get('role') }}{% for a, b in [(1, 2), (3, 4)] %}{{ a }}{{ {a: b} }}{% endfor %}"
+        "{{ messages | groupby('role') | length }}{{ ['b', 'a'] | unique | sort | join }}{{ {'b': 1, 'a': 2} | dictsort }}"
+        "{% macro f(a, b=[1]) %}{{ a }}{{ caller() if caller }}{% endmacro %}{{ f(1) }}{% call f(2) %}x{% endcall %}"
+        "{% set c = cycler('a', 'b') %}{{ c.next() }}{{ dict(a=1) }}{{ ' a-b '.strip().rsplit('-', 1)[-1] }}"
+    )
+    tokenizer = toys.byte_level()
+    expected = tokenizer.apply_chat_template(USER, chat_template=source, tokenize=False)
+    assert ChatTemplate(tokenizer, source).render(USER) == expected
 
 
 def test_replacing_a_few_counts_those_few():
