@@ -1,8 +1,9 @@
-"""How near the plan's formula for temporaries comes to what the TPU compiler lays out: student's steps of several runs.
+"""How near the plan's formula for temporaries comes to what the compiler lays out: student's steps of several runs.
 
-    python benchmarks/footprint.py [--cases NAME …]
+    python benchmarks/footprint.py [--cases NAME …] [--gpus h100-80gb]
 
-Nothing runs on an accelerator. Compiling all of them takes about a quarter of an hour on two cores. Printed for each: GiB that the
+Nothing runs on an accelerator. Compiling all of them takes about a quarter of an hour on two cores; with `--gpus` it is for
+as many such cards as the case has TPU devices. Printed for each: GiB that the
 student's step needs beside its arguments, by the compiler and by the formula, and how far the second is from the first.
 """
 
@@ -29,6 +30,7 @@ def main() -> None:
     """Compiles and compares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--gpus")
     args = parser.parse_args()
     prepare()
     from gold_jax.config import GOLDConfig, SFTConfig
@@ -44,6 +46,8 @@ def main() -> None:
     for name in args.cases:
         topology, mesh, student, teacher, matched, settings = CASES[name]
         topology = read_topology(topology)
+        if args.gpus:
+            topology = read_topology(f"gpu:{topology.devices}x{args.gpus}")
         training = (GOLDConfig if teacher else SFTConfig)(output_dir="unused", **settings)
         pair = Pair(known_config(student), teacher and known_config(teacher), matched)
         request = PlanRequest(training, pair, topology, mesh_sizes(mesh, topology.devices), None)

@@ -58,7 +58,7 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
         need_compiler(topology.name)
     from gold_jax.planning.advice import advice, search
     from gold_jax.planning.analytic import estimate
-    from gold_jax.planning.compiled import compile_plan
+    from gold_jax.planning.compiled import compile_plan, why_not_compiled
     from gold_jax.planning.models import find_model, find_vocabularies
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.planning.report import Report
@@ -80,13 +80,14 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
     def shorter(way: PlanRequest) -> Any:  # of two programs with the same gradient, the larger tells enough
         return compile_plan(way, leave_out=STUDENT[:1] if way.micro_batches > 1 else ())
 
-    compiles, ways = topology.kind == "tpu", None
+    not_compiled = None if topology.kind == "tpu" else why_not_compiled(topology)
+    compiles, ways = not_compiled is None, None
     plan = compile_plan(request, progress) if compiles else estimate(request)
     if args.search:
         ways = search(plan, shorter if compiles else None, limit=args.search_limit, progress=progress)
     progress("looking for what would help")
     helps = () if plan.fits else advice(plan)
-    return Report(student, teacher, vocabularies, plan, helps, ways, _notes(training, pair, mesh))
+    return Report(student, teacher, vocabularies, plan, helps, ways, _notes(training, pair, mesh), not_compiled)
 
 
 def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:

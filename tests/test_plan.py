@@ -7,17 +7,23 @@ import pathlib
 import shlex
 import subprocess
 import sys
+from unittest import mock
 
 import huggingface_hub
 import pytest
 
 from gold_jax import cli, inspect_pair, plan
+from gold_jax.planning import compiled
 from gold_jax.planning.advice import flags_of
+from gold_jax.planning.hardware import has_gpu_compiler
 
 ROOT = pathlib.Path(__file__).parents[1]
 GPUS = "--topology gpu:8xh100-80gb"
 NEEDS_COMPILER = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+NEEDS_GPU_COMPILER = pytest.mark.skipif(
+    not has_gpu_compiler(), reason="the GPU compiler is not installed: pip install 'gold_jax[plan-cuda]'"
 )
 # One layer over a wide vocabulary: quickly compiled, and too much for a chip where each has all of it.
 WIDE = {
@@ -31,6 +37,12 @@ WIDE = {
     "head_dim": 64,
     "tie_word_embeddings": True,
 }
+
+
+@pytest.fixture(autouse=True)
+def no_gpu_compiler(monkeypatch):
+    """GPUs are planned by formula in this process, whether or not their compiler is installed."""
+    monkeypatch.setattr(compiled, "has_gpu_compiler", lambda: False)
 
 
 @pytest.fixture
@@ -309,8 +321,22 @@ def test_a_missing_compiler_is_said_in_one_paragraph(refused, world, monkeypatch
 
 
 def test_the_command_needs_no_device_and_no_terminal(world):
-    found = json.loads(in_a_process(f"{GPUS} {pair(world)} --json"))
+    found = json.loads(in_a_process(f"--topology gpu:8xl4-24gb {pair(world)} --json"))
     assert found["fits"] and found["topology"]["devices"] == 8
+
+
+def test_why_nothing_is_compiled_for_gpus_is_said(told, world, monkeypatch):
+    def why(line=GPUS):
+        found = json.loads(told(f"{line} {pair(world)} --json"))
+        assert not found["compiled"] and found["time"]["expected_seconds"] is None
+        return found["findings"][-1]
+
+    assert why().startswith("Nothing was compiled: with `pip install 'gold_jax[plan-cuda]'` the run's programs are")
+    assert why("--topology gpu:l4").startswith("Nothing was compiled: gold_jax has no description of the l4-24gb to")
+    monkeypatch.setattr(compiled, "has_gpu_compiler", lambda: True)
+    options = {"side_effect": RuntimeError("no field named clock_rate_ghz\nand more")}
+    monkeypatch.setattr(compiled, "describe", mock.Mock(**options))
+    assert "cannot be told of this card (no field named clock_rate_ghz). The resident memory is exact" in why()
 
 
 @pytest.mark.slow
@@ -343,3 +369,29 @@ def test_what_the_compiler_refuses_does_not_fit_and_gets_advice(wide):
     assert any("refused by the compiler" in sentence for sentence in found["findings"])
     assert found["memory"]["peak_bytes"] > found["memory"]["limit_bytes"]
     assert "--mesh fsdp=4" in [one["flags"] for one in found["advice"] if one["fits"]]
+
+
+@pytest.mark.slow
+@NEEDS_GPU_COMPILER
+@pytest.mark.parametrize(("topology", "mesh"), [("gpu:1xh200", "auto"), ("gpu:2xa100-80gb", "fsdp=2")])
+def test_a_pair_is_compiled_for_gpus_that_are_not_here(topology, mesh, world):
+    lengths = "--max_length 64 --max_new_tokens 16 --attn_implementation cudnn"
+    found = json.loads(in_a_process(f"--topology {topology} {pair(world)} --mesh {mesh} {lengths} --json"))
+    memory, time = found["memory"], found["time"]
+    assert found["fits"] and found["compiled"] and "are chosen on the card" in found["findings"][-1]
+    assert [moment["program"] for moment in memory["moments"]] == ["teacher", "student", "prefill", "decoding"]
+    for moment in memory["moments"]:
+        assert moment["error"] is None and moment["seconds"] > 0 and min(moment["parts"].values()) >= 0
+    assert set(time["sent_bytes"]) == ({"fsdp"} if "fsdp" in mesh else set())
+    for phase in time["phases"]:
+        assert 0.7 < phase["flops"] / phase["model_flops"] < 3 and phase["hbm_bytes"] > 0, phase["name"]
+    assert (time["expected_seconds"] or 0) > time["seconds"] or "a100" in topology
+
+
+@pytest.mark.slow
+@NEEDS_GPU_COMPILER
+def test_what_cudnn_cannot_do_on_a_card_is_said_in_one_sentence(wide):
+    (wide / "config.json").write_text(json.dumps(WIDE | {"head_dim": 256}))
+    line = f"--topology gpu:a100-80gb --model_name_or_path {wide} --max_length 128 --attn_implementation cudnn"
+    with pytest.raises(AssertionError, match="gpu:1xa100-80gb cannot do what the run asks for: .*128"):
+        in_a_process(line)

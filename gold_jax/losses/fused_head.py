@@ -146,11 +146,11 @@ def fused_linear_sum(
 def _prepare(token_fn, chunk, hidden, head, rows, inner, positions, live):
     """The head whole, `(rows, scale, positions)` padded to whole chunks, and how many of these hold a live position."""
     weight = unshard_head(head, hidden.dtype)
-    with jax.named_scope(INNER_TOKENS):
-        scale = inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
+    scale = inner_logp_sums(token_fn, chunk, hidden, weight, rows, inner)
     return weight, *_pad_to_chunks((rows, scale, positions), live, chunk)
 
 
+@jax.named_scope(INNER_TOKENS)
 def inner_logp_sums(token_fn, chunk, hidden, head, rows, inner: InnerTokens | None) -> jax.Array:
     """The sum of the log-probabilities of each position's inner tokens, `[P]`; arguments as `fused_linear_sum`'s."""
     if inner is None:

@@ -1,8 +1,8 @@
 """The analytic model: a run's memory, FLOPs and bytes by formula, for GPUs and to rank what is worth compiling.
 
 What is resident and what programs are given is exact; temporaries, against what libtpu 0.0.42.1 lays out for nine
-programs (`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; for GPUs that has not been
-compared. FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as
+programs (`benchmarks/footprint.py`), come out between 16 % too small and 2 % too large; against what XLA's GPU compiler
+(jax 0.11.2) lays out, see docs/planning.md. FLOPs are those of products; bytes those of parameters, of each product's input and output and of logits, as
 if all between were fused into them; what is sent follows the ring formulas of `planning.collectives`.
 """
 
@@ -65,7 +65,8 @@ class Analytic:
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
         layers = parameter_count(student, "layers", self.placement)
         self.new_gradients = 4 * layers
-        self.rounded = self.itemsize * layers if self.itemsize < 4 else 0  # in the compute dtype, where it is another
+        # In the compute dtype, where it is another: on TPUs all layers at once, on GPUs one after the other.
+        self.rounded = self.itemsize * layers if self.itemsize < 4 and request.platform != "cuda" else 0
         self.matched = matched if matched or not teacher else min(student.vocab_size, teacher.vocab_size)
         slots = self.rows * bucket(request.length)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots

@@ -1,8 +1,9 @@
-"""A run's very programs, compiled for TPUs that are only described: what they hold, compute, move and send.
+"""A run's very programs, compiled for TPUs or GPUs that are only described: what they hold, compute, move and send.
 
 A batch has rows as long as the settings allow, which share no beginning, and every token is a group of its own.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -10,8 +11,9 @@ import pathlib
 import re
 import tempfile
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +28,7 @@ from gold_jax.models.functional import merge, split
 from gold_jax.planning import hlo
 from gold_jax.planning.analytic import Analytic
 from gold_jax.planning.collectives import read_collectives
+from gold_jax.planning.hardware import Topology, has_gpu_compiler
 from gold_jax.planning.plan import STUDENT, Cost, Pair, Plan, PlanRequest, Progress
 from gold_jax.planning.work import read_work
 from gold_jax.rollout import decode_state as sampling
@@ -40,10 +43,59 @@ from gold_jax.training.step import state_shapes
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
+def describe(topology: Topology) -> list[Any]:
+    """The devices of a topology, to compile for."""
+    platform = "tpu" if topology.kind == "tpu" else "cuda"
+    return topologies.get_topology_desc(platform=platform, **topology.compile_options).devices
+
+
+def why_not_compiled(topology: Topology) -> str | None:
+    """Why nothing is compiled for GPUs, a sentence with what would change that; None where the compiler is here and knows them."""
+    if not topology.compile_options:
+        return f"gold_jax has no description of the {topology.chip.name} to compile for"
+    if not has_gpu_compiler():
+        return "with `pip install 'gold_jax[plan-cuda]'` the run's programs are compiled for this card (which need not be here)"
+    try:
+        with answered_by(describe(topology)[0]):
+            return None
+    except Exception as error:  # of what an older or a newer JAX does not know, or cannot load
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return f"the GPU compiler that is installed, of jax {jax.__version__}, cannot be told of this card ({reason})"
+
+
+@contextlib.contextmanager
+def answered_by(device: Any) -> Iterator[None]:
+    """While it lasts, JAX's cuDNN attention, which asks a card here what it can do, is answered by a described one."""
+    if device.platform == "tpu":
+        yield
+        return
+    from jax._src.cudnn import fused_attention_stablehlo
+
+    def number(capability: str) -> tuple[int, ...]:
+        return tuple(map(int, capability.split(".")))
+
+    own, questions = number(device.compute_capability), {}
+    questions["check_compute_capability"] = lambda least: own >= number(least)
+    questions["is_cuda_compute_capability_equal"] = lambda other: own == number(other)
+    with mock.patch.multiple(fused_attention_stablehlo, **questions):
+        yield
+
+
 def compile_plan(request: PlanRequest, progress: Progress = lambda _: None, leave_out: Collection[str] = ()) -> Plan:
-    """A plan for TPUs; programs to `leave_out` are not compiled, nor in the memory."""
-    described = topologies.get_topology_desc(platform="tpu", **request.topology.compile_options)
-    run, model = PlannedRun(request, make_mesh(request.mesh, described.devices)), Analytic(request)
+    """A plan by the compiler; programs to `leave_out` are not compiled, nor in the memory.
+
+    ValueError: the devices cannot do what a program asks for.
+    """
+    devices = describe(request.topology)
+    try:
+        with answered_by(devices[0]):
+            return _compile_plan(request, devices, progress, leave_out)
+    except NotImplementedError as error:
+        raise ValueError(f"{request.topology.name} cannot do what the run asks for: {error}") from error
+
+
+def _compile_plan(request: PlanRequest, devices: list[Any], progress: Progress, leave_out: Collection[str]) -> Plan:
+    run, model = PlannedRun(request, make_mesh(request.mesh, devices)), Analytic(request)
     costs, moments, code = {name: model.cost(name) for name in request.programs}, [], 0
     for number, (name, (lower, arguments)) in enumerate(run.programs().items(), 1):
         if name in leave_out or (name in STUDENT and any(one["error"] for one in moments)):
@@ -63,7 +115,8 @@ def compile_plan(request: PlanRequest, progress: Progress = lambda _: None, leav
             needed = max(0, needed - device_bytes(arguments))
         parts = model.transient(name), {"temporaries": needed}
         moments.append(request.moment(name, *parts, seconds=seconds, error=error))
-    return Plan(request, model.resident() | {"programs": code}, moments, costs, compiled=True)
+    resident = model.resident() | ({"programs": code} if code else {})  # of GPUs' programs it is not told
+    return Plan(request, resident, moments, costs, compiled=True)
 
 
 class PlannedRun:

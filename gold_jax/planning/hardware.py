@@ -41,6 +41,7 @@ def _chip(name: str, gib: float, tflops: float, hbm: float, link: float, network
 
 _DATA = json.loads((importlib.resources.files("gold_jax.planning") / "hardware.json").read_text())
 TPUS, GPUS = ({name: _chip(name, *row) for name, row in _DATA[kind]["chips"].items()} for kind in ("tpus", "gpus"))
+MEASURED_ON = _DATA["gpus"]["measured"]["on"]  # the card that `Topology.efficiency` was measured on
 # The cloud's names count cores where a chip has two, whether or not JAX sees them: v4-8 is four chips.
 _COUNTED_IN_CORES = ("v3", "v4", "v5p", "tpu7x")
 FORMS = (
@@ -58,7 +59,7 @@ class Topology(NamedTuple):
     chips: int
     hosts: int  # processes that JAX would have, one to a host's virtual machine
     shape: tuple[int, ...] = ()  # chips along each axis of a TPU's torus
-    compile_options: dict = {}  # for `jax.experimental.topologies.get_topology_desc(platform="tpu", …)`
+    compile_options: dict = {}  # for `jax.experimental.topologies.get_topology_desc`; empty: no compiler knows it
 
     @property
     def devices(self) -> int:
@@ -81,6 +82,12 @@ class Topology(NamedTuple):
     def between_hosts(self) -> float | None:
         """Bytes/s in one direction from a device to one of another host: a TPU slice's links, GPUs' share of the NICs."""
         return self.chip.network if self.kind == "gpu" and self.hosts > 1 else self.interconnect
+
+    @property
+    def efficiency(self) -> dict[str, float]:
+        """Least time over measured time, by phase; empty for devices, or numbers of them, that nothing measured tells of."""
+        measured = _DATA["gpus"]["measured"]
+        return measured["shares"] if self.chips == 1 and self.chip.name in measured["cards"] else {}
 
 
 def read_topology(text: str) -> Topology:
@@ -120,7 +127,27 @@ def _read_gpus(text: str) -> Topology:
     chip = GPUS[meant[0]]
     if not count or (count > chip.host and count % chip.host):
         raise ValueError(f"{text!r}: {count} GPUs are not 1 to {chip.host}, nor whole hosts of {chip.host}.")
-    return Topology(f"gpu:{count}x{chip.name}", "gpu", chip, count, -(-count // chip.host))
+    hosts = -(-count // chip.host)
+    options = {}
+    if chip.name in _DATA["gpus"]["described"]:
+        options = {"target_config": _target_config(chip), "topology": f"1x{hosts}x{count // hosts}"}
+    return Topology(f"gpu:{count}x{chip.name}", "gpu", chip, count, hosts, compile_options=options)
+
+
+def _target_config(chip: Chip) -> str:
+    """What XLA's GPU compiler has to know of a card: a `stream_executor.GpuTargetConfigProto` as text."""
+    name, capability = _DATA["gpus"]["described"][chip.name]
+    known = _DATA["gpus"]["capabilities"]
+    values = (
+        known["all"]
+        | known[capability]
+        | {"device_memory_size": chip.hbm_bytes, "memory_bandwidth": int(chip.hbm_bandwidth)}
+    )
+    fields = " ".join(f"{field}: {value}" for field, value in values.items())
+    major, minor = capability.split(".")
+    card = f"{fields} cuda_compute_capability {{ major: {major} minor: {minor} }}"
+    # The oldest cuDNN that newer versions of JAX work with is 9.
+    return f'gpu_device_info {{ {card} }} platform_name: "CUDA" dnn_version_info {{ major: 9 }} device_description_str: "{name}"'
 
 
 def _usual_shape(chip: Chip, count: int, text: str) -> tuple[int, ...]:
@@ -153,10 +180,20 @@ def _nearest(name: str) -> str:
     return f" The nearest is {known[found[0]]}." if found else ""
 
 
+def has_gpu_compiler() -> bool:
+    """Whether JAX's CUDA plugin, in which XLA's GPU compiler is, is installed."""
+    plugins = (
+        [f"jax_plugins.xla_cuda{version}" for version in (12, 13)] if importlib.util.find_spec("jax_plugins") else []
+    )
+    return any(map(importlib.util.find_spec, plugins))
+
+
 def prepare() -> None:
     """Sets the environment in which JAX is to start; an already imported JAX is told to run on the CPU."""
     # libtpu complains where it cannot find these out; they do not change what it compiles.
     quiet = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    # XLA's GPU compiler warns of sorts that it cannot leave to CUB without a card.
+    quiet |= {"TF_CPP_MIN_LOG_LEVEL": "2"}
     # No metadata server is asked which TPU this is; and another process may hold libtpu.
     alone = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     os.environ.update({**quiet, **os.environ, **alone})
@@ -168,5 +205,5 @@ def need_compiler(topology: str) -> None:
     """Sees that the TPU compiler is installed; an ImportError says how it gets there."""
     if importlib.util.find_spec("libtpu") is None:
         takes = f"planning for {topology} compiles the run's programs, which takes the TPU compiler (it needs no TPU)"
-        how = "pip install 'gold_jax[tpu]', or libtpu alone. GPUs, such as gpu:8xh100-80gb, are planned without."
+        how = "pip install 'gold_jax[tpu]', or libtpu alone. GPUs, such as gpu:8xh100-80gb, can be planned without."
         raise ImportError(f"{takes}: {how}")

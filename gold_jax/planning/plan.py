@@ -175,6 +175,10 @@ class Plan:
         self.tokens_per_second = self.request.tokens / self.seconds  # at most
         self.tokens_per_second_per_chip = self.tokens_per_second / topology.chips
         self.model_flops_share = self.together.model_flops / (self.seconds * chip.flops)
+        # What a run may take, where phases like its own were measured beside a compiled plan of theirs.
+        shares = topology.efficiency if self.compiled and self.request.itemsize == 2 else {}
+        known = shares.keys() >= costs.keys()
+        self.expected_seconds = sum(phase["least"] / shares[phase["name"]] for phase in self.phases) if known else None
         self.compiling = [moment["seconds"] for moment in self.moments if moment["seconds"] is not None]
         self.compile_seconds = sum(self.compiling) if self.compiling else None
 

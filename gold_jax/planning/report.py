@@ -4,12 +4,14 @@ import dataclasses
 import math
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from gold_jax.planning.advice import Advice, flags_of
 from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
+from gold_jax.planning.hardware import MEASURED_ON
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
 from gold_jax.planning.plan import RESOURCES, Plan, mesh_flag
 from gold_jax.terminal import columns, put, say, section
@@ -47,6 +49,7 @@ class Report:
     advice: tuple[Advice, ...]  # changes for where it does not fit
     search: list[Plan] | None  # ways to spread it, the best first
     notes: list[str]
+    not_compiled: str | None = None  # why the plan is not by the compiler, no sentence yet
 
     def __post_init__(self):
         request = self.plan.request
@@ -70,13 +73,20 @@ class Report:
         for one in plan.refused:
             when = _PROGRAMS[one["program"]][1]
             found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
-        exact = (
-            "Nothing was compiled. The resident memory is exact; activations, loss and temporaries come from a formula,"
-        )
-        source = f"{exact} which was up to {ERROR:.0%} too low where it was compared with programs compiled for TPUs."
+        nothing = f"Nothing was compiled{self.not_compiled and f': {self.not_compiled}'}."
+        exact = "The resident memory is exact; activations, loss and temporaries come from a formula,"
+        compared = f"which was up to {ERROR:.0%} too low where it was compared with programs compiled for TPUs."
+        source = f"{nothing} {exact} {compared}"
         if plan.compile_seconds is not None:
             count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)
             source = f"Compiling {count} programs took {took} here; the run does the same when it starts."
+            if plan.request.topology.kind == "gpu":
+                left = "kernels of products, and the scratch memory of these and of sorts, are chosen on the card"
+                source += f" They are those of jax {jax.__version__}; {left}."
+        expected = []
+        if plan.expected_seconds is not None:
+            rate = f"{plan.request.tokens / plan.expected_seconds:,.0f} tokens/s"
+            expected = [f"About {_short(plan.expected_seconds, _SECONDS)}, {rate}, by {_measured(plan)}"]
         return [
             *found,
             f"An update of {plan.request.tokens:,} tokens takes at least {_short(plan.seconds, _SECONDS)}, most of it for "
@@ -84,6 +94,7 @@ class Report:
             f"chip. The models' FLOPs are {plan.model_flops_share:.0%} of what the chips could do in that time.",
             "This is a lower bound for rows of the greatest length: it assumes that compute, memory traffic and communication "
             "overlap completely and that the host takes no time. How close a run comes to it only a run can show.",
+            *expected,
             source,
         ]
 
@@ -91,7 +102,7 @@ class Report:
         """All numbers, ready for `json.dumps`."""
         plan, vocabularies = self.plan, self.vocabularies
         request, topology = plan.request, plan.request.topology
-        rates = "seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share"
+        rates = "seconds expected_seconds slowest tokens_per_second tokens_per_second_per_chip model_flops_share"
         held = {"fullest": plan.fullest["program"], "always": plan.resident, "moments": plan.moments}
         compared = "compiled fits peak_bytes seconds tokens_per_second_per_chip slowest compile_seconds"
         ways = [
@@ -131,6 +142,15 @@ class Report:
         section(console, "in short")
         for sentence in (*self.findings(), *self.notes):
             say(console, sentence, "yellow" if "«" in sentence or sentence in self.notes else "")
+
+
+def _measured(plan: Plan) -> str:
+    """Where a plan's expected time is from."""
+    shares = plan.request.topology.efficiency
+    said = [f"{_PROGRAMS[phase['name']][0]} {shares[phase['name']]:.0%}" for phase in plan.phases]
+    shown = ", ".join(said).replace("-\n", "").replace("\n", " ")
+    other = "" if plan.request.topology.chip.name == MEASURED_ON else ", which has this card's multiprocessors"
+    return f"the shares of a least time that were measured on an {MEASURED_ON.split('-')[0].upper()}{other}: {shown} (docs/benchmarks.md)."
 
 
 def _picked(of: Any, names: str) -> dict[str, Any]:

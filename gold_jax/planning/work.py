@@ -3,7 +3,8 @@
 `compiled.cost_analysis()` counts the body of a loop once, a Pallas kernel not at all; here an instruction counts as
 often as it runs. FLOPs are those of products, two for a multiplication with an addition. Bytes are what instructions
 outside of fusions read from and write to HBM: a fusion's slices count as slices, an update in place as what is new, and
-what lies in another memory space (a TPU's VMEM is `S(1)` in a layout) not at all.
+what lies in another memory space (a TPU's VMEM is `S(1)` in a layout) not at all. On GPUs products are calls of cuBLAS or
+stand in fusions, attention is a call of cuDNN.
 """
 
 import math
@@ -19,9 +20,11 @@ from gold_jax.planning.hlo import Computation, Execution, Instruction, Program
 _FREE = "parameter constant tuple get-tuple-element bitcast while conditional call after-all".split()
 _FREE += ["partition-id", "replica-id", "optimization-barrier", "async-start"]
 _FREE_CALLS = ("AllocateBuffer", "Bitcast", "AssumeGatherIndicesInBound")
+_SCRATCH = re.compile(r"[su]8\[\d*\]")
 _SLICES = ("dynamic-slice", "slice", "gather", "slice-start")
 # Products of scores or of shares that splash attention's kernels make: scores once again in each of the backward ones.
 _KERNEL_PRODUCTS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
+_CUDNN_PRODUCTS = {"__cudnn$fmhaSoftmax": 2, "__cudnn$fmhaSoftmaxBackward": 5}
 _PASSES = {"high": 3, "highest": 6}  # bfloat16 products on a TPU for one of float32 factors, by `operand_precision`
 
 
@@ -39,17 +42,36 @@ def _flops(inside: Computation, x: Instruction) -> float:
         queries, keys, *_ = (shape for shape in shapes if len(shape) == 4)  # [rows, heads, tokens, head_dim]
         products = next((count for part, count in _KERNEL_PRODUCTS.items() if part in x.name), 0)
         return 2.0 * products * math.prod(queries) * keys[2] / 2
-    if x.opcode not in ("dot", "convolution"):
+    target = re.search(r'custom_call_target="([^"]*)"', x.attributes) if x.opcode == "custom-call" else None
+    if target and target[1] in _CUDNN_PRODUCTS:
+        return (
+            2.0
+            * _CUDNN_PRODUCTS[target[1]]
+            * _attention_pairs(x)
+            * hlo.dimensions(inside.instructions[x.operands[0]].type)[-1]
+        )
+    cublas = target and target[1].startswith("__cublas$")
+    if x.opcode not in ("dot", "convolution") and not cublas:
         return 0.0
-    precision = re.search(r"operand_precision=\{(\w+)", x.attributes)
+    precision = re.search(r'operand_precision"?[=:][{[]"?(\w+)', x.attributes)
     left, right = (hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2])
-    if x.opcode == "dot":
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", x.attributes)
-        inner = math.prod(left[int(axis)] for axis in axes[1].split(",") if axis) if axes else 1
-        products = math.prod(hlo.dimensions(x.type)) * inner
-    else:
+    if x.opcode == "convolution":
         products = _convolution(x, left, right)
-    return 2.0 * products * (_PASSES.get(precision[1], 1) if precision else 1)
+    else:
+        axes = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{[]([\d,"]*)', x.attributes)
+        inner = math.prod(left[int(axis)] for axis in re.findall(r"\d+", axes[1])) if axes else 1
+        products = math.prod(hlo.dimensions(hlo.elements(x.type)[0])) * inner
+    return 2.0 * products * (_PASSES.get(precision[1].lower(), 1) if precision else 1)
+
+
+def _attention_pairs(x: Instruction) -> float:
+    """Pairs of queries and keys that a call of cuDNN's attention computes, of all rows and heads."""
+    shape = re.search(r'"intermediate_tensor_shape":.*?"dimensions":\s*\[([^\]]*)\]', x.attributes)
+    *heads, queries, keys = map(int, re.findall(r"\d+", shape[1]))
+    window = re.search(r'"sliding_window_length":\s*"?(\d+)', x.attributes)
+    near = min(int(window[1]) if window else 0, keys) or keys
+    causal = "CAUSAL" in x.attributes or near < keys
+    return math.prod(heads) * (queries * near - near * near / 2 if causal else queries * keys)
 
 
 def _convolution(x: Instruction, *sides: tuple[int, ...]) -> float:
@@ -73,7 +95,7 @@ def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
     free_call = x.opcode == "custom-call" and any(name in x.attributes for name in _FREE_CALLS)
     if x.opcode in _FREE or x.opcode.endswith(("-done", "-update")) or free_call:
         return 0
-    if x.opcode == "fusion":
+    if x.opcode in ("fusion", "fusion-start"):
         return _fusion(program, inside, x)
     read = [inside.instructions[name].type for name in x.operands if name in inside.instructions]
     made = x.type
@@ -83,6 +105,8 @@ def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
         made = hlo.elements(made)[x.opcode == "slice-start"]
     elif x.opcode.endswith("-start") and x.opcode != "all-reduce-start" and len(hlo.elements(made)) > 1:
         made = hlo.elements(made)[1]
+    elif x.opcode == "custom-call" and made.startswith("("):  # without the scratch memory of a library's kernel
+        return sum(map(_hbm, read)) + sum(_hbm(one) for one in hlo.elements(made) if not _SCRATCH.match(one))
     if x.opcode in _SLICES:
         return (hlo.size(made) if _hbm(read[0]) else 0) + _hbm(made)
     return sum(map(_hbm, read)) + _hbm(made)
@@ -95,7 +119,9 @@ def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
             total += min(given, _taken(program, called, _parameter(called, at)))
     body = called.instructions
     roots = [body[name] for name in called.root.operands] if called.root.opcode == "tuple" else [called.root]
-    for root, type_ in zip(roots, hlo.elements(x.type)):
+    # Of one that runs meanwhile: (operands, result, …).
+    results = hlo.elements(hlo.elements(x.type)[1] if x.opcode == "fusion-start" else x.type)
+    for root, type_ in zip(roots, results):
         while root.opcode in ("bitcast", "copy") and root.operands[0] in body:
             root = body[root.operands[0]]
         if not _hbm(type_) or root.opcode == "parameter" or (is_piece(root) and not starts(called, root)):

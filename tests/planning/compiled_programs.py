@@ -1,6 +1,6 @@
 """Compiles programs with collectives for eight devices and prints what is read from them, as JSON.
 
-Usage: python compiled_programs.py cpu | v5e:2x4, …: fake CPU devices (set XLA_FLAGS) or a TPU slice that need not exist.
+Usage: python compiled_programs.py cpu | v5e:2x4, gpu:8xh100, …: fake CPU devices (set XLA_FLAGS), or what need not exist.
 """
 
 import json
@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gold_jax.planning import hlo
 from gold_jax.planning.collectives import read_collectives
+from gold_jax.planning.compiled import describe
 from gold_jax.planning.hardware import read_topology
 
 LAYERS, WIDTH, ROWS = 5, 512, 1024
@@ -22,11 +23,9 @@ LAYERS, WIDTH, ROWS = 5, 512, 1024
 def eight_devices(where: str) -> np.ndarray:
     if where == "cpu":
         return np.array(jax.devices())
-    from jax.experimental import topologies
-
-    slice_ = read_topology(where)
-    found = topologies.get_topology_desc(platform="tpu", **slice_.compile_options).devices
-    assert len(found) == slice_.devices
+    topology = read_topology(where)
+    found = describe(topology)
+    assert len(found) == topology.devices
     return np.array(found)
 
 
@@ -65,7 +64,7 @@ def every_kind(devices):
         gathered = jax.lax.all_gather(x, ("data", "fsdp"), tiled=True)
 
         def dear(y):
-            return jax.lax.psum(jax.lax.psum(y * 2, "tensor"), "data")
+            return jax.lax.psum(jnp.sin(jax.lax.psum(y * 2, "tensor")), "data")  # GPUs would make one of two bare sums
 
         y = jax.lax.cond(n[0] > 3, lambda y: jax.lax.psum(y * 2, "tensor"), dear, y)
         y = jax.lax.fori_loop(0, n[0], lambda _, y: y + jax.lax.ppermute(y, "tensor", [(0, 1)]), y)

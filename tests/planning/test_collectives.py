@@ -9,6 +9,7 @@ import pytest
 
 from gold_jax.planning import hlo
 from gold_jax.planning.collectives import Traffic, read_collectives
+from gold_jax.planning.hardware import has_gpu_compiler
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
 KIB, MIB = 2**10, 2**20
@@ -191,6 +192,61 @@ def test_the_pieces_of_a_tpus_asynchronous_gather_are_one_and_its_fused_scatter_
     }
 
 
+GPU = """channel_id=13, replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, use_global_device_ids=true"""
+CONFIG = 'backend_config={"operation_queue_id":"0","collective_backend_config":{"is_sync":false},"reification_cost":[]}'
+GPU_LAYERS = f"""
+%wrapped (p.1: f32[1024]) -> f32[512] {{
+  %p.1 = f32[1024]{{0}} parameter(0)
+  ROOT %reduce-scatter.1 = f32[512]{{0}} reduce-scatter(%p.1), {GPU}, dimensions={{0}}, to_apply=%add
+}}
+
+%command_buffer (p.2: f32[1024]) -> f32[1024] {{
+  %p.2 = f32[1024]{{0}} parameter(0)
+  %all-reduce-start.2 = f32[1024]{{0}} all-reduce-start(%p.2), {GPU}, to_apply=%add, {CONFIG}
+  ROOT %all-reduce-done.2 = f32[1024]{{0}} all-reduce-done(%all-reduce-start.2), {CONFIG}
+}}
+
+%condition (t.3: (s32[], f32[1024])) -> pred[] {{
+  %t.3 = (s32[], f32[1024]{{0}}) parameter(0)
+  %i.3 = s32[] get-tuple-element(%t.3), index=0
+  %n.3 = s32[] constant(16)
+  ROOT %wrapped_compare.3 = pred[] compare(%i.3, %n.3), direction=LT
+}}
+
+%body (t.4: (s32[], f32[1024])) -> (s32[], f32[1024]) {{
+  %t.4 = (s32[], f32[1024]{{0}}) parameter(0)
+  %i.4 = s32[] get-tuple-element(%t.4), index=0
+  %x.4 = f32[1024]{{0}} get-tuple-element(%t.4), index=1
+  %all-gather-start.4 = ((f32[1024]{{0}}, bf16[1024]{{0}}), (f32[2048]{{0}}, bf16[2048]{{0}})) all-gather-start(%x.4, %x.4), {GPU}, dimensions={{0}}, frontend_attributes={{trivially_pipelineable=""}}, {CONFIG}
+  %all-gather-done.4 = (f32[2048]{{0}}, bf16[2048]{{0}}) all-gather-done(%all-gather-start.4), {CONFIG}
+  %reduce-scatter-start.4 = ((f32[1024]{{0}}, bf16[1024]{{0}}), (f32[512]{{0}}, bf16[512]{{0}})) reduce-scatter-start(%x.4, %x.4), {GPU}, dimensions={{0}}, to_apply=%add, {CONFIG}
+  %reduce-scatter-done.4 = (f32[512]{{0}}, bf16[512]{{0}}) reduce-scatter-done(%reduce-scatter-start.4), {CONFIG}
+  %call.4 = f32[1024]{{0}} call(%x.4), to_apply=%command_buffer
+  ROOT %tuple.4 = (s32[], f32[1024]{{0}}) tuple(%i.4, %call.4)
+}}
+"""
+
+
+def test_gpus_collectives_are_read_combined_wrapped_in_loops_and_in_command_buffers():
+    body = f"""  %p = f32[1024]{{0}} parameter(0)
+  %start = ((f32[1024]{{0}}), f32[512]{{0}}) async-start(%p), calls=%wrapped, {CONFIG}
+  %done = f32[512]{{0}} async-done(%start)
+  %z = s32[] constant(0)
+  %t = (s32[], f32[1024]{{0}}) tuple(%z, %p)
+  ROOT %w = (s32[], f32[1024]{{0}}) while(%t), condition=%condition, body=%body, backend_config={{"known_trip_count":{{"n":"16"}},"known_init_step":{{"init":"0","step":"1"}},"dynamic_variables":[]}}"""
+    layers, both = 16, 2048 + 1024  # bytes that a device gives of float32 and of bfloat16
+    assert read(body, before=GPU_LAYERS) == (
+        {
+            "fsdp": {
+                "all-gather": Traffic(layers * 2 * both, layers),
+                "all-reduce": Traffic(layers * 4 * KIB, layers),
+                "reduce-scatter": Traffic(layers * both + 2 * KIB, layers + 1),
+            }
+        },
+        [],
+    )
+
+
 def loop(condition: str, *, start="constant(0)", step="constant(1)", attributes="", **options):
     """A program with an all-reduce of 4 KiB over "tensor" in a while loop."""
     before = f"""
@@ -280,7 +336,8 @@ def compiled(where: str) -> dict:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",  # these are about what the compiler makes of them
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8" if where == "cpu" else "",
-        "PYTHONPATH": str(script.parents[2]),
+        "PYTHONPATH": os.pathsep.join([str(script.parents[2]), *sys.path]),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     done = subprocess.run(
         [sys.executable, script, where], env=environment, check=True, timeout=300, capture_output=True, text=True
@@ -288,19 +345,20 @@ def compiled(where: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+NEEDS_TPU_COMPILER = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
+)
+NEEDS_GPU_COMPILER = pytest.mark.skipif(
+    not has_gpu_compiler(), reason="the GPU compiler is not installed: pip install 'gold_jax[plan-cuda]'"
+)
+
+
 @pytest.mark.parametrize(
     "where",
     [
         "cpu",
-        pytest.param(
-            "v5e:2x4",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(
-                    importlib.util.find_spec("libtpu") is None, reason="the TPU compiler is not installed"
-                ),
-            ],
-        ),
+        pytest.param("v5e:2x4", marks=[pytest.mark.slow, NEEDS_TPU_COMPILER]),
+        pytest.param("gpu:8xh100", marks=[pytest.mark.slow, NEEDS_GPU_COMPILER]),
     ],
 )
 def test_compiled_programs_send_what_they_say(where):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gold_jax.planning.hardware import GIB, GPUS, TPUS, read_topology
+from gold_jax.planning.hardware import GIB, GPUS, TPUS, has_gpu_compiler, read_topology
 
 SLICES = (
     "v3:2x2",
@@ -105,6 +105,28 @@ def test_a_chips_figures_are_in_bytes_and_flops_a_second(name):
     assert chip.network is None or 1e9 < chip.network < chip.interconnect
 
 
+DESCRIBED = {"a100-40gb": "8.0", "a100-80gb": "8.0", "h100-80gb": "9.0", "h200-141gb": "9.0"}
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_what_xla_is_told_of_a_card_has_its_memory_and_its_capability(name):
+    options = read_topology(f"gpu:16x{name}").compile_options
+    assert bool(options) == (name in DESCRIBED)
+    if options:
+        chip, (major, minor), text = GPUS[name], DESCRIBED[name].split("."), options["target_config"]
+        assert f"device_memory_size: {chip.hbm_bytes} memory_bandwidth: {chip.hbm_bandwidth:.0f} " in text
+        assert f"cuda_compute_capability {{ major: {major} minor: {minor} }}" in text
+        assert options["topology"] == "1x2x8"  # slices, hosts, cards of a host
+
+
+def test_an_efficiency_is_told_where_a_run_was_measured():
+    assert (
+        0 < min(read_topology("gpu:h200").efficiency.values())
+        and max(read_topology("gpu:h100").efficiency.values()) < 1
+    )
+    assert not any(read_topology(name).efficiency for name in ("gpu:a100-80gb", "gpu:8xh200", "v5e:1x1"))
+
+
 # No metadata server is asked which TPU this is, and another process may hold the library, too.
 COMPILER_ALONE = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 ASK = """
@@ -148,3 +170,43 @@ def test_the_compiler_knows_the_same_devices_hosts_and_memory():
         topology = read_topology(name)
         expected[name] = [topology.devices, topology.hosts, round(topology.chip.hbm_bytes / GIB, 2)]
     assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
+ASK_OF_GPUS = """
+import json, sys
+import jax
+from gold_jax.planning.compiled import answered_by, describe, why_not_compiled
+from gold_jax.planning.hardware import prepare, read_topology
+
+prepare()
+found = {}
+for name in sys.argv[1:]:
+    topology = read_topology(name)
+    assert why_not_compiled(topology) is None
+    devices = describe(topology)
+    with answered_by(devices[0]):
+        from jax._src.cudnn import fused_attention_stablehlo as cudnn
+        answers = [cudnn.check_compute_capability(one) for one in ("8.0", "9.0", "10.0")]
+        answers.append(cudnn.is_cuda_compute_capability_equal("9.0"))
+    found[name] = len(devices), len({device.process_index for device in devices}), answers
+assert [device.platform for device in jax.devices()] == ["cpu"]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not has_gpu_compiler(), reason="the GPU compiler is not installed: pip install 'gold_jax[plan-cuda]'"
+)
+def test_the_gpu_compiler_takes_every_description_and_opens_no_device():
+    environment = {name: value for name, value in os.environ.items() if name not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    names = [f"gpu:{count}x{name}" for name in DESCRIBED for count in (1, 16)]
+    command = [sys.executable, "-c", ASK_OF_GPUS, *names]
+    done = subprocess.run(command, env=environment, check=True, timeout=300, capture_output=True, text=True)
+    answers = {"8.0": [True, False, False, False], "9.0": [True, True, False, True]}
+    shapes = {1: [1, 1], 16: [16, 2]}  # devices and hosts
+    expected = {
+        f"gpu:{count}x{name}": [*shapes[count], answers[of]] for name, of in DESCRIBED.items() for count in shapes
+    }
+    assert json.loads(done.stdout) == expected
+    assert "cuda" not in done.stderr.lower()

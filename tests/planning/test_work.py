@@ -75,6 +75,67 @@ def test_attention_kernels_are_counted_by_their_shapes():
     assert [flops(f"splash_mha_{name}") for name in ("fwd_residuals", "dq.1", "dkv")] == [2, 3, 4]
 
 
+DIMENSIONS = '"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}'
+
+
+@pytest.mark.parametrize(("precision", "passes"), [("DEFAULT", 1), ("HIGHEST", 6)])
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_products_that_cublas_makes_are_counted_and_its_scratch_memory_is_not(target, precision, passes):
+    config = f'"gemm_backend_config":{{"alpha_real":1,{DIMENSIONS},"precision_config":{{"operand_precision":["{precision}","{precision}"],"algorithm":"ALG_UNSET"}}}}'
+    flops, moved = lines(f"""  %a = bf16[4,8,16]{{2,1,0}} parameter(0)
+  %b = bf16[4,16,32]{{2,1,0}} parameter(1)
+  %c = (f32[4,8,32]{{2,1,0}}, s8[4194304]{{0}}) custom-call(%a, %b), custom_call_target="{target}", backend_config={{"operation_queue_id":"0",{config}}}
+  ROOT %r = f32[4,8,32]{{2,1,0}} get-tuple-element(%c), index=0""")
+    assert flops == passes * 2 * 4 * 8 * 16 * 32
+    assert moved == 2 * 4 * 8 * 16 + 2 * 4 * 16 * 32 + 4 * 4 * 8 * 32
+
+
+def test_products_in_the_fusions_of_triton_are_counted_their_parts_too():
+    inner = """
+%gemm_fusion_dot.1_computation (parameter_0: bf16[8,4,16], parameter_1: bf16[4,16,32]) -> f32[4,8,32] {
+  %parameter_0 = bf16[8,4,16]{2,1,0} parameter(0)
+  %parameter_1 = bf16[4,16,32]{2,1,0} parameter(1)
+  ROOT %dot.2 = f32[4,8,32]{2,1,0} dot(%parameter_0, %parameter_1), lhs_batch_dims={1}, lhs_contracting_dims={2}, rhs_batch_dims={0}, rhs_contracting_dims={1}, backend_config={"sizes":["16"]}
+}
+"""
+    body = """  %a = bf16[8,4,16]{2,1,0} parameter(0)
+  %b = bf16[4,16,32]{2,1,0} parameter(1)
+  ROOT %g = f32[4,8,32]{2,1,0} fusion(%a, %b), kind=kCustom, calls=%gemm_fusion_dot.1_computation, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}"""
+    assert lines(body, inner) == (2 * 8 * 64 * 32, 2 * 8 * 64 + 2 * 64 * 32 + 4 * 4 * 8 * 32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "window", "pairs"),
+    [("PADDING_CAUSAL", 0, 64 * 64 / 2), ("PADDING", 0, 64 * 64), ("CAUSAL", 16, 64 * 16 - 16 * 16 / 2)],
+)
+def test_attention_of_cudnn_is_counted_by_what_it_may_see(mask, window, pairs):
+    config = f'"intermediate_tensor_shape": {{"element_type": "BF16", "dimensions": ["2", "8", "64", "64"], "tuple_shapes": []}}, "is_flash_attention": true, "mask_type": "{mask}", "sliding_window_length": {window}'
+    given = "".join(f"  %{name} = bf16[2,64,{heads},16]{{3,2,1,0}} parameter({at})\n" for at, (name, heads) in enumerate({"q": 8, "k": 2, "v": 2}.items()))  # fmt: skip
+
+    def flops(target):
+        line = f'  ROOT %x = (bf16[2,8,64,16]{{3,1,2,0}}, f32[2,8,64]{{2,1,0}}, u8[1024]{{0}}) custom-call(%q, %k, %v), custom_call_target="{target}", backend_config={{"cudnn_fmha_backend_config": {{{config}}}}}'
+        return lines(given + line)[0]
+
+    product = 2 * 2 * 8 * pairs * 16
+    assert flops("__cudnn$fmhaSoftmax") == 2 * product and flops("__cudnn$fmhaSoftmaxBackward") == 5 * product
+
+
+def test_a_fusion_that_runs_meanwhile_moves_what_it_would_otherwise():
+    inner = """
+%sliced (all: f32[10,256], at: s32[]) -> f32[1,256] {
+  %all = f32[10,256]{1,0} parameter(0)
+  %at = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %one = f32[1,256]{1,0} dynamic-slice(%all, %at, %zero), dynamic_slice_sizes={1,256}
+}
+"""
+    body = """  %p = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %s = ((f32[10,256]{1,0}, s32[]), f32[1,256]{1,0}, u32[]) fusion-start(%p, %i), kind=kLoop, calls=%sliced
+  ROOT %d = f32[1,256]{1,0} fusion-done(%s)"""
+    assert lines(body, inner)[1] == 2 * 1024 + 4
+
+
 def test_what_lies_in_another_memory_is_not_moved():
     fast = "f32[256]{0:T(256)S(1)}"
     body = f"""  p = f32[256]{{0:T(256)}} parameter(0)
