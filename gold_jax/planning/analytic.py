@@ -62,6 +62,7 @@ class Analytic:
         self.chunk = chunk_size(self.args.loss_chunk, request.platform)
         self.line = fine_bucket(self.rows * request.length)  # tokens of one device's line, its padding too
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
+        self.read = request.sampled_prompts // request.shards  # prompts that it reads for them
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
         layers = parameter_count(student, "layers", self.placement)
         self.new_gradients = 4 * layers
@@ -86,21 +87,36 @@ class Analytic:
         """What lies there while a program runs and not always, by part; temporaries aside."""
         if program in ("prefill", "decoding"):
             config, placement = self.student.config, self.placement
-            head = ((config.vocab_size, config.width), ("vocab", "embed"))
-            sizes = [(x.shape, x.spec, config.layers) for x in layer_parameters(config).values()] + [(*head, 1)]
-            parts = [n * math.prod(placement.decode_sharding(x, spec).shard_shape(x)) for x, spec, n in sizes]
             # Keys and values of the rows that are written at once, and what is known of these.
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
             keys = 2 * config.layers * self.each * heads * config.head_dim * self.request.slots * self.itemsize
             rows = self.request.sampled_rows * (8 * self.args.max_completion_length + 9)
-            return {"decoding weights": self.itemsize * sum(parts), "cache": keys + 4 * self.each + rows}
+            return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
         found = {"gradients": self.student_bytes} if self.request.micro_batches > 1 else {}
         if program != "optimizer":
             found["batch"] = self.batch
             if self.request.reads:
                 found["teacher's hidden states"] = power_of_two(self.line) * self.teacher.config.width * self.itemsize
         return found
+
+    def _decoding_weights(self, placement: Placement | None) -> int:
+        """Bytes of what decoding reads for every token, on one device or (None) on all that share one model out."""
+        config, rounded = self.student.config, self.args.rollout_quantization == "int8"
+
+        def held(shape: tuple[int, ...], spec: tuple[str | None, ...]) -> int:
+            return math.prod(shape if placement is None else placement.decode_sharding(shape, spec).shard_shape(shape))
+
+        def matrix(shape, spec, kept: int) -> int:  # `kept`: the axis that a product does not sum over
+            if rounded:
+                return held(shape, spec) + 4 * held((shape[kept],), (spec[kept],))
+            return self.itemsize * held(shape, spec)
+
+        of_layer = sum(
+            matrix(x.shape, x.spec, 1) if x.init == "matrix" else self.itemsize * held(x.shape, x.spec)
+            for x in layer_parameters(config).values()
+        )
+        return config.layers * of_layer + matrix((config.vocab_size, config.width), ("vocab", "embed"), 0)
 
     def temporaries(self, program: str) -> dict[str, int]:
         """What a program needs while it runs, by part."""
@@ -118,8 +134,9 @@ class Analytic:
         layer, matrix = 2 * config.mlp_width // t + 3 * config.width, side.largest // t
         if program == "teacher":
             return {"temporaries": c * (self.line * layer + (matrix if side.head_part < side.head else 0))}
-        tokens = self.each * bucket(self.request.prompt_length - 1)
-        keys = 2 * config.layers * side.keys * tokens // t
+        tokens = self.read * bucket(self.request.prompt_length - 1)
+        copied = 0 if self.read == self.each else self.each * bucket(self.request.prompt_length - 1)
+        keys = 2 * config.layers * side.keys * (tokens + copied) // t
         return {"temporaries": c * (keys + tokens * layer + matrix) + self.rounded}
 
     def _student_peaks(self) -> tuple[dict[str, int], dict[str, int]]:
@@ -160,7 +177,7 @@ class Analytic:
             cost = self._whole_rows(self.teacher, self.line, self.rows, bucket(self.request.length))
         else:
             length = bucket(self.request.prompt_length - 1)
-            cost = self._whole_rows(self.student, self.each * length, self.each, length)
+            cost = self._whole_rows(self.student, self.read * length, self.read, length)
         products = 6 if self.itemsize == 4 else 1  # of float32 factors as such, one is six of bfloat16 ones on TPUs
         flops, needed, moved = (x / self.tensor for x in (products * cost.flops, cost.model_flops, cost.hbm_bytes))
         return Cost(flops, needed, moved, cost.sent)
@@ -221,7 +238,7 @@ class Analytic:
         attended = 4.0 * side.queries * slots * config.layers
         flops = each * (2.0 * (config.layers * layer_matrices(config) + side.head) + attended)
         copies = self.placement.kv_repeats(config.heads, config.kv_heads)
-        moved = float(c * (side.layers + side.head + copies * each * 2 * config.layers * side.keys * slots))
+        moved = float(self._decoding_weights(None) + c * copies * each * 2 * config.layers * side.keys * slots)
         return Cost(flops, flops, moved) + self._along_tensor(side, 2, each)
 
     def _ring(self, axes: Iterable[str], size: float) -> Cost:

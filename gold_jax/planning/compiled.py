@@ -173,11 +173,13 @@ class PlannedRun:
             add("optimizer", step.programs["update"], given, given)
         if self.request.samples:
             slots, rows = (self.cache, self.decode_state), self.request.sampled_rows
-            shapes = (), (rows,), (rows, bucket(self.request.prompt_length - 1)), (STOP_SLOTS,)
-            number, each, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+            prompts, width = self.request.sampled_prompts, bucket(self.request.prompt_length - 1)
+            shapes = (), (rows,), (prompts,), (prompts, width), (STOP_SLOTS,)
+            number, each, lengths, tokens, stops = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes)
+            source = None if prompts == rows else each
             filters = sampling.sampling_filters(self.args.temperature, self.args.top_k, self.args.top_p)
             options = sampling.SamplingOptions(*filters, stops, number)
-            prefill = (self.run.graph, params, *slots, tokens, each, each, each, each, None, self.key)
+            prefill = (self.run.graph, params, *slots, tokens, lengths, each, each, each, source, self.key)
             decode = (self.run.graph, params, self.weights, *slots, options, number, number, number)
             add("prefill", sampling.prefill_into_slots, prefill, (params, slots))
             add("decoding", sampling.decode_until, decode, (self.weights, slots))
@@ -208,10 +210,13 @@ class PlannedRun:
         sizes = {"rows": request.sampled_rows, "slots": request.slots, "new": self.args.max_completion_length}
         options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
         cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
-        weights = jax.eval_shape(lambda params: merge(self.run.graph, params).decoding_weights(), self.state.params)
+        rounded = self.args.rollout_quantization
+        weights = jax.eval_shape(
+            lambda params: merge(self.run.graph, params).decoding_weights(rounded), self.state.params
+        )
         cache = jax.tree.map(_abstract, cache, sampling.cache_shardings(placement, cache))
         state = jax.tree.map(lambda x: _abstract(x, placement.replicated), state)
-        return cache, state, jax.tree.map(_abstract, weights, self.student.decoding_shardings())
+        return cache, state, jax.tree.map(_abstract, weights, self.student.decoding_shardings(rounded))
 
 
 def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:

@@ -14,7 +14,7 @@ from gold_jax.models.attention import check_model
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
 from gold_jax.planning.hardware import GPU_SHARE, Topology
-from gold_jax.rollout.sampler import most_slots
+from gold_jax.rollout.sampler import copies_read_once, most_slots
 from gold_jax.sharding.placement import Placement
 from gold_jax.training.batches import sampling_rows
 
@@ -72,13 +72,14 @@ class PlanRequest:
         self.programs[STUDENT[0]] = 1
         if self.micro_batches > 1:
             self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
-        self.sampled_rows = 0  # that are written at once
+        self.sampled_rows = self.sampled_prompts = 0  # that are written at once, and that are read for them
         if self.samples:
             requested = sampling_rows(self.update_rows, self.rows, args.generation_batch_size or 32 * self.shards)
             self.sampled_rows = -(-min(requested, self.update_rows) // self.shards) * self.shards
             weights = sum(math.prod(info.shape) for info in parameters(student).values())
             longest = self.prompt_length - 1 + args.max_completion_length  # the last token is not read
             each = self.sampled_rows // self.shards
+            self.sampled_prompts = self.shards * (each // copies_read_once(args.num_generations, 1, each, weights))
             self.slots, self._one_size = most_slots(student, weights, each, longest)  # of the cache at its largest
             rounds = args.lmbda * self.update_rows / self.sampled_rows
             self.programs |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}

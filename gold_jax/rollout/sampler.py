@@ -103,8 +103,6 @@ class _GenerationRun:
         self.prompts, self.settings, self.key, self.new = prompts, settings, key, int(settings.limit)
         known: dict[bytes, int] = {}
         self.first_alike = [known.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)]
-        # How often a prompt is there on average, rounded down to a power of two, so that few numbers of prompts are read.
-        self.copies = 1 << (len(prompts) // max(1, len(known))).bit_length() - 1 if prompts else 1
         longest_first = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.first_alike[i]))
         self.queue = collections.deque(i for i in longest_first if len(prompts[i]))
         self.shards = 1 if self.placement is None else self.placement.row_shards
@@ -115,7 +113,8 @@ class _GenerationRun:
         size = min(size for size in self.sizes if size >= min(self.sizes[0], len(self.queue)))
         self.small = count(params) < SMALL_MODEL
         if self.small:
-            self.sizes, self.copies = [size], 1
+            self.sizes = [size]
+        self.copies = copies_read_once(len(prompts), len(known), size // self.shards, count(params))
         # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
@@ -268,6 +267,15 @@ class _GenerationRun:
                 array.copy_to_host_async()
             self.offloaded.append((samples, prompt_of_row))
             self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
+
+
+def copies_read_once(rows: int, prompts: int, each: int, weights: int) -> int:
+    """Rows of a shard, which has `each`, that one reading serves, where `rows` answer so many different prompts: a power of two.
+
+    Rounded down, so that prompts are read in few numbers; 1 for a small model.
+    """
+    average = min(rows // max(1, prompts), each)
+    return 1 if weights < SMALL_MODEL or average < 2 else 1 << average.bit_length() - 1
 
 
 def prompt_width(length: int, slots: int) -> int:

@@ -17,6 +17,7 @@ from gold_jax.planning.analytic import Analytic, attention_product, layer_matric
 from gold_jax.planning.compiled import PlannedRun, device_bytes
 from gold_jax.planning.hardware import read_topology
 from gold_jax.planning.plan import RESOURCES, Cost, Pair, PlanRequest, phase
+from gold_jax.rollout import sampler
 
 MATCHED = 354
 
@@ -75,6 +76,7 @@ CASES = {
     "positional groups": ((1, 2, 1), {"loss": "uld"}),
     "events": ((1, 2, 1), {"loss": "events"}),
     "likelihoods of texts": ((1, 2, 1), {"loss": "alm"}),
+    "weights of 8 bits": ((2, 2, 2), {"rollout_quantization": "int8"}),
     "other rows": ((1, 4, 1), {"per_device_train_batch_size": 3, "generation_batch_size": 4}),
 }
 
@@ -85,6 +87,16 @@ def test_what_stays_is_what_the_shardings_say(mesh, settings):
     assert model.resident() == resident(run)
     for program in model.request.programs:
         assert model.transient(program) == transient(run, program)
+
+
+def test_a_prompt_that_is_answered_several_times_is_planned_to_be_read_once(monkeypatch):
+    monkeypatch.setattr(sampler, "SMALL_MODEL", 0)
+    settings = {"per_device_train_batch_size": 8, "num_generations": 4}
+    (run, model), (_, alone) = both((1, 2, 1), **settings), both((1, 2, 1), per_device_train_batch_size=8)
+    assert model.request.sampled_rows == alone.request.sampled_rows == 16
+    assert model.request.sampled_prompts == 4 and alone.request.sampled_prompts == 16
+    assert model.cost("prefill").flops * 4 == pytest.approx(alone.cost("prefill").flops)
+    assert "prefill" in run.programs()
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"lmbda": 0.0}])
