@@ -15,6 +15,18 @@ from typing import Any, TextIO
 _EVENT = "/jax/core/compile/backend_compile_duration"
 _SHORT = 0.5  # seconds that a terminal says nothing about
 _LONG = 10.0  # seconds above which a program has a line where there is no terminal
+# What the programs that take long are, by their functions' names.
+_WORDS = {
+    "fused": "the update",
+    "first": "the gradient",
+    "add": "the gradient of a further micro-batch",
+    "update": "the optimizer's update",
+    "loss": "the evaluation",
+    "teacher_forward": "the teacher's forward pass",
+    "prefill_into_slots": "prefill",
+    "decode_until": "decoding",
+    "_completion_nll": "the scoring of completions",
+}
 _showing: list["_Progress"] = []
 
 
@@ -93,4 +105,5 @@ class _Progress:
 
 
 def _program(details: dict[str, Any]) -> str:
-    return str(details.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
+    name = str(details.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
+    return _WORDS.get(name, name)

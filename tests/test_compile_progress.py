@@ -34,7 +34,7 @@ def test_a_terminal_shows_what_is_being_compiled_while_it_is(quick):
         compile_progress.show_compiling(screen)
         compile_for(0.2)
         shown = screen.getvalue()
-        assert "\rcompiling fused, 0 s" in shown and shown.endswith(" \r") and "\n" not in shown
+        assert "\rcompiling the update, 0 s" in shown and shown.endswith(" \r") and "\n" not in shown
     compile_for(0.1)
     assert screen.getvalue() == shown
 
@@ -46,7 +46,7 @@ def test_elsewhere_a_program_that_took_long_has_a_line(quick):
         compile_progress.show_compiling(screen)  # once is enough
         compile_for(0.01)
         compile_for(0.06, "jit(loss)")
-    assert screen.getvalue() == "compiled loss in 0 s\n"
+    assert screen.getvalue() == "compiled the evaluation in 0 s\n"
 
 
 def test_jax_itself_tells_so(quick, monkeypatch):
