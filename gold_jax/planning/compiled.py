@@ -50,7 +50,7 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def why_not_compiled(topology: Topology) -> str | None:
-    """Why nothing is compiled for GPUs, a sentence with what would change that; None where the compiler is here and knows them."""
+    """Why nothing is compiled for GPUs, to go on from a colon; None where their compiler is here and knows them."""
     if not topology.compile_options:
         return f"gold_jax has no description of the {topology.chip.name} to compile for"
     if not has_gpu_compiler():

@@ -138,11 +138,8 @@ def _target_config(chip: Chip) -> str:
     """What XLA's GPU compiler has to know of a card: a `stream_executor.GpuTargetConfigProto` as text."""
     name, capability = _DATA["gpus"]["described"][chip.name]
     known = _DATA["gpus"]["capabilities"]
-    values = (
-        known["all"]
-        | known[capability]
-        | {"device_memory_size": chip.hbm_bytes, "memory_bandwidth": int(chip.hbm_bandwidth)}
-    )
+    memory = {"device_memory_size": chip.hbm_bytes, "memory_bandwidth": int(chip.hbm_bandwidth)}
+    values = known["all"] | known[capability] | memory
     fields = " ".join(f"{field}: {value}" for field, value in values.items())
     major, minor = capability.split(".")
     card = f"{fields} cuda_compute_capability {{ major: {major} minor: {minor} }}"
@@ -182,10 +179,9 @@ def _nearest(name: str) -> str:
 
 def has_gpu_compiler() -> bool:
     """Whether JAX's CUDA plugin, in which XLA's GPU compiler is, is installed."""
-    plugins = (
-        [f"jax_plugins.xla_cuda{version}" for version in (12, 13)] if importlib.util.find_spec("jax_plugins") else []
-    )
-    return any(map(importlib.util.find_spec, plugins))
+    if importlib.util.find_spec("jax_plugins") is None:
+        return False
+    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
 def prepare() -> None:

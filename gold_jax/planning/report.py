@@ -73,9 +73,9 @@ class Report:
         for one in plan.refused:
             when = _PROGRAMS[one["program"]][1]
             found.append(f"The program in which {when} is refused by the compiler: «{one['error']}»")
-        nothing = f"Nothing was compiled{self.not_compiled and f': {self.not_compiled}'}."
+        nothing = f"Nothing was compiled: {self.not_compiled}." if self.not_compiled else "Nothing was compiled."
         exact = "The resident memory is exact; activations, loss and temporaries come from a formula,"
-        compared = f"which was up to {ERROR:.0%} too low where it was compared with programs compiled for TPUs."
+        compared = f"which was up to {ERROR:.0%} too low where it was compared with compiled programs."
         source = f"{nothing} {exact} {compared}"
         if plan.compile_seconds is not None:
             count, took = len(plan.compiling), _short(plan.compile_seconds, _SECONDS)

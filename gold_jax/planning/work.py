@@ -44,21 +44,16 @@ def _flops(inside: Computation, x: Instruction) -> float:
         return 2.0 * products * math.prod(queries) * keys[2] / 2
     target = re.search(r'custom_call_target="([^"]*)"', x.attributes) if x.opcode == "custom-call" else None
     if target and target[1] in _CUDNN_PRODUCTS:
-        return (
-            2.0
-            * _CUDNN_PRODUCTS[target[1]]
-            * _attention_pairs(x)
-            * hlo.dimensions(inside.instructions[x.operands[0]].type)[-1]
-        )
-    cublas = target and target[1].startswith("__cublas$")
-    if x.opcode not in ("dot", "convolution") and not cublas:
+        head_dim = hlo.dimensions(inside.instructions[x.operands[0]].type)[-1]
+        return 2.0 * _CUDNN_PRODUCTS[target[1]] * _attention_pairs(x) * head_dim
+    if x.opcode not in ("dot", "convolution") and not (target and target[1].startswith("__cublas$")):
         return 0.0
-    precision = re.search(r'operand_precision"?[=:][{[]"?(\w+)', x.attributes)
+    precision = re.search(r'operand_precision"?[=:]\s*[{[]"?(\w+)', x.attributes)
     left, right = (hlo.dimensions(inside.instructions[name].type) for name in x.operands[:2])
     if x.opcode == "convolution":
         products = _convolution(x, left, right)
     else:
-        axes = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{[]([\d,"]*)', x.attributes)
+        axes = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:]\s*[{[]([\d,"]*)', x.attributes)
         inner = math.prod(left[int(axis)] for axis in re.findall(r"\d+", axes[1])) if axes else 1
         products = math.prod(hlo.dimensions(hlo.elements(x.type)[0])) * inner
     return 2.0 * products * (_PASSES.get(precision[1].lower(), 1) if precision else 1)
