@@ -25,8 +25,10 @@ from gold_jax.values import FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 class GroupDistribution(NamedTuple):
     """One group as one model sees it; `V` stands for that model's columns."""
 
-    # [V] logarithm of the merged distribution; it sums to less than one where the merge multiplied probabilities in.
-    logp: jax.Array
+    # [V] logarithm of the merged distribution but for `log_scale`; none above 0. See `logp`.
+    scores: jax.Array
+    # [] what is missing from them.
+    log_scale: jax.Array
     # [] one less the sum of the merged distribution, as the merge knows it.
     missing_mass: jax.Array
     # [] column of the token of the group's text that it is over: under `boundary` the first, under `chain` the last.
@@ -51,11 +53,16 @@ class GroupDistribution(NamedTuple):
         matched = size if matched is None else matched
         prefix = jnp.full(size - matched, matched, jnp.int32)
         zero = jnp.zeros((), logp.dtype)
-        return cls(logp, zero, jnp.int32(token_column), zero, jnp.bool_(True), prefix, event_siblings(prefix, size))
+        return cls(logp, zero, zero, jnp.int32(token_column), zero, jnp.bool_(True), prefix, event_siblings(prefix, size))
+
+    @property
+    def logp(self) -> jax.Array:
+        """`[V]` logarithm of the merged distribution; it sums to less than one where the merge multiplied probabilities in."""
+        return self.scores + self.log_scale
 
 
 # Which axes `jax.vmap` maps: what differs between groups, and not what the vocabulary decides.
-PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, None, None))
+PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, 0, None, None))
 
 
 class Overlap(NamedTuple):
@@ -276,7 +283,7 @@ def events(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
 
 def prefix_events(side: GroupDistribution, overlap: Overlap) -> jax.Array:
     """The probabilities that `projected` compares, `[K + 1]` (`[K]` without what has no prefix); they sum to one."""
-    return _renormalized(_project(jnp.exp(side.logp), side, overlap), overlap)
+    return _renormalized(_project(jnp.exp(side.scores), side, overlap), overlap)
 
 
 def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> jax.Array:
@@ -284,11 +291,11 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
-    p_V, column = jnp.exp(side.logp), side.token_column
-    text = jnp.where(apart, p_V[column] * jnp.exp(side.suffix_logp), 0.0)
+    u_V, column = jnp.exp(side.scores), side.token_column
+    text = jnp.where(apart, jnp.exp(side.logp[column] + side.suffix_logp), 0.0)
     left = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what goes on in another way
-    p_V = jnp.where(jax.lax.iota(jnp.int32, p_V.size) == column, p_V * left, p_V)  # a scatter would not fuse
-    return _renormalized(jnp.concatenate([text[None], _project(p_V, side, overlap)]), overlap)
+    u_V = jnp.where(jax.lax.iota(jnp.int32, u_V.size) == column, u_V * left, u_V)  # a scatter would not fuse
+    return _renormalized(jnp.append(_project(u_V, side, overlap), text), overlap)
 
 
 def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
@@ -296,17 +303,21 @@ def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
     return side.is_single_token & (side.event_siblings[side.token_column] == 0)
 
 
-def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
-    """`[V]` to `[K + 2]`: prefixes, what has none, what is masked."""
+def _project(u_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
+    """Probabilities `[V]` without their scale, to those of events `[K + 2]`, scaled: prefixes, what has none, what is masked.
+
+    Zero where they are not compared. Scaled at the end, so that the gradient of the scale is no sum over all columns.
+    """
     k = overlap.matched
-    events = jnp.pad(p_V[:k], (0, 2))
-    events = events.at[side.prefix_column].add(p_V[k:], indices_are_sorted=True)
-    return events.at[k].add(side.missing_mass)
+    events = jnp.pad(u_V[:k], (0, 2))
+    events = events.at[side.prefix_column].add(u_V[k:], indices_are_sorted=True, mode="clip")
+    event = jax.lax.iota(jnp.int32, k + 2)
+    events = jnp.exp(side.log_scale) * events + jnp.where(event == k, side.missing_mass, 0.0)
+    return jnp.where(event < k + overlap.unprefixed, events, 0.0)
 
 
 def _renormalized(events: jax.Array, overlap: Overlap) -> jax.Array:
-    """Without the masked and, where not both sides have it, without what has no prefix; summing to one again."""
-    events = events[:-1] if overlap.unprefixed else events[:-2]
+    """Summing to one again, where masked columns or those without a prefix were left out."""
     if overlap.masked or not overlap.unprefixed:
         events = events / jnp.maximum(jnp.sum(events), TINY)
     return events

@@ -57,7 +57,15 @@ def head_logits(hidden: jax.Array, head: jax.Array | None) -> jax.Array:
     """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32: float32 `[..., V]`. Without a head, `hidden` are logits."""
     if head is None:
         return hidden.astype(jnp.float32)
-    return _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
+    return jax.lax.platform_dependent(
+        hidden, head.astype(hidden.dtype), tpu=_logits_T, default=lambda h, w: _multiply("...d,vd->...v", h, w)
+    )
+
+
+def _logits_T(h, w):
+    from jax.experimental.layout import Layout, with_layout_constraint
+
+    return with_layout_constraint(_multiply("cd,vd->cv", h, w), Layout((1, 0)))
 
 
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
