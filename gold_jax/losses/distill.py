@@ -80,7 +80,7 @@ def _cap_and_scale(logits: jax.Array, head: Head) -> jax.Array:
 
 
 def _scores(logits: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities `[C, V]` but for a number `[C]` that is to be added, and that number."""
+    """`scores [C, V]` and `log_scale [C]`, whose sum are the log-probabilities."""
     scores = _cap_and_scale(logits, head)
     scores = scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
     log_scale = -jnp.log(jnp.sum(jnp.exp(scores), -1))
