@@ -25,8 +25,10 @@ from gold_jax.values import FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 class GroupDistribution(NamedTuple):
     """One group as one model sees it; `V` stands for that model's columns."""
 
-    # [V] logarithm of the merged distribution; it sums to less than one where the merge multiplied probabilities in.
-    logp: jax.Array
+    # [V] logarithm of the merged distribution but for `log_scale`, the largest about 0; `logp` is both together.
+    scores: jax.Array
+    # [] what the scores lack.
+    log_scale: jax.Array
     # [] one less the sum of the merged distribution, as the merge knows it.
     missing_mass: jax.Array
     # [] column of the token of the group's text that it is over: under `boundary` the first, under `chain` the last.
@@ -51,11 +53,22 @@ class GroupDistribution(NamedTuple):
         matched = size if matched is None else matched
         prefix = jnp.full(size - matched, matched, jnp.int32)
         zero = jnp.zeros((), logp.dtype)
-        return cls(logp, zero, jnp.int32(token_column), zero, jnp.bool_(True), prefix, event_siblings(prefix, size))
+        return cls(
+            logp, zero, zero, jnp.int32(token_column), zero, jnp.bool_(True), prefix, event_siblings(prefix, size)
+        )
+
+    @property
+    def logp(self) -> jax.Array:
+        """`[V]` logarithm of the merged distribution; it sums to less than one where the merge multiplied probabilities in."""
+        return self.scores + self.log_scale[..., None]
+
+    def split_logp(self, matched: int) -> tuple[jax.Array, jax.Array]:
+        """`logp` of the matched columns and of the others. Cut before they are scaled, so that each fuses with its reader."""
+        return self.scores[:matched] + self.log_scale, self.scores[matched:] + self.log_scale
 
 
 # Which axes `jax.vmap` maps: what differs between groups, and not what the vocabulary decides.
-PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, None, None))
+PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, 0, None, None))
 
 
 class Overlap(NamedTuple):
@@ -176,13 +189,14 @@ def hybrid(
     def floored(logp_K):
         return jnp.where(logp_K >= floor, logp_K, floor)
 
-    matched = generalized_jsd(floored(student.logp[:k]), floored(teacher.logp[:k]), beta)
-    if k < student.logp.size and k < teacher.logp.size:
-        unmatched, parts = _sorted_part(jnp.exp(student.logp[k:]), jnp.exp(teacher.logp[k:]), top_k, sort)
+    (student_K, student_rest), (teacher_K, teacher_rest) = student.split_logp(k), teacher.split_logp(k)
+    matched = generalized_jsd(floored(student_K), floored(teacher_K), beta)
+    if student_rest.size and teacher_rest.size:
+        unmatched, parts = _sorted_part(jnp.exp(student_rest), jnp.exp(teacher_rest), top_k, sort)
     else:
         unmatched, parts = jnp.zeros_like(matched), {}
     if matched_weight is None:
-        matched_weight = k / teacher.logp.size
+        matched_weight = k / teacher.scores.size
         unmatched_weight = 1.0 - matched_weight
     elif unmatched_weight is None:
         raise ValueError(f"matched_weight is {matched_weight!r}; it must come with an unmatched_weight.")
@@ -210,7 +224,7 @@ def shared(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
     0.1308
     """
     k = overlap.matched
-    return generalized_jsd(jax.nn.log_softmax(student.logp[:k]), jax.nn.log_softmax(teacher.logp[:k]), beta), {}
+    return generalized_jsd(*(jax.nn.log_softmax(side.scores[:k]) for side in (student, teacher)), beta), {}
 
 
 def shared_rest(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap, *, beta: Beta = 0.5) -> Loss:
@@ -224,12 +238,12 @@ def shared_rest(student: GroupDistribution, teacher: GroupDistribution, overlap:
     0.1308
     """
     k = overlap.matched
-    if k in (student.logp.size, teacher.logp.size):
+    if k in (student.scores.size, teacher.scores.size):
         return shared(student, teacher, overlap, beta=beta)
 
     def with_bucket(side):
-        rest = jnp.sum(jnp.exp(side.logp[k:])) + side.missing_mass
-        return jnp.append(side.logp[:k], _log(rest))
+        matched, others = side.split_logp(k)
+        return jnp.append(matched, _log(jnp.sum(jnp.exp(others)) + side.missing_mass))
 
     return generalized_jsd(with_bucket(student), with_bucket(teacher), beta), {}
 
@@ -275,20 +289,25 @@ def events(student: GroupDistribution, teacher: GroupDistribution, overlap: Over
 
 
 def prefix_events(side: GroupDistribution, overlap: Overlap) -> jax.Array:
-    """The probabilities that `projected` compares, `[K + 1]` (`[K]` without what has no prefix); they sum to one."""
-    return _renormalized(_project(jnp.exp(side.logp), side, overlap), overlap)
+    """The probabilities that `projected` compares, `[K + 2]`; they sum to one.
+
+    Of prefixes, of what has none (zero where not both sides have such columns), and a zero for what is masked.
+    """
+    return _renormalized(_project(jnp.exp(side.scores), side, overlap), overlap)
 
 
 def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> jax.Array:
-    """The probabilities that `events` compares: the text's, where `apart []` says so, then `prefix_events`.
+    """The probabilities that `events` compares, `[K + 2]`: `prefix_events`, the last the text's where `apart []` says so.
 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
-    p_V, column = jnp.exp(side.logp), side.token_column
-    text = jnp.where(apart, p_V[column] * jnp.exp(side.suffix_logp), 0.0)
-    left = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what goes on in another way
-    p_V = jnp.where(jax.lax.iota(jnp.int32, p_V.size) == column, p_V * left, p_V)  # a scatter would not fuse
-    return _renormalized(jnp.concatenate([text[None], _project(p_V, side, overlap)]), overlap)
+    p_V = jnp.exp(side.scores)  # but for their scale
+    text = _at_text(side, p_V) * jnp.exp(side.log_scale + side.suffix_logp)
+    left = -jnp.expm1(side.suffix_logp)  # of the token's, what goes on in another way
+    is_token = jax.lax.iota(jnp.int32, p_V.size) == side.token_column
+    events = _project(jnp.where(is_token & apart, p_V * left, p_V), side, overlap)
+    is_last = jax.lax.iota(jnp.int32, events.size) == events.size - 1
+    return _renormalized(jnp.where(is_last & apart, text, events), overlap)
 
 
 def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
@@ -297,16 +316,19 @@ def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
 
 
 def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
-    """`[V]` to `[K + 2]`: prefixes, what has none, what is masked."""
+    """Probabilities `[V]` but for their scale to those of events, `[K + 2]`, scaled: prefixes, what has none, what is masked.
+
+    What is not compared is zero. Scaled at the end: so the scale's gradient is a sum over events, made with their own.
+    """
     k = overlap.matched
-    events = jnp.pad(p_V[:k], (0, 2))
-    events = events.at[side.prefix_column].add(p_V[k:], indices_are_sorted=True)
-    return events.at[k].add(side.missing_mass)
+    events = jnp.pad(p_V[:k], (0, 2)).at[side.prefix_column].add(p_V[k:], indices_are_sorted=True, mode="clip")
+    number = jax.lax.iota(jnp.int32, k + 2)
+    events = events * jnp.exp(side.log_scale) + jnp.where(number == k, side.missing_mass, 0.0)
+    return jnp.where(number < k + overlap.unprefixed, events, 0.0)
 
 
 def _renormalized(events: jax.Array, overlap: Overlap) -> jax.Array:
-    """Without the masked and, where not both sides have it, without what has no prefix; summing to one again."""
-    events = events[:-1] if overlap.unprefixed else events[:-2]
+    """Summing to one again, where something was left out."""
     if overlap.masked or not overlap.unprefixed:
         events = events / jnp.maximum(jnp.sum(events), TINY)
     return events
@@ -315,7 +337,7 @@ def _renormalized(events: jax.Array, overlap: Overlap) -> jax.Array:
 def _unmatched_mass(student: GroupDistribution, teacher: GroupDistribution, overlap: Overlap) -> dict[str, jax.Array]:
     """What either side gives to entries that the other has not, `[]` each."""
     sides = {"student_unmatched": student, "teacher_unmatched": teacher}
-    masses = (jnp.exp(jax.lax.stop_gradient(side.logp[overlap.matched :])) for side in sides.values())
+    masses = (jnp.exp(jax.lax.stop_gradient(side.split_logp(overlap.matched)[1])) for side in sides.values())
     return {name: jnp.sum(mass) for name, mass in zip(sides, masses)}
 
 
@@ -366,7 +388,16 @@ def reverse_kl(student: GroupDistribution, teacher: GroupDistribution, overlap: 
 
 def _text_logp(side: GroupDistribution) -> jax.Array:
     """Log-probability `[]` of the group's text."""
-    return side.logp[side.token_column] + side.suffix_logp
+    return _at_text(side, side.scores) + side.log_scale + side.suffix_logp
+
+
+def _at_text(side: GroupDistribution, x_V: jax.Array) -> jax.Array:
+    """`x_V [V]` at the column of the group's token, `[]`. Accelerators select it: the gradient of that fuses, a lookup's not."""
+
+    def selected(x_V, column):
+        return jnp.sum(jnp.where(jax.lax.iota(jnp.int32, x_V.size) == column, x_V, 0.0))
+
+    return jax.lax.platform_dependent(x_V, side.token_column, cpu=lambda x_V, column: x_V[column], default=selected)
 
 
 def _log(p: jax.Array) -> jax.Array:

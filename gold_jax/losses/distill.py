@@ -79,14 +79,22 @@ def _cap_and_scale(logits: jax.Array, head: Head) -> jax.Array:
     return capped / head.temperature
 
 
-def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
-    logp = jax.nn.log_softmax(_cap_and_scale(logits, head), -1)
+def _scores(logits: jax.Array, head: Head) -> tuple[jax.Array, jax.Array]:
+    """`scores [C, V]` and `log_scale [C]`, whose sum are the log-probabilities."""
+    scores = _cap_and_scale(logits, head)
+    scores = scores - jax.lax.stop_gradient(jnp.max(scores, -1, keepdims=True))
+    log_scale = -jnp.log(jnp.sum(jnp.exp(scores), -1))
     if head.stop_rows is None:
-        return logp
-    columns = jax.lax.iota(jnp.int32, logp.shape[-1])  # compared, which fuses: scattering columns would not
+        return scores, log_scale
+    columns = jax.lax.iota(jnp.int32, scores.shape[-1])  # compared, which fuses: scattering columns would not
     stops = jnp.any(columns[:, None] == head.stop_rows, -1)
-    together = jax.nn.logsumexp(logp, -1, where=stops, keepdims=True)
-    return jnp.where(columns == head.stop_rows[0], together, jnp.where(stops, -jnp.inf, logp))
+    together = jax.nn.logsumexp(scores, -1, where=stops, keepdims=True)
+    return jnp.where(columns == head.stop_rows[0], together, jnp.where(stops, -jnp.inf, scores)), log_scale
+
+
+def _log_softmax(logits: jax.Array, head: Head) -> jax.Array:
+    scores, log_scale = _scores(logits, head)
+    return scores + log_scale[:, None]
 
 
 def _token_fn(head: Head):
@@ -169,11 +177,10 @@ def distill_loss(
     def merged(logits, inner, text, routes, head):
         if head.column_order is not None:
             logits = _permute(1, logits, head.column_order, head.row_of_token)
-        logp, (column, single) = _log_softmax(logits, head), text
+        (scores, log_scale), (column, single), none = _scores(logits, head), text, jnp.zeros_like(inner)
         if merge == "boundary":
-            return GroupDistribution(logp, jnp.zeros_like(inner), column, inner, single, *routes)
-        logp, missing = logp + inner[:, None], -jnp.expm1(inner)
-        return GroupDistribution(logp, missing, column, jnp.zeros_like(inner), single, *routes)
+            return GroupDistribution(scores, log_scale, none, column, inner, single, *routes)
+        return GroupDistribution(scores, log_scale + inner, -jnp.expm1(inner), column, none, single, *routes)
 
     def chunk_loss(logits, inner, shared, positions):
         teacher_hidden, teacher_weight, student_routes, teacher_routes = shared

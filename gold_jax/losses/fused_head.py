@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 GRADIENT_BLOCK_ROWS = 8192  # of a head's gradient, on CPUs
 INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
@@ -57,7 +58,17 @@ def head_logits(hidden: jax.Array, head: jax.Array | None) -> jax.Array:
     """`hidden [..., D] · head [V, D]ᵀ`, accumulated in float32: float32 `[..., V]`. Without a head, `hidden` are logits."""
     if head is None:
         return hidden.astype(jnp.float32)
-    return _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
+    logits = _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
+    return jax.lax.platform_dependent(logits, tpu=_vocabulary_first, default=lambda logits: logits)
+
+
+def _vocabulary_first(logits: jax.Array) -> jax.Array:
+    """`[..., V]` as it is, laid out with the vocabulary outermost: a column is a row in memory then.
+
+    TPUs scatter, gather and sort rows, and XLA would otherwise transpose for each such operation and back.
+    """
+    last = logits.ndim - 1
+    return with_layout_constraint(logits, Layout(major_to_minor=(last, *range(last))))
 
 
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

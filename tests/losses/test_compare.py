@@ -149,11 +149,12 @@ def sides(rng, groups=40, masked=False, scaled=False):
         route = np.sort(np.r_[rng.integers(0, 6, size - K - 2), K, K + masked]).astype(np.int32)
         event = np.r_[np.arange(K), route]
         siblings = np.array([(event == e).sum() - (e <= K) for e in event])
+        scale, zero, whole = rng.standard_normal(groups), np.zeros(groups), np.ones(groups, bool)
+        scores, maps = logp - scale[:, None], (route, siblings)
         if scaled:
-            zero, whole = np.zeros(groups), np.ones(groups, bool)
-            side = GroupDistribution(logp + inner[:, None], -np.expm1(inner), text_column, zero, whole, route, siblings)
+            side = GroupDistribution(scores, scale + inner, -np.expm1(inner), text_column, zero, whole, *maps)
         else:
-            side = GroupDistribution(logp, np.zeros(groups), text_column, inner, inner == 0, route, siblings)
+            side = GroupDistribution(scores, scale, zero, text_column, inner, inner == 0, *maps)
         text = np.exp(side.logp[np.arange(groups), text_column] + side.suffix_logp)
         slow = [
             reference.Side(np.exp(side.logp[i]), text_column[i], text[i], side.is_single_token[i], route)
@@ -174,11 +175,11 @@ def test_in_double_precision_values_and_gradients_are_exact(compare, beta, maske
     with jax.enable_x64(True):
         s, t = jax.tree.map(jnp.asarray, (s, t))
 
-        def loss(logp, rest):
-            return compared(compare, s._replace(logp=logp, suffix_logp=rest), t, options)[0]
+        def loss(scores, rest):
+            return compared(compare, s._replace(scores=scores, suffix_logp=rest), t, options)[0]
 
-        values = loss(s.logp, s.suffix_logp)
-        gradient = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(s.logp, s.suffix_logp)
+        values = loss(s.scores, s.suffix_logp)
+        gradient = jax.grad(lambda *x: loss(*x).sum(), (0, 1))(s.scores, s.suffix_logp)
         values, gradient = jax.tree.map(np.asarray, (values, gradient))
     expected = [reference.compare(compare, a, b, options) for a, b in zip(slow_s, slow_t)]
     np.testing.assert_allclose(values, expected, rtol=1e-9, atol=1e-12)
@@ -212,8 +213,8 @@ def one_side(logits, seed=0):
     inner = jnp.asarray(np.where(np.arange(groups) % 2, 0.0, -rng.random(groups)), jnp.float32)
     text_column = jnp.asarray(rng.integers(0, logits.shape[1], groups))
     logp = jax.nn.log_softmax(logits)
-    alone = jnp.zeros(logits.shape[1], int)
-    return GroupDistribution(logp, jnp.zeros(groups), text_column, inner, inner == 0, jnp.zeros(0, int), alone)
+    alone, zero = jnp.zeros(logits.shape[1], int), jnp.zeros(groups)
+    return GroupDistribution(logp, zero, zero, text_column, inner, inner == 0, jnp.zeros(0, int), alone)
 
 
 @pytest.mark.parametrize("beta", [0, 0.5, 1])
@@ -251,9 +252,8 @@ def test_probabilities_that_underflow_leave_loss_and_gradient_finite(compare, be
     s, t = single(s), single(t)
 
     def loss(logits, rest):
-        return compared(compare, s._replace(logp=jax.nn.log_softmax(logits), suffix_logp=rest), t, Options(K, beta))[
-            0
-        ].sum()
+        ours = s._replace(scores=jax.nn.log_softmax(logits), log_scale=jnp.zeros(40), suffix_logp=rest)
+        return compared(compare, ours, t, Options(K, beta))[0].sum()
 
     value, grads = jax.value_and_grad(loss, (0, 1))(extreme, s.suffix_logp * 1e3)
     assert jnp.isfinite(value) and all(jnp.isfinite(g).all() for g in grads)

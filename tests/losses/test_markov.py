@@ -105,7 +105,8 @@ def both(student_entries, teacher_entries, count=12):
         logp, ranks, rest, whole = map(np.array, zip(*found[side]))
         event = np.r_[np.arange(k), route]
         siblings = np.array([(event == e).sum() - 1 for e in event])
-        sides.append(GroupDistribution(logp, np.zeros(len(ranks)), ranks, rest, whole, route, siblings))
+        zero = np.zeros(len(ranks))
+        sides.append(GroupDistribution(logp, zero, zero, ranks, rest, whole, route, siblings))
     return sides, Options(k, 0.0)
 
 
