@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from gold_jax.losses.fused_head import INNER_TOKENS, InnerTokens, inner_logp_sums
 from gold_jax.planning import hlo
 from gold_jax.planning.work import read_work
 
@@ -42,6 +43,17 @@ def test_a_loop_that_does_not_say_runs_as_often_as_it_is_told():
     text = compiled(repeated, (ROWS, WIDTH), (WIDTH, WIDTH), (1,))
     assert work(text)[0] == PRODUCT and work(text, 7)[0] == 7 * PRODUCT
     assert work(text, lambda loop: 0 if "while" in loop else 1)[0] == 0
+
+
+def test_loops_over_inner_tokens_are_known_by_their_scope_either_models():
+    def sums(hidden, head, row, live):
+        inner = InnerTokens(row, row, row, live[0])
+        return inner_logp_sums(lambda logits, columns: logits[:, 0], 2, hidden, head, row, inner)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((8, 4), (16, 4))]
+    shapes += [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((4,), (1,))]
+    # Not the compiled text: that of an earlier version may lie in the compilation cache.
+    assert f"{INNER_TOKENS}/while" in jax.jit(sums).lower(*shapes).as_text(debug_info=True)
 
 
 @pytest.mark.parametrize(
