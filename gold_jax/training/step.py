@@ -104,8 +104,16 @@ def _programs(objective: Objective, optimizer: optax.GradientTransformation | No
         def leave(params, optimizer_state, grads):
             return params, optimizer_state
 
-        # One branch or the other, in place: to choose afterwards would take memory for old and new state together.
-        params, optimizer_state = jax.lax.cond(finite, take, leave, state.params, state.optimizer, grads)
+        def branch(*given):
+            return jax.lax.cond(finite, take, leave, *given)
+
+        def select(*given):
+            return jax.tree.map(lambda new, old: jnp.where(finite, new, old), take(*given), leave(*given))
+
+        # In place, so that old and new state are never held together: GPUs copy what goes into a conditional and what
+        # comes out of it, CPUs what is selected from.
+        given = state.params, state.optimizer, grads
+        params, optimizer_state = jax.lax.platform_dependent(*given, cuda=select, default=branch)
         left_out = 1 - finite.astype(jnp.int32)
         counter = NonFiniteCounter(state.nonfinite.total + left_out, (state.nonfinite.in_a_row + 1) * left_out)
         new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
