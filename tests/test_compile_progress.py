@@ -15,10 +15,13 @@ class Screen(io.StringIO):
         self.isatty = lambda: terminal
 
 
-def compile_for(seconds, name="jit(fused)"):
-    """What JAX tells when it compiles."""
+def compile_for(seconds, name="jit(fused)", until=lambda: True):
+    """What JAX tells when it compiles; longer than `seconds`, where something else is waited for."""
     jax.monitoring.record_scalar(compile_progress._EVENT, 0.0, fun_name=name)
+    end = time.monotonic() + 30
     time.sleep(seconds)
+    while not until() and time.monotonic() < end:
+        time.sleep(0.01)
     jax.monitoring.record_event_duration_secs(compile_progress._EVENT, seconds, fun_name=name)
 
 
@@ -32,7 +35,7 @@ def test_a_terminal_shows_what_is_being_compiled_while_it_is(quick):
     screen = Screen(terminal=True)
     with compile_progress.ended():
         compile_progress.show_compiling(screen)
-        compile_for(0.2)
+        compile_for(0.05, until=screen.getvalue)
         shown = screen.getvalue()
         assert "\rcompiling the update, 0 s" in shown and shown.endswith(" \r") and "\n" not in shown
     compile_for(0.1)
