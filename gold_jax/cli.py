@@ -41,7 +41,7 @@ def run(
 def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Calls `main` and turns its errors into a paragraph on stderr and an exit code."""
     try:
-        with cpu.enabled(), restored(), compile_progress.ended():
+        with cpu.enabled(), restored(), compile_progress.stopped_afterwards():
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
@@ -108,11 +108,17 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         require(training.teacher_model_name_or_path, "teacher_model_name_or_path", "the teacher, a folder or a hub id")
         same = {"attn_implementation": model.attn_implementation}
         changes["teacher_model_init_kwargs"] = same | training.teacher_model_init_kwargs
+    from gold_jax.distributed.consensus import raise_in_all_processes
     from gold_jax.distributed.initialize import initialize, is_main_process
 
     processes = training.coordinator_address, training.num_processes, training.process_id
     initialize(*processes, heartbeat_timeout=training.process_timeout)
-    notices += keep_compiled(model.compilation_cache, training.checkpoint_dir)
+    failed = None
+    try:
+        notices += keep_compiled(model.compilation_cache, training.checkpoint_dir)
+    except ValueError as error:
+        failed = error
+    raise_in_all_processes("the folder of compiled programs", failed)
     if is_main_process():
         compile_progress.show_compiling()
     from gold_jax.text.data import load_examples

@@ -73,7 +73,7 @@ def keep_compiled(folder: str | None, checkpoints: str | None = None) -> list[st
         if is_local or (named and jax.process_index() == 0):
             _write_into(folder)
         if is_local:
-            _date(pathlib.Path(folder))
+            _write_missing_access_times(pathlib.Path(folder))
     except Exception as error:  # of a file system, of what reads buckets, or no home
         why = shortened(f"{type(error).__name__}: {error}")
         if named:
@@ -103,15 +103,16 @@ def _write_into(folder: str) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _date(folder: pathlib.Path) -> None:
+def _write_missing_access_times(folder: pathlib.Path) -> None:
     """Gives programs the file that says when they were last used, without which JAX writes nothing where sizes are bounded.
 
     Programs lack it where JAX kept them without a bound, and where a process was killed between the two.
     """
     for program in folder.glob("*-cache"):
         used = program.with_name(program.name.removesuffix("-cache") + "-atime")
-        if not used.exists() or used.stat().st_size != 8:
-            used.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
+        with contextlib.suppress(FileNotFoundError):  # another process has removed it meanwhile
+            if not used.exists() or used.stat().st_size != 8:
+                used.write_bytes(program.stat().st_mtime_ns.to_bytes(8, "little"))
 
 
 def _set(**settings: Any) -> None:

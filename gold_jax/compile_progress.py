@@ -18,7 +18,7 @@ _LONG = 10.0  # seconds above which a program has a line where there is no termi
 # What the programs that take long are, by their functions' names.
 _WORDS = {
     "fused": "the update",
-    "first": "the gradient",
+    "gradient": "the gradient",
     "add": "the gradient of a further micro-batch",
     "update": "the optimizer's update",
     "loss": "the evaluation",
@@ -31,7 +31,7 @@ _showing: list["_Progress"] = []
 
 
 @contextlib.contextmanager
-def ended() -> Iterator[None]:
+def stopped_afterwards() -> Iterator[None]:
     """Afterwards nothing is shown any more, whatever `show_compiling` has begun within."""
     try:
         yield
@@ -61,28 +61,24 @@ class _Progress:
             threading.Thread(target=self._tick, daemon=True).start()
 
     def close(self) -> None:
-        """Listens no more, and leaves the terminal's line empty."""
-        import jax
-
-        jax.monitoring.unregister_scalar_listener(self._started)
-        jax.monitoring.unregister_event_duration_listener(self._finished)
+        """Says nothing more, and leaves the terminal's line empty. (Not every version of JAX lets a listener go.)"""
         self._closed.set()
         with self._lock:
             self._clear()
 
     def _started(self, event: str, value: float, **details: Any) -> None:
-        if event == _EVENT:
+        if event == _EVENT and not self._closed.is_set():
             with self._lock:
                 self._name, self._begin = _program(details), time.monotonic()
 
     def _finished(self, event: str, seconds: float, **details: Any) -> None:
-        if event != _EVENT:
+        if event != _EVENT or self._closed.is_set():
             return
         with self._lock:
             self._name = ""
             self._clear()
             if not self._on_terminal and seconds >= _LONG:
-                print(f"compiled {_program(details)} in {seconds:.0f} s", file=self._stream, flush=True)
+                self._write(f"compiled {_program(details)} in {seconds:.0f} s\n")
 
     def _tick(self) -> None:
         while not self._closed.wait(_SHORT):

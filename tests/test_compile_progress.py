@@ -33,7 +33,7 @@ def quick(monkeypatch):
 
 def test_a_terminal_shows_what_is_being_compiled_while_it_is(quick):
     screen = Screen(terminal=True)
-    with compile_progress.ended():
+    with compile_progress.stopped_afterwards():
         compile_progress.show_compiling(screen)
         compile_for(0.05, until=screen.getvalue)
         shown = screen.getvalue()
@@ -44,7 +44,7 @@ def test_a_terminal_shows_what_is_being_compiled_while_it_is(quick):
 
 def test_elsewhere_a_program_that_took_long_has_a_line(quick):
     screen = Screen(terminal=False)
-    with compile_progress.ended():
+    with compile_progress.stopped_afterwards():
         compile_progress.show_compiling(screen)
         compile_progress.show_compiling(screen)  # once is enough
         compile_for(0.01)
@@ -55,7 +55,7 @@ def test_elsewhere_a_program_that_took_long_has_a_line(quick):
 def test_jax_itself_tells_so(quick, monkeypatch):
     monkeypatch.setattr(compile_progress, "_LONG", 0.0)
     screen = Screen(terminal=False)
-    with compile_progress.ended():
+    with compile_progress.stopped_afterwards():
         compile_progress.show_compiling(screen)
 
         def a_program_of_its_own(x):

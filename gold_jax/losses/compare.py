@@ -25,9 +25,9 @@ from gold_jax.values import FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 class GroupDistribution(NamedTuple):
     """One group as one model sees it; `V` stands for that model's columns."""
 
-    # [V] logarithm of the merged distribution but for `log_scale`, the largest about 0; `logp` is both together.
+    # [V] logarithm of the merged distribution up to `log_scale`, the largest about 0.
     scores: jax.Array
-    # [] what the scores lack.
+    # [] log normaliser: `logp = scores + log_scale`.
     log_scale: jax.Array
     # [] one less the sum of the merged distribution, as the merge knows it.
     missing_mass: jax.Array
@@ -301,7 +301,7 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
-    p_V = jnp.exp(side.scores)  # but for their scale
+    p_V = jnp.exp(side.scores)  # up to their scale
     text = _at_text(side, p_V) * jnp.exp(side.log_scale + side.suffix_logp)
     left = -jnp.expm1(side.suffix_logp)  # of the token's, what goes on in another way
     is_token = jax.lax.iota(jnp.int32, p_V.size) == side.token_column
@@ -316,7 +316,7 @@ def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
 
 
 def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
-    """Probabilities `[V]` but for their scale to those of events, `[K + 2]`, scaled: prefixes, what has none, what is masked.
+    """Probabilities `[V]` up to their scale to those of events, `[K + 2]`, scaled: prefixes, what has none, what is masked.
 
     What is not compared is zero. Scaled at the end: so the scale's gradient is a sum over events, made with their own.
     """

@@ -68,7 +68,7 @@ def _l1_and_signs(student, teacher, sort):
         if sort == "host":
             return _by_host(student_V, teacher_W)
         large = max(student_V.size, teacher_W.size) >= cpu.FEWEST_SORTED_ON_HOST
-        on_cpus = _by_host if sort == "auto" and large and cpu.sorts_on_host() else _with_columns_below
+        on_cpus = _by_host if sort == "auto" and large and cpu.sorts_on_host() else _packed_with_columns
         return jax.lax.platform_dependent(student_V, teacher_W, cpu=on_cpus, default=_with_columns)
 
     over_all = jnp.vectorize(one, signature="(v),(w)->(),(v)")
@@ -102,7 +102,7 @@ def _difference(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     return ours - theirs
 
 
-def _with_columns_below(student_V, teacher_W):
+def _packed_with_columns(student_V, teacher_W):
     """As `_with_columns`, for CPUs: XLA sorts one integer of 64 bits, the column in the lower half, faster than a pair."""
     bits_V, columns_V = jax.lax.bitcast_convert_type(student_V, jnp.int32), jax.lax.iota(jnp.int32, student_V.size)
     with jax.enable_x64(True):

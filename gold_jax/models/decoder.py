@@ -251,14 +251,15 @@ class Decoder(nnx.Module):
 
         def copies(name, x):
             if isinstance(own[name], Int8):
-                return [to_int8(part, -2, self.placement and own[name]) for part in x]
+                return _layers_to_int8(x, self.placement and own[name])
             return _layer_views(x, dtype) if self.placement is None else _layer_copies(x, dtype, own[name])
 
         columns = [copies(name, x) for name, x in stacked.items()]
+        rounded = isinstance(head_sharding, Int8)
         if self.placement is not None:
             # From sharded columns to sharded rows: replicated in between, as XLA would do by itself, with a warning.
-            head = _cast_and_shard(head, dtype, self.placement.replicated)
-        if isinstance(head_sharding, Int8):
+            head = _cast_and_shard(head, head.dtype if rounded else dtype, self.placement.replicated)
+        if rounded:
             head = to_int8(head, -1, self.placement and head_sharding)
         else:
             head = head.astype(dtype) if self.placement is None else _cast_and_shard(head, dtype, head_sharding)
@@ -378,6 +379,12 @@ def _layer_views(x: jax.Array, dtype) -> list[jax.Array]:
 def _layer_copies(x: jax.Array, dtype, sharding=None) -> list[jax.Array]:
     """`x [L, …]` as L arrays of another dtype, on a mesh as `sharding` says."""
     return [_cast_and_shard(part, dtype, sharding) for part in x]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _layers_to_int8(x: jax.Array, sharding: Int8 | None = None) -> list[Int8]:
+    """Matrices `x [L, …]` as L `Int8`, on a mesh as `sharding` says."""
+    return [to_int8(part, -2, sharding) for part in x]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

@@ -10,7 +10,7 @@ _LARGEST = 127
 
 
 class Int8(NamedTuple):
-    """A matrix as whole numbers with a scale for each of its outputs: `values · scale`, a rounding error of scale / 2."""
+    """A matrix as whole numbers with a scale for each of its outputs: `values · scale`, with a rounding error of at most scale / 2."""
 
     values: Any  # int8, of the matrix' shape
     scale: Any  # float32, of the axis that a product does not sum over

@@ -14,7 +14,7 @@ from gold_jax.models.attention import check_model
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
 from gold_jax.planning.hardware import GPU_SHARE, Topology
-from gold_jax.rollout.sampler import copies_read_once, most_slots
+from gold_jax.rollout.sampler import most_slots, rows_per_prefill
 from gold_jax.sharding.placement import Placement
 from gold_jax.training.batches import sampling_rows
 
@@ -79,7 +79,7 @@ class PlanRequest:
             weights = sum(math.prod(info.shape) for info in parameters(student).values())
             longest = self.prompt_length - 1 + args.max_completion_length  # the last token is not read
             each = self.sampled_rows // self.shards
-            self.sampled_prompts = self.shards * (each // copies_read_once(args.num_generations, 1, each, weights))
+            self.sampled_prompts = self.shards * (each // rows_per_prefill(args.num_generations, 1, each, weights))
             self.slots, self._one_size = most_slots(student, weights, each, longest)  # of the cache at its largest
             rounds = args.lmbda * self.update_rows / self.sampled_rows
             self.programs |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}

@@ -5,7 +5,7 @@ its own cache slots, PRNG key and token count, so that what a row samples depend
 rows. Temperature, top-k, top-p, keys, stop tokens and limits are traced values: changing them compiles nothing (turning
 one of the first three on or off does). A program is compiled for each number of rows and slots (and, for
 `prefill_into_slots`, of prompts and their width). On a mesh every row shard has an equal part of the rows, which stay
-there, so that caches are never sent; `DecodeState` is replicated between programs, and cut by rows while they decode.
+there, so that caches are never sent; `DecodeState` is replicated between programs, and sharded by rows while they decode.
 
 Shapes: R rows, S slots of the cache, N most tokens of a completion, F rows to prefill, U prompts that they answer, P
 width of these.
@@ -26,10 +26,10 @@ from gold_jax.rollout.token_sampling import sample_tokens
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES, Placement
 
-# Tokens that are decoded before it is looked again whether any row goes on. Where a loop's condition is decided on the
-# host, as on GPUs, it costs a synchronization; on CPUs and TPUs it costs nothing.
+# Tokens that are decoded between checks of whether any row is unfinished. Where a loop's condition is decided on the
+# host, as on GPUs, a check costs a synchronization; on CPUs and TPUs it costs nothing.
 TOKENS_PER_CHECK = 8
-_CHECKED_EACH_TOKEN = "cpu", "tpu"
+_CHECKS_EVERY_TOKEN = "cpu", "tpu"
 
 
 class SamplingOptions(NamedTuple):
@@ -43,10 +43,11 @@ class SamplingOptions(NamedTuple):
 
 
 def sampling_filters(temperature: float, top_k: int, top_p: float) -> tuple:
-    """The first three of `SamplingOptions`, of the numbers that `rollout.engine.Engine.generate` takes: those that do nothing are None."""
+    """The first three of `SamplingOptions`, of the numbers that `rollout.engine.Engine.generate` takes: None where one is off."""
+    temperature, top_p = np.float32(temperature), np.float32(top_p)
     if temperature == 0:
         return None, None, None
-    return np.float32(temperature), np.int32(top_k) if top_k else None, np.float32(top_p) if top_p < 1 else None
+    return temperature, np.int32(top_k) if top_k else None, top_p if top_p < 1 else None
 
 
 class DecodeState(NamedTuple):
@@ -185,7 +186,7 @@ def decode_until(
     model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.row_shards
 
-    at_once = 1 if model.platform in _CHECKED_EACH_TOKEN else TOKENS_PER_CHECK
+    at_once = 1 if model.platform in _CHECKS_EVERY_TOKEN else TOKENS_PER_CHECK
 
     def keep_going(state):
         steps, _, decode_state = state
@@ -199,19 +200,19 @@ def decode_until(
         # Shapes are static, so finished rows are decoded too: into slot 0, which is always there and no longer needed.
         cache = cache._replace(length=jnp.where(decode_state.done, 0, cache.length))
         decode_state = _sample_and_record(model.decode_logits(hidden, weights), decode_state, options)
-        return _cut_by_rows(model.placement, cache, decode_state)
+        return _shard_by_rows(model.placement, cache, decode_state)
 
     def steps_at_once(state):
         steps, *state = state
         return steps + at_once, *(step(0, state) if at_once == 1 else jax.lax.fori_loop(0, at_once, step, tuple(state)))
 
-    before = jnp.int32(0), *_cut_by_rows(model.placement, cache, decode_state)
+    before = jnp.int32(0), *_shard_by_rows(model.placement, cache, decode_state)
     steps, cache, decode_state = jax.lax.while_loop(keep_going, steps_at_once, before)
     cache, (decode_state, steps) = _constrain(model.placement, cache, (decode_state, steps))
     return cache, decode_state, steps
 
 
-def _cut_by_rows(placement: Placement | None, cache: Cache, decode_state: DecodeState) -> tuple[Cache, DecodeState]:
+def _shard_by_rows(placement: Placement | None, cache: Cache, decode_state: DecodeState) -> tuple[Cache, DecodeState]:
     """Both with the shardings imposed that they have while rows decode: each device has its own rows."""
     if placement is None:
         return cache, decode_state

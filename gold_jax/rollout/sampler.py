@@ -38,8 +38,7 @@ class SamplingEngine:
 
     Programs are compiled for pairs of a number of rows, one of `rows` and its halves, and a number of slots, a power of
     two (of a cache that is small beside the weights, one); to read prompts, also for their width (32, 48, 64, 96, …). In
-    one call the rows only shrink; never are there more than one program for each number of rows and two for each of slots.
-    A small model keeps all its rows, and reads prompts that join others in as many.
+    one call the rows only shrink. A small model keeps all its rows, and prefills every refill at its full number of rows.
 
     Prompts that are the same, and join together, are read once. With `quantization` "int8" completions are drawn from
     matrices rounded to 8 bits, which are read in half the time (prompts are read with the model's own); their
@@ -102,8 +101,8 @@ class _GenerationRun:
             key = jax.device_put(key, getattr(jax.tree.leaves(params)[0], "sharding", None))
         self.prompts, self.settings, self.key, self.new = prompts, settings, key, int(settings.limit)
         known: dict[bytes, int] = {}
-        self.first_alike = [known.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)]
-        longest_first = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.first_alike[i]))
+        self.first_identical = [known.setdefault(prompt.tobytes(), i) for i, prompt in enumerate(prompts)]
+        longest_first = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), self.first_identical[i]))
         self.queue = collections.deque(i for i in longest_first if len(prompts[i]))
         self.shards = 1 if self.placement is None else self.placement.row_shards
         halves = [-(-rows // self.shards)]  # of the rows of a shard, down to 1
@@ -111,10 +110,10 @@ class _GenerationRun:
             halves.append(-(-halves[-1] // 2))
         self.sizes = [self.shards * size for size in halves]
         size = min(size for size in self.sizes if size >= min(self.sizes[0], len(self.queue)))
-        self.small = count(params) < SMALL_MODEL
-        if self.small:
+        self.is_small_model = count(params) < SMALL_MODEL
+        if self.is_small_model:
             self.sizes = [size]
-        self.copies = copies_read_once(len(prompts), len(known), size // self.shards, count(params))
+        self.rows_per_prompt = rows_per_prefill(len(prompts), len(known), size // self.shards, count(params))
         # For each row: its prompt's index (-1: nothing to offload), tokens in its cache, whether it is unfinished.
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
@@ -162,12 +161,12 @@ class _GenerationRun:
         """Prefill the next prompts into free rows."""
         self._offload_finished()
         size = len(self.active)
-        space = size if self.small or self._rows_needed_free() > self._refill_size() else self._refill_size()
+        space = size if self.is_small_model or self._rows_needed_free() > self._refill_size() else self._refill_size()
         each, own = space // self.shards, size // self.shards
         free = [shard * own + np.flatnonzero(~alive)[:each] for shard, alive in enumerate(self.active.reshape(-1, own))]
         joining = self._distribute([len(rows) for rows in free])
-        distinct = [list(dict.fromkeys(self.first_alike[i] for i in indices)) for indices in joining]
-        copies, most = self.copies, max(map(len, distinct))
+        distinct = [list(dict.fromkeys(self.first_identical[i] for i in indices)) for indices in joining]
+        copies, most = self.rows_per_prompt, max(map(len, distinct))
         while copies > 1 and most > each // copies:
             copies //= 2
         if copies == 1:  # a shard's prompts stand as its rows do, and none is copied
@@ -182,7 +181,7 @@ class _GenerationRun:
             row_index[shard, : len(indices)] = rows
             next_token[shard, : len(indices)] = [self.prompts[i][-1] for i in indices]
             index[shard, : len(indices)] = indices
-            source[shard, : len(indices)] = [place[i if copies == 1 else self.first_alike[i]] for i in indices]
+            source[shard, : len(indices)] = [place[i if copies == 1 else self.first_identical[i]] for i in indices]
             self.prompt_of_row[rows], self.active[rows] = indices, True
             self.length[rows] = [len(self.prompts[i]) - 1 for i in indices]
         tokens = np.zeros((*lengths.shape, prompt_width(int(lengths.max()), self.slots)), np.int32)
@@ -198,9 +197,9 @@ class _GenerationRun:
         joining: list[list[int]] = [[] for _ in free]
         while self.queue and (open_ := [shard for shard, most in enumerate(free) if len(joining[shard]) < most]):
             shard = min(open_, key=lambda shard: len(joining[shard]))
-            first = self.first_alike[self.queue[0]]
-            for _ in range(self.copies):
-                if self.queue and self.first_alike[self.queue[0]] == first and len(joining[shard]) < free[shard]:
+            first = self.first_identical[self.queue[0]]
+            for _ in range(self.rows_per_prompt):
+                if self.queue and self.first_identical[self.queue[0]] == first and len(joining[shard]) < free[shard]:
                     joining[shard].append(self.queue.popleft())
         return joining
 
@@ -212,7 +211,7 @@ class _GenerationRun:
             size = min(s for s in self.sizes if s >= self.shards * needed)
         longest = self.length[self.active].max()
         slots = self._fitting_slots(longest)
-        if self._room(longest) > 0 and self.slots < 4 * slots:
+        if self._steps_before_resize(longest) > 0 and self.slots < 4 * slots:
             slots = self.slots
         if (size, slots) == (len(self.active), self.slots):
             return
@@ -235,7 +234,7 @@ class _GenerationRun:
         )
         return most if small else min(most, _slots(longest + _MIN_LENGTH))
 
-    def _room(self, longest: int) -> int:
+    def _steps_before_resize(self, longest: int) -> int:
         """How many tokens may be decoded before there must be more slots: whole checks, or all that there will be."""
         if self._needed_slots() <= self.slots:
             return self.new + device.TOKENS_PER_CHECK
@@ -249,7 +248,7 @@ class _GenerationRun:
         else:
             smaller = [s // self.shards for s in self.sizes if s < size]
             min_active_per_shard = max((s for s in smaller if s >= _MIN_ROWS), default=0)
-        max_steps = self._room(self.length[self.active].max())
+        max_steps = self._steps_before_resize(self.length[self.active].max())
         limits = map(np.int32, (max_steps, min_active, min_active_per_shard))
         *state, steps = device.decode_until(*self.model, self.weights, *self.state, self.settings, *limits)
         self.state = state
@@ -269,13 +268,10 @@ class _GenerationRun:
             self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
 
 
-def copies_read_once(rows: int, prompts: int, each: int, weights: int) -> int:
-    """Rows of a shard, which has `each`, that one reading serves, where `rows` answer so many different prompts: a power of two.
-
-    Rounded down, so that prompts are read in few numbers; 1 for a small model.
-    """
-    average = min(rows // max(1, prompts), each)
-    return 1 if weights < SMALL_MODEL or average < 2 else 1 << average.bit_length() - 1
+def rows_per_prefill(rows: int, distinct_prompts: int, rows_per_shard: int, parameters: int) -> int:
+    """How many rows share one prefilled prompt, on average, rounded down to a power of two; 1 for a small model."""
+    average = min(rows // max(1, distinct_prompts), rows_per_shard)
+    return 1 if parameters < SMALL_MODEL or average < 2 else 1 << average.bit_length() - 1
 
 
 def prompt_width(length: int, slots: int) -> int:

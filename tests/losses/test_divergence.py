@@ -158,7 +158,7 @@ except ValueError as error:
     assert "a single device" in ran.stdout
 
 
-SORTED_BY = [divergence._by_host, divergence._with_columns_below, divergence._with_columns]  # CPUs, CPUs, accelerators
+SORTED_BY = [divergence._by_host, divergence._packed_with_columns, divergence._with_columns]  # CPUs, CPUs, accelerators
 
 
 def test_on_cpus_equal_values_have_the_same_signs_whoever_sorts():

@@ -242,7 +242,7 @@ def test_weights_of_8_bits_draw_as_the_model_that_they_stand_for(model):
 
 def test_rows_may_be_decoded_several_tokens_at_a_time(model, alone, monkeypatch):
     """As on GPUs, where to look whether any row goes on takes a synchronization."""
-    monkeypatch.setattr(device, "_CHECKED_EACH_TOKEN", ())
+    monkeypatch.setattr(device, "_CHECKS_EVERY_TOKEN", ())
     device.decode_until.clear_cache()
     for options in ({"rows": 8}, {"rows": 64}):
         assert ids(generate(model, MANY, new=40, stop_ids=STOPS, **options)) == alone[1]

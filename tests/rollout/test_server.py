@@ -620,9 +620,9 @@ def test_a_server_that_is_not_there_is_waited_for_and_then_named():
         taken.bind(("127.0.0.1", 0))  # bound, but nobody listens
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(
-            ServerError, match=rf"{url}/x cannot be reached \(.*refused.*tried for 0.05 seconds.* Start it\."
+            ServerError, match=rf"{url}/x cannot be reached \(.*refused.*tried for 0.5 seconds.* Start it\."
         ):
-            Client(url, timeout=0.05, pause=0.01, started="Start it.").get("/x")
+            Client(url, timeout=0.5, pause=0.01, started="Start it.").get("/x")
 
 
 def test_a_server_that_comes_up_late_is_found(student):
@@ -799,7 +799,7 @@ def test_a_server_that_is_missing_stops_a_run_before_it_starts(world, tmp_path, 
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(ServerError, match=f"{url}/v1/models cannot be reached.*VLLM_SERVER_DEV_MODE=1 vllm serve"):
-            trainer(world, tmp_path / "out", url, vllm_server_timeout=0.05)
+            trainer(world, tmp_path / "out", url, vllm_server_timeout=0.5)
 
 
 def test_a_server_that_reads_too_little_stops_a_run_before_it_starts(world, vllm, tmp_path, own_cache):

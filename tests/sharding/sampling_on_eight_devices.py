@@ -55,9 +55,13 @@ def main():
         gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
     lengths = [len(d.ids) for d in expected]
+    with jax.transfer_guard("disallow"):  # no weight goes through the host
+        weights = model.shard(Placement(make_mesh(mesh_sizes("fsdp=8", 8)), "full")).decoding_weights("int8")
+    devices = min(len(x.sharding.device_set) for x in jax.tree.leaves(weights))
     print(
         json.dumps(
             {
+                "devices": devices,
                 "gathered": gathered_while_decoding(model),
                 "meshes": found,
                 "lengths": [min(lengths), max(lengths)],

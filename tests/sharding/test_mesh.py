@@ -62,7 +62,7 @@ def test_every_mesh_draws_what_one_device_draws():
     assert found["distinct"] > 1 and len(found["meshes"]) == 4
     for name, errors in found["meshes"].items():
         assert errors["differ"] == 0 and errors["logprobs"] < 1e-5, name
-    assert found["gathered"] == []
+    assert found["gathered"] == [] and found["devices"] == 8
 
 
 @pytest.mark.parametrize(
