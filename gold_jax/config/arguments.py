@@ -226,7 +226,7 @@ class MemoryFlags(Settings):
     gradient_checkpointing: bool = warned_flag(True, "Recompute activations in the backward pass: less memory.",
         alias="activation_checkpointing")
     loss_chunk: int | None = warned_flag(None,
-        "Positions whose logits are in memory at once; none: 64 on CPUs, 256 elsewhere.", range=AT_LEAST_ONE)
+        "Positions whose logits are in memory at once; none: 64 on CPUs, 512 on TPUs, 256 elsewhere.", range=AT_LEAST_ONE)
 
 
 class HubFlags(Settings):

@@ -155,10 +155,23 @@ def sorted_l1_top_k(student: jax.Array, teacher: jax.Array, k: int) -> tuple[jax
     """
     size = max(min(k, student.shape[-1]), min(k, teacher.shape[-1]))
 
-    def head_and_tail(x):
-        top = jax.lax.top_k(x, min(k, x.shape[-1]))[0]
+    def head_and_tail(x, largest):
+        top = largest(x, min(k, x.shape[-1]))
         padded = jnp.pad(top, [(0, 0)] * (x.ndim - 1) + [(0, size - top.shape[-1])])
         return padded, jnp.maximum(jnp.sum(x, -1) - jnp.sum(top, -1), 0.0)
 
-    (s, s_tail), (t, t_tail) = head_and_tail(student), head_and_tail(teacher)
+    # No gradient goes to a teacher, so that its columns need not be known.
+    (s, s_tail), (t, t_tail) = head_and_tail(student, _top_values), head_and_tail(teacher, _sorted_top_values)
     return jnp.sum(jnp.abs(s - t), -1), jax.lax.stop_gradient(s_tail + t_tail)
+
+
+def _top_values(x: jax.Array, k: int) -> jax.Array:
+    """The `k` largest of `[..., V]`, descending."""
+    return jax.lax.top_k(x, k)[0]
+
+
+def _sorted_top_values(x: jax.Array, k: int) -> jax.Array:
+    """`_top_values` without columns unless a gradient needs them: TPUs sort all of `x` for it, and `top_k` sorts both."""
+    return jax.lax.platform_dependent(
+        x, tpu=lambda x: jnp.flip(jax.lax.sort(x, is_stable=False)[..., -k:], -1), default=lambda x: _top_values(x, k)
+    )
