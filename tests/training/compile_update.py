@@ -7,7 +7,6 @@ Neither a TPU nor a GPU has to be there, their compilers have to.
 
 import json
 import math
-import pathlib
 import re
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
 from gold_jax.models.rope import Rope
+from gold_jax.planning.hardware import read_topology
 from gold_jax.text.batch import build_token_batches
 from gold_jax.training.objective import make_cross_entropy_loss
 from gold_jax.training.optimizer import make_optimizer
@@ -40,8 +40,8 @@ def device(platform):
         return jax.devices("cpu")[0]
     if platform == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    described = pathlib.Path(__file__).with_name("h100.txtpb").read_text()
-    return topologies.get_topology_desc("h100", "cuda", target_config=described, topology="1x1x1").devices[0]
+    described = read_topology("gpu:1xh100-80gb").compile_options
+    return topologies.get_topology_desc(platform="cuda", **described).devices[0]
 
 
 def programs(platform):
