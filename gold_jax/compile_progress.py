@@ -27,22 +27,25 @@ _WORDS = {
     "decode_until": "decoding",
     "_completion_nll": "the scoring of completions",
 }
-_showing: list["_Progress"] = []
+_showing: list["_Progress"] | None = None  # None: no command is running
 
 
 @contextlib.contextmanager
 def stopped_afterwards() -> Iterator[None]:
-    """Afterwards nothing is shown any more, whatever `show_compiling` has begun within."""
+    """Within it `show_compiling` shows something; afterwards nothing is shown any more."""
+    global _showing
+    before, _showing = _showing, []
     try:
         yield
     finally:
-        while _showing:
-            _showing.pop().close()
+        for progress in _showing:
+            progress.close()
+        _showing = before
 
 
 def show_compiling(stream: TextIO | None = None) -> None:
-    """From now on says on `stream` (None: stderr) what JAX compiles."""
-    if not _showing:
+    """From now on says on `stream` (None: stderr) what JAX compiles, within `stopped_afterwards` alone."""
+    if _showing == []:
         _showing.append(_Progress(sys.stderr if stream is None else stream))
 
 

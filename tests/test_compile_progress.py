@@ -52,6 +52,15 @@ def test_elsewhere_a_program_that_took_long_has_a_line(quick):
     assert screen.getvalue() == "compiled the evaluation in 0 s\n"
 
 
+def test_outside_of_a_command_nothing_is_shown(quick):
+    screen = Screen(terminal=False)
+    compile_progress.show_compiling(screen)
+    compile_for(0.06)
+    with compile_progress.stopped_afterwards():
+        compile_for(0.06)
+    assert screen.getvalue() == ""
+
+
 def test_jax_itself_tells_so(quick, monkeypatch):
     monkeypatch.setattr(compile_progress, "_LONG", 0.0)
     screen = Screen(terminal=False)
