@@ -108,19 +108,11 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         require(training.teacher_model_name_or_path, "teacher_model_name_or_path", "the teacher, a folder or a hub id")
         same = {"attn_implementation": model.attn_implementation}
         changes["teacher_model_init_kwargs"] = same | training.teacher_model_init_kwargs
-    from gold_jax.distributed.consensus import raise_in_all_processes
-    from gold_jax.distributed.initialize import initialize, is_main_process
+    from gold_jax.distributed.initialize import initialize
 
     processes = training.coordinator_address, training.num_processes, training.process_id
     initialize(*processes, heartbeat_timeout=training.process_timeout)
-    failed = None
-    try:
-        notices += keep_compiled(model.compilation_cache, training.checkpoint_dir)
-    except ValueError as error:
-        failed = error
-    raise_in_all_processes("the folder of compiled programs", failed)
-    if is_main_process():
-        compile_progress.show_compiling()
+    notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
     from gold_jax.text.data import load_examples
 
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
@@ -139,6 +131,22 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     return model.model_name_or_path, training, train, evaluation, options
 
 
+def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> list[str]:
+    """Keeps what is compiled and, in the first process, says what is; notices as `keep_compiled`, whose error ends all."""
+    from gold_jax.distributed.consensus import raise_in_all_processes
+    from gold_jax.distributed.initialize import is_main_process
+
+    notices, failed = [], None
+    try:
+        notices = keep_compiled(folder, checkpoints)
+    except ValueError as error:
+        failed = error
+    raise_in_all_processes("the folder of compiled programs", failed)
+    if is_main_process():
+        compile_progress.show_compiling()
+    return notices
+
+
 def load_reader(
     model: ModelArguments, args: Any, tokenizer: str | None, *, special_tokens: bool = False, role: str = "model"
 ):
@@ -151,8 +159,7 @@ def load_reader(
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
     from gold_jax.training.build import place_run
 
-    show(keep_compiled(model.compilation_cache))
-    compile_progress.show_compiling()
+    show(_set_up_compiling(model.compilation_cache))
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))

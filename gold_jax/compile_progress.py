@@ -45,7 +45,7 @@ def stopped_afterwards() -> Iterator[None]:
 
 def show_compiling(stream: TextIO | None = None) -> None:
     """From now on says on `stream` (None: stderr) what JAX compiles, within `stopped_afterwards` alone."""
-    if _showing == []:
+    if _showing is not None and not _showing:
         _showing.append(_Progress(sys.stderr if stream is None else stream))
 
 
