@@ -165,23 +165,18 @@ class _GenerationRun:
         each, own = space // self.shards, size // self.shards
         free = [shard * own + np.flatnonzero(~alive)[:each] for shard, alive in enumerate(self.active.reshape(-1, own))]
         joining = self._distribute([len(rows) for rows in free])
-        distinct = [list(dict.fromkeys(self.first_identical[i] for i in indices)) for indices in joining]
-        copies, most = self.rows_per_prompt, max(map(len, distinct))
-        while copies > 1 and most > each // copies:
-            copies //= 2
-        if copies == 1:  # a shard's prompts stand as its rows do, and none is copied
-            distinct = joining
-        height = each // copies  # prompts that a shard reads
+        distinct, height = self._prompts_to_read(joining, each)
+        shared = height < each
         lengths = np.zeros((self.shards, height), np.int32)
         row_index = np.full((self.shards, each), size, np.int32)
         next_token, index, source = np.zeros((3, self.shards, each), np.int32)
         for shard, (indices, prompts, rows) in enumerate(zip(joining, distinct, free)):
-            rows, place = rows[: len(indices)], {i: shard * height + at for at, i in enumerate(prompts)}
+            rows, slot_of_prompt = rows[: len(indices)], {i: shard * height + at for at, i in enumerate(prompts)}
             lengths[shard, : len(prompts)] = [len(self.prompts[i]) - 1 for i in prompts]
             row_index[shard, : len(indices)] = rows
             next_token[shard, : len(indices)] = [self.prompts[i][-1] for i in indices]
             index[shard, : len(indices)] = indices
-            source[shard, : len(indices)] = [place[i if copies == 1 else self.first_identical[i]] for i in indices]
+            source[shard, : len(indices)] = [slot_of_prompt[self.first_identical[i] if shared else i] for i in indices]
             self.prompt_of_row[rows], self.active[rows] = indices, True
             self.length[rows] = [len(self.prompts[i]) - 1 for i in indices]
         tokens = np.zeros((*lengths.shape, prompt_width(int(lengths.max()), self.slots)), np.int32)
@@ -189,8 +184,18 @@ class _GenerationRun:
             tokens[shard, at, : lengths[shard, at]] = self.prompts[distinct[shard][at]][:-1]
         arrays = tokens, lengths, next_token, index, row_index, source
         *arrays, source = (x.reshape(-1, *x.shape[2:]) for x in arrays)
-        source = None if copies == 1 else source
-        self.state = device.prefill_into_slots(*self.model, *self.state, *arrays, source, self.key)
+        self.state = device.prefill_into_slots(*self.model, *self.state, *arrays, source if shared else None, self.key)
+
+    def _prompts_to_read(self, joining: list[list[int]], each: int) -> tuple[list[list[int]], int]:
+        """Of each shard the prompts that it reads for the rows that join it, and for how many its program has room.
+
+        Room for `each`, the most rows, means that every row has its own; less, that identical prompts are read once.
+        """
+        distinct = [list(dict.fromkeys(self.first_identical[i] for i in indices)) for indices in joining]
+        rows_per_prompt, most = self.rows_per_prompt, max(map(len, distinct))
+        while rows_per_prompt > 1 and most > each // rows_per_prompt:
+            rows_per_prompt //= 2
+        return (joining if rows_per_prompt == 1 else distinct), each // rows_per_prompt
 
     def _distribute(self, free: list[int]) -> list[list[int]]:
         """The next indices of the queue for each shard, which has so many free rows: equally many, and copies together."""
