@@ -1,5 +1,6 @@
 """A data set looked through before anything is trained: which rows can be learned from, which measured, and why not the others."""
 
+import array
 import collections
 import dataclasses
 import hashlib
@@ -7,12 +8,14 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example, join_contexts
+from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.data import Example, join_contexts, read_each
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
+    AnswerForm,
     Conversation,
     RenderedAnswer,
     conversation_shape,
@@ -27,6 +30,10 @@ _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_conten
 _ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
+_MOST_LOOKED = 50  # rows of a shape at which to look for what the templates write for it
+_BLOCK = 1000  # rows that are looked at together
+_AT_ONCE = 100  # rows that are encoded together
+_CHARS_AT_ONCE = 32  # of a prompt for each token of the budget: longer ones are encoded as far as needed
 _SHOWN = 5  # errors of skipped rows
 # Words in the names of columns that other formats keep an answer in.
 _ANSWERS = frozenset("response answer output chosen solution target label completion reasoning thinking reply".split())
@@ -36,7 +43,7 @@ _ANSWERS = frozenset("response answer output chosen solution target label comple
 class CheckedRows:
     """What is known of a data set once all its rows were looked at."""
 
-    kept: list[int]  # numbers of the rows that can be learned from
+    kept: array.array  # numbers of the rows that can be learned from
     notices: list[str]  # lines about the others, and about columns that are not read
     digest: str  # of all that is learned from the rows that are kept, in hexadecimal
 
@@ -61,6 +68,11 @@ class RowReader:
     ):
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self.context, self.max_length = context, max_length
+        self._quick = not whole and not context and not any(s.lacks_embeddings for s in sides.values())
+        self._quick &= all(side.takes_all for side in sides.values())
+        self._beginnings = frozenset().union(*(side.special_beginnings for side in sides.values()))
+        self._forms: dict[tuple, dict[str, AnswerForm]] = {}  # what templates write for shapes of conversations
+        self._looked: collections.Counter = collections.Counter()  # shapes of which they were not known, how often
         self._unwritten: dict[tuple, tuple[list[str], list[str]]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
         self._odd_roles: collections.Counter = collections.Counter()
@@ -73,6 +85,8 @@ class RowReader:
         ValueError where a template refuses the row or leaves a part of it out, the answer cannot be located, or a tokenizer
         cannot encode it.
         """
+        if self._quick and (found := self._read_by_form(number, example)) is not None:
+            return found
         try:
             prompt, completion = self._read(number, example)
             teacher, context = self.sides.get("teacher"), join_contexts(self.context, example.teacher_context)
@@ -107,6 +121,47 @@ class RowReader:
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
 
+    def _read_by_form(self, number: int, example: Example) -> tuple[str, str] | None:
+        """What `_read` gives for a row that is like others before it; None where it has to be looked at by itself."""
+        messages = example.messages if self.answers else None
+        conversation = messages or example.prompt
+        if example.teacher_context:
+            return None
+        if isinstance(conversation, str):
+            plain = conversation and example.completion and not self.may_be_special(conversation)
+            return (conversation, example.completion if self.answers else "") if plain else None
+        contents = [m["content"] for m in conversation if len(m) == 2]
+        if len(contents) < len(conversation) or type(conversation) is not list or not all(contents):
+            return None
+        shape = messages is None, *[(*m, m["role"]) for m in conversation]
+        forms = self._forms.get(shape) or self._find_forms(shape, conversation, answered=messages is not None)
+        if forms is None or self.may_be_special("\n".join(contents)):
+            return None
+        found = {}
+        for who, form in forms.items():
+            if (filled := form.fill(contents)) is None:
+                return None
+            found[who] = filled
+        prompt, answer = found["student"]
+        if any(other != answer for _, other in found.values()):
+            self._note_difference(number, conversation, {who: text for who, (_, text) in found.items()})
+        return prompt, answer
+
+    def may_be_special(self, text: str) -> bool:
+        """Whether strings of special tokens may stand in a text; False is sure."""
+        return any(beginning in text for beginning in self._beginnings)
+
+    def _find_forms(self, shape: tuple, conversation: list[dict], *, answered: bool) -> dict[str, AnswerForm] | None:
+        """What the sides write for a shape, where that is known from rows before and nothing is to be said of it."""
+        self._looked[shape] += 1
+        if self._looked[shape] > _MOST_LOOKED:
+            return None
+        known = [self._unwritten.get((who, conversation_shape(conversation))) for who in self.sides]
+        forms = {who: side.form(conversation, answered=answered) for who, side in self.sides.items()}
+        if any(x != ([], []) for x in known) or None in forms.values() or {m["role"] for m in conversation} - {*_ROLES}:
+            return None
+        return self._forms.setdefault(shape, forms)
+
     def _find_unwritten(self, who: str, side: ChatTokenizer, conversation: list[dict]) -> None:
         shape = who, conversation_shape(conversation)
         if shape not in self._unwritten:
@@ -140,8 +195,11 @@ class RowReader:
                 self._note(said, number, lambda shown=shown: shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
-            said = "the two templates write different answers, and both models read the student's"
-            self._note(said, number, lambda: self._describe_difference(conversation, texts))
+            self._note_difference(number, conversation, texts)
+
+    def _note_difference(self, number: int, conversation: list[dict], texts: Mapping[str, str]) -> None:
+        said = "the two templates write different answers, and both models read the student's"
+        self._note(said, number, lambda: self._describe_difference(conversation, texts))
 
     def _note(self, said: str, number: int, describe: Callable[[], str]) -> None:
         count, first, shown = self._notes.get(said) or (0, number, describe())
@@ -185,25 +243,10 @@ def _may_be_answer(column: str) -> bool:
     return any(word.removesuffix("s") in _ANSWERS for word in words)
 
 
-def check_examples(
-    examples: Sequence[Example],
-    chat_tokenizer: ChatTokenizer,
-    *,
-    budget: int | None,
-    need_completion: str | None,
-    teacher: ChatTokenizer | None = None,
-    learns_calls: bool = False,
-    student_writes: bool = False,
-    teacher_writes: bool = False,
-    teacher_context: str | None = None,
-    max_length: int | None = None,
-    count_targets: Callable[[Example], tuple[int, bool]] | None = None,
-    on_bad_row: str = "error",
-) -> CheckedRows:
-    """Which rows can be learned from, and notices about those that cannot.
+class RowChecker:
+    """Says which rows can be learned from, a block after another, and keeps what is to be said of the others.
 
     Args:
-        examples: all rows.
         chat_tokenizer, teacher: the chat tokenizers whose templates must take every row; the student's, perhaps a
             teacher's.
         budget: most tokens of a prompt; rows with longer ones are left out. None: any.
@@ -213,113 +256,215 @@ def check_examples(
         student_writes, teacher_writes: whether completions are drawn from it, for which a prompt needs a token.
         teacher_context: text before every prompt of the teacher.
         max_length: most tokens of a row, to tell which are cut; None: any.
-        count_targets: what is learned of a row: tokens or groups, and whether `max_length` cut it. Asked of rows that
-            may be longer than `max_length`; those of which nothing is learned are left out.
+        count_targets: what is learned of each of some rows: tokens or groups, and whether `max_length` cut it. Asked of
+            rows that may be longer than `max_length`; those of which nothing is learned are left out.
         on_bad_row: "error", or "skip": rows that would raise are left out, counted, and the first ones' errors told.
-
-    Raises:
-        ValueError: a row lacks its completion, a chat template refuses one or leaves a part of it out, or no row is left.
+        where: what errors call the data.
     """
-    digest, kept, bad, markup = hashlib.sha256(), [], [], []
-    unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
-    sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
-    utf8(teacher_context or "", "--teacher_context")
-    reader = RowReader(
-        "the data set",
-        sides,
-        answers=need_completion is not None,
-        whole=learns_calls,
-        context=teacher_context,
-        max_length=max_length,
-    )
-    # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
-    writes = {"student": student_writes, "teacher": teacher_writes}
-    writers = {who: side for who, side in sides.items() if writes[who] and not len(side.encode_prompt(""))}
 
-    def reason_to_leave_out(i: int, e: Example) -> str | None:
-        unread.update(e.unread)
+    def __init__(
+        self,
+        chat_tokenizer: ChatTokenizer,
+        *,
+        budget: int | None,
+        need_completion: str | None,
+        teacher: ChatTokenizer | None = None,
+        learns_calls: bool = False,
+        student_writes: bool = False,
+        teacher_writes: bool = False,
+        teacher_context: str | None = None,
+        max_length: int | None = None,
+        count_targets: Callable[[Sequence[Example]], list[tuple[int, bool]]] | None = None,
+        on_bad_row: str = "error",
+        where: str = "the data set",
+    ):
+        self.chat_tokenizer, self.budget, self.max_length, self.where = chat_tokenizer, budget, max_length, where
+        self.need_completion, self.learns_calls, self.on_bad_row = need_completion, learns_calls, on_bad_row
+        self.teacher_context, self.count_targets = teacher_context, count_targets
+        self.total, self._bad, self._markup = 0, [], []
+        self._first_markup: str | None = None
+        self._unread, self.left_out, self._prompts_alone, self._cut = (collections.Counter() for _ in range(4))
+        sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
+        utf8(teacher_context or "", "--teacher_context")
+        whole, answers = learns_calls, need_completion is not None
+        options = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
+        self._reader = RowReader(where, sides, **options)
+        # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
+        self._writes = {"student": student_writes, "teacher": teacher_writes}
+        self._writers = {w: side for w, side in sides.items() if self._writes[w] and not len(side.encode_prompt(""))}
+
+    def check(self, rows: Iterable[tuple[Any, Callable[[], Example]]]) -> list[tuple[Any, Example]]:
+        """Those of some rows that can be learned from, with their numbers; each is given as what `read_each` gives.
+
+        ValueError: the first row that lacks its completion, that a chat template refuses or leaves a part of out, or that
+        cannot be read.
+        """
+        found: dict[Any, Any] = {}  # number -> an example, the text of an error, or why it is left out
+        texts = {}
+        for i, read in rows:
+            self.total += 1
+            try:
+                e = found[i] = read()
+                why = self._look_at(i, e)
+                if isinstance(why, str):
+                    found[i] = _LeftOut(why)
+                else:
+                    texts[i] = why
+            except ValueError as error:
+                found[i] = error
+                if self.on_bad_row == "error":
+                    break
+        # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
+        sizes = {i: len(prompt.encode()) + 2 for i, (prompt, _) in texts.items()}
+        if self.budget is not None:
+            asked = [i for i, size in sizes.items() if size > self.budget]
+            lengths = zip(asked, _each_or_error(self._lengths, [found[i].prompt for i in asked]))
+            for i, length in lengths:
+                if isinstance(length, ValueError):
+                    found[i] = length
+                elif length > self.budget:
+                    found[i] = _LeftOut("long")
+        if self.count_targets is not None and self.max_length is not None:
+            asked = [i for i, size in sizes.items() if size + len(texts[i][1].encode()) > self.max_length]
+            asked = [i for i in asked if isinstance(found[i], Example)]
+            for i, counted in zip(asked, _each_or_error(self.count_targets, [found[i] for i in asked])):
+                if isinstance(counted, ValueError):
+                    found[i] = ValueError(shortened(f"row {i} of {self.where}: {counted}"))
+                    found[i].__cause__ = counted
+                    continue
+                targets, was_cut = counted
+                self._cut[bool(targets)] += was_cut
+                found[i] = found[i] if targets else _LeftOut("nothing")
+        bad = [x for x in found.values() if isinstance(x, ValueError)]
+        if bad and self.on_bad_row == "error":
+            raise bad[0]
+        self._bad += map(str, bad)
+        self.left_out.update(x.why for x in found.values() if isinstance(x, _LeftOut))
+        return [(i, e) for i, e in found.items() if isinstance(e, Example)]
+
+    def _look_at(self, i: Any, e: Example) -> str | tuple[str, str]:
+        """Why a row is left out, or its prompt and completion as they are written."""
+        self._unread.update(e.unread)
         named = [name for name in e.unread if _may_be_answer(name)]
         if e.completion is None:
-            if need_completion:
+            if self.need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
                 last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
                 if last not in ("system", "user", "tool", "developer"):
                     hint = f". Its last message has the role {excerpt(str(last))}; an answer has the role 'assistant'"
-                raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
-            prompts_alone.update(named)
-        if need_completion and e.calls_tools and not learns_calls:
+                lacks = f"row {i} of {self.where} has a prompt but no completion"
+                raise ValueError(f"{lacks}; {self.need_completion}{hint}")
+            self._prompts_alone.update(named)
+        if self.need_completion and e.calls_tools and not self.learns_calls:
             return "calls"
-        prompt, completion = reader.read(i, e)
-        for who, writer in writers.items():
-            context = who == "teacher" and (teacher_context or e.teacher_context)
+        prompt, completion = self._reader.read(i, e)
+        for who, writer in self._writers.items():
+            context = who == "teacher" and (self.teacher_context or e.teacher_context)
             blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
             if blank and not len(writer.encode_prompt(e.prompt)):
                 return who
-        if isinstance(e.prompt, str) and not chat_tokenizer.special_tokens_in_prompts:
-            markup.extend([i] * bool(chat_tokenizer.special_strings_in(e.prompt)))
-        # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
-        size = len(prompt.encode()) + 2
-        if budget is not None and size > budget < len(chat_tokenizer.encode_prompt(e.prompt, limit=budget)):
-            return "long"
-        if count_targets is None or max_length is None or size + len(completion.encode()) <= max_length:
-            return None
-        try:
-            targets, was_cut = count_targets(e)
-        except ValueError as error:
-            raise ValueError(shortened(f"row {i} of the data set: {error}")) from error
-        cut[bool(targets)] += was_cut
-        return None if targets else "nothing"
+        student = self.chat_tokenizer
+        if (
+            isinstance(e.prompt, str)
+            and not student.special_tokens_in_prompts
+            and self._reader.may_be_special(e.prompt)
+        ):
+            if strings := student.special_strings_in(e.prompt):
+                self._first_markup = self._first_markup or strings[0]
+                self._markup.append(i)
+        return prompt, completion
 
-    for i in range(len(examples)):
+    def _lengths(self, prompts: list[Prompt]) -> list[int]:
+        """How many tokens prompts have; of one with many more than the budget, more than that."""
+        encode, limit = self.chat_tokenizer.encode_prompt, self.budget
+        if sum(len(repr(prompt)) for prompt in prompts) > _CHARS_AT_ONCE * limit * len(prompts):
+            return [len(encode(prompt, limit=limit)) for prompt in prompts]
+        return list(map(len, self.chat_tokenizer.encode_prompts(prompts)))
+
+    def reasons(self) -> dict[str, tuple[str, str]]:
+        """Why rows are left out, in words, with a remedy, by their names in `left_out`."""
+        no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
+        return {
+            "long": (
+                f"whose prompt is longer than {self.budget} tokens",
+                "raise --max_prompt_length or --max_length, or lower --max_completion_length",
+            ),
+            "calls": (
+                "whose last answer calls tools, which is not text",
+                "gold_jax.sft --assistant_only_loss learns it",
+            ),
+            "nothing": (f"of which --max_length {self.max_length} leaves nothing to learn", "raise --max_length"),
+            **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in self._writes},
+            "bad": ("that cannot be read", f"see the first ones: {_first_errors(self._bad)}"),
+        }
+
+    def nothing_left(self) -> ValueError:
+        """The error where no row can be learned from."""
+        left = self.left_out | collections.Counter(bad=len(self._bad))
+        why = "; ".join(f"{left[x]} {words} ({remedy})" for x, (words, remedy) in self.reasons().items() if left[x])
+        return ValueError(f"none of the {self.total} rows can be learned from: {why}")
+
+    def notices(self) -> list[str]:
+        """Lines about the rows that were left out or cut, and about what nothing reads."""
+        left, total = self.left_out | collections.Counter(bad=len(self._bad)), self.total
+        notices = [f"left out {left[x]} of {total} rows {words}" for x, (words, _) in self.reasons().items() if left[x]]
+        if self._bad:
+            notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"
+        if self._cut[True]:
+            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {total} rows"
+            notices.append(f"{cut}: their ends are not learned")
+        notices += self._reader.notices()
+        if self._markup:
+            notices.append(
+                f"{len(self._markup)} prompts, that of row {self._markup[0]} first, hold the string of a special token such as "
+                f"{self._first_markup}, read as plain text; --special_tokens_in_prompts reads it as the token"
+            )
+        notices += [
+            f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
+            for name, count in self._prompts_alone.items()
+        ]
+        if self._unread:
+            shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in self._unread.most_common()], 8)
+            notices.append(f"columns of the data that nothing reads: {shown}")
+        return notices
+
+
+class _LeftOut(NamedTuple):
+    why: str
+
+
+def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:
+    """What `work` makes of values, of many together, which is quicker; for one that makes it raise its ValueError."""
+    found: list = []
+    for part in (given[k : k + _AT_ONCE] for k in range(0, len(given), _AT_ONCE)):
         try:
-            e = examples[i]
-            why = reason_to_leave_out(i, e)
+            found += work(part)
         except ValueError as error:
-            if on_bad_row == "error":
-                raise
-            bad.append(str(error))
-            continue
-        if why:
-            left_out[why] += 1
-        else:
+            found += [error] if len(part) == 1 else [x for one in part for x in _each_or_error(work, [one])]
+    return found
+
+
+def check_examples(
+    examples: Sequence[Example],
+    chat_tokenizer: ChatTokenizer,
+    *,
+    progress: Callable[[int], Any] = lambda done: None,
+    **options: Any,
+) -> CheckedRows:
+    """Which rows can be learned from, and notices about those that cannot; `options` as `RowChecker` takes them.
+
+    `progress` is told how many rows were looked at. ValueError as `RowChecker.check`, or no row is left.
+    """
+    checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
+    rows = read_each(examples)
+    while block := list(itertools.islice(rows, _BLOCK)):
+        for i, e in checker.check(block):
             kept.append(i)
             digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-    total, first_bad = len(examples), _first_errors(bad)
-    no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
-    reasons = {
-        "long": (
-            f"whose prompt is longer than {budget} tokens",
-            "raise --max_prompt_length or --max_length, or lower --max_completion_length",
-        ),
-        "calls": ("whose last answer calls tools, which is not text", "gold_jax.sft --assistant_only_loss learns it"),
-        "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
-        **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in writes},
-        "bad": ("that cannot be read", f"see the first ones: {first_bad}"),
-    }
-    left_out["bad"] = len(bad)
+        progress(checker.total)
     if not kept:
-        why = "; ".join(f"{left_out[x]} {words} ({remedy})" for x, (words, remedy) in reasons.items() if left_out[x])
-        raise ValueError(f"none of the {total} rows can be learned from: {why}")
-    notices = [f"left out {left_out[x]} of {total} rows {words}" for x, (words, _) in reasons.items() if left_out[x]]
-    if bad:
-        notices[-1] += f" (--on_bad_row skip): {first_bad}"
-    if cut[True]:
-        notices.append(f"--max_length {max_length} cuts {cut[True]} of {total} rows: their ends are not learned")
-    notices += reader.notices()
-    if markup:
-        first = chat_tokenizer.special_strings_in(examples[markup[0]].prompt)[0]
-        notices.append(
-            f"{len(markup)} prompts, that of row {markup[0]} first, hold the string of a special token such as {first}, read "
-            "as plain text; --special_tokens_in_prompts reads it as the token"
-        )
-    notices += [
-        f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
-        for name, count in prompts_alone.items()
-    ]
-    if unread:
-        shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in unread.most_common()], 8)
-        notices.append(f"columns of the data that nothing reads: {shown}")
-    return CheckedRows(kept, notices, digest.hexdigest())
+        raise checker.nothing_left()
+    return CheckedRows(kept, checker.notices(), digest.hexdigest())
 
 
 def _first_errors(errors: Iterable[str]) -> str:

@@ -1,14 +1,15 @@
 """Examples: rows of a data set, in whatever form, as a prompt and a completion."""
 
 import dataclasses
+import functools
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import check_texts, conversation_extras, messages_of, text_of, what_is_compared, without_fill
-from gold_jax.text.json_rows import read_json_rows
+from gold_jax.text.json_rows import JsonRows, read_json_rows
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
@@ -20,6 +21,7 @@ ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
     "or `text`"
 )
+_BLOCK = 1000  # rows that are read at once
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -96,6 +98,9 @@ class Examples(Sequence):
             row = self.rows[index]
         except ValueError as error:  # a file's line that is no JSON, a column's text that is no UTF-8
             raise ValueError(shortened(f"row {index} of {self.source}: {error}")) from error
+        return self._convert(row, index)
+
+    def _convert(self, row: Any, index: int) -> Example:
         if self.features and isinstance(row, Mapping):
             row = {name: without_fill(value, self.features.get(name)) for name, value in row.items()}
         try:
@@ -106,11 +111,42 @@ class Examples(Sequence):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
+    def read_each(self) -> Iterator[tuple[int, Callable[[], Example]]]:
+        """Every row's number and what makes the example of it, or raises as `self[number]`; rows are read in blocks."""
+        for begin in range(0, len(self), _BLOCK):
+            numbers = range(begin, min(begin + _BLOCK, len(self)))
+            try:
+                rows = _read_block(self.rows, numbers)
+            except ValueError:  # which row of them it is, each by itself says
+                rows = None
+            for i in numbers:
+                if rows is None:
+                    yield i, functools.partial(self.__getitem__, i)
+                else:
+                    yield i, functools.partial(self._convert, rows[i - begin], i)
+
     def first(self, count: int) -> "Examples":
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
         return Examples(rows, self.source, self.text_column, self.features, check_first=False)
+
+
+def read_each(examples: Sequence[Example]) -> Iterator[tuple[int, Callable[[], Example]]]:
+    """The numbers of examples and what gives each of them, or raises as `examples[number]`; see `Examples.read_each`."""
+    if isinstance(examples, Examples):
+        return examples.read_each()
+    return ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
+
+
+def _read_block(rows: Any, numbers: range) -> Sequence | None:
+    """Rows that follow each other, as they are one by one; None where they are to be read so."""
+    if isinstance(rows, JsonRows):
+        return rows.read(numbers)
+    if getattr(rows, "format", {}).get("type", "") is None:  # of `datasets`; what its users transform is theirs
+        columns = rows[numbers.start : numbers.stop]
+        return [dict(zip(columns, values)) for values in zip(*columns.values())]
+    return None
 
 
 def load_examples(

@@ -11,6 +11,7 @@ import jinja2
 
 from gold_jax.text.surface import excerpt, name_of
 from gold_jax.text.template_budget import TemplateBudgetError, budget, counted
+from gold_jax.text.template_trace import AnswerForm, TemplateTrace
 
 #: What stands for today in templates that ask for the date.
 FIXED_DATE = "26 Jul 2024"
@@ -149,6 +150,8 @@ class ChatTemplate:
         self.source = source
         self._with_tools: str | None = with_tools
         self._fixed, self._fixed_with_tools = _dated(source), _dated(with_tools or source)
+        variables = tokenizer.special_tokens_map | self._kwargs
+        self._trace = TemplateTrace(self._fixed, variables)
         self.lead, self.tail, self._has_generation_prompt = self._probe()
 
     @property
@@ -225,7 +228,10 @@ class ChatTemplate:
         `generate` says that the beginning of an assistant's answer is to follow. Where the template refuses the
         conversation, the ValueError has its own words.
         """
-        return self._render(self._adapted(messages), generate=generate)
+        adapted = self._adapted(messages)
+        if any(extras_of(messages).values()):
+            return self._render(adapted, generate=generate)
+        return self._trace.render(adapted, generate, lambda: self._render(adapted, generate=generate))
 
     def _render(self, messages: list[dict], *, generate: bool = False) -> str:
         tools, variables = extras_of(messages).values()
@@ -270,6 +276,15 @@ class ChatTemplate:
         if begin == end and (messages[-1].get("content") or "").strip():
             raise self._lost(messages, len(messages) - 1, "nothing of it is left")
         return RenderedAnswer(prompt, rendered[begin:end], starts)
+
+    def form(self, messages: list[dict], *, answered: bool) -> AnswerForm | None:
+        """What `answer` (`render` of a prompt, unless `answered`) gives for conversations like this one, if that is known."""
+        if any(extras_of(messages).values()):
+            return None
+        if not answered:
+            return self._trace.prompt_form(self._adapted(messages))
+        lead, tail = " " * self.lead, self.tail if self._has_generation_prompt else ""
+        return self._trace.answer_form(self._adapted(messages), lead, tail)
 
     def answers(self, messages: list[dict], within: int | None = None) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.

@@ -95,12 +95,12 @@ def budget(messages: list[dict], *others: Any) -> Generator[None]:
 def counted(source: str) -> nodes.Template:
     """A chat template that counts what it does, for `apply_chat_template` in the place of its source; jinja2's errors."""
     environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     return _Counting().visit(environment.parse(source)).set_environment(environment)
 
 
-class _Generation(Extension):
+class Generation(Extension):
     """transformers' mark around answers, which changes nothing of what is written."""
 
     tags = {"generation"}

@@ -1,6 +1,7 @@
 """What each update learns from: rows in a random order, and batches made from them, pure functions of seed and step."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,8 +40,13 @@ class RowOrder:
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""
         epoch, k = divmod(step, self.steps_per_epoch)
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.rows))
+        order = _permutation(self.seed, epoch, len(self.rows))
         return [self.rows[i] for i in order[k * self.per_step : (k + 1) * self.per_step]]
+
+
+@functools.lru_cache(2)
+def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 @dataclasses.dataclass
@@ -222,19 +228,9 @@ class DistillationBatchBuilder:
     ):
         """The rows that are made here, encoded and aligned, and the micro-batches of all."""
         numbers, spec = self.process_shard.local_rows(len(examples), batch_size), self.spec
-        local = [examples[i] for i in numbers]
-        teacher_prompts = self._teacher_prompts(local)
-        with annotate(ENCODING):
-            texts = [e.prompt for e in local], [completions[i] for i in numbers]
-            options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
-            options |= dict(student_prompt_ids=prompt_ids and [prompt_ids[i] for i in numbers])
-            options |= dict(max_length=self.max_length)
-            encoded = text_batch.encode_rows(self.student, self.teacher, *texts, **options)
-        positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
-        with annotate(ALIGNMENT):
-            options = dict(max_length=self.max_length, positional=positional, one_vocabulary=self.one_vocabulary)
-            options |= dict(skip_student_stop=spec.skip_student_stop, skip_teacher_stop=spec.skip_teacher_stop)
-            rows = dict(zip(numbers, text_batch.align_rows(encoded, stops, **options)))
+        prompt_ids = prompt_ids and [prompt_ids[i] for i in numbers]
+        encoded, rows = self._aligned([examples[i] for i in numbers], [completions[i] for i in numbers], prompt_ids)
+        rows = dict(zip(numbers, rows))
         given = [rows.get(i) for i in range(len(examples))]
         options = dict(merge=spec.merge, groups=self._groups, text=spec.of_text, normalization=spec.normalization)
         options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
@@ -242,16 +238,32 @@ class DistillationBatchBuilder:
         batches = text_batch.build_batches(given, batch_size, **options)
         return dict(zip(numbers, encoded)), rows, batches
 
+    def _aligned(self, examples: Sequence[Example], completions: Sequence, prompt_ids: Sequence | None = None) -> tuple:
+        """Rows encoded, and aligned."""
+        spec, teacher_prompts = self.spec, self._teacher_prompts(examples)
+        with annotate(ENCODING):
+            options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
+            options |= dict(student_prompt_ids=prompt_ids, max_length=self.max_length)
+            encoded = text_batch.encode_rows(
+                self.student, self.teacher, [e.prompt for e in examples], completions, **options
+            )
+        positional, stops = spec.groups == "positional", (self.student.stop_id, self.teacher.stop_id)
+        with annotate(ALIGNMENT):
+            options = dict(max_length=self.max_length, positional=positional, one_vocabulary=self.one_vocabulary)
+            options |= dict(skip_student_stop=spec.skip_student_stop, skip_teacher_stop=spec.skip_teacher_stop)
+            return encoded, text_batch.align_rows(encoded, stops, **options)
+
     @property
     def _groups(self) -> str:
         """Which groups count; pairs by position all do."""
         return "all" if self.spec.groups == "positional" else self.spec.groups
 
-    def count_targets(self, example: Example) -> tuple[int, bool]:
-        """How many groups, or tokens of cross-entropy, a row of the data set gives to learn, and whether it is cut."""
-        encoded, rows, _ = self._batches([example], {0: example.completion_for(self.student)}, 1)
-        size = len(encoded[0].student_prompt) + len(encoded[0].student.ids) + 1
-        return self._count(rows[0]), size > self.max_length
+    def count_targets(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
+        """How many groups, or tokens of cross-entropy, rows of the data set give to learn, and whether each is cut."""
+        completions = [e.completion_for(self.student) for e in examples]
+        encoded, rows = self._aligned(examples, completions)
+        sizes = [len(x.student_prompt) + len(x.student.ids) + 1 for x in encoded]
+        return [(self._count(row), size > self.max_length) for row, size in zip(rows, sizes)]
 
     def _count(self, row: Row) -> int:
         counted = int(counted_groups(row, self.spec.merge, self._groups).sum()) if self.spec.distillation_weight else 0
@@ -331,10 +343,10 @@ class TokenBatchBuilder:
         options = dict(pad=pad, shapes=shapes, process_shard=self.process_shard)
         return rows, text_batch.build_token_batches(given, batch_size, **options)
 
-    def count_targets(self, example: Example, max_length: int) -> tuple[int, bool]:
-        """How many tokens a row gives to learn within `max_length`, and whether it is longer."""
-        ids, counted, _ = self._row(example, max_length + 1)
-        return int(counted[1:max_length].sum()), len(ids) > max_length
+    def count_targets(self, examples: Sequence[Example], max_length: int) -> list[tuple[int, bool]]:
+        """How many tokens rows give to learn within `max_length`, and whether each is longer."""
+        rows = [self._row(example, max_length + 1) for example in examples]
+        return [(int(counted[1:max_length].sum()), len(ids) > max_length) for ids, counted, _ in rows]
 
     def _row(self, example: Example, max_length: int | None):
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""

@@ -142,7 +142,7 @@ def test_templates_that_write_different_answers_are_told_and_what_makes_them_agr
 def test_a_row_that_thinks_is_read_whatever_variables_would_make_the_templates_agree():
     thinks = answered("<think>\nhm\n</think>\n\nthe dog.")
     for sides in (dict(student=THINKS, teacher=CHATML), dict(student=CHATML, teacher=THINKS)):
-        assert check(thinks, **sides).kept == [0]
+        assert check(thinks, **sides).kept.tolist() == [0]
 
 
 def test_thinking_that_a_template_drops_is_told_and_nothing_left_is_an_error():
@@ -214,7 +214,7 @@ def test_texts_that_a_tokenizer_cannot_encode_are_found_at_the_start():
         need = dict(budget=None, need_completion="x")
         with pytest.raises(ValueError, match="row 1 of the data set: .*(cannot encode|makes no token of)"):
             check_examples(load_examples(rows), chat, **need)
-        assert check_examples(load_examples(rows), chat, **need, on_bad_row="skip").kept == [0]
+        assert check_examples(load_examples(rows), chat, **need, on_bad_row="skip").kept.tolist() == [0]
         with pytest.raises(ValueError, match="row 1 of the evaluation data"):
             check_evaluation(load_examples(rows), chat)
 
@@ -232,18 +232,18 @@ def test_rows_of_which_nothing_is_left_are_left_out_and_cut_ones_counted():
     rows = [{"prompt": "x", "completion": text} for text in (*found, "short")]
     seen = []
 
-    def count_targets(example):
-        seen.append(example.completion)
-        return found[example.completion]
+    def count_targets(examples):
+        seen.extend(example.completion for example in examples)
+        return [found[example.completion] for example in examples]
 
     checked = check(*rows, max_length=70, count_targets=count_targets)
-    assert checked.kept == [1, 2, 3] and "short" not in seen
+    assert checked.kept.tolist() == [1, 2, 3] and "short" not in seen
     assert checked.notices == [
         "left out 1 of 4 rows of which --max_length 70 leaves nothing to learn",
         "--max_length 70 cuts 1 of 4 rows: their ends are not learned",
     ]
     with pytest.raises(ValueError, match="none of the 1 rows.*leaves nothing to learn .raise --max_length"):
-        check(rows[0], max_length=70, count_targets=lambda e: (0, True))
+        check(rows[0], max_length=70, count_targets=lambda examples: [(0, True)])
 
 
 def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
@@ -259,7 +259,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
     with pytest.raises(ValueError, match="row 1 of the data set"):
         check(*rows)
     checked = check(*rows, on_bad_row="skip")
-    assert checked.kept == [0, 7]
+    assert checked.kept.tolist() == [0, 7]
     (notice,) = [n for n in checked.notices if "cannot be read" in n]
     assert notice.startswith("left out 6 of 8 rows that cannot be read (--on_bad_row skip): row 1 of the data set")
     assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")

@@ -34,7 +34,7 @@ def examples(*rows):
 def test_rows_with_too_long_prompts_are_left_out_and_counted():
     data = examples({"prompt": "short", "completion": "a"}, {"prompt": "long " * 50, "completion": "b"})
     checked = check_examples(data, chat_tokenizer(), budget=20, need_completion=None)
-    kept, notices = checked.kept, checked.notices
+    kept, notices = checked.kept.tolist(), checked.notices
     assert kept == [0] and "left out 1 of 2 rows" in notices[0]
 
 
@@ -120,10 +120,12 @@ def a_call():
 def test_an_answer_that_calls_tools_is_no_completion():
     data = examples(a_call(), {"prompt": "x", "completion": "y"})
     checked = check_examples(data, chat_tokenizer(), budget=None, need_completion="it must be there")
-    kept, notices = checked.kept, checked.notices
+    kept, notices = checked.kept.tolist(), checked.notices
     assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools" in notices[0]
-    assert check_examples(data, chat_tokenizer(), budget=None, need_completion=None).kept == [0, 1]
-    assert check_examples(data, chat_tokenizer(), budget=None, need_completion="…", learns_calls=True).kept == [0, 1]
+    assert check_examples(data, chat_tokenizer(), budget=None, need_completion=None).kept.tolist() == [0, 1]
+    assert check_examples(
+        data, chat_tokenizer(), budget=None, need_completion="…", learns_calls=True
+    ).kept.tolist() == [0, 1]
     assert [e.completion for e in with_text_completion(data)] == ["y"]
 
 
@@ -144,14 +146,16 @@ def test_columns_that_nothing_reads_are_told_with_the_number_of_their_rows():
 def test_rows_without_a_prompt_are_left_out_where_nothing_could_be_drawn_after_no_token():
     data = examples({"text": "t"}, {"prompt": "x", "completion": "y"})
     plain = dict(budget=None, need_completion=None)
-    assert check_examples(data, chat_tokenizer(), **plain).kept == [0, 1]
+    assert check_examples(data, chat_tokenizer(), **plain).kept.tolist() == [0, 1]
     checked = check_examples(data, chat_tokenizer(), student_writes=True, **plain)
-    assert checked.kept == [1] and "left out 1 of 2 rows without a prompt" in checked.notices[0]
+    assert checked.kept.tolist() == [1] and "left out 1 of 2 rows without a prompt" in checked.notices[0]
     begins = ChatTokenizer(tiny.beginning_tokenizer())
-    assert len(begins.encode_prompt("")) and check_examples(data, begins, student_writes=True, **plain).kept == [0, 1]
+    assert len(begins.encode_prompt("")) and check_examples(
+        data, begins, student_writes=True, **plain
+    ).kept.tolist() == [0, 1]
     teacher = dict(teacher=chat_tokenizer(), teacher_writes=True)
-    assert check_examples(data, begins, **teacher, **plain).kept == [1]
-    assert check_examples(data, begins, teacher_context="c", **teacher, **plain).kept == [0, 1]
+    assert check_examples(data, begins, **teacher, **plain).kept.tolist() == [1]
+    assert check_examples(data, begins, teacher_context="c", **teacher, **plain).kept.tolist() == [0, 1]
     with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 without a prompt.*--lmbda 0"):
         check_examples(examples({"text": "t"}), chat_tokenizer(), student_writes=True, **plain)
 
