@@ -118,7 +118,13 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
     options["check_first"] = training.on_bad_row == "error"
-    train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
+    if data.dataset_streaming:
+        from gold_jax.text.stream import open_stream
+
+        named = {"config": data.dataset_config, "text_column": training.dataset_text_field}
+        train: Any = open_stream(data.dataset_name, split=data.dataset_train_split, **named)
+    else:
+        train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
     evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
     evaluation, name = None, data.eval_dataset_name
     if evaluates:

@@ -128,11 +128,13 @@ def _set(**settings: Any) -> None:
 
 def default_folder() -> str:
     """Among the user's caches; its own for each kind of processor, whose programs no other may be able to run."""
+    return str(user_caches() / "xla" / _processor())
+
+
+def user_caches() -> pathlib.Path:
+    """This package's folder among the user's caches, as the XDG specification has it."""
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
-    caches = (
-        caches if caches.is_absolute() else pathlib.Path("~/.cache").expanduser()
-    )  # as the XDG specification has it
-    return str(caches / "gold_jax" / "xla" / _processor())
+    return (caches if caches.is_absolute() else pathlib.Path("~/.cache").expanduser()) / "gold_jax"
 
 
 def _processor() -> str:

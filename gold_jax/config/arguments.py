@@ -114,6 +114,8 @@ class DataArguments(Settings):
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.",
         effect=Effect(lambda r: not r.data.is_local, "no effect on files; only data sets of the hub have configurations"))
     dataset_train_split: str = flag("train", "The split to train on.")
+    dataset_streaming: bool = flag(False, "Read the training rows while they are trained on, in shards, a shuffled window "
+        "after another; needs --max_steps.")
     dataset_test_split: str = flag("test", "The split to evaluate on.", effect=_ASKED_TO_EVALUATE)
     eval_dataset_name: str | None = flag(None,
         "The data set to evaluate on, all of a single file; none: dataset_test_split of dataset_name.")

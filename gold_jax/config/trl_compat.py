@@ -150,8 +150,6 @@ _REFUSALS: Mapping[str, str] = {
     "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.":
         "packing eval_packing",
     "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
-    "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.":
-        "dataset_streaming",
     "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
     "the targets are not smoothed; leave it out.": "label_smoothing_factor",
     "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",

@@ -157,10 +157,16 @@ class RowReader:
         if self._looked[shape] > _MOST_LOOKED:
             return None
         known = [self._unwritten.get((who, conversation_shape(conversation))) for who in self.sides]
-        forms = {who: side.form(conversation, answered=answered) for who, side in self.sides.items()}
-        if any(x != ([], []) for x in known) or None in forms.values() or {m["role"] for m in conversation} - {*_ROLES}:
+        found = {who: side.form(conversation, answered=answered) for who, side in self.sides.items()}
+        forms = {who: form for who, form in found.items() if form is not None}
+        if (
+            any(x != ([], []) for x in known)
+            or len(forms) < len(found)
+            or {m["role"] for m in conversation} - {*_ROLES}
+        ):
             return None
-        return self._forms.setdefault(shape, forms)
+        self._forms[shape] = forms
+        return forms
 
     def _find_unwritten(self, who: str, side: ChatTokenizer, conversation: list[dict]) -> None:
         shape = who, conversation_shape(conversation)
@@ -287,7 +293,7 @@ class RowChecker:
         sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
-        options = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
+        options: dict[str, Any] = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
         self._reader = RowReader(where, sides, **options)
         # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
         self._writes = {"student": student_writes, "teacher": teacher_writes}
@@ -339,6 +345,7 @@ class RowChecker:
         if bad and self.on_bad_row == "error":
             raise bad[0]
         self._bad += map(str, bad)
+        self.left_out["bad"] += len(bad)
         self.left_out.update(x.why for x in found.values() if isinstance(x, _LeftOut))
         return [(i, e) for i, e in found.items() if isinstance(e, Example)]
 
@@ -376,7 +383,7 @@ class RowChecker:
 
     def _lengths(self, prompts: list[Prompt]) -> list[int]:
         """How many tokens prompts have; of one with many more than the budget, more than that."""
-        encode, limit = self.chat_tokenizer.encode_prompt, self.budget
+        encode, limit = self.chat_tokenizer.encode_prompt, self.budget or 0
         if sum(len(repr(prompt)) for prompt in prompts) > _CHARS_AT_ONCE * limit * len(prompts):
             return [len(encode(prompt, limit=limit)) for prompt in prompts]
         return list(map(len, self.chat_tokenizer.encode_prompts(prompts)))
@@ -400,13 +407,13 @@ class RowChecker:
 
     def nothing_left(self) -> ValueError:
         """The error where no row can be learned from."""
-        left = self.left_out | collections.Counter(bad=len(self._bad))
+        left = self.left_out
         why = "; ".join(f"{left[x]} {words} ({remedy})" for x, (words, remedy) in self.reasons().items() if left[x])
         return ValueError(f"none of the {self.total} rows can be learned from: {why}")
 
     def notices(self) -> list[str]:
         """Lines about the rows that were left out or cut, and about what nothing reads."""
-        left, total = self.left_out | collections.Counter(bad=len(self._bad)), self.total
+        left, total = self.left_out, self.total
         notices = [f"left out {left[x]} of {total} rows {words}" for x, (words, _) in self.reasons().items() if left[x]]
         if self._bad:
             notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"

@@ -1,5 +1,6 @@
 """Examples: rows of a data set, in whatever form, as a prompt and a completion."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -101,12 +102,7 @@ class Examples(Sequence):
         return self._convert(row, index)
 
     def _convert(self, row: Any, index: int) -> Example:
-        if self.features and isinstance(row, Mapping):
-            row = {name: without_fill(value, self.features.get(name)) for name, value in row.items()}
-        try:
-            return to_example(row, index, self.source, text_column=self.text_column)
-        except ValueError as error:
-            raise ValueError(shortened(str(error))) from error
+        return example_of(index, self.source, self.text_column, self.features, row)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -137,6 +133,16 @@ def read_each(examples: Sequence[Example]) -> Iterator[tuple[int, Callable[[], E
     if isinstance(examples, Examples):
         return examples.read_each()
     return ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
+
+
+def example_of(index: int | str, source: str, text_column: str, features: Mapping | None, row: Any) -> Example:
+    """A row as it was read as an example, see `to_example`; `features` are the columns' types."""
+    if features and isinstance(row, Mapping):
+        row = {name: without_fill(value, features.get(name)) for name, value in row.items()}
+    try:
+        return to_example(row, index, source, text_column=text_column)
+    except ValueError as error:
+        raise ValueError(shortened(str(error))) from error
 
 
 def _read_block(rows: Any, numbers: range) -> Sequence | None:
@@ -194,8 +200,37 @@ def load_examples(
 
 
 def _load(name: str, config: str | None, split: str):
+    import datasets
+
+    if (found := local_files(name, split)) is None:
+        with hub_errors(name):
+            return _from_hub(name, config, split)
+    kind, files = found
+    if kind == "json":
+        return _of_split(read_json_rows(list(files.values())), split)
+    try:
+        data_files = {"train": [str(p) for p in files.values()]}
+        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(split.split("[")[0], "train", 1))
+    except Exception as error:  # the builder wraps what its readers raise
+        names, reason = listed(list(files), 3), error.__cause__ or error
+        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    """What goes wrong with a data set of the hub, in words."""
     import datasets.exceptions
 
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}") from error
+    except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
+        raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
+
+
+def local_files(name: str, split: str) -> tuple[str, dict[str, pathlib.Path]] | None:
+    """The kind and the files of a split, by their names; None where the name is one of the hub."""
     if len(name) > 4096:
         raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
     path = pathlib.Path(resolve_embedded(name)).expanduser()
@@ -203,14 +238,7 @@ def _load(name: str, config: str | None, split: str):
     if not path.exists():
         if path.suffix in _FORMATS or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"there is no file or folder {name!r}")
-        try:
-            return _from_hub(name, config, split)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
-            ) from error
-        except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
-            raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
+        return None
     files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
     if kind is None or not all(p.is_file() for p in files):
@@ -222,14 +250,30 @@ def _load(name: str, config: str | None, split: str):
             f"the file {name!r} holds the split 'train' alone; the rows of {base!r} need a file of their own (in training, "
             "--eval_dataset_name)"
         )
-    if kind == "json":
-        return _of_split(read_json_rows(files), split)
-    try:
-        data_files = {"train": [str(p) for p in files]}
-        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
-    except Exception as error:  # the builder wraps what its readers raise
-        names, reason = listed([p.name for p in files], 3), error.__cause__ or error
-        raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
+    return kind, {p.name: p for p in files}
+
+
+def hub_files(name: str, config: str | None, split: str) -> tuple[str | None, dict[str, str]]:
+    """ "json" and the addresses of a split of the hub that is streamed, by their names; none where `datasets` reads it."""
+    import datasets
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.json.json import Json
+
+    with hub_errors(name):
+        builder: Any = datasets.load_dataset_builder(name, config)
+        if isinstance(builder, Csv):
+            raise ValueError("files of CSV cannot be streamed; leave --dataset_streaming out")
+        given = builder.config.data_files or {}
+        if not given or not isinstance(builder, Json) or getattr(builder.config, "field", None):
+            return None, {}
+        if split not in given:
+            raise ValueError(f"{name!r} has no split {split!r}; it has {listed(list(map(str, given)), 8)}")
+        return "json", {_in_repository(file): str(file) for file in given[split]}
+
+
+def _in_repository(file: Any) -> str:
+    """The name of a file of the hub."""
+    return re.sub(r"hf://datasets/[^/]+/[^/]+/", "", str(file))
 
 
 def _of_split(rows: Any, split: str):
@@ -263,7 +307,7 @@ def _from_hub(name: str, config: str | None, split: str):
     paths = list(manager.iter_files(manager.download_and_extract(list(files))))
     if isinstance(builder, Json):
         # In the cache a file has a hash for a name; messages use that in the repository.
-        names = [re.sub(r"hf://datasets/[^/]+/[^/]+/", "", str(file)) for file in files]
+        names = [_in_repository(file) for file in files]
         return _of_split(read_json_rows(paths, names if len(names) == len(paths) else None), split)
     # Every cell is text but an empty one, which is null.
     options: Any = builder.config.pd_read_csv_kwargs | dict(dtype=str, keep_default_na=False, na_values=[""])
@@ -284,7 +328,7 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
     return named or files
 
 
-def to_example(row, index: int, source: str, *, text_column: str = "text") -> Example:
+def to_example(row, index: int | str, source: str, *, text_column: str = "text") -> Example:
     """One row as an example.
 
     The forms: `messages` (a list of {role, content}; a last message that is not an assistant's makes it a prompt

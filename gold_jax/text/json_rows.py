@@ -2,12 +2,13 @@
 
 import codecs
 import contextlib
+import hashlib
 import itertools
 import json
 import os
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -36,6 +37,25 @@ def read_json_rows(paths: Sequence[str | os.PathLike], names: Sequence[str] | No
     return JsonRows([_open(file, name, hold) for file, name in zip(files, names or [file.name for file in files])])
 
 
+def read_json_lines(path: str, name: str, first: int = 0) -> Iterator[Any]:
+    """The rows of a file of JSON lines, a path or an address, from a row on, as they are read.
+
+    ValueError where a line cannot be read, after which the next one comes, or the file holds an array.
+    """
+    return map(lambda line: _parse(line[1], name, line[0]), itertools.islice(_filled_lines(path, name), first, None))
+
+
+def _filled_lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
+    import fsspec
+
+    with fsspec.open(path, "rb", compression="infer") as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+                raise ValueError(f"{name} is a JSON array, which is read whole: write it as JSON lines to stream it")
+            if line.strip():
+                yield number, line
+
+
 class JsonRows(Sequence):
     """The rows of `files` (sequences of them), or those with the numbers `index` of them."""
 
@@ -57,6 +77,13 @@ class JsonRows(Sequence):
         file = int(np.searchsorted(self._ends, number, side="right"))
         return self._files[file][number - (self._ends[file - 1] if file else 0)]
 
+    def digest(self) -> str:
+        """Of all that the rows are read from, in hexadecimal; a file must stay as it is while it is read."""
+        digest = hashlib.sha256(repr(self._index if isinstance(self._index, range) else [*self._index]).encode())
+        for file in self._files:
+            digest.update(file.digest if isinstance(file, _Lines) else repr(file).encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
     def read(self, numbers: range) -> list:
         """Rows that follow each other, as they are one by one."""
         index, rows = self._index[numbers.start : numbers.stop], []
@@ -75,9 +102,11 @@ class _Lines(Sequence):
     def __init__(self, path: pathlib.Path, name: str, hold: bool):
         self._path, self._name = path, name
         self._held = open(path, "rb") if hold else None
+        whole = hashlib.sha256()
         with self._opened() as file:
-            lines = ((len(line), bool(line.strip()), zlib.crc32(line)) for line in file)
-            table = np.fromiter(itertools.chain.from_iterable(lines), np.int64)
+            lines = ((len(line), bool(line.strip()), zlib.crc32(line), whole.update(line)) for line in file)
+            table = np.fromiter(itertools.chain.from_iterable(line[:3] for line in lines), np.int64)
+        self.digest = whole.digest()
         sizes, filled, sums = table.reshape(-1, 3).T
         self._numbers = np.flatnonzero(filled)
         self._begins, self._sizes, self._sums = (x[self._numbers] for x in (np.cumsum(sizes) - sizes, sizes, sums))

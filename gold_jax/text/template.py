@@ -163,6 +163,11 @@ class ChatTemplate:
         return dict(self._tokenizer.chat_template) | {name: self._with_defaults(source) for name, source in own.items()}
 
     @property
+    def variables(self) -> dict[str, Any]:
+        """The run's variables."""
+        return dict(self._kwargs)
+
+    @property
     def sources(self) -> str:
         """All that the template may write, for looking strings up."""
         return self.source + (self._with_tools or "")

@@ -106,6 +106,7 @@ class Generation(Extension):
     tags = {"generation"}
 
     def parse(self, parser) -> nodes.Node:
+        """The block without its mark."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 

@@ -28,9 +28,11 @@ class _Conditions:
 
     def __init__(self, *others: "_Conditions"):
         self.filled = any(other.filled for other in others)
-        names = "unlike", "without", "begins", "ends", "stripped"
-        for name in names:
-            setattr(self, name, set().union(*(getattr(other, name) for other in others)))
+        self.unlike: set[str] = set().union(*(other.unlike for other in others))
+        self.without: set[str] = set().union(*(other.without for other in others))
+        self.begins: set[str] = set().union(*(other.begins for other in others))
+        self.ends: set[str] = set().union(*(other.ends for other in others))
+        self.stripped: set[tuple] = set().union(*(other.stripped for other in others))
 
     def hold(self, text: str) -> bool:
         if len(text) > _LONGEST or (self.filled and not text) or text in self.unlike:
@@ -46,7 +48,7 @@ class _Conditions:
         )
 
 
-class Traced:
+class _Traced:
     """A text with holes: `parts` are strings, and the `_Conditions` of the contents that stand there."""
 
     def __init__(self, parts: Sequence[Any]):
@@ -61,10 +63,10 @@ class Traced:
         raise _Untraceable
 
     def __add__(self, other):
-        return Traced([*self.parts, *_parts_of(other)])
+        return _Traced([*self.parts, *_parts_of(other)])
 
     def __radd__(self, other):
-        return Traced([*_parts_of(other), *self.parts])
+        return _Traced([*_parts_of(other), *self.parts])
 
     def __bool__(self):
         if not self.parts:
@@ -74,7 +76,7 @@ class Traced:
         return True
 
     def __eq__(self, other):
-        if isinstance(other, Traced):
+        if isinstance(other, _Traced):
             raise _Untraceable
         if isinstance(other, str):
             self._hole().unlike.add(other)
@@ -114,19 +116,19 @@ class Traced:
     def rstrip(self, chars=None):
         return self._strip(str.rstrip, -1, chars)
 
-    def _strip(self, method: Callable, end: int, chars) -> "Traced":
+    def _strip(self, method: Callable, end: int, chars) -> "_Traced":
         if not isinstance(chars, str | None):
             raise _Untraceable
         parts = list(self.parts)
         while parts and isinstance(parts[end], str):
             if left := method(parts.pop(end), chars):
                 parts.insert(0 if end == 0 else len(parts), left)
-                return Traced(parts)
+                return _Traced(parts)
         if parts:
             parts[end].stripped.add((method, chars))
             if len(self.parts) > 1:  # of an empty content what stands beside it would be stripped
                 parts[end].filled = True
-        return Traced(parts)
+        return _Traced(parts)
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = __format__ = __call__ = _refuse
 
@@ -134,7 +136,7 @@ class Traced:
 def _parts_of(value: Any) -> Sequence[Any]:
     if type(value) is str:
         return [value]
-    if not isinstance(value, Traced):
+    if not isinstance(value, _Traced):
         raise _Untraceable
     return value.parts
 
@@ -203,11 +205,13 @@ class TemplateTrace:
         shape = _shape(messages)
         if shape is None:
             return None
-        found = [self._known.get(key) for key in ((True, *shape[:-1]), (False, *shape)) if key in self._seen_right]
-        if len(found) < 2 or not tail:
+        keys = (True, *shape[:-1]), (False, *shape)
+        prompt, whole = (self._known.get(key) if key in self._seen_right else None for key in keys)
+        if prompt is None or whole is None or not tail:
             return None
-        prompt, whole = found
-        marked = ["".join(x if isinstance(x, str) else f"{_MARK}{x}{_MARK}" for x in form.pieces) for form in found]
+        marked = [
+            "".join(x if isinstance(x, str) else f"{_MARK}{x}{_MARK}" for x in form.pieces) for form in (prompt, whole)
+        ]
         last, begin, end = f"{_MARK}{len(messages) - 1}{_MARK}", len(marked[0]) + len(lead), len(marked[1]) - len(tail)
         before = marked[1][begin : end - len(last)]
         if _MARK in before or marked[1] != marked[0] + lead + before + last + tail:
@@ -218,11 +222,12 @@ class TemplateTrace:
     def prompt_form(self, messages: Sequence[dict]) -> "AnswerForm | None":
         """The same of prompts alone, before which an answer is to be generated."""
         key = (True, *(_shape(messages) or ()))
-        return AnswerForm(*self._known[key], None) if key in self._seen_right else None
+        found = self._known.get(key) if key in self._seen_right else None
+        return None if found is None else AnswerForm(*found, None)
 
     def _trace(self, messages: Sequence[dict], generate: bool) -> _Pieces | None:
         conditions = tuple(_Conditions() for _ in messages)
-        given = [m | {"content": Traced([hole])} for m, hole in zip(messages, conditions)]
+        given = [m | {"content": _Traced([hole])} for m, hole in zip(messages, conditions)]
         try:
             if _MARK in self._source:
                 return None
@@ -249,10 +254,10 @@ def _fill(found: _Pieces, contents: Sequence[str]) -> str | None:
 
 def _environment() -> jinja2.Environment:
     """One in which what a template writes keeps its holes."""
-    written: list[Traced] = []  # holes on their way into a text
+    written: list[_Traced] = []  # holes on their way into a text
 
     def finalize(value):
-        if not isinstance(value, Traced):
+        if not isinstance(value, _Traced):
             if _MARK in str(value):
                 raise _Untraceable
             return value
@@ -263,20 +268,20 @@ def _environment() -> jinja2.Environment:
         parts = re.split(f"{_MARK}(\\d+){_MARK}", "".join(texts))
         if len(parts) == 1:
             return parts[0]
-        return Traced([x for k, part in enumerate(parts) for x in (written[int(part)].parts if k % 2 else [part])])
+        return _Traced([x for k, part in enumerate(parts) for x in (written[int(part)].parts if k % 2 else [part])])
 
     def refuse(message):
         raise _Untraceable
 
     extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment = ImmutableSandboxedEnvironment(
+    environment: Any = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=finalize
     )
     trim = environment.filters["trim"]
     environment.concat = concat
-    environment.tests["string"] = lambda value: isinstance(value, str | Traced)
+    environment.tests["string"] = lambda value: isinstance(value, str | _Traced)
     environment.filters["trim"] = lambda value, chars=None: (
-        value.strip(chars) if isinstance(value, Traced) else trim(value, chars)
+        value.strip(chars) if isinstance(value, _Traced) else trim(value, chars)
     )
     environment.globals["raise_exception"] = refuse
     return environment

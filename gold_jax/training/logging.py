@@ -197,6 +197,32 @@ class RunningMean:
             self._sums[name] = np.dtype(dtype).type(total) if dtype else total, weight
 
 
+class Progress(contextlib.AbstractContextManager):
+    """Says how far something is that takes longer than two seconds: a line that changes, or one in 30 seconds in a file."""
+
+    def __init__(self, console: Console, words: str, total: int):
+        self._console, self._words, self._total = console, words, total
+        self._status, self._begun = console.status(words), time.monotonic()
+        self._next = self._begun + (2 if console.is_terminal else 30)
+
+    def __call__(self, done: int) -> None:
+        """Says that so many are done, where that is due."""
+        if (now := time.monotonic()) < self._next:
+            return
+        left = (self._total - done) * (now - self._begun) / done
+        text = f"{self._words}: {done:,} of {self._total:,}, about {left:,.0f} s left"
+        if self._console.is_terminal:
+            self._next = now + 0.5
+            self._status.update(text)
+            self._status.start()
+        else:
+            self._next = now + 30
+            self._console.print(text)
+
+    def __exit__(self, *_) -> None:
+        self._status.stop()
+
+
 def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:
     """Show what is about to run: a title, labels with their texts (None is left out), and a line for each notice."""
     lines = [(Text(label), str(value)) for label, value in rows.items() if value is not None]

@@ -37,6 +37,7 @@ from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
+from gold_jax.text.stream import RowStream, StreamOrder
 from gold_jax.training import checkpointing
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch
@@ -58,10 +59,16 @@ _SAVED = "the student and all that the run needs to go on are saved in"
 class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
 
-    train: Sequence[Example]
+    train: Sequence[Example] | RowStream
     eval: Sequence[Example] | None
-    order: RowOrder  # of those that can be learned from
+    order: RowOrder | StreamOrder  # of those that can be learned from
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
+
+    def take(self, step: int) -> list[tuple[int | str, Example]]:
+        """The rows of an update, with their numbers or names."""
+        if isinstance(self.order, StreamOrder):
+            return self.order.take(step)
+        return [(i, self.train[i]) for i in self.order(step)]
 
     def total_steps(self, args: SFTConfig) -> int:
         """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to; ValueError: they are too many."""
@@ -122,6 +129,8 @@ class Loop:
         """Forgets what an earlier `train` left, but for the parameters."""
         self.state = self.state._replace(optimizer=None)  # let go of before another one is made
         self.done, self.nonfinite = 0, NonFiniteCounter(0, 0)  # updates so far, and those of them that were left out
+        if isinstance(self.data.order, StreamOrder):
+            self.data.order.restart()
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
@@ -176,6 +185,9 @@ class Loop:
                         kept = f"the last checkpoint is {last}" if last else "nothing is saved"
                         self.say(f"Interrupted again after {self.done} updates, before they were saved; {kept}.")
                         raise
+                if isinstance(self.data.order, StreamOrder):
+                    for line in self.data.order.checker.notices():
+                        self.say(f"Of the rows that were read: {line}")
                 self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
                 after = {}
                 if self.data.eval is not None:
@@ -276,7 +288,7 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        examples = [self.data.train[i] for i in self.data.order(step)]
+        examples = [example for _, example in self.data.take(step)]
         return self.run.batches.build(step, examples, self.state.params, self.shapes)
 
     def _is_due(self, what: str) -> bool:
@@ -514,6 +526,8 @@ class Loop:
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Puts the run where a checkpoint was saved."""
+        if isinstance(self.data.order, StreamOrder):
+            self.data.order.resume(metadata["step"], metadata["stream"])
         self.state = state
         self.checkpoints.go_on_from(path)
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
@@ -557,6 +571,8 @@ class Loop:
         measured = {} if self._measured is None else {EVALUATED: self._measured}
         metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
+        if isinstance(self.data.order, StreamOrder):
+            metadata["stream"] = self.data.order.position(self.done)
         metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
@@ -596,7 +612,7 @@ class Loop:
 
     def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
         self._log.flush()
-        seen = self.done, self.nonfinite, metrics, self.state.params, self.data.order(step)
+        seen = self.done, self.nonfinite, metrics, self.state.params, [row for row, _ in self.data.take(step)]
         why = describe_divergence(*seen, self.args, counted)
         if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)

@@ -7,11 +7,13 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import jax
 from rich.console import Console
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from gold_jax.compilation_cache import user_caches
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
@@ -21,13 +23,16 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
-from gold_jax.text.checks import check_evaluation, check_examples, with_text_completion
+from gold_jax.text import check_cache
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
+from gold_jax.text.stream import RowStream, StreamOrder, open_stream
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.logging import header
+from gold_jax.training.logging import Progress, header
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
@@ -42,6 +47,7 @@ from gold_jax.training.resume import (
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128
+_REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
@@ -69,7 +75,16 @@ class _Trainer:
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
         first = a.on_bad_row == "error"
         read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first)
-        self.train_examples = read(train_dataset)
+        self.train_examples = train_dataset
+        if isinstance(train_dataset, datasets.IterableDataset):
+            self.train_examples = open_stream(train_dataset, text_column=a.dataset_text_field)
+        elif not isinstance(train_dataset, RowStream):
+            self.train_examples = read(train_dataset)
+        if isinstance(self.train_examples, RowStream):
+            if a.max_steps < 0:
+                raise ValueError("a streamed data set has no length: say with --max_steps how many updates to make")
+            if "epoch" in (a.eval_strategy, a.save_strategy):
+                raise ValueError("a streamed data set has no length, so that no epoch ends at an update: use steps")
         self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
@@ -91,6 +106,32 @@ class _Trainer:
         options |= dict(remat=a.gradient_checkpointing, placement=self.placement)
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
+    def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows | RowChecker:
+        """The training rows that can be learned from; of a large data set also as an earlier run has found them.
+        What says it of rows that are streamed, while they are read.
+
+        `options` are those of `check_examples`, `learned` is all that `count_targets` depends on beside the tokenizers.
+        """
+        examples: Any = self.train_examples
+        if isinstance(examples, RowStream):
+            return RowChecker(chat_tokenizer, **options)
+        progress = Progress(self.console, "Checking rows", len(examples))
+        with progress:
+            check = functools.partial(check_examples, examples, chat_tokenizer, progress=progress, **options)
+            data = None
+            if len(examples) >= _REMEMBERED and datasets.is_caching_enabled():
+                data = check_cache.data_key(examples)
+            if data is None:
+                return check()
+            sides = [chat_tokenizer] + [x for x in [options.get("teacher")] if x is not None]
+            key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
+            key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
+            key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
+            checked, known = check_cache.remembered(user_caches() / "checked", key, check)
+        if known:
+            self.console.print(f"The {len(examples):,} rows were checked in an earlier run, with the same settings.")
+        return checked
+
     def _set_up(
         self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
@@ -106,16 +147,28 @@ class _Trainer:
             options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
             self.eval_examples, measured, evaluated = check_evaluation(evaluation, *tokenizers.values(), **options)
             evaluation = self.eval_examples
-        self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
+        streamed = isinstance(checked, RowChecker)
+        self.notices = [
+            *a.notices,
+            *measured,
+            *([] if streamed else checked.notices),
+            *named_without_effect(a, facts),
+            *notices,
+        ]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
         rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
-        data = Data(self.train_examples, evaluation, RowOrder(checked.kept, rows_per_step, a.seed), {})
+        if streamed:
+            say = functools.partial(self.console.print, markup=False, soft_wrap=True)
+            order = StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
+        else:
+            order = RowOrder(checked.kept, rows_per_step, a.seed)
+        data = Data(self.train_examples, evaluation, order, {})
         self._show(student, data, shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        digests = {"the training data": checked.digest}
+        digests = {"the training data": self.train_examples.digest if streamed else checked.digest}
         digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
         digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
         if evaluated is not None:
@@ -124,7 +177,8 @@ class _Trainer:
             digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
-        description |= {LEARNED: len(checked.kept), ROWS: rows_per_step, MICRO: batch, **digests}
+        description |= {} if streamed else {LEARNED: len(checked.kept)}
+        description |= {ROWS: rows_per_step, MICRO: batch, **digests}
         description = json.loads(json.dumps(description, default=str))
         data = data._replace(description=description)
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
@@ -139,7 +193,8 @@ class _Trainer:
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
-        kept, total = len(data.order.rows), data.total_steps(self.args)
+        total, order = data.total_steps(self.args), data.order
+        shards = f"a stream of {len(data.train.shards)} shards" if isinstance(order, StreamOrder) else None
         schedule = make_schedule(self.args, total)
         rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
         rate = rate if self._optimizers[0] is None else "optimizer as passed"
@@ -150,8 +205,8 @@ class _Trainer:
         rows = {
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,
-            "data": f"{kept} rows" + (f" of {self.dataset_name}" if self.dataset_name else ""),
-            "updates": f"{total:,} of {data.order.per_step} rows each, {rate}",
+            "data": (shards or f"{len(order.rows)} rows") + (f" of {self.dataset_name}" if self.dataset_name else ""),
+            "updates": f"{total:,} of {order.per_step} rows each, {rate}",
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
@@ -299,7 +354,7 @@ class SFTTrainer(_Trainer):
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
         options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
         options |= dict(max_length=args.max_length, count_targets=targets, on_bad_row=args.on_bad_row)
-        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
+        checked = self._check(learned, student.chat_tokenizer, **options)
         self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
 
@@ -368,7 +423,7 @@ class GOLDTrainer(_Trainer):
             builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
-        checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
+        checked = self._check((self.spec, match.same), student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)

@@ -1,0 +1,197 @@
+"""A data set that is read while it is trained on: in shards, whose order and rows are shuffled so that a run can be resumed.
+
+In every epoch the shards come in a random order; their rows, one shard's after the other's, are cut into windows of
+`WINDOW` rows, and the rows of a window come in a random order. Both orders are functions of seed, epoch and window, so
+that a position is a few numbers, and one window is all that is held.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+import pathlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gold_jax.text.checks import RowChecker
+from gold_jax.text.data import Example, Examples, example_of, hub_errors, hub_files, local_files
+from gold_jax.text.json_rows import read_json_lines
+
+WINDOW = 1000  # rows that are shuffled among each other
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStream:
+    """Rows that are read from their beginning on: `shards` give those of each from a number on, by name."""
+
+    shards: Mapping[str, Callable[[int], Iterator[Any]]]
+    source: str  # what errors call the data
+    digest: str  # of what the shards are read from
+    text_column: str = "text"
+    features: Mapping | None = None
+
+    def rows(
+        self, order: list[int], shard: int = 0, row: int = 0
+    ) -> Iterator[tuple[int, int, str, Callable[[], Example]]]:
+        """All rows of the shards in an order, from a row on: shard, number, name, and the example or what raises for it."""
+        names = list(self.shards)
+        for k in range(shard, len(order)):
+            name, first = names[order[k]], row if k == shard else 0
+            rows = self.shards[name](first)
+            for number in itertools.count(first):
+                label = f"{number} of {name}"
+                read = functools.partial(example_of, label, self.source, self.text_column, self.features)
+                try:
+                    yield k, number, label, functools.partial(read, next(rows))
+                except StopIteration:
+                    break
+                except ValueError as error:
+                    said = f"row {label} of {self.source}: {error}"
+                    if not isinstance(rows, map):  # what has raised gives no more rows
+                        raise ValueError(said) from error
+                    yield k, number, label, functools.partial(_fail, said)
+
+    def first(self, count: int | None) -> Examples:
+        """The first rows, or all, as a data set."""
+        found = (row for open_shard in self.shards.values() for row in open_shard(0))
+        return Examples(list(itertools.islice(found, count)), self.source, self.text_column, self.features)
+
+
+def _fail(error: str) -> Example:
+    raise ValueError(error)
+
+
+def open_stream(
+    source: Any, *, config: str | None = None, split: str = "train", text_column: str = "text"
+) -> RowStream:
+    """Opens a data set that is streamed: a name as `load_examples` takes it, or a `datasets.IterableDataset`.
+
+    FileNotFoundError, ValueError: as `load_examples`, or it cannot be streamed.
+    """
+    import datasets
+
+    if not isinstance(source, str):
+        return _of_dataset(source, "the data set", [], text_column)
+    where = f"the data set {source!r}"
+    if {"[", "+"} & set(split):
+        raise ValueError(f"a part of a split, {split!r}, cannot be streamed; name a whole split, or do not stream it")
+    kind, files = local_files(source, split) or hub_files(source, config, split)
+    described = [config, split, *map(_describe, files.items())]
+    if kind == "json":
+        shards = {name: functools.partial(read_json_lines, str(path), name) for name, path in files.items()}
+        return RowStream(shards, where, _digest(described), text_column)
+    options: dict[str, Any] = dict(path=source, name=config, split=split)
+    if files:
+        options = dict(path=kind, data_files={"train": [str(path) for path in files.values()]}, split="train")
+    with hub_errors(source):
+        return _of_dataset(datasets.load_dataset(**options, streaming=True), where, described, text_column)
+
+
+def _of_dataset(source: Any, where: str, described: list, text_column: str) -> RowStream:
+    count = source.num_shards
+
+    def read(shard: int, row: int) -> Iterator[Any]:
+        return iter(source.shard(count, shard).skip(row))
+
+    shards = {f"shard {k}": functools.partial(read, k) for k in range(count)}
+    return RowStream(shards, where, _digest([*described, count]), text_column, source.features)
+
+
+def _describe(file: tuple[str, Any]) -> str:
+    name, path = file
+    return f"{name} {pathlib.Path(path).stat().st_size}" if "://" not in str(path) else name
+
+
+def _digest(parts: list) -> str:
+    return hashlib.sha256(repr([*parts, WINDOW]).encode()).hexdigest()
+
+
+class StreamOrder:
+    """What each update learns from: the next rows of a stream that can be learned from; an epoch's last may be short.
+
+    Args:
+        stream: the rows.
+        checker: which of them can be learned from; the others are passed over, and `say` is told once for each reason.
+        per_step: rows of an update.
+        seed: of both orders.
+        total: updates of the run, which stand for an epoch where one is counted: its length is not known.
+    """
+
+    def __init__(
+        self, stream: RowStream, checker: RowChecker, per_step: int, seed: int, total: int, say: Callable[[str], Any]
+    ):
+        self.stream, self.checker, self.per_step, self.seed, self.say = stream, checker, per_step, seed, say
+        self.steps_per_epoch = total
+        # Where the last updates begin: epoch, the shard (in the epoch's order) and row at which a window begins, its number,
+        # how many of its rows that can be learned from are taken, and whether any of the epoch was.
+        self._positions: dict[int, dict[str, Any]] = {}
+        self._at: int | None = None  # the update that the next rows are of
+        self._said: set[str] = set()
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins with the first update."""
+        self._positions, self._at = {0: self._beginning(0)}, None
+
+    def _beginning(self, epoch: int) -> dict[str, Any]:
+        return dict(epoch=epoch, shard=0, row=0, window=0, taken=0, learned=False)
+
+    def take(self, step: int) -> list[tuple[str, Example]]:
+        """The rows of an update with their names; updates come one after another, or again from one of the last."""
+        if step != self._at:
+            self._seek(self._positions[step])
+        found, self._at = [], None
+        while len(found) < self.per_step:
+            window = self._read_window()
+            part = window[self._here["taken"] :][: self.per_step - len(found)]
+            if part:
+                found += part
+                self._here |= dict(taken=self._here["taken"] + len(part), learned=True)
+            elif self._next is not None:
+                shard, row = self._next
+                self._here |= dict(shard=shard, row=row, window=self._here["window"] + 1, taken=0)
+                self._window = None
+            elif found:
+                break
+            elif not self._here["learned"]:
+                raise self.checker.nothing_left()
+            else:
+                self._seek(self._beginning(self._here["epoch"] + 1))
+        self._positions = {k: v for k, v in self._positions.items() if step - 3 < k <= step}
+        self._positions[step + 1], self._at = dict(self._here), step + 1
+        return found
+
+    def position(self, step: int) -> dict[str, Any]:
+        """Where an update begins, of the last ones and the next, fit for JSON: a checkpoint keeps it."""
+        return dict(self._positions[step])
+
+    def resume(self, step: int, position: Mapping[str, Any]) -> None:
+        """Goes on with an update at a `position`; ValueError where other rows stand there."""
+        self._positions, self._at = {step: dict(position)}, None
+        self._seek(position)
+        self._read_window()
+        if position.get("rows") not in (None, self._here["rows"]):
+            raise ValueError(f"{self.stream.source} holds other rows than when the checkpoint was saved; begin anew")
+
+    def _seek(self, position: Mapping[str, Any]) -> None:
+        self._here, self._window = dict(position), None
+        order = np.random.default_rng((self.seed, position["epoch"])).permutation(len(self.stream.shards)).tolist()
+        self._rows = self.stream.rows(order, position["shard"], position["row"])
+
+    def _read_window(self) -> list[tuple[str, Example]]:
+        """The rows of this window that can be learned from, in their random order."""
+        if self._window is not None:
+            return self._window
+        found = list(itertools.islice(self._rows, WINDOW))
+        self._next = (found[-1][0], found[-1][1] + 1) if len(found) == WINDOW else None
+        order = np.random.default_rng((self.seed, self._here["epoch"], self._here["window"])).permutation(len(found))
+        self._window = self.checker.check([found[i][2:] for i in order])
+        self._here["rows"] = functools.reduce(lambda crc, pair: zlib.crc32(pair[1].fingerprint, crc), self._window, 0)
+        for name, (words, remedy) in self.checker.reasons().items():
+            if self.checker.left_out[name] and name not in self._said:
+                self._said.add(name)
+                self.say(f"Rows of {self.stream.source} {words} are passed over ({remedy}); the last lines count them.")
+        return self._window
