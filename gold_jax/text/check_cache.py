@@ -1,6 +1,7 @@
 """What was found when a data set was checked, kept for the next start of a run on the very same data."""
 
 import array
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -80,5 +81,6 @@ def remembered(
         for old in sorted(folder.glob("*.npz"), key=lambda file: file.stat().st_mtime)[:-_MOST]:
             old.unlink()
     except OSError:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
     return checked, False

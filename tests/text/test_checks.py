@@ -1,3 +1,7 @@
+import functools
+import json
+
+import datasets
 import numpy as np
 import pytest
 from test_template import OPENS_THINKING, SYSTEM_AND_USER, THINKING, TOOLS, USER, call
@@ -5,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
+from gold_jax.text import checks, template_trace
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluation, check_examples
 from gold_jax.text.data import load_examples
@@ -339,3 +344,67 @@ def test_roles_of_other_formats_are_told_where_a_template_writes_them():
     rows = [{"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
     (notice,) = [n for n in check(*rows).notices if "'human'" in n]
     assert "2 rows of the data set have the role 'human', which is not one of system, developer, user" in notice
+
+
+ODD = [
+    answered(), answered("the dog. " * 30), answered(" the dog. "), answered(""), answered("é — “so” 😀"),
+    answered("<think>\nhm\n</think>\n\nthe dog."), answered("half \ud800"), answered("a <|im_end|> b"),
+    {"messages": [{"role": "user", "content": "a <|im_end|> </think> b"}, {"role": "assistant", "content": "the fox"}]},
+    {"messages": [USER]}, {"messages": []}, {"prompt": 3}, {"prompt": [USER], "completion": "the fox", "extra": 1},
+    {"prompt": "the fox", "completion": " is"}, {"prompt": "the " * 60, "completion": " is"}, {"prompt": "", "completion": "x"},
+    {"prompt": "the fox", "completion": ""}, {"prompt": "<|im_end|>", "completion": "x"}, {"text": "the fox"}, {"nothing": 1},
+    {"prompt": [USER] * 40, "completion": "the fox"}, {"messages": [USER, call(None)]}, {"prompt": "x", "response": "y"},
+    {"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"messages": [{"role": "user<|im_end|>", "content": "q"}, {"role": "assistant", "content": "a"}]},
+    {"prompt": [USER], "completion": "the fox", "teacher_context": "it is a fox"},
+    {"messages": [{"role": "system", "content": "be kind"}, USER, {"role": "assistant", "content": "the dog."}]},
+    {"messages": [{"role": "system", "content": "be kind"}, USER, {"role": "assistant", "content": "the dog.", "name": "x"}]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sides", [{}, {"teacher": CHATML}, {"student": THINKING, "teacher": SYSTEM_AND_USER}])
+@pytest.mark.parametrize("need", [None, "it is learned"])
+def test_rows_looked_at_together_are_those_looked_at_one_by_one(sides, need, monkeypatch):
+    def found():
+        student = chat_tokenizer(sides.get("student", CHATML))
+        builder = TokenBatchBuilder(student, 1, 1, None, "completion")
+        counted = functools.partial(builder.count_targets, max_length=150)
+        options = dict(
+            budget=100, max_length=150, count_targets=counted, on_bad_row="skip", student_writes=need is None
+        )
+        options |= {"teacher": chat_tokenizer(sides["teacher"])} if "teacher" in sides else {}
+        return check_examples(load_examples(ODD * 3, check_first=False), student, need_completion=need, **options)
+
+    together = found()
+    monkeypatch.setattr(checks.RowReader, "_read_by_form", lambda *_: None)
+    monkeypatch.setattr(template_trace.TemplateTrace, "render", lambda self, messages, generate, render: render())
+    monkeypatch.setattr(checks, "_BLOCK", 1)
+    assert found() == together and 0 < len(together.kept) < 3 * len(ODD) - 20
+
+
+def test_the_first_bad_row_is_told_though_others_are_looked_at_with_it():
+    def count_targets(examples):
+        if any("fox" in e.completion for e in examples):
+            raise ValueError("no fox")
+        return [(1, False)] * len(examples)
+
+    rows = [{"prompt": "x", "completion": text} for text in ("dog " * 20, "fox " * 20, "fox " * 20)]
+    with pytest.raises(ValueError, match="^row 1 of the data set: no fox"):
+        check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets)
+    checked = check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets, on_bad_row="skip")
+    assert checked.kept.tolist() == [0] and "and 1 more rows like it" in checked.notices[0]
+
+
+def test_rows_are_read_in_blocks_as_one_by_one(tmp_path):
+    rows = [{"messages": answered(f"{k}")["messages"], "extra": k if k % 2 else None} for k in range(2500)]
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:1200])) + "\n{broken\n")
+    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[1200:])))
+    for data in (rows, datasets.Dataset.from_list(rows), str(tmp_path)):
+        examples = load_examples(data)
+        for number, read in examples.read_each():
+            if number == 1200 and isinstance(data, str):
+                with pytest.raises(ValueError, match="row 1200 of .*: line 2400 of a.jsonl cannot be read as json"):
+                    read()
+            else:
+                assert read() == examples[number]
+        assert number == len(examples) - 1

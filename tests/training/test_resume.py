@@ -15,6 +15,7 @@ from rich.console import Console
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
+from gold_jax.text import stream
 from gold_jax.training import loop, resume
 from gold_jax.training.batches import TokenBatchBuilder
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
@@ -138,6 +139,29 @@ def test_resuming_from_any_save_gives_the_same_student_and_the_same_log(world, f
     assert same(held(trainer), finished[1])
     assert steady(lines(output / "metrics.jsonl")) == steady(lines(finished[0] / "metrics.jsonl"))
     assert "Resumed from" in trainer.console.export_text()
+
+
+def test_a_streamed_run_that_goes_on_makes_the_updates_of_one_that_was_not_stopped(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 3)
+
+    def streamed(output, **changes):
+        console = Console(file=open(os.devnull, "w"), width=200, record=True)
+        args = SFTConfig(output_dir=str(output), **(QUICK | changes))
+        rows = stream.open_stream(str(world / "data" / "train.jsonl"))
+        return SFTTrainer(str(world / "student"), args, rows, console=console)
+
+    whole = streamed(tmp_path / "whole")
+    whole.train()
+    for step in (2, 4):
+        again = streamed(tmp_path / f"again-{step}")
+        again.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert all(np.array_equal(a, b) for a, b in zip(held(whole), held(again), strict=True))
+    with pytest.raises(ValueError, match="the training data differ"):
+        sft(world, tmp_path / "other").train(str(tmp_path / "whole" / "checkpoint-2"))
+    with pytest.raises(ValueError, match="has no length: say with --max_steps"):
+        streamed(tmp_path / "endless", max_steps=-1)
+    with pytest.raises(ValueError, match="no epoch ends at an update: use steps"):
+        streamed(tmp_path / "epochs", save_strategy="epoch")
 
 
 def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):

@@ -1,0 +1,130 @@
+"""Streams: every row once an epoch, in an order that goes on from any update; one window is held."""
+
+import itertools
+import json
+
+import datasets
+import pytest
+from toy_tokenizers import byte_level
+
+from gold_jax.text import stream
+from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.checks import RowChecker
+from gold_jax.text.stream import StreamOrder, open_stream
+
+ROWS = 137
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 10)
+
+
+@pytest.fixture(params=["jsonl", "parquet", "dataset"])
+def source(request, tmp_path):
+    rows = [{"prompt": "x", "completion": f"{k}"} for k in range(ROWS)]
+    rows[25]["prompt"] = rows[77]["prompt"] = "long " * 100
+    parts = [rows[:50], rows[50:60], rows[60:]]
+    for k, part in enumerate(parts):
+        if request.param == "jsonl":
+            (tmp_path / f"train-{k}.jsonl").write_text("\n".join(map(json.dumps, part)))
+        else:
+            datasets.Dataset.from_list(part).to_parquet(tmp_path / f"train-{k}.parquet")
+    if request.param == "dataset":
+        files = sorted(str(path) for path in tmp_path.iterdir())
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    return str(tmp_path)
+
+
+def order_of(source, per_step=4, seed=3, said=None, **options):
+    options = {"budget": 50, "need_completion": "it is learned"} | options
+    rows = open_stream(source)
+    checker = RowChecker(ChatTokenizer(byte_level()), **options)
+    return StreamOrder(rows, checker, per_step, seed, 100, (said if said is not None else []).append)
+
+
+def taken(order, steps):
+    return [[int(example.completion) for _, example in order.take(step)] for step in steps]
+
+
+def test_an_epoch_has_every_row_that_can_be_learned_from_once_and_says_what_it_leaves_out(source):
+    said = []
+    order = order_of(source, said=said)
+    updates = taken(order, range(68))
+    epochs = [list(itertools.chain(*updates[k : k + 34])) for k in (0, 34)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted({*range(ROWS)} - {25, 77})] * 2
+    assert epochs[0] != epochs[1] and len(updates[33]) == 3  # an epoch's last update is short
+    (line,) = said
+    assert "whose prompt is longer than 50 tokens are passed over" in line
+    assert order.checker.notices()[0].startswith(f"left out 4 of {2 * ROWS} rows whose prompt")
+    assert taken(order_of(source), range(68)) == updates != taken(order_of(source, seed=4), range(68))
+
+
+def test_a_stream_goes_on_from_any_update(source):
+    order = order_of(source)
+    updates, positions = [], []
+    for step in range(70):
+        positions.append(json.loads(json.dumps(order.position(step))))
+        updates += taken(order, [step])
+    for step in range(0, 70, 7):
+        again = order_of(source)
+        again.resume(step, positions[step])
+        assert taken(again, range(step, 70)) == updates[step:]
+    assert taken(order, [69, 70, 69, 70])[::2] == updates[69:] * 2  # one of the last updates comes again as it was
+    order.restart()
+    assert taken(order, range(5)) == updates[:5]
+
+
+def test_no_more_than_a_window_is_read_ahead(source, monkeypatch):
+    order, read = order_of(source), []
+    rows = stream.RowStream.rows
+
+    def counted(self, *at):
+        for row in rows(self, *at):
+            read.append(row)
+            yield row
+
+    monkeypatch.setattr(stream.RowStream, "rows", counted)
+    order.restart()
+    for step in range(30):
+        before = len(taken(order, [step])) and 4 * (step + 1)
+        assert len(read) <= before + 10 + 2  # the two that are left out
+
+
+def test_other_rows_than_at_the_checkpoint_are_refused(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "x", "completion": f"{k}"}) for k in range(30)]
+    file.write_text("\n".join(lines))
+    order = order_of(str(file))
+    taken(order, range(4))
+    position, digest = order.position(4), order.stream.digest
+    file.write_text("\n".join([lines[0].replace("0", "31"), *lines[1:]][::-1]))
+    with pytest.raises(ValueError, match="holds other rows than when the checkpoint was saved"):
+        order_of(str(file)).resume(4, position)
+    assert open_stream(str(file)).digest != digest  # its size differs
+
+
+def test_a_bad_row_is_named_or_skipped(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    lines = [json.dumps({"prompt": "x", "completion": f"{k}"}) for k in range(20)]
+    lines[3], lines[14] = "{broken", json.dumps({"prompt": 5})
+    file.write_text("\n".join(lines))
+    with pytest.raises(
+        ValueError, match="^row 3 of rows.jsonl of the data set '.*': line 4 of rows.jsonl cannot be read"
+    ):
+        taken(order_of(str(file)), range(3))
+    order = order_of(str(file), on_bad_row="skip")
+    assert sorted(itertools.chain(*taken(order, range(5)))) == sorted({*range(20)} - {3, 14})
+    assert "left out 2 of 20 rows that cannot be read" in order.checker.notices()[0]
+
+
+def test_what_cannot_be_streamed_or_learned_from_is_an_error(tmp_path):
+    file = tmp_path / "rows.json"
+    file.write_text('[{"prompt": "x", "completion": "y"}]')
+    with pytest.raises(ValueError, match="rows.json is a JSON array, which is read whole"):
+        order_of(str(file)).take(0)
+    with pytest.raises(ValueError, match="a part of a split, 'train.:10.', cannot be streamed"):
+        open_stream(str(file), split="train[:10]")
+    file.write_text(json.dumps({"prompt": "long " * 100, "completion": "y"}))
+    with pytest.raises(ValueError, match="none of the 1 rows can be learned from"):
+        order_of(str(file)).take(0)
