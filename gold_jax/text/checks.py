@@ -336,7 +336,6 @@ class RowChecker:
             for i, counted in zip(asked, _each_or_error(self.count_targets, [found[i] for i in asked])):
                 if isinstance(counted, ValueError):
                     found[i] = ValueError(shortened(f"row {i} of {self.where}: {counted}"))
-                    found[i].__cause__ = counted
                     continue
                 targets, was_cut = counted
                 self._cut[bool(targets)] += was_cut

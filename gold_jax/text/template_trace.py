@@ -27,7 +27,6 @@ class _Conditions:
     """What has to be true of a content."""
 
     def __init__(self, *others: "_Conditions"):
-        self.filled = any(other.filled for other in others)
         self.unlike: set[str] = set().union(*(other.unlike for other in others))
         self.without: set[str] = set().union(*(other.without for other in others))
         self.begins: set[str] = set().union(*(other.begins for other in others))
@@ -35,7 +34,7 @@ class _Conditions:
         self.stripped: set[tuple] = set().union(*(other.stripped for other in others))
 
     def hold(self, text: str) -> bool:
-        if len(text) > _LONGEST or (self.filled and not text) or text in self.unlike:
+        if len(text) > _LONGEST or text in self.unlike:
             return False
         for string in self.without:
             if string in text:
@@ -72,7 +71,7 @@ class _Traced:
         if not self.parts:
             return False
         if not any(isinstance(part, str) for part in self.parts):
-            self.parts[0].filled = True
+            self.parts[0].unlike.add("")
         return True
 
     def __eq__(self, other):
@@ -127,7 +126,7 @@ class _Traced:
         if parts:
             parts[end].stripped.add((method, chars))
             if len(self.parts) > 1:  # of an empty content what stands beside it would be stripped
-                parts[end].filled = True
+                parts[end].unlike.add("")
         return _Traced(parts)
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = __format__ = __call__ = _refuse
@@ -231,7 +230,7 @@ class TemplateTrace:
         try:
             if _MARK in self._source:
                 return None
-            self._template = self._template or _environment().from_string(self._source)
+            self._template = self._template or _Environment().from_string(self._source)
             options = dict(self._variables, tools=None, documents=None, add_generation_prompt=generate)
             written: Any = self._template.render(messages=given, **options)
         except Exception:  # what it means is said where the template is rendered
@@ -252,36 +251,33 @@ def _fill(found: _Pieces, contents: Sequence[str]) -> str | None:
     return "".join([piece if isinstance(piece, str) else contents[piece] for piece in found.pieces])
 
 
-def _environment() -> jinja2.Environment:
+class _Environment(ImmutableSandboxedEnvironment):
     """One in which what a template writes keeps its holes."""
-    written: list[_Traced] = []  # holes on their way into a text
 
-    def finalize(value):
+    def __init__(self):
+        self._written: list[_Traced] = []  # holes on their way into a text
+        extensions = [Generation, "jinja2.ext.loopcontrols"]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finalize)
+        trim: Any = self.filters["trim"]
+        self.tests = self.tests | {"string": lambda value: isinstance(value, str | _Traced)}
+        self.filters = self.filters | {
+            "trim": lambda value, chars=None: value.strip(chars) if isinstance(value, _Traced) else trim(value, chars)
+        }
+        self.globals = self.globals | {"raise_exception": _Traced([])._refuse}
+
+    def _finalize(self, value):
         if not isinstance(value, _Traced):
             if _MARK in str(value):
                 raise _Untraceable
             return value
-        written.append(value)
-        return f"{_MARK}{len(written) - 1}{_MARK}"
+        self._written.append(value)
+        return f"{_MARK}{len(self._written) - 1}{_MARK}"
 
-    def concat(texts):
+    def concat(self, texts):
+        """What a template or a macro has written: a text, or one with holes."""
         parts = re.split(f"{_MARK}(\\d+){_MARK}", "".join(texts))
         if len(parts) == 1:
             return parts[0]
-        return _Traced([x for k, part in enumerate(parts) for x in (written[int(part)].parts if k % 2 else [part])])
-
-    def refuse(message):
-        raise _Untraceable
-
-    extensions = [Generation, "jinja2.ext.loopcontrols"]
-    environment: Any = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=finalize
-    )
-    trim = environment.filters["trim"]
-    environment.concat = concat
-    environment.tests["string"] = lambda value: isinstance(value, str | _Traced)
-    environment.filters["trim"] = lambda value, chars=None: (
-        value.strip(chars) if isinstance(value, _Traced) else trim(value, chars)
-    )
-    environment.globals["raise_exception"] = refuse
-    return environment
+        return _Traced(
+            [x for k, part in enumerate(parts) for x in (self._written[int(part)].parts if k % 2 else [part])]
+        )

@@ -62,9 +62,9 @@ def conversations():
             yield [{"role": role, "content": text} for role, text in zip(roles, (content, other, content))]
 
 
-def render(work):
+def written(render, messages, generate):
     try:
-        return work()
+        return render(messages, generate=generate)
     except ValueError as error:
         return str(error)
 
@@ -75,8 +75,8 @@ def test_what_is_written_without_rendering_is_what_rendering_gives(source):
     for _ in range(2):
         for messages in conversations():
             for generate in (True, False):
-                exact = render(lambda: template._render(template._adapted(messages), generate=generate))
-                assert render(lambda: template.render(messages, generate=generate)) == exact
+                exact = written(template._render, template._adapted(messages), generate)
+                assert written(template.render, messages, generate) == exact
     assert any(template._trace._seen_right) == (source in TEMPLATES)
 
 
