@@ -116,6 +116,8 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     from gold_jax.text.data import load_examples
 
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
+    if sys.stderr.isatty():
+        print(f"Reading {data.dataset_name} …", file=sys.stderr)
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
     options["check_first"] = training.on_bad_row == "error"
     if data.dataset_streaming:

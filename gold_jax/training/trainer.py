@@ -28,6 +28,7 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluation, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.text.stream import RowStream, StreamOrder, open_stream
+from gold_jax.text.surface import backend_of
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
@@ -119,11 +120,12 @@ class _Trainer:
         with progress:
             check = functools.partial(check_examples, examples, chat_tokenizer, progress=progress, **options)
             data = None
-            if len(examples) >= _REMEMBERED and datasets.is_caching_enabled():
+            sides = [chat_tokenizer] + [x for x in [options.get("teacher")] if x is not None]
+            known = all(backend_of(side.tokenizer) is not None for side in sides)  # others' digests do not tell all
+            if known and len(examples) >= _REMEMBERED and datasets.is_caching_enabled():
                 data = check_cache.data_key(examples)
             if data is None:
                 return check()
-            sides = [chat_tokenizer] + [x for x in [options.get("teacher")] if x is not None]
             key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
             key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
             key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
