@@ -2,6 +2,7 @@ import io
 import json
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -242,3 +243,16 @@ def test_the_closing_table_has_only_columns_that_were_measured():
     before_after(screen, [("loss", None, 0.5, None), ("bits per byte", None, 0.25, 0.125)])
     lines = [line.split() for line in written(screen).splitlines()]
     assert ["after", "teacher"] in lines and ["bits", "per", "byte", "0.25", "0.125"] in lines
+
+
+def test_what_takes_long_says_how_far_it_is(monkeypatch):
+    now = iter([0.0, 1.0, 31.0, 40.0, 62.0])
+    monkeypatch.setattr(logging, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
+    out = console(False)
+    with logging.Progress(out, "Checking rows", 4000) as progress:
+        for done in (100, 1000, 2000, 3000):
+            progress(done)
+    assert out.file.getvalue().splitlines() == [
+        "Checking rows: 1,000 of 4,000, about 93 s left",
+        "Checking rows: 3,000 of 4,000, about 21 s left",
+    ]
