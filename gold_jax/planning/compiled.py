@@ -148,7 +148,8 @@ class PlannedRun:
         if "loss" not in loop:
             return 1  # one token is decoded
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
-        return 0 if INNER_TOKENS in loop else math.ceil(self.request.positions / chunk)
+        positions = self.request.positions / self.request.mesh["tensor"]  # of one device
+        return 0 if INNER_TOKENS in loop else math.ceil(positions / chunk)
 
     def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
         """Every program of `PlanRequest.programs`, in that order: what lowers it, and what of all that lies there it reads."""

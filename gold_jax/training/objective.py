@@ -20,7 +20,7 @@ from gold_jax.cpu import sorts_on_host
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.compare import Comparison, Overlap
 from gold_jax.losses.distill import Head, cross_entropy, distill_loss, flatten_positions, order_rows, split_weight
-from gold_jax.losses.fused_head import HeadShard
+from gold_jax.losses.projection import HeadShard
 from gold_jax.models.functional import merge
 from gold_jax.sharding.axes import AXES
 from gold_jax.sharding.collectives import map_shards
@@ -170,8 +170,8 @@ def _flat(side: Side, hidden: jax.Array) -> Side:
 def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows: Any, heads: tuple, replicated: tuple):
     """`compared(by_rows, heads, replicated)`: sums over positions, of which every device of a mesh computes a part.
 
-    Positions of each shard of rows are sharded over its `tensor` devices. Heads are all-gathered while the loss is
-    computed, which is less traffic than exchanging logits: there are many more positions than a head has columns.
+    Positions of each shard of rows are sharded over its `tensor` devices. While the loss is computed, these either hold
+    whole heads, or split the vocabulary and exchange logits (`splits_vocabulary`).
 
     `by_rows` are hidden states `[S, N, D]`, a batch, and which of its labels are text; `heads` `[V, D]` with their
     `placements`; `replicated` is what every device has in full, arrays or not.
@@ -179,10 +179,16 @@ def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows
     if (placement := placements[0]) is None:
         return compared(by_rows, heads, replicated)
     cuts = [p.param_sharding(head.shape, ("vocab", "embed")) for p, head in zip(placements, heads)]
+    columns = [sharded_axes(cut, 1) for cut in cuts]
+    sequences, length, width = by_rows[0].shape
+    split = splits_vocabulary(sequences * length // placement.row_shards, width, placement.tensor_size, columns)
     arrays, *others = replicated
 
+    def shard(head: jax.Array, axes: tuple[str, ...]):
+        return HeadShard(head, axes, "tensor" if split else None) if axes else head
+
     def local(by_rows, heads, arrays):
-        heads = tuple(HeadShard(x, sharded_axes(cut, 1)) if sharded_axes(cut, 1) else x for x, cut in zip(heads, cuts))
+        heads = tuple(map(shard, heads, columns))
         if placement.tensor_size > 1:
             by_rows = _split_weights(*by_rows, placement.tensor_size, jax.lax.axis_index("tensor"))
         return jax.tree.map(lambda x: x[None], compared(by_rows, heads, (arrays, *others)))
@@ -190,6 +196,17 @@ def _on_mesh(placements: Sequence[Placement | None], compared: Callable, by_rows
     specs = P(ROW_AXES), tuple(cut.spec for cut in cuts), P()
     found = map_shards(placement, local, specs, P(AXES))(by_rows, heads, arrays)
     return jax.tree.map(jnp.sum, found)
+
+
+def splits_vocabulary(tokens: int, width: int, tensor_size: int, columns: Sequence[tuple[str, ...]]) -> bool:
+    """Whether the `tensor` devices of a shard of rows, of so many `tokens`, split the heads' vocabularies in the loss.
+
+    Then none holds a whole head or its float32 gradient. A device sends the logits of its positions and their gradient,
+    where it would receive the heads and send the student's gradient: as many bytes where it has as many positions as
+    the head has columns, `width`. `columns`: the mesh axes that cut the columns of each head.
+    """
+    cut = all(axes[-1:] == ("tensor",) for axes in columns)
+    return tensor_size > 1 and cut and tokens // tensor_size <= width
 
 
 def _split_weights(hidden, batch: Batch | TokenBatch, text, parts: int, part: jax.Array):

@@ -23,9 +23,12 @@ from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
 from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
 from gold_jax.text.process_shard import ProcessShard  # noqa: E402
+from gold_jax.training import objective  # noqa: E402
 from gold_jax.training.objective import make_cross_entropy_loss  # noqa: E402
 from gold_jax.training.step import Step, init_state, state_shardings  # noqa: E402
 
+# On these the devices of `tensor` split the vocabulary of the loss; elsewhere they gather the heads.
+SPLIT = ("data=2,fsdp=2,tensor=2",)
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
 STEPS = 3
 RATE = 0.5
@@ -69,6 +72,9 @@ def steps(method, placement=None, teacher=None, remat=True):
             assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params
         found.append((float(metrics["loss"]), jax.tree.map(lambda a, b: (a - b) / RATE, before, after)))
     assert step.compiled <= 3  # the update twice: for parameters as they were made, and as an update gives them
+    if method == "sft" and placement is not None:  # whether a device holds a whole head while it computes the loss
+        program = step.programs["fused"].lower(state, constants, batch).compile().as_text()
+        assert (f"f32[{V},16]" in program) != objective.splits_vocabulary()
     return found
 
 
@@ -88,6 +94,7 @@ def main():
     for given in args.meshes:
         text, _, every = given.partition("/")
         mesh = make_mesh(mesh_sizes(text, 8))
+        objective.splits_vocabulary = lambda *_, split=text in SPLIT: split
         for number, method in list(enumerate([*SPECS, "sft"]))[:: int(every or 1)]:
             name = method if method == "sft" else method.name
             if name not in plain:

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.models.decoder import parameters
 from gold_jax.sharding.axes import mesh_sizes, read_mesh
 from gold_jax.sharding.placement import Placement, describe_mesh, make_mesh
+from gold_jax.training.objective import splits_vocabulary
 
 HERE = pathlib.Path(__file__).parent
 
@@ -123,6 +124,19 @@ def test_what_an_axis_does_not_divide_is_not_cut():
 @pytest.mark.parametrize("heads, kv_heads, tensor, copies", [(32, 8, 4, 1), (32, 8, 16, 2), (4, 1, 4, 4), (9, 3, 2, 1)])
 def test_every_tensor_device_has_the_key_value_heads_of_its_own_heads(heads, kv_heads, tensor, copies):
     assert Placement(abstract_mesh(tensor=tensor)).kv_repeats(heads, kv_heads) == copies
+
+
+@pytest.mark.parametrize(
+    "tokens, width, tensor, columns, split",
+    [
+        (8192, 4096, 4, [("fsdp", "tensor"), ("tensor",)], True),
+        (8192, 4096, 1, [("fsdp",), ("fsdp",)], False),
+        (65536, 4096, 4, [("fsdp", "tensor"), ("tensor",)], False),  # logits would be more bytes than heads
+        (8192, 4096, 4, [("fsdp", "tensor"), ()], False),  # a width that the devices do not divide
+    ],
+)
+def test_the_vocabulary_is_split_where_logits_are_fewer_bytes_than_heads(tokens, width, tensor, columns, split):
+    assert splits_vocabulary(tokens, width, tensor, columns) is split
 
 
 def test_a_layout_that_does_not_exist_is_refused():
