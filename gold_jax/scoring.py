@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from gold_jax import progress
 from gold_jax.loading import LoadedModel, as_loaded_model
 from gold_jax.losses.distill import Head, flatten_positions, token_logp
 from gold_jax.models.functional import merge, split
@@ -107,7 +108,7 @@ def score_completions(
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
-    for start in range(0, len(order), batch_size):
+    for start in progress.track(range(0, len(order), batch_size), "scoring"):
         chosen = order[start : start + batch_size]
         ids, counted = [], []
         for i in chosen:

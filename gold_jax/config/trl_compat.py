@@ -116,7 +116,7 @@ _NOTICES: Mapping[str, str] = {
     "The same seed repeats a run on the same machine; on GPUs also set XLA_FLAGS=--xla_gpu_deterministic_ops=true.":
         "full_determinism",
     "One line is printed for each log, by the first process alone; --logging_steps says how often.":
-        "disable_tqdm log_level=passive log_level_replica=passive log_on_each_node",
+        "log_level=passive log_level_replica=passive log_on_each_node",
     "Tokens per second stand in every log line.": "include_num_input_tokens_seen include_tokens_per_second",
     "Metrics are written to the folder of the run.": "logging_dir",
     "Training is what this command does; --eval_strategy says when to evaluate.": "do_train=true do_eval",

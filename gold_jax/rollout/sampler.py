@@ -8,6 +8,7 @@ import collections
 import jax
 import numpy as np
 
+from gold_jax import progress
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import commit, count, merge, split
@@ -128,14 +129,16 @@ class _GenerationRun:
         of_model = {"config": self.config, "dtype": self.dtype, "placement": self.placement}
         sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new}
         self.state = device.empty_slots(self.key, **of_model, **sizes)  # the cache and the decode state
-        while True:
-            while self.queue and (~self.active).sum() >= self._rows_needed_free():
-                self._prefill()
-            if not self.active.any():
-                break
-            self._resize()
-            self._decode()
-        self._offload_finished()
+        with progress.task("sampling", len(self.prompts)) as bar:
+            while True:
+                while self.queue and (~self.active).sum() >= self._rows_needed_free():
+                    self._prefill()
+                if not self.active.any():
+                    break
+                self._resize()
+                self._decode()
+                bar.done = len(self.prompts) - len(self.queue) - int(self.active.sum())
+            self._offload_finished()
         # One device-to-host transfer for the whole call.
         for (tokens, logprobs, lengths), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):

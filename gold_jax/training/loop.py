@@ -21,6 +21,7 @@ from rich.console import Console
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from gold_jax import progress
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed import watchdog
@@ -126,6 +127,7 @@ class Loop:
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
         self._means = RunningMean()
+        self._bar = progress.Task("training", self.total_steps)
         self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
@@ -167,7 +169,8 @@ class Loop:
             with self._open_log() as self._log:
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
-                with SignalHandler() as signals:
+                updates = progress.task("training", self.total_steps, self.done)
+                with SignalHandler(self._say_stopping) as signals, updates as self._bar:
                     try:
                         self._updates_until_stopped(signals)
                     except InterruptedTwice:
@@ -184,6 +187,11 @@ class Loop:
                 self.callbacks.call("on_train_end")
             self._show_result(before, after)
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
+
+    def _say_stopping(self, reason: str) -> None:
+        self._bar.name = (
+            "stopping after this update; Ctrl-C again ends at once" if reason == "interrupt" else "stopping"
+        )
 
     def _updates_until_stopped(self, signals: SignalHandler) -> None:
         """All updates; what ends them early has the last one saved."""
@@ -231,6 +239,7 @@ class Loop:
         self._table_due = 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         for step in self._steps():
+            self._bar.done = self.done
             if batch is None:  # a signal came while it was built
                 return
             self.callbacks.call("on_step_begin")
@@ -333,7 +342,8 @@ class Loop:
         """Where metrics go; nowhere in all processes but the first."""
         if not is_main_process():
             return MetricLog(None)
-        return MetricLog(self.output / LOGS[0], self.console, make_trackers(self.args.report_to, self.args))
+        trackers = make_trackers(self.args.report_to, self.args)
+        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps)
 
     def _log_update(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> None:
         """Takes in the metrics of an update; logs their means since the last line where a line is due."""
@@ -362,7 +372,7 @@ class Loop:
         epoch = round(self.done / self.data.order.steps_per_epoch, 4)
         plain = {name: plain_value(value) for name, value in values.items()}
         self.history.append({"step": self.done, "epoch": epoch, **plain})
-        self._log.log(self.done, plain, epoch=epoch)
+        self._log.log(self.done, plain, epoch=epoch, left=self._bar.left)
         self.callbacks.call("on_log", logs=dict(self.history[-1]))
         if event is not None:
             self.callbacks.call(event, metrics=values)
@@ -402,7 +412,7 @@ class Loop:
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         data, totals = self.run.batches.build_evaluation(examples), collections.defaultdict(float)
-        for batch, text in zip(data.batches, data.text):
+        for batch, text in progress.track(list(zip(data.batches, data.text)), "evaluating"):
             for name, value in self.run.step.evaluate(self.state.params, batch, text).items():
                 totals[f"eval_{name}"] += plain_value(value)
         bits, size, student = totals.pop("eval_text_nll") / np.log(2), data.bytes, self.student
@@ -466,9 +476,10 @@ class Loop:
 
     def _save_student(self) -> None:
         self.watchdog.report(self.done, "saving the student")
-        self.checkpoints.finish()
         try:
-            self.save(self.output)
+            with progress.task("saving the student"):
+                self.checkpoints.finish()
+                self.save(self.output)
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
@@ -564,12 +575,13 @@ class Loop:
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         self._log.flush()
-        self.checkpoints.finish()
-        if self.done and not self._is_saved():
-            self._save_checkpoint()
-            self.checkpoints.finish()
-        saved, last = self._is_saved(), self.checkpoints.last
         interrupted = signals.requested == "interrupt"
+        with progress.task("saving a checkpoint"):
+            self.checkpoints.finish()
+            if self.done and not self._is_saved():
+                self._save_checkpoint()
+                self.checkpoints.finish()
+        saved, last = self._is_saved(), self.checkpoints.last
         where = f"the last checkpoint is {last}" if last else "nothing is saved"
         where = f"{_SAVED} {last}" if saved else where
         further = " --resume_from_checkpoint latest goes on." if last else ""

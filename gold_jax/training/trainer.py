@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from gold_jax import progress
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
@@ -73,7 +74,7 @@ class _Trainer:
         self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
-        self.console = (console or Console()) if is_main_process() else Console(quiet=True)
+        self.console = (console or progress.console() or Console()) if is_main_process() else Console(quiet=True)
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         self.command, self.hub_model_id, self.dtype = command, a.hub_model_id, compute_dtype(a.bf16)
 
@@ -82,7 +83,8 @@ class _Trainer:
         a, attention = self.args, options.get("attn_implementation")
         settings |= dict(read_dtype=options.get("dtype", "auto"), revision=options.get("revision"), attention=attention)
         settings |= dict(special_tokens_in_prompts=a.special_tokens_in_prompts, trust_remote_code=a.trust_remote_code)
-        return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
+        with progress.task(f"reading the {role}"):
+            return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
 
     def _load_student(self, model, tokenizer) -> LoadedModel:
         a = self.args
@@ -215,7 +217,9 @@ class _Trainer:
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-        output = self.loop.train(resume)
+        with progress.displayed(self.console, enabled=is_main_process() and not a.disable_tqdm):
+            progress.watch_compiling()
+            output = self.loop.train(resume)
         if is_main_process():
             card = dict(dataset=self.dataset_name, command=self.command, results=self.loop.results, **self._card)
             write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
