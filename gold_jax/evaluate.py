@@ -17,9 +17,10 @@ class EvaluateArguments(Settings):
 
     dataset_name: str | None = flag(None, "Rows with completions: a hub id, or a JSON, JSONL or Parquet file or folder.")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.")
-    dataset_split: str = flag("train", "The split; a single file is a train split.")
+    dataset_split: str = flag("train", "The split; a single file is a train split.", alias="dataset_test_split")
     dataset_text_field: str = like(SFTConfig, "dataset_text_field")
-    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE)
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE,
+        alias="max_eval_samples")
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
     batch_size: int = flag(8, "Rows at a time.", range=AT_LEAST_ONE)
     special_tokens_in_prompts: bool = like(SFTConfig, "special_tokens_in_prompts")

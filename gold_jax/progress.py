@@ -50,6 +50,14 @@ class Task:
         """So much more is done."""
         self.done += count
 
+    def reach(self, count: int) -> None:
+        """So much is done."""
+        self.done = count
+
+    def rename(self, name: str) -> None:
+        """It is shown under another name."""
+        self.name = name
+
     @property
     def elapsed(self) -> float:
         """Seconds since it began."""
@@ -122,7 +130,7 @@ def console() -> Any:
 def said_something() -> None:
     """Tells the display that a line was printed, so that where there is no terminal its own can wait."""
     if _display is not None:
-        _display.said = time.monotonic()
+        _display.note_line()
 
 
 def compiled() -> tuple[int, float]:
@@ -145,7 +153,7 @@ def watch_compiling() -> None:
 
 def _compiling(event: str, value: float, **details: Any) -> None:
     if event == _COMPILING and (display := _display) is not None:
-        display.compiling = Task(f"compiling {_program(details)}")
+        display.show_compiling(Task(f"compiling {_program(details)}"))
 
 
 def _finished_compiling(event: str, seconds: float, **details: Any) -> None:
@@ -154,7 +162,7 @@ def _finished_compiling(event: str, seconds: float, **details: Any) -> None:
         return
     _compiled_seconds, _compilations = _compiled_seconds + seconds, _compilations + 1
     if (display := _display) is not None:
-        display.compiling = None
+        display.show_compiling(None)
         if seconds >= FIRST_LINE and not display.is_terminal:
             display.say(f"compiled {_program(details)} in {clock(seconds)}")
 
@@ -216,9 +224,16 @@ class _Display:
             self._hide()
         self._wake.set()
 
+    def show_compiling(self, one: Task | None) -> None:
+        self.compiling = one
+
+    def note_line(self) -> None:
+        """Somebody printed a line."""
+        self.said = time.monotonic()
+
     def say(self, line: str) -> None:
         """Prints a line; a terminal that is gone ends no run."""
-        self.said = time.monotonic()
+        self.note_line()
         with contextlib.suppress(OSError, ValueError):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

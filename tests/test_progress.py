@@ -58,7 +58,7 @@ def test_a_task_in_a_task_has_a_line_below_and_both_fit_the_width(quick):
     with progress.displayed(console), progress.task("training", 12_000, done=3) as outer:
         outer.advance(400)
         with progress.task("sampling", 64) as inner:
-            inner.done = 12
+            inner.reach(12)
             wait_until(lambda: "12/64" in written(console))
     lines = [line.rstrip() for line in written(console).replace("\r", "\n").split("\n")]
     assert any("training" in line and "403/12,000" in line for line in lines)

@@ -170,7 +170,7 @@ class LoggingFlags(Settings):
 
     logging_steps: float = free_flag(10, "Updates between two log lines; below 1: a share of all.", range=POSITIVE)
     logging_first_step: bool = free_flag(False, "Log the first update too.")
-    disable_tqdm: bool = free_flag(False, "Show no progress bars.")
+    disable_tqdm: bool | None = free_flag(None, "Show no progress bars; none: they are shown.")
     report_to: list[str] | None = free_flag(None, "Trackers: trackio, wandb, tensorboard, all (those installed) or none.",
         choices=(*TRACKERS, "all"), differs="the trackers are these three")
     run_name: str | None = free_flag(None, "Name of the run in the tracker.", effect=_REPORTS)

@@ -137,7 +137,7 @@ class _GenerationRun:
                     break
                 self._resize()
                 self._decode()
-                bar.done = len(self.prompts) - len(self.queue) - int(self.active.sum())
+                bar.reach(len(self.prompts) - len(self.queue) - int(self.active.sum()))
             self._offload_finished()
         # One device-to-host transfer for the whole call.
         for (tokens, logprobs, lengths), prompt_of_row in jax.device_get(self.offloaded):

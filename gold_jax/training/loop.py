@@ -239,7 +239,7 @@ class Loop:
         self._table_due = 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         for step in self._steps():
-            self._bar.done = self.done
+            self._bar.reach(self.done)
             if batch is None:  # a signal came while it was built
                 return
             self.callbacks.call("on_step_begin")
