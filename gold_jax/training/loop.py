@@ -189,9 +189,8 @@ class Loop:
         return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
 
     def _say_stopping(self, reason: str) -> None:
-        self._bar.name = (
-            "stopping after this update; Ctrl-C again ends at once" if reason == "interrupt" else "stopping"
-        )
+        again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
+        self._bar.rename(f"stopping after this update{again}")
 
     def _updates_until_stopped(self, signals: SignalHandler) -> None:
         """All updates; what ends them early has the last one saved."""
