@@ -97,7 +97,7 @@ class Loop:
         callbacks: Sequence[Any] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
-        self.say = functools.partial(console.print, markup=False, soft_wrap=True)
+        self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
