@@ -24,6 +24,7 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is a warning, twice
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if argv is None:
         cpu.restart_with_huge_pages()
@@ -117,6 +118,7 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
 
     require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
+    options["renamed"] = training.columns
     options["check_first"] = training.on_bad_row == "error"
     train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
     evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None

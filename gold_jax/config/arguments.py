@@ -244,6 +244,8 @@ class TextFlags(Settings):
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
         range=AT_LEAST_ONE, important=True)
     dataset_text_field: str = flag("text", "Column that holds plain text.")
+    columns: dict | str | None = flag(None, "Which column stands for another, in rows to train and to evaluate on: "
+        "prompt=question,completion=answer reads question as prompt and answer as completion (docs/data.md).", pairs=True)
     chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
     template_kwargs: dict | str | None = flag(None,
         'JSON with variables for the chat template, such as {"enable_thinking": false}; a row\'s column '

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
+from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
     Conversation,
@@ -180,6 +181,20 @@ class RowReader:
         )
 
 
+def _no_answer(example: Example) -> str:
+    """What a row is that has no completion: an unknown role at its end, such as `gpt`, or a system message, is said first."""
+    roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
+    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
+    if roles and roles[-1] not in _ROLES:
+        known = f"roles are {', '.join(_ROLES)}"
+        return (
+            f"has messages of the role {' and '.join(unknown)}, and no answer of the assistant's at its end ({known})"
+        )
+    if roles and roles[-1] in ("system", "developer"):
+        return f"ends with a message of the role {roles[-1]!r}, not with an answer of the assistant's"
+    return "has a prompt but no completion"
+
+
 def _may_be_answer(column: str) -> bool:
     words = column.lower().replace("_", " ").replace("-", " ").split()
     return any(word.removesuffix("s") in _ANSWERS for word in words)
@@ -221,7 +236,7 @@ def check_examples(
         ValueError: a row lacks its completion, a chat template refuses one or leaves a part of it out, or no row is left.
     """
     digest, kept, bad, markup = hashlib.sha256(), [], [], []
-    unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
+    unread, formats, left_out, prompts_alone, cut = (collections.Counter() for _ in range(5))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
     utf8(teacher_context or "", "--teacher_context")
     reader = RowReader(
@@ -238,14 +253,12 @@ def check_examples(
 
     def reason_to_leave_out(i: int, e: Example) -> str | None:
         unread.update(e.unread)
+        formats[e.format] += 1
         named = [name for name in e.unread if _may_be_answer(name)]
         if e.completion is None:
             if need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
-                last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
-                if last not in ("system", "user", "tool", "developer"):
-                    hint = f". Its last message has the role {excerpt(str(last))}; an answer has the role 'assistant'"
-                raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
+                raise ValueError(f"row {i} of the data set {_no_answer(e)}; {need_completion}{hint}")
             prompts_alone.update(named)
         if need_completion and e.calls_tools and not learns_calls:
             return "calls"
@@ -319,6 +332,7 @@ def check_examples(
     if unread:
         shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in unread.most_common()], 8)
         notices.append(f"columns of the data that nothing reads: {shown}")
+    notices += format_notices(formats, "the data set")
     return CheckedRows(kept, notices, digest.hexdigest())
 
 
@@ -351,10 +365,11 @@ def check_evaluation(
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
     reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
-    measured, bad, digest = 0, {}, hashlib.sha256()
+    measured, bad, digest, formats = 0, {}, hashlib.sha256(), collections.Counter()
     for i in range(len(examples)):
         try:
-            if with_text_completion([e := examples[i]]):
+            formats[(e := examples[i]).format] += 1
+            if with_text_completion([e]):
                 reader.read(i, e)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
                 measured += 1
@@ -364,7 +379,7 @@ def check_evaluation(
             bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    notices = reader.notices()
+    notices = reader.notices() + format_notices(formats, "the evaluation data")
     if bad:
         first = _first_errors(bad.values())
         notices.append(

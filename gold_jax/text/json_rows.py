@@ -126,6 +126,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
         raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno} of {name} cannot be read as json: {error.msg.removesuffix(' at')}"
-        raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
+        at = error.colno if line is None else error.pos + 1
+        raise ValueError(f"{place} at character {at} ({excerpt(error.doc, error.pos)})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
         raise ValueError(f"{place} cannot be read as json: {error}") from None

@@ -68,7 +68,7 @@ class _Trainer:
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
         first = a.on_bad_row == "error"
-        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first)
+        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first, renamed=a.columns)
         self.train_examples = read(train_dataset)
         self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
@@ -106,7 +106,8 @@ class _Trainer:
             options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
             self.eval_examples, measured, evaluated = check_evaluation(evaluation, *tokenizers.values(), **options)
             evaluation = self.eval_examples
-        self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
+        read = self.train_examples.notices
+        self.notices = [*a.notices, *read, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
         rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)

@@ -48,6 +48,7 @@ COMPARED = {
     "gradient_checkpointing": UPDATE,
     "max_length": LOSS,
     "dataset_text_field": "test_reading.test_another_column_may_hold_the_text",
+    "columns": "test_reading.test_another_column_may_hold_the_text",
     "chat_template_path": "test_reading.test_another_chat_template_is_the_student_s_alone",
     "template_kwargs": VARIABLES,
     "special_tokens_in_prompts": "test_reading.test_special_tokens_in_plain_prompts_are_tokens_where_that_is_asked_for",
