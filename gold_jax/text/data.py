@@ -49,28 +49,32 @@ class Example:
     teacher_context: str | None = None  # text that only the teacher reads, before the prompt, see `with_context`
     #: The row's columns that hold something and that nothing reads.
     unread: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    answers: int = (
+        1  # of the assistant in the completion, which `sft` learns all; others read those before the last as prompt
+    )
     format: str = dataclasses.field(default="", compare=False)  # one of `row_formats.FORMATS`; "" for TRL's own columns
 
     @property
     def fingerprint(self) -> bytes:
         """All that is learned from the row, the same for rows that are read alike."""
         learned = self.prompt, self.completion, self.messages, self.teacher_context
+        learned += (self.answers,) * (self.answers > 1)
         return repr(learned).encode("utf-8", "surrogatepass")
 
     def completion_for(self, chat_tokenizer: "ChatTokenizer") -> str:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
-        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
-        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
+        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer, or
+        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
         `ChatTokenizer.answer`.
         """
-        if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
+        if isinstance(self.prompt, str) or not self.messages:
             return self.completion or ""
         return chat_tokenizer.answer(self.messages).text
 
     @property
     def calls_tools(self) -> bool:
-        """Whether the last answer calls tools. Every template writes calls its own way, so `completion` is without them."""
+        """Whether the last answer calls tools. Every template writes calls its own way: `completion_for` has them."""
         return bool(self.completion is not None and self.messages and self.messages[-1].get("tool_calls"))
 
 
@@ -360,7 +364,9 @@ def to_example(
         read_by: Any = prompt, messages
         prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in read_by)
     unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
-    return Example(prompt, completion, messages, context, unread, format)
+    said: Any = columns.get("completion") if form == "prompt" else None
+    answers = sum(m.get("role") == "assistant" for m in said) if isinstance(said, list) else 1
+    return Example(prompt, completion, messages, context, unread, answers, format)
 
 
 def _conversation(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | None]:
