@@ -37,6 +37,7 @@ def flag(
     verbatim: bool = False,  # of a list: elements are whole arguments, blanks and commas included; occurrences add up
     true_means: str | None = None,  # the text that a bare `true` stands for, `false` being none
     pairs: bool = False,  # of a dict: its text may be `name=value,…`
+    reader: Callable[[Any], Any] | None = None,  # reads a value that no type says, or raises ValueError
 ) -> Any:
     """A dataclass field that is a flag."""
     metadata = {name: value for name, value in locals().items() if name != "default"}
@@ -209,6 +210,8 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
         value = dict(pair.split("=") for pair in value.split(","))
     if value == "auto" and int in types:
         value = None  # TRL's word for "choose for me"
+    if field.metadata["reader"] and value is not None:
+        return field.metadata["reader"](value)
     if list in types:
         return _read_list(field, value)
     if value is None and type(None) in types:

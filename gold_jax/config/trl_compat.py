@@ -151,7 +151,8 @@ _REFUSALS: Mapping[str, str] = {
         "packing eval_packing",
     "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
     "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.":
-        "dataset_streaming",
+        "dataset_streaming streaming",
+    "name an eval_split in a data set of datasets, or --eval_dataset_name.": "test_split_size",
     "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
     "the targets are not smoothed; leave it out.": "label_smoothing_factor",
     "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",

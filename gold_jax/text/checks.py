@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
@@ -429,3 +430,23 @@ def check_evaluation(
     left_out = {*bad, *unmeasured}
     kept = [examples[i] for i in range(len(examples)) if i not in left_out] if left_out else examples
     return kept, notices, digest.hexdigest()
+
+
+def check_evaluations(
+    examples: Sequence[Example] | Mapping[str, Sequence[Example]], sides: Sequence[ChatTokenizer], **options: Any
+) -> tuple[Sequence[Example] | dict[str, Sequence[Example]], list[str], str]:
+    """`check_evaluation` of one set of rows, or of several by their names, which lines and errors then begin with."""
+    if not isinstance(examples, Mapping):
+        rows, notices, digest = check_evaluation(examples, *sides, **options)
+        return rows, [*getattr(examples, "notices", ()), *notices], digest
+    found: dict[str, Sequence[Example]] = {}
+    lines, digests = [], []
+    for name, part in examples.items():
+        try:
+            found[name], notices, digest = check_evaluation(part, *sides, **options)
+        except ValueError as error:
+            raise ValueError(f"eval_dataset {excerpt(name)}: {error}") from error
+        said = [*getattr(part, "notices", ()), *notices]
+        lines += [f"eval_dataset {excerpt(name)}: {line}" for line in said]
+        digests.append(f"{name} {digest}")
+    return found, lines, ", ".join(digests)

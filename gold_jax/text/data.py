@@ -2,10 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
+import glob
+import itertools
 import pathlib
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
@@ -19,7 +23,7 @@ from gold_jax.text.columns import (
     what_is_compared,
     without_fill,
 )
-from gold_jax.text.json_rows import read_json_rows
+from gold_jax.text.json_rows import JsonRows, read_json_rows
 from gold_jax.text.row_formats import check_renamed, read_columns
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
@@ -98,7 +102,7 @@ class Examples(Sequence):
         text_column: str = "text",
         features: Mapping | None = None,
         check_first: bool = True,
-        renamed: Mapping[str, str] | None = None,
+        renamed: Mapping[str, str | None] | None = None,
         notices: Sequence[str] = (),
     ):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
@@ -142,7 +146,8 @@ class Examples(Sequence):
         try:
             return to_example(row, index, self.source, text_column=self.text_column, renamed=self.renamed)
         except ValueError as error:
-            raise ValueError(shortened(str(error))) from error
+            file = getattr(self.rows, "file_of", lambda _: "")(index)
+            raise ValueError(shortened(f"{error}{f' (it stands in {file})' if file else ''}")) from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -162,7 +167,8 @@ def load_examples(
     text_column: str = "text",
     streaming_limit: int | None = None,
     check_first: bool = True,
-    renamed: Mapping[str, str] | None = None,
+    renamed: Mapping[str, str | None] | None = None,
+    **files: Any,
 ) -> Examples:
     """Open a data set.
 
@@ -178,6 +184,7 @@ def load_examples(
         streaming_limit: how many rows to take of a `datasets.IterableDataset`, which has no length of its own.
         check_first: whether the first row is looked at here.
         renamed: which column stands for another, such as `{"prompt": "question"}`, see `row_formats.read_columns`.
+        files: `data_files` and `data_dir`, as `datasets.load_dataset` takes them.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
@@ -187,7 +194,7 @@ def load_examples(
     options: dict[str, Any] = dict(check_first=check_first, renamed=renamed)
     if isinstance(source, (str, pathlib.Path)):
         name = f"the data set {str(source)!r}"
-        return Examples(_load(str(source), config, split), name, text_column, **options)
+        return Examples(_load(str(source), config, split, files), name, text_column, **options)
     if isinstance(source, Mapping):
         if split not in source:
             raise ValueError(f"the data set has no split {split!r}; it has {listed(list(map(str, source)), 12)}")
@@ -213,18 +220,22 @@ def load_examples(
     return Examples(source, "the data set", text_column, features, **options)
 
 
-def _load(name: str, config: str | None, split: str):
+def _load(name: str, config: str | None, split: str, given: Mapping[str, Any]):
     import datasets.exceptions
 
     if len(name) > 4096:
         raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     base = split.split("[")[0]
-    if not path.exists():
+    given = {key: value for key, value in given.items() if value}
+    if "data_dir" in given and path.is_dir():
+        path = path / given["data_dir"]
+    named = given.get("data_files") if path.is_dir() or name in _FORMATS.values() else None
+    if not path.exists() and not named:
         if path.suffix in _FORMATS or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"there is no file or folder {name!r}")
         try:
-            return _from_hub(name, config, split)
+            return _from_hub(name, config, split, given)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}"
@@ -236,7 +247,10 @@ def _load(name: str, config: str | None, split: str):
             ) from error
         except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
             raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
-    files = _files_in(path, name, base) if path.is_dir() else [path]
+    if named:
+        files = _named_files(path if path.is_dir() else pathlib.Path(), named, base)
+    else:
+        files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
     if kind is None or not all(p.is_file() for p in files):
         raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
@@ -250,11 +264,34 @@ def _load(name: str, config: str | None, split: str):
     if kind == "json":
         return _of_split(read_json_rows(files), split)
     try:
-        data_files = {"train": [str(p) for p in files]}
-        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(base, "train", 1))
+        from pyarrow.parquet import read_schema
+
+        # Files of unlike columns are read each by its own: a column that one lacks is null in its rows.
+        groups = [list(group) for _, group in itertools.groupby(files, lambda p: read_schema(p).remove_metadata())]
+        read = functools.partial(datasets.load_dataset, "parquet", split="train")
+        parts = [read(data_files={"train": [str(p) for p in group]}) for group in groups]
     except Exception as error:  # the builder wraps what its readers raise
         names, reason = listed([p.name for p in files], 3), error.__cause__ or error
         raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
+    if len(parts) == 1:
+        return _of_split(parts[0], split)
+    names = [listed([p.name for p in group], 3) for group in groups]
+    return _of_split(JsonRows([_Unfilled(part) for part in parts], names=names), split)
+
+
+class _Unfilled(Sequence):
+    """The rows of a `datasets.Dataset` without the nulls that Arrow fills in."""
+
+    def __init__(self, rows: Any):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {name: without_fill(value, self._rows.features[name]) for name, value in self._rows[index].items()}
 
 
 def _of_split(rows: Any, split: str):
@@ -267,17 +304,17 @@ def _of_split(rows: Any, split: str):
     return rows.select([i for part in parts for i in range(len(rows))[part.from_ : part.to]])
 
 
-def _from_hub(name: str, config: str | None, split: str):
+def _from_hub(name: str, config: str | None, split: str, named: Mapping[str, Any] = MappingProxyType({})):
     """A data set of the hub. JSON and CSV files in it are read here: `datasets` guesses what their texts may be."""
     import datasets
     import pandas as pd
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
-    builder: Any = datasets.load_dataset_builder(name, config)
+    builder: Any = datasets.load_dataset_builder(name, config, **named)
     given, bases = builder.config.data_files or {}, {part.split("[")[0].strip() for part in split.split("+")}
     if not given or not isinstance(builder, Json | Csv) or getattr(builder.config, "field", None):
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **named)
     if len(bases) > 1:
         raise ValueError(
             f"the split {split!r} of {name!r} joins several, and files of JSON or CSV are read one split at a time"
@@ -297,6 +334,19 @@ def _from_hub(name: str, config: str | None, split: str):
     return _of_split(datasets.concatenate_datasets(tables), split)
 
 
+def _named_files(folder: pathlib.Path, named: Any, split: str) -> list[pathlib.Path]:
+    """The files that `data_files` names: patterns within a folder, for each split or for "train"."""
+    patterns = named.get(split) if isinstance(named, Mapping) else named if split == "train" else None
+    if not patterns:
+        raise ValueError(f"data_files {named!r} names no file for the split {split!r}")
+    found = [
+        sorted(glob.glob(str(folder / pattern))) for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    if not all(found):
+        raise FileNotFoundError(f"there is no file {patterns!r} in {str(folder)!r}")
+    return [pathlib.Path(path) for path in dict.fromkeys(itertools.chain(*found))]
+
+
 def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
     """The files of a split in a folder."""
     files = sorted(p for p in folder.iterdir() if p.suffix in _FORMATS and p.is_file())
@@ -310,7 +360,7 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
 
 
 def to_example(
-    row, index: int, source: str, *, text_column: str = "text", renamed: Mapping[str, str] | None = None
+    row, index: int, source: str, *, text_column: str = "text", renamed: Mapping[str, str | None] | None = None
 ) -> Example:
     """One row as an example.
 

@@ -45,20 +45,22 @@ class RowColumns(NamedTuple):
     read: frozenset[str]  # the row's own names of what is read
 
 
-def read_columns(row: Mapping, text_column: str = "text", renamed: Mapping[str, str] | None = None) -> RowColumns:
+def read_columns(
+    row: Mapping, text_column: str = "text", renamed: Mapping[str, str | None] | None = None
+) -> RowColumns:
     """The columns of a row that are read.
 
     `messages`, `prompt`, `conversations` and the text column are looked for in this order, then the pairs of other
-    projects. `renamed` says in which column of the row another stands, such as `{"prompt": "question"}`; forms without a
-    column that it names are not looked for where it names one of any.
+    projects. `renamed` says in which column of the row another stands, such as `{"prompt": "question"}`, or None for
+    one that is not to be read; forms without a column that it names are not looked for where it names one of any.
 
     ValueError where the row has the columns of two pairs, or a foreign format cannot be read as messages.
     """
     renamed = renamed or {}
     columns = {name: value for name, value in row.items() if name not in renamed}
-    columns |= {name: row.get(source) for name, source in renamed.items()}
-    named = renamed.keys() - {SYSTEM, *EXTRAS}
-    forms = {**_CHATS, "text": ("text" if "text" in renamed else text_column,), **_PAIRS}
+    columns |= {name: row.get(source) for name, source in renamed.items() if source is not None}
+    named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
+    forms = {**_CHATS, "text": ("text" if "text" in named else text_column,), **_PAIRS}
     forms = {form: names for form, names in forms.items() if not named or named & {*names}}
     found = [form for form, names in forms.items() if columns.get(names[0]) is not None]
     found = [form for form in found if form not in _PAIRS or forms[form][1] in columns]
@@ -84,7 +86,8 @@ def read_columns(row: Mapping, text_column: str = "text", renamed: Mapping[str, 
         read.add(SYSTEM)
         if columns.get(SYSTEM) is not None and text_of(columns[SYSTEM], repr(SYSTEM), "text or null"):
             columns["messages"] = _with_system(columns["messages"], columns[SYSTEM])
-    return RowColumns(columns, names[0] if form == "text" else form, format, frozenset(renamed.get(n, n) for n in read))
+    own = frozenset(name for n in read if (name := renamed.get(n, n)) is not None)
+    return RowColumns(columns, names[0] if form == "text" else form, format, own)
 
 
 def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
@@ -93,10 +96,12 @@ def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
     return [f"{count:,} rows of {source} are read as {format}: {FORMATS[format]}" for format, count in found]
 
 
-def check_renamed(renamed: Mapping[str, str], columns: Iterable[str], source: str) -> None:
+def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], source: str) -> None:
     """ValueError where a column map names what nothing reads, or a column that is not among those of the data set `source`."""
     columns = [str(name) for name in columns]
     for name, column in renamed.items():
+        if column is None:
+            continue
         says = f"--columns says {excerpt(f'{name}={column}')}"
         if name not in READABLE:
             raise ValueError(f"{says}, but nothing reads {excerpt(str(name))}; it must be one of {', '.join(READABLE)}")

@@ -494,7 +494,9 @@ def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
 def test_what_the_hub_s_data_sets_lack_is_told_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "train.jsonl", [{"text": "a"}])
-    monkeypatch.setattr(data, "_from_hub", lambda _, config, split: _from_hub(str(tmp_path / "rows"), config, split))
+    monkeypatch.setattr(
+        data, "_from_hub", lambda _, config, split, files: _from_hub(str(tmp_path / "rows"), config, split)
+    )
     assert load_examples("someone/rows")[0].completion == "a"
     with pytest.raises(ValueError, match="data set 'someone/rows' of the hub cannot be read: .*split.*dev"):
         load_examples("someone/rows", split="dev")
