@@ -275,6 +275,11 @@ class TextFlags(Settings):
 
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
         range=AT_LEAST_ONE, important=True)
+    truncation_mode: str = flag("keep_start", "What is kept of a row that is too long: its start (a prompt that leaves no "
+        "room is left out), or the end of its prompt: the first turns and the beginning of a text are cut, no system message, "
+        "nothing of the completion.", choices=("keep_start", "keep_end"),
+        effect=Effect(lambda r: r.args.max_length is not None, "no effect with --max_length none"),
+        differs="keep_end cuts turns and texts, never a chat template's frame, a system message or the completion")
     dataset_text_field: str = flag("text", "Column that holds plain text.")
     columns: dict | str | None = flag(None, "Which column stands for another, in rows to train and to evaluate on: "
         "prompt=question,completion=answer reads question as prompt and answer as completion (docs/data.md).", pairs=True)
@@ -355,6 +360,11 @@ class SFTConfig(
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             setattr(self, name, int(value) if value >= 1 else value)
+        if self.truncation_mode == "keep_end" and self.special_tokens_in_prompts:
+            raise ValueError(
+                "--truncation_mode keep_end would cut the special tokens with which a prompt of "
+                "--special_tokens_in_prompts begins; use messages, or shorten such prompts beforehand."
+            )
         self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
         self.notices += notices
 

@@ -23,6 +23,7 @@ from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text.checks import check_evaluations, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
+from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
@@ -111,7 +112,9 @@ class _Trainer:
             check = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
             self.eval_examples, measured, evaluated = check(evaluation)
             evaluation = self.eval_examples
-        read = self.train_examples.notices
+        read = [*self.train_examples.notices]
+        if cut := len(getattr(self.train_examples, "shortened", ())):
+            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
         self.notices = [*a.notices, *read, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
@@ -303,6 +306,17 @@ class SFTTrainer(_Trainer):
         student = self._load_student(model, processing_class)
         need = "supervised fine-tuning learns completions, so every row needs one"
         # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
+        most, reader = args.max_length, student.chat_tokenizer
+        if args.truncation_mode == "keep_end" and most is not None:
+            if learned != "completion":
+                is_now = f"--truncation_mode keep_end shortens prompts, and here {_LEARNED[learned]} is learned"
+                raise ValueError(f"{is_now}; use keep_start, or --completion_only_loss without --assistant_only_loss")
+
+            def room(example: Any) -> int:
+                text = reader.shorten(example.completion_for(reader), most)
+                return most - 1 - len(reader.encode_completion(text, after=example.prompt).ids)
+
+            self.train_examples = EndsOfPrompts(self.train_examples, reader, room)
         budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
         targets = TokenBatchBuilder(student.chat_tokenizer, 1, 1, None, learned)
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
@@ -377,6 +391,9 @@ class GOLDTrainer(_Trainer):
             builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
+        if a.truncation_mode == "keep_end":
+            room = lambda _: a.prompt_budget  # noqa: E731
+            self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)

@@ -97,6 +97,7 @@ REASONS = {
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
     "datasets": "It joins data sets, whose rows are compared as rows: tests/text/test_mixture.py.",
+    "truncation_mode": "It shortens texts before they are read: tests/text/test_truncation.py.",
     "compilation_cache": "It says where compiled programs are kept: tests/test_compilation_cache.py.",
     "on_bad_row": "Rows that cannot be read end a run or are left out before it begins: tests/text/test_checks.py.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",
