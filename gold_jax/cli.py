@@ -24,6 +24,7 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is a warning, twice
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if argv is None:
         cpu.restart_with_huge_pages()
@@ -118,21 +119,40 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
         import gold_jax.training.trainer  # noqa: F401  what takes longest to import
         from gold_jax.text.data import load_examples
+        from gold_jax.text.mixture import load_evaluations, load_mixture
 
-    require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
+    mixture = data.datasets or []
+    if mixture and data.dataset_name is not None:
+        raise ValueError("--dataset_name and --datasets both say what is trained on; give one of the two.")
+    require(mixture or data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
+    options["renamed"] = training.columns
     options["check_first"] = training.on_bad_row == "error"
     with progress.task("reading the rows"):
-        train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
+        if mixture:
+            train = load_mixture(mixture, **options)
+        else:
+            train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
     evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
     evaluation, name = None, data.eval_dataset_name
-    if evaluates:
+    evaluates = evaluates or any(entry.get("eval_split") for entry in mixture)
+    if mixture and name is None and evaluates:
+        parts = load_evaluations(mixture, **options)
+        if not parts:
+            raise ValueError(
+                "there is nothing to evaluate on: name an eval_split in --datasets, or --eval_dataset_name"
+            )
+        most = data.max_eval_samples
+        evaluation = {key: part if most is None else part.first(most) for key, part in parts.items()}
+        evaluation = evaluation if len(parts) > 1 else next(iter(evaluation.values()))
+    elif evaluates:
         split = "train" if name is not None and os.path.isfile(name) else data.dataset_test_split
         evaluation = load_examples(data.dataset_name if name is None else name, split=split, **options)
         evaluation = evaluation if data.max_eval_samples is None else evaluation.first(data.max_eval_samples)
     unused = named_without_effect(data, RunFacts(training, evaluates=evaluates, data=data))
     training = training.replace(**changes, notices=[*notices, *unused])
-    options = {"dataset_name": data.dataset_name, "command": ["python", "-m", prog, *(argv or ())]}
+    called = data.dataset_name or ", ".join(entry["path"] for entry in mixture)
+    options = {"dataset_name": called, "command": ["python", "-m", prog, *(argv or ())]}
     return model.model_name_or_path, training, train, evaluation, options
 
 

@@ -5,13 +5,16 @@ A field has the name, type and meaning that TRL and transformers give to the fla
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
-from gold_jax.config.trl_compat import read_attention, read_load_options
+from gold_jax.config.trl_compat import nearest, read_attention, read_load_options
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
@@ -106,15 +109,44 @@ class ModelArguments(Settings):
         self.notices += notices
 
 
+_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction", "eval_split")
+_ONE_DATASET = Effect(lambda r: not r.data.datasets, "no effect with datasets, where each data set has its own")
+
+
+def _read_datasets(value: Any) -> list[dict[str, Any]]:
+    """The entries of `datasets`, a list of dicts or JSON of one; a ValueError names the entry that is wrong."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(f"--datasets is {quoted(value)}; it must be a list of data sets, each with a path.")
+    for k, entry in enumerate(value):
+        is_now, columns, share = f"--datasets: data set {k}", entry.get("columns"), entry.get("fraction")
+        if unknown := [str(key) for key in entry if key not in _DATASET_KEYS]:
+            near = nearest(unknown[0], _DATASET_KEYS) or f"; it may have {', '.join(_DATASET_KEYS)}"
+            raise ValueError(f"{is_now} has {quoted(unknown[0])}{near}.")
+        if not isinstance(entry.get("path"), str):
+            raise ValueError(f"{is_now} has no path; it must be a hub id, a file or a folder.")
+        if not isinstance(columns, Mapping | list | None):
+            raise ValueError(f"{is_now} has the columns {quoted(columns)}; they must be a list, or a mapping as --columns.")
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not share > 0):
+            raise ValueError(f"{is_now} has the fraction {quoted(share)}; it must be greater than 0.")
+    if len({entry.get("fraction") is None for entry in value}) > 1:
+        raise ValueError("--datasets: some data sets have a fraction and others none; give it to all or to none.")
+    return [dict(entry) for entry in value]
+
+
 class DataArguments(Settings):
     """Which data it is trained on."""
 
     dataset_name: str | None = flag(None, "The data set: a hub id, or a JSON, JSONL or Parquet file or folder.",
         important=True, differs="may be a file or a folder too")
+    datasets: dict | str | None = flag(None, "Several data sets as one, in a YAML file: a list of entries with path, name, "
+        "data_dir, data_files, split, columns, fraction and eval_split (docs/data.md).", reader=_read_datasets,
+        differs="an entry may name its columns by a mapping, and an eval_split")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.",
-        effect=Effect(lambda r: not r.data.is_local, "no effect on files; only data sets of the hub have configurations"))
-    dataset_train_split: str = flag("train", "The split to train on.")
-    dataset_test_split: str = flag("test", "The split to evaluate on.", effect=_ASKED_TO_EVALUATE)
+        effect=Effect(lambda r: not r.data.is_local and not r.data.datasets, "no effect on files and with datasets; only a data set of the hub has configurations"))
+    dataset_train_split: str = flag("train", "The split to train on.", effect=_ONE_DATASET)
+    dataset_test_split: str = flag("test", "The split to evaluate on.", effect=(_ASKED_TO_EVALUATE, _ONE_DATASET))
     eval_dataset_name: str | None = flag(None,
         "The data set to evaluate on, all of a single file; none: dataset_test_split of dataset_name.")
     max_eval_samples: int | None = flag(None, "Evaluate on the first rows alone, as many as this; none: on all.",
@@ -244,7 +276,14 @@ class TextFlags(Settings):
 
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
         range=AT_LEAST_ONE, important=True)
+    truncation_mode: str = flag("keep_start", "What is kept of a row that is too long: its start (a prompt that leaves no "
+        "room is left out), or the end of its prompt: the first turns and the beginning of a text are cut, no system message, "
+        "nothing of the completion.", choices=("keep_start", "keep_end"),
+        effect=Effect(lambda r: r.args.max_length is not None, "no effect with --max_length none"),
+        differs="keep_end cuts turns and texts, never a chat template's frame, a system message or the completion")
     dataset_text_field: str = flag("text", "Column that holds plain text.")
+    columns: dict | str | None = flag(None, "Which column stands for another, in rows to train and to evaluate on: "
+        "prompt=question,completion=answer reads question as prompt and answer as completion (docs/data.md).", pairs=True)
     chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
     template_kwargs: dict | str | None = flag(None,
         'JSON with variables for the chat template, such as {"enable_thinking": false}; a row\'s column '
@@ -322,6 +361,11 @@ class SFTConfig(
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             setattr(self, name, int(value) if value >= 1 else value)
+        if self.truncation_mode == "keep_end" and self.special_tokens_in_prompts:
+            raise ValueError(
+                "--truncation_mode keep_end would cut the special tokens with which a prompt of "
+                "--special_tokens_in_prompts begins; use messages, or shorten such prompts beforehand."
+            )
         self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
         self.notices += notices
 

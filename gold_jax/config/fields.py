@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import enum
 import functools
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -35,6 +36,8 @@ def flag(
     folder: bool = False,  # whether it names a folder, so that an empty text is an error
     verbatim: bool = False,  # of a list: elements are whole arguments, blanks and commas included; occurrences add up
     true_means: str | None = None,  # the text that a bare `true` stands for, `false` being none
+    pairs: bool = False,  # of a dict: its text may be `name=value,…`
+    reader: Callable[[Any], Any] | None = None,  # reads a value that no type says, or raises ValueError
 ) -> Any:
     """A dataclass field that is a flag."""
     metadata = {name: value for name, value in locals().items() if name != "default"}
@@ -203,8 +206,12 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     if isinstance(value, str) and value.lower() in ("none", "null"):
         if (str not in types or has_choices or dict in types) and value not in legal_texts(field):
             value = None
+    if field.metadata["pairs"] and isinstance(value, str) and re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", value):
+        value = dict(pair.split("=") for pair in value.split(","))
     if value == "auto" and int in types:
         value = None  # TRL's word for "choose for me"
+    if field.metadata["reader"] and value is not None:
+        return field.metadata["reader"](value)
     if list in types:
         return _read_list(field, value)
     if value is None and type(None) in types:
@@ -219,6 +226,7 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
         return "no"  # YAML reads a bare `no` as false
     one_of = f"be one of {', '.join(choices)}"
     read, words = next(READERS[t] for t in READERS if t in types)
+    words = "pairs NAME=COLUMN with commas between them, or a mapping" if field.metadata["pairs"] else words
     try:
         value = read(value)
     except (TypeError, ValueError, RecursionError):

@@ -108,7 +108,9 @@ _NOTICES: Mapping[str, str] = {
     "The sampler keeps its key-value cache; training needs none.": "use_cache",
     "The models here have no dropout.": "disable_dropout=true",
     "Rows always lie end to end, so nothing is computed on padding between them.": "padding_free",
-    "Nothing is packed, so no way of packing is needed.": "packing_strategy=bfd",
+    "Rows of a micro-batch always lie end to end, each seeing itself alone, as TRL's bfd has them. "
+    "--per_device_train_batch_size counts rows; where TRL packs it counts blocks of --max_length tokens, so that its updates "
+    "hold more rows.": "packing eval_packing",
     "Padding is masked; which token stands there does not matter.": "pad_token",
     "The loss is always a mean over the whole global batch.": "average_tokens_across_devices=true",
     "Losses that are not finite are always shown.": "logging_nan_inf_filter=true",
@@ -147,11 +149,12 @@ _REFUSALS: Mapping[str, str] = {
         "load_in_4bit load_in_8bit",
     "float16 would need loss scaling; use --bf16, which has float32's range.":
         "fp16 fp16_full_eval fp16_backend fp16_opt_level half_precision_backend",
-    "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.":
-        "packing eval_packing",
+    "rows are neither split nor cut to fill a block, and none sees another's tokens; leave it out, bfd is what is done.":
+        "packing_strategy==bfd",
     "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
     "streaming is not in this version; leave it out to load the data set, which is read from disk row by row.":
-        "dataset_streaming",
+        "dataset_streaming streaming",
+    "name an eval_split in a data set of datasets, or --eval_dataset_name.": "test_split_size",
     "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
     "the targets are not smoothed; leave it out.": "label_smoothing_factor",
     "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",
@@ -173,7 +176,6 @@ _REFUSALS: Mapping[str, str] = {
     "PyTorch's debugging hooks do not exist here; set JAX_DEBUG_NANS=true in the environment.": "debug",
     "AdamW is the optimizer; leave it out.": "optim==adamw_torch|adamw_torch_fused|adamw_hf",
     "SFT learns by negative log-likelihood; leave it out.": "loss_type==nll|chunked_nll",
-    "too long rows lose their end; leave it out.": "truncation_mode==keep_start",
     "logs come every --logging_steps.": "logging_strategy==steps",
     "rows come in shuffled order; leave it out.": "train_sampling_strategy==random",
 }

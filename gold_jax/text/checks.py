@@ -7,10 +7,12 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
+from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
     Conversation,
@@ -90,19 +92,30 @@ class RowReader:
         conversation = (self.answers and example.messages) or example.prompt
         if not isinstance(conversation, str):
             for who, side in self.sides.items():
-                self._find_unwritten(who, side, conversation)
-        whole = ""
-        if self.whole and example.messages:
+                # What the teacher reads of a call is what the student's template writes.
+                read = example.prompt if who == "teacher" and example.calls_tools else conversation
+                if not isinstance(read, str):
+                    self._find_unwritten(who, side, read)
+        whole, learns = "", self.whole or (example.answers > 1 and len(self.sides) == 1)
+        if learns and example.messages:
             whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
         for side in self.sides.values():
             if side.lacks_embeddings:
                 side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if self.whole and example.messages and self.sides["student"].lacks_embeddings:
+        if learns and example.messages and self.sides["student"].lacks_embeddings:
             self.sides["student"].encode_turns(example.messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
-        if plain or conversation is example.prompt or example.calls_tools:
+        if plain or conversation is example.prompt or example.calls_tools and self.whole:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, whole or (self.answers and example.completion) or ""
+        if example.calls_tools:
+            text = self.sides["student"].answer(conversation)
+            if "teacher" in self.sides:
+                said = (
+                    "the last answer calls tools, and the teacher reads the calls as the student's template writes them"
+                )
+                self._note(said, number, lambda: excerpt(text.text))
+            return text.prompt, whole or text.text
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
@@ -180,6 +193,20 @@ class RowReader:
         )
 
 
+def _no_answer(example: Example) -> str:
+    """What a row is that has no completion: an unknown role at its end, such as `gpt`, or a system message, is said first."""
+    roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
+    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
+    if roles and roles[-1] not in _ROLES:
+        known = f"roles are {', '.join(_ROLES)}"
+        return (
+            f"has messages of the role {' and '.join(unknown)}, and no answer of the assistant's at its end ({known})"
+        )
+    if roles and roles[-1] in ("system", "developer"):
+        return f"ends with a message of the role {roles[-1]!r}, not with an answer of the assistant's"
+    return "has a prompt but no completion"
+
+
 def _may_be_answer(column: str) -> bool:
     words = column.lower().replace("_", " ").replace("-", " ").split()
     return any(word.removesuffix("s") in _ANSWERS for word in words)
@@ -221,7 +248,7 @@ def check_examples(
         ValueError: a row lacks its completion, a chat template refuses one or leaves a part of it out, or no row is left.
     """
     digest, kept, bad, markup = hashlib.sha256(), [], [], []
-    unread, left_out, prompts_alone, cut = (collections.Counter() for _ in range(4))
+    unread, formats, several, left_out, prompts_alone, cut = (collections.Counter() for _ in range(6))
     sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
     utf8(teacher_context or "", "--teacher_context")
     reader = RowReader(
@@ -238,18 +265,17 @@ def check_examples(
 
     def reason_to_leave_out(i: int, e: Example) -> str | None:
         unread.update(e.unread)
+        formats[e.format] += 1
         named = [name for name in e.unread if _may_be_answer(name)]
         if e.completion is None:
             if need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
-                last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
-                if last not in ("system", "user", "tool", "developer"):
-                    hint = f". Its last message has the role {excerpt(str(last))}; an answer has the role 'assistant'"
-                raise ValueError(f"row {i} of the data set has a prompt but no completion; {need_completion}{hint}")
+                raise ValueError(f"row {i} of the data set {_no_answer(e)}; {need_completion}{hint}")
             prompts_alone.update(named)
-        if need_completion and e.calls_tools and not learns_calls:
+        if need_completion and not learns_calls and not _writes_calls(chat_tokenizer, e):
             return "calls"
         prompt, completion = reader.read(i, e)
+        several[e.answers > 1] += 1
         for who, writer in writers.items():
             context = who == "teacher" and (teacher_context or e.teacher_context)
             blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
@@ -291,7 +317,10 @@ def check_examples(
             f"whose prompt is longer than {budget} tokens",
             "raise --max_prompt_length or --max_length, or lower --max_completion_length",
         ),
-        "calls": ("whose last answer calls tools, which is not text", "gold_jax.sft --assistant_only_loss learns it"),
+        "calls": (
+            "whose last answer calls tools, which the chat template does not write as text",
+            "gold_jax.sft --assistant_only_loss learns it",
+        ),
         "nothing": (f"of which --max_length {max_length} leaves nothing to learn", "raise --max_length"),
         **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in writes},
         "bad": ("that cannot be read", f"see the first ones: {first_bad}"),
@@ -306,6 +335,11 @@ def check_examples(
     if cut[True]:
         notices.append(f"--max_length {max_length} cuts {cut[True]} of {total} rows: their ends are not learned")
     notices += reader.notices()
+    if several[True] and teacher:
+        notices.append(
+            f"{several[True]} rows have several answers in their completion: the last one is learned, those before it are read "
+            "as prompt (gold_jax.sft learns them all)"
+        )
     if markup:
         first = chat_tokenizer.special_strings_in(examples[markup[0]].prompt)[0]
         notices.append(
@@ -319,6 +353,7 @@ def check_examples(
     if unread:
         shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in unread.most_common()], 8)
         notices.append(f"columns of the data that nothing reads: {shown}")
+    notices += format_notices(formats, "the data set")
     return CheckedRows(kept, notices, digest.hexdigest())
 
 
@@ -332,8 +367,23 @@ def _first_errors(errors: Iterable[str]) -> str:
 
 
 def with_text_completion(examples: Sequence[Example]) -> list[Example]:
-    """The rows that have a completion in text."""
-    return [e for e in examples if e.completion is not None and not e.calls_tools]
+    """The rows that have a completion."""
+    return [e for e in examples if e.completion is not None]
+
+
+def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
+    """Whether the template writes the calls of a last answer as text behind the generation prompt; so it is where none are."""
+    if not example.calls_tools:
+        return True
+    messages = example.messages or []
+    if isinstance(example.prompt, str):
+        return False
+    try:
+        answer = chat_tokenizer.answer(messages)
+    except ValueError:  # which reading the row says better
+        return True
+    calls = [call.get("function") or call for call in messages[-1]["tool_calls"]]
+    return answer.follows_prompt and all(str(call.get("name")) in answer.text for call in calls)
 
 
 def check_evaluation(
@@ -351,28 +401,52 @@ def check_evaluation(
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
     reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
-    measured, bad, digest = 0, {}, hashlib.sha256()
+    measured, unmeasured, bad, digest, formats = 0, [], {}, hashlib.sha256(), collections.Counter()
     for i in range(len(examples)):
         try:
-            if with_text_completion([e := examples[i]]):
+            formats[(e := examples[i]).format] += 1
+            if e.completion is not None and _writes_calls(tokenizers[0], e):
                 reader.read(i, e)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
                 measured += 1
+            else:
+                unmeasured.append(i)
         except ValueError as error:
             if on_bad_row == "error":
                 raise
             bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    notices = reader.notices()
+    notices = reader.notices() + format_notices(formats, "the evaluation data")
     if bad:
         first = _first_errors(bad.values())
         notices.append(
             f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
         )
-    if missing := len(examples) - measured - len(bad):
+    if unmeasured:
         notices.append(
-            f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
+            f"{len(unmeasured)} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
         )
-    kept = [examples[i] for i in range(len(examples)) if i not in bad] if bad else examples
+    left_out = {*bad, *unmeasured}
+    kept = [examples[i] for i in range(len(examples)) if i not in left_out] if left_out else examples
     return kept, notices, digest.hexdigest()
+
+
+def check_evaluations(
+    examples: Sequence[Example] | Mapping[str, Sequence[Example]], sides: Sequence[ChatTokenizer], **options: Any
+) -> tuple[Sequence[Example] | dict[str, Sequence[Example]], list[str], str]:
+    """`check_evaluation` of one set of rows, or of several by their names, which lines and errors then begin with."""
+    if not isinstance(examples, Mapping):
+        rows, notices, digest = check_evaluation(examples, *sides, **options)
+        return rows, [*getattr(examples, "notices", ()), *notices], digest
+    found: dict[str, Sequence[Example]] = {}
+    lines, digests = [], []
+    for name, part in examples.items():
+        try:
+            found[name], notices, digest = check_evaluation(part, *sides, **options)
+        except ValueError as error:
+            raise ValueError(f"eval_dataset {excerpt(name)}: {error}") from error
+        said = [*getattr(part, "notices", ()), *notices]
+        lines += [f"eval_dataset {excerpt(name)}: {line}" for line in said]
+        digests.append(f"{name} {digest}")
+    return found, lines, ", ".join(digests)

@@ -32,19 +32,28 @@ def read_json_rows(paths: Sequence[str | os.PathLike], names: Sequence[str] | No
     if not paths:
         raise ValueError("there is no file to read rows from")
     files, hold = [pathlib.Path(path) for path in paths], len(paths) <= _MOST_HELD
-    return JsonRows([_open(file, name, hold) for file, name in zip(files, names or [file.name for file in files])])
+    names = names or [file.name for file in files]
+    return JsonRows([_open(file, name, hold) for file, name in zip(files, names)], names=names)
 
 
 class JsonRows(Sequence):
-    """The rows of `files` (sequences of them), or those with the numbers `index` of them."""
+    """The rows of `files` (sequences of them, called by `names`), or those with the numbers `index` of them."""
 
-    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None):
-        self._files, self._ends = files, list(itertools.accumulate(map(len, files)))
+    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None, names: Sequence[str] = ()):
+        self._files, self._ends, self._names = files, list(itertools.accumulate(map(len, files))), names
         self._index = range(self._ends[-1]) if index is None else index
 
     def select(self, index: Sequence[int]) -> "JsonRows":
         """Some of the rows, by their numbers here."""
-        return JsonRows(self._files, [self._index[i] for i in index])
+        return JsonRows(self._files, [self._index[i] for i in index], self._names)
+
+    def file_of(self, index: int) -> str:
+        """The name of the file of a row, where there are several; else ""."""
+        return (
+            self._names[int(np.searchsorted(self._ends, self._index[index], side="right"))]
+            if len(self._names) > 1
+            else ""
+        )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -126,6 +135,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
         raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno} of {name} cannot be read as json: {error.msg.removesuffix(' at')}"
-        raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
+        at = error.colno if line is None else error.pos + 1
+        raise ValueError(f"{place} at character {at} ({excerpt(error.doc, error.pos)})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
         raise ValueError(f"{place} cannot be read as json: {error}") from None

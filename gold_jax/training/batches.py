@@ -341,6 +341,10 @@ class TokenBatchBuilder:
         if self.counted != "completion" and example.messages:
             ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length)
             text = None
+        elif example.answers > 1 and example.messages:
+            before = sum(message.get("role") == "assistant" for message in example.messages) - example.answers
+            ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length, skip=before)
+            text = None
         else:
             prompt = self.chat_tokenizer.encode_prompt(example.prompt, limit=max_length)
             completion = example.completion_for(self.chat_tokenizer)

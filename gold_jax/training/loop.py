@@ -45,7 +45,14 @@ from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
-from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
+from gold_jax.training.logging import (
+    MetricLog,
+    RunningMean,
+    before_after,
+    completions_table,
+    named_measures,
+    plain_value,
+)
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
@@ -60,7 +67,7 @@ class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
 
     train: Sequence[Example]
-    eval: Sequence[Example] | None
+    eval: Sequence[Example] | Mapping[str, Sequence[Example]] | None  # several sets by their names
     order: RowOrder  # of those that can be learned from
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
@@ -401,13 +408,18 @@ class Loop:
     # evaluation
 
     @annotate(EVALUATION)
-    def evaluate(self) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
+    def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
+        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows.
+
+        Of several sets of rows `eval_NAME_loss` and so on, each set measured by itself.
+        """
         self.watchdog.report(self.done, "evaluating")
-        if self.data.eval is None:
+        if examples is None and isinstance(self.data.eval, Mapping):
+            return named_measures({name: self.evaluate(rows) for name, rows in self.data.eval.items()})
+        if examples is None and self.data.eval is None:
             give = "give an eval_dataset, or --eval_strategy and a test split"
             raise ValueError(f"there is no data to evaluate on: {give}")
-        examples = with_text_completion(self.data.eval)
+        examples = with_text_completion(self.data.eval if examples is None else examples)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         data, totals = self.run.batches.build_evaluation(examples), collections.defaultdict(float)
@@ -447,7 +459,8 @@ class Loop:
         teacher = self._teacher_score() if self._teacher_score else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
-        names = [n for n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match") if n in after]
+        sets = [f"eval_{name}_" for name in self.data.eval] if isinstance(self.data.eval, Mapping) else ["eval_"]
+        names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
         rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
         before_after(self.console, rows)
 

@@ -22,13 +22,14 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import count, merge, split
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
-from gold_jax.text.checks import check_evaluation, check_examples, with_text_completion
+from gold_jax.text.checks import check_evaluations, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
+from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.logging import header
+from gold_jax.training.logging import header, named_measures
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
@@ -69,9 +70,13 @@ class _Trainer:
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
         first = a.on_bad_row == "error"
-        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first)
+        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first, renamed=a.columns)
         self.train_examples = read(train_dataset)
-        self.eval_examples = None if eval_dataset is None else read(eval_dataset)
+        several = isinstance(eval_dataset, Mapping)
+        if several and not eval_dataset:
+            raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
+        read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
+        self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
         self.console = (console or progress.console() or Console()) if is_main_process() else Console(quiet=True)
@@ -106,9 +111,13 @@ class _Trainer:
         if evaluation is not None:
             options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
             options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
-            self.eval_examples, measured, evaluated = check_evaluation(evaluation, *tokenizers.values(), **options)
+            check = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
+            self.eval_examples, measured, evaluated = check(evaluation)
             evaluation = self.eval_examples
-        self.notices = [*a.notices, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
+        read = [*self.train_examples.notices]
+        if cut := len(getattr(self.train_examples, "shortened", ())):
+            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
+        self.notices = [*a.notices, *read, *measured, *checked.notices, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
         rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
@@ -162,19 +171,22 @@ class _Trainer:
         }
         header(self.console, self.title, rows, self.notices)
 
-    def _score_teacher(self, run: build.Run, teacher: LoadedModel) -> dict[str, float]:
+    def _score_teacher(self, run: build.Run, teacher: LoadedModel, rows: Any = None) -> dict[str, float]:
         """The teacher measured as the student is."""
+        rows = self.eval_examples if rows is None else rows
+        if isinstance(rows, Mapping):
+            return named_measures({name: self._score_teacher(run, teacher, part) for name, part in rows.items()})
         a, constants = self.args, run.step.constants
         graph, params = run.batches.teacher_model or (run.teacher_graph, None)
         if params is None:
             params = restore_teacher(graph, constants, run.match.vocabulary)
-        teacher, examples = teacher._replace(model=merge(graph, params)), with_text_completion(self.eval_examples)
-        rows = a.per_device_eval_batch_size * self.process_shard.num_shards
+        teacher, examples = teacher._replace(model=merge(graph, params)), with_text_completion(rows)
+        size = a.per_device_eval_batch_size * self.process_shard.num_shards
         chunk = chunk_size(a.loss_chunk, teacher.model.platform)
-        score = score_completions(teacher, None, examples, batch_size=rows, chunk=chunk)
+        score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
         found = {"eval_bits_per_byte": score.bits_per_byte}
         if a.predict_with_generate:
-            options = dict(max_new_tokens=a.max_completion_length, batch_size=rows)
+            options = dict(max_new_tokens=a.max_completion_length, batch_size=size)
             found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
         return found
 
@@ -254,8 +266,8 @@ class SFTTrainer(_Trainer):
     Args:
         model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         args: the settings.
-        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-        eval_dataset: the same, or None.
+        train_dataset: a name, or rows as `load_examples` takes them.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
         processing_class: the tokenizer, or its name; None takes the one beside the model.
         optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for the log
             (or None).
@@ -298,6 +310,17 @@ class SFTTrainer(_Trainer):
         student = self._load_student(model, processing_class)
         need = "supervised fine-tuning learns completions, so every row needs one"
         # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
+        most, reader = args.max_length, student.chat_tokenizer
+        if args.truncation_mode == "keep_end" and most is not None:
+            if learned != "completion":
+                is_now = f"--truncation_mode keep_end shortens prompts, and here {_LEARNED[learned]} is learned"
+                raise ValueError(f"{is_now}; use keep_start, or --completion_only_loss without --assistant_only_loss")
+
+            def room(example: Any) -> int:
+                text = reader.shorten(example.completion_for(reader), most)
+                return most - 1 - len(reader.encode_completion(text, after=example.prompt).ids)
+
+            self.train_examples = EndsOfPrompts(self.train_examples, reader, room)
         budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
         targets = TokenBatchBuilder(student.chat_tokenizer, 1, 1, None, learned)
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
@@ -314,8 +337,8 @@ class GOLDTrainer(_Trainer):
         model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
         args: the settings.
-        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-        eval_dataset: the same, or None.
+        train_dataset: a name, or rows as `load_examples` takes them.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
         processing_class: the student's tokenizer, or its name; None takes the one beside the model.
         teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
             it.
@@ -372,6 +395,9 @@ class GOLDTrainer(_Trainer):
             builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
+        if a.truncation_mode == "keep_end":
+            room = lambda _: a.prompt_budget  # noqa: E731
+            self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
         checked = check_examples(self.train_examples, student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import datasets
 import jax
 import numpy as np
 import optax
@@ -136,6 +137,24 @@ def test_what_cannot_be_taken_is_refused_with_what_stands_in_its_place(world, tm
 def test_nothing_is_begun_by_making_a_trainer_of_several_processes(world, tmp_path):
     with pytest.raises(ValueError, match="num_processes is 2, and this process runs alone"):
         sft(world, tmp_path, changes={"num_processes": 2, "process_id": 0, "coordinator_address": "localhost:1"})
+
+
+def test_several_evaluation_sets_are_measured_by_their_names(world, tmp_path):
+    sets = {"easy": ROWS[:2], "hard": datasets.Dataset.from_list(ROWS[2:])}
+    trainer = sft(world, tmp_path, sets, {"max_steps": 1, "eval_strategy": "steps"})
+    found = trainer.evaluate()
+    for name, rows in sets.items():
+        alone = trainer.loop.evaluate(trainer.eval_examples[name])
+        assert {
+            f"eval_{name}_{key.removeprefix('eval_')}": value for key, value in alone.items()
+        }.items() <= found.items()
+        assert len(trainer.eval_examples[name]) == len(rows)
+    assert set(found) == {f"eval_{name}_{key}" for name in sets for key in ("loss", "token_accuracy", "bits_per_byte")}
+    assert trainer.train().metrics.keys() == found.keys() == trainer.loop.results["after training"].keys()
+    with pytest.raises(ValueError, match="eval_dataset 'hard': no row of the evaluation data has a completion"):
+        sft(world, tmp_path, {"easy": ROWS, "hard": [{"prompt": "x"}]})
+    with pytest.raises(ValueError, match="eval_dataset is an empty dict"):
+        sft(world, tmp_path, {})
 
 
 @pytest.mark.parametrize(
