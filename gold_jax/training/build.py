@@ -14,6 +14,7 @@ from gold_jax.distributed import consensus
 from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
+from gold_jax.losses.importance import ImportanceSampling
 from gold_jax.models.functional import Params, commit, split
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.sharding.axes import mesh_sizes
@@ -94,7 +95,11 @@ def build_run(
     match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
-    objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
+    importance = None
+    if args.rollout_batches > 1 and args.lmbda and args.rollout_importance_cap != 0:
+        importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
+    options = dict(chunk=chunk, importance=importance)
+    objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
     step = Step(objective, optimizer, constants, **mesh)
     if chat_tokenizer is not None:
         sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
@@ -106,7 +111,8 @@ def build_run(
         options |= dict(length_buckets=args.length_buckets)
         options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
         options |= dict(generation_batch_size=args.generation_batch_size or 32 * shards)
-        options |= dict(rollout_quantization=args.rollout_quantization)
+        options |= dict(rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches)
+        options |= dict(importance_weights=importance is not None)
         options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)
         sides = chat_tokenizer, teacher.chat_tokenizer, graph
         context = args.teacher_context
