@@ -47,7 +47,7 @@ def assert_alike(found: dict[str, dict[str, float]], count: int) -> None:
 @pytest.mark.parametrize("mesh", EVERY)
 def test_three_steps_of_every_method_are_those_of_one_device(mesh, steps):
     found = {name: errors for name, errors in steps.items() if name.startswith(f"{mesh} ")}
-    assert_alike(found, 13 if EVERY[mesh] == 1 else 2)
+    assert_alike(found, 14 if EVERY[mesh] == 1 else 2)
 
 
 @pytest.mark.long
