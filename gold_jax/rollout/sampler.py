@@ -14,10 +14,12 @@ from gold_jax.models.functional import commit, count, merge, split
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
 from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
+from gold_jax.sharding.placement import Placement
 from gold_jax.values import QUANTIZATIONS
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
+_DEFAULT_ROWS, _MOST_ROWS = 32, 128  # of a shard; beyond the latter weights are no longer most of what is read
 _MIN_LENGTH = 32  # least prompt width, number of slots, and free slots after a resize
 _MIN_ROWS = 8  # no program for fewer rows: decoding is bound by reading the weights, for one row as for eight
 _REFILL_FRACTION = 4  # refill when a fourth of the rows is free: each prefill interrupts decoding
@@ -282,6 +284,28 @@ def rows_per_prefill(rows: int, distinct_prompts: int, rows_per_shard: int, para
     """How many rows share one prefilled prompt, on average, rounded down to a power of two; 1 for a small model."""
     average = min(rows // max(1, distinct_prompts), rows_per_shard)
     return 1 if parameters < SMALL_MODEL or average < 2 else 1 << average.bit_length() - 1
+
+
+def default_rows(shards: int, free: int | None, each: int) -> int:
+    """Rows to write at once where nobody says how many: 32 on a shard's devices, doubled to at most 128 while half of the
+    `free` bytes of a device (None: not known) hold so many, of `each` bytes (`bytes_per_row`)."""
+    rows = _DEFAULT_ROWS
+    while free is not None and rows < _MOST_ROWS and 2 * (2 * rows * each) <= free:
+        rows *= 2
+    return shards * rows
+
+
+def bytes_per_row(
+    config: DecoderConfig, itemsize: int, placement: Placement | None, prompt_length: int, new: int
+) -> int:
+    """About how many bytes of a device a row takes that is written after a prompt as long as it may be: cache, with the
+    smaller one that it grows from, logits, and what reading the prompt takes."""
+    repeats = 1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads)
+    split = 1 if placement is None or placement.head_axis(config.heads) is None else placement.tensor_size
+    token = 2 * config.layers * config.kv_heads * repeats * config.head_dim * itemsize // split
+    reading = token + itemsize * (2 * config.mlp_width // split + 3 * config.width)
+    slots, width = fine_bucket(prompt_length + new, smallest=_MIN_LENGTH), bucket(prompt_length, smallest=_MIN_LENGTH)
+    return 3 * slots * token // 2 + 8 * config.vocab_size + width * reading
 
 
 def prompt_width(length: int, slots: int) -> int:

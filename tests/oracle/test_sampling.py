@@ -130,7 +130,9 @@ def test_later_updates_weigh_what_was_drawn_before_them_by_how_likely_the_studen
         assert cases.differences(lines[step], {"loss": total, **parts}, rel=2e-5) == []
         assert cases.differences(lines[step], wanted, rel=2e-5, near=2e-6) == []
         if step == 1:  # where the weights change something, and some are truncated
-            assert 0 < wanted["importance_sampling_truncated"] < 1 and wanted["importance_sampling_logp_difference"] > 0.01
+            assert (
+                0 < wanted["importance_sampling_truncated"] < 1 and wanted["importance_sampling_logp_difference"] > 0.01
+            )
 
 
 def ours(xp, pair, batch, weights):

@@ -9,7 +9,6 @@ from training.test_resume import gold, held, lines, same
 
 from gold_jax import GOLDConfig
 from gold_jax.losses.importance import ImportanceSampling
-from gold_jax.rollout.client import ServerError
 from gold_jax.training.checkpointing import BadCheckpoint, read_metadata, read_rollouts
 from gold_jax.training.resume import check_run
 from gold_jax.training.rollout_buffer import Rollout, from_bytes, to_bytes
@@ -24,7 +23,9 @@ def differences(trainer):
     return [row["importance_sampling_logp_difference"] > 0 for row in trainer.log_history if "loss" in row]
 
 
-@pytest.mark.parametrize("changes", [{}, {"seq_kd": True, "rollout_quantization": "int8"}], ids=["data", "seq_kd, int8"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"seq_kd": True, "rollout_quantization": "int8"}], ids=["data", "seq_kd, int8"]
+)
 def test_a_student_that_does_not_move_learns_what_it_learns_when_every_update_draws(changes, world, tmp_path):
     flags = FLAGS | {"learning_rate": 0.0, "log_completions": True, "log_completions_steps": 100} | changes
     found = []
@@ -100,7 +101,9 @@ def test_micro_batches_with_importance_weights_add_up(spec):
     told, found = drawn(8), []
     for size in (8, 2):
         gradients = [
-            jax.value_and_grad(objective.loss, has_aux=True)(params, constants, objective.with_teacher(constants, batch))
+            jax.value_and_grad(objective.loss, has_aux=True)(
+                params, constants, objective.with_teacher(constants, batch)
+            )
             for batch in batches(spec, size, drawn=told)
         ]
         found.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *gradients))
