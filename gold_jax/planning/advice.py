@@ -153,8 +153,9 @@ def search(
 
     An update keeps its rows (a few more where a mesh cannot share them out evenly). For each mesh and layout, rows at
     once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to
-    fit. Where the student writes, completions of up to eight updates are drawn together if that is faster. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
-    (None: by the analytic model).
+    fit. Where the student writes, completions of up to eight updates are drawn together if that is faster. `first`, the
+    plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan` (None: by the analytic
+    model).
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]

@@ -95,8 +95,8 @@ def test_a_batch_that_tells_nothing_of_its_draws_has_the_program_of_a_run_withou
     assert lowered(None) == lowered(weights)
 
 
-@pytest.mark.parametrize("spec", [SPECS[0], SPECS[-1]], ids=lambda spec: spec.name)
-def test_micro_batches_with_importance_weights_add_up(spec):
+def test_micro_batches_with_importance_weights_add_up():
+    spec = SPECS[-1]  # cross-entropy too
     objective, params, constants = built(spec, importance=ImportanceSampling(0.9, 1.5))
     told, found = drawn(8), []
     for size in (8, 2):
@@ -113,7 +113,7 @@ def test_micro_batches_with_importance_weights_add_up(spec):
 
 def server_flags(url, **changes):
     told = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "lmbda": 1.0, "rollout_batches": 2}
-    return FLAGS | told | {"max_steps": 2, "dtype": "float32"} | changes
+    return FLAGS | told | {"max_steps": 2} | changes
 
 
 def test_a_server_draws_for_several_updates_and_tells_what_the_weights_need(world, tmp_path):
