@@ -373,7 +373,8 @@ class SamplingFlags(Settings):
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.", range=AT_LEAST_ONE)
     num_generations: int = flag(1, "Completions sampled for each prompt.", range=AT_LEAST_ONE)
     generation_batch_size: int | None = free_flag(None, "Most completions sampled at once on all devices, those of an "
-        "update together where they fit in; none: 32 a device (a shard of data x fsdp).", range=AT_LEAST_ONE,
+        "update together where they fit in; none: 32 a device (a shard of data x fsdp), on GPUs and TPUs up to 128 where "
+        "memory is free.", range=AT_LEAST_ONE,
         effect=_SAMPLES, differs="changes how many are sampled at once, never what an update learns")
     rollout_batches: int = flag(1, "Updates whose completions the student draws together, with its weights before the first of "
         "them. More rows are decoded at once; the later updates learn from text of an earlier student.", range=AT_LEAST_ONE,
