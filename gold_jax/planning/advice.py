@@ -1,7 +1,7 @@
 """Other ways to run, by the analytic model: what to change where a plan does not fit, and the best meshes, layouts and rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from gold_jax.config import GOLDConfig
@@ -153,9 +153,9 @@ def search(
 
     An update keeps its rows (a few more where a mesh cannot share them out evenly). For each mesh and layout, rows at
     once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to
-    fit. Where the student writes, completions of up to eight updates are drawn together if that is faster. `first`, the
-    plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan` (None: by the analytic
-    model).
+    fit. Where the student writes, completions of up to eight updates are drawn together if that is faster, unless
+    `--rollout_batches` is named. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled
+    by `compile_plan` (None: by the analytic model).
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]
@@ -193,16 +193,16 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
                 plan = estimate(request.changed(mesh, **batch, **layout))
                 if plan.peak_bytes > slack * plan.limit_bytes:
                     break
-                fitting.append(_drawn_together(plan, slack))
+                fitting.append(_drawn_together(plan, slack, request.args.given))
             best = max((plan.tokens_per_second for plan in fitting), default=0.0)
             while fitting and fitting[-1].tokens_per_second < _AS_GOOD * best:
                 fitting.pop()
             yield fitting[::-1]
 
 
-def _drawn_together(plan: Plan, slack: float) -> Plan:
+def _drawn_together(plan: Plan, slack: float, named: Collection[str]) -> Plan:
     """The run with completions of as many updates drawn together as make it fastest, of those that are as good the fewest."""
-    if not plan.request.samples:
+    if not plan.request.samples or "rollout_batches" in named:
         return plan
     tried = [estimate(plan.request.changed(rollout_batches=number)) for number in _TOGETHER]
     tried = [one for one in tried if one.peak_bytes <= slack * one.limit_bytes] or [plan]

@@ -204,12 +204,12 @@ class Plan:
             seconds = cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sending
             self.phases.append(phase(name, cost, dict(zip(RESOURCES, seconds))))
             spent[self.phases[-1]["slowest"]] += self.phases[-1]["least"]
-        self.rollout_batches = sum((costs[phase["name"]] for phase in self.phases), Cost())
+        self.together = sum((costs[phase["name"]] for phase in self.phases), Cost())
         self.seconds = sum(phase["least"] for phase in self.phases)  # the least time of an update
         self.slowest = max(spent, key=spent.get)  # the resource that most of that is for
         self.tokens_per_second = self.request.tokens / self.seconds  # at most
         self.tokens_per_second_per_chip = self.tokens_per_second / topology.chips
-        self.model_flops_share = self.rollout_batches.model_flops / (self.seconds * chip.flops)
+        self.model_flops_share = self.together.model_flops / (self.seconds * chip.flops)
         # What a run may take, where phases like its own were measured beside a compiled plan of theirs.
         shares = topology.efficiency if self.compiled and self.request.itemsize == 2 else {}
         known = shares.keys() >= costs.keys()

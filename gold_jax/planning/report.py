@@ -104,7 +104,7 @@ class Report:
         best = self.search[0].request if self.search else self.plan.request
         if best.rollout_batches == 1 or best.rollout_batches == self.plan.request.rollout_batches:
             return []
-        draws = f"--rollout_batches {best.rollout_batches} decodes more rows at once"
+        draws = f"--rollout_batches {best.rollout_batches} decodes more rows at once (--rollout_batches 1 searches without it)"
         return [
             f"{draws}, and changes what is learned: later updates learn, weighted, from text of an earlier student."
         ]

@@ -109,6 +109,8 @@ def test_a_search_draws_completions_of_several_updates_together_where_that_is_fa
     assert together.sampled_rows == together.rollout_batches * alone.request.sampled_rows
     assert best.tokens_per_second > alone.tokens_per_second
     assert "rollout_batches" not in flags_of(first.request)
+    named = search(estimate(asked("gpu:8xh100-80gb", lmbda=1.0, rollout_batches=2, **settings)), None, limit=3)
+    assert {one.request.rollout_batches for one in named} == {2}
     off_policy = search(estimate(asked("gpu:8xh100-80gb", lmbda=0.0, **settings)), None, limit=2)
     assert {one.request.rollout_batches for one in off_policy} == {1}
 
