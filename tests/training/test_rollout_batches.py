@@ -1,14 +1,21 @@
 """Completions of several updates that are drawn together: the same draws, importance weights, and what a checkpoint keeps."""
 
+import types
+
 import jax
 import numpy as np
+import optax
 import pytest
 from rollout.fake_server import serving
-from training.small import SPECS, batches, built, drawn
+from training.small import SPECS, V, batches, built, decoder, drawn
 from training.test_resume import gold, held, lines, same
 
 from gold_jax import GOLDConfig
 from gold_jax.losses.importance import ImportanceSampling
+from gold_jax.models.functional import count, split
+from gold_jax.rollout.sampler import bytes_per_row
+from gold_jax.text.process_shard import ProcessShard
+from gold_jax.training import build
 from gold_jax.training.checkpointing import BadCheckpoint, read_metadata, read_rollouts
 from gold_jax.training.resume import check_run
 from gold_jax.training.rollout_buffer import Rollout, from_bytes, to_bytes
@@ -138,3 +145,22 @@ def test_nothing_is_weighted_where_the_cap_is_0(world, tmp_path):
     trainer = gold(world, tmp_path / "out", **FLAGS | {"lmbda": 1.0, "rollout_batches": 2, "rollout_importance_cap": 0})
     trainer.train()
     assert not any(set(WEIGHTS) & set(row) for row in trainer.log_history)
+
+
+def test_rows_at_once_follow_the_fullest_device_of_all_processes(monkeypatch):
+    model, args = decoder(V, 1), GOLDConfig(output_dir="x")
+    params, shard = split(model)[1], ProcessShard.single_process(2)
+    each = bytes_per_row(model.config, 4, None, args.prompt_budget, args.max_completion_length)
+    kept = 3 * 4 * count(params) + 8  # AdamW's state, and the weights to decode with
+    device = types.SimpleNamespace(
+        memory_stats=lambda: {"bytes_limit": 7 * kept + 256 * each, "bytes_in_use": 6 * kept}
+    )
+    full = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 2 * kept, "bytes_in_use": kept})
+
+    def rows(*devices, shard=shard):
+        monkeypatch.setattr(jax, "local_devices", lambda: devices)
+        return build._rows_at_once(args, [model], optax.adamw(0.1), params, None, shard)
+
+    assert rows(device) == rows(device, device) == 2 * 128
+    assert rows(device, full) == rows(types.SimpleNamespace(memory_stats=lambda: None)) == 2 * 32
+    assert rows(device, shard=shard._replace(all_reduce_max=lambda x: np.maximum(x, -128 * each))) == 2 * 64
