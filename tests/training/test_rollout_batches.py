@@ -13,9 +13,12 @@ from training.test_resume import gold, held, lines, same
 from gold_jax import GOLDConfig
 from gold_jax.losses.importance import ImportanceSampling
 from gold_jax.models.functional import count, split
+from gold_jax.rollout.client import ServerError
+from gold_jax.rollout.engine import Sampled
 from gold_jax.rollout.sampler import bytes_per_row
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training import build
+from gold_jax.training.batches import DistillationBatchBuilder
 from gold_jax.training.checkpointing import BadCheckpoint, read_metadata, read_rollouts
 from gold_jax.training.resume import check_run
 from gold_jax.training.rollout_buffer import Rollout, from_bytes, to_bytes
@@ -105,14 +108,10 @@ def test_a_batch_that_tells_nothing_of_its_draws_has_the_program_of_a_run_withou
 def test_micro_batches_with_importance_weights_add_up():
     spec = SPECS[-1]  # cross-entropy too
     objective, params, constants = built(spec, importance=ImportanceSampling(0.9, 1.5))
-    told, found = drawn(8), []
+    gradient, told, found = jax.jit(jax.value_and_grad(objective.loss, has_aux=True)), drawn(8), []
     for size in (8, 2):
-        gradients = [
-            jax.value_and_grad(objective.loss, has_aux=True)(
-                params, constants, objective.with_teacher(constants, batch)
-            )
-            for batch in batches(spec, size, drawn=told)
-        ]
+        made = [objective.with_teacher(constants, batch) for batch in batches(spec, size, drawn=told)]
+        gradients = [gradient(params, constants, batch) for batch in made]
         found.append(jax.tree.map(lambda *x: np.sum(x, axis=0), *gradients))
     assert found[0][0][1]["importance_sampling_ratio"] != pytest.approx(1, abs=1e-3)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), *found)
@@ -141,10 +140,25 @@ def test_a_server_at_another_temperature_is_refused_unless_nothing_is_weighted()
         GOLDConfig(output_dir="x", rollout_importance_cap=0.5)
 
 
+def test_a_server_that_does_not_tell_what_the_weights_need_is_named():
+    url = types.SimpleNamespace(client=types.SimpleNamespace(base_url="http://there"))
+    builder = types.SimpleNamespace(importance_weights=True, engine=url)
+    known, unknown = np.array([-1, np.nan], np.float32), np.array([np.nan, -1], np.float32)
+    told = DistillationBatchBuilder._logprobs(
+        builder, Sampled(np.arange(2), known)
+    )  # that of a stop token may be missing
+    np.testing.assert_array_equal(told, known)
+    with pytest.raises(ServerError, match="http://there does not tell .* --rollout_importance_cap 0 goes without them"):
+        DistillationBatchBuilder._logprobs(builder, Sampled(np.arange(2), unknown))
+
+
 def test_nothing_is_weighted_where_the_cap_is_0(world, tmp_path):
     trainer = gold(world, tmp_path / "out", **FLAGS | {"lmbda": 1.0, "rollout_batches": 2, "rollout_importance_cap": 0})
-    trainer.train()
-    assert not any(set(WEIGHTS) & set(row) for row in trainer.log_history)
+    rows, builder, params = trainer.train_examples[:2], trainer.loop.run.batches, trainer.loop.state.params
+    first = builder.build(0, rows, params, (), {}, {1: rows})
+    later = builder.build(1, rows, params, (), first.drawn)
+    assert all(batch.behavior is None for batch in (*first.batches, *later.batches))
+    assert [*first.drawn] == [1] and not later.drawn and len(later.samples) == 4
 
 
 def test_rows_at_once_follow_the_fullest_device_of_all_processes(monkeypatch):
