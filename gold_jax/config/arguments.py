@@ -75,6 +75,7 @@ _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_o
                           "no effect with --assistant_only_loss, which learns every answer of a conversation")
 _NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
 _SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
+_STUDENT_WRITES = Effect(lambda r: r.args.lmbda > 0, "no effect with --lmbda 0: the student writes nothing")
 _SAMPLED_HERE = Effect(lambda r: r.samples and r.args.server_url is None,
                        "no effect where the built-in sampler writes no completion of the student's")
 _ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
@@ -417,8 +418,16 @@ class SamplingFlags(Settings):
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.", range=AT_LEAST_ONE)
     num_generations: int = flag(1, "Completions sampled for each prompt.", range=AT_LEAST_ONE)
     generation_batch_size: int | None = free_flag(None, "Most completions sampled at once on all devices, those of an "
-        "update together where they fit in; none: 32 a device (a shard of data x fsdp).", range=AT_LEAST_ONE,
+        "update together where they fit in; none: 32 a device (a shard of data x fsdp), on GPUs and TPUs up to 128 where "
+        "memory is free.", range=AT_LEAST_ONE,
         effect=_SAMPLES, differs="changes how many are sampled at once, never what an update learns")
+    rollout_batches: int = flag(1, "Updates whose completions the student draws together, with its weights before the first of "
+        "them. More rows are decoded at once; the later updates learn from text of an earlier student.", range=AT_LEAST_ONE,
+        effect=_STUDENT_WRITES)
+    rollout_importance_cap: float | None = flag(2.0, "What the later updates of rollout_batches learn is weighted by how "
+        "much likelier the student of now draws the text before it than that of then, at most by this; none: by any "
+        "number; 0: nothing is weighted.", range=Range("0 or at least 1", lambda v: v == 0 or v >= 1),
+        effect=(_STUDENT_WRITES, Effect(lambda r: r.args.rollout_batches > 1, "no effect without --rollout_batches")))
     rollout_quantization: str = flag("none", "The student's weights as its completions are sampled: none (its own), or int8, "
         "half the bytes to read for every token, for GPUs and TPUs. What that changes is logged as "
         "sampling_logp_difference.", choices=QUANTIZATIONS, effect=_SAMPLED_HERE)
@@ -551,6 +560,14 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
             of_update = f"per_device_train_batch_size x gradient_accumulation_steps = {rows}"
             must = f"it must divide the rows of an update on one device, {of_update}"
             raise ValueError(f"--num_generations is {self.num_generations}; {must}.")
+        if self.rollout_batches > 1 and self.server_url and self.temperature != 1 and self.rollout_importance_cap != 0:
+            tells = (
+                "a server tells log-probabilities at temperature 1 alone, which importance weights cannot be made of"
+            )
+            must = "use --temperature 1, or --rollout_importance_cap 0 for no weights"
+            raise ValueError(
+                f"--rollout_batches is {self.rollout_batches} and --temperature {self.temperature:g}; {tells}; {must}."
+            )
         name = "teacher_model_init_kwargs"
         self.teacher_model_init_kwargs, notices = read_load_options(name, self.teacher_model_init_kwargs)
         self.notices += notices

@@ -171,6 +171,9 @@ _REFUSALS: Mapping[str, str] = {
     "push to the main branch, or move the revision on the hub afterwards.": "hub_revision",
     "it is --hub_model_id here.": "push_to_hub_model_id push_to_hub_organization",
     "it is --hub_token here.": "push_to_hub_token",
+    "--rollout_importance_cap truncates the weights of text that an earlier student drew, or (0) leaves them out.":
+        "vllm_importance_sampling_correction==true vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "it is --eval_strategy here.": "evaluation_strategy",
     "rows come in shuffled order; sort the data set and leave it out.": "group_by_length",
     "PyTorch's debugging hooks do not exist here; set JAX_DEBUG_NANS=true in the environment.": "debug",

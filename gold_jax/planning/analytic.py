@@ -14,8 +14,8 @@ from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest
+from gold_jax.models.parameters import layer_parameters
+from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest, parameter_count, parameter_counts
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 from gold_jax.training.objective import splits_vocabulary
 
@@ -80,6 +80,7 @@ class Analytic:
         slots = self.rows * bucket(request.length)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots
         self.batch = 2 * (lines + 20 * slots) + labels + 4 * slots if teacher else lines + labels
+        self.batch += 8 * slots if request.weighs else 0
 
     def resident(self) -> dict[str, int]:
         """What lies there all the time, by part."""
@@ -99,7 +100,8 @@ class Analytic:
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
             keys = 2 * config.layers * self.each * heads * config.head_dim * self.request.slots * self.itemsize
-            rows = self.request.sampled_rows * (8 * self.args.max_completion_length + 9)
+            told = 3 if self.request.weighs else 2  # numbers of a token
+            rows = self.request.sampled_rows * (4 * told * self.args.max_completion_length + 9)
             return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
         found = {"gradients": self.student_bytes} if self.request.micro_batches > 1 else {}
         if program != "optimizer":
@@ -136,7 +138,7 @@ class Analytic:
                 del going_back["new gradients"]  # they are what it returns, and stay
             return max(in_loss, going_back, key=lambda parts: sum(parts.values()))
         if program == "optimizer":
-            return {"temporaries": 4 * max(_counts(config, self.placement).values())}
+            return {"temporaries": 4 * max(parameter_counts(config, self.placement).values())}
         if program == "decoding":
             return {"temporaries": 8 * self.request.sampled_rows * config.vocab_size + c * side.head_part}
         layer, matrix = 2 * config.mlp_width // t + 3 * config.width, side.largest // t
@@ -216,6 +218,9 @@ class Analytic:
         # A head's losses one by one: logits, the gradients of hidden states and of the head.
         losses = 1 if spec is None else bool(spec.distillation_weight) + bool(spec.crossentropy_weight)
         heads = 6.0 * losses * positions * side.head + (2.0 * positions * teacher.head if reads else 0.0)
+        weighing = (
+            2.0 * positions * side.head if self.request.weighs else 0.0
+        )  # what the student gives to what was drawn
         backward = _BACKWARD_PRODUCTS[kind] * attention / 2
         # The last product of a layer is not computed again, unless a norm after it needs its value.
         spared = () if config.sandwich_norms else ("down",)
@@ -225,6 +230,8 @@ class Analytic:
         chunks /= self.split  # for a device reads its part of a head for the positions of so many
         moved += losses * chunks * side.head * (2 * c + 8)
         moved += losses * positions * config.vocab_size * 4 * (_FORWARD_PASSES + _GRADIENT_PASSES)
+        if self.request.weighs:
+            moved += chunks * side.head * c + positions * config.vocab_size * 4 * _FORWARD_PASSES
         if reads:
             moved += chunks * teacher.head * c + positions * teacher.config.vocab_size * 4 * _FORWARD_PASSES
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
@@ -238,7 +245,7 @@ class Analytic:
             sent += self._all_reduced(side.head_axes, side.head * 4)
         sent += self._of_loss(losses)
         flops = 3 * products + attention + backward + again + heads
-        return Cost(flops, 3 * (products + attention) + heads, moved) + sent
+        return Cost(flops + weighing, 3 * (products + attention) + heads + weighing, moved) + sent
 
     def _of_loss(self, losses: int) -> Cost:
         """What a device sends in the loss: heads and the student's gradient; or, with the vocabulary split, logits and theirs."""
@@ -280,18 +287,6 @@ class Analytic:
     def _along_tensor(self, side: _Side, times: int, tokens: int) -> Cost:
         """Sums over `tensor` of hidden states, so many in each layer."""
         return self._ring(("tensor",), 2 * times * side.config.layers * tokens * side.config.width * self.itemsize)
-
-
-def parameter_count(config: DecoderConfig, of: str | None = None, placement: Placement | None = None) -> int:
-    """Parameters of a model, or of its part "embedding", "layers", "final_norm" or "head"; those of one device of a mesh."""
-    return sum(count for path, count in _counts(config, placement).items() if of in (None, path[0]))
-
-
-def _counts(config: DecoderConfig, placement: Placement | None) -> dict[tuple[str, ...], int]:
-    def here(shape, spec):
-        return shape if placement is None else placement.param_sharding(shape, spec).shard_shape(shape)
-
-    return {path: math.prod(here(info.shape, info.spec)) for path, info in parameters(config).items()}
 
 
 def layer_matrices(config: DecoderConfig, without: Iterable[str] = ()) -> int:

@@ -55,6 +55,7 @@ from gold_jax.training.logging import (
 )
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
+from gold_jax.training.rollout_buffer import Rollouts, to_bytes
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
@@ -105,6 +106,7 @@ class Loop:
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
+        self._rollout_batches = getattr(args, "rollout_batches", 1)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
@@ -138,6 +140,7 @@ class Loop:
         self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
+        self.rollouts: Rollouts = {}  # drawn up to the last update, for later ones
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
 
@@ -255,7 +258,7 @@ class Loop:
                 else:
                     self.state, metrics = run.step.skip(self.state)
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
-                current, self.done, self.shapes = batch, step + 1, batch.shapes
+                current, self.done, self.shapes, self.rollouts = batch, step + 1, batch.shapes, batch.drawn
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -291,8 +294,14 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        examples = [self.data.train[i] for i in self.data.order(step)]
-        return self.run.batches.build(step, examples, self.state.params, self.shapes)
+        given, together = (step, self._examples(step), self.state.params, self.shapes), self._rollout_batches
+        if together == 1:
+            return self.run.batches.build(*given)
+        later = range(step + 1, min(step - step % together + together, self.total_steps))
+        return self.run.batches.build(*given, self.rollouts, {t: self._examples(t) for t in later})
+
+    def _examples(self, step: int) -> list[Example]:
+        return [self.data.train[i] for i in self.data.order(step)]
 
     def _is_due(self, what: str) -> bool:
         """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
@@ -544,7 +553,7 @@ class Loop:
         self.resumed = metadata.get("resumed", 0) + 1
         self._measured = metadata["run"].get(EVALUATED, self._measured)
         self._means.restore(metadata["means"])
-        self.shapes = metadata.get("shapes", ())
+        self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
                 metrics, completions = (self.output / name for name in LOGS)
@@ -582,7 +591,8 @@ class Loop:
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
         metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
+        given = self.done, self._named_for_checkpoints(self.state), metadata, write_student
+        self.checkpoints.save(*given, to_bytes(self.rollouts) if self.rollouts else None)
 
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""

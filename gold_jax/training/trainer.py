@@ -411,6 +411,7 @@ class GOLDTrainer(_Trainer):
             vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
+        completions += f", drawn for {a.rollout_batches} updates at once" if a.lmbda and a.rollout_batches > 1 else ""
         completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
         completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""
         shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})", "vocabularies": vocabularies}

@@ -31,6 +31,7 @@ QUICK = {
     "log_completions": False,
     "warmup_steps": 0,
     "seed": 2,
+    "rollout_batches": 3,  # the run of one process is compared with others within what is drawn together
 }
 
 

@@ -12,6 +12,7 @@ from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
 LOSS = "test_losses.test_a_setting_of_the_loss_means_what_the_mathematics_say"
 UPDATE = "test_updates.test_three_updates_are_adamw_s_on_the_gradient_of_the_loss"
 DRAWN = "test_sampling.test_a_student_s_own_completions_keep_the_tokens_that_it_drew"
+TOGETHER = "test_sampling.test_later_updates_weigh_what_was_drawn_before_them_by_how_likely_the_student_of_now_draws_it"
 TAUGHT = "test_sampling.test_what_the_teacher_wrote_is_learned_as_the_student_s_tokenizer_writes_it"
 ROUNDED = "test_reading.test_weights_are_rounded_when_they_are_read_where_dtype_says_so"
 VARIABLES = "test_reading.test_template_variables_go_to_both_unless_the_teacher_has_its_own"
@@ -64,6 +65,8 @@ COMPARED = {
     "teacher_context": "test_reading.test_a_teacher_s_context_comes_before_that_of_a_row",
     "temperature": "test_losses.test_one_tokenizer_is_compared_token_by_token",
     "top_k": DRAWN,
+    "rollout_batches": TOGETHER,
+    "rollout_importance_cap": TOGETHER,
     "lmbda": "test_sampling.test_an_update_s_share_of_own_completions_follows_lmbda_seed_and_step",
     "seq_kd": TAUGHT,
     "max_completion_length": "test_sampling.test_a_completion_that_is_cut_by_its_limit_has_no_stop_token",

@@ -5,6 +5,7 @@ every method, MESH/N for each N-th method alone.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -17,8 +18,9 @@ from gold_jax.models.functional import split
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
 
-from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
+from training.small import SPECS, V, batches, built, decoder, drawn, rows  # noqa: E402
 
+from gold_jax.losses.importance import ImportanceSampling  # noqa: E402
 from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
 from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
@@ -32,6 +34,8 @@ SPLIT = ("data=2,fsdp=2,tensor=2",)
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
 STEPS = 3
 RATE = 0.5
+MIXED = SPECS[-1]
+WEIGHTED = dataclasses.replace(MIXED, name="weighted")  # by what rows were drawn with
 
 
 def token_batches(lines):
@@ -49,12 +53,13 @@ def steps(method, placement=None, teacher=None, remat=True):
         loss, constants, made = make_cross_entropy_loss(graph, chunk=4), (), token_batches
     else:
         place = lambda model, where: placed(model, where, remat)  # noqa: E731
-        loss, params, constants = built(
-            method, tied=len(method.name) % 2 == 0, place=place, placements=(placement, teacher)
-        )
+        weighted = method is WEIGHTED
+        options = dict(importance=ImportanceSampling(0.8, 1.5)) if weighted else {}
+        options |= dict(tied=len(method.name) % 2 == 0, place=place, placements=(placement, teacher))
+        loss, params, constants = built(method, **options)
 
         def made(lines):
-            return batches(method, 8, lines=lines)
+            return batches(method, 8, lines=lines, drawn=drawn(8) if weighted else None)
 
     optimizer = optax.sgd(RATE)
     shardings = None if placement is None else state_shardings(optimizer, params)
@@ -95,7 +100,8 @@ def main():
         text, _, every = given.partition("/")
         mesh = make_mesh(mesh_sizes(text, 8))
         objective.splits_vocabulary = lambda *_, split=text in SPLIT: split
-        for number, method in list(enumerate([*SPECS, "sft"]))[:: int(every or 1)]:
+        first, *others = SPECS
+        for number, method in list(enumerate(["sft", first, WEIGHTED, *others]))[:: int(every or 1)]:
             name = method if method == "sft" else method.name
             if name not in plain:
                 plain[name] = steps(method)
