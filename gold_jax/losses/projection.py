@@ -72,8 +72,8 @@ def shard_gradient(gradient: jax.Array | None, head: jax.Array | HeadShard | Non
         else:
             shard = jax.lax.psum_scatter(gradient, tuple(outer), scatter_dimension=1, tiled=True) if outer else gradient
             shard = jax.lax.all_to_all(shard, axis, split_axis=1, concat_axis=0, tiled=True)[: len(head.shard)]
-        gradient = dataclasses.replace(head, shard=shard)
-    return jax.tree.map(lambda d, x: d.astype(x.dtype), gradient, head)  # nothing where there is no head
+        return dataclasses.replace(head, shard=shard.astype(head.shard.dtype))
+    return None if head is None or gradient is None else gradient.astype(head.dtype)
 
 
 def head_logits(hidden: jax.Array, head: Weight) -> jax.Array:
