@@ -20,6 +20,12 @@ from rich.table import Table
 from rich.text import Text
 
 _WIDTH = 11  # least width of a column of the terminal's log
+# What TRL calls a metric that means the same there; in files and trackers it stands beside the own name.
+_TRL_NAMES = {
+    "matched": "matched_loss", "unmatched": "unmatched_loss", "token_accuracy": "mean_token_accuracy",
+    "completion_tokens": "completions/mean_length",
+}  # fmt: skip
+_NOT_SHOWN = {*_TRL_NAMES.values(), "completions/clipped_ratio", "on_policy_loss", "off_policy_loss", "num_tokens"}
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
@@ -76,7 +82,7 @@ class MetricLog(contextlib.AbstractContextManager):
             self.attempt("the terminal", lambda: self._show(plain))
 
     def _show(self, plain: Mapping[str, Any]) -> None:
-        numbers = {name: value for name, value in plain.items() if value is not None}
+        numbers = {name: value for name, value in plain.items() if value is not None and name not in _NOT_SHOWN}
         evaluation = any(name.startswith("eval_") for name in numbers)
         widths = [max(_WIDTH, len(name) + 2) for name in numbers]
         if not self._console.is_terminal or evaluation or sum(widths) > self._console.width:
@@ -138,6 +144,12 @@ class _Worker:
             self._log.attempt(self._name, call)
             self._since = None
             self.queue.task_done()
+
+
+def trl_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a log line by TRL's names, of those that mean the same there."""
+    found = {trl: values[name] for name, trl in _TRL_NAMES.items() if name in values}
+    return found | ({"completions/clipped_ratio": 1.0 - values["stopped"]} if "stopped" in values else {})
 
 
 def plain_value(value: Any) -> Any:
