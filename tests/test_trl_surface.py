@@ -13,6 +13,8 @@ from transformers.trainer_utils import PredictionOutput
 
 from gold_jax import GOLDConfig, GOLDTrainer
 from gold_jax.config import trl_compat
+from gold_jax.training import hub
+from gold_jax.training import trainer as trainer_module
 from gold_jax.training.optimizer import make_schedule
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -116,7 +118,7 @@ def test_arguments_of_another_kind_are_answered_in_one_sentence(world, tmp_path)
 def test_every_metric_is_logged_and_every_event_happens_or_is_answered(trained):
     logged = {key for row in trained[0].log_history for key in row}
     assert set(TRL["metrics"]) - logged == set(trl_compat.METRICS)
-    happened = {event for event, _ in trained[3]} | {"on_push_begin"}  # which tests/training/test_hub.py has
+    happened = {event for event, _ in trained[3]} | {"on_push_begin"}  # which the test of pushing sees
     assert set(TRL["events"]) - happened == set(trl_compat.EVENTS)
 
 
@@ -287,3 +289,111 @@ def test_a_longer_run_goes_on_from_the_end_of_a_shorter_one(world, tmp_path):
     assert [row["step"] for row in longer.log_history] == [1, 2, 3, 4, 5, 6]
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-4", "checkpoint-6"}
     assert longer.state.num_input_tokens_seen > 0
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save"])
+def test_a_student_is_pushed_when_the_strategy_says(strategy, world, tmp_path, monkeypatch):
+    pushed = []
+
+    def push(folder, name, private, token, message="Trained with gold_jax"):
+        assert (pathlib.Path(folder) / "model.safetensors").exists() and (name, token) == ("me/m", "hf_t")
+        pushed.append(message)
+        if len(pushed) == 2:
+            raise hub.HubError("The push to the hub failed")
+        return "https://hub/commit"
+
+    monkeypatch.setattr(trainer_module, "create_hub_repository", lambda *given: "me/m")
+    monkeypatch.setattr(trainer_module, "push_to_hub", push)
+    changes = {
+        "push_to_hub": True,
+        "hub_token": "hf_t",
+        "hub_strategy": strategy,
+        "save_strategy": "steps",
+        "save_steps": 1,
+    }
+    seen = Everything()
+    trainer = gold(world, tmp_path, changes=changes, callbacks=[seen])
+    trainer.train()
+    ended = ["Trained with gold_jax"]
+    assert pushed == (["Update 1", "Update 2", "Update 3"] if strategy == "every_save" else []) + ended
+    assert sum(name == "on_push_begin" for name, _ in seen.events) == len(pushed)
+    with pytest.raises(ValueError, match="revision is 'v1': pushes go to the main branch"):
+        trainer.push_to_hub("message", revision="v1")
+    assert trainer.push_to_hub("message", tags=["mine"]) if strategy == "every_save" else True
+
+
+# Scripts
+
+SCRIPT = """
+from datasets import load_dataset
+from transformers import AutoTokenizer, GenerationConfig
+from gold_jax.trl import (
+    GOLDConfig, GOLDTrainer, LogCompletionsCallback, ModelConfig, ScriptArguments, TrlParser, get_kbit_device_map,
+    get_peft_config, get_quantization_config,
+)
+
+script, training, model = TrlParser((ScriptArguments, GOLDConfig, ModelConfig)).parse_args_and_config()
+quantization = get_quantization_config(model)
+kwargs = dict(
+    revision=model.model_revision or training.student_model_revision, trust_remote_code=model.trust_remote_code,
+    attn_implementation=model.attn_implementation, torch_dtype=model.dtype, use_cache=not training.gradient_checkpointing,
+    device_map=get_kbit_device_map() if quantization is not None else None, quantization_config=quantization,
+)
+training.model_init_kwargs = kwargs
+training.teacher_model_init_kwargs = dict(kwargs)
+if training.teacher_tokenizer_name_or_path is None and training.use_uld_loss:
+    training.teacher_tokenizer_name_or_path = training.teacher_model_name_or_path
+tokenizer = AutoTokenizer.from_pretrained(
+    model.model_name_or_path, revision=model.model_revision, trust_remote_code=model.trust_remote_code, padding_side="left"
+)
+tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+data = load_dataset(script.dataset_name, name=script.dataset_config)
+trainer = GOLDTrainer(
+    model=model.model_name_or_path, teacher_model=training.teacher_model_name_or_path, args=training,
+    train_dataset=data[script.dataset_train_split],
+    eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
+    processing_class=tokenizer, peft_config=get_peft_config(model),
+)
+if training.eval_strategy != "no":
+    generation = GenerationConfig(
+        max_new_tokens=training.max_new_tokens, do_sample=True, temperature=training.temperature
+    )
+    trainer.add_callback(LogCompletionsCallback(trainer, generation, num_prompts=2))
+trainer.train()
+trainer.save_model(training.output_dir)
+if training.push_to_hub:
+    trainer.push_to_hub(dataset_name=script.dataset_name)
+"""
+
+
+def test_a_script_in_the_manner_of_trl_s_runs_with_its_import_exchanged(world, tmp_path, monkeypatch, capsys):
+    flags = f"--model_name_or_path {world / 'student'} --teacher_model_name_or_path {world / 'teacher'} --dataset_name "
+    flags += f"{world / 'data'} --output_dir {tmp_path / 'out'} --max_steps 2 --eval_strategy steps --eval_steps 1 "
+    flags += "--per_device_train_batch_size 2 --max_completion_length 8 --use_uld_loss --trust_remote_code --top_p 0.9"
+    monkeypatch.setattr("sys.argv", ["gold.py", *flags.split(), "--lora_r", "64"])
+    names: dict = {}
+    exec(SCRIPT, names)
+    assert names["trainer"].state.global_step == 2 and names["model"].trust_remote_code is True
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    said = capsys.readouterr().out
+    assert "Completions at step 1" in said and "Completions at step 2" in said and "--lora_r: It has no effect" in said
+
+
+@pytest.mark.parametrize(
+    "flags, code, says",
+    [
+        ("--use_peft", 2, "--use_peft is not supported here: LoRA is not in this version"),
+        ("--load_in_4bit", 2, "--load_in_4bit is not supported here"),
+        ("--nonsense", 2, "there is no flag --nonsense"),
+        ("--help", 0, "--learning_rate"),
+    ],
+)
+def test_the_parser_ends_a_script_with_one_paragraph(flags, code, says, capsys):
+    from gold_jax import trl
+
+    with pytest.raises(SystemExit) as ended:
+        trl.TrlParser((trl.ScriptArguments, trl.GOLDConfig, trl.ModelConfig)).parse_args_and_config(flags.split())
+    found = capsys.readouterr()
+    assert ended.value.code == code and says in found.out + found.err
+    with pytest.raises(TypeError, match="TrlParser reads ScriptArguments, .* not builtins.dict"):
+        trl.TrlParser((trl.GOLDConfig, dict))

@@ -64,13 +64,13 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
     """
     options, notices = {}, []
     for key, value in (given or {}).items():
+        if value is None and (key in _PLACEMENT or key in ("quantization_config", "dtype", "torch_dtype")):
+            continue  # as if it were not there
         if key in ("dtype", "torch_dtype"):
             dtype = str(value).removeprefix("torch.")
             if dtype not in ("auto", "float32", "bfloat16"):
                 raise ValueError(f"--{name} has {key}={quoted(value)}; it must be one of auto, float32, bfloat16.")
             options["dtype"] = dtype
-        elif key == "quantization_config" and value is None:
-            continue
         elif key == "revision":
             options["revision"] = value
         elif key == "attn_implementation":

@@ -463,12 +463,14 @@ _SETTINGS = {
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save; what fails is said, and the run goes on."""
+    """Pushes the student at every save but the last; what fails is said, and the run goes on."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return  # it is pushed anyway
         self._trainer.save_model()
         if is_main_process():
             try:
