@@ -337,6 +337,8 @@ class SFTConfig(
                 raise ValueError(
                     f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}; it must be a number of at least 0."
                 )
+        if given.get("timescale") == 0:
+            raise ValueError("--lr_scheduler_kwargs has timescale=0; it must be greater than 0.")
         if "min_lr" in given and "min_lr_rate" in given:
             raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
         if self.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
