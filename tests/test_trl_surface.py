@@ -183,6 +183,8 @@ def test_other_rows_are_measured_under_their_own_names(trained):
 
 def test_callbacks_come_and_go(trained, world):
     trainer = trained[0]
+    with pytest.raises(ValueError, match="trial is not supported here: make a trainer for each choice of settings"):
+        trainer.train(trial=object())
     trainer.add_callback(Never)
     never = trainer.pop_callback(Never)
     assert isinstance(never, Never) and trainer.pop_callback(Never) is None

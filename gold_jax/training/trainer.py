@@ -224,17 +224,26 @@ class _Trainer:
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
         return self.loop.copy_model()
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
 
         Args:
             resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
                 the settings say.
+            trial: None, or a ValueError.
+            ignore_keys_for_eval: taken for transformers' sake, as `ignore_keys` of `evaluate`.
 
         Returns:
-            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, empty
-            without evaluation data.
+            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
+            there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
         """
+        if trial is not None:
+            raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
         a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
         if pushes:
             try:
