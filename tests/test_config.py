@@ -119,7 +119,7 @@ def test_defaults_are_trl_s_except_where_the_help_says_so():
         and default not in (value := str(getattr(ours[cls](), name)), same.get(value))
     }
     assert differing == {
-        *("project", "model_revision", "eval_steps"),
+        *("project", "model_revision", "eval_steps", "hub_strategy"),
         *("uld_token_merge_strategy", "uld_skip_student_eos", "uld_skip_teacher_eos"),
     }
     assert differing.isdisjoint(fields_with(GOLDConfig, differs="")), "docs/coming-from-trl.md says why"

@@ -26,10 +26,18 @@ TRACKERS = ("trackio", "wandb", "tensorboard")
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),
     "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
+    ),
     "constant": (),
     "constant_with_warmup": (),
-}
+}  # fmt: skip
+RAMPS = ("linear", "cosine", "1-sqrt")  # of warmup_stable_decay
 # A resumed run refuses another value of a `flag`, says that a `warned_flag` has one, and takes a `free_flag` as it comes.
 warned_flag = functools.partial(flag, on_resume="warn")
 free_flag = functools.partial(flag, on_resume="ignore")
@@ -190,7 +198,9 @@ class OptimizerFlags(Settings):
         range=NOT_NEGATIVE)
     lr_scheduler_type: str = warned_flag("linear", "Shape of the learning rate after warm-up.", choices=tuple(SCHEDULES))
     lr_scheduler_kwargs: dict | str | None = warned_flag(None, "JSON for the schedule: num_cycles (cosines), min_lr or "
-        "min_lr_rate (cosine_with_min_lr; neither: min_lr_rate 0.1, where transformers would stop).",
+        "min_lr_rate (those with min_lr; neither: min_lr_rate 0.1, where transformers would stop), warmup_lr_rate "
+        "(cosine_warmup_with_min_lr), lr_end and power (polynomial), timescale (inverse_sqrt), num_decay_steps, "
+        "num_stable_steps, warmup_type, decay_type and min_lr_ratio (warmup_stable_decay).",
         differs="cosine_with_min_lr without a minimum takes min_lr_rate 0.1, where transformers stops")
     warmup_ratio: float = warned_flag(0.0, "Share of the updates that warm up; warmup_steps wins where both are given.",
         range=FRACTION, effect=(Effect(lambda r: not r.args.warmup_steps, "no effect with --warmup_steps"), _WARMS_UP))
@@ -238,8 +248,8 @@ class EvaluationFlags(Settings):
 class CheckpointFlags(Settings):
     """When a run is saved, and going on from a save."""
 
-    save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"),
-        differs="no checkpoint after the last update: output_dir holds the student, without the optimizer's state")
+    save_strategy: str = free_flag("steps", "When to save on the way, and whether to after the last update.",
+        choices=("no", "steps", "epoch"))
     save_steps: float = free_flag(500, "Updates between two saves; below 1: a share of all.", range=POSITIVE,
         effect=Effect(lambda r: r.args.save_strategy == "steps", "no effect without --save_strategy steps"))
     save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)
@@ -248,6 +258,12 @@ class CheckpointFlags(Settings):
     resume_from_checkpoint: str | None = free_flag(None, "Go on from a save: its folder, or latest (true means the "
         "same) for the newest whole one of checkpoint_dir, where a run that has none begins anew.", folder=True,
         true_means="latest", important=True, differs="`latest` is taken too, and begins anew where there is no save")
+    load_best_model_at_end: bool = free_flag(False, "End with the student of the save whose evaluation was best, which "
+        "--save_total_limit does not remove.")
+    metric_for_best_model: str | None = free_flag(None, "Which measure of an evaluation says how good a model is, such as "
+        "bits_per_byte; none: loss, with load_best_model_at_end.", effect=_EVALUATES)
+    greater_is_better: bool | None = free_flag(None, "Whether a larger measure is better; none: not for those that end in "
+        "loss or bits_per_byte.", effect=_EVALUATES, differs="none takes bits_per_byte, too, for a measure that should fall")
     max_skipped_updates: int = free_flag(10, "Stop after this many updates in a row whose loss or gradients were not "
         "finite; each such update is left out.", range=AT_LEAST_ONE)
 
@@ -267,6 +283,9 @@ class HubFlags(Settings):
     """Uploading the trained model."""
 
     push_to_hub: bool = free_flag(False, "Upload the trained model to the hub at the end.")
+    hub_strategy: str = free_flag("end", "When to: end, or every_save, for which the run waits.",
+        choices=("end", "every_save"), effect=Effect(lambda r: r.args.push_to_hub, "no effect without --push_to_hub"),
+        differs="pushes at saves are waited for, so that they must be asked for; checkpoints are not pushed")
     hub_model_id: str | None = free_flag(None, "Repository to push to; none: the name of output_dir under your account.")
     hub_private_repo: bool | None = free_flag(None, "Make the repository private; none: the account's default.")
     hub_token: str | None = free_flag(None, "Token for the hub; none: the one that `hf auth login` stored.", secret=True)
@@ -351,14 +370,26 @@ class SFTConfig(
                 raise ValueError(
                     f"--lr_scheduler_kwargs has {quoted(key)}; the schedule {self.lr_scheduler_type!r} {reads}."
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if key in ("warmup_type", "decay_type"):
+                if value not in RAMPS:
+                    is_now = f"--lr_scheduler_kwargs has {key}={quoted(value)}"
+                    raise ValueError(f"{is_now}; it must be one of {', '.join(RAMPS)}.")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ValueError(
                     f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}; it must be a number of at least 0."
                 )
+        if given.get("timescale") == 0:
+            raise ValueError("--lr_scheduler_kwargs has timescale=0; it must be greater than 0.")
         if "min_lr" in given and "min_lr_rate" in given:
             raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
+        if self.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise ValueError("--lr_scheduler_type warmup_stable_decay needs num_decay_steps in --lr_scheduler_kwargs.")
+        if self.lr_scheduler_type == "polynomial" and not given.get("lr_end", 1e-7) < self.learning_rate:
+            ends = f"--lr_scheduler_type polynomial ends at lr_end {given.get('lr_end', 1e-7):g} (in --lr_scheduler_kwargs)"
+            raise ValueError(f"{ends}, which must be below --learning_rate {self.learning_rate:g}.")
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        self._check_best_model()
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             setattr(self, name, int(value) if value >= 1 else value)
@@ -369,6 +400,20 @@ class SFTConfig(
             )
         self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
         self.notices += notices
+
+    def _check_best_model(self) -> None:
+        """Fills in what says which model is best, as transformers does, and sees that it is evaluated when it is saved."""
+        if self.load_best_model_at_end:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            if self.eval_strategy == "no" or self.eval_strategy != self.save_strategy:
+                is_now = f"--eval_strategy is {self.eval_strategy}, --save_strategy is {self.save_strategy}"
+                raise ValueError(f"--load_best_model_at_end needs every save evaluated, but {is_now}; give both alike.")
+            steps = self.eval_steps, self.save_steps
+            if self.eval_strategy == "steps" and (min(steps) < 1 or steps[1] % steps[0]) and steps[0] != steps[1]:
+                is_now = f"--save_steps is {steps[1]:g}, --eval_steps is {steps[0]:g}"
+                raise ValueError(f"--load_best_model_at_end needs every save evaluated, but {is_now}; give a multiple.")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "bits_per_byte"))
 
     def interval(self, name: str, total_steps: int) -> int:
         """Updates between two events: `logging_steps`, `eval_steps` or `save_steps`, a share of `total_steps` below 1."""
@@ -386,7 +431,8 @@ class SFTConfig(
 class TeacherFlags(Settings):
     """The teacher, which is not trained."""
 
-    teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True)
+    teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True,
+        alias="teacher_model")
     teacher_model_revision: str | None = warned_flag(None, "Branch, tag or commit of the teacher on the hub.")
     teacher_tokenizer_name_or_path: str | None = warned_flag(None, "The teacher's tokenizer; none: where the teacher is.",
         differs="not needed: none is the one beside the teacher")

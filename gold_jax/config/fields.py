@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest
+from gold_jax.config.trl_compat import ANSWERS, SETTINGS_MEMBERS, VALUES, answer, nearest, value_in_force
 from gold_jax.values import READERS, Range, plain_types
 from gold_jax.wording import quoted
 
@@ -106,6 +106,14 @@ class Settings:
         elif (own := self._own(name, value, AttributeError)) is not None:
             found = {own: read_value(type(self), own, value)}
             _set(self, **found, _named=self._named | found)
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute
+        if not name.startswith("_") and (own := field_names(type(self)).get(name, name)) != name:
+            return getattr(self, own)
+        if name in ANSWERS:
+            return value_in_force(name)
+        why = f": {SETTINGS_MEMBERS[name]}" if name in SETTINGS_MEMBERS else nearest(name, field_names(type(self)))
+        raise AttributeError(f"{type(self).__name__} has no field {quoted(name)}{why}.")
 
     def _own(self, name: str, value: Any, error: type[Exception]) -> str | None:
         """The field that a name sets; None where the name is TRL's and has been answered."""
@@ -234,7 +242,8 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     except OverflowError:
         raise refused("be smaller than 2**63 in magnitude") from None
     if choices and value not in choices:
-        raise refused(one_of)
+        why = VALUES.get(name, {}).get(value)
+        raise refused(f"{one_of} ({why})" if why else one_of)
     if range is not None and not range.holds(value):
         raise refused(f"be {range.words}")
     if field.metadata["folder"] and not value.strip():

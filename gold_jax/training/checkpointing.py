@@ -83,17 +83,18 @@ class _LastSaved(PreservationPolicy):
 
     n: int
     steps: list[int]  # of this run, in the order in which they were saved: after all others, whatever the clock says
+    best: set[int]  # a step that is kept beside them
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
         order = {step: number for number, step in enumerate(self.steps)}
         kept = sorted(checkpoints, key=lambda info: (order.get(info.step, -1), info.time))[-self.n :]
-        return [info in kept for info in checkpoints]
+        return [info in kept or info.step in self.best for info in checkpoints]
 
 
 class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
 
-    At most `limit` are kept (None: all). A save that fails ends no run: `say` is given a line, and `last` stays what it
+    At most `limit` are kept (None: all), and the step in `best`. A save that fails ends no run: `say` is given a line, and `last` stays what it
     was. OSError: the folder cannot be made.
     """
 
@@ -110,7 +111,8 @@ class Checkpoints:
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_not_from_orbax)
         self._saved: list[int] = []  # steps, in the order in which this run saved them
-        policy = None if limit is None else _LastSaved(limit, self._saved)
+        self.best: set[int] = set()
+        policy = None if limit is None else _LastSaved(limit, self._saved, self.best)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
         plain = dict(step_name_format=_StepNames(), create=False, save_root_metadata=False)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=finalized, **plain)
@@ -313,6 +315,8 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "resumed": _is_count,
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
+    "num_tokens": lambda value: _is_count(value, 2**63),
+    "best": lambda value: value is None or (_is_count(value["step"]) and isinstance(value["metric"], int | float)),
     "means": _are_means,
     "rollouts": lambda value: _is_count(value, 2**32),
     "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),

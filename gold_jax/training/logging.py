@@ -30,6 +30,12 @@ _COLUMNS = {
 }  # fmt: skip
 _WIDTH = 9  # least width of a column
 _REPEAT = 25  # lines after which the columns' names stand there again
+# What TRL calls a metric that means the same there; in files and trackers it stands beside the own name.
+_TRL_NAMES = {
+    "matched": "matched_loss", "unmatched": "unmatched_loss", "token_accuracy": "mean_token_accuracy",
+    "completion_tokens": "completions/mean_length",
+}  # fmt: skip
+_NOT_SHOWN = {*_TRL_NAMES.values(), "completions/clipped_ratio", "on_policy_loss", "off_policy_loss", "num_tokens"}
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
@@ -100,7 +106,7 @@ class MetricLog(contextlib.AbstractContextManager):
 
     def _show(self, plain: Mapping[str, Any], left: float | None) -> None:
         progress.said_something()
-        texts = {name: shown(value) for name, value in plain.items() if value is not None}
+        texts = {name: shown(value) for name, value in plain.items() if value is not None and name not in _NOT_SHOWN}
         if self._total is not None:
             texts["step"] += f"/{self._total}"
         if left is not None:
@@ -184,6 +190,12 @@ class _Worker:
             self._log.attempt(self._name, call)
             self._since = None
             self.queue.task_done()
+
+
+def trl_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a log line by TRL's names, of those that mean the same there."""
+    found = {trl: values[name] for name, trl in _TRL_NAMES.items() if name in values}
+    return found | ({"completions/clipped_ratio": 1.0 - values["stopped"]} if "stopped" in values else {})
 
 
 def plain_value(value: Any) -> Any:

@@ -94,12 +94,16 @@ REASONS = {
     **dict.fromkeys("model_revision teacher_model_revision dataset_config".split(), HUB),
     **dict.fromkeys("dataset_train_split dataset_test_split".split(), "It chooses rows, which are compared as rows."),
     **dict.fromkeys("logging_first_step eval_strategy eval_steps eval_on_start".split(), WHEN),
-    **dict.fromkeys("save_strategy save_steps save_total_limit".split(), WHEN),
+    **dict.fromkeys("save_strategy save_steps save_total_limit hub_strategy".split(), WHEN),
     **dict.fromkeys(
         "log_completions log_completions_steps num_completions_to_print profile_steps disable_tqdm".split(), WHEN
     ),
     **dict.fromkeys("output_dir checkpoint_dir report_to run_name project trackio_space_id".split(), NAMES),
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),
+    **dict.fromkeys(
+        "load_best_model_at_end metric_for_best_model greater_is_better".split(),
+        "It chooses between students that are there: tests/test_trl_surface.py.",
+    ),
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
     "datasets": "It joins data sets, whose rows are compared as rows: tests/text/test_mixture.py.",
     "truncation_mode": "It shortens texts before they are read: tests/text/test_truncation.py.",
