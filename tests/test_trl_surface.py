@@ -103,8 +103,8 @@ def test_arguments_of_another_kind_are_answered_in_one_sentence(world, tmp_path)
         GOLDTrainer(*given, GOLDConfig(), ROWS, dataset=ROWS)
     with pytest.raises(TypeError, match="args is a dict; GOLDTrainer takes a GOLDConfig of gold_jax"):
         GOLDTrainer(*given, {}, ROWS)
-    with pytest.raises(ValueError, match="eval_dataset is dict; pass one set of rows here"):
-        gold(world, tmp_path, {"one": ROWS})
+    with pytest.raises(ValueError, match="eval_dataset is an empty dict; pass data sets by their names"):
+        gold(world, tmp_path, {})
     with pytest.raises(ValueError, match="compute_metrics is given the texts .* set predict_with_generate=True"):
         gold(world, tmp_path, ROWS, compute_metrics=print)
     torch_model = type("LlamaForCausalLM", (), {"name_or_path": "meta-llama/Llama-3.2-1B"})()
