@@ -6,7 +6,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from gold_jax import compile_progress, cpu
+from gold_jax import cpu, progress
 from gold_jax.compilation_cache import keep_compiled, restored
 from gold_jax.config import DataArguments, ModelArguments, RunFacts, named_without_effect
 from gold_jax.config.parsing import HelpRequested, parse_args
@@ -24,6 +24,7 @@ def run(
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else each retry is a warning, twice
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if argv is None:
         cpu.restart_with_huge_pages()
@@ -41,7 +42,7 @@ def run(
 def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) -> None:
     """Calls `main` and turns its errors into a paragraph on stderr and an exit code."""
     try:
-        with cpu.enabled(), restored(), compile_progress.stopped_afterwards():
+        with cpu.enabled(), restored(), progress.displayed():
             main(argv)
     except HelpRequested as wanted:
         print(wanted, end="")
@@ -101,6 +102,8 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
     (`Examples`; None for none), and further arguments of a trainer.
     """
     model, data, training, notices = parse_args(argv, ModelArguments, DataArguments, settings, prog=prog, doc=doc)
+    if training.disable_tqdm:
+        progress.off()
     require(model.model_name_or_path, "model_name_or_path", "the model, a folder or a hub id")
     named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
     changes = {"model_init_kwargs": named | training.model_init_kwargs}
@@ -108,39 +111,62 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         require(training.teacher_model_name_or_path, "teacher_model_name_or_path", "the teacher, a folder or a hub id")
         same = {"attn_implementation": model.attn_implementation}
         changes["teacher_model_init_kwargs"] = same | training.teacher_model_init_kwargs
-    from gold_jax.distributed.initialize import initialize
+    with progress.task("starting"):
+        from gold_jax.distributed.initialize import initialize
 
-    processes = training.coordinator_address, training.num_processes, training.process_id
-    initialize(*processes, heartbeat_timeout=training.process_timeout)
-    notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
-    from gold_jax.text.data import load_examples
+        processes = training.coordinator_address, training.num_processes, training.process_id
+        initialize(*processes, heartbeat_timeout=training.process_timeout)
+        notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
+        import gold_jax.training.trainer  # noqa: F401  what takes longest to import
+        from gold_jax.text.data import load_examples
+        from gold_jax.text.mixture import load_evaluations, load_mixture
 
-    require(data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
-    if sys.stderr.isatty():
-        print(f"Reading {data.dataset_name} …", file=sys.stderr)
+    mixture = data.datasets or []
+    if mixture and data.dataset_name is not None:
+        raise ValueError("--dataset_name and --datasets both say what is trained on; give one of the two.")
+    if mixture and data.dataset_streaming:
+        raise ValueError(
+            "--dataset_streaming reads one data set, --dataset_name, and no --datasets; give one of the two."
+        )
+    require(mixture or data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
     options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
+    options["renamed"] = training.columns
     options["check_first"] = training.on_bad_row == "error"
-    if data.dataset_streaming:
-        from gold_jax.text.stream import open_stream
+    with progress.task("reading the rows"):
+        if mixture:
+            train: Any = load_mixture(mixture, **options)
+        elif data.dataset_streaming:
+            from gold_jax.text.stream import open_stream
 
-        named = {"config": data.dataset_config, "text_column": training.dataset_text_field}
-        train: Any = open_stream(data.dataset_name, split=data.dataset_train_split, **named)
-    else:
-        train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
+            named = {name: value for name, value in options.items() if name != "check_first"}
+            train = open_stream(data.dataset_name, split=data.dataset_train_split, **named)
+        else:
+            train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
     evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
     evaluation, name = None, data.eval_dataset_name
-    if evaluates:
+    evaluates = evaluates or any(entry.get("eval_split") for entry in mixture)
+    if mixture and name is None and evaluates:
+        parts = load_evaluations(mixture, **options)
+        if not parts:
+            raise ValueError(
+                "there is nothing to evaluate on: name an eval_split in --datasets, or --eval_dataset_name"
+            )
+        most = data.max_eval_samples
+        evaluation = {key: part if most is None else part.first(most) for key, part in parts.items()}
+        evaluation = evaluation if len(parts) > 1 else next(iter(evaluation.values()))
+    elif evaluates:
         split = "train" if name is not None and os.path.isfile(name) else data.dataset_test_split
         evaluation = load_examples(data.dataset_name if name is None else name, split=split, **options)
         evaluation = evaluation if data.max_eval_samples is None else evaluation.first(data.max_eval_samples)
     unused = named_without_effect(data, RunFacts(training, evaluates=evaluates, data=data))
     training = training.replace(**changes, notices=[*notices, *unused])
-    options = {"dataset_name": data.dataset_name, "command": ["python", "-m", prog, *(argv or ())]}
+    called = data.dataset_name or ", ".join(entry["path"] for entry in mixture)
+    options = {"dataset_name": called, "command": ["python", "-m", prog, *(argv or ())]}
     return model.model_name_or_path, training, train, evaluation, options
 
 
 def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> list[str]:
-    """Keeps what is compiled and, in the first process, says what is; notices as `keep_compiled`, whose error ends all."""
+    """Keeps what is compiled and, in the first process alone, shows what is; notices as `keep_compiled`, whose error ends all."""
     from gold_jax.distributed.consensus import raise_in_all_processes
     from gold_jax.distributed.initialize import is_main_process
 
@@ -150,8 +176,9 @@ def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> lis
     except ValueError as error:
         failed = error
     raise_in_all_processes("the folder of compiled programs", failed)
-    if is_main_process():
-        compile_progress.show_compiling()
+    progress.watch_compiling()
+    if not is_main_process():
+        progress.off()
     return notices
 
 
@@ -172,6 +199,7 @@ def load_reader(
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
     options |= dict(special_tokens_in_prompts=special_tokens, role=role)
-    loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
+    with progress.task(f"reading the {role}"):
+        loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
     print(f"{role}: {loaded.chat_tokenizer.describe()}", file=sys.stderr)
     return loaded

@@ -17,9 +17,11 @@ class EvaluateArguments(Settings):
 
     dataset_name: str | None = flag(None, "Rows with completions: a hub id, or a JSON, JSONL or Parquet file or folder.")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.")
-    dataset_split: str = flag("train", "The split; a single file is a train split.")
+    dataset_split: str = flag("train", "The split; a single file is a train split.", alias="dataset_test_split")
     dataset_text_field: str = like(SFTConfig, "dataset_text_field")
-    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE)
+    columns: dict | str | None = like(SFTConfig, "columns")
+    max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE,
+        alias="max_eval_samples")
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
     batch_size: int = flag(8, "Rows at a time.", range=AT_LEAST_ONE)
     special_tokens_in_prompts: bool = like(SFTConfig, "special_tokens_in_prompts")
@@ -50,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gold_jax.text.data import load_examples
 
     source = {"config": args.dataset_config, "split": args.dataset_split, "text_column": args.dataset_text_field}
+    source |= {"renamed": args.columns}
     examples = load_examples(args.dataset_name, **source)[: args.max_samples]
     load = functools.partial(load_reader, args=args, special_tokens=args.special_tokens_in_prompts)
     student = load(model, tokenizer=args.tokenizer_name_or_path)

@@ -21,6 +21,7 @@ class GenerateArguments(Settings):
         "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.")
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
+    columns: dict | str | None = like(GOLDConfig, "columns")
     max_samples: int | None = flag(None, "Only the first rows, as many as this; none: all.", range=AT_LEAST_ONE)
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
     max_new_tokens: int = flag(128, "Most tokens of a completion.", range=AT_LEAST_ONE)
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     prompts = args.prompt if args.raw else [[{"role": "user", "content": p}] for p in args.prompt]
     if args.dataset_name is not None:
-        rows = load_examples(args.dataset_name, split=args.dataset_split)[: args.max_samples]
+        rows = load_examples(args.dataset_name, split=args.dataset_split, renamed=args.columns)[: args.max_samples]
         prompts = prompts + [e.prompt for e in rows]
     model = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=args.raw)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")}

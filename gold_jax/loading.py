@@ -138,9 +138,10 @@ def _in_memory(
     if isinstance(model, tuple) and len(model) == 2:
         model = merge(*split(model))
     if not isinstance(model, Decoder):
+        name = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+        instead = f"pass {name!r}, from where it was read" if name else "gold_jax.load_model reads Hugging Face folders"
         raise TypeError(
-            f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; "
-            "gold_jax.load_model reads Hugging Face folders"
+            f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; {instead}"
         )
     kept = settings["param_dtype"]
     rounded = kept if read_dtype == "auto" else read_dtype

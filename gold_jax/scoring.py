@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
+from gold_jax import progress
 from gold_jax.loading import LoadedModel, as_loaded_model
 from gold_jax.losses.distill import Head, flatten_positions, token_logp
 from gold_jax.models.functional import merge, split
@@ -107,7 +108,7 @@ def score_completions(
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
-    for start in range(0, len(order), batch_size):
+    for start in progress.track(range(0, len(order), batch_size), "scoring"):
         chosen = order[start : start + batch_size]
         ids, counted = [], []
         for i in chosen:
@@ -253,7 +254,21 @@ def exact_match(
 ) -> float:
     """Share of rows whose greedy completion is the given one, white space at both ends aside; arguments as `score_completions`."""
     loaded = as_loaded_model(model, tokenizer)
-    pairs = [(e.prompt, e.completion_for(loaded.chat_tokenizer)) for e in _examples(rows) if e.completion is not None]
+    return share_alike(
+        *greedy_completions(loaded, _examples(rows), max_new_tokens=max_new_tokens, batch_size=batch_size)
+    )
+
+
+def greedy_completions(
+    loaded: LoadedModel, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int
+) -> tuple[list[str], list[str]]:
+    """What a model writes greedily for the rows that have a completion, and these completions."""
+    pairs = [(e.prompt, e.completion_for(loaded.chat_tokenizer)) for e in examples if e.completion is not None]
     prompts, size = [prompt for prompt, _ in pairs], batch_size
     drawn = sample_completions(loaded, None, prompts, max_new_tokens=max_new_tokens, batch_size=size, temperature=0.0)
-    return float(np.mean([d.text.strip() == completion.strip() for d, (_, completion) in zip(drawn, pairs)]))
+    return [d.text for d in drawn], [completion for _, completion in pairs]
+
+
+def share_alike(written: Sequence[str], wanted: Sequence[str]) -> float:
+    """Share of texts that are those wanted, white space at both ends aside."""
+    return float(np.mean([text.strip() == other.strip() for text, other in zip(written, wanted)]))

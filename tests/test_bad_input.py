@@ -149,8 +149,8 @@ def test_a_data_file_that_is_not_json(refused, tmp_path):
 
 
 def test_a_row_without_a_column_of_any_form(refused, tmp_path):
-    said = refused(dataset_name=rows_file(tmp_path, {"question": "a", "answer": "b"}))
-    contains(said, "row 0", "rows.jsonl", "question, answer", "messages", "prompt", "text")
+    said = refused(dataset_name=rows_file(tmp_path, {"query": "a", "reply": "b"}))
+    contains(said, "row 0", "rows.jsonl", "query, reply", "messages", "prompt", "text")
 
 
 def test_a_later_row_without_content(refused, tmp_path):

@@ -167,7 +167,7 @@ def test_the_snippet_with_a_dataset_and_with_a_list(world, tmp_path):
             ),
             train_dataset=data,
         )
-        assert trainer.train().metrics == {}
+        assert not [name for name in trainer.train().metrics if name.startswith("eval_")]
         logs.append([{k: v for k, v in row.items() if k != "tokens_per_second"} for row in trainer.log_history])
     assert logs[0] == logs[1]
 
@@ -305,7 +305,7 @@ def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
     assert measured[0]["eval_bits_per_byte"] != measured[2]["eval_bits_per_byte"]
     written = lines(out / "completions.jsonl")
     assert [row["step"] for row in written] == [step for step in (1, 2, 3, 4) for _ in range(4)]
-    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert load_model_and_tokenizer(out / "checkpoint-3", dtype="float32").model.config.layers == 2
     shown = capsys.readouterr().out
     assert "before" in shown and "after" in shown and "exact match" in shown and "teacher" in shown
@@ -490,7 +490,7 @@ def test_trainers_measure_and_save_when_asked(world, tmp_path):
     tokenizer = tiny.student_tokenizer()
     trainer = SFTTrainer(str(world / "student"), args, rows, rows, processing_class=tokenizer)
     before = trainer.evaluate()
-    assert trainer.train().metrics.keys() == before.keys() >= {"eval_loss", "eval_bits_per_byte"}
+    assert trainer.train().metrics.keys() >= before.keys() >= {"eval_loss", "eval_bits_per_byte"}
     assert tokenizer.eos_token == "<|im_end|>"  # the caller's tokenizer stays as it was
     assert (trainer.save_model(tmp_path / "elsewhere") / "model.safetensors").is_file()
 

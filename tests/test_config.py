@@ -119,7 +119,7 @@ def test_defaults_are_trl_s_except_where_the_help_says_so():
         and default not in (value := str(getattr(ours[cls](), name)), same.get(value))
     }
     assert differing == {
-        *("project", "model_revision", "eval_steps"),
+        *("project", "model_revision", "eval_steps", "hub_strategy"),
         *("uld_token_merge_strategy", "uld_skip_student_eos", "uld_skip_teacher_eos"),
     }
     assert differing.isdisjoint(fields_with(GOLDConfig, differs="")), "docs/coming-from-trl.md says why"
@@ -208,7 +208,7 @@ def test_a_flag_is_read_in_every_spelling(argv, name, value):
         (["--ignore_data_skip"], ["--ignore_data_skip", "rows that come next"]),
         (["--output_dir", "gs://bucket/run"], ["--output_dir", "local folder", "--checkpoint_dir"]),
         (["--max_skipped_updates", "0"], ["--max_skipped_updates", "at least 1"]),
-        (["--packing"], ["--packing", "change the result"]),
+        (["--packing_strategy", "wrapped"], ["--packing_strategy wrapped", "none sees another's tokens"]),
         (["--optim", "lion"], ["--optim lion", "AdamW"]),
         (["--neftune_noise_alpha", "5"], ["--neftune_noise_alpha 5"]),
     ],
@@ -316,6 +316,12 @@ def test_what_is_switched_off_or_happens_anyway_is_not_mentioned():
     assert notices == []
 
 
+def test_packing_is_what_happens_anyway_and_what_a_batch_counts_is_said():
+    *_, notices = gold("--packing", "--packing_strategy", "bfd")
+    (line,) = notices
+    assert line.startswith("--packing: Rows of a micro-batch always lie end to end") and "counts rows" in line
+
+
 def test_a_yaml_file_gives_the_same_fields_and_the_command_line_wins(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(
@@ -342,7 +348,7 @@ def test_a_yaml_file_gives_the_same_fields_and_the_command_line_wins(tmp_path):
         ("seed: 'x", ["not YAML"]),
         ("- seed", ["list", "learning_rate: 1e-7"]),
         ("lmbda: 2", ["--lmbda is 2", "between 0 and 1"]),
-        ("packing: true", ["--packing"]),
+        ("packing_strategy: bfd_split", ["--packing_strategy"]),
     ],
 )
 def test_a_wrong_yaml_file_is_an_error_that_names_the_file(tmp_path, text, parts):
@@ -779,7 +785,10 @@ def test_messages_quote_little_of_what_is_given(tmp_path):
 @pytest.mark.parametrize(
     ("value", "flags"),
     [
-        ("x" * 10**5, "report_to profile_steps mesh attn_implementation lr_scheduler_kwargs seed bf16 loss packing"),
+        (
+            "x" * 10**5,
+            "report_to profile_steps mesh attn_implementation lr_scheduler_kwargs seed bf16 loss packing_strategy",
+        ),
         ('{"' + "x" * 10**5 + '": 1}', "lr_scheduler_kwargs loss_kwargs model_init_kwargs"),
         ('{"a": ' + "[" * 3000 + "]" * 3000 + "}", "lr_scheduler_kwargs template_kwargs loss_kwargs"),
         ('{"a": ' + "[" * 300 + "]" * 300 + "}", "template_kwargs loss_kwargs model_init_kwargs"),

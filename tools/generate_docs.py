@@ -14,13 +14,14 @@ from inspect import signature as python_signature
 
 import gold_jax
 from gold_jax import evaluate, generate, inspect, plan
-from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
+from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig, trl_compat
 from gold_jax.config.fields import Settings, field_names, groups
 from gold_jax.config.parsing import default_text, group_name, values_text
 from gold_jax.config.trl_compat import ANSWERS
 
 ROOT = pathlib.Path(__file__).parents[1]
 TRL_FLAGS = ROOT / "tests/golden/trl_flags.json"  # TRL's classes -> flags -> defaults
+TRL_TRAINER = ROOT / "tests/golden/trl_trainer.json"  # what its GOLD trainer has, besides
 START, END = "<!-- from here on written by tools/generate_docs.py -->", "<!-- up to here -->"
 RESUMED = {"refuse": "refused", "warn": "said", "ignore": "taken"}
 OTHERS = {
@@ -126,9 +127,41 @@ def trl_tables() -> str:
         table(("flags", "why, and what to do"), answered[True]),
         f"### Here alone ({len(own)})",
         ", ".join(own) + ".",
+        *trainer_tables(),
         END,
     ]
     return "\n\n".join(parts)
+
+
+def trainer_tables() -> list[str]:
+    """What TRL's trainer has, kind by kind: what is here under its name, and what is answered by a sentence."""
+    trl = json.loads(TRL_TRAINER.read_text())
+    kinds = {
+        "Arguments of the constructor": ("arguments", trl_compat.TRAINER_ARGUMENTS),
+        "Attributes and methods": ("members", trl_compat.MEMBERS),
+        "Attributes of the settings that are no flags": ("settings", trl_compat.SETTINGS_MEMBERS),
+        "Logged metrics": ("metrics", trl_compat.METRICS),
+        "Events of callbacks": ("events", trl_compat.EVENTS),
+        "Values of --lr_scheduler_type": ("schedules", trl_compat.VALUES["lr_scheduler_type"]),
+    }
+    flags = {name for names in json.loads(TRL_FLAGS.read_text()).values() for name in names}
+    parts = [
+        "## The trainer, name by name",
+        "What TRL's `GOLDTrainer` has, with its bases in TRL and transformers. An argument that is answered takes None, and of "
+        "another value is an error that says what stands here; so is an attribute when it is read.",
+    ]
+    for title, (kind, answers) in kinds.items():
+        here = [name for name in trl[kind] if name not in answers and not (kind == "settings" and name in flags)]
+        by_text = {
+            text: [name for name in answers if answers[name] == text] for text in dict.fromkeys(answers.values())
+        }
+        rows = [[", ".join(map(code, names)), text] for text, names in by_text.items()]
+        parts += [
+            f"### {title}",
+            f"Here ({len(here)}): {', '.join(map(code, here))}.",
+            table(("not here", "what stands there"), rows),
+        ]
+    return parts
 
 
 def trl_page() -> str:

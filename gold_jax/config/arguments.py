@@ -5,13 +5,16 @@ A field has the name, type and meaning that TRL and transformers give to the fla
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
-from gold_jax.config.trl_compat import read_attention, read_load_options
+from gold_jax.config.trl_compat import nearest, read_attention, read_load_options
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
@@ -23,10 +26,18 @@ TRACKERS = ("trackio", "wandb", "tensorboard")
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "linear": (),
     "cosine": ("num_cycles",),
+    "cosine_with_restarts": ("num_cycles",),
     "cosine_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate"),
+    "cosine_warmup_with_min_lr": ("num_cycles", "min_lr", "min_lr_rate", "warmup_lr_rate"),
+    "polynomial": ("lr_end", "power"),
+    "inverse_sqrt": ("timescale",),
+    "warmup_stable_decay": (
+        "num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles",
+    ),
     "constant": (),
     "constant_with_warmup": (),
-}
+}  # fmt: skip
+RAMPS = ("linear", "cosine", "1-sqrt")  # of warmup_stable_decay
 # A resumed run refuses another value of a `flag`, says that a `warned_flag` has one, and takes a `free_flag` as it comes.
 warned_flag = functools.partial(flag, on_resume="warn")
 free_flag = functools.partial(flag, on_resume="ignore")
@@ -72,6 +83,7 @@ _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_o
                           "no effect with --assistant_only_loss, which learns every answer of a conversation")
 _NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
 _SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
+_STUDENT_WRITES = Effect(lambda r: r.args.lmbda > 0, "no effect with --lmbda 0: the student writes nothing")
 _SAMPLED_HERE = Effect(lambda r: r.samples and r.args.server_url is None,
                        "no effect where the built-in sampler writes no completion of the student's")
 _ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
@@ -106,17 +118,46 @@ class ModelArguments(Settings):
         self.notices += notices
 
 
+_DATASET_KEYS = ("path", "name", "data_dir", "data_files", "split", "columns", "fraction", "eval_split")
+_ONE_DATASET = Effect(lambda r: not r.data.datasets, "no effect with datasets, where each data set has its own")
+
+
+def _read_datasets(value: Any) -> list[dict[str, Any]]:
+    """The entries of `datasets`, a list of dicts or JSON of one; a ValueError names the entry that is wrong."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(entry, Mapping) for entry in value):
+        raise ValueError(f"--datasets is {quoted(value)}; it must be a list of data sets, each with a path.")
+    for k, entry in enumerate(value):
+        is_now, columns, share = f"--datasets: data set {k}", entry.get("columns"), entry.get("fraction")
+        if unknown := [str(key) for key in entry if key not in _DATASET_KEYS]:
+            near = nearest(unknown[0], _DATASET_KEYS) or f"; it may have {', '.join(_DATASET_KEYS)}"
+            raise ValueError(f"{is_now} has {quoted(unknown[0])}{near}.")
+        if not isinstance(entry.get("path"), str):
+            raise ValueError(f"{is_now} has no path; it must be a hub id, a file or a folder.")
+        if not isinstance(columns, Mapping | list | None):
+            raise ValueError(f"{is_now} has the columns {quoted(columns)}; they must be a list, or a mapping as --columns.")
+        if share is not None and (isinstance(share, bool) or not isinstance(share, int | float) or not share > 0):
+            raise ValueError(f"{is_now} has the fraction {quoted(share)}; it must be greater than 0.")
+    if len({entry.get("fraction") is None for entry in value}) > 1:
+        raise ValueError("--datasets: some data sets have a fraction and others none; give it to all or to none.")
+    return [dict(entry) for entry in value]
+
+
 class DataArguments(Settings):
     """Which data it is trained on."""
 
     dataset_name: str | None = flag(None, "The data set: a hub id, or a JSON, JSONL or Parquet file or folder.",
         important=True, differs="may be a file or a folder too")
+    datasets: dict | str | None = flag(None, "Several data sets as one, in a YAML file: a list of entries with path, name, "
+        "data_dir, data_files, split, columns, fraction and eval_split (docs/data.md).", reader=_read_datasets,
+        differs="an entry may name its columns by a mapping, and an eval_split")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.",
-        effect=Effect(lambda r: not r.data.is_local, "no effect on files; only data sets of the hub have configurations"))
-    dataset_train_split: str = flag("train", "The split to train on.")
+        effect=Effect(lambda r: not r.data.is_local and not r.data.datasets, "no effect on files and with datasets; only a data set of the hub has configurations"))
+    dataset_train_split: str = flag("train", "The split to train on.", effect=_ONE_DATASET)
     dataset_streaming: bool = flag(False, "Read the training rows while they are trained on, in shards, a shuffled window "
         "after another; needs --max_steps.")
-    dataset_test_split: str = flag("test", "The split to evaluate on.", effect=_ASKED_TO_EVALUATE)
+    dataset_test_split: str = flag("test", "The split to evaluate on.", effect=(_ASKED_TO_EVALUATE, _ONE_DATASET))
     eval_dataset_name: str | None = flag(None,
         "The data set to evaluate on, all of a single file; none: dataset_test_split of dataset_name.")
     max_eval_samples: int | None = flag(None, "Evaluate on the first rows alone, as many as this; none: on all.",
@@ -159,7 +200,9 @@ class OptimizerFlags(Settings):
         range=NOT_NEGATIVE)
     lr_scheduler_type: str = warned_flag("linear", "Shape of the learning rate after warm-up.", choices=tuple(SCHEDULES))
     lr_scheduler_kwargs: dict | str | None = warned_flag(None, "JSON for the schedule: num_cycles (cosines), min_lr or "
-        "min_lr_rate (cosine_with_min_lr; neither: min_lr_rate 0.1, where transformers would stop).",
+        "min_lr_rate (those with min_lr; neither: min_lr_rate 0.1, where transformers would stop), warmup_lr_rate "
+        "(cosine_warmup_with_min_lr), lr_end and power (polynomial), timescale (inverse_sqrt), num_decay_steps, "
+        "num_stable_steps, warmup_type, decay_type and min_lr_ratio (warmup_stable_decay).",
         differs="cosine_with_min_lr without a minimum takes min_lr_rate 0.1, where transformers stops")
     warmup_ratio: float = warned_flag(0.0, "Share of the updates that warm up; warmup_steps wins where both are given.",
         range=FRACTION, effect=(Effect(lambda r: not r.args.warmup_steps, "no effect with --warmup_steps"), _WARMS_UP))
@@ -172,6 +215,7 @@ class LoggingFlags(Settings):
 
     logging_steps: float = free_flag(10, "Updates between two log lines; below 1: a share of all.", range=POSITIVE)
     logging_first_step: bool = free_flag(False, "Log the first update too.")
+    disable_tqdm: bool | None = free_flag(None, "Show no progress bars; none: they are shown.")
     report_to: list[str] | None = free_flag(None, "Trackers: trackio, wandb, tensorboard, all (those installed) or none.",
         choices=(*TRACKERS, "all"), differs="the trackers are these three")
     run_name: str | None = free_flag(None, "Name of the run in the tracker.", effect=_REPORTS)
@@ -206,8 +250,8 @@ class EvaluationFlags(Settings):
 class CheckpointFlags(Settings):
     """When a run is saved, and going on from a save."""
 
-    save_strategy: str = free_flag("steps", "When to save on the way.", choices=("no", "steps", "epoch"),
-        differs="no checkpoint after the last update: output_dir holds the student, without the optimizer's state")
+    save_strategy: str = free_flag("steps", "When to save on the way, and whether to after the last update.",
+        choices=("no", "steps", "epoch"))
     save_steps: float = free_flag(500, "Updates between two saves; below 1: a share of all.", range=POSITIVE,
         effect=Effect(lambda r: r.args.save_strategy == "steps", "no effect without --save_strategy steps"))
     save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)
@@ -216,6 +260,12 @@ class CheckpointFlags(Settings):
     resume_from_checkpoint: str | None = free_flag(None, "Go on from a save: its folder, or latest (true means the "
         "same) for the newest whole one of checkpoint_dir, where a run that has none begins anew.", folder=True,
         true_means="latest", important=True, differs="`latest` is taken too, and begins anew where there is no save")
+    load_best_model_at_end: bool = free_flag(False, "End with the student of the save whose evaluation was best, which "
+        "--save_total_limit does not remove.")
+    metric_for_best_model: str | None = free_flag(None, "Which measure of an evaluation says how good a model is, such as "
+        "bits_per_byte; none: loss, with load_best_model_at_end.", effect=_EVALUATES)
+    greater_is_better: bool | None = free_flag(None, "Whether a larger measure is better; none: not for those that end in "
+        "loss or bits_per_byte.", effect=_EVALUATES, differs="none takes bits_per_byte, too, for a measure that should fall")
     max_skipped_updates: int = free_flag(10, "Stop after this many updates in a row whose loss or gradients were not "
         "finite; each such update is left out.", range=AT_LEAST_ONE)
 
@@ -235,6 +285,9 @@ class HubFlags(Settings):
     """Uploading the trained model."""
 
     push_to_hub: bool = free_flag(False, "Upload the trained model to the hub at the end.")
+    hub_strategy: str = free_flag("end", "When to: end, or every_save, for which the run waits.",
+        choices=("end", "every_save"), effect=Effect(lambda r: r.args.push_to_hub, "no effect without --push_to_hub"),
+        differs="pushes at saves are waited for, so that they must be asked for; checkpoints are not pushed")
     hub_model_id: str | None = free_flag(None, "Repository to push to; none: the name of output_dir under your account.")
     hub_private_repo: bool | None = free_flag(None, "Make the repository private; none: the account's default.")
     hub_token: str | None = free_flag(None, "Token for the hub; none: the one that `hf auth login` stored.", secret=True)
@@ -245,7 +298,14 @@ class TextFlags(Settings):
 
     max_length: int | None = flag(1024, "Longest sequence in tokens, prompt and completion; none: no limit.",
         range=AT_LEAST_ONE, important=True)
+    truncation_mode: str = flag("keep_start", "What is kept of a row that is too long: its start (a prompt that leaves no "
+        "room is left out), or the end of its prompt: the first turns and the beginning of a text are cut, no system message, "
+        "nothing of the completion.", choices=("keep_start", "keep_end"),
+        effect=Effect(lambda r: r.args.max_length is not None, "no effect with --max_length none"),
+        differs="keep_end cuts turns and texts, never a chat template's frame, a system message or the completion")
     dataset_text_field: str = flag("text", "Column that holds plain text.")
+    columns: dict | str | None = flag(None, "Which column stands for another, in rows to train and to evaluate on: "
+        "prompt=question,completion=answer reads question as prompt and answer as completion (docs/data.md).", pairs=True)
     chat_template_path: str | None = flag(None, "Jinja file, tokenizer folder or hub id whose chat template to use.")
     template_kwargs: dict | str | None = flag(None,
         'JSON with variables for the chat template, such as {"enable_thinking": false}; a row\'s column '
@@ -312,19 +372,50 @@ class SFTConfig(
                 raise ValueError(
                     f"--lr_scheduler_kwargs has {quoted(key)}; the schedule {self.lr_scheduler_type!r} {reads}."
                 )
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+            if key in ("warmup_type", "decay_type"):
+                if value not in RAMPS:
+                    is_now = f"--lr_scheduler_kwargs has {key}={quoted(value)}"
+                    raise ValueError(f"{is_now}; it must be one of {', '.join(RAMPS)}.")
+            elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
                 raise ValueError(
                     f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}; it must be a number of at least 0."
                 )
+        if given.get("timescale") == 0:
+            raise ValueError("--lr_scheduler_kwargs has timescale=0; it must be greater than 0.")
         if "min_lr" in given and "min_lr_rate" in given:
             raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
+        if self.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise ValueError("--lr_scheduler_type warmup_stable_decay needs num_decay_steps in --lr_scheduler_kwargs.")
+        if self.lr_scheduler_type == "polynomial" and not given.get("lr_end", 1e-7) < self.learning_rate:
+            ends = f"--lr_scheduler_type polynomial ends at lr_end {given.get('lr_end', 1e-7):g} (in --lr_scheduler_kwargs)"
+            raise ValueError(f"{ends}, which must be below --learning_rate {self.learning_rate:g}.")
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        self._check_best_model()
         for name in ("logging_steps", "eval_steps", "save_steps", "warmup_steps"):
             value = getattr(self, name)
             setattr(self, name, int(value) if value >= 1 else value)
+        if self.truncation_mode == "keep_end" and self.special_tokens_in_prompts:
+            raise ValueError(
+                "--truncation_mode keep_end would cut the special tokens with which a prompt of "
+                "--special_tokens_in_prompts begins; use messages, or shorten such prompts beforehand."
+            )
         self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
         self.notices += notices
+
+    def _check_best_model(self) -> None:
+        """Fills in what says which model is best, as transformers does, and sees that it is evaluated when it is saved."""
+        if self.load_best_model_at_end:
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            if self.eval_strategy == "no" or self.eval_strategy != self.save_strategy:
+                is_now = f"--eval_strategy is {self.eval_strategy}, --save_strategy is {self.save_strategy}"
+                raise ValueError(f"--load_best_model_at_end needs every save evaluated, but {is_now}; give both alike.")
+            steps = self.eval_steps, self.save_steps
+            if self.eval_strategy == "steps" and (min(steps) < 1 or steps[1] % steps[0]) and steps[0] != steps[1]:
+                is_now = f"--save_steps is {steps[1]:g}, --eval_steps is {steps[0]:g}"
+                raise ValueError(f"--load_best_model_at_end needs every save evaluated, but {is_now}; give a multiple.")
+        if self.metric_for_best_model is not None and self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "bits_per_byte"))
 
     def interval(self, name: str, total_steps: int) -> int:
         """Updates between two events: `logging_steps`, `eval_steps` or `save_steps`, a share of `total_steps` below 1."""
@@ -342,7 +433,8 @@ class SFTConfig(
 class TeacherFlags(Settings):
     """The teacher, which is not trained."""
 
-    teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True)
+    teacher_model_name_or_path: str | None = warned_flag(None, "The teacher: a folder or a hub id.", important=True,
+        alias="teacher_model")
     teacher_model_revision: str | None = warned_flag(None, "Branch, tag or commit of the teacher on the hub.")
     teacher_tokenizer_name_or_path: str | None = warned_flag(None, "The teacher's tokenizer; none: where the teacher is.",
         differs="not needed: none is the one beside the teacher")
@@ -374,8 +466,16 @@ class SamplingFlags(Settings):
     max_prompt_length: int | None = flag(None, "Most tokens of a prompt; none: what max_length leaves.", range=AT_LEAST_ONE)
     num_generations: int = flag(1, "Completions sampled for each prompt.", range=AT_LEAST_ONE)
     generation_batch_size: int | None = free_flag(None, "Most completions sampled at once on all devices, those of an "
-        "update together where they fit in; none: 32 a device (a shard of data x fsdp).", range=AT_LEAST_ONE,
+        "update together where they fit in; none: 32 a device (a shard of data x fsdp), on GPUs and TPUs up to 128 where "
+        "memory is free.", range=AT_LEAST_ONE,
         effect=_SAMPLES, differs="changes how many are sampled at once, never what an update learns")
+    rollout_batches: int = flag(1, "Updates whose completions the student draws together, with its weights before the first of "
+        "them. More rows are decoded at once; the later updates learn from text of an earlier student.", range=AT_LEAST_ONE,
+        effect=_STUDENT_WRITES)
+    rollout_importance_cap: float | None = flag(2.0, "What the later updates of rollout_batches learn is weighted by how "
+        "much likelier the student of now draws the text before it than that of then, at most by this; none: by any "
+        "number; 0: nothing is weighted.", range=Range("0 or at least 1", lambda v: v == 0 or v >= 1),
+        effect=(_STUDENT_WRITES, Effect(lambda r: r.args.rollout_batches > 1, "no effect without --rollout_batches")))
     rollout_quantization: str = flag("none", "The student's weights as its completions are sampled: none (its own), or int8, "
         "half the bytes to read for every token, for GPUs and TPUs. What that changes is logged as "
         "sampling_logp_difference.", choices=QUANTIZATIONS, effect=_SAMPLED_HERE)
@@ -508,6 +608,14 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
             of_update = f"per_device_train_batch_size x gradient_accumulation_steps = {rows}"
             must = f"it must divide the rows of an update on one device, {of_update}"
             raise ValueError(f"--num_generations is {self.num_generations}; {must}.")
+        if self.rollout_batches > 1 and self.server_url and self.temperature != 1 and self.rollout_importance_cap != 0:
+            tells = (
+                "a server tells log-probabilities at temperature 1 alone, which importance weights cannot be made of"
+            )
+            must = "use --temperature 1, or --rollout_importance_cap 0 for no weights"
+            raise ValueError(
+                f"--rollout_batches is {self.rollout_batches} and --temperature {self.temperature:g}; {tells}; {must}."
+            )
         name = "teacher_model_init_kwargs"
         self.teacher_model_init_kwargs, notices = read_load_options(name, self.teacher_model_init_kwargs)
         self.notices += notices

@@ -4,11 +4,12 @@ import copy
 import dataclasses
 import enum
 import functools
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from gold_jax.config.trl_compat import ANSWERS, answer, nearest
+from gold_jax.config.trl_compat import ANSWERS, SETTINGS_MEMBERS, VALUES, answer, nearest, value_in_force
 from gold_jax.values import READERS, Range, plain_types
 from gold_jax.wording import quoted
 
@@ -35,6 +36,8 @@ def flag(
     folder: bool = False,  # whether it names a folder, so that an empty text is an error
     verbatim: bool = False,  # of a list: elements are whole arguments, blanks and commas included; occurrences add up
     true_means: str | None = None,  # the text that a bare `true` stands for, `false` being none
+    pairs: bool = False,  # of a dict: its text may be `name=value,…`
+    reader: Callable[[Any], Any] | None = None,  # reads a value that no type says, or raises ValueError
 ) -> Any:
     """A dataclass field that is a flag."""
     metadata = {name: value for name, value in locals().items() if name != "default"}
@@ -103,6 +106,14 @@ class Settings:
         elif (own := self._own(name, value, AttributeError)) is not None:
             found = {own: read_value(type(self), own, value)}
             _set(self, **found, _named=self._named | found)
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute
+        if not name.startswith("_") and (own := field_names(type(self)).get(name, name)) != name:
+            return getattr(self, own)
+        if name in ANSWERS:
+            return value_in_force(name)
+        why = f": {SETTINGS_MEMBERS[name]}" if name in SETTINGS_MEMBERS else nearest(name, field_names(type(self)))
+        raise AttributeError(f"{type(self).__name__} has no field {quoted(name)}{why}.")
 
     def _own(self, name: str, value: Any, error: type[Exception]) -> str | None:
         """The field that a name sets; None where the name is TRL's and has been answered."""
@@ -203,8 +214,12 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     if isinstance(value, str) and value.lower() in ("none", "null"):
         if (str not in types or has_choices or dict in types) and value not in legal_texts(field):
             value = None
+    if field.metadata["pairs"] and isinstance(value, str) and re.fullmatch(r"[^=,{]+=[^=,]+(,[^=,]+=[^=,]+)*", value):
+        value = dict(pair.split("=") for pair in value.split(","))
     if value == "auto" and int in types:
         value = None  # TRL's word for "choose for me"
+    if field.metadata["reader"] and value is not None:
+        return field.metadata["reader"](value)
     if list in types:
         return _read_list(field, value)
     if value is None and type(None) in types:
@@ -219,6 +234,7 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
         return "no"  # YAML reads a bare `no` as false
     one_of = f"be one of {', '.join(choices)}"
     read, words = next(READERS[t] for t in READERS if t in types)
+    words = "pairs NAME=COLUMN with commas between them, or a mapping" if field.metadata["pairs"] else words
     try:
         value = read(value)
     except (TypeError, ValueError, RecursionError):
@@ -226,7 +242,8 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
     except OverflowError:
         raise refused("be smaller than 2**63 in magnitude") from None
     if choices and value not in choices:
-        raise refused(one_of)
+        why = VALUES.get(name, {}).get(value)
+        raise refused(f"{one_of} ({why})" if why else one_of)
     if range is not None and not range.holds(value):
         raise refused(f"be {range.words}")
     if field.metadata["folder"] and not value.strip():

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+import gold_jax
 from gold_jax.config.fields import Settings, field_names, groups, kinds, legal_texts, read_value
 from gold_jax.config.trl_compat import ANSWERS, answer, nearest
 from gold_jax.loss_spec import options_help
@@ -29,7 +30,7 @@ class FlagError(ValueError):
 
 
 class HelpRequested(Exception):
-    """--help was there; the text is what it shows."""
+    """--help or --version was there; the text is what it shows."""
 
 
 def parse_args(
@@ -44,7 +45,7 @@ def parse_args(
 
     Raises:
         FlagError: a name that is no flag, or a value that is not legal.
-        HelpRequested: --help is there.
+        HelpRequested: --help or --version is there.
     """
     choices = [c if isinstance(c, tuple) else (c,) for c in classes]
     widest = [c[-1] for c in choices]
@@ -53,6 +54,8 @@ def parse_args(
     for name, words in flags:
         if name == "help":
             raise HelpRequested(help_text(words[0] if words else "", widest, prog, doc))
+        if name == "version" and name not in fields:
+            raise HelpRequested(f"gold_jax {gold_jax.__version__}\n")
     _check_names(leading[1], [name for name, _ in flags], fields)
     given: dict[str, list[str]] = {}
     for name, words in flags:  # of repeated flags the last counts, of those that are verbatim all

@@ -64,6 +64,8 @@ def read_load_options(name: str, given: dict | None) -> tuple[dict[str, Any], li
     """
     options, notices = {}, []
     for key, value in (given or {}).items():
+        if value is None and (key in _PLACEMENT or key in ("quantization_config", "dtype", "torch_dtype")):
+            continue  # as if it were not there
         if key in ("dtype", "torch_dtype"):
             dtype = str(value).removeprefix("torch.")
             if dtype not in ("auto", "float32", "bfloat16"):
@@ -108,7 +110,9 @@ _NOTICES: Mapping[str, str] = {
     "The sampler keeps its key-value cache; training needs none.": "use_cache",
     "The models here have no dropout.": "disable_dropout=true",
     "Rows always lie end to end, so nothing is computed on padding between them.": "padding_free",
-    "Nothing is packed, so no way of packing is needed.": "packing_strategy=bfd",
+    "Rows of a micro-batch always lie end to end, each seeing itself alone, as TRL's bfd has them. "
+    "--per_device_train_batch_size counts rows; where TRL packs it counts blocks of --max_length tokens, so that its updates "
+    "hold more rows.": "packing eval_packing",
     "Padding is masked; which token stands there does not matter.": "pad_token",
     "The loss is always a mean over the whole global batch.": "average_tokens_across_devices=true",
     "Losses that are not finite are always shown.": "logging_nan_inf_filter=true",
@@ -116,7 +120,7 @@ _NOTICES: Mapping[str, str] = {
     "The same seed repeats a run on the same machine; on GPUs also set XLA_FLAGS=--xla_gpu_deterministic_ops=true.":
         "full_determinism",
     "One line is printed for each log, by the first process alone; --logging_steps says how often.":
-        "disable_tqdm log_level=passive log_level_replica=passive log_on_each_node",
+        "log_level=passive log_level_replica=passive log_on_each_node",
     "Tokens per second stand in every log line.": "include_num_input_tokens_seen include_tokens_per_second",
     "Metrics are written to the folder of the run.": "logging_dir",
     "Training is what this command does; --eval_strategy says when to evaluate.": "do_train=true do_eval",
@@ -126,12 +130,11 @@ _NOTICES: Mapping[str, str] = {
     "Evaluation computes in the same type as training.": "bf16_full_eval",
     "Completions are printed and logged as they are, repeated prompts too.": "wandb_log_unique_prompts",
     "Trackio's own defaults hold.": "trackio_bucket_id trackio_static_space_id",
-    "No best model is picked.": "metric_for_best_model greater_is_better",
     "Weights are always safetensors, written by the first process.": "save_safetensors=true save_on_each_node",
     "A save always holds what a run needs to go on as well; --save_total_limit says how many stay.": "save_only_model",
     "SIGTERM always has the run save a checkpoint and end with exit code 75.": "enable_jit_checkpoint",
     "Checkpoints hold no state of callbacks.": "restore_callback_states_from_checkpoint",
-    "The model is pushed once, at the end.": "hub_strategy=end hub_always_push",
+    "Every push is waited for.": "hub_always_push",
     "Rows are not grouped by length.": "length_column_name",
     "A later run in --output_dir replaces the model; an earlier run's logs stay under other names.": "overwrite_output_dir",
     "It has no effect without LoRA, which this version has not.":
@@ -147,16 +150,17 @@ _REFUSALS: Mapping[str, str] = {
         "load_in_4bit load_in_8bit",
     "float16 would need loss scaling; use --bf16, which has float32's range.":
         "fp16 fp16_full_eval fp16_backend fp16_opt_level half_precision_backend",
-    "several rows in one sequence would change the result; leave it out, batches are padded to few lengths.":
-        "packing eval_packing",
+    "rows are neither split nor cut to fill a block, and none sees another's tokens; leave it out, bfd is what is done.":
+        "packing_strategy==bfd",
     "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
+    "several data sets are read whole; leave it out, or stream one data set with --dataset_streaming.": "streaming",
+    "name an eval_split in a data set of datasets, or --eval_dataset_name.": "test_split_size",
     "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",
     "the targets are not smoothed; leave it out.": "label_smoothing_factor",
     "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",
     "rows that do not fill a batch are never dropped; leave it out.": "dataloader_drop_last",
-    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_delay do_predict",
-    "the last model is kept; choose between saves by their eval_loss in the log.": "load_best_model_at_end",
-    "evaluation reports the loss; write further metrics in Python.": "include_for_metrics",
+    "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_delay=0 do_predict",
+    "compute_metrics is given texts, the student's and the data set's.": "include_for_metrics",
     "models with experts are not in this version.": "router_aux_loss_coef",
     "rows are prepared in one way; bring messages, prompt and completion, or text.": "dataset_kwargs",
     "completions are not held to a pattern; leave it out.": "vllm_structured_outputs_regex",
@@ -164,14 +168,17 @@ _REFUSALS: Mapping[str, str] = {
     "AdamW has no further options; its own flags are --adam_beta1, --adam_beta2 and --adam_epsilon.":
         "optim_args optim_target_modules",
     "push to the main branch, or move the revision on the hub afterwards.": "hub_revision",
+    "it is --model_revision here.": "student_model_revision",
     "it is --hub_model_id here.": "push_to_hub_model_id push_to_hub_organization",
     "it is --hub_token here.": "push_to_hub_token",
+    "--rollout_importance_cap truncates the weights of text that an earlier student drew, or (0) leaves them out.":
+        "vllm_importance_sampling_correction==true vllm_importance_sampling_mode vllm_importance_sampling_cap "
+        "vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min",
     "it is --eval_strategy here.": "evaluation_strategy",
     "rows come in shuffled order; sort the data set and leave it out.": "group_by_length",
     "PyTorch's debugging hooks do not exist here; set JAX_DEBUG_NANS=true in the environment.": "debug",
     "AdamW is the optimizer; leave it out.": "optim==adamw_torch|adamw_torch_fused|adamw_hf",
     "SFT learns by negative log-likelihood; leave it out.": "loss_type==nll|chunked_nll",
-    "too long rows lose their end; leave it out.": "truncation_mode==keep_start",
     "logs come every --logging_steps.": "logging_strategy==steps",
     "rows come in shuffled order; leave it out.": "train_sampling_strategy==random",
 }
@@ -189,3 +196,98 @@ def _answers(refused: bool, rows: Mapping[str, str]) -> Mapping[str, Answer]:
 
 
 ANSWERS: Mapping[str, Answer] = {**_answers(False, _NOTICES), **_answers(True, _REFUSALS)}
+
+
+def value_in_force(name: str) -> Any:
+    """What a flag of `ANSWERS` reads as: the value that asks for what happens anyway; None where that is to be off."""
+    value = ANSWERS[name].silent[-1 if ANSWERS[name].silent[:1] == _OFF[:1] else 0]
+    return {"true": True, "": None}.get(value, int(value) if value.lstrip("-").isdigit() else value)
+
+
+def _spread(rows: Mapping[str, str]) -> Mapping[str, str]:
+    return {name: text for text, names in rows.items() for name in names.split()}
+
+
+# fmt: off
+# What stands in the place of arguments that TRL's trainers take, or took, and these do not.
+TRAINER_ARGUMENTS = _spread({
+    "rows are encoded and padded here; bring messages, prompt and completion, or text": "data_collator",
+    "map the rows beforehand, as in dataset.map(lambda row: {'text': formatting_func(row)})": "formatting_func",
+    "logits of whole batches are never held; compute_metrics is given texts": "preprocess_logits_for_metrics",
+    "adapters are not trained here, all parameters are; leave it out": "peft_config",
+    "it is processing_class here": "tokenizer",
+    "make a trainer for each model": "model_init",
+    "a loss is a function of arrays: --loss names one, docs/add-a-loss.md says how another is written":
+        "compute_loss_func",
+    "pass an optax transformation: optimizers=(…, schedule or None)": "optimizer_cls_and_kwargs",
+    "rows carry no images": "image_processor",
+})
+
+# What stands in the place of attributes and methods of TRL's trainers (with transformers' under them).
+MEMBERS = _spread({
+    "an update is a compiled function of arrays, without modules or steps to override; trainer.loop.run.step is what runs":
+        "autocast_smart_context_manager can_return_loss compute_loss_context_manager "
+        "current_gradient_accumulation_steps evaluation_loop gather_function get_batch_samples label_smoother "
+        "loss_is_scaled_for_ga maybe_activation_offload_context model_accepts_loss_kwargs model_wrapped prediction_step "
+        "preprocess_logits_for_metrics training_step",
+    "a loss is a function of arrays: --loss names one, docs/add-a-loss.md says how another is written":
+        "compute_loss compute_loss_func generalized_jsd_loss uld_loss_fn aux_loss_enabled",
+    "all devices that JAX sees form one mesh (--mesh); trainer.placement is it":
+        "accelerator create_accelerator_and_postprocess deepspeed get_cp_size get_sp_size get_tp_size "
+        "is_deepspeed_enabled is_distributed_loading_by_transformers is_fsdp_enabled is_fsdp_xla_enabled "
+        "is_fsdp_xla_v1_enabled is_fsdp_xla_v2_enabled is_model_parallel place_model_on_device",
+    "the optimizer is an optax transformation: optimizers=(…, …) passes one, trainer.optimizer is the run's":
+        "create_optimizer create_optimizer_and_scheduler create_scheduler get_decay_parameter_names "
+        "get_optimizer_cls_and_kwargs get_optimizer_group optimizer_cls_and_kwargs",
+    "the host builds batches as the run goes, without data loaders; trainer.train_dataset is what was passed":
+        "data_collator get_eval_dataloader get_test_dataloader get_train_dataloader num_examples",
+    "make a trainer for each choice of settings: args.replace(…)":
+        "call_model_init compute_objective hp_name hp_search_backend hp_space hyperparameter_search model_init objective",
+    "python -m gold_jax.plan says what an update computes": "current_flos floating_point_ops store_flos",
+    "gold_jax.sample_completions(trainer.model, trainer.processing_class, prompts) writes completions":
+        "generate_on_policy_outputs generation_config generation_kwargs vllm_generation",
+    "train and push_to_hub make the repository": "init_hf_repo push_in_progress",
+    "the run's first lines and its end say what it measured": "end metrics_format model_preparation_time",
+    "noise on the embeddings is not supported": "neftune_hook_handle",
+    "train counts its updates itself": "set_initial_training_values",
+})
+
+# What stands in the place of properties and methods of transformers' TrainingArguments that are no flags.
+SETTINGS_MEMBERS = _spread({
+    "jax.devices() lists the devices, jax.process_index() and jax.process_count() count the processes":
+        "ddp_timeout_delta device local_process_index main_process_first n_gpu parallel_mode place_model_on_device "
+        "process_index world_size",
+    "trainer.is_world_process_zero() says which process writes": "should_log should_save get_process_log_level",
+    "settings are keyword arguments; args.replace(…) makes a changed copy":
+        "set_dataloader set_evaluate set_logging set_lr_scheduler set_optimizer set_push_to_hub set_save set_testing "
+        "set_training",
+    "args.to_dict() gives all fields": "to_json_string to_sanitized_dict",
+    "--per_device_train_batch_size and --per_device_eval_batch_size are per device, trainer.get_total_train_batch_size() "
+    "counts an update's rows": "eval_batch_size train_batch_size",
+    "args.warmup(total_steps) gives them": "get_warmup_steps",
+    "there is no PyTorch": "default_optim is_torch_greater_or_equal_than_2_8",
+})
+
+# What stands in the place of what TRL logs.
+METRICS = _spread({
+    "it would take a pass over the vocabulary; loss and eval_bits_per_byte say how far the student is":
+        "entropy mean_token_accuracy",
+    "models with experts are not in this version": "aux_loss",
+    "num_tokens counts them, trainer.state.num_input_tokens_seen too": "num_input_tokens_seen",
+})
+
+# What stands in the place of events that cannot happen around a compiled update.
+EVENTS = _spread({
+    "an update is one compiled function; on_step_end comes after it":
+        "on_pre_optimizer_step on_optimizer_step on_substep_end",
+})
+
+# Values of flags that TRL or transformers has and this project has not, with what to do.
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "lr_scheduler_type": _spread({
+        "it follows what an evaluation measures, and rates here follow from the update's number": "reduce_lr_on_plateau greedy",
+    }),
+    "hub_strategy": _spread({"checkpoints are not pushed; keep them in a bucket by --checkpoint_dir": "checkpoint all_checkpoints"}),
+    "save_strategy": _spread({"the best is kept beside others; use steps or epoch with --load_best_model_at_end": "best"}),
+}
+# fmt: on

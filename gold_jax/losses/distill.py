@@ -12,9 +12,9 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-from gold_jax.losses import fused_head
 from gold_jax.losses.compare import BoundCompare, GroupDistribution, Overlap, compare_groups, event_siblings
-from gold_jax.losses.fused_head import HeadShard, InnerTokens, fused_linear_map, fused_linear_sum, unshard_head
+from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum, gather_rows, inner_logp_sums
+from gold_jax.losses.projection import HeadShard, head_logits, unshard_head
 
 
 class MergeIndex(Protocol):
@@ -186,14 +186,14 @@ def distill_loss(
         teacher_hidden, teacher_weight, student_routes, teacher_routes = shared
         rows, student_text, teacher_inner, teacher_text, weight = positions
         student = merged(logits, inner, student_text, student_routes, student_head)
-        logits = fused_head.head_logits(fused_head.gather_rows(teacher_hidden, rows), teacher_weight)
+        logits = head_logits(gather_rows(teacher_hidden, rows), teacher_weight)
         teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, teacher_head)
         loss, parts = compare_groups(compare, student, jax.lax.stop_gradient(teacher), overlap)
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
 
     inner, token_fn = inner_tokens(teacher_head, teacher_index, weight), _token_fn(teacher_head)
-    teacher_inner = fused_head.inner_logp_sums(token_fn, chunk, teacher_hidden, teacher_weight, index, inner)
+    teacher_inner = inner_logp_sums(token_fn, chunk, teacher_hidden, teacher_weight, index, inner)
     rows, inner = packed(student_index.base), inner_tokens(student_head, student_index, weight)
     shared = teacher_hidden, teacher_weight, *(_prefix_routes(head, overlap) for head in (student_head, teacher_head))
     base, student_text = packed(teacher_index.base), text(student_head, student_index)

@@ -1,7 +1,7 @@
 """Other ways to run, by the analytic model: what to change where a plan does not fit, and the best meshes, layouts and rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 from gold_jax.config import GOLDConfig
@@ -13,6 +13,7 @@ from gold_jax.planning.plan import Plan, PlanRequest, Progress, mesh_flag, meshe
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LAST_RESORTS = ("slice", "length")  # kinds of changes that cost money or change the data
 _SLACK = 1.1  # the analytic model is sometimes too large: what does not fit by it may fit when it is compiled
+_TOGETHER = 1, 2, 4, 8  # updates whose completions may be drawn together
 _AS_GOOD = 0.995  # rows at once are as good as others that learn hardly more tokens a second
 
 
@@ -152,8 +153,9 @@ def search(
 
     An update keeps its rows (a few more where a mesh cannot share them out evenly). For each mesh and layout, rows at
     once are doubled while they fit; of those that are as good the most are taken, and fewer where these turn out not to
-    fit. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled by `compile_plan`
-    (None: by the analytic model).
+    fit. Where the student writes, completions of up to eight updates are drawn together if that is faster, unless
+    `--rollout_batches` is named. `first`, the plan of what was asked for, is one of the at most `limit` that are compiled
+    by `compile_plan` (None: by the analytic model).
     """
     progress("ranking meshes and rows")
     ways = [rows for rows in _ways(first.request, 1.0 if compile_plan is None else _SLACK) if rows]
@@ -191,17 +193,27 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
                 plan = estimate(request.changed(mesh, **batch, **layout))
                 if plan.peak_bytes > slack * plan.limit_bytes:
                     break
-                fitting.append(plan)
+                fitting.append(_drawn_together(plan, slack, request.args.given))
             best = max((plan.tokens_per_second for plan in fitting), default=0.0)
             while fitting and fitting[-1].tokens_per_second < _AS_GOOD * best:
                 fitting.pop()
             yield fitting[::-1]
 
 
+def _drawn_together(plan: Plan, slack: float, named: Collection[str]) -> Plan:
+    """The run with completions of as many updates drawn together as make it fastest, of those that are as good the fewest."""
+    if not plan.request.samples or "rollout_batches" in named:
+        return plan
+    tried = [estimate(plan.request.changed(rollout_batches=number)) for number in _TOGETHER]
+    tried = [one for one in tried if one.peak_bytes <= slack * one.limit_bytes] or [plan]
+    best = max(one.tokens_per_second for one in tried)
+    return next(one for one in tried if one.tokens_per_second >= _AS_GOOD * best)
+
+
 def _key(request: PlanRequest) -> tuple:
     same = {"full": "fsdp"} if request.mesh["data"] == 1 else {}
     layouts = [same.get(layout, layout) for layout in (request.args.layout, request.teacher_layout)]
-    return (*request.mesh.values(), request.rows, request.micro_batches, *layouts)
+    return (*request.mesh.values(), request.rows, request.micro_batches, request.rollout_batches, *layouts)
 
 
 def flags_of(request: PlanRequest) -> str:
@@ -210,4 +222,6 @@ def flags_of(request: PlanRequest) -> str:
     flags |= {key: getattr(request.args, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
     layouts = {key: getattr(request.args, key, "fsdp") for key in ("layout", "teacher_layout")}
     flags |= {key: layout for key, layout in layouts.items() if layout != "fsdp"}
+    if request.samples and "rollout_batches" in request.args.given:
+        flags["rollout_batches"] = request.rollout_batches
     return _flags(flags)

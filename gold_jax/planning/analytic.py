@@ -14,9 +14,10 @@ from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest
+from gold_jax.models.parameters import layer_parameters
+from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest, parameter_count, parameter_counts
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
+from gold_jax.training.objective import splits_vocabulary
 
 ERROR = 0.18  # by which the formula came out too small at most
 FORMULA = ("activations", "loss", "new gradients", "temporaries")  # parts that are by it
@@ -62,6 +63,12 @@ class Analytic:
         self.tensor, self.rows = self.placement.tensor_size, request.device_rows
         self.chunk = chunk_size(self.args.loss_chunk, request.platform)
         self.line = fine_bucket(self.rows * request.length)  # tokens of one device's line, its padding too
+        # Whether devices split the vocabulary in the loss, which makes this part of a head a device's to multiply with.
+        columns = [
+            side.head_axes for side in (self.student, self.teacher) if side and (side is self.student or request.reads)
+        ]
+        split = splits_vocabulary(self.line, student.width, self.tensor, columns)
+        self.split = self.tensor if split else 1
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
         self.read = request.sampled_prompts // request.shards  # prompts that it reads for them
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
@@ -73,6 +80,7 @@ class Analytic:
         slots = self.rows * bucket(request.length)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots
         self.batch = 2 * (lines + 20 * slots) + labels + 4 * slots if teacher else lines + labels
+        self.batch += 8 * slots if request.weighs else 0
 
     def resident(self) -> dict[str, int]:
         """What lies there all the time, by part."""
@@ -92,7 +100,8 @@ class Analytic:
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
             keys = 2 * config.layers * self.each * heads * config.head_dim * self.request.slots * self.itemsize
-            rows = self.request.sampled_rows * (8 * self.args.max_completion_length + 9)
+            told = 3 if self.request.weighs else 2  # numbers of a token
+            rows = self.request.sampled_rows * (4 * told * self.args.max_completion_length + 9)
             return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
         found = {"gradients": self.student_bytes} if self.request.micro_batches > 1 else {}
         if program != "optimizer":
@@ -129,7 +138,7 @@ class Analytic:
                 del going_back["new gradients"]  # they are what it returns, and stay
             return max(in_loss, going_back, key=lambda parts: sum(parts.values()))
         if program == "optimizer":
-            return {"temporaries": 4 * max(_counts(config, self.placement).values())}
+            return {"temporaries": 4 * max(parameter_counts(config, self.placement).values())}
         if program == "decoding":
             return {"temporaries": 8 * self.request.sampled_rows * config.vocab_size + c * side.head_part}
         layer, matrix = 2 * config.mlp_width // t + 3 * config.width, side.largest // t
@@ -153,16 +162,18 @@ class Analytic:
         sizes, tails = [model.config.vocab_size for model in ((side, self.teacher) if reads else (side,))], 0
         if reads and self.request.spec.compare in ("hybrid", "sorted"):
             tails = max(sizes) - self.matched
-        # The head's float32 gradient, whole; gradients of hidden states; logits, and tails to sort.
-        loss = 4 * (side.head + n * config.width + self.chunk * (2 * sum(sizes) + 3 * tails))
+        # The float32 gradient of the head that a device multiplies with; gradients of hidden states; logits, and tails
+        # to sort; where the vocabulary is split, logits as they are made beside those that are exchanged.
+        logits = (2 + (self.split > 1)) * sum(sizes) + 3 * tails
+        loss = 4 * (side.head // self.split + n * config.width + self.chunk * logits)
         if c < 4 or side.head_part < side.head:
-            loss += c * side.head
+            loss += c * side.head // self.split
         if reads and self.teacher.head_part < self.teacher.head:
-            loss += c * self.teacher.head
+            loss += c * self.teacher.head // self.split
         # A layer's own, and gathered matrices.
         layer = n * ((5 * config.mlp_width + 2 * side.queries) // t + 6 * config.width) + 3 * side.largest // t
         # On TPUs cross-entropy's gradient of the head is shared out at once; a distillation's waits for the end.
-        head = 4 * (side.head if reads or self.request.platform == "cuda" else side.head_part)
+        head = 4 * (side.head // self.split if reads or self.request.platform == "cuda" else side.head_part)
         going_back = {"activations": activations + c * layer, "loss": head, "new gradients": self.new_gradients}
         return {"activations": activations + 2 * c * n * config.width, "loss": loss}, going_back
 
@@ -207,14 +218,20 @@ class Analytic:
         # A head's losses one by one: logits, the gradients of hidden states and of the head.
         losses = 1 if spec is None else bool(spec.distillation_weight) + bool(spec.crossentropy_weight)
         heads = 6.0 * losses * positions * side.head + (2.0 * positions * teacher.head if reads else 0.0)
+        weighing = (
+            2.0 * positions * side.head if self.request.weighs else 0.0
+        )  # what the student gives to what was drawn
         backward = _BACKWARD_PRODUCTS[kind] * attention / 2
         # The last product of a layer is not computed again, unless a norm after it needs its value.
         spared = () if config.sandwich_norms else ("down",)
         again = 2.0 * line * config.layers * layer_matrices(config, spared) + attention if remat else 0
         layers, chunks = float(side.layers * c), math.ceil(positions / self.chunk)
         moved = (2 + remat) * layers + (3 + remat) * activation_bytes(config, line, c)
+        chunks /= self.split  # for a device reads its part of a head for the positions of so many
         moved += losses * chunks * side.head * (2 * c + 8)
         moved += losses * positions * config.vocab_size * 4 * (_FORWARD_PASSES + _GRADIENT_PASSES)
+        if self.request.weighs:
+            moved += chunks * side.head * c + positions * config.vocab_size * 4 * _FORWARD_PASSES
         if reads:
             moved += chunks * teacher.head * c + positions * teacher.config.vocab_size * 4 * _FORWARD_PASSES
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
@@ -223,14 +240,28 @@ class Analytic:
         # Layers are gathered for either pass, heads once; gradients, heads' in float32, are summed where they are kept.
         layers /= self.tensor
         sent = self._ring(side.width_axes, 3 * layers) + self._all_reduced(side.width_axes, layers)
-        sent += self._ring(side.head_axes, side.head * (c + 4))
-        sent += self._all_reduced(side.head_axes, side.head * 4, "tensor") + self._along_tensor(side, 4 + remat, line)
+        sent += self._along_tensor(side, 4 + remat, line)
         if not config.tied:
             sent += self._all_reduced(side.head_axes, side.head * 4)
-        if reads:
-            sent += self._ring(teacher.head_axes, teacher.head * c)
+        sent += self._of_loss(losses)
         flops = 3 * products + attention + backward + again + heads
-        return Cost(flops, 3 * (products + attention) + heads, moved) + sent
+        return Cost(flops + weighing, 3 * (products + attention) + heads + weighing, moved) + sent
+
+    def _of_loss(self, losses: int) -> Cost:
+        """What a device sends in the loss: heads and the student's gradient; or, with the vocabulary split, logits and theirs."""
+        side, c, split = self.student, self.itemsize, self.split
+        positions = self.request.positions / self.tensor
+        sent = self._all_reduced(side.head_axes, side.head * 4, "tensor")
+        for model in (side, self.teacher) if self.request.reads else (side,):
+            gradient = 4 if model is side else 0
+            over = [axis for axis in model.head_axes if split == 1 or axis != "tensor"]
+            sent += self._ring(over, model.head / split * (c + gradient))
+            if split > 1:  # parts of the head change places; hidden states and their gradients, logits and theirs
+                shards = math.prod(self.placement.mesh.shape[axis] for axis in over)
+                each = model.config.vocab_size * (4 + c * (gradient > 0)) + split * model.config.width * (c + gradient)
+                times = losses if model is side else 1
+                sent += self._ring(("tensor",), model.head / split / shards * (c + gradient) + times * positions * each)
+        return sent
 
     def _token(self) -> Cost:
         """One token more of each row, half of the slots for completions in use."""
@@ -256,18 +287,6 @@ class Analytic:
     def _along_tensor(self, side: _Side, times: int, tokens: int) -> Cost:
         """Sums over `tensor` of hidden states, so many in each layer."""
         return self._ring(("tensor",), 2 * times * side.config.layers * tokens * side.config.width * self.itemsize)
-
-
-def parameter_count(config: DecoderConfig, of: str | None = None, placement: Placement | None = None) -> int:
-    """Parameters of a model, or of its part "embedding", "layers", "final_norm" or "head"; those of one device of a mesh."""
-    return sum(count for path, count in _counts(config, placement).items() if of in (None, path[0]))
-
-
-def _counts(config: DecoderConfig, placement: Placement | None) -> dict[tuple[str, ...], int]:
-    def here(shape, spec):
-        return shape if placement is None else placement.param_sharding(shape, spec).shard_shape(shape)
-
-    return {path: math.prod(here(info.shape, info.spec)) for path, info in parameters(config).items()}
 
 
 def layer_matrices(config: DecoderConfig, without: Iterable[str] = ()) -> int:

@@ -148,7 +148,8 @@ class PlannedRun:
         if "loss" not in loop:
             return 1  # one token is decoded
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
-        return 0 if INNER_TOKENS in loop else math.ceil(self.request.positions / chunk)
+        positions = self.request.positions / self.request.mesh["tensor"]  # of one device
+        return 0 if INNER_TOKENS in loop else math.ceil(positions / chunk)
 
     def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
         """Every program of `PlanRequest.programs`, in that order: what lowers it, and what of all that lies there it reads."""
@@ -179,7 +180,10 @@ class PlannedRun:
             source = None if prompts == rows else each
             filters = sampling.sampling_filters(self.args.temperature, self.args.top_k, self.args.top_p)
             options = sampling.SamplingOptions(*filters, stops, number)
-            prefill = (self.run.graph, params, *slots, tokens, lengths, each, each, each, source, self.key)
+            key = self.key
+            if self.request.rollout_batches > 1:
+                key = _abstract(jax.eval_shape(lambda key: jax.random.split(key, rows), key), self.placement.replicated)
+            prefill = (self.run.graph, params, *slots, tokens, lengths, each, each, each, source, key)
             decode = (self.run.graph, params, self.weights, *slots, options, number, number, number)
             add("prefill", sampling.prefill_into_slots, prefill, (params, slots))
             add("decoding", sampling.decode_until, decode, (self.weights, slots))
@@ -200,7 +204,8 @@ class PlannedRun:
             (batch,) = build_token_batches(rows, len(rows))
         else:
             groups = "all" if spec.groups == "positional" else spec.groups
-            (batch,) = build_batches(rows, len(rows), merge=spec.merge, groups=groups, text=spec.of_text)
+            options = dict(text=spec.of_text, drawn={} if self.request.weighs else None)
+            (batch,) = build_batches(rows, len(rows), merge=spec.merge, groups=groups, **options)
         sharding, shards, shape = self.placement.sharding(ROW_AXES), self.request.shards, jax.ShapeDtypeStruct
         return jax.tree.map(lambda x: shape((len(x) * shards, *x.shape[1:]), x.dtype, sharding=sharding), batch)
 
@@ -208,7 +213,13 @@ class PlannedRun:
         """The cache, the state of decoding and the weights that it reads."""
         request, placement, dtype = self.request, self.placement, jnp.dtype(self.request.dtype)
         sizes = {"rows": request.sampled_rows, "slots": request.slots, "new": self.args.max_completion_length}
-        options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
+        options = {
+            "config": request.pair.student,
+            "dtype": dtype,
+            "placement": placement,
+            "scaled": request.weighs,
+            **sizes,
+        }
         cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
         rounded = self.args.rollout_quantization
         weights = jax.eval_shape(

@@ -14,7 +14,7 @@ from gold_jax.models.attention import check_model
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import parameters
 from gold_jax.planning.hardware import GPU_SHARE, Topology
-from gold_jax.rollout.sampler import most_slots, rows_per_prefill
+from gold_jax.rollout.sampler import bytes_per_row, default_rows, most_slots, rows_per_prefill
 from gold_jax.sharding.placement import Placement
 from gold_jax.training.batches import sampling_rows
 
@@ -72,17 +72,38 @@ class PlanRequest:
         self.programs[STUDENT[0]] = 1
         if self.micro_batches > 1:
             self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
+        # Updates whose completions are drawn together, and whether the later ones weigh theirs.
+        self.rollout_batches = 1 if teacher is None or args.lmbda == 0 else args.rollout_batches
+        self.weighs = self.rollout_batches > 1 and args.rollout_importance_cap != 0
         self.sampled_rows = self.sampled_prompts = 0  # that are written at once, and that are read for them
         if self.samples:
-            requested = sampling_rows(self.update_rows, self.rows, args.generation_batch_size or 32 * self.shards)
-            self.sampled_rows = -(-min(requested, self.update_rows) // self.shards) * self.shards
-            weights = sum(math.prod(info.shape) for info in parameters(student).values())
+            drawn = self.update_rows * self.rollout_batches
+            requested = sampling_rows(drawn, self.rows, args.generation_batch_size or self._default_rows())
+            self.sampled_rows = -(-min(requested, drawn) // self.shards) * self.shards
+            weights = parameter_count(student)
             longest = self.prompt_length - 1 + args.max_completion_length  # the last token is not read
             each = self.sampled_rows // self.shards
             self.sampled_prompts = self.shards * (each // rows_per_prefill(args.num_generations, 1, each, weights))
             self.slots, self._one_size = most_slots(student, weights, each, longest)  # of the cache at its largest
             rounds = args.lmbda * self.update_rows / self.sampled_rows
             self.programs |= {"prefill": rounds, "decoding": rounds * args.max_completion_length}
+
+    @property
+    def limit_bytes(self) -> int:
+        """What a run may fill of a device: on GPUs what JAX takes when it starts."""
+        size = self.topology.chip.hbm_bytes
+        return size if self.topology.kind == "tpu" else int(GPU_SHARE * size)
+
+    def _default_rows(self) -> int:
+        """Rows that are written at once where no flag says how many, as a run finds them (`training.build`)."""
+        student, teacher, _ = self.pair
+        kept = 12 * parameter_count(student, None, self.placement)  # parameters and AdamW's moments
+        teacher_placement = Placement(self.placement.mesh, self.teacher_layout)
+        kept += self.itemsize * parameter_count(teacher, None, teacher_placement)
+        kept += self.itemsize * parameter_count(student) // self.mesh["tensor"]
+        sizes = self.prompt_length, self.args.max_completion_length
+        each = bytes_per_row(student, self.itemsize, self.placement, *sizes)
+        return default_rows(self.shards, self.limit_bytes - kept, each)
 
     def changed(self, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any):
         """The same with other settings, or on another mesh."""
@@ -100,6 +121,20 @@ class PlanRequest:
         parts = given | ({"smaller cache": smaller} if smaller > sum(needed.values()) else needed)
         found = {"program": program, "parts": parts, "seconds": None, "error": None} | compiling
         return found | {"total": sum(parts.values())}
+
+
+def parameter_count(config: DecoderConfig, of: str | None = None, placement: Placement | None = None) -> int:
+    """Parameters of a model, or of its part "embedding", "layers", "final_norm" or "head"; those of one device of a mesh."""
+    return sum(count for path, count in parameter_counts(config, placement).items() if of in (None, path[0]))
+
+
+def parameter_counts(config: DecoderConfig, placement: Placement | None) -> dict[tuple[str, ...], int]:
+    """The same by name."""
+
+    def here(shape, spec):
+        return shape if placement is None else placement.param_sharding(shape, spec).shard_shape(shape)
+
+    return {path: math.prod(here(info.shape, info.spec)) for path, info in parameters(config).items()}
 
 
 def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
@@ -153,8 +188,7 @@ class Plan:
 
     def __post_init__(self):
         topology, chip = self.request.topology, self.request.topology.chip
-        # What a run may fill of a device: on GPUs what JAX takes when it starts.
-        self.limit_bytes = chip.hbm_bytes if topology.kind == "tpu" else int(GPU_SHARE * chip.hbm_bytes)
+        self.limit_bytes = self.request.limit_bytes
         self.fullest = max(self.moments, key=lambda moment: moment["total"])
         self.peak_bytes = sum(self.resident.values()) + self.fullest["total"]
         self.free_bytes = self.limit_bytes - self.peak_bytes

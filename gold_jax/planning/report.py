@@ -95,7 +95,18 @@ class Report:
             "This is a lower bound for rows of the greatest length: it assumes that compute, memory traffic and communication "
             "overlap completely and that the host takes no time. How close a run comes to it only a run can show.",
             *expected,
+            *self._drawn_together(),
             source,
+        ]
+
+    def _drawn_together(self) -> list[str]:
+        """What the best way's `--rollout_batches` would change in what is learned."""
+        best = self.search[0].request if self.search else self.plan.request
+        if best.rollout_batches == 1 or best.rollout_batches == self.plan.request.rollout_batches:
+            return []
+        draws = f"--rollout_batches {best.rollout_batches} decodes more rows at once (--rollout_batches 1 searches without it)"
+        return [
+            f"{draws}, and changes what is learned: later updates learn, weighted, from text of an earlier student."
         ]
 
     def to_dict(self) -> dict[str, Any]:
@@ -118,7 +129,10 @@ class Report:
             "loss": self.loss,
             "topology": _picked(topology, "name kind chips devices hosts") | {"memory_bytes": topology.chip.hbm_bytes},
             "mesh": request.mesh,
-            "update": {"rows": request.update_rows, **_picked(request, "micro_batches length tokens sampled_rows")},
+            "update": {
+                "rows": request.update_rows,
+                **_picked(request, "micro_batches length tokens sampled_rows rollout_batches"),
+            },
             **_picked(plan, "compiled fits"),
             "memory": _picked(plan, "limit_bytes peak_bytes free_bytes") | held,
             "time": _picked(plan, rates) | {"sent_bytes": plan.together.sent, "phases": plan.phases},
@@ -177,7 +191,8 @@ def _title(report: Report) -> dict[str, str]:
     at_once = f"{request.device_rows} at a time on {'each device' if tensor == 1 else f'each {tensor} devices'}"
     rows["update"] = f"{request.update_rows:,} rows of {request.length:,} tokens{batches}, {at_once}"
     if request.samples:
-        written = f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once"
+        together = f", those of {request.rollout_batches} updates together" if request.rollout_batches > 1 else ""
+        written = f"{args.lmbda:.0%} of the completions, {request.sampled_rows:,} at once{together}"
         lengths = f"{args.max_completion_length:,} tokens after prompts of {request.prompt_length:,}"
         rows["sampling"] = f"{written}, of {lengths}"
     limit, memory = _size(plan.limit_bytes), f"{_size(plan.limit_bytes)} each"
@@ -263,6 +278,7 @@ def _search(report: Report, console: Console) -> None:
         request, mesh = plan.request, mesh_flag(plan.request.mesh)
         if request.teacher_layout != "fsdp":
             mesh, layouts = f"{mesh} T {request.teacher_layout}", True
+        mesh += f" K {request.rollout_batches}" if request.rollout_batches > 1 else ""
         mesh = Text("› " if plan is report.plan else "  ").append(mesh)
         update = f"{request.device_rows} x {request.micro_batches}", f"{request.update_rows:,}"
         fits = Text("yes", "green") if plan.fits else Text("refused" if plan.refused else "no", "red")
@@ -271,8 +287,9 @@ def _search(report: Report, console: Console) -> None:
     title = f"ways to spread it, {'compiled' if report.plan.compiled else 'by the analytic model'}"
     _table(console, title, ["rows", "update", name, "fits", "time", "tok/s/chip"], rows, first="  mesh")
     words = "rows: at once on a device (along tensor: on a shard), times micro-batches; update: rows of one; ›: as asked for"
-    say(console, words + ("; T: layout of the teacher" if layouts else ""), "dim")
-    best = report.search[0]
+    words += "; T: layout of the teacher" if layouts else ""
+    best, drawn = report.search[0], any(way.request.rollout_batches > 1 for way in report.search)
+    say(console, words + ("; K: --rollout_batches" if drawn else ""), "dim")
     first = f"The first: {flags_of(best.request)}{' (as asked)' if best is report.plan else ''}"
     say(console, first if best.fits else "None of them fits.")
 

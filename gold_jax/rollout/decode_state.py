@@ -59,20 +59,31 @@ class DecodeState(NamedTuple):
     done: jax.Array  # bool [R]; an empty slot is done
     tokens: jax.Array  # int32 [R, N], the samples
     logprobs: jax.Array  # float32 [R, N], their log-probabilities at temperature 1, unfiltered
+    sampling_logprobs: jax.Array | None = (
+        None  # float32 [R, N], at the sampling temperature, unfiltered; None: not asked
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new"))
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new", "scaled"))
 def empty_slots(
-    key, *, config: DecoderConfig, dtype, placement: Placement | None = None, rows: int, slots: int, new: int
+    key,
+    *,
+    config: DecoderConfig,
+    dtype,
+    placement: Placement | None = None,
+    rows: int,
+    slots: int,
+    new: int,
+    scaled: bool = False,
 ) -> tuple[Cache, DecodeState]:
-    """Empty decode slots with room for `new` tokens each."""
+    """Empty decode slots with room for `new` tokens each; `scaled`: `DecodeState.sampling_logprobs` are kept too."""
     heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
     zeros, size = jnp.zeros(rows, jnp.int32), config.head_dim
     keys, values = (
         tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
         for shape in ((size, slots), (slots, size))
     )
-    samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, jnp.float32))
+    samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, *(jnp.float32,) * (1 + scaled)))
     state = DecodeState(zeros, jnp.broadcast_to(key, (rows,)), zeros, jnp.ones(rows, bool), *samples)
     return _constrain(placement, Cache(keys, values, zeros), state)
 
@@ -132,7 +143,7 @@ def prefill_into_slots(
         row_index: int32 [F], the rows that they join; R for none, where there are fewer than F.
         source: int32 [F], which of the U prompts a row has; None: each its own (F = U). On a mesh the rows that join a
             shard's, and their prompts, stand in its part of F and of U.
-        key: PRNG key of all rows.
+        key: PRNG key of all rows; or [F], each row's own, which nothing is folded into.
     """
     width = tokens.shape[1]
     model = merge(graphdef, params)
@@ -150,7 +161,7 @@ def prefill_into_slots(
 
     decode_state = decode_state._replace(
         next_token=joined("next_token", next_token),
-        key=joined("key", jax.vmap(functools.partial(jax.random.fold_in, key))(index)),
+        key=joined("key", key if key.ndim else jax.vmap(functools.partial(jax.random.fold_in, key))(index)),
         count=joined("count", 0),
         done=joined("done", False),
     )
@@ -227,17 +238,24 @@ def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: Sa
     done, count = decode_state.done, decode_state.count
     keys = jax.vmap(jax.random.fold_in)(decode_state.key, count)
     token = sample_tokens(logits, keys, options.temperature, options.top_k, options.top_p)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    logprob = chosen - jax.nn.logsumexp(logits, axis=1)
+
+    def logprob_of(logits):
+        return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
+
+    logprob, scaled = logprob_of(logits), decode_state.sampling_logprobs
     # Compared, not scattered: on a mesh a scatter would gather what all devices' rows have drawn.
     here = ~done[:, None] & (count[:, None] == jnp.arange(decode_state.tokens.shape[1]))
     after = count + ~done
+    if scaled is not None:
+        at_temperature = logprob if options.temperature is None else logprob_of(logits / options.temperature)
+        scaled = jnp.where(here, at_temperature[:, None], scaled)
     return decode_state._replace(
         next_token=token,
         count=after,
         done=done | (token[:, None] == options.stops).any(axis=1) | (after == options.limit),
         tokens=jnp.where(here, token[:, None], decode_state.tokens),
         logprobs=jnp.where(here, logprob[:, None], decode_state.logprobs),
+        sampling_logprobs=scaled,
     )
 
 

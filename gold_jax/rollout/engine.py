@@ -12,6 +12,8 @@ class Sampled(NamedTuple):
 
     ids: np.ndarray  # int32 [N], the stop token that ended it included
     logprobs: np.ndarray  # float32 [N], of the model itself (temperature 1, no filter); NaN where it is not told
+    # float32 [N], the same at the temperature that they were drawn at; None where nobody asked.
+    sampling_logprobs: np.ndarray | None = None
 
 
 class NonFiniteLogits(ValueError):
@@ -42,7 +44,7 @@ class Engine(Protocol):
             model: a `Decoder`, or its `(graphdef, params)` as they stand now.
             prompts: token ids int32 [P] of each; one without tokens gets an empty completion.
             max_new_tokens: most tokens of a completion.
-            key: PRNG key.
+            key: PRNG key, which every prompt's index is folded into; or [prompts], each prompt's own.
             temperature: divides the logits; 0 takes the likeliest token always.
             top_k: draw among the k likeliest tokens; 0 is off.
             top_p: then among the fewest tokens that together have this share; 1 is off.

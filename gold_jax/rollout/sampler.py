@@ -8,16 +8,19 @@ import collections
 import jax
 import numpy as np
 
+from gold_jax import progress
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import commit, count, merge, split
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
 from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
+from gold_jax.sharding.placement import Placement
 from gold_jax.values import QUANTIZATIONS
 
 STOP_SLOTS = 8  # stop ids are padded to a multiple of this, so that their number is no new shape
 
+_DEFAULT_ROWS, _MOST_ROWS = 32, 128  # of a shard; beyond the latter weights are no longer most of what is read
 _MIN_LENGTH = 32  # least prompt width, number of slots, and free slots after a resize
 _MIN_ROWS = 8  # no program for fewer rows: decoding is bound by reading the weights, for one row as for eight
 _REFILL_FRACTION = 4  # refill when a fourth of the rows is free: each prefill interrupts decoding
@@ -42,15 +45,15 @@ class SamplingEngine:
 
     Prompts that are the same, and join together, are read once. With `quantization` "int8" completions are drawn from
     matrices rounded to 8 bits, which are read in half the time (prompts are read with the model's own); their
-    log-probabilities are those of what they were drawn from.
+    log-probabilities are those of what they were drawn from. With `scaled` those at the sampling temperature are told too.
     """
 
-    def __init__(self, rows: int = 32, quantization: str = "none"):
+    def __init__(self, rows: int = 32, quantization: str = "none", scaled: bool = False):
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}.")
         if quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
-        self.rows, self.quantization = rows, quantization
+        self.rows, self.quantization, self.scaled = rows, quantization, scaled
 
     def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
         """See `Engine.generate`.
@@ -76,7 +79,7 @@ class SamplingEngine:
         settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         run = _GenerationRun(split(model), prompts, settings, key, self.rows)
-        return run.finish(self.quantization)
+        return run.finish(self.quantization, self.scaled)
 
 
 class _GenerationRun:
@@ -118,7 +121,7 @@ class _GenerationRun:
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
 
-    def finish(self, quantization: str) -> list[Sampled]:
+    def finish(self, quantization: str, scaled: bool = False) -> list[Sampled]:
         """Run until every prompt has its completion."""
         found = [EMPTY] * len(self.prompts)
         if not self.queue:
@@ -126,21 +129,23 @@ class _GenerationRun:
         self.weights = merge(*self.model).decoding_weights(quantization)
         self.slots = self._fitting_slots(len(self.prompts[self.queue[0]]) - 1)
         of_model = {"config": self.config, "dtype": self.dtype, "placement": self.placement}
-        sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new}
-        self.state = device.empty_slots(self.key, **of_model, **sizes)  # the cache and the decode state
-        while True:
-            while self.queue and (~self.active).sum() >= self._rows_needed_free():
-                self._prefill()
-            if not self.active.any():
-                break
-            self._resize()
-            self._decode()
-        self._offload_finished()
+        sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new, "scaled": scaled}
+        self.state = device.empty_slots(self._key_of(0), **of_model, **sizes)  # the cache and the decode state
+        with progress.task("sampling", len(self.prompts)) as bar:
+            while True:
+                while self.queue and (~self.active).sum() >= self._rows_needed_free():
+                    self._prefill()
+                if not self.active.any():
+                    break
+                self._resize()
+                self._decode()
+                bar.reach(len(self.prompts) - len(self.queue) - int(self.active.sum()))
+            self._offload_finished()
         # One device-to-host transfer for the whole call.
-        for (tokens, logprobs, lengths), prompt_of_row in jax.device_get(self.offloaded):
+        for (tokens, logprobs, lengths, scaled), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):
                 end = lengths[row]
-                drawn = Sampled(tokens[row, :end], logprobs[row, :end])
+                drawn = Sampled(tokens[row, :end], logprobs[row, :end], None if scaled is None else scaled[row, :end])
                 if not np.isfinite(drawn.logprobs).all():  # a drawn token's always is where the logits are
                     raise NonFiniteLogits(
                         f"the model's logits for completion {prompt_of_row[row]} are not finite, so that nothing can be drawn "
@@ -184,7 +189,12 @@ class _GenerationRun:
             tokens[shard, at, : lengths[shard, at]] = self.prompts[distinct[shard][at]][:-1]
         arrays = tokens, lengths, next_token, index, row_index, source
         *arrays, source = (x.reshape(-1, *x.shape[2:]) for x in arrays)
-        self.state = device.prefill_into_slots(*self.model, *self.state, *arrays, source if shared else None, self.key)
+        source, key = source if shared else None, self._key_of(arrays[3])
+        self.state = device.prefill_into_slots(*self.model, *self.state, *arrays, source, key)
+
+    def _key_of(self, index):
+        """The key of all prompts, or of those at an index."""
+        return self.key[index] if self.key.ndim else self.key
 
     def _prompts_to_read(self, joining: list[list[int]], each: int) -> tuple[list[list[int]], int]:
         """Of each shard the prompts that it reads for the rows that join it, and for how many its program has room.
@@ -266,8 +276,8 @@ class _GenerationRun:
         prompt_of_row = np.where(self.active, -1, self.prompt_of_row)
         if (prompt_of_row >= 0).any():
             _, state = self.state
-            samples = state.tokens, state.logprobs, state.count
-            for array in samples:
+            samples = state.tokens, state.logprobs, state.count, state.sampling_logprobs
+            for array in jax.tree.leaves(samples):
                 array.copy_to_host_async()
             self.offloaded.append((samples, prompt_of_row))
             self.prompt_of_row = np.where(self.active, self.prompt_of_row, -1)
@@ -277,6 +287,28 @@ def rows_per_prefill(rows: int, distinct_prompts: int, rows_per_shard: int, para
     """How many rows share one prefilled prompt, on average, rounded down to a power of two; 1 for a small model."""
     average = min(rows // max(1, distinct_prompts), rows_per_shard)
     return 1 if parameters < SMALL_MODEL or average < 2 else 1 << average.bit_length() - 1
+
+
+def default_rows(shards: int, free: int | None, each: int) -> int:
+    """Rows to write at once where nobody says how many: 32 on a shard's devices, doubled to at most 128 while half of the
+    `free` bytes of a device (None: not known) hold so many, of `each` bytes (`bytes_per_row`)."""
+    rows = _DEFAULT_ROWS
+    while free is not None and rows < _MOST_ROWS and 2 * (2 * rows * each) <= free:
+        rows *= 2
+    return shards * rows
+
+
+def bytes_per_row(
+    config: DecoderConfig, itemsize: int, placement: Placement | None, prompt_length: int, new: int
+) -> int:
+    """About how many bytes of a device a row takes that is written after a prompt as long as it may be: cache, with the
+    smaller one that it grows from, logits, and what reading the prompt takes."""
+    repeats = 1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads)
+    split = 1 if placement is None or placement.head_axis(config.heads) is None else placement.tensor_size
+    token = 2 * config.layers * config.kv_heads * repeats * config.head_dim * itemsize // split
+    reading = token + itemsize * (2 * config.mlp_width // split + 3 * config.width)
+    slots, width = fine_bucket(prompt_length + new, smallest=_MIN_LENGTH), bucket(prompt_length, smallest=_MIN_LENGTH)
+    return 3 * slots * token // 2 + 8 * config.vocab_size + width * reading
 
 
 def prompt_width(length: int, slots: int) -> int:

@@ -355,6 +355,6 @@ def check_logprobs(logprobs: Sequence) -> list[float]:
 
 
 def _seeds(key: jax.Array, count: int) -> list[int]:
-    """A seed in [0, 2^31) for each index, which depends on the key and the index alone."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(count))
+    """A seed in [0, 2^31) for each index, which depends on the key and the index alone, or on the index's own key."""
+    keys = key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(count))
     return [int(bits) >> 1 for bits in np.asarray(jax.vmap(jax.random.bits)(keys))]

@@ -47,6 +47,15 @@ class Labels(NamedTuple):
     weight: np.ndarray  # [B, T] float32
 
 
+class Behavior(NamedTuple):
+    """What importance weights need to know of completions that the student drew with earlier weights."""
+
+    logp: (
+        np.ndarray
+    )  # [B, T] float32, of each label when it was drawn; NaN: it was not, or just now, and nothing is weighted
+    last: np.ndarray  # [B, G] int32, which token of the row is the last that a group's comparison depends on
+
+
 class Batch(NamedTuple):
     """A padded batch. Weights already hold the normalisation: a loss is the weighted sum over its entries."""
 
@@ -54,6 +63,7 @@ class Batch(NamedTuple):
     teacher: Side
     weight: np.ndarray  # [B, G] float32, zero where there is no group that counts
     labels: Labels  # the student's completion tokens
+    behavior: Behavior | None = None  # None: nothing is weighted by what it was drawn with
 
 
 class TokenBatch(NamedTuple):
@@ -265,6 +275,7 @@ def build_batches(
     teacher_pad: int = 0,
     shapes: ShapeSet | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
+    drawn: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
@@ -272,7 +283,7 @@ def build_batches(
     probability of a group's text, which under `boundary` takes further tokens. `shapes`, to which new ones are added,
     are those that batches are padded to (None: to the buckets of each). `process_shard` says into how many sequences
     the rows of a batch are packed and which of them this process makes; rows of others may be None, and are not in the
-    result.
+    result. `drawn` has the ids and log-probabilities of rows that were drawn with earlier weights (see `Behavior`).
     """
     parts = process_shard.local_rows_per_batch(len(rows), batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
@@ -287,17 +298,47 @@ def build_batches(
         [[side.longest for side in both] for both in unpadded], height // sequences, shapes, process_shard
     )
     batches = []
-    for part, both, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
+    for part, sides_of_part, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
         pads, counts = (student_pad, teacher_pad), [local[i].groups for i in part]
-        ours, theirs = ([_merge_index(half, n, merge, text) for half, n in zip(side, counts)] for side in both)
+        ours, theirs = ([_merge_index(half, n, merge, text) for half, n in zip(side, counts)] for side in sides_of_part)
         student, teacher = (pad_packed(x, *size, pad=pad) for x, size, pad in zip(unpadded_both, longest, pads))
         # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
         sides_of_batch = _pad_side(student, ours, height, width), _pad_side(teacher, theirs, height, width)
         weight = pad_right([weights[i] for i in part], height, width, np.float32)
         labels = _pad_labels(student, [targets[i][0] for i in part], [label_weights[i] for i in part], height)
-        batches.append(Batch(*sides_of_batch, weight, labels))
+        behavior = None
+        if drawn is not None:
+            then = pad_right([_logp_then(local[i], drawn.get(i)) for i in part], height, width, np.float32, np.nan)
+            last = [_last_read(half, n, merge, text) for half, n in zip(sides_of_part[0], counts)]
+            behavior = Behavior(then, pad_right(last, height, width, np.int32))
+        batches.append(Batch(*sides_of_batch, weight, labels, behavior))
     return batches
+
+
+def _logp_then(row: Row, drawn: tuple[np.ndarray, np.ndarray] | None) -> np.ndarray:
+    """Log-probabilities float32 `[P + T]` of a row's labels when they were drawn, NaN where they were not.
+
+    A stop token in whose place another stands was not: its own log-probability says nothing of that one.
+    """
+    prompt, completion = row.student.prompt, row.student.completion
+    found = np.full(len(prompt) + len(completion), np.nan, np.float32)
+    if drawn is not None:
+        ids, logp = drawn
+        count = min(len(ids), len(completion))
+        same = ids[:count] == completion[:count]
+        found[len(prompt) - 1 : len(prompt) - 1 + count] = np.where(same, logp[:count], np.nan)
+    return found
+
+
+def _last_read(half: SideTokens, groups: int, merge: str, text: bool) -> np.ndarray:
+    """For each group, which token of its row is the last that its comparison depends on: of the group's own, where it reads
+    its text, or those whose probabilities are multiplied in; else the last one before it."""
+    inside = np.flatnonzero(half.group < groups)
+    side = "left" if merge == "boundary" and not text else "right"
+    end = np.searchsorted(half.group[inside], np.arange(groups), side=side)
+    at = inside[end - (side == "right")]
+    return len(half.prompt) + at - (not text and merge != "observed")
 
 
 def _weights(

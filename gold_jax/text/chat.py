@@ -288,28 +288,31 @@ class ChatTokenizer:
         """The bytes that ids spell; special and stop tokens spell none."""
         return self.surfaces.join(np.asarray(ids).tolist())
 
-    def encode_turns(self, messages: list[dict], *, limit: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    def encode_turns(
+        self, messages: list[dict], *, limit: int | None = None, skip: int = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
         """A whole conversation by the template, for training on its answers.
 
-        Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer, up to
-        and with its stop token, where the template writes one; of more than `limit` tokens, `limit + 1`. ValueError as
-        `ChatTemplate.answers`.
+        Returned are the tokens, int32 [T], and which of them the assistant wrote, bool [T]: those of every answer but the
+        first `skip`, up to and with its stop token, where the template writes one; of more than `limit` tokens,
+        `limit + 1`. ValueError as `ChatTemplate.answers`.
         """
         if limit is None:
-            return self._encode_answers(*self.locate_answers(messages))
+            written, answers = self.locate_answers(messages)
+            return self._encode_answers(written, answers[skip:])
         every = sum(message.get("role") == "assistant" for message in messages)
         for looked_for in (limit, None):
             written, answers = self.locate_answers(messages, looked_for)
             for cut in _cuts(written.text, limit):
                 if len(answers) < every and answers[-1][1] < cut:
                     break
-                within = [(begin, min(end, cut)) for begin, end in answers if begin < cut]
+                within = [(begin, min(end, cut)) for begin, end in answers[skip:] if begin < cut]
                 ids, counted = self._encode_answers(written.slice(0, cut), within)
                 if len(ids) >= limit + _MARGIN:
                     return ids[: limit + 1], counted[: limit + 1]
             if len(answers) == every:
                 break
-        ids, counted = self._encode_answers(written, answers)
+        ids, counted = self._encode_answers(written, answers[skip:])
         return ids[: limit + 1], counted[: limit + 1]
 
     def _encode_answers(self, written: EscapedText, answers: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:

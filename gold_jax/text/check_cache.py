@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import datasets
 import numpy as np
 
 from gold_jax.text.chat import ChatTokenizer
@@ -23,13 +24,16 @@ _MOST = 100  # results that are kept
 _LIBRARIES = "datasets", "jinja2", "numpy", "tokenizers", "transformers"
 
 
-def data_key(examples: Examples) -> list[str] | None:
-    """What tells a data set, as it is read, from every other; None where that takes as long as reading it."""
-    rows = examples.rows
-    read_as = [examples.source, examples.text_column, repr(examples.features)]
+def data_key(examples: Any) -> list[str] | None:
+    """What tells a data set, as it is read, from every other; None where that takes as long as reading it, or is not known."""
+    rows = getattr(examples, "rows", None)
+    if not isinstance(examples, Examples) or isinstance(rows, list):
+        return None
+    read_as = [examples.source, examples.text_column, repr(examples.features), repr(examples.renamed)]
     if isinstance(rows, JsonRows):
-        return [*read_as, rows.digest()]
-    if getattr(rows, "format", {}).get("type", "") is not None:  # a list, or rows that a function of the user's makes
+        digest = rows.digest()
+        return digest and [*read_as, digest]
+    if not isinstance(rows, datasets.Dataset) or rows.format["type"] is not None:  # what a function of the user's makes
         return None
     files = [pathlib.Path(file["filename"]) for file in rows.cache_files]
     sizes = [f"{file} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]

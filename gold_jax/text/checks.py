@@ -10,9 +10,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gold_jax import progress
 from gold_jax.text.chat import ChatTokenizer, Prompt
 from gold_jax.text.data import Example, join_contexts, read_each
 from gold_jax.text.encode import utf8
+from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
     AnswerForm,
@@ -104,19 +106,30 @@ class RowReader:
         conversation = (self.answers and example.messages) or example.prompt
         if not isinstance(conversation, str):
             for who, side in self.sides.items():
-                self._find_unwritten(who, side, conversation)
-        whole = ""
-        if self.whole and example.messages:
+                # What the teacher reads of a call is what the student's template writes.
+                read = example.prompt if who == "teacher" and example.calls_tools else conversation
+                if not isinstance(read, str):
+                    self._find_unwritten(who, side, read)
+        whole, learns = "", self.whole or (example.answers > 1 and len(self.sides) == 1)
+        if learns and example.messages:
             whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
         for side in self.sides.values():
             if side.lacks_embeddings:
                 side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if self.whole and example.messages and self.sides["student"].lacks_embeddings:
+        if learns and example.messages and self.sides["student"].lacks_embeddings:
             self.sides["student"].encode_turns(example.messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
-        if plain or conversation is example.prompt or example.calls_tools:
+        if plain or conversation is example.prompt or example.calls_tools and self.whole:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, whole or (self.answers and example.completion) or ""
+        if example.calls_tools:
+            text = self.sides["student"].answer(conversation)
+            if "teacher" in self.sides:
+                said = (
+                    "the last answer calls tools, and the teacher reads the calls as the student's template writes them"
+                )
+                self._note(said, number, lambda: excerpt(text.text))
+            return text.prompt, whole or text.text
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
@@ -125,7 +138,7 @@ class RowReader:
         """What `_read` gives for a row that is like others before it; None where it has to be looked at by itself."""
         messages = example.messages if self.answers else None
         conversation = messages or example.prompt
-        if example.teacher_context:
+        if example.teacher_context or example.answers > 1:
             return None
         if isinstance(conversation, str):
             plain = conversation and example.completion and not self.may_be_special(conversation)
@@ -244,6 +257,20 @@ class RowReader:
         )
 
 
+def _no_answer(example: Example) -> str:
+    """What a row is that has no completion: an unknown role at its end, such as `gpt`, or a system message, is said first."""
+    roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
+    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
+    if roles and roles[-1] not in _ROLES:
+        known = f"roles are {', '.join(_ROLES)}"
+        return (
+            f"has messages of the role {' and '.join(unknown)}, and no answer of the assistant's at its end ({known})"
+        )
+    if roles and roles[-1] in ("system", "developer"):
+        return f"ends with a message of the role {roles[-1]!r}, not with an answer of the assistant's"
+    return "has a prompt but no completion"
+
+
 def _may_be_answer(column: str) -> bool:
     words = column.lower().replace("_", " ").replace("-", " ").split()
     return any(word.removesuffix("s") in _ANSWERS for word in words)
@@ -289,7 +316,8 @@ class RowChecker:
         self.teacher_context, self.count_targets = teacher_context, count_targets
         self.total, self._bad, self._markup = 0, [], []
         self._first_markup: str | None = None
-        self._unread, self.left_out, self._prompts_alone, self._cut = (collections.Counter() for _ in range(4))
+        self._unread, self._formats, self.left_out = (collections.Counter() for _ in range(3))
+        self._prompts_alone, self._cut, self._several = (collections.Counter() for _ in range(3))
         sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
@@ -351,19 +379,17 @@ class RowChecker:
     def _look_at(self, i: Any, e: Example) -> str | tuple[str, str]:
         """Why a row is left out, or its prompt and completion as they are written."""
         self._unread.update(e.unread)
+        self._formats[e.format] += 1
         named = [name for name in e.unread if _may_be_answer(name)]
         if e.completion is None:
             if self.need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
-                last = e.prompt[-1].get("role") if isinstance(e.prompt, list) else "user"
-                if last not in ("system", "user", "tool", "developer"):
-                    hint = f". Its last message has the role {excerpt(str(last))}; an answer has the role 'assistant'"
-                lacks = f"row {i} of {self.where} has a prompt but no completion"
-                raise ValueError(f"{lacks}; {self.need_completion}{hint}")
+                raise ValueError(f"row {i} of {self.where} {_no_answer(e)}; {self.need_completion}{hint}")
             self._prompts_alone.update(named)
-        if self.need_completion and e.calls_tools and not self.learns_calls:
+        if self.need_completion and not self.learns_calls and not _writes_calls(self.chat_tokenizer, e):
             return "calls"
         prompt, completion = self._reader.read(i, e)
+        self._several[e.answers > 1] += 1
         for who, writer in self._writers.items():
             context = who == "teacher" and (self.teacher_context or e.teacher_context)
             blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
@@ -396,7 +422,7 @@ class RowChecker:
                 "raise --max_prompt_length or --max_length, or lower --max_completion_length",
             ),
             "calls": (
-                "whose last answer calls tools, which is not text",
+                "whose last answer calls tools, which the chat template does not write as text",
                 "gold_jax.sft --assistant_only_loss learns it",
             ),
             "nothing": (f"of which --max_length {self.max_length} leaves nothing to learn", "raise --max_length"),
@@ -420,6 +446,11 @@ class RowChecker:
             cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {total} rows"
             notices.append(f"{cut}: their ends are not learned")
         notices += self._reader.notices()
+        if self._several[True] and "teacher" in self._reader.sides:
+            notices.append(
+                f"{self._several[True]} rows have several answers in their completion: the last one is learned, those before "
+                "it are read as prompt (gold_jax.sft learns them all)"
+            )
         if self._markup:
             notices.append(
                 f"{len(self._markup)} prompts, that of row {self._markup[0]} first, hold the string of a special token such as "
@@ -432,7 +463,7 @@ class RowChecker:
         if self._unread:
             shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in self._unread.most_common()], 8)
             notices.append(f"columns of the data that nothing reads: {shown}")
-        return notices
+        return notices + format_notices(self._formats, self.where)
 
 
 class _LeftOut(NamedTuple):
@@ -450,24 +481,19 @@ def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:
     return found
 
 
-def check_examples(
-    examples: Sequence[Example],
-    chat_tokenizer: ChatTokenizer,
-    *,
-    progress: Callable[[int], Any] = lambda done: None,
-    **options: Any,
-) -> CheckedRows:
+def check_examples(examples: Sequence[Example], chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot; `options` as `RowChecker` takes them.
 
-    `progress` is told how many rows were looked at. ValueError as `RowChecker.check`, or no row is left.
+    ValueError as `RowChecker.check`, or no row is left.
     """
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
     rows = read_each(examples)
-    while block := list(itertools.islice(rows, _BLOCK)):
-        for i, e in checker.check(block):
-            kept.append(i)
-            digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-        progress(checker.total)
+    with progress.task("checking the rows", len(examples)) as task:
+        while block := list(itertools.islice(rows, _BLOCK)):
+            for i, e in checker.check(block):
+                kept.append(i)
+                digest.update(b"%d\0%b\0" % (i, e.fingerprint))
+            task.reach(checker.total)
     if not kept:
         raise checker.nothing_left()
     return CheckedRows(kept, checker.notices(), digest.hexdigest())
@@ -483,8 +509,23 @@ def _first_errors(errors: Iterable[str]) -> str:
 
 
 def with_text_completion(examples: Sequence[Example]) -> list[Example]:
-    """The rows that have a completion in text."""
-    return [e for e in examples if e.completion is not None and not e.calls_tools]
+    """The rows that have a completion."""
+    return [e for e in examples if e.completion is not None]
+
+
+def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
+    """Whether the template writes the calls of a last answer as text behind the generation prompt; so it is where none are."""
+    if not example.calls_tools:
+        return True
+    messages = example.messages or []
+    if isinstance(example.prompt, str):
+        return False
+    try:
+        answer = chat_tokenizer.answer(messages)
+    except ValueError:  # which reading the row says better
+        return True
+    calls = [call.get("function") or call for call in messages[-1]["tool_calls"]]
+    return answer.follows_prompt and all(str(call.get("name")) in answer.text for call in calls)
 
 
 def check_evaluation(
@@ -502,28 +543,52 @@ def check_evaluation(
     """
     sides = dict(zip(("student", "teacher"), tokenizers))
     reader = RowReader("the evaluation data", sides, answers=True, whole=whole, context=teacher_context)
-    measured, bad, digest = 0, {}, hashlib.sha256()
+    measured, unmeasured, bad, digest, formats = 0, [], {}, hashlib.sha256(), collections.Counter()
     for i in range(len(examples)):
         try:
-            if with_text_completion([e := examples[i]]):
+            formats[(e := examples[i]).format] += 1
+            if e.completion is not None and _writes_calls(tokenizers[0], e):
                 reader.read(i, e)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
                 measured += 1
+            else:
+                unmeasured.append(i)
         except ValueError as error:
             if on_bad_row == "error":
                 raise
             bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    notices = reader.notices()
+    notices = reader.notices() + format_notices(formats, "the evaluation data")
     if bad:
         first = _first_errors(bad.values())
         notices.append(
             f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
         )
-    if missing := len(examples) - measured - len(bad):
+    if unmeasured:
         notices.append(
-            f"{missing} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
+            f"{len(unmeasured)} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
         )
-    kept = [examples[i] for i in range(len(examples)) if i not in bad] if bad else examples
+    left_out = {*bad, *unmeasured}
+    kept = [examples[i] for i in range(len(examples)) if i not in left_out] if left_out else examples
     return kept, notices, digest.hexdigest()
+
+
+def check_evaluations(
+    examples: Sequence[Example] | Mapping[str, Sequence[Example]], sides: Sequence[ChatTokenizer], **options: Any
+) -> tuple[Sequence[Example] | dict[str, Sequence[Example]], list[str], str]:
+    """`check_evaluation` of one set of rows, or of several by their names, which lines and errors then begin with."""
+    if not isinstance(examples, Mapping):
+        rows, notices, digest = check_evaluation(examples, *sides, **options)
+        return rows, [*getattr(examples, "notices", ()), *notices], digest
+    found: dict[str, Sequence[Example]] = {}
+    lines, digests = [], []
+    for name, part in examples.items():
+        try:
+            found[name], notices, digest = check_evaluation(part, *sides, **options)
+        except ValueError as error:
+            raise ValueError(f"eval_dataset {excerpt(name)}: {error}") from error
+        said = [*getattr(part, "notices", ()), *notices]
+        lines += [f"eval_dataset {excerpt(name)}: {line}" for line in said]
+        digests.append(f"{name} {digest}")
+    return found, lines, ", ".join(digests)

@@ -15,6 +15,7 @@ from gold_jax.json_files import unique_keys
 from gold_jax.text.encode import utf8
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import refused_variables
+from gold_jax.wording import listed
 
 _CALL = '{"type": "function", "function": {"name": …, "arguments": {…}}}'
 _DEEPEST = 100  # levels of lists and dicts in a column
@@ -202,6 +203,30 @@ def without_fill(value: Any, feature: Any) -> Any:
     if inner is not None and isinstance(value, list):
         return [without_fill(item, inner) for item in value]
     return value
+
+
+def frame_rows(frame: Any) -> list[dict]:
+    """The rows of a pandas DataFrame; NaN, NaT and the like are null.
+
+    A list column of a Parquet file comes as numpy arrays. They become lists, in whose dicts nulls are left out as
+    `without_fill` does.
+    """
+
+    def plain(value: Any, filled: bool = False) -> Any:
+        if isinstance(value, np.ndarray):
+            return [plain(item, True) for item in value.tolist()]
+        if filled and isinstance(value, Mapping):
+            return {key: plain(item, True) for key, item in value.items() if item is not None}
+        return [plain(item, filled) for item in value] if filled and isinstance(value, list) else value
+
+    names, missing = [str(name) for name in frame.columns], frame.isna().to_numpy()
+    if len({*names}) < len(names):
+        raise ValueError(f"the DataFrame has two columns of one name among {listed(names, 12)}; rename one")
+    cells = zip(*(frame.iloc[:, k].tolist() for k in range(len(names))))
+    return [
+        {name: None if no else plain(value) for name, value, no in zip(names, row, nulls)}
+        for row, nulls in zip(cells, missing)
+    ]
 
 
 def _without_nulls(value: Mapping) -> dict:

@@ -3,14 +3,28 @@
 import contextlib
 import dataclasses
 import functools
+import glob
+import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gold_jax.quickstart import resolve_embedded
-from gold_jax.text.columns import check_texts, conversation_extras, messages_of, text_of, what_is_compared, without_fill
+from gold_jax.text.columns import (
+    check_texts,
+    conversation_extras,
+    describe_type,
+    frame_rows,
+    messages_of,
+    text_of,
+    what_is_compared,
+    without_fill,
+)
 from gold_jax.text.json_rows import JsonRows, read_json_rows
+from gold_jax.text.row_formats import check_renamed, read_columns
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
@@ -20,9 +34,11 @@ if TYPE_CHECKING:
 
 ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
-    "or `text`"
+    "`text`, `conversations` (ShareGPT), `instruction` with `output` (alpaca), `question` with `answer`, or `problem` with "
+    "`solution`; --columns says which columns stand for them, such as --columns prompt=query,completion=reply"
 )
 _BLOCK = 1000  # rows that are read at once
+FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -38,27 +54,32 @@ class Example:
     teacher_context: str | None = None  # text that only the teacher reads, before the prompt, see `with_context`
     #: The row's columns that hold something and that nothing reads.
     unread: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    answers: int = (
+        1  # of the assistant in the completion, which `sft` learns all; others read those before the last as prompt
+    )
+    format: str = dataclasses.field(default="", compare=False)  # one of `row_formats.FORMATS`; "" for TRL's own columns
 
     @property
     def fingerprint(self) -> bytes:
         """All that is learned from the row, the same for rows that are read alike."""
         learned = self.prompt, self.completion, self.messages, self.teacher_context
+        learned += (self.answers,) * (self.answers > 1)
         return repr(learned).encode("utf-8", "surrogatepass")
 
     def completion_for(self, chat_tokenizer: "ChatTokenizer") -> str:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
-        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer,
-        and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
+        That is more than `completion` where the template writes thinking, or an empty block for it, before an answer, or
+        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
         `ChatTokenizer.answer`.
         """
-        if isinstance(self.prompt, str) or not self.messages or self.calls_tools:
+        if isinstance(self.prompt, str) or not self.messages:
             return self.completion or ""
         return chat_tokenizer.answer(self.messages).text
 
     @property
     def calls_tools(self) -> bool:
-        """Whether the last answer calls tools. Every template writes calls its own way, so `completion` is without them."""
+        """Whether the last answer calls tools. Every template writes calls its own way: `completion_for` has them."""
         return bool(self.completion is not None and self.messages and self.messages[-1].get("tool_calls"))
 
 
@@ -70,21 +91,41 @@ def join_contexts(*contexts: str | None) -> str:
 class Examples(Sequence):
     """The rows of a data set as examples, converted when they are accessed.
 
-    `rows` is anything with a length whose items are dicts, `source` what messages call it, and `features` the columns'
-    types, as `datasets.Features`; None: those of the rows, if they say any.
+    `rows` is anything with a length whose items are dicts, `source` what messages call it, `features` the columns'
+    types, as `datasets.Features` (None: those of the rows, if they say any), and `renamed` as for `read_columns`.
+    ValueError where `renamed` names a column that the rows do not have.
     """
 
     def __init__(
-        self, rows, source: str, text_column: str = "text", features: Mapping | None = None, check_first: bool = True
+        self,
+        rows,
+        source: str,
+        text_column: str = "text",
+        features: Mapping | None = None,
+        check_first: bool = True,
+        renamed: Mapping[str, str | None] | None = None,
+        notices: Sequence[str] = (),
     ):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
         self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
-        self.source, self.text_column = source, text_column
+        self.source, self.text_column, self.renamed = source, text_column, dict(renamed or {})
         self.features = features or getattr(rows, "features", None)
+        self.notices = [*notices]  # lines about how the rows were read
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no rows")
+        if self.renamed:
+            check_renamed(self.renamed, self.features or self._first_columns(), source)
         if check_first:
             self[0]
+
+    def _first_columns(self) -> list[str]:
+        """The columns of the first rows, of those that can be read."""
+        found: dict[str, None] = {}
+        for index in range(min(len(self), FIRST_ROWS)):
+            with contextlib.suppress(ValueError):
+                row = self.rows[index]
+                found |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}
+        return list(found)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +143,13 @@ class Examples(Sequence):
         return self._convert(row, index)
 
     def _convert(self, row: Any, index: int) -> Example:
-        return example_of(index, self.source, self.text_column, self.features, row)
+        if isinstance(row, Example):  # of a mixture
+            return row
+        try:
+            return example_of(row, index, self.source, self.text_column, self.features, self.renamed)
+        except ValueError as error:
+            file = getattr(self.rows, "file_of", lambda _: "")(index)
+            raise ValueError(shortened(f"{error}{f' (it stands in {file})' if file else ''}")) from error
 
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
@@ -125,7 +172,7 @@ class Examples(Sequence):
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
-        return Examples(rows, self.source, self.text_column, self.features, check_first=False)
+        return Examples(rows, self.source, self.text_column, self.features, False, self.renamed, self.notices)
 
 
 def read_each(examples: Sequence[Example]) -> Iterator[tuple[int, Callable[[], Example]]]:
@@ -135,14 +182,18 @@ def read_each(examples: Sequence[Example]) -> Iterator[tuple[int, Callable[[], E
     return ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
 
 
-def example_of(index: int | str, source: str, text_column: str, features: Mapping | None, row: Any) -> Example:
+def example_of(
+    row: Any,
+    index: int | str,
+    source: str,
+    text_column: str,
+    features: Mapping | None,
+    renamed: Mapping[str, str | None] | None,
+) -> Example:
     """A row as it was read as an example, see `to_example`; `features` are the columns' types."""
     if features and isinstance(row, Mapping):
         row = {name: without_fill(value, features.get(name)) for name, value in row.items()}
-    try:
-        return to_example(row, index, source, text_column=text_column)
-    except ValueError as error:
-        raise ValueError(shortened(str(error))) from error
+    return to_example(row, index, source, text_column=text_column, renamed=renamed)
 
 
 def _read_block(rows: Any, numbers: range) -> Sequence | None:
@@ -163,12 +214,15 @@ def load_examples(
     text_column: str = "text",
     streaming_limit: int | None = None,
     check_first: bool = True,
+    renamed: Mapping[str, str | None] | None = None,
+    **files: Any,
 ) -> Examples:
     """Open a data set.
 
     Args:
         source: a hub id; `embedded:task`; the path of a .json, .jsonl or .parquet file or of a folder of them; a
-            `datasets.Dataset`, a `datasets.DatasetDict` (its `split` is taken), or a list of dicts.
+            `datasets.Dataset`, a `datasets.DatasetDict` (its `split` is taken), a pandas `DataFrame`, or dicts in a list
+            or any other iterable, which is read once.
         config: the configuration of a hub data set.
         split: which split, such as "train" or "train[:100]". A single file is a "train" split. Files in a folder whose
             names begin with a split's name (`test.jsonl`, `test-00000-of-00002.parquet`) are that split; if none does,
@@ -176,48 +230,85 @@ def load_examples(
         text_column: the column that stands for `text`, TRL's `dataset_text_field`.
         streaming_limit: how many rows to take of a `datasets.IterableDataset`, which has no length of its own.
         check_first: whether the first row is looked at here.
+        renamed: which column stands for another, such as `{"prompt": "question"}`, see `row_formats.read_columns`.
+        files: `data_files` and `data_dir`, as `datasets.load_dataset` takes them.
 
     Raises:
         FileNotFoundError: a path that does not exist, or a folder without such files.
         ValueError: an unknown kind of file, an unknown split, an empty data set, or a first row of none of the forms
             that `to_example` takes. Later rows are checked when they are accessed.
     """
+    options: dict[str, Any] = dict(check_first=check_first, renamed=renamed)
     if isinstance(source, (str, pathlib.Path)):
         name = f"the data set {str(source)!r}"
-        return Examples(_load(str(source), config, split), name, text_column, check_first=check_first)
+        return Examples(_load(str(source), config, split, files), name, text_column, **options)
     if isinstance(source, Mapping):
         if split not in source:
-            raise ValueError(f"the data set has no split {split!r}; it has {', '.join(map(str, source))}")
+            raise ValueError(f"the data set has no split {split!r}; it has {listed(list(map(str, source)), 12)}")
         source = source[split]
     if isinstance(source, Examples):
         return source
-    features = getattr(source, "features", None)
-    if not hasattr(source, "__len__"):
+    features, pandas = getattr(source, "features", None), sys.modules.get("pandas")
+    if pandas is not None and isinstance(source, pandas.DataFrame):
+        source = frame_rows(source)
+    elif not hasattr(source, "__len__") and hasattr(source, "take"):
         if streaming_limit is None:
             raise ValueError("a streamed data set has no length: pass a loaded one, or say how many rows to take of it")
         source = list(source.take(streaming_limit))
-    return Examples(source, "the data set", text_column, features, check_first)
+    elif not isinstance(source, Iterable):
+        raise ValueError(
+            f"the data set is {describe_type(source)}; pass a name, a datasets.Dataset, or dicts in a list"
+        )
+    elif not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+        source = list(source)
+        options["notices"] = [
+            f"the data set was read from an iterator, once: {len(source):,} rows, which stay in memory"
+        ]
+    return Examples(source, "the data set", text_column, features, **options)
 
 
-def _load(name: str, config: str | None, split: str):
+def _load(name: str, config: str | None, split: str, given: Mapping[str, Any]):
     import datasets
 
-    if (found := local_files(name, split)) is None:
+    if (found := local_files(name, split, given)) is None:
         with hub_errors(name):
-            return _from_hub(name, config, split)
+            return _from_hub(name, config, split, {key: value for key, value in given.items() if value})
     kind, files = found
     if kind == "json":
-        return _of_split(read_json_rows(list(files.values())), split)
+        return _of_split(read_json_rows(files), split)
     try:
-        data_files = {"train": [str(p) for p in files.values()]}
-        return datasets.load_dataset(kind, data_files=data_files, split=split.replace(split.split("[")[0], "train", 1))
+        from pyarrow.parquet import read_schema
+
+        # Files of unlike columns are read each by its own: a column that one lacks is null in its rows.
+        groups = [list(group) for _, group in itertools.groupby(files, lambda p: read_schema(p).remove_metadata())]
+        read = functools.partial(datasets.load_dataset, "parquet", split="train")
+        parts = [read(data_files={"train": [str(p) for p in group]}) for group in groups]
     except Exception as error:  # the builder wraps what its readers raise
-        names, reason = listed(list(files), 3), error.__cause__ or error
+        names, reason = listed([p.name for p in files], 3), error.__cause__ or error
         raise ValueError(f"{names} of {name!r} cannot be read as {kind}: {shortened(str(reason))}") from error
+    if len(parts) == 1:
+        return _of_split(parts[0], split)
+    names = [listed([p.name for p in group], 3) for group in groups]
+    return _of_split(JsonRows([_Unfilled(part) for part in parts], names=names), split)
+
+
+class _Unfilled(Sequence):
+    """The rows of a `datasets.Dataset` without the nulls that Arrow fills in."""
+
+    def __init__(self, rows: Any):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return {name: without_fill(value, self._rows.features[name]) for name, value in self._rows[index].items()}
 
 
 @contextlib.contextmanager
-def hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Generator[None]:
     """What goes wrong with a data set of the hub, in words."""
     import datasets.exceptions
 
@@ -225,21 +316,35 @@ def hub_errors(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{name!r} is neither a file, a folder, nor a data set of the hub: {error}") from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"there is no file or folder {name!r} here, and the hub, where a data set may have that name, cannot be "
+            f"reached: {shortened(str(error))}"
+        ) from error
     except (ValueError, datasets.exceptions.DatasetsError) as error:  # no such split or configuration, broken files
         raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
 
 
-def local_files(name: str, split: str) -> tuple[str, dict[str, pathlib.Path]] | None:
-    """The kind and the files of a split, by their names; None where the name is one of the hub."""
+def local_files(
+    name: str, split: str, given: Mapping[str, Any] = MappingProxyType({})
+) -> tuple[str, list[pathlib.Path]] | None:
+    """The kind and the files of a split; None where the name is one of the hub."""
     if len(name) > 4096:
         raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
     path = pathlib.Path(resolve_embedded(name)).expanduser()
     base = split.split("[")[0]
-    if not path.exists():
+    given = {key: value for key, value in given.items() if value}
+    if "data_dir" in given and path.is_dir():
+        path = path / given["data_dir"]
+    named = given.get("data_files") if path.is_dir() or name in _FORMATS.values() else None
+    if not path.exists() and not named:
         if path.suffix in _FORMATS or name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"there is no file or folder {name!r}")
         return None
-    files = _files_in(path, name, base) if path.is_dir() else [path]
+    if named:
+        files = _named_files(path if path.is_dir() else pathlib.Path(), named, base)
+    else:
+        files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
     if kind is None or not all(p.is_file() for p in files):
         raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
@@ -250,7 +355,7 @@ def local_files(name: str, split: str) -> tuple[str, dict[str, pathlib.Path]] | 
             f"the file {name!r} holds the split 'train' alone; the rows of {base!r} need a file of their own (in training, "
             "--eval_dataset_name)"
         )
-    return kind, {p.name: p for p in files}
+    return kind, files
 
 
 def hub_files(name: str, config: str | None, split: str) -> tuple[str | None, dict[str, str]]:
@@ -286,17 +391,17 @@ def _of_split(rows: Any, split: str):
     return rows.select([i for part in parts for i in range(len(rows))[part.from_ : part.to]])
 
 
-def _from_hub(name: str, config: str | None, split: str):
+def _from_hub(name: str, config: str | None, split: str, named: Mapping[str, Any] = MappingProxyType({})):
     """A data set of the hub. JSON and CSV files in it are read here: `datasets` guesses what their texts may be."""
     import datasets
     import pandas as pd
     from datasets.packaged_modules.csv.csv import Csv
     from datasets.packaged_modules.json.json import Json
 
-    builder: Any = datasets.load_dataset_builder(name, config)
+    builder: Any = datasets.load_dataset_builder(name, config, **named)
     given, bases = builder.config.data_files or {}, {part.split("[")[0].strip() for part in split.split("+")}
     if not given or not isinstance(builder, Json | Csv) or getattr(builder.config, "field", None):
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, **named)
     if len(bases) > 1:
         raise ValueError(
             f"the split {split!r} of {name!r} joins several, and files of JSON or CSV are read one split at a time"
@@ -316,6 +421,19 @@ def _from_hub(name: str, config: str | None, split: str):
     return _of_split(datasets.concatenate_datasets(tables), split)
 
 
+def _named_files(folder: pathlib.Path, named: Any, split: str) -> list[pathlib.Path]:
+    """The files that `data_files` names: patterns within a folder, for each split or for "train"."""
+    patterns = named.get(split) if isinstance(named, Mapping) else named if split == "train" else None
+    if not patterns:
+        raise ValueError(f"data_files {named!r} names no file for the split {split!r}")
+    found = [
+        sorted(glob.glob(str(folder / pattern))) for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+    ]
+    if not all(found):
+        raise FileNotFoundError(f"there is no file {patterns!r} in {str(folder)!r}")
+    return [pathlib.Path(path) for path in dict.fromkeys(itertools.chain(*found))]
+
+
 def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
     """The files of a split in a folder."""
     files = sorted(p for p in folder.iterdir() if p.suffix in _FORMATS and p.is_file())
@@ -328,12 +446,15 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
     return named or files
 
 
-def to_example(row, index: int | str, source: str, *, text_column: str = "text") -> Example:
+def to_example(
+    row, index: int | str, source: str, *, text_column: str = "text", renamed: Mapping[str, str | None] | None = None
+) -> Example:
     """One row as an example.
 
     The forms: `messages` (a list of {role, content}; a last message that is not an assistant's makes it a prompt
     alone); `prompt` and `completion`, each a text or a list of messages; `prompt` alone; `text`, which is a completion
-    of an empty prompt. They are looked for in this order.
+    of an empty prompt; and those of other projects, which are read as messages. Which one it is, and what `renamed` does,
+    says `row_formats.read_columns`.
 
     Beside them a row may have `tools` (a list of JSON schemas) and `chat_template_kwargs` (template variables of this
     row), each also as a string of JSON, which go with messages (a `text` is whole, so that it passes them over), and
@@ -347,45 +468,42 @@ def to_example(row, index: int | str, source: str, *, text_column: str = "text")
     where = f"row {index} of {source}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
-    forms = ("messages", "prompt", text_column)
-    form = next((name for name in forms if row.get(name) is not None), None)
+    try:
+        columns, form, format, read = read_columns(row, text_column, renamed)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
     if form is None:
-        empty = ", ".join(name for name in forms if name in row)
+        empty = ", ".join(name for name in ("messages", "prompt", text_column) if name in row)
         hint = f" ({empty} is there but null)" if empty else ""
-        sharegpt = (
-            "; write `conversations` as `messages`: {from: human, value} is {role: user, content}, gpt is assistant"
-        )
-        instead = f"{ACCEPTED}{sharegpt if 'conversations' in row else ''}"
-        raise ValueError(
-            f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}; accepted are {instead}"
-        )
-    if compared := what_is_compared(row):
+        has = f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}"
+        raise ValueError(f"{has}; accepted are {ACCEPTED}")
+    if compared := what_is_compared(columns):
         raise ValueError(f"{where} has {compared}")
-    read = {form, "teacher_context"} | ({"completion"} if form == "prompt" else set())
-    read |= {"tools", "chat_template_kwargs"} if form != text_column else set()
     try:
         for name in read & row.keys():
             check_texts(row[name], name)
-        context = row.get("teacher_context")
+        context = columns.get("teacher_context")
         context = None if context is None else text_of(context, "'teacher_context'", "text or null") or None
-        if form == text_column:
-            prompt, completion, messages, extras = "", text_of(row[form], repr(form)), None, {}
+        if form in ("messages", "prompt"):
+            prompt, completion, messages = _conversation(columns) if form == "messages" else _prompt(columns)
+            extras = conversation_extras(columns)
         else:
-            prompt, completion, messages = _conversation(row) if form == "messages" else _prompt(row)
-            extras = conversation_extras(row)
+            prompt, completion, messages, extras = "", text_of(columns[form], repr(form)), None, {}
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     if extras:
         if isinstance(prompt, str) and messages is None:
-            columns = ", ".join(c for c in ("tools", "chat_template_kwargs") if row.get(c) is not None)
+            names = ", ".join(c for c in ("tools", "chat_template_kwargs") if columns.get(c) is not None)
             raise ValueError(
-                f"{where} has {columns} for the chat template, but its 'prompt' is text, which no template is applied to: make "
+                f"{where} has {names} for the chat template, but its 'prompt' is text, which no template is applied to: make "
                 'it a list of messages, [{"role": "user", "content": …}], or leave the column out'
             )
         read_by: Any = prompt, messages
         prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in read_by)
     unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
-    return Example(prompt, completion, messages, context, unread)
+    said: Any = columns.get("completion") if form == "prompt" else None
+    answers = sum(m.get("role") == "assistant" for m in said) if isinstance(said, list) else 1
+    return Example(prompt, completion, messages, context, unread, answers, format)
 
 
 def _conversation(row: Mapping) -> tuple[str | list[dict], str | None, list[dict] | None]:

@@ -34,38 +34,48 @@ def read_json_rows(paths: Sequence[str | os.PathLike], names: Sequence[str] | No
     if not paths:
         raise ValueError("there is no file to read rows from")
     files, hold = [pathlib.Path(path) for path in paths], len(paths) <= _MOST_HELD
-    return JsonRows([_open(file, name, hold) for file, name in zip(files, names or [file.name for file in files])])
+    names = names or [file.name for file in files]
+    return JsonRows([_open(file, name, hold) for file, name in zip(files, names)], names=names)
 
 
 def read_json_lines(path: str, name: str, first: int = 0) -> Iterator[Any]:
-    """The rows of a file of JSON lines, a path or an address, from a row on, as they are read.
+    """The rows of a file of JSON lines, a path or an address, from a row on; for a line that cannot be read its ValueError.
 
-    ValueError where a line cannot be read, after which the next one comes, or the file holds an array.
+    ValueError where the file holds an array.
     """
-    return map(lambda line: _parse(line[1], name, line[0]), itertools.islice(_filled_lines(path, name), first, None))
-
-
-def _filled_lines(path: str, name: str) -> Iterator[tuple[int, bytes]]:
     import fsspec
 
     with fsspec.open(path, "rb", compression="infer") as file:
-        for number, line in enumerate(file, 1):
-            if number == 1 and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+        filled = ((number, line) for number, line in enumerate(file, 1) if line.strip())
+        for k, (number, line) in enumerate(filled):
+            if not k and line.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
                 raise ValueError(f"{name} is a JSON array, which is read whole: write it as JSON lines to stream it")
-            if line.strip():
-                yield number, line
+            if k >= first:
+                try:
+                    row = _parse(line, name, number)
+                except ValueError as error:
+                    row = error
+                yield row
 
 
 class JsonRows(Sequence):
-    """The rows of `files` (sequences of them), or those with the numbers `index` of them."""
+    """The rows of `files` (sequences of them, called by `names`), or those with the numbers `index` of them."""
 
-    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None):
-        self._files, self._ends = files, list(itertools.accumulate(map(len, files)))
+    def __init__(self, files: Sequence[Sequence], index: Sequence[int] | None = None, names: Sequence[str] = ()):
+        self._files, self._ends, self._names = files, list(itertools.accumulate(map(len, files))), names
         self._index = range(self._ends[-1]) if index is None else index
 
     def select(self, index: Sequence[int]) -> "JsonRows":
         """Some of the rows, by their numbers here."""
-        return JsonRows(self._files, [self._index[i] for i in index])
+        return JsonRows(self._files, [self._index[i] for i in index], self._names)
+
+    def file_of(self, index: int) -> str:
+        """The name of the file of a row, where there are several; else ""."""
+        return (
+            self._names[int(np.searchsorted(self._ends, self._index[index], side="right"))]
+            if len(self._names) > 1
+            else ""
+        )
 
     def __len__(self) -> int:
         return len(self._index)
@@ -77,10 +87,13 @@ class JsonRows(Sequence):
         file = int(np.searchsorted(self._ends, number, side="right"))
         return self._files[file][number - (self._ends[file - 1] if file else 0)]
 
-    def digest(self) -> str:
-        """Of all that the rows are read from, in hexadecimal; a file must stay as it is while it is read."""
-        digest = hashlib.sha256(repr(self._index if isinstance(self._index, range) else [*self._index]).encode())
+    def digest(self) -> str | None:
+        """Of all that the rows are read from, in hexadecimal; None where some are not of files that are read here."""
+        index = self._index if isinstance(self._index, range) else [*self._index]
+        digest = hashlib.sha256(repr((index, *self._names)).encode())
         for file in self._files:
+            if not isinstance(file, _Lines | list):
+                return None
             digest.update(file.digest if isinstance(file, _Lines) else repr(file).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
@@ -181,6 +194,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
         raise ValueError(f"{place} cannot be read as json: it is nested too deeply") from None
     except json.JSONDecodeError as error:
         place = f"line {line or error.lineno} of {name} cannot be read as json: {error.msg.removesuffix(' at')}"
-        raise ValueError(f"{place} at character {error.colno} ({excerpt(error.doc, error.pos)})") from None
+        at = error.colno if line is None else error.pos + 1
+        raise ValueError(f"{place} at character {at} ({excerpt(error.doc, error.pos)})") from None
     except ValueError as error:  # a key twice, a number of thousands of digits
         raise ValueError(f"{place} cannot be read as json: {error}") from None

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import pathlib
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -17,21 +17,26 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.checks import RowChecker
-from gold_jax.text.data import Example, Examples, example_of, hub_errors, hub_files, local_files
+from gold_jax.text.data import FIRST_ROWS, Example, example_of, hub_errors, hub_files, local_files
 from gold_jax.text.json_rows import read_json_lines
+from gold_jax.text.row_formats import check_renamed
 
 WINDOW = 1000  # rows that are shuffled among each other
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStream:
-    """Rows that are read from their beginning on: `shards` give those of each from a number on, by name."""
+    """Rows that are read from their beginning on: `shards` give those of each from a number on, by name.
+
+    A ValueError among the rows stands for one that cannot be read.
+    """
 
     shards: Mapping[str, Callable[[int], Iterator[Any]]]
     source: str  # what errors call the data
     digest: str  # of what the shards are read from
     text_column: str = "text"
     features: Mapping | None = None
+    renamed: Mapping[str, str | None] | None = None
 
     def rows(
         self, order: list[int], shard: int = 0, row: int = 0
@@ -40,69 +45,74 @@ class RowStream:
         names = list(self.shards)
         for k in range(shard, len(order)):
             name, first = names[order[k]], row if k == shard else 0
-            rows = self.shards[name](first)
-            for number in itertools.count(first):
-                label = f"{number} of {name}"
-                read = functools.partial(example_of, label, self.source, self.text_column, self.features)
-                try:
-                    yield k, number, label, functools.partial(read, next(rows))
-                except StopIteration:
-                    break
-                except ValueError as error:
-                    said = f"row {label} of {self.source}: {error}"
-                    if not isinstance(rows, map):  # what has raised gives no more rows
-                        raise ValueError(said) from error
-                    yield k, number, label, functools.partial(_fail, said)
+            try:
+                for number, read in enumerate(self.shards[name](first), first):
+                    label = f"{number} of {name}"
+                    yield k, number, label, functools.partial(self._example, read, label)
+            except ValueError as error:
+                raise ValueError(f"{name} of {self.source}: {error}") from error
 
-    def first(self, count: int | None) -> Examples:
-        """The first rows, or all, as a data set."""
-        found = (row for open_shard in self.shards.values() for row in open_shard(0))
-        return Examples(list(itertools.islice(found, count)), self.source, self.text_column, self.features)
-
-
-def _fail(error: str) -> Example:
-    raise ValueError(error)
+    def _example(self, row: Any, label: str) -> Example:
+        if isinstance(row, ValueError):
+            raise ValueError(f"row {label} of {self.source}: {row}")
+        return example_of(row, label, self.source, self.text_column, self.features, self.renamed)
 
 
 def open_stream(
-    source: Any, *, config: str | None = None, split: str = "train", text_column: str = "text"
+    source: Any,
+    *,
+    config: str | None = None,
+    split: str = "train",
+    text_column: str = "text",
+    renamed: Mapping[str, str | None] | None = None,
 ) -> RowStream:
     """Opens a data set that is streamed: a name as `load_examples` takes it, or a `datasets.IterableDataset`.
 
     FileNotFoundError, ValueError: as `load_examples`, or it cannot be streamed.
     """
+    found = dataclasses.replace(_open(source, config, split), text_column=text_column, renamed=renamed)
+    if renamed:
+        rows = itertools.chain.from_iterable(read(0) for read in found.shards.values())
+        first = (row for row in itertools.islice(rows, FIRST_ROWS) if isinstance(row, Mapping))
+        check_renamed(renamed, found.features or dict.fromkeys(itertools.chain(*first)), found.source)
+    return found
+
+
+def _open(source: Any, config: str | None, split: str) -> RowStream:
     import datasets
 
     if not isinstance(source, str):
-        return _of_dataset(source, "the data set", [], text_column)
+        return _of_dataset(source, "the data set", [])
     where = f"the data set {source!r}"
     if {"[", "+"} & set(split):
         raise ValueError(f"a part of a split, {split!r}, cannot be streamed; name a whole split, or do not stream it")
-    kind, files = local_files(source, split) or hub_files(source, config, split)
-    described = [config, split, *map(_describe, files.items())]
+    if (local := local_files(source, split)) is None:
+        kind, files = hub_files(source, config, split)
+    else:
+        kind, files = local[0], {path.name: str(path) for path in local[1]}
+    described = [
+        config,
+        split,
+        *(name if local is None else f"{name} {os.path.getsize(files[name])}" for name in files),
+    ]
     if kind == "json":
-        shards = {name: functools.partial(read_json_lines, str(path), name) for name, path in files.items()}
-        return RowStream(shards, where, _digest(described), text_column)
+        shards = {name: functools.partial(read_json_lines, path, name) for name, path in files.items()}
+        return RowStream(shards, where, _digest(described))
     options: dict[str, Any] = dict(path=source, name=config, split=split)
     if files:
-        options = dict(path=kind, data_files={"train": [str(path) for path in files.values()]}, split="train")
+        options = dict(path=kind, data_files={"train": list(files.values())}, split="train")
     with hub_errors(source):
-        return _of_dataset(datasets.load_dataset(**options, streaming=True), where, described, text_column)
+        return _of_dataset(datasets.load_dataset(**options, streaming=True), where, described)
 
 
-def _of_dataset(source: Any, where: str, described: list, text_column: str) -> RowStream:
+def _of_dataset(source: Any, where: str, described: list) -> RowStream:
     count = source.num_shards
 
     def read(shard: int, row: int) -> Iterator[Any]:
         return iter(source.shard(count, shard).skip(row))
 
     shards = {f"shard {k}": functools.partial(read, k) for k in range(count)}
-    return RowStream(shards, where, _digest([*described, count]), text_column, source.features)
-
-
-def _describe(file: tuple[str, Any]) -> str:
-    name, path = file
-    return f"{name} {pathlib.Path(path).stat().st_size}" if "://" not in str(path) else name
+    return RowStream(shards, where, _digest([*described, count]), features=source.features)
 
 
 def _digest(parts: list) -> str:
@@ -131,6 +141,10 @@ class StreamOrder:
         self._at: int | None = None  # the update that the next rows are of
         self._said: set[str] = set()
         self.restart()
+
+    def describe(self) -> str:
+        """What updates learn from, in words."""
+        return f"a stream of {len(self.stream.shards)} shards"
 
     def restart(self) -> None:
         """Begins with the first update."""

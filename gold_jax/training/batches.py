@@ -12,7 +12,8 @@ import numpy as np
 from gold_jax.bucketing import ShapeSet
 from gold_jax.loss_spec import LossSpec
 from gold_jax.rollout.agreement import logprob_difference
-from gold_jax.rollout.engine import Engine
+from gold_jax.rollout.client import ServerError
+from gold_jax.rollout.engine import Engine, Sampled
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.text import batch as text_batch
@@ -22,6 +23,7 @@ from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
+from gold_jax.training.rollout_buffer import Rollout, Rollouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,10 @@ class RowOrder:
     def steps_per_epoch(self) -> int:
         """Updates that go through all rows once."""
         return math.ceil(len(self.rows) / self.per_step)
+
+    def describe(self) -> str:
+        """What updates learn from, in words."""
+        return f"{len(self.rows)} rows"
 
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""
@@ -58,6 +64,7 @@ class UpdateBatch:
     samples: list[tuple[str | list[dict], str]] = dataclasses.field(default_factory=list)
     counted: int = 1  # groups or tokens that the loss has, of all processes; 0: there is nothing to learn
     shapes: Sequence[Sequence[int]] = ()  # that the run's batches are padded to, these ones' among them
+    drawn: Rollouts = dataclasses.field(default_factory=dict)  # for later updates
 
 
 class Evaluation(NamedTuple):
@@ -95,12 +102,27 @@ def _evaluation(batches: list, labels: Mapping[int, Any], count: int, rows: int,
     return Evaluation(batches, text, int(sizes.sum()), np.flatnonzero(whole == 0).tolist())
 
 
+class _UpdateRows(NamedTuple):
+    """The rows of one update."""
+
+    examples: list[Example]  # each as often as it is answered
+    on_policy: np.ndarray  # bool, which of them the student answers
+    local_rows: list[int]  # the numbers of those that this process makes
+    prompt_ids: dict[int, np.ndarray]  # the student's prompts of these
+
+    @property
+    def of_student(self) -> list[int]:
+        """The numbers of those that the student answers, in all processes."""
+        return np.flatnonzero(self.on_policy).tolist()
+
+
 @dataclasses.dataclass
 class DistillationBatchBuilder:
     """Batches of on-policy distillation: a share λ of the micro-batches is written by the student.
 
     The others come from the data set or are written by the teacher. An update's completions are sampled together,
-    however it is split into micro-batches. All processes sample together, including rows of other processes.
+    however it is split into micro-batches, with `rollout_batches` those of several updates. All processes sample together,
+    including rows of other processes.
     """
 
     student: ChatTokenizer
@@ -118,6 +140,8 @@ class DistillationBatchBuilder:
     seed: int = 0
     generation_batch_size: int = 32  # rows that are sampled at once
     rollout_quantization: str = "none"  # of the student's weights as the built-in sampler reads them
+    rollout_batches: int = 1  # updates whose completions of the student's are drawn together
+    importance_weights: bool = False  # whether batches tell what completions were drawn with
     teacher_model: Any = None  # its graph and parameters, where it writes
     teacher_context: str | None = None  # a text that the teacher alone reads, before what a row may have of its own
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
@@ -125,83 +149,129 @@ class DistillationBatchBuilder:
     process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
 
     @annotate(BATCHES)
-    def build(self, step: int, examples: Sequence[Example], params: Any, shapes: Iterable = ()) -> UpdateBatch:
-        """The batch of an update, given its rows, the student's current parameters, and the shapes of the run so far."""
-        examples = [e for e in examples for _ in range(self.num_generations)]
-        chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
-        on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
-        local_rows = self.process_shard.local_rows(len(examples), self.batch_size)
-        key = jax.random.fold_in(jax.random.key(self.seed), step)
-        model = (self.student_graph, params)
-        student_rows = np.flatnonzero(on_policy).tolist()
-        if student_rows and self.engine is not None:
-            with annotate(SAMPLER):
-                self.engine.sync(model, step)
-        with annotate(ENCODING):  # a prompt that is answered several times is encoded once
-            distinct = {id(examples[i]): examples[i].prompt for i in local_rows}
-            encoded = dict(zip(distinct, self.student.encode_prompts([*distinct.values()])))
-        prompt_ids = {i: encoded[id(examples[i])] for i in local_rows}
+    def build(
+        self,
+        step: int,
+        examples: Sequence[Example],
+        params: Any,
+        shapes: Iterable = (),
+        drawn: Rollouts | None = None,
+        later: Mapping[int, Sequence[Example]] | None = None,
+    ) -> UpdateBatch:
+        """The batch of an update, given its rows, the student's current parameters, and the shapes of the run so far.
+
+        `drawn` are completions that earlier updates drew; where this one's are not among them they are drawn now, with
+        those of the `later` updates whose rows are given.
+        """
+        rows, drawn, difference = self._rows(step, examples), dict(drawn or {}), None
+        is_fresh = step not in drawn
+        if is_fresh:
+            updates = {step: rows} | {t: self._rows(t, more, True) for t, more in (later or {}).items()}
+            found, difference = self._draw((self.student_graph, params), step, updates)
+            drawn |= found
+        examples, on_policy, local_rows, prompt_ids = rows
         others = {i: examples[i] for i in local_rows if not on_policy[i]}
         if self.teacher_model is None:
             with annotate(ENCODING):
                 given = {id(example): example for example in others.values()}
                 given = {number: example.completion_for(self.student) for number, example in given.items()}
-        sampled, difference = {}, None
+        rollouts = dict(zip(rows.of_student, drawn.pop(step), strict=True))
         prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
-        if student_rows:
-            engine = self.engine or SamplingEngine(self._rows_at_once(student_rows), self.rollout_quantization)
-            sampled, difference = self._sample(model, self.student, prompts, prompt_ids, student_rows, key, engine)
+        with annotate(SAMPLER):
+            sampled = {i: completion_from_ids(self.student, rollouts[i].ids, after=p) for i, p in prompts.items()}
         completions = sampled
         if self.teacher_model is None:
             completions = sampled | {i: given[id(example)] for i, example in others.items()}
         elif teacher_rows := np.flatnonzero(~on_policy).tolist():
-            completions = sampled | self._by_teacher(others, teacher_rows, jax.random.fold_in(key, 1))
-        shape_set = ShapeSet(self.length_buckets, shapes)
-        _, rows, batches = self._batches(examples, completions, self.batch_size, prompt_ids, shape_set)
-        stats, counted = self._describe(rows, sampled)
+            key = jax.random.fold_in(self._key(step), 1)
+            completions = sampled | self._by_teacher(others, teacher_rows, key)
+        shape_set, behavior = ShapeSet(self.length_buckets, shapes), None
+        if self.importance_weights:  # what was drawn just now has the weights of now
+            behavior = {} if is_fresh else {i: tuple(rollouts[i]) for i in sampled}
+        _, aligned, batches = self._batches(examples, completions, self.batch_size, prompt_ids, shape_set, behavior)
+        stats, counted = self._describe(aligned, sampled)
         stats["on_policy"] = float(on_policy.mean())
         if difference is not None:
             stats["sampling_logp_difference"] = difference
         samples = [(examples[i].prompt, d.text) for i, d in sampled.items()]
-        return UpdateBatch(batches, stats, samples, counted, shape_set.shapes)
+        return UpdateBatch(batches, stats, samples, counted, shape_set.shapes, drawn)
+
+    def _key(self, step: int) -> jax.Array:
+        """The key of all that an update draws."""
+        return jax.random.fold_in(jax.random.key(self.seed), step)
+
+    def _rows(self, step: int, examples: Sequence[Example], to_draw: bool = False) -> _UpdateRows:
+        """The rows of an update; `to_draw`: prompts of those alone that the student answers."""
+        examples = [e for e in examples for _ in range(self.num_generations)]
+        chosen = np.random.default_rng((self.seed, step, 1)).random(self.micro_batches) < self.lmbda
+        on_policy = np.repeat(chosen, self.batch_size)[: len(examples)]
+        local_rows = self.process_shard.local_rows(len(examples), self.batch_size)
+        with annotate(ENCODING):  # a prompt that is answered several times is encoded once
+            wanted = [i for i in local_rows if on_policy[i] or not to_draw]
+            distinct = {id(examples[i]): examples[i].prompt for i in wanted}
+            encoded = dict(zip(distinct, self.student.encode_prompts([*distinct.values()])))
+        return _UpdateRows(examples, on_policy, local_rows, {i: encoded[id(examples[i])] for i in wanted})
+
+    def _draw(self, model, step: int, updates: Mapping[int, _UpdateRows]) -> tuple[Rollouts, float | None]:
+        """What the student, as it stands at an update, writes for these updates.
+
+        What a row draws is the same whichever updates are drawn together. Also how far the log-probabilities of what was
+        drawn differ from the student's own, where other weights than its own wrote it.
+        """
+        wanted = {t: rows.of_student for t, rows in updates.items()}
+        if not (count := sum(map(len, wanted.values()))):
+            return {t: [] for t in updates}, None
+        engine = self.engine
+        if engine is not None:
+            with annotate(SAMPLER):
+                engine.sync(model, step)
+        else:
+            rows = sampling_rows(count, self.batch_size, self.generation_batch_size)
+            engine = SamplingEngine(rows, self.rollout_quantization, self.importance_weights)
+        key = self._key(step)
+        if self.rollout_batches > 1:
+            folded = jax.vmap(jax.random.fold_in, (None, 0))
+            key = jax.numpy.concatenate([folded(self._key(t), np.arange(len(i))) for t, i in wanted.items()])
+        ids = [(wanted[t], rows.prompt_ids) for t, rows in updates.items()]
+        sampled, difference = self._sample(model, self.student, ids, key, engine)
+        drawn = iter([Rollout(d.ids, self._logprobs(d)) for d in sampled])
+        return {t: [next(drawn) for _ in numbers] for t, numbers in wanted.items()}, difference
+
+    def _logprobs(self, drawn: Sampled) -> np.ndarray:
+        """Log-probabilities at the sampling temperature, of a server's completions (temperature 1) as it tells them."""
+        found = drawn.logprobs if drawn.sampling_logprobs is None else drawn.sampling_logprobs
+        if self.importance_weights and np.isnan(found[:-1]).any():  # that of a stop token is not told by all
+            without = "importance weights need; --rollout_importance_cap 0 goes without them"
+            raise ServerError(f"{self.engine.client.base_url} does not tell the log-probabilities that {without}.")
+        return found
 
     @annotate(SAMPLER)
     def _sample(
-        self,
-        model,
-        tokenizer: ChatTokenizer,
-        prompts: Mapping,
-        ids: Mapping,
-        wanted: Sequence[int],
-        key,
-        engine: Engine,
-    ) -> tuple[dict[int, SampledCompletion], float | None]:
-        """Completions of the rows `wanted`, of which this process has the prompts given and gets the completions of these.
+        self, model, tokenizer: ChatTokenizer, rows: Sequence[tuple[Sequence[int], Mapping]], key, engine: Engine
+    ) -> tuple[list[Sampled], float | None]:
+        """Completions of rows, for each update their numbers and the prompts of those that this process makes.
 
         Also, where other weights than the model's wrote them, how far the log-probabilities of what was drawn differ.
         """
-        prompt_ids = self.process_shard.gather_token_ids(wanted, ids, self.batch_size)
+        gathered = [self.process_shard.gather_token_ids(*one, self.batch_size) for one in rows]
+        prompt_ids = [ids for one in gathered for ids in one]
         options = dict(self.sampling, stop_ids=tokenizer.stop_ids)
         drawn = engine.generate(model, prompt_ids, key=key, **options)
         if isinstance(engine, SamplingEngine):
             rounded = engine.quantization != "none"
-            difference = logprob_difference(model, prompt_ids, drawn, self.max_length) if rounded else None
-        else:
-            difference = engine.difference
-        sampled = dict(zip(wanted, drawn))
-        found = {i: completion_from_ids(tokenizer, sampled[i].ids, after=prompts[i]) for i in wanted if i in prompts}
-        return found, difference
-
-    def _rows_at_once(self, wanted: Sequence[int]) -> int:
-        return sampling_rows(len(wanted), self.batch_size, self.generation_batch_size)
+            return drawn, logprob_difference(model, prompt_ids, drawn, self.max_length) if rounded else None
+        return drawn, engine.difference
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
         prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
         with annotate(ENCODING):
             ids = dict(zip(prompts, self.teacher.encode_prompts([*prompts.values()])))
-        engine = SamplingEngine(self._rows_at_once(wanted))
-        sampled, _ = self._sample(self.teacher_model, self.teacher, prompts, ids, wanted, key, engine)
+        engine = SamplingEngine(sampling_rows(len(wanted), self.batch_size, self.generation_batch_size))
+        drawn, _ = self._sample(self.teacher_model, self.teacher, [(wanted, ids)], key, engine)
+        drawn = dict(zip(wanted, drawn))
+        with annotate(SAMPLER):
+            sampled = {i: completion_from_ids(self.teacher, drawn[i].ids, after=p) for i, p in prompts.items()}
         with annotate(ENCODING):
             texts, after = [sampled[i].text for i in examples], [e.prompt for e in examples.values()]
             read = dict(zip(examples, self.student.encode_completions(texts, after=after)))
@@ -224,7 +294,13 @@ class DistillationBatchBuilder:
         return _evaluation(batches, text, len(examples), rows, self.process_shard)
 
     def _batches(
-        self, examples: Sequence[Example], completions: Mapping, batch_size: int, prompt_ids=None, shapes=None
+        self,
+        examples: Sequence[Example],
+        completions: Mapping,
+        batch_size: int,
+        prompt_ids=None,
+        shapes=None,
+        drawn=None,
     ):
         """The rows that are made here, encoded and aligned, and the micro-batches of all."""
         numbers, spec = self.process_shard.local_rows(len(examples), batch_size), self.spec
@@ -234,7 +310,7 @@ class DistillationBatchBuilder:
         given = [rows.get(i) for i in range(len(examples))]
         options = dict(merge=spec.merge, groups=self._groups, text=spec.of_text, normalization=spec.normalization)
         options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
-        options |= dict(shapes=shapes, process_shard=self.process_shard)
+        options |= dict(shapes=shapes, process_shard=self.process_shard, drawn=drawn)
         batches = text_batch.build_batches(given, batch_size, **options)
         return dict(zip(numbers, encoded)), rows, batches
 
@@ -352,6 +428,10 @@ class TokenBatchBuilder:
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""
         if self.counted != "completion" and example.messages:
             ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length)
+            text = None
+        elif example.answers > 1 and example.messages:
+            before = sum(message.get("role") == "assistant" for message in example.messages) - example.answers
+            ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length, skip=before)
             text = None
         else:
             prompt = self.chat_tokenizer.encode_prompt(example.prompt, limit=max_length)

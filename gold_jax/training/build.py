@@ -1,11 +1,13 @@
 """From settings and models to all that an update needs, for trainers and, with abstract models, for `gold_jax.plan`."""
 
+import math
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -14,7 +16,10 @@ from gold_jax.distributed import consensus
 from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
-from gold_jax.models.functional import Params, commit, split
+from gold_jax.losses.importance import ImportanceSampling
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import Params, commit, count, split
+from gold_jax.rollout.sampler import bytes_per_row, default_rows
 from gold_jax.rollout.server import ServerEngine
 from gold_jax.sharding.axes import mesh_sizes
 from gold_jax.sharding.placement import Placement, make_mesh
@@ -94,7 +99,11 @@ def build_run(
     match = match or match_pair(args, student, teacher)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
-    objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
+    importance = None
+    if args.rollout_batches > 1 and args.lmbda and args.rollout_importance_cap != 0:
+        importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
+    options = dict(chunk=chunk, importance=importance)
+    objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
     step = Step(objective, optimizer, constants, **mesh)
     if chat_tokenizer is not None:
         sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
@@ -105,13 +114,39 @@ def build_run(
         options |= dict(max_length=args.max_length, seed=args.seed, process_shard=process_shard)
         options |= dict(length_buckets=args.length_buckets)
         options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
-        options |= dict(generation_batch_size=args.generation_batch_size or 32 * shards)
-        options |= dict(rollout_quantization=args.rollout_quantization)
+        models = [student.model, teacher.model] if writes else [student.model]
+        given = args, models, optimizer, params, placement, process_shard
+        options |= dict(generation_batch_size=args.generation_batch_size or _rows_at_once(*given))
+        options |= dict(rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches)
+        options |= dict(importance_weights=importance is not None)
         options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)
         sides = chat_tokenizer, teacher.chat_tokenizer, graph
         context = args.teacher_context
         batches = DistillationBatchBuilder(*sides, spec, match.same, teacher_context=context, **options)
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match)
+
+
+def _rows_at_once(
+    args: GOLDConfig,
+    models: Sequence[Decoder],
+    optimizer: optax.GradientTransformation,
+    params: Params,
+    placement: Placement | None,
+    process_shard: ProcessShard,
+) -> int:
+    """Completions that the `models` sample at once where no flag says how many: by what is free on the fullest device of all
+    processes when both models are there, less what the optimizer and decoding will keep."""
+    told, shards = [device.memory_stats() for device in jax.local_devices()], process_shard.num_shards
+    if not all(stats and "bytes_limit" in stats for stats in told):
+        return default_rows(shards, None, 0)
+    here = sum(math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(params)) / count(params)
+    state = here * sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(optimizer.init, params)))
+    itemsize, tensor = models[0].dtype.itemsize, 1 if placement is None else placement.tensor_size
+    weights = itemsize * max(count(split(model)[1]) for model in models) / tensor
+    free = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in told) - state - weights
+    free = -int(process_shard.all_reduce_max(np.array([-free]))[0])
+    sizes = args.prompt_budget, args.max_completion_length
+    return default_rows(shards, free, max(bytes_per_row(x.config, itemsize, placement, *sizes) for x in models))
 
 
 def counted_tokens(args: SFTConfig) -> str:

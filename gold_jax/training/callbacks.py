@@ -1,49 +1,100 @@
-"""transformers' `TrainerCallback`s, called at the events of a run."""
+"""transformers' `TrainerCallback`s, called at the events of a run, and what the trainers' arguments of TRL's get."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
-from transformers.trainer_callback import TrainerControl
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback, TrainerControl
 
+from gold_jax.config.trl_compat import EVENTS, TRAINER_ARGUMENTS, nearest
 from gold_jax.distributed.consensus import all_reduce_max
 
+_SWITCHES = [field.name for field in dataclasses.fields(TrainerControl)]
 
-class Callbacks:
-    """The callbacks of a run, or classes of them, called with the settings and the `TrainerState` of the moment.
 
-    Of what one may ask for through `TrainerControl`, `should_training_stop` is heeded, whichever process's callback asks.
-    In a run of several processes all construct one together.
+class Callbacks(CallbackHandler):
+    """transformers' handler of callbacks (objects or classes), and the `TrainerControl` through which they are heard.
+
+    `DefaultFlowCallback` is the first: it says from the settings when to log, evaluate and save, and the others may say
+    otherwise. `state` and `model` give the `TrainerState` and the student of the moment, `say` is told of events that
+    cannot happen.
     """
 
-    def __init__(self, callbacks: Sequence[Any] | None, args: Any, state: Callable[[], Any]):
-        self._callbacks = [callback() if isinstance(callback, type) else callback for callback in callbacks or ()]
-        self._args, self._state = args, state
-        self._stop = False
-        self._any_callbacks = bool(all_reduce_max(np.array(len(self._callbacks))))  # in any process
+    def __init__(
+        self,
+        callbacks: Sequence[Any] | None,
+        args: Any,
+        state: Callable[[], Any],
+        model: Callable[[], Any] = lambda: None,
+        say: Callable[[str], Any] = print,
+        **held: Any,  # `processing_class`, `optimizer` and `lr_scheduler`, as the callbacks get them
+    ):
+        self.control = TrainerControl()
+        self._args, self._state, self._model, self._say = args, state, model, say
+        held = {"processing_class": None, "optimizer": None, "lr_scheduler": None} | held
+        super().__init__([DefaultFlowCallback, *(callbacks or ())], None, **held)
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a callback, or one of a class; says which of its events never happen."""
+        super().add_callback(callback)
+        kind = type(self.callbacks[-1])
+        never = [e for e in EVENTS if getattr(kind, e, None) not in (None, getattr(TrainerCallback, e))]
+        if never:
+            self._say(f"{', '.join(never)} of {kind.__name__} is never called: {EVENTS[never[0]]}.")
 
     def call(self, event: str, **values: Any) -> None:
         """Calls the method of every callback that is named after an event, such as `on_step_end`."""
-        control, self._stop = TrainerControl(), self._stop and event != "on_train_begin"  # of an earlier training
-        for callback in self._callbacks:
-            control = getattr(callback, event)(self._args, self._state(), control, **values) or control
-        self._stop |= control.should_training_stop
+        if event == "on_train_begin":  # callbacks may have been added, in any process
+            self._everywhere = bool(all_reduce_max(np.array(len(self.callbacks) > 1)))
+        self.model = self._model() if len(self.callbacks) > 1 else None
+        try:
+            self.control = getattr(self, event)(self._args, self._state(), self.control, **values) or self.control
+        finally:
+            self.model = None
 
-    def asked_to_stop(self) -> bool:
-        """Whether a callback of any process has asked to end the run; all processes call this together."""
-        return self._any_callbacks and bool(all_reduce_max(np.array(self._stop)))
+    def agree(self) -> None:
+        """Sets the switches that a callback of any process has set; all processes call this together.
+
+        ValueError: one wants an epoch to end early.
+        """
+        if self._everywhere:
+            switches = np.array([getattr(self.control, name) for name in _SWITCHES])
+            self.control = TrainerControl(*all_reduce_max(switches).tolist())
+        if self.control.should_epoch_stop:
+            whole = "a callback sets should_epoch_stop, but an epoch is gone through whole, or it could not be resumed"
+            raise ValueError(f"{whole}; should_training_stop ends the run")
 
 
-def check_trl_arguments(compute_metrics: Any, peft_config: Any) -> None:
-    """Refuses, by a ValueError, arguments of TRL's trainers in whose place something else stands, and says what."""
-    if compute_metrics is not None:
-        never = "compute_metrics reads the logits of whole batches, which are never held here"
-        counts = "predict_with_generate=True counts exact matches, and a callback's on_evaluate, or"
-        other = "gold_jax.score_completions and gold_jax.sample_completions on trainer.model, measure anything else"
-        raise ValueError(f"{never}; {counts} {other}")
-    if peft_config is not None:
-        raise ValueError("peft_config: adapters are not trained here, all parameters are; leave it out")
+def check_trl_arguments(
+    trainer: str, args: Any, wanted: type, given: Mapping[str, Any], others: type | tuple = ()
+) -> None:
+    """Refuses what a `trainer` does not take of TRL's arguments, each by what stands in its place; None is taken.
+
+    TypeError: the settings are of another class than `wanted` (or of `others`), or an argument is none of TRL's.
+    """
+    if not isinstance(args, wanted) or (others and isinstance(args, others)):
+        takes = f"takes a {wanted.__name__} of gold_jax, whose fields have the names of TRL's"
+        raise TypeError(f"args is a {type(args).__name__}; {trainer} {takes}")
+    for name, value in given.items():
+        if name not in TRAINER_ARGUMENTS:
+            raise TypeError(f"{trainer} has no argument {name!r}{nearest(name, _ARGUMENTS)}")
+        if value is not None:
+            raise ValueError(f"{name} is not supported here: {TRAINER_ARGUMENTS[name]}")
+
+
+_ARGUMENTS = (
+    "model teacher_model args train_dataset eval_dataset processing_class teacher_processing_class compute_metrics "
+    "callbacks optimizers"
+).split()
+
+
+def check_compute_metrics(compute_metrics: Any, args: Any) -> None:
+    """Refuses, by a ValueError, a `compute_metrics` that nothing would be generated for."""
+    if compute_metrics is not None and not args.predict_with_generate:
+        given = "compute_metrics is given the texts that the student writes in evaluation, and those of the data set"
+        raise ValueError(f"{given}; set predict_with_generate=True, or leave it out")
 
 
 def check_optimizers(optimizer: Any, schedule: Any) -> None:

@@ -4,6 +4,7 @@ A checkpoint is a folder `checkpoint-STEP` that holds
 
     state/            parameters and optimizer state, by orbax
     run.json          metadata: the step, the settings, where the log stood, and a checksum of every array
+    rollouts.npz      completions that are drawn and not learned from yet, where there are any
     *.safetensors …   the student as transformers and vLLM open it, where it was given
 
 All of it is written in the background. orbax commits it last: by renaming the folder, or by a marker in it on `gs://`.
@@ -17,6 +18,7 @@ import os
 import pathlib
 import re
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +31,10 @@ from orbax.checkpoint.checkpoint_managers import PolicyCheckpointInfo, Preservat
 from orbax.checkpoint.path import step as step_lib
 
 from gold_jax.json_files import parse_json_object, regular_file
+from gold_jax.training.rollout_buffer import Rollouts, from_bytes
 from gold_jax.wording import listed, quoted
 
-METADATA, STATE = "run.json", "state"
+METADATA, STATE, ROLLOUTS = "run.json", "state", "rollouts.npz"
 FORMAT = 1
 STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
@@ -80,17 +83,18 @@ class _LastSaved(PreservationPolicy):
 
     n: int
     steps: list[int]  # of this run, in the order in which they were saved: after all others, whatever the clock says
+    best: set[int]  # a step that is kept beside them
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
         order = {step: number for number, step in enumerate(self.steps)}
         kept = sorted(checkpoints, key=lambda info: (order.get(info.step, -1), info.time))[-self.n :]
-        return [info in kept for info in checkpoints]
+        return [info in kept or info.step in self.best for info in checkpoints]
 
 
 class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
 
-    At most `limit` are kept (None: all). A save that fails ends no run: `say` is given a line, and `last` stays what it
+    At most `limit` are kept (None: all), and the step in `best`. A save that fails ends no run: `say` is given a line, and `last` stays what it
     was. OSError: the folder cannot be made.
     """
 
@@ -107,19 +111,25 @@ class Checkpoints:
         for name in _LOGGERS:
             logging.getLogger(name).addFilter(_not_from_orbax)
         self._saved: list[int] = []  # steps, in the order in which this run saved them
-        policy = None if limit is None else _LastSaved(limit, self._saved)
+        self.best: set[int] = set()
+        policy = None if limit is None else _LastSaved(limit, self._saved, self.best)
         finalized = ocp.AsyncOptions(post_finalization_callback=lambda: self._write_files())
         plain = dict(step_name_format=_StepNames(), create=False, save_root_metadata=False)
         options = ocp.CheckpointManagerOptions(preservation_policy=policy, async_options=finalized, **plain)
         self._manager = ocp.CheckpointManager(_absolute(self.folder), options=options)
 
     def save(
-        self, step: int, state: Any, metadata: Mapping[str, Any], student: Callable[[pathlib.Path], Any] | None = None
+        self,
+        step: int,
+        state: Any,
+        metadata: Mapping[str, Any],
+        student: Callable[[pathlib.Path], Any] | None = None,
+        rollouts: bytes | None = None,
     ) -> None:
         """Begins to write a checkpoint and returns when `state`, a pytree of arrays, has been copied, so that it may be donated.
 
-        One of the same step is replaced. `metadata` is for `read_metadata`; `student` writes the student into the
-        folder that it is given, from another thread.
+        One of the same step is replaced. `metadata` is for `read_metadata`, `rollouts` for `read_rollouts`; `student`
+        writes the student into the folder that it is given, from another thread.
         """
         self.finish()  # one at a time
         arrays = named_arrays(state)
@@ -137,6 +147,9 @@ class Checkpoints:
                         path.copy(folder / path.name)
             infos = {name: [*kinds[name], int(sum_)] for name, sum_ in zip(sorted(kinds), np.asarray(sums))}
             row = {**metadata, "format": FORMAT, "step": step, "arrays": infos}
+            if rollouts is not None:
+                (folder / ROLLOUTS).write_bytes(rollouts)
+                row["rollouts"] = zlib.crc32(rollouts)
             (folder / METADATA).write_text(json.dumps(row))
 
         def begin() -> None:
@@ -302,7 +315,10 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "resumed": _is_count,
     "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
     "unmeasured": lambda value: isinstance(value, bool),
+    "num_tokens": lambda value: _is_count(value, 2**63),
+    "best": lambda value: value is None or (_is_count(value["step"]) and isinstance(value["metric"], int | float)),
     "means": _are_means,
+    "rollouts": lambda value: _is_count(value, 2**32),
     "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),
     "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
@@ -333,6 +349,19 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
     if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != metadata["step"]:
         raise BadCheckpoint(f"{METADATA} is damaged (its step is {metadata['step']}, and its folder is {path.name})")
     return metadata
+
+
+def read_rollouts(path: str | os.PathLike, metadata: Mapping[str, Any]) -> Rollouts:
+    """What a checkpoint has of completions that are drawn and not learned from yet; BadCheckpoint where it is not what was saved."""
+    if "rollouts" not in metadata:
+        return {}
+    try:
+        data = (epath.Path(path) / ROLLOUTS).read_bytes()
+        if zlib.crc32(data) == metadata["rollouts"]:
+            return from_bytes(data)
+    except OSError as error:
+        raise BadCheckpoint(f"{ROLLOUTS} cannot be read ({describe_error(error)})") from error
+    raise BadCheckpoint(f"{ROLLOUTS} differs from what was saved")
 
 
 def check_arrays(path: Any, metadata: Mapping[str, Any], abstract: Any) -> None:

@@ -112,11 +112,14 @@ def write_model_card(
     dataset: str | None = None,
     command: Sequence[str] | None = None,
     results: Mapping[str, Mapping[str, float]] | None = None,
+    title: str | None = None,
+    tags: Sequence[str] | str | None = None,
 ) -> pathlib.Path:
     """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
 
     One that someone else wrote is kept. Of the command line the hub token is left out; `results` has a column of
-    metrics for each time or model that was measured; empty columns are left out.
+    metrics for each time or model that was measured; empty columns are left out. `title` is the folder's name by default,
+    `tags` are further ones.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -127,12 +130,12 @@ def write_model_card(
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["gold_jax", "distillation" if teacher else "sft"],
+        tags=["gold_jax", "distillation" if teacher else "sft", *([tags] if isinstance(tags, str) else tags or ())],
         # The hub refuses cards whose metadata name a folder; the text below names it all the same.
         base_model=base_model if base_model in on_hub else None,
         datasets=[dataset] if dataset in on_hub else None,
     )
-    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {path.parent.resolve().name}", ""]
+    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {title or path.parent.resolve().name}", ""]
     lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
     facts = {"Base model": base_model, "Teacher": teacher, "Data set": dataset, "Loss": loss}
     lines += [f"- {label}: `{value}`" for label, value in facts.items() if value]

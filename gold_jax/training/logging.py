@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import queue
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,7 +20,22 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-_WIDTH = 11  # least width of a column of the terminal's log
+from gold_jax import progress
+
+# Of the terminal's log: what a column is called there. These come first, in this order, as far as there is room.
+_COLUMNS = {
+    "step": "step", "loss": "loss", "grad_norm": "grad norm", "tokens_per_second": "tokens/s", "left": "left",
+    "skipped": "skipped", "mfu": "MFU", "memory_gib": "GiB", "learning_rate": "lr", "on_policy": "on-policy",
+    "completion_tokens": "completion", "one_to_one": "1:1",
+}  # fmt: skip
+_WIDTH = 9  # least width of a column
+_REPEAT = 25  # lines after which the columns' names stand there again
+# What TRL calls a metric that means the same there; in files and trackers it stands beside the own name.
+_TRL_NAMES = {
+    "matched": "matched_loss", "unmatched": "unmatched_loss", "token_accuracy": "mean_token_accuracy",
+    "completion_tokens": "completions/mean_length",
+}  # fmt: skip
+_NOT_SHOWN = {*_TRL_NAMES.values(), "completions/clipped_ratio", "on_policy_loss", "off_policy_loss", "num_tokens"}
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
@@ -31,21 +47,34 @@ class MetricLog(contextlib.AbstractContextManager):
     that does not answer, for which even `close` waits no longer than `PATIENCE`.
     """
 
-    def __init__(self, path: str | os.PathLike | None, console: Console | None = None, trackers: Iterable[Any] = ()):
-        self._console, self._file = console, None
+    def __init__(
+        self,
+        path: str | os.PathLike | None,
+        console: Console | None = None,
+        trackers: Iterable[Any] = (),
+        total_steps: int | None = None,
+    ):
+        self._console, self._file, self._total = console, None, total_steps
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")
+        self._seen: dict[str, str] = {}  # metrics so far, in the terminal's order, with what their columns are called
         self._columns: tuple[str, ...] = ()
+        self._lines = 0  # since the columns' names were last shown
         self._complained: set[str] = set()
         # One that hangs blocks neither the log nor the others.
         self._trackers = [(tracker, _Worker(type(tracker).__name__, self)) for tracker in trackers]
         self._worker = _Worker("a metric", self)
 
-    def log(self, step: int, values: Mapping[str, Any], *, epoch: float | None = None) -> None:
-        """Hand over the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None."""
+    def log(
+        self, step: int, values: Mapping[str, Any], *, epoch: float | None = None, left: float | None = None
+    ) -> None:
+        """Hand over the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None.
+
+        The terminal alone shows `left`, the seconds that the run still takes.
+        """
         row = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        self._worker.put(self._write, {**row, **values})
+        self._worker.put(self._write, {**row, **values}, left)
 
     def flush(self) -> None:
         """Wait until everything handed over is in the file and on the terminal, before something else is printed."""
@@ -65,7 +94,7 @@ class MetricLog(contextlib.AbstractContextManager):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _write(self, row: Mapping[str, Any]) -> None:
+    def _write(self, row: Mapping[str, Any], left: float | None) -> None:
         plain = {name: plain_value(value) for name, value in row.items()}
         if self._file is not None:
             self.attempt("the log file", lambda: print(json_line(plain), file=self._file, flush=True))
@@ -73,22 +102,45 @@ class MetricLog(contextlib.AbstractContextManager):
             worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, plain["step"])
             worker.check()
         if self._console is not None:
-            self.attempt("the terminal", lambda: self._show(plain))
+            self.attempt("the terminal", lambda: self._show(plain, left))
 
-    def _show(self, plain: Mapping[str, Any]) -> None:
-        numbers = {name: value for name, value in plain.items() if value is not None}
-        evaluation = any(name.startswith("eval_") for name in numbers)
-        widths = [max(_WIDTH, len(name) + 2) for name in numbers]
-        if not self._console.is_terminal or evaluation or sum(widths) > self._console.width:
-            line = "  ".join(f"{name} {shown(value)}" for name, value in numbers.items())
-            self._console.print(Text(line, style="cyan" if evaluation else ""), soft_wrap=True)
+    def _show(self, plain: Mapping[str, Any], left: float | None) -> None:
+        progress.said_something()
+        texts = {name: shown(value) for name, value in plain.items() if value is not None and name not in _NOT_SHOWN}
+        if self._total is not None:
+            texts["step"] += f"/{self._total}"
+        if left is not None:
+            texts["left"] = progress.clock(left)
+        texts = {name: texts.pop(name) for name in _COLUMNS if name in texts} | texts
+        evaluation = any(name.startswith("eval_") for name in texts)
+        if evaluation:
+            texts.pop("left", None)
+        if not self._console.is_terminal or evaluation:
+            pairs = [
+                f"{name}\N{NO-BREAK SPACE}{text}" for name, text in texts.items()
+            ]  # a terminal breaks between pairs
+            width = self._console.width if self._console.is_terminal else 10**6
+            for line in textwrap.wrap("  ".join(pairs), width, break_long_words=False, break_on_hyphens=False):
+                line = line.replace("\N{NO-BREAK SPACE}", " ")
+                self._console.print(Text(line, style="cyan" if evaluation else ""), soft_wrap=True)
             return
-        if tuple(numbers) != self._columns:
-            self._columns = tuple(numbers)
-            heads = "".join(name.rjust(width) for name, width in zip(numbers, widths))
+        # What has no room stands in metrics.jsonl. A column keeps its place from line to line, whatever a line has.
+        self._seen = {
+            name: _COLUMNS.get(name, name) for name in (*_COLUMNS, *self._seen, *texts) if name in self._seen | texts
+        }
+        columns, room = {}, self._console.width
+        for name, head in self._seen.items():
+            width = 2 * len(str(self._total or "")) + 3 if name == "step" else max(_WIDTH, len(head) + 2)
+            if width > room:
+                break
+            columns[name], room = width, room - width
+        if tuple(columns) != self._columns or self._lines >= _REPEAT:
+            self._columns, self._lines = tuple(columns), 0
+            heads = "".join(self._seen[name].rjust(width) for name, width in columns.items())
             self._console.print(Text(heads, style="bold"), soft_wrap=True)
-        line = "".join(shown(value).rjust(width) for value, width in zip(numbers.values(), widths))
-        self._console.print(Text(line), soft_wrap=True)
+        self._lines += 1
+        cells = "".join(texts.get(name, "").rjust(width) for name, width in columns.items())
+        self._console.print(Text(cells), soft_wrap=True)
 
     def attempt(self, what: str, function: Callable[[], Any]) -> None:
         """Calls a function; a run must outlive whatever its reporting does."""
@@ -138,6 +190,12 @@ class _Worker:
             self._log.attempt(self._name, call)
             self._since = None
             self.queue.task_done()
+
+
+def trl_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a log line by TRL's names, of those that mean the same there."""
+    found = {trl: values[name] for name, trl in _TRL_NAMES.items() if name in values}
+    return found | ({"completions/clipped_ratio": 1.0 - values["stopped"]} if "stopped" in values else {})
 
 
 def plain_value(value: Any) -> Any:
@@ -197,32 +255,6 @@ class RunningMean:
             self._sums[name] = np.dtype(dtype).type(total) if dtype else total, weight
 
 
-class Progress(contextlib.AbstractContextManager):
-    """Says how far something is that takes longer than two seconds: a line that changes, or one in 30 seconds in a file."""
-
-    def __init__(self, console: Console, words: str, total: int):
-        self._console, self._words, self._total = console, words, total
-        self._status, self._begun = console.status(words), time.monotonic()
-        self._next = self._begun + (2 if console.is_terminal else 30)
-
-    def __call__(self, done: int) -> None:
-        """Says that so many are done, where that is due."""
-        if (now := time.monotonic()) < self._next:
-            return
-        left = (self._total - done) * (now - self._begun) / done
-        text = f"{self._words}: {done:,} of {self._total:,}, about {left:,.0f} s left"
-        if self._console.is_terminal:
-            self._next = now + 0.5
-            self._status.update(text)
-            self._status.start()
-        else:
-            self._next = now + 30
-            self._console.print(text)
-
-    def __exit__(self, *_) -> None:
-        self._status.stop()
-
-
 def header(console: Console, title: str, rows: Mapping[str, Any], notices: Sequence[str] = ()) -> None:
     """Show what is about to run: a title, labels with their texts (None is left out), and a line for each notice."""
     lines = [(Text(label), str(value)) for label, value in rows.items() if value is not None]
@@ -255,6 +287,13 @@ def completions_table(
 def _printable(text: str) -> str:
     """Text that cannot steer the terminal."""
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
+
+
+def named_measures(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The measures of several evaluations under names of their own: `eval_loss` of `a` is `eval_a_loss`."""
+    return {
+        f"eval_{name}_{k.removeprefix('eval_')}": v for name, measures in found.items() for k, v in measures.items()
+    }
 
 
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:

@@ -19,8 +19,9 @@ import numpy as np
 import optax
 from rich.console import Console
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
 
+from gold_jax import progress
 from gold_jax.config import SFTConfig
 from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed import watchdog
@@ -32,7 +33,7 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.rollout.engine import NonFiniteLogits
-from gold_jax.scoring import exact_match, score_completions
+from gold_jax.scoring import greedy_completions, score_completions, share_alike
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
@@ -45,9 +46,18 @@ from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import locked
-from gold_jax.training.logging import MetricLog, RunningMean, before_after, completions_table, plain_value
+from gold_jax.training.logging import (
+    MetricLog,
+    RunningMean,
+    before_after,
+    completions_table,
+    named_measures,
+    plain_value,
+    trl_names,
+)
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
+from gold_jax.training.rollout_buffer import Rollouts, to_bytes
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
@@ -60,7 +70,7 @@ class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
 
     train: Sequence[Example] | RowStream
-    eval: Sequence[Example] | None
+    eval: Sequence[Example] | Mapping[str, Sequence[Example]] | None  # several sets by their names
     order: RowOrder | StreamOrder  # of those that can be learned from
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
@@ -101,9 +111,11 @@ class Loop:
         teacher_score: Callable[[], Mapping[str, float]] | None = None,
         restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
+        compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
-        self.say = functools.partial(console.print, markup=False, soft_wrap=True)
+        self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
+        self._rollout_batches = getattr(args, "rollout_batches", 1)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
@@ -120,9 +132,11 @@ class Loop:
         self.resumed = 0
         compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", compared)
-        self._trained = False
+        self._trained, self._log, self._compute_metrics = False, None, compute_metrics
         self._reset()
-        self.callbacks = Callbacks(callbacks, args, self.trainer_state)
+        held = dict(optimizer=run.optimizer, lr_scheduler=run.schedule)
+        held |= dict(processing_class=student.chat_tokenizer.tokenizer, say=self.say)
+        self.callbacks = Callbacks(callbacks, args, self.trainer_state, lambda: self.student.model, **held)
         self.callbacks.call("on_init_end")
 
     def _reset(self) -> None:
@@ -132,12 +146,15 @@ class Loop:
         if isinstance(self.data.order, StreamOrder):
             self.data.order.restart()
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
+        self._progress = self._new_progress()
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
         self._means = RunningMean()
+        self._bar = progress.Task("training", self.total_steps)
         self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
+        self.rollouts: Rollouts = {}  # drawn up to the last update, for later ones
         self.unmeasured = False  # whether an evaluation was due after the last update and cut short
         self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
 
@@ -156,7 +173,7 @@ class Loop:
             Diverged: `max_skipped_updates` updates in a row were left out, or the student's logits are not finite.
             OSError: the student cannot be written; the text says where it still is.
         """
-        args = self.args
+        args, began = self.args, time.time()
         folder = args.checkpoint_dir or self.output
         with (
             Watchdog(args.process_timeout) as self.watchdog,
@@ -176,7 +193,8 @@ class Loop:
             with self._open_log() as self._log:
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
-                with SignalHandler() as signals:
+                updates = progress.task("training", self.total_steps, self.done)
+                with SignalHandler(self._say_stopping) as signals, updates as self._bar:
                     try:
                         self._updates_until_stopped(signals)
                     except InterruptedTwice:
@@ -188,14 +206,27 @@ class Loop:
                 if isinstance(self.data.order, StreamOrder):
                     for line in self.data.order.checker.notices():
                         self.say(f"Of the rows that were read: {line}")
-                self._save_student()  # before anything else is measured: whatever goes wrong then, this is not lost
+                # Before anything else is measured: whatever goes wrong then, this is not lost.
+                if args.save_strategy != "no" and self.checkpoints.finish() and not self._is_saved():
+                    self._save_checkpoint()
+                    self.callbacks.call("on_save")
+                self._save_student()
                 after = {}
                 if self.data.eval is not None:
-                    after = self.evaluate()
-                    self._record(after, "on_evaluate")
+                    after = self._evaluate_and_record()
+                    if self._load_best():
+                        after = self.evaluate()
                 self.callbacks.call("on_train_end")
+            self._log = None
             self._show_result(before, after)
-        return TrainOutput(self.done, float(np.mean(self._losses)) if self._losses else float("nan"), dict(after))
+        loss = float(np.mean(self._losses)) if self._losses else float("nan")
+        rows, updates = len(self._losses) * self.data.order.per_step, len(self._losses)
+        speed = speed_metrics("train", began, num_samples=rows, num_steps=updates)
+        return TrainOutput(self.done, loss, {**after, **speed, "train_loss": loss, **self._device_metrics()})
+
+    def _say_stopping(self, reason: str) -> None:
+        again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
+        self._bar.rename(f"stopping after this update{again}")
 
     def _updates_until_stopped(self, signals: SignalHandler) -> None:
         """All updates; what ends them early has the last one saved."""
@@ -242,9 +273,13 @@ class Loop:
         self._restart_clock()
         self._table_due = 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
+        per_epoch, first = self.data.order.steps_per_epoch, self.done
         for step in self._steps():
+            self._bar.reach(self.done)
             if batch is None:  # a signal came while it was built
                 return
+            if step == first or step % per_epoch == 0:
+                self.callbacks.call("on_epoch_begin")
             self.callbacks.call("on_step_begin")
             with annotate(DISPATCH):  # asynchronous: returns before it is computed
                 if batch.counted:
@@ -252,7 +287,7 @@ class Loop:
                 else:
                     self.state, metrics = run.step.skip(self.state)
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
-                current, self.done, self.shapes = batch, step + 1, batch.shapes
+                current, self.done, self.shapes, self.rollouts = batch, step + 1, batch.shapes, batch.drawn
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -262,25 +297,36 @@ class Loop:
             with annotate(WAITING):
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
-            self._log_update(step, current, metrics)
+            line = self._take_in(step, current, metrics)
             self.callbacks.call("on_step_end")
+            ends_epoch = self.done % per_epoch == 0 or self.done == total
+            if ends_epoch:
+                self.callbacks.call("on_epoch_end")
+            self.callbacks.agree()
+            control = self.callbacks.control
+            if control.should_log or self.done == total:
+                self._log_update(line)
             if self.nonfinite.in_a_row >= args.max_skipped_updates:
                 self._give_up(metrics, step, current.counted)
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
-            self.unmeasured = self.data.eval is not None and self._is_due("eval")
+            self.unmeasured = control.should_evaluate and self.done < total  # at the end it is made anyway
             if failed is not None:
                 raise failed
             if self.unmeasured:
                 measured = signals.interruptible(self.evaluate)
                 if measured is not None:
                     self.unmeasured = False
-                    self._record(measured, "on_evaluate")
+                    self._take_evaluation(measured)
+                    self.callbacks.agree()
                 self._restart_clock()
             signals.poll_preemption(self.done)
-            if self.callbacks.asked_to_stop() or signals.requested:
+            control = self.callbacks.control
+            if control.should_training_stop or signals.requested:
+                if not (ends_epoch or signals.requested):
+                    self.callbacks.call("on_epoch_end")
                 return
-            if self._is_due("save"):
+            if control.should_save:
                 self._save_checkpoint()
                 self.callbacks.call("on_save")
                 self._restart_clock()
@@ -288,16 +334,14 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        examples = [example for _, example in self.data.take(step)]
-        return self.run.batches.build(step, examples, self.state.params, self.shapes)
+        given, together = (step, self._examples(step), self.state.params, self.shapes), self._rollout_batches
+        if together == 1:
+            return self.run.batches.build(*given)
+        later = range(step + 1, min(step - step % together + together, self.total_steps))
+        return self.run.batches.build(*given, self.rollouts, {t: self._examples(t) for t in later})
 
-    def _is_due(self, what: str) -> bool:
-        """Whether `eval` or `save` is due after the last update; at the end of the run both are made anyway."""
-        strategy = getattr(self.args, f"{what}_strategy")
-        if self.done >= self.total_steps or strategy not in ("epoch", "steps"):
-            return False
-        steps = self._interval(f"{what}_steps") if strategy == "steps" else self.data.order.steps_per_epoch
-        return self.done % steps == 0
+    def _examples(self, step: int) -> list[Example]:
+        return [example for _, example in self.data.take(step)]
 
     def _interval(self, name: str) -> int:
         return self.args.interval(name, self.total_steps)
@@ -330,14 +374,21 @@ class Loop:
         names = "all_reduce_sum", "all_reduce_max", "all_gather"
         return shard._replace(**{name: waited(getattr(shard, name)) for name in names})
 
-    def trainer_state(self) -> TrainerState:
-        """Where the run stands, in transformers' form."""
-        per_epoch, history = self.data.order.steps_per_epoch, [dict(row) for row in self.history]
+    def _new_progress(self) -> TrainerState:
+        per_epoch, size = self.data.order.steps_per_epoch, self.args.per_device_train_batch_size
         intervals = {name: self._interval(name) for name in ("logging_steps", "eval_steps", "save_steps")}
-        size, epochs = self.args.per_device_train_batch_size, math.ceil(self.total_steps / per_epoch)
-        totals = dict(max_steps=self.total_steps, num_train_epochs=epochs, train_batch_size=size, log_history=history)
+        totals = dict(max_steps=self.total_steps, num_train_epochs=math.ceil(self.total_steps / per_epoch))
         main = is_main_process()
-        return TrainerState(self.done / per_epoch, self.done, is_world_process_zero=main, **totals, **intervals)
+        first = dict(is_world_process_zero=main, is_local_process_zero=main, train_batch_size=size)
+        return TrainerState(**totals, **intervals, **first)
+
+    def trainer_state(self) -> TrainerState:
+        """Where the run stands, in transformers' form; `log_history` is the run's own."""
+        epoch = self.done / self.data.order.steps_per_epoch
+        return dataclasses.replace(self._progress, global_step=self.done, epoch=epoch, log_history=self.history)
+
+    def _note(self, **changes: Any) -> None:
+        self._progress = dataclasses.replace(self._progress, **changes)
 
     # logging
 
@@ -345,10 +396,11 @@ class Loop:
         """Where metrics go; nowhere in all processes but the first."""
         if not is_main_process():
             return MetricLog(None)
-        return MetricLog(self.output / LOGS[0], self.console, make_trackers(self.args.report_to, self.args))
+        trackers = make_trackers(self.args.report_to, self.args)
+        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps)
 
-    def _log_update(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> None:
-        """Takes in the metrics of an update; logs their means since the last line where a line is due."""
+    def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
+        """Takes in the metrics of an update; returns those of it that are logged as they are."""
         rate = {}
         if self.run.schedule is not None:  # an update that is left out takes none
             rate["learning_rate"] = float(self.run.schedule(step - self.nonfinite.total))
@@ -357,24 +409,35 @@ class Loop:
             self._losses.append(float(metrics["loss"]))
         held = {k: v for k, v in batch.stats.items() if k != "tokens"}
         self._means.add({**metrics, **held} if batch.counted else held)  # where nothing counts there is no loss
+        if batch.counted and (share := held.get("on_policy")) in (
+            0.0,
+            1.0,
+        ):  # of micro-batches of both kinds there is one loss
+            self._means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self._tokens += batch.stats["tokens"]
-        first = step == 0 and self.args.logging_first_step
-        if self.done % self._interval("logging_steps") == 0 or self.done == self.total_steps or first:
-            speed = {"tokens_per_second": self._tokens / (time.perf_counter() - self._since), **rate}
-            skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
-            self._record({**self._means.take(), **speed, **skipped})
-            self._restart_clock()
+        self._note(num_input_tokens_seen=self._progress.num_input_tokens_seen + int(batch.stats["tokens"]))
+        return rate
+
+    def _log_update(self, rate: Mapping[str, float]) -> None:
+        """Logs the means since the last line."""
+        speed = {"tokens_per_second": self._tokens / (time.perf_counter() - self._since), **rate}
+        skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
+        means = self._means.take()
+        seen = {"num_tokens": self._progress.num_input_tokens_seen}
+        self.record({**means, **speed, **skipped, **trl_names(means), **seen})
+        self._restart_clock()
 
     def _restart_clock(self) -> None:
         """Counts tokens a second from here."""
         self._since, self._tokens = time.perf_counter(), 0
 
-    def _record(self, values: Mapping[str, Any], event: str | None = None) -> None:
-        """Logs a line and tells the callbacks, of an `event` with these metrics too."""
+    def record(self, values: Mapping[str, Any], event: str | None = None) -> None:
+        """Logs a line (outside of `train` for `history` alone) and tells the callbacks, of an `event` with these metrics too."""
         epoch = round(self.done / self.data.order.steps_per_epoch, 4)
         plain = {name: plain_value(value) for name, value in values.items()}
         self.history.append({"step": self.done, "epoch": epoch, **plain})
-        self._log.log(self.done, plain, epoch=epoch)
+        if self._log is not None:
+            self._log.log(self.done, plain, epoch=epoch, left=self._bar.left)
         self.callbacks.call("on_log", logs=dict(self.history[-1]))
         if event is not None:
             self.callbacks.call(event, metrics=values)
@@ -403,20 +466,31 @@ class Loop:
 
     # evaluation
 
+    def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
+        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`; None: on the evaluation rows.
+
+        Of several sets of rows `eval_NAME_loss` and so on, each set measured by itself.
+        """
+        rows = self.data.eval if examples is None else examples
+        if isinstance(rows, Mapping):
+            return named_measures({name: self.evaluate(part) for name, part in rows.items()})
+        return self.predict(rows, self.args.predict_with_generate).metrics
+
     @annotate(EVALUATION)
-    def evaluate(self) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`, on the evaluation rows."""
+    def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
+        """The measures of `evaluate`, and where the student `writes` its greedy completions, with those of the rows."""
         self.watchdog.report(self.done, "evaluating")
-        if self.data.eval is None:
+        if examples is None and self.data.eval is None:
             give = "give an eval_dataset, or --eval_strategy and a test split"
             raise ValueError(f"there is no data to evaluate on: {give}")
-        examples = with_text_completion(self.data.eval)
+        examples = with_text_completion(self.data.eval if examples is None else examples)
         if not examples:
             raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
         data, totals = self.run.batches.build_evaluation(examples), collections.defaultdict(float)
-        for batch, text in zip(data.batches, data.text):
+        for batch, text in progress.track(list(zip(data.batches, data.text)), "evaluating"):
             for name, value in self.run.step.evaluate(self.state.params, batch, text).items():
                 totals[f"eval_{name}"] += plain_value(value)
+            self.callbacks.call("on_prediction_step")
         bits, size, student = totals.pop("eval_text_nll") / np.log(2), data.bytes, self.student
         rows = self.args.per_device_eval_batch_size * self.run.batches.process_shard.num_shards
         if data.rest:
@@ -424,10 +498,62 @@ class Loop:
             score = score_completions(student, None, rest, batch_size=rows, chunk=chunk)
             bits, size = bits + score.bits.sum(), size + score.bytes.sum()
         totals["eval_bits_per_byte"] = float(bits / size) if size else float("nan")
-        if self.args.predict_with_generate:
+        texts = None, None
+        if writes:
             options = dict(max_new_tokens=self.max_new_tokens, batch_size=rows)
-            totals["eval_exact_match"] = exact_match(student, None, examples, **options)
-        return dict(totals)
+            texts = greedy_completions(student, examples, **options)
+            totals["eval_exact_match"] = share_alike(*texts)
+            if self._compute_metrics is not None:
+                found = self._compute_metrics(EvalPrediction(*texts))
+                totals |= {f"eval_{name.removeprefix('eval_')}": plain_value(value) for name, value in found.items()}
+        return PredictionOutput(*texts, dict(totals))
+
+    def _evaluate_and_record(self) -> dict[str, float]:
+        metrics = self.evaluate()
+        self._take_evaluation(metrics)
+        return metrics
+
+    def _take_evaluation(self, metrics: Mapping[str, float]) -> None:
+        """Logs an evaluation, and sees whether it is the best; callbacks still find the one before in the state."""
+        self.record(metrics, "on_evaluate")
+        if (wanted := self.args.metric_for_best_model) is None:
+            return
+        name = f"eval_{wanted.removeprefix('eval_')}"
+        if name not in metrics:
+            measures = ", ".join(metrics)
+            raise ValueError(
+                f"--metric_for_best_model is {wanted!r}, which no evaluation measures; there are {measures}"
+            )
+        value, best = float(metrics[name]), self._progress.best_metric
+        if math.isfinite(value) and (best is None or (value > best if self.args.greater_is_better else value < best)):
+            self._note(best_metric=value, best_global_step=self.done)
+            if self._is_saved():
+                self._mark_best()
+
+    def _mark_best(self) -> None:
+        """Notes the checkpoint of the last update as the best, which stays."""
+        self._note(best_model_checkpoint=str(self.checkpoints.folder / f"checkpoint-{self.done}"))
+        self.checkpoints.best.clear()
+        self.checkpoints.best.add(self.done)
+
+    def _load_best(self) -> bool:
+        """Puts the parameters of the best checkpoint in the place of the last ones, where that is asked for; whether it did."""
+        state, args = self._progress, self.args
+        path = state.best_model_checkpoint
+        if not args.load_best_model_at_end or path is None or state.best_global_step == self.done:
+            return False
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
+        abstract = {"params": jax.tree.map(lambda x: {"value": x}, shapes)}
+        try:
+            arrays = checkpointing.restore(path, checkpointing.read_metadata(path), abstract)
+        except checkpointing.BadCheckpoint as error:
+            last = f"{self.output} holds the student of the last update"
+            raise ValueError(f"--load_best_model_at_end: {path} is not whole: {error}; {last}") from None
+        params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(arrays))
+        self.state = self.state._replace(params=params)
+        self.say(f"The best of all is {path} ({args.metric_for_best_model} {state.best_metric:g}).")
+        self._save_student()
+        return True
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
@@ -435,11 +561,17 @@ class Loop:
         before = next((row for row in rows if row.get("step") == 0), {})
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
-            self._record(before)
+            self.record(before)
         due = self.unmeasured and self.data.eval is not None
         if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
-            self._record(self.evaluate())
+            self._evaluate_and_record()
         return before
+
+    def _device_metrics(self) -> dict[str, float]:
+        """Programs that the run compiled, and the most bytes a device held, where it tells."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        peak = {"train_peak_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+        return {"train_compiled_programs": self.run.step.compiled, **peak}
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         counts = (self.done, "update"), (self.run.step.compiled, "program")
@@ -450,7 +582,8 @@ class Loop:
         teacher = self._teacher_score() if self._teacher_score else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
-        names = [n for n in ("eval_loss", "eval_bits_per_byte", "eval_exact_match") if n in after]
+        sets = [f"eval_{name}_" for name in self.data.eval] if isinstance(self.data.eval, Mapping) else ["eval_"]
+        names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
         rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
         before_after(self.console, rows)
 
@@ -478,9 +611,10 @@ class Loop:
 
     def _save_student(self) -> None:
         self.watchdog.report(self.done, "saving the student")
-        self.checkpoints.finish()
         try:
-            self.save(self.output)
+            with progress.task("saving the student"):
+                self.checkpoints.finish()
+                self.save(self.output)
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
@@ -534,8 +668,13 @@ class Loop:
         self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
         self.resumed = metadata.get("resumed", 0) + 1
         self._measured = metadata["run"].get(EVALUATED, self._measured)
+        self._note(num_input_tokens_seen=metadata.get("num_tokens", 0))
+        if (best := metadata.get("best")) is not None:
+            where = str(path.parent / f"checkpoint-{best['step']}")
+            self._note(best_metric=best["metric"], best_global_step=best["step"], best_model_checkpoint=where)
+            self.checkpoints.best.add(best["step"])
         self._means.restore(metadata["means"])
-        self.shapes = metadata.get("shapes", ())
+        self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
                 metrics, completions = (self.output / name for name in LOGS)
@@ -568,6 +707,8 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
+        if self._progress.best_global_step == self.done:
+            self._mark_best()
         measured = {} if self._measured is None else {EVALUATED: self._measured}
         metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
@@ -575,17 +716,22 @@ class Loop:
             metadata["stream"] = self.data.order.position(self.done)
         metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        self.checkpoints.save(self.done, self._named_for_checkpoints(self.state), metadata, write_student)
+        metadata |= {"num_tokens": self._progress.num_input_tokens_seen}
+        if self._progress.best_model_checkpoint is not None:
+            metadata["best"] = {"metric": self._progress.best_metric, "step": self._progress.best_global_step}
+        given = self.done, self._named_for_checkpoints(self.state), metadata, write_student
+        self.checkpoints.save(*given, to_bytes(self.rollouts) if self.rollouts else None)
 
     def _leave(self, signals: SignalHandler) -> None:
         """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
         self._log.flush()
-        self.checkpoints.finish()
-        if self.done and not self._is_saved():
-            self._save_checkpoint()
-            self.checkpoints.finish()
-        saved, last = self._is_saved(), self.checkpoints.last
         interrupted = signals.requested == "interrupt"
+        with progress.task("saving a checkpoint"):
+            self.checkpoints.finish()
+            if self.done and not self._is_saved():
+                self._save_checkpoint()
+                self.checkpoints.finish()
+        saved, last = self._is_saved(), self.checkpoints.last
         where = f"the last checkpoint is {last}" if last else "nothing is saved"
         where = f"{_SAVED} {last}" if saved else where
         further = " --resume_from_checkpoint latest goes on." if last else ""

@@ -25,37 +25,75 @@ class Schedule:
     kind: str
     total_steps: int
     warmup: int
-    cycles: float
-    floor: float  # as a share of the peak
+    options: tuple[tuple[str, Any], ...]  # `lr_scheduler_kwargs`, sorted
 
     def __call__(self, count: jax.Array | int) -> jax.Array:
         """The learning rate after `count` updates."""
-        step, warmup = jnp.asarray(count, jnp.float32), self.warmup
-        return self.peak * jnp.where(step < warmup, step / max(1, warmup), self._after_warmup(step))
+        step, options = jnp.asarray(count, jnp.float32), dict(self.options)
+        return self.peak * jnp.where(
+            step < self.warmup, self._in_warmup(step, options), self._after_warmup(step, options)
+        )
 
-    def _after_warmup(self, step: jax.Array) -> jax.Array:
+    def _in_warmup(self, step: jax.Array, options: dict[str, Any]) -> jax.Array:
+        done = step / max(1, self.warmup)
+        if self.kind == "warmup_stable_decay":
+            return _down(options.get("warmup_type", "linear"), 1.0 - done, options)
+        if self.kind == "cosine_warmup_with_min_lr":  # begins above zero
+            first = options.get("warmup_lr_rate")
+            if first is None:
+                return (step + 1.0) / max(1, self.warmup)
+            return first + (1.0 - first) * step / max(1, self.warmup - 1)
+        return done
+
+    def _after_warmup(self, step: jax.Array, options: dict[str, Any]) -> jax.Array:
         decay_steps = max(1, self.total_steps - self.warmup)
+        behind = step - self.warmup
+        cycles = options.get("num_cycles", 0.5)
         if self.kind in ("constant", "constant_with_warmup"):
             return jnp.ones_like(step)
         if self.kind == "linear":
             return jnp.maximum(0.0, (self.total_steps - step) / decay_steps)
-        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * self.cycles * 2.0 * (step - self.warmup) / decay_steps))
-        return jnp.maximum(0.0, wave * (1.0 - self.floor) + self.floor)
+        if self.kind == "inverse_sqrt":
+            scale = options.get("timescale", self.warmup or 10_000)
+            return jax.lax.rsqrt((behind + scale) / scale)
+        if self.kind == "polynomial":
+            end = options.get("lr_end", 1e-7) / self.peak
+            return (1.0 - end) * jnp.maximum(0.0, 1.0 - behind / decay_steps) ** options.get("power", 1.0) + end
+        if self.kind == "cosine_with_restarts":  # the product is exact, so that a cycle ends where it should
+            through = jnp.mod(options.get("num_cycles", 1) * behind, decay_steps) / decay_steps
+            return jnp.where(behind < decay_steps, 0.5 * (1.0 + jnp.cos(jnp.pi * through)), 0.0)
+        if self.kind == "warmup_stable_decay":
+            last = options["num_decay_steps"]
+            stable = options.get("num_stable_steps", self.total_steps - self.warmup - last)
+            done = jnp.clip((behind - stable) / max(1, last), 0.0, 1.0)
+            down = _down(options.get("decay_type", "cosine"), done, options, cycles)
+            return jnp.where(behind < stable + last, down, options.get("min_lr_ratio", 0.0))
+        floor = options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE) if self.kind.endswith("min_lr") else 0.0
+        if "min_lr" in options and self.peak:
+            floor = options["min_lr"] / self.peak
+        behind = behind + (self.kind == "cosine_warmup_with_min_lr")
+        wave = 0.5 * (1.0 + jnp.cos(jnp.pi * cycles * 2.0 * behind / decay_steps))
+        return jnp.maximum(0.0, wave * (1.0 - floor) + floor)
+
+
+def _down(kind: str, done: jax.Array, options: dict[str, Any], cycles: float = 0.5) -> jax.Array:
+    """From 1 to `min_lr_ratio` as `done` goes from 0 to 1, as warmup_stable_decay has it."""
+    floor = options.get("min_lr_ratio", 0.0)
+    shape = {"linear": 1.0 - done, "cosine": 0.5 * (1.0 + jnp.cos(jnp.pi * cycles * 2.0 * done))}
+    shape["1-sqrt"] = 1.0 - jnp.sqrt(done)
+    return jnp.maximum(0.0, shape[kind] * (1.0 - floor) + floor)
 
 
 def make_schedule(config: SFTConfig, total_steps: int) -> Schedule:
     """The learning rates of a run, equal to those of `transformers.get_scheduler`.
 
-    Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0. With
-    `cosine_with_min_lr` and neither `min_lr` nor `min_lr_rate`, the rate falls to a tenth of its peak.
+    Warm-up rises linearly from 0, so the first update of a run with warm-up has learning rate 0 (but for the two schedules
+    that say otherwise). With a schedule that has a minimum and neither `min_lr` nor `min_lr_rate`, the rate falls to a
+    tenth of its peak.
     """
-    peak, kind, options = config.learning_rate, config.lr_scheduler_type, config.lr_scheduler_kwargs
-    warmup, floor = 0 if kind == "constant" else config.warmup(total_steps), 0.0
-    if kind == "cosine_with_min_lr":
-        floor = options.get("min_lr_rate", _DEFAULT_MIN_LR_RATE)
-        if "min_lr" in options and peak:
-            floor = options["min_lr"] / peak
-    return Schedule(peak, kind, total_steps, warmup, options.get("num_cycles", 0.5), floor)
+    kind = config.lr_scheduler_type
+    warmup = 0 if kind == "constant" else config.warmup(total_steps)
+    return Schedule(config.learning_rate, kind, total_steps, warmup, tuple(sorted(config.lr_scheduler_kwargs.items())))
 
 
 def decay_mask(params: Any) -> Any:

@@ -156,19 +156,20 @@ def find_and_restore(
 
 
 def _agreed_metadata(path: epath.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, the same in all processes or a ValueError: to restore one takes all of them."""
-    metadata, bad = None, None
+    """The metadata of a checkpoint, and its rollouts, the same in all processes or a ValueError: to restore one takes all of them."""
+    metadata, bad, rollouts = None, None, {}
     try:
         metadata = checkpointing.read_metadata(path)
         missing = [name for name in ("run", "skips", "means", "unmeasured") if name not in metadata]
         if missing:
             raise checkpointing.BadCheckpoint(f"{checkpointing.METADATA} is damaged (it has no {missing[0]})")
+        rollouts = checkpointing.read_rollouts(path, metadata)
     except checkpointing.BadCheckpoint as error:
         metadata, bad = None, error
     assert_same_across_processes(f"what they read of {path}", str(bad) if metadata is None else metadata)
     if metadata is None:
         raise bad
-    return metadata
+    return metadata | {"rollouts": rollouts}
 
 
 def _named_checkpoints(path: epath.Path) -> list[epath.Path]:

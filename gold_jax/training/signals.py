@@ -38,7 +38,9 @@ class SignalHandler:
     process that it is pressed in, and so the others, with nothing saved.
     """
 
-    def __init__(self):
+    def __init__(self, notify: Callable[[str], Any] = lambda reason: None):
+        """`notify` is called in a signal handler with the first reason: what it does must be short and take no lock."""
+        self._notify = notify
         self.requested: str | None = None  # "interrupt" or "preemption"
         self.interrupted_twice = False  # whether Ctrl-C came a second time
         self._interruptible = False
@@ -58,7 +60,9 @@ class SignalHandler:
 
     def request(self, reason: str) -> None:
         """Asks the run to end, as a signal does; the first reason stays."""
-        self.requested = self.requested or reason
+        if self.requested is None:
+            self.requested = reason
+            self._notify(reason)
 
     def _handle(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.requested:  # a second signal, the first may have been SIGTERM

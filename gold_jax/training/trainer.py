@@ -1,5 +1,6 @@
 """GOLDTrainer and SFTTrainer: from names or objects to a run. The run itself is `training.loop`."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -9,31 +10,36 @@ from typing import Any
 
 import datasets
 import jax
+import optax
 from rich.console import Console
-from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_callback import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_utils import PredictionOutput, TrainOutput
 
+from gold_jax import progress
 from gold_jax.compilation_cache import user_caches
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
+from gold_jax.config.trl_compat import MEMBERS, nearest
 from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
+from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluation, check_examples, with_text_completion
+from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
 from gold_jax.text.stream import RowStream, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
+from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
-from gold_jax.training.callbacks import check_optimizers, check_trl_arguments
+from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.logging import Progress, header
+from gold_jax.training.logging import header, named_measures
 from gold_jax.training.loop import Data, Loop
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
@@ -53,16 +59,34 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 
 
 class _Trainer:
-    """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them."""
+    """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them.
+
+    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods are
+    AttributeErrors that say what stands in their place.
+    """
 
     method = title = ""
+    args: SFTConfig  # a frozen copy
+    train_dataset: Any  # as it was passed
+    eval_dataset: Any
+    compute_metrics: Any
+    hub_model_id: str | None
+    model_name_or_path: str  # what the student was made of
+    is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
     _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
 
-    def __init__(self, args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name):
+    def __init__(
+        self, args, train_dataset, eval_dataset, optimizers, callbacks, compute, console, command, dataset_name
+    ):
         check_optimizers(*optimizers)
-        self._optimizers, self._callbacks = optimizers, callbacks
+        self._optimizers, self._callbacks = optimizers, list(callbacks or ())
         self.args = a = args.frozen_copy()  # checked again
+        check_compute_metrics(compute, a)
+        self.train_dataset, self.eval_dataset, self.compute_metrics = train_dataset, eval_dataset, compute
+        self.is_in_train = False
+        if a.push_to_hub and a.hub_strategy == "every_save":
+            self._callbacks.append(_PushOnSave(self))
         if (a.num_processes or 1) > 1 and jax.process_count() == 1:
             first = "gold_jax.distributed.initialize.initialize, or jax.distributed.initialize, before a trainer"
             raise ValueError(f"num_processes is {a.num_processes}, and this process runs alone: call {first} is made")
@@ -70,26 +94,28 @@ class _Trainer:
             if os.path.isfile(getattr(a, name) or ""):
                 raise ValueError(f"--{name} is {str(getattr(a, name))!r}, which is a file; name a folder")
         if train_dataset is None:
-            raise ValueError("there is nothing to train on: pass train_dataset, or --dataset_name on the command line")
+            given = "pass train_dataset= by its name, or --dataset_name on the command line"
+            raise ValueError(f"there is nothing to train on: {given}")
         if eval_dataset is None and (a.eval_strategy != "no" or a.eval_on_start):
             flag = "--eval_on_start" if a.eval_strategy == "no" else f"--eval_strategy {a.eval_strategy}"
             raise ValueError(f"{flag} needs rows to evaluate on: pass eval_dataset, or leave it out")
         first = a.on_bad_row == "error"
-        read = functools.partial(load_examples, text_column=a.dataset_text_field, check_first=first)
-        self.train_examples = train_dataset
+        named: dict[str, Any] = dict(text_column=a.dataset_text_field, renamed=a.columns)
+        read = functools.partial(load_examples, check_first=first, **named)
         if isinstance(train_dataset, datasets.IterableDataset):
-            self.train_examples = open_stream(train_dataset, text_column=a.dataset_text_field)
-        elif not isinstance(train_dataset, RowStream):
-            self.train_examples = read(train_dataset)
-        if isinstance(self.train_examples, RowStream):
-            if a.max_steps < 0:
-                raise ValueError("a streamed data set has no length: say with --max_steps how many updates to make")
-            if "epoch" in (a.eval_strategy, a.save_strategy):
-                raise ValueError("a streamed data set has no length, so that no epoch ends at an update: use steps")
-        self.eval_examples = None if eval_dataset is None else read(eval_dataset)
+            train_dataset = open_stream(train_dataset, **named)
+        streamed = isinstance(train_dataset, RowStream)
+        if streamed:
+            _check_streamed(a)
+        self.train_examples: Any = train_dataset if streamed else read(train_dataset)
+        several = isinstance(eval_dataset, Mapping)
+        if several and not eval_dataset:
+            raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
+        read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
+        self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
-        self.console = (console or Console()) if is_main_process() else Console(quiet=True)
+        self.console = (console or progress.console() or Console()) if is_main_process() else Console(quiet=True)
         self.dataset_name = dataset_name or (train_dataset if isinstance(train_dataset, str) else None)
         self.command, self.hub_model_id, self.dtype = command, a.hub_model_id, compute_dtype(a.bf16)
 
@@ -98,7 +124,8 @@ class _Trainer:
         a, attention = self.args, options.get("attn_implementation")
         settings |= dict(read_dtype=options.get("dtype", "auto"), revision=options.get("revision"), attention=attention)
         settings |= dict(special_tokens_in_prompts=a.special_tokens_in_prompts, trust_remote_code=a.trust_remote_code)
-        return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
+        with progress.task(f"reading the {role}"):
+            return load_model_and_tokenizer(model, tokenizer, dtype=self.dtype, role=role, **settings)
 
     def _load_student(self, model, tokenizer) -> LoadedModel:
         a = self.args
@@ -116,20 +143,16 @@ class _Trainer:
         examples: Any = self.train_examples
         if isinstance(examples, RowStream):
             return RowChecker(chat_tokenizer, **options)
-        progress = Progress(self.console, "Checking rows", len(examples))
-        with progress:
-            check = functools.partial(check_examples, examples, chat_tokenizer, progress=progress, **options)
-            data = None
-            sides = [chat_tokenizer] + [x for x in [options.get("teacher")] if x is not None]
-            known = all(backend_of(side.tokenizer) is not None for side in sides)  # others' digests do not tell all
-            if known and len(examples) >= _REMEMBERED and datasets.is_caching_enabled():
-                data = check_cache.data_key(examples)
-            if data is None:
-                return check()
-            key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
-            key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
-            key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
-            checked, known = check_cache.remembered(user_caches() / "checked", key, check)
+        check = functools.partial(check_examples, examples, chat_tokenizer, **options)
+        sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
+        known = all(backend_of(side.tokenizer) is not None for side in sides)  # others' digests do not tell all
+        large = len(examples) >= _REMEMBERED and datasets.is_caching_enabled()
+        if not (known and large and (data := check_cache.data_key(examples))):
+            return check()
+        key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
+        key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
+        key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
+        checked, known = check_cache.remembered(user_caches() / "checked", key, check)
         if known:
             self.console.print(f"The {len(examples):,} rows were checked in an earlier run, with the same settings.")
         return checked
@@ -144,19 +167,17 @@ class _Trainer:
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
         measured: list[str] = []
         evaluated = None  # a digest of the rows to evaluate on
+        options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
+        options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
+        self._check_evaluation = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
         if evaluation is not None:
-            options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
-            options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
-            self.eval_examples, measured, evaluated = check_evaluation(evaluation, *tokenizers.values(), **options)
+            self.eval_examples, measured, evaluated = self._check_evaluation(evaluation)
             evaluation = self.eval_examples
-        streamed = isinstance(checked, RowChecker)
-        self.notices = [
-            *a.notices,
-            *measured,
-            *([] if streamed else checked.notices),
-            *named_without_effect(a, facts),
-            *notices,
-        ]
+        streamed = isinstance(checked, RowChecker)  # what is to be said of rows is said when they are read
+        read = [] if streamed else [*self.train_examples.notices, *checked.notices]
+        if cut := len(getattr(self.train_examples, "shortened", ())):
+            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
+        self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
         rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
@@ -186,17 +207,16 @@ class _Trainer:
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
+        self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         score = None
         if teacher is not None:  # whose parameters the constants of the step hold from here on
-            sides = run._replace(params=None), teacher._replace(model=None)
-            score = functools.partial(self._score_teacher, *sides)
-        restart = engine and engine.restart
-        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, self._callbacks)
+            score = self._score_teacher
+        restart, others = engine and engine.restart, (self._callbacks, self.compute_metrics)
+        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, *others)
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
         total, order = data.total_steps(self.args), data.order
-        shards = f"a stream of {len(data.train.shards)} shards" if isinstance(order, StreamOrder) else None
         schedule = make_schedule(self.args, total)
         rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
         rate = rate if self._optimizers[0] is None else "optimizer as passed"
@@ -207,7 +227,7 @@ class _Trainer:
         rows = {
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,
-            "data": (shards or f"{len(order.rows)} rows") + (f" of {self.dataset_name}" if self.dataset_name else ""),
+            "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "updates": f"{total:,} of {order.per_step} rows each, {rate}",
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
@@ -217,21 +237,29 @@ class _Trainer:
         }
         header(self.console, self.title, rows, self.notices)
 
-    def _score_teacher(self, run: build.Run, teacher: LoadedModel) -> dict[str, float]:
+    def _score_teacher(self, rows: Any = None) -> dict[str, float]:
         """The teacher measured as the student is."""
-        a, constants = self.args, run.step.constants
-        graph, params = run.batches.teacher_model or (run.teacher_graph, None)
-        if params is None:
-            params = restore_teacher(graph, constants, run.match.vocabulary)
-        teacher, examples = teacher._replace(model=merge(graph, params)), with_text_completion(self.eval_examples)
-        rows = a.per_device_eval_batch_size * self.process_shard.num_shards
+        rows = self.eval_examples if rows is None else rows
+        if isinstance(rows, Mapping):
+            return named_measures({name: self._score_teacher(part) for name, part in rows.items()})
+        a, examples = self.args, with_text_completion(rows)
+        teacher = self._teacher._replace(model=self._teacher_now())
+        size = a.per_device_eval_batch_size * self.process_shard.num_shards
         chunk = chunk_size(a.loss_chunk, teacher.model.platform)
-        score = score_completions(teacher, None, examples, batch_size=rows, chunk=chunk)
+        score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
         found = {"eval_bits_per_byte": score.bits_per_byte}
         if a.predict_with_generate:
-            options = dict(max_new_tokens=a.max_completion_length, batch_size=rows)
+            options = dict(max_new_tokens=a.max_completion_length, batch_size=size)
             found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
         return found
+
+    def _teacher_now(self) -> Decoder:
+        """The teacher, with the arrays that updates read."""
+        run = self.loop.run
+        graph, params = run.batches.teacher_model or (run.teacher_graph, None)
+        return merge(
+            graph, restore_teacher(graph, run.step.constants, run.match.vocabulary) if params is None else params
+        )
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -241,24 +269,33 @@ class _Trainer:
     @property
     def state(self) -> TrainerState:
         """Where training stands: `global_step`, `max_steps`, `epoch`, `log_history` and more, as transformers has them."""
-        return self.loop.trainer_state()
+        return dataclasses.replace(self.loop.trainer_state(), log_history=self.log_history)
 
     @property
     def model(self):
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
         return self.loop.copy_model()
 
-    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | os.PathLike | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: Any = None,
+    ) -> TrainOutput:
         """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
 
         Args:
             resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
                 the settings say.
+            trial: None, or a ValueError.
+            ignore_keys_for_eval: taken for transformers' sake, as `ignore_keys` of `evaluate`.
 
         Returns:
-            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, empty
-            without evaluation data.
+            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
+            there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
         """
+        if trial is not None:
+            raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
         a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
         if pushes:
             try:
@@ -272,10 +309,15 @@ class _Trainer:
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-        output = self.loop.train(resume)
+        self.is_in_train = True
+        try:
+            with progress.displayed(self.console, enabled=is_main_process() and not a.disable_tqdm):
+                progress.watch_compiling()
+                output = self.loop.train(resume)
+        finally:
+            self.is_in_train = False
         if is_main_process():
-            card = dict(dataset=self.dataset_name, command=self.command, results=self.loop.results, **self._card)
-            write_model_card(a.output_dir, method=self.method, base_model=self.student.name, **card)
+            self.create_model_card()
             self.loop.say(f"The student is saved in {a.output_dir}")
         try:
             if pushes:
@@ -285,20 +327,240 @@ class _Trainer:
         raise_in_all_processes("the push to the hub", failed)
         return output
 
-    def evaluate(self) -> dict[str, float]:
-        """Measures the student as it stands on `eval_dataset`."""
-        return self.loop.evaluate()
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measures the student as it stands, logs that and tells the callbacks.
 
-    def save_model(self, output_dir: str | os.PathLike | None = None) -> pathlib.Path:
+        Args:
+            eval_dataset: rows as `eval_dataset` of the constructor, or a dict of such, each measured under
+                `{metric_key_prefix}_{name}`; None: those of the constructor.
+            ignore_keys: taken for transformers' sake: no outputs are kept that one could ignore.
+            metric_key_prefix: what the metrics' names begin with.
+        """
+        if isinstance(eval_dataset, Mapping):
+            parts = {name: f"{metric_key_prefix}_{name}" for name in eval_dataset}
+            found = (self.evaluate(eval_dataset[name], None, prefix) for name, prefix in parts.items())
+            return functools.reduce(lambda one, other: one | other, found, {})
+        rows = None if eval_dataset is None else self._rows_to_measure(eval_dataset)
+        metrics = _prefixed(self.loop.evaluate(rows), metric_key_prefix)
+        self.loop.record(metrics, "on_evaluate")
+        return metrics
+
+    def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
+        """What the student writes greedily for rows with completions, and its measures on them.
+
+        Returns:
+            `predictions`, its texts; `label_ids`, those of the rows; `metrics`, as `evaluate` has them.
+        """
+        output = self.loop.predict(self._rows_to_measure(test_dataset))
+        output = output._replace(metrics=_prefixed(output.metrics, metric_key_prefix))
+        self.loop.callbacks.call("on_predict", metrics=output.metrics)
+        return output
+
+    def _rows_to_measure(self, rows: Any) -> Sequence:
+        named = dict(text_column=self.args.dataset_text_field, renamed=self.args.columns)
+        rows, notices, _ = self._check_evaluation(load_examples(rows, **named))
+        for notice in notices:
+            self.loop.say(notice)
+        return rows
+
+    def save_model(self, output_dir: str | os.PathLike | None = None, _internal_call: bool = False) -> pathlib.Path:
         """Writes the student and its tokenizer as a Hugging Face folder; None: to `output_dir` of the settings."""
         return self.loop.save(output_dir or self.args.output_dir)
 
-    def push_to_hub(self) -> str:
-        """Uploads `output_dir`; returns the address of the commit."""
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] | str | None = None
+    ) -> None:
+        """Writes the model card into `output_dir`, by this title (None: the folder's name), data set and further tags."""
+        given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
+        given |= dict(results=self.loop.results, **self._card)
+        write_model_card(self.args.output_dir, method=self.method, base_model=self.student.name, **given)
+
+    def push_to_hub(
+        self,
+        commit_message: str = "Trained with gold_jax",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        **card: Any,
+    ) -> str:
+        """Uploads `output_dir`; returns the address of the commit.
+
+        Args:
+            commit_message: of the commit.
+            blocking: the upload is waited for, whatever it is.
+            token: in place of `hub_token` of the settings.
+            revision: None: the main branch; a ValueError otherwise.
+            card: `model_name`, `dataset_name` and `tags` for `create_model_card`, which is called where there are any.
+        """
         a = self.args
-        url = push_to_hub(a.output_dir, self.hub_model_id, a.hub_private_repo, a.hub_token)
+        if revision not in (None, "main"):
+            raise ValueError(f"revision is {revision!r}: pushes go to the main branch; move it on the hub afterwards")
+        if card:
+            self.create_model_card(**card)
+        self.loop.callbacks.call("on_push_begin")
+        url = push_to_hub(a.output_dir, self.hub_model_id, a.hub_private_repo, token or a.hub_token, commit_message)
         self.loop.say(f"Pushed to {url}")
         return url
+
+    # what transformers' Trainer has beside
+
+    def add_callback(self, callback: Any) -> None:
+        """Adds a `TrainerCallback`, or a class of them. In a run of several processes all add it."""
+        self.loop.callbacks.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> TrainerCallback | None:
+        """Removes a callback, or the first of a class, and returns it."""
+        return self.loop.callbacks.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Removes a callback, or the first of a class."""
+        self.loop.callbacks.remove_callback(callback)
+
+    def log(self, logs: Mapping[str, Any], start_time: float | None = None) -> None:
+        """Logs a line as a run does: in `metrics.jsonl` and the trackers while it trains, in `log_history` always."""
+        self.loop.record(logs)
+
+    def log_metrics(self, split: str, metrics: Mapping[str, Any]) -> None:
+        """Prints metrics under a title, a line each."""
+        lines = [f"***** {split} metrics *****", *(f"  {name} = {metrics[name]}" for name in sorted(metrics))]
+        self.loop.say("\n".join(lines))
+
+    def save_metrics(self, split: str, metrics: Mapping[str, Any], combined: bool = True) -> None:
+        """Writes `{split}_results.json` into `output_dir`, and with `combined` adds to `all_results.json`."""
+        if not is_main_process():
+            return
+        folder = pathlib.Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_json(folder / f"{split}_results.json", metrics)
+        if combined:
+            path = folder / "all_results.json"
+            _write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | dict(metrics))
+
+    def save_state(self) -> None:
+        """Writes `trainer_state.json` into `output_dir`; checkpoints hold what a run needs to go on."""
+        if is_main_process():
+            pathlib.Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
+            self.state.save_to_json(str(pathlib.Path(self.args.output_dir) / "trainer_state.json"))
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this is the process that writes."""
+        return is_main_process()
+
+    is_local_process_zero = is_world_process_zero
+
+    def get_num_trainable_parameters(self) -> int:
+        """Parameters of the student: all are trained."""
+        return count(self.loop.state.params)
+
+    def get_total_train_batch_size(self, args: Any = None) -> int:
+        """Completions of an update, on all devices."""
+        return self.loop.data.order.per_step * getattr(self.args, "num_generations", 1)
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rate of the next update; none, where the optimizer was passed without its schedule."""
+        made = self.loop.done - self.loop.nonfinite.total
+        return [] if self.lr_scheduler is None else [float(self.lr_scheduler(made))]
+
+    @property
+    def callback_handler(self):
+        """transformers' `CallbackHandler`, with the callbacks of the run."""
+        return self.loop.callbacks
+
+    @property
+    def control(self) -> TrainerControl:
+        """The switches that callbacks set."""
+        return self.loop.callbacks.control
+
+    @property
+    def processing_class(self):
+        """The student's tokenizer, with the run's settings: a copy of what was passed."""
+        return self.student.chat_tokenizer.tokenizer
+
+    tokenizer = processing_class
+
+    @property
+    def chat_template(self) -> str:
+        """The student's chat template."""
+        return self.student.chat_tokenizer.template.source
+
+    @property
+    def pad_token_id(self) -> int:
+        """What batches are padded with, which is masked."""
+        return self.student.chat_tokenizer.pad_id
+
+    @property
+    def model_revision(self) -> str | None:
+        """The student's revision on the hub."""
+        return self.args.model_init_kwargs.get("revision")
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """The run's optax transformation."""
+        return self.loop.run.optimizer
+
+    @property
+    def lr_scheduler(self) -> optax.Schedule | None:
+        """Learning rates by the number of updates made; None, where the optimizer was passed without them."""
+        return self.loop.run.schedule
+
+    def __getattr__(self, name: str) -> Any:  # of what is no attribute
+        args, kind = self.__dict__.get("args"), type(self).__name__
+        if name in MEMBERS:
+            raise AttributeError(f"{kind} has no {name}: {MEMBERS[name]}")
+        own = _SETTINGS.get(name, name)
+        if args is not None and not name.startswith("_") and hasattr(args, own):
+            return getattr(args, own)
+        raise AttributeError(f"{kind} has no {name}{nearest(name, dir(type(self)))}")
+
+    def __repr__(self) -> str:
+        state = self.state
+        names = [side.name for side in (self.student, self._teacher) if side is not None]
+        rows, updates = len(self.loop.data.order.rows), f"{state.global_step} of {state.max_steps} updates"
+        return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows} rows, {updates} done)"
+
+
+_SETTINGS = {
+    "log_completion_steps": "log_completions_steps"
+}  # attributes of TRL's trainer whose settings have other names
+
+
+class _PushOnSave(TrainerCallback):
+    """Pushes the student at every save but the last; what fails is said, and the run goes on."""
+
+    def __init__(self, trainer: _Trainer):
+        self._trainer = trainer
+
+    def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            return  # it is pushed anyway
+        self._trainer.save_model()
+        if is_main_process():
+            try:
+                self._trainer.push_to_hub(f"Update {state.global_step}", model_name=None)
+            except HubError as error:
+                self._trainer.loop.say(str(error))
+
+
+def _check_streamed(args: SFTConfig) -> None:
+    """ValueError where settings need to know all rows of a data set that is streamed."""
+    if args.max_steps < 0:
+        raise ValueError("a streamed data set has no length: say with --max_steps how many updates to make")
+    if "epoch" in (args.eval_strategy, args.save_strategy):
+        raise ValueError("a streamed data set has no length, so that no epoch ends at an update: use steps")
+    if args.truncation_mode == "keep_end":
+        raise ValueError("prompts of a streamed data set are not shortened: use --truncation_mode keep_start")
+    if getattr(args, "rollout_batches", 1) > 1:
+        raise ValueError("of a streamed data set completions are drawn for one update: use --rollout_batches 1")
+
+
+def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    return {f"{prefix}_{name.removeprefix('eval_')}": value for name, value in metrics.items()}
+
+
+def _write_json(path: pathlib.Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=4, sort_keys=True) + "\n", encoding="utf-8")
 
 
 class SFTTrainer(_Trainer):
@@ -307,16 +569,19 @@ class SFTTrainer(_Trainer):
     Args:
         model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         args: the settings.
-        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-        eval_dataset: the same, or None.
+        train_dataset: a name, or rows as `load_examples` takes them.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
         processing_class: the tokenizer, or its name; None takes the one beside the model.
         optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for the log
             (or None).
         callbacks: transformers' `TrainerCallback`s, called at begin and end, updates, logs, evaluations and saves.
-        compute_metrics, peft_config: refused, with what stands in their place.
+        compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of texts: as
+            `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further metrics.
         console: where progress is shown; None for the terminal.
         command: the command line, for the model card.
         dataset_name: what the data set is called, for the model card.
+        others: further arguments of TRL's trainers, such as `peft_config` and `data_collator`: None is taken, another value
+            is a ValueError that says what stands in its place.
 
     Attributes:
         student: the name and the chat tokenizer of the model being trained; see `model`.
@@ -336,21 +601,31 @@ class SFTTrainer(_Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Any = None,
-        peft_config: Any = None,
         console: Console | None = None,
         command: Sequence[str] | None = None,
         dataset_name: str | None = None,
+        **others: Any,
     ):
         """Loads what is named and checks everything that can be checked before the first update."""
         args = SFTConfig() if args is None else args
-        if not isinstance(args, SFTConfig) or isinstance(args, GOLDConfig):
-            raise TypeError(f"args is a {type(args).__name__}; SFTTrainer takes an SFTConfig")
-        check_trl_arguments(compute_metrics, peft_config)
-        super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
+        check_trl_arguments("SFTTrainer", args, SFTConfig, others, GOLDConfig)
+        given = optimizers, callbacks, compute_metrics, console, command, dataset_name
+        super().__init__(args, train_dataset, eval_dataset, *given)
         learned = build.counted_tokens(args)
         student = self._load_student(model, processing_class)
         need = "supervised fine-tuning learns completions, so every row needs one"
         # What stands before the last answer is learned too, unless completions alone are: long rows are cut then.
+        most, reader = args.max_length, student.chat_tokenizer
+        if args.truncation_mode == "keep_end" and most is not None:
+            if learned != "completion":
+                is_now = f"--truncation_mode keep_end shortens prompts, and here {_LEARNED[learned]} is learned"
+                raise ValueError(f"{is_now}; use keep_start, or --completion_only_loss without --assistant_only_loss")
+
+            def room(example: Any) -> int:
+                text = reader.shorten(example.completion_for(reader), most)
+                return most - 1 - len(reader.encode_completion(text, after=example.prompt).ids)
+
+            self.train_examples = EndsOfPrompts(self.train_examples, reader, room)
         budget = None if args.max_length is None or learned != "completion" else args.max_length - 1
         targets = TokenBatchBuilder(student.chat_tokenizer, 1, 1, None, learned)
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
@@ -367,15 +642,26 @@ class GOLDTrainer(_Trainer):
         model: the student: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
         args: the settings.
-        train_dataset: a name, a `datasets.Dataset`, or a list of rows.
-        eval_dataset: the same, or None.
+        train_dataset: a name, or rows as `load_examples` takes them.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
         processing_class: the student's tokenizer, or its name; None takes the one beside the model.
         teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
             it.
-        optimizers, callbacks, compute_metrics, peft_config, console, command, dataset_name: as `SFTTrainer`.
+        optimizers, callbacks, compute_metrics, console, command, dataset_name, others: as `SFTTrainer`.
     """
 
     method, title = "on-policy distillation", "gold_jax.train"
+
+    @property
+    def teacher_model(self) -> Decoder:
+        """The teacher, a `Decoder` with arrays of its own."""
+        teacher = self._teacher_now()
+        return teacher.replace(jax.tree.map(jax.numpy.copy, split(teacher)[1]))
+
+    @property
+    def teacher_tokenizer(self):
+        """The teacher's tokenizer."""
+        return self._teacher.chat_tokenizer.tokenizer
 
     def __init__(
         self,
@@ -390,20 +676,19 @@ class GOLDTrainer(_Trainer):
         optimizers: tuple[Any, Any] = (None, None),
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Any = None,
-        peft_config: Any = None,
         console: Console | None = None,
         command: Sequence[str] | None = None,
         dataset_name: str | None = None,
+        **others: Any,
     ):
         """Loads both models and checks everything that can be checked before the first update."""
         args = GOLDConfig() if args is None else args
-        if not isinstance(args, GOLDConfig):
-            raise TypeError(f"args is a {type(args).__name__}; GOLDTrainer takes a GOLDConfig")
+        check_trl_arguments("GOLDTrainer", args, GOLDConfig, others)
         teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
         if teacher_model is None:
             raise ValueError("there is no teacher: pass teacher_model, or --teacher_model_name_or_path")
-        check_trl_arguments(compute_metrics, peft_config)
-        super().__init__(args, train_dataset, eval_dataset, optimizers, callbacks, console, command, dataset_name)
+        given = optimizers, callbacks, compute_metrics, console, command, dataset_name
+        super().__init__(args, train_dataset, eval_dataset, *given)
         a, placement = self.args, self.placement
         student = self._load_student(model, processing_class)
         tokenizer, options = teacher_processing_class or a.teacher_tokenizer_name_or_path, a.teacher_model_init_kwargs
@@ -425,6 +710,9 @@ class GOLDTrainer(_Trainer):
             builder = DistillationBatchBuilder(*sides, self.spec, match.same, a.max_length)
             options |= dict(max_length=a.max_length, count_targets=builder.count_targets)
         options |= dict(on_bad_row=a.on_bad_row)
+        if a.truncation_mode == "keep_end":
+            room = lambda _: a.prompt_budget  # noqa: E731
+            self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
         checked = self._check((self.spec, match.same), student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
@@ -438,6 +726,7 @@ class GOLDTrainer(_Trainer):
             vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
         completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
+        completions += f", drawn for {a.rollout_batches} updates at once" if a.lmbda and a.rollout_batches > 1 else ""
         completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
         completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""
         shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})", "vocabularies": vocabularies}

@@ -31,6 +31,7 @@ QUICK = {
     "log_completions": False,
     "warmup_steps": 0,
     "seed": 2,
+    "rollout_batches": 3,  # the run of one process is compared with others within what is drawn together
 }
 
 
@@ -129,7 +130,7 @@ def test_a_process_that_keeps_the_others_waiting_is_named_and_the_run_goes_on(tw
     )
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_when_a_process_is_killed_the_other_ends_and_says_which(tmp_path, killed):
     runs = begin_two(tmp_path, process_timeout=10, max_steps=2000, lmbda=0)
     wait_for(reached(tmp_path, 3), runs[0])
@@ -157,7 +158,9 @@ def test_a_preempted_run_saves_and_goes_on_with_another_number_of_processes(one,
     assert_same(one, tmp_path)
 
 
-@pytest.mark.parametrize("mesh, rows", [("fsdp=8", 1), ("data=2,fsdp=2,tensor=2", 2)])
+@pytest.mark.parametrize(
+    "mesh, rows", [pytest.param("fsdp=8", 1, marks=pytest.mark.long), ("data=2,fsdp=2,tensor=2", 2)]
+)
 def test_a_run_goes_on_on_another_mesh(one, tmp_path, mesh, rows):
     changes = {"mesh": mesh, "per_device_train_batch_size": rows}
     checkpoint = one / "checkpoint-4"
@@ -185,6 +188,7 @@ def test_processes_with_other_settings_end_with_what_differs(tmp_path):
 
 
 @pytest.mark.assets
+@pytest.mark.long
 def test_a_real_pair_learns_on_two_devices_what_it_learns_on_one(assets, tmp_path):
     questions = ["Who wrote Hamlet?", "What is 17 + 25?", "Name two gases in the air.", "Give a synonym for happy."]
     rows = [tiny.conversation(question, "The answer is short and clear, and then it stops.") for question in questions]

@@ -16,6 +16,48 @@ CASES = [
     {"kind": "cosine_with_min_lr", "peak": 1e-4, "steps": 40, "warmup_ratio": 0.2, "options": {"min_lr": 3e-5}},
     {"kind": "constant", "peak": 5e-5, "steps": 10, "warmup_ratio": 0.3, "options": {}},
     {"kind": "constant_with_warmup", "peak": 5e-5, "steps": 10, "warmup_ratio": 0.25, "options": {}},
+    {"kind": "cosine_with_restarts", "peak": 1e-3, "steps": 21, "warmup_ratio": 0.0, "options": {"num_cycles": 3}},
+    {"kind": "cosine_with_restarts", "peak": 1e-3, "steps": 20, "warmup_ratio": 0.2, "options": {}},
+    {"kind": "polynomial", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.1, "options": {}},
+    {"kind": "polynomial", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.0, "options": {"lr_end": 1e-5, "power": 2.5}},
+    {"kind": "inverse_sqrt", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.2, "options": {}},
+    {"kind": "inverse_sqrt", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.2, "options": {"timescale": 9}},
+    {"kind": "inverse_sqrt", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.0, "options": {}},
+    {
+        "kind": "cosine_warmup_with_min_lr",
+        "peak": 1e-4,
+        "steps": 20,
+        "warmup_ratio": 0.2,
+        "options": {"min_lr_rate": 0.2},
+    },
+    {
+        "kind": "cosine_warmup_with_min_lr",
+        "peak": 1e-4,
+        "steps": 20,
+        "warmup_ratio": 0.25,
+        "options": {"min_lr": 2e-5, "warmup_lr_rate": 0.1, "num_cycles": 1.5},
+    },
+    {"kind": "warmup_stable_decay", "peak": 1e-4, "steps": 20, "warmup_ratio": 0.2, "options": {"num_decay_steps": 6}},
+    {
+        "kind": "warmup_stable_decay",
+        "peak": 1e-4,
+        "steps": 20,
+        "warmup_ratio": 0.25,
+        "options": {
+            "num_decay_steps": 6,
+            "num_stable_steps": 5,
+            "warmup_type": "cosine",
+            "decay_type": "1-sqrt",
+            "min_lr_ratio": 0.1,
+        },
+    },
+    {
+        "kind": "warmup_stable_decay",
+        "peak": 1e-4,
+        "steps": 20,
+        "warmup_ratio": 0.25,
+        "options": {"num_decay_steps": 7, "warmup_type": "1-sqrt", "decay_type": "linear", "min_lr_ratio": 0.2},
+    },
 ]
 
 

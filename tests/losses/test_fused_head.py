@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses import distill, fused_head
+from gold_jax.losses import distill, projection
 from gold_jax.losses.distill import Head, compact, cross_entropy, order_rows, token_logp
-from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum, head_logits
+from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum
+from gold_jax.losses.projection import head_logits
 
 N, D, V = 13, 5, 17
 
@@ -70,7 +71,7 @@ def test_a_heads_gradient_is_the_same_however_many_rows_are_made_at_once(monkeyp
         )(head)
 
     whole = gradient(head)
-    monkeypatch.setattr(fused_head, "GRADIENT_BLOCK_ROWS", rows)
+    monkeypatch.setattr(projection, "GRADIENT_BLOCK_ROWS", rows)
     chex.assert_trees_all_close(gradient(head), whole, rtol=1e-6, atol=1e-7)
 
 

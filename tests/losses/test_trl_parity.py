@@ -145,8 +145,8 @@ def test_gkd_with_one_tokenizer_equals_trl(case):
 @pytest.mark.parametrize(
     "pair",
     [
-        # The larger two the other way round: the same programs over the same vocabularies.
-        pytest.param(pair, marks=pytest.mark.long) if pair == ("llama3_2", "qwen3") else pair
+        # The larger two either way: the same programs as of the smaller, over more entries.
+        pytest.param(pair, marks=pytest.mark.long) if "qwen3" in pair else pair
         for pair in sorted({tuple(c["pair"]) for c in NUMBERS["real"]})
     ],
     ids="<-".join,

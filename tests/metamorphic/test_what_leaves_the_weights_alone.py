@@ -171,7 +171,7 @@ MESHES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_two_devices_make_the_run_of_one(runs, tmp_path):
     plain = runs()
     root = pathlib.Path(__file__).parents[2]

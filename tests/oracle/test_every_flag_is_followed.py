@@ -12,6 +12,7 @@ from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig
 LOSS = "test_losses.test_a_setting_of_the_loss_means_what_the_mathematics_say"
 UPDATE = "test_updates.test_three_updates_are_adamw_s_on_the_gradient_of_the_loss"
 DRAWN = "test_sampling.test_a_student_s_own_completions_keep_the_tokens_that_it_drew"
+TOGETHER = "test_sampling.test_later_updates_weigh_what_was_drawn_before_them_by_how_likely_the_student_of_now_draws_it"
 TAUGHT = "test_sampling.test_what_the_teacher_wrote_is_learned_as_the_student_s_tokenizer_writes_it"
 ROUNDED = "test_reading.test_weights_are_rounded_when_they_are_read_where_dtype_says_so"
 VARIABLES = "test_reading.test_template_variables_go_to_both_unless_the_teacher_has_its_own"
@@ -48,6 +49,7 @@ COMPARED = {
     "gradient_checkpointing": UPDATE,
     "max_length": LOSS,
     "dataset_text_field": "test_reading.test_another_column_may_hold_the_text",
+    "columns": "test_reading.test_another_column_may_hold_the_text",
     "chat_template_path": "test_reading.test_another_chat_template_is_the_student_s_alone",
     "template_kwargs": VARIABLES,
     "special_tokens_in_prompts": "test_reading.test_special_tokens_in_plain_prompts_are_tokens_where_that_is_asked_for",
@@ -63,6 +65,8 @@ COMPARED = {
     "teacher_context": "test_reading.test_a_teacher_s_context_comes_before_that_of_a_row",
     "temperature": "test_losses.test_one_tokenizer_is_compared_token_by_token",
     "top_k": DRAWN,
+    "rollout_batches": TOGETHER,
+    "rollout_importance_cap": TOGETHER,
     "lmbda": "test_sampling.test_an_update_s_share_of_own_completions_follows_lmbda_seed_and_step",
     "seq_kd": TAUGHT,
     "max_completion_length": "test_sampling.test_a_completion_that_is_cut_by_its_limit_has_no_stop_token",
@@ -90,11 +94,19 @@ REASONS = {
     **dict.fromkeys("model_revision teacher_model_revision dataset_config".split(), HUB),
     **dict.fromkeys("dataset_train_split dataset_test_split".split(), "It chooses rows, which are compared as rows."),
     **dict.fromkeys("logging_first_step eval_strategy eval_steps eval_on_start".split(), WHEN),
-    **dict.fromkeys("save_strategy save_steps save_total_limit".split(), WHEN),
-    **dict.fromkeys("log_completions log_completions_steps num_completions_to_print profile_steps".split(), WHEN),
+    **dict.fromkeys("save_strategy save_steps save_total_limit hub_strategy".split(), WHEN),
+    **dict.fromkeys(
+        "log_completions log_completions_steps num_completions_to_print profile_steps disable_tqdm".split(), WHEN
+    ),
     **dict.fromkeys("output_dir checkpoint_dir report_to run_name project trackio_space_id".split(), NAMES),
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),
+    **dict.fromkeys(
+        "load_best_model_at_end metric_for_best_model greater_is_better".split(),
+        "It chooses between students that are there: tests/test_trl_surface.py.",
+    ),
     "resume_from_checkpoint": "A resumed run is compared with the one that nothing stopped, bit for bit: see the tests of resuming.",
+    "datasets": "It joins data sets, whose rows are compared as rows: tests/text/test_mixture.py.",
+    "truncation_mode": "It shortens texts before they are read: tests/text/test_truncation.py.",
     "compilation_cache": "It says where compiled programs are kept: tests/test_compilation_cache.py.",
     "on_bad_row": "Rows that cannot be read end a run or are left out before it begins: tests/text/test_checks.py.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",

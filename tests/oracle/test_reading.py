@@ -29,9 +29,10 @@ def test_a_text_after_a_context_is_no_text_from_its_beginning_to_the_teacher(row
 
 
 @pytest.mark.long
-def test_another_column_may_hold_the_text(tmp_path):
+@pytest.mark.parametrize("named", [{"dataset_text_field": "story"}, {"columns": "text=story"}])
+def test_another_column_may_hold_the_text(tmp_path, named):
     rows = [{"story": "Then Felix walked home."}, {"story": "The farmer was tired.", "text": "nothing"}]
-    found = cases.measured(tmp_path, rows, dataset_text_field="story")
+    found = cases.measured(tmp_path, rows, **named)
     pair = o.Pair(cases.student(), cases.teacher())
     assert cases.differences(found, pair.evaluate(cases.examples(rows, "story"))) == []
 

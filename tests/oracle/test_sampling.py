@@ -86,6 +86,55 @@ def test_reverse_kl_has_the_log_ratio_for_its_value_and_the_policy_gradient(tmp_
     assert cases.differences(found, wanted) == []
 
 
+def importance_weights(row, keep, now, then, settings, cap):
+    """Those of the groups that count and of the labels of a row, and the mean absolute log-ratio of its tokens."""
+    half, temperature = row.halves[0], settings["temperature"]
+    ids, ratio = np.array([half.ids]), 0.0
+    for weights, sign in ((now, 1), (then, -1)):
+        logp = o.log_probabilities(np, weights, cases.student().config, ids, temperature)[0]
+        ratio = ratio + sign * np.array([logp[t - 1, ids[0, t]] for t in range(len(half.prompt), ids.shape[1])])
+    groups = []
+    for g in np.flatnonzero(keep):
+        at = np.flatnonzero(half.group == g)
+        reads_text = settings["compare"] in ("events", "alm", "reverse_kl")
+        count = at[-1] + 1 if reads_text else at[-1] if settings["merge"] == "chain" else at[0]
+        groups.append(ratio[:count].sum())
+    return (*(np.minimum(np.exp(x), cap) for x in (np.array(groups), np.cumsum(ratio))), np.abs(ratio))
+
+
+@pytest.mark.parametrize("loss", ["gold", pytest.param("events", marks=pytest.mark.long), "strict"])
+def test_later_updates_weigh_what_was_drawn_before_them_by_how_likely_the_student_of_now_draws_it(loss, tmp_path):
+    given, cap = {"loss": loss, "uld_crossentropy_weight": 0.5, "temperature": 0.8}, 1.2
+    flags = [word for name, value in given.items() for word in (f"--{name}", value)]
+    data = cases.write_rows(tmp_path / "rows.jsonl", PROMPTS * 2)
+    lines = cases.trained(
+        tmp_path / "run", "--dataset_name", data, "--max_steps", 3, "--per_device_train_batch_size", 2, "--lmbda", 1,
+        "--top_k", 1, "--max_completion_length", 40, "--learning_rate", 1e-3, "--rollout_batches", 2,
+        "--rollout_importance_cap", cap, "--save_strategy", "steps", "--save_steps", 1, *flags,
+    )  # fmt: skip
+    pair, rows = o.Pair(cases.student(), cases.teacher(), given), cases.examples(PROMPTS * 2)
+    students = [pair.student.weights, *(o.read_weights(tmp_path / "run" / f"checkpoint-{k}") for k in (1, 2))]
+    for step, (now, drawn_by) in enumerate(zip(students, (0, 0, 2))):
+        then = students[drawn_by]
+        made = [pair.by_student(rows[i], then, 40) for i in o.row_order(4, 2, 42, step)]
+        batch, keeps = pair.batch(made), [o.counted(row, pair.settings) for row in made]
+        weighed = [importance_weights(row, keep, now, then, pair.settings, cap) for row, keep in zip(made, keeps)]
+        groups, labels, ratios = map(np.concatenate, zip(*weighed))
+        wanted = {
+            "importance_sampling_ratio": (batch.group_weight * groups).sum(),
+            "importance_sampling_truncated": (batch.group_weight * (groups == cap)).sum(),
+            "importance_sampling_logp_difference": ratios.mean(),
+        }
+        batch.group_weight, batch.label_weight = batch.group_weight * groups, batch.label_weight * labels
+        total, parts = o.loss_of(np, now, batch)
+        assert cases.differences(lines[step], {"loss": total, **parts}, rel=2e-5) == []
+        assert cases.differences(lines[step], wanted, rel=2e-5, near=2e-6) == []
+        if step == 1:  # where the weights change something, and some are truncated
+            assert (
+                0 < wanted["importance_sampling_truncated"] < 1 and wanted["importance_sampling_logp_difference"] > 0.01
+            )
+
+
 def ours(xp, pair, batch, weights):
     """The student's side of a batch."""
     logp = o.log_probabilities(xp, weights, batch.config, batch.plans[0].ids)

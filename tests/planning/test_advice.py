@@ -6,7 +6,7 @@ import math
 import pytest
 
 from gold_jax.config import GOLDConfig, SFTConfig
-from gold_jax.planning.advice import advice, search, times_the_chips
+from gold_jax.planning.advice import advice, flags_of, search, times_the_chips
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import read_topology
 from gold_jax.planning.models import known_config
@@ -98,6 +98,27 @@ def test_a_search_compiles_no_more_than_its_limit_and_puts_what_fits_first():
     assert not first.fits and len(compiled) <= 3 and len(found) <= 4
     assert [one.fits for one in found] == sorted((one.fits for one in found), reverse=True)
     assert found[0].fits and sum(one is first for one in found) == 1
+
+
+def test_a_search_draws_completions_of_several_updates_together_where_that_is_faster():
+    settings = {"per_device_train_batch_size": 2, "max_completion_length": 512, "max_length": 1024}
+    first = estimate(asked("gpu:8xh100-80gb", lmbda=1.0, **settings))
+    best = search(first, None, limit=3)[0]
+    together, alone = best.request, estimate(best.request.changed(rollout_batches=1))
+    assert together.rollout_batches > 1 and f"--rollout_batches {together.rollout_batches}" in flags_of(together)
+    assert together.sampled_rows == together.rollout_batches * alone.request.sampled_rows
+    assert best.tokens_per_second > alone.tokens_per_second
+    assert "rollout_batches" not in flags_of(first.request)
+    named = search(estimate(asked("gpu:8xh100-80gb", lmbda=1.0, rollout_batches=2, **settings)), None, limit=3)
+    assert {one.request.rollout_batches for one in named} == {2}
+    off_policy = search(estimate(asked("gpu:8xh100-80gb", lmbda=0.0, **settings)), None, limit=2)
+    assert {one.request.rollout_batches for one in off_policy} == {1}
+
+
+def test_a_plan_draws_more_rows_at_once_where_memory_is_free():
+    settings = {"lmbda": 1.0, "per_device_train_batch_size": 128, "max_completion_length": 128, "max_length": 256}
+    rows = [asked(f"gpu:{card}", mesh={"fsdp": 1}, **settings).sampled_rows for card in ("l4-24gb", "h200-141gb")]
+    assert rows[0] == 32 < rows[1]
 
 
 def test_a_search_changes_nothing_of_what_was_asked_for():

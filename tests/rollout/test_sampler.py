@@ -240,6 +240,27 @@ def test_weights_of_8_bits_draw_as_the_model_that_they_stand_for(model):
         SamplingEngine(8, "int4")
 
 
+def test_keys_of_prompts_stand_for_the_key_that_their_indices_are_folded_into(model):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), np.arange(len(PROMPTS)))
+    options = dict(max_new_tokens=NEW, temperature=0.7, top_k=20, top_p=0.9)
+    prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
+    told = SamplingEngine(8, scaled=True).generate(model, prompts[1:], key=keys[1:], **options)
+    plain = SamplingEngine(4).generate(model, prompts, key=jax.random.key(3), **options)[1:]
+    assert ids(told) == ids(plain) and plain[0].sampling_logprobs is None
+    for prompt, one, same in zip(PROMPTS[1:], told, plain, strict=True):
+        np.testing.assert_allclose(one.logprobs, same.logprobs, atol=2e-5)
+        logp = jax.nn.log_softmax(read_again(model, prompt, one.ids) / 0.7)
+        np.testing.assert_allclose(one.sampling_logprobs, logp[np.arange(len(one.ids)), one.ids], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "free, each, rows",
+    [(None, 1, 32), (0, 1, 32), (-5, 1, 32), (255, 2, 32), (256, 2, 64), (4 * 128, 2, 128), (10**9, 1, 128)],
+)
+def test_rows_written_at_once_follow_the_free_memory(free, each, rows):
+    assert sampler.default_rows(4, free, each) == 4 * rows
+
+
 def test_rows_may_be_decoded_several_tokens_at_a_time(model, alone, monkeypatch):
     """As on GPUs, where to look whether any row goes on takes a synchronization."""
     monkeypatch.setattr(device, "_CHECKS_EVERY_TOKEN", ())

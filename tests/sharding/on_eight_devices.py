@@ -5,6 +5,7 @@ every method, MESH/N for each N-th method alone.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -17,18 +18,24 @@ from gold_jax.models.functional import split
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
 
-from training.small import SPECS, V, batches, built, decoder, rows  # noqa: E402
+from training.small import SPECS, V, batches, built, decoder, drawn, rows  # noqa: E402
 
+from gold_jax.losses.importance import ImportanceSampling  # noqa: E402
 from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
 from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
 from gold_jax.text.batch import build_token_batches  # noqa: E402
 from gold_jax.text.process_shard import ProcessShard  # noqa: E402
+from gold_jax.training import objective  # noqa: E402
 from gold_jax.training.objective import make_cross_entropy_loss  # noqa: E402
 from gold_jax.training.step import Step, init_state, state_shardings  # noqa: E402
 
+# On these the devices of `tensor` split the vocabulary of the loss; elsewhere they gather the heads.
+SPLIT = ("data=2,fsdp=2,tensor=2",)
 MESHES = "data=8", "fsdp=8", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2"
 STEPS = 3
 RATE = 0.5
+MIXED = SPECS[-1]
+WEIGHTED = dataclasses.replace(MIXED, name="weighted")  # by what rows were drawn with
 
 
 def token_batches(lines):
@@ -46,12 +53,13 @@ def steps(method, placement=None, teacher=None, remat=True):
         loss, constants, made = make_cross_entropy_loss(graph, chunk=4), (), token_batches
     else:
         place = lambda model, where: placed(model, where, remat)  # noqa: E731
-        loss, params, constants = built(
-            method, tied=len(method.name) % 2 == 0, place=place, placements=(placement, teacher)
-        )
+        weighted = method is WEIGHTED
+        options = dict(importance=ImportanceSampling(0.8, 1.5)) if weighted else {}
+        options |= dict(tied=len(method.name) % 2 == 0, place=place, placements=(placement, teacher))
+        loss, params, constants = built(method, **options)
 
         def made(lines):
-            return batches(method, 8, lines=lines)
+            return batches(method, 8, lines=lines, drawn=drawn(8) if weighted else None)
 
     optimizer = optax.sgd(RATE)
     shardings = None if placement is None else state_shardings(optimizer, params)
@@ -69,6 +77,9 @@ def steps(method, placement=None, teacher=None, remat=True):
             assert jax.tree.map(lambda x: x.sharding, state.params) == shardings.params
         found.append((float(metrics["loss"]), jax.tree.map(lambda a, b: (a - b) / RATE, before, after)))
     assert step.compiled <= 3  # the update twice: for parameters as they were made, and as an update gives them
+    if method == "sft" and placement is not None:  # whether a device holds a whole head while it computes the loss
+        program = step.programs["fused"].lower(state, constants, batch).compile().as_text()
+        assert (f"f32[{V},16]" in program) != objective.splits_vocabulary()
     return found
 
 
@@ -88,7 +99,9 @@ def main():
     for given in args.meshes:
         text, _, every = given.partition("/")
         mesh = make_mesh(mesh_sizes(text, 8))
-        for number, method in list(enumerate([*SPECS, "sft"]))[:: int(every or 1)]:
+        objective.splits_vocabulary = lambda *_, split=text in SPLIT: split
+        first, *others = SPECS
+        for number, method in list(enumerate(["sft", first, WEIGHTED, *others]))[:: int(every or 1)]:
             name = method if method == "sft" else method.name
             if name not in plain:
                 plain[name] = steps(method)

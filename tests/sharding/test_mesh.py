@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.models.decoder import parameters
 from gold_jax.sharding.axes import mesh_sizes, read_mesh
 from gold_jax.sharding.placement import Placement, describe_mesh, make_mesh
+from gold_jax.training.objective import splits_vocabulary
 
 HERE = pathlib.Path(__file__).parent
 
@@ -27,8 +28,10 @@ def on_eight_devices(script, *arguments):
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-# All methods on the mesh that has every axis. On those that have fewer, the first and the last; each fourth where asked for.
-EVERY = {"data=8": 12, "fsdp=8": 12, "fsdp=4,tensor=2": 12, "data=2,fsdp=2,tensor=2": 1}
+# Every other method on the mesh that has every axis, on those that have fewer the first and the last; more where asked for.
+EVERY = {"data=8": 12, "fsdp=8": 12, "fsdp=4,tensor=2": 12, "data=2,fsdp=2,tensor=2": 2}
+MORE = {"data=8": 4, "fsdp=8": 4, "fsdp=4,tensor=2": 4, "data=2,fsdp=2,tensor=2": 1}
+COUNT = {1: 14, 2: 7, 4: 4, 12: 2}  # of 14 methods
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +48,15 @@ def assert_alike(found: dict[str, dict[str, float]], count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", EVERY)
-def test_three_steps_of_every_method_are_those_of_one_device(mesh, steps):
+def test_three_steps_are_those_of_one_device(mesh, steps):
     found = {name: errors for name, errors in steps.items() if name.startswith(f"{mesh} ")}
-    assert_alike(found, 13 if EVERY[mesh] == 1 else 2)
+    assert_alike(found, COUNT[EVERY[mesh]])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("mesh", [mesh for mesh in EVERY if EVERY[mesh] > 1])
-def test_three_steps_of_every_fourth_method_are_those_of_one_device(mesh):
-    assert_alike(on_eight_devices("on_eight_devices.py", f"{mesh}/4"), 4)
+@pytest.mark.parametrize("mesh", MORE)
+def test_three_steps_of_more_methods_are_those_of_one_device(mesh):
+    assert_alike(on_eight_devices("on_eight_devices.py", f"{mesh}/{MORE[mesh]}"), COUNT[MORE[mesh]])
 
 
 @pytest.mark.slow
@@ -123,6 +126,19 @@ def test_what_an_axis_does_not_divide_is_not_cut():
 @pytest.mark.parametrize("heads, kv_heads, tensor, copies", [(32, 8, 4, 1), (32, 8, 16, 2), (4, 1, 4, 4), (9, 3, 2, 1)])
 def test_every_tensor_device_has_the_key_value_heads_of_its_own_heads(heads, kv_heads, tensor, copies):
     assert Placement(abstract_mesh(tensor=tensor)).kv_repeats(heads, kv_heads) == copies
+
+
+@pytest.mark.parametrize(
+    "tokens, width, tensor, columns, split",
+    [
+        (8192, 4096, 4, [("fsdp", "tensor"), ("tensor",)], True),
+        (8192, 4096, 1, [("fsdp",), ("fsdp",)], False),
+        (65536, 4096, 4, [("fsdp", "tensor"), ("tensor",)], False),  # logits would be more bytes than heads
+        (8192, 4096, 4, [("fsdp", "tensor"), ()], False),  # a width that the devices do not divide
+    ],
+)
+def test_the_vocabulary_is_split_where_logits_are_fewer_bytes_than_heads(tokens, width, tensor, columns, split):
+    assert splits_vocabulary(tokens, width, tensor, columns) is split
 
 
 def test_a_layout_that_does_not_exist_is_refused():

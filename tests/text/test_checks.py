@@ -113,10 +113,21 @@ def test_messages_that_a_template_does_not_write_are_an_error():
 
 def test_an_answer_under_another_role_is_named():
     row = {"messages": [{"role": "human", "content": "q"}, {"role": "gpt", "content": "a"}]}
-    with pytest.raises(
-        ValueError, match="row 0.*no completion; it is learned. Its last message has the role 'gpt'; an answer"
-    ):
+    says = (
+        "row 0 of the data set has messages of the role 'human' and 'gpt', and no answer of the assistant's .*; it is"
+    )
+    with pytest.raises(ValueError, match=says):
         check(row)
+    with pytest.raises(ValueError, match="row 0 of the data set ends with a message of the role 'system', not with an"):
+        check({"messages": [USER, {"role": "system", "content": "s"}]})
+
+
+def test_a_format_of_another_project_is_said_once():
+    shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    rows = load_examples([shared, {"question": "q", "answer": "a"}, answered(), shared])
+    for said in (check(*rows.rows).notices, check_evaluation(rows, chat_tokenizer())[1]):
+        assert len(said) == 2 and "2 rows of the " in said[0] and " are read as ShareGPT: `from` and `value`" in said[0]
+        assert "1 rows of the " in said[1] and " are read as question/answer: `question`" in said[1]
 
 
 def test_tool_calls_that_a_template_does_not_write_are_an_error():

@@ -199,8 +199,10 @@ def test_text_parts_are_joined():
 @pytest.mark.parametrize(
     "row, message",
     [
-        ({"conversations": [{"from": "human", "value": "q"}]}, "accepted are .*write `conversations` as `messages`"),
-        ({"question": "q", "answer": "a"}, "row 3 of the data set 'd' has the columns question, answer; accepted are"),
+        (
+            {"query": "q", "reply": "a"},
+            "row 3 of the data set 'd' has the columns query, reply; accepted .*--columns prompt=query",
+        ),
         ({"messages": None}, "messages is there but null"),
         ({"messages": []}, "'messages' is an empty list"),
         ({"messages": "q"}, "'messages' must be a list of .*not a str"),
@@ -492,13 +494,31 @@ def test_a_file_that_changes_while_it_is_read_is_no_longer_read(tmp_path):
 def test_what_the_hub_s_data_sets_lack_is_told_in_a_sentence(tmp_path, monkeypatch):
     (tmp_path / "rows").mkdir()
     write(tmp_path / "rows" / "train.jsonl", [{"text": "a"}])
-    monkeypatch.setattr(data, "_from_hub", lambda _, config, split: _from_hub(str(tmp_path / "rows"), config, split))
+    monkeypatch.setattr(
+        data, "_from_hub", lambda _, config, split, files: _from_hub(str(tmp_path / "rows"), config, split)
+    )
     assert load_examples("someone/rows")[0].completion == "a"
     with pytest.raises(ValueError, match="data set 'someone/rows' of the hub cannot be read: .*split.*dev"):
         load_examples("someone/rows", split="dev")
     with pytest.raises(FileNotFoundError, match="there is no file or folder 'xxx") as error:
         load_examples("x" * 10**6)
     assert len(str(error.value)) < 200
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_a_sentence(monkeypatch):
+    def unreachable(*_):
+        raise ConnectionError("Couldn't reach 'someone/rows' on the Hub")
+
+    monkeypatch.setattr(data, "_from_hub", unreachable)
+    with pytest.raises(ConnectionError, match="no file or folder 'someone/rows' here, and the hub, .*: Couldn't reach"):
+        load_examples("someone/rows")
+
+
+def test_a_file_without_rows_is_told(tmp_path):
+    for name, content in {"a.jsonl": "", "b.jsonl": "\n\n", "c.json": "[]"}.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"the data set '.*{name}' is empty: it has no rows"):
+            load_examples(tmp_path / name)
 
 
 def test_a_broken_file_of_the_hub_is_called_as_in_its_repository(tmp_path, monkeypatch):

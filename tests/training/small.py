@@ -73,17 +73,25 @@ def rows(count, seed=0):
     return made
 
 
-def built(spec, tied=True, place=lambda model, where: model, placements=(None, None)):
+def built(spec, tied=True, place=lambda model, where: model, placements=(None, None), importance=None):
     """The loss of a method, the student's parameters, the constants."""
     student, teacher = place(decoder(V, 1), placements[0]), place(decoder(W, 2, tied), placements[1])
     graph, params = split(student)
     vocabularies = vocabulary()
     teacher_graph, teacher_params = split(teacher)
     constants = freeze_teacher(teacher_graph, teacher_params, vocabularies, STOPS)
-    return make_distillation_loss(graph, teacher_graph, spec, vocabularies, chunk=4), params, constants
+    options = dict(chunk=4, importance=importance)
+    return make_distillation_loss(graph, teacher_graph, spec, vocabularies, **options), params, constants
 
 
-def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0):
+def drawn(count, seed=0):
+    """All but every third of `rows` as another student would have drawn them."""
+    rng, made = np.random.default_rng(seed), rows(count, seed)
+    ids = {i: row.student.completion for i, row in enumerate(made) if i % 3}
+    return {i: (x, rng.uniform(-6, -1, len(x)).astype(np.float32)) for i, x in ids.items()}
+
+
+def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0, drawn=None):
     """The micro-batches of one global batch."""
     made = build_batches(
         rows(count, seed),
@@ -93,5 +101,6 @@ def batches(spec, micro, normalization="groups", count=8, lines=1, seed=0):
         text=spec.of_text,
         normalization=normalization,
         process_shard=ProcessShard.single_process(lines),
+        drawn=drawn,
     )
     return jax.tree.map(jax.numpy.asarray, made)

@@ -1,16 +1,17 @@
 import numpy as np
 import pytest
 import tiny_models as tiny
-from toy_tokenizers import byte_level
+from toy_tokenizers import CHATML, byte_level
 
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.checks import check_examples, with_text_completion
+from gold_jax.text.checks import check_evaluation, check_examples
 from gold_jax.text.data import Example, load_examples
+from gold_jax.text.template import PLAIN_TEMPLATE
 from gold_jax.training.batches import RowOrder, TokenBatchBuilder, sampling_rows
 
 
-def chat_tokenizer():
-    return ChatTokenizer(byte_level())
+def chat_tokenizer(template=None):
+    return ChatTokenizer(byte_level(), chat_template=template)
 
 
 @pytest.mark.parametrize("rows, per_step", [(10, 3), (12, 4), (1, 8)])
@@ -117,16 +118,65 @@ def a_call():
     }
 
 
-def test_an_answer_that_calls_tools_is_no_completion():
+def test_calls_that_a_template_does_not_write_are_no_completion():
     data = examples(a_call(), {"prompt": "x", "completion": "y"})
-    checked = check_examples(data, chat_tokenizer(), budget=None, need_completion="it must be there")
+    checked = check_examples(data, chat_tokenizer(CHATML), budget=None, need_completion="it must be there")
     kept, notices = checked.kept.tolist(), checked.notices
-    assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools" in notices[0]
-    assert check_examples(data, chat_tokenizer(), budget=None, need_completion=None).kept.tolist() == [0, 1]
+    assert kept == [1] and "left out 1 of 2 rows whose last answer calls tools, which the chat template" in notices[0]
+    assert check_examples(data, chat_tokenizer(CHATML), budget=None, need_completion=None).kept.tolist() == [0, 1]
     assert check_examples(
         data, chat_tokenizer(), budget=None, need_completion="…", learns_calls=True
     ).kept.tolist() == [0, 1]
-    assert [e.completion for e in with_text_completion(data)] == ["y"]
+    assert [e.completion for e in check_evaluation(data, chat_tokenizer(CHATML))[0]] == ["y"]
+
+
+def test_calls_that_a_template_writes_are_learned_as_it_writes_them():
+    student = ChatTokenizer(byte_level(), chat_template=PLAIN_TEMPLATE)
+    data = examples(a_call(), {"prompt": "x", "completion": "y"})
+    checked = check_examples(data, student, budget=None, need_completion="it must be there", teacher=chat_tokenizer())
+    assert (
+        checked.kept.tolist() == [0, 1]
+        and "in 1 rows of the data set the last answer calls tools" in checked.notices[0]
+    )
+    assert data[0].completion_for(student) == '{"name": "add", "arguments": {"a": 1}}'
+    assert check_evaluation(data, student, chat_tokenizer())[0] is data
+
+
+SPECIAL_CALLS = CHATML.replace(
+    "+ m['content']",
+    "+ ('<|im_start|>' + m['tool_calls'][0]['function']['name'] if m['tool_calls'] else '') + m['content']",
+)
+
+
+def test_calls_behind_a_special_token_are_no_text():
+    data = examples(a_call(), {"prompt": "x", "completion": "y"})
+    student = chat_tokenizer(SPECIAL_CALLS)
+    assert "add" in student.render(data[0].messages)
+    assert check_examples(data, student, budget=None, need_completion="it must be there").kept.tolist() == [1]
+
+
+def test_all_answers_of_a_completion_are_learned_by_sft_and_what_tools_say_is_not():
+    call = a_call()["messages"][1]
+    completion = [call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "It is 3."}]
+    row = {
+        "prompt": [
+            {"role": "user", "content": "Add."},
+            {"role": "assistant", "content": "Which?"},
+            {"role": "user", "content": "1, 2"},
+        ]
+    }
+    (example,) = data = examples(row | {"completion": completion})
+    student = ChatTokenizer(byte_level(), chat_template=PLAIN_TEMPLATE)
+    need = dict(budget=None, need_completion="it must be there")
+    assert example.answers == 2 and check_examples(data, student, **need).notices == []
+    builder = TokenBatchBuilder(student, 1, 1, None, "completion")
+    for limit in (None, 1000):
+        ids, counted, _ = builder._row(example, limit)
+        spelled = student.tokenizer.decode(ids[counted], skip_special_tokens=True)
+        assert spelled == '{"name": "add", "arguments": {"a": 1}}It is 3.'
+    (notice,) = check_examples(data, student, **need, teacher=student).notices
+    assert "1 rows have several answers in their completion: the last one is learned" in notice
+    assert example.fingerprint != examples({"messages": example.messages})[0].fingerprint
 
 
 def test_special_strings_in_plain_prompts_are_told():

@@ -2,7 +2,6 @@ import io
 import json
 import threading
 import time
-import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -158,24 +157,39 @@ def test_logging_does_not_wait_for_a_slow_tracker():
     assert [step for _, step in tracker.calls] == [1, 2]
 
 
-def test_a_terminal_shows_one_head_and_aligned_lines():
+@pytest.mark.parametrize("width", [60, 100, 200])
+def test_a_terminal_shows_one_head_and_aligned_lines_that_fit(width):
+    screen = console(terminal=True, width=width)
+    metrics = {"distillation": 0.4, "loss": 0.5, "learning_rate": 1e-7, "tokens_per_second": 1234.5, "grad_norm": 2.0}
+    with MetricLog(None, screen, total_steps=120) as log:
+        log.log(1, metrics, left=3723)
+        log.log(20, metrics | {"loss": float("nan"), "learning_rate": 2e-7}, epoch=0.5, left=9.6)
+        log.log(21, {"loss": 0.5})  # a line that has less keeps its columns
+        log.log(21, {"eval_loss": 0.75})
+    lines = written(screen).splitlines()
+    heads = ["step", "loss", "grad", "norm", "tokens/s", "left", "lr"]
+    assert lines[0].split()[:7] == heads
+    assert lines[1].split()[:5] == ["1/120", "0.5", "2", "1234", "1:02:03"]
+    lines = [line for line in lines if line.split() and line.split()[0] != "step"] if width > 60 else lines[1:]
+    assert lines[1].split()[:5] == ["20/120", "nan", "2", "1234", "0:10"] and lines[2].split() == ["21/120", "0.5"]
+    assert max(map(len, lines)) <= width and len({len(line) for line in lines[1:3]}) == 1
+    assert written(screen).splitlines()[-1] == "step 21/120  eval_loss 0.75"
+
+
+def test_heads_stand_again_after_many_lines():
     screen = console(terminal=True)
     with MetricLog(None, screen) as log:
-        log.log(1, {"loss": 0.5, "learning_rate": 1e-7})
-        log.log(2, {"loss": float("nan"), "learning_rate": 2e-7})
-        log.log(2, {"eval_loss": 0.75})
-    lines = written(screen).splitlines()
-    assert lines[0].split() == ["step", "loss", "learning_rate"]
-    assert [line.split() for line in lines[1:3]] == [["1", "0.5", "1.00e-07"], ["2", "nan", "2.00e-07"]]
-    assert len({len(line) for line in lines[:3]}) == 1
-    assert lines[3] == "step 2  eval_loss 0.75"
+        for step in range(60):
+            log.log(step, {"loss": 0.5})
+    assert [line.split() for line in written(screen).splitlines()].count(["step", "loss"]) == 3
 
 
 def test_a_file_gets_plain_lines_of_names_and_numbers():
     screen = console(terminal=False, width=20)
-    with MetricLog(None, screen) as log:
-        log.log(10, {"loss": 0.123456, "learning_rate": 1e-7, "tokens_per_second": 12345.6}, epoch=0.5)
-    assert written(screen) == "step 10  epoch 0.5  loss 0.1235  learning_rate 1.00e-07  tokens_per_second 12346\n"
+    with MetricLog(None, screen, total_steps=40) as log:
+        log.log(10, {"learning_rate": 1e-7, "loss": 0.123456, "tokens_per_second": 12345.6}, epoch=0.5, left=61)
+    line = "step 10/40  loss 0.1235  tokens_per_second 12346  left 1:01  learning_rate 1.00e-07  epoch 0.5\n"
+    assert written(screen) == line
 
 
 @pytest.mark.parametrize(
@@ -243,16 +257,3 @@ def test_the_closing_table_has_only_columns_that_were_measured():
     before_after(screen, [("loss", None, 0.5, None), ("bits per byte", None, 0.25, 0.125)])
     lines = [line.split() for line in written(screen).splitlines()]
     assert ["after", "teacher"] in lines and ["bits", "per", "byte", "0.25", "0.125"] in lines
-
-
-def test_what_takes_long_says_how_far_it_is(monkeypatch):
-    now = iter([0.0, 1.0, 31.0, 40.0, 62.0])
-    monkeypatch.setattr(logging, "time", types.SimpleNamespace(monotonic=lambda: next(now)))
-    out = console(False)
-    with logging.Progress(out, "Checking rows", 4000) as progress:
-        for done in (100, 1000, 2000, 3000):
-            progress(done)
-    assert out.file.getvalue().splitlines() == [
-        "Checking rows: 1,000 of 4,000, about 93 s left",
-        "Checking rows: 3,000 of 4,000, about 21 s left",
-    ]

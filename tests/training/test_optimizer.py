@@ -39,6 +39,20 @@ def test_the_floor_is_a_tenth_of_the_peak_where_none_is_given():
     assert float(schedule(10)) == pytest.approx(1e-4)
 
 
+@pytest.mark.parametrize(
+    "kind, options, says",
+    [
+        ("polynomial", {"lr_end": 1e-3}, "ends at lr_end 0.001 .* must be below --learning_rate 0.001"),
+        ("warmup_stable_decay", {}, "needs num_decay_steps"),
+        ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "x"}, "decay_type='x'; it must be one of linear"),
+        ("inverse_sqrt", {"timescale": 0}, "timescale=0; it must be greater than 0"),
+    ],
+)
+def test_a_schedule_without_what_it_needs_is_refused(kind, options, says):
+    with pytest.raises(ValueError, match=says):
+        SFTConfig(learning_rate=1e-3, lr_scheduler_type=kind, lr_scheduler_kwargs=options)
+
+
 def adamw_reference(params, gradients, rates, *, b1, b2, eps, decay, clip, undecayed):
     """AdamW written from its formula, in float64; the gradients are clipped by their global norm first."""
     params = {name: np.asarray(p, np.float64) for name, p in params.items()}

@@ -66,7 +66,7 @@ def stopped_in(monkeypatch, update, number=signal.SIGTERM):
 
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
-    """A run of fine-tuning that nothing stopped, with saves after updates 2 and 4."""
+    """A run of fine-tuning that nothing stopped, with saves after updates 2, 4 and, at its end, 6."""
     output = tmp_path_factory.mktemp("finished")
     trainer = sft(world, output)
     trainer.train()
@@ -79,7 +79,10 @@ def held(trainer):
 
 
 def copied(finished, tmp_path):
-    return shutil.copytree(finished[0], tmp_path / "copy")
+    """What the run had left, had it been killed after its save of update 4."""
+    copy = shutil.copytree(finished[0], tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoint-6")
+    return copy
 
 
 def lines(path):
@@ -380,7 +383,7 @@ def test_fewer_updates_than_the_checkpoint_has_seen_are_refused(world, finished,
 def test_checkpoints_may_lie_elsewhere(world, finished, tmp_path):
     elsewhere = tmp_path / "bucket"
     sft(world, tmp_path / "out", checkpoint_dir=str(elsewhere), save_total_limit=1).train()
-    assert [path.name for path in elsewhere.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [path.name for path in elsewhere.glob("checkpoint-*")] == ["checkpoint-6"]
     assert not list((tmp_path / "out").glob("checkpoint-*"))
     trainer = sft(world, tmp_path / "another", checkpoint_dir=str(elsewhere))
     trainer.train("latest")
@@ -461,7 +464,7 @@ def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_where_the_student_
 
     monkeypatch.setattr(loop, "save_final_model", full)
     trainer = sft(world, tmp_path / "out")
-    with pytest.raises(OSError, match="no space left.*after 6 updates.*checkpoint-4.*--resume_from_checkpoint latest"):
+    with pytest.raises(OSError, match="no space left.*after 6 updates.*checkpoint-6.*--resume_from_checkpoint latest"):
         trainer.train()
 
 

@@ -22,7 +22,11 @@ from gold_jax.training.teacher import freeze_teacher, restore_teacher
 @pytest.mark.parametrize(
     "micro_batches", [(8, 2), pytest.param((8, 4), marks=pytest.mark.long)], ids=lambda sizes: f"{sizes[-1]} at once"
 )
-@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "spec",
+    [pytest.param(s, marks=[pytest.mark.long] * (number % 3 > 0)) for number, s in enumerate(SPECS)],
+    ids=lambda s: s.name,
+)
 def test_one_global_batch_gives_one_loss_and_gradient_however_it_is_split(spec, micro_batches):
     loss, params, constants = built(spec)
     gradient = jax.jit(jax.value_and_grad(lambda p, b: loss(p, constants, b)[0]))

@@ -1,0 +1,49 @@
+"""Several data sets as one, listed as TRL's `datasets:` lists them in a YAML file."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gold_jax.text.data import Examples, load_examples
+from gold_jax.text.json_rows import JsonRows
+from gold_jax.text.row_formats import READABLE
+
+
+def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Examples:
+    """The rows of data sets, those of one after those of another; `options` as of `load_examples`.
+
+    Where entries have a `fraction` (all do, or none), it is the data set's share of the rows: the first ones of each, as
+    many as the shares allow when no row comes twice. Errors as `load_examples`.
+    """
+    parts = [_load_entry(entry, entry.get("split") or "train", **options) for entry in entries]
+    if shares := [entry["fraction"] for entry in entries if entry.get("fraction")]:
+        weights = [share / sum(shares) for share in shares]
+        total = min(len(part) / weight for part, weight in zip(parts, weights))
+        parts = [part.first(round(weight * total)) for part, weight in zip(parts, weights)]
+    names = [f"{len(part):,} rows of {entry['path']}" for part, entry in zip(parts, entries)]
+    return Examples(JsonRows(parts), "the mixture", check_first=False, notices=[f"the mixture has {', '.join(names)}"])
+
+
+def load_evaluations(entries: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Examples]:
+    """The rows of each `eval_split`, under the data set's `name`, else the end of its path; ValueError where two are alike."""
+    found = {}
+    for entry in entries:
+        if entry.get("eval_split"):
+            name = str(entry.get("name") or pathlib.PurePath(entry["path"]).stem)
+            if name in found:
+                raise ValueError(
+                    f"--datasets evaluates on two data sets of the name {name!r}; give one of them another `name`"
+                )
+            found[name] = _load_entry(entry, entry["eval_split"], **options)
+    return found
+
+
+def _load_entry(entry: Mapping[str, Any], split: str, **options: Any) -> Examples:
+    columns = entry.get("columns")
+    if isinstance(columns, Mapping):
+        options["renamed"] = columns
+    elif columns:  # only these are read
+        options["renamed"] = {name: name if name in columns else None for name in READABLE}
+    given: dict[str, Any] = options | {"config": entry.get("name"), "split": split}
+    given |= {key: entry.get(key) for key in ("data_files", "data_dir")}
+    return load_examples(entry["path"], **given)

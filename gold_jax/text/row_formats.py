@@ -1,0 +1,181 @@
+"""Which columns of a row are read, under which names: a column map, and the formats of other projects as `messages`.
+
+A row of ShareGPT, alpaca, question/answer or problem/solution becomes one of `messages`, by the rules that `FORMATS` says.
+Errors name the column and what it must be; the caller puts the row before them.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gold_jax.text.columns import describe_type, text_of
+from gold_jax.text.surface import excerpt
+from gold_jax.wording import listed
+
+#: Format -> how it is read, for the line that says so.
+FORMATS = {
+    "ShareGPT": "`from` and `value` are role and content; human is the user, gpt the assistant, observation a tool",
+    "conversations": "`conversations` are the messages",
+    "alpaca": "`instruction`, then a blank line and `input` where it is not empty, are the user's message, `output` the answer",
+    "question/answer": "`question` is the user's message, `answer` the assistant's",
+    "problem/solution": "`problem` is the user's message, `solution` the assistant's",
+}
+#: What may stand beside every form, and beside those of other projects.
+EXTRAS = ("tools", "chat_template_kwargs", "teacher_context")
+SYSTEM = "system"
+# Form -> its columns, in the order in which forms are looked for, the text column behind the first ones; of pairs the question
+# comes first, then the answer.
+_CHATS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "conversations": ("conversations",)}
+_PAIRS = {
+    "alpaca": ("instruction", "output", "input", "history"),
+    "question/answer": ("question", "answer"),
+    "problem/solution": ("problem", "solution"),
+}
+#: What a column can be read as.
+READABLE = (*(name for names in (*_CHATS.values(), ("text",), *_PAIRS.values()) for name in names), SYSTEM, *EXTRAS)
+_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+
+
+class RowColumns(NamedTuple):
+    """A row by the names under which it is read."""
+
+    columns: Mapping[str, Any]  # of a foreign format, `messages` beside `EXTRAS`
+    form: str | None  # the column that decides: `messages`, `prompt` or the text column; None: the row has no form
+    format: str  # one of `FORMATS`; "" for TRL's own columns
+    read: frozenset[str]  # the row's own names of what is read
+
+
+def read_columns(
+    row: Mapping, text_column: str = "text", renamed: Mapping[str, str | None] | None = None
+) -> RowColumns:
+    """The columns of a row that are read.
+
+    `messages`, `prompt`, `conversations` and the text column are looked for in this order, then the pairs of other
+    projects. `renamed` says in which column of the row another stands, such as `{"prompt": "question"}`, or None for
+    one that is not to be read; forms without a column that it names are not looked for where it names one of any.
+
+    ValueError where the row has the columns of two pairs, or a foreign format cannot be read as messages.
+    """
+    renamed = renamed or {}
+    columns = {name: value for name, value in row.items() if name not in renamed}
+    columns |= {name: row.get(source) for name, source in renamed.items() if source is not None}
+    named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
+    forms = {**_CHATS, "text": ("text" if "text" in named else text_column,), **_PAIRS}
+    forms = {form: names for form, names in forms.items() if not named or named & {*names}}
+    found = [form for form, names in forms.items() if columns.get(names[0]) is not None]
+    found = [form for form in found if form not in _PAIRS or forms[form][1] in columns]
+    if not found:
+        return RowColumns(columns, None, "", frozenset())
+    form, names, format = found[0], forms[found[0]], ""
+    if form in _PAIRS:
+        if len(found) > 1:
+            says = ",".join(f"{name}={renamed.get(name, name)}" for name in names[:2])
+            both = " and of ".join(found)
+            raise ValueError(f"it has the columns of {both}; say which are read, as with --columns {says}")
+        format, columns["messages"] = form, _pair(columns, form)
+    elif form in _CHATS:
+        turned = {name: _with_roles(columns[name], name) for name in names if columns.get(name) is not None}
+        changed = any(turned[name] is not columns[name] for name in turned)
+        columns |= turned
+        format = "ShareGPT" if changed else form if form == "conversations" else ""
+        if form == "conversations":
+            columns["messages"] = columns["conversations"]
+    read = {*names, *(EXTRAS if form != "text" else ("teacher_context",))}
+    if format and form != "prompt":
+        form = "messages"
+        read.add(SYSTEM)
+        if columns.get(SYSTEM) is not None and text_of(columns[SYSTEM], repr(SYSTEM), "text or null"):
+            columns["messages"] = _with_system(columns["messages"], columns[SYSTEM])
+    own = frozenset(name for n in read if (name := renamed.get(n, n)) is not None)
+    return RowColumns(columns, names[0] if form == "text" else form, format, own)
+
+
+def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
+    """A line for each format of other projects, given how many rows of `source` are of it."""
+    found = [(format, count) for format, count in counts.items() if format]
+    return [f"{count:,} rows of {source} are read as {format}: {FORMATS[format]}" for format, count in found]
+
+
+def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], source: str) -> None:
+    """ValueError where a column map names what nothing reads, or a column that is not among those of the data set `source`."""
+    columns = [str(name) for name in columns]
+    for name, column in renamed.items():
+        if column is None:
+            continue
+        says = f"--columns says {excerpt(f'{name}={column}')}"
+        if name not in READABLE:
+            raise ValueError(f"{says}, but nothing reads {excerpt(str(name))}; it must be one of {', '.join(READABLE)}")
+        if column not in columns:
+            has = listed(columns, 12) or "none"
+            raise ValueError(f"{says}, but {source} has no column {excerpt(str(column))}; it has {has}")
+
+
+def _pair(columns: Mapping[str, Any], format: str) -> list[dict]:
+    """The messages of a row of question and answer; a question alone where the answer is null."""
+    question, answer, *more = _PAIRS[format]
+    said = [text_of(columns[question], repr(question))]
+    messages = []
+    if more:  # alpaca
+        if columns.get("input") is not None:
+            said.append(text_of(columns["input"], "'input'", "text or null"))
+        for turn in columns.get("history") or ():
+            if isinstance(turn, str) or not isinstance(turn, Sequence) or len(turn) != 2:
+                raise ValueError("'history' must be a list of pairs of texts, [[question, answer], …]")
+            texts = [text_of(text, "what stands in 'history'") for text in turn]
+            messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)]
+    messages.append({"role": "user", "content": "\n\n".join(text for text in said if text.strip())})
+    if columns[answer] is not None:
+        messages.append({"role": "assistant", "content": text_of(columns[answer], repr(answer))})
+    return messages
+
+
+def _with_system(messages: Any, system: str) -> Any:
+    """The messages behind a row's `system`."""
+    if not isinstance(messages, list):
+        return messages
+    if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
+        raise ValueError("it has a 'system' column beside a system message; keep one of the two")
+    return [{"role": "system", "content": system}, *messages]
+
+
+def _with_roles(messages: Any, column: str) -> Any:
+    """Messages of {from, value} as those of {role, content}; what is something else as it is."""
+    if not isinstance(messages, list) or not any(
+        isinstance(m, Mapping) and "role" not in m and "from" in m for m in messages
+    ):
+        return messages
+    return [
+        _with_role(m, f"message {turn} of {column!r}") if isinstance(m, Mapping) else m
+        for turn, m in enumerate(messages)
+    ]
+
+
+def _with_role(message: Mapping, which: str) -> dict:
+    message = dict(message)
+    if "role" in message or "from" not in message:
+        return message
+    said = text_of(message.pop("from"), f"'from' of {which}")
+    message["role"] = _ROLES.get(said, said)
+    if "content" not in message:
+        message["content"] = message.pop("value", None)
+    if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+        known = "system, human, user, gpt, assistant, function_call, observation or tool"
+        raise ValueError(f"{which} is from {excerpt(said)}; it must be from {known}")
+    if said == "function_call":
+        message |= {"content": None, "tool_calls": _calls(message["content"], which)}
+    return message
+
+
+def _calls(value: Any, which: str) -> list[dict]:
+    """The tool calls of a `function_call`, whose value is the JSON of one call, or of a list of them."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        parsed = None
+    calls: list[Any] = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls):
+        raise ValueError(
+            f'{which} is from function_call, so that its value must be the JSON of a call, {{"name": …, "arguments": {{…}}}}, or '
+            f"of a list of them, not {excerpt(value) if isinstance(value, str) else describe_type(value)}"
+        )
+    return [{"type": "function", "function": dict(call)} for call in calls]

@@ -1,0 +1,87 @@
+"""Prompts that are too long, without their beginning: `--truncation_mode keep_end`.
+
+Texts are cut, not tokens, so that every model reads the same ones, and a chat template's frame, system messages and the
+completion stay whole.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.data import Example
+from gold_jax.text.template import Conversation, extras_of
+
+_CHARS_PER_TOKEN = 32  # of a text that is too long more is not looked at
+
+
+class EndsOfPrompts(Sequence):
+    """Examples whose prompts have at most `room(example)` of the student's tokens, where they can be cut to that.
+
+    `shortened` has the numbers of those looked at that were cut.
+    """
+
+    def __init__(self, examples: Sequence[Example], chat_tokenizer: ChatTokenizer, room: Callable[[Example], int]):
+        self._examples, self._chat_tokenizer, self._room = examples, chat_tokenizer, room
+        self.notices, self.shortened = list(getattr(examples, "notices", ())), set()
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        example = self._examples[index]
+        try:
+            prompt = (
+                keep_end(example.prompt, self._chat_tokenizer, self._room(example)) if example.answers == 1 else None
+            )
+        except ValueError:  # of what a template refuses, which reading the row says better
+            return example
+        if prompt is None or prompt is example.prompt:
+            return example
+        self.shortened.add(index)
+        messages = example.messages
+        if messages is not None and isinstance(prompt, list):
+            messages = _like(messages, [*prompt, messages[-1]])
+        return dataclasses.replace(example, prompt=prompt, messages=messages)
+
+
+def keep_end(prompt: Prompt, chat_tokenizer: ChatTokenizer, room: int) -> Prompt | None:
+    """A prompt without as much of its beginning as is needed for `room` tokens; None where that cannot be done.
+
+    Of messages the first turns go, each up to the next message of the user's, but no system message; then the beginning of
+    the first message that is left. ValueError as `ChatTokenizer.encode_prompts`.
+    """
+
+    def fits(candidate: Prompt) -> bool:
+        few = len(chat_tokenizer.render(candidate).encode()) + 2 <= room  # a token spells at least a byte
+        return few or len(chat_tokenizer.encode_prompt(candidate, limit=max(0, room))) <= room
+
+    if fits(prompt):
+        return prompt
+    if isinstance(prompt, str):
+        return _longest_end(prompt, room, lambda text: text, fits)
+    first = next((k for k, m in enumerate(prompt) if m.get("role") not in ("system", "developer")), len(prompt))
+    head, rest = list(prompt[:first]), list(prompt[first:])
+    users = [k for k, message in enumerate(rest) if k and message.get("role") == "user"]
+    for k in users:
+        if fits(shorter := _like(prompt, [*head, *rest[k:]])):
+            return shorter
+    rest = rest[users[-1] :] if users else rest
+    if not rest or not rest[0].get("content"):
+        return None
+    build = lambda text: _like(prompt, [*head, rest[0] | {"content": text}, *rest[1:]])  # noqa: E731
+    return _longest_end(rest[0]["content"], room, build, fits)
+
+
+def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
+    """What is built of the longest end of a text that fits; None where that of no character does."""
+    longest = min(len(text) - 1, max(0, room) * _CHARS_PER_TOKEN)
+    size = bisect.bisect_left(range(1, longest + 1), True, key=lambda n: not fits(build(text[len(text) - n :])))
+    return build(text[len(text) - size :]) if size else None
+
+
+def _like(messages: list[dict], others: list[dict]) -> list[dict]:
+    return Conversation(others, **extras_of(messages)) if isinstance(messages, Conversation) else others
