@@ -95,18 +95,17 @@ def budget(messages: list[dict], *others: Any) -> Generator[None]:
 def counted(source: str) -> nodes.Template:
     """A chat template that counts what it does, for `apply_chat_template` in the place of its source; jinja2's errors."""
     environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     return _Counting().visit(environment.parse(source)).set_environment(environment)
 
 
-class Generation(Extension):
+class _Generation(Extension):
     """transformers' mark around answers, which changes nothing of what is written."""
 
     tags = {"generation"}
 
     def parse(self, parser) -> nodes.Node:
-        """The block without its mark."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 

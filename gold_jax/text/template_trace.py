@@ -1,135 +1,160 @@
 """What a chat template writes for conversations of one shape, found by running it once with holes in the place of contents.
 
 Rendering takes a tenth of a millisecond and more. Most templates put contents where they belong and look at little of
-them: whether they are empty, begin with a blank, or hold `</think>`. A hole writes down what it was asked and answers as
-a plain text would; contents of which the same is true stand where the holes stood. Whatever else a template does with a
-hole, which is no string, ends the tracing: such conversations are rendered.
+them: whether they are empty, begin with a blank, or hold `</think>`. A hole writes down what it was asked and answers no;
+contents of which the same is true stand where the holes stood. Whatever else a template does with a hole ends the tracing,
+and such conversations are rendered: a hole is no string, has none of a string's other methods, and no filter or test that
+is not named here is given one.
 """
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
+from jinja2.filters import do_default
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from gold_jax.text.template_budget import Generation
+from gold_jax.text.template_budget import budget, counted
 
 _LONGEST = 10_000  # characters of a content: the work of a template is bounded, see `template_budget`
-_MARK = "\x00"
+_MOST_SHAPES = 1_000
+_MOST_PIECES = 5  # for each message: more is written for conversations that are rendered
+_METHODS = frozenset(("startswith", "endswith", "strip", "lstrip", "rstrip"))
 
 
 class _Untraceable(Exception):
     """A template asks of a content what is not written down here."""
 
 
-class _Conditions:
-    """What has to be true of a content."""
+def _refuse(*_: Any, **__: Any) -> Any:
+    raise _Untraceable
 
-    def __init__(self, *others: "_Conditions"):
-        self.unlike: set[str] = set().union(*(other.unlike for other in others))
-        self.without: set[str] = set().union(*(other.without for other in others))
-        self.begins: set[str] = set().union(*(other.begins for other in others))
-        self.ends: set[str] = set().union(*(other.ends for other in others))
-        self.stripped: set[tuple] = set().union(*(other.stripped for other in others))
 
-    def hold(self, text: str) -> bool:
-        if len(text) > _LONGEST or text in self.unlike:
+def _equals(text: str, other: str) -> bool:
+    return text == other
+
+
+def _holds(text: str, other: str) -> bool:
+    return other in text
+
+
+def _loses_left(text: str, chars: str | None) -> bool:
+    return text.lstrip(chars) != text
+
+
+def _loses_right(text: str, chars: str | None) -> bool:
+    return text.rstrip(chars) != text
+
+
+class _Hole:
+    """Where a content stands, and the questions to all of which its answer has to be no."""
+
+    def __init__(self, number: int, asked: Iterable[tuple[Callable, Any]] = ()):
+        self.number, self.asked = number, set(asked)
+
+    def takes(self, text: str) -> bool:
+        if len(text) > _LONGEST:
             return False
-        for string in self.without:
-            if string in text:
+        for ask, other in self.asked:
+            if ask(text, other):
                 return False
-        for method, chars in self.stripped:
-            if method(text, chars) != text:
-                return False
-        return not (
-            self.begins and text.startswith(tuple(self.begins)) or self.ends and text.endswith(tuple(self.ends))
-        )
+        return True
 
 
 class _Traced:
-    """A text with holes: `parts` are strings, and the `_Conditions` of the contents that stand there."""
+    """A text with holes, `_parts`: strings that are not empty, and `_Hole`s."""
 
-    def __init__(self, parts: Sequence[Any]):
-        self.parts = tuple(part for part in parts if part != "")
+    def __init__(self, parts: Iterable[Any]):
+        self._parts = tuple(part for part in parts if part != "")
 
-    def _hole(self) -> Any:
-        if len(self.parts) != 1 or isinstance(self.parts[0], str):
+    def _ask(self, question: Callable, other: Any, types: Any = str) -> bool:
+        if len(self._parts) != 1 or not isinstance(self._parts[0], _Hole) or not isinstance(other, types):
             raise _Untraceable
-        return self.parts[0]
-
-    def _refuse(self, *_, **__) -> Any:
-        raise _Untraceable
+        self._parts[0].asked.add((question, other))
+        return False
 
     def __add__(self, other):
-        return _Traced([*self.parts, *_parts_of(other)])
+        return _Traced([*self._parts, *_parts_of(other)])
 
     def __radd__(self, other):
-        return _Traced([*_parts_of(other), *self.parts])
+        return _Traced([*_parts_of(other), *self._parts])
 
     def __bool__(self):
-        if not self.parts:
-            return False
-        if not any(isinstance(part, str) for part in self.parts):
-            self.parts[0].unlike.add("")
-        return True
+        if self._parts and not any(isinstance(part, str) for part in self._parts):
+            self._parts[0].asked.add((_equals, ""))
+        return bool(self._parts)
 
     def __eq__(self, other):
         if isinstance(other, _Traced):
             raise _Untraceable
-        if isinstance(other, str):
-            self._hole().unlike.add(other)
-        return False
+        return isinstance(other, str) and self._ask(_equals, other)
 
     def __ne__(self, other):
         return not self == other
 
-    __hash__ = None
-
     def __contains__(self, other):
-        if not isinstance(other, str) or not other:
-            raise _Untraceable
-        if any(isinstance(part, str) and other in part for part in self.parts):
-            return True
-        self._hole().without.add(other)
-        return False
+        inside = isinstance(other, str) and any(isinstance(part, str) and other in part for part in self._parts)
+        return inside or self._ask(_holds, other)
 
     def startswith(self, prefix):
-        return self._at_end("begins", prefix)
+        return self._ask(str.startswith, prefix)
 
     def endswith(self, suffix):
-        return self._at_end("ends", suffix)
-
-    def _at_end(self, which: str, other) -> bool:
-        if not isinstance(other, str) or not other:
-            raise _Untraceable
-        getattr(self._hole(), which).add(other)
-        return False
+        return self._ask(str.endswith, suffix)
 
     def strip(self, chars=None):
         return self.lstrip(chars).rstrip(chars)
 
     def lstrip(self, chars=None):
-        return self._strip(str.lstrip, 0, chars)
+        return self._strip(str.lstrip, _loses_left, 0, chars)
 
     def rstrip(self, chars=None):
-        return self._strip(str.rstrip, -1, chars)
+        return self._strip(str.rstrip, _loses_right, -1, chars)
 
-    def _strip(self, method: Callable, end: int, chars) -> "_Traced":
-        if not isinstance(chars, str | None):
-            raise _Untraceable
-        parts = list(self.parts)
+    def _strip(self, method: Callable, loses: Callable, end: int, chars: Any) -> "_Traced":
+        parts = list(self._parts)
         while parts and isinstance(parts[end], str):
             if left := method(parts.pop(end), chars):
                 parts.insert(0 if end == 0 else len(parts), left)
                 return _Traced(parts)
         if parts:
-            parts[end].stripped.add((method, chars))
-            if len(self.parts) > 1:  # of an empty content what stands beside it would be stripped
-                parts[end].unlike.add("")
+            _Traced([parts[end]])._ask(loses, chars, str | None)
+            if len(self._parts) > 1:  # of an empty content what stands beside it would be stripped
+                parts[end].asked.add((_equals, ""))
         return _Traced(parts)
 
-    __getattr__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = __format__ = __call__ = _refuse
+    __getattr__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = __format__ = __call__ = __hash__ = _refuse
+    __int__ = __float__ = __index__ = __mod__ = __rmod__ = __mul__ = __rmul__ = __lt__ = __le__ = __gt__ = __ge__ = (
+        _refuse
+    )
+    __html__ = __bytes__ = __reversed__ = _refuse
+
+
+class _Written(str):
+    """A traced text on its way into another one."""
+
+    parts: Sequence[Any] = ()
+
+    def __str__(self):
+        return self
+
+
+# What filters and tests say of a traced text: others are not given one.
+_FILTERS: Mapping[str, Callable] = {"trim": _Traced.strip, "default": do_default, "d": do_default}
+_TESTS: dict[str, Callable] = dict.fromkeys(("defined", "string", "sequence", "iterable"), lambda _: True)
+_TESTS |= dict.fromkeys(("undefined", "none", "mapping", "number", "integer", "float", "boolean"), lambda _: False)
+
+
+def _guarded(function: Callable, traced: Callable) -> Callable:
+    """A filter or a test, in the place of which `traced` is called where a traced text is given."""
+
+    @functools.wraps(function)
+    def guarded(*values: Any, **named: Any) -> Any:
+        has = any(isinstance(value, _Traced) for value in (*values, *named.values()))
+        return (traced if has else function)(*values, **named)
+
+    return guarded
 
 
 def _parts_of(value: Any) -> Sequence[Any]:
@@ -137,27 +162,31 @@ def _parts_of(value: Any) -> Sequence[Any]:
         return [value]
     if not isinstance(value, _Traced):
         raise _Untraceable
-    return value.parts
+    return value._parts
 
 
-class _Pieces(NamedTuple):
-    """What is written for a shape of conversation: strings, and numbers of messages whose contents stand there."""
-
-    pieces: tuple[str | int, ...]
-    conditions: tuple[_Conditions, ...]  # of each message's content
+def _joined(parts: Iterable[Any]) -> tuple[Any, ...]:
+    """Parts of which no two strings follow each other, and none is empty."""
+    found: list[Any] = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return tuple(found)
 
 
 class AnswerForm(NamedTuple):
     """What a template writes for all conversations of a shape."""
 
-    pieces: tuple[str | int, ...]  # of the prompt
-    conditions: tuple[_Conditions, ...]  # of the contents, that of the answer too
-    before: str | None  # what the template writes between the prompt and the answer's content; None: of a prompt alone
+    pieces: tuple[str | int, ...]  # strings, and numbers of messages whose contents stand there
+    holes: tuple[_Hole, ...]  # of each message's content, that of the answer too
+    before: str | None = None  # what is written between `pieces`, the prompt, and the answer; None: they are all
 
     def fill(self, contents: Sequence[str]) -> tuple[str, str] | None:
         """Prompt and answer, "" for none; None where the contents are not those of which this is known."""
-        for condition, text in zip(self.conditions, contents):
-            if not condition.hold(text):
+        for hole, text in zip(self.holes, contents):
+            if not hole.takes(text):
                 return None
         prompt = "".join([piece if isinstance(piece, str) else contents[piece] for piece in self.pieces])
         return prompt, "" if self.before is None else self.before + contents[-1]
@@ -173,7 +202,7 @@ class TemplateTrace:
 
     def __init__(self, source: str, variables: Mapping[str, Any]):
         self._source, self._variables = source, variables
-        self._known: dict[tuple, _Pieces | None] = {}
+        self._known: dict[tuple, AnswerForm | None] = {}
         self._seen_right: set[tuple] = set()
         self._template: jinja2.Template | None = None
 
@@ -183,60 +212,59 @@ class TemplateTrace:
         if shape is None:
             return render()
         shape, contents = (generate, *shape), [message["content"] for message in messages]
-        if shape not in self._known and len(self._known) < 1000:
+        if shape not in self._known and len(self._known) < _MOST_SHAPES:
             self._known[shape] = self._trace(messages, generate)
         found = self._known.get(shape)
-        written = None if found is None else _fill(found, contents)
-        if written is None:
+        filled = None if found is None else found.fill(contents)
+        if filled is None:
             return render()
         if shape not in self._seen_right:  # once for each shape
-            if written != (rendered := render()):
+            if filled[0] != (rendered := render()):
                 self._known[shape] = None
                 return rendered
             self._seen_right.add(shape)
-        return written
+        return filled[0]
 
-    def answer_form(self, messages: Sequence[dict], lead: str, tail: str) -> "AnswerForm | None":
+    def answer_form(self, messages: Sequence[dict], lead: str, tail: str) -> AnswerForm | None:
         """The form of conversations like this one, which was rendered; None where it is not known.
 
         Their answer stands between the generation prompt with `lead` and `tail`, and ends with the last content.
         """
-        shape = _shape(messages)
-        if shape is None:
+        prompt, whole = self._form(messages[:-1], True), self._form(messages, False)
+        if prompt is None or whole is None or not tail or whole.pieces[-2:] != (len(messages) - 1, tail):
             return None
-        keys = (True, *shape[:-1]), (False, *shape)
-        prompt, whole = (self._known.get(key) if key in self._seen_right else None for key in keys)
-        if prompt is None or whole is None or not tail:
+        read, rest = _joined([*prompt.pieces, lead]), whole.pieces[:-2]
+        between = rest[len(read) :]
+        if read and isinstance(read[-1], str) and len(rest) == len(read) and isinstance(rest[-1], str):
+            between = (rest[-1].removeprefix(read[-1]),)
+        before = "".join(part for part in between if isinstance(part, str))
+        if _joined([*read, before]) != rest:
             return None
-        marked = [
-            "".join(x if isinstance(x, str) else f"{_MARK}{x}{_MARK}" for x in form.pieces) for form in (prompt, whole)
-        ]
-        last, begin, end = f"{_MARK}{len(messages) - 1}{_MARK}", len(marked[0]) + len(lead), len(marked[1]) - len(tail)
-        before = marked[1][begin : end - len(last)]
-        if _MARK in before or marked[1] != marked[0] + lead + before + last + tail:
-            return None
-        merged = [_Conditions(*pair) for pair in zip(prompt.conditions, whole.conditions)]
-        return AnswerForm(prompt.pieces, (*merged, whole.conditions[-1]), before)
+        merged = [_Hole(a.number, a.asked | b.asked) for a, b in zip(prompt.holes, whole.holes)]
+        return AnswerForm(prompt.pieces, (*merged, whole.holes[-1]), before)
 
-    def prompt_form(self, messages: Sequence[dict]) -> "AnswerForm | None":
+    def prompt_form(self, messages: Sequence[dict]) -> AnswerForm | None:
         """The same of prompts alone, before which an answer is to be generated."""
-        key = (True, *(_shape(messages) or ()))
-        found = self._known.get(key) if key in self._seen_right else None
-        return None if found is None else AnswerForm(*found, None)
+        return self._form(messages, True)
 
-    def _trace(self, messages: Sequence[dict], generate: bool) -> _Pieces | None:
-        conditions = tuple(_Conditions() for _ in messages)
-        given = [m | {"content": _Traced([hole])} for m, hole in zip(messages, conditions)]
+    def _form(self, messages: Sequence[dict], generate: bool) -> AnswerForm | None:
+        key = (generate, *(_shape(messages) or ()))
+        return self._known.get(key) if key in self._seen_right else None
+
+    def _trace(self, messages: Sequence[dict], generate: bool) -> AnswerForm | None:
+        holes = tuple(map(_Hole, range(len(messages))))
+        given = [m | {"content": _Traced([hole])} for m, hole in zip(messages, holes)]
+        options = dict(self._variables, tools=None, documents=None, add_generation_prompt=generate)
         try:
-            if _MARK in self._source:
+            if "autoescape" in self._source:
                 return None
-            self._template = self._template or _Environment().from_string(self._source)
-            options = dict(self._variables, tools=None, documents=None, add_generation_prompt=generate)
-            written: Any = self._template.render(messages=given, **options)
+            self._template = self._template or _Environment().from_string(counted(self._source))
+            with budget(list(messages), options):
+                written = _parts_of(self._template.render(messages=given, **options))
         except Exception:  # what it means is said where the template is rendered
             return None
-        pieces = (part if isinstance(part, str) else conditions.index(part) for part in _parts_of(written))
-        return _Pieces(tuple(pieces), conditions)
+        pieces = _joined(part if isinstance(part, str) else part.number for part in written)
+        return AnswerForm(pieces, holes) if len(pieces) <= _MOST_PIECES * (len(messages) + 1) else None
 
 
 def _shape(messages: Sequence[dict]) -> tuple | None:
@@ -245,39 +273,34 @@ def _shape(messages: Sequence[dict]) -> tuple | None:
     return tuple((*m, m["role"]) for m in messages) if plain else None
 
 
-def _fill(found: _Pieces, contents: Sequence[str]) -> str | None:
-    if not all(condition.hold(text) for condition, text in zip(found.conditions, contents)):
-        return None
-    return "".join([piece if isinstance(piece, str) else contents[piece] for piece in found.pieces])
-
-
 class _Environment(ImmutableSandboxedEnvironment):
-    """One in which what a template writes keeps its holes."""
+    """One in which what a template writes keeps its holes, and nothing else is told of them than `_Traced` says."""
 
     def __init__(self):
-        self._written: list[_Traced] = []  # holes on their way into a text
-        extensions = [Generation, "jinja2.ext.loopcontrols"]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, finalize=self._finalize)
-        trim: Any = self.filters["trim"]
-        self.tests = self.tests | {"string": lambda value: isinstance(value, str | _Traced)}
-        self.filters = self.filters | {
-            "trim": lambda value, chars=None: value.strip(chars) if isinstance(value, _Traced) else trim(value, chars)
-        }
-        self.globals = self.globals | {"raise_exception": _Traced([])._refuse}
+        super().__init__(finalize=_on_its_way)
+        self.tests = {name: _guarded(test, _TESTS.get(name, _refuse)) for name, test in self.tests.items()}
+        self.filters = {name: _guarded(made, _FILTERS.get(name, _refuse)) for name, made in self.filters.items()}
+        self.globals = self.globals | {"raise_exception": _refuse}
 
-    def _finalize(self, value):
-        if not isinstance(value, _Traced):
-            if _MARK in str(value):
-                raise _Untraceable
-            return value
-        self._written.append(value)
-        return f"{_MARK}{len(self._written) - 1}{_MARK}"
+    def getattr(self, obj, attribute):
+        """As Jinja's; of a traced text the methods that it has."""
+        return super().getattr(obj, attribute) if not isinstance(obj, _Traced) or attribute in _METHODS else _refuse()
+
+    def getitem(self, obj, argument):
+        """As Jinja's, which would take a traced text for no string."""
+        return (
+            _refuse() if isinstance(obj, _Traced) or isinstance(argument, _Traced) else super().getitem(obj, argument)
+        )
 
     def concat(self, texts):
         """What a template or a macro has written: a text, or one with holes."""
-        parts = re.split(f"{_MARK}(\\d+){_MARK}", "".join(texts))
-        if len(parts) == 1:
-            return parts[0]
-        return _Traced(
-            [x for k, part in enumerate(parts) for x in (self._written[int(part)].parts if k % 2 else [part])]
-        )
+        parts = [part for text in texts for part in (text.parts if isinstance(text, _Written) else (text,))]
+        return _Traced(parts) if any(isinstance(part, _Hole) for part in parts) else "".join(parts)
+
+
+def _on_its_way(value: Any) -> Any:
+    if not isinstance(value, _Traced):
+        return str(value)  # which raises where it holds a traced text
+    written = _Written()
+    written.parts = value._parts
+    return written

@@ -48,9 +48,21 @@ UNKNOWN = [
     LOOP + "{% if m.content < 'm' %}!{% endif %}" + END,
     LOOP + "{% if m.content == messages[0].content %}!{% endif %}{{ m.content }}" + END,
     LOOP + "{% if m.content | trim | string == 'a' %}!{% endif %}" + END,
+    # Where a hole could be taken for no string, or have what a string has not.
+    LOOP + "{{ m.content if m.content._parts is defined else m.content | upper }}" + END,
+    LOOP + "{{ m.content if m.content is callable else m.content | upper }}" + END,
+    LOOP + "{{ m.content | upper if m.content is sequence else m.content }}" + END,
+    LOOP + "{{ {'stop': 'x'}[m.content] }}{{ m[m.content] }}{{ m.content }}" + END,
+    "{% set ns = namespace(stop='x') %}" + LOOP + "{{ ns[m.content] }}{{ m.content }}" + END,
+    LOOP + "{{ m.content | int }}{{ m.content | float(5) }}{{ m.content }}" + END,
+    LOOP + "{{ messages | map(attribute='content') | map('int') | sum }}{{ m.content }}" + END,
+    LOOP + "{% filter upper %}{{ m.content }}{% endfilter %}" + END,
+    "{% autoescape true %}" + LOOP + "{{ m.content }}" + END + "{% endautoescape %}",
+    LOOP + "{{ m.content * 1 }}{{ m.content % () }}{{ [1, 2][m.content] }}" + END,
+    LOOP + "{% for other in messages %}{% for again in messages * 9 %}{{ m.content }}{% endfor %}{% endfor %}" + END,
 ]
 CONTENTS = [
-    "the dog.", "", " ", "a", "abc", "stop", " a ", "\nb\n", "xx", "<tool>x", "hm</think>\n\nyes", "m", "é\u2028", "'\"<&>", "[",
+    "ABC", "the dog.", "", " ", "a", "3", "abc", "stop", " a ", "\nb\n", "xx", "<tool>x", "hm</think>\n\nyes", "m", "é\u2028", "'\"<&>", "[",
     "\x000\x00", "{{ x }}", "y" * 12_000, "none", "a.",
 ]  # fmt: skip
 
