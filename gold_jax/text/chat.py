@@ -10,7 +10,7 @@ from gold_jax.text import special_tokens
 from gold_jax.text.encode import Encoded, PlainEncoder
 from gold_jax.text.special_tokens import EscapedText, SpecialStrings
 from gold_jax.text.surface import backend_of, excerpt, name_of, surfaces_of
-from gold_jax.text.template import AnswerForm, ChatTemplate, RenderedAnswer, with_context
+from gold_jax.text.template import ChatTemplate, RenderedAnswer, with_context
 
 Prompt = str | list[dict]
 
@@ -71,9 +71,7 @@ class ChatTokenizer:
         stops = [string for i in self.stop_ids if i < len(surfaces) and (string := surfaces.strings[i])]
         ends = [token for token in (tokenizer.bos_token, tokenizer.eos_token) if token]
         self._specials = SpecialStrings(tokenizer, also=stops)
-        self._guarded = guarded = SpecialStrings(
-            tokenizer, also=[*stops, *special_tokens.structural_strings(tokenizer, self.template)]
-        )
+        guarded = SpecialStrings(tokenizer, also=[*stops, *special_tokens.structural_strings(tokenizer, self.template)])
         self._escaper = special_tokens.SpecialTokenEscaper(self.template, self._specials, [*stops, *ends], guarded)
         self._escaped_encoder = special_tokens.EscapedTextEncoder(tokenizer, guarded)
         self.special_tokens_in_prompts, self.embedding_rows = special_tokens_in_prompts, embedding_rows
@@ -137,18 +135,6 @@ class ChatTokenizer:
     def answer(self, messages: list[dict]) -> RenderedAnswer:
         """The last answer of a conversation as the model has to write it, see `ChatTemplate.answer`."""
         return self._escaper.answer(messages)
-
-    def form(self, messages: list[dict], *, answered: bool) -> AnswerForm | None:
-        """See `ChatTemplate.form`: for contents and answers that hold none of `special_beginnings`."""
-        found = self.template.form(messages, answered=answered)
-        before = (found and found.before) or ""
-        written = any(x in before or before.endswith(x[0]) for x in self._specials.beginnings)
-        return None if written else found
-
-    @property
-    def special_beginnings(self) -> frozenset[str]:
-        """Texts that hold none of these hold no string of a special token, nor of one that the template writes."""
-        return self._guarded.beginnings
 
     def locate_answers(
         self, messages: list[dict], limit: int | None = None
@@ -231,11 +217,6 @@ class ChatTokenizer:
             if len(texts) > 1:  # one of them is at fault
                 return [self._tokenize([text], special=special)[0] for text in texts]
             raise ValueError(f"{self.name} cannot encode a prompt that begins {excerpt(texts[0])}: {error}") from error
-
-    @property
-    def takes_all(self) -> bool:
-        """Whether `may_refuse` says False of every text but perhaps the empty one."""
-        return self._plain.takes_all
 
     def may_refuse(self, text: str) -> bool:
         """Whether encoding a text may raise, or make no token of it, see `PlainEncoder.may_refuse`."""

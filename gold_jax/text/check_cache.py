@@ -44,7 +44,7 @@ def tokenizer_key(chat_tokenizer: ChatTokenizer, digest: str) -> list[str]:
     """What tells how a model reads from every other way; `digest` is of its tokenizer."""
     template, tokenizer = chat_tokenizer.template, chat_tokenizer.tokenizer
     read_as = chat_tokenizer.special_tokens_in_prompts, chat_tokenizer.embedding_rows, chat_tokenizer.stop_ids
-    named = chat_tokenizer.name, type(tokenizer).__name__, tokenizer.special_tokens_map, template.variables
+    named = chat_tokenizer.name, type(tokenizer).__name__, tokenizer.special_tokens_map
     return [digest, repr(template.portable), repr(read_as), repr(named)]
 
 

@@ -3,6 +3,7 @@
 import array
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -12,12 +13,11 @@ from typing import Any, NamedTuple
 
 from gold_jax import progress
 from gold_jax.text.chat import ChatTokenizer, Prompt
-from gold_jax.text.data import Example, join_contexts, read_each
+from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
 from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
-    AnswerForm,
     Conversation,
     RenderedAnswer,
     conversation_shape,
@@ -32,10 +32,10 @@ _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_conten
 _ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
-_MOST_LOOKED = 50  # rows of a shape at which to look for what the templates write for it
 _BLOCK = 1000  # rows that are looked at together
 _AT_ONCE = 100  # rows that are encoded together
 _CHARS_AT_ONCE = 32  # of a prompt for each token of the budget: longer ones are encoded as far as needed
+_DATA = "the data set"
 _SHOWN = 5  # errors of skipped rows
 # Words in the names of columns that other formats keep an answer in.
 _ANSWERS = frozenset("response answer output chosen solution target label completion reasoning thinking reply".split())
@@ -70,11 +70,6 @@ class RowReader:
     ):
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self.context, self.max_length = context, max_length
-        self._quick = not whole and not context and not any(s.lacks_embeddings for s in sides.values())
-        self._quick &= all(side.takes_all for side in sides.values())
-        self._beginnings = frozenset().union(*(side.special_beginnings for side in sides.values()))
-        self._forms: dict[tuple, dict[str, AnswerForm]] = {}  # what templates write for shapes of conversations
-        self._looked: collections.Counter = collections.Counter()  # shapes of which they were not known, how often
         self._unwritten: dict[tuple, tuple[list[str], list[str]]] = {}
         self._unwritten_counts: collections.Counter = collections.Counter()
         self._odd_roles: collections.Counter = collections.Counter()
@@ -87,8 +82,6 @@ class RowReader:
         ValueError where a template refuses the row or leaves a part of it out, the answer cannot be located, or a tokenizer
         cannot encode it.
         """
-        if self._quick and (found := self._read_by_form(number, example)) is not None:
-            return found
         try:
             prompt, completion = self._read(number, example)
             teacher, context = self.sides.get("teacher"), join_contexts(self.context, example.teacher_context)
@@ -134,53 +127,6 @@ class RowReader:
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
 
-    def _read_by_form(self, number: int, example: Example) -> tuple[str, str] | None:
-        """What `_read` gives for a row that is like others before it; None where it has to be looked at by itself."""
-        messages = example.messages if self.answers else None
-        conversation = messages or example.prompt
-        if example.teacher_context or example.answers > 1:
-            return None
-        if isinstance(conversation, str):
-            plain = conversation and example.completion and not self.may_be_special(conversation)
-            return (conversation, example.completion if self.answers else "") if plain else None
-        contents = [m["content"] for m in conversation if len(m) == 2]
-        if len(contents) < len(conversation) or type(conversation) is not list or not all(contents):
-            return None
-        shape = messages is None, *[(*m, m["role"]) for m in conversation]
-        forms = self._forms.get(shape) or self._find_forms(shape, conversation, answered=messages is not None)
-        if forms is None or self.may_be_special("\n".join(contents)):
-            return None
-        found = {}
-        for who, form in forms.items():
-            if (filled := form.fill(contents)) is None:
-                return None
-            found[who] = filled
-        prompt, answer = found["student"]
-        if any(other != answer for _, other in found.values()):
-            self._note_difference(number, conversation, {who: text for who, (_, text) in found.items()})
-        return prompt, answer
-
-    def may_be_special(self, text: str) -> bool:
-        """Whether strings of special tokens may stand in a text; False is sure."""
-        return any(beginning in text for beginning in self._beginnings)
-
-    def _find_forms(self, shape: tuple, conversation: list[dict], *, answered: bool) -> dict[str, AnswerForm] | None:
-        """What the sides write for a shape, where that is known from rows before and nothing is to be said of it."""
-        self._looked[shape] += 1
-        if self._looked[shape] > _MOST_LOOKED:
-            return None
-        known = [self._unwritten.get((who, conversation_shape(conversation))) for who in self.sides]
-        found = {who: side.form(conversation, answered=answered) for who, side in self.sides.items()}
-        forms = {who: form for who, form in found.items() if form is not None}
-        if (
-            any(x != ([], []) for x in known)
-            or len(forms) < len(found)
-            or {m["role"] for m in conversation} - {*_ROLES}
-        ):
-            return None
-        self._forms[shape] = forms
-        return forms
-
     def _find_unwritten(self, who: str, side: ChatTokenizer, conversation: list[dict]) -> None:
         shape = who, conversation_shape(conversation)
         if shape not in self._unwritten:
@@ -214,11 +160,8 @@ class RowReader:
                 self._note(said, number, lambda shown=shown: shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
-            self._note_difference(number, conversation, texts)
-
-    def _note_difference(self, number: int, conversation: list[dict], texts: Mapping[str, str]) -> None:
-        said = "the two templates write different answers, and both models read the student's"
-        self._note(said, number, lambda: self._describe_difference(conversation, texts))
+            said = "the two templates write different answers, and both models read the student's"
+            self._note(said, number, lambda: self._describe_difference(conversation, texts))
 
     def _note(self, said: str, number: int, describe: Callable[[], str]) -> None:
         count, first, shown = self._notes.get(said) or (0, number, describe())
@@ -292,7 +235,6 @@ class RowChecker:
         count_targets: what is learned of each of some rows: tokens or groups, and whether `max_length` cut it. Asked of
             rows that may be longer than `max_length`; those of which nothing is learned are left out.
         on_bad_row: "error", or "skip": rows that would raise are left out, counted, and the first ones' errors told.
-        where: what errors call the data.
     """
 
     def __init__(
@@ -309,26 +251,25 @@ class RowChecker:
         max_length: int | None = None,
         count_targets: Callable[[Sequence[Example]], list[tuple[int, bool]]] | None = None,
         on_bad_row: str = "error",
-        where: str = "the data set",
     ):
-        self.chat_tokenizer, self.budget, self.max_length, self.where = chat_tokenizer, budget, max_length, where
+        self.chat_tokenizer, self.budget, self.max_length = chat_tokenizer, budget, max_length
         self.need_completion, self.learns_calls, self.on_bad_row = need_completion, learns_calls, on_bad_row
         self.teacher_context, self.count_targets = teacher_context, count_targets
-        self.total, self._bad, self._markup = 0, [], []
-        self._first_markup: str | None = None
+        self.total, self._bad, self._markup = 0, [], 0
+        self._first_markup: tuple[Any, str] | None = None  # the row, and the special token
         self._unread, self._formats, self.left_out = (collections.Counter() for _ in range(3))
         self._prompts_alone, self._cut, self._several = (collections.Counter() for _ in range(3))
         sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
         options: dict[str, Any] = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
-        self._reader = RowReader(where, sides, **options)
+        self._reader = RowReader(_DATA, sides, **options)
         # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
         self._writes = {"student": student_writes, "teacher": teacher_writes}
         self._writers = {w: side for w, side in sides.items() if self._writes[w] and not len(side.encode_prompt(""))}
 
     def check(self, rows: Iterable[tuple[Any, Callable[[], Example]]]) -> list[tuple[Any, Example]]:
-        """Those of some rows that can be learned from, with their numbers; each is given as what `read_each` gives.
+        """Those of some rows that can be learned from, with their numbers; each is given as what makes the example, or raises.
 
         ValueError: the first row that lacks its completion, that a chat template refuses or leaves a part of out, or that
         cannot be read.
@@ -363,7 +304,7 @@ class RowChecker:
             asked = [i for i in asked if isinstance(found[i], Example)]
             for i, counted in zip(asked, _each_or_error(self.count_targets, [found[i] for i in asked])):
                 if isinstance(counted, ValueError):
-                    found[i] = ValueError(shortened(f"row {i} of {self.where}: {counted}"))
+                    found[i] = ValueError(shortened(f"row {i} of {_DATA}: {counted}"))
                     continue
                 targets, was_cut = counted
                 self._cut[bool(targets)] += was_cut
@@ -384,7 +325,7 @@ class RowChecker:
         if e.completion is None:
             if self.need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
-                raise ValueError(f"row {i} of {self.where} {_no_answer(e)}; {self.need_completion}{hint}")
+                raise ValueError(f"row {i} of {_DATA} {_no_answer(e)}; {self.need_completion}{hint}")
             self._prompts_alone.update(named)
         if self.need_completion and not self.learns_calls and not _writes_calls(self.chat_tokenizer, e):
             return "calls"
@@ -396,14 +337,10 @@ class RowChecker:
             if blank and not len(writer.encode_prompt(e.prompt)):
                 return who
         student = self.chat_tokenizer
-        if (
-            isinstance(e.prompt, str)
-            and not student.special_tokens_in_prompts
-            and self._reader.may_be_special(e.prompt)
-        ):
+        if isinstance(e.prompt, str) and not student.special_tokens_in_prompts:
             if strings := student.special_strings_in(e.prompt):
-                self._first_markup = self._first_markup or strings[0]
-                self._markup.append(i)
+                self._first_markup = self._first_markup or (i, strings[0])
+                self._markup += 1
         return prompt, completion
 
     def _lengths(self, prompts: list[Prompt]) -> list[int]:
@@ -451,10 +388,11 @@ class RowChecker:
                 f"{self._several[True]} rows have several answers in their completion: the last one is learned, those before "
                 "it are read as prompt (gold_jax.sft learns them all)"
             )
-        if self._markup:
+        if self._first_markup:
+            row, string = self._first_markup
             notices.append(
-                f"{len(self._markup)} prompts, that of row {self._markup[0]} first, hold the string of a special token such as "
-                f"{self._first_markup}, read as plain text; --special_tokens_in_prompts reads it as the token"
+                f"{self._markup} prompts, that of row {row} first, hold the string of a special token such as {string}, read "
+                "as plain text; --special_tokens_in_prompts reads it as the token"
             )
         notices += [
             f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
@@ -463,7 +401,7 @@ class RowChecker:
         if self._unread:
             shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in self._unread.most_common()], 8)
             notices.append(f"columns of the data that nothing reads: {shown}")
-        return notices + format_notices(self._formats, self.where)
+        return notices + format_notices(self._formats, _DATA)
 
 
 class _LeftOut(NamedTuple):
@@ -487,7 +425,7 @@ def check_examples(examples: Sequence[Example], chat_tokenizer: ChatTokenizer, *
     ValueError as `RowChecker.check`, or no row is left.
     """
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
-    rows = read_each(examples)
+    rows = ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
     with progress.task("checking the rows", len(examples)) as task:
         while block := list(itertools.islice(rows, _BLOCK)):
             for i, e in checker.check(block):

@@ -8,7 +8,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,6 @@ ACCEPTED = (
     "`text`, `conversations` (ShareGPT), `instruction` with `output` (alpaca), `question` with `answer`, or `problem` with "
     "`solution`; --columns says which columns stand for them, such as --columns prompt=query,completion=reply"
 )
-_BLOCK = 1000  # rows that are read at once
 FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -140,9 +139,6 @@ class Examples(Sequence):
             row = self.rows[index]
         except ValueError as error:  # a file's line that is no JSON, a column's text that is no UTF-8
             raise ValueError(shortened(f"row {index} of {self.source}: {error}")) from error
-        return self._convert(row, index)
-
-    def _convert(self, row: Any, index: int) -> Example:
         if isinstance(row, Example):  # of a mixture
             return row
         try:
@@ -154,32 +150,11 @@ class Examples(Sequence):
     def __iter__(self) -> Iterator[Example]:
         return (self[i] for i in range(len(self)))
 
-    def read_each(self) -> Iterator[tuple[int, Callable[[], Example]]]:
-        """Every row's number and what makes the example of it, or raises as `self[number]`; rows are read in blocks."""
-        for begin in range(0, len(self), _BLOCK):
-            numbers = range(begin, min(begin + _BLOCK, len(self)))
-            try:
-                rows = _read_block(self.rows, numbers)
-            except ValueError:  # which row of them it is, each by itself says
-                rows = None
-            for i in numbers:
-                if rows is None:
-                    yield i, functools.partial(self.__getitem__, i)
-                else:
-                    yield i, functools.partial(self._convert, rows[i - begin], i)
-
     def first(self, count: int) -> "Examples":
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
         return Examples(rows, self.source, self.text_column, self.features, False, self.renamed, self.notices)
-
-
-def read_each(examples: Sequence[Example]) -> Iterator[tuple[int, Callable[[], Example]]]:
-    """The numbers of examples and what gives each of them, or raises as `examples[number]`; see `Examples.read_each`."""
-    if isinstance(examples, Examples):
-        return examples.read_each()
-    return ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
 
 
 def example_of(
@@ -194,16 +169,6 @@ def example_of(
     if features and isinstance(row, Mapping):
         row = {name: without_fill(value, features.get(name)) for name, value in row.items()}
     return to_example(row, index, source, text_column=text_column, renamed=renamed)
-
-
-def _read_block(rows: Any, numbers: range) -> Sequence | None:
-    """Rows that follow each other, as they are one by one; None where they are to be read so."""
-    if isinstance(rows, JsonRows):
-        return rows.read(numbers)
-    if getattr(rows, "format", {}).get("type", "") is None:  # of `datasets`; what its users transform is theirs
-        columns = rows[numbers.start : numbers.stop]
-        return [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return None
 
 
 def load_examples(

@@ -146,9 +146,6 @@ def _spans(ends: np.ndarray) -> np.ndarray:
     return spans
 
 
-_FIRST_BYTES = frozenset([*range(0x80), *range(0xC2, 0xF5)])  # with which a text can begin
-
-
 class PlainEncoder:
     """Encodes texts as plain text: no special token is added, none is read out of the text, no blank is put before it.
 
@@ -216,13 +213,6 @@ class PlainEncoder:
     @functools.cached_property
     def _has_unknown(self) -> bool:
         return unknown_id(self._tokenizer) is not None
-
-    @functools.cached_property
-    def takes_all(self) -> bool:
-        """Whether `may_refuse` says False of every text but perhaps the empty one."""
-        if self._backend is None or self._has_unknown:
-            return self._backend is not None
-        return type(self._backend.model).__name__ == "BPE" and _FIRST_BYTES <= self._bytes
 
     @functools.cached_property
     def _bytes(self) -> frozenset[int]:

@@ -21,7 +21,6 @@ _WIDE = {
     "UTF-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE),
     "UTF-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE),
 }
-_DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 _MOST_HELD = 64  # files that are held open
 
 
@@ -97,17 +96,6 @@ class JsonRows(Sequence):
             digest.update(file.digest if isinstance(file, _Lines) else repr(file).encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
-    def read(self, numbers: range) -> list:
-        """Rows that follow each other, as they are one by one."""
-        index, rows = self._index[numbers.start : numbers.stop], []
-        if not isinstance(index, range) or index.step != 1:
-            return [self[i] for i in numbers]
-        for file, end in zip(self._files, self._ends):
-            begin = end - len(file)
-            part = range(max(index.start, begin) - begin, min(index.stop, end) - begin)
-            rows += file.read(part) if isinstance(file, _Lines) else file[part.start : part.stop] if part else []
-        return rows
-
 
 class _Lines(Sequence):
     """The lines of a file that are not blank. A file that is held open stays the same one if another is put in its place."""
@@ -129,20 +117,6 @@ class _Lines(Sequence):
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-    def read(self, numbers: range) -> list:
-        """Lines that follow each other."""
-        if not numbers:
-            return []
-        begins, sizes, sums, lines = (
-            x[numbers.start : numbers.stop].tolist() for x in (self._begins, self._sizes, self._sums, self._numbers)
-        )
-        with self._opened() as file:
-            data = os.pread(file.fileno(), begins[-1] + sizes[-1] - begins[0], begins[0])
-        parts = [data[begin - begins[0] : begin - begins[0] + size] for begin, size in zip(begins, sizes)]
-        if sums != [zlib.crc32(part) for part in parts]:
-            return [self[i] for i in numbers]  # which says which one was changed
-        return [_parse(part, self._name, line + 1) for part, line in zip(parts, lines)]
 
     def __getitem__(self, index):
         with self._opened() as file:
@@ -183,7 +157,7 @@ def _parse(data: bytes, name: str, line: int | None = None) -> Any:
     """The value of a line, or of a whole file; ValueError where it is not JSON, not UTF-8, or has a key twice."""
     place = f"line {line} of {name}" if line else name
     try:
-        return _DECODER.decode(data.removeprefix(codecs.BOM_UTF8).decode())
+        return json.loads(data.removeprefix(codecs.BOM_UTF8).decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         begin = data.rfind(b"\n", 0, error.start) + 1
         at = f"byte {error.start - begin} of line {line or data.count(10, 0, begin) + 1} of {name}"

@@ -57,11 +57,6 @@ class SpecialStrings:
         """Those that occur in texts; each once, in order of occurrence."""
         return list(dict.fromkeys(string for text in texts for string in self.pattern.findall(text)))
 
-    @functools.cached_property
-    def beginnings(self) -> frozenset[str]:
-        """Their first two characters: a text without any of these holds none of them."""
-        return frozenset(string[:2] for string in self.tokens)
-
     def escape(self, value: Any, strings: dict[str, str], keep: frozenset[str] = frozenset()) -> Any:
         """A text, or every text in nested lists and dicts, with placeholders for `strings` (as `EscapedText` has them).
 

@@ -11,7 +11,7 @@ import jinja2
 
 from gold_jax.text.surface import excerpt, name_of
 from gold_jax.text.template_budget import TemplateBudgetError, budget, counted
-from gold_jax.text.template_trace import AnswerForm, TemplateTrace
+from gold_jax.text.template_trace import TemplateTrace
 
 #: What stands for today in templates that ask for the date.
 FIXED_DATE = "26 Jul 2024"
@@ -163,11 +163,6 @@ class ChatTemplate:
         return dict(self._tokenizer.chat_template) | {name: self._with_defaults(source) for name, source in own.items()}
 
     @property
-    def variables(self) -> dict[str, Any]:
-        """The run's variables."""
-        return dict(self._kwargs)
-
-    @property
     def sources(self) -> str:
         """All that the template may write, for looking strings up."""
         return self.source + (self._with_tools or "")
@@ -281,15 +276,6 @@ class ChatTemplate:
         if begin == end and (messages[-1].get("content") or "").strip():
             raise self._lost(messages, len(messages) - 1, "nothing of it is left")
         return RenderedAnswer(prompt, rendered[begin:end], starts)
-
-    def form(self, messages: list[dict], *, answered: bool) -> AnswerForm | None:
-        """What `answer` (`render` of a prompt, unless `answered`) gives for conversations like this one, if that is known."""
-        if any(extras_of(messages).values()):
-            return None
-        if not answered:
-            return self._trace.prompt_form(self._adapted(messages))
-        lead, tail = " " * self.lead, self.tail if self._has_generation_prompt else ""
-        return self._trace.answer_form(self._adapted(messages), lead, tail)
 
     def answers(self, messages: list[dict], within: int | None = None) -> tuple[str, list[tuple[int, int]]]:
         """A whole conversation, and the characters `[start, end)` of every assistant's answer in it.

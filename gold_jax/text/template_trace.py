@@ -8,6 +8,7 @@ is not named here is given one.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -50,8 +51,9 @@ def _loses_right(text: str, chars: str | None) -> bool:
 class _Hole:
     """Where a content stands, and the questions to all of which its answer has to be no."""
 
-    def __init__(self, number: int, asked: Iterable[tuple[Callable, Any]] = ()):
-        self.number, self.asked = number, set(asked)
+    def __init__(self, number: int):
+        self.number = number
+        self.asked: set[tuple[Callable, Any]] = set()
 
     def takes(self, text: str) -> bool:
         if len(text) > _LONGEST:
@@ -63,10 +65,12 @@ class _Hole:
 
 
 class _Traced:
-    """A text with holes, `_parts`: strings that are not empty, and `_Hole`s."""
+    """A text with holes, `_parts`: strings that are not empty and do not follow each other, and `_Hole`s."""
 
     def __init__(self, parts: Iterable[Any]):
-        self._parts = tuple(part for part in parts if part != "")
+        groups = itertools.groupby(parts, lambda part: isinstance(part, str))
+        joined = (part for strings, group in groups for part in (["".join(group)] if strings else group))
+        self._parts = tuple(part for part in joined if part != "")
 
     def _ask(self, question: Callable, other: Any, types: Any = str) -> bool:
         if len(self._parts) != 1 or not isinstance(self._parts[0], _Hole) or not isinstance(other, types):
@@ -114,7 +118,7 @@ class _Traced:
 
     def _strip(self, method: Callable, loses: Callable, end: int, chars: Any) -> "_Traced":
         parts = list(self._parts)
-        while parts and isinstance(parts[end], str):
+        if parts and isinstance(parts[end], str):
             if left := method(parts.pop(end), chars):
                 parts.insert(0 if end == 0 else len(parts), left)
                 return _Traced(parts)
@@ -165,31 +169,18 @@ def _parts_of(value: Any) -> Sequence[Any]:
     return value._parts
 
 
-def _joined(parts: Iterable[Any]) -> tuple[Any, ...]:
-    """Parts of which no two strings follow each other, and none is empty."""
-    found: list[Any] = []
-    for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
-        elif part != "":
-            found.append(part)
-    return tuple(found)
-
-
-class AnswerForm(NamedTuple):
+class _Form(NamedTuple):
     """What a template writes for all conversations of a shape."""
 
     pieces: tuple[str | int, ...]  # strings, and numbers of messages whose contents stand there
-    holes: tuple[_Hole, ...]  # of each message's content, that of the answer too
-    before: str | None = None  # what is written between `pieces`, the prompt, and the answer; None: they are all
+    holes: tuple[_Hole, ...]  # of each message's content
 
-    def fill(self, contents: Sequence[str]) -> tuple[str, str] | None:
-        """Prompt and answer, "" for none; None where the contents are not those of which this is known."""
+    def fill(self, contents: Sequence[str]) -> str | None:
+        """What is written; None where the contents are not those of which this is known."""
         for hole, text in zip(self.holes, contents):
             if not hole.takes(text):
                 return None
-        prompt = "".join([piece if isinstance(piece, str) else contents[piece] for piece in self.pieces])
-        return prompt, "" if self.before is None else self.before + contents[-1]
+        return "".join([piece if isinstance(piece, str) else contents[piece] for piece in self.pieces])
 
 
 class TemplateTrace:
@@ -202,7 +193,7 @@ class TemplateTrace:
 
     def __init__(self, source: str, variables: Mapping[str, Any]):
         self._source, self._variables = source, variables
-        self._known: dict[tuple, AnswerForm | None] = {}
+        self._known: dict[tuple, _Form | None] = {}
         self._seen_right: set[tuple] = set()
         self._template: jinja2.Template | None = None
 
@@ -219,39 +210,13 @@ class TemplateTrace:
         if filled is None:
             return render()
         if shape not in self._seen_right:  # once for each shape
-            if filled[0] != (rendered := render()):
+            if filled != (rendered := render()):
                 self._known[shape] = None
                 return rendered
             self._seen_right.add(shape)
-        return filled[0]
+        return filled
 
-    def answer_form(self, messages: Sequence[dict], lead: str, tail: str) -> AnswerForm | None:
-        """The form of conversations like this one, which was rendered; None where it is not known.
-
-        Their answer stands between the generation prompt with `lead` and `tail`, and ends with the last content.
-        """
-        prompt, whole = self._form(messages[:-1], True), self._form(messages, False)
-        if prompt is None or whole is None or not tail or whole.pieces[-2:] != (len(messages) - 1, tail):
-            return None
-        read, rest = _joined([*prompt.pieces, lead]), whole.pieces[:-2]
-        between = rest[len(read) :]
-        if read and isinstance(read[-1], str) and len(rest) == len(read) and isinstance(rest[-1], str):
-            between = (rest[-1].removeprefix(read[-1]),)
-        before = "".join(part for part in between if isinstance(part, str))
-        if _joined([*read, before]) != rest:
-            return None
-        merged = [_Hole(a.number, a.asked | b.asked) for a, b in zip(prompt.holes, whole.holes)]
-        return AnswerForm(prompt.pieces, (*merged, whole.holes[-1]), before)
-
-    def prompt_form(self, messages: Sequence[dict]) -> AnswerForm | None:
-        """The same of prompts alone, before which an answer is to be generated."""
-        return self._form(messages, True)
-
-    def _form(self, messages: Sequence[dict], generate: bool) -> AnswerForm | None:
-        key = (generate, *(_shape(messages) or ()))
-        return self._known.get(key) if key in self._seen_right else None
-
-    def _trace(self, messages: Sequence[dict], generate: bool) -> AnswerForm | None:
+    def _trace(self, messages: Sequence[dict], generate: bool) -> _Form | None:
         holes = tuple(map(_Hole, range(len(messages))))
         given = [m | {"content": _Traced([hole])} for m, hole in zip(messages, holes)]
         options = dict(self._variables, tools=None, documents=None, add_generation_prompt=generate)
@@ -263,8 +228,8 @@ class TemplateTrace:
                 written = _parts_of(self._template.render(messages=given, **options))
         except Exception:  # what it means is said where the template is rendered
             return None
-        pieces = _joined(part if isinstance(part, str) else part.number for part in written)
-        return AnswerForm(pieces, holes) if len(pieces) <= _MOST_PIECES * (len(messages) + 1) else None
+        pieces = tuple(part if isinstance(part, str) else part.number for part in written)
+        return _Form(pieces, holes) if len(pieces) <= _MOST_PIECES * (len(messages) + 1) else None
 
 
 def _shape(messages: Sequence[dict]) -> tuple | None:
@@ -288,9 +253,8 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def getitem(self, obj, argument):
         """As Jinja's, which would take a traced text for no string."""
-        return (
-            _refuse() if isinstance(obj, _Traced) or isinstance(argument, _Traced) else super().getitem(obj, argument)
-        )
+        traced = isinstance(obj, _Traced) or isinstance(argument, _Traced)
+        return _refuse() if traced else super().getitem(obj, argument)
 
     def concat(self, texts):
         """What a template or a macro has written: a text, or one with holes."""

@@ -62,7 +62,7 @@ def test_a_data_set_is_told_by_its_fingerprint_and_a_list_is_not_told(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"chat_template": CHATML + " "}, {"template_kwargs": {"a": 1}}, {"special_tokens_in_prompts": True},
+    {"chat_template": CHATML + " "}, {"template_kwargs": {"add": 1}}, {"special_tokens_in_prompts": True},
     {"embedding_rows": 1000}, {"stop_ids": [3]},
 ])  # fmt: skip
 def test_another_way_of_reading_is_another_key(change):

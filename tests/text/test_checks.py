@@ -1,7 +1,5 @@
 import functools
-import json
 
-import datasets
 import numpy as np
 import pytest
 from test_template import OPENS_THINKING, SYSTEM_AND_USER, THINKING, TOOLS, USER, call
@@ -387,7 +385,6 @@ def test_rows_looked_at_together_are_those_looked_at_one_by_one(sides, need, mon
         return check_examples(load_examples(ODD * 3, check_first=False), student, need_completion=need, **options)
 
     together = found()
-    monkeypatch.setattr(checks.RowReader, "_read_by_form", lambda *_: None)
     monkeypatch.setattr(template_trace.TemplateTrace, "render", lambda self, messages, generate, render: render())
     monkeypatch.setattr(checks, "_BLOCK", 1)
     assert found() == together and 0 < len(together.kept) < 3 * len(ODD) - 20
@@ -404,18 +401,3 @@ def test_the_first_bad_row_is_told_though_others_are_looked_at_with_it():
         check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets)
     checked = check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets, on_bad_row="skip")
     assert checked.kept.tolist() == [0] and "and 1 more rows like it" in checked.notices[0]
-
-
-def test_rows_are_read_in_blocks_as_one_by_one(tmp_path):
-    rows = [{"messages": answered(f"{k}")["messages"], "extra": k if k % 2 else None} for k in range(2500)]
-    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, rows[:1200])) + "\n{broken\n")
-    (tmp_path / "b.jsonl").write_text("\n".join(map(json.dumps, rows[1200:])))
-    for data in (rows, datasets.Dataset.from_list(rows), str(tmp_path)):
-        examples = load_examples(data)
-        for number, read in examples.read_each():
-            if number == 1200 and isinstance(data, str):
-                with pytest.raises(ValueError, match="row 1200 of .*: line 2400 of a.jsonl cannot be read as json"):
-                    read()
-            else:
-                assert read() == examples[number]
-        assert number == len(examples) - 1
