@@ -142,7 +142,7 @@ class Examples(Sequence):
         if isinstance(row, Example):  # of a mixture
             return row
         try:
-            return example_of(row, index, self.source, self.text_column, self.features, self.renamed)
+            return to_example(row, index, self.source, self.text_column, self.renamed, self.features)
         except ValueError as error:
             file = getattr(self.rows, "file_of", lambda _: "")(index)
             raise ValueError(shortened(f"{error}{f' (it stands in {file})' if file else ''}")) from error
@@ -155,20 +155,6 @@ class Examples(Sequence):
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
         return Examples(rows, self.source, self.text_column, self.features, False, self.renamed, self.notices)
-
-
-def example_of(
-    row: Any,
-    index: int | str,
-    source: str,
-    text_column: str,
-    features: Mapping | None,
-    renamed: Mapping[str, str | None] | None,
-) -> Example:
-    """A row as it was read as an example, see `to_example`; `features` are the columns' types."""
-    if features and isinstance(row, Mapping):
-        row = {name: without_fill(value, features.get(name)) for name, value in row.items()}
-    return to_example(row, index, source, text_column=text_column, renamed=renamed)
 
 
 def load_examples(
@@ -290,9 +276,7 @@ def hub_errors(name: str) -> Generator[None]:
         raise ValueError(f"the data set {name!r} of the hub cannot be read: {shortened(str(error))}") from error
 
 
-def local_files(
-    name: str, split: str, given: Mapping[str, Any] = MappingProxyType({})
-) -> tuple[str, list[pathlib.Path]] | None:
+def local_files(name: str, split: str, given: Mapping[str, Any]) -> tuple[str, list[pathlib.Path]] | None:
     """The kind and the files of a split; None where the name is one of the hub."""
     if len(name) > 4096:
         raise FileNotFoundError(f"there is no file or folder {excerpt(name)}")
@@ -412,7 +396,12 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
 
 
 def to_example(
-    row, index: int | str, source: str, *, text_column: str = "text", renamed: Mapping[str, str | None] | None = None
+    row,
+    index: int | str,
+    source: str,
+    text_column: str = "text",
+    renamed: Mapping[str, str | None] | None = None,
+    features: Mapping | None = None,
 ) -> Example:
     """One row as an example.
 
@@ -424,7 +413,7 @@ def to_example(
     Beside them a row may have `tools` (a list of JSON schemas) and `chat_template_kwargs` (template variables of this
     row), each also as a string of JSON, which go with messages (a `text` is whole, so that it passes them over), and
     `teacher_context`, a text. All of them may be null. Messages call the row by its `index` and the data set's name,
-    `source`.
+    `source`. `features` are the columns' types, as `datasets.Features`, for `columns.without_fill`.
 
     Raises:
         ValueError: the row has none of the forms, it is one of preferences, or something in it is not as
@@ -433,6 +422,8 @@ def to_example(
     where = f"row {index} of {source}"
     if not isinstance(row, Mapping):
         raise ValueError(f"{where} is a {type(row).__name__}, not a dict of columns; accepted are {ACCEPTED}")
+    if features:
+        row = {name: without_fill(value, features.get(name)) for name, value in row.items()}
     try:
         columns, form, format, read = read_columns(row, text_column, renamed)
     except ValueError as error:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.checks import RowChecker
-from gold_jax.text.data import FIRST_ROWS, Example, example_of, hub_errors, hub_files, local_files
+from gold_jax.text.data import FIRST_ROWS, Example, hub_errors, hub_files, local_files, to_example
 from gold_jax.text.json_rows import read_json_lines
 from gold_jax.text.row_formats import check_renamed
 
@@ -55,7 +55,7 @@ class RowStream:
     def _example(self, row: Any, label: str) -> Example:
         if isinstance(row, ValueError):
             raise ValueError(f"row {label} of {self.source}: {row}")
-        return example_of(row, label, self.source, self.text_column, self.features, self.renamed)
+        return to_example(row, label, self.source, self.text_column, self.renamed, self.features)
 
 
 def open_stream(
@@ -86,15 +86,11 @@ def _open(source: Any, config: str | None, split: str) -> RowStream:
     where = f"the data set {source!r}"
     if {"[", "+"} & set(split):
         raise ValueError(f"a part of a split, {split!r}, cannot be streamed; name a whole split, or do not stream it")
-    if (local := local_files(source, split)) is None:
+    if (local := local_files(source, split, {})) is None:
         kind, files = hub_files(source, config, split)
     else:
         kind, files = local[0], {path.name: str(path) for path in local[1]}
-    described = [
-        config,
-        split,
-        *(name if local is None else f"{name} {os.path.getsize(files[name])}" for name in files),
-    ]
+    described = [config, split, *files, *([] if local is None else map(os.path.getsize, files.values()))]
     if kind == "json":
         shards = {name: functools.partial(read_json_lines, path, name) for name, path in files.items()}
         return RowStream(shards, where, _digest(described))
@@ -145,6 +141,10 @@ class StreamOrder:
     def describe(self) -> str:
         """What updates learn from, in words."""
         return f"a stream of {len(self.stream.shards)} shards"
+
+    def __call__(self, step: int) -> list[str]:
+        """Names of the rows of an update."""
+        return [name for name, _ in self.take(step)]
 
     def restart(self) -> None:
         """Begins with the first update."""

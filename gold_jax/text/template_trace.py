@@ -9,6 +9,7 @@ is not named here is given one.
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,14 +31,6 @@ class _Untraceable(Exception):
 
 def _refuse(*_: Any, **__: Any) -> Any:
     raise _Untraceable
-
-
-def _equals(text: str, other: str) -> bool:
-    return text == other
-
-
-def _holds(text: str, other: str) -> bool:
-    return other in text
 
 
 def _loses_left(text: str, chars: str | None) -> bool:
@@ -86,20 +79,17 @@ class _Traced:
 
     def __bool__(self):
         if self._parts and not any(isinstance(part, str) for part in self._parts):
-            self._parts[0].asked.add((_equals, ""))
+            self._parts[0].asked.add((operator.eq, ""))
         return bool(self._parts)
 
     def __eq__(self, other):
         if isinstance(other, _Traced):
             raise _Untraceable
-        return isinstance(other, str) and self._ask(_equals, other)
-
-    def __ne__(self, other):
-        return not self == other
+        return isinstance(other, str) and self._ask(operator.eq, other)
 
     def __contains__(self, other):
         inside = isinstance(other, str) and any(isinstance(part, str) and other in part for part in self._parts)
-        return inside or self._ask(_holds, other)
+        return inside or self._ask(operator.contains, other)
 
     def startswith(self, prefix):
         return self._ask(str.startswith, prefix)
@@ -125,14 +115,11 @@ class _Traced:
         if parts:
             _Traced([parts[end]])._ask(loses, chars, str | None)
             if len(self._parts) > 1:  # of an empty content what stands beside it would be stripped
-                parts[end].asked.add((_equals, ""))
+                parts[end].asked.add((operator.eq, ""))
         return _Traced(parts)
 
     __getattr__ = __getitem__ = __iter__ = __len__ = __str__ = __repr__ = __format__ = __call__ = __hash__ = _refuse
-    __int__ = __float__ = __index__ = __mod__ = __rmod__ = __mul__ = __rmul__ = __lt__ = __le__ = __gt__ = __ge__ = (
-        _refuse
-    )
-    __html__ = __bytes__ = __reversed__ = _refuse
+    __int__ = __float__ = __index__ = __mod__ = __rmod__ = __mul__ = __rmul__ = __lt__ = __gt__ = __html__ = _refuse
 
 
 class _Written(str):

@@ -74,12 +74,6 @@ class Data(NamedTuple):
     order: RowOrder | StreamOrder  # of those that can be learned from
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
-    def take(self, step: int) -> list[tuple[int | str, Example]]:
-        """The rows of an update, with their numbers or names."""
-        if isinstance(self.order, StreamOrder):
-            return self.order.take(step)
-        return [(i, self.train[i]) for i in self.order(step)]
-
     def total_steps(self, args: SFTConfig) -> int:
         """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to; ValueError: they are too many."""
         flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
@@ -341,7 +335,10 @@ class Loop:
         return self.run.batches.build(*given, self.rollouts, {t: self._examples(t) for t in later})
 
     def _examples(self, step: int) -> list[Example]:
-        return [example for _, example in self.data.take(step)]
+        order, train = self.data.order, self.data.train
+        if isinstance(order, StreamOrder):
+            return [example for _, example in order.take(step)]
+        return [train[i] for i in order(step)]
 
     def _interval(self, name: str) -> int:
         return self.args.interval(name, self.total_steps)
@@ -758,7 +755,7 @@ class Loop:
 
     def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
         self._log.flush()
-        seen = self.done, self.nonfinite, metrics, self.state.params, [row for row, _ in self.data.take(step)]
+        seen = self.done, self.nonfinite, metrics, self.state.params, self.data.order(step)
         why = describe_divergence(*seen, self.args, counted)
         if self.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
             self.nonfinite = self.nonfinite._replace(in_a_row=0)

@@ -11,6 +11,8 @@ from gold_jax.text import check_cache
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_examples
 from gold_jax.text.data import load_examples
+from gold_jax.text.mixture import load_mixture
+from gold_jax.text.truncation import EndsOfPrompts
 
 ROWS = [{"prompt": "x" * k, "completion": "y"} for k in range(1, 30)]
 
@@ -69,3 +71,19 @@ def test_another_way_of_reading_is_another_key(change):
     plain = {"chat_template": CHATML}
     keys = [check_cache.tokenizer_key(ChatTokenizer(byte_level(), **(plain | more)), "") for more in ({}, {}, change)]
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_what_is_read_otherwise_is_another_key_and_what_is_not_told_has_none(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row | {"query": "q"}) for row in ROWS))
+    file = str(tmp_path / "a.jsonl")
+    options = ({}, {"renamed": {"prompt": "query"}}, {"text_column": "body"})
+    keys = [check_cache.data_key(load_examples(file, **given)) for given in options]
+    assert len(set(map(str, keys))) == 3 and None not in keys
+    mixture = load_mixture([{"path": file}, {"path": str(tmp_path / "b.jsonl")}])
+    assert len(mixture) == 2 * len(ROWS) and check_cache.data_key(mixture) is None
+    shortened = EndsOfPrompts(load_examples(file), ChatTokenizer(byte_level()), lambda _: 5)
+    assert check_cache.data_key(shortened) is None
+    both = check_cache.data_key(load_examples(str(tmp_path)))
+    (tmp_path / "b.jsonl").rename(tmp_path / "c.jsonl")  # errors name files
+    assert check_cache.data_key(load_examples(str(tmp_path))) != both

@@ -7,6 +7,8 @@ import datasets
 import pytest
 from toy_tokenizers import byte_level
 
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig
+from gold_jax.cli import training_inputs
 from gold_jax.text import stream
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import RowChecker
@@ -128,3 +130,33 @@ def test_what_cannot_be_streamed_or_learned_from_is_an_error(tmp_path):
     file.write_text(json.dumps({"prompt": "long " * 100, "completion": "y"}))
     with pytest.raises(ValueError, match="none of the 1 rows can be learned from"):
         order_of(str(file)).take(0)
+
+
+def test_columns_are_read_under_other_names(tmp_path):
+    rows = [{"query": "x", "reply": f"{k}", "prompt": "other"} for k in range(5)]
+    (tmp_path / "rows.jsonl").write_text("{broken\n" + "\n".join(map(json.dumps, rows)))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
+    for name in ("rows.jsonl", "rows.parquet"):
+        renamed = {"prompt": "query", "completion": "reply"}
+        found = [read for _, _, _, read in open_stream(str(tmp_path / name), renamed=renamed).rows([0])]
+        assert [(read().prompt, read().completion) for read in found[-5:]] == [("x", f"{k}") for k in range(5)]
+        with pytest.raises(ValueError, match="no column 'answer'; it has query, reply, prompt"):
+            open_stream(str(tmp_path / name), renamed={"completion": "answer"})
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"max_steps": -1}, "has no length: say with --max_steps"), ({"save_strategy": "epoch"}, "no epoch ends at an update"),
+    ({"truncation_mode": "keep_end"}, "prompts of a streamed data set are not shortened: use --truncation_mode keep_start"),
+    ({"rollout_batches": 2}, "completions are drawn for one update: use --rollout_batches 1"),
+])  # fmt: skip
+def test_settings_that_need_all_rows_are_refused(setting, message):
+    rows = datasets.Dataset.from_list([{"prompt": "x"}]).to_iterable_dataset()
+    with pytest.raises(ValueError, match=message):
+        GOLDTrainer("a student", "a teacher", GOLDConfig(**({"max_steps": 1} | setting)), rows)
+
+
+def test_a_mixture_is_not_streamed(tmp_path):
+    (tmp_path / "mixture.yaml").write_text("datasets:\n- path: a\n")
+    argv = ["--dataset_streaming", "true", "--datasets", str(tmp_path / "mixture.yaml"), "--model_name_or_path", "a"]
+    with pytest.raises(ValueError, match="--dataset_streaming reads one data set, --dataset_name, and no --datasets"):
+        training_inputs(argv, SFTConfig, prog="gold_jax.sft", doc="")
