@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from gold_jax import progress
 from gold_jax.text.chat import ChatTokenizer, Prompt
@@ -269,22 +269,21 @@ class RowChecker:
         self._writers = {w: side for w, side in sides.items() if self._writes[w] and not len(side.encode_prompt(""))}
 
     def check(self, rows: Iterable[tuple[Any, Callable[[], Example]]]) -> list[tuple[Any, Example]]:
-        """Those of some rows that can be learned from, with their numbers; each is given as what makes the example, or raises.
+        """Those of some rows that can be learned from, with their numbers; given is what makes each example, or raises.
 
         ValueError: the first row that lacks its completion, that a chat template refuses or leaves a part of out, or that
         cannot be read.
         """
-        found: dict[Any, Any] = {}  # number -> an example, the text of an error, or why it is left out
+        found: dict[Any, Any] = {}  # number -> an example, an error, or one of `reasons`
         texts = {}
         for i, read in rows:
             self.total += 1
             try:
-                e = found[i] = read()
-                why = self._look_at(i, e)
-                if isinstance(why, str):
-                    found[i] = _LeftOut(why)
+                found[i] = e = read()
+                if isinstance(looked := self._look_at(i, e), str):
+                    found[i] = looked
                 else:
-                    texts[i] = why
+                    texts[i] = looked
             except ValueError as error:
                 found[i] = error
                 if self.on_bad_row == "error":
@@ -293,12 +292,9 @@ class RowChecker:
         sizes = {i: len(prompt.encode()) + 2 for i, (prompt, _) in texts.items()}
         if self.budget is not None:
             asked = [i for i, size in sizes.items() if size > self.budget]
-            lengths = zip(asked, _each_or_error(self._lengths, [found[i].prompt for i in asked]))
-            for i, length in lengths:
-                if isinstance(length, ValueError):
-                    found[i] = length
-                elif length > self.budget:
-                    found[i] = _LeftOut("long")
+            for i, length in zip(asked, _each_or_error(self._lengths, [found[i].prompt for i in asked])):
+                if isinstance(length, ValueError) or length > self.budget:
+                    found[i] = length if isinstance(length, ValueError) else "long"
         if self.count_targets is not None and self.max_length is not None:
             asked = [i for i, size in sizes.items() if size + len(texts[i][1].encode()) > self.max_length]
             asked = [i for i in asked if isinstance(found[i], Example)]
@@ -308,13 +304,13 @@ class RowChecker:
                     continue
                 targets, was_cut = counted
                 self._cut[bool(targets)] += was_cut
-                found[i] = found[i] if targets else _LeftOut("nothing")
+                found[i] = found[i] if targets else "nothing"
         bad = [x for x in found.values() if isinstance(x, ValueError)]
         if bad and self.on_bad_row == "error":
             raise bad[0]
         self._bad += map(str, bad)
         self.left_out["bad"] += len(bad)
-        self.left_out.update(x.why for x in found.values() if isinstance(x, _LeftOut))
+        self.left_out.update(x for x in found.values() if isinstance(x, str))
         return [(i, e) for i, e in found.items() if isinstance(e, Example)]
 
     def _look_at(self, i: Any, e: Example) -> str | tuple[str, str]:
@@ -353,15 +349,11 @@ class RowChecker:
     def reasons(self) -> dict[str, tuple[str, str]]:
         """Why rows are left out, in words, with a remedy, by their names in `left_out`."""
         no_token = "without a prompt, before which the {}'s tokenizer puts no token, so that nothing can be drawn"
+        shorter = "raise --max_prompt_length or --max_length, or lower --max_completion_length"
+        calls = "whose last answer calls tools, which the chat template"
         return {
-            "long": (
-                f"whose prompt is longer than {self.budget} tokens",
-                "raise --max_prompt_length or --max_length, or lower --max_completion_length",
-            ),
-            "calls": (
-                "whose last answer calls tools, which the chat template does not write as text",
-                "gold_jax.sft --assistant_only_loss learns it",
-            ),
+            "long": (f"whose prompt is longer than {self.budget} tokens", shorter),
+            "calls": (f"{calls} does not write as text", "gold_jax.sft --assistant_only_loss learns it"),
             "nothing": (f"of which --max_length {self.max_length} leaves nothing to learn", "raise --max_length"),
             **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in self._writes},
             "bad": ("that cannot be read", f"see the first ones: {_first_errors(self._bad)}"),
@@ -402,10 +394,6 @@ class RowChecker:
             shown = listed([f"{excerpt(name)} (rows: {count:,})" for name, count in self._unread.most_common()], 8)
             notices.append(f"columns of the data that nothing reads: {shown}")
         return notices + format_notices(self._formats, _DATA)
-
-
-class _LeftOut(NamedTuple):
-    why: str
 
 
 def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:

@@ -155,8 +155,8 @@ def test_settings_that_need_all_rows_are_refused(setting, message):
         GOLDTrainer("a student", "a teacher", GOLDConfig(**({"max_steps": 1} | setting)), rows)
 
 
-def test_a_mixture_is_not_streamed(tmp_path):
-    (tmp_path / "mixture.yaml").write_text("datasets:\n- path: a\n")
-    argv = ["--dataset_streaming", "true", "--datasets", str(tmp_path / "mixture.yaml"), "--model_name_or_path", "a"]
+def test_a_mixture_is_not_streamed():
+    mixture = json.dumps([{"path": "a"}])
+    argv = ["--dataset_streaming", "true", "--datasets", mixture, "--model_name_or_path", "a"]
     with pytest.raises(ValueError, match="--dataset_streaming reads one data set, --dataset_name, and no --datasets"):
         training_inputs(argv, SFTConfig, prog="gold_jax.sft", doc="")
