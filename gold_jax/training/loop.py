@@ -61,6 +61,7 @@ from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
+from gold_jax.training.utilization import peak_flops, peak_memory
 from gold_jax.wording import listed
 
 _SAVED = "the student and all that the run needs to go on are saved in"
@@ -414,7 +415,7 @@ class Loop:
         """Logs the means since the last line."""
         compiling = progress.compiled()[1] - self._compiled_before  # which is no part of the rate
         worked = max(time.perf_counter() - self._since - compiling, 1e-9)
-        speed = {"tokens_per_second": self._tokens / worked, **rate}
+        speed = {"tokens_per_second": self._tokens / worked, **self._utilization(self._tokens / worked), **rate}
         skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
         means = self._means.take()
         seen = {"num_tokens": self._progress.num_input_tokens_seen}
@@ -562,10 +563,16 @@ class Loop:
             self._evaluate_and_record()
         return before
 
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """The share of the devices' peak that the models' FLOPs take, and the most GiB a device held, where they are known."""
+        peak, held = peak_flops(), peak_memory()
+        found = {} if peak is None else {"mfu": self.run.flops * tokens_per_second / peak}
+        return found if held is None else found | {"memory_gib": held / 2**30}
+
     def _device_metrics(self) -> dict[str, float]:
         """Programs that the run compiled, and the most bytes a device held, where it tells."""
-        stats = jax.local_devices()[0].memory_stats() or {}
-        peak = {"train_peak_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+        held = peak_memory()
+        peak = {} if held is None else {"train_peak_memory_bytes": held}
         return {"train_compiled_programs": self.run.step.compiled, **peak}
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
