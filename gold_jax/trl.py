@@ -1,7 +1,8 @@
 """What TRL's scripts import: `from gold_jax.trl import …` stands in the place of `from trl import …`."""
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, TrainerCallback
@@ -90,8 +91,11 @@ class LogCompletionsCallback(TrainerCallback):
     ):
         if trainer.eval_examples is None:
             raise ValueError("LogCompletionsCallback shows prompts of eval_dataset: pass one to the trainer")
-        rows = trainer.eval_examples
-        self._prompts = [rows[i].prompt for i in range(min(len(rows), num_prompts or len(rows)))]
+        found = trainer.eval_examples
+        rows = (
+            itertools.chain(*found.values()) if isinstance(found, Mapping) else found
+        )  # several sets, one after another
+        self._prompts = [row.prompt for row in itertools.islice(rows, num_prompts)]
         config, self._trainer, self._freq = generation_config or GenerationConfig(), trainer, freq
         self._options = dict(
             max_new_tokens=config.max_new_tokens or 128, top_k=config.top_k or 0, top_p=config.top_p or 1.0

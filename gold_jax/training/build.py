@@ -31,6 +31,7 @@ from gold_jax.training.objective import make_cross_entropy_loss, make_distillati
 from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.step import Step, TrainState, state_shardings
 from gold_jax.training.teacher import freeze_teacher
+from gold_jax.training.utilization import training_flops
 
 
 class Match(NamedTuple):
@@ -55,6 +56,7 @@ class Run(NamedTuple):
     spec: LossSpec | None = None  # of a distillation, as what follows
     teacher_graph: nnx.GraphDef | None = None
     match: Match | None = None
+    flops: float = 0.0  # that the models need for a token, see `utilization.training_flops`
 
 
 def build_run(
@@ -92,7 +94,8 @@ def build_run(
             counted = counted_tokens(args)
             sizes = rows, eval_rows, args.max_length, counted, args.length_buckets
             batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
-        return Run(graph, params, optimizer, schedule, shardings, step, batches)
+        flops = training_flops(student.model, None)
+        return Run(graph, params, optimizer, schedule, shardings, step, batches, flops=flops)
 
     teacher_graph, teacher_params = split(teacher.model)
     teacher_params = commit(teacher_params)
@@ -123,7 +126,8 @@ def build_run(
         sides = chat_tokenizer, teacher.chat_tokenizer, graph
         context = args.teacher_context
         batches = DistillationBatchBuilder(*sides, spec, match.same, teacher_context=context, **options)
-    return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match)
+    flops = training_flops(student.model, teacher.model if spec.distillation_weight else None)
+    return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match, flops)
 
 
 def _rows_at_once(

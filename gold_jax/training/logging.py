@@ -97,7 +97,8 @@ class MetricLog(contextlib.AbstractContextManager):
     def _write(self, row: Mapping[str, Any], left: float | None) -> None:
         plain = {name: plain_value(value) for name, value in row.items()}
         if self._file is not None:
-            self.attempt("the log file", lambda: print(json_line(plain), file=self._file, flush=True))
+            line = json_line(plain | {"time": round(time.time(), 1)})  # seconds since 1970
+            self.attempt("the log file", lambda: print(line, file=self._file, flush=True))
         for tracker, worker in self._trackers:
             worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, plain["step"])
             worker.check()

@@ -58,9 +58,11 @@ from gold_jax.training.logging import (
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, find_and_restore, rename_logs, truncate_log
 from gold_jax.training.rollout_buffer import Rollouts, to_bytes
+from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
+from gold_jax.training.utilization import peak_flops, peak_memory
 from gold_jax.wording import listed
 
 _SAVED = "the student and all that the run needs to go on are saved in"
@@ -106,6 +108,7 @@ class Loop:
         restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
+        summary: RunSummary | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -127,6 +130,7 @@ class Loop:
         compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", compared)
         self._trained, self._log, self._compute_metrics = False, None, compute_metrics
+        self._summary = summary or RunSummary(None)
         self._reset()
         held = dict(optimizer=run.optimizer, lr_scheduler=run.schedule)
         held |= dict(processing_class=student.chat_tokenizer.tokenizer, say=self.say)
@@ -184,7 +188,8 @@ class Loop:
             else:
                 self._resume(*found)
             self.checkpoints.remove_unfinished()
-            with self._open_log() as self._log:
+            part = self._summary.part(self.run_id, self.total_steps, lambda: self.done, resumed=found is not None)
+            with part, self._open_log() as self._log:
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
@@ -269,7 +274,6 @@ class Loop:
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         per_epoch, first = self.data.order.steps_per_epoch, self.done
         for step in self._steps():
-            self._bar.reach(self.done)
             if batch is None:  # a signal came while it was built
                 return
             if step == first or step % per_epoch == 0:
@@ -282,6 +286,7 @@ class Loop:
                     self.state, metrics = run.step.skip(self.state)
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
                 current, self.done, self.shapes, self.rollouts = batch, step + 1, batch.shapes, batch.drawn
+                self._bar.reach(self.done)
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -417,7 +422,9 @@ class Loop:
 
     def _log_update(self, rate: Mapping[str, float]) -> None:
         """Logs the means since the last line."""
-        speed = {"tokens_per_second": self._tokens / (time.perf_counter() - self._since), **rate}
+        compiling = progress.compiled()[1] - self._compiled_before  # which is no part of the rate
+        worked = max(time.perf_counter() - self._since - compiling, 1e-9)
+        speed = {"tokens_per_second": self._tokens / worked, **self._utilization(self._tokens / worked), **rate}
         skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
         means = self._means.take()
         seen = {"num_tokens": self._progress.num_input_tokens_seen}
@@ -426,7 +433,7 @@ class Loop:
 
     def _restart_clock(self) -> None:
         """Counts tokens a second from here."""
-        self._since, self._tokens = time.perf_counter(), 0
+        self._since, self._tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
 
     def record(self, values: Mapping[str, Any], event: str | None = None) -> None:
         """Logs a line (outside of `train` for `history` alone) and tells the callbacks, of an `event` with these metrics too."""
@@ -439,17 +446,18 @@ class Loop:
         if event is not None:
             self.callbacks.call(event, metrics=values)
 
-    def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str]]) -> None:
+    def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str, str | None]]) -> None:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
-        samples = [(self._student.chat_tokenizer.render(prompt), completion) for prompt, completion in samples]
-        self._write_completions(
-            [{"step": self.done, "prompt": prompt, "completion": completion} for prompt, completion in samples]
-        )
+        rows = [(self._student.chat_tokenizer.render(prompt), *rest) for prompt, *rest in samples]
+        named = ({"prompt": p, "completion": c} | ({} if r is None else {"reference": r}) for p, c, r in rows)
+        self._write_completions([{"step": self.done, **row} for row in named])
         every = self.args.log_completions_steps
         if step >= self._table_due:
             self._table_due = step - step % every + every
             self._log.flush()
-            completions_table(self.console, samples, self.args.num_completions_to_print, step=self.done)
+            completions_table(
+                self.console, [row[:2] for row in rows], self.args.num_completions_to_print, step=self.done
+            )
 
     def _write_completions(self, rows: list[dict[str, Any]]) -> None:
         """Appends rows to `completions.jsonl`; where that fails, a checkpoint keeps them for the run that goes on from it."""
@@ -564,10 +572,16 @@ class Loop:
             self._evaluate_and_record()
         return before
 
+    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
+        """The share of the devices' peak that the models' FLOPs take, and the most GiB a device held, where they are known."""
+        peak, held = peak_flops(), peak_memory()
+        found = {} if peak is None else {"mfu": self.run.flops * tokens_per_second / peak}
+        return found if held is None else found | {"memory_gib": held / 2**30}
+
     def _device_metrics(self) -> dict[str, float]:
         """Programs that the run compiled, and the most bytes a device held, where it tells."""
-        stats = jax.local_devices()[0].memory_stats() or {}
-        peak = {"train_peak_memory_bytes": stats["peak_bytes_in_use"]} if "peak_bytes_in_use" in stats else {}
+        held = peak_memory()
+        peak = {} if held is None else {"train_peak_memory_bytes": held}
         return {"train_compiled_programs": self.run.step.compiled, **peak}
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
@@ -579,6 +593,7 @@ class Loop:
         teacher = self._teacher_score() if self._teacher_score else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
+        self._summary.add(results=self.results)
         sets = [f"eval_{name}_" for name in self.data.eval] if isinstance(self.data.eval, Mapping) else ["eval_"]
         names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
         rows = [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]

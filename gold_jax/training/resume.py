@@ -24,6 +24,7 @@ from gold_jax.training import checkpointing
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 LOGS = ("metrics.jsonl", "completions.jsonl")
+SUMMARY = "summary.json"
 # What a checkpoint has of its run beside every setting that had an effect.
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"
@@ -221,7 +222,7 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
 
 def rename_logs(folder: pathlib.Path, say: Callable[[str], Any]) -> None:
     """Renames the logs of another run to `metrics.1.jsonl` and so on, all with the first free number, and says so."""
-    logs = [folder / name for name in LOGS if (folder / name).exists()]
+    logs = [folder / name for name in (*LOGS, SUMMARY) if (folder / name).exists()]
     for number in itertools.count(1):
         names = [log.with_stem(f"{log.stem}.{number}") for log in logs]
         if not any(name.exists() for name in names):

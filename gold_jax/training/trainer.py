@@ -51,6 +51,7 @@ from gold_jax.training.resume import (
     describe_tokenizer,
     describe_weights,
 )
+from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 
 SFT_NEW_TOKENS = 128
@@ -212,6 +213,13 @@ class _Trainer:
         if teacher is not None:  # whose parameters the constants of the step hold from here on
             score = self._score_teacher
         restart, others = engine and engine.restart, (self._callbacks, self.compute_metrics)
+        summary = None
+        if is_main_process():
+            facts = {"method": self.method, **{name: value for name, value in shown.items() if value is not None}}
+            facts |= {"data": self.dataset_name, "rows": len(checked.kept), "digests": digests}
+            facts |= {"settings": settings_beside_defaults(a), "notices": self.notices}
+            summary = RunSummary(a.output_dir, {"student": student.name, **facts}, self.command)
+        others = *others, summary
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, *others)
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:

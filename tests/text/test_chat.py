@@ -370,7 +370,7 @@ def test_thinking_can_be_turned_off(assets):
         ("smollm2-135m-gpt2tok", "<|im_end|>", "<|im_start|>"),
         ("tokenizers/qwen3", "<|im_end|>", "<|im_start|>"),
         ("tokenizers/llama3_2", "<|eot_id|>", "<|begin_of_text|>"),
-        ("tokenizers/gemma3", "<end_of_turn>", "<bos>"),
+        pytest.param("tokenizers/gemma3", "<end_of_turn>", "<bos>", marks=pytest.mark.long),
         ("tokenizers/llama2", "</s>", "<s>"),
         ("tokenizers/gpt2", "<|endoftext|>", "User"),
     ],

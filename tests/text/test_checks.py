@@ -318,7 +318,7 @@ def test_qwen3_and_llama_agree_without_thinking(assets):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["deepseek_v3", "gemma3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
     from transformers import AutoTokenizer
 

@@ -450,7 +450,9 @@ def real_chat_tokenizer(folder):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["qwen3", "llama3_2", "llama2", pytest.param("gemma3", marks=pytest.mark.long), "gpt2"]
+)
 def test_real_tokenizers_keep_all_their_special_strings_plain(assets, name):
     chat_tokenizer = real_chat_tokenizer(assets / "tokenizers" / name)
     text = "a " + " and ".join(strings_of(chat_tokenizer)) + " b"
@@ -471,7 +473,7 @@ def test_real_tokenizers_keep_all_their_special_strings_plain(assets, name):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", "gemma3"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "llama2", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_real_tokenizers_read_ordinary_messages_as_transformers_does(assets, name):
     chat_tokenizer = real_chat_tokenizer(assets / "tokenizers" / name)
     messages = conversation("größer  24\n\n\n世界 😀")

@@ -94,7 +94,7 @@ def lines(path: pathlib.Path) -> list[dict]:
 
 def steady(path: pathlib.Path) -> list[dict]:
     """A log without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in lines(path)]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "time")} for row in lines(path)]
 
 
 def whole(folder: pathlib.Path) -> list[int]:

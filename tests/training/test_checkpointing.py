@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -325,7 +326,10 @@ def test_a_checkpoint_whose_date_cannot_be_read_counts_as_the_oldest(record, che
     for step in (1, 2):
         checkpoints.save(step, state(), {})
         checkpoints.finish()
-    (tmp_path / "checkpoint-2" / "_CHECKPOINT_METADATA").write_text(record)
+    written = tmp_path / "checkpoint-2" / "_CHECKPOINT_METADATA"
+    while not json.loads(written.read_text() or "{}").get("commit_timestamp_nsecs"):
+        time.sleep(0.01)  # orbax completes its record from a thread of its own
+    written.write_text(record)
     (tmp_path / f"checkpoint-{'9' * 5000}"[:200]).mkdir()
     assert [path.name for path in checkpoints_in(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
     other = Checkpoints(tmp_path, limit=2, say=checkpoints.said.append)

@@ -50,7 +50,7 @@ def check_what_left(trainer, tmp_path, *, ends_as_the_template=True):
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["qwen3", "llama3_2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_a_real_tokenizer_comes_back_with_the_template_that_was_trained(assets, tmp_path, name):
     tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / name)
     check_what_left(trained(tokenizer, tmp_path, template_kwargs={"enable_thinking": False}), tmp_path)

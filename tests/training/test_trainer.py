@@ -338,7 +338,7 @@ def test_a_saved_student_is_asked_in_the_form_that_it_was_taught(world, tmp_path
 
 
 @pytest.mark.assets
-@pytest.mark.parametrize("name", ["qwen3", "llama3_2", "gemma3", "llama2"])
+@pytest.mark.parametrize("name", ["qwen3", "llama3_2", pytest.param("gemma3", marks=pytest.mark.long), "llama2"])
 def test_real_tokenizers_are_saved_with_the_template_in_force(assets, tmp_path, name):
     kwargs = {"enable_thinking": False}
     chat_tokenizer = ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / name), template_kwargs=kwargs)

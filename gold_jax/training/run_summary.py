@@ -1,0 +1,123 @@
+"""`summary.json`: what was run, on what, when and how it went, in the folder of the run, to be read without the program."""
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gold_jax import progress
+from gold_jax.config import SFTConfig
+from gold_jax.json_files import read_json_object
+from gold_jax.training.hub import shown_command
+from gold_jax.training.resume import SUMMARY
+from gold_jax.training.signals import Preempted
+from gold_jax.wording import shortened
+
+_LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
+
+
+def settings_beside_defaults(args: SFTConfig) -> dict[str, Any]:
+    """The settings that are not the defaults, secrets aside."""
+    defaults, secret = type(args)().to_dict(), {f.name for f in dataclasses.fields(args) if f.metadata.get("secret")}
+    return {name: value for name, value in args.to_dict().items() if value != defaults[name] and name not in secret}
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices of this process."""
+    versions = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    device = jax.devices()[0]
+    return {
+        "versions": versions,
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+    }
+
+
+class RunSummary:
+    """Writes `summary.json` in one folder (None: nowhere), again whenever something is known that was not.
+
+    A run that is continued has a part more in `parts`: command, environment, from which update to which, when, how it
+    ended. A folder that cannot be written costs the summary, never the run.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike | None,
+        facts: Mapping[str, Any] | None = None,
+        command: Sequence[str] | None = None,
+    ):
+        self._path, self._facts = None if folder is None else pathlib.Path(folder) / SUMMARY, dict(facts or {})
+        self._command = shown_command(command) if command else None
+        self._parts: list[dict[str, Any]] = []
+
+    @contextlib.contextmanager
+    def part(self, run_id: str, total: int, done: Callable[[], int], *, resumed: bool) -> Iterator[None]:
+        """A part of the run, which makes updates within it; where it is `resumed` the parts before stay.
+
+        `how` it ends is "finished", "interrupted", "preempted" or what the error says. `done` gives the updates so far.
+        """
+        self._parts = self._parts_before(run_id) if resumed else []
+        self._facts |= {"run_id": run_id, "total_updates": total}
+        self._facts.pop("results", None)
+        part = {"command": self._command, "started": _now(), **environment()}
+        part |= {"from_update": done(), "to_update": done(), "ended": None}
+        self._parts.append(part)
+        self._write()
+        began, before, how = time.monotonic(), progress.compiled(), "finished"
+        try:
+            yield
+        except KeyboardInterrupt:
+            how = "interrupted"
+            raise
+        except Preempted:
+            how = "preempted"
+            raise
+        except BaseException as error:
+            how = shortened(f"{type(error).__name__}: {error}", 500)
+            raise
+        finally:
+            programs, seconds = (now - then for now, then in zip(progress.compiled(), before))
+            times = {"seconds": round(time.monotonic() - began, 1), "compiling_seconds": round(seconds, 1)}
+            part |= {"to_update": done(), "ended": _now(), "how": how, "programs_compiled": programs, **times}
+            self._write()
+
+    def add(self, **facts: Any) -> None:
+        """Facts of the whole run."""
+        self._facts |= facts
+        self._write()
+
+    def _parts_before(self, run_id: str) -> list[dict[str, Any]]:
+        if self._path is None or not self._path.exists():
+            return []
+        with contextlib.suppress(OSError, ValueError):
+            found = read_json_object(self._path)
+            if found.get("run_id") == run_id and isinstance(found.get("parts"), list):
+                return found["parts"]
+        return []
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        text = json.dumps(self._facts | {"parts": self._parts}, indent=1, ensure_ascii=False, default=str)
+        with contextlib.suppress(OSError):
+            unfinished = self._path.with_suffix(".json.new")
+            unfinished.write_text(text + "\n", encoding="utf-8")
+            unfinished.replace(self._path)
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,39 @@
+"""What a run uses of its devices: their memory, and model FLOPs utilization, MFU (Chowdhery et al., "PaLM", 2022, appendix B)."""
+
+import jax
+
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import count, split
+
+# Peak dense bfloat16 FLOP/s of one JAX device, by the beginning of what JAX calls its kind. Sources: as `planning/hardware.json`.
+_PEAKS = {
+    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
+    "NVIDIA L4": 121e12,
+}  # fmt: skip
+
+
+def peak_flops() -> float | None:
+    """FLOP/s of all devices of the run together; None where their kind is not known."""
+    kind = jax.devices()[0].device_kind
+    found = next((peak for name, peak in _PEAKS.items() if kind.startswith(name)), None)
+    return None if found is None else found * jax.device_count()
+
+
+def peak_memory() -> int | None:
+    """The most bytes that the first device of this process held so far; None where it does not tell."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def training_flops(student: Decoder, teacher: Decoder | None) -> float:
+    """FLOPs that the models need for a token of an update: 6 for each of the student's parameters, 2 of the teacher's.
+
+    Parameters are those that a token meets: tables of embeddings that are looked up alone are none. Attention, what is
+    computed again, and the writing of completions do not count; a text has as many tokens for the teacher.
+    """
+    return 6.0 * _met(student) + (0.0 if teacher is None else 2.0 * _met(teacher))
+
+
+def _met(model: Decoder) -> int:
+    config = model.config
+    return count(split(model)[1]) - (0 if config.tied else config.vocab_size * config.width)

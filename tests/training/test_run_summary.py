@@ -1,0 +1,67 @@
+"""`summary.json`: what a folder says of its run."""
+
+import json
+
+import pytest
+
+from gold_jax import SFTConfig, SFTTrainer
+from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
+from gold_jax.training.signals import Preempted
+
+ROWS = [{"prompt": f"{n}", "completion": f" {n + 1}"} for n in range(8)]
+
+
+def test_a_run_leaves_what_was_run_on_what_when_and_how_it_went(world, tmp_path):
+    settings = dict(output_dir=tmp_path, max_steps=2, logging_steps=1, eval_strategy="epoch", hub_token="secret")
+    command = ["python", "-m", "gold_jax.sft", "--hub_token", "secret"]
+    trainer = SFTTrainer(str(world / "student"), SFTConfig(**settings), ROWS, ROWS, command=command)
+    trainer.train()
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["method"] == "supervised fine-tuning" and found["rows"] == 8 and found["total_updates"] == 2
+    given = {name: value for name, value in settings.items() if name != "hub_token"}
+    assert found["settings"] == given | {"output_dir": str(tmp_path), "eval_steps": 1}  # which follows logging_steps
+    assert "secret" not in json.dumps(found)
+    assert found["results"]["after training"].keys() >= {"eval_loss", "eval_bits_per_byte"}
+    (part,) = found["parts"]
+    assert part["how"] == "finished" and (part["from_update"], part["to_update"]) == (0, 2)
+    assert part["command"].endswith("--hub_token HIDDEN") and part["device"] == "cpu" and "jax" in part["versions"]
+    assert part["seconds"] > 0 and part["compiling_seconds"] >= 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time"] > 1.7e9 for row in rows)
+    # Another run into the folder keeps the first one's.
+    SFTTrainer(str(world / "student"), SFTConfig(output_dir=tmp_path, max_steps=1), ROWS).train()
+    assert json.loads((tmp_path / "summary.1.json").read_text()) == found
+    assert json.loads((tmp_path / "summary.json").read_text())["total_updates"] == 1
+
+
+@pytest.mark.parametrize(
+    "error, how", [(KeyboardInterrupt(), "interrupted"), (Preempted(), "preempted"), (OSError("full"), "OSError: full")]
+)
+def test_a_part_says_how_it_ended_and_a_resumed_run_has_one_more(tmp_path, error, how):
+    done = iter([3, 3, 5])
+    with pytest.raises(type(error)):
+        with RunSummary(tmp_path, {"rows": 8}).part("a", 9, lambda: next(done), resumed=False):
+            began = json.loads((tmp_path / "summary.json").read_text())
+            assert began["parts"][0]["ended"] is None  # what a process that is killed leaves
+            raise error
+    with RunSummary(tmp_path).part("a", 9, lambda: 9, resumed=True):
+        pass
+    first, second = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert (first["how"], first["to_update"], second["how"]) == (how, 5, "finished")
+    with RunSummary(tmp_path).part("another run", 9, lambda: 9, resumed=True):
+        pass
+    assert len(json.loads((tmp_path / "summary.json").read_text())["parts"]) == 1
+
+
+def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with RunSummary(tmp_path / "file").part("a", 9, lambda: 0, resumed=True):
+        pass
+    with RunSummary(None).part("a", 9, lambda: 0, resumed=False):
+        pass
+
+
+def test_settings_are_those_that_are_no_defaults():
+    assert settings_beside_defaults(SFTConfig(seed=3, hub_token="x", learning_rate=SFTConfig().learning_rate)) == {
+        "seed": 3
+    }
