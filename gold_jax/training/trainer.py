@@ -525,8 +525,8 @@ class _Trainer:
     def __repr__(self) -> str:
         state = self.state
         names = [side.name for side in (self.student, self._teacher) if side is not None]
-        rows, updates = len(self.loop.data.order.rows), f"{state.global_step} of {state.max_steps} updates"
-        return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows} rows, {updates} done)"
+        rows, updates = self.loop.data.order.describe(), f"{state.global_step} of {state.max_steps} updates"
+        return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows}, {updates} done)"
 
 
 _SETTINGS = {

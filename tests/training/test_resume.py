@@ -155,6 +155,7 @@ def test_a_streamed_run_that_goes_on_makes_the_updates_of_one_that_was_not_stopp
 
     whole = streamed(tmp_path / "whole")
     whole.train()
+    assert "a stream of 1 shards" in repr(whole) and "a stream of 1 shards" in whole.console.export_text()
     for step in (2, 4):
         again = streamed(tmp_path / f"again-{step}")
         again.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
