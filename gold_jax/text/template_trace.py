@@ -125,7 +125,11 @@ class _Traced:
 class _Written(str):
     """A traced text on its way into another one."""
 
-    parts: Sequence[Any] = ()
+    def __new__(cls, _):
+        return super().__new__(cls)
+
+    def __init__(self, traced: _Traced):
+        self.parts = traced._parts
 
     def __str__(self):
         return self
@@ -249,9 +253,5 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _Traced(parts) if any(isinstance(part, _Hole) for part in parts) else "".join(parts)
 
 
-def _on_its_way(value: Any) -> Any:
-    if not isinstance(value, _Traced):
-        return str(value)  # which raises where it holds a traced text
-    written = _Written()
-    written.parts = value._parts
-    return written
+def _on_its_way(value: Any) -> str:
+    return _Written(value) if isinstance(value, _Traced) else str(value)  # which raises where it holds a traced text
