@@ -128,8 +128,8 @@ class _Written(str):
     def __new__(cls, _):
         return super().__new__(cls)
 
-    def __init__(self, traced: _Traced):
-        self.parts = traced._parts
+    def __init__(self, traced: "_Traced | _Written"):  # Python calls it again for `str` of one
+        self.parts: Sequence[Any] = traced._parts if isinstance(traced, _Traced) else traced.parts
 
     def __str__(self):
         return self
