@@ -216,7 +216,7 @@ class _Trainer:
         summary = None
         if is_main_process():
             facts = {"method": self.method, **{name: value for name, value in shown.items() if value is not None}}
-            facts |= {"data": self.dataset_name, "rows": len(checked.kept), "digests": digests}
+            facts |= {"data": self.dataset_name, "rows": None if streamed else len(checked.kept), "digests": digests}
             facts |= {"settings": settings_beside_defaults(a), "notices": self.notices}
             summary = RunSummary(a.output_dir, {"student": student.name, **facts}, self.command)
         others = *others, summary
