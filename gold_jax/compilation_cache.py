@@ -129,9 +129,8 @@ def _set(**settings: Any) -> None:
 def default_folder() -> str:
     """Among the user's caches; its own for each kind of processor, whose programs no other may be able to run."""
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
-    caches = (
-        caches if caches.is_absolute() else pathlib.Path("~/.cache").expanduser()
-    )  # as the XDG specification has it
+    if not caches.is_absolute():  # to be ignored, says the XDG specification
+        caches = pathlib.Path("~/.cache").expanduser()
     return str(caches / "gold_jax" / "xla" / _processor())
 
 

@@ -50,9 +50,8 @@ class Labels(NamedTuple):
 class Behavior(NamedTuple):
     """What importance weights need to know of completions that the student drew with earlier weights."""
 
-    logp: (
-        np.ndarray
-    )  # [B, T] float32, of each label when it was drawn; NaN: it was not, or just now, and nothing is weighted
+    # [B, T] float32 in nats, of each label when it was drawn; NaN: it was not, or by the current weights.
+    logp: np.ndarray
     last: np.ndarray  # [B, G] int32, which token of the row is the last that a group's comparison depends on
 
 

@@ -221,10 +221,9 @@ class _Trainer:
     def _teacher_now(self) -> Decoder:
         """The teacher, with the arrays that updates read."""
         run = self.loop.run
-        graph, params = run.batches.teacher_model or (run.teacher_graph, None)
-        return merge(
-            graph, restore_teacher(graph, run.step.constants, run.match.vocabulary) if params is None else params
-        )
+        if run.batches.teacher_model is not None:
+            return merge(*run.batches.teacher_model)
+        return merge(run.teacher_graph, restore_teacher(run.teacher_graph, run.step.constants, run.match.vocabulary))
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -233,7 +232,7 @@ class _Trainer:
 
     @property
     def state(self) -> TrainerState:
-        """Where training stands: `global_step`, `max_steps`, `epoch`, `log_history` and more, as transformers has them."""
+        """transformers' `TrainerState` of the run: `global_step`, `max_steps`, `epoch`, `log_history` and more."""
         return dataclasses.replace(self.loop.trainer_state(), log_history=self.log_history)
 
     @property
@@ -252,8 +251,8 @@ class _Trainer:
         Args:
             resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
                 the settings say.
-            trial: None, or a ValueError.
-            ignore_keys_for_eval: taken for transformers' sake, as `ignore_keys` of `evaluate`.
+            trial: must be None: there is no hyperparameter search.
+            ignore_keys_for_eval: accepted as in transformers, without effect.
 
         Returns:
             `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
@@ -295,18 +294,19 @@ class _Trainer:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures the student as it stands, logs that and tells the callbacks.
+        """Measures the student as it stands, logs the measures and calls `on_evaluate`.
 
         Args:
             eval_dataset: rows as `eval_dataset` of the constructor, or a dict of such, each measured under
                 `{metric_key_prefix}_{name}`; None: those of the constructor.
-            ignore_keys: taken for transformers' sake: no outputs are kept that one could ignore.
+            ignore_keys: accepted as in transformers, without effect.
             metric_key_prefix: what the metrics' names begin with.
         """
         if isinstance(eval_dataset, Mapping):
-            parts = {name: f"{metric_key_prefix}_{name}" for name in eval_dataset}
-            found = (self.evaluate(eval_dataset[name], None, prefix) for name, prefix in parts.items())
-            return functools.reduce(lambda one, other: one | other, found, {})
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
         rows = None if eval_dataset is None else self._rows_to_measure(eval_dataset)
         metrics = _prefixed(self.loop.evaluate(rows), metric_key_prefix)
         self.loop.record(metrics, "on_evaluate")
@@ -337,7 +337,13 @@ class _Trainer:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] | str | None = None
     ) -> None:
-        """Writes the model card into `output_dir`, by this title (None: the folder's name), data set and further tags."""
+        """Writes the model card into `output_dir`.
+
+        Args:
+            model_name: its title; None: the folder's name.
+            dataset_name: None: the name of the data set that was trained on.
+            tags: further tags.
+        """
         given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
         given |= dict(results=self.loop.results, **self._card)
         write_model_card(self.args.output_dir, method=self.method, base_model=self.student.name, **given)
@@ -354,10 +360,10 @@ class _Trainer:
 
         Args:
             commit_message: of the commit.
-            blocking: the upload is waited for, whatever it is.
+            blocking: without effect: the upload is always waited for.
             token: in place of `hub_token` of the settings.
             revision: None: the main branch; a ValueError otherwise.
-            card: `model_name`, `dataset_name` and `tags` for `create_model_card`, which is called where there are any.
+            card: arguments of `create_model_card`, which is called if there are any.
         """
         a = self.args
         if revision not in (None, "main"):
@@ -369,7 +375,7 @@ class _Trainer:
         self.loop.say(f"Pushed to {url}")
         return url
 
-    # what transformers' Trainer has beside
+    # what else transformers' Trainer has
 
     def add_callback(self, callback: Any) -> None:
         """Adds a `TrainerCallback`, or a class of them. In a run of several processes all add it."""
@@ -435,7 +441,7 @@ class _Trainer:
 
     @property
     def control(self) -> TrainerControl:
-        """The switches that callbacks set."""
+        """The `TrainerControl` that callbacks set."""
         return self.loop.callbacks.control
 
     @property
@@ -452,7 +458,7 @@ class _Trainer:
 
     @property
     def pad_token_id(self) -> int:
-        """What batches are padded with, which is masked."""
+        """The token that batches are padded with, which is masked."""
         return self.student.chat_tokenizer.pad_id
 
     @property
@@ -470,7 +476,7 @@ class _Trainer:
         """Learning rates by the number of updates made; None, where the optimizer was passed without them."""
         return self.loop.run.schedule
 
-    def __getattr__(self, name: str) -> Any:  # of what is no attribute
+    def __getattr__(self, name: str) -> Any:  # for names that are no attributes
         args, kind = self.__dict__.get("args"), type(self).__name__
         if name in MEMBERS:
             raise AttributeError(f"{kind} has no {name}: {MEMBERS[name]}")
@@ -486,20 +492,19 @@ class _Trainer:
         return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows} rows, {updates} done)"
 
 
-_SETTINGS = {
-    "log_completion_steps": "log_completions_steps"
-}  # attributes of TRL's trainer whose settings have other names
+# Attributes of TRL's trainer whose settings have other names.
+_SETTINGS = {"log_completion_steps": "log_completions_steps"}
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save but the last; what fails is said, and the run goes on."""
+    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and the run goes on."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
-            return  # it is pushed anyway
+            return
         self._trainer.save_model()
         if is_main_process():
             try:
