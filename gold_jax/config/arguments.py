@@ -614,6 +614,11 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         self.notices += notices
 
     @property
+    def weighs_rollouts(self) -> bool:
+        """Whether the loss weights completions that an earlier student drew (`losses.importance`)."""
+        return self.rollout_batches > 1 and self.lmbda > 0 and self.rollout_importance_cap != 0
+
+    @property
     def prompt_budget(self) -> int:
         """Most tokens a prompt may keep: max_prompt_length, or what max_length leaves beside the completion."""
         room = self.max_length - self.max_completion_length
