@@ -38,7 +38,7 @@ from gold_jax.step_ranges import read_steps
 from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.training import checkpointing
+from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch
 from gold_jax.training.build import Run
@@ -61,7 +61,6 @@ from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
-from gold_jax.training.utilization import peak_flops, peak_memory
 from gold_jax.wording import listed
 
 _SAVED = "the student and all that the run needs to go on are saved in"
@@ -213,8 +212,11 @@ class Loop:
             self._show_result(before, after)
         loss = float(np.mean(self._losses)) if self._losses else float("nan")
         rows, updates = len(self._losses) * self.data.order.per_step, len(self._losses)
-        speed = speed_metrics("train", began, num_samples=rows, num_steps=updates)
-        return TrainOutput(self.done, loss, {**after, **speed, "train_loss": loss, **self._device_metrics()})
+        metrics = {**after, **speed_metrics("train", began, num_samples=rows, num_steps=updates)}
+        metrics |= {"train_loss": loss, "train_compiled_programs": self.run.step.compiled}
+        if (held := utilization.peak_memory()) is not None:
+            metrics["train_peak_memory_bytes"] = held
+        return TrainOutput(self.done, loss, metrics)
 
     def _say_stopping(self, reason: str) -> None:
         again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
@@ -412,7 +414,8 @@ class Loop:
         """Logs the means since the last line."""
         compiling = progress.compiled()[1] - self._compiled_before  # seconds, left out of the rate
         worked = max(time.perf_counter() - self._since - compiling, 1e-9)
-        speed = {"tokens_per_second": self._tokens / worked, **self._utilization(self._tokens / worked), **rate}
+        speed = self._tokens / worked
+        speed = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
         skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
         means = self._means.take()
         seen = {"num_tokens": self._progress.num_input_tokens_seen}
@@ -563,18 +566,6 @@ class Loop:
         if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
             self._evaluate_and_record()
         return before
-
-    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """`mfu` and `memory_gib` (the most that a device held so far), where the device tells of them."""
-        peak, held = peak_flops(), peak_memory()
-        found = {} if peak is None else {"mfu": self.run.flops * tokens_per_second / peak}
-        return found if held is None else found | {"memory_gib": held / 2**30}
-
-    def _device_metrics(self) -> dict[str, float]:
-        """How many programs the run compiled, and the most bytes that a device held, where it tells of them."""
-        held = peak_memory()
-        peak = {} if held is None else {"train_peak_memory_bytes": held}
-        return {"train_compiled_programs": self.run.step.compiled, **peak}
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         counts = (self.done, "update"), (self.run.step.compiled, "program")

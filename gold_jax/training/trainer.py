@@ -150,13 +150,7 @@ class _Trainer:
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        digests = {"the training data": checked.digest}
-        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
-        digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
-        if evaluated is not None:
-            digests[EVALUATED] = evaluated
-        if teacher is not None:
-            digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
+        digests = _digests(sides, checked.digest, evaluated)
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
         description |= {LEARNED: len(checked.kept), ROWS: rows_per_step, MICRO: batch, **digests}
@@ -166,18 +160,15 @@ class _Trainer:
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
-        score = None
-        if teacher is not None:  # whose parameters the constants of the step hold from here on
-            score = self._score_teacher
-        restart, others = engine and engine.restart, (self._callbacks, self.compute_metrics)
-        summary = None
+        options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
+        options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
         if is_main_process():
-            facts = {"method": self.method, **{name: value for name, value in shown.items() if value is not None}}
-            facts |= {"data": self.dataset_name, "rows": len(checked.kept), "digests": digests}
-            facts |= {"settings": settings_beside_defaults(a), "notices": self.notices}
-            summary = RunSummary(a.output_dir, {"student": student.name, **facts}, self.command)
-        others = *others, summary
-        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, *others)
+            known = {"student": student.name, "method": self.method}
+            known |= {name: value for name, value in shown.items() if value is not None}
+            known |= {"data": self.dataset_name, "rows": len(checked.kept), "digests": digests}
+            known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
+            options["summary"] = RunSummary(a.output_dir, known, self.command)
+        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -511,6 +502,18 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.push_to_hub(f"Update {state.global_step}", model_name=None)
             except HubError as error:
                 self._trainer.loop.say(str(error))
+
+
+def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
+    """What a resumed run compares of rows and models, given the digests of the rows to train and to evaluate on."""
+    digests = {"the training data": rows}
+    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
+    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
+    if evaluated is not None:
+        digests[EVALUATED] = evaluated
+    if "the teacher" in sides:
+        digests["the teacher's weights"] = describe_weights(split(sides["the teacher"].model)[1])
+    return digests
 
 
 def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

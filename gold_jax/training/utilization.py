@@ -25,6 +25,13 @@ def peak_memory() -> int | None:
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
+def device_metrics(flops_per_second: float) -> dict[str, float]:
+    """`mfu` of a run whose models need so many FLOP/s, and `memory_gib`, as `peak_memory`; without what is not known."""
+    peak, held = peak_flops(), peak_memory()
+    found = {} if peak is None else {"mfu": flops_per_second / peak}
+    return found if held is None else found | {"memory_gib": held / 2**30}
+
+
 def training_flops(student: Decoder, teacher: Decoder | None) -> float:
     """FLOPs that the models need for a token of an update: 6 for each of the student's parameters, 2 of the teacher's.
 
