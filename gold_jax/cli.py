@@ -98,12 +98,12 @@ def require(value: Any, flag: str, words: str) -> None:
 def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, doc: str | None) -> tuple:
     """Reads the flags of a command that trains, and its data; a ValueError or FileNotFoundError says what is wrong.
 
-    Returns the model's name, the settings with those of the models in them, the rows to train and to evaluate on
-    (`Examples`; None for none), and further arguments of a trainer.
+    Returns the model's name, the settings with those of the models in them, the rows as `_read_rows`, and further
+    arguments of a trainer.
     """
     model, data, training, notices = parse_args(argv, ModelArguments, DataArguments, settings, prog=prog, doc=doc)
     if training.disable_tqdm:
-        progress.off()
+        progress.stop_display()
     require(model.model_name_or_path, "model_name_or_path", "the model, a folder or a hub id")
     named = {"dtype": model.dtype, "revision": model.model_revision, "attn_implementation": model.attn_implementation}
     changes = {"model_init_kwargs": named | training.model_init_kwargs}
@@ -118,10 +118,24 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         initialize(*processes, heartbeat_timeout=training.process_timeout)
         notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
         import gold_jax.training.trainer  # noqa: F401  what takes longest to import
-        from gold_jax.text.data import load_examples
-        from gold_jax.text.mixture import load_evaluations, load_mixture
 
-    mixture = data.datasets or []
+    train, evaluation = _read_rows(data, training)
+    unused = named_without_effect(data, RunFacts(training, evaluates=evaluation is not None, data=data))
+    training = training.replace(**changes, notices=[*notices, *unused])
+    called = data.dataset_name or ", ".join(entry["path"] for entry in data.datasets)
+    options = {"dataset_name": called, "command": ["python", "-m", prog, *(argv or ())]}
+    return model.model_name_or_path, training, train, evaluation, options
+
+
+def _read_rows(data: DataArguments, training: Any) -> tuple[Any, Any]:
+    """The rows to train and to evaluate on: `Examples`, the latter also a dict of them by name, or None for none.
+
+    Errors as `load_examples` and `load_mixture`; a ValueError where flags name no data set, or two in the place of one.
+    """
+    from gold_jax.text.data import load_examples
+    from gold_jax.text.mixture import load_evaluations, load_mixture
+
+    mixture, name, most = data.datasets or [], data.eval_dataset_name, data.max_eval_samples
     if mixture and data.dataset_name is not None:
         raise ValueError("--dataset_name and --datasets both say what is trained on; give one of the two.")
     if mixture and data.dataset_streaming:
@@ -129,8 +143,7 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
             "--dataset_streaming reads one data set, --dataset_name, and no --datasets; give one of the two."
         )
     require(mixture or data.dataset_name, "dataset_name", "a hub id, or a JSON, JSONL or Parquet file or folder")
-    options = {"config": data.dataset_config, "text_column": training.dataset_text_field}
-    options["renamed"] = training.columns
+    options = {"config": data.dataset_config, "text_column": training.dataset_text_field, "renamed": training.columns}
     options["check_first"] = training.on_bad_row == "error"
     with progress.task("reading the rows"):
         if mixture:
@@ -142,31 +155,28 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
             train = open_stream(data.dataset_name, split=data.dataset_train_split, **named)
         else:
             train = load_examples(data.dataset_name, split=data.dataset_train_split, **options)
-    evaluates = training.eval_strategy != "no" or training.eval_on_start or data.eval_dataset_name is not None
-    evaluation, name = None, data.eval_dataset_name
-    evaluates = evaluates or any(entry.get("eval_split") for entry in mixture)
-    if mixture and name is None and evaluates:
+    evaluates = training.eval_strategy != "no" or training.eval_on_start or name is not None
+    if not evaluates and not any(entry.get("eval_split") for entry in mixture):
+        return train, None
+    if mixture and name is None:
         parts = load_evaluations(mixture, **options)
         if not parts:
             raise ValueError(
                 "there is nothing to evaluate on: name an eval_split in --datasets, or --eval_dataset_name"
             )
-        most = data.max_eval_samples
-        evaluation = {key: part if most is None else part.first(most) for key, part in parts.items()}
-        evaluation = evaluation if len(parts) > 1 else next(iter(evaluation.values()))
-    elif evaluates:
-        split = "train" if name is not None and os.path.isfile(name) else data.dataset_test_split
-        evaluation = load_examples(data.dataset_name if name is None else name, split=split, **options)
-        evaluation = evaluation if data.max_eval_samples is None else evaluation.first(data.max_eval_samples)
-    unused = named_without_effect(data, RunFacts(training, evaluates=evaluates, data=data))
-    training = training.replace(**changes, notices=[*notices, *unused])
-    called = data.dataset_name or ", ".join(entry["path"] for entry in mixture)
-    options = {"dataset_name": called, "command": ["python", "-m", prog, *(argv or ())]}
-    return model.model_name_or_path, training, train, evaluation, options
+        if most is not None:
+            parts = {key: part.first(most) for key, part in parts.items()}
+        return train, parts if len(parts) > 1 else next(iter(parts.values()))
+    split = "train" if name is not None and os.path.isfile(name) else data.dataset_test_split
+    evaluation = load_examples(data.dataset_name if name is None else name, split=split, **options)
+    return train, evaluation if most is None else evaluation.first(most)
 
 
 def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> list[str]:
-    """Keeps what is compiled and, in the first process alone, shows what is; notices as `keep_compiled`, whose error ends all."""
+    """Keeps compiled programs and watches compiling; leaves a display to the first process alone. Notices of `keep_compiled`.
+
+    An error of `keep_compiled` ends all processes.
+    """
     from gold_jax.distributed.consensus import raise_in_all_processes
     from gold_jax.distributed.initialize import is_main_process
 
@@ -178,7 +188,7 @@ def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> lis
     raise_in_all_processes("the folder of compiled programs", failed)
     progress.watch_compiling()
     if not is_main_process():
-        progress.off()
+        progress.stop_display()
     return notices
 
 

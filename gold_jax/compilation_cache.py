@@ -134,7 +134,9 @@ def default_folder() -> str:
 def user_caches() -> pathlib.Path:
     """This package's folder among the user's caches, as the XDG specification has it."""
     caches = pathlib.Path(os.environ.get("XDG_CACHE_HOME", "")).expanduser()
-    return (caches if caches.is_absolute() else pathlib.Path("~/.cache").expanduser()) / "gold_jax"
+    if not caches.is_absolute():  # to be ignored, says the XDG specification
+        caches = pathlib.Path("~/.cache").expanduser()
+    return caches / "gold_jax"
 
 
 def _processor() -> str:

@@ -75,9 +75,8 @@ class LossSpec:
     merge: str = "chain"  # of MERGES: how the tokens of a group become one distribution
     groups: str = "all"  # of GROUPS: which count; "positional" is no alignment: token k against token k
     compare: str = "hybrid"  # of COMPARISONS: how two distributions are compared
-    options: Mapping[str, Any] = field(
-        default_factory=dict, hash=False
-    )  # the comparison's own; others get its defaults
+    # Options of the comparison; those left out have its defaults.
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
     crossentropy_weight: float = 0.0  # of the student's cross-entropy on the completion
     distillation_weight: float = 1.0
     student_temperature: float = 1.0  # the student's logits are divided by it

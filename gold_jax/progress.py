@@ -1,10 +1,10 @@
-"""What is under way and how far it is: bars on a terminal, a plain line once a minute elsewhere, nothing in the library.
+"""What is under way and how far it is: bars on a terminal, elsewhere a line once a minute.
 
-Whatever may take longer than a second is a `task`, or goes through `track`; both do nothing but count unless a display is
-on (`displayed`), which commands and a trainer's `train` have. JAX says what it compiles (`watch_compiling`): that is a line
-of the display, and no part of the time that a task is said to have left.
+Whatever may take longer than a second is a `task`, or goes through `track`. Both only count unless a display is on
+(`displayed`), as it is in commands and in a trainer's `train`. What JAX compiles (`watch_compiling`) is a line of the
+display, and is left out of the time that a task has left.
 
-Nothing here imports JAX or rich when it is imported: a command answers `--help` before they are there.
+JAX and rich are imported in functions: a command answers `--help` without them.
 """
 
 import contextlib
@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 DELAY = 1.0  # seconds after which a task is shown on a terminal
-FIRST_LINE = 10.0  # and after which it has a line where there is none
+FIRST_LINE = 10.0  # seconds after which it has a line where there is no terminal
 EVERY = 60.0  # seconds between such lines
-_REFRESH = 0.25  # seconds between two pictures of a terminal
+_REFRESH = 0.25  # seconds between two redraws of a terminal
 _COMPILING = "/jax/core/compile/backend_compile_duration"
-# What the programs that take long are, by their functions' names.
-_WORDS = {
+# What users call the programs that take long to compile, by their functions' names.
+_PROGRAM_NAMES = {
     "fused": "the update",
     "gradient": "the gradient",
     "add": "the gradient of a further micro-batch",
@@ -40,22 +40,22 @@ _watching = False
 
 
 class Task:
-    """Something that is under way; `total` is None where nobody knows how much there is to do."""
+    """Something that is under way, of which `done` of `total` is done; `total` None: unknown."""
 
     def __init__(self, name: str, total: int | None = None, done: int = 0):
         self.name, self.total, self.done, self._done_before = name, total, done, done
         self._began, self._compiled_before = time.monotonic(), _compiled_seconds
 
     def advance(self, count: int = 1) -> None:
-        """So much more is done."""
+        """Adds to what is done."""
         self.done += count
 
     def reach(self, count: int) -> None:
-        """So much is done."""
+        """Sets what is done."""
         self.done = count
 
     def rename(self, name: str) -> None:
-        """It is shown under another name."""
+        """Changes the name that is shown."""
         self.name = name
 
     @property
@@ -65,7 +65,7 @@ class Task:
 
     @property
     def left(self) -> float | None:
-        """Seconds that it still takes if it goes on as so far, time spent compiling aside; None: that cannot be said yet."""
+        """Seconds that the rest takes at the rate so far, without the time of compiling; None: not known yet."""
         done = self.done - self._done_before
         if not self.total or not done:
             return None
@@ -81,14 +81,14 @@ class Task:
 
 @contextlib.contextmanager
 def task(name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
-    """Shows, within it, that `name` is under way, so much `done` before; the task yielded is told what is done."""
+    """Shows in its context that `name` is under way, of which `done` was done before; yields the task, to be advanced."""
     one = Task(name, total, done)
     with contextlib.nullcontext() if _display is None else _display.shown(one):
         yield one
 
 
 def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-    """The items, each counted as done when the next one is asked for; `total` None: as many as `items` has, if it says."""
+    """Yields the items and shows how many are done; `total` None: `len(items)`, if there is one."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)
     with task(name, total) as one:
@@ -99,9 +99,9 @@ def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T
 
 @contextlib.contextmanager
 def displayed(console: Any = None, enabled: bool = True) -> Iterator[None]:
-    """Within it tasks are shown on a `rich` console; None: on the terminal that stdout is, else on stderr.
+    """Shows tasks in its context on a `rich` console; None: on stdout if it is a terminal, else on stderr.
 
-    Within another one it does nothing: there is one display.
+    Inside another such context it does nothing: there is one display.
     """
     global _display
     if _display is not None or not enabled:
@@ -111,11 +111,11 @@ def displayed(console: Any = None, enabled: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        off()
+        stop_display()
 
 
-def off() -> None:
-    """Shows nothing more, until another display."""
+def stop_display() -> None:
+    """Ends the display that is on."""
     global _display
     display, _display = _display, None
     if display is not None:
@@ -123,30 +123,30 @@ def off() -> None:
 
 
 def console() -> Any:
-    """The console of stdout that the display is on, for all that is printed there; None where there is none."""
+    """The console of the display, through which to print while it is on; None: no display, or one on stderr."""
     return None if _display is None or _display.console.stderr else _display.console
 
 
-def said_something() -> None:
-    """Tells the display that a line was printed, so that where there is no terminal its own can wait."""
+def note_line() -> None:
+    """Tells the display that a line was printed, so that without a terminal its own next line can wait."""
     if _display is not None:
         _display.note_line()
 
 
 def compiled() -> tuple[int, float]:
-    """How many programs this process compiled since `watch_compiling`, and the seconds that it took."""
+    """How many programs this process compiled since `watch_compiling`, and the seconds that this took."""
     return _compilations, _compiled_seconds
 
 
 def watch_compiling() -> None:
-    """Listens to JAX from now on, which tells the start and the end of each compilation by the program's name."""
+    """Listens to JAX's events from now on: start and end of each compilation, with the program's name."""
     global _watching
     if _watching:
         return
     import jax
 
     _watching = True
-    # For good: not every version of JAX lets a listener go.
+    # Never unregistered: not every version of JAX can.
     jax.monitoring.register_scalar_listener(_compiling)
     jax.monitoring.register_event_duration_secs_listener(_finished_compiling)
 
@@ -169,7 +169,7 @@ def _finished_compiling(event: str, seconds: float, **details: Any) -> None:
 
 def _program(details: dict[str, Any]) -> str:
     name = str(details.get("fun_name", "a program")).removeprefix("jit(").removesuffix(")")
-    return _WORDS.get(name, name)
+    return _PROGRAM_NAMES.get(name, name)
 
 
 def clock(seconds: float) -> str:
@@ -180,13 +180,13 @@ def clock(seconds: float) -> str:
 
 
 class _Display:
-    """Draws the tasks that are under way, from a thread of its own while there are any."""
+    """Shows the tasks that are under way, from a thread of its own."""
 
     def __init__(self, console: Any):
         self._given, self._console, self._live = console, None, None
         self._tasks: list[Task] = []
         self.compiling: Task | None = None
-        self.said = time.monotonic()  # when the last line was printed
+        self.last_line = time.monotonic()  # when a line was last printed
         self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
         self._thread: threading.Thread | None = None
 
@@ -229,10 +229,10 @@ class _Display:
 
     def note_line(self) -> None:
         """Somebody printed a line."""
-        self.said = time.monotonic()
+        self.last_line = time.monotonic()
 
     def say(self, line: str) -> None:
-        """Prints a line; a terminal that is gone ends no run."""
+        """Prints a line; errors of a terminal that is gone are ignored."""
         self.note_line()
         with contextlib.suppress(OSError, ValueError):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -247,16 +247,16 @@ class _Display:
                 if self.is_terminal:
                     self._refresh()
                 else:
-                    self._say_how_far()
+                    self._print_line()
 
     def _refresh(self) -> None:
         if self._live is None and self._tasks[0].elapsed >= DELAY:
             from rich.live import Live
 
-            # Output that goes elsewhere is not the terminal's to redraw around.
+            # Only what is printed to the terminal must go through the live display.
             redirect = dict(redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
-            picture = dict(get_renderable=self._picture, auto_refresh=False, transient=True)
-            self._live = Live(console=self.console, **picture, **redirect)
+            options = dict(get_renderable=self._table, auto_refresh=False, transient=True)
+            self._live = Live(console=self.console, **options, **redirect)
             with contextlib.suppress(OSError, ValueError):
                 self._live.start()
         if self._live is not None:
@@ -269,14 +269,14 @@ class _Display:
             with contextlib.suppress(OSError, ValueError):
                 live.stop()
 
-    def _say_how_far(self) -> None:
+    def _print_line(self) -> None:
         one, now = self._tasks[-1], time.monotonic()
-        due = FIRST_LINE if self.said < now - one.elapsed else EVERY  # the first line of a task, or a further one
-        if one.elapsed >= FIRST_LINE and now - self.said >= due:
+        due = FIRST_LINE if self.last_line < now - one.elapsed else EVERY  # the first line of a task, or a further one
+        if one.elapsed >= FIRST_LINE and now - self.last_line >= due:
             self.say(one.describe())
 
-    def _picture(self) -> Any:
-        """A line for each task that has lasted; takes no lock, for whoever prints draws it."""
+    def _table(self) -> Any:
+        """A row for each task older than `DELAY`. Takes no lock: rich calls it in whichever thread prints."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text

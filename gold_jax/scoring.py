@@ -254,15 +254,14 @@ def exact_match(
 ) -> float:
     """Share of rows whose greedy completion is the given one, white space at both ends aside; arguments as `score_completions`."""
     loaded = as_loaded_model(model, tokenizer)
-    return share_alike(
-        *greedy_completions(loaded, _examples(rows), max_new_tokens=max_new_tokens, batch_size=batch_size)
-    )
+    options = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    return share_alike(*greedy_completions(loaded, _examples(rows), **options))
 
 
 def greedy_completions(
     loaded: LoadedModel, examples: Sequence[Example], *, max_new_tokens: int, batch_size: int
 ) -> tuple[list[str], list[str]]:
-    """What a model writes greedily for the rows that have a completion, and these completions."""
+    """Two lists of texts: what a model writes greedily for the rows that have a completion, and these completions."""
     pairs = [(e.prompt, e.completion_for(loaded.chat_tokenizer)) for e in examples if e.completion is not None]
     prompts, size = [prompt for prompt, _ in pairs], batch_size
     drawn = sample_completions(loaded, None, prompts, max_new_tokens=max_new_tokens, batch_size=size, temperature=0.0)
@@ -270,5 +269,5 @@ def greedy_completions(
 
 
 def share_alike(written: Sequence[str], wanted: Sequence[str]) -> float:
-    """Share of texts that are those wanted, white space at both ends aside."""
+    """Share of texts that equal those wanted, without white space at their ends."""
     return float(np.mean([text.strip() == other.strip() for text, other in zip(written, wanted)]))

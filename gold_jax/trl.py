@@ -28,10 +28,13 @@ class ModelConfig(ModelArguments):
 
 
 class TrlParser:
-    """Reads a command line and its `--config` file into settings: `ScriptArguments`, `ModelConfig`, `GOLDConfig`, `SFTConfig`.
+    """Reads a command line and its `--config` file into settings.
 
-    What is wrong with the command line ends the program with one paragraph and exit code 2. TypeError: a class is none of
-    these, nor made of one.
+    What is wrong with the command line ends the program with one paragraph and exit code 2.
+
+    Args:
+        dataclass_types: of `ScriptArguments`, `ModelConfig`, `GOLDConfig`, `SFTConfig` and subclasses of them; a TypeError
+            for any other class.
     """
 
     def __init__(self, dataclass_types: Sequence[type] | type, **_: Any):
@@ -42,7 +45,7 @@ class TrlParser:
                 raise TypeError(f"TrlParser reads {takes}, not {cls.__module__}.{cls.__name__}; parse it by itself")
 
     def parse_args_and_config(self, args: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """The settings, in the order of the classes; what is to be said about flags is said by the trainer."""
+        """The settings, in the order of the classes; the trainer prints the notices about flags (`notices` of each)."""
         try:
             *found, notices = parse_args(args, *self._classes, prog=sys.argv[0])
         except HelpRequested as wanted:
@@ -51,7 +54,7 @@ class TrlParser:
         except FlagError as error:
             print(error, file=sys.stderr)
             raise SystemExit(2) from None
-        # A flag of several classes is of all of them.
+        # A flag that several classes have sets the field of each.
         given = {name: getattr(one, name) for one in found for name in one.given}
         own = [{name: given[name] for name in given if name in field_names(type(one))} for one in found]
         return tuple(one.replace(**values, notices=notices) for one, values in zip(found, own))
@@ -60,11 +63,11 @@ class TrlParser:
 
 
 def get_peft_config(model_args: Any) -> None:
-    """None: all parameters are trained, and `--use_peft` is refused where it is read."""
+    """None: all parameters are trained; `--use_peft` is an error of the parser."""
 
 
 def get_quantization_config(model_args: Any) -> None:
-    """None: `--load_in_4bit` and `--load_in_8bit` are refused where they are read."""
+    """None: `--load_in_4bit` and `--load_in_8bit` are errors of the parser."""
 
 
 def get_kbit_device_map() -> None:
@@ -75,10 +78,10 @@ class LogCompletionsCallback(TrainerCallback):
     """Shows what the student writes for prompts of the trainer's `eval_dataset`.
 
     Args:
-        trainer: whose student writes.
-        generation_config: of it `max_new_tokens`, `do_sample`, `temperature`, `top_k` and `top_p` are read; None: 128 tokens,
+        trainer: the trainer whose student writes; a ValueError where it has no `eval_dataset`.
+        generation_config: `max_new_tokens`, `do_sample`, `temperature`, `top_k` and `top_p` are read; None: 128 tokens,
             greedily.
-        num_prompts: only the first prompts; None: all.
+        num_prompts: only the first so many prompts; None: all.
         freq: updates between two tables; None: the trainer's `eval_steps`.
     """
 
@@ -92,24 +95,20 @@ class LogCompletionsCallback(TrainerCallback):
         if trainer.eval_examples is None:
             raise ValueError("LogCompletionsCallback shows prompts of eval_dataset: pass one to the trainer")
         found = trainer.eval_examples
-        rows = (
-            itertools.chain(*found.values()) if isinstance(found, Mapping) else found
-        )  # several sets, one after another
-        self._prompts = [row.prompt for row in itertools.islice(rows, num_prompts)]
+        if isinstance(found, Mapping):  # several sets, one after another
+            found = itertools.chain(*found.values())
+        self._prompts = [row.prompt for row in itertools.islice(found, num_prompts)]
         config, self._trainer, self._freq = generation_config or GenerationConfig(), trainer, freq
-        self._options = dict(
-            max_new_tokens=config.max_new_tokens or 128, top_k=config.top_k or 0, top_p=config.top_p or 1.0
-        )
+        self._options = dict(max_new_tokens=config.max_new_tokens or 128)
         self._options |= dict(temperature=(config.temperature or 1.0) if config.do_sample else 0.0)
+        self._options |= dict(top_k=config.top_k or 0, top_p=config.top_p or 1.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Writes and shows the completions, where they are due."""
         if state.global_step % (self._freq or state.eval_steps):
             return
         tokenizer, chat = kwargs["processing_class"], self._trainer.student.chat_tokenizer
-        size = args.per_device_eval_batch_size
-        drawn = sample_completions(
-            model, tokenizer, self._prompts, key=state.global_step, batch_size=size, **self._options
-        )
+        options = dict(self._options, key=state.global_step, batch_size=args.per_device_eval_batch_size)
+        drawn = sample_completions(model, tokenizer, self._prompts, **options)
         rows = [(chat.render(prompt), completion.text) for prompt, completion in zip(self._prompts, drawn)]
         completions_table(self._trainer.console, rows, step=state.global_step)

@@ -85,7 +85,7 @@ def test_other_lines_put_it_off(quick, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 60.0)
     with progress.displayed(console), progress.task("training", 100):
         for _ in range(10):
-            progress.said_something()
+            progress.note_line()
             time.sleep(0.01)
     assert written(console) == ""
 
@@ -139,7 +139,7 @@ def test_one_display_at_a_time_and_none_where_it_is_turned_off(quick):
         wait_until(lambda: written(outer))
     assert written(inner) == ""
     with progress.displayed(inner), progress.task("reading"):
-        progress.off()
+        progress.stop_display()
         time.sleep(0.1)
     with progress.displayed(inner, enabled=False), progress.task("reading"):
         time.sleep(0.1)

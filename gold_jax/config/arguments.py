@@ -123,7 +123,7 @@ _ONE_DATASET = Effect(lambda r: not r.data.datasets, "no effect with datasets, w
 
 
 def _read_datasets(value: Any) -> list[dict[str, Any]]:
-    """The entries of `datasets`, a list of dicts or JSON of one; a ValueError names the entry that is wrong."""
+    """The entries of `datasets`, from a list of dicts or its JSON; a ValueError names the entry that is wrong."""
     with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(value) if isinstance(value, str) else value
     if not isinstance(value, list | tuple) or not value or not all(isinstance(entry, Mapping) for entry in value):
@@ -153,7 +153,8 @@ class DataArguments(Settings):
         "data_dir, data_files, split, columns, fraction and eval_split (docs/data.md).", reader=_read_datasets,
         differs="an entry may name its columns by a mapping, and an eval_split")
     dataset_config: str | None = flag(None, "Which configuration of a hub data set.",
-        effect=Effect(lambda r: not r.data.is_local and not r.data.datasets, "no effect on files and with datasets; only a data set of the hub has configurations"))
+        effect=Effect(lambda r: not r.data.is_local and not r.data.datasets,
+                      "no effect on files and with datasets; only a data set of the hub has configurations"))
     dataset_train_split: str = flag("train", "The split to train on.", effect=_ONE_DATASET)
     dataset_streaming: bool = flag(False, "Read the training rows while they are trained on, in shards, a shuffled window "
         "after another; needs --max_steps.")
@@ -369,17 +370,15 @@ class SFTConfig(
         for key, value in given.items():
             if key not in legal:
                 reads = f"reads {', '.join(legal)}" if legal else "reads nothing from it"
-                raise ValueError(
-                    f"--lr_scheduler_kwargs has {quoted(key)}; the schedule {self.lr_scheduler_type!r} {reads}."
-                )
+                schedule = f"the schedule {self.lr_scheduler_type!r}"
+                raise ValueError(f"--lr_scheduler_kwargs has {quoted(key)}; {schedule} {reads}.")
             if key in ("warmup_type", "decay_type"):
                 if value not in RAMPS:
                     is_now = f"--lr_scheduler_kwargs has {key}={quoted(value)}"
                     raise ValueError(f"{is_now}; it must be one of {', '.join(RAMPS)}.")
             elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ValueError(
-                    f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}; it must be a number of at least 0."
-                )
+                is_now = f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}"
+                raise ValueError(f"{is_now}; it must be a number of at least 0.")
         if given.get("timescale") == 0:
             raise ValueError("--lr_scheduler_kwargs has timescale=0; it must be greater than 0.")
         if "min_lr" in given and "min_lr_rate" in given:
@@ -489,7 +488,7 @@ class LossFlags(Settings):
     merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES,
         effect=_DISTILS)
     groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS, effect=_DISTILS)
-    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.", 
+    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.",
         choices=comparisons, effect=_DISTILS)
     loss_kwargs: dict | str | None = flag(None,
         'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.', effect=_DISTILS)
@@ -584,10 +583,9 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
                 f"--vllm_server_base_url is {quoted(url)}; it must be an address such as http://localhost:8000."
             )
         if self.use_vllm and self.server_url is None:
-            built_in = (
-                "The built-in sampler writes the completions, on the training devices and with the current weights"
-            )
-            self.notices.append(f"--use_vllm: {built_in}; --vllm_mode server has a running vLLM or SGLang write them.")
+            where = "on the training devices and with the current weights"
+            server = "--vllm_mode server has a running vLLM or SGLang write them."
+            self.notices.append(f"--use_vllm: The built-in sampler writes the completions, {where}; {server}")
         self.loss_kwargs = dict(self.loss_kwargs or {})
         if self.loss_kwargs:
             read_options(self._point(False)[1][2], vars(self), self.loss_kwargs)
@@ -609,16 +607,18 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
             must = f"it must divide the rows of an update on one device, {of_update}"
             raise ValueError(f"--num_generations is {self.num_generations}; {must}.")
         if self.rollout_batches > 1 and self.server_url and self.temperature != 1 and self.rollout_importance_cap != 0:
-            tells = (
-                "a server tells log-probabilities at temperature 1 alone, which importance weights cannot be made of"
-            )
+            is_now = f"--rollout_batches is {self.rollout_batches} and --temperature {self.temperature:g}"
+            tells = "a server tells log-probabilities at temperature 1 alone, which importance weights cannot be"
             must = "use --temperature 1, or --rollout_importance_cap 0 for no weights"
-            raise ValueError(
-                f"--rollout_batches is {self.rollout_batches} and --temperature {self.temperature:g}; {tells}; {must}."
-            )
+            raise ValueError(f"{is_now}; {tells} made of; {must}.")
         name = "teacher_model_init_kwargs"
         self.teacher_model_init_kwargs, notices = read_load_options(name, self.teacher_model_init_kwargs)
         self.notices += notices
+
+    @property
+    def weighs_rollouts(self) -> bool:
+        """Whether the loss weights completions that an earlier student drew (`losses.importance`)."""
+        return self.rollout_batches > 1 and self.lmbda > 0 and self.rollout_importance_cap != 0
 
     @property
     def prompt_budget(self) -> int:

@@ -121,7 +121,7 @@ _NOTICES: Mapping[str, str] = {
         "full_determinism",
     "One line is printed for each log, by the first process alone; --logging_steps says how often.":
         "log_level=passive log_level_replica=passive log_on_each_node",
-    "Tokens per second stand in every log line.": "include_num_input_tokens_seen include_tokens_per_second",
+    "Every log line has num_tokens and tokens_per_second.": "include_num_input_tokens_seen include_tokens_per_second",
     "Metrics are written to the folder of the run.": "logging_dir",
     "Training is what this command does; --eval_strategy says when to evaluate.": "do_train=true do_eval",
     "Evaluation adds up losses on the device and keeps no predictions.":
@@ -160,7 +160,7 @@ _REFUSALS: Mapping[str, str] = {
     "the batch must be chosen beforehand; lower --per_device_train_batch_size if memory runs out.": "auto_find_batch_size",
     "rows that do not fill a batch are never dropped; leave it out.": "dataloader_drop_last",
     "evaluation comes with --eval_strategy alone, at every --eval_steps.": "eval_delay=0 do_predict",
-    "compute_metrics is given texts, the student's and the data set's.": "include_for_metrics",
+    "texts are all that compute_metrics is given, the student's and the data set's.": "include_for_metrics",
     "models with experts are not in this version.": "router_aux_loss_coef",
     "rows are prepared in one way; bring messages, prompt and completion, or text.": "dataset_kwargs",
     "completions are not held to a pattern; leave it out.": "vllm_structured_outputs_regex",
@@ -270,8 +270,9 @@ SETTINGS_MEMBERS = _spread({
 
 # What stands in the place of what TRL logs.
 METRICS = _spread({
-    "it would take a pass over the vocabulary; loss and eval_bits_per_byte say how far the student is":
-        "entropy mean_token_accuracy",
+    "it would take a pass over the vocabulary; loss and eval_bits_per_byte say how far the student is": "entropy",
+    "it is logged by gold_jax.sft, and in distillation with a cross-entropy (--uld_crossentropy_weight)":
+        "mean_token_accuracy",
     "models with experts are not in this version": "aux_loss",
     "num_tokens counts them, trainer.state.num_input_tokens_seen too": "num_input_tokens_seen",
 })

@@ -1,8 +1,8 @@
-"""An output projection, whole or split over a mesh: the logits of some positions, and the gradients of both.
+"""An output projection on one device or on a mesh: logits of positions, and gradients of hidden states and head.
 
-A head is stored cut along its width. A device of a mesh that sums over positions of its own multiplies them with the
-whole head, all-gathered; or the devices of one mesh axis split the vocabulary: each multiplies the positions of all with
-its rows of the head, and they exchange logits, so that each has all of its own positions' (`HeadShard.split_over`).
+On a mesh a head is stored sharded along its width, and every device computes the logits of positions of its own. Either it
+all-gathers the head; or the devices of one mesh axis split the vocabulary (`HeadShard.split_over`): each multiplies the
+positions of all of them with its rows of the head, and an all-to-all gives each the logits of its own positions.
 
 Letters: `N` rows of hidden states, `C` positions, `D` width, `V` rows of the head, `T` devices that split it.
 """
@@ -24,9 +24,7 @@ class HeadShard:
 
     shard: jax.Array  # [V, D / devices]
     axes: tuple[str, ...]  # the mesh axes over which the columns are cut, the outermost first
-    split_over: str | None = (
-        None  # the last of them, where its devices split the vocabulary; None: the head is gathered
-    )
+    split_over: str | None = None  # the last of them, where its devices split the vocabulary; None: heads are gathered
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["rows"], meta_fields=["axis", "vocabulary"])
@@ -43,7 +41,7 @@ Weight = jax.Array | VocabularyShard | None  # what logits are made with; None: 
 
 
 def unshard_head(head: HeadShard | Weight, dtype) -> Weight:
-    """A head as it is multiplied with, in the dtype given: whole `[V, D]`, or a device's rows; None where there is none."""
+    """The head that `head_logits` takes, in the dtype given: whole `[V, D]`, or a device's rows; None where there is none."""
     if not isinstance(head, HeadShard):
         return jax.tree.map(lambda x: x.astype(dtype), head)
     shard, axes = head.shard.astype(dtype), head.axes
@@ -64,7 +62,7 @@ def zero_gradient(weight: Weight) -> jax.Array | None:
 
 
 def shard_gradient(gradient: jax.Array | None, head: jax.Array | HeadShard | None):
-    """The gradient, as `add_gradients` summed it, summed over devices and in the head's structure and dtype."""
+    """The gradient of `add_gradients`, float32 `[V, D]` or a device's rows: summed over devices, like the head `head`."""
     if isinstance(head, HeadShard):
         *outer, axis = head.axes
         if head.split_over is None:
@@ -92,10 +90,14 @@ def head_logits(hidden: jax.Array, head: Weight) -> jax.Array:
 
 
 def add_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: Weight):
-    """Gradients of all hidden states `[N, D]` and the head, with those of some positions added.
+    """`gradients`, of all hidden states `[N, D]` and of the head, with those of `C` positions added.
 
-    `hidden [C, D]` are these positions' states, at `rows [C]`, and `d_logits [C, V]` the gradient of their logits: where
-    there is no head, of the states themselves.
+    Args:
+        gradients: float32 arrays, the second as `zero_gradient`.
+        d_logits: `[C, V]`, the gradient of the positions' logits; without a head that of `hidden`, which are logits.
+        rows: `[C]`, the positions' rows of the `N`.
+        hidden: `[C, D]`, their states.
+        weight: what the logits were made with.
     """
     d_hidden, d_head = gradients
     if weight is None:
@@ -115,7 +117,7 @@ def add_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.A
 
 
 def _of_all(hidden: jax.Array, axis: str) -> jax.Array:
-    """`[C, D]` of every device along an axis, `[T · C, D]`."""
+    """All-gathers `[C, D]` along a mesh axis: `[T · C, D]`."""
     return jax.lax.all_gather(hidden, axis, axis=0, tiled=True)
 
 
@@ -126,7 +128,7 @@ def _add_rows(total: jax.Array, rows: jax.Array, x: jax.Array) -> jax.Array:
 def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> jax.Array:
     """`total [V, D] + d_logits [C, V]ᵀ · hidden [C, D]`, in place: the full product is never in memory.
 
-    Accelerators multiply and add in one kernel; CPUs would write the product first, so that they go by blocks of rows.
+    Accelerators multiply and add in one kernel; CPUs would write the product first, so there it goes by blocks of rows.
     """
     return jax.lax.platform_dependent(total, d_logits, hidden, cpu=_add_product_by_blocks, default=_add_whole_product)
 
@@ -149,16 +151,16 @@ def _add_product_by_blocks(total, d_logits, hidden):
 
 
 def _vocabulary_first(logits: jax.Array) -> jax.Array:
-    """`[..., V]` as it is, laid out with the vocabulary outermost: a column is a row in memory then.
+    """The same logits `[..., V]`, laid out with the vocabulary outermost, so that a column is contiguous in memory.
 
-    TPUs scatter, gather and sort rows, and XLA would otherwise transpose for each such operation and back.
+    TPUs scatter, gather and sort rows; XLA would otherwise transpose before and after each such operation.
     """
     last = logits.ndim - 1
     return with_layout_constraint(logits, Layout(major_to_minor=(last, *range(last))))
 
 
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum accumulated in float32. Float32 factors are multiplied as such: GPUs and TPUs would round them first."""
+    """An einsum accumulated in float32. Float32 factors take the highest precision: GPUs and TPUs would round them first."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     product = functools.partial(jnp.einsum, subscripts, precision=precision, preferred_element_type=jnp.float32)
     if a.dtype == jnp.float32:

@@ -218,9 +218,8 @@ class Analytic:
         # A head's losses one by one: logits, the gradients of hidden states and of the head.
         losses = 1 if spec is None else bool(spec.distillation_weight) + bool(spec.crossentropy_weight)
         heads = 6.0 * losses * positions * side.head + (2.0 * positions * teacher.head if reads else 0.0)
-        weighing = (
-            2.0 * positions * side.head if self.request.weighs else 0.0
-        )  # what the student gives to what was drawn
+        # Importance weights: the student's probabilities of what was drawn.
+        weighing = 2.0 * positions * side.head if self.request.weighs else 0.0
         backward = _BACKWARD_PRODUCTS[kind] * attention / 2
         # The last product of a layer is not computed again, unless a norm after it needs its value.
         spared = () if config.sandwich_norms else ("down",)

@@ -213,13 +213,8 @@ class PlannedRun:
         """The cache, the state of decoding and the weights that it reads."""
         request, placement, dtype = self.request, self.placement, jnp.dtype(self.request.dtype)
         sizes = {"rows": request.sampled_rows, "slots": request.slots, "new": self.args.max_completion_length}
-        options = {
-            "config": request.pair.student,
-            "dtype": dtype,
-            "placement": placement,
-            "scaled": request.weighs,
-            **sizes,
-        }
+        options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
+        options["sampling_logprobs"] = request.weighs
         cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
         rounded = self.args.rollout_quantization
         weights = jax.eval_shape(

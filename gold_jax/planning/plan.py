@@ -74,7 +74,7 @@ class PlanRequest:
             self.programs |= {STUDENT[1]: self.micro_batches - 1, "optimizer": 1}
         # Updates whose completions are drawn together, and whether the later ones weigh theirs.
         self.rollout_batches = 1 if teacher is None or args.lmbda == 0 else args.rollout_batches
-        self.weighs = self.rollout_batches > 1 and args.rollout_importance_cap != 0
+        self.weighs = teacher is not None and args.weighs_rollouts
         self.sampled_rows = self.sampled_prompts = 0  # that are written at once, and that are read for them
         if self.samples:
             drawn = self.update_rows * self.rollout_batches
@@ -129,7 +129,7 @@ def parameter_count(config: DecoderConfig, of: str | None = None, placement: Pla
 
 
 def parameter_counts(config: DecoderConfig, placement: Placement | None) -> dict[tuple[str, ...], int]:
-    """The same by name."""
+    """`parameter_count` by the parameters' paths."""
 
     def here(shape, spec):
         return shape if placement is None else placement.param_sharding(shape, spec).shard_shape(shape)

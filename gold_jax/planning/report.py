@@ -105,9 +105,8 @@ class Report:
         if best.rollout_batches == 1 or best.rollout_batches == self.plan.request.rollout_batches:
             return []
         draws = f"--rollout_batches {best.rollout_batches} decodes more rows at once (--rollout_batches 1 searches without it)"
-        return [
-            f"{draws}, and changes what is learned: later updates learn, weighted, from text of an earlier student."
-        ]
+        learns = "later updates learn, weighted, from text of an earlier student"
+        return [f"{draws}, and changes what is learned: {learns}."]
 
     def to_dict(self) -> dict[str, Any]:
         """All numbers, ready for `json.dumps`."""

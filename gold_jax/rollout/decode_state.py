@@ -59,12 +59,12 @@ class DecodeState(NamedTuple):
     done: jax.Array  # bool [R]; an empty slot is done
     tokens: jax.Array  # int32 [R, N], the samples
     logprobs: jax.Array  # float32 [R, N], their log-probabilities at temperature 1, unfiltered
-    sampling_logprobs: jax.Array | None = (
-        None  # float32 [R, N], at the sampling temperature, unfiltered; None: not asked
-    )
+    sampling_logprobs: jax.Array | None = None  # float32 [R, N], the same at the sampling temperature; None: not kept
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new", "scaled"))
+@functools.partial(
+    jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new", "sampling_logprobs")
+)
 def empty_slots(
     key,
     *,
@@ -74,16 +74,16 @@ def empty_slots(
     rows: int,
     slots: int,
     new: int,
-    scaled: bool = False,
+    sampling_logprobs: bool = False,
 ) -> tuple[Cache, DecodeState]:
-    """Empty decode slots with room for `new` tokens each; `scaled`: `DecodeState.sampling_logprobs` are kept too."""
+    """Empty decode slots with room for `new` tokens each, and with `sampling_logprobs` for those of `DecodeState`."""
     heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
     zeros, size = jnp.zeros(rows, jnp.int32), config.head_dim
     keys, values = (
         tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
         for shape in ((size, slots), (slots, size))
     )
-    samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, *(jnp.float32,) * (1 + scaled)))
+    samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, *(jnp.float32,) * (1 + sampling_logprobs)))
     state = DecodeState(zeros, jnp.broadcast_to(key, (rows,)), zeros, jnp.ones(rows, bool), *samples)
     return _constrain(placement, Cache(keys, values, zeros), state)
 
@@ -242,20 +242,20 @@ def _sample_and_record(logits: jax.Array, decode_state: DecodeState, options: Sa
     def logprob_of(logits):
         return jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0] - jax.nn.logsumexp(logits, axis=1)
 
-    logprob, scaled = logprob_of(logits), decode_state.sampling_logprobs
+    logprob, sampling_logprobs = logprob_of(logits), decode_state.sampling_logprobs
     # Compared, not scattered: on a mesh a scatter would gather what all devices' rows have drawn.
     here = ~done[:, None] & (count[:, None] == jnp.arange(decode_state.tokens.shape[1]))
     after = count + ~done
-    if scaled is not None:
+    if sampling_logprobs is not None:
         at_temperature = logprob if options.temperature is None else logprob_of(logits / options.temperature)
-        scaled = jnp.where(here, at_temperature[:, None], scaled)
+        sampling_logprobs = jnp.where(here, at_temperature[:, None], sampling_logprobs)
     return decode_state._replace(
         next_token=token,
         count=after,
         done=done | (token[:, None] == options.stops).any(axis=1) | (after == options.limit),
         tokens=jnp.where(here, token[:, None], decode_state.tokens),
         logprobs=jnp.where(here, logprob[:, None], decode_state.logprobs),
-        sampling_logprobs=scaled,
+        sampling_logprobs=sampling_logprobs,
     )
 
 

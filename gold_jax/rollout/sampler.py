@@ -45,15 +45,16 @@ class SamplingEngine:
 
     Prompts that are the same, and join together, are read once. With `quantization` "int8" completions are drawn from
     matrices rounded to 8 bits, which are read in half the time (prompts are read with the model's own); their
-    log-probabilities are those of what they were drawn from. With `scaled` those at the sampling temperature are told too.
+    log-probabilities are those of what they were drawn from. With
+    `sampling_logprobs` those at the sampling temperature are returned too.
     """
 
-    def __init__(self, rows: int = 32, quantization: str = "none", scaled: bool = False):
+    def __init__(self, rows: int = 32, quantization: str = "none", sampling_logprobs: bool = False):
         if rows < 1:
             raise ValueError(f"rows must be at least 1, got {rows}.")
         if quantization not in QUANTIZATIONS:
             raise ValueError(f"quantization must be one of {', '.join(QUANTIZATIONS)}, got {quantization!r}.")
-        self.rows, self.quantization, self.scaled = rows, quantization, scaled
+        self.rows, self.quantization, self.sampling_logprobs = rows, quantization, sampling_logprobs
 
     def generate(self, model, prompts, *, max_new_tokens, key, temperature=1.0, top_k=0, top_p=1.0, stop_ids=()):
         """See `Engine.generate`.
@@ -79,7 +80,7 @@ class SamplingEngine:
         settings = SamplingOptions(*filters, stops, np.int32(max_new_tokens))
         prompts = [np.asarray(prompt, np.int32) for prompt in prompts]
         run = _GenerationRun(split(model), prompts, settings, key, self.rows)
-        return run.finish(self.quantization, self.scaled)
+        return run.finish(self.quantization, self.sampling_logprobs)
 
 
 class _GenerationRun:
@@ -121,7 +122,7 @@ class _GenerationRun:
         self.prompt_of_row, self.length, self.active = np.full(size, -1), np.zeros(size, int), np.zeros(size, bool)
         self.offloaded: list[tuple] = []
 
-    def finish(self, quantization: str, scaled: bool = False) -> list[Sampled]:
+    def finish(self, quantization: str, sampling_logprobs: bool = False) -> list[Sampled]:
         """Run until every prompt has its completion."""
         found = [EMPTY] * len(self.prompts)
         if not self.queue:
@@ -129,8 +130,9 @@ class _GenerationRun:
         self.weights = merge(*self.model).decoding_weights(quantization)
         self.slots = self._fitting_slots(len(self.prompts[self.queue[0]]) - 1)
         of_model = {"config": self.config, "dtype": self.dtype, "placement": self.placement}
-        sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new, "scaled": scaled}
-        self.state = device.empty_slots(self._key_of(0), **of_model, **sizes)  # the cache and the decode state
+        sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new}
+        options = of_model | sizes | {"sampling_logprobs": sampling_logprobs}
+        self.state = device.empty_slots(self._key_of(0), **options)  # the cache and the decode state
         with progress.task("sampling", len(self.prompts)) as bar:
             while True:
                 while self.queue and (~self.active).sum() >= self._rows_needed_free():
@@ -142,10 +144,11 @@ class _GenerationRun:
                 bar.reach(len(self.prompts) - len(self.queue) - int(self.active.sum()))
             self._offload_finished()
         # One device-to-host transfer for the whole call.
-        for (tokens, logprobs, lengths, scaled), prompt_of_row in jax.device_get(self.offloaded):
+        for (tokens, logprobs, lengths, at_temperature), prompt_of_row in jax.device_get(self.offloaded):
             for row in np.flatnonzero(prompt_of_row >= 0):
                 end = lengths[row]
-                drawn = Sampled(tokens[row, :end], logprobs[row, :end], None if scaled is None else scaled[row, :end])
+                sampling = None if at_temperature is None else at_temperature[row, :end]
+                drawn = Sampled(tokens[row, :end], logprobs[row, :end], sampling)
                 if not np.isfinite(drawn.logprobs).all():  # a drawn token's always is where the logits are
                     raise NonFiniteLogits(
                         f"the model's logits for completion {prompt_of_row[row]} are not finite, so that nothing can be drawn "
@@ -290,8 +293,11 @@ def rows_per_prefill(rows: int, distinct_prompts: int, rows_per_shard: int, para
 
 
 def default_rows(shards: int, free: int | None, each: int) -> int:
-    """Rows to write at once where nobody says how many: 32 on a shard's devices, doubled to at most 128 while half of the
-    `free` bytes of a device (None: not known) hold so many, of `each` bytes (`bytes_per_row`)."""
+    """How many completions to sample at once by default, on all `shards` of the rows together.
+
+    32 a shard, doubled to at most 128 while half of the `free` bytes of a device (None: not known) hold so many rows of
+    `each` bytes (`bytes_per_row`).
+    """
     rows = _DEFAULT_ROWS
     while free is not None and rows < _MOST_ROWS and 2 * (2 * rows * each) <= free:
         rows *= 2
@@ -301,8 +307,10 @@ def default_rows(shards: int, free: int | None, each: int) -> int:
 def bytes_per_row(
     config: DecoderConfig, itemsize: int, placement: Placement | None, prompt_length: int, new: int
 ) -> int:
-    """About how many bytes of a device a row takes that is written after a prompt as long as it may be: cache, with the
-    smaller one that it grows from, logits, and what reading the prompt takes."""
+    """About how many bytes of a device sampling takes for a row of the longest prompt and `new` tokens.
+
+    They are the cache, with the smaller one that it grows from, the logits, and prefill's activations.
+    """
     repeats = 1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads)
     split = 1 if placement is None or placement.head_axis(config.heads) is None else placement.tensor_size
     token = 2 * config.layers * config.kv_heads * repeats * config.head_dim * itemsize // split

@@ -50,9 +50,8 @@ class Labels(NamedTuple):
 class Behavior(NamedTuple):
     """What importance weights need to know of completions that the student drew with earlier weights."""
 
-    logp: (
-        np.ndarray
-    )  # [B, T] float32, of each label when it was drawn; NaN: it was not, or just now, and nothing is weighted
+    # [B, T] float32 in nats, of each label when it was drawn; NaN: it was not, or by the current weights.
+    logp: np.ndarray
     last: np.ndarray  # [B, G] int32, which token of the row is the last that a group's comparison depends on
 
 
@@ -332,8 +331,11 @@ def _logp_then(row: Row, drawn: tuple[np.ndarray, np.ndarray] | None) -> np.ndar
 
 
 def _last_read(half: SideTokens, groups: int, merge: str, text: bool) -> np.ndarray:
-    """For each group, which token of its row is the last that its comparison depends on: of the group's own, where it reads
-    its text, or those whose probabilities are multiplied in; else the last one before it."""
+    """For each group, which token of its row is the last that its comparison depends on, int32 `[groups]`.
+
+    That is the group's own last one where its text is read, or the last whose probability is multiplied in; else the last
+    one before the group.
+    """
     inside = np.flatnonzero(half.group < groups)
     side = "left" if merge == "boundary" and not text else "right"
     end = np.searchsorted(half.group[inside], np.arange(groups), side=side)

@@ -70,11 +70,9 @@ class JsonRows(Sequence):
 
     def file_of(self, index: int) -> str:
         """The name of the file of a row, where there are several; else ""."""
-        return (
-            self._names[int(np.searchsorted(self._ends, self._index[index], side="right"))]
-            if len(self._names) > 1
-            else ""
-        )
+        if len(self._names) < 2:
+            return ""
+        return self._names[int(np.searchsorted(self._ends, self._index[index], side="right"))]
 
     def __len__(self) -> int:
         return len(self._index)

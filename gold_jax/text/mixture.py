@@ -1,4 +1,4 @@
-"""Several data sets as one, listed as TRL's `datasets:` lists them in a YAML file."""
+"""Several data sets as one: the entries of `--datasets`, which TRL's YAML files list under `datasets:`."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ from gold_jax.text.row_formats import READABLE
 
 
 def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Examples:
-    """The rows of data sets, those of one after those of another; `options` as of `load_examples`.
+    """The rows of several data sets, one after another; options and errors as `load_examples`.
 
-    Where entries have a `fraction` (all do, or none), it is the data set's share of the rows: the first ones of each, as
-    many as the shares allow when no row comes twice. Errors as `load_examples`.
+    Where entries have a `fraction` (all or none), the first rows of each are taken, as many in all as these shares allow
+    without a row coming twice.
     """
     parts = [_load_entry(entry, entry.get("split") or "train", **options) for entry in entries]
     if shares := [entry["fraction"] for entry in entries if entry.get("fraction")]:
@@ -25,15 +25,14 @@ def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Exampl
 
 
 def load_evaluations(entries: Sequence[Mapping[str, Any]], **options: Any) -> dict[str, Examples]:
-    """The rows of each `eval_split`, under the data set's `name`, else the end of its path; ValueError where two are alike."""
+    """The rows of each `eval_split` by the data set's `name`, else the stem of its path; ValueError where two are alike."""
     found = {}
     for entry in entries:
         if entry.get("eval_split"):
             name = str(entry.get("name") or pathlib.PurePath(entry["path"]).stem)
             if name in found:
-                raise ValueError(
-                    f"--datasets evaluates on two data sets of the name {name!r}; give one of them another `name`"
-                )
+                two = f"--datasets evaluates on two data sets of the name {name!r}"
+                raise ValueError(f"{two}; give one of them another `name`")
             found[name] = _load_entry(entry, entry["eval_split"], **options)
     return found
 

@@ -1,7 +1,7 @@
-"""Which columns of a row are read, under which names: a column map, and the formats of other projects as `messages`.
+"""Which columns of a row are read: `--columns`, and the formats of other projects, which become `messages`.
 
-A row of ShareGPT, alpaca, question/answer or problem/solution becomes one of `messages`, by the rules that `FORMATS` says.
-Errors name the column and what it must be; the caller puts the row before them.
+How ShareGPT, alpaca, question/answer and problem/solution are read is in `FORMATS`. Errors name the column and what it must
+be; the caller adds which row it is.
 """
 
 import json
@@ -12,7 +12,7 @@ from gold_jax.text.columns import describe_type, text_of
 from gold_jax.text.surface import excerpt
 from gold_jax.wording import listed
 
-#: Format -> how it is read, for the line that says so.
+#: Format -> how it is read, for the notice.
 FORMATS = {
     "ShareGPT": "`from` and `value` are role and content; human is the user, gpt the assistant, observation a tool",
     "conversations": "`conversations` are the messages",
@@ -20,11 +20,11 @@ FORMATS = {
     "question/answer": "`question` is the user's message, `answer` the assistant's",
     "problem/solution": "`problem` is the user's message, `solution` the assistant's",
 }
-#: What may stand beside every form, and beside those of other projects.
+#: Columns that may stand beside every form, and (`SYSTEM`) beside formats of other projects.
 EXTRAS = ("tools", "chat_template_kwargs", "teacher_context")
 SYSTEM = "system"
-# Form -> its columns, in the order in which forms are looked for, the text column behind the first ones; of pairs the question
-# comes first, then the answer.
+# Form -> its columns, in the order in which forms are looked for: these, the text column, then the pairs, of which the
+# question comes first, then the answer.
 _CHATS = {"messages": ("messages",), "prompt": ("prompt", "completion"), "conversations": ("conversations",)}
 _PAIRS = {
     "alpaca": ("instruction", "output", "input", "history"),
@@ -37,12 +37,12 @@ _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_
 
 
 class RowColumns(NamedTuple):
-    """A row by the names under which it is read."""
+    """A row under the column names that the rest of the package reads."""
 
-    columns: Mapping[str, Any]  # of a foreign format, `messages` beside `EXTRAS`
-    form: str | None  # the column that decides: `messages`, `prompt` or the text column; None: the row has no form
+    columns: Mapping[str, Any]  # of another project's format, `messages` beside `EXTRAS`
+    form: str | None  # the column that decides: `messages`, `prompt` or the text column; None: the row has none of them
     format: str  # one of `FORMATS`; "" for TRL's own columns
-    read: frozenset[str]  # the row's own names of what is read
+    read: frozenset[str]  # the columns that are read, by their names in the row
 
 
 def read_columns(
@@ -52,9 +52,9 @@ def read_columns(
 
     `messages`, `prompt`, `conversations` and the text column are looked for in this order, then the pairs of other
     projects. `renamed` says in which column of the row another stands, such as `{"prompt": "question"}`, or None for
-    one that is not to be read; forms without a column that it names are not looked for where it names one of any.
+    one that is not to be read; where it names columns of some forms, only these forms are looked for.
 
-    ValueError where the row has the columns of two pairs, or a foreign format cannot be read as messages.
+    ValueError where the row has the columns of two pairs, or another project's format cannot be read as messages.
     """
     renamed = renamed or {}
     columns = {name: value for name, value in row.items() if name not in renamed}
@@ -91,13 +91,13 @@ def read_columns(
 
 
 def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
-    """A line for each format of other projects, given how many rows of `source` are of it."""
+    """A notice for each format of other projects, from how many rows of `source` are of it."""
     found = [(format, count) for format, count in counts.items() if format]
     return [f"{count:,} rows of {source} are read as {format}: {FORMATS[format]}" for format, count in found]
 
 
 def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], source: str) -> None:
-    """ValueError where a column map names what nothing reads, or a column that is not among those of the data set `source`."""
+    """ValueError where a column map names something that is not in `READABLE`, or a column that the data set has not."""
     columns = [str(name) for name in columns]
     for name, column in renamed.items():
         if column is None:
@@ -111,7 +111,7 @@ def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], sou
 
 
 def _pair(columns: Mapping[str, Any], format: str) -> list[dict]:
-    """The messages of a row of question and answer; a question alone where the answer is null."""
+    """The messages of a row of question and answer; without an answer where that is null."""
     question, answer, *more = _PAIRS[format]
     said = [text_of(columns[question], repr(question))]
     messages = []
@@ -130,7 +130,7 @@ def _pair(columns: Mapping[str, Any], format: str) -> list[dict]:
 
 
 def _with_system(messages: Any, system: str) -> Any:
-    """The messages behind a row's `system`."""
+    """The messages, after one with the row's `system`."""
     if not isinstance(messages, list):
         return messages
     if any(isinstance(message, Mapping) and message.get("role") == "system" for message in messages):
@@ -139,21 +139,19 @@ def _with_system(messages: Any, system: str) -> Any:
 
 
 def _with_roles(messages: Any, column: str) -> Any:
-    """Messages of {from, value} as those of {role, content}; what is something else as it is."""
-    if not isinstance(messages, list) or not any(
-        isinstance(m, Mapping) and "role" not in m and "from" in m for m in messages
-    ):
+    """Messages of {from, value} as those of {role, content}; anything else as it is."""
+    if not isinstance(messages, list) or not any(map(_has_from, messages)):
         return messages
-    return [
-        _with_role(m, f"message {turn} of {column!r}") if isinstance(m, Mapping) else m
-        for turn, m in enumerate(messages)
-    ]
+    named = [(m, f"message {turn} of {column!r}") for turn, m in enumerate(messages)]
+    return [_with_role(m, which) if _has_from(m) else m for m, which in named]
+
+
+def _has_from(message: Any) -> bool:
+    return isinstance(message, Mapping) and "role" not in message and "from" in message
 
 
 def _with_role(message: Mapping, which: str) -> dict:
     message = dict(message)
-    if "role" in message or "from" not in message:
-        return message
     said = text_of(message.pop("from"), f"'from' of {which}")
     message["role"] = _ROLES.get(said, said)
     if "content" not in message:
@@ -174,8 +172,7 @@ def _calls(value: Any, which: str) -> list[dict]:
         parsed = None
     calls: list[Any] = parsed if isinstance(parsed, list) else [parsed]
     if not calls or not all(isinstance(call, Mapping) and {"name", "arguments"} <= call.keys() for call in calls):
-        raise ValueError(
-            f'{which} is from function_call, so that its value must be the JSON of a call, {{"name": …, "arguments": {{…}}}}, or '
-            f"of a list of them, not {excerpt(value) if isinstance(value, str) else describe_type(value)}"
-        )
+        must = 'the JSON of a call, {"name": …, "arguments": {…}}, or of a list of them'
+        found = excerpt(value) if isinstance(value, str) else describe_type(value)
+        raise ValueError(f"{which} is from function_call, so that its value must be {must}, not {found}")
     return [{"type": "function", "function": dict(call)} for call in calls]

@@ -1,7 +1,7 @@
-"""Prompts that are too long, without their beginning: `--truncation_mode keep_end`.
+"""Cuts the beginning of prompts that are too long: `--truncation_mode keep_end`.
 
-Texts are cut, not tokens, so that every model reads the same ones, and a chat template's frame, system messages and the
-completion stay whole.
+Turns and texts are cut, not tokens: student and teacher then read the same prompt, and what a chat template writes around
+messages, system messages and the completion stay whole.
 """
 
 import bisect
@@ -13,13 +13,13 @@ from gold_jax.text.chat import ChatTokenizer, Prompt
 from gold_jax.text.data import Example
 from gold_jax.text.template import Conversation, extras_of
 
-_CHARS_PER_TOKEN = 32  # of a text that is too long more is not looked at
+_CHARS_PER_TOKEN = 32  # of a text that is too long, only so many characters for each token of room are considered
 
 
 class EndsOfPrompts(Sequence):
-    """Examples whose prompts have at most `room(example)` of the student's tokens, where they can be cut to that.
+    """Examples with prompts cut to at most `room(example)` tokens of the student's; those that cannot be are as they were.
 
-    `shortened` has the numbers of those looked at that were cut.
+    `shortened` has the row numbers of the examples read so far that were cut.
     """
 
     def __init__(self, examples: Sequence[Example], chat_tokenizer: ChatTokenizer, room: Callable[[Example], int]):
@@ -33,11 +33,11 @@ class EndsOfPrompts(Sequence):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         example = self._examples[index]
+        if example.answers != 1:
+            return example
         try:
-            prompt = (
-                keep_end(example.prompt, self._chat_tokenizer, self._room(example)) if example.answers == 1 else None
-            )
-        except ValueError:  # of what a template refuses, which reading the row says better
+            prompt = keep_end(example.prompt, self._chat_tokenizer, self._room(example))
+        except ValueError:  # of what a template refuses, which the check of all rows reports with the row
             return example
         if prompt is None or prompt is example.prompt:
             return example
@@ -49,15 +49,15 @@ class EndsOfPrompts(Sequence):
 
 
 def keep_end(prompt: Prompt, chat_tokenizer: ChatTokenizer, room: int) -> Prompt | None:
-    """A prompt without as much of its beginning as is needed for `room` tokens; None where that cannot be done.
+    """The longest end of a prompt that has at most `room` tokens; None where none has.
 
-    Of messages the first turns go, each up to the next message of the user's, but no system message; then the beginning of
-    the first message that is left. ValueError as `ChatTokenizer.encode_prompts`.
+    Of messages the first turns are left out, each up to the next message of the user's, but no system message; then the
+    beginning of the first message that is left. ValueError as `ChatTokenizer.encode_prompts`.
     """
 
     def fits(candidate: Prompt) -> bool:
-        few = len(chat_tokenizer.render(candidate).encode()) + 2 <= room  # a token spells at least a byte
-        return few or len(chat_tokenizer.encode_prompt(candidate, limit=max(0, room))) <= room
+        is_short = len(chat_tokenizer.render(candidate).encode()) + 2 <= room  # a token spells at least a byte
+        return is_short or len(chat_tokenizer.encode_prompt(candidate, limit=max(0, room))) <= room
 
     if fits(prompt):
         return prompt
@@ -77,11 +77,12 @@ def keep_end(prompt: Prompt, chat_tokenizer: ChatTokenizer, room: int) -> Prompt
 
 
 def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
-    """What is built of the longest end of a text that fits; None where that of no character does."""
+    """`build(end)` for the longest end of a text for which it fits; None where it fits for none."""
     longest = min(len(text) - 1, max(0, room) * _CHARS_PER_TOKEN)
     size = bisect.bisect_left(range(1, longest + 1), True, key=lambda n: not fits(build(text[len(text) - n :])))
     return build(text[len(text) - size :]) if size else None
 
 
 def _like(messages: list[dict], others: list[dict]) -> list[dict]:
+    """`others`, with the tools and template variables of `messages`."""
     return Conversation(others, **extras_of(messages)) if isinstance(messages, Conversation) else others

@@ -103,7 +103,7 @@ def build_run(
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
     importance = None
-    if args.rollout_batches > 1 and args.lmbda and args.rollout_importance_cap != 0:
+    if args.weighs_rollouts:
         importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
     options = dict(chunk=chunk, importance=importance)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
@@ -138,8 +138,11 @@ def _rows_at_once(
     placement: Placement | None,
     process_shard: ProcessShard,
 ) -> int:
-    """Completions that the `models` sample at once where no flag says how many: by what is free on the fullest device of all
-    processes when both models are there, less what the optimizer and decoding will keep."""
+    """How many completions the `models` sample at once by default.
+
+    That goes by what is free on the fullest device of all processes when both models are there, less what the optimizer and
+    decoding will keep.
+    """
     told, shards = [device.memory_stats() for device in jax.local_devices()], process_shard.num_shards
     if not all(stats and "bytes_limit" in stats for stats in told):
         return default_rows(shards, None, 0)

@@ -1,4 +1,4 @@
-"""transformers' `TrainerCallback`s, called at the events of a run, and what the trainers' arguments of TRL's get."""
+"""transformers' `TrainerCallback`s, called at the events of a run; and checks of the trainers' arguments by TRL's names."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -15,11 +15,11 @@ _SWITCHES = [field.name for field in dataclasses.fields(TrainerControl)]
 
 
 class Callbacks(CallbackHandler):
-    """transformers' handler of callbacks (objects or classes), and the `TrainerControl` through which they are heard.
+    """transformers' handler of callbacks (objects or classes), and the `TrainerControl` that they set.
 
-    `DefaultFlowCallback` is the first: it says from the settings when to log, evaluate and save, and the others may say
-    otherwise. `state` and `model` give the `TrainerState` and the student of the moment, `say` is told of events that
-    cannot happen.
+    `DefaultFlowCallback` is the first: it sets from the settings when to log, evaluate and save, and the others may change
+    that. `state` and `model` return the `TrainerState` and the student at the moment of a call; `say` prints which events of
+    a callback never happen.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Callbacks(CallbackHandler):
         state: Callable[[], Any],
         model: Callable[[], Any] = lambda: None,
         say: Callable[[str], Any] = print,
-        **held: Any,  # `processing_class`, `optimizer` and `lr_scheduler`, as the callbacks get them
+        **held: Any,  # `processing_class`, `optimizer` and `lr_scheduler`, which callbacks get
     ):
         self.control = TrainerControl()
         self._args, self._state, self._model, self._say = args, state, model, say
@@ -37,7 +37,7 @@ class Callbacks(CallbackHandler):
         super().__init__([DefaultFlowCallback, *(callbacks or ())], None, **held)
 
     def add_callback(self, callback: Any) -> None:
-        """Adds a callback, or one of a class; says which of its events never happen."""
+        """Adds a callback, or an instance of a class; says which of its events never happen."""
         super().add_callback(callback)
         kind = type(self.callbacks[-1])
         never = [e for e in EVENTS if getattr(kind, e, None) not in (None, getattr(TrainerCallback, e))]
@@ -70,9 +70,10 @@ class Callbacks(CallbackHandler):
 def check_trl_arguments(
     trainer: str, args: Any, wanted: type, given: Mapping[str, Any], others: type | tuple = ()
 ) -> None:
-    """Refuses what a `trainer` does not take of TRL's arguments, each by what stands in its place; None is taken.
+    """Refuses arguments that a `trainer` of TRL's takes and this one does not, unless they are None.
 
-    TypeError: the settings are of another class than `wanted` (or of `others`), or an argument is none of TRL's.
+    ValueError: with what stands in the argument's place. TypeError: the settings are of another class than `wanted`, or of
+    `others`, or an argument is none of TRL's.
     """
     if not isinstance(args, wanted) or (others and isinstance(args, others)):
         takes = f"takes a {wanted.__name__} of gold_jax, whose fields have the names of TRL's"
@@ -91,14 +92,14 @@ _ARGUMENTS = (
 
 
 def check_compute_metrics(compute_metrics: Any, args: Any) -> None:
-    """Refuses, by a ValueError, a `compute_metrics` that nothing would be generated for."""
+    """ValueError for a `compute_metrics` without `predict_with_generate`, which it would get its texts from."""
     if compute_metrics is not None and not args.predict_with_generate:
         given = "compute_metrics is given the texts that the student writes in evaluation, and those of the data set"
         raise ValueError(f"{given}; set predict_with_generate=True, or leave it out")
 
 
 def check_optimizers(optimizer: Any, schedule: Any) -> None:
-    """A TypeError where the transformation and the learning rates in place of the settings' are not optax's."""
+    """TypeError where `optimizer` is no optax transformation, or a schedule is given without one."""
     if optimizer is not None and not isinstance(optimizer, optax.GradientTransformation):
         takes = "(an optax.GradientTransformation, an optax schedule or None)"
         raise TypeError(f"optimizers takes {takes}, not a {type(optimizer).__name__}")

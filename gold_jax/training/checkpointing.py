@@ -83,7 +83,7 @@ class _LastSaved(PreservationPolicy):
 
     n: int
     steps: list[int]  # of this run, in the order in which they were saved: after all others, whatever the clock says
-    best: set[int]  # a step that is kept beside them
+    best: set[int]  # at most one step, which is kept beside them
 
     def should_preserve(self, checkpoints: Sequence[PolicyCheckpointInfo], *, context: Any) -> list[bool]:
         order = {step: number for number, step in enumerate(self.steps)}
@@ -94,8 +94,8 @@ class _LastSaved(PreservationPolicy):
 class Checkpoints:
     """The checkpoints of one run in one folder, local or `gs://…`; all processes call its methods.
 
-    At most `limit` are kept (None: all), and the step in `best`. A save that fails ends no run: `say` is given a line, and `last` stays what it
-    was. OSError: the folder cannot be made.
+    At most `limit` are kept (None: all), and beside them the step in `best`. A save that fails ends no run: `say` is given
+    a line, and `last` stays what it was. OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: Any, limit: int | None = None, say: Callable[[str], Any] = print):
@@ -319,7 +319,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "best": lambda value: value is None or (_is_count(value["step"]) and isinstance(value["metric"], int | float)),
     "means": _are_means,
     "rollouts": lambda value: _is_count(value, 2**32),
-    "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),
+    "unwritten": lambda value: all(row.keys() - {"reference"} == {"step", "prompt", "completion"} for row in value),
     "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
 
@@ -352,7 +352,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_rollouts(path: str | os.PathLike, metadata: Mapping[str, Any]) -> Rollouts:
-    """What a checkpoint has of completions that are drawn and not learned from yet; BadCheckpoint where it is not what was saved."""
+    """A checkpoint's completions that were drawn for later updates; BadCheckpoint: they are not what was saved."""
     if "rollouts" not in metadata:
         return {}
     try:

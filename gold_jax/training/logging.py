@@ -1,4 +1,4 @@
-"""What a run reports: each logged step as a line of JSON, in the terminal and to the trackers; and the tables around them."""
+"""What a run reports: each logged step in a file, on the terminal and to the trackers, and the tables before and after."""
 
 import contextlib
 import functools
@@ -106,7 +106,7 @@ class MetricLog(contextlib.AbstractContextManager):
             self.attempt("the terminal", lambda: self._show(plain, left))
 
     def _show(self, plain: Mapping[str, Any], left: float | None) -> None:
-        progress.said_something()
+        progress.note_line()
         texts = {name: shown(value) for name, value in plain.items() if value is not None and name not in _NOT_SHOWN}
         if self._total is not None:
             texts["step"] += f"/{self._total}"
@@ -117,9 +117,8 @@ class MetricLog(contextlib.AbstractContextManager):
         if evaluation:
             texts.pop("left", None)
         if not self._console.is_terminal or evaluation:
-            pairs = [
-                f"{name}\N{NO-BREAK SPACE}{text}" for name, text in texts.items()
-            ]  # a terminal breaks between pairs
+            # Lines break between pairs, not within one.
+            pairs = [f"{name}\N{NO-BREAK SPACE}{text}" for name, text in texts.items()]
             width = self._console.width if self._console.is_terminal else 10**6
             for line in textwrap.wrap("  ".join(pairs), width, break_long_words=False, break_on_hyphens=False):
                 line = line.replace("\N{NO-BREAK SPACE}", " ")
@@ -291,10 +290,8 @@ def _printable(text: str) -> str:
 
 
 def named_measures(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The measures of several evaluations under names of their own: `eval_loss` of `a` is `eval_a_loss`."""
-    return {
-        f"eval_{name}_{k.removeprefix('eval_')}": v for name, measures in found.items() for k, v in measures.items()
-    }
+    """The measures of several sets of rows as those of one evaluation: `eval_loss` of the set `a` is `eval_a_loss`."""
+    return {f"eval_{name}_{k.removeprefix('eval_')}": v for name, one in found.items() for k, v in one.items()}
 
 
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:

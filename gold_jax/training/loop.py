@@ -39,7 +39,7 @@ from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.text.stream import RowStream, StreamOrder
-from gold_jax.training import checkpointing
+from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch
 from gold_jax.training.build import Run
@@ -62,7 +62,6 @@ from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState, init_state, state_shapes
 from gold_jax.training.trackers import make_trackers
-from gold_jax.training.utilization import peak_flops, peak_memory
 from gold_jax.wording import listed
 
 _SAVED = "the student and all that the run needs to go on are saved in"
@@ -77,14 +76,13 @@ class Data(NamedTuple):
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
 
     def total_steps(self, args: SFTConfig) -> int:
-        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` come to; ValueError: they are too many."""
+        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` are. ValueError: 2**31 or more."""
         flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
         steps = max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
         steps = args.max_steps if args.max_steps >= 0 else steps
         if steps >= 2**31:
-            raise ValueError(
-                f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; 2**31 - 1 can be counted"
-            )
+            most = "at most 2**31 - 1 can be counted"
+            raise ValueError(f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; {most}")
         return steps
 
 
@@ -153,7 +151,7 @@ class Loop:
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.rollouts: Rollouts = {}  # drawn up to the last update, for later ones
-        self.unmeasured = False  # whether an evaluation was due after the last update and cut short
+        self.unmeasured = False  # whether the evaluation due after the last update was interrupted
         self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
 
     # the run
@@ -220,8 +218,11 @@ class Loop:
             self._show_result(before, after)
         loss = float(np.mean(self._losses)) if self._losses else float("nan")
         rows, updates = len(self._losses) * self.data.order.per_step, len(self._losses)
-        speed = speed_metrics("train", began, num_samples=rows, num_steps=updates)
-        return TrainOutput(self.done, loss, {**after, **speed, "train_loss": loss, **self._device_metrics()})
+        metrics = {**after, **speed_metrics("train", began, num_samples=rows, num_steps=updates)}
+        metrics |= {"train_loss": loss, "train_compiled_programs": self.run.step.compiled}
+        if (held := utilization.peak_memory()) is not None:
+            metrics["train_peak_memory_bytes"] = held
+        return TrainOutput(self.done, loss, metrics)
 
     def _say_stopping(self, reason: str) -> None:
         again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
@@ -402,7 +403,7 @@ class Loop:
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Takes in the metrics of an update; returns those of it that are logged as they are."""
+        """Adds the metrics of an update to the means of the next log line; returns those that are logged as they are."""
         rate = {}
         if self.run.schedule is not None:  # an update that is left out takes none
             rate["learning_rate"] = float(self.run.schedule(step - self.nonfinite.total))
@@ -411,10 +412,8 @@ class Loop:
             self._losses.append(float(metrics["loss"]))
         held = {k: v for k, v in batch.stats.items() if k != "tokens"}
         self._means.add({**metrics, **held} if batch.counted else held)  # where nothing counts there is no loss
-        if batch.counted and (share := held.get("on_policy")) in (
-            0.0,
-            1.0,
-        ):  # of micro-batches of both kinds there is one loss
+        share = held.get("on_policy")
+        if batch.counted and share in (0.0, 1.0):  # the loss of an update of both kinds is not known by kind
             self._means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self._tokens += batch.stats["tokens"]
         self._note(num_input_tokens_seen=self._progress.num_input_tokens_seen + int(batch.stats["tokens"]))
@@ -422,9 +421,10 @@ class Loop:
 
     def _log_update(self, rate: Mapping[str, float]) -> None:
         """Logs the means since the last line."""
-        compiling = progress.compiled()[1] - self._compiled_before  # which is no part of the rate
+        compiling = progress.compiled()[1] - self._compiled_before  # seconds, left out of the rate
         worked = max(time.perf_counter() - self._since - compiling, 1e-9)
-        speed = {"tokens_per_second": self._tokens / worked, **self._utilization(self._tokens / worked), **rate}
+        speed = self._tokens / worked
+        speed = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
         skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
         means = self._means.take()
         seen = {"num_tokens": self._progress.num_input_tokens_seen}
@@ -432,11 +432,14 @@ class Loop:
         self._restart_clock()
 
     def _restart_clock(self) -> None:
-        """Counts tokens a second from here."""
+        """Starts the time, and the count of tokens, that `tokens_per_second` is of."""
         self._since, self._tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
 
     def record(self, values: Mapping[str, Any], event: str | None = None) -> None:
-        """Logs a line (outside of `train` for `history` alone) and tells the callbacks, of an `event` with these metrics too."""
+        """Logs a line and calls `on_log`, then the callbacks of `event` with the same metrics.
+
+        Outside of `train` the line goes to `history` alone.
+        """
         epoch = round(self.done / self.data.order.steps_per_epoch, 4)
         plain = {name: plain_value(value) for name, value in values.items()}
         self.history.append({"step": self.done, "epoch": epoch, **plain})
@@ -455,12 +458,11 @@ class Loop:
         if step >= self._table_due:
             self._table_due = step - step % every + every
             self._log.flush()
-            completions_table(
-                self.console, [row[:2] for row in rows], self.args.num_completions_to_print, step=self.done
-            )
+            shown = [row[:2] for row in rows]
+            completions_table(self.console, shown, self.args.num_completions_to_print, step=self.done)
 
     def _write_completions(self, rows: list[dict[str, Any]]) -> None:
-        """Appends rows to `completions.jsonl`; where that fails, a checkpoint keeps them for the run that goes on from it."""
+        """Appends rows to `completions.jsonl`; where that fails, checkpoints keep them, and a resumed run writes them."""
         path, self._unwritten = self.output / LOGS[1], rows
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -472,9 +474,9 @@ class Loop:
     # evaluation
 
     def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`; None: on the evaluation rows.
+        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`.
 
-        Of several sets of rows `eval_NAME_loss` and so on, each set measured by itself.
+        `examples` None: the evaluation rows; of several sets of them, each is measured by itself, as `eval_NAME_loss` and so on.
         """
         rows = self.data.eval if examples is None else examples
         if isinstance(rows, Mapping):
@@ -483,7 +485,7 @@ class Loop:
 
     @annotate(EVALUATION)
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
-        """The measures of `evaluate`, and where the student `writes` its greedy completions, with those of the rows."""
+        """The measures of `evaluate` on one set of rows, and with `writes` the student's greedy completions and the rows' own."""
         self.watchdog.report(self.done, "evaluating")
         if examples is None and self.data.eval is None:
             give = "give an eval_dataset, or --eval_strategy and a test split"
@@ -519,16 +521,18 @@ class Loop:
         return metrics
 
     def _take_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Logs an evaluation, and sees whether it is the best; callbacks still find the one before in the state."""
+        """Logs an evaluation and notes whether it is the best so far.
+
+        Callbacks come first, and find the best one before it in the state, as in transformers.
+        """
         self.record(metrics, "on_evaluate")
         if (wanted := self.args.metric_for_best_model) is None:
             return
         name = f"eval_{wanted.removeprefix('eval_')}"
         if name not in metrics:
             measures = ", ".join(metrics)
-            raise ValueError(
-                f"--metric_for_best_model is {wanted!r}, which no evaluation measures; there are {measures}"
-            )
+            what = "which no evaluation measures; there are"
+            raise ValueError(f"--metric_for_best_model is {wanted!r}, {what} {measures}")
         value, best = float(metrics[name]), self._progress.best_metric
         if math.isfinite(value) and (best is None or (value > best if self.args.greater_is_better else value < best)):
             self._note(best_metric=value, best_global_step=self.done)
@@ -542,7 +546,7 @@ class Loop:
         self.checkpoints.best.add(self.done)
 
     def _load_best(self) -> bool:
-        """Puts the parameters of the best checkpoint in the place of the last ones, where that is asked for; whether it did."""
+        """With `load_best_model_at_end`, replaces the parameters by those of the best checkpoint; whether it did."""
         state, args = self._progress, self.args
         path = state.best_model_checkpoint
         if not args.load_best_model_at_end or path is None or state.best_global_step == self.done:
@@ -571,18 +575,6 @@ class Loop:
         if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
             self._evaluate_and_record()
         return before
-
-    def _utilization(self, tokens_per_second: float) -> dict[str, float]:
-        """The share of the devices' peak that the models' FLOPs take, and the most GiB a device held, where they are known."""
-        peak, held = peak_flops(), peak_memory()
-        found = {} if peak is None else {"mfu": self.run.flops * tokens_per_second / peak}
-        return found if held is None else found | {"memory_gib": held / 2**30}
-
-    def _device_metrics(self) -> dict[str, float]:
-        """Programs that the run compiled, and the most bytes a device held, where it tells."""
-        held = peak_memory()
-        peak = {} if held is None else {"train_peak_memory_bytes": held}
-        return {"train_compiled_programs": self.run.step.compiled, **peak}
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         counts = (self.done, "update"), (self.run.step.compiled, "program")
@@ -631,10 +623,8 @@ class Loop:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
             failed = f"the student could not be saved in {self.output} ({why}) after {self.done} updates; {still}"
-            again = "Make room, then run the same command" + (
-                " with --resume_from_checkpoint latest." if last else " again."
-            )
-            raise OSError(f"{failed}. {again}") from error
+            again = "with --resume_from_checkpoint latest" if last else "again"
+            raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
 
     # checkpoints
 
@@ -701,7 +691,7 @@ class Loop:
         self.say(f"Resumed from {path}: {self.done} of {self.total_steps} updates are done.")
 
     def _named_for_checkpoints(self, state: TrainState) -> dict[str, Any]:
-        """A state, or its shapes, as checkpoints name it: a parameter, and what the optimizer keeps of one, ends with `.value`."""
+        """A state, or its shapes, under the names of checkpoints: parameters, and moments of them, end with `.value`."""
 
         def boxed(x):
             return {"value": x}

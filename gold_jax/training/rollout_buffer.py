@@ -1,4 +1,4 @@
-"""Completions that were drawn and are not learned from yet: what a checkpoint keeps of them."""
+"""Completions that were drawn for later updates (`--rollout_batches`), and how checkpoints store them."""
 
 import io
 from collections.abc import Mapping
@@ -8,17 +8,18 @@ import numpy as np
 
 
 class Rollout(NamedTuple):
-    """One completion as its student drew it."""
+    """One completion as the student drew it."""
 
     ids: np.ndarray  # int32 [N], the stop token that ended it included
-    logprobs: np.ndarray  # float32 [N], at the sampling temperature, unfiltered; NaN where they are not told
+    logprobs: np.ndarray  # float32 [N] in nats, at the sampling temperature, before top-k and top-p; NaN: unknown
 
 
-Rollouts = Mapping[int, list[Rollout]]  # of each update (counted from 0) those of its on-policy rows, in their order
+# Of each update (counted from 0) the completions of its on-policy rows, in the order of rows.
+Rollouts = Mapping[int, list[Rollout]]
 
 
 def to_bytes(rollouts: Rollouts) -> bytes:
-    """A compressed npz."""
+    """A compressed `.npz`, whose arrays hold the completions of all updates end to end."""
     drawn = [d for update in rollouts.values() for d in update]
     columns = {
         "updates": np.array([*rollouts], np.int64),
@@ -33,7 +34,7 @@ def to_bytes(rollouts: Rollouts) -> bytes:
 
 
 def from_bytes(data: bytes) -> Rollouts:
-    """The rollouts of `to_bytes`; any error where it is another's."""
+    """The inverse of `to_bytes`; other bytes raise whatever numpy raises."""
     with np.load(io.BytesIO(data), allow_pickle=False) as found:
         updates, counts, lengths, ids, logprobs = (
             found[x] for x in ("updates", "counts", "lengths", "ids", "logprobs")

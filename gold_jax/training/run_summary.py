@@ -1,4 +1,4 @@
-"""`summary.json`: what was run, on what, when and how it went, in the folder of the run, to be read without the program."""
+"""`summary.json` in a run's folder: settings, data and models, environment, times, outcome and measures."""
 
 import contextlib
 import dataclasses
@@ -26,13 +26,13 @@ _LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def settings_beside_defaults(args: SFTConfig) -> dict[str, Any]:
-    """The settings that are not the defaults, secrets aside."""
+    """The settings whose values are not the defaults, without secrets."""
     defaults, secret = type(args)().to_dict(), {f.name for f in dataclasses.fields(args) if f.metadata.get("secret")}
     return {name: value for name, value in args.to_dict().items() if value != defaults[name] and name not in secret}
 
 
 def environment() -> dict[str, Any]:
-    """Versions and devices of this process."""
+    """Versions of the libraries, and the devices and processes that JAX has."""
     versions = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -48,10 +48,10 @@ def environment() -> dict[str, Any]:
 
 
 class RunSummary:
-    """Writes `summary.json` in one folder (None: nowhere), again whenever something is known that was not.
+    """Keeps `summary.json` of one folder up to date (None: does nothing).
 
-    A run that is continued has a part more in `parts`: command, environment, from which update to which, when, how it
-    ended. A folder that cannot be written costs the summary, never the run.
+    `parts` has an entry for each time that the run was started or resumed: command, environment, from which update to
+    which, when, how it ended. An error of the file system is ignored: the run goes on without the summary.
     """
 
     def __init__(
@@ -66,9 +66,15 @@ class RunSummary:
 
     @contextlib.contextmanager
     def part(self, run_id: str, total: int, done: Callable[[], int], *, resumed: bool) -> Iterator[None]:
-        """A part of the run, which makes updates within it; where it is `resumed` the parts before stay.
+        """An entry of `parts`, written at the beginning and at the end of the context.
 
-        `how` it ends is "finished", "interrupted", "preempted" or what the error says. `done` gives the updates so far.
+        Args:
+            run_id: of the run; entries of another run are dropped.
+            total: updates of the whole run.
+            done: returns the number of updates made so far.
+            resumed: whether earlier entries of the file stay.
+
+        The entry's `how` becomes "finished", "interrupted", "preempted" or the error's type and text.
         """
         self._parts = self._parts_before(run_id) if resumed else []
         self._facts |= {"run_id": run_id, "total_updates": total}
@@ -96,7 +102,7 @@ class RunSummary:
             self._write()
 
     def add(self, **facts: Any) -> None:
-        """Facts of the whole run."""
+        """Adds facts of the whole run, beside `parts`."""
         self._facts |= facts
         self._write()
 

@@ -192,13 +192,7 @@ class _Trainer:
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        digests = {"the training data": self.train_examples.digest if streamed else checked.digest}
-        digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x) for whose, x in tokenizers.items()}
-        digests |= {f"{whose}'s config": describe_config(side.model.config) for whose, side in sides.items()}
-        if evaluated is not None:
-            digests[EVALUATED] = evaluated
-        if teacher is not None:
-            digests["the teacher's weights"] = describe_weights(split(teacher.model)[1])
+        digests = _digests(sides, self.train_examples.digest if streamed else checked.digest, evaluated)
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
         description |= {} if streamed else {LEARNED: len(checked.kept)}
@@ -209,18 +203,15 @@ class _Trainer:
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
-        score = None
-        if teacher is not None:  # whose parameters the constants of the step hold from here on
-            score = self._score_teacher
-        restart, others = engine and engine.restart, (self._callbacks, self.compute_metrics)
-        summary = None
+        options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
+        options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
         if is_main_process():
-            facts = {"method": self.method, **{name: value for name, value in shown.items() if value is not None}}
-            facts |= {"data": self.dataset_name, "rows": None if streamed else len(checked.kept), "digests": digests}
-            facts |= {"settings": settings_beside_defaults(a), "notices": self.notices}
-            summary = RunSummary(a.output_dir, {"student": student.name, **facts}, self.command)
-        others = *others, summary
-        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, score, restart, *others)
+            known = {"student": student.name, "method": self.method}
+            known |= {name: value for name, value in shown.items() if value is not None}
+            known |= {"data": self.dataset_name, "rows": None if streamed else len(checked.kept), "digests": digests}
+            known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
+            options["summary"] = RunSummary(a.output_dir, known, self.command)
+        self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -264,10 +255,9 @@ class _Trainer:
     def _teacher_now(self) -> Decoder:
         """The teacher, with the arrays that updates read."""
         run = self.loop.run
-        graph, params = run.batches.teacher_model or (run.teacher_graph, None)
-        return merge(
-            graph, restore_teacher(graph, run.step.constants, run.match.vocabulary) if params is None else params
-        )
+        if run.batches.teacher_model is not None:
+            return merge(*run.batches.teacher_model)
+        return merge(run.teacher_graph, restore_teacher(run.teacher_graph, run.step.constants, run.match.vocabulary))
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -276,7 +266,7 @@ class _Trainer:
 
     @property
     def state(self) -> TrainerState:
-        """Where training stands: `global_step`, `max_steps`, `epoch`, `log_history` and more, as transformers has them."""
+        """transformers' `TrainerState` of the run: `global_step`, `max_steps`, `epoch`, `log_history` and more."""
         return dataclasses.replace(self.loop.trainer_state(), log_history=self.log_history)
 
     @property
@@ -295,8 +285,8 @@ class _Trainer:
         Args:
             resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
                 the settings say.
-            trial: None, or a ValueError.
-            ignore_keys_for_eval: taken for transformers' sake, as `ignore_keys` of `evaluate`.
+            trial: must be None: there is no hyperparameter search.
+            ignore_keys_for_eval: accepted as in transformers, without effect.
 
         Returns:
             `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
@@ -338,18 +328,19 @@ class _Trainer:
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures the student as it stands, logs that and tells the callbacks.
+        """Measures the student as it stands, logs the measures and calls `on_evaluate`.
 
         Args:
             eval_dataset: rows as `eval_dataset` of the constructor, or a dict of such, each measured under
                 `{metric_key_prefix}_{name}`; None: those of the constructor.
-            ignore_keys: taken for transformers' sake: no outputs are kept that one could ignore.
+            ignore_keys: accepted as in transformers, without effect.
             metric_key_prefix: what the metrics' names begin with.
         """
         if isinstance(eval_dataset, Mapping):
-            parts = {name: f"{metric_key_prefix}_{name}" for name in eval_dataset}
-            found = (self.evaluate(eval_dataset[name], None, prefix) for name, prefix in parts.items())
-            return functools.reduce(lambda one, other: one | other, found, {})
+            metrics = {}
+            for name, part in eval_dataset.items():
+                metrics |= self.evaluate(part, metric_key_prefix=f"{metric_key_prefix}_{name}")
+            return metrics
         rows = None if eval_dataset is None else self._rows_to_measure(eval_dataset)
         metrics = _prefixed(self.loop.evaluate(rows), metric_key_prefix)
         self.loop.record(metrics, "on_evaluate")
@@ -380,7 +371,13 @@ class _Trainer:
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Sequence[str] | str | None = None
     ) -> None:
-        """Writes the model card into `output_dir`, by this title (None: the folder's name), data set and further tags."""
+        """Writes the model card into `output_dir`.
+
+        Args:
+            model_name: its title; None: the folder's name.
+            dataset_name: None: the name of the data set that was trained on.
+            tags: further tags.
+        """
         given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
         given |= dict(results=self.loop.results, **self._card)
         write_model_card(self.args.output_dir, method=self.method, base_model=self.student.name, **given)
@@ -397,10 +394,10 @@ class _Trainer:
 
         Args:
             commit_message: of the commit.
-            blocking: the upload is waited for, whatever it is.
+            blocking: without effect: the upload is always waited for.
             token: in place of `hub_token` of the settings.
             revision: None: the main branch; a ValueError otherwise.
-            card: `model_name`, `dataset_name` and `tags` for `create_model_card`, which is called where there are any.
+            card: arguments of `create_model_card`, which is called if there are any.
         """
         a = self.args
         if revision not in (None, "main"):
@@ -412,7 +409,7 @@ class _Trainer:
         self.loop.say(f"Pushed to {url}")
         return url
 
-    # what transformers' Trainer has beside
+    # what else transformers' Trainer has
 
     def add_callback(self, callback: Any) -> None:
         """Adds a `TrainerCallback`, or a class of them. In a run of several processes all add it."""
@@ -478,7 +475,7 @@ class _Trainer:
 
     @property
     def control(self) -> TrainerControl:
-        """The switches that callbacks set."""
+        """The `TrainerControl` that callbacks set."""
         return self.loop.callbacks.control
 
     @property
@@ -495,7 +492,7 @@ class _Trainer:
 
     @property
     def pad_token_id(self) -> int:
-        """What batches are padded with, which is masked."""
+        """The token that batches are padded with, which is masked."""
         return self.student.chat_tokenizer.pad_id
 
     @property
@@ -513,7 +510,7 @@ class _Trainer:
         """Learning rates by the number of updates made; None, where the optimizer was passed without them."""
         return self.loop.run.schedule
 
-    def __getattr__(self, name: str) -> Any:  # of what is no attribute
+    def __getattr__(self, name: str) -> Any:  # for names that are no attributes
         args, kind = self.__dict__.get("args"), type(self).__name__
         if name in MEMBERS:
             raise AttributeError(f"{kind} has no {name}: {MEMBERS[name]}")
@@ -529,20 +526,19 @@ class _Trainer:
         return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows}, {updates} done)"
 
 
-_SETTINGS = {
-    "log_completion_steps": "log_completions_steps"
-}  # attributes of TRL's trainer whose settings have other names
+# Attributes of TRL's trainer whose settings have other names.
+_SETTINGS = {"log_completion_steps": "log_completions_steps"}
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save but the last; what fails is said, and the run goes on."""
+    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and the run goes on."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.global_step >= state.max_steps:
-            return  # it is pushed anyway
+            return
         self._trainer.save_model()
         if is_main_process():
             try:
@@ -561,6 +557,18 @@ def _check_streamed(args: SFTConfig) -> None:
         raise ValueError("prompts of a streamed data set are not shortened: use --truncation_mode keep_start")
     if getattr(args, "rollout_batches", 1) > 1:
         raise ValueError("of a streamed data set completions are drawn for one update: use --rollout_batches 1")
+
+
+def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
+    """What a resumed run compares of rows and models, given the digests of the rows to train and to evaluate on."""
+    digests = {"the training data": rows}
+    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
+    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
+    if evaluated is not None:
+        digests[EVALUATED] = evaluated
+    if "the teacher" in sides:
+        digests["the teacher's weights"] = describe_weights(split(sides["the teacher"].model)[1])
+    return digests
 
 
 def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:

@@ -1,11 +1,11 @@
-"""What a run uses of its devices: their memory, and model FLOPs utilization, MFU (Chowdhery et al., "PaLM", 2022, appendix B)."""
+"""What a run uses of its devices: memory, and model FLOPs utilization (MFU; Chowdhery et al., "PaLM", 2022, appendix B)."""
 
 import jax
 
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, split
 
-# Peak dense bfloat16 FLOP/s of one JAX device, by the beginning of what JAX calls its kind. Sources: as `planning/hardware.json`.
+# Peak dense bfloat16 FLOP/s of one JAX device, by how `device_kind` begins. As in `planning/hardware.json`, with its sources.
 _PEAKS = {
     "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
     "TPU v6e": 918e12, "NVIDIA A100": 312e12, "NVIDIA H100": 989e12, "NVIDIA H200": 989e12, "NVIDIA L40S": 362e12,
@@ -21,19 +21,27 @@ def peak_flops() -> float | None:
 
 
 def peak_memory() -> int | None:
-    """The most bytes that the first device of this process held so far; None where it does not tell."""
+    """The most bytes that the first device of this process held so far; None where the backend does not say."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def device_metrics(flops_per_second: float) -> dict[str, float]:
+    """`mfu` of a run whose models need so many FLOP/s, and `memory_gib`, as `peak_memory`; without what is not known."""
+    peak, held = peak_flops(), peak_memory()
+    found = {} if peak is None else {"mfu": flops_per_second / peak}
+    return found if held is None else found | {"memory_gib": held / 2**30}
 
 
 def training_flops(student: Decoder, teacher: Decoder | None) -> float:
     """FLOPs that the models need for a token of an update: 6 for each of the student's parameters, 2 of the teacher's.
 
-    Parameters are those that a token meets: tables of embeddings that are looked up alone are none. Attention, what is
-    computed again, and the writing of completions do not count; a text has as many tokens for the teacher.
+    An embedding that is not the head too has no products and does not count; nor do attention, recomputation and sampling.
+    The teacher is taken to have as many tokens as the student.
     """
-    return 6.0 * _met(student) + (0.0 if teacher is None else 2.0 * _met(teacher))
+    return 6.0 * _parameters(student) + (0.0 if teacher is None else 2.0 * _parameters(teacher))
 
 
-def _met(model: Decoder) -> int:
+def _parameters(model: Decoder) -> int:
+    """How many parameters a model has, without an embedding that is only looked up."""
     config = model.config
     return count(split(model)[1]) - (0 if config.tied else config.vocab_size * config.width)

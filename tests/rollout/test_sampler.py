@@ -244,7 +244,7 @@ def test_keys_of_prompts_stand_for_the_key_that_their_indices_are_folded_into(mo
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), np.arange(len(PROMPTS)))
     options = dict(max_new_tokens=NEW, temperature=0.7, top_k=20, top_p=0.9)
     prompts = [np.array(prompt, np.int32) for prompt in PROMPTS]
-    told = SamplingEngine(8, scaled=True).generate(model, prompts[1:], key=keys[1:], **options)
+    told = SamplingEngine(8, sampling_logprobs=True).generate(model, prompts[1:], key=keys[1:], **options)
     plain = SamplingEngine(4).generate(model, prompts, key=jax.random.key(3), **options)[1:]
     assert ids(told) == ids(plain) and plain[0].sampling_logprobs is None
     for prompt, one, same in zip(PROMPTS[1:], told, plain, strict=True):

@@ -46,7 +46,7 @@ def test_a_line_has_mfu_and_memory_where_they_are_known(world, tmp_path, monkeyp
 
     row, _ = logged()
     assert "mfu" not in row and "memory_gib" not in row  # a CPU
-    monkeypatch.setattr("gold_jax.training.loop.peak_flops", lambda: 1e12)
-    monkeypatch.setattr("gold_jax.training.loop.peak_memory", lambda: 3 * 2**29)
+    monkeypatch.setattr("gold_jax.training.utilization.peak_flops", lambda: 1e12)
+    monkeypatch.setattr("gold_jax.training.utilization.peak_memory", lambda: 3 * 2**29)
     row, flops = logged()
     assert row["mfu"] == pytest.approx(flops * row["tokens_per_second"] / 1e12) and row["memory_gib"] == 1.5
