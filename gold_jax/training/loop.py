@@ -325,7 +325,9 @@ class Loop:
             if control.should_training_stop or signals.requested:
                 if not (ends_epoch or signals.requested):
                     self.callbacks.call("on_epoch_end")
-                return
+                if self.done < total or signals.requested:
+                    return
+                continue  # the steps end by themselves, so that a trace of the last one is reported
             if control.should_save:
                 self._save_checkpoint()
                 self.callbacks.call("on_save")
