@@ -327,7 +327,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
 def _holds(test: Callable[[Any], Any], value: Any) -> bool:
     try:
         return bool(test(value))
-    except (TypeError, ValueError, AttributeError):
+    except (TypeError, ValueError, AttributeError, LookupError):
         return False
 
 

@@ -291,7 +291,7 @@ def test_metadata_of_a_later_format_are_not_guessed_at(checkpoints):
         ("arrays", {"params.a": [["6", 4], "float32", 1]}), ("arrays", {"params.a": [[6, 4], "float32", 1.5]}),
         ("run", []), ("run_id", 3), ("resumed", "x"), ("resumed", -1), ("skips", {"total": 1}), ("unmeasured", 1),
         ("skips", {"total": 1, "in_a_row": "0"}), ("means", {"loss": [1, 2]}), ("means", {"loss": ["1", "float32", 1]}),
-        ("means", {"loss": [1, "nonsense", 1]}),
+        ("means", {"loss": [1, "nonsense", 1]}), ("best", {}), ("unwritten", [{"step": 1}]),
         ("shapes", [1]), ("shapes", [["64"] * 4]), ("shapes", [[64.5, 64]]), ("shapes", [[64]]), ("shapes", [[0, 64]]),
     ],
 )  # fmt: skip
