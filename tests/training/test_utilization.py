@@ -29,6 +29,7 @@ def test_a_token_costs_six_for_a_parameter_of_the_student_and_two_for_one_of_the
         ("TPU v6 lite", TPUS["v6e"]),
         ("NVIDIA H100 80GB HBM3", GPUS["h100-80gb"]),
         ("NVIDIA L4", GPUS["l4-24gb"]),
+        ("NVIDIA H100 PCIe", None),  # another card than that of plans
         ("cpu", None),
     ],
 )
