@@ -30,7 +30,10 @@ def written(console):
 
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a log, without the time that each has."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert all(row.pop("time") > 1.7e9 for row in rows)
+    return rows
 
 
 def test_every_logged_step_is_one_json_object_with_plain_numbers(tmp_path):
@@ -123,6 +126,25 @@ def test_a_tracker_that_does_not_answer_is_reported_and_waited_for_no_longer(mon
     said = written(screen)
     assert said.count("Silent has not answered") == 1 and "Silent at the end did not answer" in said
     assert len(rows_of(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), SystemExit(1)], ids=["full disk", "closed pipe, as rich has it"]
+)
+def test_a_terminal_that_is_gone_costs_its_lines_alone(tmp_path, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    log = MetricLog(tmp_path / "metrics.jsonl", Console(file=Gone(), width=80))
+    for step in (1, 2):
+        log.log(step, {"loss": 1.0})
+    flushed = threading.Thread(target=log.flush, daemon=True)
+    flushed.start()
+    flushed.join(10)
+    assert not flushed.is_alive()
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_a_mean_goes_on_where_another_stood_to_the_last_bit():
