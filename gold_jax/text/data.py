@@ -92,7 +92,7 @@ class Examples(Sequence):
 
     `rows` is anything with a length whose items are dicts, `source` what messages call it, `features` the columns'
     types, as `datasets.Features` (None: those of the rows, if they say any), and `renamed` as for `read_columns`.
-    ValueError where `renamed` names a column that the rows do not have.
+    ValueError where `renamed` names a column that the rows do not have (`check_columns`).
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Examples(Sequence):
         check_first: bool = True,
         renamed: Mapping[str, str | None] | None = None,
         notices: Sequence[str] = (),
+        check_columns: bool = True,
     ):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
         self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
@@ -112,7 +113,7 @@ class Examples(Sequence):
         self.notices = [*notices]  # lines about how the rows were read
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no rows")
-        if self.renamed:
+        if self.renamed and check_columns:
             check_renamed(self.renamed, self.features or self._first_columns(), source)
         if check_first:
             self[0]
@@ -156,9 +157,8 @@ class Examples(Sequence):
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
-        part = Examples(rows, self.source, self.text_column, self.features, False, notices=self.notices)
-        part.renamed = self.renamed  # whose columns may first come in a later row
-        return part
+        given = rows, self.source, self.text_column, self.features, False, self.renamed, self.notices
+        return Examples(*given, check_columns=False)  # which may first come in a later row
 
 
 def load_examples(

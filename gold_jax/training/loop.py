@@ -326,7 +326,8 @@ class Loop:
                 self._restart_clock()
             signals.poll_preemption(self.done)
             control = self.callbacks.control
-            if control.should_save and not signals.requested:
+            ends = control.should_training_stop  # with a --save_strategy the end is saved behind the loop
+            if control.should_save and not (signals.requested or (ends and args.save_strategy != "no")):
                 self._save_checkpoint()
                 self.callbacks.call("on_save")
                 self._restart_clock()
