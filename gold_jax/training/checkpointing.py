@@ -319,7 +319,7 @@ _FORMS: Mapping[str, Callable[[Any], Any]] = {
     "best": lambda value: value is None or (_is_count(value["step"]) and isinstance(value["metric"], int | float)),
     "means": _are_means,
     "rollouts": lambda value: _is_count(value, 2**32),
-    "unwritten": lambda value: all(row.keys() == {"step", "prompt", "completion"} for row in value),
+    "unwritten": lambda value: all(row.keys() - {"reference"} == {"step", "prompt", "completion"} for row in value),
     "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
 }
 
