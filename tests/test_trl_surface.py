@@ -250,6 +250,54 @@ def test_early_stopping_ends_a_run_that_gets_worse_and_the_best_student_is_kept(
     assert resumed.state.best_global_step >= 2
 
 
+BEST = {"load_best_model_at_end": True, "save_strategy": "steps", "eval_strategy": "steps"}
+
+
+def measuring(trainer, *values):
+    """Has the evaluations of a trainer measure these losses."""
+    predict, values = trainer.loop.predict, iter(values)
+
+    def measured(*given):
+        output = predict(*given)
+        return output._replace(metrics=output.metrics | {"eval_loss": next(values)})
+
+    trainer.loop.predict = measured
+    return trainer
+
+
+def test_the_best_is_the_best_of_the_saves(world, tmp_path):
+    changes = BEST | {"max_steps": 3, "save_steps": 2, "eval_steps": 1, "save_total_limit": 1}
+    trainer = measuring(gold(world, tmp_path, ROWS[:2], changes), 1.0, 5.0, 6.0, 5.0)
+    trainer.train()
+    state = trainer.state
+    assert (state.best_metric, state.best_global_step) == (1.0, 1)  # as transformers has it
+    assert state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    assert "The best of all is" in (said := trainer.console.export_text()) and "(loss 5)" in said
+    # What goes on from there knows both, and compares saves with the save.
+    longer = measuring(gold(world, tmp_path, ROWS[:2], changes | {"max_steps": 4}), 6.0, 4.0)
+    longer.train("latest")
+    assert (longer.state.best_metric, longer.state.best_global_step) == (1.0, 1)
+    assert longer.state.best_model_checkpoint == str(tmp_path / "checkpoint-4")
+
+
+def test_a_longer_run_knows_how_good_the_end_of_the_shorter_one_was(world, tmp_path):
+    changes = BEST | {"max_steps": 2, "save_steps": 1, "eval_steps": 1}
+    measuring(gold(world, tmp_path, ROWS[:2], changes), 3.0, 2.0).train()
+    longer = measuring(gold(world, tmp_path, ROWS[:2], changes | {"max_steps": 3}), 2.0, 4.0, 2.0)
+    longer.train("latest")
+    assert (longer.state.best_metric, longer.state.best_global_step) == (2.0, 2)
+    steps = [row["step"] for row in longer.log_history if "eval_loss" in row]
+    assert steps == [1, 2, 3]
+    weights = [(folder / "model.safetensors").read_bytes() for folder in (tmp_path, tmp_path / "checkpoint-2")]
+    assert weights[0] == weights[1]
+
+
+def test_a_callback_that_saves_and_stops_does_both(world, tmp_path):
+    seen = Everything(on_step_end_1="should_training_stop", on_log_1="should_save")
+    gold(world, tmp_path, changes={"save_strategy": "no"}, callbacks=[seen]).train()
+    assert (tmp_path / "checkpoint-1").is_dir() and ("on_save", 1) in seen.events
+
+
 @pytest.mark.parametrize(
     "changes, says",
     [

@@ -92,7 +92,7 @@ class Examples(Sequence):
 
     `rows` is anything with a length whose items are dicts, `source` what messages call it, `features` the columns'
     types, as `datasets.Features` (None: those of the rows, if they say any), and `renamed` as for `read_columns`.
-    ValueError where `renamed` names a column that the rows do not have.
+    ValueError where `renamed` names a column that the rows do not have (`check_columns`).
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class Examples(Sequence):
         check_first: bool = True,
         renamed: Mapping[str, str | None] | None = None,
         notices: Sequence[str] = (),
+        check_columns: bool = True,
     ):
         # The caller may change a list afterwards, and the rows in it, but what lies deeper in them (messages) is shared.
         self.rows: Any = [dict(r) if isinstance(r, dict) else r for r in rows] if isinstance(rows, list) else rows
@@ -112,7 +113,7 @@ class Examples(Sequence):
         self.notices = [*notices]  # lines about how the rows were read
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no rows")
-        if self.renamed:
+        if self.renamed and check_columns:
             check_renamed(self.renamed, self.features or self._first_columns(), source)
         if check_first:
             self[0]
@@ -154,7 +155,8 @@ class Examples(Sequence):
         """The first `count` rows, or all where there are fewer."""
         count = min(count, len(self))
         rows = self.rows.select(range(count)) if hasattr(self.rows, "select") else self.rows[:count]
-        return Examples(rows, self.source, self.text_column, self.features, False, self.renamed, self.notices)
+        given = rows, self.source, self.text_column, self.features, False, self.renamed, self.notices
+        return Examples(*given, check_columns=False)  # which may first come in a later row
 
 
 def load_examples(
@@ -376,11 +378,12 @@ def _named_files(folder: pathlib.Path, named: Any, split: str) -> list[pathlib.P
     if not patterns:
         raise ValueError(f"data_files {named!r} names no file for the split {split!r}")
     found = [
-        sorted(glob.glob(str(folder / pattern))) for pattern in ([patterns] if isinstance(patterns, str) else patterns)
+        sorted(glob.glob(pattern, root_dir=folder, recursive=True))
+        for pattern in ([patterns] if isinstance(patterns, str) else patterns)
     ]
     if not all(found):
         raise FileNotFoundError(f"there is no file {patterns!r} in {str(folder)!r}")
-    return [pathlib.Path(path) for path in dict.fromkeys(itertools.chain(*found))]
+    return [folder / path for path in dict.fromkeys(itertools.chain(*found))]
 
 
 def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]:
@@ -440,7 +443,7 @@ def to_example(
             check_texts(row[name], name)
         context = columns.get("teacher_context")
         context = None if context is None else text_of(context, "'teacher_context'", "text or null") or None
-        if form in ("messages", "prompt"):
+        if is_chat := form in ("messages", "prompt") and form != text_column:
             prompt, completion, messages = _conversation(columns) if form == "messages" else _prompt(columns)
             extras = conversation_extras(columns)
         else:
@@ -457,7 +460,7 @@ def to_example(
         read_by: Any = prompt, messages
         prompt, messages = (Conversation(m, **extras) if isinstance(m, list) else m for m in read_by)
     unread = tuple(str(name) for name, value in row.items() if name not in read and value is not None)
-    said: Any = columns.get("completion") if form == "prompt" else None
+    said: Any = columns.get("completion") if is_chat and form == "prompt" else None
     answers = sum(m.get("role") == "assistant" for m in said) if isinstance(said, list) else 1
     return Example(prompt, completion, messages, context, unread, answers, format)
 

@@ -19,7 +19,11 @@ def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Exampl
     if shares := [entry["fraction"] for entry in entries if entry.get("fraction")]:
         weights = [share / sum(shares) for share in shares]
         total = min(len(part) / weight for part, weight in zip(parts, weights))
-        parts = [part.first(round(weight * total)) for part, weight in zip(parts, weights)]
+        counts = [round(weight * total) for weight in weights]
+        for entry in (entry for entry, count in zip(entries, counts) if not count):
+            share = f"the fraction {entry['fraction']:g} of {entry['path']} comes to no row"
+            raise ValueError(f"--datasets: {share} beside {sum(counts):,} of the others; raise it, or leave it out")
+        parts = [part.first(count) for part, count in zip(parts, counts)]
     names = [f"{len(part):,} rows of {entry['path']}" for part, entry in zip(parts, entries)]
     return Examples(JsonRows(parts), "the mixture", check_first=False, notices=[f"the mixture has {', '.join(names)}"])
 

@@ -54,16 +54,23 @@ def read_columns(
     projects. `renamed` says in which column of the row another stands, such as `{"prompt": "question"}`, or None for
     one that is not to be read; where it names columns of some forms, only these forms are looked for.
 
+    A text column that is called as one of the forms is text, and `conversations` that are no list of dicts leave the row
+    to a form behind them.
+
     ValueError where the row has the columns of two pairs, or another project's format cannot be read as messages.
     """
     renamed = renamed or {}
     columns = {name: value for name, value in row.items() if name not in renamed}
     columns |= {name: row.get(source) for name, source in renamed.items() if source is not None}
     named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
-    forms = {**_CHATS, "text": ("text" if "text" in named else text_column,), **_PAIRS}
+    text = "text" if "text" in named else text_column
+    chats = {form: names for form, names in _CHATS.items() if form != text}
+    forms = {**chats, "text": (text,), **_PAIRS}
     forms = {form: names for form, names in forms.items() if not named or named & {*names}}
     found = [form for form, names in forms.items() if columns.get(names[0]) is not None]
     found = [form for form in found if form not in _PAIRS or forms[form][1] in columns]
+    if len(found) > 1 and "conversations" in found and not _is_chat(columns["conversations"]):
+        found.remove("conversations")
     if not found:
         return RowColumns(columns, None, "", frozenset())
     form, names, format = found[0], forms[found[0]], ""
@@ -74,6 +81,9 @@ def read_columns(
             raise ValueError(f"it has the columns of {both}; say which are read, as with --columns {says}")
         format, columns["messages"] = form, _pair(columns, form)
     elif form in _CHATS:
+        if form == "conversations" and (not (isinstance(value := columns[form], list | tuple) and value)):
+            has = "an empty list" if isinstance(value, list) else describe_type(value)
+            raise ValueError(f"{form!r} must be a list of messages, {{from, value}} or {{role, content}}, not {has}")
         turned = {name: _with_roles(columns[name], name) for name in names if columns.get(name) is not None}
         changed = any(turned[name] is not columns[name] for name in turned)
         columns |= turned
@@ -108,6 +118,11 @@ def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], sou
         if column not in columns:
             has = listed(columns, 12) or "none"
             raise ValueError(f"{says}, but {source} has no column {excerpt(str(column))}; it has {has}")
+
+
+def _is_chat(value: Any) -> bool:
+    """Whether it is a list of dicts."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 
 def _pair(columns: Mapping[str, Any], format: str) -> list[dict]:

@@ -63,17 +63,22 @@ def keep_end(prompt: Prompt, chat_tokenizer: ChatTokenizer, room: int) -> Prompt
         return prompt
     if isinstance(prompt, str):
         return _longest_end(prompt, room, lambda text: text, fits)
-    first = next((k for k, m in enumerate(prompt) if m.get("role") not in ("system", "developer")), len(prompt))
+    first = next((k for k, message in enumerate(prompt) if not _is_system(message)), len(prompt))
     head, rest = list(prompt[:first]), list(prompt[first:])
     users = [k for k, message in enumerate(rest) if k and message.get("role") == "user"]
     for k in users:
-        if fits(shorter := _like(prompt, [*head, *rest[k:]])):
+        if fits(shorter := _like(prompt, [*head, *filter(_is_system, rest[:k]), *rest[k:]])):
             return shorter
-    rest = rest[users[-1] :] if users else rest
+    if users:
+        head, rest = [*head, *filter(_is_system, rest[: users[-1]])], rest[users[-1] :]
     if not rest or not rest[0].get("content"):
         return None
     build = lambda text: _like(prompt, [*head, rest[0] | {"content": text}, *rest[1:]])  # noqa: E731
     return _longest_end(rest[0]["content"], room, build, fits)
+
+
+def _is_system(message: dict) -> bool:
+    return message.get("role") in ("system", "developer")
 
 
 def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:

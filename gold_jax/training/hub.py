@@ -99,7 +99,8 @@ def shown_command(argv: Sequence[str]) -> str:
         secret = name.replace("-", "_") == "__hub_token"
         shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
         hide = secret and not equals
-    return shlex.join(shown)
+    # Of an argument that is no UTF-8 Python makes surrogates, which no file takes.
+    return shlex.join(shown).encode("utf-8", "backslashreplace").decode()
 
 
 def write_model_card(

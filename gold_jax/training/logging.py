@@ -146,14 +146,15 @@ class MetricLog(contextlib.AbstractContextManager):
         """Calls a function; a run must outlive whatever its reporting does."""
         try:
             function()
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # which rich raises where a pipe is closed
             self.complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
 
     def complain(self, what: str, why: str) -> None:
         """Says on the console, once, what does not work."""
         if what not in self._complained and self._console is not None:
             self._complained.add(what)
-            self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
+            with contextlib.suppress(Exception, SystemExit):  # a terminal that is gone takes no complaint either
+                self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
 
 
 class _Worker:

@@ -86,6 +86,13 @@ class Data(NamedTuple):
         return steps
 
 
+class _Measured(NamedTuple):
+    """What `metric_for_best_model` was after an update."""
+
+    metric: float
+    step: int
+
+
 class Loop:
     """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
@@ -151,7 +158,9 @@ class Loop:
         self._losses: list[float] = []  # of the updates made since `train` began
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.rollouts: Rollouts = {}  # drawn up to the last update, for later ones
-        self.unmeasured = False  # whether the evaluation due after the last update was interrupted
+        self.unmeasured = False  # whether an evaluation was due after the last update and is not made
+        self._newest: _Measured | None = None  # the last evaluation, by `metric_for_best_model`
+        self._best_saved: _Measured | None = None  # the best of those whose update is saved
         self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
 
     # the run
@@ -310,10 +319,12 @@ class Loop:
                 self._give_up(metrics, step, current.counted)
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
-            self.unmeasured = control.should_evaluate and self.done < total  # at the end it is made anyway
+            # At the end it is made anyway: only the best of a longer run has to know of it.
+            closes = self.done == total
+            self.unmeasured = control.should_evaluate and not (closes and args.metric_for_best_model is None)
             if failed is not None:
                 raise failed
-            if self.unmeasured:
+            if self.unmeasured and not closes:
                 measured = signals.interruptible(self.evaluate)
                 if measured is not None:
                     self.unmeasured = False
@@ -322,16 +333,16 @@ class Loop:
                 self._restart_clock()
             signals.poll_preemption(self.done)
             control = self.callbacks.control
-            if control.should_training_stop or signals.requested:
-                if not (ends_epoch or signals.requested):
-                    self.callbacks.call("on_epoch_end")
-                if self.done < total or signals.requested:
-                    return
-                continue  # the steps end by themselves, so that a trace of the last one is reported
-            if control.should_save:
+            ends = control.should_training_stop  # with a --save_strategy the end is saved behind the loop
+            if control.should_save and not (signals.requested or (ends and args.save_strategy != "no")):
                 self._save_checkpoint()
                 self.callbacks.call("on_save")
                 self._restart_clock()
+            if self.callbacks.control.should_training_stop or signals.requested:
+                if not (ends_epoch or signals.requested):
+                    self.callbacks.call("on_epoch_end")
+                if self.done < total or signals.requested:
+                    return  # of the last update the steps end by themselves, so that a trace of it is reported
             self.checkpoints.poll()
 
     def _build_batch(self, step: int) -> UpdateBatch:
@@ -533,25 +544,36 @@ class Loop:
         name = f"eval_{wanted.removeprefix('eval_')}"
         if name not in metrics:
             measures = ", ".join(metrics)
-            what = "which no evaluation measures; there are"
-            raise ValueError(f"--metric_for_best_model is {wanted!r}, {what} {measures}")
-        value, best = float(metrics[name]), self._progress.best_metric
-        if math.isfinite(value) and (best is None or (value > best if self.args.greater_is_better else value < best)):
-            self._note(best_metric=value, best_global_step=self.done)
-            if self._is_saved():
-                self._mark_best()
+            raise ValueError(
+                f"--metric_for_best_model is {wanted!r}, which no evaluation measures; there are {measures}"
+            )
+        self._newest = _Measured(float(metrics[name]), self.done)
+        if self._is_better(self._newest.metric, self._progress.best_metric):
+            self._note(best_metric=self._newest.metric, best_global_step=self.done)
+        if self._is_saved():
+            self._mark_best()
+
+    def _is_better(self, value: float, best: float | None) -> bool:
+        if best is None or not (math.isfinite(value) and math.isfinite(best)):
+            return math.isfinite(value)
+        return value > best if self.args.greater_is_better else value < best
 
     def _mark_best(self) -> None:
-        """Notes the checkpoint of the last update as the best, which stays."""
+        """Notes the checkpoint of the last update, which then stays, where it is the best of those saved."""
+        newest, best = self._newest, self._best_saved
+        if newest is None or newest.step != self.done or not self._is_better(newest.metric, best and best.metric):
+            return
+        self._best_saved = newest
         self._note(best_model_checkpoint=str(self.checkpoints.folder / f"checkpoint-{self.done}"))
         self.checkpoints.best.clear()
         self.checkpoints.best.add(self.done)
 
     def _load_best(self) -> bool:
         """With `load_best_model_at_end`, replaces the parameters by those of the best checkpoint; whether it did."""
-        state, args = self._progress, self.args
-        path = state.best_model_checkpoint
-        if not args.load_best_model_at_end or path is None or state.best_global_step == self.done:
+        args, best, path = self.args, self._best_saved, self._progress.best_model_checkpoint
+        if not args.load_best_model_at_end or path is None or best is None or self._newest is None:
+            return False
+        if best.step == self.done or not self._is_better(best.metric, self._newest.metric):
             return False
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state.params)
         abstract = {"params": jax.tree.map(lambda x: {"value": x}, shapes)}
@@ -562,7 +584,7 @@ class Loop:
             raise ValueError(f"--load_best_model_at_end: {path} is not whole: {error}; {last}") from None
         params = jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(arrays))
         self.state = self.state._replace(params=params)
-        self.say(f"The best of all is {path} ({args.metric_for_best_model} {state.best_metric:g}).")
+        self.say(f"The best of all is {path} ({args.metric_for_best_model} {best.metric:g}).")
         self._save_student()
         return True
 
@@ -674,15 +696,17 @@ class Loop:
         self._measured = metadata["run"].get(EVALUATED, self._measured)
         self._note(num_input_tokens_seen=metadata.get("num_tokens", 0))
         if (best := metadata.get("best")) is not None:
-            where = str(path.parent / f"checkpoint-{best['step']}")
+            self._best_saved = _Measured(**best.get("saved", {"metric": best["metric"], "step": best["step"]}))
+            where = str(path.parent / f"checkpoint-{self._best_saved.step}")
             self._note(best_metric=best["metric"], best_global_step=best["step"], best_model_checkpoint=where)
-            self.checkpoints.best.add(best["step"])
+            self.checkpoints.best.add(self._best_saved.step)
         self._means.restore(metadata["means"])
         self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
         if is_main_process():
             if (checkpointing.current_run(self.output) or "") == self.run_id:
                 metrics, completions = (self.output / name for name in LOGS)
-                self.history = truncate_log(metrics, self.done, ended=self.done == self.total_steps)
+                again = self.done == self.total_steps or (self.unmeasured and self.data.eval is not None)
+                self.history = truncate_log(metrics, self.done, ended=again)
                 unwritten = metadata.get("unwritten", [])
                 truncate_log(completions, self.done - bool(unwritten))
                 if unwritten:
@@ -711,8 +735,7 @@ class Loop:
             host = jax.tree.map(np.array, self.state.params)  # a copy: steps donate what is on the device
             model = merge(self.run.graph, host)
             write_student = lambda folder: self._save_model(model, folder)  # noqa: E731
-        if self._progress.best_global_step == self.done:
-            self._mark_best()
+        self._mark_best()
         measured = {} if self._measured is None else {EVALUATED: self._measured}
         metadata = {"run": self.data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self._means.state(), "shapes": self.shapes}
@@ -721,8 +744,9 @@ class Loop:
         metadata |= {"unwritten": self._unwritten} if self._unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
         metadata |= {"num_tokens": self._progress.num_input_tokens_seen}
-        if self._progress.best_model_checkpoint is not None:
-            metadata["best"] = {"metric": self._progress.best_metric, "step": self._progress.best_global_step}
+        if self._best_saved is not None:
+            best = {"metric": self._progress.best_metric, "step": self._progress.best_global_step}
+            metadata["best"] = best | {"saved": self._best_saved._asdict()}
         given = self.done, self._named_for_checkpoints(self.state), metadata, write_student
         self.checkpoints.save(*given, to_bytes(self.rollouts) if self.rollouts else None)
 

@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -118,11 +119,22 @@ class RunSummary:
     def _write(self) -> None:
         if self._path is None:
             return
-        text = json.dumps(self._facts | {"parts": self._parts}, indent=1, ensure_ascii=False, default=str)
+        told = _without_nan(self._facts | {"parts": self._parts})
+        text = json.dumps(told, indent=1, ensure_ascii=False, default=str, allow_nan=False)
         with contextlib.suppress(OSError):
             unfinished = self._path.with_suffix(".json.new")
-            unfinished.write_text(text + "\n", encoding="utf-8")
+            # Of a path that is no UTF-8 Python makes surrogates, which then stand there as JSON's escapes.
+            unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
             unfinished.replace(self._path)
+
+
+def _without_nan(value: Any) -> Any:
+    """A value with NaN and infinities, which JSON lacks, as texts."""
+    if isinstance(value, Mapping):
+        return {name: _without_nan(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _now() -> str:

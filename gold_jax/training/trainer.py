@@ -112,6 +112,8 @@ class _Trainer:
         several = isinstance(eval_dataset, Mapping)
         if several and not eval_dataset:
             raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
+        if several and len({*map(str, eval_dataset)}) < len(eval_dataset):
+            raise ValueError(f"eval_dataset has two names that are written alike: {', '.join(map(repr, eval_dataset))}")
         read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
         self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
         self.placement = build.place_run(a.mesh, a.layout)
@@ -332,7 +334,7 @@ class _Trainer:
 
         Args:
             eval_dataset: rows as `eval_dataset` of the constructor, or a dict of such, each measured under
-                `{metric_key_prefix}_{name}`; None: those of the constructor.
+                `{metric_key_prefix}_{name}`; None: those of the constructor, the name of one of several: that one.
             ignore_keys: accepted as in transformers, without effect.
             metric_key_prefix: what the metrics' names begin with.
         """
@@ -358,6 +360,8 @@ class _Trainer:
         return output
 
     def _rows_to_measure(self, rows: Any) -> Sequence:
+        if isinstance(rows, str) and isinstance(self.eval_examples, Mapping) and rows in self.eval_examples:
+            return self.eval_examples[rows]
         named = dict(text_column=self.args.dataset_text_field, renamed=self.args.columns)
         rows, notices, _ = self._check_evaluation(load_examples(rows, **named))
         for notice in notices:

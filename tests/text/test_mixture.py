@@ -2,6 +2,7 @@ import json
 
 import datasets
 import pytest
+import tiny_models as tiny
 
 from gold_jax.config import DataArguments, RunFacts, SFTConfig, named_without_effect
 from gold_jax.config.parsing import FlagError, parse_args
@@ -52,6 +53,27 @@ def test_data_sets_of_a_yaml_file_follow_each_other(folder):
 def test_fractions_are_trl_s(folder):
     both = [{"path": f"{folder}/a.jsonl", "fraction": 3}, {"path": f"{folder}/b.jsonl", "fraction": 1}]
     assert prompts(load_mixture(both)) == [*(f"a.jsonl {i}" for i in range(6)), "b.jsonl 0", "b.jsonl 1"]
+
+
+def test_a_share_of_no_row_is_refused(folder):
+    both = [{"path": f"{folder}/a.jsonl", "fraction": 0.99}, {"path": f"{folder}/b.jsonl", "fraction": 0.01}]
+    with pytest.raises(ValueError, match="the fraction 0.01 of .*b.jsonl comes to no row beside 6 of the others"):
+        load_mixture(both)
+
+
+def test_a_share_need_not_reach_a_named_column(tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "u"}]} for _ in range(4)]
+    paths = [tiny.write_rows(tmp_path / f"{n}.jsonl", [*rows, rows[0] | {"f": "[]"}]) for n in "ab"]
+    columns = {"messages": "messages", "tools": "f"}
+    both = [{"path": str(p), "fraction": k + 1, "columns": columns} for k, p in enumerate(paths)]
+    assert len(load_mixture(both)) == 2 + 5
+
+
+def test_patterns_go_into_folders_whatever_these_are_called(tmp_path):
+    for name in ("x[1]/s/t.jsonl", "x[1]/t.jsonl"):
+        tiny.write_rows(tmp_path / name, [{"text": name}])
+    for pattern, count in {"s/*.jsonl": 1, "**/t.jsonl": 2, str(tmp_path / "x*/t.jsonl"): 1}.items():
+        assert len(load_mixture([{"path": str(tmp_path / "x[1]"), "data_files": pattern}])) == count
 
 
 def test_evaluation_splits_have_the_names_of_their_data_sets(folder):

@@ -35,6 +35,19 @@ def test_conversations_may_have_role_and_content():
     assert example == Example([USER], "a", [USER, ANSWER]) and example.format == "conversations"
 
 
+@pytest.mark.parametrize("value", ["u", [], 3])
+def test_conversations_that_are_none_leave_a_row_its_other_form(value):
+    (text, pair) = read({"conversations": value, "text": "t"}, {"conversations": value, "question": "u", "answer": "a"})
+    assert text == Example("", "t") and text.unread == ("conversations",)
+    assert pair == Example([USER], "a", [USER, ANSWER])
+
+
+@pytest.mark.parametrize("column", ["prompt", "messages", "conversations"])
+def test_a_text_column_is_text_whatever_it_is_called(column):
+    (example,) = read({column: "t", "completion": "c"}, text_column=column)
+    assert example == Example("", "t") and example.unread == ("completion",)
+
+
 @pytest.mark.parametrize("value", [json.dumps(CALL), json.dumps([CALL])])
 @pytest.mark.parametrize("observer", ["observation", "tool"])
 def test_calls_and_what_tools_say_become_tool_calls_and_tool_turns(value, observer):
@@ -57,7 +70,11 @@ def test_calls_and_what_tools_say_become_tool_calls_and_tool_turns(value, observ
             "is from function_call, .*JSON of a call.*look",
         ),
         ({"conversations": [{"from": "human"}]}, "the content of message 0 of .* must be text, not missing or null"),
-        ({"conversations": "u"}, "'messages' must be a list"),
+        (
+            {"conversations": "u"},
+            "'conversations' must be a list of messages, {from, value} or {role, content}, not a str",
+        ),
+        ({"conversations": [], "system": "s"}, "'conversations' must be .* not an empty list"),
         ({"conversations": [SYSTEM, USER], "system": "s"}, "a 'system' column beside a system message"),
         ({"instruction": "u", "output": 3}, "'output' must be text, not a int"),
         ({"instruction": "u", "output": "a", "history": [["u"]]}, "'history' must be a list of pairs"),

@@ -48,6 +48,15 @@ def test_turns_go_before_texts_and_the_system_message_stays(chat):
     assert keep_end(turns, chat, 3) is None and turns[1] == user("one " * 20)
 
 
+def test_a_system_message_between_turns_stays(chat):
+    later = {"role": "system", "content": "be brief"}
+    turns = [SYSTEM, user("one " * 20), answer("1"), later, user("two " * 20)]
+    short = [SYSTEM, later, turns[4]]
+    assert keep_end(turns, chat, length(chat, short)) == short
+    found = keep_end(turns, chat, length(chat, short) - 5)
+    assert found[:2] == short[:2] and turns[4]["content"].endswith(found[2]["content"])
+
+
 def test_the_answer_and_the_tools_of_a_row_stay(chat):
     row = {"messages": [SYSTEM, user("x " * 300), answer("the dog.")], "tools": [{"name": "f"}]}
     rows = load_examples([row, {"prompt": "short", "completion": "y"}])

@@ -128,6 +128,25 @@ def test_a_tracker_that_does_not_answer_is_reported_and_waited_for_no_longer(mon
     assert len(rows_of(tmp_path / "metrics.jsonl")) == 3
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "full"), SystemExit(1)], ids=["full disk", "closed pipe, as rich has it"]
+)
+def test_a_terminal_that_is_gone_costs_its_lines_alone(tmp_path, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+
+    log = MetricLog(tmp_path / "metrics.jsonl", Console(file=Gone(), width=80))
+    for step in (1, 2):
+        log.log(step, {"loss": 1.0})
+    flushed = threading.Thread(target=log.flush, daemon=True)
+    flushed.start()
+    flushed.join(10)
+    assert not flushed.is_alive()
+    log.close()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_mean_goes_on_where_another_stood_to_the_last_bit():
     values = [{"loss": jnp.float32(0.1 * i), "share": 0.3 * i} for i in range(7)]
     whole, first, second = RunningMean(), RunningMean(), RunningMean()

@@ -61,6 +61,15 @@ def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path):
         pass
 
 
+def test_what_is_no_number_and_no_utf_8_is_written_as_json(tmp_path):
+    summary = RunSummary(tmp_path, {"output": "x\udcff", "big": [float("inf")]})
+    with summary.part("a", 9, lambda: 0, resumed=False):
+        summary.add(results={"after": {"eval_loss": float("nan")}})
+    refuse = pytest.fail  # of NaN, which is no JSON
+    found = json.loads((tmp_path / "summary.json").read_text("utf-8"), parse_constant=refuse)
+    assert (found["output"], found["results"]["after"]["eval_loss"], found["big"]) == ("x\udcff", "nan", ["inf"])
+
+
 def test_settings_are_those_that_are_no_defaults():
     assert settings_beside_defaults(SFTConfig(seed=3, hub_token="x", learning_rate=SFTConfig().learning_rate)) == {
         "seed": 3

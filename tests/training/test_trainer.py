@@ -152,11 +152,14 @@ def test_several_evaluation_sets_are_measured_by_their_names(world, tmp_path):
         }.items() <= found.items()
         assert len(trainer.eval_examples[name]) == len(rows)
     assert set(found) == {f"eval_{name}_{key}" for name in sets for key in ("loss", "token_accuracy", "bits_per_byte")}
+    assert trainer.evaluate("hard") == alone  # by its name, as transformers has it
     assert trainer.train().metrics.keys() >= found.keys() == trainer.loop.results["after training"].keys()
     with pytest.raises(ValueError, match="eval_dataset 'hard': no row of the evaluation data has a completion"):
         sft(world, tmp_path, {"easy": ROWS, "hard": [{"prompt": "x"}]})
     with pytest.raises(ValueError, match="eval_dataset is an empty dict"):
         sft(world, tmp_path, {})
+    with pytest.raises(ValueError, match="two names that are written alike: 1, '1'"):
+        sft(world, tmp_path, {1: ROWS, "1": ROWS})
 
 
 @pytest.mark.parametrize(
