@@ -1,5 +1,6 @@
 """Wording that messages share."""
 
+import re
 import reprlib
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,15 @@ def shortened(text: str, most: int = 600) -> str:
     'a name that is too l…xxxxxxxxx; rename it'
     """
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-(most // 2) :]}"
+
+
+def without_passwords(text: str) -> str:
+    """A text in which the user and password of addresses are hidden.
+
+    >>> without_passwords("--vllm_server_base_url http://me:secret@host:8000")
+    '--vllm_server_base_url http://HIDDEN@host:8000'
+    """
+    return re.sub(r"(?<=://)[^/@\s\"]+@", "HIDDEN@", text)
 
 
 def listed(items: Sequence[str], most: int, separator: str = ", ", joint: str = " and") -> str:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gold_jax.models.staged_save import TOKENIZER
+from gold_jax.wording import without_passwords
 
 _MARK = "<!-- written by gold_jax -->"
 # The files of a model. Nothing else in the folder is published: a run's logs and checkpoints, or what somebody keeps there.
@@ -100,7 +101,7 @@ def shown_command(argv: Sequence[str]) -> str:
         shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
         hide = secret and not equals
     # Of an argument that is no UTF-8 Python makes surrogates, which no file takes.
-    return shlex.join(shown).encode("utf-8", "backslashreplace").decode()
+    return without_passwords(shlex.join(shown)).encode("utf-8", "backslashreplace").decode()
 
 
 def write_model_card(

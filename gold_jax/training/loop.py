@@ -159,6 +159,9 @@ class Loop:
         self.shapes: Sequence = ()  # that batches are padded to, up to the last update's
         self.rollouts: Rollouts = {}  # drawn up to the last update, for later ones
         self.unmeasured = False  # whether an evaluation was due after the last update and is not made
+        self._evaluated: tuple[int, Mapping[str, float]] | None = (
+            None  # the update of the last evaluation, and its measures
+        )
         self._newest: _Measured | None = None  # the last evaluation, by `metric_for_best_model`
         self._best_saved: _Measured | None = None  # the best of those whose update is saved
         self._measured = self.data.description.get(EVALUATED)  # a digest of the rows measured before the first update
@@ -219,7 +222,8 @@ class Loop:
                 self._save_student()
                 after = {}
                 if self.data.eval is not None:
-                    after = self._evaluate_and_record()
+                    stopped_after_one = self._evaluated is not None and self._evaluated[0] == self.done
+                    after = self._evaluated[1] if stopped_after_one else self._evaluate_and_record()
                     if self._load_best():
                         after = self.evaluate()
                 self.callbacks.call("on_train_end")
@@ -538,6 +542,7 @@ class Loop:
 
         Callbacks come first, and find the best one before it in the state, as in transformers.
         """
+        self._evaluated = self.done, metrics
         self.record(metrics, "on_evaluate")
         if (wanted := self.args.metric_for_best_model) is None:
             return

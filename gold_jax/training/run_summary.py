@@ -21,7 +21,7 @@ from gold_jax.json_files import read_json_object
 from gold_jax.training.hub import shown_command
 from gold_jax.training.resume import SUMMARY
 from gold_jax.training.signals import Preempted
-from gold_jax.wording import shortened
+from gold_jax.wording import shortened, without_passwords
 
 _LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "numpy")
 
@@ -110,11 +110,16 @@ class RunSummary:
     def _parts_before(self, run_id: str) -> list[dict[str, Any]]:
         if self._path is None or not self._path.exists():
             return []
-        with contextlib.suppress(OSError, ValueError):
+        try:
             found = read_json_object(self._path)
-            if found.get("run_id") == run_id and isinstance(found.get("parts"), list):
-                return found["parts"]
-        return []
+        except ValueError:
+            with contextlib.suppress(OSError):  # kept beside the one that is written now
+                self._path.replace(self._path.with_suffix(".damaged.json"))
+            return []
+        except OSError:
+            return []
+        same = found.get("run_id") == run_id and isinstance(found.get("parts"), list)
+        return found["parts"] if same else []
 
     def _write(self) -> None:
         if self._path is None:
@@ -124,7 +129,7 @@ class RunSummary:
         with contextlib.suppress(OSError):
             unfinished = self._path.with_suffix(".json.new")
             # Of a path that is no UTF-8 Python makes surrogates, which then stand there as JSON's escapes.
-            unfinished.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+            unfinished.write_text(without_passwords(text) + "\n", encoding="utf-8", errors="backslashreplace")
             unfinished.replace(self._path)
 
 

@@ -53,6 +53,7 @@ from gold_jax.training.resume import (
 from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
+from gold_jax.wording import without_passwords
 
 SFT_NEW_TOKENS = 128
 _REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
@@ -427,7 +428,7 @@ class _PushOnSave(TrainerCallback):
         self._trainer = trainer
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.global_step >= state.max_steps:
+        if control.should_training_stop or state.global_step >= state.max_steps:
             return
         self._trainer.save_model()
         if is_main_process():
@@ -627,7 +628,7 @@ class GOLDTrainer(_Trainer):
             vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""
             vocabularies += "" if match.stops is None else ", stop tokens matched by role"
         completions = f"{a.lmbda:.0%} by the student"
-        completions += "" if engine is None else f" through {a.rollout_server} at {a.server_url}"
+        completions += "" if engine is None else f" through {a.rollout_server} at {without_passwords(a.server_url)}"
         completions += f", drawn for {a.rollout_batches} updates at once" if a.lmbda and a.rollout_batches > 1 else ""
         completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
         completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""

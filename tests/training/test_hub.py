@@ -106,6 +106,7 @@ def test_a_command_is_shown_without_the_token():
     assert shown_command(["train", "--hub_token", "hf_a", "--hub-token=hf_b", "--x", "a b"]) == (
         "train --hub_token HIDDEN --hub-token=HIDDEN --x 'a b'"
     )
+    assert shown_command(["--url=http://me:pw@h:1/x", "me@there"]) == "--url=http://HIDDEN@h:1/x me@there"
     assert shown_command(["train", "--run_name", "x\udcff"]) == "train --run_name 'x\\udcff'"  # a byte that is no UTF-8
 
 

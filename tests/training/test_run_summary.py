@@ -53,6 +53,16 @@ def test_a_part_says_how_it_ended_and_a_resumed_run_has_one_more(tmp_path, error
     assert len(json.loads((tmp_path / "summary.json").read_text())["parts"]) == 1
 
 
+def test_passwords_are_hidden_and_a_damaged_summary_is_kept_beside(tmp_path):
+    (tmp_path / "summary.json").write_text("{")
+    facts = {"settings": {"vllm_server_base_url": "http://me:secret@host:8000"}}
+    with RunSummary(tmp_path, facts).part("a", 9, lambda: 9, resumed=True):
+        pass
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["settings"] == {"vllm_server_base_url": "http://HIDDEN@host:8000"} and len(found["parts"]) == 1
+    assert (tmp_path / "summary.damaged.json").read_text() == "{"
+
+
 def test_a_folder_that_cannot_be_written_costs_no_run(tmp_path):
     (tmp_path / "file").write_text("")
     with RunSummary(tmp_path / "file").part("a", 9, lambda: 0, resumed=True):
