@@ -1,10 +1,10 @@
-"""What a chat template writes for conversations of one shape, found by running it once with holes in the place of contents.
+"""What a chat template writes for conversations of one shape, found by rendering it once with placeholders for the contents.
 
-Rendering takes a tenth of a millisecond and more. Most templates put contents where they belong and look at little of
-them: whether they are empty, begin with a blank, or hold `</think>`. A hole writes down what it was asked and answers no;
-contents of which the same is true stand where the holes stood. Whatever else a template does with a hole ends the tracing,
-and such conversations are rendered: a hole is no string, has none of a string's other methods, and no filter or test that
-is not named here is given one.
+Rendering takes a tenth of a millisecond and more, for every row. Most templates put contents where they belong and ask
+little of them: whether they are empty, begin with a blank, or hold `</think>`. A placeholder answers every such question
+with no and records it; what was written then holds for all contents of which the answers are no. Anything else that a
+template does with a placeholder ends the tracing, and such conversations are rendered: a placeholder is no string, has only
+a few of a string's methods, and only the filters and tests that are named here take one.
 """
 
 import functools
@@ -26,7 +26,7 @@ _METHODS = frozenset(("startswith", "endswith", "strip", "lstrip", "rstrip"))
 
 
 class _Untraceable(Exception):
-    """A template asks of a content what is not written down here."""
+    """A template does something else with a content than is known here."""
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -41,14 +41,15 @@ def _loses_right(text: str, chars: str | None) -> bool:
     return text.rstrip(chars) != text
 
 
-class _Hole:
-    """Where a content stands, and the questions to all of which its answer has to be no."""
+class _Placeholder:
+    """Stands for a content, and records the questions that a template asks of it, which are answered with no."""
 
     def __init__(self, number: int):
         self.number = number
         self.asked: set[tuple[Callable, Any]] = set()
 
-    def takes(self, text: str) -> bool:
+    def accepts(self, text: str) -> bool:
+        """Whether all that was asked is answered with no by this content."""
         if len(text) > _LONGEST:
             return False
         for ask, other in self.asked:
@@ -58,7 +59,7 @@ class _Hole:
 
 
 class _Traced:
-    """A text with holes, `_parts`: strings that are not empty and do not follow each other, and `_Hole`s."""
+    """A text with placeholders, `_parts`: strings that are not empty and do not follow each other, and `_Placeholder`s."""
 
     def __init__(self, parts: Iterable[Any]):
         groups = itertools.groupby(parts, lambda part: isinstance(part, str))
@@ -66,7 +67,7 @@ class _Traced:
         self._parts = tuple(part for part in joined if part != "")
 
     def _ask(self, question: Callable, other: Any, types: Any = str) -> bool:
-        if len(self._parts) != 1 or not isinstance(self._parts[0], _Hole) or not isinstance(other, types):
+        if len(self._parts) != 1 or not isinstance(self._parts[0], _Placeholder) or not isinstance(other, types):
             raise _Untraceable
         self._parts[0].asked.add((question, other))
         return False
@@ -123,7 +124,7 @@ class _Traced:
 
 
 class _Written(str):
-    """A traced text on its way into another one."""
+    """A traced text while Jinja joins it with others."""
 
     def __new__(cls, _):
         return super().__new__(cls)
@@ -135,7 +136,7 @@ class _Written(str):
         return self
 
 
-# What filters and tests say of a traced text: others are not given one.
+# What filters and tests give for a traced text; all others end the tracing.
 _FILTERS: Mapping[str, Callable] = {"trim": _Traced.strip, "default": do_default, "d": do_default}
 _TESTS: dict[str, Callable] = dict.fromkeys(("defined", "string", "sequence", "iterable"), lambda _: True)
 _TESTS |= dict.fromkeys(("undefined", "none", "mapping", "number", "integer", "float", "boolean"), lambda _: False)
@@ -164,12 +165,12 @@ class _Form(NamedTuple):
     """What a template writes for all conversations of a shape."""
 
     pieces: tuple[str | int, ...]  # strings, and numbers of messages whose contents stand there
-    holes: tuple[_Hole, ...]  # of each message's content
+    placeholders: tuple[_Placeholder, ...]  # of each message's content
 
     def fill(self, contents: Sequence[str]) -> str | None:
         """What is written; None where the contents are not those of which this is known."""
-        for hole, text in zip(self.holes, contents):
-            if not hole.takes(text):
+        for placeholder, text in zip(self.placeholders, contents):
+            if not placeholder.accepts(text):
                 return None
         return "".join([piece if isinstance(piece, str) else contents[piece] for piece in self.pieces])
 
@@ -208,8 +209,8 @@ class TemplateTrace:
         return filled
 
     def _trace(self, messages: Sequence[dict], generate: bool) -> _Form | None:
-        holes = tuple(map(_Hole, range(len(messages))))
-        given = [m | {"content": _Traced([hole])} for m, hole in zip(messages, holes)]
+        placeholders = tuple(map(_Placeholder, range(len(messages))))
+        given = [m | {"content": _Traced([placeholder])} for m, placeholder in zip(messages, placeholders)]
         options = dict(self._variables, tools=None, documents=None, add_generation_prompt=generate)
         try:
             if "autoescape" in self._source:
@@ -220,7 +221,7 @@ class TemplateTrace:
         except Exception:  # what it means is said where the template is rendered
             return None
         pieces = tuple(part if isinstance(part, str) else part.number for part in written)
-        return _Form(pieces, holes) if len(pieces) <= _MOST_PIECES * (len(messages) + 1) else None
+        return _Form(pieces, placeholders) if len(pieces) <= _MOST_PIECES * (len(messages) + 1) else None
 
 
 def _shape(messages: Sequence[dict]) -> tuple | None:
@@ -230,10 +231,10 @@ def _shape(messages: Sequence[dict]) -> tuple | None:
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """One in which what a template writes keeps its holes, and nothing else is told of them than `_Traced` says."""
+    """One in which what a template writes keeps its placeholders, and which answers for them only as `_Traced` does."""
 
     def __init__(self):
-        super().__init__(finalize=_on_its_way)
+        super().__init__(finalize=_keep_placeholders)
         self.tests = {name: _guarded(test, _TESTS.get(name, _refuse)) for name, test in self.tests.items()}
         self.filters = {name: _guarded(made, _FILTERS.get(name, _refuse)) for name, made in self.filters.items()}
         self.globals = self.globals | {"raise_exception": _refuse}
@@ -248,10 +249,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         return _refuse() if traced else super().getitem(obj, argument)
 
     def concat(self, texts):
-        """What a template or a macro has written: a text, or one with holes."""
+        """What a template or a macro has written: a text, or one with placeholders."""
         parts = [part for text in texts for part in (text.parts if isinstance(text, _Written) else (text,))]
-        return _Traced(parts) if any(isinstance(part, _Hole) for part in parts) else "".join(parts)
+        return _Traced(parts) if any(isinstance(part, _Placeholder) for part in parts) else "".join(parts)
 
 
-def _on_its_way(value: Any) -> str:
+def _keep_placeholders(value: Any) -> str:
     return _Written(value) if isinstance(value, _Traced) else str(value)  # which raises where it holds a traced text
