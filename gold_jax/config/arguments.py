@@ -315,6 +315,9 @@ class TextFlags(Settings):
         "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
     on_bad_row: str = free_flag("error", "What to do with a row that cannot be read: end with an error, or skip it, count "
         "it and show the first ones.", choices=("error", "skip"))
+    check_rows: str = flag("auto", "When to look through all rows, for those that cannot be read or learned from: before "
+        "training, or beside it, which begins at once and needs --max_steps. auto: beside it from 200,000 rows on, where "
+        "that is possible.", choices=("auto", "before", "beside"))
     completion_only_loss: bool | None = flag(None, "Learn the completion (of a conversation its last answer) and "
         "nothing else; false: the whole sequence.", effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")

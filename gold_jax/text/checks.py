@@ -2,6 +2,7 @@
 
 import array
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -407,19 +408,26 @@ def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:
     return found
 
 
-def check_examples(examples: Sequence[Example], chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows:
+def check_examples(
+    examples: Sequence[Example],
+    chat_tokenizer: ChatTokenizer,
+    reach: Callable[[int], Any] | None = None,
+    **options: Any,
+) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot; `options` as `RowChecker` takes them.
 
+    `reach` is called with the number of rows looked at, after every block of them; None: they are shown as progress.
     ValueError as `RowChecker.check`, or no row is left.
     """
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
     rows = ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
-    with progress.task("checking the rows", len(examples)) as task:
+    with contextlib.ExitStack() as shown:
+        told = reach or shown.enter_context(progress.task("checking the rows", len(examples))).reach
         while block := list(itertools.islice(rows, _BLOCK)):
             for i, e in checker.check(block):
                 kept.append(i)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-            task.reach(checker.total)
+            told(checker.total)
     if not kept:
         raise checker.nothing_left()
     return CheckedRows(kept, checker.notices(), digest.hexdigest())

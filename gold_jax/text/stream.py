@@ -1,4 +1,4 @@
-"""A data set that is read while it is trained on: in shards, whose order and rows are shuffled so that a run can be resumed.
+"""A data set that is checked while it is trained on, and perhaps read: in shards, shuffled so that a run can be resumed.
 
 In every epoch the shards come in a random order; their rows, one shard's after the other's, are cut into windows of
 `WINDOW` rows, and the rows of a window come in a random order. Both orders are functions of seed, epoch and window, so
@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.checks import RowChecker
-from gold_jax.text.data import FIRST_ROWS, Example, hub_errors, hub_files, local_files, to_example
-from gold_jax.text.json_rows import read_json_lines
+from gold_jax.text.data import FIRST_ROWS, Example, Examples, hub_errors, hub_files, local_files, to_example
+from gold_jax.text.json_rows import JsonRows, read_json_lines
 from gold_jax.text.row_formats import check_renamed
 
 WINDOW = 1000  # rows that are shuffled among each other
@@ -38,6 +38,13 @@ class RowStream:
     features: Mapping | None = None
     renamed: Mapping[str, str | None] | None = None
 
+    def describe(self) -> str:
+        """What updates learn from, in words."""
+        return f"a stream of {len(self.shards)} shards"
+
+    def epoch_steps(self, per_step: int) -> None:
+        """Updates of an epoch, which are not known."""
+
     def rows(
         self, order: list[int], shard: int = 0, row: int = 0
     ) -> Iterator[tuple[int, int, str, Callable[[], Example]]]:
@@ -56,6 +63,48 @@ class RowStream:
         if isinstance(row, ValueError):
             raise ValueError(f"row {label} of {self.source}: {row}")
         return to_example(row, label, self.source, self.text_column, self.renamed, self.features)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledRows:
+    """Rows that can be read in any order, as a stream in which every row is a shard: an epoch shuffles all of them."""
+
+    examples: Examples
+    source: str
+    digest: str
+
+    @classmethod
+    def of(cls, examples: Examples) -> "ShuffledRows":
+        """The rows of `text.data.Examples`."""
+        rows: Any = examples.rows
+        described: list[Any] = [len(examples), examples.text_column, repr(examples.features)]
+        described += [repr(examples.renamed), rows.digest() if isinstance(rows, JsonRows) else None]
+        return cls(examples, examples.source, _digest(described))
+
+    @property
+    def notices(self) -> list[str]:
+        """Lines about how the rows were read."""
+        return self.examples.notices
+
+    @property
+    def shards(self) -> range:
+        """The numbers of the rows."""
+        return range(len(self.examples))
+
+    def describe(self) -> str:
+        """What updates learn from, in words."""
+        return f"{len(self.examples):,} rows, checked while they are trained on"
+
+    def epoch_steps(self, per_step: int) -> int:
+        """Updates that all rows would be, of so many rows each, if none was passed over."""
+        return -(-len(self.examples) // per_step)
+
+    def rows(
+        self, order: list[int], shard: int = 0, row: int = 0
+    ) -> Iterator[tuple[int, int, int, Callable[[], Example]]]:
+        """As `RowStream.rows`: a row is called by its number."""
+        for k in range(shard + row, len(order)):
+            yield k, 0, order[k], functools.partial(self.examples.__getitem__, order[k])
 
 
 def open_stream(
@@ -123,14 +172,20 @@ class StreamOrder:
         checker: which of them can be learned from; the others are passed over, and `say` is told once for each reason.
         per_step: rows of an update.
         seed: of both orders.
-        total: updates of the run, which stand for an epoch where one is counted: its length is not known.
+        total: updates of the run, which stand for an epoch where one is counted and its length is not known.
     """
 
     def __init__(
-        self, stream: RowStream, checker: RowChecker, per_step: int, seed: int, total: int, say: Callable[[str], Any]
+        self,
+        stream: RowStream | ShuffledRows,
+        checker: RowChecker,
+        per_step: int,
+        seed: int,
+        total: int,
+        say: Callable[[str], Any],
     ):
         self.stream, self.checker, self.per_step, self.seed, self.say = stream, checker, per_step, seed, say
-        self.steps_per_epoch = total
+        self.steps_per_epoch = stream.epoch_steps(per_step) or total
         # Where the last updates begin: epoch, the shard (in the epoch's order) and row at which a window begins, its number,
         # how many of its rows that can be learned from are taken, and whether any of the epoch was.
         self._positions: dict[int, dict[str, Any]] = {}
@@ -140,9 +195,9 @@ class StreamOrder:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"a stream of {len(self.stream.shards)} shards"
+        return self.stream.describe()
 
-    def __call__(self, step: int) -> list[str]:
+    def __call__(self, step: int) -> list[Any]:
         """Names of the rows of an update."""
         return [name for name, _ in self.take(step)]
 
@@ -153,7 +208,7 @@ class StreamOrder:
     def _beginning(self, epoch: int) -> dict[str, Any]:
         return dict(epoch=epoch, shard=0, row=0, window=0, taken=0, learned=False)
 
-    def take(self, step: int) -> list[tuple[str, Example]]:
+    def take(self, step: int) -> list[tuple[Any, Example]]:
         """The rows of an update with their names; updates come one after another, or again from one of the last."""
         if step != self._at:
             self._seek(self._positions[step])
@@ -195,7 +250,7 @@ class StreamOrder:
         order = np.random.default_rng((self.seed, position["epoch"])).permutation(len(self.stream.shards)).tolist()
         self._rows = self.stream.rows(order, position["shard"], position["row"])
 
-    def _read_window(self) -> list[tuple[str, Example]]:
+    def _read_window(self) -> list[tuple[Any, Example]]:
         """The rows of this window that can be learned from, in their random order."""
         if self._window is not None:
             return self._window

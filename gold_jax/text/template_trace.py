@@ -7,6 +7,7 @@ template does with a placeholder ends the tracing, and such conversations are re
 a few of a string's methods, and only the filters and tests that are named here take one.
 """
 
+import copy
 import functools
 import itertools
 import operator
@@ -188,6 +189,10 @@ class TemplateTrace:
         self._known: dict[tuple, _Form | None] = {}
         self._seen_right: set[tuple] = set()
         self._template: jinja2.Template | None = None
+
+    def __deepcopy__(self, memo: dict) -> "TemplateTrace":
+        """Another one that begins anew; Jinja's templates cannot be copied."""
+        return TemplateTrace(self._source, copy.deepcopy(self._variables, memo))
 
     def render(self, messages: Sequence[dict], generate: bool, render: Callable[[], str]) -> str:
         """What `render` gives for messages, which is called where it is not known."""

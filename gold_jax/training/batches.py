@@ -335,11 +335,30 @@ class DistillationBatchBuilder:
         return "all" if self.spec.groups == "positional" else self.spec.groups
 
     def count_targets(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
-        """How many groups, or tokens of cross-entropy, rows of the data set give to learn, and whether each is cut."""
+        """How many groups, or tokens of cross-entropy, rows of the data set give to learn, and whether each is cut.
+
+        Of a row that is surely not cut, where all groups count, at least so many.
+        """
         completions = [e.completion_for(self.student) for e in examples]
-        encoded, rows = self._aligned(examples, completions)
-        sizes = [len(x.student_prompt) + len(x.student.ids) + 1 for x in encoded]
-        return [(self._count(row), size > self.max_length) for row, size in zip(rows, sizes)]
+        found: list = [(1, False) if fits else None for fits in self._fit(examples, completions)]
+        others = [i for i, done in enumerate(found) if done is None]
+        encoded, rows = self._aligned([examples[i] for i in others], [completions[i] for i in others])
+        for i, x, row in zip(others, encoded, rows):
+            found[i] = self._count(row), len(x.student_prompt) + len(x.student.ids) + 1 > self.max_length
+        return found
+
+    def _fit(self, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
+        """Which rows surely are within `max_length` on both sides, and give something to learn: prompts alone are encoded.
+
+        A token of a completion spells at least a byte, but for a blank before it and the stop token behind it.
+        """
+        if self.max_length is None or self._groups != "all" or self.spec.groups == "positional":
+            return [False] * len(examples)
+        room = np.array([self.max_length - len(text.encode()) - 2 if text else -1 for text in completions])
+        prompts = [e.prompt for e in examples], self._teacher_prompts(examples)
+        pairs = zip((self.student, self.teacher), prompts)
+        lengths = np.array([[len(ids) for ids in side.encode_prompts(read)] for side, read in pairs])
+        return ((lengths.min(axis=0) > 0) & (lengths.max(axis=0) <= room)).tolist() if len(examples) else []
 
     def _count(self, row: Row) -> int:
         counted = int(counted_groups(row, self.spec.merge, self._groups).sum()) if self.spec.distillation_weight else 0

@@ -35,10 +35,11 @@ from gold_jax.models.functional import merge, split
 from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.scoring import greedy_completions, score_completions, share_alike
 from gold_jax.step_ranges import read_steps
+from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.checks import with_text_completion
 from gold_jax.text.data import Example
 from gold_jax.text.process_shard import ProcessShard
-from gold_jax.text.stream import RowStream, StreamOrder
+from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder
 from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, EVALUATION, SAVING, WAITING, annotate
 from gold_jax.training.batches import RowOrder, UpdateBatch
@@ -70,10 +71,11 @@ _SAVED = "the student and all that the run needs to go on are saved in"
 class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
 
-    train: Sequence[Example] | RowStream
+    train: Sequence[Example] | RowStream | ShuffledRows
     eval: Sequence[Example] | Mapping[str, Sequence[Example]] | None  # several sets by their names
     order: RowOrder | StreamOrder  # of those that can be learned from
     description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
+    background: BackgroundCheck | None = None  # of rows that are checked beside training
 
     def total_steps(self, args: SFTConfig) -> int:
         """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` are. ValueError: 2**31 or more."""
@@ -186,6 +188,7 @@ class Loop:
         with (
             Watchdog(args.process_timeout) as self.watchdog,
             self._locked_folders(),
+            self.data.background or contextlib.nullcontext(),
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
@@ -212,9 +215,7 @@ class Loop:
                         kept = f"the last checkpoint is {last}" if last else "nothing is saved"
                         self.say(f"Interrupted again after {self.done} updates, before they were saved; {kept}.")
                         raise
-                if isinstance(self.data.order, StreamOrder):
-                    for line in self.data.order.checker.notices():
-                        self.say(f"Of the rows that were read: {line}")
+                self._say_of_rows()
                 # Before anything else is measured: whatever goes wrong then, this is not lost.
                 if args.save_strategy != "no" and self.checkpoints.finish() and not self._is_saved():
                     self._save_checkpoint()
@@ -351,11 +352,28 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
+        if self.data.background is not None:
+            self._poll(self.data.background)
         given, together = (step, self._examples(step), self.state.params, self.shapes), self._rollout_batches
         if together == 1:
             return self.run.batches.build(*given)
         later = range(step + 1, min(step - step % together + together, self.total_steps))
         return self.run.batches.build(*given, self.rollouts, {t: self._examples(t) for t in later})
+
+    def _say_of_rows(self) -> None:
+        """At the end, what is known of rows that were checked while the run trained."""
+        if (background := self.data.background) is not None:
+            self._poll(background)
+            if not (unfinished := background.unfinished()):
+                return
+            self.say(unfinished)
+        if isinstance(self.data.order, StreamOrder):
+            for line in self.data.order.checker.notices():
+                self.say(f"Of the rows that were read: {line}")
+
+    def _poll(self, background: BackgroundCheck) -> None:
+        for line in background.poll():
+            self.say(line)
 
     def _examples(self, step: int) -> list[Example]:
         order, train = self.data.order, self.data.train

@@ -80,6 +80,9 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         warnings.append(f"{earlier}: see that they are the same")
     for name in now:
         # A setting that the checkpoint does not know came after it.
+        if name == "check_rows" and now[name] != saved.get(name, "before"):
+            refused.append(f"--check_rows is {now[name]} and was {saved.get(name, 'before')}")
+            continue
         if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
             continue
         flag = name if " " in name else f"--{name}"

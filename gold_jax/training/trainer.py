@@ -1,11 +1,12 @@
 """GOLDTrainer and SFTTrainer: from names or objects to a run. The run itself is `training.loop`."""
 
+import copy
 import dataclasses
 import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -28,10 +29,11 @@ from gold_jax.models.functional import count, merge, split
 from gold_jax.scoring import exact_match, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
+from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
 from gold_jax.text.data import load_examples
-from gold_jax.text.stream import RowStream, StreamOrder, open_stream
+from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
@@ -57,6 +59,7 @@ from gold_jax.wording import without_passwords
 
 SFT_NEW_TOKENS = 128
 _REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
+_BESIDE = 200_000  # rows from which on they are checked beside training where `check_rows` is "auto"
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
@@ -76,6 +79,7 @@ class _Trainer(TrainerMembers):
     model_name_or_path: str  # what the student was made of
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
+    _background: BackgroundCheck | None = None  # of rows that are checked beside training
     _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
 
     def __init__(
@@ -107,8 +111,8 @@ class _Trainer(TrainerMembers):
         if isinstance(train_dataset, datasets.IterableDataset):
             train_dataset = open_stream(train_dataset, **named)
         streamed = isinstance(train_dataset, RowStream)
-        if streamed:
-            _check_streamed(a)
+        if streamed and (why := _why_all_rows(a)):
+            raise ValueError(f"a streamed data set has no length: {why}")
         self.train_examples: Any = train_dataset if streamed else read(train_dataset)
         several = isinstance(eval_dataset, Mapping)
         if several and not eval_dataset:
@@ -140,26 +144,58 @@ class _Trainer(TrainerMembers):
 
     def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows | RowChecker:
         """The training rows that can be learned from; of a large data set also as an earlier run has found them.
-        What says it of rows that are streamed, while they are read.
+        What says it of rows that are streamed, or checked beside training, while they are read.
 
         `options` are those of `check_examples`, `learned` is all that `count_targets` depends on beside the tokenizers.
         """
         examples: Any = self.train_examples
         if isinstance(examples, RowStream):
             return RowChecker(chat_tokenizer, **options)
-        check = functools.partial(check_examples, examples, chat_tokenizer, **options)
+        if not self._checks_beside():
+            checked, known = self._look_through(learned, chat_tokenizer, options)
+            if known:
+                self.console.print(
+                    f"The {len(examples):,} rows were checked in an earlier run, with the same settings."
+                )
+            return checked
+        self.train_examples = ShuffledRows.of(examples)
+        if jax.process_count() == 1:
+            # Its tokenizers are its own: what sets truncation and padding is no two threads' at once.
+            own, theirs = copy.deepcopy((chat_tokenizer, options))
+
+            def check(reach: Callable[[int], Any]) -> CheckedRows:
+                return self._look_through(learned, own, theirs, examples, reach)[0]
+
+            self._background = BackgroundCheck(check, len(examples))
+        return RowChecker(chat_tokenizer, **options)
+
+    def _checks_beside(self) -> bool:
+        """Whether the rows are checked beside training; ValueError where that is asked for and cannot be."""
+        asked, why = self.args.check_rows, _why_all_rows(self.args)
+        if asked == "beside" and why:
+            raise ValueError(f"--check_rows beside does not know all rows when training begins: {why}")
+        return asked == "beside" or (asked == "auto" and not why and len(self.train_examples) >= _BESIDE)
+
+    def _look_through(
+        self,
+        learned: Any,
+        chat_tokenizer: ChatTokenizer,
+        options: dict[str, Any],
+        examples: Any = None,
+        reach: Any = None,
+    ) -> tuple[CheckedRows, bool]:
+        """What is found in all rows, and whether an earlier run has found it; `reach` as `check_examples` takes it."""
+        examples = self.train_examples if examples is None else examples
+        check = functools.partial(check_examples, examples, chat_tokenizer, reach, **options)
         sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
         known = all(backend_of(side.tokenizer) is not None for side in sides)  # others' digests do not tell all
         large = len(examples) >= _REMEMBERED and datasets.is_caching_enabled()
         if not (known and large and (data := check_cache.data_key(examples))):
-            return check()
+            return check(), False
         key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
         key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
         key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
-        checked, known = check_cache.remembered(user_caches() / "checked", key, check)
-        if known:
-            self.console.print(f"The {len(examples):,} rows were checked in an earlier run, with the same settings.")
-        return checked
+        return check_cache.remembered(user_caches() / "checked", key, check)
 
     def _set_up(
         self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
@@ -178,7 +214,7 @@ class _Trainer(TrainerMembers):
             self.eval_examples, measured, evaluated = self._check_evaluation(evaluation)
             evaluation = self.eval_examples
         streamed = isinstance(checked, RowChecker)  # what is to be said of rows is said when they are read
-        read = [] if streamed else [*self.train_examples.notices, *checked.notices]
+        read = [*getattr(self.train_examples, "notices", ()), *([] if streamed else checked.notices)]
         if cut := len(getattr(self.train_examples, "shortened", ())):
             read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
         self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
@@ -190,7 +226,7 @@ class _Trainer(TrainerMembers):
             order = StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
         else:
             order = RowOrder(checked.kept, rows_per_step, a.seed)
-        data = Data(self.train_examples, evaluation, order, {})
+        data = Data(self.train_examples, evaluation, order, {}, self._background)
         self._show(student, data, shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
@@ -199,6 +235,7 @@ class _Trainer(TrainerMembers):
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
         description |= {} if streamed else {LEARNED: len(checked.kept)}
+        description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
         description |= {ROWS: rows_per_step, MICRO: batch, **digests}
         description = json.loads(json.dumps(description, default=str))
         data = data._replace(description=description)
@@ -438,16 +475,17 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.loop.say(str(error))
 
 
-def _check_streamed(args: SFTConfig) -> None:
-    """ValueError where settings need to know all rows of a data set that is streamed."""
+def _why_all_rows(args: SFTConfig) -> str | None:
+    """Which setting needs to know all rows before training begins, and what would not; None where none does."""
     if args.max_steps < 0:
-        raise ValueError("a streamed data set has no length: say with --max_steps how many updates to make")
+        return "say with --max_steps how many updates to make"
     if "epoch" in (args.eval_strategy, args.save_strategy):
-        raise ValueError("a streamed data set has no length, so that no epoch ends at an update: use steps")
+        return "no epoch ends at an update: use steps"
     if args.truncation_mode == "keep_end":
-        raise ValueError("prompts of a streamed data set are not shortened: use --truncation_mode keep_start")
+        return "prompts are not shortened: use --truncation_mode keep_start"
     if getattr(args, "rollout_batches", 1) > 1:
-        raise ValueError("of a streamed data set completions are drawn for one update: use --rollout_batches 1")
+        return "completions are drawn for one update: use --rollout_batches 1"
+    return None
 
 
 def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:

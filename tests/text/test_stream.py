@@ -146,7 +146,7 @@ def test_columns_are_read_under_other_names(tmp_path):
 
 @pytest.mark.parametrize("setting, message", [
     ({"max_steps": -1}, "has no length: say with --max_steps"), ({"save_strategy": "epoch"}, "no epoch ends at an update"),
-    ({"truncation_mode": "keep_end"}, "prompts of a streamed data set are not shortened: use --truncation_mode keep_start"),
+    ({"truncation_mode": "keep_end"}, "has no length: prompts are not shortened: use --truncation_mode keep_start"),
     ({"rollout_batches": 2}, "completions are drawn for one update: use --rollout_batches 1"),
 ])  # fmt: skip
 def test_settings_that_need_all_rows_are_refused(setting, message):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 
 import jax
 import numpy as np
@@ -16,7 +17,9 @@ from rich.console import Console
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.text import stream
+from gold_jax.text.checks import check_examples
 from gold_jax.training import loop, resume
+from gold_jax.training import trainer as trainer_module
 from gold_jax.training.batches import TokenBatchBuilder
 from gold_jax.training.nonfinite import Diverged, NonFiniteCounter, describe_divergence
 from gold_jax.training.resume import check_run, truncate_log
@@ -166,6 +169,53 @@ def test_a_streamed_run_that_goes_on_makes_the_updates_of_one_that_was_not_stopp
         streamed(tmp_path / "endless", max_steps=-1)
     with pytest.raises(ValueError, match="no epoch ends at an update: use steps"):
         streamed(tmp_path / "epochs", save_strategy="epoch")
+
+
+def test_a_run_that_checks_its_rows_beside_training_goes_on_as_it_began(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 3)
+    whole = sft(world, tmp_path / "whole", check_rows="beside")
+    whole.train()
+    said, count = whole.console.export_text(), len(whole.train_examples.examples)
+    assert f"{count} rows, checked while they are trained on" in said
+    assert f"All {count} rows are checked: {count} can be learned from." in said
+    for step in (2, 4):
+        again = sft(world, tmp_path / f"again-{step}", check_rows="beside")
+        again.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert same(held(again), held(whole))
+    with pytest.raises(ValueError, match="--check_rows is before and was beside"):
+        sft(world, tmp_path / "other").train(str(tmp_path / "whole" / "checkpoint-2"))
+    with pytest.raises(ValueError, match="does not know all rows when training begins: say with --max_steps"):
+        sft(world, tmp_path / "endless", check_rows="beside", max_steps=-1)
+    monkeypatch.setattr(trainer_module, "_BESIDE", count)
+    assert isinstance(sft(world, tmp_path / "auto").train_examples, stream.ShuffledRows)
+    for other in ({"check_rows": "before"}, {"max_steps": -1}, {"save_strategy": "epoch"}):
+        assert not isinstance(sft(world, tmp_path / "auto", **other).train_examples, stream.ShuffledRows)
+
+
+def test_a_bad_row_that_is_found_beside_training_ends_the_run_and_loses_nothing(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 3)
+    rows, made, check = [{"prompt": "x", "completion": "ab"}] * 400 + [{"prompt": 5}], threading.Event(), check_examples
+    monkeypatch.setattr(trainer_module, "check_examples", lambda *a, **k: made.wait(60) and check(*a, **k))
+
+    class Made(transformers.TrainerCallback):
+        def on_step_end(self, *_, **__):
+            made.set()
+
+    def trainer(output, **changes):
+        console = Console(file=open(os.devnull, "w"), width=200, record=True)
+        args = SFTConfig(output_dir=str(output), **(QUICK | {"check_rows": "beside", "save_steps": 10_000} | changes))
+        return SFTTrainer(str(world / "student"), args, rows, console=console, callbacks=[Made()])
+
+    ended = trainer(tmp_path / "ended", max_steps=10_000, logging_steps=100)
+    with pytest.raises(ValueError, match="^row 400 of the data set"):
+        ended.train()
+    assert list((tmp_path / "ended").glob("checkpoint-*"))
+    skipped = trainer(tmp_path / "skipped", max_steps=40, on_bad_row="skip")
+    skipped.train()
+    said = skipped.console.export_text()
+    assert (
+        "All 401 rows are checked: 400 can be learned from." in said and "left out 1 of 401 rows that cannot be" in said
+    )
 
 
 def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):
