@@ -58,7 +58,10 @@ class BackgroundCheck:
             return []
         self._told = True
         left = len(self._found.kept)
-        return [f"All {self.total:,} rows are checked: {left:,} can be learned from.", *self._found.notices]
+        return [
+            f"All {self.total:,} rows are checked: {left:,} can be learned from.",
+            *(f"note: {line}" for line in self._found.notices),
+        ]
 
     def unfinished(self) -> str | None:
         """A line where the check did not come to its end; None where it did."""

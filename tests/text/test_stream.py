@@ -12,7 +12,8 @@ from gold_jax.cli import training_inputs
 from gold_jax.text import stream
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import RowChecker
-from gold_jax.text.stream import StreamOrder, open_stream
+from gold_jax.text.data import load_examples
+from gold_jax.text.stream import ShuffledRows, StreamOrder, open_stream
 
 ROWS = 137
 
@@ -75,6 +76,29 @@ def test_a_stream_goes_on_from_any_update(source):
     assert taken(order, [69, 70, 69, 70])[::2] == updates[69:] * 2  # one of the last updates comes again as it was
     order.restart()
     assert taken(order, range(5)) == updates[:5]
+
+
+def test_rows_that_can_be_read_in_any_order_are_shuffled_as_a_whole_and_go_on_from_any_update():
+    rows = [{"prompt": "long " * 100 if k in (25, 77) else "x", "completion": f"{k}"} for k in range(ROWS)]
+
+    def order(seed=3):
+        checker = RowChecker(ChatTokenizer(byte_level()), budget=50, need_completion="it is learned")
+        return StreamOrder(ShuffledRows.of(load_examples(rows)), checker, 4, seed, 100, [].append)
+
+    first = order()
+    positions, updates = [], []
+    for step in range(68):
+        positions.append(json.loads(json.dumps(first.position(step))))
+        updates += taken(first, [step])
+    epochs = [list(itertools.chain(*updates[k : k + 34])) for k in (0, 34)]
+    assert [sorted(epoch) for epoch in epochs] == [sorted({*range(ROWS)} - {25, 77})] * 2
+    assert epochs[0] != epochs[1] and taken(order(4), range(34)) != updates[:34]
+    assert max(epochs[0][:10]) - min(epochs[0][:10]) > 50  # not only those of a window among each other
+    assert first.steps_per_epoch == 35 and "137 rows, checked while" in first.describe()
+    for step in (1, 20, 33, 34, 50):
+        again = order()
+        again.resume(step, positions[step])
+        assert taken(again, range(step, 68)) == updates[step:]
 
 
 def test_no_more_than_a_window_is_read_ahead(source, monkeypatch):

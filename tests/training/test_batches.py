@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import tiny_models as tiny
-from toy_tokenizers import CHATML, byte_level
+from toy_tokenizers import CHATML, byte_level, sentencepiece
 
+from gold_jax.loss_spec import LossSpec
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluation, check_examples
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.template import PLAIN_TEMPLATE
-from gold_jax.training.batches import RowOrder, TokenBatchBuilder, sampling_rows
+from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder, sampling_rows
 
 
 def chat_tokenizer(template=None):
@@ -223,3 +224,22 @@ def test_the_digest_of_the_rows_knows_all_that_is_learned_from_them():
         )
     }
     assert len(digests) == 4
+
+
+@pytest.mark.parametrize("max_length", [30, 60, 200])
+def test_rows_that_surely_fit_are_neither_cut_nor_empty(max_length):
+    rng = np.random.default_rng(0)
+    words = ["the", "fox", "72", "é", "日本", "\n", "  ", "🙂", "<|im_end|>", "a" * 40]
+    sides = [ChatTokenizer(made(), chat_template=CHATML) for made in (byte_level, sentencepiece)]
+    for pair in (sides, sides[::-1], [sides[1]] * 2):
+        builder = DistillationBatchBuilder(*pair, None, LossSpec("chain", "all", "hybrid"), False, max_length)
+        texts = [" ".join(rng.choice(words, rng.integers(0, 12))) for _ in range(120)]
+        found = [{"role": "user", "content": a} for a in texts[:60]], texts[60:]
+        rows = [Example(prompt=[a], completion=b) for a, b in zip(*found)]
+        fit = builder._fit(rows, texts[60:])
+        encoded, aligned = builder._aligned(rows, texts[60:])
+        sizes = [len(x.student_prompt) + len(x.student.ids) + 1 for x in encoded]
+        assert all(builder._count(row) and size <= max_length for yes, row, size in zip(fit, aligned, sizes) if yes)
+        assert max_length < 100 or sum(fit) > 30
+        assert [bool(n) for n, _ in builder.count_targets(rows)] == [bool(builder._count(row)) for row in aligned]
+        assert [cut for _, cut in builder.count_targets(rows)] == [size > max_length for size in sizes]
