@@ -24,18 +24,9 @@ from gold_jax.training.logging import LOGS, shown
 PROMPTS = 12  # whose completions are shown
 STEPS = 24  # of a prompt
 CHARACTERS = 3000  # of a text
-_FACTS = (
-    "student",
-    "teacher",
-    "method",
-    "loss",
-    "completions",
-    "vocabularies",
-    "student reads",
-    "teacher reads",
-    "data",
-    "rows",
-)
+PROMPT = 200  # of a prompt, its last ones, where it is the title of what was written for it
+_FACTS = ("student", "teacher", "method", "loss", "completions", "vocabularies", "student reads", "teacher reads", "data",
+          "rows")  # fmt: skip
 _DRAW = """const items = %s, dark = matchMedia("(prefers-color-scheme: dark)");
 let text = JSON.stringify(items);
 if (dark.matches) for (const [light, other] of Object.entries(%s)) text = text.replaceAll(light, other);
@@ -52,9 +43,10 @@ def page(runs: Sequence[Run]) -> str:
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
     text = _environment().get_template("page.html").render(
         runs=runs, names=_names(runs), plots=found, missing=missing, plot_notes=notes, scripts=map(Markup, scripts),
-        allowed=allowed, samples=_samples(runs), prompts=PROMPTS, compared=_compared(runs),
-        settings=_settings(runs), facts=_facts(runs), environment=_environments(runs), commands=_commands(runs),
-        completions=LOGS[1], now=datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes"),
+        allowed=allowed, samples=_samples(runs), compared=_compared(runs), settings=_settings(runs),
+        facts=_table([{k: x for k in _FACTS if (x := run.summary.get(k)) is not None} for run in runs]),
+        environment=_environments(runs), completions=LOGS[1],
+        now=datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes"),
     )  # fmt: skip
     return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
 
@@ -124,8 +116,8 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], str, bool]]:
     """Settings that are not the defaults in any run: name, values, default, whether the runs differ."""
     rows = []
     defaults = [run.defaults for run in runs]
-    for name in dict.fromkeys(name for run in runs for name in run.settings):
-        values = [plain(run.settings[name] if name in run.settings else d.get(name)) for run, d in zip(runs, defaults)]
+    for name in dict.fromkeys(name for run in runs for name in run.fact("settings")):
+        values = [plain((d | run.fact("settings")).get(name)) for run, d in zip(runs, defaults)]
         rows.append((name, values, plain(defaults[0].get(name)), len(set(values)) > 1))
     return rows
 
@@ -135,10 +127,6 @@ def _table(columns: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [(name, [plain(column[name]) if name in column else "—" for column in columns]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in rows]
-
-
-def _facts(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    return _table([{name: run.summary[name] for name in _FACTS if run.summary.get(name) is not None} for run in runs])
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
@@ -156,17 +144,16 @@ def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     return _table(columns)
 
 
-def _commands(runs: Sequence[Run]) -> list[list[dict[str, str]]]:
-    """The parts of each run: command, updates, times."""
-    names = {"from_update": "from", "to_update": "to", "started": "started", "ended": "ended", "how": "how", "seconds": "seconds",
-             "compiling_seconds": "compiling", "programs_compiled": "programs", "command": "command"}  # fmt: skip
-    return [
-        [{n: "—" if p.get(k) is None else plain(p[k]) for k, n in names.items()} for p in run.parts] for run in runs
-    ]
+def _fact(value: Any) -> str:
+    return "—" if value is None or isinstance(value, jinja2.Undefined) else plain(value)
 
 
 def _value(value: float | None) -> str:
     return "—" if value is None else shown(value)
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= PROMPT else f"…{text[-PROMPT:]}"
 
 
 def _cut(text: str) -> str:
@@ -184,8 +171,8 @@ def _parts(text: str, reference: str | None) -> tuple[str, str]:
 @functools.cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "assets")
-    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    options = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, **options)
-    environment.filters |= {"value": _value, "cut": _cut}
+    environment.filters |= {"value": _value, "fact": _fact, "cut": _cut, "end": _end}
     environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip}
     return environment

@@ -57,7 +57,7 @@ def draw(plot: Plot, target: str, runs: int) -> dict[str, Any]:
         fig.add_layout(
             Legend(items=drawn, click_policy="hide", background_fill_alpha=0, label_text_color=_TEXT, **style), "below"
         )
-    fig.xaxis.axis_label = "update"
+    fig.xaxis.axis_label, fig.xaxis.ticker.min_interval = "update", 1
     fig.xaxis.formatter = NumeralTickFormatter(format="0,0")
     fig.grid.grid_line_color, fig.axis.minor_tick_line_color = _GRID, None
     fig.axis.axis_line_color = fig.axis.major_tick_line_color = fig.axis.major_label_text_color = _TEXT

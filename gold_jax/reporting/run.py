@@ -37,22 +37,12 @@ class Measure(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """ "better", "worse", "unchanged", "" where nobody knows, "after training alone" or "missing"."""
-        if self.after is None:
-            return "missing"
-        if self.before is None:
-            return "after training alone"
+        """One of better, worse, unchanged, before alone, after alone and missing; "" where nobody knows."""
+        if self.before is None or self.after is None:
+            return "after alone" if self.after is not None else "missing" if self.before is None else "before alone"
         if self.before == self.after or self.more_is_better is None:
             return "" if self.more_is_better is None else "unchanged"
         return "better" if (self.after > self.before) is self.more_is_better else "worse"
-
-    @property
-    def way_to_teacher(self) -> float | None:
-        """The share of what was between student and teacher that training closed; None where the teacher is no better."""
-        if None in (self.before, self.after, self.teacher, self.more_is_better):
-            return None
-        lead = self.teacher - self.before
-        return (self.after - self.before) / lead if lead and (lead > 0) is self.more_is_better else None
 
 
 class Sample(NamedTuple):
@@ -128,17 +118,11 @@ class Run:
         """One paragraph: how it ended, what is better, worse, unchanged or missing."""
         by: dict[str, list[str]] = {}
         for m in self.measures:
-            values = f" {shown(m.before)} → {shown(m.after)}" if m.outcome in ("better", "worse") else ""
-            values = f" {shown(m.after)}" if m.outcome == "after training alone" else values
-            by.setdefault(m.outcome, []).append(m.label + values)
+            values = [shown(value) for value in dict.fromkeys((m.before, m.after)) if value is not None]
+            by.setdefault(m.outcome, []).append(f"{m.label} {' → '.join(values)}".strip())
         heads = {"better": "Better", "worse": "Worse", "unchanged": "Unchanged"}
-        heads |= {"after training alone": "Measured after training alone", "missing": "Not measured"}
+        heads |= {k: f"Measured {k}" for k in ("before alone", "after alone")} | {"missing": "Not measured"}
         return " ".join([f"{self.state}.", *(f"{head}: {', '.join(by[k])}." for k, head in heads.items() if k in by)])
-
-    @functools.cached_property
-    def settings(self) -> dict[str, Any]:
-        """The settings that are not the defaults."""
-        return dict(self.fact("settings"))
 
     @property
     def defaults(self) -> dict[str, Any]:
