@@ -12,7 +12,7 @@ import sys
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "gold_jax"
-LOOKING = {"inspection", "planning", "profiling"}  # these look at the core, which knows nothing of them
+LOOKING = {"inspection", "planning", "profiling", "reporting"}  # these look at the core, which knows nothing of them
 FORBIDDEN = {
     part: set(names.split()) | more
     for part, names, more in [
@@ -24,9 +24,10 @@ FORBIDDEN = {
         ("models", "text losses rollout training", LOOKING),
         ("rollout", "text losses training", LOOKING),
         ("training", "", LOOKING),
-        ("profiling", "text sharding models losses rollout inspection planning", set()),
-        ("planning", "inspection profiling", set()),
-        ("inspection", "jax flax optax models losses rollout training planning profiling", set()),
+        ("profiling", "text sharding models losses rollout inspection planning reporting", set()),
+        ("planning", "inspection profiling reporting", set()),
+        ("inspection", "jax flax optax models losses rollout training planning profiling reporting", set()),
+        ("reporting", "jax flax optax text models losses rollout inspection planning profiling", set()),
     ]
 }
 # What looks at models, and what brings everything together.

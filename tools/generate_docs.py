@@ -13,7 +13,7 @@ from inspect import getdoc as inspect_docstring
 from inspect import signature as python_signature
 
 import gold_jax
-from gold_jax import evaluate, generate, inspect, plan
+from gold_jax import evaluate, generate, inspect, plan, report
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig, trl_compat
 from gold_jax.config.fields import Settings, field_names, groups
 from gold_jax.config.parsing import default_text, group_name, values_text
@@ -29,6 +29,7 @@ OTHERS = {
     "gold_jax.generate": generate.GenerateArguments,
     "gold_jax.inspect": inspect.InspectArguments,
     "gold_jax.plan": plan.PlanArguments,
+    "gold_jax.report": report.ReportArguments,
 }
 
 
@@ -86,7 +87,7 @@ def flags_page() -> str:
         parts.append(f"## {command}")
         if command == "gold_jax.plan":
             parts.append("The flags of `gold_jax.train` (of `gold_jax.sft`, where nothing else is named), and:")
-        elif command != "gold_jax.inspect":
+        elif command not in ("gold_jax.inspect", "gold_jax.report"):
             parts.append("The group `model` above, and:")
         parts += flag_tables((cls,), level="###", resume=False)
     return "\n\n".join(parts) + "\n"

@@ -230,6 +230,7 @@ class LoggingFlags(Settings):
         effect=_SHOWS_COMPLETIONS)
     num_completions_to_print: int | None = free_flag(None, "How many completions such a table shows; none: all.",
         range=AT_LEAST_ONE, effect=_SHOWS_COMPLETIONS)
+    report: bool = free_flag(False, "Write report.html into output_dir when the run is done, as gold_jax.report does.")
     profile_steps: list[str] | None = free_flag(None,
         "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes.")
 

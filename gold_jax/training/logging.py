@@ -22,6 +22,8 @@ from rich.text import Text
 
 from gold_jax import progress
 
+LOGS = ("metrics.jsonl", "completions.jsonl")  # in a run's folder
+SUMMARY = "summary.json"
 # Of the terminal's log: what a column is called there. These come first, in this order, as far as there is room.
 _COLUMNS = {
     "step": "step", "loss": "loss", "grad_norm": "grad norm", "tokens_per_second": "tokens/s", "left": "left",

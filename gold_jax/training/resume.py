@@ -19,12 +19,11 @@ from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
+from gold_jax.training.logging import LOGS, SUMMARY
 
 # What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
-LOGS = ("metrics.jsonl", "completions.jsonl")
-SUMMARY = "summary.json"
 # What a checkpoint has of its run beside every setting that had an effect.
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -335,6 +337,8 @@ class _Trainer(TrainerMembers):
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
         a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
+        if a.report:
+            importlib.import_module("gold_jax.reporting.plots").require_bokeh()
         if pushes:
             try:
                 where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
@@ -357,6 +361,8 @@ class _Trainer(TrainerMembers):
         if is_main_process():
             self.create_model_card()
             self.loop.say(f"The student is saved in {a.output_dir}")
+            if a.report:
+                self._write_report()
         try:
             if pushes:
                 self.push_to_hub()
@@ -364,6 +370,16 @@ class _Trainer(TrainerMembers):
             failed = error
         raise_in_all_processes("the push to the hub", failed)
         return output
+
+    def _write_report(self) -> None:
+        """Writes the page of a finished run; an error is said, and the run is done all the same."""
+        folder = self.args.output_dir
+        try:
+            run, page = (importlib.import_module(f"gold_jax.reporting.{name}") for name in ("run", "page"))
+            self.loop.say(f"The report is in {page.write_page([run.read_run(folder)])}")
+        except Exception as error:
+            again = f"python -m gold_jax.report {shlex.quote(str(folder))} writes it later"
+            self.loop.say(f"The report could not be written ({type(error).__name__}: {error}); {again}.")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -96,7 +96,7 @@ REASONS = {
     **dict.fromkeys("logging_first_step eval_strategy eval_steps eval_on_start".split(), WHEN),
     **dict.fromkeys("save_strategy save_steps save_total_limit hub_strategy".split(), WHEN),
     **dict.fromkeys(
-        "log_completions log_completions_steps num_completions_to_print profile_steps disable_tqdm".split(), WHEN
+        "log_completions log_completions_steps num_completions_to_print profile_steps report disable_tqdm".split(), WHEN
     ),
     **dict.fromkeys("output_dir checkpoint_dir report_to run_name project trackio_space_id".split(), NAMES),
     **dict.fromkeys("push_to_hub hub_model_id hub_private_repo hub_token".split(), NAMES),

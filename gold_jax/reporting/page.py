@@ -1,0 +1,178 @@
+"""One run, or two side by side, as a page of HTML that needs nothing else.
+
+Whatever comes from a run's files is escaped, and the page's own policy lets no script run but its two, and nothing be fetched.
+"""
+
+import base64
+import datetime
+import functools
+import hashlib
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from jinja2.utils import htmlsafe_json_dumps
+from markupsafe import Markup
+
+from gold_jax.reporting import plots
+from gold_jax.reporting.curves import plots_of
+from gold_jax.reporting.run import Run, Sample, plain
+from gold_jax.training.logging import LOGS, shown
+
+PROMPTS = 12  # whose completions are shown
+STEPS = 24  # of a prompt
+CHARACTERS = 3000  # of a text
+PROMPT = 200  # of a prompt, its last ones, where it is the title of what was written for it
+_FACTS = ("student", "teacher", "method", "loss", "completions", "vocabularies", "student reads", "teacher reads", "data",
+          "rows")  # fmt: skip
+_DRAW = """const items = %s, dark = matchMedia("(prefers-color-scheme: dark)");
+let text = JSON.stringify(items);
+if (dark.matches) for (const [light, other] of Object.entries(%s)) text = text.replaceAll(light, other);
+for (const item of JSON.parse(text)) Bokeh.embed.embed_item(item).catch(error => console.error(error));
+dark.addEventListener("change", () => location.reload());"""
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The page of one run or of two. ImportError: Bokeh is not installed."""
+    found, missing, notes = plots_of(runs)
+    items = [plots.draw(plot, f"plot{k}", len(runs)) for k, plot in enumerate(found)]
+    scripts = [plots.script(), _DRAW % (htmlsafe_json_dumps(items), htmlsafe_json_dumps(plots.DARK))] if items else []
+    digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
+    text = _environment().get_template("page.html").render(
+        runs=runs, names=_names(runs), plots=found, missing=missing, plot_notes=notes, scripts=map(Markup, scripts),
+        allowed=allowed, samples=_samples(runs), compared=_compared(runs), settings=_settings(runs),
+        facts=_table([{k: x for k in _FACTS if (x := run.summary.get(k)) is not None} for run in runs]),
+        environment=_environments(runs), completions=LOGS[1],
+        now=datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes"),
+    )  # fmt: skip
+    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+
+
+def page_path(runs: Sequence[Run]) -> pathlib.Path:
+    """Where the page lies where nothing else is said: in the first run's folder."""
+    return runs[0].folder / ("report.html" if len(runs) == 1 else "comparison.html")
+
+
+def write_page(runs: Sequence[Run], path: str | os.PathLike | None = None) -> pathlib.Path:
+    """Writes the page to a file, all of it or nothing; None: to `page_path`. ImportError: Bokeh is not installed."""
+    path, text = pathlib.Path(path or page_path(runs)), page(runs)
+    unfinished = path.with_name(path.name + ".new")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    names = [run.folder.resolve().name or str(run.folder) for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _compared(runs: Sequence[Run]) -> str:
+    """Which of two runs is better in what, in one sentence; "" for one run."""
+    if len(runs) < 2:
+        return ""
+    rows = [run.fact("digests").get("the rows to evaluate on") for run in runs]
+    if None in rows or rows[0] != rows[1]:
+        return "A and B were measured on different rows, or it is not known on which: their figures do not compare."
+    ahead: dict[str, list[str]] = {"A": [], "B": [], "": []}
+    others = {measure.label: measure for measure in runs[1].measures}
+    one_loss = runs[0].summary.get("loss") == runs[1].summary.get("loss")
+    for one in runs[0].measures:
+        other = others.get(one.label)
+        if other is None or None in (one.after, other.after, one.more_is_better):
+            continue
+        if one.label.startswith("loss") and not one_loss:
+            continue
+        first = one.after > other.after if one.more_is_better else one.after < other.after
+        better = "" if one.after == other.after else "A" if first else "B"
+        ahead[better].append(f"{one.label} (A {shown(one.after)}, B {shown(other.after)})")
+    heads = {"A": "A is better in", "B": "B is better in", "": "Equal in both:"}
+    return (
+        " ".join(f"{heads[k]} {', '.join(names)}." for k, names in ahead.items() if names)
+        or "Nothing was measured of both."
+    )
+
+
+def _samples(runs: Sequence[Run]) -> tuple[list[tuple[Sample | None, ...]], int, int]:
+    """For the prompts shown what each run wrote; how many prompts there are; how many of them in all runs."""
+    counts = {prompt: [len(run.samples.get(prompt, ())) for run in runs] for run in runs for prompt in run.samples}
+    best = sorted(counts, key=lambda prompt: (-min(counts[prompt]), -sum(counts[prompt])))[:PROMPTS]
+    read = [tuple(run.read(prompt) if prompt in run.samples else None for run in runs) for prompt in best]
+    return read, len(counts), sum(min(count) > 0 for count in counts.values())
+
+
+def _steps(samples: Sequence[Sample | None]) -> tuple[list[int], int]:
+    """The updates of a prompt that are shown, the first and the last among them, and how many there are."""
+    steps = sorted({step for sample in samples if sample for step in sample.by_step})
+    if len(steps) <= STEPS:
+        return steps, len(steps)
+    return [steps[round(i * (len(steps) - 1) / (STEPS - 1))] for i in range(STEPS)], len(steps)
+
+
+def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], str, bool]]:
+    """Settings that are not the defaults in any run: name, values, default, whether the runs differ."""
+    rows = []
+    defaults = [run.defaults for run in runs]
+    for name in dict.fromkeys(name for run in runs for name in run.fact("settings")):
+        values = [plain((d | run.fact("settings")).get(name)) for run, d in zip(runs, defaults)]
+        rows.append((name, values, plain(defaults[0].get(name)), len(set(values)) > 1))
+    return rows
+
+
+def _table(columns: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
+    """Named values of every run, and whether they differ."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [(name, [plain(column[name]) if name in column else "—" for column in columns]) for name in names]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
+    """Devices, versions and digests; what changed when a run was resumed stands behind each other."""
+    columns = []
+    for run in runs:
+        told: dict[str, dict[str, None]] = {}
+        for part in run.parts:
+            versions = part.get("versions") if isinstance(part.get("versions"), dict) else {}
+            where = {name: part[name] for name in ("device", "backend", "devices", "processes") if name in part}
+            for name, value in (where | versions).items():
+                told.setdefault(str(name), {})[plain(value)] = None
+        digests = {f"digest of {k}": v for k, v in run.fact("digests").items() if isinstance(v, str | int)}
+        columns.append({name: ", then ".join(values) for name, values in told.items()} | digests)
+    return _table(columns)
+
+
+def _fact(value: Any) -> str:
+    return "—" if value is None or isinstance(value, jinja2.Undefined) else plain(value)
+
+
+def _value(value: float | None) -> str:
+    return "—" if value is None else shown(value)
+
+
+def _end(text: str) -> str:
+    return text if len(text) <= PROMPT else f"…{text[-PROMPT:]}"
+
+
+def _cut(text: str) -> str:
+    rest = len(text) - CHARACTERS
+    return text if rest <= 0 else f"{text[:CHARACTERS]}… and {rest:,} characters more"
+
+
+def _parts(text: str, reference: str | None) -> tuple[str, str]:
+    """A completion as far as it is the reference, and the rest."""
+    text = _cut(text)
+    same = len(os.path.commonprefix([text, reference or text]))
+    return text[:same], text[same:]
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "assets")
+    options = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = jinja2.Environment(loader=loader, autoescape=True, **options)
+    environment.filters |= {"value": _value, "fact": _fact, "cut": _cut, "end": _end}
+    environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip}
+    return environment

@@ -1,0 +1,251 @@
+"""What a run's folder holds, as data: how it went, what was logged, what the student wrote. Reads files alone, without JAX."""
+
+import dataclasses
+import datetime
+import functools
+import json
+import math
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from gold_jax.config import GOLDConfig, SFTConfig
+from gold_jax.json_files import parse_json_object, read_json_object, regular_file
+from gold_jax.training.logging import LOGS, SUMMARY, shown
+
+METADATA = "run.json"  # of a checkpoint
+# Names of measures, what they are called, and whether more is better.
+MEASURES = {
+    "bits_per_byte": ("bits per byte", False),
+    "forward_gap": ("forward gap", False),
+    "reverse_gap": ("reverse gap", False),
+    "exact_match": ("exact match", True),
+    "loss": ("loss", False),
+}
+_ALWAYS = ("bits_per_byte", "forward_gap", "reverse_gap", "exact_match")  # said to be missing where they are
+
+
+class Measure(NamedTuple):
+    """One measure before and after training; None: not measured."""
+
+    label: str
+    before: float | None
+    after: float | None
+    teacher: float | None
+    more_is_better: bool | None  # None: nobody knows
+
+    @property
+    def outcome(self) -> str:
+        """One of better, worse, unchanged, before alone, after alone and missing; "" where nobody knows."""
+        if self.before is None or self.after is None:
+            return "after alone" if self.after is not None else "missing" if self.before is None else "before alone"
+        if self.before == self.after or self.more_is_better is None:
+            return "" if self.more_is_better is None else "unchanged"
+        return "better" if (self.after > self.before) is self.more_is_better else "worse"
+
+
+class Sample(NamedTuple):
+    """What a student wrote for one prompt."""
+
+    prompt: str
+    reference: str | None  # the row's own completion
+    by_step: Mapping[int, list[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A finished or running run; made by `read_run`."""
+
+    folder: pathlib.Path
+    summary: Mapping[str, Any]  # summary.json; {} where there is none
+    rows: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
+    samples: Mapping[str, tuple[int, ...]]  # prompt -> where in completions.jsonl its lines begin
+    notes: tuple[str, ...]  # what could not be read, one sentence each
+
+    @property
+    def parts(self) -> list[Mapping[str, Any]]:
+        """Each time that the run was started or resumed."""
+        found = self.summary.get("parts")
+        return [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
+
+    def fact(self, name: str) -> Mapping[str, Any]:
+        """An object of the summary; {} where it is none."""
+        found = self.summary.get(name)
+        return found if isinstance(found, Mapping) else {}
+
+    @property
+    def last_step(self) -> int:
+        """The last update that was logged."""
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def state(self) -> str:
+        """How the run stands, such as "Finished after 200 of 200 updates"."""
+        part = self.parts[-1] if self.parts else {}
+        how, total = part.get("how"), self.summary.get("total_updates", "an unknown number of")
+        of = f"{max(whole(part.get('to_update')) or 0, self.last_step)} of {total} updates"
+        if how is None:
+            return f"No end is recorded: it is still running, or was killed; logged up to {of}"
+        known = how in ("finished", "interrupted", "preempted")
+        return f"{how.capitalize()} after {of}" if known else f"Ended by an error after {of} ({how})"
+
+    @functools.cached_property
+    def measures(self) -> list[Measure]:
+        """What was measured before and after training, those that every run should have first."""
+        results, evaluations = self.fact("results"), [row for row in self.rows if "eval_loss" in row or _evaluates(row)]
+        first = next((row for row in evaluations if row["step"] == 0), {})
+        last = evaluations[-1] if evaluations and evaluations[-1]["step"] else {}
+        columns = [
+            results.get("before training") or first,
+            results.get("after training") or last,
+            results.get("teacher"),
+        ]
+        columns = [{k: number(v) for k, v in c.items()} if isinstance(c, Mapping) else {} for c in columns]
+        names = dict.fromkeys(name for column in columns for name in column if name.startswith("eval_"))
+        found = []
+        for measure, (label, better) in MEASURES.items():
+            sets = [(name, part) for name in names if (part := of_set(name, measure)) is not None]
+            sets = sets or [("", "")] * (measure in _ALWAYS)
+            for name, part in sets:
+                names.pop(name, None)
+                found.append(Measure(f"{label} ({part})" if part else label, *(c.get(name) for c in columns), better))
+        rest = [Measure(name[5:].replace("_", " "), *(c.get(name) for c in columns), None) for name in names]
+        return found + [measure for measure in rest if measure.after is not None]
+
+    @property
+    def verdict(self) -> str:
+        """One paragraph: how it ended, what is better, worse, unchanged or missing."""
+        by: dict[str, list[str]] = {}
+        for m in self.measures:
+            values = [shown(value) for value in dict.fromkeys((m.before, m.after)) if value is not None]
+            by.setdefault(m.outcome, []).append(f"{m.label} {' → '.join(values)}".strip())
+        heads = {"better": "Better", "worse": "Worse", "unchanged": "Unchanged"}
+        heads |= {k: f"Measured {k}" for k in ("before alone", "after alone")} | {"missing": "Not measured"}
+        return " ".join([f"{self.state}.", *(f"{head}: {', '.join(by[k])}." for k, head in heads.items() if k in by)])
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The defaults of this kind of run."""
+        return (SFTConfig if self.summary.get("method") == "supervised fine-tuning" else GOLDConfig)().to_dict()
+
+    @property
+    def started(self) -> list[float]:
+        """When the parts began, in seconds since 1970."""
+        return [when for part in self.parts if (when := _timestamp(part.get("started"))) is not None]
+
+    def read(self, prompt: str) -> Sample:
+        """All that was written for a prompt."""
+        by_step: dict[int, list[str]] = {}
+        reference = None
+        with open(self.folder / LOGS[1], "rb") as file:
+            for offset in self.samples.get(prompt, ()):
+                file.seek(offset)
+                row = parse_json_object(file.readline(), LOGS[1])
+                by_step.setdefault(row["step"], []).append(row["completion"])
+                reference = row["reference"] if isinstance(row.get("reference"), str) else reference
+        return Sample(prompt, reference, dict(sorted(by_step.items())))
+
+
+def read_run(folder: Any) -> Run:
+    """Reads a run's folder; what is damaged in it is left out and counted in `notes`.
+
+    FileNotFoundError: there is no such folder, or no file of a run in it.
+    """
+    folder, notes, summary = pathlib.Path(folder).expanduser(), [], {}
+    checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{METADATA}")]
+    checkpoints.sort(key=lambda path: (len(path.name), path.name))
+    if not checkpoints and not any((folder / name).exists() for name in (SUMMARY, *LOGS)):
+        what = f"is no run's folder: it holds none of {SUMMARY}, {', '.join(LOGS)} and checkpoint-STEP/{METADATA}"
+        raise FileNotFoundError(
+            f"{folder} {what if folder.is_dir() else 'is no folder; give the --output_dir of a run'}."
+        )
+    try:
+        summary = read_json_object(folder / SUMMARY)
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, FileNotFoundError)
+        notes.append(f"{SUMMARY} is {'not there' if missing else f'damaged: {error}'}".rstrip(".") + ".")
+        for checkpoint in checkpoints[-1:]:
+            try:
+                summary = _of_checkpoint(read_json_object(checkpoint / METADATA))
+                notes.append(f"Settings and digests are those of {checkpoint.name}/{METADATA}.")
+            except (OSError, ValueError) as why:
+                notes.append(f"{checkpoint.name}/{METADATA} is damaged: {why}")
+    rows = tuple(row for _, row in _lines(folder / LOGS[0], notes, {}))
+    samples: dict[str, list[int]] = {}
+    for offset, row in _lines(folder / LOGS[1], notes, {"prompt": str, "completion": str}):
+        samples.setdefault(row["prompt"], []).append(offset)
+    return Run(folder, summary, rows, {prompt: tuple(where) for prompt, where in samples.items()}, tuple(notes))
+
+
+def _lines(path: pathlib.Path, notes: list[str], types: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a log with where they begin; those that are damaged are counted in `notes`."""
+    offset, damaged, first = 0, 0, 0
+    try:
+        with open(regular_file(path), "rb") as file:
+            for count, line in enumerate(file, 1):
+                try:
+                    row = parse_json_object(line, path.name)
+                    if whole(row.get("step")) is None or not all(isinstance(row.get(k), t) for k, t in types.items()):
+                        raise ValueError
+                    yield offset, row
+                except ValueError:
+                    damaged, first = damaged + 1, first or count
+                offset += len(line)
+    except FileNotFoundError:
+        notes.append(f"{path.name} is not there.")
+    except (OSError, ValueError) as error:
+        notes.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}")
+    if damaged:
+        lines = "1 line is" if damaged == 1 else f"{damaged:,} lines are"
+        notes.append(f"{path.name}: {lines} damaged and left out; the first is line {first}.")
+
+
+def _of_checkpoint(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint knows of a summary."""
+    known = metadata.get("run") if isinstance(metadata.get("run"), Mapping) else {}
+    method = {} if "teacher_model_name_or_path" in known else {"method": "supervised fine-tuning"}
+    defaults = (SFTConfig if method else GOLDConfig)().to_dict()
+    settings = {name: value for name, value in known.items() if name in defaults and value != defaults[name]}
+    return {**method, "settings": settings, "digests": {k: v for k, v in known.items() if k not in defaults}}
+
+
+def of_set(name: str, measure: str) -> str | None:
+    """Which set of rows a metric such as `eval_NAME_loss` is of, "" for the only one; None where it is another measure.
+
+    >>> of_set("eval_loss", "loss"), of_set("eval_easy_loss", "loss"), of_set("eval_loss", "exact_match")
+    ('', 'easy', None)
+    """
+    match = re.fullmatch(rf"eval_(?:(.+)_)?{measure}", name)
+    return (match[1] or "") if match else None
+
+
+def _evaluates(row: Iterable[str]) -> bool:
+    return any(name.startswith("eval_") for name in row)
+
+
+def number(value: Any) -> float | None:
+    """A finite number; None of what is none."""
+    try:
+        return (
+            value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+        )
+    except OverflowError:
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """A number of updates; None of what is none."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def _timestamp(text: Any) -> float | None:
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def plain(value: Any) -> str:
+    """A setting or fact as text."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,271 @@
+"""`gold_jax.report`: the page says what a run's files hold, all of it as text, and nothing of them breaks it."""
+
+import html.parser
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from gold_jax import cli, report, train
+from gold_jax.report import Report
+from gold_jax.reporting import curves, page
+from gold_jax.reporting.curves import plots_of
+from gold_jax.reporting.run import read_run
+
+pytest.importorskip("bokeh")
+EVIL = "</script><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
+BEFORE, AFTER = (
+    {"eval_loss": a, "eval_bits_per_byte": b, "eval_exact_match": c} for a, b, c in [(2, 0.5, 0), (1, 0.3, 0)]
+)
+RESULTS = {"before training": BEFORE, "after training": AFTER, "teacher": {"eval_bits_per_byte": 0.1}}
+START = "2026-01-01T00:00:{:02d}+00:00"
+SECONDS = 1767225600  # when START begins
+
+
+def part(start=0, how="finished", **more):
+    versions = {"jax": "0.9"}
+    return {
+        "command": f"python {EVIL}",
+        "started": START.format(start),
+        "how": how,
+        "to_update": 4,
+        "versions": versions,
+        **more,
+    }
+
+
+def make(folder, rows=None, completions=(), **summary):
+    """A run's folder, four updates long."""
+    folder.mkdir(parents=True)
+    known = {"method": "on-policy distillation", "student": "s", "loss": "gold", "total_updates": 4, "parts": [part()]}
+    known |= {"digests": {"the rows to evaluate on": "d"}, "settings": {"seed": 7}, "results": RESULTS}
+    rows = rows or [{"step": 0, "time": SECONDS, **BEFORE}] + [
+        {"step": step, "loss": 1 / step, "time": SECONDS + 5 * step} for step in (2, 4)
+    ]
+    (folder / "summary.json").write_text(json.dumps(known | summary))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = "step", "prompt", "completion", "reference"
+    lines = (json.dumps(dict(zip(names, row))) + "\n" for row in completions)
+    (folder / "completions.jsonl").write_text("".join(lines))
+    return folder
+
+
+class Reader(html.parser.HTMLParser):
+    """The elements of a page with their attributes, and its text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.text, self._in = [], "", ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self._in = tag
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        self._in = ""
+
+    def handle_data(self, data):
+        self.text += "" if self._in in ("script", "style") else data
+
+
+def run_command(line):
+    cli.run("gold_jax.report", report.main, shlex.split(line))
+
+
+def refusal(line, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(line)
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    return said
+
+
+def test_the_verdict_says_what_is_better_worse_and_missing(tmp_path):
+    run = read_run(make(tmp_path / "a", results=RESULTS | {"after training": AFTER | {"eval_loss": 3, "eval_mine": 1}}))
+    assert run.verdict == (
+        "Finished after 4 of 4 updates. Better: bits per byte 0.5 → 0.3. Worse: loss 2 → 3. Unchanged: exact match 0. "
+        "Measured after alone: mine 1. Not measured: forward gap, reverse gap."
+    )
+    found = {m.label: m for m in run.measures}
+    assert found["bits per byte"][1:4] == (0.5, 0.3, 0.1) and found["forward gap"].outcome == "missing"
+    assert (found["mine"].after, found["mine"].more_is_better) == (1, None)
+
+
+def test_of_a_running_run_the_last_evaluation_counts(tmp_path):
+    rows = [{"step": 0, **BEFORE}, {"step": 2, "loss": 1}, {"step": 2, "eval_b_loss": 5, "eval_exact_match": 0.25}]
+    run = read_run(make(tmp_path / "a", rows, results=None, parts=[part(how=None, to_update=0)]))
+    assert run.verdict.startswith(
+        "No end is recorded: it is still running, or was killed; logged up to 2 of 4 updates."
+    )
+    assert (
+        "Better: exact match 0 → 0.25. Measured before alone: bits per byte 0.5, loss 2. Measured after" in run.verdict
+    )
+    assert "Measured after alone: loss (b) 5. Not measured: forward gap, reverse gap." in run.verdict
+    assert "Ended by an error after 4 of 4 updates (OSError: full)." in read_run(
+        make(tmp_path / "b", parts=[part(how="OSError: full")])
+    ).verdict  # fmt: skip
+
+
+def test_time_per_update_leaves_out_evaluations_and_stops(tmp_path, monkeypatch):
+    times = [(0, 0, 0), (2, 10, 1), (2, 30, 0), (4, 34, 1), (6, 54, 1)]  # the second part begins at 50
+    rows = [{"step": s, "time": SECONDS + t, **({"loss": 1} if trains else {"eval_loss": 1})} for s, t, trains in times]
+    run = read_run(make(tmp_path / "a", rows, parts=[part(), part(50)]))
+    plots, missing, _ = plots_of([run])
+    (line,) = next(plot for plot in plots if plot.title == "time per update").lines
+    assert (line.steps, line.values) == ([2, 4], [5.0, 2.0])
+    assert "entropy" in missing and "loss" not in missing
+    monkeypatch.setattr(curves, "MOST_POINTS", 2)
+    plots, _, notes = plots_of([run])
+    assert [line.values for line in plots[0].lines] == [[1, 1], [1, 1]] and "3 points drawn as means" in notes[0]
+
+
+def test_whatever_the_files_hold_is_text(tmp_path):
+    said = [(2, f"p{EVIL}", f"c{EVIL}\ud800", f"r{EVIL}")]
+    folder = make(
+        tmp_path / EVIL, completions=said, settings={"run_name": f"s{EVIL}", EVIL: 1}, student=EVIL, notices=[EVIL]
+    )
+    for text in (Report(folder).to_html(), Report(folder, folder).to_html()):
+        reader = Reader(text)
+        tags = [tag for tag, _ in reader.elements]
+        assert tags.count("script") == 2 and "img" not in tags
+        assert not any("onerror" in attributes for _, attributes in reader.elements)
+        assert all(f"{letter}{EVIL}" in reader.text for letter in "ps") and str(folder) in reader.text
+        assert f"c{EVIL}?" in reader.text
+    (frame,) = Reader(Report(folder)._repr_html_()).elements
+    assert frame[0] == "iframe" and frame[1]["srcdoc"].startswith("<!DOCTYPE html>") and "onerror" not in frame[1]
+
+
+def test_what_is_damaged_is_counted_and_the_rest_is_shown(tmp_path, capsys):
+    folder = make(tmp_path / "a", completions=[(2, "ask", "answer", None)])
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo\n[]\n{"step": "x"}\n{"step": 6, "loss": null, "nonfinite": {"loss": "nan"}}\n')
+    with open(folder / "completions.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "prompt": 4}\n\xff\n')
+    (folder / "summary.json").write_text("{")
+    run_command(str(folder))
+    said, text = capsys.readouterr().err, Reader((folder / "report.html").read_text()).text
+    for note in (
+        "summary.json is damaged",
+        "metrics.jsonl: 3 lines are damaged and left out; the first is line 4.",
+        "completions.jsonl: 2 lines are damaged and left out; the first is line 2.",
+    ):
+        assert note in said and note in text
+    assert "1 values that are not finite are left out" in text and "answer" in text
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, [3], {"a": 3}])
+def test_facts_of_another_kind_break_nothing(tmp_path, value):
+    names = "parts digests settings results notices student total_updates loss method".split()
+    assert Report(make(tmp_path / "a", **dict.fromkeys(names, value))).to_html()
+    bad = make(tmp_path / "b", parts=[{"versions": value, "started": value, "how": value}], results={"teacher": value})
+    assert Report(bad, tmp_path / "a").to_html()
+
+
+def test_without_a_summary_a_checkpoint_has_the_settings(tmp_path):
+    folder = make(tmp_path / "a")
+    (folder / "summary.json").unlink()
+    for step in (9, 10):
+        (folder / f"checkpoint-{step}").mkdir()
+        kept = {"seed": step, "teacher_model_name_or_path": "t", "lmbda": 0.5, "the training data": "d"}
+        (folder / f"checkpoint-{step}/run.json").write_text(json.dumps({"step": step, "run": kept}))
+    run = read_run(folder)
+    assert run.fact("settings") == {"seed": 10, "teacher_model_name_or_path": "t"} and run.fact("digests") == {
+        "the training data": "d"
+    }
+    assert "Settings and digests are those of checkpoint-10/run.json." in run.notes
+
+
+def test_a_prompt_is_shown_step_by_step_beside_its_reference(tmp_path, monkeypatch):
+    rows = [(4, "ask", "an answer", "an answer"), (2, "ask", "an ox", "an answer"), (2, "once", "b", None)]
+    one, other = make(tmp_path / "a", completions=rows), make(tmp_path / "b", completions=[(3, "once", "c", None)])
+    run = read_run(one)
+    assert run.read("ask") == ("ask", "an answer", {2: ["an ox"], 4: ["an answer"]})
+    assert "an <mark>ox</mark>" in page.page([run])
+    shown, count, common = page._samples([run, read_run(other)])
+    assert [samples[0].prompt for samples in shown] == ["once", "ask"] and (count, common) == (2, 1)
+    monkeypatch.setattr(page, "STEPS", 3)
+    assert page._steps([run.read("ask")._replace(by_step=dict.fromkeys(range(10)))]) == ([0, 4, 9], 10)
+
+
+def test_two_runs_stand_side_by_side(tmp_path, capsys):
+    one = make(tmp_path / "a")
+    other = make(
+        tmp_path / "b", settings={"seed": 8}, results=RESULTS | {"after training": AFTER | {"eval_bits_per_byte": 0.2}}
+    )
+    run_command(f"{one} {other} --output {tmp_path}/both.html")
+    text = " ".join(Reader((tmp_path / "both.html").read_text()).text.split())
+    assert (
+        "B is better in bits per byte (A 0.3, B 0.2). Equal in both: exact match (A 0, B 0), loss (A 1, B 1)." in text
+    )
+    assert [line.label for line in plots_of(Report(one, other).runs)[0][0].lines] == [
+        "A training", "A evaluation", "B training", "B evaluation",
+    ]  # fmt: skip
+    assert "differs" in page.page(Report(one, other).runs) and "seed" in text
+    unlike = make(tmp_path / "c", digests={"the rows to evaluate on": "e"}, loss="events")
+    assert "measured on different rows" in page._compared([read_run(one), read_run(unlike)])
+
+
+def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
+    one = make(tmp_path / "a")
+    (tmp_path / "empty").mkdir()
+    looked = "holds none of summary.json, metrics.jsonl, completions.jsonl and checkpoint-STEP/run.json"
+    assert looked in refusal(f"{tmp_path}/empty", capsys)
+    assert "is no folder; give the --output_dir of a run" in refusal(f"{tmp_path}/none", capsys)
+    assert "no runs are named" in refusal("", capsys) and "3 runs are named" in refusal("a b c", capsys)
+    assert "--output is" in refusal(f"{one} --output {tmp_path}/no/x.html", capsys)
+    monkeypatch.setitem(sys.modules, "bokeh", None)
+    assert "pip install 'gold_jax[report]'" in refusal(str(one), capsys)
+    assert sorted(os.listdir(one)) == ["completions.jsonl", "metrics.jsonl", "summary.json"]
+
+
+def test_training_writes_the_report(world, tmp_path, capsys, monkeypatch):
+    line = f"--model_name_or_path {world}/student --teacher_model_name_or_path {world}/teacher --dataset_name {world}/data "
+    line += (
+        "--max_steps 1 --max_completion_length 8 --per_device_train_batch_size 2 --save_strategy no --lmbda 1 --report "
+    )
+    line += f"--log_completions --logging_steps 1 --output_dir {tmp_path}/out"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "bokeh", None)
+        with pytest.raises(SystemExit):
+            cli.run("gold_jax.train", train.main, shlex.split(line))
+    assert "pip install 'gold_jax[report]'" in capsys.readouterr().err and not (tmp_path / "out/metrics.jsonl").exists()
+    cli.run("gold_jax.train", train.main, shlex.split(line))
+    text = Reader((tmp_path / "out/report.html").read_text()).text
+    assert f"The report is in {tmp_path}/out/report.html" in capsys.readouterr().out
+    assert "Finished after 1 of 1 updates. Not measured: bits per byte" in text and "1 update" in text
+    run = read_run(tmp_path / "out")
+    assert run.fact("settings")["report"] is True and len(run.samples) == 2 and run.notes == ()
+
+
+@pytest.mark.slow
+def test_a_browser_opens_it_without_errors_and_without_a_request(tmp_path):
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no chromium here to open the page with (apt-get install chromium)")
+
+    def opened(path):
+        """Complaints of the page, requests that it made, and the size of the picture."""
+        options = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
+        options += f" --user-data-dir={tmp_path}/profile --virtual-time-budget=4000 --window-size=1600,1200"
+        options += f" --log-net-log={tmp_path}/net.json --screenshot={tmp_path}/page.png"
+        called = [chromium, *options.split(), "--host-resolver-rules=MAP * ~NOTFOUND", path.as_uri()]
+        done = subprocess.run(called, capture_output=True, text=True, timeout=120, check=True)
+        events = json.loads((tmp_path / "net.json").read_text())["events"]
+        made = [event.get("params") or {} for event in events]  # of what the browser does by itself no origin is known
+        urls = {p["url"] for p in made if p.get("initiator", "not an origin") != "not an origin"}
+        console = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
+        return console, urls, (tmp_path / "page.png").stat().st_size
+
+    (tmp_path / "blank.html").write_text(f"<body>{EVIL}</body>")
+    console, urls, blank = opened(tmp_path / "blank.html")
+    assert console and urls == {"http://127.0.0.1:9/x"}  # what the page must not do is seen
+    folder = make(tmp_path / EVIL, completions=[(2, EVIL, EVIL, EVIL)], settings={"run_name": EVIL})
+    for name, runs in {"one.html": [folder], "two.html": [folder, make(tmp_path / "b")]}.items():
+        run_command(f"{shlex.join(map(str, runs))} --output {tmp_path}/{name}")
+        console, urls, size = opened(tmp_path / name)
+        assert not console and not urls and size > 5 * blank
