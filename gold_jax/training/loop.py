@@ -117,7 +117,6 @@ class Loop:
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
-        self._rollout_batches = getattr(args, "rollout_batches", 1)
         self.max_new_tokens, self.save_dtype = max_new_tokens, args.model_init_kwargs.get("dtype", "float32")
         self.output = pathlib.Path(args.output_dir)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
@@ -351,7 +350,7 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        given, together = (step, self._examples(step), self.state.params, self.shapes), self._rollout_batches
+        given, together = (step, self._examples(step), self.state.params, self.shapes), self.args.updates_per_draw
         if together == 1:
             return self.run.batches.build(*given)
         later = range(step + 1, min(step - step % together + together, self.total_steps))

@@ -171,7 +171,7 @@ class _Trainer(TrainerMembers):
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
         measured: list[str] = []
         evaluated = None  # a digest of the rows to evaluate on
-        options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
+        options = dict(on_bad_row=a.on_bad_row, teacher_context=teacher and a.teacher_context)
         options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
         self._check_evaluation = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
         if evaluation is not None:
@@ -184,7 +184,7 @@ class _Trainer(TrainerMembers):
         self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
-        rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
+        rows_per_step = a.rows_per_update * self.process_shard.num_shards
         if streamed:
             say = functools.partial(self.console.print, markup=False, soft_wrap=True)
             order = StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
@@ -446,7 +446,7 @@ def _check_streamed(args: SFTConfig) -> None:
         raise ValueError("a streamed data set has no length, so that no epoch ends at an update: use steps")
     if args.truncation_mode == "keep_end":
         raise ValueError("prompts of a streamed data set are not shortened: use --truncation_mode keep_start")
-    if getattr(args, "rollout_batches", 1) > 1:
+    if args.updates_per_draw > 1:
         raise ValueError("of a streamed data set completions are drawn for one update: use --rollout_batches 1")
 
 
