@@ -37,9 +37,10 @@ from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
+from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.logging import header, named_measures
-from gold_jax.training.loop import Data, Loop
+from gold_jax.training.logging import header
+from gold_jax.training.loop import Loop
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
     EVALUATED,
@@ -50,6 +51,7 @@ from gold_jax.training.resume import (
     describe_tokenizer,
     describe_weights,
 )
+from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
@@ -243,7 +245,7 @@ class _Trainer(TrainerMembers):
         """The teacher measured as the student is."""
         rows = self.eval_examples if rows is None else rows
         if isinstance(rows, Mapping):
-            return named_measures({name: self._score_teacher(part) for name, part in rows.items()})
+            return over_sets(self._score_teacher, rows)
         a, examples = self.args, with_text_completion(rows)
         teacher = self._teacher._replace(model=self._teacher_now())
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
@@ -275,7 +277,8 @@ class _Trainer(TrainerMembers):
     @property
     def model(self):
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
-        return self.loop.copy_model()
+        student = self.loop.student.model
+        return student.replace(jax.tree.map(jax.numpy.copy, split(student)[1]))
 
     def train(
         self,

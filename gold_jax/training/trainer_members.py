@@ -79,7 +79,7 @@ class TrainerMembers:
 
     def get_learning_rates(self) -> list[float]:
         """The learning rate of the next update; none, where the optimizer was passed without its schedule."""
-        made = self.loop.done - self.loop.nonfinite.total
+        made = self.loop.done - self.loop.run_state.nonfinite.total
         return [] if self.lr_scheduler is None else [float(self.lr_scheduler(made))]
 
     @property

@@ -1,10 +1,26 @@
 """What a run uses of its devices: memory, and model FLOPs utilization (MFU; Chowdhery et al., "PaLM", 2022, appendix B)."""
 
+import time
+
 import jax
 
+from gold_jax import progress
 from gold_jax.accelerators import DEVICE_KINDS
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, split
+
+
+class Throughput:
+    """Tokens per second since `restart`, the seconds left out in which programs were compiled."""
+
+    def restart(self) -> None:
+        """Counts time and `tokens` from here on."""
+        self._since, self.tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
+
+    def tokens_per_second(self) -> float:
+        """Until now."""
+        compiling = progress.compiled()[1] - self._compiled_before
+        return self.tokens / max(time.perf_counter() - self._since - compiling, 1e-9)
 
 
 def peak_flops() -> float | None:
