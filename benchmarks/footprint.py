@@ -33,10 +33,11 @@ def main() -> None:
     parser.add_argument("--gpus")
     args = parser.parse_args()
     prepare()
+    from gold_jax.accelerators import GIB
     from gold_jax.config import GOLDConfig, SFTConfig
     from gold_jax.planning.analytic import Analytic
     from gold_jax.planning.compiled import compile_plan
-    from gold_jax.planning.hardware import GIB, read_topology
+    from gold_jax.planning.hardware import read_topology
     from gold_jax.planning.models import known_config
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.sharding.axes import mesh_sizes

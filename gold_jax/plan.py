@@ -69,7 +69,7 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
     options = named | training.model_init_kwargs
     student = find_model(model.model_name_or_path, options["revision"], "student")
     teacher = vocabularies = None
-    if (name := getattr(training, "teacher_model_name_or_path", None)) is not None:
+    if isinstance(training, GOLDConfig) and (name := training.teacher_model_name_or_path) is not None:
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
         teacher = find_model(name, revision, "teacher")
         progress("reading tokenizers")
@@ -92,10 +92,10 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
 
 def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:
     """What a plan leaves out or had to do without, one sentence each."""
-    notes, tensor = [], mesh["tensor"]
-    if getattr(training, "seq_kd", False):
+    notes, tensor, distils = [], mesh["tensor"], isinstance(training, GOLDConfig)
+    if distils and training.seq_kd:
         notes.append("What the teacher writes (--seq_kd) is not planned.")
-    if getattr(training, "server_url", None) and pair.teacher:
+    if distils and training.server_url and pair.teacher:
         own = "it has devices of its own, and no time of it is counted"
         notes.append(f"A server writes the student's completions: {own}.")
     if training.bf16 is False:
@@ -105,7 +105,7 @@ def _notes(training: SFTConfig, pair: Any, mesh: dict[str, int]) -> list[str]:
         if config and config.heads % tensor:
             heads = f"tensor={tensor} does not divide the {role}'s {config.heads} heads"
             notes.append(f"{heads}: each device computes all of its attention.")
-    if pair.teacher is None and isinstance(training, GOLDConfig):
+    if pair.teacher is None and distils:
         notes.append("There is no teacher (--teacher_model_name_or_path): this is a plan of fine-tuning.")
     return notes
 

@@ -361,6 +361,9 @@ class SFTConfig(
     A value of the wrong type or out of range is a ValueError that names the flag, the value and the range.
     """
 
+    completions_per_row = 1  # that an update learns from, of a row of the data set
+    updates_per_draw = 1  # whose completions are drawn together
+
     def __post_init__(self):
         super().__post_init__()
         read_mesh(self.mesh)
@@ -419,6 +422,11 @@ class SFTConfig(
                 raise ValueError(f"--load_best_model_at_end needs every save evaluated, but {is_now}; give a multiple.")
         if self.metric_for_best_model is not None and self.greater_is_better is None:
             self.greater_is_better = not self.metric_for_best_model.endswith(("loss", "bits_per_byte"))
+
+    @property
+    def rows_per_update(self) -> int:
+        """Rows of the data set in an update, for each share of the mesh that has rows of its own."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps // self.completions_per_row
 
     def interval(self, name: str, total_steps: int) -> int:
         """Updates between two events: `logging_steps`, `eval_steps` or `save_steps`, a share of `total_steps` below 1."""
@@ -618,6 +626,16 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
         name = "teacher_model_init_kwargs"
         self.teacher_model_init_kwargs, notices = read_load_options(name, self.teacher_model_init_kwargs)
         self.notices += notices
+
+    @property
+    def completions_per_row(self) -> int:
+        """`num_generations`."""
+        return self.num_generations
+
+    @property
+    def updates_per_draw(self) -> int:
+        """`rollout_batches`."""
+        return self.rollout_batches
 
     @property
     def weighs_rollouts(self) -> bool:

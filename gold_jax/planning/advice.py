@@ -72,7 +72,7 @@ def _changed(request: PlanRequest, settings: dict[str, Any]) -> tuple[PlanReques
     whole, rest = divmod(request.update_rows, mesh["data"] * mesh["fsdp"])
     if topology is not None and (rest or not whole):  # there are more rows, for so many devices
         whole, rest = rows * request.micro_batches, 0
-    if rest or not whole or whole % getattr(request.args, "num_generations", 1):
+    if rest or not whole or whole % request.args.completions_per_row:
         raise ValueError("the rows of an update cannot be shared out so")
     at_once = math.gcd(whole, settings.pop("per_device_train_batch_size", rows))
     if at_once != rows:
@@ -183,7 +183,7 @@ def _ways(request: PlanRequest, slack: float) -> Iterator[list[Plan]]:
             layouts = [{"layout": "fsdp", "teacher_layout": one} for one in ("fsdp", "full")[: 1 + (mesh["data"] > 1)]]
         # An update has more rows where a mesh cannot share them out evenly.
         update_rows = -(-request.update_rows // (mesh["data"] * mesh["fsdp"]))
-        if update_rows % getattr(request.args, "num_generations", 1):
+        if update_rows % request.args.completions_per_row:
             continue
         counts = sorted({2**k for k in range(update_rows.bit_length())} | {update_rows})
         for layout in layouts:

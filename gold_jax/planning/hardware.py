@@ -1,47 +1,20 @@
-"""Accelerators that need not be here: their figures by name, slices of them by a short text, what compiling for them needs.
+"""Accelerators that need not be here: slices of them by a short text, and what compiling for them needs.
 
-Without JAX, for some of it has to be there before JAX is. Every figure is that of one JAX device: a chip, or, on v3 and
-tpu7x, one of a chip's two cores. Where they are from stands in `hardware.json`.
+Without JAX, for some of it has to be there before JAX is. The figures of one device are those of `gold_jax.accelerators`.
 """
 
 import difflib
-import importlib.resources
 import importlib.util
-import json
 import math
 import os
 import re
 import sys
 from typing import NamedTuple
 
-GIB = 2**30
+from gold_jax.accelerators import GPUS, TABLE, TPUS, Chip
+
 GPU_SHARE = 0.75  # of a GPU's memory, what JAX takes by XLA_PYTHON_CLIENT_MEM_FRACTION's default
-
-
-class Chip(NamedTuple):
-    """One JAX device of an accelerator; bandwidths are in bytes/s."""
-
-    name: str
-    hbm_bytes: int  # TPUs: what the compiler lets a program fill. GPUs: all of it, of which JAX takes `GPU_SHARE`
-    flops: float  # peak dense bfloat16 FLOP/s, with float32 sums
-    hbm_bandwidth: float
-    interconnect: float  # in one direction over all links to others, ICI (a slice has fewer), NVLink or PCIe
-    network: float | None  # in one direction, of the host's NICs; None where that depends on who built the host
-    host: int = 8  # chips of a full host
-    cores: int = 1  # devices per chip
-    links: int = 1  # to neighbours: 4 in a 2D torus, 6 in a 3D one; GPUs, through a switch, 1
-    wraps: int = 0  # a torus axis whose length is a multiple of this is closed to a ring (in a 3D torus, if all are)
-
-
-def _chip(name: str, gib: float, tflops: float, hbm: float, link: float, network: float | None, *rest: int) -> Chip:
-    """A row of `hardware.json`: GiB of a device; TFLOP/s and GB/s of a chip, which its cores share."""
-    one = 1e9 / (rest[1] if rest else 1)
-    return Chip(name, int(gib * GIB), tflops * 1e3 * one, hbm * one, link * one, network and network * one, *rest)
-
-
-_DATA = json.loads((importlib.resources.files("gold_jax.planning") / "hardware.json").read_text())
-TPUS, GPUS = ({name: _chip(name, *row) for name, row in _DATA[kind]["chips"].items()} for kind in ("tpus", "gpus"))
-MEASURED_ON = _DATA["gpus"]["measured"]["on"]  # the card that `Topology.efficiency` was measured on
+MEASURED_ON = TABLE["gpus"]["measured"]["on"]  # the card that `Topology.efficiency` was measured on
 # The cloud's names count cores where a chip has two, whether or not JAX sees them: v4-8 is four chips.
 _COUNTED_IN_CORES = ("v3", "v4", "v5p", "tpu7x")
 FORMS = (
@@ -86,7 +59,7 @@ class Topology(NamedTuple):
     @property
     def efficiency(self) -> dict[str, float]:
         """Least time over measured time, by phase; empty for devices, or numbers of them, that nothing measured tells of."""
-        measured = _DATA["gpus"]["measured"]
+        measured = TABLE["gpus"]["measured"]
         return measured["shares"] if self.chips == 1 and self.chip.name in measured["cards"] else {}
 
 
@@ -99,7 +72,7 @@ def read_topology(text: str) -> Topology:
     if not match:
         raise ValueError(f"{text!r} is not a topology. It is {FORMS}.{_nearest(text)}")
     name, shape, count = match.groups()
-    name = _DATA["other_names"].get(name, name)  # what the cloud, or its users, call them besides
+    name = TABLE["other_names"].get(name, name)  # what the cloud, or its users, call them besides
     if name not in TPUS:
         raise ValueError(f"{name!r} in {text!r} is not a known TPU ({', '.join(TPUS)}).{_nearest(name)}")
     chip = TPUS[name]
@@ -129,15 +102,15 @@ def _read_gpus(text: str) -> Topology:
         raise ValueError(f"{text!r}: {count} GPUs are not 1 to {chip.host}, nor whole hosts of {chip.host}.")
     hosts = -(-count // chip.host)
     options = {}
-    if chip.name in _DATA["gpus"]["described"]:
+    if chip.name in TABLE["gpus"]["described"]:
         options = {"target_config": _target_config(chip), "topology": f"1x{hosts}x{count // hosts}"}
     return Topology(f"gpu:{count}x{chip.name}", "gpu", chip, count, hosts, compile_options=options)
 
 
 def _target_config(chip: Chip) -> str:
     """What XLA's GPU compiler has to know of a card: a `stream_executor.GpuTargetConfigProto` as text."""
-    name, capability = _DATA["gpus"]["described"][chip.name]
-    known = _DATA["gpus"]["capabilities"]
+    name, capability = TABLE["gpus"]["described"][chip.name]
+    known = TABLE["gpus"]["capabilities"]
     memory = {"device_memory_size": chip.hbm_bytes, "memory_bandwidth": int(chip.hbm_bandwidth)}
     values = known["all"] | known[capability] | memory
     fields = " ".join(f"{field}: {value}" for field, value in values.items())

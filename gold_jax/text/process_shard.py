@@ -5,8 +5,9 @@ shard where its devices belong to both (tensor parallelism across hosts); in sum
 of them. Numpy only: the collectives are passed in as functions.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -31,6 +32,20 @@ class ProcessShard(NamedTuple):
     def num_shards(self) -> int:
         """Row shards of a micro-batch."""
         return len(self.owners)
+
+    def exchanging_within(self, context: Callable[[], contextlib.AbstractContextManager]) -> Self:
+        """The same, whose collectives are called within a context."""
+
+        def within(exchange: Callable) -> Callable:
+            def exchanged(values):
+                with context():
+                    return exchange(values)
+
+            return exchanged
+
+        names = "all_reduce_sum", "all_reduce_max", "all_gather"
+        marked: Any = {name: within(getattr(self, name)) for name in names}
+        return self._replace(**marked)
 
     def rows_per_shard(self, batch_size: int) -> int:
         """Rows of one shard; ValueError where the shards do not divide the batch."""

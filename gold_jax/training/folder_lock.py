@@ -6,6 +6,9 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
+from gold_jax.distributed.consensus import raise_in_all_processes
+from gold_jax.distributed.initialize import is_main_process
+
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
@@ -43,3 +46,21 @@ def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
+
+
+@contextlib.contextmanager
+def folders_locked(output: pathlib.Path, checkpoint_dir: str | None) -> Iterator[None]:
+    """Makes and holds a run's local folders, in the first process; all end where one is another run's."""
+    folders, failed = {"output_dir": output}, None
+    if checkpoint_dir and "://" not in checkpoint_dir:
+        folders["checkpoint_dir"] = pathlib.Path(checkpoint_dir)
+    with contextlib.ExitStack() as held:
+        try:
+            for name, folder in folders.items() if is_main_process() else ():
+                folder.mkdir(parents=True, exist_ok=True)
+                if name == "output_dir" or not folder.samefile(output):
+                    held.enter_context(locked(folder, f"--{name}"))
+        except (ValueError, OSError) as error:
+            failed = error
+        raise_in_all_processes("the folders of the run", failed)
+        yield

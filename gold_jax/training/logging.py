@@ -292,11 +292,6 @@ def _printable(text: str) -> str:
     return "".join(c if c in "\n\t" or c.isprintable() else "�" for c in text)
 
 
-def named_measures(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The measures of several sets of rows as those of one evaluation: `eval_loss` of the set `a` is `eval_a_loss`."""
-    return {f"eval_{name}_{k.removeprefix('eval_')}": v for name, one in found.items() for k, v in one.items()}
-
-
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
     """Show what training changed: names with values before, after and of the teacher; None: not measured."""
     columns: dict[str, list[str]] = {name: [] for name in ("before", "after", "change", "teacher")}

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
+from gold_jax.wording import listed
 
 # What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
@@ -232,3 +233,49 @@ def rename_logs(folder: pathlib.Path, say: Callable[[str], Any]) -> None:
     for log, name in zip(logs, names):
         os.replace(log, name)
         say(f"Renamed {log.name} of another run in {folder} to {name.name}.")
+
+
+def append_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Appends rows to a JSONL file; an OSError names it."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    except OSError as error:
+        raise OSError(f"{path} cannot be written: {checkpointing.describe_error(error)}") from error
+
+
+def begin_logs(run_id: str, output: pathlib.Path, folder: Any, say: Callable[[str], Any]) -> None:
+    """Makes way for a run that begins in `output`, with its checkpoints in `folder`, and says what others left there."""
+    rename_logs(output, say)
+    if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
+        kept = "one of this run replaces that of the same step, --save_total_limit counts them too"
+        over = "and --resume_from_checkpoint latest passes them over."
+        say(f"{folder} holds checkpoints of an earlier run ({listed(old, 3)}): {kept}, {over}")
+    checkpointing.set_current_run(run_id, output, folder)
+
+
+def continue_logs(
+    run_id: str,
+    step: int,
+    unwritten: list[dict],
+    ended: bool,
+    output: pathlib.Path,
+    folder: Any,
+    say: Callable[[str], Any],
+) -> list[dict[str, Any]]:
+    """The logs of a run that goes on from `step`, truncated to it; returns the metrics.
+
+    `unwritten` are completions that are not in their file, `ended` as for `truncate_log`. Where the logs in `output` are
+    of another run than the checkpoint, they are renamed.
+    """
+    history: list[dict[str, Any]] = []
+    if (checkpointing.current_run(output) or "") == run_id:
+        metrics, completions = (output / name for name in LOGS)
+        history = truncate_log(metrics, step, ended=ended)
+        truncate_log(completions, step - bool(unwritten))
+        if unwritten:
+            append_rows(completions, unwritten)
+    else:
+        rename_logs(output, say)
+    checkpointing.set_current_run(run_id, output, folder)
+    return history

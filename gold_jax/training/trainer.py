@@ -41,9 +41,10 @@ from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
+from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
-from gold_jax.training.logging import header, named_measures
-from gold_jax.training.loop import Data, Loop
+from gold_jax.training.logging import header
+from gold_jax.training.loop import Loop
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
     EVALUATED,
@@ -54,6 +55,7 @@ from gold_jax.training.resume import (
     describe_tokenizer,
     describe_weights,
 )
+from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
@@ -209,7 +211,7 @@ class _Trainer(TrainerMembers):
         facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
         measured: list[str] = []
         evaluated = None  # a digest of the rows to evaluate on
-        options = dict(on_bad_row=a.on_bad_row, teacher_context=getattr(a, "teacher_context", None))
+        options = dict(on_bad_row=a.on_bad_row, teacher_context=teacher and a.teacher_context)
         options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
         self._check_evaluation = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
         if evaluation is not None:
@@ -222,7 +224,7 @@ class _Trainer(TrainerMembers):
         self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
         batch = a.per_device_train_batch_size * self.process_shard.num_shards
-        rows_per_step = batch * a.gradient_accumulation_steps // getattr(a, "num_generations", 1)
+        rows_per_step = a.rows_per_update * self.process_shard.num_shards
         if streamed:
             say = functools.partial(self.console.print, markup=False, soft_wrap=True)
             order = StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
@@ -282,7 +284,7 @@ class _Trainer(TrainerMembers):
         """The teacher measured as the student is."""
         rows = self.eval_examples if rows is None else rows
         if isinstance(rows, Mapping):
-            return named_measures({name: self._score_teacher(part) for name, part in rows.items()})
+            return over_sets(self._score_teacher, rows)
         a, examples = self.args, with_text_completion(rows)
         teacher = self._teacher._replace(model=self._teacher_now())
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
@@ -314,7 +316,8 @@ class _Trainer(TrainerMembers):
     @property
     def model(self):
         """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
-        return self.loop.copy_model()
+        student = self.loop.student.model
+        return student.replace(jax.tree.map(jax.numpy.copy, split(student)[1]))
 
     def train(
         self,
@@ -499,7 +502,7 @@ def _why_all_rows(args: SFTConfig) -> str | None:
         return "no epoch ends at an update: use steps"
     if args.truncation_mode == "keep_end":
         return "prompts are not shortened: use --truncation_mode keep_start"
-    if getattr(args, "rollout_batches", 1) > 1:
+    if args.updates_per_draw > 1:
         return "completions are drawn for one update: use --rollout_batches 1"
     return None
 

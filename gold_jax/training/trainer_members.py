@@ -75,11 +75,11 @@ class TrainerMembers:
 
     def get_total_train_batch_size(self, args: Any = None) -> int:
         """Completions of an update, on all devices."""
-        return self.loop.data.order.per_step * getattr(self.args, "num_generations", 1)
+        return self.loop.data.order.per_step * self.args.completions_per_row
 
     def get_learning_rates(self) -> list[float]:
         """The learning rate of the next update; none, where the optimizer was passed without its schedule."""
-        made = self.loop.done - self.loop.nonfinite.total
+        made = self.loop.done - self.loop.run_state.nonfinite.total
         return [] if self.lr_scheduler is None else [float(self.lr_scheduler(made))]
 
     @property

@@ -1,24 +1,32 @@
 """What a run uses of its devices: memory, and model FLOPs utilization (MFU; Chowdhery et al., "PaLM", 2022, appendix B)."""
 
+import time
+
 import jax
 
+from gold_jax import progress
+from gold_jax.accelerators import DEVICE_KINDS
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, split
 
-# Peak dense bfloat16 FLOP/s of one JAX device, by what JAX calls its kind, in full: variants of a card differ. Sources: as
-# `planning/hardware.json`.
-_PEAKS = {
-    "TPU v4": 275e12, "TPU v5 lite": 197e12, "TPU v5e": 197e12, "TPU v5p": 459e12, "TPU v5": 459e12, "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA B200": 2250e12,
-    "NVIDIA L40S": 362e12, "NVIDIA L4": 121e12,
-}  # fmt: skip
+
+class Throughput:
+    """Tokens per second since `restart`, the seconds left out in which programs were compiled."""
+
+    def restart(self) -> None:
+        """Counts time and `tokens` from here on."""
+        self._since, self.tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
+
+    def tokens_per_second(self) -> float:
+        """Until now."""
+        compiling = progress.compiled()[1] - self._compiled_before
+        return self.tokens / max(time.perf_counter() - self._since - compiling, 1e-9)
 
 
 def peak_flops() -> float | None:
-    """FLOP/s of all devices of the run together; None where their kind is not known."""
-    found = _PEAKS.get(jax.devices()[0].device_kind)
-    return None if found is None else found * jax.device_count()
+    """Peak dense bfloat16 FLOP/s of all devices of the run together; None where their kind is not known."""
+    found = DEVICE_KINDS.get(jax.devices()[0].device_kind)
+    return None if found is None else found.flops * jax.device_count()
 
 
 def peak_memory() -> int | None:

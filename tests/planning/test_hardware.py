@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from gold_jax.planning.hardware import GIB, GPUS, TPUS, has_gpu_compiler, read_topology
+from gold_jax.accelerators import GIB, GPUS, TPUS
+from gold_jax.planning.hardware import has_gpu_compiler, read_topology
 
 SLICES = (
     "v3:2x2",

@@ -227,7 +227,7 @@ def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, t
     assert metadata["shapes"]
     again = sft(world, tmp_path / "out", length_buckets=1)
     again.train(str(tmp_path / "out" / "checkpoint-2"))
-    assert again.loop.shapes == trainer.loop.shapes and same(held(again), held(trainer))
+    assert again.loop.run_state.shapes == trainer.loop.run_state.shapes and same(held(again), held(trainer))
 
 
 def test_a_save_is_also_a_student_that_opens_by_itself(finished):
@@ -562,7 +562,7 @@ def test_a_run_that_makes_no_more_updates_stops_with_a_diagnosis_and_can_go_on(w
     assert "it read rows" in said and "lower --learning_rate than 0.01" in said and "checkpoint-4" in said
     after = sft(world, tmp_path / "out", max_skipped_updates=2, learning_rate=1e-3)
     after.train("latest")
-    assert after.loop.done == 6 and after.loop.nonfinite.total == 3
+    assert after.loop.done == 6 and after.loop.run_state.nonfinite.total == 3
 
 
 def test_broken_parameters_are_told_from_a_broken_loss():

@@ -7,8 +7,8 @@ import pytest
 from training.small import V, W, decoder
 
 from gold_jax import SFTConfig, SFTTrainer
+from gold_jax.accelerators import GPUS, TPUS
 from gold_jax.models.functional import count, split
-from gold_jax.planning.hardware import GPUS, TPUS
 from gold_jax.training import utilization
 
 ROWS = [{"prompt": f"{n}", "completion": f" {n + 1}"} for n in range(4)]

@@ -1,0 +1,152 @@
+"""Measures of the student on rows that it does not learn from, and which update was the best by one of them."""
+
+import collections
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers.trainer_utils import EvalPrediction, PredictionOutput
+
+from gold_jax import progress
+from gold_jax.loading import LoadedModel
+from gold_jax.losses.fused_head import chunk_size
+from gold_jax.scoring import greedy_completions, score_completions, share_alike
+from gold_jax.text.checks import with_text_completion
+from gold_jax.text.data import Example
+from gold_jax.training.annotations import EVALUATION, annotate
+from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
+from gold_jax.training.logging import plain_value
+from gold_jax.training.step import Step
+
+
+class Evaluator(NamedTuple):
+    """What measures a student on rows with completions."""
+
+    step: Step
+    batches: DistillationBatchBuilder | TokenBatchBuilder
+    batch_size: int  # rows at once, on all devices
+    loss_chunk: int | None
+    max_new_tokens: int  # of a greedy completion
+    compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None
+
+    @annotate(EVALUATION)
+    def predict(
+        self,
+        student: LoadedModel,
+        params: Any,
+        examples: Sequence[Example] | None,
+        writes: bool,
+        after_batch: Callable[[], Any] = lambda: None,
+    ) -> PredictionOutput:
+        """The measures of a student, whose parameters are `params`, on one set of rows.
+
+        They are `eval_loss` and its parts, `eval_bits_per_byte`, and with `writes` `eval_exact_match` and what
+        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own. ValueError: no row can
+        be measured.
+        """
+        if examples is None:
+            give = "give an eval_dataset, or --eval_strategy and a test split"
+            raise ValueError(f"there is no data to evaluate on: {give}")
+        examples = with_text_completion(examples)
+        if not examples:
+            raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
+        data, totals = self.batches.build_evaluation(examples), collections.defaultdict(float)
+        for batch, text in progress.track(list(zip(data.batches, data.text)), "evaluating"):
+            for name, value in self.step.evaluate(params, batch, text).items():
+                totals[f"eval_{name}"] += plain_value(value)
+            after_batch()
+        bits, size = totals.pop("eval_text_nll") / np.log(2), data.bytes
+        if data.rest:
+            rest, chunk = [examples[i] for i in data.rest], chunk_size(self.loss_chunk, student.model.platform)
+            score = score_completions(student, None, rest, batch_size=self.batch_size, chunk=chunk)
+            bits, size = bits + score.bits.sum(), size + score.bytes.sum()
+        totals["eval_bits_per_byte"] = float(bits / size) if size else float("nan")
+        texts = None, None
+        if writes:
+            options = dict(max_new_tokens=self.max_new_tokens, batch_size=self.batch_size)
+            texts = greedy_completions(student, examples, **options)
+            totals["eval_exact_match"] = share_alike(*texts)
+            if self.compute_metrics is not None:
+                found = self.compute_metrics(EvalPrediction(*texts))
+                totals |= {f"eval_{name.removeprefix('eval_')}": plain_value(value) for name, value in found.items()}
+        return PredictionOutput(*texts, dict(totals))
+
+
+def over_sets(measure: Callable[[Any], dict[str, float]], rows: Any) -> dict[str, float]:
+    """The measures of a set of rows, or of several by their names: `eval_loss` of the set `a` is `eval_a_loss`."""
+    if not isinstance(rows, Mapping):
+        return measure(rows)
+    found = {name: measure(part) for name, part in rows.items()}
+    return {f"eval_{name}_{k.removeprefix('eval_')}": v for name, one in found.items() for k, v in one.items()}
+
+
+def compared(
+    before: Mapping[str, float], after: Mapping[str, float], teacher: Mapping[str, float], rows: Any
+) -> list[tuple[str, float | None, float, float | None]]:
+    """The main measures on `rows`, as `over_sets` takes them, with their names: before, after, and the teacher's."""
+    sets = [f"eval_{name}_" for name in rows] if isinstance(rows, Mapping) else ["eval_"]
+    names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
+    return [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
+
+
+class Measured(NamedTuple):
+    """What a metric was after an update."""
+
+    metric: float
+    step: int
+
+
+class BestModel:
+    """The best of the evaluations by one metric (`metric_for_best_model`; None: there is none), and the best that is saved."""
+
+    def __init__(self, metric: str | None, greater_is_better: bool | None):
+        self._wanted, self._greater_is_better = metric, greater_is_better
+        self.newest: Measured | None = None
+        self.best: Measured | None = None
+        self.saved: Measured | None = None  # the best of those whose update has a checkpoint
+        self.checkpoint: str | None = None  # which one
+
+    def take(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes in the evaluation after an update; ValueError where it does not measure the metric."""
+        if self._wanted is None:
+            return
+        name = f"eval_{self._wanted.removeprefix('eval_')}"
+        if name not in metrics:
+            which = "which no evaluation measures; there are"
+            raise ValueError(f"--metric_for_best_model is {self._wanted!r}, {which} {', '.join(metrics)}")
+        self.newest = Measured(float(metrics[name]), step)
+        if self._is_better(self.newest, self.best):
+            self.best = self.newest
+
+    def take_saved(self, step: int, checkpoint: str) -> bool:
+        """Takes in that an update has a checkpoint; returns whether it is the best of those that have."""
+        if self.newest is None or self.newest.step != step or not self._is_better(self.newest, self.saved):
+            return False
+        self.saved, self.checkpoint = self.newest, checkpoint
+        return True
+
+    def saved_is_better(self, step: int) -> bool:
+        """Whether the best checkpoint is of another update than this one, and better than the newest evaluation."""
+        saved, newest = self.saved, self.newest
+        return saved is not None and newest is not None and saved.step != step and self._is_better(saved, newest)
+
+    def _is_better(self, new: Measured, old: Measured | None) -> bool:
+        if old is None or not (math.isfinite(new.metric) and math.isfinite(old.metric)):
+            return math.isfinite(new.metric)
+        return new.metric > old.metric if self._greater_is_better else new.metric < old.metric
+
+    def trainer_state(self) -> dict[str, Any]:
+        """The fields of transformers' `TrainerState` that tell of it."""
+        best = {} if self.best is None else {"best_metric": self.best.metric, "best_global_step": self.best.step}
+        return best | {"best_model_checkpoint": self.checkpoint}
+
+    def state(self) -> dict[str, Any] | None:
+        """What checkpoints keep, fit for JSON; None: nothing."""
+        return None if self.saved is None else {**self.best._asdict(), "saved": self.saved._asdict()}
+
+    def restore(self, state: Mapping[str, Any], folder: Any) -> None:
+        """Goes on from what `state` gave to a checkpoint in this folder."""
+        self.best = Measured(state["metric"], state["step"])
+        self.saved = Measured(**state.get("saved", self.best._asdict()))
+        self.checkpoint = str(folder / f"checkpoint-{self.saved.step}")

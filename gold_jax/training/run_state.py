@@ -1,0 +1,162 @@
+"""Where a run stands between two updates: what its checkpoints hold of it, and how they are read back."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from gold_jax.config import SFTConfig
+from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.text.background_check import BackgroundCheck
+from gold_jax.text.data import Example
+from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder
+from gold_jax.training import checkpointing
+from gold_jax.training.batches import RowOrder, UpdateBatch
+from gold_jax.training.evaluation import BestModel
+from gold_jax.training.logging import RunningMean
+from gold_jax.training.nonfinite import NonFiniteCounter
+from gold_jax.training.resume import EVALUATED, find_and_restore
+from gold_jax.training.rollout_buffer import Rollouts
+from gold_jax.training.step import TrainState, state_shapes
+
+
+class Data(NamedTuple):
+    """The rows that a run learns from and is measured on."""
+
+    train: Sequence[Example] | RowStream | ShuffledRows
+    eval: Sequence[Example] | Mapping[str, Sequence[Example]] | None  # several sets by their names
+    order: RowOrder | StreamOrder  # of those that can be learned from
+    description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
+    background: BackgroundCheck | None = None  # of rows that are checked beside training
+
+    def total_steps(self, args: SFTConfig) -> int:
+        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` are. ValueError: 2**31 or more."""
+        flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
+        steps = max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
+        steps = args.max_steps if args.max_steps >= 0 else steps
+        if steps >= 2**31:
+            most = "at most 2**31 - 1 can be counted"
+            raise ValueError(f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; {most}")
+        return steps
+
+    def checked_lately(self) -> list[str]:
+        """Lines about what the check beside training has found since the last call; raises what it raised."""
+        return [] if self.background is None else self.background.poll()
+
+    def found_while_training(self) -> list[str]:
+        """At the end of a run, lines about rows that were not all looked at before it."""
+        lines = self.checked_lately()
+        if self.background is not None:
+            if not (unfinished := self.background.unfinished()):
+                return lines
+            lines.append(unfinished)
+        if isinstance(self.order, StreamOrder):
+            lines += [f"Of the rows that were read: {line}" for line in self.order.checker.notices()]
+        return lines
+
+
+@dataclasses.dataclass
+class RunState:
+    """What changes in a run beside parameters and optimizer state. All of it but `losses` is in a checkpoint."""
+
+    best: BestModel
+    measured: str | None  # a digest of the rows that were measured before the first update
+    run_id: str = ""  # tells the checkpoints of one run from those of others in the same folder
+    # How often: of a run that goes on from an older checkpoint, tells the newer ones from those left behind.
+    resumed: int = 0
+    done: int = 0  # updates so far
+    nonfinite: NonFiniteCounter = NonFiniteCounter(0, 0)  # those of them that were left out
+    num_tokens: int = 0  # that were learned from
+    means: RunningMean = dataclasses.field(default_factory=RunningMean)  # of metrics since the last line of the log
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the updates made since the run began or went on
+    shapes: Sequence = ()  # that batches are padded to, up to the last update's
+    rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn up to the last update, for later ones
+    unmeasured: bool = False  # whether an evaluation was due after the last update and is not made
+    unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
+
+    def take(self, batch: UpdateBatch, metrics: dict[str, Any], nonfinite: NonFiniteCounter) -> None:
+        """Takes in what an update gave: its metrics and the counter of those left out."""
+        self.nonfinite = NonFiniteCounter(*map(int, nonfinite))
+        if not metrics.pop("skipped"):
+            self.losses.append(float(metrics["loss"]))
+        held = {k: v for k, v in batch.stats.items() if k != "tokens"}
+        self.means.add({**metrics, **held} if batch.counted else held)  # where nothing counts there is no loss
+        share = held.get("on_policy")
+        if batch.counted and share in (0.0, 1.0):  # the loss of an update of both kinds is not known by kind
+            self.means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
+        self.num_tokens += int(batch.stats["tokens"])
+
+    def metadata(self, data: Data) -> dict[str, Any]:
+        """What a checkpoint holds of it, fit for JSON; waits for the device."""
+        measured = {} if self.measured is None else {EVALUATED: self.measured}
+        metadata = {"run": data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
+        metadata |= {"means": self.means.state(), "shapes": self.shapes}
+        if isinstance(data.order, StreamOrder):
+            metadata["stream"] = data.order.position(self.done)
+        metadata |= {"unwritten": self.unwritten} if self.unwritten else {}
+        metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
+        metadata |= {"num_tokens": self.num_tokens}
+        return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
+
+    def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
+        """Goes on from a checkpoint in `folder`, given its metadata and rollouts; its completions are for the log."""
+        if isinstance(data.order, StreamOrder):
+            data.order.resume(metadata["step"], metadata["stream"])
+        self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
+        self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
+        self.resumed = metadata.get("resumed", 0) + 1
+        self.measured = metadata["run"].get(EVALUATED, self.measured)
+        self.num_tokens = metadata.get("num_tokens", 0)
+        if (best := metadata.get("best")) is not None:
+            self.best.restore(best, folder)
+        self.means.restore(metadata["means"])
+        self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
+
+
+def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainState) -> dict[str, Any]:
+    """A state, or its shapes, under the names of checkpoints: parameters, and moments of them, end with `.value`."""
+    kept = optax.tree.map_params(optimizer, _boxed, state.optimizer)
+    return {"params": jax.tree.map(_boxed, state.params), "optimizer": kept}
+
+
+def find_checkpoint(
+    wanted: str,
+    folder: Any,
+    run: Mapping[str, Any],
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    say: Callable[[str], Any],
+    last: int,
+) -> tuple[Any, dict[str, Any], TrainState] | None:
+    """The checkpoint to resume from: its path, metadata, and state, sharded as `params`; None, and errors, as `find_and_restore`."""
+    shapes = state_shapes(optimizer, _shapes(params))
+    found = find_and_restore(wanted, folder, run, named_for_checkpoints(optimizer, shapes), say, last)
+    assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))
+    if found is None:
+        return None
+    path, metadata, arrays = found
+    boxed = jax.tree.leaves((arrays["params"], arrays["optimizer"]))
+    params, kept = jax.tree.unflatten(jax.tree.structure((shapes.params, shapes.optimizer)), boxed)
+    counts, shapes = (metadata["step"], NonFiniteCounter(**metadata["skips"])), (shapes.step, shapes.nonfinite)
+    counts = jax.tree.map(lambda count, x: jax.device_put(np.int32(count), x.sharding), counts, shapes)
+    return path, metadata, TrainState(params, kept, *counts)
+
+
+def read_params(path: str, params: Any) -> Any:
+    """The parameters of a checkpoint, sharded as `params`; BadCheckpoint where it is not whole."""
+    shapes = _shapes(params)
+    abstract = {"params": jax.tree.map(_boxed, shapes)}
+    arrays = checkpointing.restore(path, checkpointing.read_metadata(path), abstract)
+    return jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(arrays))
+
+
+def _boxed(x: Any) -> dict[str, Any]:
+    return {"value": x}
+
+
+def _shapes(params: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
