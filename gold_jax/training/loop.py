@@ -152,7 +152,7 @@ class Loop:
         self._progress = self._new_progress()
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
-        self._means = RunningMean()
+        self._means, self._compiled_logged = RunningMean(), progress.compiled()
         self._bar = progress.Task("training", self.total_steps)
         self._unwritten: list[dict[str, Any]] = []  # completions of the last update that are not in their file
         self._losses: list[float] = []  # of the updates made since `train` began
@@ -417,7 +417,8 @@ class Loop:
         if not is_main_process():
             return MetricLog(None)
         trackers = make_trackers(self.args.report_to, self.args)
-        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps)
+        in_notebook = self.console.is_jupyter and not self.args.disable_tqdm
+        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
         """Adds the metrics of an update to the means of the next log line; returns those that are logged as they are."""
@@ -443,6 +444,10 @@ class Loop:
         speed = self._tokens / worked
         speed = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
         skipped = {"skipped": self.nonfinite.total} if self.nonfinite.total else {}
+        now = progress.compiled()
+        counted, seconds = (new - old for new, old in zip(now, self._compiled_logged))
+        speed |= {"programs_compiled": counted, "compiling_seconds": round(seconds, 3)}
+        self._compiled_logged = now
         means = self._means.take()
         seen = {"num_tokens": self._progress.num_input_tokens_seen}
         self.record({**means, **speed, **skipped, **trl_names(means), **seen})

@@ -130,7 +130,7 @@ def write_model_card(
     if columns:
         lines += ["", "## Results", "", "Measured on the run's own evaluation data:", ""]
         rows = dict.fromkeys(name for column in columns.values() for name in column)
-        cells = [[f"{c[row]:.4f}" if row in c else "" for c in columns.values()] for row in rows]
+        cells = [[f"{c[row]:.4f}" if _is_number(c.get(row)) else "" for c in columns.values()] for row in rows]
         lines += _table(["metric", *columns], [[row, *line] for row, line in zip(rows, cells)])
     chat = (path.parent / "chat_template.jinja").exists()
     filled = {
@@ -147,8 +147,7 @@ def write_model_card(
 
 def _losses(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """The losses of a run as lines of Markdown: a curve of blocks, and a table of some of them."""
-    logged = [(row["step"], row["loss"]) for row in history if "step" in row and "loss" in row]
-    logged = [(step, loss) for step, loss in logged if math.isfinite(loss)]
+    logged = [(row["step"], row["loss"]) for row in history if _is_number(row.get("loss")) and "step" in row]
     if not logged:
         return []
     count, last = min(_CURVE_WIDTH, len(logged)), len(logged) - 1
@@ -160,6 +159,11 @@ def _losses(history: Sequence[Mapping[str, Any]]) -> list[str]:
     chosen = sorted({round(i * last / (_SHOWN_LOSSES - 1)) for i in range(_SHOWN_LOSSES)})
     rows = [[str(logged[i][0]), f"{logged[i][1]:.4f}"] for i in chosen]
     return ["", "## Loss", "", said, "", *_table(["update", "loss"], rows)]
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is finite; a resumed run has None from its log for what is not."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -116,7 +116,7 @@ def card(folder, **given):
 
 
 RESULTS = {
-    "before training": {"eval_loss": 1.25},
+    "before training": {"eval_loss": 1.25, "eval_bits_per_byte": None},
     "after training": {"eval_loss": 0.5, "eval_bits_per_byte": 0.3},
     "teacher": {"eval_bits_per_byte": 0.1},
 }
@@ -150,13 +150,13 @@ def test_the_model_card_has_columns_only_for_what_was_measured(tmp_path):
 
 
 def test_the_model_card_draws_the_losses_and_shows_ten_of_them(tmp_path):
-    losses = [2.0, float("nan"), *[1.0] * 99, 0.0]
+    losses = [2.0, float("nan"), *[1.0] * 97, None, 1.0, 0.0]
     history = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)] + [{"step": 102, "eval_loss": 3.0}]
     text = card(tmp_path, history=history)[1]
     # Two or three losses to a block: the first of 2 and 1, the last of 1, 1 and 0.
     assert f"From update 1 to 102, lowest 0.6667, highest 1.5: `█{38 * '▄'}▁`" in text
     table = text.split("| update | loss |\n| --- | --- |\n")[1].split("\n\n")[0].splitlines()
-    steps = [1, 13, 24, 35, 46, 58, 69, 80, 91, 102]
+    steps = [1, 13, 24, 35, 46, 57, 68, 79, 90, 102]
     assert table == [f"| {n} | {losses[n - 1]:.4f} |" for n in steps]
     assert "## Loss" not in card(tmp_path / "none", history=history[-1:])[1]
 
