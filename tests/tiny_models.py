@@ -25,6 +25,8 @@ _SHAPE = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
 }
+# What log lines of two runs that are alike differ in.
+TIMED = ("tokens_per_second", "time", "programs_compiled", "compiling_seconds")
 ROWS = [
     ("What is 24 + 48?", "The answer is 72."),
     ("Which dog jumps?", "The other dog, over the fox."),

@@ -37,7 +37,6 @@ ACCEPTED = (
     "`text`, `conversations` (ShareGPT), `instruction` with `output` (alpaca), `question` with `answer`, or `problem` with "
     "`solution`; --columns says which columns stand for them, such as --columns prompt=query,completion=reply"
 )
-FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
@@ -114,17 +113,19 @@ class Examples(Sequence):
         if len(rows) == 0:
             raise ValueError(f"{source} is empty: it has no rows")
         if self.renamed and check_columns:
-            check_renamed(self.renamed, self.features or self._first_columns(), source)
+            check_renamed(self.renamed, self.features or self._columns_up_to({*self.renamed.values()} - {None}), source)
         if check_first:
             self[0]
 
-    def _first_columns(self) -> list[str]:
-        """The columns of the first rows, of those that can be read."""
+    def _columns_up_to(self, wanted: set) -> list[str]:
+        """The columns of the rows that can be read, up to that with the last of the wanted ones: usually the first row."""
         found: dict[str, None] = {}
-        for index in range(min(len(self), FIRST_ROWS)):
+        for index in range(len(self)):
             with contextlib.suppress(ValueError):
                 row = self.rows[index]
                 found |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}
+            if wanted <= found.keys():
+                break
         return list(found)
 
     def __len__(self) -> int:

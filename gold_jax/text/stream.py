@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 
 from gold_jax.text.checks import RowChecker
-from gold_jax.text.data import FIRST_ROWS, Example, Examples, hub_errors, hub_files, local_files, to_example
+from gold_jax.text.data import Example, Examples, hub_errors, hub_files, local_files, to_example
 from gold_jax.text.json_rows import JsonRows, read_json_lines
 from gold_jax.text.row_formats import check_renamed
+from gold_jax.text.surface import excerpt
 
 WINDOW = 1000  # rows that are shuffled among each other
+FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class RowStream:
     text_column: str = "text"
     features: Mapping | None = None
     renamed: Mapping[str, str | None] | None = None
+    notices: tuple[str, ...] = ()  # to be said at the start
 
     def describe(self) -> str:
         """What updates learn from, in words."""
@@ -122,8 +125,14 @@ def open_stream(
     found = dataclasses.replace(_open(source, config, split), text_column=text_column, renamed=renamed)
     if renamed:
         rows = itertools.chain.from_iterable(read(0) for read in found.shards.values())
-        first = (row for row in itertools.islice(rows, FIRST_ROWS) if isinstance(row, Mapping))
-        check_renamed(renamed, found.features or dict.fromkeys(itertools.chain(*first)), found.source)
+        first = list(itertools.islice(rows, FIRST_ROWS))
+        seen = found.features or dict.fromkeys(itertools.chain(*(row for row in first if isinstance(row, Mapping))))
+        open_end = not found.features and len(first) == FIRST_ROWS
+        later = {name: column for name, column in renamed.items() if open_end and column and column not in seen}
+        check_renamed(renamed, [*seen, *later.values()], found.source)
+        looked = f"and none of the first {FIRST_ROWS} rows has such a column"
+        notices = (f"--columns says {excerpt(f'{name}={column}')}, {looked}" for name, column in later.items())
+        found = dataclasses.replace(found, notices=tuple(notices))
     return found
 
 

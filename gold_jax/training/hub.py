@@ -1,23 +1,19 @@
-"""What is published of a run: the model card, the repository on the hub, and the push to it."""
+"""The repository of a run on the hub, and the push to it."""
 
 import os
 import pathlib
-import re
 import shlex
-from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gold_jax import progress
 from gold_jax.models.staged_save import TOKENIZER
-from gold_jax.wording import without_passwords
 
-_MARK = "<!-- written by gold_jax -->"
 # The files of a model. Nothing else in the folder is published: a run's logs and checkpoints, or what somebody keeps there.
 _PUBLISHED = (
     "README.md", "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", *sorted(TOKENIZER), "additional_chat_templates/*", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model",
 )  # fmt: skip
-_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
 class HubError(RuntimeError):
@@ -61,18 +57,37 @@ def push_to_hub(
     HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     folder = pathlib.Path(folder)
     name, allowed = repo_id or folder.resolve().name, list(_PUBLISHED)
+    shows_bars = not are_progress_bars_disabled()
+    if shows_bars:
+        disable_progress_bars()  # one that breaks off is drawn again at the very end, behind the error
     try:
-        api = HfApi(token=token)
-        name = api.create_repo(name, private=private, exist_ok=True).repo_id
-        upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, allow_patterns=allowed)
-        return str(api.upload_folder(**upload))
+        with progress.task("pushing to the hub"):
+            api = HfApi(token=token)
+            name = api.create_repo(name, private=private, exist_ok=True).repo_id
+            upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, allow_patterns=allowed)
+            return str(api.upload_folder(**upload))
     except Exception as error:
         failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
-        by_hand = f"hf upload {shlex.quote(name)} {shlex.quote(str(folder))} . --include {shlex.join(allowed)}"
-        raise HubError(f"{failed}. Upload it with: {by_hand}") from error
+        again = "Push it again (with the token in HF_TOKEN)" if token else "Push it again"
+        raise HubError(f"{failed}. {again}: {_by_hand(folder, name, private)}") from error
+    finally:
+        if shows_bars:
+            enable_progress_bars()
+
+
+def _by_hand(folder: pathlib.Path, repo_id: str, private: bool | None) -> str:
+    """The command that uploads what `push_to_hub` would."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    flags = ["--private"] * bool(private)
+    for name in filter_repo_objects(files, allow_patterns=list(_PUBLISHED)):
+        flags += ["--include", name]
+    return shlex.join(["hf", "upload", repo_id, str(folder), ".", *flags])
 
 
 def _no_answer(error: BaseException) -> bool:
@@ -87,68 +102,8 @@ def _no_answer(error: BaseException) -> bool:
     return down or transport or isinstance(error, ConnectionError | TimeoutError)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-    return f"{type(error).__name__}: {line}"
-
-
-def shown_command(argv: Sequence[str]) -> str:
-    """A command line as text, with the hub token hidden."""
-    shown, hide = [], False
-    for part in argv:
-        name, equals, _ = part.partition("=")
-        secret = name.replace("-", "_") == "__hub_token"
-        shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
-        hide = secret and not equals
-    # Of an argument that is no UTF-8 Python makes surrogates, which no file takes.
-    return without_passwords(shlex.join(shown)).encode("utf-8", "backslashreplace").decode()
-
-
-def write_model_card(
-    folder: str | os.PathLike,
-    *,
-    method: str,
-    base_model: str | None,
-    teacher: str | None = None,
-    loss: str | None = None,
-    dataset: str | None = None,
-    command: Sequence[str] | None = None,
-    results: Mapping[str, Mapping[str, float]] | None = None,
-    title: str | None = None,
-    tags: Sequence[str] | str | None = None,
-) -> pathlib.Path:
-    """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
-
-    One that someone else wrote is kept. Of the command line the hub token is left out; `results` has a column of
-    metrics for each time or model that was measured; empty columns are left out. `title` is the folder's name by default,
-    `tags` are further ones.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
-
-    path = pathlib.Path(folder) / "README.md"
-    if path.exists() and _MARK not in path.read_text(encoding="utf-8", errors="replace"):
-        return path
-    on_hub = {x for x in (base_model, dataset) if x and _HUB_ID.fullmatch(x) and not os.path.exists(x)}
-    data = ModelCardData(
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gold_jax", "distillation" if teacher else "sft", *([tags] if isinstance(tags, str) else tags or ())],
-        # The hub refuses cards whose metadata name a folder; the text below names it all the same.
-        base_model=base_model if base_model in on_hub else None,
-        datasets=[dataset] if dataset in on_hub else None,
-    )
-    lines = ["---", data.to_yaml(), "---", _MARK, "", f"# {title or path.parent.resolve().name}", ""]
-    lines += [f"Trained with gold_jax by {method}. The weights open in transformers and vLLM.", ""]
-    facts = {"Base model": base_model, "Teacher": teacher, "Data set": dataset, "Loss": loss}
-    lines += [f"- {label}: `{value}`" for label, value in facts.items() if value]
-    columns = {head: column for head, column in (results or {}).items() if column}
-    if columns:
-        lines += ["", "Measured on the run's own evaluation data:", "", f"| metric | {' | '.join(columns)} |"]
-        lines += ["| --- |" + " --- |" * len(columns)]
-        for name in dict.fromkeys(name for column in columns.values() for name in column):
-            cells = (f"{column[name]:.4f}" if name in column else "" for column in columns.values())
-            lines += [f"| {name} | {' | '.join(cells)} |"]
-    if command:
-        lines += ["", "```", shown_command(command), "```"]
-    ModelCard("\n".join(lines) + "\n").save(path)
-    return path
+    # An error of the hub says all itself; others can stand for one.
+    cause = None if hasattr(error, "response") else error.__cause__
+    return f"{type(error).__name__}: {line}" + (f": {_reason(cause)}" if cause else "")

@@ -38,11 +38,15 @@ _TRL_NAMES = {
     "completion_tokens": "completions/mean_length",
 }  # fmt: skip
 _NOT_SHOWN = {*_TRL_NAMES.values(), "completions/clipped_ratio", "on_policy_loss", "off_policy_loss", "num_tokens"}
+_NOT_SHOWN |= {"programs_compiled", "compiling_seconds"}
+_NOTEBOOK_ROWS = 200  # of a notebook's table, which is sent whole at every change
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
 class MetricLog(contextlib.AbstractContextManager):
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
+
+    With `in_notebook` the console's lines are rows of one table under a bar, of transformers' trainer for notebooks.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
     delays nothing. An error in any of them is shown once and training continues; so is a tracker (of `make_trackers`)
@@ -55,8 +59,10 @@ class MetricLog(contextlib.AbstractContextManager):
         console: Console | None = None,
         trackers: Iterable[Any] = (),
         total_steps: int | None = None,
+        in_notebook: bool = False,
     ):
         self._console, self._file, self._total = console, None, total_steps
+        self._table = _NotebookTable(total_steps) if in_notebook and total_steps else None
         if path is not None:
             pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
             self._file = open(path, "a", encoding="utf-8")
@@ -90,6 +96,8 @@ class MetricLog(contextlib.AbstractContextManager):
         for tracker, worker in self._trackers:
             worker.put(tracker.close)
             worker.close(PATIENCE)
+        if self._table is not None:
+            self.attempt("the notebook", self._table.finish)
         if self._file is not None:
             self.attempt("the log file", self._file.close)
 
@@ -110,12 +118,16 @@ class MetricLog(contextlib.AbstractContextManager):
     def _show(self, plain: Mapping[str, Any], left: float | None) -> None:
         progress.note_line()
         texts = {name: shown(value) for name, value in plain.items() if value is not None and name not in _NOT_SHOWN}
-        if self._total is not None:
+        if self._total is not None and self._table is None:
             texts["step"] += f"/{self._total}"
         if left is not None:
             texts["left"] = progress.clock(left)
         texts = {name: texts.pop(name) for name in _COLUMNS if name in texts} | texts
         evaluation = any(name.startswith("eval_") for name in texts)
+        if self._table is not None:
+            cells = {_COLUMNS.get(name, name): text for name, text in texts.items() if name != "left"}
+            self._table.show(plain["step"], cells, evaluation)
+            return
         if evaluation:
             texts.pop("left", None)
         if not self._console.is_terminal or evaluation:
@@ -157,6 +169,29 @@ class MetricLog(contextlib.AbstractContextManager):
             self._complained.add(what)
             with contextlib.suppress(Exception, SystemExit):  # a terminal that is gone takes no complaint either
                 self._console.print(Text(f"{what} {why}", style="yellow"), soft_wrap=True)
+
+
+class _NotebookTable:
+    """The last rows of the log under a bar of all updates, in one output of a notebook's cell."""
+
+    def __init__(self, total_steps: int):
+        from transformers.utils.notebook import NotebookTrainingTracker
+
+        self._tracker, self._step = NotebookTrainingTracker(total_steps), 0
+
+    def show(self, step: int, cells: Mapping[str, str], at_once: bool) -> None:
+        """Adds a row, or to the last one if it is of the same step; shown a few times a second, if not at once."""
+        table, self._step = self._tracker.inner_table, step
+        if table is not None and table[-1][0] != cells["step"]:
+            cells = dict.fromkeys(table[0], "") | cells
+        self._tracker.write_line(dict(cells))
+        del self._tracker.inner_table[1:-_NOTEBOOK_ROWS]
+        self._tracker.update(step, force_update=at_once)
+
+    def finish(self) -> None:
+        """Shows all rows."""
+        if self._tracker.inner_table is not None:
+            self._tracker.update(self._step, force_update=True)
 
 
 class _Worker:

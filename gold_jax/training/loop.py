@@ -107,6 +107,7 @@ class Loop:
         self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
+        self._compiled_logged = progress.compiled()
         self._bar = progress.Task("training", self.total_steps)
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation, and after which update
 
@@ -335,7 +336,8 @@ class Loop:
         if not is_main_process():
             return MetricLog(None)
         trackers = make_trackers(self.args.report_to, self.args)
-        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps)
+        in_notebook = self.console.is_jupyter and not self.args.disable_tqdm
+        return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
         """Adds the metrics of an update to the means of the next log line; returns those that are logged as they are."""
@@ -351,6 +353,10 @@ class Loop:
         now, speed = self.run_state, self._throughput.tokens_per_second()
         measured = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
         skipped = {"skipped": now.nonfinite.total} if now.nonfinite.total else {}
+        compiled = progress.compiled()
+        programs, seconds = (new - old for new, old in zip(compiled, self._compiled_logged))
+        measured |= {"programs_compiled": programs, "compiling_seconds": round(seconds, 3)}
+        self._compiled_logged = compiled
         means = now.means.take()
         self.record({**means, **measured, **skipped, **trl_names(means), "num_tokens": now.num_tokens})
         self._throughput.restart()

@@ -18,8 +18,8 @@ import jax
 from gold_jax import progress
 from gold_jax.config import SFTConfig
 from gold_jax.json_files import read_json_object
-from gold_jax.training.hub import shown_command
 from gold_jax.training.logging import SUMMARY
+from gold_jax.training.model_card import shown_command
 from gold_jax.training.signals import Preempted
 from gold_jax.wording import shortened, without_passwords
 

@@ -42,12 +42,14 @@ from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.evaluation import over_sets
-from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub, write_model_card
+from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.logging import header
 from gold_jax.training.loop import Loop
+from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
 from gold_jax.training.resume import (
     EVALUATED,
+    IGNORED_ON_RESUME,
     LEARNED,
     MICRO,
     ROWS,
@@ -56,10 +58,10 @@ from gold_jax.training.resume import (
     describe_weights,
 )
 from gold_jax.training.run_state import Data
-from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
+from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
-from gold_jax.wording import without_passwords
+from gold_jax.wording import listed, without_passwords
 
 SFT_NEW_TOKENS = 128
 _REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
@@ -84,7 +86,7 @@ class _Trainer(TrainerMembers):
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
     _background: BackgroundCheck | None = None  # of rows that are checked beside training
-    _card: Mapping[str, Any] = {}  # of the model card: teacher and loss
+    _card: Mapping[str, Any] = {}  # of the model card: teacher, loss and recipe
 
     def __init__(
         self, args, train_dataset, eval_dataset, optimizers, callbacks, compute, console, command, dataset_name
@@ -123,6 +125,8 @@ class _Trainer(TrainerMembers):
             raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
         if several and len({*map(str, eval_dataset)}) < len(eval_dataset):
             raise ValueError(f"eval_dataset has two names that are written alike: {', '.join(map(repr, eval_dataset))}")
+        if several:
+            _check_best_metric(a, [*map(str, eval_dataset)])
         read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
         self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
         self.placement = build.place_run(a.mesh, a.layout)
@@ -218,7 +222,7 @@ class _Trainer(TrainerMembers):
             self.eval_examples, measured, evaluated = self._check_evaluation(evaluation)
             evaluation = self.eval_examples
         streamed = isinstance(checked, RowChecker)  # what is to be said of rows is said when they are read
-        read = [*getattr(self.train_examples, "notices", ()), *([] if streamed else checked.notices)]
+        read = [*self.train_examples.notices, *([] if streamed else checked.notices)]
         if cut := len(getattr(self.train_examples, "shortened", ())):
             read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
         self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
@@ -279,6 +283,10 @@ class _Trainer(TrainerMembers):
             "output": self.args.output_dir,
         }
         header(self.console, self.title, rows, self.notices)
+        named = ("vocabularies", "completions", "updates", "precision", "device", "mesh")
+        recipe = {name.capitalize(): rows[name] for name in named if rows.get(name)}
+        recipe["Versions"] = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items())
+        self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
 
     def _score_teacher(self, rows: Any = None) -> dict[str, float]:
         """The teacher measured as the student is."""
@@ -440,7 +448,11 @@ class _Trainer(TrainerMembers):
             tags: further tags.
         """
         given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
-        given |= dict(results=self.loop.results, **self._card)
+        given |= dict(results=self.loop.results, history=self.loop.history, repo_id=self.hub_model_id, **self._card)
+        settings = settings_beside_defaults(self.args)
+        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+            settings[name] = {key: value for key, value in settings.get(name, {}).items() if value is not None}
+        given["settings"] = {k: value for k, value in settings.items() if value != {} and k not in IGNORED_ON_RESUME}
         write_model_card(self.args.output_dir, method=self.method, base_model=self.student.name, **given)
 
     def push_to_hub(
@@ -505,6 +517,17 @@ def _why_all_rows(args: SFTConfig) -> str | None:
     if args.updates_per_draw > 1:
         return "completions are drawn for one update: use --rollout_batches 1"
     return None
+
+
+def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
+    """ValueError where `metric_for_best_model` is a measure of none of the evaluation sets, each measured by its name."""
+    wanted = args.metric_for_best_model
+    if wanted is None or wanted.removeprefix("eval_").startswith(tuple(f"{name}_" for name in sets)):
+        return
+    measures = ("loss", "bits_per_byte", *(["exact_match"] if args.predict_with_generate else []))
+    possible = listed([f"{name}_{measure}" for name in sets for measure in measures], 12)
+    each = f"each of the {len(sets)} evaluation sets is measured by its name"
+    raise ValueError(f"--metric_for_best_model is {wanted!r}, and {each}: give {possible}, or another measure of one")
 
 
 def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:

@@ -228,7 +228,7 @@ class World:
 def read_log(output: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what a clock says."""
     lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    timed = ("tokens_per_second", "time", "seconds")
+    timed = (*tiny.TIMED, "seconds")
     return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
 
 

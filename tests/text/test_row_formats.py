@@ -146,6 +146,8 @@ def test_a_column_map_must_name_columns_that_are_there_and_that_are_read():
         read({"q": "x"}, renamed={"promt": "q"})
     rows = load_examples([{"q": "x", "a": "y"}, {"q": "x"}], renamed={"prompt": "q", "completion": "a"})
     assert [example.completion for example in rows] == ["y", None]
+    late = load_examples([*[{"q": "x"}] * 300, {"q": "x", "a": "y"}], renamed={"prompt": "q", "completion": "a"})
+    assert [late[0].completion, late[300].completion] == [None, "y"]
     with pytest.raises(ValueError, match="row 1 of the data set has the columns a; accepted are"):
         read({"q": "x"}, {"a": "y"}, renamed={"prompt": "q"})
 

@@ -166,6 +166,12 @@ def test_columns_are_read_under_other_names(tmp_path):
         assert [(read().prompt, read().completion) for read in found[-5:]] == [("x", f"{k}") for k in range(5)]
         with pytest.raises(ValueError, match="no column 'answer'; it has query, reply, prompt"):
             open_stream(str(tmp_path / name), renamed={"completion": "answer"})
+    file = tmp_path / "late.jsonl"
+    file.write_text("\n".join(map(json.dumps, [{"query": "x"}] * 100 + [{"query": "x", "answer": "y"}])))
+    stream = open_stream(str(file), renamed={"prompt": "query", "completion": "answer"})
+    (notice,) = stream.notices
+    assert notice == "--columns says 'completion=answer', and none of the first 100 rows has such a column"
+    assert [read().completion for _, _, _, read in stream.rows([0])][-2:] == [None, "y"]
 
 
 @pytest.mark.parametrize("setting, message", [

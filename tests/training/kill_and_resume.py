@@ -32,6 +32,8 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, SAVE_EVERY = 24, 3
+# What log lines of two runs that are alike differ in.
+TIMED = ("tokens_per_second", "time", "programs_compiled", "compiling_seconds")
 
 
 def work(folder: pathlib.Path) -> None:
@@ -94,7 +96,7 @@ def lines(path: pathlib.Path) -> list[dict]:
 
 def steady(path: pathlib.Path) -> list[dict]:
     """A log without what depends on the clock."""
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "time")} for row in lines(path)]
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in lines(path)]
 
 
 def whole(folder: pathlib.Path) -> list[int]:

@@ -56,7 +56,7 @@ def lines(path):
 
 
 def steady(rows):
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "time")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in tiny.TIMED} for row in rows]
 
 
 class Compiled(logging.Handler):

@@ -10,9 +10,8 @@ from gold_jax.training.hub import (
     HubSilent,
     create_hub_repository,
     push_to_hub,
-    shown_command,
-    write_model_card,
 )
+from gold_jax.training.model_card import shown_command, write_model_card
 
 
 class FakeHub:
@@ -117,7 +116,7 @@ def card(folder, **given):
 
 
 RESULTS = {
-    "before training": {"eval_loss": 1.25},
+    "before training": {"eval_loss": 1.25, "eval_bits_per_byte": None},
     "after training": {"eval_loss": 0.5, "eval_bits_per_byte": 0.3},
     "teacher": {"eval_bits_per_byte": 0.1},
 }
@@ -148,6 +147,23 @@ def test_the_model_card_has_columns_only_for_what_was_measured(tmp_path):
     assert "Measured" not in card(tmp_path / "a", results={"after training": {}, "teacher": {}})[1]
     text = card(tmp_path / "b", results={**RESULTS, "before training": {}})[1]
     assert "| metric | after training | teacher |" in text and "before training" not in text
+
+
+def test_the_model_card_draws_the_losses_and_shows_ten_of_them(tmp_path):
+    losses = [2.0, float("nan"), *[1.0] * 97, None, 1.0, 0.0]
+    history = [{"step": n, "loss": loss} for n, loss in enumerate(losses, 1)] + [{"step": 102, "eval_loss": 3.0}]
+    text = card(tmp_path, history=history)[1]
+    # Two or three losses to a block: the first of 2 and 1, the last of 1, 1 and 0.
+    assert f"From update 1 to 102, lowest 0.6667, highest 1.5: `█{38 * '▄'}▁`" in text
+    table = text.split("| update | loss |\n| --- | --- |\n")[1].split("\n\n")[0].splitlines()
+    steps = [1, 13, 24, 35, 46, 57, 68, 79, 90, 102]
+    assert table == [f"| {n} | {losses[n - 1]:.4f} |" for n in steps]
+    assert "## Loss" not in card(tmp_path / "none", history=history[-1:])[1]
+
+
+def test_a_card_of_a_model_that_speaks_no_chat_asks_in_plain_text(tmp_path):
+    text = card(tmp_path / "m", repo_id="me/model")[1]
+    assert 'LLM("me/model").generate("What is JAX?"' in text and "patino2025" not in text
 
 
 def test_folders_of_this_machine_stay_out_of_the_card_s_metadata(tmp_path):

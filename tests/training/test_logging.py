@@ -1,7 +1,10 @@
 import io
 import json
+import re
+import sys
 import threading
 import time
+import types
 
 import jax.numpy as jnp
 import numpy as np
@@ -279,3 +282,26 @@ def test_the_closing_table_has_only_columns_that_were_measured():
     before_after(screen, [("loss", None, 0.5, None), ("bits per byte", None, 0.25, 0.125)])
     lines = [line.split() for line in written(screen).splitlines()]
     assert ["after", "teacher"] in lines and ["bits", "per", "byte", "0.25", "0.125"] in lines
+
+
+def test_in_a_notebook_the_log_is_one_table_that_grows_under_a_bar(monkeypatch):
+    sent = []
+    handle = types.SimpleNamespace(update=sent.append)
+    display = types.ModuleType("IPython.display")
+    display.HTML, display.display = str, lambda html, display_id: sent.append(html) or handle
+    monkeypatch.setitem(sys.modules, "IPython", types.ModuleType("IPython"))
+    monkeypatch.setattr(sys.modules["IPython"], "display", display, raising=False)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    monkeypatch.delitem(sys.modules, "transformers.utils.notebook", raising=False)
+    with MetricLog(None, console(False), total_steps=300, in_notebook=True) as log:
+        for step in range(1, 251):
+            log.log(step, {"loss": step / 2, "learning_rate": 1e-7}, left=3.0)
+        log.log(250, {"eval_loss": 0.25})
+    del sys.modules["transformers.utils.notebook"]  # another test finds the real one
+    head, *rows = re.findall(r"<tr.*?</tr>", sent[-1], re.S)
+    cells = [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+    assert re.findall(r"<th>(.*?)</th>", head) == ["step", "loss", "lr", "eval_loss"]
+    assert (
+        len(rows) == 200 and cells[0] == ["51", "25.5", "1.00e-07"] and cells[-1] == ["250", "125", "1.00e-07", "0.25"]
+    )
+    assert "<progress value='250' max='300'" in sent[-1] and 1 < len(sent) <= 252

@@ -93,7 +93,7 @@ def lines(path):
 
 
 def steady(rows):
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_second", "time")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in tiny.TIMED} for row in rows]
 
 
 def same(one, other):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from transformers import TrainerCallback
 
 from gold_jax import SFTConfig, SFTTrainer
 from gold_jax.training.run_summary import RunSummary, settings_beside_defaults
@@ -32,6 +33,25 @@ def test_a_run_leaves_what_was_run_on_what_when_and_how_it_went(world, tmp_path)
     SFTTrainer(str(world / "student"), SFTConfig(output_dir=tmp_path, max_steps=1), ROWS).train()
     assert json.loads((tmp_path / "summary.1.json").read_text()) == found
     assert json.loads((tmp_path / "summary.json").read_text())["total_updates"] == 1
+
+
+def test_log_lines_and_summary_count_what_was_compiled_and_for_how_long(world, tmp_path, monkeypatch):
+    now = [7, 2.0]
+    monkeypatch.setattr("gold_jax.progress.compiled", lambda: tuple(now))
+
+    class Compiles(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            now[:] = now[0] + state.global_step, now[1] + 0.5
+
+    settings = dict(output_dir=tmp_path, max_steps=3, logging_steps=2, disable_tqdm=True)
+    SFTTrainer(str(world / "student"), SFTConfig(**settings), ROWS, callbacks=[Compiles()]).train()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["programs_compiled"], row["compiling_seconds"]) for row in rows] == [
+        (2, 3, 1),
+        (3, 3, 0.5),
+    ]
+    (part,) = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    assert (part["programs_compiled"], part["compiling_seconds"]) == (6, 1.5)
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,15 @@ def test_several_evaluation_sets_are_measured_by_their_names(world, tmp_path):
         sft(world, tmp_path, {"easy": ROWS, "hard": [{"prompt": "x"}]})
     with pytest.raises(ValueError, match="eval_dataset is an empty dict"):
         sft(world, tmp_path, {})
+    best = {"max_steps": 1, "eval_strategy": "steps", "save_strategy": "steps", "load_best_model_at_end": True}
+    best |= {"eval_steps": 1, "save_steps": 1}
+    can_be = "give easy_loss, easy_bits_per_byte, hard_loss, hard_bits_per_byte, or another measure"
+    with pytest.raises(
+        ValueError, match=f"is 'loss', and each of the 2 evaluation sets is measured by its name: {can_be}"
+    ):
+        sft(world, tmp_path / "best", sets, best)
+    trained = sft(world, tmp_path / "best", sets, best | {"metric_for_best_model": "eval_hard_loss"})
+    assert trained.train().metrics["eval_hard_loss"] == trained.state.best_metric
     with pytest.raises(ValueError, match="two names that are written alike: 1, '1'"):
         sft(world, tmp_path, {1: ROWS, "1": ROWS})
 
