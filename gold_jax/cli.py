@@ -198,7 +198,8 @@ def load_reader(
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
     A line on stderr says which chat template and stop tokens it has. `special_tokens` has the strings of special tokens in
-    plain-text prompts read as those tokens; `role` is what lines and errors call it. Errors as `load_model_and_tokenizer`
+    plain-text prompts read as those tokens; `role` is what lines and errors call it. A command without --mesh has it on one
+    device. Errors as `load_model_and_tokenizer`
     and `mesh_sizes`.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
@@ -207,7 +208,8 @@ def load_reader(
     show(_set_up_compiling(model.compilation_cache))
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
-    options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
+    placement = place_run(args.mesh) if hasattr(args, "mesh") else None
+    options |= dict(attention=model.attn_implementation, placement=placement)
     options |= dict(special_tokens_in_prompts=special_tokens, role=role)
     with progress.task(f"reading the {role}"):
         loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
