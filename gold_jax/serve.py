@@ -3,7 +3,6 @@
 `/v1/models`, `/v1/completions` (log-probabilities of prompts included) and `/v1/chat/completions`; docs/serving.md.
 """
 
-import json
 import socket
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from gold_jax.config.parsing import parse_args
 from gold_jax.quickstart import shown_name
 from gold_jax.values import AT_LEAST_ONE, QUANTIZATIONS, Range
 
-_LONGEST = 4096  # tokens of a sequence by default at most: caches of all rows must fit
 _LAST_SECONDS = 5  # that requests under way have when the server is to stop
 
 
@@ -30,7 +28,7 @@ class ServeArguments(Settings):
     batch_size: int = flag(16, "How many sequences are written at once.", range=AT_LEAST_ONE)
     queue_size: int = flag(256, "How many sequences may wait; beyond, requests are answered 503 with Retry-After.", range=AT_LEAST_ONE)
     max_length: int | None = flag(None,
-        f"Most tokens of a sequence with its prompt; none: what the model was made for, at most {_LONGEST}.", range=AT_LEAST_ONE)
+        "Most tokens of a sequence with its prompt; none: what the model was made for, at most 4096.", range=AT_LEAST_ONE)
     quantization: str = flag("none",
         "int8: write with matrices rounded to 8 bits, read in half the time; prompts and their log-probabilities are the model's own.",
         choices=QUANTIZATIONS)
@@ -50,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _listen(args.host, args.port) as listener:
         show(notices)
         from gold_jax.serving.app import create_app
-        from gold_jax.serving.batcher import Batcher
+        from gold_jax.serving.batcher import Batcher, longest_sequence
 
-        loaded = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=True)
+        loaded = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=True, one_device=True)
         decoder, chat = loaded.model, loaded.chat_tokenizer
         sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
-        longest = args.max_length or min(_LONGEST, window_of(decoder) or _LONGEST)
+        longest = args.max_length or longest_sequence(decoder)
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
         name = args.served_model_name or shown_name(model.model_name_or_path)
         app = create_app(chat, batcher, name, decoder.config.vocab_size)
@@ -77,12 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         finally:
             batcher.close()
         print("stopped", file=sys.stderr)
-
-
-def window_of(decoder) -> int | None:
-    """`max_position_embeddings` of a model's config; None where it says nothing."""
-    config = json.loads(decoder.config.source).get("config") or {}
-    return (config.get("text_config") or config).get("max_position_embeddings")
 
 
 def _listen(host: str, port: int) -> socket.socket:

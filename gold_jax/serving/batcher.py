@@ -7,6 +7,7 @@ widths of prompts in powers of two, one number of rows, three numbers of prompts
 
 import collections
 import dataclasses
+import json
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from gold_jax.serving import programs
 ROUND = 16  # most tokens of a sequence between two looks at the queue
 _ROUND_SECONDS = 0.1  # about how long a round may take
 _LAST_SECONDS = 30  # that the last round has when the batcher is closed: it may compile
+_LONGEST = 4096
 _SCORED = 4  # prompts that are scored in one program at most: decoding waits for it
 _TOPS = (0, 1, 5, 20)  # numbers of likeliest tokens that programs are compiled for
 MOST_TOP = _TOPS[-1]
@@ -75,10 +77,19 @@ class Batcher:
         queue_size: how many may wait.
         max_length: most tokens of a sequence, its prompt included, which the caller keeps to.
         quantization: "int8" writes from rounded matrices, as `rollout.sampler.SamplingEngine`.
+        least: least width of prompts and slots of the cache; more of it is fewer programs, and more padding.
     """
 
     def __init__(
-        self, model, stop_ids: Sequence[int], *, rows: int, queue_size: int, max_length: int, quantization="none"
+        self,
+        model,
+        stop_ids: Sequence[int],
+        *,
+        rows: int,
+        queue_size: int,
+        max_length: int,
+        quantization: str = "none",
+        least: int | None = None,
     ):
         graph, params = split(model)
         self._model, self._config, self._dtype = (graph, commit(params)), model.config, model.dtype
@@ -88,7 +99,7 @@ class Batcher:
         self.rows, self.queue_size, self.max_length = rows, queue_size, max_length
         small = count(params) < SMALL_MODEL
         self._prompts_at_once = [rows] if small else sorted({1, min(4, rows), rows})
-        self._least = min(128 if small else 32, power_of_two(max_length))  # slots and width
+        self._least = power_of_two(min(least or (128 if small else 32), max_length))
         self._device = next(iter(jax.tree.leaves(self._model[1])[0].devices()))
         self._no_key = jax.random.key(0)
         self._lock = threading.Condition()
@@ -293,6 +304,12 @@ class Batcher:
         )
         sequence.cancelled = True
         return False
+
+
+def longest_sequence(decoder) -> int:
+    """Most tokens of a sequence where nobody says: the model's `max_position_embeddings`, at most 4096, so that caches fit."""
+    config = json.loads(decoder.config.source).get("config") or {}
+    return min(_LONGEST, (config.get("text_config") or config).get("max_position_embeddings") or _LONGEST)
 
 
 def _top_of(sequences: Sequence[Request]) -> int:
