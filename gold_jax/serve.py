@@ -3,8 +3,10 @@
 `/v1/models`, `/v1/completions` (log-probabilities of prompts included) and `/v1/chat/completions`; docs/serving.md.
 """
 
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Sequence
 
 from gold_jax.cli import load_reader, require, run, show
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
         name = args.served_model_name or shown_name(model.model_name_or_path)
         app = create_app(chat, batcher, name, decoder.config.vocab_size)
-        options = {"log_level": "warning", "timeout_graceful_shutdown": _LAST_SECONDS}
+        options = {"log_level": "warning", "timeout_graceful_shutdown": 2 * _LAST_SECONDS}
         server = uvicorn.Server(uvicorn.Config(app, **options))
         host, port = listener.getsockname()[:2]
         if args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -68,11 +70,23 @@ def main(argv: Sequence[str] | None = None) -> None:
             file=sys.stderr,
             flush=True,
         )
+        stop = server.handle_exit
+
+        def stop_soon(*received):  # who is not answered by then is told
+            if not server.should_exit:
+                timer = threading.Timer(_LAST_SECONDS, batcher.close)
+                timer.daemon = True
+                timer.start()
+            stop(*received)
+
+        server.handle_exit = stop_soon
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when it has stopped
         try:
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             pass
         finally:
+            signal.signal(signal.SIGTERM, before)
             batcher.close()
         print("stopped", file=sys.stderr)
 

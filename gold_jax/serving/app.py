@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gold_jax.serving import writing
-from gold_jax.serving.batcher import MOST_TOP, Batcher, QueueFull, Request, Tokens
+from gold_jax.serving.batcher import MOST_TOP, STOPPING, Batcher, QueueFull, Request, Tokens
 from gold_jax.serving.protocol import RequestError, Wanted, read_request
 from gold_jax.text.chat import ChatTokenizer
 
@@ -121,7 +122,7 @@ class _Answer:
                 if choice not in unfinished:  # it was cancelled
                     continue
                 if kind == "error":
-                    raise RequestError(value, status=500, kind="server_error")
+                    raise RequestError(value, status=503 if value == STOPPING else 500, kind="server_error")
                 if kind == "prompt":
                     choice.prompt_tokens = value
                 elif kind == "tokens":
@@ -287,8 +288,11 @@ def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int
         return JSONResponse({"status": "ok", "running": batcher.running, "waiting": batcher.waiting})
 
     def refused(http: HttpRequest, error: Exception) -> Response:
-        if not isinstance(error, RequestError):
-            status, there = getattr(error, "status_code", 500), ", ".join(f"{route.path}" for route in routes)
+        if not isinstance(error, RequestError | HTTPException):
+            says = f"{type(error).__name__}, see the server's log"
+            error = RequestError(says, status=500, kind="server_error")
+        elif isinstance(error, HTTPException):
+            status, there = error.status_code, ", ".join(f"{route.path}" for route in routes)
             error = RequestError(f"{http.method} {http.url.path} is not served; there are {there}", status=status)
         return JSONResponse(error.body(), error.status)
 
@@ -299,4 +303,6 @@ def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int
         Route("/v1/models/{model:path}", models),
         Route("/health", health),
     ]
-    return Starlette(routes=routes, exception_handlers={RequestError: refused, 404: refused, 405: refused})
+    return Starlette(
+        routes=routes, exception_handlers={RequestError: refused, HTTPException: refused, Exception: refused}
+    )

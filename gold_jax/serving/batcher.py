@@ -24,6 +24,7 @@ from gold_jax.serving import programs
 
 ROUND = 16  # most tokens of a sequence between two looks at the queue
 _ROUND_SECONDS = 0.1  # about how long a round may take
+STOPPING = "the server is stopping"
 _LAST_SECONDS = 30  # that the last round has when the batcher is closed: it may compile
 _LONGEST = 4096
 _SCORED = 4  # prompts that are scored in one program at most: decoding waits for it
@@ -159,7 +160,7 @@ class Batcher:
                 with self._lock:
                     self._lock.wait_for(lambda: self._closed or self.waiting or self.running)
                     if self._closed:
-                        return self._fail("the server is stopping")
+                        return self._fail(STOPPING)
                 try:
                     self._turn()
                 except Exception as error:  # the thread must live: whoever waits is told

@@ -57,7 +57,8 @@ class RequestError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The error as OpenAI's clients read it."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.field, "code": None}}
+        message, field = (x and x.encode(errors="replace").decode() for x in (str(self), self.field))
+        return {"error": {"message": message, "type": self.kind, "param": field, "code": None}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +144,9 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         prompts=prompts,
         max_tokens=limit,
         n=field.whole("n", 1, 1, _MOST_N),
-        temperature=field.number("temperature", 1.0, lambda x: x >= 0, "at least 0 (0: the likeliest token always)"),
+        temperature=field.number(
+            "temperature", 1.0, lambda x: 0 <= x <= 100, "from 0 (the likeliest token always) to 100"
+        ),
         top_p=field.number("top_p", 1.0, lambda x: 0 < x <= 1, "more than 0 and at most 1 (1: off)"),
         top_k=max(0, field.whole("top_k", 0, -1)),
         seed=field.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1),

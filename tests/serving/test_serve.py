@@ -173,7 +173,9 @@ def test_a_stop_string_ends_an_answer_before_it(client):
     [
         ({}, "prompt", "missing; it must be a text"),
         ({"prompt": "a", "temprature": 1}, "temprature", "the nearest is temperature"),
-        ({"prompt": "a", "temperature": -1}, "temperature", "-1; it must be a number, at least 0"),
+        ({"prompt": "a", "\ud800": 1}, "?", "there is no field '\\ud800'"),
+        ({"prompt": "a \ud800"}, "prompt", "prompt cannot be read"),
+        ({"prompt": "a", "temperature": -1}, "temperature", "-1; it must be a number, from 0"),
         ({"prompt": "a", "n": 1.5}, "n", "1.5; it must be a whole number, from 1 to 128"),
         ({"prompt": "a", "top_p": 0}, "top_p", "more than 0 and at most 1"),
         ({"prompt": "a", "stop": ["", "b"]}, "stop", "none empty"),
@@ -192,7 +194,8 @@ def test_a_stop_string_ends_an_answer_before_it(client):
     ],
 )
 def test_what_cannot_be_done_is_refused_with_its_field(client, body, field, says):
-    answer = client.post(f"/v1/{'chat/' if 'messages' in body else ''}completions", json=body)
+    path = f"/v1/{'chat/' if 'messages' in body else ''}completions"
+    answer = client.post(path, content=json.dumps(body).encode())
     error = answer.json()["error"]
     assert answer.status_code == (404 if field == "model" else 400)
     assert error["param"] == field and says in error["message"] and error["type"] == "invalid_request_error"
