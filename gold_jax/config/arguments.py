@@ -458,6 +458,8 @@ class TeacherFlags(Settings):
         "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS)
     teacher_context: str | None = flag(None,
         "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
+    eval_gaps: bool = free_flag(False, "In evaluation, also have both models write on the prompts, and measure how far the "
+        "student is from its teacher on the text of either, in bits per byte.", effect=_EVALUATES)
 
 
 class SamplingFlags(Settings):

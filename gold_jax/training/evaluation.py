@@ -19,6 +19,8 @@ from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilde
 from gold_jax.training.logging import plain_value
 from gold_jax.training.step import Step
 
+_SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap"
+
 
 class Evaluator(NamedTuple):
     """What measures a student on rows with completions."""
@@ -86,7 +88,7 @@ def compared(
 ) -> list[tuple[str, float | None, float, float | None]]:
     """The main measures on `rows`, as `over_sets` takes them, with their names: before, after, and the teacher's."""
     sets = [f"eval_{name}_" for name in rows] if isinstance(rows, Mapping) else ["eval_"]
-    names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
+    names = [s + n for s in sets for n in _SHOWN if s + n in after]
     return [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
 
 

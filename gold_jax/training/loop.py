@@ -53,7 +53,7 @@ class Loop:
     """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
     `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
-    the teacher on the evaluation rows, `restart` is called before each further training of the same student. The
+    the teacher on the evaluation rows, `gaps` a student beside it on some rows (None: not measured), `restart` is called before each further training of the same student. The
     console is a quiet one in all processes but the first.
     """
 
@@ -70,6 +70,7 @@ class Loop:
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
+        gaps: Callable[[LoadedModel, Any], Mapping[str, float]] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -83,7 +84,7 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # the optimizer's state once `train` was called; steps donate it
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
-        self._student, self._teacher_score, self._restart = student, teacher_score, restart
+        self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
         compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", compared)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
@@ -392,12 +393,16 @@ class Loop:
     # evaluate
 
     def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`.
+        """`eval_loss`, `eval_bits_per_byte`, with `predict_with_generate` `eval_exact_match`, and with `eval_gaps` the gaps.
 
         `examples` None: the evaluation rows; of several sets each is measured by itself, as `eval_NAME_loss` and so on.
         """
-        rows = self.data.eval if examples is None else examples
-        return over_sets(lambda part: self.predict(part, self.args.predict_with_generate).metrics, rows)
+        return over_sets(self._measure, self.data.eval if examples is None else examples)
+
+    def _measure(self, examples: Sequence[Example] | None) -> dict[str, float]:
+        """The measures of one set of rows."""
+        metrics = self.predict(examples, self.args.predict_with_generate).metrics
+        return metrics if self._gaps is None else metrics | self._gaps(self.student, examples)
 
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
         """The measures of `evaluate` on one set of rows, and with `writes` greedy completions beside the rows' own."""

@@ -88,8 +88,9 @@ class Saver:
         self._log.flush()
         now.nonfinite = NonFiniteCounter(*map(int, state.nonfinite))
         self.checkpoint(now, state)
-        whole = f"{_WHOLE} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
-        return whole if self.checkpoints.finish() else None
+        if not self.checkpoints.finish():
+            return None
+        return f"{_WHOLE} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
 
     def student(self, now: RunState, model: Decoder) -> None:
         """Writes the student; an OSError says where it still is."""

@@ -28,7 +28,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
-from gold_jax.scoring import exact_match, score_completions
+from gold_jax.scoring import exact_match, measure_gaps, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
@@ -253,6 +253,7 @@ class _Trainer(TrainerMembers):
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
+        options |= dict(gaps=self._measure_gaps if teacher is not None and a.eval_gaps else None)
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -303,6 +304,16 @@ class _Trainer(TrainerMembers):
             options = dict(max_new_tokens=a.max_completion_length, batch_size=size)
             found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
         return found
+
+    def _measure_gaps(self, student: LoadedModel, rows: Any) -> dict[str, float]:
+        """How far a student is from the teacher on what either writes for some rows' prompts, in bits per byte."""
+        a, teacher = self.args, self._teacher._replace(model=self._teacher_now())
+        size = a.per_device_eval_batch_size * self.process_shard.num_shards
+        options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
+        options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
+        found = measure_gaps(student, teacher, [e.prompt for e in with_text_completion(rows)], **options)
+        measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
+        return {f"eval_{name}": value for name, value in measured.items()}
 
     def _teacher_now(self) -> Decoder:
         """The teacher, with the arrays that updates read."""
