@@ -136,11 +136,6 @@ class BestModel:
             return math.isfinite(new.metric)
         return new.metric > old.metric if self._greater_is_better else new.metric < old.metric
 
-    def trainer_state(self) -> dict[str, Any]:
-        """The fields of transformers' `TrainerState` that tell of it."""
-        best = {} if self.best is None else {"best_metric": self.best.metric, "best_global_step": self.best.step}
-        return best | {"best_model_checkpoint": self.checkpoint}
-
     def state(self) -> dict[str, Any] | None:
         """What checkpoints keep, fit for JSON; None: nothing."""
         return None if self.saved is None else {**self.best._asdict(), "saved": self.saved._asdict()}

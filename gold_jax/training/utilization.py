@@ -14,13 +14,17 @@ class Throughput:
     """Tokens per second since `restart`, the seconds left out in which programs were compiled."""
 
     def restart(self) -> None:
-        """Counts time and `tokens` from here on."""
-        self._since, self.tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
+        """Counts time and tokens from here on."""
+        self._since, self._tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
+
+    def add(self, tokens: int) -> None:
+        """Counts the tokens of an update."""
+        self._tokens += tokens
 
     def tokens_per_second(self) -> float:
         """Until now."""
         compiling = progress.compiled()[1] - self._compiled_before
-        return self.tokens / max(time.perf_counter() - self._since - compiling, 1e-9)
+        return self._tokens / max(time.perf_counter() - self._since - compiling, 1e-9)
 
 
 def peak_flops() -> float | None:
