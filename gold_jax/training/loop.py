@@ -70,7 +70,7 @@ class Loop:
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
-        self.output, self._throughput = pathlib.Path(args.output_dir), utilization.Throughput()
+        self.output = pathlib.Path(args.output_dir)
         self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
         batches = run.batches
         if jax.process_count() > 1:  # the watchdog is told that this process waits for the others
@@ -103,8 +103,7 @@ class Loop:
         self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
-        self._compiled_logged = progress.compiled()
-        self._bar = progress.Task("training", self.total_steps)
+        self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation, and after which update
 
     @property
@@ -332,10 +331,12 @@ class Loop:
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Adds the metrics of an update to the means of the next log line; returns those that are logged as they are."""
-        rate = {}
-        if self.run.schedule is not None:  # an update that is left out takes none
-            rate["learning_rate"] = float(self.run.schedule(step - self.run_state.nonfinite.total))
+        """Adds an update's metrics to the means of the next log line; returns those that are logged as they are."""
+        schedule, taken = (
+            self.run.schedule,
+            step - self.run_state.nonfinite.total,
+        )  # an update that is left out takes none
+        rate = {} if schedule is None else {"learning_rate": float(schedule(taken))}
         self.run_state.take(batch, metrics, self.state.nonfinite)
         self._throughput.add(batch.stats["tokens"])
         return rate
@@ -344,12 +345,8 @@ class Loop:
         """Logs the means since the last line."""
         now, speed = self.run_state, self._throughput.tokens_per_second()
         measured = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
-        skipped = {"skipped": now.nonfinite.total} if now.nonfinite.total else {}
-        compiled = progress.compiled()
-        programs, seconds = (new - old for new, old in zip(compiled, self._compiled_logged))
-        measured |= {"programs_compiled": programs, "compiling_seconds": round(seconds, 3)}
-        self._compiled_logged = compiled
-        means = now.means.take()
+        measured |= self._throughput.compilations()
+        skipped, means = {"skipped": now.nonfinite.total} if now.nonfinite.total else {}, now.means.take()
         self.record({**means, **measured, **skipped, **trl_names(means), "num_tokens": now.num_tokens})
         self._throughput.restart()
 

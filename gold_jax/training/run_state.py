@@ -168,7 +168,7 @@ def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainS
 def find_checkpoint(
     wanted: str, folder: Any, run: Mapping, params: Any, optimizer: Any, say: Callable[[str], Any], last: int
 ) -> tuple[Any, dict[str, Any], TrainState] | None:
-    """The checkpoint to resume from: its path, metadata, and state, sharded as `params`; None, and errors, as `find_and_restore`."""
+    """The checkpoint to resume from, as `find_and_restore`: path, metadata, and state, sharded as `params`."""
     shapes = state_shapes(optimizer, _shapes(params))
     found = find_and_restore(wanted, folder, run, named_for_checkpoints(optimizer, shapes), say, last)
     assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))

@@ -1,4 +1,4 @@
-"""What is saved of a run: checkpoints on the way, the last update where something ends it early, the student at its end."""
+"""What is saved of a run: checkpoints on the way, the last update where it ends early, the student at its end."""
 
 import contextlib
 import dataclasses
@@ -84,9 +84,9 @@ class Saver:
             raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
 
     def best_params(self, now: RunState, params: Any) -> Any | None:
-        """With `load_best_model_at_end` the parameters of the best checkpoint, sharded as `params`, which are the last update's.
+        """With `load_best_model_at_end` the parameters of the best checkpoint, sharded as `params` of the last update.
 
-        None: those are the best. ValueError: the checkpoint is not whole.
+        None: the last ones are the best. ValueError: the checkpoint is not whole.
         """
         best = now.best
         if not (self.args.load_best_model_at_end and best.saved_is_better(now.done)):
@@ -161,7 +161,7 @@ class Saver:
     def give_up(
         self, now: RunState, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int
     ) -> NoReturn:
-        """Saves and ends a run of which too many updates in a row were left out; arguments as of `describe_divergence`."""
+        """Saves and ends a run of which too many updates in a row were left out; `rows` are those of the last."""
         self.log.flush()
         why = describe_divergence(now.done, now.nonfinite, metrics, state.params, rows, self.args, counted)
         if now.nonfinite.total < now.done:  # the state of the last good update, to resume from with other settings

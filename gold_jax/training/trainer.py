@@ -72,8 +72,8 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 class _Trainer(TrainerMembers):
     """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them.
 
-    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods are
-    AttributeErrors that say what stands in their place.
+    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods
+    are AttributeErrors that say what stands in their place.
     """
 
     method = title = ""
@@ -238,7 +238,7 @@ class _Trainer(TrainerMembers):
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
     def _check_evaluation_rows(self, sides: Mapping[str, LoadedModel]) -> tuple[list[str], str | None]:
-        """Leaves the evaluation rows that can be measured; returns notices and a digest of the rows (None: there are none)."""
+        """Leaves the evaluation rows that can be measured; returns notices and a digest of the rows (None: none)."""
         a, tokenizers = self.args, [side.chat_tokenizer for side in sides.values()]
         alone = "the teacher" not in sides
         options = dict(on_bad_row=a.on_bad_row, teacher_context=None if alone else a.teacher_context)
@@ -358,8 +358,8 @@ class _Trainer(TrainerMembers):
             ignore_keys_for_eval: accepted as in transformers, without effect.
 
         Returns:
-            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
-            there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
+            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's,
+            where there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
         """
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
@@ -506,7 +506,7 @@ class _Trainer(TrainerMembers):
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and the run goes on."""
+    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and no more."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
@@ -569,18 +569,19 @@ class SFTTrainer(_Trainer):
         model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         args: the settings.
         train_dataset: a name, or rows as `load_examples` takes them.
-        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, measured by name.
         processing_class: the tokenizer, or its name; None takes the one beside the model.
-        optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for the log
-            (or None).
+        optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for
+            the log (or None).
         callbacks: transformers' `TrainerCallback`s, called at begin and end, updates, logs, evaluations and saves.
-        compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of texts: as
-            `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further metrics.
+        compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of
+            texts: as `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further
+            metrics.
         console: where progress is shown; None for the terminal.
         command: the command line, for the model card.
         dataset_name: what the data set is called, for the model card.
-        others: further arguments of TRL's trainers, such as `peft_config` and `data_collator`: None is taken, another value
-            is a ValueError that says what stands in its place.
+        others: further arguments of TRL's trainers, such as `peft_config` and `data_collator`: None is taken, another
+            value is a ValueError that says what stands in its place.
 
     Attributes:
         student: the name and the chat tokenizer of the model being trained; see `model`.
@@ -642,7 +643,7 @@ class GOLDTrainer(_Trainer):
         teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
         args: the settings.
         train_dataset: a name, or rows as `load_examples` takes them.
-        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, measured by name.
         processing_class: the student's tokenizer, or its name; None takes the one beside the model.
         teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
             it.
