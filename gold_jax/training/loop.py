@@ -332,11 +332,8 @@ class Loop:
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
         """Adds an update's metrics to the means of the next log line; returns those that are logged as they are."""
-        schedule, taken = (
-            self.run.schedule,
-            step - self.run_state.nonfinite.total,
-        )  # an update that is left out takes none
-        rate = {} if schedule is None else {"learning_rate": float(schedule(taken))}
+        schedule, made = self.run.schedule, step - self.run_state.nonfinite.total  # those left out take no rate
+        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
         self.run_state.take(batch, metrics, self.state.nonfinite)
         self._throughput.add(batch.stats["tokens"])
         return rate
