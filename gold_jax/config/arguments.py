@@ -362,7 +362,6 @@ class SFTConfig(
     """
 
     completions_per_row = 1  # that an update learns from, of a row of the data set
-    updates_per_draw = 1  # whose completions are drawn together
 
     def __post_init__(self):
         super().__post_init__()
@@ -633,11 +632,6 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
     def completions_per_row(self) -> int:
         """`num_generations`."""
         return self.num_generations
-
-    @property
-    def updates_per_draw(self) -> int:
-        """`rollout_batches`."""
-        return self.rollout_batches
 
     @property
     def weighs_rollouts(self) -> bool:

@@ -44,8 +44,8 @@ class Evaluator(NamedTuple):
         """The measures of a student, whose parameters are `params`, on one set of rows.
 
         They are `eval_loss` and its parts, `eval_bits_per_byte`, and with `writes` `eval_exact_match` and what
-        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own. ValueError: no row can
-        be measured.
+        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own.
+        ValueError: no row can be measured.
         """
         if examples is None:
             give = "give an eval_dataset, or --eval_strategy and a test split"
@@ -100,7 +100,7 @@ class Measured(NamedTuple):
 
 
 class BestModel:
-    """The best of the evaluations by one metric (`metric_for_best_model`; None: there is none), and the best that is saved."""
+    """The best of the evaluations by one metric, and the best that is saved; `metric` None: nothing is."""
 
     def __init__(self, metric: str | None, greater_is_better: bool | None):
         self._wanted, self._greater_is_better = metric, greater_is_better
@@ -137,11 +137,6 @@ class BestModel:
         if old is None or not (math.isfinite(new.metric) and math.isfinite(old.metric)):
             return math.isfinite(new.metric)
         return new.metric > old.metric if self._greater_is_better else new.metric < old.metric
-
-    def trainer_state(self) -> dict[str, Any]:
-        """The fields of transformers' `TrainerState` that tell of it."""
-        best = {} if self.best is None else {"best_metric": self.best.metric, "best_global_step": self.best.step}
-        return best | {"best_model_checkpoint": self.checkpoint}
 
     def state(self) -> dict[str, Any] | None:
         """What checkpoints keep, fit for JSON; None: nothing."""
