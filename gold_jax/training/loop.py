@@ -50,8 +50,8 @@ class Loop:
     """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
     `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
-    the teacher on the evaluation rows, `gaps` a student beside it on some rows (None: not measured), `restart` is called before each further training of the same student. The
-    console is a quiet one in all processes but the first.
+    the teacher on the evaluation rows, `gaps` a student beside it on rows, `restart` is called before each further
+    training of the same student. The console is a quiet one in all processes but the first.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Loop:
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
-        gaps: Callable[[LoadedModel, Any], Mapping[str, float]] | None = None,
+        gaps: Callable[[LoadedModel, Any], dict[str, float]] = lambda student, rows: {},
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -378,16 +378,12 @@ class Loop:
     # evaluate
 
     def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, with `predict_with_generate` `eval_exact_match`, and with `eval_gaps` the gaps.
+        """`eval_loss`, `eval_bits_per_byte`, with `predict_with_generate` `eval_exact_match`, with `eval_gaps` gaps.
 
         `examples` None: the evaluation rows; of several sets each is measured by itself, as `eval_NAME_loss` and so on.
         """
-        return over_sets(self._measure, self.data.eval if examples is None else examples)
-
-    def _measure(self, examples: Sequence[Example] | None) -> dict[str, float]:
-        """The measures of one set of rows."""
-        metrics = self.predict(examples, self.args.predict_with_generate).metrics
-        return metrics if self._gaps is None else metrics | self._gaps(self.student, examples)
+        rows, writes = self.data.eval if examples is None else examples, self.args.predict_with_generate
+        return over_sets(lambda part: self.predict(part, writes).metrics | self._gaps(self.student, part), rows)
 
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
         """The measures of `evaluate` on one set of rows, and with `writes` greedy completions beside the rows' own."""
@@ -450,5 +446,4 @@ class Loop:
         return save_final_model(model, tokenizer.tokenizer, folder, dtype=dtype, **trained)
 
     def _say_stopping(self, reason: str) -> None:
-        again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
-        self._bar.rename(f"stopping after this update{again}")
+        self._bar.rename("stopping after this update" + "; Ctrl-C again ends at once" * (reason == "interrupt"))

@@ -229,7 +229,7 @@ class _Trainer(TrainerMembers):
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
-        options |= dict(gaps=self._measure_gaps if teacher is not None and a.eval_gaps else None)
+        options |= dict(gaps=self._measure_gaps) if teacher is not None and a.eval_gaps else {}
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
