@@ -190,7 +190,6 @@ class Loop:
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
                 current = batch
                 now.advance(batch)
-                self._bar.reach(self.done)
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -200,6 +199,7 @@ class Loop:
             with annotate(WAITING):
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
+            self._bar.reach(self.done)
             line = self._take_in(step, current, metrics)
             self.callbacks.call("on_step_end")
             ends_epoch = self.done % per_epoch == 0 or self.done == total
