@@ -276,7 +276,7 @@ class _Trainer(TrainerMembers):
         description |= {} if isinstance(checked, RowChecker) else {LEARNED: len(checked.kept)}
         description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
         description |= {ROWS: a.rows_per_update * shards, MICRO: a.per_device_train_batch_size * shards, **digests}
-        return json.loads(json.dumps(description, default=str))
+        return json.loads(without_passwords(json.dumps(description, default=str)))
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""

@@ -402,3 +402,8 @@ def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path
         )
     assert before["eval_forward_gap"] != after["eval_forward_gap"]
     assert "forward gap" in trainer.console.export_text()
+
+
+def test_checkpoints_hold_no_passwords_of_addresses(world, tmp_path):
+    trainer = sft(world, tmp_path, changes={"template_kwargs": {"site": "http://me:secret@host"}})
+    assert trainer.loop.data.description["template_kwargs"] == {"site": "http://HIDDEN@host"}
