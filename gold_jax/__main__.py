@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from gold_jax import __version__
 
 # The commands, and which of them SIGTERM ends so that they are started again.
-COMMANDS = ("train", "sft", "evaluate", "generate", "inspect", "plan", "report")
+COMMANDS = ("train", "sft", "evaluate", "generate", "serve", "inspect", "plan", "report")
 RESUMABLE = ("train", "sft")
 
 

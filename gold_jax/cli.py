@@ -193,12 +193,19 @@ def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> lis
 
 
 def load_reader(
-    model: ModelArguments, args: Any, tokenizer: str | None, *, special_tokens: bool = False, role: str = "model"
+    model: ModelArguments,
+    args: Any,
+    tokenizer: str | None,
+    *,
+    special_tokens: bool = False,
+    role: str = "model",
+    one_device: bool = False,
 ):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
     A line on stderr says which chat template and stop tokens it has. `special_tokens` has the strings of special tokens in
-    plain-text prompts read as those tokens; `role` is what lines and errors call it. Errors as `load_model_and_tokenizer`
+    plain-text prompts read as those tokens; `role` is what lines and errors call it. With
+    `one_device` there is no mesh. Errors as `load_model_and_tokenizer`
     and `mesh_sizes`.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
@@ -207,7 +214,8 @@ def load_reader(
     show(_set_up_compiling(model.compilation_cache))
     dtype = compute_dtype(args.bf16)
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
-    options |= dict(attention=model.attn_implementation, placement=place_run(args.mesh))
+    placement = None if one_device else place_run(args.mesh)
+    options |= dict(attention=model.attn_implementation, placement=placement)
     options |= dict(special_tokens_in_prompts=special_tokens, role=role)
     with progress.task(f"reading the {role}"):
         loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)

@@ -1,4 +1,7 @@
-"""`python -m gold_jax.generate`: completions of prompts by a model, as its chat template and stop tokens have it."""
+"""`python -m gold_jax.generate`: completions of prompts by a model, as its chat template and stop tokens have it.
+
+With `--chat`, a conversation in the terminal.
+"""
 
 import json
 import sys
@@ -17,6 +20,7 @@ class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
     prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.", verbatim=True)
+    chat: bool = flag(False, "Talk with the model in the terminal, line by line; /help lists commands.")
     raw: bool = flag(False,
         "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.")
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
@@ -38,11 +42,15 @@ class GenerateArguments(Settings):
 
 # fmt: on
 def main(argv: Sequence[str] | None = None) -> None:
-    """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line)."""
+    """Parses flags, samples, prints each prompt with its completion (with `--json`, one JSON object a line); or converses."""
     model, args, notices = parse_args(argv, ModelArguments, GenerateArguments, prog="gold_jax.generate", doc=__doc__)
     require(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    if args.chat:
+        return _chat(model, args, notices)
     if not any(args.prompt) and args.dataset_name is None:
-        raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name")
+        raise ValueError(
+            "there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name, or --chat to talk"
+        )
     show(notices)
     import jax
 
@@ -68,6 +76,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"── {question}\n{d.text}{'' if d.stopped else ' …'}\n")
     tokens = sum(len(d.ids) + d.stopped for d in completions)
     print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+
+
+def _chat(model: ModelArguments, args: GenerateArguments, notices: Sequence[str]) -> None:
+    """Talks with the model; ValueError where a flag is named that has nothing to say there."""
+    of_prompts = "prompt raw dataset_name dataset_split columns max_samples batch_size mesh json"
+    if unused := args.given.intersection(of_prompts.split()):
+        raise ValueError(f"--chat reads messages from the terminal; leave away --{min(unused)}")
+    show(notices)
+    from gold_jax.conversation import Chat, converse
+    from gold_jax.serving.batcher import longest_sequence
+
+    loaded = load_reader(model, args, args.tokenizer_name_or_path, one_device=True)
+    sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+    chat = Chat(loaded, max_length=longest_sequence(loaded.model), **sampling)
+    try:
+        converse(chat)
+    finally:
+        chat.close()
 
 
 if __name__ == "__main__":

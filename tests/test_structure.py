@@ -24,6 +24,7 @@ FORBIDDEN = {
         ("models", "text losses rollout training", LOOKING),
         ("rollout", "text losses training", LOOKING),
         ("training", "", LOOKING),
+        ("serving", "losses training distributed", LOOKING),
         ("profiling", "text sharding models losses rollout inspection planning reporting", set()),
         ("planning", "inspection profiling reporting", set()),
         ("inspection", "jax flax optax models losses rollout training planning profiling reporting", set()),

@@ -13,7 +13,7 @@ from inspect import getdoc as inspect_docstring
 from inspect import signature as python_signature
 
 import gold_jax
-from gold_jax import evaluate, generate, inspect, plan, report
+from gold_jax import evaluate, generate, inspect, plan, report, serve
 from gold_jax.config import DataArguments, GOLDConfig, ModelArguments, SFTConfig, trl_compat
 from gold_jax.config.fields import Settings, field_names, groups
 from gold_jax.config.parsing import default_text, group_name, values_text
@@ -27,6 +27,7 @@ RESUMED = {"refuse": "refused", "warn": "said", "ignore": "taken"}
 OTHERS = {
     "gold_jax.evaluate": evaluate.EvaluateArguments,
     "gold_jax.generate": generate.GenerateArguments,
+    "gold_jax.serve": serve.ServeArguments,
     "gold_jax.inspect": inspect.InspectArguments,
     "gold_jax.plan": plan.PlanArguments,
     "gold_jax.report": report.ReportArguments,

@@ -1,0 +1,167 @@
+"""A conversation with a model in the terminal, line by line: `python -m gold_jax.generate --chat`."""
+
+import contextlib
+import json
+import queue
+import sys
+from collections.abc import Callable
+
+from gold_jax import progress
+from gold_jax.loading import LoadedModel
+from gold_jax.serving.batcher import Batcher, Request
+from gold_jax.serving.writing import Writing
+from gold_jax.text.template import Conversation
+
+HELP = """\
+/retry        answer the last message again
+/undo         take the last message and its answer back
+/system TEXT  the system message from now on; without TEXT: none
+/save FILE    append the conversation to a JSONL file that gold_jax.train reads
+/quit         end, as Ctrl-D does; Ctrl-C stops an answer
+Every other line is a message; one that begins with a blank is no command."""
+_LEAST = 256  # tokens that programs are compiled for at first: fewer pauses while a conversation grows
+
+
+class Chat:
+    """Messages, and a model that answers them.
+
+    Args:
+        loaded: the model.
+        max_length: most tokens of the conversation.
+        max_new_tokens, temperature, top_k, top_p, seed: of an answer; the n-th draws as the n-th completion of a prompt.
+    """
+
+    def __init__(self, loaded: LoadedModel, *, max_length: int, max_new_tokens: int, seed: int, **sampling):
+        self.chat, self.max_new_tokens, self.seed, self.sampling = loaded.chat_tokenizer, max_new_tokens, seed, sampling
+        self.messages: list[dict] = []
+        self.system = ""
+        self.cut: set[int] = set()  # indices of messages that are not whole answers
+        self.answers = 0
+        options = {"rows": 1, "queue_size": 1, "max_length": max_length, "least": _LEAST}
+        self.batcher = Batcher(loaded.model, self.chat.stop_ids, **options)
+
+    def close(self) -> None:
+        """Ends the thread that decodes."""
+        self.batcher.close()
+
+    def conversation(self) -> list[dict]:
+        """All messages, the system's first."""
+        return [{"role": "system", "content": self.system}] * bool(self.system) + self.messages
+
+    def answer(self, tell: Callable[[str], None]) -> str:
+        """Answers the messages, tells the text as it comes, and adds it to them; returns "", or why the answer is cut.
+
+        ValueError where the template refuses the messages, or they are too long. KeyboardInterrupt stops the answer.
+        """
+        most = self.batcher.max_length
+        prompt = Conversation(self.conversation())
+        ids = self.chat.encode_prompt(prompt, limit=most)
+        if len(ids) >= most:
+            raise ValueError(f"the conversation has more than the {most} tokens that fit; /undo shortens it")
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        new = min(self.max_new_tokens, most - len(ids))
+        request = Request(ids, lambda *event: events.put(event), new, self.seed, self.answers, **self.sampling)
+        writing, why = Writing(self.chat, prompt), ""
+        self.answers += 1
+        self.batcher.submit([request])
+        try:
+            while writing.finish is None:
+                kind, value = events.get()
+                if kind == "error":
+                    raise ValueError(value)
+                tell(writing.add(value) if kind == "tokens" else writing.end(value))
+            if writing.finish == "length":
+                why = f"cut after {new} tokens" + (": --max_new_tokens" if new == self.max_new_tokens else "")
+        except KeyboardInterrupt:
+            why = "stopped"
+        finally:
+            self.batcher.cancel(request)
+        self.messages.append({"role": "assistant", "content": writing.text})
+        if why:
+            self.cut.add(len(self.messages) - 1)
+        return why
+
+    def take_back(self, whole: bool) -> None:
+        """Removes the last answer, and with `whole` the message before it; ValueError where there is none."""
+        if len(self.messages) < 2:
+            raise ValueError("nothing has been answered yet")
+        del self.messages[-2 if whole else -1 :]
+        self.cut -= {*range(len(self.messages), len(self.messages) + 2)}
+
+    def save(self, path: str) -> str:
+        """Appends the conversation as a row; what there is to say about it. OSError or ValueError where that cannot be."""
+        if not path or not self.messages:
+            raise ValueError("/save FILE needs a file" if self.messages else "nothing has been answered yet")
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"messages": self.conversation()}, ensure_ascii=False) + "\n")
+        cut = f"; {len(self.cut)} of its answers are cut off" if self.cut else ""
+        return f"appended to {path}{cut}"
+
+
+def converse(chat: Chat) -> None:
+    """Reads lines from stdin until their end or /quit; answers go to stdout, all else to stderr."""
+    terminal = sys.stdin.isatty()
+    if terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  lines can be edited
+        _say("/help lists commands, Ctrl-C stops an answer, Ctrl-D ends")
+    progress.stop_display()  # it would be written into answers
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            _say("\n/quit or Ctrl-D ends")
+            continue
+        command, _, rest = line.partition(" ")
+        if command == "/quit":
+            return
+        try:
+            _do(chat, command, rest.strip(), line)
+        except (ValueError, OSError) as error:
+            _say(f"{error}")
+        except KeyboardInterrupt:  # before an answer began, or after it
+            if chat.messages and chat.messages[-1]["role"] == "user":
+                chat.messages.pop()
+            _say("")
+
+
+def _do(chat: Chat, command: str, rest: str, line: str) -> None:
+    """What one line asks for."""
+    if command == "/help":
+        _say(HELP)
+    elif command == "/undo":
+        chat.take_back(whole=True)
+        _say(f"{len(chat.messages)} messages are left")
+    elif command == "/system":
+        chat.system = rest
+        _say("the system message holds from the next answer on" if rest else "there is no system message any more")
+    elif command == "/save":
+        _say(chat.save(rest))
+    elif command == "/retry":
+        chat.take_back(whole=False)
+        if not chat.sampling["temperature"]:
+            _say("at --temperature 0 every answer is the likeliest one")
+        _answer(chat)
+    elif command.startswith("/"):
+        _say(f"there is no command {command}; /help lists them")
+    elif line.strip():
+        chat.messages.append({"role": "user", "content": line.strip()})
+        _answer(chat)
+
+
+def _answer(chat: Chat) -> None:
+    """Writes an answer to stdout; where there is none, the question is taken back."""
+    try:
+        why = chat.answer(lambda text: print(text, end="", flush=True))
+    except ValueError:
+        chat.messages.pop()
+        raise
+    print(flush=True)
+    if why:
+        _say(f"({why})")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,90 @@
+"""`python -m gold_jax.serve`: a model behind OpenAI's HTTP interface, many requests decoded together.
+
+`/v1/models`, `/v1/completions` (log-probabilities of prompts included) and `/v1/chat/completions`; docs/serving.md.
+"""
+
+import socket
+import sys
+from collections.abc import Sequence
+
+from gold_jax.cli import load_reader, require, run, show
+from gold_jax.config import GOLDConfig, ModelArguments
+from gold_jax.config.fields import Settings, flag, like
+from gold_jax.config.parsing import parse_args
+from gold_jax.quickstart import shown_name
+from gold_jax.values import AT_LEAST_ONE, QUANTIZATIONS, Range
+
+_LAST_SECONDS = 5  # that requests under way have when the server is to stop
+
+
+# fmt: off
+class ServeArguments(Settings):
+    """Where `gold_jax.serve` listens, and how much it does at once."""
+
+    host: str = flag("127.0.0.1", "The address to listen at; another than 127.0.0.1 lets others in: nobody is asked for a key.")
+    port: int = flag(8000, "The port; 0: any that is free.", range=Range("from 0 to 65535", lambda v: 0 <= v <= 65535))
+    served_model_name: str | None = flag(None, "What requests call the model; none: --model_name_or_path.")
+    tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
+    batch_size: int = flag(16, "How many sequences are written at once.", range=AT_LEAST_ONE)
+    queue_size: int = flag(256, "How many sequences may wait; beyond, requests are answered 503 with Retry-After.", range=AT_LEAST_ONE)
+    max_length: int | None = flag(None,
+        "Most tokens of a sequence with its prompt; none: what the model was made for, at most 4096.", range=AT_LEAST_ONE)
+    quantization: str = flag("none",
+        "int8: write with matrices rounded to 8 bits, read in half the time; prompts and their log-probabilities are the model's own.",
+        choices=QUANTIZATIONS)
+    bf16: bool | None = like(GOLDConfig, "bf16")
+
+
+# fmt: on
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parses flags, loads the model and serves it until Ctrl-C or SIGTERM."""
+    model, args, notices = parse_args(argv, ModelArguments, ServeArguments, prog="gold_jax.serve", doc=__doc__)
+    require(model.model_name_or_path, "model_name_or_path", "a folder or a hub id")
+    try:
+        import starlette  # noqa: F401
+        import uvicorn
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed: pip install 'gold_jax[serve]'") from None
+    with _listen(args.host, args.port) as listener:
+        show(notices)
+        from gold_jax.serving.app import create_app
+        from gold_jax.serving.batcher import Batcher, longest_sequence
+
+        loaded = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=True, one_device=True)
+        decoder, chat = loaded.model, loaded.chat_tokenizer
+        sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
+        longest = args.max_length or longest_sequence(decoder)
+        batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
+        name = args.served_model_name or shown_name(model.model_name_or_path)
+        app = create_app(chat, batcher, name, decoder.config.vocab_size)
+        options = {"log_level": "warning", "timeout_graceful_shutdown": _LAST_SECONDS}
+        server = uvicorn.Server(uvicorn.Config(app, **options))
+        host, port = listener.getsockname()[:2]
+        if args.host not in ("127.0.0.1", "localhost", "::1"):
+            print(f"note: whoever reaches {args.host} can use the model; nobody is asked for a key", file=sys.stderr)
+        shown = f"[{host}]" if ":" in host else host
+        print(
+            f"serving {name} at http://{shown}:{port}/v1, up to {longest} tokens; Ctrl-C ends it",
+            file=sys.stderr,
+            flush=True,
+        )
+        try:
+            server.run(sockets=[listener])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            batcher.close()
+        print("stopped", file=sys.stderr)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, before the model is read; OSError says why there is none."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen at --host {host} --port {port}: {error.strerror or error}") from None
+
+
+if __name__ == "__main__":
+    run("gold_jax.serve", main)

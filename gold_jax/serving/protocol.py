@@ -1,0 +1,244 @@
+"""OpenAI's completions and chat completions: what a body may hold, read into `Wanted`, and errors in OpenAI's form."""
+
+import dataclasses
+import json
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gold_jax.config.trl_compat import nearest
+from gold_jax.text.template import Conversation, refused_variables
+from gold_jax.wording import quoted
+
+#: Fields that change nothing in the answer; each is named in a line of the log when it is there first.
+HARMLESS = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
+    "parallel_tool_calls", "verbosity",
+)  # fmt: skip
+#: Fields that would change the answer and are not heeded, with the values that switch them off.
+UNHEEDED: Mapping[str, tuple] = {
+    "best_of": (None, 1), "suffix": (None, ""), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
+    "logit_bias": (None, {}), "response_format": (None, {"type": "text"}), "tools": (None, []), "functions": (None, []),
+    "tool_choice": (None, "none", "auto"), "function_call": (None, "none", "auto"), "modalities": (None, ["text"]),
+    "audio": (None,), "prediction": (None,), "reasoning_effort": (None,), "web_search_options": (None,), "min_p": (None, 0),
+    "repetition_penalty": (None, 1), "min_tokens": (None, 0), "ignore_eos": (None, False), "use_beam_search": (None, False),
+    "skip_special_tokens": (None, True), "add_special_tokens": (None, True), "continue_final_message": (None, False),
+    "add_generation_prompt": (None, True), "length_penalty": (None, 1), "stop_token_ids": (None, []),
+}  # fmt: skip
+_COMMON = (
+    "model",
+    "n",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "stop",
+    "stream",
+    "stream_options",
+    "logprobs",
+)
+FIELDS = {
+    "completions": (*_COMMON, "prompt", "echo"),
+    "chat": (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"),
+}
+_DEFAULT_TOKENS = 16  # of a completion that is no answer in a chat, as OpenAI has it
+_MOST_STOPS, _MOST_N = 16, 128
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+class RequestError(Exception):
+    """A request that is refused: an HTTP status, the field that is at fault (None: no field), and what would be right."""
+
+    def __init__(self, message: str, field: str | None = None, status: int = 400, kind: str = "invalid_request_error"):
+        super().__init__(message)
+        self.field, self.status, self.kind = field, status, kind
+
+    def body(self) -> dict[str, Any]:
+        """The error as OpenAI's clients read it."""
+        return {"error": {"message": str(self), "type": self.kind, "param": self.field, "code": None}}
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a request asks for."""
+
+    prompts: list  # of each a text, a list of token ids, or messages
+    max_tokens: int | None  # None: as many as there is room for
+    n: int
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+    stop: tuple[str, ...]
+    stream: bool
+    include_usage: bool  # whether a stream ends with the number of tokens
+    top: int | None  # how many of the likeliest tokens are told; None: no log-probabilities at all
+    echo: bool
+    ignored: tuple[str, ...]  # harmless fields that were there
+
+
+def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
+    """Reads the body of `kind` "completions" or "chat"; `RequestError` where it cannot be answered as it asks.
+
+    `served` is the model's name, `most_top` how many of the likeliest tokens may be asked for.
+    """
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the body is not JSON that can be read: {quoted(str(error), plain=True)}") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"the body is {quoted(body)}; it must be a JSON object")
+    known = FIELDS[kind]
+    for name, value in body.items():
+        if name in UNHEEDED and not _switched_off(value, UNHEEDED[name]):
+            off = json.dumps(UNHEEDED[name][-1])
+            raise RequestError(
+                f"{name} is not supported here; leave it away" + f" (or pass {off})" * (off != "null"), name
+            )
+        if name not in known and name not in UNHEEDED and name not in HARMLESS:
+            raise RequestError(f"there is no field {quoted(name)}{nearest(name, known)}", name[:100])
+    field = _Fields(body)
+    model = field.read("model", str, "a text", served)
+    if model != served:
+        raise RequestError(f"the model {quoted(model)} is not served here; {quoted(served)} is", "model", 404)
+    if kind == "chat":
+        prompts, echo = [_messages(body.get("messages"))], False
+        if kwargs := body.get("chat_template_kwargs"):
+            if not isinstance(kwargs, dict):
+                raise RequestError(
+                    f"chat_template_kwargs is {quoted(kwargs)}; it must be a JSON object", "chat_template_kwargs"
+                )
+            if wrong := refused_variables(kwargs):
+                raise RequestError(f"chat_template_kwargs has {wrong}", "chat_template_kwargs")
+            prompts = [Conversation(prompts[0], template_kwargs=kwargs)]
+        newer = field.whole("max_completion_tokens", None, 1)
+        limit = field.whole("max_tokens", None, 1) if newer is None else newer
+        told = field.read("logprobs", bool, "true or false", False)
+        top = field.whole("top_logprobs", 0, 0, most_top)
+        if top and not told:
+            raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+        top = top if told else None
+    else:
+        prompts, echo = _prompts(body.get("prompt")), field.read("echo", bool, "true or false", False)
+        limit = field.whole("max_tokens", _DEFAULT_TOKENS, 0)
+        top = field.whole("logprobs", None, 0, most_top)
+        if limit == 0 and not echo:
+            raise RequestError(
+                "max_tokens is 0, which only scores a prompt, with echo: true; it must be at least 1", "max_tokens"
+            )
+    stop = body.get("stop")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(stop, list) or len(stop) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
+        raise RequestError(
+            f"stop is {quoted(stop)}; it must be a text or up to {_MOST_STOPS} of them, none empty", "stop"
+        )
+    options = field.read("stream_options", dict, "a JSON object", {})
+    stream = field.read("stream", bool, "true or false", False)
+    for name in options:
+        if name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(f"stream_options has no {quoted(name)}; it may have include_usage", "stream_options")
+    return Wanted(
+        prompts=prompts,
+        max_tokens=limit,
+        n=field.whole("n", 1, 1, _MOST_N),
+        temperature=field.number("temperature", 1.0, lambda x: x >= 0, "at least 0 (0: the likeliest token always)"),
+        top_p=field.number("top_p", 1.0, lambda x: 0 < x <= 1, "more than 0 and at most 1 (1: off)"),
+        top_k=max(0, field.whole("top_k", 0, -1)),
+        seed=field.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1),
+        stop=tuple(stop),
+        stream=stream,
+        include_usage=options.get("include_usage") is True,
+        top=top,
+        echo=echo,
+        ignored=tuple(name for name in body if name in HARMLESS),
+    )
+
+
+def _switched_off(value: Any, offs: tuple) -> bool:
+    """Whether a value is one of those that switch a field off; true and false are no numbers."""
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in offs)
+
+
+class _Fields:
+    """The fields of a body; null stands for what is left away."""
+
+    def __init__(self, body: Mapping[str, Any]):
+        self.body = body
+
+    def read(self, name: str, kind: type, words: str, default: Any) -> Any:
+        value = self.body.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kind):
+            raise RequestError(f"{name} is {quoted(value)}; it must be {words}", name)
+        return value
+
+    def whole(self, name: str, default: Any, least: int, most: int = 2**31 - 1) -> Any:
+        value = self.body.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            words = f"at least {least}" if most == 2**31 - 1 else f"from {least} to {most}"
+            raise RequestError(f"{name} is {quoted(value)}; it must be a whole number, {words}", name)
+        return value
+
+    def number(self, name: str, default: float, holds: Callable[[float], bool], words: str) -> float:
+        value = self.body.get(name)
+        if value is None:
+            return default
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+            or not holds(value)
+        ):
+            raise RequestError(f"{name} is {quoted(value)}; it must be a number, {words}", name)
+        return float(value)
+
+
+def _prompts(prompt: Any) -> list:
+    """A text, texts, token ids, or lists of them."""
+    ids = lambda x: isinstance(x, list) and x and all(type(i) is int for i in x)  # noqa: E731
+    if isinstance(prompt, str) or ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and (all(isinstance(p, str) for p in prompt) or all(map(ids, prompt))):
+        return prompt
+    raise RequestError(
+        f"prompt is {_shown(prompt)}; it must be a text, a list of texts, a list of token ids, or a list of these",
+        "prompt",
+    )
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else quoted(value)
+
+
+def _messages(messages: Any) -> list[dict]:
+    """Messages as chat templates read them: parts of text are joined."""
+    if not isinstance(messages, list) or not messages:
+        raise RequestError(f"messages is {_shown(messages)}; it must be a list of messages", "messages")
+    found = []
+    for at, message in enumerate(messages):
+        name = f"messages[{at}]"
+        if not isinstance(message, dict) or message.get("role") not in _ROLES:
+            raise RequestError(f"{name} is {quoted(message)}; it must have a role, one of {', '.join(_ROLES)}", name)
+        content = message.get("content")
+        if isinstance(content, list):
+            if not all(
+                isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
+            ):
+                raise RequestError(
+                    f"a part of {name}.content is no text; the model reads parts of type text alone", f"{name}.content"
+                )
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str):
+            raise RequestError(f"{name}.content is {quoted(content)}; it must be a text", f"{name}.content")
+        unread = [
+            key for key in message if key not in ("role", "content", "name") and message[key] not in (None, [], "")
+        ]
+        if unread:
+            raise RequestError(f"{name}.{unread[0]} is not supported here; leave it away", f"{name}.{unread[0]}"[:100])
+        found.append({**{k: v for k, v in message.items() if k in ("role", "name")}, "content": content})
+    return found
