@@ -36,6 +36,13 @@ ALLOWED = {
     ("text/template_budget.py", "visit_Getitem", "attribute"),
     ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),
+    # what a server or a conversation makes for one request, and nothing else holds
+    ("conversation.py", "_do", "attribute"),
+    ("serving/app.py", "submit", "attribute"),
+    ("serving/app.py", "changes", "attribute"),
+    ("serving/batcher.py", "cancel", "attribute"),
+    ("serving/batcher.py", "_decode", "attribute"),
+    ("serving/batcher.py", "_give", "attribute"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
     ("reporting/page.py", "_environment", "attribute"),
