@@ -1,6 +1,6 @@
 """Accelerators, which need not be here: the figures of one JAX device of each, by name. Without JAX.
 
-A device is a chip, or, on v3 and tpu7x, one of a chip's two cores. Where the figures are from stands in `accelerators.json`.
+A device is a chip, or, on v3 and tpu7x, one of a chip's two cores. `accelerators.json` says where the figures are from.
 """
 
 import importlib.resources

@@ -85,6 +85,12 @@ def load_model_and_tokenizer(
             model has rows.
     """
     name = str(model) if isinstance(model, NAME) else type(model).__name__
+    if not isinstance(model, NAME | Decoder | tuple):
+        known = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
+        instead = (
+            f"pass {known!r}, from where it was read" if known else "gold_jax.load_model reads Hugging Face folders"
+        )
+        raise TypeError(f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {name}; {instead}")
     if tokenizer is None and not isinstance(model, NAME):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
     model, tokenizer = (resolve_embedded(x) for x in (model, tokenizer))
@@ -138,11 +144,7 @@ def _in_memory(
     if isinstance(model, tuple) and len(model) == 2:
         model = merge(*split(model))
     if not isinstance(model, Decoder):
-        name = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
-        instead = f"pass {name!r}, from where it was read" if name else "gold_jax.load_model reads Hugging Face folders"
-        raise TypeError(
-            f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {type(model).__name__}; {instead}"
-        )
+        raise TypeError(f"a model in memory is a gold_jax Decoder, or nnx.split of one, not a {type(model).__name__}")
     kept = settings["param_dtype"]
     rounded = kept if read_dtype == "auto" else read_dtype
     params = jax.tree.map(lambda x: jnp.array(jnp.asarray(x, rounded), kept), split(model)[1])

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import tiny_models as tiny
+from run_files import metrics
 from safetensors.numpy import load_file, save_file
-from test_commands import call, distil, lines, shell
+from test_commands import call, distil, shell
 
 from gold_jax import GOLDTrainer, SFTTrainer
 
@@ -110,7 +111,7 @@ def test_a_tokenizer_with_more_ids_than_the_model_has_rows(refused, tmp_path):
 def test_a_model_with_more_rows_than_its_tokenizer_has_ids_trains(world, tmp_path):
     folder = tiny.write_student(tmp_path / "long", rows=len(tiny.student_tokenizer()) + 5)
     distil(world, tmp_path / "out", model_name_or_path=folder, lmbda=1)
-    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
+    assert metrics(tmp_path / "out")[0]["loss"] > 0
 
 
 def test_a_bare_tokenizer_in_python(world):
@@ -178,7 +179,7 @@ def test_completions_of_no_token_teach_stopping_alone(world, tmp_path):
     for name, rows in {"mixed": [empty, full], "empty": [empty, empty]}.items():
         data = tiny.write_rows(tmp_path / f"{name}.jsonl", rows)
         distil(world, tmp_path / name, dataset_name=data, lmbda=0, eval_dataset_name=data)
-        row, measured = lines(tmp_path / name / "metrics.jsonl")
+        row, measured = metrics(tmp_path / name)
         assert row["loss"] > 0 and np.isfinite(row["grad_norm"])
         assert row["groups"] == 2 if name == "empty" else row["groups"] > 2
         # Nothing was said, so that there are no bits per byte.
@@ -192,13 +193,13 @@ def test_an_update_of_rows_without_any_target_is_left_out(world, tmp_path):
             f"--model_name_or_path {world}/student --dataset_name {data} --output_dir {tmp_path / name} --max_steps 1"
         )
         call(name, line, **more)
-        (row,) = lines(tmp_path / name / "metrics.jsonl")
+        (row,) = metrics(tmp_path / name)
         assert "loss" not in row and row["skipped"] == 1
 
 
 def test_prompts_of_no_token_can_be_sampled_from(world, tmp_path):
     distil(world, tmp_path / "out", dataset_name=rows_file(tmp_path, {"prompt": ""}, {"prompt": "Hi"}), lmbda=1)
-    assert np.isfinite(lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"])
+    assert np.isfinite(metrics(tmp_path / "out")[0]["loss"])
 
 
 def test_an_evaluation_split_that_is_missing(refused, tmp_path):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 from flax import nnx
+from run_files import completions, metrics
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, cli, evaluate, generate, load_model, sft, train
 from gold_jax.loading import load_model_and_tokenizer
@@ -85,10 +86,6 @@ def distil(world, output, line: str = "", **flags):
     call("train", line, **(paths | SMALL | flags))
 
 
-def lines(path: pathlib.Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
 def same(one, other) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
@@ -108,7 +105,7 @@ def test_the_long_train_command(world, tmp_path, hub, trackio, capsys):
         f"--logging_steps 1 --push_to_hub --hub_model_id U/M --report_to trackio --trackio_project P --seed 42 "
         f"--warmup_ratio 0.05 --lr_scheduler_type cosine_with_min_lr --max_steps 2 --output_dir {out}",
     )
-    found = lines(out / "metrics.jsonl")
+    found = metrics(out)
     assert [row["step"] for row in found] == [1, 2, 2]
     assert all(np.isfinite(row["loss"]) for row in found[:2]) and np.isfinite(found[2]["eval_bits_per_byte"])
     assert load_model_and_tokenizer(out, dtype="float32").model.config.layers == 2
@@ -144,7 +141,7 @@ def test_the_long_sft_command(world, tmp_path, hub, trackio, capsys):
         f"--report_to trackio --trackio_project P --output_dir {out} --push_to_hub --hub_model_id U/M --seed 42 "
         "--warmup_ratio 0.05 --lr_scheduler_type cosine_with_min_lr --use_liger_kernel --max_steps 2",
     )
-    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1, 2]
+    assert [row["step"] for row in metrics(out)] == [1, 2]
     assert load_model_and_tokenizer(out, dtype="float32").model.config.layers == 2
     assert "supervised fine-tuning" in (out / "README.md").read_text()
     assert [entry[:2] for entry in hub] == [("create", "U/M"), ("create", "U/M"), ("upload", "U/M")]
@@ -253,14 +250,14 @@ def test_every_form_of_data_trains(form, world, tmp_path):
     data = tiny.write_rows(tmp_path / "rows.jsonl", FORMS[form])
     alone = form == "prompt"
     distil(world, tmp_path / "out", dataset_name=data, lmbda=int(alone))
-    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
+    assert metrics(tmp_path / "out")[0]["loss"] > 0
     if not alone:
         call(
             "sft",
             f"--model_name_or_path {world}/student --dataset_name {data} --output_dir {tmp_path}/sft",
             max_steps=1,
         )
-        assert lines(tmp_path / "sft" / "metrics.jsonl")[0]["loss"] > 0
+        assert metrics(tmp_path / "sft")[0]["loss"] > 0
 
 
 def test_the_seed_decides_every_batch(world, tmp_path):
@@ -298,12 +295,12 @@ def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
         "save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-3,
     }  # fmt: skip
     distil(world, out, **flags)
-    found = lines(out / "metrics.jsonl")
+    found = metrics(out)
     assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4]
     measured = [row for row in found if "eval_bits_per_byte" in row]
     assert [row["step"] for row in measured] == [0, 2, 4]
     assert measured[0]["eval_bits_per_byte"] != measured[2]["eval_bits_per_byte"]
-    written = lines(out / "completions.jsonl")
+    written = completions(out)
     assert [row["step"] for row in written] == [step for step in (1, 2, 3, 4) for _ in range(4)]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert load_model_and_tokenizer(out / "checkpoint-3", dtype="float32").model.config.layers == 2
@@ -312,8 +309,8 @@ def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
     assert "Completions at step 1" in shown and "Completions at step 3" in shown
     # A second run in the same folder begins its logs anew.
     distil(world, out, **(flags | {"max_steps": 1, "eval_strategy": "no", "eval_on_start": "false"}))
-    assert [row["step"] for row in lines(out / "metrics.jsonl")] == [1]
-    assert {row["step"] for row in lines(out / "completions.jsonl")} == {1}
+    assert [row["step"] for row in metrics(out)] == [1]
+    assert {row["step"] for row in completions(out)} == {1}
 
 
 def test_sft_counts_what_it_is_told_to(world, tmp_path):
@@ -328,7 +325,7 @@ def test_sft_counts_what_it_is_told_to(world, tmp_path):
     }.items():
         line = f"--model_name_or_path {world}/student --dataset_name {data} --output_dir {tmp_path / name}"
         call("sft", line, **({"max_steps": 1, "per_device_train_batch_size": 2} | flags))
-        targets[name] = lines(tmp_path / name / "metrics.jsonl")[0]["targets"] / 2
+        targets[name] = metrics(tmp_path / name)[0]["targets"] / 2
     size = [len(tiny.student_tokenizer().encode(answer, add_special_tokens=False)) + 1 for _, answer in tiny.ROWS[:2]]
     whole = len(tiny.student_tokenizer().apply_chat_template(chat)["input_ids"])
     assert targets == {"completion": size[1], "assistant": sum(size), "all": whole - 1, "cut": targets["cut"]}
@@ -353,14 +350,14 @@ def test_sft_counts_what_it_is_told_to(world, tmp_path):
 def test_every_loss_trains(line, says, world, tmp_path, capsys):
     distil(world, tmp_path / "out", line, lmbda=0)
     assert says in capsys.readouterr().out
-    row = lines(tmp_path / "out" / "metrics.jsonl")[0]
+    row = metrics(tmp_path / "out")[0]
     assert row["loss"] > 0 and row["grad_norm"] > 0
 
 
 def test_reverse_kl_learns_from_what_the_student_draws(world, tmp_path, capsys):
     distil(world, tmp_path / "out", "--loss reverse_kl --temperature 1 --top_p 1", lmbda=1)
     assert "reverse_kl: boundary/all/reverse_kl" in capsys.readouterr().out
-    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["grad_norm"] > 0
+    assert metrics(tmp_path / "out")[0]["grad_norm"] > 0
 
 
 def test_the_teacher_writes_the_completions_under_seq_kd(world, tmp_path, capsys):
@@ -371,7 +368,7 @@ def test_the_teacher_writes_the_completions_under_seq_kd(world, tmp_path, capsys
     distil(world, tmp_path / "out", **flags)
     shown = capsys.readouterr().out
     assert "0% by the student, 100% by the teacher" in shown
-    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
+    assert metrics(tmp_path / "out")[0]["loss"] > 0
 
 
 def test_the_teacher_alone_reads_its_context(world, tmp_path):
@@ -418,7 +415,7 @@ def test_one_tokenizer_for_both_is_gkd(world, tmp_path, capsys):
     for who, folder in (("student", "student"), ("teacher", "sibling")):
         assert f"{who} reads: chat template of the tokenizer '{world / folder}', stops at " in shown
     assert re.search(r"updates: \d+ of \d+ rows each, learning rate \S+ \(\w+, \d+ warmup steps\)", shown)
-    assert lines(tmp_path / "out" / "metrics.jsonl")[0]["loss"] > 0
+    assert metrics(tmp_path / "out")[0]["loss"] > 0
 
 
 def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypatch, capsys):
@@ -437,7 +434,7 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
     assert "Interrupted after 1 updates" in capsys.readouterr().out
     saved = load_model(tmp_path / "out" / "checkpoint-1")
     assert not same(nnx.state(saved), nnx.state(load_model(world / "student")))
-    assert [row["step"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [1]
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1]
 
 
 def test_a_trained_student_is_saved_before_the_closing_evaluation_can_fail(world, tmp_path, monkeypatch):
@@ -583,4 +580,4 @@ def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(world, tmp_
     said, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert f"Resumed from {saved}: {done} of {done + 2} updates are done." in said and "--max_steps is now " in said
-    assert [row["step"] for row in lines(out / "metrics.jsonl")] == list(range(1, done + 3))
+    assert [row["step"] for row in metrics(out)] == list(range(1, done + 3))

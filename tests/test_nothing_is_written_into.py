@@ -36,13 +36,13 @@ ALLOWED = {
     ("text/template_budget.py", "visit_Getitem", "attribute"),
     ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),
-    # the state of the run, which is the loop's own
-    ("training/loop.py", "_updates", "attribute"),
-    ("training/loop.py", "_start", "attribute"),
-    ("training/loop.py", "_take_in", "attribute"),
-    ("training/loop.py", "_log_completions", "attribute"),
-    ("training/loop.py", "_give_up", "attribute"),
-    ("training/saving.py", "after_error", "attribute"),
+    # what a server or a conversation makes for one request, and nothing else holds
+    ("conversation.py", "_do", "attribute"),
+    ("serving/app.py", "submit", "attribute"),
+    ("serving/app.py", "changes", "attribute"),
+    ("serving/batcher.py", "cancel", "attribute"),
+    ("serving/batcher.py", "_decode", "attribute"),
+    ("serving/batcher.py", "_give", "attribute"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
     ("reporting/page.py", "_environment", "attribute"),

@@ -6,6 +6,7 @@ import pathlib
 import re
 
 import pytest
+from run_files import lines
 
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.hf_checkpoint import load_model
@@ -198,7 +199,7 @@ def test_transformers_reads_the_configurations():
 
 
 def _rows(split: str) -> list[dict]:
-    return [json.loads(line) for line in (resolve("embedded:task") / f"{split}.jsonl").read_text().splitlines()]
+    return lines(resolve("embedded:task") / f"{split}.jsonl")
 
 
 def _key():

@@ -110,6 +110,8 @@ def test_arguments_of_another_kind_are_answered_in_one_sentence(world, tmp_path)
     torch_model = type("LlamaForCausalLM", (), {"name_or_path": "meta-llama/Llama-3.2-1B"})()
     with pytest.raises(TypeError, match="not LlamaForCausalLM; pass 'meta-llama/Llama-3.2-1B', from where it was read"):
         GOLDTrainer(torch_model, given[1], GOLDConfig(), ROWS, processing_class=tiny.student_tokenizer())
+    with pytest.raises(TypeError, match="not LlamaForCausalLM; pass 'meta-llama/Llama-3.2-1B', from where it was read"):
+        GOLDTrainer(given[0], torch_model, GOLDConfig(), ROWS)
     assert (
         GOLDConfig(teacher_model="a").teacher_model_name_or_path == GOLDConfig(teacher_model="a").teacher_model == "a"
     )

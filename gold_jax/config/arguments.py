@@ -362,7 +362,6 @@ class SFTConfig(
     """
 
     completions_per_row = 1  # that an update learns from, of a row of the data set
-    updates_per_draw = 1  # whose completions are drawn together
 
     def __post_init__(self):
         super().__post_init__()
@@ -458,6 +457,8 @@ class TeacherFlags(Settings):
         "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS)
     teacher_context: str | None = flag(None,
         "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
+    eval_gaps: bool = free_flag(False, "In evaluation, also have both models write on the prompts, and measure how far the "
+        "student is from its teacher on the text of either, in bits per byte.", effect=_EVALUATES)
 
 
 class SamplingFlags(Settings):
@@ -631,11 +632,6 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
     def completions_per_row(self) -> int:
         """`num_generations`."""
         return self.num_generations
-
-    @property
-    def updates_per_draw(self) -> int:
-        """`rollout_batches`."""
-        return self.rollout_batches
 
     @property
     def weighs_rollouts(self) -> bool:

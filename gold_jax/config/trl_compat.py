@@ -270,7 +270,7 @@ SETTINGS_MEMBERS = _spread({
 
 # What stands in the place of what TRL logs.
 METRICS = _spread({
-    "it would take a pass over the vocabulary; loss and eval_bits_per_byte say how far the student is": "entropy",
+    "in an update it would take a pass over the vocabulary; --eval_gaps measures eval_entropy, in bits per byte of what the student writes": "entropy",
     "it is logged by gold_jax.sft, and in distillation with a cross-entropy (--uld_crossentropy_weight)":
         "mean_token_accuracy",
     "models with experts are not in this version": "aux_loss",

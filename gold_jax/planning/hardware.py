@@ -1,6 +1,6 @@
 """Accelerators that need not be here: slices of them by a short text, and what compiling for them needs.
 
-Without JAX, for some of it has to be there before JAX is. The figures of one device are those of `gold_jax.accelerators`.
+Without JAX, for some of it has to be there before JAX is. The figures of a device are those of `gold_jax.accelerators`.
 """
 
 import difflib

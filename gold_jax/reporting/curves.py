@@ -33,7 +33,7 @@ _PLOTS = (
     ("gaps to the teacher", "bits per byte", {"eval_forward_gap": "forward", "eval_reverse_gap": "reverse"}),
     ("bits per byte", "", {"eval_bits_per_byte": "evaluation"}),
     ("exact match", "share of rows", {"eval_exact_match": "evaluation"}),
-    ("entropy", "nats a token", {"entropy": "student"}),
+    ("entropy", "bits per byte", {"eval_entropy": "student"}),
     ("groups 1:1", "share of groups", {"one_to_one": "training"}),
     ("completion length", "tokens", {"completion_tokens": "student"}),
     ("gradient norm", "", {"grad_norm": "training"}),

@@ -7,7 +7,7 @@ of them. Numpy only: the collectives are passed in as functions.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -43,9 +43,8 @@ class ProcessShard(NamedTuple):
 
             return exchanged
 
-        names = "all_reduce_sum", "all_reduce_max", "all_gather"
-        marked: Any = {name: within(getattr(self, name)) for name in names}
-        return self._replace(**marked)
+        reduce_sum, reduce_max, gather = map(within, (self.all_reduce_sum, self.all_reduce_max, self.all_gather))
+        return self._replace(all_reduce_sum=reduce_sum, all_reduce_max=reduce_max, all_gather=gather)
 
     def rows_per_shard(self, batch_size: int) -> int:
         """Rows of one shard; ValueError where the shards do not divide the batch."""

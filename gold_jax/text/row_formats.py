@@ -62,18 +62,10 @@ def read_columns(
     renamed = renamed or {}
     columns = {name: value for name, value in row.items() if name not in renamed}
     columns |= {name: row.get(source) for name, source in renamed.items() if source is not None}
-    named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
-    text = "text" if "text" in named else text_column
-    chats = {form: names for form, names in _CHATS.items() if form != text}
-    forms = {**chats, "text": (text,), **_PAIRS}
-    forms = {form: names for form, names in forms.items() if not named or named & {*names}}
-    found = [form for form, names in forms.items() if columns.get(names[0]) is not None]
-    found = [form for form in found if form not in _PAIRS or forms[form][1] in columns]
-    if len(found) > 1 and "conversations" in found and not _is_chat(columns["conversations"]):
-        found.remove("conversations")
+    found = _forms_of(columns, renamed, text_column)
     if not found:
         return RowColumns(columns, None, "", frozenset())
-    form, names, format = found[0], forms[found[0]], ""
+    (form, names), format = next(iter(found.items())), ""
     if form in _PAIRS:
         if len(found) > 1:
             says = ",".join(f"{name}={renamed.get(name, name)}" for name in names[:2])
@@ -81,15 +73,8 @@ def read_columns(
             raise ValueError(f"it has the columns of {both}; say which are read, as with --columns {says}")
         format, columns["messages"] = form, _pair(columns, form)
     elif form in _CHATS:
-        if form == "conversations" and (not (isinstance(value := columns[form], list | tuple) and value)):
-            has = "an empty list" if isinstance(value, list) else describe_type(value)
-            raise ValueError(f"{form!r} must be a list of messages, {{from, value}} or {{role, content}}, not {has}")
-        turned = {name: _with_roles(columns[name], name) for name in names if columns.get(name) is not None}
-        changed = any(turned[name] is not columns[name] for name in turned)
-        columns |= turned
-        format = "ShareGPT" if changed else form if form == "conversations" else ""
-        if form == "conversations":
-            columns["messages"] = columns["conversations"]
+        chat, format = _chat(columns, form)
+        columns |= chat
     read = {*names, *(EXTRAS if form != "text" else ("teacher_context",))}
     if format and form != "prompt":
         form = "messages"
@@ -98,6 +83,22 @@ def read_columns(
             columns["messages"] = _with_system(columns["messages"], columns[SYSTEM])
     own = frozenset(name for n in read if (name := renamed.get(n, n)) is not None)
     return RowColumns(columns, names[0] if form == "text" else form, format, own)
+
+
+def _forms_of(
+    columns: Mapping[str, Any], renamed: Mapping[str, str | None], text_column: str
+) -> dict[str, tuple[str, ...]]:
+    """The forms that a row has, each with its columns, in the order in which they are looked for."""
+    named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
+    text = "text" if "text" in named else text_column
+    chats = {form: names for form, names in _CHATS.items() if form != text}
+    forms = {**chats, "text": (text,), **_PAIRS}
+    forms = {form: names for form, names in forms.items() if not named or named & {*names}}
+    found = {form: names for form, names in forms.items() if columns.get(names[0]) is not None}
+    found = {form: names for form, names in found.items() if form not in _PAIRS or names[1] in columns}
+    if len(found) > 1 and "conversations" in found and not _is_chat(columns["conversations"]):
+        del found["conversations"]
+    return found
 
 
 def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
@@ -123,6 +124,19 @@ def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], sou
 def _is_chat(value: Any) -> bool:
     """Whether it is a list of dicts."""
     return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, Mapping) for item in value)
+
+
+def _chat(columns: Mapping[str, Any], form: str) -> tuple[dict[str, Any], str]:
+    """The columns of a chat, with roles, and the format that they are of ("": TRL's own)."""
+    value = columns[form]
+    if form == "conversations" and not (isinstance(value, list | tuple) and value):
+        has = "an empty list" if isinstance(value, list) else describe_type(value)
+        raise ValueError(f"{form!r} must be a list of messages, {{from, value}} or {{role, content}}, not {has}")
+    turned = {name: _with_roles(columns[name], name) for name in _CHATS[form] if columns.get(name) is not None}
+    changed = any(turned[name] is not columns[name] for name in turned)
+    if form == "conversations":
+        return turned | {"messages": turned[form]}, "ShareGPT" if changed else form
+    return turned, "ShareGPT" if changed else ""
 
 
 def _pair(columns: Mapping[str, Any], format: str) -> list[dict]:

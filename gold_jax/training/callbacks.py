@@ -1,23 +1,15 @@
 """transformers' `TrainerCallback`s, called at the events of a run; and checks of the trainers' arguments by TRL's names."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import optax
-from transformers.trainer_callback import (
-    CallbackHandler,
-    DefaultFlowCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-)
+from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerCallback, TrainerControl
 
 from gold_jax.config.trl_compat import EVENTS, TRAINER_ARGUMENTS, nearest
 from gold_jax.distributed.consensus import all_reduce_max
-from gold_jax.distributed.initialize import is_main_process
 
 _SWITCHES = [field.name for field in dataclasses.fields(TrainerControl)]
 
@@ -73,15 +65,6 @@ class Callbacks(CallbackHandler):
         if self.control.should_epoch_stop:
             whole = "a callback sets should_epoch_stop, but an epoch is gone through whole, or it could not be resumed"
             raise ValueError(f"{whole}; should_training_stop ends the run")
-
-
-def first_trainer_state(args: Any, total_steps: int, steps_per_epoch: float) -> TrainerState:
-    """transformers' state of a run that begins, with what does not change in it."""
-    intervals = {name: args.interval(name, total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
-    totals = dict(max_steps=total_steps, num_train_epochs=math.ceil(total_steps / steps_per_epoch))
-    main = is_main_process()
-    held = dict(is_world_process_zero=main, is_local_process_zero=main)
-    return TrainerState(**totals, **intervals, **held, train_batch_size=args.per_device_train_batch_size)
 
 
 def check_trl_arguments(

@@ -19,6 +19,8 @@ from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilde
 from gold_jax.training.logging import plain_value
 from gold_jax.training.step import Step
 
+_SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap"
+
 
 class Evaluator(NamedTuple):
     """What measures a student on rows with completions."""
@@ -42,8 +44,8 @@ class Evaluator(NamedTuple):
         """The measures of a student, whose parameters are `params`, on one set of rows.
 
         They are `eval_loss` and its parts, `eval_bits_per_byte`, and with `writes` `eval_exact_match` and what
-        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own. ValueError: no row can
-        be measured.
+        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own.
+        ValueError: no row can be measured.
         """
         if examples is None:
             give = "give an eval_dataset, or --eval_strategy and a test split"
@@ -86,7 +88,7 @@ def compared(
 ) -> list[tuple[str, float | None, float, float | None]]:
     """The main measures on `rows`, as `over_sets` takes them, with their names: before, after, and the teacher's."""
     sets = [f"eval_{name}_" for name in rows] if isinstance(rows, Mapping) else ["eval_"]
-    names = [s + n for s in sets for n in ("loss", "bits_per_byte", "exact_match") if s + n in after]
+    names = [s + n for s in sets for n in _SHOWN if s + n in after]
     return [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
 
 
@@ -98,7 +100,7 @@ class Measured(NamedTuple):
 
 
 class BestModel:
-    """The best of the evaluations by one metric (`metric_for_best_model`; None: there is none), and the best that is saved."""
+    """The best of the evaluations by one metric, and the best that is saved; `metric` None: nothing is."""
 
     def __init__(self, metric: str | None, greater_is_better: bool | None):
         self._wanted, self._greater_is_better = metric, greater_is_better
@@ -135,11 +137,6 @@ class BestModel:
         if old is None or not (math.isfinite(new.metric) and math.isfinite(old.metric)):
             return math.isfinite(new.metric)
         return new.metric > old.metric if self._greater_is_better else new.metric < old.metric
-
-    def trainer_state(self) -> dict[str, Any]:
-        """The fields of transformers' `TrainerState` that tell of it."""
-        best = {} if self.best is None else {"best_metric": self.best.metric, "best_global_step": self.best.step}
-        return best | {"best_model_checkpoint": self.checkpoint}
 
     def state(self) -> dict[str, Any] | None:
         """What checkpoints keep, fit for JSON; None: nothing."""

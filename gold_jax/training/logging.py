@@ -1,4 +1,4 @@
-"""What a run reports: each logged step in a file, on the terminal and to the trackers, and the tables before and after."""
+"""What a run reports: each logged step in a file, on the terminal and to trackers, and tables before and after."""
 
 import contextlib
 import functools

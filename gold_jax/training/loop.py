@@ -6,7 +6,6 @@ import functools
 import importlib
 import pathlib
 import time
-import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +25,6 @@ from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.loading import LoadedModel
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge
-from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.step_ranges import read_steps
 from gold_jax.text.data import Example
 from gold_jax.text.stream import StreamOrder
@@ -34,17 +32,16 @@ from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, SAVING, WAITING, annotate
 from gold_jax.training.batches import UpdateBatch
 from gold_jax.training.build import Run
-from gold_jax.training.callbacks import Callbacks, first_trainer_state
+from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
 from gold_jax.training.logging import MetricLog, before_after, completions_table, plain_value, trl_names
-from gold_jax.training.nonfinite import Diverged, describe_divergence
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, append_rows, begin_logs, continue_logs
-from gold_jax.training.run_state import Data, RunState, find_checkpoint
+from gold_jax.training.run_state import Data, RunState, find_checkpoint, first_trainer_state
 from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.saving import Saver
-from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
+from gold_jax.training.signals import SignalHandler
 from gold_jax.training.step import TrainState, init_state
 from gold_jax.training.trackers import make_trackers
 
@@ -53,8 +50,8 @@ class Loop:
     """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
 
     `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
-    the teacher on the evaluation rows, `restart` is called before each further training of the same student. The
-    console is a quiet one in all processes but the first.
+    the teacher on the evaluation rows, `gaps` a student beside it on rows, `restart` is called before each further
+    training of the same student. The console is a quiet one in all processes but the first.
     """
 
     def __init__(
@@ -70,6 +67,7 @@ class Loop:
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
+        gaps: Callable[[LoadedModel, Any], dict[str, float]] = lambda student, rows: {},
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -83,13 +81,12 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # the optimizer's state once `train` was called; steps donate it
         self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
-        self._student, self._teacher_score, self._restart = student, teacher_score, restart
-        compared = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
-        assert_same_across_processes("the settings or the data", compared)
+        self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
+        described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
+        assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
         self._evaluator = Evaluator(run.step, batches, rows, args.loss_chunk, max_new_tokens, compute_metrics)
-        self._trained, self._log, self._throughput = False, None, utilization.Throughput()
-        self._summary = summary or RunSummary(None)
+        self._trained, self._log, self._summary = False, None, summary or RunSummary(None)
         self._reset()
         held = dict(optimizer=run.optimizer, lr_scheduler=run.schedule)
         held |= dict(processing_class=student.chat_tokenizer.tokenizer, say=self.say)
@@ -107,8 +104,7 @@ class Loop:
         self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
         # For the model card: measures of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
-        self._compiled_logged = progress.compiled()
-        self._bar = progress.Task("training", self.total_steps)
+        self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation, and after which update
 
     @property
@@ -118,9 +114,8 @@ class Loop:
 
     def trainer_state(self) -> TrainerState:
         """Where the run stands, in transformers' form; `log_history` is the run's own."""
-        now, epoch = self.run_state, self.done / self.data.order.steps_per_epoch
-        found = dict(global_step=now.done, epoch=epoch, num_input_tokens_seen=now.num_tokens, log_history=self.history)
-        return dataclasses.replace(self._trainer_state, **found, **now.best.trainer_state())
+        epoch, found = self.done / self.data.order.steps_per_epoch, self.run_state.for_transformers()
+        return dataclasses.replace(self._trainer_state, epoch=epoch, log_history=self.history, **found)
 
     def train(self, resume: str | None = None) -> TrainOutput:
         """Runs all updates and saves the student; returns updates, the mean loss of those made now, closing metrics.
@@ -135,8 +130,7 @@ class Loop:
             Diverged: `max_skipped_updates` updates in a row were left out, or the student's logits are not finite.
             OSError: the student cannot be written; the text says where it still is.
         """
-        args, began = self.args, time.time()
-        folder = args.checkpoint_dir or self.output
+        args, folder, began = self.args, self.args.checkpoint_dir or self.output, time.time()
         with (
             Watchdog(args.process_timeout) as self.watchdog,
             folders_locked(self.output, args.checkpoint_dir),
@@ -155,21 +149,14 @@ class Loop:
             self.checkpoints.remove_unfinished()
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
-                writes = self.output, self._save_model, self._log, self.watchdog
-                self._saver = Saver(self.checkpoints, self.run, self.data, *writes)
+                held = self.checkpoints, self.run, self.data, args, self.output
+                self._saver = Saver(*held, self._save_model, self._log, self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
                 with SignalHandler(self._say_stopping) as signals, updates as self._bar:
-                    try:
-                        self._updates_until_stopped(signals)
-                    except InterruptedTwice:
-                        self.checkpoints.abandon()
-                        kept = (
-                            f"the last checkpoint is {last}" if (last := self.checkpoints.last) else "nothing is saved"
-                        )
-                        self.say(f"Interrupted again after {self.done} updates, before they were saved; {kept}.")
-                        raise
+                    with self._saver.saved_when_stopped(signals, self.run_state, lambda: self.state):
+                        self._updates(signals)
                 after = self._close()
                 self.callbacks.call("on_train_end")
             self._log = None
@@ -201,8 +188,8 @@ class Loop:
                 else:
                     self.state, metrics = run.step.skip(self.state)
                     self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
-                current, now.done, now.shapes, now.rollouts = batch, step + 1, batch.shapes, batch.drawn
-                self._bar.reach(self.done)
+                current = batch
+                now.advance(batch)
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -212,6 +199,7 @@ class Loop:
             with annotate(WAITING):
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
+            self._bar.reach(self.done)
             line = self._take_in(step, current, metrics)
             self.callbacks.call("on_step_end")
             ends_epoch = self.done % per_epoch == 0 or self.done == total
@@ -222,18 +210,18 @@ class Loop:
             if control.should_log or self.done == total:
                 self._log_update(line)
             if now.nonfinite.in_a_row >= args.max_skipped_updates:
-                self._give_up(metrics, step, current.counted)
+                self._saver.give_up(now, self.state, metrics, self.data.order(step), current.counted)
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
             # At the end it is made anyway: only the best of a longer run has to know of it.
             closes = self.done == total
-            now.unmeasured = control.should_evaluate and not (closes and args.metric_for_best_model is None)
+            now.measure_later(control.should_evaluate and not (closes and args.metric_for_best_model is None))
             if failed is not None:
                 raise failed
             if now.unmeasured and not closes:
                 measured = signals.interruptible(self.evaluate)
                 if measured is not None:
-                    now.unmeasured = False
+                    now.measure_later(False)
                     self._take_evaluation(measured)
                     self.callbacks.agree()
                 self._throughput.restart()
@@ -263,8 +251,12 @@ class Loop:
         if self.data.eval is None:
             return {}
         stopped_after_one = self._evaluated is not None and self._evaluated[0] == self.done
-        after = self._evaluated[1] if stopped_after_one else self._evaluate_and_record()
-        return self.evaluate() if self._load_best() else after
+        after = self._evaluated[1] if stopped_after_one else self._take_evaluation(self.evaluate())
+        if (params := self._saver.best_params(self.run_state, self.state.params)) is None:
+            return after
+        self.state = self.state._replace(params=params)
+        self._saver.student(self.run_state, self.student.model)
+        return self.evaluate()
 
     # start
 
@@ -272,7 +264,7 @@ class Loop:
         """A run's state before its first update: the parameters as they are, all else new."""
         self.state = init_state(self.run.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
-        self.run_state.run_id = uuid.uuid4().hex
+        self.run_state.begin()
         if is_main_process():
             begin_logs(self.run_state.run_id, self.output, self.checkpoints.folder, self.say)
 
@@ -301,7 +293,7 @@ class Loop:
         self.watchdog.report(step, "making the batch")
         for line in self.data.checked_lately():
             self.say(line)
-        now, together = self.run_state, self.args.updates_per_draw
+        now, together = self.run_state, self.run.batches.rollout_batches
         given = step, self._examples(step), self.state.params, now.shapes
         if together == 1:
             return self.run.batches.build(*given)
@@ -340,24 +332,19 @@ class Loop:
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Adds the metrics of an update to the means of the next log line; returns those that are logged as they are."""
-        rate = {}
-        if self.run.schedule is not None:  # an update that is left out takes none
-            rate["learning_rate"] = float(self.run.schedule(step - self.run_state.nonfinite.total))
+        """Adds an update's metrics to the means of the next log line; returns those that are logged as they are."""
+        schedule, made = self.run.schedule, step - self.run_state.nonfinite.total  # those left out take no rate
+        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
         self.run_state.take(batch, metrics, self.state.nonfinite)
-        self._throughput.tokens += batch.stats["tokens"]
+        self._throughput.add(batch.stats["tokens"])
         return rate
 
     def _log_update(self, rate: Mapping[str, float]) -> None:
         """Logs the means since the last line."""
         now, speed = self.run_state, self._throughput.tokens_per_second()
         measured = {"tokens_per_second": speed, **utilization.device_metrics(self.run.flops * speed), **rate}
-        skipped = {"skipped": now.nonfinite.total} if now.nonfinite.total else {}
-        compiled = progress.compiled()
-        programs, seconds = (new - old for new, old in zip(compiled, self._compiled_logged))
-        measured |= {"programs_compiled": programs, "compiling_seconds": round(seconds, 3)}
-        self._compiled_logged = compiled
-        means = now.means.take()
+        measured |= self._throughput.compilations()
+        skipped, means = {"skipped": now.nonfinite.total} if now.nonfinite.total else {}, now.means.take()
         self.record({**means, **measured, **skipped, **trl_names(means), "num_tokens": now.num_tokens})
         self._throughput.restart()
 
@@ -379,10 +366,9 @@ class Loop:
         """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         rows = [(self._student.chat_tokenizer.render(prompt), *rest) for prompt, *rest in samples]
         named = ({"prompt": p, "completion": c} | ({} if r is None else {"reference": r}) for p, c, r in rows)
-        now, every = self.run_state, self.args.log_completions_steps
-        now.unwritten = [{"step": self.done, **row} for row in named]  # checkpoints keep them where that fails
-        append_rows(self.output / LOGS[1], now.unwritten)
-        now.unwritten = []
+        with self.run_state.holding([{"step": self.done, **row} for row in named]) as written:
+            append_rows(self.output / LOGS[1], written)
+        every = self.args.log_completions_steps
         if step >= self._table_due:
             self._table_due = step - step % every + every
             self._log.flush()
@@ -392,12 +378,12 @@ class Loop:
     # evaluate
 
     def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
-        """`eval_loss`, `eval_bits_per_byte`, and with `predict_with_generate` `eval_exact_match`.
+        """`eval_loss`, `eval_bits_per_byte`, with `predict_with_generate` `eval_exact_match`, with `eval_gaps` gaps.
 
         `examples` None: the evaluation rows; of several sets each is measured by itself, as `eval_NAME_loss` and so on.
         """
-        rows = self.data.eval if examples is None else examples
-        return over_sets(lambda part: self.predict(part, self.args.predict_with_generate).metrics, rows)
+        rows, writes = self.data.eval if examples is None else examples, self.args.predict_with_generate
+        return over_sets(lambda part: self.predict(part, writes).metrics | self._gaps(self.student, part), rows)
 
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
         """The measures of `evaluate` on one set of rows, and with `writes` greedy completions beside the rows' own."""
@@ -406,13 +392,8 @@ class Loop:
         after_batch = functools.partial(self.callbacks.call, "on_prediction_step")
         return self._evaluator.predict(self.student, self.state.params, rows, writes, after_batch)
 
-    def _evaluate_and_record(self) -> dict[str, float]:
-        metrics = self.evaluate()
-        self._take_evaluation(metrics)
-        return metrics
-
-    def _take_evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Logs an evaluation and notes whether it is the best so far.
+    def _take_evaluation(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
+        """Logs an evaluation, which it returns, and notes whether it is the best so far.
 
         Callbacks come first, and find the best one before it in the state, as in transformers.
         """
@@ -421,6 +402,7 @@ class Loop:
         self.run_state.best.take(metrics, self.done)
         if self._saver.is_saved(self.run_state):
             self._saver.mark_best(self.run_state)
+        return metrics
 
     def _evaluate_before(self) -> Mapping[str, float]:
         """The measures before the first update where they are requested, or as the log of a resumed run has them."""
@@ -430,9 +412,8 @@ class Loop:
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self.record(before)
-        due = now.unmeasured and self.data.eval is not None
-        if due and self.done < self.total_steps:  # an evaluation that was due at the checkpoint
-            self._evaluate_and_record()
+        if now.unmeasured and self.data.eval is not None and self.done < self.total_steps:  # due at the checkpoint
+            self._take_evaluation(self.evaluate())
         return before
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
@@ -464,60 +445,5 @@ class Loop:
         trained = dict(stop_ids=tokenizer.stop_ids, chat_template=tokenizer.template.portable)
         return save_final_model(model, tokenizer.tokenizer, folder, dtype=dtype, **trained)
 
-    def _load_best(self) -> bool:
-        """With `load_best_model_at_end`, replaces the parameters by those of the best checkpoint; whether it did."""
-        now, args = self.run_state, self.args
-        params = self._saver.best_params(now, self.state.params) if args.load_best_model_at_end else None
-        if params is None:
-            return False
-        self.state = self.state._replace(params=params)
-        best = f"{now.best.checkpoint} ({args.metric_for_best_model} {now.best.saved.metric:g})"
-        self.say(f"The best of all is {best}.")
-        self._saver.student(now, self.student.model)
-        return True
-
-    # stop
-
     def _say_stopping(self, reason: str) -> None:
-        again = "; Ctrl-C again ends at once" if reason == "interrupt" else ""
-        self._bar.rename(f"stopping after this update{again}")
-
-    def _updates_until_stopped(self, signals: SignalHandler) -> None:
-        """All updates; what ends them early has the last one saved."""
-        try:
-            self._updates(signals)
-        except KeyboardInterrupt:
-            if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
-                raise
-            signals.request("interrupt")
-        except Diverged:
-            raise
-        except Exception as error:
-            with contextlib.suppress(Exception):  # what ends the run is the first error
-                if told := self._saver.after_error(self.run_state, self.state):
-                    self.say(f"An error ends the run after {self.done} updates; {told}")
-            if isinstance(error, NonFiniteLogits) and self.done:
-                help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
-                why = f"After {self.done} updates no completions can be drawn, so the run stops: {error}"
-                raise Diverged(f"{why} What may help: {help}.{self._last_checkpoint()}") from error
-            raise
-        if signals.requested:
-            self._log.flush()
-            interrupted = signals.requested == "interrupt"
-            told = self._saver.last_update(self.run_state, self.state)
-            self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {self.done} updates; {told}")
-            raise KeyboardInterrupt if interrupted else Preempted
-
-    def _give_up(self, metrics: Mapping[str, Any], step: int, counted: int) -> None:
-        self._log.flush()
-        now = self.run_state
-        seen = self.done, now.nonfinite, metrics, self.state.params, self.data.order(step)
-        why = describe_divergence(*seen, self.args, counted)
-        if now.nonfinite.total < self.done:  # the state of the last good update, to resume from with other settings
-            now.nonfinite = now.nonfinite._replace(in_a_row=0)
-            self._saver.checkpoint(now, self.state)
-        self.checkpoints.finish()
-        raise Diverged(why + self._last_checkpoint())
-
-    def _last_checkpoint(self) -> str:
-        return f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""
+        self._bar.rename("stopping after this update" + "; Ctrl-C again ends at once" * (reason == "interrupt"))

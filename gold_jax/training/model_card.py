@@ -156,9 +156,10 @@ def _losses(history: Sequence[Mapping[str, Any]]) -> list[str]:
     low, high = min(means), max(means)
     curve = "".join(_LEVELS[round((x - low) / ((high - low) or 1) * (len(_LEVELS) - 1))] for x in means)
     said = f"From update {logged[0][0]} to {logged[-1][0]}, lowest {low:.4g}, highest {high:.4g}: `{curve}`"
+    drawn = [said, ""] if last else []
     chosen = sorted({round(i * last / (_SHOWN_LOSSES - 1)) for i in range(_SHOWN_LOSSES)})
     rows = [[str(logged[i][0]), f"{logged[i][1]:.4f}"] for i in chosen]
-    return ["", "## Loss", "", said, "", *_table(["update", "loss"], rows)]
+    return ["", "## Loss", "", *drawn, *_table(["update", "loss"], rows)]
 
 
 def _is_number(value: Any) -> bool:

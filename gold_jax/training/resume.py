@@ -22,7 +22,7 @@ from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
 from gold_jax.wording import listed
 
-# What may change between two parts of a run without a word, and what makes another run of it from there on: a line says so.
+# What may change between two parts of a run without a word, and what makes another run of it, so that a line says so.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 # What a checkpoint has of its run beside every setting that had an effect.
@@ -52,7 +52,7 @@ def describe_weights(params: Any) -> str:
 
 
 def describe_config(config: Any) -> dict[str, Any]:
-    """What a model computes beside its weights; values that are a field's default are left out, as versions differ in fields."""
+    """What a model computes beside its weights, without values that are defaults, as versions differ in fields."""
     fields = [field for field in dataclasses.fields(config) if field.compare]
     values = {field.name: getattr(config, field.name) for field in fields}
     return {field.name: _plain(values[field.name]) for field in fields if values[field.name] != field.default}
@@ -70,7 +70,7 @@ def _digest(content: bytes) -> str:
 
 
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
-    """Compares the run of a checkpoint with the one that resumes from it; a line for each difference that changes what comes after.
+    """Compares a checkpoint's run with the one that resumes from it; a line for each difference that matters.
 
     A ValueError names those that would make rows come twice, be left out, or be learned in another way.
     """
@@ -86,7 +86,8 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
             continue
         flag = name if " " in name else f"--{name}"
-        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'} from what the checkpoint was saved with"
+        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'}"
+        differ += " from what the checkpoint was saved with"
         if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
             continue  # kept in another precision, which --bf16 tells
         if name.endswith(_CONFIG):
@@ -160,7 +161,7 @@ def find_and_restore(
 
 
 def _agreed_metadata(path: epath.Path) -> dict[str, Any]:
-    """The metadata of a checkpoint, and its rollouts, the same in all processes or a ValueError: to restore one takes all of them."""
+    """A checkpoint's metadata and rollouts, the same in all processes, which restore together, or a ValueError."""
     metadata, bad, rollouts = None, None, {}
     try:
         metadata = checkpointing.read_metadata(path)
@@ -245,7 +246,7 @@ def append_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def begin_logs(run_id: str, output: pathlib.Path, folder: Any, say: Callable[[str], Any]) -> None:
-    """Makes way for a run that begins in `output`, with its checkpoints in `folder`, and says what others left there."""
+    """Makes way for a run that begins in `output`, with checkpoints in `folder`, and says what others left there."""
     rename_logs(output, say)
     if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
         kept = "one of this run replaces that of the same step, --save_total_limit counts them too"
@@ -265,8 +266,8 @@ def continue_logs(
 ) -> list[dict[str, Any]]:
     """The logs of a run that goes on from `step`, truncated to it; returns the metrics.
 
-    `unwritten` are completions that are not in their file, `ended` as for `truncate_log`. Where the logs in `output` are
-    of another run than the checkpoint, they are renamed.
+    `unwritten` are completions that are not in their file, `ended` is as for `truncate_log`. Logs of another run than
+    the checkpoint's are renamed.
     """
     history: list[dict[str, Any]] = []
     if (checkpointing.current_run(output) or "") == run_id:

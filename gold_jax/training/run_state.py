@@ -1,16 +1,20 @@
 """Where a run stands between two updates: what its checkpoints hold of it, and how they are read back."""
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import optax
+from transformers.trainer_callback import TrainerState
 
 from gold_jax.config import SFTConfig
 from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.distributed.initialize import is_main_process
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.data import Example
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder
@@ -78,9 +82,32 @@ class RunState:
     unmeasured: bool = False  # whether an evaluation was due after the last update and is not made
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
 
+    def begin(self) -> None:
+        """Makes it the state of a new run."""
+        self.run_id = uuid.uuid4().hex
+
+    def advance(self, batch: UpdateBatch) -> None:
+        """One more update is made, of this batch."""
+        self.done, self.shapes, self.rollouts = self.done + 1, batch.shapes, batch.drawn
+
+    def count(self, nonfinite: NonFiniteCounter) -> None:
+        """Takes over the counter of a `TrainState`; waits for the device."""
+        self.nonfinite = NonFiniteCounter(*map(int, nonfinite))
+
+    def measure_later(self, due: bool) -> None:
+        """Whether an evaluation is due, which a checkpoint has to tell until it is made."""
+        self.unmeasured = due
+
+    @contextlib.contextmanager
+    def holding(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+        """Around the writing of completions: where it fails, checkpoints hold them."""
+        self.unwritten = rows
+        yield rows
+        self.unwritten = []
+
     def take(self, batch: UpdateBatch, metrics: dict[str, Any], nonfinite: NonFiniteCounter) -> None:
         """Takes in what an update gave: its metrics and the counter of those left out."""
-        self.nonfinite = NonFiniteCounter(*map(int, nonfinite))
+        self.count(nonfinite)
         if not metrics.pop("skipped"):
             self.losses.append(float(metrics["loss"]))
         held = {k: v for k, v in batch.stats.items() if k != "tokens"}
@@ -89,6 +116,12 @@ class RunState:
         if batch.counted and share in (0.0, 1.0):  # the loss of an update of both kinds is not known by kind
             self.means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self.num_tokens += int(batch.stats["tokens"])
+
+    def for_transformers(self) -> dict[str, Any]:
+        """What transformers' `TrainerState` has of it."""
+        best, found = self.best.best, dict(global_step=self.done, num_input_tokens_seen=self.num_tokens)
+        found |= {} if best is None else {"best_metric": best.metric, "best_global_step": best.step}
+        return found | {"best_model_checkpoint": self.best.checkpoint}
 
     def metadata(self, data: Data) -> dict[str, Any]:
         """What a checkpoint holds of it, fit for JSON; waits for the device."""
@@ -117,6 +150,15 @@ class RunState:
         self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
 
 
+def first_trainer_state(args: SFTConfig, total_steps: int, steps_per_epoch: float) -> TrainerState:
+    """transformers' state of a run that begins, with what does not change in it."""
+    intervals = {name: args.interval(name, total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
+    totals = dict(max_steps=total_steps, num_train_epochs=math.ceil(total_steps / steps_per_epoch))
+    main, size = is_main_process(), args.per_device_train_batch_size
+    first = dict(is_world_process_zero=main, is_local_process_zero=main, train_batch_size=size)
+    return TrainerState(**totals, **intervals, **first)
+
+
 def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainState) -> dict[str, Any]:
     """A state, or its shapes, under the names of checkpoints: parameters, and moments of them, end with `.value`."""
     kept = optax.tree.map_params(optimizer, _boxed, state.optimizer)
@@ -124,15 +166,9 @@ def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainS
 
 
 def find_checkpoint(
-    wanted: str,
-    folder: Any,
-    run: Mapping[str, Any],
-    params: Any,
-    optimizer: optax.GradientTransformation,
-    say: Callable[[str], Any],
-    last: int,
+    wanted: str, folder: Any, run: Mapping, params: Any, optimizer: Any, say: Callable[[str], Any], last: int
 ) -> tuple[Any, dict[str, Any], TrainState] | None:
-    """The checkpoint to resume from: its path, metadata, and state, sharded as `params`; None, and errors, as `find_and_restore`."""
+    """The checkpoint to resume from, as `find_and_restore`: path, metadata, and state, sharded as `params`."""
     shapes = state_shapes(optimizer, _shapes(params))
     found = find_and_restore(wanted, folder, run, named_for_checkpoints(optimizer, shapes), say, last)
     assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))

@@ -1,58 +1,61 @@
-"""What is saved of a run: checkpoints on the way, the last update where something ends it early, the student at its end."""
+"""What is saved of a run: checkpoints on the way, the last update where it ends early, the student at its end."""
 
+import contextlib
+import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
 
 from gold_jax import progress
+from gold_jax.config import SFTConfig
 from gold_jax.distributed.watchdog import Watchdog
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge
+from gold_jax.rollout.engine import NonFiniteLogits
+from gold_jax.training import checkpointing
 from gold_jax.training.annotations import SAVING, annotate
 from gold_jax.training.build import Run
-from gold_jax.training.checkpointing import BadCheckpoint, Checkpoints, describe_error
 from gold_jax.training.logging import MetricLog
-from gold_jax.training.nonfinite import NonFiniteCounter
+from gold_jax.training.nonfinite import Diverged, describe_divergence
 from gold_jax.training.rollout_buffer import to_bytes
 from gold_jax.training.run_state import Data, RunState, named_for_checkpoints, read_params
+from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState
 
-_WHOLE = "the student and all that the run needs to go on are saved in"
+_SAVED = "the student and all that the run needs to go on are saved in"
 
 
+@dataclasses.dataclass(frozen=True)
 class Saver:
-    """Saves one run, given where it stands: its `RunState` and `TrainState`. `write` writes a model into a folder, in the end `folder`."""
+    """Saves one run, of which it is given where it stands: its `RunState` and its `TrainState`."""
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        run: Run,
-        data: Data,
-        folder: pathlib.Path,
-        write: Callable,
-        log: MetricLog,
-        watchdog: Watchdog,
-    ):
-        self.checkpoints, self._run, self._data, self._folder, self._write = checkpoints, run, data, folder, write
-        self._log, self._watchdog = log, watchdog
+    checkpoints: checkpointing.Checkpoints
+    run: Run
+    data: Data
+    args: SFTConfig
+    folder: pathlib.Path  # of the student
+    write: Callable[[Decoder, pathlib.Path], Any]  # writes a model into a folder
+    log: MetricLog
+    watchdog: Watchdog
+    say: Callable[[str], Any]  # what is saved when something ends the run
 
     @annotate(SAVING)
     def checkpoint(self, now: RunState, state: TrainState) -> None:
         """Begins to save all that is needed to resume; asynchronous, the device keeps computing."""
-        self._watchdog.report(now.done, "saving a checkpoint")
-        self._log.flush()  # a resumed run continues the log from here
+        self.watchdog.report(now.done, "saving a checkpoint")
+        self.log.flush()  # a resumed run continues the log from here
         write_student = None
         if jax.process_count() == 1:
             host = jax.tree.map(np.array, state.params)  # a copy: steps donate what is on the device
-            write_student = functools.partial(self._write, merge(self._run.graph, host))
+            write_student = functools.partial(self.write, merge(self.run.graph, host))
         self.mark_best(now)
-        arrays, rollouts = named_for_checkpoints(self._run.optimizer, state), now.rollouts
+        named, rollouts = named_for_checkpoints(self.run.optimizer, state), now.rollouts
         rollouts = to_bytes(rollouts) if rollouts else None
-        self.checkpoints.save(now.done, arrays, now.metadata(self._data), write_student, rollouts)
+        self.checkpoints.save(now.done, named, now.metadata(self.data), write_student, rollouts)
 
     def is_saved(self, now: RunState) -> bool:
         """Whether the newest whole checkpoint is of the last update."""
@@ -65,56 +68,107 @@ class Saver:
             self.checkpoints.best.clear()
             self.checkpoints.best.add(now.done)
 
-    def last_update(self, now: RunState, state: TrainState) -> str:
-        """Saves the last update of a run that is asked to end, where it is not yet; returns what is to be said of it."""
+    def student(self, now: RunState, model: Decoder) -> None:
+        """Writes the student into its folder; an OSError says where it still is."""
+        self.watchdog.report(now.done, "saving the student")
+        try:
+            with progress.task("saving the student"):
+                self.checkpoints.finish()
+                with annotate(SAVING):
+                    self.write(model, self.folder)
+        except OSError as error:
+            last, why = self.checkpoints.last, checkpointing.describe_error(error)
+            still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
+            failed = f"the student could not be saved in {self.folder} ({why}) after {now.done} updates; {still}"
+            again = "with --resume_from_checkpoint latest" if last else "again"
+            raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
+
+    def best_params(self, now: RunState, params: Any) -> Any | None:
+        """With `load_best_model_at_end` the parameters of the best checkpoint, sharded as `params` of the last update.
+
+        None: the last ones are the best. ValueError: the checkpoint is not whole.
+        """
+        best = now.best
+        if not (self.args.load_best_model_at_end and best.saved_is_better(now.done)):
+            return None
+        try:
+            params = read_params(best.checkpoint, params)
+        except checkpointing.BadCheckpoint as error:
+            last = f"{self.folder} holds the student of the last update"
+            raise ValueError(f"--load_best_model_at_end: {best.checkpoint} is not whole: {error}; {last}") from None
+        metric = f"{self.args.metric_for_best_model} {best.saved.metric:g}"
+        self.say(f"The best of all is {best.checkpoint} ({metric}).")
+        return params
+
+    @contextlib.contextmanager
+    def saved_when_stopped(
+        self, signals: SignalHandler, now: RunState, state: Callable[[], TrainState]
+    ) -> Iterator[None]:
+        """Around all updates: what ends them early has the last one saved."""
+        try:
+            try:
+                yield
+            except KeyboardInterrupt:
+                if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
+                    raise
+                signals.request("interrupt")
+            except Diverged:
+                raise
+            except Exception as error:
+                with contextlib.suppress(Exception):  # what ends the run is the first error
+                    self._after_error(now, state())
+                if isinstance(error, NonFiniteLogits) and now.done:
+                    help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
+                    why = f"After {now.done} updates no completions can be drawn, so the run stops: {error}"
+                    raise Diverged(f"{why} What may help: {help}.{self._kept()}") from error
+                raise
+            if signals.requested:
+                self._leave(now, state(), signals.requested == "interrupt")
+        except InterruptedTwice:
+            self.checkpoints.abandon()
+            last = self.checkpoints.last
+            kept = f"the last checkpoint is {last}" if last else "nothing is saved"
+            self.say(f"Interrupted again after {now.done} updates, before they were saved; {kept}.")
+            raise
+
+    def _leave(self, now: RunState, state: TrainState, interrupted: bool) -> NoReturn:
+        """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
+        self.log.flush()
         with progress.task("saving a checkpoint"):
             self.checkpoints.finish()
             if now.done and not self.is_saved(now):
                 self.checkpoint(now, state)
                 self.checkpoints.finish()
         saved, last = self.is_saved(now), self.checkpoints.last
-        where = f"{_WHOLE} {last}" if saved else f"the last checkpoint is {last}" if last else "nothing is saved"
-        return f"{where}.{' --resume_from_checkpoint latest goes on.' if last else ''}"
+        where = f"{_SAVED} {last}" if saved else f"the last checkpoint is {last}" if last else "nothing is saved"
+        further = " --resume_from_checkpoint latest goes on." if last else ""
+        self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {now.done} updates; {where}.{further}")
+        raise KeyboardInterrupt if interrupted else Preempted
 
-    def after_error(self, now: RunState, state: TrainState) -> str | None:
-        """Saves the last update where something else than the updates ends the run: a row, a log, a server.
-
-        Returns what is to be said of it; None where nothing was saved.
-        """
+    def _after_error(self, now: RunState, state: TrainState) -> None:
+        """Saves the last update where something else than the updates ends the run: a row, a log, a server."""
         gone = any(x.is_deleted() for x in jax.tree.leaves(state))
         self.checkpoints.finish()
         if jax.process_count() > 1 or gone or self.is_saved(now) or not now.done:
-            return None
-        self._log.flush()
-        now.nonfinite = NonFiniteCounter(*map(int, state.nonfinite))
+            return
+        self.log.flush()
+        now.count(state.nonfinite)
         self.checkpoint(now, state)
-        whole = f"{_WHOLE} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
-        return whole if self.checkpoints.finish() else None
+        if self.checkpoints.finish():
+            where = f"{_SAVED} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
+            self.say(f"An error ends the run after {now.done} updates; {where}")
 
-    def student(self, now: RunState, model: Decoder) -> None:
-        """Writes the student; an OSError says where it still is."""
-        self._watchdog.report(now.done, "saving the student")
-        try:
-            with progress.task("saving the student"):
-                self.checkpoints.finish()
-                with annotate(SAVING):
-                    self._write(model, self._folder)
-        except OSError as error:
-            last, why = self.checkpoints.last, describe_error(error)
-            still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            failed = f"the student could not be saved in {self._folder} ({why}) after {now.done} updates; {still}"
-            again = "with --resume_from_checkpoint latest" if last else "again"
-            raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
+    def give_up(
+        self, now: RunState, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int
+    ) -> NoReturn:
+        """Saves and ends a run of which too many updates in a row were left out; `rows` are those of the last."""
+        self.log.flush()
+        why = describe_divergence(now.done, now.nonfinite, metrics, state.params, rows, self.args, counted)
+        if now.nonfinite.total < now.done:  # the state of the last good update, to resume from with other settings
+            now.count(now.nonfinite._replace(in_a_row=0))
+            self.checkpoint(now, state)
+        self.checkpoints.finish()
+        raise Diverged(why + self._kept())
 
-    def best_params(self, now: RunState, params: Any) -> Any | None:
-        """The parameters of the best checkpoint, sharded as `params`; None where those of the last update are the best.
-
-        ValueError: the checkpoint is not whole.
-        """
-        if not now.best.saved_is_better(now.done):
-            return None
-        try:
-            return read_params(now.best.checkpoint, params)
-        except BadCheckpoint as error:
-            last = f"{self._folder} holds the student of the last update"
-            raise ValueError(f"--load_best_model_at_end: {now.best.checkpoint} is not whole: {error}; {last}") from None
+    def _kept(self) -> str:
+        return f" The last checkpoint is {self.checkpoints.last}." if self.checkpoints.last else ""

@@ -28,7 +28,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
-from gold_jax.scoring import exact_match, score_completions
+from gold_jax.scoring import exact_match, measure_gaps, score_completions
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
@@ -72,8 +72,8 @@ _LEARNED = {"completion": "the completion", "assistant": "every assistant turn",
 class _Trainer(TrainerMembers):
     """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them.
 
-    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods are
-    AttributeErrors that say what stands in their place.
+    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods
+    are AttributeErrors that say what stands in their place.
     """
 
     method = title = ""
@@ -209,50 +209,27 @@ class _Trainer(TrainerMembers):
         self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
         """Says what is about to run (`shown`), and makes the loop that runs it, over the rows that were `checked`."""
-        a, evaluation = self.args, self.eval_examples
+        a = self.args
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
-        tokenizers = {whose: side.chat_tokenizer for whose, side in sides.items()}
-        facts = RunFacts(a, self.spec, evaluates=evaluation is not None)
-        measured: list[str] = []
-        evaluated = None  # a digest of the rows to evaluate on
-        options = dict(on_bad_row=a.on_bad_row, teacher_context=teacher and a.teacher_context)
-        options |= dict(whole=teacher is None and build.counted_tokens(a) != "completion")
-        self._check_evaluation = functools.partial(check_evaluations, sides=[*tokenizers.values()], **options)
-        if evaluation is not None:
-            self.eval_examples, measured, evaluated = self._check_evaluation(evaluation)
-            evaluation = self.eval_examples
-        streamed = isinstance(checked, RowChecker)  # what is to be said of rows is said when they are read
-        read = [*self.train_examples.notices, *([] if streamed else checked.notices)]
-        if cut := len(getattr(self.train_examples, "shortened", ())):
-            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
-        self.notices = [*a.notices, *read, *measured, *named_without_effect(a, facts), *notices]
-        shown |= {f"{whose.removeprefix('the ')} reads": x.describe() for whose, x in tokenizers.items()}
-        batch = a.per_device_train_batch_size * self.process_shard.num_shards
-        rows_per_step = a.rows_per_update * self.process_shard.num_shards
-        if streamed:
-            say = functools.partial(self.console.print, markup=False, soft_wrap=True)
-            order = StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
-        else:
-            order = RowOrder(checked.kept, rows_per_step, a.seed)
-        data = Data(self.train_examples, evaluation, order, {}, self._background)
+        facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
+        measured, evaluated = self._check_evaluation_rows(sides)
+        self.notices = [*a.notices, *self._notices_of(checked), *measured, *named_without_effect(a, facts), *notices]
+        shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
+        data = Data(self.train_examples, self.eval_examples, self._order_of(checked), {}, self._background)
         self._show(student, data, shown)
         # From here on all processes compute together: one that could not load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
+        streamed = isinstance(checked, RowChecker)
         digests = _digests(sides, self.train_examples.digest if streamed else checked.digest, evaluated)
-        unused = {name for name, _ in without_effect(a, facts)}
-        description = {name: value for name, value in a.to_dict().items() if name not in unused}
-        description |= {} if streamed else {LEARNED: len(checked.kept)}
-        description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
-        description |= {ROWS: rows_per_step, MICRO: batch, **digests}
-        description = json.loads(json.dumps(description, default=str))
-        data = data._replace(description=description)
+        data = data._replace(description=self._describe(checked, facts, digests))
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop alone holds its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
+        options |= dict(gaps=self._measure_gaps) if teacher is not None and a.eval_gaps else {}
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -260,6 +237,46 @@ class _Trainer(TrainerMembers):
             known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
             options["summary"] = RunSummary(a.output_dir, known, self.command)
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
+
+    def _check_evaluation_rows(self, sides: Mapping[str, LoadedModel]) -> tuple[list[str], str | None]:
+        """Leaves the evaluation rows that can be measured; returns notices and a digest of the rows (None: none)."""
+        a, tokenizers = self.args, [side.chat_tokenizer for side in sides.values()]
+        alone = "the teacher" not in sides
+        options = dict(on_bad_row=a.on_bad_row, teacher_context=None if alone else a.teacher_context)
+        options |= dict(whole=alone and build.counted_tokens(a) != "completion")
+        self._check_evaluation = functools.partial(check_evaluations, sides=tokenizers, **options)
+        if self.eval_examples is None:
+            return [], None
+        self.eval_examples, measured, evaluated = self._check_evaluation(self.eval_examples)
+        return measured, evaluated
+
+    def _notices_of(self, checked: CheckedRows | RowChecker) -> list[str]:
+        """What is to be said of the training rows; of rows that are streamed it is said when they are read."""
+        found = () if isinstance(checked, RowChecker) else checked.notices
+        read = [*self.train_examples.notices, *found]
+        if cut := len(getattr(self.train_examples, "shortened", ())):
+            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
+        return read
+
+    def _order_of(self, checked: CheckedRows | RowChecker) -> RowOrder | StreamOrder:
+        """The order in which the run learns from the rows that were checked."""
+        a, rows_per_step = self.args, self.args.rows_per_update * self.process_shard.num_shards
+        if isinstance(checked, RowChecker):
+            say = functools.partial(self.console.print, markup=False, soft_wrap=True)
+            return StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
+        return RowOrder(checked.kept, rows_per_step, a.seed)
+
+    def _describe(
+        self, checked: CheckedRows | RowChecker, facts: RunFacts, digests: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All that the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
+        a, shards = self.args, self.process_shard.num_shards
+        unused = {name for name, _ in without_effect(a, facts)}
+        description = {name: value for name, value in a.to_dict().items() if name not in unused}
+        description |= {} if isinstance(checked, RowChecker) else {LEARNED: len(checked.kept)}
+        description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
+        description |= {ROWS: a.rows_per_update * shards, MICRO: a.per_device_train_batch_size * shards, **digests}
+        return json.loads(without_passwords(json.dumps(description, default=str)))
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -304,6 +321,16 @@ class _Trainer(TrainerMembers):
             found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
         return found
 
+    def _measure_gaps(self, student: LoadedModel, rows: Any) -> dict[str, float]:
+        """How far a student is from the teacher on what either writes for some rows' prompts, in bits per byte."""
+        a, teacher = self.args, self._teacher._replace(model=self._teacher_now())
+        size = a.per_device_eval_batch_size * self.process_shard.num_shards
+        options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
+        options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
+        found = measure_gaps(student, teacher, [e.prompt for e in with_text_completion(rows)], **options)
+        measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
+        return {f"eval_{name}": value for name, value in measured.items()}
+
     def _teacher_now(self) -> Decoder:
         """The teacher, with the arrays that updates read."""
         run = self.loop.run
@@ -342,8 +369,8 @@ class _Trainer(TrainerMembers):
             ignore_keys_for_eval: accepted as in transformers, without effect.
 
         Returns:
-            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's, where
-            there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
+            `global_step`; `training_loss`, the mean over the updates made now; `metrics`, the closing evaluation's,
+            where there is evaluation data, and `train_runtime`, `train_loss` and others of this call.
         """
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
@@ -490,7 +517,7 @@ class _Trainer(TrainerMembers):
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and the run goes on."""
+    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and no more."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
@@ -514,7 +541,7 @@ def _why_all_rows(args: SFTConfig) -> str | None:
         return "no epoch ends at an update: use steps"
     if args.truncation_mode == "keep_end":
         return "prompts are not shortened: use --truncation_mode keep_start"
-    if args.updates_per_draw > 1:
+    if isinstance(args, GOLDConfig) and args.rollout_batches > 1:
         return "completions are drawn for one update: use --rollout_batches 1"
     return None
 
@@ -553,18 +580,19 @@ class SFTTrainer(_Trainer):
         model: a folder or hub id, a `Decoder`, or `(graphdef, state)`.
         args: the settings.
         train_dataset: a name, or rows as `load_examples` takes them.
-        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, measured by name.
         processing_class: the tokenizer, or its name; None takes the one beside the model.
-        optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for the log
-            (or None).
+        optimizers: an optax transformation in place of AdamW with the settings' learning rates, and its schedule for
+            the log (or None).
         callbacks: transformers' `TrainerCallback`s, called at begin and end, updates, logs, evaluations and saves.
-        compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of texts: as
-            `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further metrics.
+        compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of
+            texts: as `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further
+            metrics.
         console: where progress is shown; None for the terminal.
         command: the command line, for the model card.
         dataset_name: what the data set is called, for the model card.
-        others: further arguments of TRL's trainers, such as `peft_config` and `data_collator`: None is taken, another value
-            is a ValueError that says what stands in its place.
+        others: further arguments of TRL's trainers, such as `peft_config` and `data_collator`: None is taken, another
+            value is a ValueError that says what stands in its place.
 
     Attributes:
         student: the name and the chat tokenizer of the model being trained; see `model`.
@@ -626,7 +654,7 @@ class GOLDTrainer(_Trainer):
         teacher_model: the teacher, likewise; None takes `args.teacher_model_name_or_path`.
         args: the settings.
         train_dataset: a name, or rows as `load_examples` takes them.
-        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, each measured by its name.
+        eval_dataset: the same, or None; a dict of them, or a `datasets.DatasetDict`, is several, measured by name.
         processing_class: the student's tokenizer, or its name; None takes the one beside the model.
         teacher_processing_class: the teacher's; None takes `args.teacher_tokenizer_name_or_path`, else the one beside
             it.

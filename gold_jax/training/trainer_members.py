@@ -1,4 +1,4 @@
-"""The members of transformers' `Trainer` beside `train`, `evaluate` and `predict`, by their names there, for the trainers here."""
+"""The members of transformers' `Trainer` beside `train`, `evaluate` and `predict`, by their names there."""
 
 import json
 import pathlib

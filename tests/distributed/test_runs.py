@@ -1,6 +1,5 @@
 """Whole runs of several processes and on several meshes: the same numbers, and what happens when a process ends."""
 
-import json
 import os
 import pathlib
 import re
@@ -12,6 +11,7 @@ import time
 import numpy as np
 import pytest
 import tiny_models as tiny
+from run_files import metrics
 from safetensors.numpy import load_file
 
 from distributed.run_several import finish, free_address
@@ -62,14 +62,10 @@ def ends(*runs, timeout=400) -> list[tuple[int, str]]:
     return [(code, out + err) for code, out, err in found]
 
 
-def log(output):
-    return [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_same(one, other, tolerance=1e-5):
     """The same losses and the same student, as far as sums in another order go."""
-    assert [row["step"] for row in log(one)] == [row["step"] for row in log(other)] == list(range(1, 7))
-    for a, b in zip(log(one), log(other)):
+    assert [row["step"] for row in metrics(one)] == [row["step"] for row in metrics(other)] == list(range(1, 7))
+    for a, b in zip(metrics(one), metrics(other)):
         names = {"loss", "grad_norm", "groups", "on_policy", "completion_tokens", "stopped"}
         assert names & set(a) == names & set(b)
         for name in names & set(a):
@@ -98,7 +94,7 @@ def one(tmp_path_factory):
     ((code, said),) = ends(begin(output))
     assert code == 0, said[-3000:]
     assert "mesh: fsdp=4,tensor=2 (8 devices)" in said
-    assert {row["on_policy"] for row in log(output)} == {0, 1}  # both kinds of batches
+    assert {row["on_policy"] for row in metrics(output)} == {0, 1}  # both kinds of batches
     return output
 
 
@@ -107,7 +103,7 @@ def two(one, tmp_path_factory):
     """The same run of two processes, and what each said; the second takes its time over the batch of one update."""
     output = tmp_path_factory.mktemp("two")
     # Where the student writes the batch, the first process waits at the device and cannot say so.
-    late = next(row["step"] for row in log(one)[1:] if row["on_policy"] == 0) - 1
+    late = next(row["step"] for row in metrics(one)[1:] if row["on_policy"] == 0) - 1
     command = [str(ROOT / "tests" / "distributed" / "late_train.py")]
     runs = begin_two(output, command=command, variables={"LATE_UPDATE": str(late)}, process_timeout=8)
     (code, said), (other, quiet) = ends(*runs)
@@ -166,10 +162,10 @@ def test_a_run_goes_on_on_another_mesh(one, tmp_path, mesh, rows):
     checkpoint = one / "checkpoint-4"
     ((code, said),) = ends(begin(tmp_path, resume_from_checkpoint=checkpoint, **changes))
     assert code == 0 and f"Resumed from {checkpoint}: 4 of 6" in said, said[-3000:]
-    for row in log(tmp_path):
-        match = log(one)[row["step"] - 1]
+    for row in metrics(tmp_path):
+        match = metrics(one)[row["step"] - 1]
         assert row["loss"] == pytest.approx(match["loss"], rel=1e-5)
-    assert [row["step"] for row in log(tmp_path)] == [5, 6]
+    assert [row["step"] for row in metrics(tmp_path)] == [5, 6]
 
 
 def test_what_one_process_cannot_load_ends_all_with_its_error(tmp_path):
@@ -207,6 +203,6 @@ def test_a_real_pair_learns_on_two_devices_what_it_learns_on_one(assets, tmp_pat
         changes = {"mesh": f"fsdp={devices}", "per_device_train_batch_size": 4 // devices}
         ((code, said),) = ends(begin(tmp_path / str(devices), devices=devices, **real | changes))
         assert code == 0, said[-3000:]
-    for a, b in zip(log(tmp_path / "1"), log(tmp_path / "2"), strict=True):
+    for a, b in zip(metrics(tmp_path / "1"), metrics(tmp_path / "2"), strict=True):
         for name in ("loss", "grad_norm", "groups"):
             assert a[name] == pytest.approx(b[name], rel=1e-5), (a["step"], name)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import tiny_models as tiny
 from metamorphic.runs import apart, run
+from run_files import metrics
 from safetensors.numpy import load_file
 
 from gold_jax.training.signals import Preempted
@@ -93,7 +94,7 @@ def test_a_run_that_stops_and_goes_on_is_like_one_that_does_not(at, flags, runs,
     run(out, **flags, max_steps=at + 1, save_strategy="steps", save_steps=at)
     found = run(out, **flags, resume_from_checkpoint=True)
     assert apart(runs(**flags), found) == 0
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4]
+    assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4]
 
 
 def test_a_run_that_is_preempted_and_goes_on_is_like_one_that_is_not(runs, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import pathlib
 import shutil
 
 from rich.console import Console
+from run_files import metrics
 
 from oracle import oracle as o
 
@@ -116,7 +117,7 @@ def trained(output, *flags, student="embedded:student", teacher="embedded:teache
     command = ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--output_dir", output]
     command += ["--report_to", "none", "--save_strategy", "no", "--logging_steps", "1", *flags]
     train.main([str(word) for word in command])
-    return [json.loads(line) for line in (pathlib.Path(output) / "metrics.jsonl").read_text().splitlines()]
+    return metrics(output)
 
 
 def differences(found: dict, wanted: dict, rel=REL, near=ABS) -> list[str]:

@@ -110,6 +110,7 @@ REASONS = {
     "compilation_cache": "It says where compiled programs are kept: tests/test_compilation_cache.py.",
     "on_bad_row": "Rows that cannot be read end a run or are left out before it begins: tests/text/test_checks.py.",
     "max_skipped_updates": "It ends a run whose numbers are not finite, which has nothing to compare.",
+    "eval_gaps": "It measures more, and changes nothing that is trained: tests/training/test_trainer.py.",
     "check_rows": "It says which rows come when, and nothing of what is made of them: see the tests of resuming.",
     "dataset_streaming": "It says which rows come when, and nothing of what is made of them: see the tests of streams.",
     "length_buckets": "It says what batches are padded to, and padding counts for nothing: see the tests of batches.",

@@ -1,11 +1,9 @@
 """Supervised fine-tuning: what is learned in each mode, cut where it is too long, and what updates make of it."""
 
-import json
-import pathlib
-
 import numpy as np
 import pytest
 from rich.console import Console
+from run_files import metrics
 
 from oracle import cases
 from oracle import oracle as o
@@ -67,10 +65,9 @@ def test_updates_of_fine_tuning_are_adamw_s(learned, tmp_path):
     ]
     command += [word for name, value in MODES[learned].items() for word in (f"--{name}", str(value).lower())]
     sft.main([str(word) for word in command])
-    lines = (pathlib.Path(tmp_path) / "run" / "metrics.jsonl").read_text().splitlines()
     side, weights, optimizer = cases.student(), dict(cases.student().weights), o.AdamW(decay=0.1)
     made = [o.sft_row(side, e, learned, 1024) for e in cases.examples(rows)]
-    for step, line in enumerate(map(json.loads, lines)):
+    for step, line in enumerate(metrics(tmp_path / "run")):
         chosen = [made[i] for i in o.row_order(3, 2, 3, step)]
         value, accuracy = o.sft_loss(np, weights, side.config, chosen)
         rate = o.learning_rate(step, 2, peak=1e-3)

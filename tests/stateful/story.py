@@ -23,6 +23,7 @@ from hypothesis import currently_in_test_context, note
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from rich.console import Console
+from run_files import metrics
 from stateful.owned import Owned, weights
 
 from gold_jax import (
@@ -227,9 +228,8 @@ class World:
 
 def read_log(output: pathlib.Path) -> list[dict]:
     """metrics.jsonl without what a clock says."""
-    lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     timed = (*tiny.TIMED, "seconds")
-    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+    return [{k: v for k, v in row.items() if k not in timed} for row in metrics(output)]
 
 
 def _say(line: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 import tiny_models as tiny
 from flax import nnx
 from rich.console import Console
+from run_files import lines, metrics, steady
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, load_model, save_model
 from gold_jax.models.functional import split
@@ -49,14 +50,6 @@ def arrays(trainer):
 
 def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def steady(rows):
-    return [{k: v for k, v in row.items() if k not in tiny.TIMED} for row in rows]
 
 
 class Compiled(logging.Handler):
@@ -145,7 +138,7 @@ def test_a_later_run_in_a_folder_keeps_the_logs_of_an_earlier_one_and_says_so(tw
     trainer, between, output = twice
     *logged, _ = between["log"]  # the last is of an evaluation after the run
     assert steady(lines(output / "metrics.1.jsonl")) == logged
-    assert steady(lines(output / "metrics.jsonl")) == steady(trainer.log_history)
+    assert steady(metrics(output)) == steady(trainer.log_history)
     assert "Renamed metrics.jsonl of another run" in trainer.console.export_text(clear=False)
 
 
@@ -225,7 +218,7 @@ def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earl
         notes = json.loads((path / "run.json").read_text())
         (path / "run.json").write_text(json.dumps(notes | {"run_id": "another"}))
     first.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-1"))
-    assert [row["step"] for row in lines(tmp_path / "out" / "metrics.jsonl")] == [2]
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [2]
     assert log[1]["step"] == 2
 
 
@@ -296,7 +289,7 @@ def test_a_log_is_cut_back_for_the_run_alone_that_wrote_it(pair, tmp_path):
     trainer = gold(pair, tmp_path / "two", checkpoint_dir=str(tmp_path / "saves"), **settings, max_steps=3)
     trainer.train("latest")
     assert (tmp_path / "two" / "metrics.1.jsonl").read_text() == other
-    assert [row["step"] for row in lines(tmp_path / "two" / "metrics.jsonl")] == [3]
+    assert [row["step"] for row in metrics(tmp_path / "two")] == [3]
 
 
 def test_a_setting_without_effect_does_not_keep_a_run_from_going_on(pair, tmp_path):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from run_files import lines
 
 from gold_jax.training import logging
 from gold_jax.training.logging import (
@@ -34,7 +35,7 @@ def written(console):
 
 def rows_of(path):
     """The lines of a file; each has a time, which is left out."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = lines(path)
     assert all(abs(row.pop("time") - time.time()) < 3600 for row in rows)
     return rows
 

@@ -13,6 +13,7 @@ import pytest
 import tiny_models as tiny
 import transformers
 from rich.console import Console
+from run_files import completions, lines, metrics, steady
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
 from gold_jax.models.hf_checkpoint import load_model
@@ -88,14 +89,6 @@ def copied(finished, tmp_path):
     return copy
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def steady(rows):
-    return [{k: v for k, v in row.items() if k not in tiny.TIMED} for row in rows]
-
-
 def same(one, other):
     return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -127,13 +120,13 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_
     assert "Preempted after 7 updates" in first.console.export_text()
     assert [path.name for path in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-7"]
     # An evaluation was due after this update and had to wait.
-    assert not [row for row in lines(tmp_path / "parts" / "metrics.jsonl") if row["step"] == 7]
+    assert not [row for row in metrics(tmp_path / "parts") if row["step"] == 7]
     second = gold(world, tmp_path / "parts", **flags)
     second.train(resume_from_checkpoint=True)
     assert same(held(second), held(whole))
-    logs = [steady(lines(tmp_path / name / "metrics.jsonl")) for name in ("parts", "whole")]
+    logs = [steady(metrics(tmp_path / name)) for name in ("parts", "whole")]
     assert logs[0] == logs[1] and len(logs[0]) == 4 + 1 + 2
-    drawn = [lines(tmp_path / name / "completions.jsonl") for name in ("parts", "whole")]
+    drawn = [completions(tmp_path / name) for name in ("parts", "whole")]
     assert drawn[0] == drawn[1] and drawn[0]
     assert steady(second.log_history) == steady(whole.log_history)
 
@@ -143,7 +136,7 @@ def test_resuming_from_any_save_gives_the_same_student_and_the_same_log(world, f
     trainer = sft(world, output, resume_from_checkpoint=str(output / "checkpoint-2"))
     trainer.train()
     assert same(held(trainer), finished[1])
-    assert steady(lines(output / "metrics.jsonl")) == steady(lines(finished[0] / "metrics.jsonl"))
+    assert steady(metrics(output)) == steady(metrics(finished[0]))
     assert "Resumed from" in trainer.console.export_text()
 
 
@@ -504,7 +497,7 @@ def test_completions_that_could_not_be_written_are_when_the_run_goes_on(world, t
     with open(path, "a") as file:
         file.write(json.dumps({"step": 3, "prompt": "a part", "completion": "of it"}) + '\n{"step": 3, "pro')
     gold(world, tmp_path / "parts", **flags).train("latest")
-    assert lines(path) == lines(tmp_path / "whole" / "completions.jsonl")
+    assert lines(path) == completions(tmp_path / "whole")
 
 
 def test_a_disk_that_is_full_at_the_end_is_an_error_that_says_where_the_student_is(world, tmp_path, monkeypatch):
@@ -542,7 +535,7 @@ def test_updates_that_are_not_finite_are_left_out_and_counted(world, tmp_path, m
     poisoned(monkeypatch, {2, 3})
     trainer = sft(world, tmp_path / "out", logging_steps=1, lr_scheduler_type="linear")
     trainer.train()
-    rows = lines(tmp_path / "out" / "metrics.jsonl")
+    rows = metrics(tmp_path / "out")
     assert [row.get("skipped") for row in rows] == [None, 1, 2, 2, 2, 2]
     assert [row["loss"] is None for row in rows] == [False, True, True, False, False, False]
     assert all(np.isfinite(x).all() for x in held(trainer))

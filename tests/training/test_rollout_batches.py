@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 from rollout.fake_server import serving
+from run_files import completions
 from training.small import SPECS, V, batches, built, decoder, drawn
-from training.test_resume import gold, held, lines, same
+from training.test_resume import gold, held, same
 
 from gold_jax import GOLDConfig
 from gold_jax.losses.importance import ImportanceSampling
@@ -44,7 +45,7 @@ def test_a_student_that_does_not_move_learns_what_it_learns_when_every_update_dr
         trainer = gold(world, tmp_path / str(together), rollout_batches=together, generation_batch_size=3, **flags)
         trainer.train()
         found.append([row for row in trainer.log_history if "loss" in row])
-    assert lines(tmp_path / "1" / "completions.jsonl") == lines(tmp_path / "3" / "completions.jsonl")
+    assert completions(tmp_path / "1") == completions(tmp_path / "3")
     rounded = "rollout_quantization" in changes
     for step, (one, other) in enumerate(zip(*found, strict=True)):
         assert not set(WEIGHTS) & set(one) and one["on_policy"] == other["on_policy"]

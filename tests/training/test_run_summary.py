@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from run_files import metrics, summary
 from transformers import TrainerCallback
 
 from gold_jax import SFTConfig, SFTTrainer
@@ -17,7 +18,7 @@ def test_a_run_leaves_what_was_run_on_what_when_and_how_it_went(world, tmp_path)
     command = ["python", "-m", "gold_jax.sft", "--hub_token", "secret"]
     trainer = SFTTrainer(str(world / "student"), SFTConfig(**settings), ROWS, ROWS, command=command)
     trainer.train()
-    found = json.loads((tmp_path / "summary.json").read_text())
+    found = summary(tmp_path)
     assert found["method"] == "supervised fine-tuning" and found["rows"] == 8 and found["total_updates"] == 2
     given = {name: value for name, value in settings.items() if name != "hub_token"}
     assert found["settings"] == given | {"output_dir": str(tmp_path), "eval_steps": 1}  # which follows logging_steps
@@ -27,12 +28,12 @@ def test_a_run_leaves_what_was_run_on_what_when_and_how_it_went(world, tmp_path)
     assert part["how"] == "finished" and (part["from_update"], part["to_update"]) == (0, 2)
     assert part["command"].endswith("--hub_token HIDDEN") and part["device"] == "cpu" and "jax" in part["versions"]
     assert part["seconds"] > 0 and part["compiling_seconds"] >= 0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path)
     assert all(row["time"] > 1.7e9 for row in rows)
     # Another run into the folder keeps the first one's.
     SFTTrainer(str(world / "student"), SFTConfig(output_dir=tmp_path, max_steps=1), ROWS).train()
     assert json.loads((tmp_path / "summary.1.json").read_text()) == found
-    assert json.loads((tmp_path / "summary.json").read_text())["total_updates"] == 1
+    assert summary(tmp_path)["total_updates"] == 1
 
 
 def test_log_lines_and_summary_count_what_was_compiled_and_for_how_long(world, tmp_path, monkeypatch):
@@ -45,12 +46,12 @@ def test_log_lines_and_summary_count_what_was_compiled_and_for_how_long(world, t
 
     settings = dict(output_dir=tmp_path, max_steps=3, logging_steps=2, disable_tqdm=True)
     SFTTrainer(str(world / "student"), SFTConfig(**settings), ROWS, callbacks=[Compiles()]).train()
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rows = metrics(tmp_path)
     assert [(row["step"], row["programs_compiled"], row["compiling_seconds"]) for row in rows] == [
         (2, 3, 1),
         (3, 3, 0.5),
     ]
-    (part,) = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    (part,) = summary(tmp_path)["parts"]
     assert (part["programs_compiled"], part["compiling_seconds"]) == (6, 1.5)
 
 
@@ -61,16 +62,16 @@ def test_a_part_says_how_it_ended_and_a_resumed_run_has_one_more(tmp_path, error
     done = iter([3, 3, 5])
     with pytest.raises(type(error)):
         with RunSummary(tmp_path, {"rows": 8}).part("a", 9, lambda: next(done), resumed=False):
-            began = json.loads((tmp_path / "summary.json").read_text())
+            began = summary(tmp_path)
             assert began["parts"][0]["ended"] is None  # what a process that is killed leaves
             raise error
     with RunSummary(tmp_path).part("a", 9, lambda: 9, resumed=True):
         pass
-    first, second = json.loads((tmp_path / "summary.json").read_text())["parts"]
+    first, second = summary(tmp_path)["parts"]
     assert (first["how"], first["to_update"], second["how"]) == (how, 5, "finished")
     with RunSummary(tmp_path).part("another run", 9, lambda: 9, resumed=True):
         pass
-    assert len(json.loads((tmp_path / "summary.json").read_text())["parts"]) == 1
+    assert len(summary(tmp_path)["parts"]) == 1
 
 
 def test_passwords_are_hidden_and_a_damaged_summary_is_kept_beside(tmp_path):
@@ -78,7 +79,7 @@ def test_passwords_are_hidden_and_a_damaged_summary_is_kept_beside(tmp_path):
     facts = {"settings": {"vllm_server_base_url": "http://me:secret@host:8000"}}
     with RunSummary(tmp_path, facts).part("a", 9, lambda: 9, resumed=True):
         pass
-    found = json.loads((tmp_path / "summary.json").read_text())
+    found = summary(tmp_path)
     assert found["settings"] == {"vllm_server_base_url": "http://HIDDEN@host:8000"} and len(found["parts"]) == 1
     assert (tmp_path / "summary.damaged.json").read_text() == "{"
 

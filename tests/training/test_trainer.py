@@ -13,7 +13,7 @@ import tiny_models as tiny
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, score_completions
+from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, measure_gaps, score_completions
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.training import callbacks, export
@@ -381,3 +381,29 @@ def test_a_teacher_with_added_tokens_has_the_students_vocabulary(world, tmp_path
     match = trainer.loop.run.match
     assert trainer.spec.name == "gkd" and match.related and not match.same
     assert np.isfinite(trainer.train().training_loss)
+
+
+def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path):
+    settings = QUICK | {"lmbda": 0.0, "max_completion_length": 8, "eval_gaps": True, "max_steps": 2, "seed": 5}
+    settings |= {"eval_on_start": True, "per_device_eval_batch_size": 2}
+    names, args = (
+        [str(world / name) for name in ("student", "teacher")],
+        GOLDConfig(output_dir=str(tmp_path), **settings),
+    )
+    trainer = GOLDTrainer(*names, args, ROWS[:2], ROWS[2:], console=tiny.quiet_console())
+    trainer.train()
+    prompts = [row["messages"][:-1] for row in ROWS[2:]]
+    before, after = (row for row in trainer.log_history if "eval_loss" in row)
+    for student, line in ((names[0], before), (str(tmp_path), after)):
+        found = measure_gaps(student, names[1], prompts, max_new_tokens=8, key=5, batch_size=2)
+        expected = found.forward, found.reverse, found.student_on_student
+        assert [line[f"eval_{name}"] for name in ("forward_gap", "reverse_gap", "entropy")] == pytest.approx(
+            expected, 1e-5
+        )
+    assert before["eval_forward_gap"] != after["eval_forward_gap"]
+    assert "forward gap" in trainer.console.export_text()
+
+
+def test_checkpoints_hold_no_passwords_of_addresses(world, tmp_path):
+    trainer = sft(world, tmp_path, changes={"template_kwargs": {"site": "http://me:secret@host"}})
+    assert trainer.loop.data.description["template_kwargs"] == {"site": "http://HIDDEN@host"}
