@@ -54,7 +54,7 @@ class CheckedRows:
 class RowReader:
     """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
 
-    `where` is what errors call the data; `sides` are the models that read a row, `student` first, perhaps `teacher`,
+    `where` is what notices call the data, and errors where they do not have another name, `called`; `sides` are the models that read a row, `student` first, perhaps `teacher`,
     before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
     `whole` every answer of the assistant's within `max_length` tokens.
     """
@@ -68,7 +68,9 @@ class RowReader:
         whole: bool = False,
         context: str | None = None,
         max_length: int | None = None,
+        called: str | None = None,
     ):
+        self._called = called or where
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self.context, self.max_length = context, max_length
         self._unwritten: dict[tuple, tuple[list[str], list[str]]] = {}
@@ -94,7 +96,7 @@ class RowReader:
                     side.encode_completion(completion, after=example.prompt)
             return prompt, completion
         except ValueError as error:
-            raise ValueError(shortened(f"row {number} of {self.where}: {error}")) from error
+            raise ValueError(shortened(f"row {number} of {self._called}: {error}")) from error
 
     def _read(self, number: int, example: Example) -> tuple[str, str]:
         conversation = (self.answers and example.messages) or example.prompt
@@ -236,6 +238,7 @@ class RowChecker:
         count_targets: what is learned of each of some rows: tokens or groups, and whether `max_length` cut it. Asked of
             rows that may be longer than `max_length`; those of which nothing is learned are left out.
         on_bad_row: "error", or "skip": rows that would raise are left out, counted, and the first ones' errors told.
+        source: what errors call the data.
     """
 
     def __init__(
@@ -252,7 +255,9 @@ class RowChecker:
         max_length: int | None = None,
         count_targets: Callable[[Sequence[Example]], list[tuple[int, bool]]] | None = None,
         on_bad_row: str = "error",
+        source: str = _DATA,
     ):
+        self.source = source
         self.chat_tokenizer, self.budget, self.max_length = chat_tokenizer, budget, max_length
         self.need_completion, self.learns_calls, self.on_bad_row = need_completion, learns_calls, on_bad_row
         self.teacher_context, self.count_targets = teacher_context, count_targets
@@ -264,7 +269,7 @@ class RowChecker:
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
         options: dict[str, Any] = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
-        self._reader = RowReader(_DATA, sides, **options)
+        self._reader = RowReader(_DATA, sides, called=source, **options)
         # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
         self._writes = {"student": student_writes, "teacher": teacher_writes}
         self._writers = {w: side for w, side in sides.items() if self._writes[w] and not len(side.encode_prompt(""))}
@@ -301,7 +306,7 @@ class RowChecker:
             asked = [i for i in asked if isinstance(found[i], Example)]
             for i, counted in zip(asked, _each_or_error(self.count_targets, [found[i] for i in asked])):
                 if isinstance(counted, ValueError):
-                    found[i] = ValueError(shortened(f"row {i} of {_DATA}: {counted}"))
+                    found[i] = ValueError(shortened(f"row {i} of {self.source}: {counted}"))
                     continue
                 targets, was_cut = counted
                 self._cut[bool(targets)] += was_cut
@@ -322,7 +327,7 @@ class RowChecker:
         if e.completion is None:
             if self.need_completion:
                 hint = f". Its column {excerpt(named[0])} may be the answer: name it 'completion'" if named else ""
-                raise ValueError(f"row {i} of {_DATA} {_no_answer(e)}; {self.need_completion}{hint}")
+                raise ValueError(f"row {i} of {self.source} {_no_answer(e)}; {self.need_completion}{hint}")
             self._prompts_alone.update(named)
         if self.need_completion and not self.learns_calls and not _writes_calls(self.chat_tokenizer, e):
             return "calls"

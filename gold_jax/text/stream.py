@@ -96,7 +96,7 @@ class ShuffledRows:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.examples):,} rows, checked while they are trained on"
+        return f"{len(self.examples):,} rows (checked beside training)"
 
     def epoch_steps(self, per_step: int) -> int:
         """Updates that all rows would be, of so many rows each, if none was passed over."""
@@ -271,5 +271,7 @@ class StreamOrder:
         for name, (words, remedy) in self.checker.reasons().items():
             if self.checker.left_out[name] and name not in self._said:
                 self._said.add(name)
-                self.say(f"Rows of {self.stream.source} {words} are passed over ({remedy}); the last lines count them.")
+                self.say(
+                    f"Rows of {self.stream.source} {words} are passed over ({remedy}); how many is said at the end."
+                )
         return self._window

@@ -19,7 +19,7 @@ from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilde
 from gold_jax.training.logging import plain_value
 from gold_jax.training.step import Step
 
-_SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap"
+_SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap", "entropy"
 
 
 class Evaluator(NamedTuple):

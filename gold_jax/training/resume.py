@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from etils import epath
 
 from gold_jax.config import GOLDConfig, fields_with
 from gold_jax.distributed.consensus import assert_same_across_processes
+from gold_jax.json_files import read_json_object
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
@@ -226,14 +228,34 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
 
 def rename_logs(folder: pathlib.Path, say: Callable[[str], Any]) -> None:
     """Renames the logs of another run to `metrics.1.jsonl` and so on, all with the first free number, and says so."""
+    for log, name in _numbered(folder).items():
+        os.replace(log, name)
+        say(f"Renamed {log.name} of another run in {folder} to {name.name}.")
+
+
+def _numbered(folder: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
+    """The logs that are in a folder, and what they are called with the first number that is free for all of them."""
     logs = [folder / name for name in (*LOGS, SUMMARY) if (folder / name).exists()]
     for number in itertools.count(1):
         names = [log.with_stem(f"{log.stem}.{number}") for log in logs]
         if not any(name.exists() for name in names):
             break
-    for log, name in zip(logs, names):
-        os.replace(log, name)
-        say(f"Renamed {log.name} of another run in {folder} to {name.name}.")
+    return dict(zip(logs, names))
+
+
+def _keep_finished_logs(step: int, output: pathlib.Path, say: Callable[[str], Any]) -> None:
+    """Copies the logs of a run that had finished and goes on from an earlier update, `step`, which cuts them, and says so."""
+    try:
+        last = read_json_object(output / SUMMARY)["parts"][-1]
+        finished = last["to_update"] if last["how"] == "finished" else 0
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if isinstance(finished, int) and finished > step:
+        copies = _numbered(output)
+        for log, name in copies.items():
+            shutil.copy2(log, name)
+        kept = f"; its logs until now are kept as {', '.join(name.name for name in copies.values())}"
+        say(f"This run had finished with update {finished}, and is made again from update {step} on{kept}.")
 
 
 def append_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -271,6 +293,7 @@ def continue_logs(
     """
     history: list[dict[str, Any]] = []
     if (checkpointing.current_run(output) or "") == run_id:
+        _keep_finished_logs(step, output, say)
         metrics, completions = (output / name for name in LOGS)
         history = truncate_log(metrics, step, ended=ended)
         truncate_log(completions, step - bool(unwritten))

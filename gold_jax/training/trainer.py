@@ -157,6 +157,7 @@ class _Trainer(TrainerMembers):
         `options` are those of `check_examples`, `learned` is all that `count_targets` depends on beside the tokenizers.
         """
         examples: Any = self.train_examples
+        options["source"] = getattr(examples, "source", "the data set")
         if isinstance(examples, RowStream):
             return RowChecker(chat_tokenizer, **options)
         if not self._checks_beside():

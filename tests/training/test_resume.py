@@ -169,7 +169,7 @@ def test_a_run_that_checks_its_rows_beside_training_goes_on_as_it_began(world, t
     whole = sft(world, tmp_path / "whole", check_rows="beside")
     whole.train()
     said, count = whole.console.export_text(), len(whole.train_examples.examples)
-    assert f"{count} rows, checked while they are trained on" in said
+    assert f"{count} rows (checked beside training)" in said
     assert f"All {count} rows are checked: {count} can be learned from." in said
     for step in (2, 4):
         again = sft(world, tmp_path / f"again-{step}", check_rows="beside")
@@ -221,6 +221,22 @@ def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, t
     again = sft(world, tmp_path / "out", length_buckets=1)
     again.train(str(tmp_path / "out" / "checkpoint-2"))
     assert again.loop.run_state.shapes == trainer.loop.run_state.shapes and same(held(again), held(trainer))
+
+
+def test_a_finished_run_that_is_made_again_from_an_earlier_update_keeps_its_logs(world, finished, tmp_path):
+    output = copied(finished, tmp_path)
+    logs = {name: (output / name).read_bytes() for name in ("metrics.jsonl", "summary.json")}
+    again = sft(world, output)
+    again.train(resume_from_checkpoint=True)
+    assert {name: (output / name.replace(".", ".1.")).read_bytes() for name in logs} == logs
+    said = again.console.export_text()
+    assert (
+        "This run had finished with update 6, and is made again from update 4 on; its logs until now are kept" in said
+    )
+    assert same(held(again), finished[1])
+    longer = sft(world, output, max_steps=8)
+    longer.train(resume_from_checkpoint=True)
+    assert not (output / "metrics.2.jsonl").exists() and "made again" not in longer.console.export_text()
 
 
 def test_a_save_is_also_a_student_that_opens_by_itself(finished):
