@@ -50,6 +50,8 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
         if getattr(error, "at_once", False):  # a thread that still writes must not delay it
             sys.stdout.flush()
             os._exit(130)
+        if not error.args:  # a run says itself what is saved
+            print(f"{prog}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(141) from None

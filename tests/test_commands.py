@@ -431,7 +431,8 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
     with pytest.raises(SystemExit) as end:
         distil(world, tmp_path / "out", lmbda=0, max_steps=3, logging_steps=1)
     assert end.value.code == 130
-    assert "Interrupted after 1 updates" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "Interrupted after 1 updates" in out and "gold_jax.train: interrupted" not in err
     saved = load_model(tmp_path / "out" / "checkpoint-1")
     assert not same(nnx.state(saved), nnx.state(load_model(world / "student")))
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1]
@@ -536,6 +537,15 @@ def test_a_second_ctrl_c_while_the_run_is_saved_ends_it_at_once_and_the_checkpoi
     )
     assert [path.name for path in checkpointing.checkpoints_in(tmp_path / "out")] == ["checkpoint-2"]
     assert load_model(tmp_path / "out" / "checkpoint-2").config.layers == 2
+
+
+def test_ctrl_c_before_a_run_begins_says_so(capsys):
+    def main(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as end:
+        cli.run("gold_jax.train", main, [])
+    assert end.value.code == 130 and capsys.readouterr().err == "gold_jax.train: interrupted\n"
 
 
 def test_ctrl_c_ends_a_process_with_130_and_a_checkpoint(world, tmp_path):

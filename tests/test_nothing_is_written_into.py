@@ -38,6 +38,8 @@ ALLOWED = {
     ("text/template_budget.py", "_block", "setattr"),
     # what a server or a conversation makes for one request, and nothing else holds
     ("conversation.py", "_do", "attribute"),
+    ("serve.py", "stop_soon", "attribute"),
+    ("serve.py", "main", "attribute"),
     ("serving/app.py", "submit", "attribute"),
     ("serving/app.py", "changes", "attribute"),
     ("serving/batcher.py", "cancel", "attribute"),

@@ -142,8 +142,9 @@ class Saver:
         saved, last = self.is_saved(now), self.checkpoints.last
         where = f"{_SAVED} {last}" if saved else f"the last checkpoint is {last}" if last else "nothing is saved"
         further = " --resume_from_checkpoint latest goes on." if last else ""
-        self.say(f"{'Interrupted' if interrupted else 'Preempted'} after {now.done} updates; {where}.{further}")
-        raise KeyboardInterrupt if interrupted else Preempted
+        said = f"{'Interrupted' if interrupted else 'Preempted'} after {now.done} updates; {where}.{further}"
+        self.say(said)
+        raise KeyboardInterrupt(said) if interrupted else Preempted
 
     def _after_error(self, now: RunState, state: TrainState) -> None:
         """Saves the last update where something else than the updates ends the run: a row, a log, a server."""
