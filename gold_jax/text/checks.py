@@ -54,8 +54,8 @@ class CheckedRows:
 class RowReader:
     """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
 
-    `where` is what notices call the data, and errors where they do not have another name, `called`; `sides` are the models that read a row, `student` first, perhaps `teacher`,
-    before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
+    `where` is what notices call the data, and errors where they do not have another name, `called`; `sides` are the
+    models that read a row, `student` first, perhaps `teacher`, before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
     `whole` every answer of the assistant's within `max_length` tokens.
     """
 

@@ -52,8 +52,11 @@ class Data(NamedTuple):
         return [] if self.background is None else self.background.poll()
 
     def found_while_training(self) -> list[str]:
-        """At the end of a run, lines about rows that were not all looked at before it."""
-        lines = self.checked_lately()
+        """At the end of a run, lines about rows that were not all looked at before it; what is trained is not lost to one."""
+        try:
+            lines = self.checked_lately()
+        except ValueError as error:
+            lines = [f"The check beside training found a row that no update has learned from: {error}"]
         if self.background is not None:
             if not (unfinished := self.background.unfinished()):
                 return lines

@@ -213,6 +213,29 @@ def test_a_bad_row_that_is_found_beside_training_ends_the_run_and_loses_nothing(
     )
 
 
+def test_a_bad_row_that_is_found_after_the_last_update_costs_no_student(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", 3)
+    rows, ended, check = (
+        [{"prompt": "x", "completion": "ab"}] * 400 + [{"prompt": 5}],
+        threading.Event(),
+        check_examples,
+    )
+    monkeypatch.setattr(trainer_module, "check_examples", lambda *a, **k: ended.wait(60) and check(*a, **k))
+
+    class Ended(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == args.max_steps:
+                ended.set()
+                trainer._background._thread.join(60)
+
+    args = SFTConfig(output_dir=str(tmp_path), **(QUICK | {"check_rows": "beside"}))
+    trainer = SFTTrainer(str(world / "student"), args, rows, console=tiny.quiet_console(), callbacks=[Ended()])
+    trainer.train()
+    said = trainer.console.export_text()
+    assert "found a row that no update has learned from: row 400 of the data set" in said
+    assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-6").is_dir()
+
+
 def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):
     trainer = sft(world, tmp_path / "out", length_buckets=1)
     trainer.train()
