@@ -176,6 +176,8 @@ class _Trainer(TrainerMembers):
                 return self._look_through(learned, own, theirs, examples, reach)[0]
 
             self._background = BackgroundCheck(check, len(examples))
+        else:
+            self.console.print("Of several processes none looks through all rows: each row is checked when it comes.")
         return RowChecker(chat_tokenizer, **options)
 
     def _checks_beside(self) -> bool:
