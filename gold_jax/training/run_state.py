@@ -57,6 +57,8 @@ class Data(NamedTuple):
             lines = self.checked_lately()
         except ValueError as error:
             lines = [f"The check beside training found a row that no update has learned from: {error}"]
+        except Exception as error:  # such as an OSError of the file
+            lines = [f"The check beside training failed: {type(error).__name__}: {error}"]
         if self.background is not None:
             if not (unfinished := self.background.unfinished()):
                 return lines

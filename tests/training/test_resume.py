@@ -234,6 +234,8 @@ def test_a_bad_row_that_is_found_after_the_last_update_costs_no_student(world, t
     said = trainer.console.export_text()
     assert "found a row that no update has learned from: row 400 of the data set" in said
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-6").is_dir()
+    trainer._background._error = OSError("the file is gone")
+    assert trainer.loop.data.found_while_training()[0] == "The check beside training failed: OSError: the file is gone"
 
 
 def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):
