@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
 from gold_jax.config.trl_compat import nearest, read_attention, read_load_options
+from gold_jax.custom_comparisons import load_comparison
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
@@ -497,12 +498,13 @@ class LossFlags(Settings):
     """What is compared: a preset, or a point of the grid of merges, groups and comparisons (docs/losses.md)."""
 
     loss: str | None = flag(None, "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one "
-        "tokenizer and gold for two.", choices=presets, important=True, effect=_DISTILS)
+        "tokenizer and gold for two. Or MODULE:FUNCTION, as for compare.", choices=presets, loads=load_comparison,
+        important=True, effect=_DISTILS)
     merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES,
         effect=_DISTILS)
     groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS, effect=_DISTILS)
-    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.",
-        choices=comparisons, effect=_DISTILS)
+    compare: str | None = flag(None, "How two distributions are compared; none: the preset's. A function of your own is "
+        "MODULE:FUNCTION or FILE.py:FUNCTION.", choices=comparisons, loads=load_comparison, effect=_DISTILS)
     loss_kwargs: dict | str | None = flag(None,
         'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.', effect=_DISTILS)
     normalization: str = flag("groups", "Mean over the global batch's groups, or TRL's over rows.", choices=NORMALIZATIONS)

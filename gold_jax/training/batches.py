@@ -293,6 +293,10 @@ class DistillationBatchBuilder:
         text = {i: _text_labels(row.student_prompt, row.student, self.max_length) for i, row in encoded.items()}
         return _evaluation(batches, text, len(examples), rows, self.process_shard)
 
+    def batches_of(self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion]) -> list:
+        """One batch, in a list, of rows with their completions, each padded to buckets of its own."""
+        return self._batches(examples, dict(enumerate(completions)), len(examples))[2]
+
     def _batches(
         self,
         examples: Sequence[Example],

@@ -711,7 +711,7 @@ class GOLDTrainer(_Trainer):
         template = a.template_kwargs if a.teacher_template_kwargs is None else a.teacher_template_kwargs
         settings = dict(param_dtype=self.dtype, template_kwargs=template, placement=placement)
         teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
-        match = build.match_pair(a, student, teacher)
+        match = build.match_pair(student, teacher, a.projection_mask)
         self.spec = a.loss_spec(match.same or match.related)
         need, by_teacher = None, a.seq_kd and a.lmbda < 1
         if a.lmbda < 1 and not a.seq_kd:
