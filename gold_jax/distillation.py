@@ -104,7 +104,7 @@ class DistillationLoss:
             ValueError: a row has no completion, or no token that counts in the loss.
         """
         rows = list(rows)
-        examples = rows if all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
+        examples = rows if rows and all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
         given = [e.completion for e in examples] if completions is None else list(completions)
         if len(given) != len(examples):
             raise ValueError(f"there are {len(given)} completions for {len(examples)} rows; give one for each")
