@@ -215,7 +215,9 @@ One loss of two rows, with its gradient:
 ```python
 import jax
 
-rows = gold_jax.load_examples([{"prompt": f"How do you say {n}?", "completion": f"{n} is {text}."} for n, text in ((5, "five"), (7, "seven"))])
+rows = gold_jax.load_examples(
+    [{"prompt": f"How do you say {n}?", "completion": f"{n} is {text}."} for n, text in ((5, "five"), (7, "seven"))]
+)
 loss = gold_jax.DistillationLoss("embedded:student", "embedded:teacher", "gold")
 (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(loss.params, loss.batch(rows))
 ```
