@@ -11,6 +11,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.serving.batcher import Batcher, Request
 from gold_jax.serving.writing import Writing
 from gold_jax.text.template import Conversation
+from gold_jax.wording import plural
 
 HELP = """\
 /retry        answer the last message again
@@ -133,7 +134,7 @@ def _do(chat: Chat, command: str, rest: str, line: str) -> None:
         _say(HELP)
     elif command == "/undo":
         chat.take_back(whole=True)
-        _say(f"{len(chat.messages)} messages are left")
+        _say(f"{plural(len(chat.messages), 'message')} left")
     elif command == "/system":
         chat.system = rest
         _say("the system message holds from the next answer on" if rest else "there is no system message any more")

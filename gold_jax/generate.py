@@ -13,6 +13,7 @@ from gold_jax.config import GOLDConfig, ModelArguments
 from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
 from gold_jax.values import AT_LEAST_ONE, Range
+from gold_jax.wording import plural
 
 
 # fmt: off
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             print(f"── {question}\n{d.text}{'' if d.stopped else ' …'}\n")
     tokens = sum(len(d.ids) + d.stopped for d in completions)
-    print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+    print(f"{plural(tokens, 'token')} in {seconds:.1f} s, compiling included", file=sys.stderr)
 
 
 def _chat(model: ModelArguments, args: GenerateArguments, notices: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ from gold_jax.text.template import (
     unwritten_keys,
     unwritten_parts,
 )
-from gold_jax.wording import listed, shortened
+from gold_jax.wording import listed, plural, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
@@ -188,16 +188,16 @@ class RowReader:
         """Lines about what templates do not write and where they do not agree."""
         return (
             [
-                f"the chat template of {self.sides[who].name} ({who}) does not write {part} of {count} rows of {self.where}"
+                f"the chat template of {self.sides[who].name} ({who}) does not write {part} of {plural(count, 'row')} of {self.where}"
                 for (who, part), count in self._unwritten_counts.items()
             ]
             + [
-                f"in {count} rows of {self.where} {said}: in row {first} {shown}"
+                f"in {plural(count, 'row')} of {self.where} {said}: in row {first} {shown}"
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"{count} rows of {self.where} have the role {excerpt(role)}, which is not one of {', '.join(_ROLES)}: the student's "
-                "template writes it in its own way, others leave such messages out"
+                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(_ROLES)}: "
+                "the student's template writes it in its own way, other templates leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
         )
@@ -369,31 +369,32 @@ class RowChecker:
         """The error where no row can be learned from."""
         left = self.left_out
         why = "; ".join(f"{left[x]} {words} ({remedy})" for x, (words, remedy) in self.reasons().items() if left[x])
-        return ValueError(f"none of the {self.total} rows can be learned from: {why}")
+        return ValueError(f"none of {plural(self.total, 'row')} can be learned from: {why}")
 
     def notices(self) -> list[str]:
         """Lines about the rows that were left out or cut, and about what nothing reads."""
-        left, total = self.left_out, self.total
-        notices = [f"left out {left[x]} of {total} rows {words}" for x, (words, _) in self.reasons().items() if left[x]]
+        left, rows = self.left_out, plural(self.total, "row")
+        notices = [f"left out {left[x]} of {rows} {words}" for x, (words, _) in self.reasons().items() if left[x]]
         if self._bad:
             notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"
         if self._cut[True]:
-            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {total} rows"
+            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {rows}"
             notices.append(f"{cut}: their ends are not learned")
         notices += self._reader.notices()
         if self._several[True] and "teacher" in self._reader.sides:
             notices.append(
-                f"{self._several[True]} rows have several answers in their completion: the last one is learned, those before "
-                "it are read as prompt (gold_jax.sft learns them all)"
+                f"in {plural(self._several[True], 'row')} the completion has several answers: the last one is learned, those "
+                "before it are read as prompt (gold_jax.sft learns them all)"
             )
         if self._first_markup:
             row, string = self._first_markup
             notices.append(
-                f"{self._markup} prompts, that of row {row} first, hold the string of a special token such as {string}, read "
-                "as plain text; --special_tokens_in_prompts reads it as the token"
+                f"strings of special tokens, such as {string}, in {plural(self._markup, 'prompt')} (first in row {row}) are read "
+                "as plain text; --special_tokens_in_prompts reads them as tokens"
             )
         notices += [
-            f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
+            f"the column {excerpt(name)} of {plural(count, 'row')} with a prompt and no completion may be the answer and is not "
+            "read: name it 'completion'"
             for name, count in self._prompts_alone.items()
         ]
         if self._unread:
@@ -498,15 +499,13 @@ def check_evaluation(
             bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    notices = reader.notices() + format_notices(formats, "the evaluation data")
+    notices, rows = reader.notices() + format_notices(formats, "the evaluation data"), plural(len(examples), "row")
     if bad:
         first = _first_errors(bad.values())
-        notices.append(
-            f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
-        )
+        notices.append(f"left out {len(bad)} of {rows} of the evaluation data that cannot be read: {first}")
     if unmeasured:
         notices.append(
-            f"{len(unmeasured)} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
+            f"not measured: {len(unmeasured)} of {rows} of the evaluation data, without a completion in text"
         )
     left_out = {*bad, *unmeasured}
     kept = [examples[i] for i in range(len(examples)) if i not in left_out] if left_out else examples

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.text.columns import describe_type, text_of
 from gold_jax.text.surface import excerpt
-from gold_jax.wording import listed
+from gold_jax.wording import listed, plural
 
 #: Format -> how it is read, for the notice.
 FORMATS = {
@@ -104,7 +104,7 @@ def _forms_of(
 def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
     """A notice for each format of other projects, from how many rows of `source` are of it."""
     found = [(format, count) for format, count in counts.items() if format]
-    return [f"{count:,} rows of {source} are read as {format}: {FORMATS[format]}" for format, count in found]
+    return [f"{plural(count, 'row')} of {source} read as {format}: {FORMATS[format]}" for format, count in found]
 
 
 def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], source: str) -> None:

@@ -21,6 +21,7 @@ from gold_jax.text.data import Example, Examples, hub_errors, hub_files, local_f
 from gold_jax.text.json_rows import JsonRows, read_json_lines
 from gold_jax.text.row_formats import check_renamed
 from gold_jax.text.surface import excerpt
+from gold_jax.wording import plural
 
 WINDOW = 1000  # rows that are shuffled among each other
 FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
@@ -43,7 +44,7 @@ class RowStream:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"a stream of {len(self.shards)} shards"
+        return f"a stream of {plural(len(self.shards), 'shard')}"
 
     def epoch_steps(self, per_step: int) -> None:
         """Updates of an epoch, which are not known."""
@@ -96,7 +97,7 @@ class ShuffledRows:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.examples):,} rows (checked beside training)"
+        return f"{plural(len(self.examples), 'row')} (checked during training)"
 
     def epoch_steps(self, per_step: int) -> int:
         """Updates that all rows would be, of so many rows each, if none was passed over."""

@@ -24,6 +24,7 @@ from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
 from gold_jax.training.rollout_buffer import Rollout, Rollouts
+from gold_jax.wording import plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RowOrder:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.rows)} rows"
+        return plural(len(self.rows), "row")
 
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""

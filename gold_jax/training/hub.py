@@ -39,7 +39,7 @@ def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None
     except Exception as error:
         if _no_answer(error):
             silent = f"--push_to_hub: the hub does not answer ({_reason(error)})"
-            raise HubSilent(f"{silent}; training goes on, and the push is tried when it is done.") from error
+            raise HubSilent(f"{silent}; training continues, and the push is tried again at the end.") from error
         refused = f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}"
         instead = "Log in with `hf auth login` or give --hub_token, and check --hub_model_id."
         raise HubError(f"{refused}. {instead}") from error

@@ -161,7 +161,7 @@ class MetricLog(contextlib.AbstractContextManager):
         try:
             function()
         except (Exception, SystemExit) as error:  # which rich raises where a pipe is closed
-            self.complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            self.complain(what, f"failed, and the run continues without it: {type(error).__name__}: {error}")
 
     def complain(self, what: str, why: str) -> None:
         """Says on the console, once, what does not work."""
@@ -212,7 +212,7 @@ class _Worker:
         """Complains of a call that takes longer than `PATIENCE`."""
         since = self._since
         if since is not None and time.monotonic() - since > PATIENCE:
-            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
+            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run continues.")
 
     def close(self, timeout: float | None = None) -> None:
         """Waits until all calls are made, for as long as `timeout`."""

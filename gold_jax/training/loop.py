@@ -44,6 +44,7 @@ from gold_jax.training.saving import Saver
 from gold_jax.training.signals import SignalHandler
 from gold_jax.training.step import TrainState, init_state
 from gold_jax.training.trackers import make_trackers
+from gold_jax.wording import plural
 
 
 class Loop:
@@ -417,9 +418,7 @@ class Loop:
         return before
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        counts = (self.done, "update"), (self.run.step.compiled, "program")
-        updates, programs = (f"{n} {name}{'' if n == 1 else 's'}" for n, name in counts)
-        self.console.print(f"{updates} done; {programs} compiled.")
+        self.console.print(f"{plural(self.done, 'update')} done; {plural(self.run.step.compiled, 'program')} compiled.")
         if not after:
             return
         teacher = self._teacher_score() if self._teacher_score else {}
@@ -446,4 +445,4 @@ class Loop:
         return save_final_model(model, tokenizer.tokenizer, folder, dtype=dtype, **trained)
 
     def _say_stopping(self, reason: str) -> None:
-        self._bar.rename("stopping after this update" + "; Ctrl-C again ends at once" * (reason == "interrupt"))
+        self._bar.rename("stopping after this update" + " (Ctrl-C: now)" * (reason == "interrupt"))

@@ -146,7 +146,7 @@ def find_and_restore(
             checkpointing.check_arrays(path, metadata, abstract)
             warnings = check_run(metadata["run"], run, path)
             if metadata["step"] > last:
-                seen = f"{path} has seen {metadata['step']} updates"
+                seen = f"{path} is at update {metadata['step']}"
                 raise ValueError(f"{seen}, and this run makes {last}; raise --max_steps or --num_train_epochs.")
             state = checkpointing.restore(path, metadata, abstract)
         except checkpointing.BadCheckpoint as error:
@@ -200,7 +200,7 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     elif len(earlier) == len(found):
         over = f"Those of earlier runs are passed over ({', '.join(sorted(path.name for path in earlier)[:5])})"
         anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
-        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} goes on from one.")
+        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} resumes one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.
     return rest if current is None else sorted(rest, key=checkpointing.order_in_run, reverse=True)

@@ -61,7 +61,7 @@ from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
-from gold_jax.wording import listed, without_passwords
+from gold_jax.wording import listed, plural, without_passwords
 
 SFT_NEW_TOKENS = 128
 _REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
@@ -258,7 +258,7 @@ class _Trainer(TrainerMembers):
         found = () if isinstance(checked, RowChecker) else checked.notices
         read = [*self.train_examples.notices, *found]
         if cut := len(getattr(self.train_examples, "shortened", ())):
-            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
+            read.append(f"--truncation_mode keep_end: the beginning of {plural(cut, 'prompt')} was cut off")
         return read
 
     def _order_of(self, checked: CheckedRows | RowChecker) -> RowOrder | StreamOrder:
@@ -295,7 +295,7 @@ class _Trainer(TrainerMembers):
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
-            "updates": f"{total:,} of {order.per_step} rows each, {rate}",
+            "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",

@@ -35,7 +35,7 @@ def test_answers_are_those_of_generate_turn_by_turn(monkeypatch, capsys):
     lines = [*QUESTIONS, "/undo", "", "/nonsense", "/help", "/quit", "never read"]
     told, said = talk(monkeypatch, capsys, lines)
     assert told == [first, answer_to(QUESTIONS[0], first, QUESTIONS[1])]
-    assert "2 messages are left" in said and "no command /nonsense" in said and "/save FILE" in said
+    assert "2 messages left" in said and "no command /nonsense" in said and "/save FILE" in said
 
 
 def test_a_saved_conversation_is_a_row_that_train_reads(monkeypatch, capsys, tmp_path):

@@ -151,7 +151,7 @@ def test_a_streamed_run_that_goes_on_makes_the_updates_of_one_that_was_not_stopp
 
     whole = streamed(tmp_path / "whole")
     whole.train()
-    assert "a stream of 1 shards" in repr(whole) and "a stream of 1 shards" in whole.console.export_text()
+    assert "a stream of 1 shard" in repr(whole) and "a stream of 1 shard" in whole.console.export_text()
     for step in (2, 4):
         again = streamed(tmp_path / f"again-{step}")
         again.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
@@ -169,7 +169,7 @@ def test_a_run_that_checks_its_rows_beside_training_goes_on_as_it_began(world, t
     whole = sft(world, tmp_path / "whole", check_rows="beside")
     whole.train()
     said, count = whole.console.export_text(), len(whole.train_examples.examples)
-    assert f"{count} rows (checked beside training)" in said
+    assert f"{count} rows (checked during training)" in said
     assert f"All {count} rows are checked: {count} can be learned from." in said
     for step in (2, 4):
         again = sft(world, tmp_path / f"again-{step}", check_rows="beside")
