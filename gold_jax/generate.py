@@ -1,6 +1,6 @@
-"""`python -m gold_jax.generate`: completions of prompts by a model, as its chat template and stop tokens have it.
+"""`python -m gold_jax.generate`: completions of prompts by a model, with its chat template and stop tokens.
 
-With `--chat`, a conversation in the terminal.
+With `--chat`, a chat in the terminal.
 """
 
 import json
@@ -20,10 +20,10 @@ from gold_jax.wording import plural
 class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
-    prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.", verbatim=True)
-    chat: bool = flag(False, "Talk with the model in the terminal, line by line; /help lists commands.")
+    prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's message of a conversation.", verbatim=True)
+    chat: bool = flag(False, "Chat with the model in the terminal; /help lists commands.")
     raw: bool = flag(False,
-        "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.")
+        "Prompts are plain text to continue, without the chat template; strings of special tokens are read as those tokens.")
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
     columns: dict | str | None = like(GOLDConfig, "columns")
@@ -49,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.chat:
         return _chat(model, args, notices)
     if not any(args.prompt) and args.dataset_name is None:
-        raise ValueError(
-            "there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name, or --chat to talk"
-        )
+        raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name, or --chat")
     show(notices)
     import jax
 
@@ -80,10 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _chat(model: ModelArguments, args: GenerateArguments, notices: Sequence[str]) -> None:
-    """Talks with the model; ValueError where a flag is named that has nothing to say there."""
+    """Chats with the model; ValueError for flags that do not apply."""
     of_prompts = "prompt raw dataset_name dataset_split columns max_samples batch_size mesh json"
     if unused := args.given.intersection(of_prompts.split()):
-        raise ValueError(f"--chat reads messages from the terminal; leave away --{min(unused)}")
+        raise ValueError(f"--chat reads messages from the terminal; leave out --{min(unused)}")
     show(notices)
     from gold_jax.conversation import Chat, converse
     from gold_jax.serving.batcher import longest_sequence

@@ -34,7 +34,7 @@ class ProcessShard(NamedTuple):
         return len(self.owners)
 
     def exchanging_within(self, context: Callable[[], contextlib.AbstractContextManager]) -> Self:
-        """The same, whose collectives are called within a context."""
+        """A copy whose collectives run within a context."""
 
         def within(exchange: Callable) -> Callable:
             def exchanged(values):

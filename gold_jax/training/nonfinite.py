@@ -43,7 +43,7 @@ def describe_divergence(
     updates = plural(counter.in_a_row, "update")
     if not counted:
         return (
-            f"{updates} in a row, up to update {step}, were left out ({counter.total} in all), so the run stops: "
+            f"{updates} in a row, up to update {step}, were skipped ({counter.total} in all), so the run stops: "
             f"--max_skipped_updates is {args.max_skipped_updates}. Nothing in the rows of the last one ({shown}) counts in the "
             "loss. What may help: a higher --max_length, so that their completions are not cut away; --groups all."
         )
@@ -60,7 +60,7 @@ def describe_divergence(
     if not args.max_grad_norm:
         advice.append("--max_grad_norm 1")
     return (
-        f"{updates} in a row, up to update {step}, had a loss or gradients that were not finite and were left out "
+        f"{updates} in a row, up to update {step}, had a loss or gradients that were not finite and were skipped "
         f"({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
         f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
         f"What may help: {'; '.join(advice)}."

@@ -99,7 +99,9 @@ class Saver:
             params = read_params(best.checkpoint, params)
         except checkpointing.BadCheckpoint as error:
             last = f"{self.folder} holds the student of the last update"
-            raise ValueError(f"--load_best_model_at_end: {best.checkpoint} is not whole: {error}; {last}") from None
+            raise ValueError(
+                f"--load_best_model_at_end: {best.checkpoint} is incomplete or damaged: {error}; {last}"
+            ) from None
         metric = f"{self.args.metric_for_best_model} {best.saved.metric:g}"
         self.say(f"The best of all is {best.checkpoint} ({metric}).")
         return params

@@ -58,7 +58,7 @@ def test_an_epoch_has_every_row_that_can_be_learned_from_once_and_says_what_it_l
     assert [sorted(epoch) for epoch in epochs] == [sorted({*range(ROWS)} - {25, 77})] * 2
     assert epochs[0] != epochs[1] and len(updates[33]) == 3  # an epoch's last update is short
     (line,) = said
-    assert "whose prompt is longer than 50 tokens are passed over" in line
+    assert "whose prompt is longer than 50 tokens are skipped" in line
     assert order.checker.notices()[0].startswith(f"left out 4 of {2 * ROWS} rows whose prompt")
     assert taken(order_of(source), range(68)) == updates != taken(order_of(source, seed=4), range(68))
 

@@ -236,7 +236,7 @@ def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, mon
     ):
         trainer.train()
     assert [line for line in said if "is left out" in line] == [
-        f"Update {step} is left out: nothing in its rows counts in the loss." for step in (2, 3)
+        f"Update {step} is skipped: nothing in its rows counts in the loss." for step in (2, 3)
     ]
     assert int(trainer.loop.state.step) == 3 and trainer.log_history[-1]["skipped"] == 2
 
@@ -294,7 +294,7 @@ def test_a_folder_in_which_a_run_is_under_way_is_refused(flag, world, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     trainer = gold(world, tmp_path / "output_dir", changes={"checkpoint_dir": str(tmp_path / "checkpoint_dir")})
-    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --{flag}"):
+    with pytest.raises(ValueError, match=f"in use by another run .process {other.pid} on .*another --{flag}"):
         trainer.train()
     other.kill()
     other.wait()
