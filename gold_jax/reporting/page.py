@@ -21,10 +21,10 @@ from gold_jax.reporting.curves import plots_of
 from gold_jax.reporting.run import Run, Sample, plain
 from gold_jax.training.logging import LOGS, shown
 
-PROMPTS = 12  # prompts with completions shown
-STEPS = 24  # updates shown of a prompt
-CHARACTERS = 3000  # shown of a text
-PROMPT = 200  # last characters of a prompt shown as a title
+PROMPTS = 12  # whose completions are shown
+STEPS = 24  # of a prompt
+CHARACTERS = 3000  # of a text
+PROMPT = 200  # of a prompt, its last ones, where it is the title of what was written for it
 _FACTS = ("student", "teacher", "method", "loss", "completions", "vocabularies", "student reads", "teacher reads", "data",
           "rows")  # fmt: skip
 _DRAW = """const items = %s, dark = matchMedia("(prefers-color-scheme: dark)");
@@ -162,7 +162,7 @@ def _cut(text: str) -> str:
 
 
 def _parts(text: str, reference: str | None) -> tuple[str, str]:
-    """A completion split after the prefix that it shares with the reference."""
+    """A completion as far as it is the reference, and the rest."""
     text = _cut(text)
     same = len(os.path.commonprefix([text, reference or text]))
     return text[:same], text[same:]

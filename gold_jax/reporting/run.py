@@ -60,8 +60,8 @@ class Run:
     folder: pathlib.Path
     summary: Mapping[str, Any]  # summary.json; {} if there is none
     rows: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
-    samples: Mapping[str, tuple[int, ...]]  # prompt -> offsets of its lines in completions.jsonl
-    notes: tuple[str, ...]  # one sentence for each thing that could not be read
+    samples: Mapping[str, tuple[int, ...]]  # prompt -> where in completions.jsonl its lines begin
+    notes: tuple[str, ...]  # what could not be read, one sentence each
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:
@@ -135,7 +135,7 @@ class Run:
         return [when for part in self.parts if (when := _timestamp(part.get("started"))) is not None]
 
     def read(self, prompt: str) -> Sample:
-        """All completions of a prompt."""
+        """All that was written for a prompt."""
         by_step: dict[int, list[str]] = {}
         reference = None
         with open(self.folder / LOGS[1], "rb") as file:
@@ -179,7 +179,7 @@ def read_run(folder: Any) -> Run:
 
 
 def _lines(path: pathlib.Path, notes: list[str], types: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a log with their offsets; damaged ones are counted in `notes`."""
+    """The lines of a log with where they begin; those that are damaged are counted in `notes`."""
     offset, damaged, first = 0, 0, 0
     try:
         with open(regular_file(path), "rb") as file:

@@ -1,8 +1,8 @@
 """Continuous batching: a thread that decodes all running sequences, in a fixed number of slots on the device.
 
-A submitted sequence waits in a bounded queue for a free slot and is admitted between two rounds of a few tokens;
-prompts are scored between rounds too. Programs are compiled for few shapes: cache lengths and prompt widths in powers of
-two, one number of rows, three numbers of prompts.
+A sequence that is submitted waits in a bounded queue for a free slot and joins the others between two rounds of a few
+tokens; so do prompts whose log-probabilities are asked for. Programs are compiled for few sizes: slots of the cache and
+widths of prompts in powers of two, one number of rows, three numbers of prompts.
 """
 
 import collections
@@ -28,7 +28,7 @@ STOPPING = "the server is stopping"
 _LAST_SECONDS = 30  # that `close` waits for the last round, which may compile
 _LONGEST = 4096
 _SCORED = 4  # prompts that are scored in one program at most: decoding waits for it
-_TOPS = (0, 1, 5, 20)  # numbers of top tokens that programs are compiled for
+_TOPS = (0, 1, 5, 20)  # numbers of likeliest tokens that programs are compiled for
 MOST_TOP = _TOPS[-1]
 
 
@@ -41,8 +41,8 @@ class Tokens:
     """New tokens of a sequence, or the tokens of its prompt except the first."""
 
     ids: np.ndarray  # int32 [N]
-    logprobs: np.ndarray  # float32 [N], at temperature 1, without top-k and top-p
-    top_ids: np.ndarray  # int32 [N, K]; K is at least the requested `top`
+    logprobs: np.ndarray  # float32 [N], at temperature 1 and unfiltered
+    top_ids: np.ndarray  # int32 [N, K]; K is at least what was asked for
     top_logprobs: np.ndarray  # float32 [N, K], descending
 
 
@@ -163,7 +163,7 @@ class Batcher:
                         return self._fail(STOPPING)
                 try:
                     self._turn()
-                except Exception as error:  # the thread must survive; those who wait receive the error
+                except Exception as error:  # the thread must live: whoever waits is told
                     self._fail(f"{type(error).__name__}: {error}")
                     self._reset()
 
@@ -218,7 +218,7 @@ class Batcher:
         return power_of_two(length, smallest=self._least)
 
     def _join(self) -> None:
-        """Prefills waiting sequences into free slots."""
+        """The next sequences that wait are read into free slots."""
         free = [row for row, slot in enumerate(self._slots) if slot is None]
         with self._lock:
             joining = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
@@ -261,7 +261,7 @@ class Batcher:
         self._size = needed
 
     def _decode(self) -> None:
-        """Decodes a round: a few tokens of every sequence."""
+        """One round: a few tokens of every sequence."""
         now = self._slots
         column = lambda name, off: np.array([off if s is None else getattr(s, name) for s in now])  # noqa: E731
         settings = [column("temperature", 0.0), column("top_k", 0), column("top_p", 1.0)]
@@ -314,6 +314,6 @@ def longest_sequence(decoder) -> int:
 
 
 def _top_of(sequences: Sequence[Request]) -> int:
-    """The number of top tokens of the program that serves all of these sequences."""
+    """For how many of the likeliest tokens the program is that all of them use."""
     most = max(sequence.top for sequence in sequences)
     return next(size for size in _TOPS if size >= most)

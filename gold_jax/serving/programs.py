@@ -1,7 +1,8 @@
-"""The jitted programs of a server: decoding a round of tokens, and scoring prompts.
+"""The jitted programs of a server: decode some tokens of all slots, and the log-probabilities of prompts.
 
-Cache and state are those of `rollout.decode_state`. Unlike there, each row has its own settings, a call decodes a few
-tokens and returns them to the host, with the most likely ones if requested. One device.
+The cache and the state of the slots are those of `rollout.decode_state`; what differs is that each row has settings of its
+own, that a call decodes a few tokens and hands them to the host, and that the likeliest tokens are kept where asked for.
+One device.
 
 Shapes: R slots, N tokens of a round, K likeliest tokens, B prompts, T their width, V vocabulary.
 """
@@ -18,11 +19,11 @@ from gold_jax.models.functional import merge
 from gold_jax.rollout.decode_state import DecodeState, SamplingOptions
 from gold_jax.rollout.token_sampling import sample_tokens
 
-_LOGITS = 2**24  # about how many logits `score_tokens` holds at once
+_LOGITS = 2**24  # logits that `score_tokens` holds at once, about
 
 
 class Drawn(NamedTuple):
-    """Tokens with their log-probabilities at temperature 1, and the K most likely tokens, in descending order."""
+    """Tokens with their log-probabilities at temperature 1, and the K likeliest in their place, likeliest first."""
 
     tokens: jax.Array  # int32 [R, N]
     logprobs: jax.Array  # float32 [R, N]
@@ -31,15 +32,15 @@ class Drawn(NamedTuple):
 
 
 def row_options(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, stops, limit) -> SamplingOptions:
-    """`SamplingOptions` with a value per row [R], and stops [K]; temperature 0: greedy, top_k 0 and top_p 1: off.
+    """`SamplingOptions` whose fields are each row's own [R], stops [K]; temperature 0 is greedy, top_k 0 and top_p 1 are off.
 
-    Options that no row uses are None and not compiled into the program.
+    What no row uses is None, and no part of the program.
     """
     drawn = temperature > 0
     return SamplingOptions(
         temperature.astype(np.float32) if drawn.any() else None,
         np.where(top_k > 0, top_k, np.iinfo(np.int32).max).astype(np.int32) if (drawn & (top_k > 0)).any() else None,
-        # A probability above 1 is never reached: nothing is filtered.
+        # A share of more than all is never reached: nothing is left out.
         np.where(top_p < 1, top_p, 2).astype(np.float32) if (drawn & (top_p < 1)).any() else None,
         np.asarray(stops, np.int32),
         limit.astype(np.int32),
@@ -50,10 +51,10 @@ def row_options(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, s
 def decode_round(
     graphdef, params, weights, cache: Cache, state: DecodeState, options, done, max_steps, min_active, *, top
 ):
-    """Decodes up to `max_steps` tokens of all rows that are not `done` (bool [R]), while more than `min_active` continue.
+    """Decode up to `max_steps` tokens of all rows that are not `done` (bool [R]), while more than `min_active` go on.
 
-    Returns the cache, the state, `Drawn` with N the columns of `state.tokens`, and int32 [R], how many of the N tokens
-    each row sampled. `top` (static) is K; the cache is donated.
+    Returned are the cache, the state, `Drawn` (of as many tokens as `state.tokens` has columns) and int32 [R], how many
+    of them each row drew. `top` (static) is K; the cache is donated.
     """
     model = merge(graphdef, params)
     rows, length = state.tokens.shape
@@ -95,7 +96,7 @@ def _sample(logits: jax.Array, state: DecodeState, options: SamplingOptions) -> 
 
 
 def _costs(logits: jax.Array, tokens: jax.Array, top: int) -> Drawn:
-    """`Drawn` of tokens [...] under logits [..., V], with the `top` most likely tokens."""
+    """`Drawn` of tokens [...] that logits [..., V] gave, with the `top` likeliest in their place."""
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - total
     best, best_tokens = jax.lax.top_k(logits, top)
@@ -104,15 +105,15 @@ def _costs(logits: jax.Array, tokens: jax.Array, top: int) -> Drawn:
 
 @jax.jit
 def row_keys(seed: jax.Array, index: jax.Array) -> jax.Array:
-    """PRNG keys [R] of seeds and indices int32 [R], as `Engine.generate` makes them of a seed and a prompt's index."""
+    """PRNG keys [R] of seeds and indices int32 [R]: those that `Engine.generate` makes of a seed and a prompt's index."""
     return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seed, index)
 
 
 @functools.partial(jax.jit, static_argnames=("graphdef", "top"))
 def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, *, top: int) -> Drawn:
-    """Log-probabilities of tokens int32 [B, T] given those before them, as `Drawn` [B, T - 1]; `lengths` is int32 [B].
+    """Of tokens int32 [B, T], the first `lengths` [B] of each row, what each costs after those before it: `Drawn` [B, T - 1].
 
-    Column `t` is of token `t + 1`; the first token has none. `top` (static) is K.
+    The first of a row has no cost: column `t` is that of token `t + 1`. `top` (static) is K.
     """
     model = merge(graphdef, params)
     rows, width = tokens.shape

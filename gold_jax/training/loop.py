@@ -379,7 +379,7 @@ class Loop:
             self.callbacks.call(event, metrics=values)
 
     def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str, str | None]]) -> None:
-        """Appends the student's completions to `completions.jsonl`, and prints some every `log_completions_steps`."""
+        """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
         rows = [(self._student.chat_tokenizer.render(prompt), *rest) for prompt, *rest in samples]
         named = ({"prompt": p, "completion": c} | ({} if r is None else {"reference": r}) for p, c, r in rows)
         with self.run_state.holding([{"step": self.done, **row} for row in named]) as written:

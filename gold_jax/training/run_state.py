@@ -85,7 +85,7 @@ class RunState:
     shapes: Sequence = ()  # that batches have been padded to so far
     rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn so far for later updates
     unmeasured: bool = False  # whether an evaluation is due after the last update
-    unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions missing from `completions.jsonl`
+    unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
 
     def begin(self) -> None:
         """Starts a new run."""
