@@ -360,7 +360,7 @@ class SFTConfig(
     A value of the wrong type or out of range is a ValueError that names the flag, the value and the range.
     """
 
-    completions_per_row = 1  # that an update learns from, of a row of the data set
+    completions_per_row = 1  # of an update, for each row of the data set
 
     def __post_init__(self):
         super().__post_init__()
@@ -423,7 +423,7 @@ class SFTConfig(
 
     @property
     def rows_per_update(self) -> int:
-        """Rows of the data set in an update, for each share of the mesh that has rows of its own."""
+        """Rows of the data set in an update, per data-parallel shard of the mesh."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps // self.completions_per_row
 
     def interval(self, name: str, total_steps: int) -> int:

@@ -410,7 +410,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # as `DistillationBatchBuilder` has it: nothing is drawn for later updates
+    rollout_batches = 1  # as of `DistillationBatchBuilder`: nothing is sampled
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 
