@@ -666,7 +666,7 @@ def test_a_teacher_that_computes_in_another_way_is_told(distilled, world, tmp_pa
     folder = shutil.copytree(output, tmp_path / "copy")
     trainer = made(folder, teacher=with_rope_theta(world / "teacher", tmp_path / "other", 77.0))
     trainer.train("latest")
-    assert "the teacher's config differs in ropes, here" in trainer.console.export_text()
+    assert "the teacher's config differs in ropes: now" in trainer.console.export_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):

@@ -235,7 +235,7 @@ def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, mon
         Diverged, match="2 updates in a row, up to update 3.*Nothing in the rows of the last one .* counts"
     ):
         trainer.train()
-    assert [line for line in said if "is left out" in line] == [
+    assert [line for line in said if "is skipped" in line] == [
         f"Update {step} is skipped: nothing in its rows counts in the loss." for step in (2, 3)
     ]
     assert int(trainer.loop.state.step) == 3 and trainer.log_history[-1]["skipped"] == 2
