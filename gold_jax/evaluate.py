@@ -9,6 +9,7 @@ from gold_jax.config import ModelArguments, SFTConfig
 from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
 from gold_jax.values import AT_LEAST_ONE
+from gold_jax.wording import plural
 
 
 # fmt: off
@@ -77,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{student.name} on {len(examples)} rows of {args.dataset_name} ({student.model.dtype})")
+    print(f"{student.name} on {plural(len(examples), 'row')} of {args.dataset_name} ({student.model.dtype})")
     print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")
@@ -91,7 +92,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         within = f"of the student's completions within {args.max_new_tokens} tokens"
         print(f"  ended           {found['ended']:.1%}   {within}")
     if score.cut:
-        print(f"  {score.cut} rows were longer than --max_length {args.max_length} and scored as far as they fit")
+        print(
+            f"  cut             {plural(score.cut, 'row')} to --max_length {args.max_length}, scored as far as they fit"
+        )
 
 
 if __name__ == "__main__":

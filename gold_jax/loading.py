@@ -98,9 +98,7 @@ def load_model_and_tokenizer(
         tokenizer = tokenizer.tokenizer
     if not isinstance(model, NAME | Decoder | tuple):
         known = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
-        instead = (
-            f"pass {known!r}, from where it was read" if known else "gold_jax.load_model reads Hugging Face folders"
-        )
+        instead = f"pass its name, {known!r}" if known else "gold_jax.load_model reads Hugging Face folders"
         raise TypeError(f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {name}; {instead}")
     if tokenizer is None and not isinstance(model, NAME):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")

@@ -231,7 +231,7 @@ class LoggingFlags(Settings):
         effect=_SHOWS_COMPLETIONS)
     num_completions_to_print: int | None = free_flag(None, "How many completions such a table shows; none: all.",
         range=AT_LEAST_ONE, effect=_SHOWS_COMPLETIONS)
-    report: bool = free_flag(False, "Write report.html into output_dir when the run is done, as gold_jax.report does.")
+    report: bool = free_flag(False, "Write report.html into output_dir at the end of the run, as gold_jax.report does.")
     profile_steps: list[str] | None = free_flag(None,
         "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes.")
 
@@ -317,9 +317,8 @@ class TextFlags(Settings):
         "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
     on_bad_row: str = free_flag("error", "What to do with a row that cannot be read: end with an error, or skip it, count "
         "it and show the first ones.", choices=("error", "skip"))
-    check_rows: str = flag("auto", "When to look through all rows, for those that cannot be read or learned from: before "
-        "training, or beside it, which begins at once and needs --max_steps. auto: beside it from 200,000 rows on, where "
-        "that is possible.", choices=("auto", "before", "beside"))
+    check_rows: str = flag("auto", "When to check all rows: before training, or beside it, in the background, which starts "
+        "training at once and needs --max_steps. auto: in the background from 200,000 rows on, where possible.", choices=("auto", "before", "beside"))
     completion_only_loss: bool | None = flag(None, "Learn the completion (of a conversation its last answer) and "
         "nothing else; false: the whole sequence.", effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")
@@ -362,7 +361,7 @@ class SFTConfig(
     A value of the wrong type or out of range is a ValueError that names the flag, the value and the range.
     """
 
-    completions_per_row = 1  # that an update learns from, of a row of the data set
+    completions_per_row = 1  # of an update, for each row of the data set
 
     def __post_init__(self):
         super().__post_init__()
@@ -425,7 +424,7 @@ class SFTConfig(
 
     @property
     def rows_per_update(self) -> int:
-        """Rows of the data set in an update, for each share of the mesh that has rows of its own."""
+        """Rows of the data set in an update, per data-parallel shard of the mesh."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps // self.completions_per_row
 
     def interval(self, name: str, total_steps: int) -> int:
@@ -458,8 +457,8 @@ class TeacherFlags(Settings):
         "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS)
     teacher_context: str | None = flag(None,
         "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
-    eval_gaps: bool = free_flag(False, "In evaluation, also have both models write on the prompts, and measure how far the "
-        "student is from its teacher on the text of either, in bits per byte.", effect=_EVALUATES)
+    eval_gaps: bool = free_flag(False, "In evaluation, also sample completions of the prompts from both models, and measure "
+        "the gap between student and teacher on either's, in bits per byte.", effect=_EVALUATES)
 
 
 class SamplingFlags(Settings):

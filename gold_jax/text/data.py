@@ -118,7 +118,7 @@ class Examples(Sequence):
             self[0]
 
     def _columns_up_to(self, wanted: set) -> list[str]:
-        """The columns of the rows that can be read, up to that with the last of the wanted ones: usually the first row."""
+        """The columns of the first rows, as many as it takes to find all `wanted` ones: usually one."""
         found: dict[str, None] = {}
         for index in range(len(self)):
             with contextlib.suppress(ValueError):

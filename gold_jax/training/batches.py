@@ -24,6 +24,7 @@ from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
 from gold_jax.training.rollout_buffer import Rollout, Rollouts
+from gold_jax.wording import plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RowOrder:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.rows)} rows"
+        return plural(len(self.rows), "row")
 
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""
@@ -339,9 +340,9 @@ class DistillationBatchBuilder:
         return "all" if self.spec.groups == "positional" else self.spec.groups
 
     def count_targets(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
-        """How many groups, or tokens of cross-entropy, rows of the data set give to learn, and whether each is cut.
+        """How many groups, or tokens of cross-entropy, are learned from each row, and whether `max_length` cuts it.
 
-        Of a row that is surely not cut, where all groups count, at least so many.
+        A row that certainly fits and has targets is counted as 1 without being aligned.
         """
         completions = [e.completion_for(self.student) for e in examples]
         found: list = [(1, False) if fits else None for fits in self._fit(examples, completions)]
@@ -352,9 +353,9 @@ class DistillationBatchBuilder:
         return found
 
     def _fit(self, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
-        """Which rows surely are within `max_length` on both sides, and give something to learn: prompts alone are encoded.
+        """Which rows certainly fit into `max_length` on both sides and have targets. Encodes prompts only.
 
-        A token of a completion spells at least a byte, but for a blank before it and the stop token behind it.
+        Bounds a completion by its bytes, as a token spells at least one, plus a leading blank and the stop token.
         """
         if self.max_length is None or self._groups != "all" or self.spec.groups == "positional":
             return [False] * len(examples)
@@ -413,7 +414,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # as `DistillationBatchBuilder` has it: nothing is drawn for later updates
+    rollout_batches = 1  # as of `DistillationBatchBuilder`: nothing is sampled
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 
