@@ -19,7 +19,7 @@ from gold_jax.rollout.server import ServerEngine
 from gold_jax.text import batch as text_batch
 from gold_jax.text.batch import SINGLE_PROCESS, Row, counted_groups
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example, join_contexts
+from gold_jax.text.data import Example, as_teacher_reads
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
@@ -281,9 +281,7 @@ class DistillationBatchBuilder:
     @annotate(ENCODING)
     def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher reads them, with its contexts."""
-        contexts = [join_contexts(self.teacher_context, e.teacher_context) for e in examples]
-        pairs = [(e.prompt, context) for e, context in zip(examples, contexts)]
-        return [self.teacher.with_context(*pair) if pair[1] else pair[0] for pair in pairs]
+        return [e.prompt for e in as_teacher_reads(examples, self.teacher, self.teacher_context)]
 
     def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
         """All batches of an evaluation, on the data set's completions."""

@@ -34,7 +34,7 @@ from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import load_examples
+from gold_jax.text.data import as_teacher_reads, load_examples
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
@@ -310,12 +310,13 @@ class _Trainer(TrainerMembers):
         self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
 
     def _score_teacher(self, rows: Any = None) -> dict[str, float]:
-        """The teacher's metrics, measured as the student's."""
+        """The teacher's metrics, measured as the student's, with the contexts that it alone reads."""
         rows = self.eval_examples if rows is None else rows
         if isinstance(rows, Mapping):
             return over_sets(self._score_teacher, rows)
         a, examples = self.args, with_text_completion(rows)
         teacher = self._teacher._replace(model=self._teacher_now())
+        examples = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
         chunk = chunk_size(a.loss_chunk, teacher.model.platform)
         score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
@@ -331,7 +332,10 @@ class _Trainer(TrainerMembers):
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
         options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
         options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
-        found = measure_gaps(student, teacher, [e.prompt for e in with_text_completion(rows)], **options)
+        examples = with_text_completion(rows)
+        read = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
+        options |= dict(teacher_prompts=[e.prompt for e in read])
+        found = measure_gaps(student, teacher, [e.prompt for e in examples], **options)
         measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
         return {f"eval_{name}": value for name, value in measured.items()}
 

@@ -385,7 +385,7 @@ def test_a_teacher_with_added_tokens_has_the_students_vocabulary(world, tmp_path
 
 def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path):
     settings = QUICK | {"lmbda": 0.0, "max_completion_length": 8, "eval_gaps": True, "max_steps": 2, "seed": 5}
-    settings |= {"eval_on_start": True, "per_device_eval_batch_size": 2}
+    settings |= {"eval_on_start": True, "per_device_eval_batch_size": 2, "teacher_context": "Be brief."}
     names, args = (
         [str(world / name) for name in ("student", "teacher")],
         GOLDConfig(output_dir=str(tmp_path), **settings),
@@ -393,14 +393,21 @@ def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path
     trainer = GOLDTrainer(*names, args, ROWS[:2], ROWS[2:], console=tiny.quiet_console())
     trainer.train()
     prompts = [row["messages"][:-1] for row in ROWS[2:]]
+    teacher_prompts = [[{"role": "user", "content": f"Be brief.\n\n{prompt[0]['content']}"}] for prompt in prompts]
     before, after = (row for row in trainer.log_history if "eval_loss" in row)
     for student, line in ((names[0], before), (str(tmp_path), after)):
-        found = measure_gaps(student, names[1], prompts, max_new_tokens=8, key=5, batch_size=2)
+        options = dict(max_new_tokens=8, key=5, batch_size=2, teacher_prompts=teacher_prompts)
+        found = measure_gaps(student, names[1], prompts, **options)
         expected = found.forward, found.reverse, found.student_on_student
         assert [line[f"eval_{name}"] for name in ("forward_gap", "reverse_gap", "entropy")] == pytest.approx(
             expected, 1e-5
         )
     assert before["eval_forward_gap"] != after["eval_forward_gap"]
+    alone = measure_gaps(student, names[1], prompts, max_new_tokens=8, key=5, batch_size=2)
+    assert alone.student_on_student == found.student_on_student and alone.reverse != found.reverse
+    rows = [{"prompt": prompt, "completion": row["messages"][-1:]} for prompt, row in zip(teacher_prompts, ROWS[2:])]
+    scored = score_completions(names[1], rows=rows).bits_per_byte
+    assert trainer._score_teacher()["eval_bits_per_byte"] == pytest.approx(scored, 1e-5)
     assert "forward gap" in trainer.console.export_text()
 
 
