@@ -1,10 +1,10 @@
 """The check of all rows of a large data set in a thread, during training."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from gold_jax.text.checks import CheckedRows
+from gold_jax.text.checks import CheckedRows, RowChecker
 
 
 class _Stopped(Exception):
@@ -14,15 +14,16 @@ class _Stopped(Exception):
 class BackgroundCheck:
     """A check of `total` rows that runs in a thread within a `with` block.
 
-    `check` is called with a function that takes the number of rows checked so far, to be called after every block; the
+    `check` is called with what it calls after every block, with its checker (`check_examples`: `after_block`); that
     function raises once training has ended. `check` needs tokenizers of its own: setting truncation and padding is not
     thread-safe.
     """
 
-    def __init__(self, check: Callable[[Callable[[int], Any]], CheckedRows], total: int):
+    def __init__(self, check: Callable[[Callable[[RowChecker], Any]], CheckedRows], total: int):
         self._check, self.total, self.reached = check, total, 0
         self._found: CheckedRows | None = None
         self._error: Exception | None = None
+        self._notices: Sequence[str] = ()  # about the rows that are checked so far
         self._reported, self._stop = False, threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -46,8 +47,8 @@ class BackgroundCheck:
         except Exception as error:  # raised by `poll`
             self._error = error
 
-    def _reach(self, rows: int) -> None:
-        self.reached = rows
+    def _reach(self, checker: RowChecker) -> None:
+        self.reached, self._notices = checker.total, checker.notices()
         if self._stop.is_set():
             raise _Stopped
 
@@ -63,8 +64,9 @@ class BackgroundCheck:
             *(f"note: {line}" for line in self._found.notices),
         ]
 
-    def unfinished(self) -> str | None:
-        """A line that says how far the check came; None if it finished."""
+    def unfinished(self) -> list[str]:
+        """Lines that say how far the check came and what it found by then; none if it finished."""
         if self._reported:
-            return None
-        return f"{self.reached:,} of {self.total:,} rows were checked before training ended."
+            return []
+        line = f"{self.reached:,} of {self.total:,} rows were checked before training ended."
+        return [line, *(f"note: {notice}" for notice in self._notices)]

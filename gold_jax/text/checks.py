@@ -420,23 +420,26 @@ def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:
 def check_examples(
     examples: Sequence[Example],
     chat_tokenizer: ChatTokenizer,
-    reach: Callable[[int], Any] | None = None,
+    after_block: Callable[[RowChecker], Any] | None = None,
     **options: Any,
 ) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot; `options` as `RowChecker` takes them.
 
-    `reach` is called with the number of rows checked so far after every block; None: a progress bar shows it.
+    `after_block` is called with the checker after every block; None: a progress bar shows how many rows are checked.
     ValueError as `RowChecker.check`, or no row is left.
     """
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
     rows = ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
     with contextlib.ExitStack() as stack:
-        report = reach or stack.enter_context(progress.task("checking the rows", len(examples))).reach
+        bar = None if after_block else stack.enter_context(progress.task("checking the rows", len(examples)))
         while block := list(itertools.islice(rows, _BLOCK)):
             for i, e in checker.check(block):
                 kept.append(i)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-            report(checker.total)
+            if bar is None:
+                after_block(checker)
+            else:
+                bar.reach(checker.total)
     if not kept:
         raise checker.nothing_left()
     return CheckedRows(kept, checker.notices(), digest.hexdigest())

@@ -62,7 +62,7 @@ class Data(NamedTuple):
         if self.background is not None:
             if not (unfinished := self.background.unfinished()):
                 return lines
-            lines.append(unfinished)
+            lines += unfinished
         if isinstance(self.order, StreamOrder):
             lines += [f"Of the rows read so far: {line}" for line in self.order.checker.notices()]
         return lines

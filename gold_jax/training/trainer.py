@@ -172,8 +172,8 @@ class _Trainer(TrainerMembers):
             # With tokenizers of its own: setting truncation and padding is not thread-safe.
             own_tokenizer, own_options = copy.deepcopy((chat_tokenizer, options))
 
-            def check(reach: Callable[[int], Any]) -> CheckedRows:
-                return self._check_all(examples, learned, own_tokenizer, own_options, reach)[0]
+            def check(after_block: Callable[[RowChecker], Any]) -> CheckedRows:
+                return self._check_all(examples, learned, own_tokenizer, own_options, after_block)[0]
 
             self._background = BackgroundCheck(check, len(examples))
         else:
@@ -195,10 +195,10 @@ class _Trainer(TrainerMembers):
         learned: Any,
         chat_tokenizer: ChatTokenizer,
         options: dict[str, Any],
-        reach: Callable[[int], Any] | None = None,
+        after_block: Callable[[RowChecker], Any] | None = None,
     ) -> tuple[CheckedRows, bool]:
         """The result of `check_examples` for all rows, and whether it comes from the cache of an earlier run."""
-        check = functools.partial(check_examples, examples, chat_tokenizer, reach, **options)
+        check = functools.partial(check_examples, examples, chat_tokenizer, after_block, **options)
         sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
         known = all(backend_of(side.tokenizer) is not None for side in sides)  # digests of others are incomplete
         large = len(examples) >= _CACHED_FROM and datasets.is_caching_enabled()

@@ -1,4 +1,5 @@
 import functools
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from toy_tokenizers import CHATML, byte_level
 from transformers import PreTrainedTokenizerFast
 
 from gold_jax.text import checks, template_trace
+from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluation, check_examples
 from gold_jax.text.data import load_examples
@@ -401,3 +403,30 @@ def test_the_first_bad_row_is_told_though_others_are_looked_at_with_it():
         check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets)
     checked = check(*rows, {"prompt": 3}, max_length=30, count_targets=count_targets, on_bad_row="skip")
     assert checked.kept.tolist() == [0] and "and 1 more rows like it" in checked.notices[0]
+
+
+def test_a_check_that_training_ended_before_says_what_it_found_by_then(monkeypatch):
+    monkeypatch.setattr(checks, "_BLOCK", 2)
+    rows, reached, stopped = (
+        [{"prompt": "a", "completion": "b"}, {"prompt": 5}] * 3,
+        threading.Event(),
+        threading.Event(),
+    )
+
+    def check(after_block):
+        def slowly(checker):
+            after_block(checker)
+            reached.set()
+            stopped.wait(60)
+
+        options = dict(budget=None, need_completion=None, on_bad_row="skip")
+        return check_examples(load_examples(rows, check_first=False), chat_tokenizer(), slowly, **options)
+
+    background = BackgroundCheck(check, len(rows))
+    with background:
+        assert reached.wait(60)
+        found = background.unfinished()
+        background._stop.set()
+        stopped.set()
+    assert found[0] == "2 of 6 rows were checked before training ended."
+    assert found[1].startswith("note: left out 1 of 2 rows") and "row 1 of the data set" in found[1]
