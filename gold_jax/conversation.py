@@ -39,6 +39,7 @@ class Chat:
         self.answers = 0
         options = {"rows": 1, "queue_size": 1, "max_length": max_length, "least": _LEAST}
         self.batcher = Batcher(loaded.model, self.chat.stop_ids, **options)
+        self.batcher.compile(_LEAST, scoring=False)
 
     def close(self) -> None:
         """Ends the thread that decodes."""
@@ -60,6 +61,8 @@ class Chat:
             raise ValueError(f"the conversation has more than the {most} tokens that fit; /undo shortens it")
         events: queue.SimpleQueue = queue.SimpleQueue()
         new = min(self.max_new_tokens, most - len(ids))
+        with progress.displayed():
+            self.batcher.compile(len(ids) + new, scoring=False)
         request = Request(ids, lambda *event: events.put(event), new, self.seed, self.answers, **self.sampling)
         writing, why = Writing(self.chat, prompt), ""
         self.answers += 1

@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gold_jax.serving import writing
-from gold_jax.serving.batcher import MOST_TOP, STOPPING, Batcher, QueueFull, Request, Tokens
+from gold_jax.serving.batcher import STOPPING, Batcher, QueueFull, Request, Tokens
+from gold_jax.serving.programs import MOST_TOP
 from gold_jax.serving.protocol import RequestError, Wanted, read_request
 from gold_jax.text.chat import ChatTokenizer
 
