@@ -7,8 +7,8 @@ widths of prompts in powers of two, one number of rows, one of prompts. `compile
 
 import collections
 import dataclasses
+import functools
 import json
-import queue
 import sys
 import threading
 import time
@@ -145,21 +145,24 @@ class Batcher:
         return sum(slot is not None for slot in self._slots)
 
     def compile(self, length: int, *, scoring: bool = True) -> None:
-        """Compiles the programs for sequences of up to `length` tokens, by writing one of each size; waits for it.
+        """Compiles the programs for sequences of up to `length` tokens, without which the first request waits for them.
 
-        Without `scoring` those for the log-probabilities of prompts are left out. RuntimeError where a program fails.
+        Without `scoring` those for the log-probabilities of prompts are left out.
         """
         largest = power_of_two(min(length, self.max_length))
         sizes = [1 << n for n in range(self._least.bit_length() - 1, largest.bit_length())]
         sizes = [size for size in sizes if size not in self._sizes]
         self._sizes.update(sizes)
-        for size in progress.track(sizes, "compiling for sequences of all sizes"):
-            events: queue.SimpleQueue = queue.SimpleQueue()
-            prompt = np.zeros(max(1, min(size - ROUND, self.max_length - 1)), np.int32)
-            self.submit([Request(prompt, lambda *event: events.put(event), 1, score_prompt=scoring)])
-            while (event := events.get())[0] != "end":
-                if event[0] == "error":
-                    raise RuntimeError(event[1])
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        with jax.default_device(self._device):
+            for size in progress.track(sizes, "compiling for sequences of all sizes"):
+                prompts = self._pad([np.zeros(size, np.int32)])
+                if scoring:
+                    programs.score_tokens.lower(*self._model, *prompts, np.bool_(False)).compile()
+                programs.prefill.lower(*self._model, *prompts).compile()
+                shapes = jax.eval_shape(functools.partial(self._empty_slots, size))
+                state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+                programs.decode_round.lower(*self._model, self._weights, *state, *self._settings()).compile()
 
     def close(self) -> None:
         """Ends the thread, after its round; what is not finished receives an error."""
@@ -217,7 +220,7 @@ class Batcher:
         if not some:
             return
         try:
-            wants_top = any(sequence.top for sequence in some)
+            wants_top = np.bool_(any(sequence.top for sequence in some))
             tokens = self._pad([sequence.prompt for sequence in some])
             found = jax.device_get(programs.score_tokens(*self._model, *tokens, wants_top))
         except Exception:
@@ -287,16 +290,19 @@ class Batcher:
         active = [row for row, slot in enumerate(self._slots) if slot is not None]
         needed = self._size(int(self._length[active].max()) + ROUND)
         if self._state is None:
-            options = {"config": self._config, "dtype": self._dtype, "rows": self.rows, "new": ROUND}
-            self._state = commit(device.empty_slots(self._no_key, slots=needed, **options))
+            self._state = commit(self._empty_slots(needed))
         elif needed > self._slots_per_row or self._slots_per_row >= 4 * needed:
             self._state = device.resize_slots(*self._state, np.arange(self.rows, dtype=np.int32), slots=needed)
         else:
             return
         self._slots_per_row = needed
 
-    def _decode(self) -> None:
-        """One round: a few tokens of every sequence."""
+    def _empty_slots(self, size: int) -> tuple:
+        options = {"config": self._config, "dtype": self._dtype, "rows": self.rows, "new": ROUND}
+        return device.empty_slots(self._no_key, slots=size, **options)
+
+    def _settings(self) -> tuple:
+        """The last arguments of `programs.decode_round`, for what is in the slots now."""
         now = self._slots
         column = lambda name, off: np.array([off if s is None else getattr(s, name) for s in now])  # noqa: E731
         settings = [column("temperature", 0.0), column("top_k", 0), column("top_p", 1.0)]
@@ -307,15 +313,19 @@ class Batcher:
         )
         with self._lock:
             min_active = self.running - 1 if self.waiting else 0
-        began = time.perf_counter()
-        limits = np.int32(steps), np.int32(min_active), any(slot is not None and slot.top for slot in now)
-        cache, state, *found = programs.decode_round(*self._model, self._weights, *self._state, options, done, *limits)
+        wants_top = any(slot is not None and slot.top for slot in now)
+        return options, done, np.int32(steps), np.int32(min_active), np.bool_(wants_top)
+
+    def _decode(self) -> None:
+        """One round: a few tokens of every sequence."""
+        settings, began = self._settings(), time.perf_counter()
+        cache, state, *found = programs.decode_round(*self._model, self._weights, *self._state, *settings)
         self._state = cache, state
         drawn, counts, ended = jax.device_get((*found, state.done))
         if taken := int(counts.max()):
             self._seconds_per_step = (time.perf_counter() - began) / taken
         self._length += counts
-        for row, sequence in enumerate(now):
+        for row, sequence in enumerate(self._slots):
             if sequence is None:
                 continue
             sequence.written += int(counts[row])
