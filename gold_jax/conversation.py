@@ -74,7 +74,8 @@ class Chat:
                     raise ValueError(value)
                 tell(writing.add(value) if kind == "tokens" else writing.end(value))
             if writing.finish == "length":
-                why = f"cut after {new} tokens" + (": --max_new_tokens" if new == self.max_new_tokens else "")
+                full = f"the conversation fills the {most} tokens that fit"
+                why = f"cut after {new} tokens: {'--max_new_tokens' if new == self.max_new_tokens else full}"
         except KeyboardInterrupt:
             why = "stopped"
         finally:

@@ -289,13 +289,14 @@ def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int
         return JSONResponse({"status": "ok", "running": batcher.running, "waiting": batcher.waiting})
 
     def refused(http: HttpRequest, error: Exception) -> Response:
+        headers = error.headers if isinstance(error, HTTPException) else None  # Allow, for another method
         if not isinstance(error, RequestError | HTTPException):
             says = f"{type(error).__name__}, see the server's log"
             error = RequestError(says, status=500, kind="server_error")
         elif isinstance(error, HTTPException):
             status, there = error.status_code, ", ".join(f"{route.path}" for route in routes)
             error = RequestError(f"{http.method} {http.url.path} is not served; there are {there}", status=status)
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, headers)
 
     routes = [
         Route("/v1/completions", answer, methods=["POST"]),

@@ -18,10 +18,12 @@ class Writing:
     """A completion as far as it is drawn.
 
     Its text is that of `text.detokenize.completion_from_ids`: it ends before what is no UTF-8 and before tokens that spell
-    nothing, and then counts as stopped. What may be the beginning of a stop string is kept back while more may come.
+    nothing, and then counts as stopped. What may be the beginning of a stop string is kept back while more may come. The
+    first stop string that is complete ends it. However many tokens come at once, the result is the same.
 
     Attributes:
         text: what can be told so far, without the stop string.
+        ids: the tokens, up to the one with which it was finished.
         finish: "stop" or "length" where it is finished, else None.
     """
 
@@ -48,11 +50,15 @@ class Writing:
         read = completion_from_ids(self.chat, self.ids, after=self.after)
         text, told = read.text, len(self.text)
         self._starts = read.spans[:, 0]
-        found = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
+        found = min(((at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
-            text, self.finish = text[:found], "stop"
-        elif finish or len(self.ids) - len(read.ids) > _LONGEST_CHARACTER:
-            self.finish = finish or "stop"
+            del self.ids[int((self._starts < len(text[: found[0]].encode())).sum()) :]
+            text, self.finish = text[: found[1]], "stop"
+        elif len(self.ids) - len(read.ids) > _LONGEST_CHARACTER:
+            del self.ids[len(read.ids) + _LONGEST_CHARACTER + 1 :]
+            self.finish = "stop"
+        elif finish:
+            self.finish = finish
         else:
             text = text[: len(text) - _held(text, self.stops)]
         self._whole = found is None and self.finish is not None
