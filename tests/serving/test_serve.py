@@ -130,6 +130,12 @@ def test_greedy_answers_are_those_of_generate_and_their_log_probabilities_the_mo
     assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] and len(t["top_logprobs"]) == 2 for t in told)
 
 
+def test_variables_of_the_template_change_nothing_but_the_prompt(client):
+    body = {"messages": PROMPTS[0], "temperature": 0, "logprobs": True, "top_logprobs": 1, "max_tokens": 32}
+    (plain,) = post(client, "chat/completions", **body)["choices"]
+    assert post(client, "chat/completions", **body, chat_template_kwargs={"unread": True})["choices"] == [plain]
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6, "top_k": 20}])
 def test_a_seed_draws_what_it_draws_in_generate(client, loaded, settings):
     wanted = gold_jax.sample_completions(loaded, None, [PROMPTS[0]] * 3, key=5, max_new_tokens=32, **settings)
