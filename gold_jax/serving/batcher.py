@@ -288,7 +288,7 @@ class Batcher:
     def _resize(self) -> None:
         """As many slots of the cache as the longest sequence needs for the next round, in powers of two."""
         active = [row for row, slot in enumerate(self._slots) if slot is not None]
-        needed = self._size(int(self._length[active].max()) + ROUND)
+        needed = self._size(min(int(self._length[active].max()) + ROUND, self.max_length))
         if self._state is None:
             self._state = commit(self._empty_slots(needed))
         elif needed > self._slots_per_row or self._slots_per_row >= 4 * needed:

@@ -260,7 +260,7 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(client):
 
 
 def test_requests_of_compiled_sizes_wait_for_no_compiling(loaded, caplog, capsys):
-    made = Batcher(loaded.model, loaded.chat_tokenizer.stop_ids, rows=2, queue_size=4, max_length=200)
+    made = Batcher(loaded.model, loaded.chat_tokenizer.stop_ids, rows=2, queue_size=4, max_length=256)
 
     def write(length, **settings):
         ended = threading.Event()
@@ -281,6 +281,8 @@ def test_requests_of_compiled_sizes_wait_for_no_compiling(loaded, caplog, capsys
         assert "requests wait" not in capsys.readouterr().err
         write(150)
         assert "compiling for sequences of up to 256 tokens; requests wait" in capsys.readouterr().err
+        write(253)  # to the last of the tokens that fit: no larger programs
+        assert "requests wait" not in capsys.readouterr().err and made._slots_per_row == 256
     finally:
         jax.config.update("jax_log_compiles", False)
         made.close()
