@@ -40,6 +40,7 @@ class Chat:
         self.answers = 0
         options = {"rows": 1, "queue_size": 1, "max_length": max_length, "least": _LEAST}
         self.batcher = Batcher(loaded.model, self.chat.stop_ids, **options)
+        self.batcher.compile(_LEAST, scoring=False)
 
     def close(self) -> None:
         """Ends the thread that decodes."""
@@ -61,6 +62,8 @@ class Chat:
             raise ValueError(f"the conversation has more than the {most} tokens that fit; /undo shortens it")
         events: queue.SimpleQueue = queue.SimpleQueue()
         new = min(self.max_new_tokens, most - len(ids))
+        with progress.displayed():
+            self.batcher.compile(len(ids) + new, scoring=False)
         request = Request(ids, lambda *event: events.put(event), new, self.seed, self.answers, **self.sampling)
         writing, why = Writing(self.chat, prompt), ""
         self.answers += 1
@@ -72,7 +75,8 @@ class Chat:
                     raise ValueError(value)
                 tell(writing.add(value) if kind == "tokens" else writing.end(value))
             if writing.finish == "length":
-                why = f"cut after {new} tokens" + (": --max_new_tokens" if new == self.max_new_tokens else "")
+                full = f"the conversation fills the {most} tokens that fit"
+                why = f"cut after {new} tokens: {'--max_new_tokens' if new == self.max_new_tokens else full}"
         except KeyboardInterrupt:
             why = "stopped"
         finally:

@@ -31,6 +31,8 @@ _PROGRAM_NAMES = {
     "teacher_forward": "the teacher's forward pass",
     "prefill_into_slots": "prefill",
     "decode_until": "decoding",
+    "decode_round": "decoding",
+    "score_tokens": "the scoring of prompts",
     "_completion_nll": "the scoring of completions",
 }
 _display: "_Display | None" = None

@@ -51,13 +51,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     with _listen(args.host, args.port) as listener:
         show(notices)
         from gold_jax.serving.app import create_app
-        from gold_jax.serving.batcher import Batcher, longest_sequence
+        from gold_jax.serving.batcher import COMPILED_LENGTH, Batcher, longest_sequence
 
         loaded = load_reader(model, args, args.tokenizer_name_or_path, special_tokens=True, one_device=True)
         decoder, chat = loaded.model, loaded.chat_tokenizer
         sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
         longest = args.max_length or longest_sequence(decoder)
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
+        batcher.compile(COMPILED_LENGTH)
         name = args.served_model_name or shown_name(model.model_name_or_path)
         app = create_app(chat, batcher, name, decoder.config.vocab_size)
         options = {"log_level": "warning", "timeout_graceful_shutdown": 2 * _LAST_SECONDS}

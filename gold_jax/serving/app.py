@@ -19,7 +19,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from gold_jax.serving import writing
-from gold_jax.serving.batcher import MOST_TOP, STOPPING, Batcher, QueueFull, Request, Tokens
+from gold_jax.serving.batcher import STOPPING, Batcher, QueueFull, Request, Tokens
+from gold_jax.serving.programs import MOST_TOP
 from gold_jax.serving.protocol import RequestError, Wanted, read_request
 from gold_jax.text.chat import ChatTokenizer
 
@@ -33,7 +34,7 @@ class _Choice:
     def __init__(self, chat: ChatTokenizer, wanted: Wanted, prompt: Any, ids: np.ndarray, index: int):
         self.chat, self.wanted, self.ids, self.index = chat, wanted, ids, index
         self.request: Request | None = None
-        self.is_chat = isinstance(prompt, list) and isinstance(prompt[0], dict)
+        self.is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         self.prompt_text, self.prompt_offsets = ("", []) if self.is_chat else writing.text_of_prompt(chat, prompt, ids)
         self.writing = writing.Writing(chat, prompt if self.is_chat else self.prompt_text, wanted.stop)
         self.prompt_tokens: Tokens | None = None
@@ -211,6 +212,29 @@ async def _body(http: HttpRequest) -> bytes:
     return bytes(data)
 
 
+def _encode(chat: ChatTokenizer, prompt: Any, field: str, of: str, max_length: int, vocab_size: int) -> np.ndarray:
+    """A prompt as tokens, int32 [P], 1 to `max_length` of them; `RequestError`, which calls it `of`, where it has none such."""
+    if _is_ids(prompt):
+        if wrong := [i for i in prompt if not 0 <= i < vocab_size]:
+            raise RequestError(f"{of} holds the token {wrong[0]}; the model has tokens 0 to {vocab_size - 1}", field)
+        ids = np.array(prompt, np.int32)
+    else:
+        try:
+            ids = chat.encode_prompt(prompt, limit=max_length)
+        except ValueError as error:
+            raise RequestError(f"{of} cannot be read: {error}", field) from None
+    if not len(ids):
+        raise RequestError(f"{of} has no tokens; it must have at least one", field)
+    if len(ids) > max_length:
+        says = f"{of} has more than the {max_length} tokens that fit here (--max_length); shorten it"
+        raise RequestError(says, field)
+    return ids
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, list) and isinstance(prompt[0], int)
+
+
 def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int) -> Starlette:
     """The application that serves a batcher's model, with its tokenizer, under a name."""
     created, said = int(time.time()), set()
@@ -228,27 +252,10 @@ def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int
                 f"n times the prompts make {len(wanted.prompts) * wanted.n} sequences; at most {most} fit at once", "n"
             )
         choices, field = [], "messages" if kind == "chat" else "prompt"
+        new = (kind == "chat" or 1) if wanted.max_tokens is None else wanted.max_tokens
         for at, prompt in enumerate(wanted.prompts):
             of = f"{field}[{at}]" if len(wanted.prompts) > 1 else field
-            if kind == "chat" or isinstance(prompt, str):
-                try:
-                    ids = chat.encode_prompt(prompt, limit=batcher.max_length)
-                except ValueError as error:
-                    raise RequestError(f"{of} cannot be read: {error}", field) from None
-            else:
-                if wrong := [i for i in prompt if not 0 <= i < vocab_size]:
-                    raise RequestError(
-                        f"{of} holds the token {wrong[0]}; the model has tokens 0 to {vocab_size - 1}", field
-                    )
-                ids = np.array(prompt, np.int32)
-            if not len(ids):
-                raise RequestError(f"{of} has no tokens; it must have at least one", field)
-            new = (kind == "chat" or 1) if wanted.max_tokens is None else wanted.max_tokens
-            if len(ids) > batcher.max_length:
-                raise RequestError(
-                    f"{of} has more than the {batcher.max_length} tokens that fit here (--max_length); shorten it",
-                    field,
-                )
+            ids = _encode(chat, prompt, field, of, batcher.max_length, vocab_size)
             if len(ids) + new > batcher.max_length:
                 raise RequestError(
                     f"the tokens of {of} ({len(ids)}) and max_tokens ({new}) are more than the {batcher.max_length} that fit here (--max_length); "
@@ -288,13 +295,14 @@ def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int
         return JSONResponse({"status": "ok", "running": batcher.running, "waiting": batcher.waiting})
 
     def refused(http: HttpRequest, error: Exception) -> Response:
+        headers = error.headers if isinstance(error, HTTPException) else None  # Allow, for another method
         if not isinstance(error, RequestError | HTTPException):
             says = f"{type(error).__name__}, see the server's log"
             error = RequestError(says, status=500, kind="server_error")
         elif isinstance(error, HTTPException):
             status, there = error.status_code, ", ".join(f"{route.path}" for route in routes)
             error = RequestError(f"{http.method} {http.url.path} is not served; there are {there}", status=status)
-        return JSONResponse(error.body(), error.status)
+        return JSONResponse(error.body(), error.status, headers)
 
     routes = [
         Route("/v1/completions", answer, methods=["POST"]),

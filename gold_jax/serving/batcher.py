@@ -2,20 +2,24 @@
 
 A sequence that is submitted waits in a bounded queue for a free slot and joins the others between two rounds of a few
 tokens; so do prompts whose log-probabilities are asked for. Programs are compiled for few sizes: slots of the cache and
-widths of prompts in powers of two, one number of rows, three numbers of prompts.
+widths of prompts in powers of two, one number of rows, one of prompts. `compile` compiles them before they are needed.
 """
 
 import collections
 import dataclasses
+import functools
 import json
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from gold_jax import progress
 from gold_jax.bucketing import power_of_two
 from gold_jax.models.functional import commit, count, merge, split
 from gold_jax.rollout import decode_state as device
@@ -27,9 +31,7 @@ _ROUND_SECONDS = 0.1  # about how long a round may take
 STOPPING = "the server is stopping"
 _LAST_SECONDS = 30  # that `close` waits for the last round, which may compile
 _LONGEST = 4096
-_SCORED = 4  # prompts that are scored in one program at most: decoding waits for it
-_TOPS = (0, 1, 5, 20)  # numbers of likeliest tokens that programs are compiled for
-MOST_TOP = _TOPS[-1]
+COMPILED_LENGTH = 1024  # most tokens of the sequences that a server compiles its programs for before it serves
 
 
 class QueueFull(Exception):
@@ -42,7 +44,7 @@ class Tokens:
 
     ids: np.ndarray  # int32 [N]
     logprobs: np.ndarray  # float32 [N], at temperature 1 and unfiltered
-    top_ids: np.ndarray  # int32 [N, K]; K is at least what was asked for
+    top_ids: np.ndarray  # int32 [N, K]; zeros where nobody asked for them
     top_logprobs: np.ndarray  # float32 [N, K], descending
 
 
@@ -99,8 +101,9 @@ class Batcher:
         self._stops = np.array(stops, np.int32)
         self.rows, self.queue_size, self.max_length = rows, queue_size, max_length
         small = count(params) < SMALL_MODEL
-        self._prompts_at_once = [rows] if small else sorted({1, min(4, rows), rows})
-        self._least = power_of_two(min(least or (128 if small else 32), max_length))
+        self._prompts_at_once = rows if small else 1  # decoding waits for them
+        self._least = power_of_two(min(least or (128 if small else 64), max_length))
+        self._sizes: set[int] = set()  # that programs have been compiled for
         self._device = next(iter(jax.tree.leaves(self._model[1])[0].devices()))
         self._no_key = jax.random.key(0)
         self._lock = threading.Condition()
@@ -141,6 +144,26 @@ class Batcher:
         """How many sequences are in slots."""
         return sum(slot is not None for slot in self._slots)
 
+    def compile(self, length: int, *, scoring: bool = True) -> None:
+        """Compiles the programs for sequences of up to `length` tokens, without which the first request waits for them.
+
+        Without `scoring` those for the log-probabilities of prompts are left out.
+        """
+        largest = power_of_two(min(length, self.max_length))
+        sizes = [1 << n for n in range(self._least.bit_length() - 1, largest.bit_length())]
+        sizes = [size for size in sizes if size not in self._sizes]
+        self._sizes.update(sizes)
+        sharding = jax.sharding.SingleDeviceSharding(self._device)
+        with jax.default_device(self._device):
+            for size in progress.track(sizes, "compiling for sequences of all sizes"):
+                prompts = self._pad([np.zeros(size, np.int32)])
+                if scoring:
+                    programs.score_tokens.lower(*self._model, *prompts, np.bool_(False)).compile()
+                programs.prefill.lower(*self._model, *prompts).compile()
+                shapes = jax.eval_shape(functools.partial(self._empty_slots, size))
+                state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+                programs.decode_round.lower(*self._model, self._weights, *state, *self._settings()).compile()
+
     def close(self) -> None:
         """Ends the thread after its current round; unfinished sequences receive an error."""
         with self._lock:
@@ -152,7 +175,7 @@ class Batcher:
         self._slots: list[Request | None] = [None] * self.rows
         self._length = np.zeros(self.rows, int)  # tokens in the cache of each slot
         self._state: tuple | None = None
-        self._size, self._seconds_per_step = 0, 0.0
+        self._slots_per_row, self._seconds_per_step = 0, 0.0
 
     def _run(self) -> None:
         with jax.default_device(self._device):
@@ -164,6 +187,7 @@ class Batcher:
                 try:
                     self._turn()
                 except Exception as error:  # the thread must live: whoever waits is told
+                    traceback.print_exc()
                     self._fail(f"{type(error).__name__}: {error}")
                     self._reset()
 
@@ -192,17 +216,13 @@ class Batcher:
     def _score(self) -> None:
         """Scores the next prompts; sequences that are to be continued then wait for a slot."""
         with self._lock:
-            some = [self._scoring.popleft() for _ in range(min(_SCORED, len(self._scoring)))]
+            some = [self._scoring.popleft() for _ in range(min(self._prompts_at_once, len(self._scoring)))]
         if not some:
             return
         try:
-            height = 1 if len(some) == 1 else _SCORED
-            width = self._width(max(len(sequence.prompt) for sequence in some))
-            tokens, lengths = np.zeros((height, width), np.int32), np.zeros(height, np.int32)
-            for at, sequence in enumerate(some):
-                tokens[at, : len(sequence.prompt)], lengths[at] = sequence.prompt, len(sequence.prompt)
-            top = _top_of(some)
-            found = jax.device_get(programs.score_tokens(*self._model, tokens, lengths, top=top))
+            wants_top = np.bool_(any(sequence.top for sequence in some))
+            tokens = self._pad([sequence.prompt for sequence in some])
+            found = jax.device_get(programs.score_tokens(*self._model, *tokens, wants_top))
         except Exception:
             with self._lock:  # so that they receive the error
                 self._scoring.extendleft(some[::-1])
@@ -214,11 +234,24 @@ class Batcher:
         with self._lock:
             self._waiting.extendleft([s for s in some if s.max_tokens and not s.cancelled][::-1])
 
-    def _width(self, length: int) -> int:
-        return power_of_two(length, smallest=self._least)
+    def _size(self, length: int) -> int:
+        """The size of the programs for so many tokens."""
+        size = power_of_two(length, smallest=self._least)
+        if size not in self._sizes:
+            self._sizes.add(size)
+            print(f"compiling for sequences of up to {size} tokens; requests wait for it", file=sys.stderr, flush=True)
+        return size
+
+    def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Prompts [B, T] as their program takes them, and how many tokens each has, [B]."""
+        shape = self._prompts_at_once, self._size(max(map(len, prompts)))
+        tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
+        for at, prompt in enumerate(prompts):
+            tokens[at, : len(prompt)], lengths[at] = prompt, len(prompt)
+        return tokens, lengths
 
     def _join(self) -> None:
-        """The next sequences that wait are read into free slots."""
+        """The next sequences that wait are read into free slots; what one reads does not depend on who else joins."""
         free = [row for row, slot in enumerate(self._slots) if slot is None]
         with self._lock:
             joining = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
@@ -229,39 +262,47 @@ class Batcher:
         if not self.running:
             return
         self._resize()
-        if not joining:
-            return
-        prompts: dict[bytes, int] = {}
-        source = [prompts.setdefault(sequence.prompt.tobytes(), len(prompts)) for sequence in joining]
-        height = min(size for size in self._prompts_at_once if size >= len(prompts))
-        lengths = np.zeros(height, np.int32)
-        tokens = np.zeros((height, self._width(max(len(s.prompt) - 1 for s in joining))), np.int32)
-        next_token, index, source_of_row, seed = np.zeros((4, self.rows), np.int32)
-        row_index = np.full(self.rows, self.rows, np.int32)
-        for at, (row, sequence) in enumerate(zip(free, joining)):
-            ids = sequence.prompt
-            tokens[source[at], : len(ids) - 1], lengths[source[at]] = ids[:-1], len(ids) - 1
-            next_token[at], row_index[at], source_of_row[at] = ids[-1], row, source[at]
+        rows: dict[bytes, list[int]] = {}  # of each prompt
+        for row, sequence in zip(free, joining):
+            rows.setdefault(sequence.prompt[:-1].tobytes(), []).append(row)
+        by_size = collections.defaultdict(list)
+        for prompt in rows.values():
+            by_size[self._size(int(self._length[prompt[0]]))].append(prompt)
+        for prompts in by_size.values():
+            for at in range(0, len(prompts), self._prompts_at_once):
+                self._prefill(prompts[at : at + self._prompts_at_once])
+
+    def _prefill(self, rows_of_prompts: Sequence[Sequence[int]]) -> None:
+        """Reads some prompts into the slots that have them."""
+        prompts = [self._slots[rows[0]].prompt[:-1] for rows in rows_of_prompts]
+        prefilled = programs.prefill(*self._model, *self._pad(prompts))
+        source, row_index, next_token, seed, index = np.zeros((5, self.rows), np.int32)
+        pairs = [(at, row) for at, rows in enumerate(rows_of_prompts) for row in rows]
+        for at, (prompt, row) in enumerate(pairs):
+            sequence = self._slots[row]
+            source[at], row_index[at], next_token[at] = prompt, row, sequence.prompt[-1]
             seed[at], index[at] = np.int64(sequence.seed).astype(np.int32), sequence.index
-        keys = programs.row_keys(seed, index)
-        arrays = tokens, lengths, next_token, index, row_index, source_of_row, keys
-        self._state = device.prefill_into_slots(*self._model, *self._state, *arrays)
+        arrays = source, row_index, np.int32(len(pairs)), next_token, programs.row_keys(seed, index)
+        self._state = programs.join(*self._state, prefilled, *arrays)
 
     def _resize(self) -> None:
         """Resizes the cache to what the longest sequence needs for the next round, in powers of two."""
         active = [row for row, slot in enumerate(self._slots) if slot is not None]
-        needed = self._width(int(self._length[active].max()) + ROUND)
+        needed = self._size(min(int(self._length[active].max()) + ROUND, self.max_length))
         if self._state is None:
-            options = {"config": self._config, "dtype": self._dtype, "rows": self.rows, "new": ROUND}
-            self._state = device.empty_slots(self._no_key, slots=needed, **options)
-        elif needed > self._size or self._size >= 4 * needed:
+            self._state = commit(self._empty_slots(needed))
+        elif needed > self._slots_per_row or self._slots_per_row >= 4 * needed:
             self._state = device.resize_slots(*self._state, np.arange(self.rows, dtype=np.int32), slots=needed)
         else:
             return
-        self._size = needed
+        self._slots_per_row = needed
 
-    def _decode(self) -> None:
-        """One round: a few tokens of every sequence."""
+    def _empty_slots(self, size: int) -> tuple:
+        options = {"config": self._config, "dtype": self._dtype, "rows": self.rows, "new": ROUND}
+        return device.empty_slots(self._no_key, slots=size, **options)
+
+    def _settings(self) -> tuple:
+        """The last arguments of `programs.decode_round`, for what is in the slots now."""
         now = self._slots
         column = lambda name, off: np.array([off if s is None else getattr(s, name) for s in now])  # noqa: E731
         settings = [column("temperature", 0.0), column("top_k", 0), column("top_p", 1.0)]
@@ -272,18 +313,19 @@ class Batcher:
         )
         with self._lock:
             min_active = self.running - 1 if self.waiting else 0
-        began = time.perf_counter()
-        limits = np.int32(steps), np.int32(min_active)
-        top = _top_of([slot for slot in now if slot is not None])
-        cache, state, *found = programs.decode_round(
-            *self._model, self._weights, *self._state, options, done, *limits, top=top
-        )
+        wants_top = any(slot is not None and slot.top for slot in now)
+        return options, done, np.int32(steps), np.int32(min_active), np.bool_(wants_top)
+
+    def _decode(self) -> None:
+        """One round: a few tokens of every sequence."""
+        settings, began = self._settings(), time.perf_counter()
+        cache, state, *found = programs.decode_round(*self._model, self._weights, *self._state, *settings)
         self._state = cache, state
         drawn, counts, ended = jax.device_get((*found, state.done))
         if taken := int(counts.max()):
             self._seconds_per_step = (time.perf_counter() - began) / taken
         self._length += counts
-        for row, sequence in enumerate(now):
+        for row, sequence in enumerate(self._slots):
             if sequence is None:
                 continue
             sequence.written += int(counts[row])
@@ -311,9 +353,3 @@ def longest_sequence(decoder) -> int:
     """The default `max_length`: the model's `max_position_embeddings`, at most 4096 so that caches fit."""
     config = json.loads(decoder.config.source).get("config") or {}
     return min(_LONGEST, (config.get("text_config") or config).get("max_position_embeddings") or _LONGEST)
-
-
-def _top_of(sequences: Sequence[Request]) -> int:
-    """For how many of the likeliest tokens the program is that all of them use."""
-    most = max(sequence.top for sequence in sequences)
-    return next(size for size in _TOPS if size >= most)

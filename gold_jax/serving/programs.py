@@ -1,10 +1,11 @@
-"""The jitted programs of a server: decode some tokens of all slots, and the log-probabilities of prompts.
+"""The jitted programs of a server: prefill, decode some tokens of all slots, and the log-probabilities of prompts.
 
 The cache and the state of the slots are those of `rollout.decode_state`; what differs is that each row has settings of its
 own, that a call decodes a few tokens and hands them to the host, and that the likeliest tokens are kept where asked for.
-One device.
+What requests ask for is traced, and decides at run time which part of a program runs: `decode_round` is compiled once for
+each number of slots, `prefill` and `score_tokens` once for each width of prompts. One device.
 
-Shapes: R slots, N tokens of a round, K likeliest tokens, B prompts, T their width, V vocabulary.
+Shapes: R slots, N tokens of a round, K = `MOST_TOP` likeliest tokens, B prompts, T their width, V vocabulary.
 """
 
 import functools
@@ -19,7 +20,9 @@ from gold_jax.models.functional import merge
 from gold_jax.rollout.decode_state import DecodeState, SamplingOptions
 from gold_jax.rollout.token_sampling import sample_tokens
 
+MOST_TOP = 20  # likeliest tokens that are kept; fewer where the vocabulary is smaller
 _LOGITS = 2**24  # logits that `score_tokens` holds at once, about
+_NO_TOP_K = np.iinfo(np.int32).max
 
 
 class Drawn(NamedTuple):
@@ -32,32 +35,66 @@ class Drawn(NamedTuple):
 
 
 def row_options(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, stops, limit) -> SamplingOptions:
-    """`SamplingOptions` whose fields are each row's own [R], stops [K]; temperature 0 is greedy, top_k 0 and top_p 1 are off.
-
-    What no row uses is None, and no part of the program.
-    """
+    """`SamplingOptions` whose fields are each row's own [R], stops [K]; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    temperature = temperature.astype(np.float32)
+    temperature = np.where(temperature < np.finfo(np.float32).tiny, np.float32(0), temperature)  # divided by, it is 0
     drawn = temperature > 0
     return SamplingOptions(
-        temperature.astype(np.float32) if drawn.any() else None,
-        np.where(top_k > 0, top_k, np.iinfo(np.int32).max).astype(np.int32) if (drawn & (top_k > 0)).any() else None,
+        temperature,
+        np.where(drawn & (top_k > 0), top_k, _NO_TOP_K).astype(np.int32),
         # A share of more than all is never reached: nothing is left out.
-        np.where(top_p < 1, top_p, 2).astype(np.float32) if (drawn & (top_p < 1)).any() else None,
+        np.where(drawn & (top_p < 1), top_p, 2).astype(np.float32),
         np.asarray(stops, np.int32),
         limit.astype(np.int32),
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "top"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="graphdef")
+def prefill(graphdef, params, tokens: jax.Array, lengths: jax.Array) -> Cache:
+    """The cache [B, T slots] of tokens int32 [B, T], of which the first `lengths` [B] of each row count."""
+    width = tokens.shape[1]
+    _, cache = merge(graphdef, params).prefill(tokens, jnp.arange(width) < lengths[:, None], width)
+    return cache._replace(length=lengths)
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def join(
+    cache: Cache, state: DecodeState, prefilled: Cache, source, row_index, joining, next_token, keys
+) -> tuple[Cache, DecodeState]:
+    """Copy prompts into rows.
+
+    Args:
+        cache, state: of R rows; the cache is donated.
+        prefilled: of B prompts, in no more slots than the cache has.
+        source, row_index: int32 [R], which prompt goes into which row; only the first `joining` (int32) of them.
+        next_token, keys: int32 and PRNG keys [R], the last token of each one's prompt, and its key.
+    """
+
+    def put(at, cache):
+        def copy(old, new):
+            one = jax.lax.dynamic_index_in_dim(new, source[at])
+            return jax.lax.dynamic_update_slice(old, one, (row_index[at],) + (0,) * (old.ndim - 1))
+
+        return jax.tree.map(copy, cache, prefilled)
+
+    cache = jax.lax.fori_loop(0, joining, put, cache)
+    rows = jnp.where(jnp.arange(len(row_index)) < joining, row_index, len(row_index))  # those beyond are dropped
+    new = {"next_token": next_token, "key": keys, "count": 0, "done": False}
+    joined = {name: getattr(state, name).at[rows].set(value, mode="drop") for name, value in new.items()}
+    return cache, state._replace(**joined)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
 def decode_round(
-    graphdef, params, weights, cache: Cache, state: DecodeState, options, done, max_steps, min_active, *, top
+    graphdef, params, weights, cache: Cache, state: DecodeState, options, done, max_steps, min_active, wants_top
 ):
     """Decode up to `max_steps` tokens of all rows that are not `done` (bool [R]), while more than `min_active` go on.
 
     Returned are the cache, the state, `Drawn` (of as many tokens as `state.tokens` has columns) and int32 [R], how many
-    of them each row drew. `top` (static) is K; the cache is donated.
+    of them each row drew. Without `wants_top` (bool) the likeliest tokens are left zero. The cache is donated.
     """
     model = merge(graphdef, params)
-    rows, length = state.tokens.shape
+    (rows, length), top = state.tokens.shape, _top(model)
     shapes = ((rows, length), jnp.int32), ((rows, length), jnp.float32)
     drawn = Drawn(*(jnp.zeros((*shape, *more), dtype) for more in ((), (top,)) for shape, dtype in shapes))
 
@@ -71,7 +108,7 @@ def decode_round(
         cache = cache._replace(length=jnp.where(state.done, 0, cache.length))  # finished rows are decoded into slot 0
         logits = model.decode_logits(hidden, weights)
         token = _sample(logits, state, options)
-        new = _costs(logits, token, top)
+        new = _costs(logits, token, top, wants_top)
         drawn = Drawn(*(old.at[:, steps].set(x) for old, x in zip(drawn, new)))
         count = state.count + ~state.done
         ended = (token[:, None] == options.stops).any(axis=1) | (count >= options.limit)
@@ -86,21 +123,36 @@ def decode_round(
 
 def _sample(logits: jax.Array, state: DecodeState, options: SamplingOptions) -> jax.Array:
     """One token a row, int32 [R], as `rollout.token_sampling.sample_tokens` with each row's own settings."""
-    if options.temperature is None:
-        return sample_tokens(logits, state.key)
-    greedy = options.temperature == 0
+    greedy, likeliest = options.temperature == 0, sample_tokens(logits, state.key)
     keys = jax.vmap(jax.random.fold_in)(state.key, state.count)
     temperature = jnp.where(greedy, 1, options.temperature)[:, None]
-    token = sample_tokens(logits, keys, temperature, options.top_k, options.top_p)
-    return jnp.where(greedy, sample_tokens(logits, keys), token)
+    top_k, top_p = options.top_k, options.top_p
+
+    def sample(*filters):
+        return lambda: sample_tokens(logits, keys, temperature, *filters)
+
+    ways = [lambda: likeliest, sample(), sample(top_k), sample(None, top_p), sample(top_k, top_p)]
+    filters = (top_k < _NO_TOP_K).any() + 2 * (top_p < 1).any()
+    return jnp.where(greedy, likeliest, jax.lax.switch(jnp.where(greedy.all(), 0, 1 + filters), ways))
 
 
-def _costs(logits: jax.Array, tokens: jax.Array, top: int) -> Drawn:
-    """`Drawn` of tokens [...] that logits [..., V] gave, with the `top` likeliest in their place."""
+def _top(model) -> int:
+    """K."""
+    return min(MOST_TOP, model.config.vocab_size)
+
+
+def _costs(logits: jax.Array, tokens: jax.Array, top: int, wants_top: jax.Array) -> Drawn:
+    """`Drawn` of tokens [...] that logits [..., V] gave, with the `top` likeliest in their place where they are wanted."""
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - total
-    best, best_tokens = jax.lax.top_k(logits, top)
-    return Drawn(tokens, own, best_tokens.astype(jnp.int32), best - total[..., None])
+
+    def likeliest():
+        best, best_tokens = jax.lax.top_k(logits, top)
+        return best_tokens.astype(jnp.int32), best - total[..., None]
+
+    shape = (*tokens.shape, top)
+    nothing = lambda: (jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))  # noqa: E731
+    return Drawn(tokens, own, *jax.lax.cond(wants_top, likeliest, nothing))
 
 
 @jax.jit
@@ -109,11 +161,11 @@ def row_keys(seed: jax.Array, index: jax.Array) -> jax.Array:
     return jax.vmap(lambda seed, index: jax.random.fold_in(jax.random.key(seed), index))(seed, index)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "top"))
-def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, *, top: int) -> Drawn:
+@functools.partial(jax.jit, static_argnames="graphdef")
+def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, wants_top) -> Drawn:
     """Of tokens int32 [B, T], the first `lengths` [B] of each row, what each costs after those before it: `Drawn` [B, T - 1].
 
-    The first of a row has no cost: column `t` is that of token `t + 1`. `top` (static) is K.
+    The first of a row has no cost: column `t` is that of token `t + 1`. `wants_top` as in `decode_round`.
     """
     model = merge(graphdef, params)
     rows, width = tokens.shape
@@ -124,7 +176,7 @@ def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, *, top
 
     def chunk(_, part):
         hidden, behind = part
-        return None, _costs(model.logits(hidden), behind, top)
+        return None, _costs(model.logits(hidden), behind, _top(model), wants_top)
 
     def cut(x):  # [B, T, …] -> [T / size, B, size, …]
         return jnp.moveaxis(x.reshape(rows, width // size, size, *x.shape[2:]), 1, 0)

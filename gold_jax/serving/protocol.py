@@ -106,16 +106,14 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         raise RequestError(f"the model {quoted(model)} is not served here; {quoted(served)} is", "model", 404)
     if kind == "chat":
         prompts, echo = [_messages(body.get("messages"))], False
-        if kwargs := body.get("chat_template_kwargs"):
-            if not isinstance(kwargs, dict):
-                raise RequestError(
-                    f"chat_template_kwargs is {quoted(kwargs)}; it must be a JSON object", "chat_template_kwargs"
-                )
+        if kwargs := field.read("chat_template_kwargs", dict, "a JSON object", {}):
             if wrong := refused_variables(kwargs):
                 raise RequestError(f"chat_template_kwargs has {wrong}", "chat_template_kwargs")
             prompts = [Conversation(prompts[0], template_kwargs=kwargs)]
-        newer = field.whole("max_completion_tokens", None, 1)
-        limit = field.whole("max_tokens", None, 1) if newer is None else newer
+        newer, limit = field.whole("max_completion_tokens", None, 1), field.whole("max_tokens", None, 1)
+        if None not in (newer, limit) and newer != limit:
+            raise RequestError(f"max_tokens is {limit} and max_completion_tokens {newer}; leave one away", "max_tokens")
+        limit = limit or newer
         told = field.read("logprobs", bool, "true or false", False)
         top = field.whole("top_logprobs", 0, 0, most_top)
         if top and not told:
@@ -137,9 +135,12 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         )
     options = field.read("stream_options", dict, "a JSON object", {})
     stream = field.read("stream", bool, "true or false", False)
+    if options and not stream:
+        raise RequestError("stream_options needs stream: true", "stream_options")
     for name in options:
         if name not in ("include_usage", "include_obfuscation"):
             raise RequestError(f"stream_options has no {quoted(name)}; it may have include_usage", "stream_options")
+    include_usage = _Fields(options).read("include_usage", bool, "true or false", False)
     return Wanted(
         prompts=prompts,
         max_tokens=limit,
@@ -152,7 +153,7 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         seed=field.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1),
         stop=tuple(stop),
         stream=stream,
-        include_usage=options.get("include_usage") is True,
+        include_usage=include_usage,
         top=top,
         echo=echo,
         ignored=tuple(name for name in body if name in HARMLESS),

@@ -19,9 +19,11 @@ class Writing:
 
     Its text is that of `text.detokenize.completion_from_ids`: it ends before invalid UTF-8 and before tokens without
     text, and then counts as stopped. Text that may be the beginning of a stop string is held back until that is known.
+    The first complete stop string ends it. However many tokens come at once, the result is the same.
 
     Attributes:
         text: what can be sent so far, without the stop string.
+        ids: the tokens, up to the one that finished it.
         finish: "stop" or "length" if it is finished, else None.
     """
 
@@ -48,11 +50,15 @@ class Writing:
         read = completion_from_ids(self.chat, self.ids, after=self.after)
         text, told = read.text, len(self.text)
         self._starts = read.spans[:, 0]
-        found = min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
+        found = min(((at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
-            text, self.finish = text[:found], "stop"
-        elif finish or len(self.ids) - len(read.ids) > _LONGEST_CHARACTER:
-            self.finish = finish or "stop"
+            del self.ids[int((self._starts < len(text[: found[0]].encode())).sum()) :]
+            text, self.finish = text[: found[1]], "stop"
+        elif len(self.ids) - len(read.ids) > _LONGEST_CHARACTER:
+            del self.ids[len(read.ids) + _LONGEST_CHARACTER + 1 :]
+            self.finish = "stop"
+        elif finish:
+            self.finish = finish
         else:
             text = text[: len(text) - _held(text, self.stops)]
         self._whole = found is None and self.finish is not None

@@ -130,6 +130,12 @@ def test_greedy_answers_are_those_of_generate_and_their_log_probabilities_the_mo
     assert all(t["top_logprobs"][0]["logprob"] == t["logprob"] and len(t["top_logprobs"]) == 2 for t in told)
 
 
+def test_variables_of_the_template_change_nothing_but_the_prompt(client):
+    body = {"messages": PROMPTS[0], "temperature": 0, "logprobs": True, "top_logprobs": 1, "max_tokens": 32}
+    (plain,) = post(client, "chat/completions", **body)["choices"]
+    assert post(client, "chat/completions", **body, chat_template_kwargs={"unread": True})["choices"] == [plain]
+
+
 @pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.6, "top_k": 20}])
 def test_a_seed_draws_what_it_draws_in_generate(client, loaded, settings):
     wanted = gold_jax.sample_completions(loaded, None, [PROMPTS[0]] * 3, key=5, max_new_tokens=32, **settings)
@@ -187,6 +193,18 @@ def test_a_stop_string_ends_an_answer_before_it(client):
         ({"prompt": "a", "min_p": 0.1}, "min_p", "not supported here"),
         ({"prompt": ["a"] * 7, "n": 3}, "n", "21 sequences; at most 20"),
         ({"prompt": "a", "model": "other"}, "model", "'student' is"),
+        ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream: true"),
+        ({"prompt": "a", "stream": True, "stream_options": {"include_usage": "no"}}, "include_usage", "true or false"),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2, "max_completion_tokens": 3},
+            "max_tokens",
+            "is 2 and max_completion_tokens 3",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": []},
+            "chat_template_kwargs",
+            "JSON object",
+        ),
         ({"messages": [{"role": "who", "content": "a"}]}, "messages[0]", "one of system, developer, user"),
         ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content", "it must be a text"),
         ({"messages": [{"role": "user", "content": "a"}], "tools": [{}]}, "tools", "not supported here"),
@@ -205,7 +223,8 @@ def test_what_is_no_request_is_refused(client):
     assert "not JSON" in client.post("/v1/completions", content=b"{").json()["error"]["message"]
     assert client.post("/v1/completions", content=b"[" * 100_000).status_code == 400
     assert client.post("/v1/completions", content=b" " * (MOST_BYTES + 1)).status_code == 413
-    assert client.get("/v1/completions").status_code == 405
+    answer = client.get("/v1/completions")
+    assert answer.status_code == 405 and answer.headers["allow"] == "POST"
     assert "/v1/chat/completions" in client.post("/v1/else").json()["error"]["message"]
 
 
@@ -222,6 +241,51 @@ def test_many_at_once_get_what_each_gets_alone(client, address):
     with httpx.Client(base_url=address, timeout=120) as many, ThreadPoolExecutor(12) as pool:
         together = list(pool.map(lambda one: chat(many, one[0], **one[1]), asked * 2))
     assert together == alone * 2
+
+
+def test_a_batch_has_the_log_probabilities_that_each_prompt_has_alone(client):
+    texts = ["How", "5168 is", "one, two, three, " * 12, "größer 😀 and " * 3]
+    body = {"max_tokens": 12, "temperature": 0, "logprobs": 3}
+    together = post(client, prompt=texts, **body)["choices"]
+    for text, choice in zip(texts, together, strict=True):
+        (alone,) = post(client, prompt=text, **body)["choices"]
+        assert choice["text"] == alone["text"] and choice["logprobs"]["tokens"] == alone["logprobs"]["tokens"]
+        costs = (c["logprobs"]["token_logprobs"] for c in (choice, alone))
+        np.testing.assert_allclose(*costs, atol=1e-5)
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy(client):
+    greedy = post(client, prompt="5168 is", temperature=0)["choices"]
+    assert post(client, prompt="5168 is", temperature=1e-40, seed=1)["choices"] == greedy
+
+
+def test_requests_of_compiled_sizes_wait_for_no_compiling(loaded, caplog, capsys):
+    made = Batcher(loaded.model, loaded.chat_tokenizer.stop_ids, rows=2, queue_size=4, max_length=256)
+
+    def write(length, **settings):
+        ended = threading.Event()
+        prompt = np.arange(length, dtype=np.int32) + 5
+        receive = lambda kind, value: kind in ("end", "error") and ended.set()  # noqa: E731
+        made.submit([Request(prompt, receive, 3, **settings)])
+        assert ended.wait(120)
+
+    jax.config.update("jax_log_compiles", True)
+    try:
+        made.compile(100)
+        assert "jit(prefill)" in caplog.text and "jit(decode_round)" in caplog.text
+        caplog.clear()
+        for settings in ({}, {"temperature": 0.7, "top_k": 3}, {"temperature": 0.7, "top_p": 0.5, "top": 3}):
+            write(20, score_prompt=True, **settings)
+        compiled = [record.getMessage() for record in caplog.records if "Finished XLA" in record.getMessage()]
+        assert not any(name in line for line in compiled for name in ("prefill", "decode_round", "score_tokens"))
+        assert "requests wait" not in capsys.readouterr().err
+        write(150)
+        assert "compiling for sequences of up to 256 tokens; requests wait" in capsys.readouterr().err
+        write(253)  # to the last of the tokens that fit: no larger programs
+        assert "requests wait" not in capsys.readouterr().err and made._slots_per_row == 256
+    finally:
+        jax.config.update("jax_log_compiles", False)
+        made.close()
 
 
 @contextlib.contextmanager
