@@ -31,7 +31,7 @@ _PROGRAM_NAMES = {
     "teacher_forward": "the teacher's forward pass",
     "prefill_into_slots": "prefill",
     "decode_until": "decoding",
-    "_completion_nll": "the scoring of completions",
+    "_completion_logp": "the scoring of completions",
 }
 _display: "_Display | None" = None
 _compiled_seconds = 0.0  # of this process

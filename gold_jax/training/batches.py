@@ -57,11 +57,11 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class UpdateBatch:
-    """The micro-batches of one update, what they hold, and prompts with what the student wrote and what the rows have."""
+    """The micro-batches of one update, what they hold, and rows with what the student wrote for them."""
 
     batches: list
     stats: dict[str, float]
-    samples: list[tuple[str | list[dict], str, str | None]] = dataclasses.field(default_factory=list)
+    samples: list[tuple[Example, str]] = dataclasses.field(default_factory=list)
     counted: int = 1  # groups or tokens that the loss has, of all processes; 0: there is nothing to learn
     shapes: Sequence[Sequence[int]] = ()  # that the run's batches are padded to, these ones' among them
     drawn: Rollouts = dataclasses.field(default_factory=dict)  # for later updates
@@ -193,7 +193,7 @@ class DistillationBatchBuilder:
         stats["on_policy"] = float(on_policy.mean())
         if difference is not None:
             stats["sampling_logp_difference"] = difference
-        samples = [(examples[i].prompt, d.text, examples[i].completion) for i, d in sampled.items()]
+        samples = [(examples[i], d.text) for i, d in sampled.items()]
         return UpdateBatch(batches, stats, samples, counted, shape_set.shapes, drawn)
 
     def _key(self, step: int) -> jax.Array:
@@ -264,7 +264,7 @@ class DistillationBatchBuilder:
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
-        prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
+        prompts = dict(zip(examples, self.teacher_prompts(list(examples.values()))))
         with annotate(ENCODING):
             ids = dict(zip(prompts, self.teacher.encode_prompts([*prompts.values()])))
         engine = SamplingEngine(sampling_rows(len(wanted), self.batch_size, self.generation_batch_size))
@@ -278,7 +278,7 @@ class DistillationBatchBuilder:
         return {i: dataclasses.replace(d, **vars(read[i])) for i, d in sampled.items()}
 
     @annotate(ENCODING)
-    def _teacher_prompts(self, examples: Sequence[Example]) -> list:
+    def teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher reads them, with its contexts."""
         contexts = [join_contexts(self.teacher_context, e.teacher_context) for e in examples]
         pairs = [(e.prompt, context) for e, context in zip(examples, contexts)]
@@ -316,7 +316,7 @@ class DistillationBatchBuilder:
 
     def _aligned(self, examples: Sequence[Example], completions: Sequence, prompt_ids: Sequence | None = None) -> tuple:
         """Rows encoded, and aligned."""
-        spec, teacher_prompts = self.spec, self._teacher_prompts(examples)
+        spec, teacher_prompts = self.spec, self.teacher_prompts(examples)
         with annotate(ENCODING):
             options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
             options |= dict(student_prompt_ids=prompt_ids, max_length=self.max_length)
@@ -355,7 +355,7 @@ class DistillationBatchBuilder:
         if self.max_length is None or self._groups != "all" or self.spec.groups == "positional":
             return [False] * len(examples)
         room = np.array([self.max_length - len(text.encode()) - 2 if text else -1 for text in completions])
-        prompts = [e.prompt for e in examples], self._teacher_prompts(examples)
+        prompts = [e.prompt for e in examples], self.teacher_prompts(examples)
         pairs = zip((self.student, self.teacher), prompts)
         lengths = np.array([[len(ids) for ids in side.encode_prompts(read)] for side, read in pairs])
         return ((lengths.min(axis=0) > 0) & (lengths.max(axis=0) <= room)).tolist() if len(examples) else []

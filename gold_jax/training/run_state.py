@@ -86,6 +86,7 @@ class RunState:
     rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn up to the last update, for later ones
     unmeasured: bool = False  # whether an evaluation was due after the last update and is not made
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
+    completions_due: int = 0  # the update from which on completions are shown again, and scored group by group
 
     def begin(self) -> None:
         """Makes it the state of a new run."""
@@ -137,7 +138,7 @@ class RunState:
             metadata["stream"] = data.order.position(self.done)
         metadata |= {"unwritten": self.unwritten} if self.unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        metadata |= {"num_tokens": self.num_tokens}
+        metadata |= {"num_tokens": self.num_tokens, "completions_due": self.completions_due}
         return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
 
     def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
@@ -149,6 +150,7 @@ class RunState:
         self.resumed = metadata.get("resumed", 0) + 1
         self.measured = metadata["run"].get(EVALUATED, self.measured)
         self.num_tokens = metadata.get("num_tokens", 0)
+        self.completions_due = metadata.get("completions_due", 0)
         if (best := metadata.get("best")) is not None:
             self.best.restore(best, folder)
         self.means.restore(metadata["means"])

@@ -28,13 +28,13 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
-from gold_jax.scoring import exact_match, measure_gaps, score_completions
+from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import load_examples
+from gold_jax.text.data import Example, load_examples
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
@@ -43,7 +43,7 @@ from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenB
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
-from gold_jax.training.logging import header
+from gold_jax.training.logging import KEPT, header
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
@@ -233,6 +233,7 @@ class _Trainer(TrainerMembers):
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
         options |= dict(gaps=self._measure_gaps) if teacher is not None and a.eval_gaps else {}
+        options |= dict(score_groups=self._score_groups) if teacher is not None and a.log_completions else {}
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -333,6 +334,15 @@ class _Trainer(TrainerMembers):
         found = measure_gaps(student, teacher, [e.prompt for e in with_text_completion(rows)], **options)
         measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
         return {f"eval_{name}": value for name, value in measured.items()}
+
+    def _score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
+        """What student and teacher give each group of completions (`score_groups`), rounded; each reads as in training."""
+        teacher, examples = self._teacher._replace(model=self._teacher_now()), [example for example, _ in samples]
+        options = dict(teacher_prompts=self.loop.run.batches.teacher_prompts(examples), batch_size=KEPT)
+        options |= dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
+        prompts, texts = [example.prompt for example in examples], [text for _, text in samples]
+        found = score_groups(student, teacher, prompts, texts, **options)
+        return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
 
     def _teacher_now(self) -> Decoder:
         """The teacher, with the arrays that updates read."""
