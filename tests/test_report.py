@@ -184,7 +184,7 @@ def test_a_prompt_is_shown_step_by_step_beside_its_reference(tmp_path, monkeypat
     rows = [(4, "ask", "an answer", "an answer"), (2, "ask", "an ox", "an answer"), (2, "once", "b", None)]
     one, other = make(tmp_path / "a", completions=rows), make(tmp_path / "b", completions=[(3, "once", "c", None)])
     run = read_run(one)
-    assert run.read("ask") == ("ask", "an answer", {2: ["an ox"], 4: ["an answer"]})
+    assert run.read("ask") == ("ask", "an answer", {2: [("an ox", ())], 4: [("an answer", ())]}, "")
     assert "an <mark>ox</mark>" in page.page([run])
     shown, count, common = page._samples([run, read_run(other)])
     assert [samples[0].prompt for samples in shown] == ["once", "ask"] and (count, common) == (2, 1)

@@ -422,12 +422,19 @@ class _Trainer(TrainerMembers):
         raise_in_all_processes("the push to the hub", failed)
         return output
 
+    def report(self) -> Any:
+        """A `gold_jax.report.Report` of what the run left in `output_dir` so far, which a notebook shows.
+
+        FileNotFoundError: there is nothing yet.
+        """
+        return importlib.import_module("gold_jax.report").Report(self.args.output_dir)
+
     def _write_report(self) -> None:
         """Writes the page of a finished run; an error is said, and the run is done all the same."""
         folder = self.args.output_dir
         try:
-            run, page = (importlib.import_module(f"gold_jax.reporting.{name}") for name in ("run", "page"))
-            self.loop.say(f"The report is in {page.write_page([run.read_run(folder)])}")
+            page = importlib.import_module("gold_jax.reporting.page")
+            self.loop.say(f"The report is in {page.write_page(self.report().runs)}")
         except Exception as error:
             again = f"python -m gold_jax.report {shlex.quote(str(folder))} writes it later"
             self.loop.say(f"The report could not be written ({type(error).__name__}: {error}); {again}.")
