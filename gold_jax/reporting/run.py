@@ -247,9 +247,9 @@ def _completion(row: Mapping[str, Any]) -> Completion:
     for group in groups:
         if not (isinstance(group, list) and len(group) == 3 and isinstance(group[0], str)):
             raise ValueError("no text with two numbers")
-        found.append(Group(group[0], number(group[1]), number(group[2])))
-        if not all(value is None or -1e9 < value < 1e-3 for value in found[-1][1:]):
+        if not all(value is None or (number(value) is not None and -1e9 < value < 1e-3) for value in group[1:]):
             raise ValueError("no log-probabilities")
+        found.append(Group(*group))
     if found and "".join(group.text for group in found) != text:
         raise ValueError("groups of another text")
     return Completion(text, tuple(found))

@@ -368,12 +368,10 @@ class Loop:
 
     def _log_completions(self, step: int, samples: Sequence[tuple[Example, str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`; where that is due, scores and shows some of it."""
-        every, now = self.args.log_completions_steps, self.run_state
-        due = step >= now.completions_due
-        now.completions_due = step - step % every + every if due else now.completions_due
+        due = self.run_state.shows_completions(step, self.args.log_completions_steps)
         # Of several processes each has samples of its own, and none could be scored by this one alone.
         rows = self._rows_of(samples, scored=KEPT if due and jax.process_count() == 1 else 0)
-        with now.holding(rows) as written:
+        with self.run_state.holding(rows) as written:
             append_rows(self.output / LOGS[1], written)
         if due:
             self._log.flush()

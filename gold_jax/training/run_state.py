@@ -86,7 +86,7 @@ class RunState:
     rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn up to the last update, for later ones
     unmeasured: bool = False  # whether an evaluation was due after the last update and is not made
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
-    completions_due: int = 0  # the update from which on completions are shown again, and scored group by group
+    completions_due: int = 0  # from which update on completions are shown again, and scored
 
     def begin(self) -> None:
         """Makes it the state of a new run."""
@@ -103,6 +103,12 @@ class RunState:
     def measure_later(self, due: bool) -> None:
         """Whether an evaluation is due, which a checkpoint has to tell until it is made."""
         self.unmeasured = due
+
+    def shows_completions(self, step: int, every: int) -> bool:
+        """Whether those of this update are shown: it is the first that has some in `every` updates."""
+        due = step >= self.completions_due
+        self.completions_due = step - step % every + every if due else self.completions_due
+        return due
 
     @contextlib.contextmanager
     def holding(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
