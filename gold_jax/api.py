@@ -1,12 +1,16 @@
 """Functions of the public surface that take whatever a caller has; what they do is in the modules that they call."""
 
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from gold_jax.loading import LoadedModel, as_chat_tokenizer, as_plain_tokenizer
+from gold_jax.models import hf_checkpoint
+from gold_jax.models.decoder import Decoder
 from gold_jax.text import align as alignment
 from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.vocabulary import VocabularyMap
+from gold_jax.training.export import save_final_model
 
 
 def align(student: Any, teacher: Any, text: str) -> alignment.Alignment:
@@ -48,3 +52,31 @@ def match_vocabularies(student: Any, teacher: Any, *, mask: Collection[str] = ()
     (ours, student_size), (theirs, teacher_size) = tokenizer_and_size(student), tokenizer_and_size(teacher)
     sizes, stop = {"student_size": student_size, "teacher_size": teacher_size}, (ours.stop_ids, theirs.stop_ids)
     return VocabularyMap.build(ours.surfaces, theirs.surfaces, stop=stop, mask=mask, **sizes)
+
+
+def save_model(
+    model: Decoder | LoadedModel, folder: str | os.PathLike, *, dtype: str = "auto", stop_ids: Sequence[int] = ()
+) -> None:
+    """Writes a model into a folder that transformers, vLLM and `load_model` open.
+
+    Safetensors, `config.json` and, where the model came with one, `generation_config.json`; of a `LoadedModel` also the
+    tokenizer with its chat template. A model that came from `load_model` keeps its config and tensor names. The language
+    part of a multimodal model is written as the text model that it is. Where a run has several processes all of them call
+    this together, the first one writes, and each returns when that is done.
+
+    Args:
+        model: its parameters may be on any devices of the run, or be numpy arrays.
+        folder: made if it is not there; a model already in it is replaced.
+        dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else
+            `param_dtype`.
+        stop_ids: the `eos_token_id` of both configs, in place of what they have, or a `LoadedModel` has.
+
+    Raises:
+        ValueError: unknown dtype, or a config that was not read from a transformers config.
+        OSError: the folder cannot be written; said by the process that writes.
+    """
+    if not isinstance(model, LoadedModel):
+        return hf_checkpoint.save_model(model, folder, dtype=dtype, stop_ids=stop_ids)
+    decoder, read, _ = model
+    stops, template = stop_ids or read.stop_ids, read.template.portable
+    save_final_model(decoder, read.tokenizer, folder, dtype=dtype, stop_ids=stops, chat_template=template)

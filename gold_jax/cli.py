@@ -50,7 +50,7 @@ def _run(prog: str, main: Callable[[Sequence[str]], None], argv: Sequence[str]) 
         if getattr(error, "at_once", False):  # a thread that still writes must not delay it
             sys.stdout.flush()
             os._exit(130)
-        if not error.args:  # a run says itself what is saved
+        if not error.args:  # a run has said what is saved
             print(f"{prog}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except BrokenPipeError:
@@ -205,10 +205,9 @@ def load_reader(
 ):
     """The model of a command that does not train, its parameters kept in the compute dtype: a `LoadedModel`.
 
-    A line on stderr says which chat template and stop tokens it has. `special_tokens` has the strings of special tokens in
-    plain-text prompts read as those tokens; `role` is what lines and errors call it. With
-    `one_device` there is no mesh. Errors as `load_model_and_tokenizer`
-    and `mesh_sizes`.
+    Prints its chat template and stop tokens to stderr. With `special_tokens` the strings of special tokens in plain-text
+    prompts are read as those tokens; `role` is its name in messages; with `one_device` there is no mesh. Raises what
+    `load_model_and_tokenizer` and `mesh_sizes` raise.
     """
     from gold_jax.loading import compute_dtype, load_model_and_tokenizer
     from gold_jax.training.build import place_run

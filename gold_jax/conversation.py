@@ -1,4 +1,4 @@
-"""A conversation with a model in the terminal, line by line: `python -m gold_jax.generate --chat`."""
+"""A chat with a model in the terminal: `python -m gold_jax.generate --chat`."""
 
 import contextlib
 import json
@@ -11,31 +11,32 @@ from gold_jax.loading import LoadedModel
 from gold_jax.serving.batcher import Batcher, Request
 from gold_jax.serving.writing import Writing
 from gold_jax.text.template import Conversation
+from gold_jax.wording import plural
 
 HELP = """\
 /retry        answer the last message again
-/undo         take the last message and its answer back
-/system TEXT  the system message from now on; without TEXT: none
+/undo         remove the last message and its answer
+/system TEXT  set the system message; without TEXT: remove it
 /save FILE    append the conversation to a JSONL file that gold_jax.train reads
 /quit         end, as Ctrl-D does; Ctrl-C stops an answer
-Every other line is a message; one that begins with a blank is no command."""
-_LEAST = 256  # tokens that programs are compiled for at first: fewer pauses while a conversation grows
+Every other line is a message, also a command with a space before it."""
+_LEAST = 256  # least cache length: fewer compilations while a conversation grows
 
 
 class Chat:
-    """Messages, and a model that answers them.
+    """A conversation with a model.
 
     Args:
         loaded: the model.
         max_length: most tokens of the conversation.
-        max_new_tokens, temperature, top_k, top_p, seed: of an answer; the n-th draws as the n-th completion of a prompt.
+        max_new_tokens, temperature, top_k, top_p, seed: of an answer; the k-th is the k-th completion of that seed.
     """
 
     def __init__(self, loaded: LoadedModel, *, max_length: int, max_new_tokens: int, seed: int, **sampling):
         self.chat, self.max_new_tokens, self.seed, self.sampling = loaded.chat_tokenizer, max_new_tokens, seed, sampling
         self.messages: list[dict] = []
         self.system = ""
-        self.cut: set[int] = set()  # indices of messages that are not whole answers
+        self.cut: set[int] = set()  # indices of incomplete answers
         self.answers = 0
         options = {"rows": 1, "queue_size": 1, "max_length": max_length, "least": _LEAST}
         self.batcher = Batcher(loaded.model, self.chat.stop_ids, **options)
@@ -49,9 +50,9 @@ class Chat:
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.messages
 
     def answer(self, tell: Callable[[str], None]) -> str:
-        """Answers the messages, tells the text as it comes, and adds it to them; returns "", or why the answer is cut.
+        """Answers the messages, streams the text to `tell` and appends it; returns why it is incomplete, or "".
 
-        ValueError where the template refuses the messages, or they are too long. KeyboardInterrupt stops the answer.
+        ValueError: the template refuses the messages, or they are too long. KeyboardInterrupt stops the answer.
         """
         most = self.batcher.max_length
         prompt = Conversation(self.conversation())
@@ -82,24 +83,24 @@ class Chat:
         return why
 
     def take_back(self, whole: bool) -> None:
-        """Removes the last answer, and with `whole` the message before it; ValueError where there is none."""
+        """Removes the last answer, and with `whole` the message before it; ValueError if there is none."""
         if len(self.messages) < 2:
             raise ValueError("nothing has been answered yet")
         del self.messages[-2 if whole else -1 :]
         self.cut -= {*range(len(self.messages), len(self.messages) + 2)}
 
     def save(self, path: str) -> str:
-        """Appends the conversation as a row; what there is to say about it. OSError or ValueError where that cannot be."""
+        """Appends the conversation to a file and returns a line about it; OSError or ValueError if it cannot."""
         if not path or not self.messages:
             raise ValueError("/save FILE needs a file" if self.messages else "nothing has been answered yet")
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": self.conversation()}, ensure_ascii=False) + "\n")
-        cut = f"; {len(self.cut)} of its answers are cut off" if self.cut else ""
+        cut = f"; incomplete answers in it: {len(self.cut)}" if self.cut else ""
         return f"appended to {path}{cut}"
 
 
 def converse(chat: Chat) -> None:
-    """Reads lines from stdin until their end or /quit; answers go to stdout, all else to stderr."""
+    """Reads lines from stdin until its end or /quit; answers go to stdout, everything else to stderr."""
     terminal = sys.stdin.isatty()
     if terminal:
         with contextlib.suppress(ImportError):
@@ -128,21 +129,21 @@ def converse(chat: Chat) -> None:
 
 
 def _do(chat: Chat, command: str, rest: str, line: str) -> None:
-    """What one line asks for."""
+    """Runs one line: a command or a message."""
     if command == "/help":
         _say(HELP)
     elif command == "/undo":
         chat.take_back(whole=True)
-        _say(f"{len(chat.messages)} messages are left")
+        _say(f"{plural(len(chat.messages), 'message')} left")
     elif command == "/system":
         chat.system = rest
-        _say("the system message holds from the next answer on" if rest else "there is no system message any more")
+        _say("the system message is set" if rest else "the system message is removed")
     elif command == "/save":
         _say(chat.save(rest))
     elif command == "/retry":
         chat.take_back(whole=False)
         if not chat.sampling["temperature"]:
-            _say("at --temperature 0 every answer is the likeliest one")
+            _say("at --temperature 0 the answer is always the same")
         _answer(chat)
     elif command.startswith("/"):
         _say(f"there is no command {command}; /help lists them")
@@ -152,7 +153,7 @@ def _do(chat: Chat, command: str, rest: str, line: str) -> None:
 
 
 def _answer(chat: Chat) -> None:
-    """Writes an answer to stdout; where there is none, the question is taken back."""
+    """Writes an answer to stdout; after an error the question is removed."""
     try:
         why = chat.answer(lambda text: print(text, end="", flush=True))
     except ValueError:

@@ -5,10 +5,11 @@ import json
 from collections.abc import Sequence
 
 from gold_jax.cli import load_reader, require, run, show
-from gold_jax.config import ModelArguments, SFTConfig
+from gold_jax.config import GOLDConfig, ModelArguments, SFTConfig
 from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
 from gold_jax.values import AT_LEAST_ONE
+from gold_jax.wording import plural
 
 
 # fmt: off
@@ -33,6 +34,7 @@ class EvaluateArguments(Settings):
     teacher_model_name_or_path: str | None = flag(None,
         "Also measure the gaps to this teacher: what each model's own text costs the other, in bits per byte.")
     teacher_tokenizer_name_or_path: str | None = flag(None, "The teacher's tokenizer; none: the one beside it.")
+    teacher_context: str | None = like(GOLDConfig, "teacher_context")
     seed: int = like(SFTConfig, "seed", help="Seed of sampling, for the gaps.")
     mesh: str | None = like(SFTConfig, "mesh")
     json: bool = flag(False, "Print one JSON object.")
@@ -49,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from gold_jax.losses.fused_head import chunk_size
     from gold_jax.scoring import exact_match, measure_gaps, score_completions
-    from gold_jax.text.data import load_examples
+    from gold_jax.text.data import as_teacher_reads, load_examples
 
     source = {"config": args.dataset_config, "split": args.dataset_split, "text_column": args.dataset_text_field}
     source |= {"renamed": args.columns}
@@ -72,12 +74,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         named = model.replace(model_name_or_path=args.teacher_model_name_or_path, model_revision=None)
         teacher = load(named, tokenizer=args.teacher_tokenizer_name_or_path, role="teacher")
         key = jax.random.key(args.seed)
-        gaps = measure_gaps(student, teacher, [e.prompt for e in examples], key=key, chunk=chunk, **written)
+        read = as_teacher_reads(examples, teacher.chat_tokenizer, args.teacher_context)
+        written |= {"key": key, "chunk": chunk, "teacher_prompts": [e.prompt for e in read]}
+        gaps = measure_gaps(student, teacher, [e.prompt for e in examples], **written)
         found |= {"forward_gap": gaps.forward, "reverse_gap": gaps.reverse, "ended": gaps.ended} | vars(gaps)
     if args.json:
         print(json.dumps(found))
         return
-    print(f"{student.name} on {len(examples)} rows of {args.dataset_name} ({student.model.dtype})")
+    rows = f"{plural(len(examples), 'row')} of {args.dataset_name}, split {args.dataset_split}"
+    print(f"{student.name} on {rows} ({student.model.dtype})")
     print(f"  bits per byte   {found['bits_per_byte']:.4f}   ({found['bytes']:,} bytes, {found['tokens']:,} tokens)")
     if "exact_match" in found:
         print(f"  exact match     {found['exact_match']:.1%}")
@@ -91,7 +96,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         within = f"of the student's completions within {args.max_new_tokens} tokens"
         print(f"  ended           {found['ended']:.1%}   {within}")
     if score.cut:
-        print(f"  {score.cut} rows were longer than --max_length {args.max_length} and scored as far as they fit")
+        print(
+            f"  cut             {plural(score.cut, 'row')} to --max_length {args.max_length}, scored as far as they fit"
+        )
 
 
 if __name__ == "__main__":

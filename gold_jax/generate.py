@@ -1,6 +1,6 @@
-"""`python -m gold_jax.generate`: completions of prompts by a model, as its chat template and stop tokens have it.
+"""`python -m gold_jax.generate`: completions of prompts by a model, with its chat template and stop tokens.
 
-With `--chat`, a conversation in the terminal.
+With `--chat`, a chat in the terminal.
 """
 
 import json
@@ -13,16 +13,17 @@ from gold_jax.config import GOLDConfig, ModelArguments
 from gold_jax.config.fields import Settings, flag, like
 from gold_jax.config.parsing import parse_args
 from gold_jax.values import AT_LEAST_ONE, Range
+from gold_jax.wording import plural
 
 
 # fmt: off
 class GenerateArguments(Settings):
     """What `gold_jax.generate` writes, and how."""
 
-    prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's turn of a conversation.", verbatim=True)
-    chat: bool = flag(False, "Talk with the model in the terminal, line by line; /help lists commands.")
+    prompt: list[str] | None = flag(None, "Prompts (quote each), each the user's message of a conversation.", verbatim=True)
+    chat: bool = flag(False, "Chat with the model in the terminal; /help lists commands.")
     raw: bool = flag(False,
-        "Prompts are plain text to go on from, without the chat template; strings of special tokens are those tokens.")
+        "Prompts are plain text to continue, without the chat template; strings of special tokens are read as those tokens.")
     dataset_name: str | None = flag(None, "Take prompts from a data set: a hub id, a file or a folder.")
     dataset_split: str = flag("train", "The split; a single file is a train split.")
     columns: dict | str | None = like(GOLDConfig, "columns")
@@ -48,9 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.chat:
         return _chat(model, args, notices)
     if not any(args.prompt) and args.dataset_name is None:
-        raise ValueError(
-            "there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name, or --chat to talk"
-        )
+        raise ValueError("there is no prompt: give --prompt TEXT (several are allowed), or --dataset_name, or --chat")
     show(notices)
     import jax
 
@@ -75,14 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
             print(f"── {question}\n{d.text}{'' if d.stopped else ' …'}\n")
     tokens = sum(len(d.ids) + d.stopped for d in completions)
-    print(f"{tokens} tokens in {seconds:.1f} s, compiling included", file=sys.stderr)
+    print(f"{plural(tokens, 'token')} in {seconds:.1f} s, compiling included", file=sys.stderr)
 
 
 def _chat(model: ModelArguments, args: GenerateArguments, notices: Sequence[str]) -> None:
-    """Talks with the model; ValueError where a flag is named that has nothing to say there."""
+    """Chats with the model; ValueError for flags that do not apply."""
     of_prompts = "prompt raw dataset_name dataset_split columns max_samples batch_size mesh json"
     if unused := args.given.intersection(of_prompts.split()):
-        raise ValueError(f"--chat reads messages from the terminal; leave away --{min(unused)}")
+        raise ValueError(f"--chat reads messages from the terminal; leave out --{min(unused)}")
     show(notices)
     from gold_jax.conversation import Chat, converse
     from gold_jax.serving.batcher import longest_sequence

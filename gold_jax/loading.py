@@ -63,9 +63,10 @@ def load_model_and_tokenizer(
     """Brings a model and its tokenizer together, from disk, the hub or memory.
 
     Args:
-        model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, or what `nnx.split` gives for
-            one: `(graphdef, state)`.
-        tokenizer: a folder, a hub id, or a tokenizer; None takes the one beside the model.
+        model: a folder, a hub id, `embedded:teacher` or `embedded:student`, a `Decoder`, what `nnx.split` gives for
+            one: `(graphdef, state)`, or a `LoadedModel`.
+        tokenizer: a folder, a hub id, a transformers tokenizer or a `ChatTokenizer`, whose chat template and variables are
+            kept where none are given; None takes the one beside the model.
         dtype: compute dtype, "float32" or "bfloat16"; a model in memory is set to it.
         param_dtype: dtype in which the parameters are kept; a model in memory is copied into it.
         read_dtype: dtype to which the parameters are rounded first, "auto" for none, as in `load_model`.
@@ -85,11 +86,19 @@ def load_model_and_tokenizer(
             model has rows.
     """
     name = str(model) if isinstance(model, NAME) else type(model).__name__
+    if isinstance(model, LoadedModel):
+        model, own, name = model
+        tokenizer = own if tokenizer is None else tokenizer
+    more_stops: Sequence[int] = ()
+    if isinstance(tokenizer, ChatTokenizer):
+        template, more_stops = tokenizer.template, tokenizer.stop_ids
+        chat_template = template.given if chat_template is None else chat_template
+        template_kwargs = {**template.kwargs, **(template_kwargs or {})}
+        special_tokens_in_prompts |= tokenizer.special_tokens_in_prompts
+        tokenizer = tokenizer.tokenizer
     if not isinstance(model, NAME | Decoder | tuple):
         known = getattr(model, "name_or_path", "") or getattr(getattr(model, "config", None), "_name_or_path", "")
-        instead = (
-            f"pass {known!r}, from where it was read" if known else "gold_jax.load_model reads Hugging Face folders"
-        )
+        instead = f"pass its name, {known!r}" if known else "gold_jax.load_model reads Hugging Face folders"
         raise TypeError(f"a model is a name, a gold_jax Decoder, or nnx.split of one, not {name}; {instead}")
     if tokenizer is None and not isinstance(model, NAME):
         raise ValueError(f"the {role} is a model in memory, so its tokenizer must be given too (a name or an object)")
@@ -118,7 +127,7 @@ def load_model_and_tokenizer(
         source.eos_token = eos_token
     chat_tokenizer = ChatTokenizer(
         source,
-        stop_ids=stop_ids_of(model),
+        stop_ids=[*stop_ids_of(model), *more_stops],
         chat_template=chat_template,
         template_kwargs=dict(template_kwargs or {}),
         special_tokens_in_prompts=special_tokens_in_prompts,

@@ -4,7 +4,7 @@ import os
 import signal
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h
-_MESSAGE = b"Preempted while no update was under way; --resume_from_checkpoint latest goes on from what is saved.\n"
+_MESSAGE = b"Preempted while no update was under way; --resume_from_checkpoint latest continues from what is saved.\n"
 _pids: list[int] = []  # of the process that asked for it, not of those that it forks
 
 

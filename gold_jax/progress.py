@@ -284,10 +284,10 @@ class _Display:
         grid = Table.grid(padding=(0, 1), pad_edge=False)
         for _ in range(4):
             grid.add_column(no_wrap=True)
-        width = min(24, max(8, self.console.width - 52))
-        for one in (*self._tasks, self.compiling):
-            if one is None or one.elapsed < DELAY:
-                continue
+        shown = [one for one in (*self._tasks, self.compiling) if one is not None and one.elapsed >= DELAY]
+        longest = max((len(one.name) for one in shown), default=0)
+        width = min(24, max(8, self.console.width - longest - 28))
+        for one in shown:
             bar = ProgressBar(one.total, min(one.done, one.total), width=width) if one.total else Text("")
             count = f"{one.done:,}/{one.total:,}" if one.total else ""
             left = "" if one.left is None else f", {clock(one.left)} left"

@@ -1,4 +1,4 @@
-"""`python -m gold_jax.report`: one page of HTML of what a run left, or of two runs beside each other.
+"""`python -m gold_jax.report`: an HTML report of a run, or of two runs compared.
 
 `python -m gold_jax.report RUN [RUN2] [--output FILE]`; RUN is the --output_dir of a run, finished or still running.
 """
@@ -18,23 +18,23 @@ from gold_jax.reporting.run import read_run
 
 # fmt: off
 class ReportArguments(Settings):
-    """Which runs the page is of, and where it is written."""
+    """The runs, and where the report is written."""
 
-    run: list[str] | None = flag(None, "The --output_dir of a run, finished or still running, or of two; the names may also "
-        "stand before all flags.", verbatim=True)
-    output: str | None = flag(None, "The file that is written; none: report.html in the run's folder, for two runs "
+    run: list[str] | None = flag(None, "The --output_dir of one or two runs, finished or still running; they can also be "
+        "given before all flags.", verbatim=True)
+    output: str | None = flag(None, "The file to write; none: report.html in the run's folder, for two runs "
         "comparison.html in the first one's.", folder=True)
 
 
 # fmt: on
 class Report:
-    """One run, or two beside each other; a notebook shows the page.
+    """The report of a run, or of two compared, which notebooks display.
 
     Args:
         run: the folder of a run (its `output_dir`), finished or not.
-        beside: that of another one.
+        beside: the folder of a run to compare with.
 
-    `runs` holds what was read of them. FileNotFoundError: there is no run in a folder.
+    `runs` has their data. FileNotFoundError: a folder is not a run's.
     """
 
     def __init__(self, run: str | os.PathLike, beside: str | os.PathLike | None = None):
@@ -47,7 +47,7 @@ class Report:
         return page(self.runs)
 
     def _repr_html_(self) -> str:
-        """The page in a frame, so that neither its styles nor its script meet the notebook's."""
+        """The page in an iframe, which isolates it from the notebook."""
         frame = 'style="width: 100%; height: 50rem; border: 0" sandbox="allow-scripts"'
         return f'<iframe title="report" {frame} srcdoc="{html.escape(self.to_html())}"></iframe>'
 

@@ -285,6 +285,7 @@ def measure_gaps(
     key: jax.Array | int = 0,
     batch_size: int = 8,
     chunk=128,
+    teacher_prompts: Sequence | None = None,
 ) -> Gaps:
     """Both models write on the prompts, at temperature 1 from their whole distributions, and read what was written.
 
@@ -294,30 +295,38 @@ def measure_gaps(
         student, teacher: a folder, a hub id or `embedded:…`, a `LoadedModel`, or a pair of a model and its tokenizer.
         prompts, max_new_tokens, key, batch_size: as in `sample_completions`.
         chunk: positions whose logits are held at once.
+        teacher_prompts: what the teacher reads in place of `prompts`, such as more context; None: the same.
 
     Raises:
-        ValueError: a model wrote nothing that could be read.
+        ValueError: a model wrote nothing that could be read, or there is not a teacher's prompt for each prompt.
     """
     key, student, teacher = as_key(key), _loaded(student), _loaded(teacher)
+    both = list(prompts), list(prompts if teacher_prompts is None else teacher_prompts)
+    if len(both[0]) != len(both[1]):
+        raise ValueError(
+            f"there are {len(both[1])} prompts of the teacher's for {len(both[0])} prompts; give one for each"
+        )
 
-    def written(name, who, key):
-        """Each completion that can be read, with its prompt and log-probabilities; and the share that ended."""
+    def written(name, who, prompts, key):
+        """Each completion that can be read, with its row and log-probabilities; and the share that ended."""
         engine = SamplingEngine(batch_size)
         drawn = list(_sample_with_logprobs(*who[:2], prompts, engine, max_new_tokens=max_new_tokens, key=key))
-        found = [(prompt, d, logp) for prompt, (d, logp) in zip(prompts, drawn) if d.text.strip()]
+        found = [(row, d, logp) for row, (d, logp) in enumerate(drawn) if d.text.strip()]
         if not found:
             raise ValueError(f"the {name} wrote nothing that could be read on {len(prompts)} prompts")
         return found, float(np.mean([d.stopped for d, _ in drawn]))
 
-    def bits(who, found):
-        rows = [Example(prompt, d.text) for prompt, d, _ in found]
+    def bits(who, prompts, found):
+        rows = [Example(prompts[row], d.text) for row, d, _ in found]
         return score_completions(who, None, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
 
-    ours, ended = written("student", student, jax.random.fold_in(key, 0))
-    theirs, _ = written("teacher", teacher, jax.random.fold_in(key, 1))
+    asked, told = both
+    ours, ended = written("student", student, asked, jax.random.fold_in(key, 0))
+    theirs, _ = written("teacher", teacher, told, jax.random.fold_in(key, 1))
     spent = sum(-float(logp[: len(d.ids)].sum()) for _, d, logp in ours) / np.log(2)
     size = sum(len(d.text.encode()) for _, d, _ in ours)
-    return Gaps(bits(student, theirs), bits(teacher, theirs), bits(teacher, ours), float(spent / size), ended)
+    read = bits(student, asked, theirs), bits(teacher, told, theirs), bits(teacher, told, ours)
+    return Gaps(*read, float(spent / size), ended)
 
 
 def _loaded(model: Any) -> LoadedModel:

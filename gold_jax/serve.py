@@ -1,6 +1,6 @@
-"""`python -m gold_jax.serve`: a model behind OpenAI's HTTP interface, many requests decoded together.
+"""`python -m gold_jax.serve`: an OpenAI-compatible HTTP server with continuous batching.
 
-`/v1/models`, `/v1/completions` (log-probabilities of prompts included) and `/v1/chat/completions`; docs/serving.md.
+`/v1/models`, `/v1/completions` (with log-probabilities of prompts) and `/v1/chat/completions`; see docs/serving.md.
 """
 
 import signal
@@ -16,23 +16,24 @@ from gold_jax.config.parsing import parse_args
 from gold_jax.quickstart import shown_name
 from gold_jax.values import AT_LEAST_ONE, QUANTIZATIONS, Range
 
-_LAST_SECONDS = 5  # that requests under way have when the server is to stop
+_LAST_SECONDS = 5  # that running requests have to finish when the server stops
 
 
 # fmt: off
 class ServeArguments(Settings):
-    """Where `gold_jax.serve` listens, and how much it does at once."""
+    """The address of `gold_jax.serve`, and its sizes."""
 
-    host: str = flag("127.0.0.1", "The address to listen at; another than 127.0.0.1 lets others in: nobody is asked for a key.")
-    port: int = flag(8000, "The port; 0: any that is free.", range=Range("from 0 to 65535", lambda v: 0 <= v <= 65535))
-    served_model_name: str | None = flag(None, "What requests call the model; none: --model_name_or_path.")
+    host: str = flag("127.0.0.1",
+        "The address to listen on. There is no authentication: with another one than 127.0.0.1 other machines can use the model.")
+    port: int = flag(8000, "The port; 0: any free one.", range=Range("from 0 to 65535", lambda v: 0 <= v <= 65535))
+    served_model_name: str | None = flag(None, "The name of the model in requests; none: --model_name_or_path.")
     tokenizer_name_or_path: str | None = flag(None, "The tokenizer; none: the one beside the model.")
-    batch_size: int = flag(16, "How many sequences are written at once.", range=AT_LEAST_ONE)
-    queue_size: int = flag(256, "How many sequences may wait; beyond, requests are answered 503 with Retry-After.", range=AT_LEAST_ONE)
+    batch_size: int = flag(16, "How many sequences are decoded at once.", range=AT_LEAST_ONE)
+    queue_size: int = flag(256, "How many sequences may wait; others are answered 503 with Retry-After.", range=AT_LEAST_ONE)
     max_length: int | None = flag(None,
-        "Most tokens of a sequence with its prompt; none: what the model was made for, at most 4096.", range=AT_LEAST_ONE)
+        "Most tokens of a sequence with its prompt; none: the model's max_position_embeddings, at most 4096.", range=AT_LEAST_ONE)
     quantization: str = flag("none",
-        "int8: write with matrices rounded to 8 bits, read in half the time; prompts and their log-probabilities are the model's own.",
+        "int8: decode with weights of 8 bits, which are read in half the time; prompts are scored with the original ones.",
         choices=QUANTIZATIONS)
     bf16: bool | None = like(GOLDConfig, "bf16")
 
@@ -63,7 +64,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         server = uvicorn.Server(uvicorn.Config(app, **options))
         host, port = listener.getsockname()[:2]
         if args.host not in ("127.0.0.1", "localhost", "::1"):
-            print(f"note: whoever reaches {args.host} can use the model; nobody is asked for a key", file=sys.stderr)
+            print(
+                f"note: everyone who reaches {args.host} can use the model; there is no authentication", file=sys.stderr
+            )
         shown = f"[{host}]" if ":" in host else host
         print(
             f"serving {name} at http://{shown}:{port}/v1, up to {longest} tokens; Ctrl-C ends it",
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         stop = server.handle_exit
 
-        def stop_soon(*received):  # who is not answered by then is told
+        def stop_soon(*received):  # unfinished requests get an error then
             if not server.should_exit:
                 timer = threading.Timer(_LAST_SECONDS, batcher.close)
                 timer.daemon = True
@@ -92,12 +95,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens, before the model is read; OSError says why there is none."""
+    """A listening socket, opened before the model is loaded; OSError says why it cannot be."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise OSError(f"cannot listen at --host {host} --port {port}: {error.strerror or error}") from None
+        raise OSError(f"cannot listen on --host {host} --port {port}: {error.strerror or error}") from None
 
 
 if __name__ == "__main__":

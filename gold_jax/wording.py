@@ -27,6 +27,15 @@ def without_passwords(text: str) -> str:
     return re.sub(r"(?<=://)[^/@\s\"]+@", "HIDDEN@", text)
 
 
+def plural(count: int, noun: str) -> str:
+    """A count with its noun.
+
+    >>> plural(1, "row"), plural(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def listed(items: Sequence[str], most: int, separator: str = ", ", joint: str = " and") -> str:
     """The first of many, for a message, and how many more there are.
 

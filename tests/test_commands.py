@@ -215,7 +215,7 @@ def test_evaluate_prints_bits_per_byte_as_text_and_as_json(world, capsys):
     line = f"--model_name_or_path {world}/student --dataset_name {world}/data --dataset_split test --max_samples 1"
     call("evaluate", line, predict_with_generate=True, max_new_tokens=8)
     shown = capsys.readouterr().out
-    assert "on 1 rows" in shown and "bits per byte" in shown and "exact match     0.0%" in shown
+    assert "on 1 row of" in shown and "bits per byte" in shown and "exact match     0.0%" in shown
 
 
 def test_generate_prints_completions_as_text_and_as_json(world, capsys):
@@ -436,7 +436,7 @@ def test_an_interrupted_run_saves_what_it_has_learned(world, tmp_path, monkeypat
         distil(world, tmp_path / "out", lmbda=0, max_steps=3, logging_steps=1)
     assert end.value.code == 130
     out, err = capsys.readouterr()
-    assert "Interrupted after 1 updates" in out and "gold_jax.train: interrupted" not in err
+    assert "Interrupted after 1 update;" in out and "gold_jax.train: interrupted" not in err
     saved = load_model(tmp_path / "out" / "checkpoint-1")
     assert not same(nnx.state(saved), nnx.state(load_model(world / "student")))
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1]
@@ -467,7 +467,7 @@ def test_ctrl_c_in_the_midst_of_an_update_waits_for_its_end(world, tmp_path, mon
             distil(world, tmp_path / "out", lmbda=0, max_steps=3)
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert end.value.code == 130 and "Interrupted after 1 updates" in capsys.readouterr().out
+    assert end.value.code == 130 and "Interrupted after 1 update;" in capsys.readouterr().out
     assert load_model(tmp_path / "out" / "checkpoint-1").config.layers == 2
 
 

@@ -65,6 +65,14 @@ def test_a_task_in_a_task_has_a_line_below_and_both_fit_the_width(quick):
     assert max(len(line.replace("\x1b[2K", "").replace("\x1b[1A", "")) for line in lines) <= 70  # with cursor codes
 
 
+def test_a_long_name_leaves_the_time_left_on_the_screen(quick):
+    console = screen(True, width=100)
+    with progress.displayed(console), progress.task("stopping after this update (Ctrl-C: now)", 12_000) as one:
+        one.advance(400)
+        wait_until(lambda: "400/12,000" in written(console))
+    assert any(line.rstrip().endswith("left") for line in written(console).replace("\r", "\n").split("\n"))
+
+
 def test_what_is_short_is_not_shown():
     console = screen(True)
     with progress.displayed(console), progress.task("a moment"):

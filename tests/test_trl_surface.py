@@ -108,9 +108,9 @@ def test_arguments_of_another_kind_are_answered_in_one_sentence(world, tmp_path)
     with pytest.raises(ValueError, match="compute_metrics is given the texts .* set predict_with_generate=True"):
         gold(world, tmp_path, ROWS, compute_metrics=print)
     torch_model = type("LlamaForCausalLM", (), {"name_or_path": "meta-llama/Llama-3.2-1B"})()
-    with pytest.raises(TypeError, match="not LlamaForCausalLM; pass 'meta-llama/Llama-3.2-1B', from where it was read"):
+    with pytest.raises(TypeError, match="not LlamaForCausalLM; pass its name, 'meta-llama/Llama-3.2-1B'"):
         GOLDTrainer(torch_model, given[1], GOLDConfig(), ROWS, processing_class=tiny.student_tokenizer())
-    with pytest.raises(TypeError, match="not LlamaForCausalLM; pass 'meta-llama/Llama-3.2-1B', from where it was read"):
+    with pytest.raises(TypeError, match="not LlamaForCausalLM; pass its name, 'meta-llama/Llama-3.2-1B'"):
         GOLDTrainer(given[0], torch_model, GOLDConfig(), ROWS)
     assert (
         GOLDConfig(teacher_model="a").teacher_model_name_or_path == GOLDConfig(teacher_model="a").teacher_model == "a"

@@ -208,6 +208,44 @@ gold_jax.score_completions(
     "embedded:teacher", rows=[{"prompt": "How do you say 5?", "completion": "5 is five."}]
 ).bits_per_byte
 gold_jax.load_model("embedded:student")([[1, 2, 3]])  # hidden states [B, T, D]
+```
+
+One loss of two rows, with its gradient:
+
+```python
+import jax
+
+rows = gold_jax.load_examples(
+    [{"prompt": f"How do you say {n}?", "completion": f"{n} is {text}."} for n, text in ((5, "five"), (7, "seven"))]
+)
+loss = gold_jax.DistillationLoss("embedded:student", "embedded:teacher", "gold")
+(value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(loss.params, loss.batch(rows))
+```
+
+A training loop of one's own, on text that the student draws:
+
+```python
+import functools
+
+import optax
+
+optimizer, params = optax.adamw(1e-3), jax.tree.map(jax.numpy.copy, loss.params)
+state = optimizer.init(params)
+
+
+@functools.partial(jax.jit, donate_argnums=(1, 2))
+def step(loss, params, state, batch):
+    (value, _), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch)
+    updates, state = optimizer.update(gradient, state, params)
+    return optax.apply_updates(params, updates), state, value
+
+
+prompts = [f"How do you say {n}?" for n in (5168, 42, 17, 903)]
+for number in range(3):
+    drawn = gold_jax.sample_completions(loss.student(params), prompts=prompts, key=number, max_new_tokens=16)
+    batch = loss.batch([{"prompt": prompt} for prompt in prompts], drawn)
+    params, state, value = step(loss, params, state, batch)
+gold_jax.save_model(loss.student(params), "own-loop")
 ```"""
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.config.fields import Effect, Settings, flag, like
 from gold_jax.config.trl_compat import nearest, read_attention, read_load_options
+from gold_jax.custom_comparisons import load_comparison
 from gold_jax.loss_spec import GROUPS, MASKS, MERGES, NORMALIZATIONS, LossSpec, comparisons, presets, read_options
 from gold_jax.sharding.axes import LAYOUTS, read_mesh
 from gold_jax.step_ranges import read_steps
@@ -223,15 +224,15 @@ class LoggingFlags(Settings):
     project: str = free_flag("gold_jax", "Project in the tracker.", alias="trackio_project", effect=_REPORTS,
         differs="another name, so that runs of the two are not mixed")
     trackio_space_id: str | None = free_flag(None, "Space on the hub that shows the Trackio project.", effect=_REPORTS)
-    log_completions: bool = free_flag(False, "Show sampled prompts and completions from time to time; completions.jsonl "
-        "has them all, and what evaluations with --predict_with_generate write for their first rows.",
+    log_completions: bool = free_flag(False, "Show sampled prompts and completions from time to time, and write "
+        "all of them, and completions of evaluations with --predict_with_generate, to completions.jsonl.",
         effect=Effect(lambda r: (r.spec is not None and r.args.lmbda > 0) or (r.evaluates and r.args.predict_with_generate),
                       "no effect: the student writes nothing in training, and in evaluations only with --predict_with_generate"))
     log_completions_steps: int = free_flag(100, "Updates between two tables of completions.", range=AT_LEAST_ONE,
         effect=_SHOWS_COMPLETIONS)
     num_completions_to_print: int | None = free_flag(None, "How many completions such a table shows; none: all.",
         range=AT_LEAST_ONE, effect=_SHOWS_COMPLETIONS)
-    report: bool = free_flag(False, "Write report.html into output_dir when the run is done, as gold_jax.report does.")
+    report: bool = free_flag(False, "Write report.html into output_dir at the end of the run, as gold_jax.report does.")
     profile_steps: list[str] | None = free_flag(None,
         "Trace these steps, such as 3-5,9, into output_dir/profile, and show where their time goes.")
 
@@ -317,9 +318,8 @@ class TextFlags(Settings):
         "Read special tokens' strings in plain-text prompts as those tokens; in messages they are always text.")
     on_bad_row: str = free_flag("error", "What to do with a row that cannot be read: end with an error, or skip it, count "
         "it and show the first ones.", choices=("error", "skip"))
-    check_rows: str = flag("auto", "When to look through all rows, for those that cannot be read or learned from: before "
-        "training, or beside it, which begins at once and needs --max_steps. auto: beside it from 200,000 rows on, where "
-        "that is possible.", choices=("auto", "before", "beside"))
+    check_rows: str = flag("auto", "When to check all rows: before training, or beside it, in the background, which starts "
+        "training at once and needs --max_steps. auto: in the background from 200,000 rows on, where possible.", choices=("auto", "before", "beside"))
     completion_only_loss: bool | None = flag(None, "Learn the completion (of a conversation its last answer) and "
         "nothing else; false: the whole sequence.", effect=(_FINE_TUNES, _NOT_ALL_ANSWERS),
         differs="none learns the last answer of a conversation; TRL learns the whole of it (false)")
@@ -362,7 +362,7 @@ class SFTConfig(
     A value of the wrong type or out of range is a ValueError that names the flag, the value and the range.
     """
 
-    completions_per_row = 1  # that an update learns from, of a row of the data set
+    completions_per_row = 1  # of an update, for each row of the data set
 
     def __post_init__(self):
         super().__post_init__()
@@ -425,7 +425,7 @@ class SFTConfig(
 
     @property
     def rows_per_update(self) -> int:
-        """Rows of the data set in an update, for each share of the mesh that has rows of its own."""
+        """Rows of the data set in an update, per data-parallel shard of the mesh."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps // self.completions_per_row
 
     def interval(self, name: str, total_steps: int) -> int:
@@ -458,8 +458,8 @@ class TeacherFlags(Settings):
         "As layout, for the teacher: full spreads one that is much larger than the student.", choices=LAYOUTS)
     teacher_context: str | None = flag(None,
         "Text that the teacher alone reads before the prompt; a row's column teacher_context follows it.")
-    eval_gaps: bool = free_flag(False, "In evaluation, also have both models write on the prompts, and measure how far the "
-        "student is from its teacher on the text of either, in bits per byte.", effect=_EVALUATES)
+    eval_gaps: bool = free_flag(False, "In evaluation, also sample completions of the prompts from both models, and measure "
+        "the gap between student and teacher on either's, in bits per byte.", effect=_EVALUATES)
 
 
 class SamplingFlags(Settings):
@@ -498,12 +498,13 @@ class LossFlags(Settings):
     """What is compared: a preset, or a point of the grid of merges, groups and comparisons (docs/losses.md)."""
 
     loss: str | None = flag(None, "Preset; none: what TRL's ULD flags say under use_uld_loss, else gkd for one "
-        "tokenizer and gold for two.", choices=presets, important=True, effect=_DISTILS)
+        "tokenizer and gold for two. Or MODULE:FUNCTION, as for compare.", choices=presets, loads=load_comparison,
+        important=True, effect=_DISTILS)
     merge: str | None = flag(None, "How a group's tokens become one distribution; none: the preset's.", choices=MERGES,
         effect=_DISTILS)
     groups: str | None = flag(None, "Which groups count; none: the preset's.", choices=GROUPS, effect=_DISTILS)
-    compare: str | None = flag(None, "How two distributions are compared; none: the preset's.",
-        choices=comparisons, effect=_DISTILS)
+    compare: str | None = flag(None, "How two distributions are compared; none: the preset's. A function of your own is "
+        "MODULE:FUNCTION or FILE.py:FUNCTION.", choices=comparisons, loads=load_comparison, effect=_DISTILS)
     loss_kwargs: dict | str | None = flag(None,
         'JSON with options of the comparison that have no flag of their own, such as {"alpha": 0.1}.', effect=_DISTILS)
     normalization: str = flag("groups", "Mean over the global batch's groups, or TRL's over rows.", choices=NORMALIZATIONS)

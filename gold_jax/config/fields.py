@@ -27,6 +27,7 @@ def flag(
     *,
     range: Range | None = None,  # the numbers it may have
     choices: tuple[str, ...] | Callable[[], Mapping[str, Any]] = (),  # the texts it may have; of a list, each element
+    loads: Callable[[str], None] | None = None,  # makes a text with a colon one of the choices, or raises ValueError
     alias: str | None = None,  # another name that sets the same field
     on_resume: Literal["refuse", "warn", "ignore"] = "refuse",  # where a resumed run has another value
     effect: Effect | tuple[Effect, ...] = (),  # the conditions under which it changes anything
@@ -224,6 +225,11 @@ def read_value(cls: type[Settings], name: str, value: Any) -> Any:
         return _read_list(field, value)
     if value is None and type(None) in types:
         return None
+    if field.metadata["loads"] and isinstance(value, str) and ":" in value:
+        try:
+            field.metadata["loads"](value)
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}.") from error
     choices = legal_texts(field)
 
     def refused(words: str) -> ValueError:

@@ -152,7 +152,7 @@ _REFUSALS: Mapping[str, str] = {
         "fp16 fp16_full_eval fp16_backend fp16_opt_level half_precision_backend",
     "rows are neither split nor cut to fill a block, and none sees another's tokens; leave it out, bfd is what is done.":
         "packing_strategy==bfd",
-    "a resumed run goes on with the rows that come next, which takes no time; leave it out.": "ignore_data_skip",
+    "a resumed run continues with the next rows, which takes no time; leave it out.": "ignore_data_skip",
     "several data sets are read whole; leave it out, or stream one data set with --dataset_streaming.": "streaming",
     "name an eval_split in a data set of datasets, or --eval_dataset_name.": "test_split_size",
     "noise on the embeddings is not supported; leave it out.": "neftune_noise_alpha",

@@ -91,6 +91,7 @@ class Comparison:
     reads_text: bool = False  # it reads `suffix_logp`, a group's text: then the batch brings all tokens of it
     projects: bool = False  # it reads `prefix_column`, so that entries can be masked
     on_policy: bool = False  # it is meaningful only on text that the student drew
+    built_in: bool = True  # not one that `register_comparison` added
 
     @functools.cached_property
     def options(self) -> Mapping[str, Parameter]:

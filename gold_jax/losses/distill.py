@@ -107,6 +107,22 @@ def _token_fn(head: Head):
     return logp
 
 
+class _Columns(NamedTuple):
+    """The arrays of a head that say what its columns are; arguments of a chunk, as a closure's would outlive their trace."""
+
+    row_of_token: jax.Array
+    stop_rows: jax.Array | None
+    column_order: jax.Array | None
+
+    @classmethod
+    def of(cls, head: Head) -> "_Columns":
+        return cls(head.row_of_token, head.stop_rows, head.column_order)
+
+    def of_values(self, head: Head) -> Head:
+        """The head, its numbers and these arrays, without its weight."""
+        return Head(None, softcap=head.softcap, temperature=head.temperature, **self._asdict())
+
+
 def _columns(head: Head, token: jax.Array) -> jax.Array:
     """The columns of the logits, as the head gives them, that belong to token ids."""
     return token if head.column_order is not None else head.row_of_token[token]
@@ -183,11 +199,12 @@ def distill_loss(
         return GroupDistribution(scores, log_scale + inner, -jnp.expm1(inner), column, none, single, *routes)
 
     def chunk_loss(logits, inner, shared, positions):
-        teacher_hidden, teacher_weight, student_routes, teacher_routes = shared
+        teacher_hidden, teacher_weight, student_routes, teacher_routes, *columns = shared
+        own_head, their_head = (x.of_values(head) for x, head in zip(columns, (student_head, teacher_head)))
         rows, student_text, teacher_inner, teacher_text, weight = positions
-        student = merged(logits, inner, student_text, student_routes, student_head)
+        student = merged(logits, inner, student_text, student_routes, own_head)
         logits = head_logits(gather_rows(teacher_hidden, rows), teacher_weight)
-        teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, teacher_head)
+        teacher = merged(logits, teacher_inner, teacher_text, teacher_routes, their_head)
         loss, parts = compare_groups(compare, student, jax.lax.stop_gradient(teacher), overlap)
         used = weight > 0  # a padding row may hold anything, infinities included
         return jax.tree.map(lambda x: jnp.sum(jnp.where(used, weight * x, 0.0)), (loss, parts))
@@ -195,7 +212,8 @@ def distill_loss(
     inner, token_fn = inner_tokens(teacher_head, teacher_index, weight), _token_fn(teacher_head)
     teacher_inner = inner_logp_sums(token_fn, chunk, teacher_hidden, teacher_weight, index, inner)
     rows, inner = packed(student_index.base), inner_tokens(student_head, student_index, weight)
-    shared = teacher_hidden, teacher_weight, *(_prefix_routes(head, overlap) for head in (student_head, teacher_head))
+    heads = student_head, teacher_head
+    shared = teacher_hidden, teacher_weight, *(_prefix_routes(x, overlap) for x in heads), *map(_Columns.of, heads)
     base, student_text = packed(teacher_index.base), text(student_head, student_index)
     positions = base, student_text, teacher_inner, text(teacher_head, teacher_index), packed(weight)
     head, token_fn = student_head.weight, _token_fn(student_head)
@@ -228,9 +246,9 @@ def cross_entropy(
     """
     index, live = compact(weight > 0)
 
-    def chunk_loss(logits, _scale, _shared, positions):
+    def chunk_loss(logits, _scale, shared, positions):
         columns, weight = positions
-        logp = _log_softmax(logits, head)
+        logp = _log_softmax(logits, shared.of_values(head))
         label_logp = jnp.take_along_axis(logp, columns[:, None], -1)[:, 0]
         used = weight > 0
         correct = jnp.where(used & (jnp.max(logp, -1) <= label_logp), weight, 0.0)
@@ -238,4 +256,5 @@ def cross_entropy(
 
     positions = _columns(head, jnp.maximum(labels, 0)).reshape(-1)[index], weight.reshape(-1)[index]
     rows = position.reshape(-1)[index]
-    return fused_linear_sum(chunk_loss, None, chunk, _flat(hidden), head.weight, rows, None, (), positions, live)
+    shared = _Columns.of(head)
+    return fused_linear_sum(chunk_loss, None, chunk, _flat(hidden), head.weight, rows, None, shared, positions, live)

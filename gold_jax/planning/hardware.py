@@ -1,6 +1,6 @@
-"""Accelerators that need not be here: slices of them by a short text, and what compiling for them needs.
+"""Topologies of accelerators that are not attached, by a short text, and what compiling for them needs.
 
-Without JAX, for some of it has to be there before JAX is. The figures of a device are those of `gold_jax.accelerators`.
+Does not import JAX, as `prepare` must run before JAX is imported. Figures of devices are in `gold_jax.accelerators`.
 """
 
 import difflib
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from gold_jax.accelerators import GPUS, TABLE, TPUS, Chip
 
-GPU_SHARE = 0.75  # of a GPU's memory, what JAX takes by XLA_PYTHON_CLIENT_MEM_FRACTION's default
+GPU_SHARE = 0.75  # the default of XLA_PYTHON_CLIENT_MEM_FRACTION
 MEASURED_ON = TABLE["gpus"]["measured"]["on"]  # the card that `Topology.efficiency` was measured on
 # The cloud's names count cores where a chip has two, whether or not JAX sees them: v4-8 is four chips.
 _COUNTED_IN_CORES = ("v3", "v4", "v5p", "tpu7x")

@@ -106,7 +106,7 @@ def find_vocabularies(student: Model, teacher: Model, args: GOLDConfig, matched:
         config = types.SimpleNamespace(config=model.config)  # what of a loaded model its vocabulary is matched by
         sides.append(LoadedModel(config, ChatTokenizer(tokenizer, stop_ids=stop_ids_of(config)), model.name))
     else:
-        match = match_pair(args, *sides)
+        match = match_pair(*sides, args.projection_mask)
         return Vocabularies(None if match.same else match.vocabulary.matched, "tokenizers")
     if matched is not None:
         return Vocabularies(matched, "given")

@@ -15,6 +15,7 @@ from gold_jax.planning.hardware import MEASURED_ON
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
 from gold_jax.planning.plan import RESOURCES, Plan, mesh_flag
 from gold_jax.terminal import columns, put, say, section
+from gold_jax.wording import plural
 
 # The programs: over their columns of memory (in rows of time in one line), and what happens while they run.
 _PROGRAMS = {
@@ -198,7 +199,7 @@ def _title(report: Report) -> dict[str, str]:
     if topology.kind == "gpu":
         taken = f"of {_size(chip.hbm_bytes)} each JAX takes {plan.limit_bytes / chip.hbm_bytes:.0%}, {limit}"
         memory = f"{taken}, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise"
-    chips = f"{topology.chips} chip{'' if topology.chips == 1 else 's'}"
+    chips = plural(topology.chips, "chip")
     rows["devices"] = f"{topology.name}: {chips}{f' of {chip.cores} cores' if chip.cores > 1 else ''}; {memory}"
     rows["mesh"] = mesh_flag(request.mesh) if topology.devices > 1 else "one device"
     for whose, layout in (("student", args.layout), ("teacher", request.teacher_layout)):

@@ -1,4 +1,4 @@
-"""Curves of logged metrics, one run's or two over each other."""
+"""Curves of the logged metrics of one or two runs."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from gold_jax.reporting.run import Run, number, of_set
 
-MOST_POINTS = 2000  # of a line; longer ones are drawn as means of neighbours
+MOST_POINTS = 2000  # of a line; longer ones are averaged over neighbours
 
 
 class Line(NamedTuple):
@@ -27,7 +27,7 @@ class Plot(NamedTuple):
     lines: list[Line]
 
 
-# Title, unit, and what the metrics of it are called; `eval_` ones have a line for each set of rows.
+# Title, unit, and metrics with their labels; those of `eval_` have a line for each evaluation set.
 _PLOTS = (
     ("loss", "", {"loss": "training", "eval_loss": "evaluation"}),
     ("gaps to the teacher", "bits per byte", {"eval_forward_gap": "forward", "eval_reverse_gap": "reverse"}),
@@ -44,7 +44,7 @@ _PLOTS = (
 
 
 def plots_of(runs: Sequence[Run]) -> tuple[list[Plot], list[str], list[str]]:
-    """The plots that have a line, the titles of those that have none, and sentences about what the lines leave out."""
+    """The plots with data, the titles of those without, and sentences about what the lines leave out."""
     found, missing, notes = [], [], []
     for title, unit, metrics in _PLOTS:
         lines = []
@@ -65,7 +65,7 @@ def plots_of(runs: Sequence[Run]) -> tuple[list[Plot], list[str], list[str]]:
 
 
 def _named(run: Run, metric: str) -> list[tuple[str, str]]:
-    """The names under which a run logged a metric, with the sets of rows that they are of."""
+    """The names of a metric in a run's log, with their evaluation sets."""
     if not metric.startswith("eval_"):
         return [(metric, "")]
     names = dict.fromkeys(name for row in run.rows for name in row)
@@ -79,7 +79,7 @@ def _points(run: Run, name: str) -> list[tuple[int, float]]:
 
 
 def _seconds_per_update(run: Run) -> Iterator[tuple[int, float]]:
-    """Between two lines of the log; what evaluations take, and the time between two parts of a run, does not count."""
+    """Seconds per update between two lines of the log, without evaluations and without the time between two parts."""
     before = None
     for row in run.rows:
         step, now = row["step"], number(row.get("time"))

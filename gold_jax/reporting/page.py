@@ -1,6 +1,6 @@
-"""One run, or two side by side, as a page of HTML that needs nothing else.
+"""The report as one self-contained HTML page.
 
-Whatever comes from a run's files is escaped, and the page's own policy lets no script run but its two, and nothing be fetched.
+Everything from a run's files is escaped; the content security policy allows the page's own two scripts and no requests.
 """
 
 import base64
@@ -52,16 +52,16 @@ def page(runs: Sequence[Run]) -> str:
         environment=_environments(runs), completions=LOGS[1],
         now=datetime.datetime.now(datetime.UTC).isoformat(" ", "minutes"),
     )  # fmt: skip
-    return text.encode("utf-8", "replace").decode()  # half a surrogate pair is no text
+    return text.encode("utf-8", "replace").decode()  # lone surrogates cannot be encoded
 
 
 def page_path(runs: Sequence[Run]) -> pathlib.Path:
-    """Where the page lies where nothing else is said: in the first run's folder."""
+    """The default path of the page, in the first run's folder."""
     return runs[0].folder / ("report.html" if len(runs) == 1 else "comparison.html")
 
 
 def write_page(runs: Sequence[Run], path: str | os.PathLike | None = None) -> pathlib.Path:
-    """Writes the page to a file, all of it or nothing; None: to `page_path`. ImportError: Bokeh is not installed."""
+    """Writes the page atomically; `path` None: to `page_path`. ImportError: Bokeh is not installed."""
     path, text = pathlib.Path(path or page_path(runs)), page(runs)
     unfinished = path.with_name(path.name + ".new")
     unfinished.write_text(text, encoding="utf-8")
@@ -75,12 +75,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
 
 
 def _compared(runs: Sequence[Run]) -> str:
-    """Which of two runs is better in what, in one sentence; "" for one run."""
+    """Sentences on which of two runs is better by which metrics; "" for one run."""
     if len(runs) < 2:
         return ""
     rows = [run.fact("digests").get("the rows to evaluate on") for run in runs]
     if None in rows or rows[0] != rows[1]:
-        return "A and B were measured on different rows, or it is not known on which: their figures do not compare."
+        return "A and B were measured on different or unknown rows, so their metrics are not compared."
     ahead: dict[str, list[str]] = {"A": [], "B": [], "": []}
     others = {measure.label: measure for measure in runs[1].measures}
     one_loss = runs[0].summary.get("loss") == runs[1].summary.get("loss")
@@ -101,7 +101,7 @@ def _compared(runs: Sequence[Run]) -> str:
 
 
 def _samples(runs: Sequence[Run]) -> tuple[list[tuple[Sample | None, ...]], int, int]:
-    """For the prompts shown what each run wrote; how many prompts there are; how many of them in all runs."""
+    """The completions of each run for the prompts shown; the number of prompts; the number that all runs have."""
     counts = {prompt: [len(run.samples.get(prompt, ())) for run in runs] for run in runs for prompt in run.samples}
     scored = collections.Counter(prompt for run in runs for _, prompt, _ in run.scored)
     best = sorted(counts, key=lambda prompt: (-min(counts[prompt]), -scored[prompt], -sum(counts[prompt])))[:PROMPTS]
@@ -110,7 +110,7 @@ def _samples(runs: Sequence[Run]) -> tuple[list[tuple[Sample | None, ...]], int,
 
 
 def _steps(samples: Sequence[Sample | None]) -> tuple[list[int], int]:
-    """The updates of a prompt that are shown, the first and the last among them, and how many there are."""
+    """The updates shown for a prompt, including the first and the last, and the number of all."""
     steps = sorted({step for sample in samples if sample for step in sample.by_step})
     if len(steps) <= STEPS:
         return steps, len(steps)
@@ -118,7 +118,7 @@ def _steps(samples: Sequence[Sample | None]) -> tuple[list[int], int]:
 
 
 def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], str, bool]]:
-    """Settings that are not the defaults in any run: name, values, default, whether the runs differ."""
+    """Settings that differ from the default in a run: name, values, default, whether the runs differ."""
     rows = []
     defaults = [run.defaults for run in runs]
     for name in dict.fromkeys(name for run in runs for name in run.fact("settings")):
@@ -135,7 +135,7 @@ def _table(columns: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool
 
 
 def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """Devices, versions and digests; what changed when a run was resumed stands behind each other."""
+    """Devices, versions and digests; values that changed when a run was resumed are joined by ", then "."""
     columns = []
     for run in runs:
         told: dict[str, dict[str, None]] = {}

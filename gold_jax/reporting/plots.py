@@ -1,10 +1,10 @@
-"""Plots as Bokeh draws them: its script, and for each plot an object of JSON that the script draws."""
+"""Plots for Bokeh: its script, and for each plot the JSON that the script draws."""
 
 from typing import Any
 
 from gold_jax.reporting.curves import Plot
 
-# Colours of Okabe and Ito, which all eyes tell apart; then text and grid. The page exchanges them on a dark ground.
+# Okabe and Ito's colours for colour-blind readers, then text and grid, with their replacements in dark mode.
 DARK = {"#0072b2": "#56a9dc", "#d55e00": "#ee8742", "#009e73": "#35c79a", "#565e69": "#a6aeb9", "#d9dde2": "#343a42"}
 *_LINES, _TEXT, _GRID = DARK
 _DASHES = ("solid", "dashed", "dotted")
@@ -21,7 +21,7 @@ def require_bokeh() -> Any:
 
 
 def script() -> str:
-    """Bokeh's JavaScript, the part that draws plots."""
+    """Bokeh's JavaScript for drawing plots."""
     require_bokeh()
     from bokeh.resources import Resources
 

@@ -1,4 +1,4 @@
-"""What a run's folder holds, as data: how it went, what was logged, what the student wrote. Reads files alone, without JAX."""
+"""Reads a run's folder: its summary, metrics and completions. Does not import JAX."""
 
 import dataclasses
 import datetime
@@ -15,7 +15,7 @@ from gold_jax.json_files import parse_json_object, read_json_object, regular_fil
 from gold_jax.training.logging import LOGS, SUMMARY, shown
 
 METADATA = "run.json"  # of a checkpoint
-# Names of measures, what they are called, and whether more is better.
+# Metrics with their labels, and whether higher is better.
 MEASURES = {
     "bits_per_byte": ("bits per byte", False),
     "forward_gap": ("forward gap", False),
@@ -23,21 +23,21 @@ MEASURES = {
     "exact_match": ("exact match", True),
     "loss": ("loss", False),
 }
-_ALWAYS = ("bits_per_byte", "forward_gap", "reverse_gap", "exact_match")  # said to be missing where they are
+_ALWAYS = ("bits_per_byte", "forward_gap", "reverse_gap", "exact_match")  # reported if missing
 
 
 class Measure(NamedTuple):
-    """One measure before and after training; None: not measured."""
+    """A metric before and after training; None: not measured."""
 
     label: str
     before: float | None
     after: float | None
     teacher: float | None
-    more_is_better: bool | None  # None: nobody knows
+    more_is_better: bool | None  # None: not known
 
     @property
     def outcome(self) -> str:
-        """One of better, worse, unchanged, before alone, after alone and missing; "" where nobody knows."""
+        """One of better, worse, unchanged, before alone, after alone and missing; "" if not known."""
         if self.before is None or self.after is None:
             return "after alone" if self.after is not None else "missing" if self.before is None else "before alone"
         if self.before == self.after or self.more_is_better is None:
@@ -66,7 +66,7 @@ class Completion(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """What a student wrote for one prompt."""
+    """The student's completions of one prompt."""
 
     prompt: str
     reference: str | None  # the row's own completion
@@ -90,7 +90,7 @@ class Run:
     """A finished or running run; made by `read_run`."""
 
     folder: pathlib.Path
-    summary: Mapping[str, Any]  # summary.json; {} where there is none
+    summary: Mapping[str, Any]  # summary.json; {} if there is none
     rows: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
     samples: Mapping[str, tuple[int, ...]]  # prompt -> where in completions.jsonl its lines begin
     scored: tuple[tuple[int, str, int], ...]  # of the lines there that have groups: update, prompt and where it begins
@@ -103,7 +103,7 @@ class Run:
         return [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
 
     def fact(self, name: str) -> Mapping[str, Any]:
-        """An object of the summary; {} where it is none."""
+        """An object in the summary; {} if it is not an object."""
         found = self.summary.get(name)
         return found if isinstance(found, Mapping) else {}
 
@@ -114,7 +114,7 @@ class Run:
 
     @property
     def state(self) -> str:
-        """How the run stands, such as "Finished after 200 of 200 updates"."""
+        """The state of the run, such as "Finished after 200 of 200 updates"."""
         part = self.parts[-1] if self.parts else {}
         how, total = part.get("how"), self.summary.get("total_updates", "an unknown number of")
         of = f"{max(whole(part.get('to_update')) or 0, self.last_step)} of {total} updates"
@@ -125,7 +125,7 @@ class Run:
 
     @functools.cached_property
     def measures(self) -> list[Measure]:
-        """What was measured before and after training, those that every run should have first."""
+        """The metrics before and after training; those that every run should have come first."""
         results, evaluations = self.fact("results"), [row for row in self.rows if "eval_loss" in row or _evaluates(row)]
         first = next((row for row in evaluations if row["step"] == 0), {})
         last = evaluations[-1] if evaluations and evaluations[-1]["step"] else {}
@@ -148,7 +148,7 @@ class Run:
 
     @property
     def verdict(self) -> str:
-        """One paragraph: how it ended, what is better, worse, unchanged or missing."""
+        """A paragraph: how the run ended, which metrics are better, worse, unchanged or missing."""
         by: dict[str, list[str]] = {}
         for m in self.measures:
             values = [shown(value) for value in dict.fromkeys((m.before, m.after)) if value is not None]
@@ -164,7 +164,7 @@ class Run:
 
     @property
     def started(self) -> list[float]:
-        """When the parts began, in seconds since 1970."""
+        """The start times of the parts, in seconds since 1970."""
         return [when for part in self.parts if (when := _timestamp(part.get("started"))) is not None]
 
     def read(self, prompt: str) -> Sample:
@@ -205,9 +205,9 @@ class Run:
 
 
 def read_run(folder: Any) -> Run:
-    """Reads a run's folder; what is damaged in it is left out and counted in `notes`.
+    """Reads a run's folder; damaged data is left out and counted in `notes`.
 
-    FileNotFoundError: there is no such folder, or no file of a run in it.
+    FileNotFoundError: the folder does not exist or has no files of a run.
     """
     folder, notes, summary = pathlib.Path(folder).expanduser(), [], {}
     checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{METADATA}")]
@@ -283,7 +283,7 @@ def _lines(
 
 
 def _of_checkpoint(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint knows of a summary."""
+    """The part of a summary that a checkpoint's metadata has."""
     known = metadata.get("run") if isinstance(metadata.get("run"), Mapping) else {}
     method = {} if "teacher_model_name_or_path" in known else {"method": "supervised fine-tuning"}
     defaults = (SFTConfig if method else GOLDConfig)().to_dict()
@@ -292,7 +292,7 @@ def _of_checkpoint(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_set(name: str, measure: str) -> str | None:
-    """Which set of rows a metric such as `eval_NAME_loss` is of, "" for the only one; None where it is another measure.
+    """The evaluation set of a metric such as `eval_NAME_loss`, "" for a single set; None if it is another metric.
 
     >>> of_set("eval_loss", "loss"), of_set("eval_easy_loss", "loss"), of_set("eval_loss", "exact_match")
     ('', 'easy', None)
@@ -306,7 +306,7 @@ def _evaluates(row: Iterable[str]) -> bool:
 
 
 def number(value: Any) -> float | None:
-    """A finite number; None of what is none."""
+    """The value if it is a finite number, else None."""
     try:
         return (
             value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
@@ -316,7 +316,7 @@ def number(value: Any) -> float | None:
 
 
 def whole(value: Any) -> int | None:
-    """A number of updates; None of what is none."""
+    """The value if it can be a number of updates, else None."""
     return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
 
 

@@ -1,4 +1,4 @@
-"""The HTTP side: OpenAI's `/v1/models`, `/v1/completions` and `/v1/chat/completions` over a `Batcher`, as a Starlette application."""
+"""OpenAI's `/v1/models`, `/v1/completions` and `/v1/chat/completions` over a `Batcher`, as a Starlette application."""
 
 import asyncio
 import concurrent.futures
@@ -28,7 +28,7 @@ _RETRY_SECONDS = 1
 
 
 class _Choice:
-    """One sequence of an answer, and what of it has been told."""
+    """One choice of a response, and how much of it was sent."""
 
     def __init__(self, chat: ChatTokenizer, wanted: Wanted, prompt: Any, ids: np.ndarray, index: int):
         self.chat, self.wanted, self.ids, self.index = chat, wanted, ids, index
@@ -37,11 +37,11 @@ class _Choice:
         self.prompt_text, self.prompt_offsets = ("", []) if self.is_chat else writing.text_of_prompt(chat, prompt, ids)
         self.writing = writing.Writing(chat, prompt if self.is_chat else self.prompt_text, wanted.stop)
         self.prompt_tokens: Tokens | None = None
-        self.echoes = wanted.echo  # until the prompt is told
-        self.characters = self.tokens = 0  # told so far
+        self.echoes = wanted.echo  # until the prompt is sent
+        self.characters = self.tokens = 0  # sent so far
 
     def take(self) -> tuple[str, dict | None]:
-        """The text that has not been told, and the log-probabilities of its tokens, None where nobody asked."""
+        """The text that was not sent yet, and the log-probabilities of its tokens; None if they were not requested."""
         text, top = self.writing.text[self.characters :], self.wanted.top
         costs = None
         if top is not None and self.writing.ids:
@@ -63,7 +63,7 @@ class _Choice:
 
 
 class _Answer:
-    """What is written for one HTTP request: its choices, the events of the batcher, and the form of the answer."""
+    """The response to one HTTP request: its choices, the events of the batcher, and its format."""
 
     def __init__(self, wanted: Wanted, choices: list[_Choice], kind: str, model: str, batcher: Batcher):
         self.wanted, self.choices, self.kind, self.batcher = wanted, choices, kind, batcher
@@ -72,12 +72,12 @@ class _Answer:
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()), "model": model}
 
     def submit(self, max_length: int) -> None:
-        """Has the choices written; `QueueFull` where there is no room for all of them."""
+        """Submits the choices to the batcher; `QueueFull` if there is no room for all of them."""
         loop, wanted = asyncio.get_running_loop(), self.wanted
 
         def receiver(choice):
             def receive(kind, value):
-                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens
+                with contextlib.suppress(RuntimeError):  # the event loop is closed
                     loop.call_soon_threadsafe(self.events.put_nowait, (choice, kind, value))
 
             return receive
@@ -101,13 +101,13 @@ class _Answer:
         self.batcher.submit([c.request for c in self.choices if not c.writing.finish])
 
     def cancel(self) -> None:
-        """Frees the places of what is not finished."""
+        """Cancels the choices that are not finished."""
         for choice in self.choices:
             if not choice.writing.finish:
                 self.batcher.cancel(choice.request)
 
     async def changes(self, http: HttpRequest) -> AsyncIterator[_Choice]:
-        """Each choice whenever there is more of it, until all are finished; `ClientDisconnect` where nobody reads any more."""
+        """Yields a choice whenever it has grown, until all are finished; `ClientDisconnect` if the client is gone."""
         watch = asyncio.create_task(_gone(http))
         watch.add_done_callback(lambda _: self.events.put_nowait((None, "gone", None)))
         unfinished = [choice for choice in self.choices if not choice.writing.finish]
@@ -139,13 +139,13 @@ class _Answer:
             self.cancel()
 
     def usage(self) -> dict[str, int]:
-        """How many tokens were read and written."""
+        """The numbers of prompt and completion tokens."""
         read = sum(len(choice.ids) for choice in self.choices[:: self.wanted.n])
         written = sum(len(choice.writing.ids) for choice in self.choices)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
     async def whole(self, http: HttpRequest) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The response as one JSON object."""
         async for _ in self.changes(http):
             pass
         choices = []
@@ -156,7 +156,7 @@ class _Answer:
         return self.head | {"choices": choices, "usage": self.usage()}
 
     async def stream(self, http: HttpRequest) -> AsyncIterator[str]:
-        """The answer as server-sent events."""
+        """The response as server-sent events."""
         head = self.head | ({"object": "chat.completion.chunk"} if self.kind == "chat" else {})
 
         def event(**values: Any) -> str:
@@ -182,7 +182,7 @@ class _Answer:
 
 
 class _Stream(StreamingResponse):
-    """Server-sent events of an answer, whose places are free again however it ends."""
+    """Server-sent events of a response, which cancels its choices however it ends."""
 
     def __init__(self, answer: _Answer, http: HttpRequest):
         super().__init__(answer.stream(http), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -207,21 +207,21 @@ async def _body(http: HttpRequest) -> bytes:
     async for part in http.stream():
         data += part
         if len(data) > MOST_BYTES:
-            raise RequestError(f"the body is longer than {MOST_BYTES} bytes; send less at a time", status=413)
+            raise RequestError(f"the body is longer than {MOST_BYTES} bytes", status=413)
     return bytes(data)
 
 
 def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int) -> Starlette:
     """The application that serves a batcher's model, with its tokenizer, under a name."""
     created, said = int(time.time()), set()
-    reader = concurrent.futures.ThreadPoolExecutor(1)  # long texts are tokenized beside the event loop, one at a time
+    reader = concurrent.futures.ThreadPoolExecutor(1)  # tokenizes outside the event loop, one request at a time
 
     def read(data: bytes, kind: str) -> tuple[Wanted, list[_Choice]]:
-        """What a body asks for, with its prompts as tokens."""
+        """A parsed request and its choices, with prompts as tokens."""
         wanted = read_request(data, kind, name, MOST_TOP)
         for field in set(wanted.ignored) - said:
             said.add(field)
-            print(f"note: requests have the field {field}, which changes nothing here; it is ignored", file=sys.stderr)
+            print(f"note: the field {field} of requests changes nothing here and is ignored", file=sys.stderr)
         most = batcher.rows + batcher.queue_size
         if len(wanted.prompts) * wanted.n > most:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Continuous batching: a thread that decodes all sequences which are under way, in a fixed number of slots of the device.
+"""Continuous batching: a thread that decodes all running sequences, in a fixed number of slots on the device.
 
 A sequence that is submitted waits in a bounded queue for a free slot and joins the others between two rounds of a few
 tokens; so do prompts whose log-probabilities are asked for. Programs are compiled for few sizes: slots of the cache and
@@ -22,10 +22,10 @@ from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.sampler import SMALL_MODEL, STOP_SLOTS
 from gold_jax.serving import programs
 
-ROUND = 16  # most tokens of a sequence between two looks at the queue
+ROUND = 16  # most tokens of a sequence per round; the queue is polled between rounds
 _ROUND_SECONDS = 0.1  # about how long a round may take
 STOPPING = "the server is stopping"
-_LAST_SECONDS = 30  # that the last round has when the batcher is closed: it may compile
+_LAST_SECONDS = 30  # that `close` waits for the last round, which may compile
 _LONGEST = 4096
 _SCORED = 4  # prompts that are scored in one program at most: decoding waits for it
 _TOPS = (0, 1, 5, 20)  # numbers of likeliest tokens that programs are compiled for
@@ -33,12 +33,12 @@ MOST_TOP = _TOPS[-1]
 
 
 class QueueFull(Exception):
-    """So many sequences wait that no more are taken."""
+    """The queue has no room for the submitted sequences."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """Some further tokens of a sequence, or those of its prompt but the first."""
+    """New tokens of a sequence, or the tokens of its prompt except the first."""
 
     ids: np.ndarray  # int32 [N]
     logprobs: np.ndarray  # float32 [N], at temperature 1 and unfiltered
@@ -48,37 +48,37 @@ class Tokens:
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One sequence to write, and to whom its tokens go.
+    """One sequence to generate, and the callback that receives its tokens.
 
-    `receive` is called in the batcher's thread, and must not wait: with "prompt", `Tokens` of the prompt, where
-    `score_prompt`; with "tokens", `Tokens`, as they come; with "end", "stop" or "length"; or with "error", a text.
+    `receive(kind, value)` is called in the batcher's thread and must not block. Kinds and values: "prompt", `Tokens` of
+    the prompt (with `score_prompt`); "tokens", new `Tokens`; "end", "stop" or "length"; "error", a message.
     """
 
     prompt: np.ndarray  # int32 [P], at least one token
     receive: Callable[[str, Any], None]
-    max_tokens: int  # 0: the prompt is scored alone
-    seed: int = 0  # with `index`, which of the completions of a prompt it is, what is drawn
+    max_tokens: int  # 0: the prompt is only scored
+    seed: int = 0  # of sampling, with `index`, the number of the completion among those of the prompt
     index: int = 0
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    top: int = 0  # how many of the likeliest tokens are told
+    top: int = 0  # how many of the most likely tokens are returned
     score_prompt: bool = False
     cancelled: bool = False
     written: int = 0
 
 
 class Batcher:
-    """Writes sequences with one model on one device; `submit` is called from any thread.
+    """Generates sequences with one model on one device; `submit` is thread-safe.
 
     Args:
         model: a `Decoder`.
         stop_ids: tokens that end a sequence.
-        rows: how many sequences are written at once.
+        rows: how many sequences are decoded at once.
         queue_size: how many may wait.
-        max_length: most tokens of a sequence, its prompt included, which the caller keeps to.
-        quantization: "int8" writes from rounded matrices, as `rollout.sampler.SamplingEngine`.
-        least: least width of prompts and slots of the cache; more of it is fewer programs, and more padding.
+        max_length: most tokens of a sequence, its prompt included; the caller enforces it.
+        quantization: "int8" decodes with quantized weights, as `rollout.sampler.SamplingEngine`.
+        least: least prompt width and cache length; a higher one compiles fewer programs and pads more.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Batcher:
         self._thread.start()
 
     def submit(self, sequences: Sequence[Request]) -> None:
-        """Has sequences written, all or none of them; `QueueFull` where they are too many beside those that wait."""
+        """Queues sequences, all or none of them; `QueueFull` if there is no room for all."""
         with self._lock:
             if self._closed:
                 raise QueueFull
@@ -123,7 +123,7 @@ class Batcher:
             self._lock.notify()
 
     def cancel(self, sequence: Request) -> None:
-        """Frees the place of a sequence, whether it waits or is under way; it receives nothing more."""
+        """Cancels a waiting or running sequence; it receives nothing more."""
         with self._lock:
             sequence.cancelled = True
             for queue in (self._waiting, self._scoring):
@@ -142,7 +142,7 @@ class Batcher:
         return sum(slot is not None for slot in self._slots)
 
     def close(self) -> None:
-        """Ends the thread, after its round; what is not finished receives an error."""
+        """Ends the thread after its current round; unfinished sequences receive an error."""
         with self._lock:
             self._closed = True
             self._lock.notify()
@@ -180,7 +180,7 @@ class Batcher:
             sequence.receive(kind, value)
 
     def _turn(self) -> None:
-        """What waits is scored and joins, then a round is decoded."""
+        """Scores and admits waiting sequences, then decodes a round."""
         self._score()
         for row, sequence in enumerate(self._slots):
             if sequence is not None and sequence.cancelled:
@@ -190,7 +190,7 @@ class Batcher:
             self._decode()
 
     def _score(self) -> None:
-        """The log-probabilities of the next prompts; those of them that are to go on then wait for a slot."""
+        """Scores the next prompts; sequences that are to be continued then wait for a slot."""
         with self._lock:
             some = [self._scoring.popleft() for _ in range(min(_SCORED, len(self._scoring)))]
         if not some:
@@ -204,7 +204,7 @@ class Batcher:
             top = _top_of(some)
             found = jax.device_get(programs.score_tokens(*self._model, tokens, lengths, top=top))
         except Exception:
-            with self._lock:  # so that they are told
+            with self._lock:  # so that they receive the error
                 self._scoring.extendleft(some[::-1])
             raise
         for at, sequence in enumerate(some):
@@ -248,7 +248,7 @@ class Batcher:
         self._state = device.prefill_into_slots(*self._model, *self._state, *arrays)
 
     def _resize(self) -> None:
-        """As many slots of the cache as the longest sequence needs for the next round, in powers of two."""
+        """Resizes the cache to what the longest sequence needs for the next round, in powers of two."""
         active = [row for row, slot in enumerate(self._slots) if slot is not None]
         needed = self._width(int(self._length[active].max()) + ROUND)
         if self._state is None:
@@ -295,7 +295,7 @@ class Batcher:
                 self._tell(sequence, "end", "stop" if stopped else "length")
 
     def _give(self, sequence: Request, kind: str, arrays: list[np.ndarray]) -> bool:
-        """Hands tokens to a sequence; where they are not finite, an error, and it is cancelled. Whether it goes on."""
+        """Sends tokens to a sequence, or an error if they are not finite; returns whether it continues."""
         tokens = Tokens(*arrays)
         if np.isfinite(tokens.logprobs).all():
             self._tell(sequence, kind, tokens)
@@ -308,7 +308,7 @@ class Batcher:
 
 
 def longest_sequence(decoder) -> int:
-    """Most tokens of a sequence where nobody says: the model's `max_position_embeddings`, at most 4096, so that caches fit."""
+    """The default `max_length`: the model's `max_position_embeddings`, at most 4096 so that caches fit."""
     config = json.loads(decoder.config.source).get("config") or {}
     return min(_LONGEST, (config.get("text_config") or config).get("max_position_embeddings") or _LONGEST)
 

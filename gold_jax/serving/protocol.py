@@ -1,4 +1,4 @@
-"""OpenAI's completions and chat completions: what a body may hold, read into `Wanted`, and errors in OpenAI's form."""
+"""Requests in OpenAI's format, parsed into `Wanted`, and errors in OpenAI's format."""
 
 import dataclasses
 import json
@@ -11,12 +11,12 @@ from gold_jax.config.trl_compat import nearest
 from gold_jax.text.template import Conversation, refused_variables
 from gold_jax.wording import quoted
 
-#: Fields that change nothing in the answer; each is named in a line of the log when it is there first.
+#: Fields that do not change the answer; each is logged when it is first received.
 HARMLESS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls", "verbosity",
 )  # fmt: skip
-#: Fields that would change the answer and are not heeded, with the values that switch them off.
+#: Unsupported fields that would change the answer, with the values that turn them off.
 UNHEEDED: Mapping[str, tuple] = {
     "best_of": (None, 1), "suffix": (None, ""), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "logit_bias": (None, {}), "response_format": (None, {"type": "text"}), "tools": (None, []), "functions": (None, []),
@@ -43,30 +43,30 @@ FIELDS = {
     "completions": (*_COMMON, "prompt", "echo"),
     "chat": (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"),
 }
-_DEFAULT_TOKENS = 16  # of a completion that is no answer in a chat, as OpenAI has it
+_DEFAULT_TOKENS = 16  # OpenAI's default of `max_tokens` in /v1/completions
 _MOST_STOPS, _MOST_N = 16, 128
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class RequestError(Exception):
-    """A request that is refused: an HTTP status, the field that is at fault (None: no field), and what would be right."""
+    """A refused request: a message that says what would be right, the field at fault or None, and an HTTP status."""
 
     def __init__(self, message: str, field: str | None = None, status: int = 400, kind: str = "invalid_request_error"):
         super().__init__(message)
         self.field, self.status, self.kind = field, status, kind
 
     def body(self) -> dict[str, Any]:
-        """The error as OpenAI's clients read it."""
+        """The error in OpenAI's format."""
         message, field = (x and x.encode(errors="replace").decode() for x in (str(self), self.field))
         return {"error": {"message": message, "type": self.kind, "param": field, "code": None}}
 
 
 @dataclasses.dataclass(frozen=True)
 class Wanted:
-    """What a request asks for."""
+    """A parsed request."""
 
-    prompts: list  # of each a text, a list of token ids, or messages
-    max_tokens: int | None  # None: as many as there is room for
+    prompts: list  # each a text, a list of token ids, or messages
+    max_tokens: int | None  # None: as many as fit
     n: int
     temperature: float
     top_p: float
@@ -75,15 +75,15 @@ class Wanted:
     stop: tuple[str, ...]
     stream: bool
     include_usage: bool  # whether a stream ends with the number of tokens
-    top: int | None  # how many of the likeliest tokens are told; None: no log-probabilities at all
+    top: int | None  # how many of the most likely tokens are returned; None: no log-probabilities
     echo: bool
-    ignored: tuple[str, ...]  # harmless fields that were there
+    ignored: tuple[str, ...]  # received fields of `HARMLESS`
 
 
 def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
-    """Reads the body of `kind` "completions" or "chat"; `RequestError` where it cannot be answered as it asks.
+    """Parses the body of a request of `kind` "completions" or "chat"; `RequestError` if it cannot be answered.
 
-    `served` is the model's name, `most_top` how many of the likeliest tokens may be asked for.
+    `served` is the model's name, `most_top` the most top tokens that can be requested.
     """
     try:
         body = json.loads(data)
@@ -96,7 +96,7 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         if name in UNHEEDED and not _switched_off(value, UNHEEDED[name]):
             off = json.dumps(UNHEEDED[name][-1])
             raise RequestError(
-                f"{name} is not supported here; leave it away" + f" (or pass {off})" * (off != "null"), name
+                f"{name} is not supported here; leave it out" + f" (or pass {off})" * (off != "null"), name
             )
         if name not in known and name not in UNHEEDED and name not in HARMLESS:
             raise RequestError(f"there is no field {quoted(name)}{nearest(name, known)}", name[:100])
@@ -133,7 +133,7 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
     stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
     if not isinstance(stop, list) or len(stop) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
         raise RequestError(
-            f"stop is {quoted(stop)}; it must be a text or up to {_MOST_STOPS} of them, none empty", "stop"
+            f"stop is {quoted(stop)}; it must be a string or up to {_MOST_STOPS} of them, none empty", "stop"
         )
     options = field.read("stream_options", dict, "a JSON object", {})
     stream = field.read("stream", bool, "true or false", False)
@@ -160,12 +160,12 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
 
 
 def _switched_off(value: Any, offs: tuple) -> bool:
-    """Whether a value is one of those that switch a field off; true and false are no numbers."""
+    """Whether a value turns a field off; true and false do not equal 1 and 0."""
     return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in offs)
 
 
 class _Fields:
-    """The fields of a body; null stands for what is left away."""
+    """The fields of a body; null counts as missing."""
 
     def __init__(self, body: Mapping[str, Any]):
         self.body = body
@@ -219,7 +219,7 @@ def _shown(value: Any) -> str:
 
 
 def _messages(messages: Any) -> list[dict]:
-    """Messages as chat templates read them: parts of text are joined."""
+    """Messages as chat templates take them: text parts are joined."""
     if not isinstance(messages, list) or not messages:
         raise RequestError(f"messages is {_shown(messages)}; it must be a list of messages", "messages")
     found = []
@@ -233,7 +233,7 @@ def _messages(messages: Any) -> list[dict]:
                 isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in content
             ):
                 raise RequestError(
-                    f"a part of {name}.content is no text; the model reads parts of type text alone", f"{name}.content"
+                    f"a part of {name}.content is not text; only parts of type text are supported", f"{name}.content"
                 )
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str):
@@ -242,6 +242,6 @@ def _messages(messages: Any) -> list[dict]:
             key for key in message if key not in ("role", "content", "name") and message[key] not in (None, [], "")
         ]
         if unread:
-            raise RequestError(f"{name}.{unread[0]} is not supported here; leave it away", f"{name}.{unread[0]}"[:100])
+            raise RequestError(f"{name}.{unread[0]} is not supported here; leave it out", f"{name}.{unread[0]}"[:100])
         found.append({**{k: v for k, v in message.items() if k in ("role", "name")}, "content": content})
     return found

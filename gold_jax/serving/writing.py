@@ -1,4 +1,4 @@
-"""The text of a sequence that is being written: what of it can be told, where a stop string ends it, what its tokens cost."""
+"""The text of a sequence during generation: what can be sent, stop strings, and log-probabilities of its tokens."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,35 +11,35 @@ from gold_jax.text.chat import ChatTokenizer, Prompt
 from gold_jax.text.detokenize import completion_from_ids
 
 _FIELDS = [field.name for field in dataclasses.fields(Tokens)]
-_LONGEST_CHARACTER = 4  # bytes: so many tokens that spell no whole character are damage, not the beginning of one
+_LONGEST_CHARACTER = 4  # bytes: more tokens without a complete character are invalid, not the beginning of one
 
 
 class Writing:
-    """A completion as far as it is drawn.
+    """A completion that grows token by token.
 
-    Its text is that of `text.detokenize.completion_from_ids`: it ends before what is no UTF-8 and before tokens that spell
-    nothing, and then counts as stopped. What may be the beginning of a stop string is kept back while more may come.
+    Its text is that of `text.detokenize.completion_from_ids`: it ends before invalid UTF-8 and before tokens without
+    text, and then counts as stopped. Text that may be the beginning of a stop string is held back until that is known.
 
     Attributes:
-        text: what can be told so far, without the stop string.
-        finish: "stop" or "length" where it is finished, else None.
+        text: what can be sent so far, without the stop string.
+        finish: "stop" or "length" if it is finished, else None.
     """
 
     def __init__(self, chat: ChatTokenizer, after: Prompt | None, stops: Sequence[str] = ()):
         self.chat, self.after, self.stops = chat, after, tuple(stops)
         self.text, self.finish, self.ids = "", None, []
         self._tokens: list[Tokens] = []
-        self._starts = np.zeros(0, np.int32)  # bytes of the text before each token that is read
+        self._starts = np.zeros(0, np.int32)  # byte offset of each token in the text
         self._whole = False  # whether it is finished, and not by a stop string
 
     def add(self, tokens: Tokens) -> str:
-        """Further tokens; returns the text that they add."""
+        """Adds tokens; returns the text that they add."""
         self.ids.extend(tokens.ids.tolist())
         self._tokens.append(tokens)
         return self._read("")
 
     def end(self, finish: str) -> str:
-        """No more come; returns the text that was kept back."""
+        """Finishes the completion; returns the text that was held back."""
         return self._read(finish)
 
     def _read(self, finish: str) -> str:
@@ -61,9 +61,9 @@ class Writing:
         return self.text[told:]
 
     def costs(self, first: int = 0) -> tuple[Tokens, list[int]]:
-        """The tokens from the `first` on whose text is told, and where in the text, in characters, each begins.
+        """The tokens from `first` on whose text can be sent, with their character offsets in the text.
 
-        Of one that is finished these are all up to a stop string, the stop token that ended it included.
+        For a finished completion these are all tokens up to a stop string, including a final stop token.
         """
         data = self.text.encode()
         last = len(self.ids) if self._whole else int((self._starts < len(data)).sum())
@@ -74,12 +74,12 @@ class Writing:
 
 
 def _held(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a stop string."""
+    """The number of characters at the end of a text that may be the beginning of a stop string."""
     return max((size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])), default=0)
 
 
 def token_text(chat: ChatTokenizer, i: int) -> str:
-    """A token for people: its text, the bytes of a part of a character as `bytes:\\xe2`, a special token's own name."""
+    """A readable token: its text, `bytes:\\xe2` for part of a character, the name of a special token."""
     size = len(chat.surfaces)
     if not 0 <= i < size or chat.surfaces.table[i] is None:
         return (chat.surfaces.strings[i] if 0 <= i < size else None) or f"token:{i}"
@@ -91,24 +91,24 @@ def token_text(chat: ChatTokenizer, i: int) -> str:
 
 
 def text_of_prompt(chat: ChatTokenizer, prompt: Any, ids: np.ndarray) -> tuple[str, list[int]]:
-    """A prompt as text (that of token ids with the names of special tokens), and where in it, in characters, each token begins."""
+    """A prompt as text (for token ids with the names of special tokens), and the character offset of each token."""
     known = [i if i < len(chat.surfaces) else -1 for i in ids.tolist()]
     joined = [chat.surfaces.table[i] or token_text(chat, i).encode() for i in known]
     data = b"".join(joined)
     text = prompt if isinstance(prompt, str) else data.decode(errors="replace")
     starts = np.cumsum([0, *map(len, joined)])[:-1]
-    # What the tokenizer puts before a text, a token or a blank, is not in it.
+    # A token or space that the tokenizer prepends is not part of the text.
     before = len(data.decode(errors="ignore")) - len(text)
     return text, [max(0, len(data[:start].decode(errors="ignore")) - max(0, before)) for start in starts]
 
 
 def completion_logprobs(chat: ChatTokenizer, tokens: Tokens, offsets: Sequence[int], top: int) -> dict[str, list]:
-    """`logprobs` as /v1/completions has them: the `top` likeliest and the token itself, by their texts."""
+    """`logprobs` in the format of /v1/completions: the `top` most likely tokens and the token itself, by text."""
     likeliest = []
     for i, logprob, others, costs in zip(tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs):
         own = {token_text(chat, int(i)): float(logprob)}
         for other, cost in list(zip(others, costs))[:top][::-1]:
-            own[token_text(chat, int(other))] = float(cost)  # of two with one text the likelier
+            own[token_text(chat, int(other))] = float(cost)  # of two tokens with the same text the likelier
         likeliest.append(own)
     names = [token_text(chat, int(i)) for i in tokens.ids]
     values = [float(x) for x in tokens.logprobs]
@@ -116,7 +116,7 @@ def completion_logprobs(chat: ChatTokenizer, tokens: Tokens, offsets: Sequence[i
 
 
 def chat_logprobs(chat: ChatTokenizer, tokens: Tokens, top: int) -> dict[str, list]:
-    """`logprobs` as /v1/chat/completions has them."""
+    """`logprobs` in the format of /v1/chat/completions."""
 
     def entry(i: int, logprob: float) -> dict[str, Any]:
         surface = chat.surfaces.table[i] if i < len(chat.surfaces) else None

@@ -1,6 +1,7 @@
 """Groups: the pieces of a text at whose ends both tokenizations end a token."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -135,11 +136,12 @@ class Alignment:
 
     def groups(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
         """The groups one by one: their bytes, the student's ids, the teacher's ids."""
+        numbers = np.arange(self.count + 1)
+        ours, theirs = (np.searchsorted(group, numbers) for group in (self.student_group, self.teacher_group))
         begin = 0
-        for group in range(self.count):
-            ours, theirs = self.student_group == group, self.teacher_group == group
-            end = int(self.student.spans[ours, 1].max())
-            yield self.text[begin:end], self.student.ids[ours], self.teacher.ids[theirs]
+        for (a, b), (c, d) in zip(itertools.pairwise(ours), itertools.pairwise(theirs)):
+            end = int(self.student.spans[b - 1, 1])
+            yield self.text[begin:end], self.student.ids[a:b], self.teacher.ids[c:d]
             begin = end
 
     __iter__ = groups

@@ -1,4 +1,4 @@
-"""The check of all rows of a large data set in a thread, while the run already trains on those that it has looked at."""
+"""The check of all rows of a large data set in a thread, during training."""
 
 import threading
 from collections.abc import Callable
@@ -8,21 +8,22 @@ from gold_jax.text.checks import CheckedRows
 
 
 class _Stopped(Exception):
-    """The run is over before the check is."""
+    """Training ended before the check."""
 
 
 class BackgroundCheck:
     """A check of `total` rows that runs in a thread within a `with` block.
 
-    `check` is given what to call with the number of rows looked at, after every block of them: it raises where the run
-    is over. Tokenizers that it uses must be used by nothing else, as they are no thread's but their own.
+    `check` is called with a function that takes the number of rows checked so far, to be called after every block; the
+    function raises once training has ended. `check` needs tokenizers of its own: setting truncation and padding is not
+    thread-safe.
     """
 
     def __init__(self, check: Callable[[Callable[[int], Any]], CheckedRows], total: int):
         self._check, self.total, self.reached = check, total, 0
         self._found: CheckedRows | None = None
         self._error: Exception | None = None
-        self._told, self._stop = False, threading.Event()
+        self._reported, self._stop = False, threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> "BackgroundCheck":
@@ -42,7 +43,7 @@ class BackgroundCheck:
             self._found = self._check(self._reach)
         except _Stopped:
             pass
-        except Exception as error:  # raised where the run asks
+        except Exception as error:  # raised by `poll`
             self._error = error
 
     def _reach(self, rows: int) -> None:
@@ -51,20 +52,19 @@ class BackgroundCheck:
             raise _Stopped
 
     def poll(self) -> list[str]:
-        """Lines to be said since the last call; raises what the check raised, such as the ValueError of a row."""
+        """New lines to print since the last call; raises what the check raised, such as the ValueError of a row."""
         if self._error is not None:
             raise self._error
-        if self._found is None or self._told:
+        if self._found is None or self._reported:
             return []
-        self._told = True
-        left = len(self._found.kept)
+        self._reported = True
         return [
-            f"All {self.total:,} rows are checked: {left:,} can be learned from.",
+            f"All {self.total:,} rows are checked: {len(self._found.kept):,} can be learned from.",
             *(f"note: {line}" for line in self._found.notices),
         ]
 
     def unfinished(self) -> str | None:
-        """A line where the check did not come to its end; None where it did."""
-        if self._told:
+        """A line that says how far the check came; None if it finished."""
+        if self._reported:
             return None
-        return f"When the run ended, {self.reached:,} of {self.total:,} rows were checked beside it."
+        return f"{self.reached:,} of {self.total:,} rows were checked before training ended."

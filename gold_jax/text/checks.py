@@ -1,4 +1,4 @@
-"""A data set looked through before anything is trained: which rows can be learned from, which measured, and why not the others."""
+"""The check of a data set: which rows can be learned from, which can be evaluated, and why not the others."""
 
 import array
 import collections
@@ -26,14 +26,14 @@ from gold_jax.text.template import (
     unwritten_keys,
     unwritten_parts,
 )
-from gold_jax.wording import listed, shortened
+from gold_jax.wording import listed, plural, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
 _ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
-_BLOCK = 1000  # rows that are looked at together
+_BLOCK = 1000  # rows that are checked together
 _AT_ONCE = 100  # rows that are encoded together
 _CHARS_AT_ONCE = 32  # of a prompt for each token of the budget: longer ones are encoded as far as needed
 _DATA = "the data set"
@@ -44,19 +44,23 @@ _ANSWERS = frozenset("response answer output chosen solution target label comple
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRows:
-    """What is known of a data set once all its rows were looked at."""
+    """The result of checking all rows of a data set."""
 
     kept: array.array  # numbers of the rows that can be learned from
-    notices: list[str]  # lines about the others, and about columns that are not read
-    digest: str  # of all that is learned from the rows that are kept, in hexadecimal
+    notices: list[str]  # lines about the other rows, and about columns that are not read
+    digest: str  # hexadecimal, of everything that is learned from the kept rows
 
 
 class RowReader:
-    """Reads rows as the chat templates of a run write them, and remembers what is to be said of that.
+    """Reads rows as the chat templates of a run write them, and collects notices about them.
 
-    `where` is what notices call the data, and errors where they do not have another name, `called`; `sides` are the
-    models that read a row, `student` first, perhaps `teacher`, before every prompt of which stands `context`; `answers` has the rows' answers read, not their prompts alone, and
-    `whole` every answer of the assistant's within `max_length` tokens.
+    Args:
+        where: what notices call the data.
+        sides: the models that read a row: `student`, and perhaps `teacher`.
+        answers: whether answers are read too, not only prompts.
+        whole: whether every answer of the assistant's within `max_length` tokens is read.
+        context: text before every prompt of the teacher.
+        source: what errors call the data; None: as notices.
     """
 
     def __init__(
@@ -68,9 +72,9 @@ class RowReader:
         whole: bool = False,
         context: str | None = None,
         max_length: int | None = None,
-        called: str | None = None,
+        source: str | None = None,
     ):
-        self._called = called or where
+        self._source = source or where
         self.where, self.sides, self.answers, self.whole = where, sides, answers, whole
         self.context, self.max_length = context, max_length
         self._unwritten: dict[tuple, tuple[list[str], list[str]]] = {}
@@ -79,11 +83,10 @@ class RowReader:
         self._notes: dict[str, tuple[int, int, str]] = {}  # what is said -> rows, the first one, what it shows
 
     def read(self, number: int, example: Example) -> tuple[str, str]:
-        """Prompt and completion as the student's template writes them; "" for a completion that is not read, and the whole
-        conversation in its place where that is read.
+        """Prompt and completion as the student's template writes them.
 
-        ValueError where a template refuses the row or leaves a part of it out, the answer cannot be located, or a tokenizer
-        cannot encode it.
+        The completion is "" if answers are not read, the whole conversation with `whole`. ValueError: a template refuses
+        the row or omits a part of it, the answer cannot be located, or a tokenizer cannot encode it.
         """
         try:
             prompt, completion = self._read(number, example)
@@ -96,7 +99,7 @@ class RowReader:
                     side.encode_completion(completion, after=example.prompt)
             return prompt, completion
         except ValueError as error:
-            raise ValueError(shortened(f"row {number} of {self._called}: {error}")) from error
+            raise ValueError(shortened(f"row {number} of {self._source}: {error}")) from error
 
     def _read(self, number: int, example: Example) -> tuple[str, str]:
         conversation = (self.answers and example.messages) or example.prompt
@@ -150,7 +153,7 @@ class RowReader:
             self._odd_roles.update({str(m.get("role")) for m in conversation} - {*_ROLES})
 
     def _compare(self, number: int, conversation: list[dict], found: Mapping[str, RenderedAnswer]) -> None:
-        """Notes where prompt and answer are not what a template writes, or the two models' answers differ."""
+        """Records where a template changes prompt or answer, and where the two models' answers differ."""
         for who, answer in found.items():
             if not answer.follows_prompt:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
@@ -185,26 +188,26 @@ class RowReader:
         return shown
 
     def notices(self) -> list[str]:
-        """Lines about what templates do not write and where they do not agree."""
+        """Lines about what templates omit and where they differ."""
         return (
             [
-                f"the chat template of {self.sides[who].name} ({who}) does not write {part} of {count} rows of {self.where}"
+                f"the chat template of {self.sides[who].name} ({who}) does not write {part} of {plural(count, 'row')} of {self.where}"
                 for (who, part), count in self._unwritten_counts.items()
             ]
             + [
-                f"in {count} rows of {self.where} {said}: in row {first} {shown}"
+                f"in {plural(count, 'row')} of {self.where} {said}: in row {first} {shown}"
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"{count} rows of {self.where} have the role {excerpt(role)}, which is not one of {', '.join(_ROLES)}: the student's "
-                "template writes it in its own way, others leave such messages out"
+                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(_ROLES)}: "
+                "the student's template writes it in its own way, other templates leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
         )
 
 
 def _no_answer(example: Example) -> str:
-    """What a row is that has no completion: an unknown role at its end, such as `gpt`, or a system message, is said first."""
+    """What is wrong with a row without a completion, for an error, such as an unknown role at its end."""
     roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
     unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
     if roles and roles[-1] not in _ROLES:
@@ -223,21 +226,21 @@ def _may_be_answer(column: str) -> bool:
 
 
 class RowChecker:
-    """Says which rows can be learned from, a block after another, and keeps what is to be said of the others.
+    """Says which rows can be learned from, block by block, and collects notices about the others.
 
     Args:
         chat_tokenizer, teacher: the chat tokenizers whose templates must take every row; the student's, perhaps a
             teacher's.
         budget: most tokens of a prompt; rows with longer ones are left out. None: any.
         need_completion: why every row must have a completion, for the error; None if it need not.
-        learns_calls: whether whole conversations are learned, and with them an answer that calls tools. A completion
-            cannot hold it, because every template writes calls in its own way; such rows are left out where one is needed.
-        student_writes, teacher_writes: whether completions are drawn from it, for which a prompt needs a token.
+        learns_calls: whether whole conversations are learned, including answers that call tools. A completion cannot hold
+            these, as every template writes calls in its own way; such rows are left out if a completion is needed.
+        student_writes, teacher_writes: whether it samples completions, for which a prompt needs a token.
         teacher_context: text before every prompt of the teacher.
-        max_length: most tokens of a row, to tell which are cut; None: any.
-        count_targets: what is learned of each of some rows: tokens or groups, and whether `max_length` cut it. Asked of
-            rows that may be longer than `max_length`; those of which nothing is learned are left out.
-        on_bad_row: "error", or "skip": rows that would raise are left out, counted, and the first ones' errors told.
+        max_length: most tokens of a row, to find those that are cut; None: any.
+        count_targets: returns for each of some rows how many tokens or groups are learned, and whether `max_length` cut
+            it. Called for rows that may be longer than `max_length`; those without targets are left out.
+        on_bad_row: "error", or "skip": rows that would raise are left out and counted, and the first errors shown.
         source: what errors call the data.
     """
 
@@ -269,15 +272,15 @@ class RowChecker:
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
         options: dict[str, Any] = dict(answers=answers, whole=whole, context=teacher_context, max_length=max_length)
-        self._reader = RowReader(_DATA, sides, called=source, **options)
+        self._reader = RowReader(_DATA, sides, source=source, **options)
         # Nothing can be drawn after no token at all. Where a tokenizer puts one before any text, no prompt is without.
         self._writes = {"student": student_writes, "teacher": teacher_writes}
         self._writers = {w: side for w, side in sides.items() if self._writes[w] and not len(side.encode_prompt(""))}
 
     def check(self, rows: Iterable[tuple[Any, Callable[[], Example]]]) -> list[tuple[Any, Example]]:
-        """Those of some rows that can be learned from, with their numbers; given is what makes each example, or raises.
+        """Those of some rows that can be learned from, with their numbers; `rows` has for each a function that reads it.
 
-        ValueError: the first row that lacks its completion, that a chat template refuses or leaves a part of out, or that
+        ValueError: the first row without a needed completion, that a chat template refuses or omits a part of, or that
         cannot be read.
         """
         found: dict[Any, Any] = {}  # number -> an example, an error, or one of `reasons`
@@ -286,10 +289,10 @@ class RowChecker:
             self.total += 1
             try:
                 found[i] = e = read()
-                if isinstance(looked := self._look_at(i, e), str):
-                    found[i] = looked
+                if isinstance(texts_or_reason := self._check_row(i, e), str):
+                    found[i] = texts_or_reason
                 else:
-                    texts[i] = looked
+                    texts[i] = texts_or_reason
             except ValueError as error:
                 found[i] = error
                 if self.on_bad_row == "error":
@@ -319,8 +322,8 @@ class RowChecker:
         self.left_out.update(x for x in found.values() if isinstance(x, str))
         return [(i, e) for i, e in found.items() if isinstance(e, Example)]
 
-    def _look_at(self, i: Any, e: Example) -> str | tuple[str, str]:
-        """Why a row is left out, or its prompt and completion as they are written."""
+    def _check_row(self, i: Any, e: Example) -> str | tuple[str, str]:
+        """The reason why a row is left out, or its prompt and completion as text."""
         self._unread.update(e.unread)
         self._formats[e.format] += 1
         named = [name for name in e.unread if _may_be_answer(name)]
@@ -346,7 +349,7 @@ class RowChecker:
         return prompt, completion
 
     def _lengths(self, prompts: list[Prompt]) -> list[int]:
-        """How many tokens prompts have; of one with many more than the budget, more than that."""
+        """Lengths of prompts in tokens; for one far over the budget, only some number above it."""
         encode, limit = self.chat_tokenizer.encode_prompt, self.budget or 0
         if sum(len(repr(prompt)) for prompt in prompts) > _CHARS_AT_ONCE * limit * len(prompts):
             return [len(encode(prompt, limit=limit)) for prompt in prompts]
@@ -362,38 +365,39 @@ class RowChecker:
             "calls": (f"{calls} does not write as text", "gold_jax.sft --assistant_only_loss learns it"),
             "nothing": (f"of which --max_length {self.max_length} leaves nothing to learn", "raise --max_length"),
             **{who: (no_token.format(who), "--lmbda 0 without --seq_kd learns them") for who in self._writes},
-            "bad": ("that cannot be read", f"see the first ones: {_first_errors(self._bad)}"),
+            "bad": ("that cannot be read", f"the first ones: {_first_errors(self._bad)}"),
         }
 
     def nothing_left(self) -> ValueError:
         """The error where no row can be learned from."""
         left = self.left_out
         why = "; ".join(f"{left[x]} {words} ({remedy})" for x, (words, remedy) in self.reasons().items() if left[x])
-        return ValueError(f"none of the {self.total} rows can be learned from: {why}")
+        return ValueError(f"none of {plural(self.total, 'row')} can be learned from: {why}")
 
     def notices(self) -> list[str]:
-        """Lines about the rows that were left out or cut, and about what nothing reads."""
-        left, total = self.left_out, self.total
-        notices = [f"left out {left[x]} of {total} rows {words}" for x, (words, _) in self.reasons().items() if left[x]]
+        """Lines about rows that were left out or cut, and about columns that are not read."""
+        left, rows = self.left_out, plural(self.total, "row")
+        notices = [f"left out {left[x]} of {rows} {words}" for x, (words, _) in self.reasons().items() if left[x]]
         if self._bad:
             notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"
         if self._cut[True]:
-            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {total} rows"
+            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {rows}"
             notices.append(f"{cut}: their ends are not learned")
         notices += self._reader.notices()
         if self._several[True] and "teacher" in self._reader.sides:
             notices.append(
-                f"{self._several[True]} rows have several answers in their completion: the last one is learned, those before "
-                "it are read as prompt (gold_jax.sft learns them all)"
+                f"in {plural(self._several[True], 'row')} the completion has several answers: the last one is learned, those "
+                "before it are read as prompt (gold_jax.sft learns them all)"
             )
         if self._first_markup:
             row, string = self._first_markup
             notices.append(
-                f"{self._markup} prompts, that of row {row} first, hold the string of a special token such as {string}, read "
-                "as plain text; --special_tokens_in_prompts reads it as the token"
+                f"strings of special tokens, such as {string}, in {plural(self._markup, 'prompt')} (first in row {row}) are "
+                "read as plain text; --special_tokens_in_prompts reads them as tokens"
             )
         notices += [
-            f"{count} rows have a prompt, no completion, and a column {excerpt(name)} that may be the answer and is not read: name it 'completion'"
+            f"the column {excerpt(name)} of {plural(count, 'row')} with a prompt and no completion may be the answer and is "
+            "not read: name it 'completion'"
             for name, count in self._prompts_alone.items()
         ]
         if self._unread:
@@ -403,7 +407,7 @@ class RowChecker:
 
 
 def _each_or_error(work: Callable[[list], Sequence], given: list) -> list:
-    """What `work` makes of values, of many together, which is quicker; for one that makes it raise its ValueError."""
+    """Results of `work` on values, in batches, which is faster; for a value that makes it raise, the ValueError."""
     found: list = []
     for part in (given[k : k + _AT_ONCE] for k in range(0, len(given), _AT_ONCE)):
         try:
@@ -421,25 +425,25 @@ def check_examples(
 ) -> CheckedRows:
     """Which rows can be learned from, and notices about those that cannot; `options` as `RowChecker` takes them.
 
-    `reach` is called with the number of rows looked at, after every block of them; None: they are shown as progress.
+    `reach` is called with the number of rows checked so far after every block; None: a progress bar shows it.
     ValueError as `RowChecker.check`, or no row is left.
     """
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
     rows = ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
-    with contextlib.ExitStack() as shown:
-        told = reach or shown.enter_context(progress.task("checking the rows", len(examples))).reach
+    with contextlib.ExitStack() as stack:
+        report = reach or stack.enter_context(progress.task("checking the rows", len(examples))).reach
         while block := list(itertools.islice(rows, _BLOCK)):
             for i, e in checker.check(block):
                 kept.append(i)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-            told(checker.total)
+            report(checker.total)
     if not kept:
         raise checker.nothing_left()
     return CheckedRows(kept, checker.notices(), digest.hexdigest())
 
 
 def _first_errors(errors: Iterable[str]) -> str:
-    """The first errors of skipped rows; one that several rows have is there once, with their number."""
+    """The first errors of skipped rows; one that several rows share is listed once, with their number."""
     alike: dict[str, list[str]] = {}
     for error in errors:
         alike.setdefault(re.sub(r"^row \d+", "", error), []).append(error)
@@ -453,7 +457,7 @@ def with_text_completion(examples: Sequence[Example]) -> list[Example]:
 
 
 def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
-    """Whether the template writes the calls of a last answer as text behind the generation prompt; so it is where none are."""
+    """Whether the template writes the calls of a last answer as text after the generation prompt; true without calls."""
     if not example.calls_tools:
         return True
     messages = example.messages or []
@@ -461,7 +465,7 @@ def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
         return False
     try:
         answer = chat_tokenizer.answer(messages)
-    except ValueError:  # which reading the row says better
+    except ValueError:  # reading the row raises a better one
         return True
     calls = [call.get("function") or call for call in messages[-1]["tool_calls"]]
     return answer.follows_prompt and all(str(call.get("name")) in answer.text for call in calls)
@@ -498,15 +502,13 @@ def check_evaluation(
             bad[i] = str(error)
     if not measured:
         raise ValueError("no row of the evaluation data has a completion, so nothing can be measured on it")
-    notices = reader.notices() + format_notices(formats, "the evaluation data")
+    notices, rows = reader.notices() + format_notices(formats, "the evaluation data"), plural(len(examples), "row")
     if bad:
         first = _first_errors(bad.values())
-        notices.append(
-            f"left out {len(bad)} of {len(examples)} rows of the evaluation data that cannot be read: {first}"
-        )
+        notices.append(f"left out {len(bad)} of {rows} of the evaluation data that cannot be read: {first}")
     if unmeasured:
         notices.append(
-            f"{len(unmeasured)} of {len(examples)} rows of the evaluation data have no completion in text and are not measured"
+            f"not measured: {len(unmeasured)} of {rows} of the evaluation data, without a completion in text"
         )
     left_out = {*bad, *unmeasured}
     kept = [examples[i] for i in range(len(examples)) if i not in left_out] if left_out else examples

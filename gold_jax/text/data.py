@@ -12,6 +12,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from gold_jax import progress
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.columns import (
     check_texts,
@@ -86,6 +87,17 @@ def join_contexts(*contexts: str | None) -> str:
     return "\n\n".join(filter(None, contexts))
 
 
+def as_teacher_reads(examples: Sequence[Example], teacher: "ChatTokenizer", context: str | None) -> list[Example]:
+    """The examples with the contexts that the teacher alone reads, the run's and their own, before their prompts."""
+    found = []
+    for example in examples:
+        text = join_contexts(context, example.teacher_context)
+        found.append(
+            dataclasses.replace(example, prompt=teacher.with_context(example.prompt, text)) if text else example
+        )
+    return found
+
+
 class Examples(Sequence):
     """The rows of a data set as examples, converted when they are accessed.
 
@@ -118,9 +130,9 @@ class Examples(Sequence):
             self[0]
 
     def _columns_up_to(self, wanted: set) -> list[str]:
-        """The columns of the rows that can be read, up to that with the last of the wanted ones: usually the first row."""
+        """The columns of the first rows, as many as it takes to find all `wanted` ones: usually one."""
         found: dict[str, None] = {}
-        for index in range(len(self)):
+        for index in progress.track(range(len(self)), f"looking for {', '.join(sorted(wanted))} in the rows"):
             with contextlib.suppress(ValueError):
                 row = self.rows[index]
                 found |= dict.fromkeys(map(str, row)) if isinstance(row, Mapping) else {}

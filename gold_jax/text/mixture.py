@@ -7,6 +7,7 @@ from typing import Any
 from gold_jax.text.data import Examples, load_examples
 from gold_jax.text.json_rows import JsonRows
 from gold_jax.text.row_formats import READABLE
+from gold_jax.wording import plural
 
 
 def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Examples:
@@ -24,7 +25,7 @@ def load_mixture(entries: Sequence[Mapping[str, Any]], **options: Any) -> Exampl
             share = f"the fraction {entry['fraction']:g} of {entry['path']} comes to no row"
             raise ValueError(f"--datasets: {share} beside {sum(counts):,} of the others; raise it, or leave it out")
         parts = [part.first(count) for part, count in zip(parts, counts)]
-    names = [f"{len(part):,} rows of {entry['path']}" for part, entry in zip(parts, entries)]
+    names = [f"{plural(len(part), 'row')} of {entry['path']}" for part, entry in zip(parts, entries)]
     return Examples(JsonRows(parts), "the mixture", check_first=False, notices=[f"the mixture has {', '.join(names)}"])
 
 

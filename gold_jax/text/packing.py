@@ -42,7 +42,7 @@ class UnpaddedBatch(NamedTuple):
 def pack_unpadded(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1) -> UnpaddedBatch:
     """Packs rows, `batch_size / num_sequences` per sequence, without padding; arguments as `pack`."""
     if batch_size % num_sequences:
-        raise ValueError(f"{batch_size} rows cannot be shared out evenly among {num_sequences} devices")
+        raise ValueError(f"{batch_size} rows cannot be split evenly over {num_sequences} devices")
     size = batch_size // num_sequences
     parts = [rows[k * size : (k + 1) * size] for k in range(num_sequences)]
     return UnpaddedBatch([_deduplicate_prefixes(part) for part in parts], size)

@@ -34,7 +34,7 @@ class ProcessShard(NamedTuple):
         return len(self.owners)
 
     def exchanging_within(self, context: Callable[[], contextlib.AbstractContextManager]) -> Self:
-        """The same, whose collectives are called within a context."""
+        """A copy whose collectives run within a context."""
 
         def within(exchange: Callable) -> Callable:
             def exchanged(values):
@@ -49,7 +49,7 @@ class ProcessShard(NamedTuple):
     def rows_per_shard(self, batch_size: int) -> int:
         """Rows of one shard; ValueError where the shards do not divide the batch."""
         if batch_size % self.num_shards:
-            raise ValueError(f"{batch_size} rows cannot be shared out evenly among {self.num_shards} devices")
+            raise ValueError(f"{batch_size} rows cannot be split evenly over {self.num_shards} devices")
         return batch_size // self.num_shards
 
     def local_height(self, batch_size: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.text.columns import describe_type, text_of
 from gold_jax.text.surface import excerpt
-from gold_jax.wording import listed
+from gold_jax.wording import listed, plural
 
 #: Format -> how it is read, for the notice.
 FORMATS = {
@@ -88,7 +88,7 @@ def read_columns(
 def _forms_of(
     columns: Mapping[str, Any], renamed: Mapping[str, str | None], text_column: str
 ) -> dict[str, tuple[str, ...]]:
-    """The forms that a row has, each with its columns, in the order in which they are looked for."""
+    """The forms that a row has, with their columns, in order of precedence."""
     named = {name for name, source in renamed.items() if source is not None} - {SYSTEM, *EXTRAS}
     text = "text" if "text" in named else text_column
     chats = {form: names for form, names in _CHATS.items() if form != text}
@@ -102,13 +102,13 @@ def _forms_of(
 
 
 def format_notices(counts: Mapping[str, int], source: str) -> list[str]:
-    """A notice for each format of other projects, from how many rows of `source` are of it."""
+    """A notice for each format of other projects, given the numbers of rows of `source`."""
     found = [(format, count) for format, count in counts.items() if format]
-    return [f"{count:,} rows of {source} are read as {format}: {FORMATS[format]}" for format, count in found]
+    return [f"{plural(count, 'row')} of {source} read as {format}: {FORMATS[format]}" for format, count in found]
 
 
 def check_renamed(renamed: Mapping[str, str | None], columns: Iterable[str], source: str) -> None:
-    """ValueError where a column map names something that is not in `READABLE`, or a column that the data set has not."""
+    """ValueError if a column map names a key that is not in `READABLE`, or a column that the data set lacks."""
     columns = [str(name) for name in columns]
     for name, column in renamed.items():
         if column is None:
@@ -127,7 +127,7 @@ def _is_chat(value: Any) -> bool:
 
 
 def _chat(columns: Mapping[str, Any], form: str) -> tuple[dict[str, Any], str]:
-    """The columns of a chat, with roles, and the format that they are of ("": TRL's own)."""
+    """The columns of a chat as messages with roles, and their format ("": TRL's own)."""
     value = columns[form]
     if form == "conversations" and not (isinstance(value, list | tuple) and value):
         has = "an empty list" if isinstance(value, list) else describe_type(value)

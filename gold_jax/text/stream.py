@@ -1,8 +1,8 @@
-"""A data set that is checked while it is trained on, and perhaps read: in shards, shuffled so that a run can be resumed.
+"""Rows that are checked, or read and checked, during training: sharded, and shuffled so that a run can be resumed.
 
-In every epoch the shards come in a random order; their rows, one shard's after the other's, are cut into windows of
-`WINDOW` rows, and the rows of a window come in a random order. Both orders are functions of seed, epoch and window, so
-that a position is a few numbers, and one window is all that is held.
+In every epoch the shards are read in a random order; their rows, concatenated, are cut into windows of `WINDOW` rows,
+and each window is shuffled. Both orders are functions of seed, epoch and window, so that a position is a few numbers,
+and only one window is held in memory.
 """
 
 import dataclasses
@@ -21,37 +21,41 @@ from gold_jax.text.data import Example, Examples, hub_errors, hub_files, local_f
 from gold_jax.text.json_rows import JsonRows, read_json_lines
 from gold_jax.text.row_formats import check_renamed
 from gold_jax.text.surface import excerpt
+from gold_jax.wording import plural
 
 WINDOW = 1000  # rows that are shuffled among each other
-FIRST_ROWS = 100  # in which columns are looked for, where rows alone say which there are
+FIRST_ROWS = 100  # in which columns are looked for if the data set does not list its features
 
 
 @dataclasses.dataclass(frozen=True)
 class RowStream:
-    """Rows that are read from their beginning on: `shards` give those of each from a number on, by name.
+    """Rows that are read sequentially: `shards` maps names to functions from a row number to an iterator from there on.
 
-    A ValueError among the rows stands for one that cannot be read.
+    A ValueError among the rows stands for a row that cannot be read.
     """
 
     shards: Mapping[str, Callable[[int], Iterator[Any]]]
     source: str  # what errors call the data
-    digest: str  # of what the shards are read from
+    digest: str  # of the files that the shards are read from
     text_column: str = "text"
     features: Mapping | None = None
     renamed: Mapping[str, str | None] | None = None
-    notices: tuple[str, ...] = ()  # to be said at the start
+    notices: tuple[str, ...] = ()  # lines for the start of the run
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"a stream of {len(self.shards)} shards"
+        return f"a stream of {plural(len(self.shards), 'shard')}"
 
     def epoch_steps(self, per_step: int) -> None:
-        """Updates of an epoch, which are not known."""
+        """None: the number of updates of an epoch is not known."""
 
     def rows(
         self, order: list[int], shard: int = 0, row: int = 0
     ) -> Iterator[tuple[int, int, str, Callable[[], Example]]]:
-        """All rows of the shards in an order, from a row on: shard, number, name, and the example or what raises for it."""
+        """Rows of the shards in an order, from `row` of `shard` on.
+
+        Yields the shard, the row's number in it, its name, and a function that returns the example or raises.
+        """
         names = list(self.shards)
         for k in range(shard, len(order)):
             name, first = names[order[k]], row if k == shard else 0
@@ -96,16 +100,16 @@ class ShuffledRows:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.examples):,} rows (checked beside training)"
+        return f"{plural(len(self.examples), 'row')} (checked during training)"
 
     def epoch_steps(self, per_step: int) -> int:
-        """Updates that all rows would be, of so many rows each, if none was passed over."""
+        """Updates of an epoch in which no row is skipped."""
         return -(-len(self.examples) // per_step)
 
     def rows(
         self, order: list[int], shard: int = 0, row: int = 0
     ) -> Iterator[tuple[int, int, int, Callable[[], Example]]]:
-        """As `RowStream.rows`: a row is called by its number."""
+        """As `RowStream.rows`; the name of a row is its number."""
         for k in range(shard + row, len(order)):
             yield k, 0, order[k], functools.partial(self.examples.__getitem__, order[k])
 
@@ -174,14 +178,14 @@ def _digest(parts: list) -> str:
 
 
 class StreamOrder:
-    """What each update learns from: the next rows of a stream that can be learned from; an epoch's last may be short.
+    """The rows of each update: the next ones of a stream that can be learned from; an epoch's last update may be short.
 
     Args:
         stream: the rows.
-        checker: which of them can be learned from; the others are passed over, and `say` is told once for each reason.
+        checker: says which of them can be learned from. The others are skipped, with a line to `say` for each reason.
         per_step: rows of an update.
         seed: of both orders.
-        total: updates of the run, which stand for an epoch where one is counted and its length is not known.
+        total: updates of the run; taken for those of an epoch where its length is not known.
     """
 
     def __init__(
@@ -195,10 +199,11 @@ class StreamOrder:
     ):
         self.stream, self.checker, self.per_step, self.seed, self.say = stream, checker, per_step, seed, say
         self.steps_per_epoch = stream.epoch_steps(per_step) or total
-        # Where the last updates begin: epoch, the shard (in the epoch's order) and row at which a window begins, its number,
-        # how many of its rows that can be learned from are taken, and whether any of the epoch was.
+        # The positions at which the last updates begin: epoch; shard (in the epoch's order) and row at which the window
+        # begins; number of the window; its rows taken so far (of those that can be learned from); whether any row of the
+        # epoch was learned from.
         self._positions: dict[int, dict[str, Any]] = {}
-        self._at: int | None = None  # the update that the next rows are of
+        self._at: int | None = None  # the update that the next rows belong to
         self._said: set[str] = set()
         self.restart()
 
@@ -218,7 +223,7 @@ class StreamOrder:
         return dict(epoch=epoch, shard=0, row=0, window=0, taken=0, learned=False)
 
     def take(self, step: int) -> list[tuple[Any, Example]]:
-        """The rows of an update with their names; updates come one after another, or again from one of the last."""
+        """Rows of an update with their names; `step` is the next one, or one of the last few again."""
         if step != self._at:
             self._seek(self._positions[step])
         found, self._at = [], None
@@ -243,11 +248,11 @@ class StreamOrder:
         return found
 
     def position(self, step: int) -> dict[str, Any]:
-        """Where an update begins, of the last ones and the next, fit for JSON: a checkpoint keeps it."""
+        """The position at which one of the last updates or the next begins, as JSON, for checkpoints."""
         return dict(self._positions[step])
 
     def resume(self, step: int, position: Mapping[str, Any]) -> None:
-        """Goes on with an update at a `position`; ValueError where other rows stand there."""
+        """Continues with the update `step` at a `position`; ValueError if the rows there have changed."""
         self._positions, self._at = {step: dict(position)}, None
         self._seek(position)
         self._read_window()
@@ -260,7 +265,7 @@ class StreamOrder:
         self._rows = self.stream.rows(order, position["shard"], position["row"])
 
     def _read_window(self) -> list[tuple[Any, Example]]:
-        """The rows of this window that can be learned from, in their random order."""
+        """The rows of this window that can be learned from, shuffled."""
         if self._window is not None:
             return self._window
         found = list(itertools.islice(self._rows, WINDOW))
@@ -271,7 +276,5 @@ class StreamOrder:
         for name, (words, remedy) in self.checker.reasons().items():
             if self.checker.left_out[name] and name not in self._said:
                 self._said.add(name)
-                self.say(
-                    f"Rows of {self.stream.source} {words} are passed over ({remedy}); how many is said at the end."
-                )
+                self.say(f"Rows of {self.stream.source} {words} are skipped ({remedy}); they are counted at the end.")
         return self._window

@@ -116,6 +116,7 @@ class ChatTemplate:
         kwargs: further variables, such as `enable_thinking`, or `date_string`, another date than `FIXED_DATE`.
 
     Attributes:
+        given, kwargs: the arguments `source` and `kwargs`.
         source: the Jinja source in use: the one given, else the tokenizer's own, else `PLAIN_TEMPLATE` (after the
             tokenizer's beginning-of-text token, if it puts one before plain text). A tokenizer may have a template of
             its own for conversations with tools, which they then get.
@@ -132,7 +133,8 @@ class ChatTemplate:
         if wrong := refused_variables(kwargs or {}):
             raise ValueError(f"the chat template's variables cannot hold {wrong}")
         self._tokenizer = tokenizer
-        self._kwargs = {"date_string": FIXED_DATE} | (kwargs or {})
+        self.given, self.kwargs = source, dict(kwargs or {})
+        self._kwargs = {"date_string": FIXED_DATE} | self.kwargs
         own = getattr(tokenizer, "chat_template", None)
         self.origin = (
             f"chat template of {name_of(tokenizer)}" if source is None else "a chat template in place of its own"

@@ -1,10 +1,10 @@
-"""What a chat template writes for conversations of one shape, found by rendering it once with placeholders for the contents.
+"""Chat templates traced: rendered once per shape of conversation, with placeholders for the contents.
 
-Rendering takes a tenth of a millisecond and more, for every row. Most templates put contents where they belong and ask
-little of them: whether they are empty, begin with a blank, or hold `</think>`. A placeholder answers every such question
-with no and records it; what was written then holds for all contents of which the answers are no. Anything else that a
-template does with a placeholder ends the tracing, and such conversations are rendered: a placeholder is no string, has only
-a few of a string's methods, and only the filters and tests that are named here take one.
+Rendering takes a tenth of a millisecond or more per row. Most templates insert contents as they are and test little of
+them: whether they are empty, begin with a blank, or contain `</think>`. A placeholder answers every such test with no
+and records it; the traced output is valid for all contents of which the tests are false. Anything else that a template
+does with a placeholder ends the tracing, and such conversations are rendered: a placeholder is not a string, has only a
+few of a string's methods, and only the filters and tests named here accept one.
 """
 
 import copy
@@ -27,7 +27,7 @@ _METHODS = frozenset(("startswith", "endswith", "strip", "lstrip", "rstrip"))
 
 
 class _Untraceable(Exception):
-    """A template does something else with a content than is known here."""
+    """A template uses a content in a way that cannot be traced."""
 
 
 def _refuse(*_: Any, **__: Any) -> Any:
@@ -43,14 +43,14 @@ def _loses_right(text: str, chars: str | None) -> bool:
 
 
 class _Placeholder:
-    """Stands for a content, and records the questions that a template asks of it, which are answered with no."""
+    """Stands for a content, and records what a template tests of it; every test is answered with no."""
 
     def __init__(self, number: int):
         self.number = number
         self.asked: set[tuple[Callable, Any]] = set()
 
     def accepts(self, text: str) -> bool:
-        """Whether all that was asked is answered with no by this content."""
+        """Whether all recorded tests are false of this content."""
         if len(text) > _LONGEST:
             return False
         for ask, other in self.asked:
@@ -191,7 +191,7 @@ class TemplateTrace:
         self._template: jinja2.Template | None = None
 
     def __deepcopy__(self, memo: dict) -> "TemplateTrace":
-        """Another one that begins anew; Jinja's templates cannot be copied."""
+        """A new one without cached forms: Jinja's templates cannot be copied."""
         return TemplateTrace(self._source, copy.deepcopy(self._variables, memo))
 
     def render(self, messages: Sequence[dict], generate: bool, render: Callable[[], str]) -> str:

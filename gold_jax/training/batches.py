@@ -19,11 +19,12 @@ from gold_jax.rollout.server import ServerEngine
 from gold_jax.text import batch as text_batch
 from gold_jax.text.batch import SINGLE_PROCESS, Row, counted_groups
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example, join_contexts
+from gold_jax.text.data import Example, as_teacher_reads
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.process_shard import ProcessShard
 from gold_jax.training.annotations import ALIGNMENT, BATCHES, ENCODING, SAMPLER, annotate
 from gold_jax.training.rollout_buffer import Rollout, Rollouts
+from gold_jax.wording import plural
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RowOrder:
 
     def describe(self) -> str:
         """What updates learn from, in words."""
-        return f"{len(self.rows)} rows"
+        return plural(len(self.rows), "row")
 
     def __call__(self, step: int) -> list[int]:
         """Row numbers of an update."""
@@ -264,7 +265,7 @@ class DistillationBatchBuilder:
 
     def _by_teacher(self, examples: Mapping[int, Example], wanted: Sequence[int], key) -> dict[int, SampledCompletion]:
         """What the teacher writes, as the student reads it."""
-        prompts = dict(zip(examples, self.teacher_prompts(list(examples.values()))))
+        prompts = dict(zip(examples, self._teacher_prompts(list(examples.values()))))
         with annotate(ENCODING):
             ids = dict(zip(prompts, self.teacher.encode_prompts([*prompts.values()])))
         engine = SamplingEngine(sampling_rows(len(wanted), self.batch_size, self.generation_batch_size))
@@ -278,11 +279,9 @@ class DistillationBatchBuilder:
         return {i: dataclasses.replace(d, **vars(read[i])) for i, d in sampled.items()}
 
     @annotate(ENCODING)
-    def teacher_prompts(self, examples: Sequence[Example]) -> list:
+    def _teacher_prompts(self, examples: Sequence[Example]) -> list:
         """The prompts as the teacher reads them, with its contexts."""
-        contexts = [join_contexts(self.teacher_context, e.teacher_context) for e in examples]
-        pairs = [(e.prompt, context) for e, context in zip(examples, contexts)]
-        return [self.teacher.with_context(*pair) if pair[1] else pair[0] for pair in pairs]
+        return [e.prompt for e in as_teacher_reads(examples, self.teacher, self.teacher_context)]
 
     def build_evaluation(self, examples: Sequence[Example]) -> Evaluation:
         """All batches of an evaluation, on the data set's completions."""
@@ -292,6 +291,10 @@ class DistillationBatchBuilder:
         encoded, _, batches = self._batches(examples, completions, rows, shapes=ShapeSet(self.length_buckets))
         text = {i: _text_labels(row.student_prompt, row.student, self.max_length) for i, row in encoded.items()}
         return _evaluation(batches, text, len(examples), rows, self.process_shard)
+
+    def batches_of(self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion]) -> list:
+        """One batch, in a list, of rows with their completions, each padded to buckets of its own."""
+        return self._batches(examples, dict(enumerate(completions)), len(examples))[2]
 
     def _batches(
         self,
@@ -316,7 +319,7 @@ class DistillationBatchBuilder:
 
     def _aligned(self, examples: Sequence[Example], completions: Sequence, prompt_ids: Sequence | None = None) -> tuple:
         """Rows encoded, and aligned."""
-        spec, teacher_prompts = self.spec, self.teacher_prompts(examples)
+        spec, teacher_prompts = self.spec, self._teacher_prompts(examples)
         with annotate(ENCODING):
             options = dict(one_vocabulary=self.one_vocabulary, teacher_prompts=teacher_prompts)
             options |= dict(student_prompt_ids=prompt_ids, max_length=self.max_length)
@@ -335,9 +338,9 @@ class DistillationBatchBuilder:
         return "all" if self.spec.groups == "positional" else self.spec.groups
 
     def count_targets(self, examples: Sequence[Example]) -> list[tuple[int, bool]]:
-        """How many groups, or tokens of cross-entropy, rows of the data set give to learn, and whether each is cut.
+        """How many groups, or tokens of cross-entropy, are learned from each row, and whether `max_length` cuts it.
 
-        Of a row that is surely not cut, where all groups count, at least so many.
+        A row that certainly fits and has targets is counted as 1 without being aligned.
         """
         completions = [e.completion_for(self.student) for e in examples]
         found: list = [(1, False) if fits else None for fits in self._fit(examples, completions)]
@@ -348,14 +351,14 @@ class DistillationBatchBuilder:
         return found
 
     def _fit(self, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
-        """Which rows surely are within `max_length` on both sides, and give something to learn: prompts alone are encoded.
+        """Which rows certainly fit into `max_length` on both sides and have targets. Encodes prompts only.
 
-        A token of a completion spells at least a byte, but for a blank before it and the stop token behind it.
+        Bounds a completion by its bytes, as a token spells at least one, plus a leading blank and the stop token.
         """
         if self.max_length is None or self._groups != "all" or self.spec.groups == "positional":
             return [False] * len(examples)
         room = np.array([self.max_length - len(text.encode()) - 2 if text else -1 for text in completions])
-        prompts = [e.prompt for e in examples], self.teacher_prompts(examples)
+        prompts = [e.prompt for e in examples], self._teacher_prompts(examples)
         pairs = zip((self.student, self.teacher), prompts)
         lengths = np.array([[len(ids) for ids in side.encode_prompts(read)] for side, read in pairs])
         return ((lengths.min(axis=0) > 0) & (lengths.max(axis=0) <= room)).tolist() if len(examples) else []
@@ -409,7 +412,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # as `DistillationBatchBuilder` has it: nothing is drawn for later updates
+    rollout_batches = 1  # as of `DistillationBatchBuilder`: nothing is sampled
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 

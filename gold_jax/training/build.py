@@ -99,7 +99,7 @@ def build_run(
 
     teacher_graph, teacher_params = split(teacher.model)
     teacher_params = commit(teacher_params)
-    match = match or match_pair(args, student, teacher)
+    match = match or match_pair(student, teacher, args.projection_mask)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
     importance = None
@@ -163,8 +163,8 @@ def counted_tokens(args: SFTConfig) -> str:
     return "all" if args.completion_only_loss is False else "completion"
 
 
-def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
-    """How the vocabularies of two models face each other, by their tokenizers; `args.loss_spec` may mask entries."""
+def match_pair(student: LoadedModel, teacher: LoadedModel, mask: Sequence[str] = ()) -> Match:
+    """How the vocabularies of two models face each other, by their tokenizers; `mask` as in `VocabularyMap.build`."""
     ours, theirs = student.chat_tokenizer, teacher.chat_tokenizer
     sizes, stops = (student.model.config.vocab_size, teacher.model.config.vocab_size), (ours.stop_ids, theirs.stop_ids)
     one_sided = one_sided_ids(ours.tokenizer, theirs.tokenizer)
@@ -173,7 +173,7 @@ def match_pair(args: Any, student: LoadedModel, teacher: LoadedModel) -> Match:
         by_role, unmatched = ours.stop_id != theirs.stop_id, one_sided[0] | one_sided[1]
         vocabulary = VocabularyMap.identity(*sizes, stop=stops, unmatched=unmatched)
         return Match(vocabulary, stops if by_role else None, True, True)
-    options = dict(student_size=sizes[0], teacher_size=sizes[1], stop=stops, mask=args.loss_spec(False).mask)
+    options = dict(student_size=sizes[0], teacher_size=sizes[1], stop=stops, mask=mask)
     vocabulary = VocabularyMap.build(ours.surfaces, theirs.surfaces, **options)
     return Match(vocabulary, stops, False, one_sided is not None)
 

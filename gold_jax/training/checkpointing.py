@@ -44,7 +44,7 @@ _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
 
 
 class BadCheckpoint(Exception):
-    """A checkpoint that is not whole; the text says why."""
+    """A checkpoint that is incomplete or damaged; the text says why."""
 
 
 class _Saved(step_lib.Metadata):

@@ -1,4 +1,4 @@
-"""Measures of the student on rows that it does not learn from, and which update was the best by one of them."""
+"""Evaluation of the student, and which update was the best by a metric."""
 
 import collections
 import math
@@ -23,7 +23,7 @@ _SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap", "
 
 
 class Evaluator(NamedTuple):
-    """What measures a student on rows with completions."""
+    """Measures a student on rows with completions."""
 
     step: Step
     batches: DistillationBatchBuilder | TokenBatchBuilder
@@ -41,10 +41,10 @@ class Evaluator(NamedTuple):
         writes: bool,
         after_batch: Callable[[], Any] = lambda: None,
     ) -> PredictionOutput:
-        """The measures of a student, whose parameters are `params`, on one set of rows.
+        """The metrics of a student with the parameters `params` on one set of rows.
 
-        They are `eval_loss` and its parts, `eval_bits_per_byte`, and with `writes` `eval_exact_match` and what
-        `compute_metrics` finds; then also the student's greedy completions, beside the rows' own.
+        They are `eval_loss` and its parts, `eval_bits_per_byte`, and with `writes` also `eval_exact_match` and those of
+        `compute_metrics`. With `writes` `predictions` are the student's greedy completions, `label_ids` the rows' own.
         ValueError: no row can be measured.
         """
         if examples is None:
@@ -76,7 +76,7 @@ class Evaluator(NamedTuple):
 
 
 def over_sets(measure: Callable[[Any], dict[str, float]], rows: Any) -> dict[str, float]:
-    """The measures of a set of rows, or of several by their names: `eval_loss` of the set `a` is `eval_a_loss`."""
+    """The metrics of one set of rows, or of several by name: `eval_loss` of the set `a` is `eval_a_loss`."""
     if not isinstance(rows, Mapping):
         return measure(rows)
     found = {name: measure(part) for name, part in rows.items()}
@@ -86,31 +86,31 @@ def over_sets(measure: Callable[[Any], dict[str, float]], rows: Any) -> dict[str
 def compared(
     before: Mapping[str, float], after: Mapping[str, float], teacher: Mapping[str, float], rows: Any
 ) -> list[tuple[str, float | None, float, float | None]]:
-    """The main measures on `rows`, as `over_sets` takes them, with their names: before, after, and the teacher's."""
+    """Rows of a table of the main metrics on `rows` (as `over_sets` takes them): name, before, after, teacher."""
     sets = [f"eval_{name}_" for name in rows] if isinstance(rows, Mapping) else ["eval_"]
     names = [s + n for s in sets for n in _SHOWN if s + n in after]
     return [(n[5:].replace("_", " "), before.get(n), after[n], teacher.get(n)) for n in names]
 
 
 class Measured(NamedTuple):
-    """What a metric was after an update."""
+    """The value of a metric after an update."""
 
     metric: float
     step: int
 
 
 class BestModel:
-    """The best of the evaluations by one metric, and the best that is saved; `metric` None: nothing is."""
+    """The best evaluation by one metric, and the best one with a checkpoint; `metric` None: none is."""
 
     def __init__(self, metric: str | None, greater_is_better: bool | None):
         self._wanted, self._greater_is_better = metric, greater_is_better
         self.newest: Measured | None = None
         self.best: Measured | None = None
-        self.saved: Measured | None = None  # the best of those whose update has a checkpoint
-        self.checkpoint: str | None = None  # which one
+        self.saved: Measured | None = None  # the best one whose update has a checkpoint
+        self.checkpoint: str | None = None  # that of `saved`
 
     def take(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes in the evaluation after an update; ValueError where it does not measure the metric."""
+        """Records the evaluation after an update; ValueError if it lacks the metric."""
         if self._wanted is None:
             return
         name = f"eval_{self._wanted.removeprefix('eval_')}"
@@ -122,14 +122,14 @@ class BestModel:
             self.best = self.newest
 
     def take_saved(self, step: int, checkpoint: str) -> bool:
-        """Takes in that an update has a checkpoint; returns whether it is the best of those that have."""
+        """Records that an update has a checkpoint; returns whether that is the best one."""
         if self.newest is None or self.newest.step != step or not self._is_better(self.newest, self.saved):
             return False
         self.saved, self.checkpoint = self.newest, checkpoint
         return True
 
     def saved_is_better(self, step: int) -> bool:
-        """Whether the best checkpoint is of another update than this one, and better than the newest evaluation."""
+        """Whether the best checkpoint is of another update than `step`, and better than the newest evaluation."""
         saved, newest = self.saved, self.newest
         return saved is not None and newest is not None and saved.step != step and self._is_better(saved, newest)
 
@@ -139,11 +139,11 @@ class BestModel:
         return new.metric > old.metric if self._greater_is_better else new.metric < old.metric
 
     def state(self) -> dict[str, Any] | None:
-        """What checkpoints keep, fit for JSON; None: nothing."""
+        """What checkpoints store, as JSON; None: nothing."""
         return None if self.saved is None else {**self.best._asdict(), "saved": self.saved._asdict()}
 
     def restore(self, state: Mapping[str, Any], folder: Any) -> None:
-        """Goes on from what `state` gave to a checkpoint in this folder."""
+        """Restores what `state` returned for a checkpoint in this folder."""
         self.best = Measured(state["metric"], state["step"])
         self.saved = Measured(**state.get("saved", self.best._asdict()))
         self.checkpoint = str(folder / f"checkpoint-{self.saved.step}")

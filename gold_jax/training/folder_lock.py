@@ -1,4 +1,4 @@
-"""One run at a time in a folder."""
+"""Locks that keep two runs out of one folder."""
 
 import contextlib
 import os
@@ -12,9 +12,9 @@ from gold_jax.distributed.initialize import is_main_process
 
 @contextlib.contextmanager
 def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
-    """Holds the folder of a flag for this process; ValueError, with who it is, where another process holds it.
+    """Locks the folder of a flag for this process; ValueError if another process holds it, which it names.
 
-    The lock ends with the process, however that ends. Where the file system (or the system) has none, nothing is held.
+    The lock ends with the process, even if that is killed. Without support of the file system nothing is locked.
     """
     try:
         import fcntl
@@ -31,7 +31,7 @@ def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
             who = file.read(200).strip() or "another process"
             file.close()
             raise ValueError(
-                f"{folder} belongs to a run that is under way ({who}); choose another {flag}, or end that run"
+                f"{folder} is in use by another run ({who}); choose another {flag}, or end that run"
             ) from None
         except OSError:  # not every network file system has locks
             break
@@ -50,7 +50,7 @@ def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
 
 @contextlib.contextmanager
 def folders_locked(output: pathlib.Path, checkpoint_dir: str | None) -> Iterator[None]:
-    """Makes and holds a run's local folders, in the first process; all end where one is another run's."""
+    """Creates and locks a run's local folders in the first process; raises in all processes if one is in use."""
     folders, failed = {"output_dir": output}, None
     if checkpoint_dir and "://" not in checkpoint_dir:
         folders["checkpoint_dir"] = pathlib.Path(checkpoint_dir)

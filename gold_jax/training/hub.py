@@ -8,7 +8,7 @@ from typing import Any
 from gold_jax import progress
 from gold_jax.models.staged_save import TOKENIZER
 
-# The files of a model. Nothing else in the folder is published: a run's logs and checkpoints, or what somebody keeps there.
+# The files of a model. Nothing else in the folder is published, such as logs and checkpoints.
 _PUBLISHED = (
     "README.md", "config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors",
     "model.safetensors.index.json", *sorted(TOKENIZER), "additional_chat_templates/*", "vocab.txt", "spiece.model",
@@ -25,11 +25,20 @@ class HubSilent(HubError):
 
 
 def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None, token: str | None) -> str:
-    """Make the repository that a run will be pushed to, so that a bad token shows before training; its full name.
+    """Creates the repository that a run will be pushed to, so that a bad token is found before training.
 
-    `repo_id` is `user/name`, or None for the name of `folder` under the token's account; `private` None the account's
-    default; `token` None the one that is stored on this machine.
-    HubSilent: it does not answer. HubError: with what the hub said.
+    Args:
+        repo_id: `user/name`; None: the name of `folder` under the token's account.
+        folder: the model's.
+        private: None: the account's default.
+        token: None: the one stored on this machine.
+
+    Returns:
+        The full name of the repository.
+
+    Raises:
+        HubSilent: the hub does not answer.
+        HubError: the hub refuses.
     """
     from huggingface_hub import HfApi
 
@@ -39,7 +48,7 @@ def create_hub_repository(repo_id: str | None, folder: Any, private: bool | None
     except Exception as error:
         if _no_answer(error):
             silent = f"--push_to_hub: the hub does not answer ({_reason(error)})"
-            raise HubSilent(f"{silent}; training goes on, and the push is tried when it is done.") from error
+            raise HubSilent(f"{silent}; training continues, and the push is tried again at the end.") from error
         refused = f"--push_to_hub cannot use the repository {repo_id!r}: {_reason(error)}"
         instead = "Log in with `hf auth login` or give --hub_token, and check --hub_model_id."
         raise HubError(f"{refused}. {instead}") from error
@@ -52,9 +61,9 @@ def push_to_hub(
     token: str | None = None,
     commit_message: str = "Trained with gold_jax",
 ) -> str:
-    """Upload the model that a folder holds, with its tokenizer and card, and nothing else; the commit's address.
+    """Uploads the model in a folder with its tokenizer and card, and nothing else; returns the commit's URL.
 
-    HubError: with what went wrong, the folder that holds the model, and the command that uploads it by hand.
+    HubError: names the cause, the folder, and the command that uploads it by hand.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
@@ -63,7 +72,7 @@ def push_to_hub(
     name, allowed = repo_id or folder.resolve().name, list(_PUBLISHED)
     shows_bars = not are_progress_bars_disabled()
     if shows_bars:
-        disable_progress_bars()  # one that breaks off is drawn again at the very end, behind the error
+        disable_progress_bars()  # one that fails is drawn again at exit, after the error
     try:
         with progress.task("pushing to the hub"):
             api = HfApi(token=token)
@@ -71,7 +80,7 @@ def push_to_hub(
             upload = dict(folder_path=str(folder), repo_id=name, commit_message=commit_message, allow_patterns=allowed)
             return str(api.upload_folder(**upload))
     except Exception as error:
-        failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model lies in {folder}"
+        failed = f"The push to the hub failed ({_reason(error)}), but nothing is lost: the model is in {folder}"
         again = "Push it again (with the token in HF_TOKEN)" if token else "Push it again"
         raise HubError(f"{failed}. {again}: {_by_hand(folder, name, private)}") from error
     finally:
@@ -104,6 +113,6 @@ def _no_answer(error: BaseException) -> bool:
 
 def _reason(error: BaseException) -> str:
     line = (str(error).strip().splitlines() or ["no reason given"])[0].rstrip(".")
-    # An error of the hub says all itself; others can stand for one.
+    # Errors of the hub are complete; others may wrap one.
     cause = None if hasattr(error, "response") else error.__cause__
     return f"{type(error).__name__}: {line}" + (f": {_reason(cause)}" if cause else "")

@@ -40,14 +40,14 @@ _TRL_NAMES = {
 }  # fmt: skip
 _NOT_SHOWN = {*_TRL_NAMES.values(), "completions/clipped_ratio", "on_policy_loss", "off_policy_loss", "num_tokens"}
 _NOT_SHOWN |= {"programs_compiled", "compiling_seconds"}
-_NOTEBOOK_ROWS = 200  # of a notebook's table, which is sent whole at every change
+_NOTEBOOK_ROWS = 200  # of a notebook's table, which is redrawn as a whole
 PATIENCE = 30.0  # seconds after which a tracker counts as one that does not answer
 
 
 class MetricLog(contextlib.AbstractContextManager):
     """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
 
-    With `in_notebook` the console's lines are rows of one table under a bar, of transformers' trainer for notebooks.
+    With `in_notebook` the console shows one table under a progress bar, by transformers' notebook tracker.
 
     `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
     delays nothing. An error in any of them is shown once and training continues; so is a tracker (of `make_trackers`)
@@ -162,7 +162,7 @@ class MetricLog(contextlib.AbstractContextManager):
         try:
             function()
         except (Exception, SystemExit) as error:  # which rich raises where a pipe is closed
-            self.complain(what, f"failed and the run goes on without it: {type(error).__name__}: {error}")
+            self.complain(what, f"failed, and the run continues without it: {type(error).__name__}: {error}")
 
     def complain(self, what: str, why: str) -> None:
         """Says on the console, once, what does not work."""
@@ -173,7 +173,7 @@ class MetricLog(contextlib.AbstractContextManager):
 
 
 class _NotebookTable:
-    """The last rows of the log under a bar of all updates, in one output of a notebook's cell."""
+    """The last rows of the log as a table under a progress bar, in one output of a notebook cell."""
 
     def __init__(self, total_steps: int):
         from transformers.utils.notebook import NotebookTrainingTracker
@@ -181,7 +181,7 @@ class _NotebookTable:
         self._tracker, self._step = NotebookTrainingTracker(total_steps), 0
 
     def show(self, step: int, cells: Mapping[str, str], at_once: bool) -> None:
-        """Adds a row, or to the last one if it is of the same step; shown a few times a second, if not at once."""
+        """Adds a row, or cells to the last row if it is of the same step; redraws a few times a second, or at once."""
         table, self._step = self._tracker.inner_table, step
         if table is not None and table[-1][0] != cells["step"]:
             cells = dict.fromkeys(table[0], "") | cells
@@ -213,7 +213,7 @@ class _Worker:
         """Complains of a call that takes longer than `PATIENCE`."""
         since = self._since
         if since is not None and time.monotonic() - since > PATIENCE:
-            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run goes on meanwhile.")
+            self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run continues.")
 
     def close(self, timeout: float | None = None) -> None:
         """Waits until all calls are made, for as long as `timeout`."""

@@ -1,4 +1,4 @@
-"""The training loop, from top to bottom: what happens in a run, whatever is learned."""
+"""The training loop, from top to bottom, the same for every trainer."""
 
 import contextlib
 import dataclasses
@@ -45,15 +45,25 @@ from gold_jax.training.saving import Saver
 from gold_jax.training.signals import SignalHandler
 from gold_jax.training.step import TrainState, init_state
 from gold_jax.training.trackers import make_trackers
+from gold_jax.wording import plural
 
 
 class Loop:
-    """One training run, made of what `build_run` gives; its parameters must not be used elsewhere: updates donate them.
+    """One training run.
 
-    `student` has name and tokenizer, `max_new_tokens` bounds greedy completions in evaluation, `teacher_score` measures
-    the teacher on the evaluation rows, `gaps` a student beside it on rows, `score_groups` both on completions of rows
-    (None: no completion is scored), `restart` is called before each further
-    training of the same student. The console is a quiet one in all processes but the first.
+    Args:
+        run: what `build_run` returns. Updates donate its parameters, which must not be used elsewhere.
+        student: its name and tokenizer.
+        data: the rows.
+        args: the settings.
+        console: where to print; quiet in all processes but the first.
+        max_new_tokens: most tokens of a greedy completion in evaluation.
+        teacher_score: returns the teacher's measures on the evaluation rows.
+        restart: called before each further `train` of the same student.
+        callbacks, compute_metrics: as the trainers take them.
+        summary: keeps `summary.json`; None: there is none.
+        gaps: returns the gaps between a student and the teacher on rows.
+        score_groups: returns what a student and the teacher give the groups of rows' completions; None: none is scored.
     """
 
     def __init__(
@@ -75,15 +85,15 @@ class Loop:
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
         self.output = pathlib.Path(args.output_dir)
-        self.watchdog = Watchdog(args.process_timeout)  # a no-op until training starts
+        self.watchdog = Watchdog(args.process_timeout)  # replaced in `train`; until then a no-op
         batches = run.batches
-        if jax.process_count() > 1:  # the watchdog is told that this process waits for the others
+        if jax.process_count() > 1:  # so that the watchdog knows when this process waits for the others
             shard = batches.process_shard.exchanging_within(lambda: self.watchdog.waiting())
             batches = dataclasses.replace(batches, process_shard=shard)
         profiled = read_steps("profile_steps", args.profile_steps, self.total_steps)
         self.profile_steps = profiled if is_main_process() else []
-        self.state = TrainState(run.params, None)  # the optimizer's state once `train` was called; steps donate it
-        self.run = run._replace(batches=batches, params=None)  # the state alone owns what steps donate
+        self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
+        self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
         self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
         self._score_groups = score_groups
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
@@ -98,15 +108,15 @@ class Loop:
         self.callbacks.call("on_init_end")
 
     def _reset(self) -> None:
-        """Forgets what an earlier `train` left, but for the parameters."""
-        self.state = self.state._replace(optimizer=None)  # let go of before another one is made
+        """Resets everything but the parameters for another `train`."""
+        self.state = self.state._replace(optimizer=None)  # freed before another one is made
         if isinstance(self.data.order, StreamOrder):
             self.data.order.restart()
         best = BestModel(self.args.metric_for_best_model, self.args.greater_is_better)
         self.run_state = RunState(best, self.data.description.get(EVALUATED))
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
         self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
-        # For the model card: measures of the student before and after training, and of the teacher.
+        # For the model card: metrics of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
         self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation, and after which update
@@ -114,26 +124,29 @@ class Loop:
 
     @property
     def done(self) -> int:
-        """Updates so far, those left out too."""
+        """Updates so far, skipped ones included."""
         return self.run_state.done
 
     def trainer_state(self) -> TrainerState:
-        """Where the run stands, in transformers' form; `log_history` is the run's own."""
+        """The current state of the run as transformers has it; its `log_history` is not a copy."""
         epoch, found = self.done / self.data.order.steps_per_epoch, self.run_state.for_transformers()
         return dataclasses.replace(self._trainer_state, epoch=epoch, log_history=self.history, **found)
 
     def train(self, resume: str | None = None) -> TrainOutput:
-        """Runs all updates and saves the student; returns updates, the mean loss of those made now, closing metrics.
+        """Runs all updates and saves the student.
 
-        A second call trains again, from the parameters as they are: optimizer, schedule and order of rows are new. A
-        run that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint`
-        does. What it refuses leaves all as it was.
+        A second call trains again from the current parameters, with a new optimizer, schedule and order of rows. A run
+        that Ctrl-C or SIGTERM ends saves a checkpoint; `resume` continues from one, as `--resume_from_checkpoint` does.
+        A refused resume changes nothing.
+
+        Returns:
+            The number of updates, the mean loss of those made by this call, and the closing metrics.
 
         Raises:
             FileNotFoundError, ValueError: as `find_and_restore`.
             Preempted: SIGTERM came.
-            Diverged: `max_skipped_updates` updates in a row were left out, or the student's logits are not finite.
-            OSError: the student cannot be written; the text says where it still is.
+            Diverged: `max_skipped_updates` updates in a row were skipped, or the student's logits are not finite.
+            OSError: the student cannot be written; the text names the checkpoint that holds it.
         """
         args, folder, began = self.args, self.args.checkpoint_dir or self.output, time.time()
         with (
@@ -191,7 +204,7 @@ class Loop:
                     self.state, metrics = run.step(self.state, batch.batches)
                 else:
                     self.state, metrics = run.step.skip(self.state)
-                    self.say(f"Update {step + 1} is left out: nothing in its rows counts in the loss.")
+                    self.say(f"Update {step + 1} is skipped: nothing in its rows counts in the loss.")
                 current = batch
                 now.advance(batch)
             # While the device computes this update, the host prepares the next one.
@@ -217,7 +230,7 @@ class Loop:
                 self._saver.give_up(now, self.state, metrics, self.data.order(step), current.counted)
             if current.samples and args.log_completions and is_main_process():
                 self._log_completions(step, current.samples)
-            # At the end it is made anyway: only the best of a longer run has to know of it.
+            # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
             closes = self.done == total
             now.measure_later(control.should_evaluate and not (closes and args.metric_for_best_model is None))
             if failed is not None:
@@ -231,7 +244,7 @@ class Loop:
                 self._throughput.restart()
             signals.poll_preemption(self.done)
             control = self.callbacks.control
-            ends = control.should_training_stop  # with a --save_strategy the end is saved behind the loop
+            ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
             if control.should_save and not (signals.requested or (ends and args.save_strategy != "no")):
                 self._saver.checkpoint(now, self.state)
                 self.callbacks.call("on_save")
@@ -240,14 +253,14 @@ class Loop:
                 if not (ends_epoch or signals.requested):
                     self.callbacks.call("on_epoch_end")
                 if self.done < total or signals.requested:
-                    return  # of the last update the steps end by themselves, so that a trace of it is reported
+                    return  # after the last update the loop ends by itself, so that its trace is reported
             self.checkpoints.poll()
 
     def _close(self) -> Mapping[str, float]:
-        """What comes after the updates: saves, the closing evaluation, the best student; returns its measures."""
-        for line in self.data.found_while_training():
+        """After the updates: saves, the closing evaluation, the best student. Returns the metrics of that student."""
+        for line in self.data.closing_notices():
             self.say(line)
-        # Before anything else is measured: whatever goes wrong then, this is not lost.
+        # Saved before the closing evaluation, which may fail.
         if self.args.save_strategy != "no" and self.checkpoints.finish() and not self._saver.is_saved(self.run_state):
             self._saver.checkpoint(self.run_state, self.state)
             self.callbacks.call("on_save")
@@ -265,7 +278,7 @@ class Loop:
     # start
 
     def _start(self) -> None:
-        """A run's state before its first update: the parameters as they are, all else new."""
+        """The state before the first update: the current parameters, all else new."""
         self.state = init_state(self.run.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
         self.run_state.begin()
@@ -274,12 +287,12 @@ class Loop:
 
     def _find_checkpoint(self, wanted: str) -> tuple[Any, dict[str, Any], TrainState] | None:
         """The checkpoint to resume from: its path, metadata and state."""
-        self.state = self.state._replace(optimizer=None)  # of an earlier `train`, which no run resumes
+        self.state = self.state._replace(optimizer=None)  # of an earlier `train`; not needed any more
         given = self.data.description, self.state.params, self.run.optimizer, self.say, self.total_steps
         return find_checkpoint(wanted, self.checkpoints.folder, *given)
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
-        """Puts the run where a checkpoint was saved."""
+        """Restores the state of the run from a checkpoint."""
         now, self.state = self.run_state, state
         now.restore(metadata, self.data, path.parent)
         self.checkpoints.go_on_from(path)
@@ -295,7 +308,7 @@ class Loop:
 
     def _build_batch(self, step: int) -> UpdateBatch:
         self.watchdog.report(step, "making the batch")
-        for line in self.data.checked_lately():
+        for line in self.data.poll_check():
             self.say(line)
         now, together = self.run_state, self.run.batches.rollout_batches
         given = step, self._examples(step), self.state.params, now.shapes
@@ -311,11 +324,11 @@ class Loop:
         return [train[i] for i in order(step)]
 
     def _steps(self) -> Iterable[int]:
-        """The updates that are left, those of `profile_steps` traced."""
+        """The remaining updates; those of `profile_steps` are traced."""
         steps = range(self.done, self.total_steps)
         if not self.profile_steps:
             return steps
-        # Looked up by name, and only here: the core does not depend on what reads its traces.
+        # Imported by name, and only here: the core does not depend on `profiling`.
         profiling, folder = importlib.import_module("gold_jax.profiling"), self.output / "profile"
 
         def report(summary):
@@ -328,7 +341,7 @@ class Loop:
     # log
 
     def _open_log(self) -> MetricLog:
-        """Where metrics go; nowhere in all processes but the first."""
+        """The log of metrics; processes but the first write none."""
         if not is_main_process():
             return MetricLog(None)
         trackers = make_trackers(self.args.report_to, self.args)
@@ -336,8 +349,11 @@ class Loop:
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Adds an update's metrics to the means of the next log line; returns those that are logged as they are."""
-        schedule, made = self.run.schedule, step - self.run_state.nonfinite.total  # those left out take no rate
+        """Adds an update's metrics to the means of the next log line; returns those that are not averaged."""
+        schedule, made = (
+            self.run.schedule,
+            step - self.run_state.nonfinite.total,
+        )  # skipped updates do not advance the schedule
         rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
         self.run_state.take(batch, metrics, self.state.nonfinite)
         self._throughput.add(batch.stats["tokens"])
@@ -355,7 +371,7 @@ class Loop:
     def record(self, values: Mapping[str, Any], event: str | None = None) -> None:
         """Logs a line and calls `on_log`, then the callbacks of `event` with the same metrics.
 
-        Outside of `train` the line goes to `history` alone.
+        Outside `train` the line goes to `history` only.
         """
         epoch = round(self.done / self.data.order.steps_per_epoch, 4)
         plain = {name: plain_value(value) for name, value in values.items()}
@@ -410,7 +426,7 @@ class Loop:
     def evaluate(self, examples: Sequence[Example] | None = None) -> dict[str, float]:
         """`eval_loss`, `eval_bits_per_byte`, with `predict_with_generate` `eval_exact_match`, with `eval_gaps` gaps.
 
-        `examples` None: the evaluation rows; of several sets each is measured by itself, as `eval_NAME_loss` and so on.
+        `examples` None: the evaluation rows. Several sets are measured one by one, as `eval_NAME_loss` and so on.
         """
         rows, writes = self.data.eval if examples is None else examples, self.args.predict_with_generate
         names, self._written = iter(rows if isinstance(rows, Mapping) else [""]), []
@@ -426,16 +442,16 @@ class Loop:
         return over_sets(measure, rows)
 
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
-        """The measures of `evaluate` on one set of rows, and with `writes` greedy completions beside the rows' own."""
+        """The metrics of `evaluate` on one set of rows, and with `writes` greedy completions and the rows' own."""
         self.watchdog.report(self.done, "evaluating")
         rows = self.data.eval if examples is None else examples
         after_batch = functools.partial(self.callbacks.call, "on_prediction_step")
         return self._evaluator.predict(self.student, self.state.params, rows, writes, after_batch)
 
     def _take_evaluation(self, metrics: Mapping[str, float]) -> Mapping[str, float]:
-        """Logs an evaluation, which it returns, and notes whether it is the best so far.
+        """Logs an evaluation and records whether it is the best so far; returns its metrics.
 
-        Callbacks come first, and find the best one before it in the state, as in transformers.
+        Callbacks are called first and see the best evaluation before this one in the state, as in transformers.
         """
         self._evaluated = self.done, metrics
         self.record(metrics, "on_evaluate")
@@ -446,7 +462,7 @@ class Loop:
         return metrics
 
     def _evaluate_before(self) -> Mapping[str, float]:
-        """The measures before the first update where they are requested, or as the log of a resumed run has them."""
+        """The metrics before the first update: measured now if requested, or from the log of a resumed run."""
         now = self.run_state
         rows = self.history if now.measured == self.data.description.get(EVALUATED) else ()
         before = next((row for row in rows if row.get("step") == 0), {})
@@ -459,9 +475,7 @@ class Loop:
         return before
 
     def _show_result(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
-        counts = (self.done, "update"), (self.run.step.compiled, "program")
-        updates, programs = (f"{n} {name}{'' if n == 1 else 's'}" for n, name in counts)
-        self.console.print(f"{updates} done; {programs} compiled.")
+        self.console.print(f"{plural(self.done, 'update')} done; {plural(self.run.step.compiled, 'program')} compiled.")
         if not after:
             return
         teacher = self._teacher_score() if self._teacher_score else {}
@@ -474,12 +488,12 @@ class Loop:
 
     @property
     def student(self) -> LoadedModel:
-        """The student as it stands now, to be used at once: the next update takes its arrays."""
+        """The current student, to be used at once: the next update donates its arrays."""
         return self._student._replace(model=merge(self.run.graph, self.state.params))
 
     @annotate(SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:
-        """Writes the student as it stands now, with its tokenizer, so that transformers opens the folder."""
+        """Writes the current student and its tokenizer as a folder that transformers opens."""
         return self._save_model(self.student.model, folder)
 
     def _save_model(self, model: Decoder, folder: str | pathlib.Path) -> pathlib.Path:
@@ -488,4 +502,4 @@ class Loop:
         return save_final_model(model, tokenizer.tokenizer, folder, dtype=dtype, **trained)
 
     def _say_stopping(self, reason: str) -> None:
-        self._bar.rename("stopping after this update" + "; Ctrl-C again ends at once" * (reason == "interrupt"))
+        self._bar.rename("stopping after this update" + " (Ctrl-C: now)" * (reason == "interrupt"))

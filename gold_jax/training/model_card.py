@@ -1,4 +1,4 @@
-"""The model card: what a model was trained from, on and with, how that went, how to load it, and what to cite."""
+"""The model card of a trained model."""
 
 import math
 import os
@@ -63,7 +63,7 @@ def shown_command(argv: Sequence[str]) -> str:
         secret = name.replace("-", "_") == "__hub_token"
         shown.append("HIDDEN" if hide else f"{name}=HIDDEN" if secret and equals else part)
         hide = secret and not equals
-    # Of an argument that is no UTF-8 Python makes surrogates, which no file takes.
+    # Arguments that are not UTF-8 have surrogates in Python, which cannot be encoded.
     return without_passwords(shlex.join(shown)).encode("utf-8", "backslashreplace").decode()
 
 
@@ -84,22 +84,22 @@ def write_model_card(
     title: str | None = None,
     tags: Sequence[str] | str | None = None,
 ) -> pathlib.Path:
-    """Write `README.md`, what a model was trained from, on and with, into its folder; returns its path.
+    """Writes the model card, `README.md`, into a model's folder and returns its path.
 
-    One that someone else wrote is kept.
+    A README that was not written by this function is kept.
 
     Args:
         folder: of the model.
-        method: by which it was trained.
-        base_model, teacher, loss, dataset: what the lines about the run say of them.
-        recipe: further such lines, labels with their texts.
-        settings: those that are not the defaults, as `--config` takes them.
-        command: the command line, of which the hub token is left out.
+        method: the training method.
+        base_model, teacher, loss, dataset: their names.
+        recipe: further facts about the run: labels with their texts.
+        settings: those that differ from the defaults, as `--config` takes them.
+        command: the command line; the hub token is hidden.
         history: the logged lines of the run; those with `step` and `loss` make the table of losses.
-        results: a column of metrics for each time or model that was measured; empty columns are left out.
-        repo_id: the name by which the model is loaded; None: the folder's.
-        title: None: the folder's name.
-        tags: further ones.
+        results: columns of metrics by their titles; empty columns are left out.
+        repo_id: the name to load the model by; None: the folder's name.
+        title: of the card; None: the folder's name.
+        tags: further tags.
     """
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -111,7 +111,7 @@ def write_model_card(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gold_jax", "distillation" if teacher else "sft", *([tags] if isinstance(tags, str) else tags or ())],
-        # The hub refuses cards whose metadata name a folder; the text below names it all the same.
+        # The hub refuses cards whose metadata name a local folder; only the text below names it.
         base_model=base_model if base_model in on_hub else None,
         datasets=[dataset] if dataset in on_hub else None,
     )
@@ -126,12 +126,7 @@ def write_model_card(
     if command:
         lines += ["", "```", shown_command(command), "```"]
     lines += _losses(history)
-    columns = {head: column for head, column in (results or {}).items() if column}
-    if columns:
-        lines += ["", "## Results", "", "Measured on the run's own evaluation data:", ""]
-        rows = dict.fromkeys(name for column in columns.values() for name in column)
-        cells = [[f"{c[row]:.4f}" if _is_number(c.get(row)) else "" for c in columns.values()] for row in rows]
-        lines += _table(["metric", *columns], [[row, *line] for row, line in zip(rows, cells)])
+    lines += _results(results or {})
     chat = (path.parent / "chat_template.jinja").exists()
     filled = {
         "NAME": f'"{repo_id or name}"',
@@ -145,8 +140,19 @@ def write_model_card(
     return path
 
 
+def _results(results: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The section of results as lines of Markdown: a table with a row for each metric."""
+    columns = {head: column for head, column in results.items() if column}
+    if not columns:
+        return []
+    rows = dict.fromkeys(name for column in columns.values() for name in column)
+    cells = [[f"{c[row]:.4f}" if _is_number(c.get(row)) else "" for c in columns.values()] for row in rows]
+    table = _table(["metric", *columns], [[row, *line] for row, line in zip(rows, cells)])
+    return ["", "## Results", "", "Measured on the run's own evaluation data:", "", *table]
+
+
 def _losses(history: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The losses of a run as lines of Markdown: a curve of blocks, and a table of some of them."""
+    """The section of losses as lines of Markdown: a curve of block characters, and a table of some of them."""
     logged = [(row["step"], row["loss"]) for row in history if _is_number(row.get("loss")) and "step" in row]
     if not logged:
         return []
@@ -155,15 +161,15 @@ def _losses(history: Sequence[Mapping[str, Any]]) -> list[str]:
     means = [sum(loss for _, loss in part) / len(part) for part in parts]
     low, high = min(means), max(means)
     curve = "".join(_LEVELS[round((x - low) / ((high - low) or 1) * (len(_LEVELS) - 1))] for x in means)
-    said = f"From update {logged[0][0]} to {logged[-1][0]}, lowest {low:.4g}, highest {high:.4g}: `{curve}`"
-    drawn = [said, ""] if last else []
+    described = f"From update {logged[0][0]} to {logged[-1][0]}, lowest {low:.4g}, highest {high:.4g}: `{curve}`"
+    curve = [described, ""] if last else []
     chosen = sorted({round(i * last / (_SHOWN_LOSSES - 1)) for i in range(_SHOWN_LOSSES)})
     rows = [[str(logged[i][0]), f"{logged[i][1]:.4f}"] for i in chosen]
-    return ["", "## Loss", "", *drawn, *_table(["update", "loss"], rows)]
+    return ["", "## Loss", "", *curve, *_table(["update", "loss"], rows)]
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is finite; a resumed run has None from its log for what is not."""
+    """Whether it is a finite number; a resumed run reads None from its log for others."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 

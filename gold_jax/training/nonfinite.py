@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gold_jax.training.checkpointing import named_arrays
+from gold_jax.wording import plural
 
 
 class Diverged(RuntimeError):
@@ -39,9 +40,10 @@ def describe_divergence(
     loss, norm = float(metrics["loss"]), float(metrics["grad_norm"])
     parts = [name for name, x in metrics.items() if np.ndim(x) == 0 and not np.isfinite(float(x))]
     shown = ", ".join(map(str, rows[:8])) + (", …" if len(rows) > 8 else "")
+    updates = plural(counter.in_a_row, "update")
     if not counted:
         return (
-            f"{counter.in_a_row} updates in a row, up to update {step}, were left out ({counter.total} in all), so the run stops: "
+            f"{updates} in a row, up to update {step}, were skipped ({counter.total} in all), so the run stops: "
             f"--max_skipped_updates is {args.max_skipped_updates}. Nothing in the rows of the last one ({shown}) counts in the "
             "loss. What may help: a higher --max_length, so that their completions are not cut away; --groups all."
         )
@@ -58,8 +60,8 @@ def describe_divergence(
     if not args.max_grad_norm:
         advice.append("--max_grad_norm 1")
     return (
-        f"{counter.in_a_row} updates in a row, up to update {step}, had a loss or gradients that were not finite and were left "
-        f"out ({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
+        f"{updates} in a row, up to update {step}, had a loss or gradients that were not finite and were skipped "
+        f"({counter.total} in all), so the run stops: --max_skipped_updates is {args.max_skipped_updates}. {cause} "
         f"Not finite in the last one: {', '.join(parts) or 'nothing that is logged'}; it read rows {shown}. "
         f"What may help: {'; '.join(advice)}."
     )

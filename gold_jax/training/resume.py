@@ -1,4 +1,4 @@
-"""Going on with a run: which checkpoint, whether its settings are this run's, and the logs truncated to it."""
+"""Resuming a run: which checkpoint, whether its settings match, and truncating the logs to it."""
 
 import contextlib
 import dataclasses
@@ -24,24 +24,24 @@ from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
 from gold_jax.wording import listed
 
-# What may change between two parts of a run without a word, and what makes another run of it, so that a line says so.
+# Settings that a resumed run may change silently, and those whose change is reported, as it makes another run.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
-# What a checkpoint has of its run beside every setting that had an effect.
+# What a checkpoint describes of its run besides the settings that had an effect.
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"
 _DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
 _STUDENT = "the student's template and tokenizer"
-_CONFIG = " config"  # ends the names of what the models compute beside their weights
+_CONFIG = " config"  # suffix of the names of the models' configs
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
-    """A digest of what decides how texts become tokens: template, tokenizer, stop tokens."""
+    """A digest of template, tokenizer and stop tokens."""
     backend = backend_of(chat_tokenizer.tokenizer)
     if backend is None:
         pipeline: Any = sorted(chat_tokenizer.tokenizer.get_vocab().items())
     else:
-        # Calling a tokenizer sets its truncation and padding, which say nothing about it.
+        # Calling a tokenizer sets truncation and padding, so they are left out.
         pipeline = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}
     content = repr((chat_tokenizer.template.source, chat_tokenizer.stop_ids, pipeline))
     return _digest(content.encode("utf-8", "surrogatepass"))
@@ -54,7 +54,7 @@ def describe_weights(params: Any) -> str:
 
 
 def describe_config(config: Any) -> dict[str, Any]:
-    """What a model computes beside its weights, without values that are defaults, as versions differ in fields."""
+    """A model's config without default values, as versions differ in fields."""
     fields = [field for field in dataclasses.fields(config) if field.compare]
     values = {field.name: getattr(config, field.name) for field in fields}
     return {field.name: _plain(values[field.name]) for field in fields if values[field.name] != field.default}
@@ -72,16 +72,16 @@ def _digest(content: bytes) -> str:
 
 
 def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any) -> list[str]:
-    """Compares a checkpoint's run with the one that resumes from it; a line for each difference that matters.
+    """Compares the run of a checkpoint with the one that resumes from it; returns a line for each reported difference.
 
-    A ValueError names those that would make rows come twice, be left out, or be learned in another way.
+    ValueError: differences by which rows would be repeated, left out, or learned in another way.
     """
     refused, warnings = [], []
     if _DATA in now and _DATA not in saved:
         earlier = f"{checkpoint} was saved by an earlier version, which did not describe its training data in full"
-        warnings.append(f"{earlier}: see that they are the same")
+        warnings.append(f"{earlier}: check that it is the same")
     for name in now:
-        # A setting that the checkpoint does not know came after it.
+        # Settings that the checkpoint lacks are newer than it.
         if name == "check_rows" and now[name] != saved.get(name, "before"):
             refused.append(f"--check_rows is {now[name]} and was {saved.get(name, 'before')}")
             continue
@@ -91,11 +91,11 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'}"
         differ += " from what the checkpoint was saved with"
         if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
-            continue  # kept in another precision, which --bf16 tells
+            continue  # in another precision, which is reported for --bf16
         if name.endswith(_CONFIG):
             differ = f"{name} differs in {_differences(saved[name], now[name])}"
         if name == EVALUATED:
-            warnings.append(f"{differ}: measures up to there are of others")
+            warnings.append(f"{differ}: earlier metrics are of other rows")
         elif name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
             warnings.append(differ)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
@@ -107,21 +107,23 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     if refused:
         anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
         instead = f"Resume with what it was saved with, or {anew}."
-        raise ValueError(f"this run cannot go on from {checkpoint}: {'; '.join(refused)}. {instead}")
+        raise ValueError(f"this run cannot resume from {checkpoint}: {'; '.join(refused)}. {instead}")
     return warnings
 
 
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The values of two configs that differ."""
     pairs = {name: (now.get(name, "the default"), saved.get(name, "the default")) for name in [*saved, *now]}
-    return ", ".join(f"{name}, here {new} and until then {old}" for name, (new, old) in pairs.items() if new != old)
+    return ", ".join(f"{name}: now {new}, before {old}" for name, (new, old) in pairs.items() if new != old)
 
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether another split into devices and micro-batches leaves every update its rows and who writes them."""
+    """Whether another split into devices and micro-batches keeps the rows of every update and which are on-policy."""
     if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(ROWS) != now[ROWS]:
         return False
-    micro = saved.get(MICRO, saved.get("per_device_train_batch_size"))  # before there were meshes, the two were one
+    micro = saved.get(
+        MICRO, saved.get("per_device_train_batch_size")
+    )  # checkpoints from before meshes have only the latter
     return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(MICRO))
 
 
@@ -132,8 +134,8 @@ def find_and_restore(
 
     `wanted` is "latest", of the run that was started last in `folder`, a checkpoint's folder, or one with checkpoints.
     `run` is this run's `Data.description`, `last` the number of its updates, `abstract` as for `checkpointing.restore`.
-    `say` is given a line for every checkpoint that is not whole and for every difference that matters.
-    FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is whole.
+    `say` prints a line for every incomplete checkpoint and every reported difference.
+    FileNotFoundError: there is nothing at this path. ValueError: of another run or model, or none is complete.
     """
     found = _latest_checkpoints(folder, say) if wanted == "latest" else _named_checkpoints(epath.Path(wanted))
     assert_same_across_processes("the checkpoints that they find", [str(path) for path in found])
@@ -146,11 +148,11 @@ def find_and_restore(
             checkpointing.check_arrays(path, metadata, abstract)
             warnings = check_run(metadata["run"], run, path)
             if metadata["step"] > last:
-                seen = f"{path} has seen {metadata['step']} updates"
+                seen = f"{path} is at update {metadata['step']}"
                 raise ValueError(f"{seen}, and this run makes {last}; raise --max_steps or --num_train_epochs.")
             state = checkpointing.restore(path, metadata, abstract)
         except checkpointing.BadCheckpoint as error:
-            bad.append(f"{path} is not whole: {error}")
+            bad.append(f"{path} is incomplete or damaged: {error}")
             say(f"{bad[-1]}. " + ("Trying the one before it." if path != found[-1] else "There is none before it."))
             continue
         for line in warnings:
@@ -200,16 +202,16 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     elif len(earlier) == len(found):
         over = f"Those of earlier runs are passed over ({', '.join(sorted(path.name for path in earlier)[:5])})"
         anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
-        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} goes on from one.")
+        say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} resumes one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.
     return rest if current is None else sorted(rest, key=checkpointing.order_in_run, reverse=True)
 
 
 def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:
-    """Keeps the lines of a log up to a step, so that what comes again is not there twice; returns them.
+    """Truncates a log to the lines up to a step, so that none is logged twice; returns them.
 
-    Where the run has `ended` with this step, its closing evaluation comes again too. A last line that was cut off goes.
+    With `ended` the closing evaluation of that step is dropped too. So is an incomplete last line.
     """
     if not path.exists():
         return []
@@ -220,21 +222,21 @@ def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[
             again = ended and row.get("step") == step and any(name.startswith("eval_") for name in row)
             if row.get("step", 0) <= step and not again:
                 kept.append((line, row))
-    beside = path.with_name(path.name + ".unfinished")
-    beside.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
-    os.replace(beside, path)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(line + "\n" for line, _ in kept), encoding="utf-8")
+    os.replace(unfinished, path)
     return [row for _, row in kept]
 
 
 def rename_logs(folder: pathlib.Path, say: Callable[[str], Any]) -> None:
-    """Renames the logs of another run to `metrics.1.jsonl` and so on, all with the first free number, and says so."""
+    """Renames the logs of another run to `metrics.1.jsonl` and so on, with the first number free for all of them."""
     for log, name in _numbered(folder).items():
         os.replace(log, name)
         say(f"Renamed {log.name} of another run in {folder} to {name.name}.")
 
 
 def _numbered(folder: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
-    """The logs that are in a folder, and what they are called with the first number that is free for all of them."""
+    """The logs in a folder, with their names under the first number free for all of them."""
     logs = [folder / name for name in (*LOGS, SUMMARY) if (folder / name).exists()]
     for number in itertools.count(1):
         names = [log.with_stem(f"{log.stem}.{number}") for log in logs]
@@ -244,7 +246,7 @@ def _numbered(folder: pathlib.Path) -> dict[pathlib.Path, pathlib.Path]:
 
 
 def _keep_finished_logs(step: int, output: pathlib.Path, say: Callable[[str], Any]) -> None:
-    """Copies the logs of a run that had finished and goes on from an earlier update, `step`, which cuts them, and says so."""
+    """Copies the logs of a finished run that is resumed from an earlier update, `step`, before they are truncated."""
     try:
         last = read_json_object(output / SUMMARY)["parts"][-1]
         finished = last["to_update"] if last["how"] == "finished" else 0
@@ -254,8 +256,8 @@ def _keep_finished_logs(step: int, output: pathlib.Path, say: Callable[[str], An
         copies = _numbered(output)
         for log, name in copies.items():
             shutil.copy2(log, name)
-        kept = f"; its logs until now are kept as {', '.join(name.name for name in copies.values())}"
-        say(f"This run had finished with update {finished}, and is made again from update {step} on{kept}.")
+        kept = f"; its earlier logs are kept as {', '.join(name.name for name in copies.values())}"
+        say(f"This run had finished at update {finished} and is repeated from update {step} on{kept}.")
 
 
 def append_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -268,7 +270,7 @@ def append_rows(path: pathlib.Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def begin_logs(run_id: str, output: pathlib.Path, folder: Any, say: Callable[[str], Any]) -> None:
-    """Makes way for a run that begins in `output`, with checkpoints in `folder`, and says what others left there."""
+    """Prepares `output` and `folder` (of checkpoints) for a new run: renames logs and reports checkpoints of others."""
     rename_logs(output, say)
     if old := sorted(path.name for path in checkpointing.checkpoints_in(folder)):
         kept = "one of this run replaces that of the same step, --save_total_limit counts them too"
@@ -286,7 +288,7 @@ def continue_logs(
     folder: Any,
     say: Callable[[str], Any],
 ) -> list[dict[str, Any]]:
-    """The logs of a run that goes on from `step`, truncated to it; returns the metrics.
+    """Truncates the logs of a run that resumes from `step` to it; returns the metrics.
 
     `unwritten` are completions that are not in their file, `ended` is as for `truncate_log`. Logs of another run than
     the checkpoint's are renamed.

@@ -1,4 +1,4 @@
-"""Where a run stands between two updates: what its checkpoints hold of it, and how they are read back."""
+"""The state of a run between two updates, and how checkpoints hold and restore it."""
 
 import contextlib
 import dataclasses
@@ -33,12 +33,12 @@ class Data(NamedTuple):
 
     train: Sequence[Example] | RowStream | ShuffledRows
     eval: Sequence[Example] | Mapping[str, Sequence[Example]] | None  # several sets by their names
-    order: RowOrder | StreamOrder  # of those that can be learned from
-    description: dict[str, Any]  # all that the run's updates depend on, fit for JSON, for its checkpoints
-    background: BackgroundCheck | None = None  # of rows that are checked beside training
+    order: RowOrder | StreamOrder  # in which `train` is read
+    description: dict[str, Any]  # everything that the updates depend on, as JSON, for checkpoints
+    background: BackgroundCheck | None = None  # the check of all rows during training
 
     def total_steps(self, args: SFTConfig) -> int:
-        """Updates of the whole run: `max_steps`, or as many as `num_train_epochs` are. ValueError: 2**31 or more."""
+        """Updates of the whole run, by `max_steps` or `num_train_epochs`. ValueError: 2**31 or more."""
         flag = "max_steps" if args.max_steps >= 0 else "num_train_epochs"
         steps = max(1, math.ceil(args.num_train_epochs * self.order.steps_per_epoch))
         steps = args.max_steps if args.max_steps >= 0 else steps
@@ -47,61 +47,61 @@ class Data(NamedTuple):
             raise ValueError(f"--{flag} is {getattr(args, flag):g}, which is {steps:.3g} updates; {most}")
         return steps
 
-    def checked_lately(self) -> list[str]:
-        """Lines about what the check beside training has found since the last call; raises what it raised."""
+    def poll_check(self) -> list[str]:
+        """What the background check has found since the last call, as lines; raises what it raised."""
         return [] if self.background is None else self.background.poll()
 
-    def found_while_training(self) -> list[str]:
-        """At the end of a run, lines about rows that were not all looked at before it; what is trained is not lost to one."""
+    def closing_notices(self) -> list[str]:
+        """Lines about rows that were checked during training. A bad row is reported, not raised: training is done."""
         try:
-            lines = self.checked_lately()
+            lines = self.poll_check()
         except ValueError as error:
-            lines = [f"The check beside training found a row that no update has learned from: {error}"]
+            lines = [f"The background check found a bad row, which no update has learned from: {error}"]
         except Exception as error:  # such as an OSError of the file
-            lines = [f"The check beside training failed: {type(error).__name__}: {error}"]
+            lines = [f"The background check failed: {type(error).__name__}: {error}"]
         if self.background is not None:
             if not (unfinished := self.background.unfinished()):
                 return lines
             lines.append(unfinished)
         if isinstance(self.order, StreamOrder):
-            lines += [f"Of the rows that were read: {line}" for line in self.order.checker.notices()]
+            lines += [f"Of the rows read so far: {line}" for line in self.order.checker.notices()]
         return lines
 
 
 @dataclasses.dataclass
 class RunState:
-    """What changes in a run beside parameters and optimizer state. All of it but `losses` is in a checkpoint."""
+    """The state of a run other than parameters and optimizer state. Checkpoints have all of it but `losses`."""
 
     best: BestModel
-    measured: str | None  # a digest of the rows that were measured before the first update
-    run_id: str = ""  # tells the checkpoints of one run from those of others in the same folder
-    # How often: of a run that goes on from an older checkpoint, tells the newer ones from those left behind.
+    measured: str | None  # a digest of the rows of the evaluation before the first update
+    run_id: str = ""  # distinguishes checkpoints of several runs in one folder
+    # How often the run was resumed: orders checkpoints where it was resumed from an older one.
     resumed: int = 0
     done: int = 0  # updates so far
-    nonfinite: NonFiniteCounter = NonFiniteCounter(0, 0)  # those of them that were left out
+    nonfinite: NonFiniteCounter = NonFiniteCounter(0, 0)  # those of them that were skipped
     num_tokens: int = 0  # that were learned from
     means: RunningMean = dataclasses.field(default_factory=RunningMean)  # of metrics since the last line of the log
-    losses: list[float] = dataclasses.field(default_factory=list)  # of the updates made since the run began or went on
-    shapes: Sequence = ()  # that batches are padded to, up to the last update's
-    rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn up to the last update, for later ones
-    unmeasured: bool = False  # whether an evaluation was due after the last update and is not made
+    losses: list[float] = dataclasses.field(default_factory=list)  # of the updates since the run was started or resumed
+    shapes: Sequence = ()  # that batches have been padded to so far
+    rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn so far for later updates
+    unmeasured: bool = False  # whether an evaluation is due after the last update
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
     completions_due: int = 0  # from which update on completions are shown again, and scored
 
     def begin(self) -> None:
-        """Makes it the state of a new run."""
+        """Starts a new run."""
         self.run_id = uuid.uuid4().hex
 
     def advance(self, batch: UpdateBatch) -> None:
-        """One more update is made, of this batch."""
+        """Counts an update of this batch."""
         self.done, self.shapes, self.rollouts = self.done + 1, batch.shapes, batch.drawn
 
     def count(self, nonfinite: NonFiniteCounter) -> None:
-        """Takes over the counter of a `TrainState`; waits for the device."""
+        """Copies the counter of a `TrainState`; waits for the device."""
         self.nonfinite = NonFiniteCounter(*map(int, nonfinite))
 
     def measure_later(self, due: bool) -> None:
-        """Whether an evaluation is due, which a checkpoint has to tell until it is made."""
+        """Sets whether an evaluation is due, which checkpoints record until it is made."""
         self.unmeasured = due
 
     def shows_completions(self, step: int, every: int) -> bool:
@@ -112,31 +112,31 @@ class RunState:
 
     @contextlib.contextmanager
     def holding(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-        """Around the writing of completions: where it fails, checkpoints hold them."""
+        """A context in which completions are written: if that fails, checkpoints hold them."""
         self.unwritten = rows
         yield rows
         self.unwritten = []
 
     def take(self, batch: UpdateBatch, metrics: dict[str, Any], nonfinite: NonFiniteCounter) -> None:
-        """Takes in what an update gave: its metrics and the counter of those left out."""
+        """Adds an update's metrics and the counter of skipped updates."""
         self.count(nonfinite)
         if not metrics.pop("skipped"):
             self.losses.append(float(metrics["loss"]))
         held = {k: v for k, v in batch.stats.items() if k != "tokens"}
-        self.means.add({**metrics, **held} if batch.counted else held)  # where nothing counts there is no loss
+        self.means.add({**metrics, **held} if batch.counted else held)  # without targets there is no loss
         share = held.get("on_policy")
-        if batch.counted and share in (0.0, 1.0):  # the loss of an update of both kinds is not known by kind
+        if batch.counted and share in (0.0, 1.0):  # an update of both kinds has one loss for both
             self.means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self.num_tokens += int(batch.stats["tokens"])
 
     def for_transformers(self) -> dict[str, Any]:
-        """What transformers' `TrainerState` has of it."""
+        """The fields of transformers' `TrainerState` that it determines."""
         best, found = self.best.best, dict(global_step=self.done, num_input_tokens_seen=self.num_tokens)
         found |= {} if best is None else {"best_metric": best.metric, "best_global_step": best.step}
         return found | {"best_model_checkpoint": self.best.checkpoint}
 
     def metadata(self, data: Data) -> dict[str, Any]:
-        """What a checkpoint holds of it, fit for JSON; waits for the device."""
+        """What a checkpoint stores of it, as JSON; waits for the device."""
         measured = {} if self.measured is None else {EVALUATED: self.measured}
         metadata = {"run": data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
         metadata |= {"means": self.means.state(), "shapes": self.shapes}
@@ -148,7 +148,7 @@ class RunState:
         return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
 
     def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
-        """Goes on from a checkpoint in `folder`, given its metadata and rollouts; its completions are for the log."""
+        """Restores it from the metadata and rollouts of a checkpoint in `folder`, without the unwritten completions."""
         if isinstance(data.order, StreamOrder):
             data.order.resume(metadata["step"], metadata["stream"])
         self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
@@ -164,7 +164,7 @@ class RunState:
 
 
 def first_trainer_state(args: SFTConfig, total_steps: int, steps_per_epoch: float) -> TrainerState:
-    """transformers' state of a run that begins, with what does not change in it."""
+    """transformers' `TrainerState` of a new run, with the fields that never change."""
     intervals = {name: args.interval(name, total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
     totals = dict(max_steps=total_steps, num_train_epochs=math.ceil(total_steps / steps_per_epoch))
     main, size = is_main_process(), args.per_device_train_batch_size
@@ -184,7 +184,7 @@ def find_checkpoint(
     """The checkpoint to resume from, as `find_and_restore`: path, metadata, and state, sharded as `params`."""
     shapes = state_shapes(optimizer, _shapes(params))
     found = find_and_restore(wanted, folder, run, named_for_checkpoints(optimizer, shapes), say, last)
-    assert_same_across_processes("the checkpoint that they go on from", None if found is None else str(found[0]))
+    assert_same_across_processes("the checkpoint to resume from", None if found is None else str(found[0]))
     if found is None:
         return None
     path, metadata, arrays = found
@@ -196,7 +196,7 @@ def find_checkpoint(
 
 
 def read_params(path: str, params: Any) -> Any:
-    """The parameters of a checkpoint, sharded as `params`; BadCheckpoint where it is not whole."""
+    """The parameters of a checkpoint, sharded as `params`; BadCheckpoint if it is incomplete."""
     shapes = _shapes(params)
     abstract = {"params": jax.tree.map(_boxed, shapes)}
     arrays = checkpointing.restore(path, checkpointing.read_metadata(path), abstract)

@@ -27,7 +27,7 @@ _LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def settings_beside_defaults(args: SFTConfig) -> dict[str, Any]:
-    """The settings whose values are not the defaults, without secrets."""
+    """The settings that differ from the defaults, without secrets."""
     defaults, secret = type(args)().to_dict(), {f.name for f in dataclasses.fields(args) if f.metadata.get("secret")}
     return {name: value for name, value in args.to_dict().items() if value != defaults[name] and name not in secret}
 
@@ -51,8 +51,8 @@ def environment() -> dict[str, Any]:
 class RunSummary:
     """Keeps `summary.json` of one folder up to date (None: does nothing).
 
-    `parts` has an entry for each time that the run was started or resumed: command, environment, from which update to
-    which, when, how it ended. An error of the file system is ignored: the run goes on without the summary.
+    `parts` has an entry for each time the run was started or resumed: command, environment, first and last update,
+    times, and how it ended. File system errors are ignored: the run continues without the summary.
     """
 
     def __init__(
@@ -124,17 +124,17 @@ class RunSummary:
     def _write(self) -> None:
         if self._path is None:
             return
-        told = _without_nan(self._facts | {"parts": self._parts})
-        text = json.dumps(told, indent=1, ensure_ascii=False, default=str, allow_nan=False)
+        summary = _without_nan(self._facts | {"parts": self._parts})
+        text = json.dumps(summary, indent=1, ensure_ascii=False, default=str, allow_nan=False)
         with contextlib.suppress(OSError):
             unfinished = self._path.with_suffix(".json.new")
-            # Of a path that is no UTF-8 Python makes surrogates, which then stand there as JSON's escapes.
+            # Paths that are not UTF-8 have surrogates in Python, which are written as escapes.
             unfinished.write_text(without_passwords(text) + "\n", encoding="utf-8", errors="backslashreplace")
             unfinished.replace(self._path)
 
 
 def _without_nan(value: Any) -> Any:
-    """A value with NaN and infinities, which JSON lacks, as texts."""
+    """A value with NaN and infinities, which JSON lacks, as strings."""
     if isinstance(value, Mapping):
         return {name: _without_nan(item) for name, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What is saved of a run: checkpoints on the way, the last update where it ends early, the student at its end."""
+"""Saving a run: checkpoints during training, the last update where training ends early, the student at the end."""
 
 import contextlib
 import dataclasses
@@ -25,13 +25,15 @@ from gold_jax.training.rollout_buffer import to_bytes
 from gold_jax.training.run_state import Data, RunState, named_for_checkpoints, read_params
 from gold_jax.training.signals import InterruptedTwice, Preempted, SignalHandler
 from gold_jax.training.step import TrainState
+from gold_jax.wording import plural
 
-_SAVED = "the student and all that the run needs to go on are saved in"
+_SAVED = "the student and everything needed to resume are saved in"
+_RESUME = "Resume with --resume_from_checkpoint latest."
 
 
 @dataclasses.dataclass(frozen=True)
 class Saver:
-    """Saves one run, of which it is given where it stands: its `RunState` and its `TrainState`."""
+    """Saves one run; methods are given its current `RunState` and `TrainState`."""
 
     checkpoints: checkpointing.Checkpoints
     run: Run
@@ -41,11 +43,11 @@ class Saver:
     write: Callable[[Decoder, pathlib.Path], Any]  # writes a model into a folder
     log: MetricLog
     watchdog: Watchdog
-    say: Callable[[str], Any]  # what is saved when something ends the run
+    say: Callable[[str], Any]  # prints what was saved when the run ends early
 
     @annotate(SAVING)
     def checkpoint(self, now: RunState, state: TrainState) -> None:
-        """Begins to save all that is needed to resume; asynchronous, the device keeps computing."""
+        """Starts saving everything needed to resume; asynchronous, the device keeps computing."""
         self.watchdog.report(now.done, "saving a checkpoint")
         self.log.flush()  # a resumed run continues the log from here
         write_student = None
@@ -58,18 +60,18 @@ class Saver:
         self.checkpoints.save(now.done, named, now.metadata(self.data), write_student, rollouts)
 
     def is_saved(self, now: RunState) -> bool:
-        """Whether the newest whole checkpoint is of the last update."""
+        """Whether the newest complete checkpoint is of the last update."""
         last = self.checkpoints.last
         return last is not None and last.name == f"checkpoint-{now.done}"
 
     def mark_best(self, now: RunState) -> None:
-        """Has the checkpoint of the last update stay, where it is the best of those saved."""
+        """Keeps the checkpoint of the last update if it is the best of those saved."""
         if now.best.take_saved(now.done, str(self.checkpoints.folder / f"checkpoint-{now.done}")):
             self.checkpoints.best.clear()
             self.checkpoints.best.add(now.done)
 
     def student(self, now: RunState, model: Decoder) -> None:
-        """Writes the student into its folder; an OSError says where it still is."""
+        """Writes the student into its folder; the text of an OSError names the checkpoint that still holds it."""
         self.watchdog.report(now.done, "saving the student")
         try:
             with progress.task("saving the student"):
@@ -79,14 +81,16 @@ class Saver:
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            failed = f"the student could not be saved in {self.folder} ({why}) after {now.done} updates; {still}"
+            failed = (
+                f"the student could not be saved in {self.folder} ({why}) after {plural(now.done, 'update')}; {still}"
+            )
             again = "with --resume_from_checkpoint latest" if last else "again"
             raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
 
     def best_params(self, now: RunState, params: Any) -> Any | None:
         """With `load_best_model_at_end` the parameters of the best checkpoint, sharded as `params` of the last update.
 
-        None: the last ones are the best. ValueError: the checkpoint is not whole.
+        None: the last ones are the best. ValueError: the checkpoint is incomplete.
         """
         best = now.best
         if not (self.args.load_best_model_at_end and best.saved_is_better(now.done)):
@@ -95,7 +99,9 @@ class Saver:
             params = read_params(best.checkpoint, params)
         except checkpointing.BadCheckpoint as error:
             last = f"{self.folder} holds the student of the last update"
-            raise ValueError(f"--load_best_model_at_end: {best.checkpoint} is not whole: {error}; {last}") from None
+            raise ValueError(
+                f"--load_best_model_at_end: {best.checkpoint} is incomplete or damaged: {error}; {last}"
+            ) from None
         metric = f"{self.args.metric_for_best_model} {best.saved.metric:g}"
         self.say(f"The best of all is {best.checkpoint} ({metric}).")
         return params
@@ -104,7 +110,7 @@ class Saver:
     def saved_when_stopped(
         self, signals: SignalHandler, now: RunState, state: Callable[[], TrainState]
     ) -> Iterator[None]:
-        """Around all updates: what ends them early has the last one saved."""
+        """A context around all updates: saves the last one where an error or a signal ends them early."""
         try:
             try:
                 yield
@@ -115,11 +121,11 @@ class Saver:
             except Diverged:
                 raise
             except Exception as error:
-                with contextlib.suppress(Exception):  # what ends the run is the first error
+                with contextlib.suppress(Exception):  # the first error is the one to raise
                     self._after_error(now, state())
                 if isinstance(error, NonFiniteLogits) and now.done:
                     help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
-                    why = f"After {now.done} updates no completions can be drawn, so the run stops: {error}"
+                    why = f"After {plural(now.done, 'update')} no completions can be drawn, so the run stops: {error}"
                     raise Diverged(f"{why} What may help: {help}.{self._kept()}") from error
                 raise
             if signals.requested:
@@ -128,11 +134,11 @@ class Saver:
             self.checkpoints.abandon()
             last = self.checkpoints.last
             kept = f"the last checkpoint is {last}" if last else "nothing is saved"
-            self.say(f"Interrupted again after {now.done} updates, before they were saved; {kept}.")
+            self.say(f"Interrupted again after {plural(now.done, 'update')}, before the checkpoint was saved; {kept}.")
             raise
 
     def _leave(self, now: RunState, state: TrainState, interrupted: bool) -> NoReturn:
-        """Saves and ends the run, as Ctrl-C or SIGTERM asked for."""
+        """Saves and ends the run after Ctrl-C or SIGTERM."""
         self.log.flush()
         with progress.task("saving a checkpoint"):
             self.checkpoints.finish()
@@ -141,13 +147,15 @@ class Saver:
                 self.checkpoints.finish()
         saved, last = self.is_saved(now), self.checkpoints.last
         where = f"{_SAVED} {last}" if saved else f"the last checkpoint is {last}" if last else "nothing is saved"
-        further = " --resume_from_checkpoint latest goes on." if last else ""
-        said = f"{'Interrupted' if interrupted else 'Preempted'} after {now.done} updates; {where}.{further}"
-        self.say(said)
-        raise KeyboardInterrupt(said) if interrupted else Preempted
+        further = f" {_RESUME}" if last else ""
+        message = (
+            f"{'Interrupted' if interrupted else 'Preempted'} after {plural(now.done, 'update')}; {where}.{further}"
+        )
+        self.say(message)
+        raise KeyboardInterrupt(message) if interrupted else Preempted
 
     def _after_error(self, now: RunState, state: TrainState) -> None:
-        """Saves the last update where something else than the updates ends the run: a row, a log, a server."""
+        """Saves the last update where a row, a log or a server ends the run, and not the updates themselves."""
         gone = any(x.is_deleted() for x in jax.tree.leaves(state))
         self.checkpoints.finish()
         if jax.process_count() > 1 or gone or self.is_saved(now) or not now.done:
@@ -156,13 +164,13 @@ class Saver:
         now.count(state.nonfinite)
         self.checkpoint(now, state)
         if self.checkpoints.finish():
-            where = f"{_SAVED} {self.checkpoints.last}. --resume_from_checkpoint latest goes on."
-            self.say(f"An error ends the run after {now.done} updates; {where}")
+            where = f"{_SAVED} {self.checkpoints.last}. {_RESUME}"
+            self.say(f"An error ended the run after {plural(now.done, 'update')}; {where}")
 
     def give_up(
         self, now: RunState, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int
     ) -> NoReturn:
-        """Saves and ends a run of which too many updates in a row were left out; `rows` are those of the last."""
+        """Saves and ends a run that skipped too many updates in a row; `rows` are those of the last one."""
         self.log.flush()
         why = describe_divergence(now.done, now.nonfinite, metrics, state.params, rows, self.args, counted)
         if now.nonfinite.total < now.done:  # the state of the last good update, to resume from with other settings

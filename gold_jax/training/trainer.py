@@ -1,4 +1,4 @@
-"""GOLDTrainer and SFTTrainer: from names or objects to a run. The run itself is `training.loop`."""
+"""GOLDTrainer and SFTTrainer, which make a run from names or objects. The run itself is `training.loop`."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import Example, load_examples
+from gold_jax.text.data import Example, as_teacher_reads, load_examples
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
@@ -61,19 +61,19 @@ from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trainer_members import TrainerMembers
-from gold_jax.wording import listed, without_passwords
+from gold_jax.wording import listed, plural, without_passwords
 
 SFT_NEW_TOKENS = 128
-_REMEMBERED = 10_000  # rows from which on it is remembered what was found in them
-_BESIDE = 200_000  # rows from which on they are checked beside training where `check_rows` is "auto"
+_CACHED_FROM = 10_000  # rows: results of checking fewer are not cached
+_BACKGROUND_FROM = 200_000  # rows: with `check_rows="auto"`, fewer are checked before training
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
 class _Trainer(TrainerMembers):
-    """What the trainers share: inputs, read and checked before a model is loaded, and the run that is made of them.
+    """What the trainers share: the inputs, read and checked before a model is loaded, and the run made from them.
 
-    Beside what is here, TRL's names of settings are attributes (`trainer.beta`), and its other attributes and methods
-    are AttributeErrors that say what stands in their place.
+    TRL's names of settings are attributes too (`trainer.beta`); its other attributes and methods raise AttributeErrors
+    that name the alternative.
     """
 
     method = title = ""
@@ -82,10 +82,10 @@ class _Trainer(TrainerMembers):
     eval_dataset: Any
     compute_metrics: Any
     hub_model_id: str | None
-    model_name_or_path: str  # what the student was made of
+    model_name_or_path: str  # of the student
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
-    _background: BackgroundCheck | None = None  # of rows that are checked beside training
+    _background: BackgroundCheck | None = None  # the check of all rows during training
     _card: Mapping[str, Any] = {}  # of the model card: teacher, loss and recipe
 
     def __init__(
@@ -93,7 +93,7 @@ class _Trainer(TrainerMembers):
     ):
         check_optimizers(*optimizers)
         self._optimizers, self._callbacks = optimizers, list(callbacks or ())
-        self.args = a = args.frozen_copy()  # checked again
+        self.args = a = args.frozen_copy()  # validates again
         check_compute_metrics(compute, a)
         self.train_dataset, self.eval_dataset, self.compute_metrics = train_dataset, eval_dataset, compute
         self.is_in_train = False
@@ -117,7 +117,7 @@ class _Trainer(TrainerMembers):
         if isinstance(train_dataset, datasets.IterableDataset):
             train_dataset = open_stream(train_dataset, **named)
         streamed = isinstance(train_dataset, RowStream)
-        if streamed and (why := _why_all_rows(a)):
+        if streamed and (why := _needs_all_rows(a)):
             raise ValueError(f"a streamed data set has no length: {why}")
         self.train_examples: Any = train_dataset if streamed else read(train_dataset)
         several = isinstance(eval_dataset, Mapping)
@@ -136,7 +136,7 @@ class _Trainer(TrainerMembers):
         self.command, self.hub_model_id, self.dtype = command, a.hub_model_id, compute_dtype(a.bf16)
 
     def _load(self, role: str, model, tokenizer, options: Mapping[str, Any], **settings) -> LoadedModel:
-        """A model with its tokenizer, in this run's precision; what is of one of the two alone is in `settings`."""
+        """A model with its tokenizer, in this run's precision; `settings` are those of this side alone."""
         a, attention = self.args, options.get("attn_implementation")
         settings |= dict(read_dtype=options.get("dtype", "auto"), revision=options.get("revision"), attention=attention)
         settings |= dict(special_tokens_in_prompts=a.special_tokens_in_prompts, trust_remote_code=a.trust_remote_code)
@@ -151,56 +151,57 @@ class _Trainer(TrainerMembers):
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
     def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows | RowChecker:
-        """The training rows that can be learned from; of a large data set also as an earlier run has found them.
-        What says it of rows that are streamed, or checked beside training, while they are read.
+        """The training rows that can be learned from, or, if they are checked during training, what checks them.
 
-        `options` are those of `check_examples`, `learned` is all that `count_targets` depends on beside the tokenizers.
+        `options` are those of `check_examples`; `learned` is everything that `count_targets` depends on besides the
+        tokenizers.
         """
         examples: Any = self.train_examples
         options["source"] = getattr(examples, "source", "the data set")
         if isinstance(examples, RowStream):
             return RowChecker(chat_tokenizer, **options)
-        if not self._checks_beside():
-            checked, known = self._look_through(learned, chat_tokenizer, options)
-            if known:
+        if not self._checks_in_background():
+            checked, cached = self._check_all(examples, learned, chat_tokenizer, options)
+            if cached:
                 self.console.print(
                     f"The {len(examples):,} rows were checked in an earlier run, with the same settings."
                 )
             return checked
         self.train_examples = ShuffledRows.of(examples)
         if jax.process_count() == 1:
-            # Its tokenizers are its own: what sets truncation and padding is no two threads' at once.
-            own, theirs = copy.deepcopy((chat_tokenizer, options))
+            # With tokenizers of its own: setting truncation and padding is not thread-safe.
+            own_tokenizer, own_options = copy.deepcopy((chat_tokenizer, options))
 
             def check(reach: Callable[[int], Any]) -> CheckedRows:
-                return self._look_through(learned, own, theirs, examples, reach)[0]
+                return self._check_all(examples, learned, own_tokenizer, own_options, reach)[0]
 
             self._background = BackgroundCheck(check, len(examples))
         else:
-            self.console.print("Of several processes none looks through all rows: each row is checked when it comes.")
+            self.console.print(
+                "With several processes there is no background check: rows are checked as they are used."
+            )
         return RowChecker(chat_tokenizer, **options)
 
-    def _checks_beside(self) -> bool:
-        """Whether the rows are checked beside training; ValueError where that is asked for and cannot be."""
-        asked, why = self.args.check_rows, _why_all_rows(self.args)
-        if asked == "beside" and why:
+    def _checks_in_background(self) -> bool:
+        """Whether rows are checked during training; ValueError if that is requested and not possible."""
+        when, why = self.args.check_rows, _needs_all_rows(self.args)
+        if when == "beside" and why:
             raise ValueError(f"--check_rows beside does not know all rows when training begins: {why}")
-        return asked == "beside" or (asked == "auto" and not why and len(self.train_examples) >= _BESIDE)
+        return when == "beside" or (when == "auto" and not why and len(self.train_examples) >= _BACKGROUND_FROM)
 
-    def _look_through(
+    def _check_all(
         self,
+        examples: Any,
         learned: Any,
         chat_tokenizer: ChatTokenizer,
         options: dict[str, Any],
-        examples: Any = None,
-        reach: Any = None,
+        reach: Callable[[int], Any] | None = None,
     ) -> tuple[CheckedRows, bool]:
-        """What is found in all rows, and whether an earlier run has found it; `reach` as `check_examples` takes it."""
-        examples = self.train_examples if examples is None else examples
+        """The result of `check_examples` for all rows, and whether it comes from the cache of an earlier run."""
         check = functools.partial(check_examples, examples, chat_tokenizer, reach, **options)
         sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
-        known = all(backend_of(side.tokenizer) is not None for side in sides)  # others' digests do not tell all
-        large = len(examples) >= _REMEMBERED and datasets.is_caching_enabled()
+        known = all(backend_of(side.tokenizer) is not None for side in sides)  # digests of others are incomplete
+        large = len(examples) >= _CACHED_FROM and datasets.is_caching_enabled()
         if not (known and large and (data := check_cache.data_key(examples))):
             return check(), False
         key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
@@ -211,7 +212,7 @@ class _Trainer(TrainerMembers):
     def _set_up(
         self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
-        """Says what is about to run (`shown`), and makes the loop that runs it, over the rows that were `checked`."""
+        """Prints what is about to run (`shown`), and makes the loop that runs it on the `checked` rows."""
         a = self.args
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
@@ -220,7 +221,7 @@ class _Trainer(TrainerMembers):
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(self.train_examples, self.eval_examples, self._order_of(checked), {}, self._background)
         self._show(student, data, shown)
-        # From here on all processes compute together: one that could not load its data or models is named here.
+        # All processes compute together from here on; one that failed to load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
         streamed = isinstance(checked, RowChecker)
@@ -228,7 +229,7 @@ class _Trainer(TrainerMembers):
         data = data._replace(description=self._describe(checked, facts, digests))
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
-        self.student = student._replace(model=None)  # the loop alone holds its parameters
+        self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
@@ -243,7 +244,7 @@ class _Trainer(TrainerMembers):
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
     def _check_evaluation_rows(self, sides: Mapping[str, LoadedModel]) -> tuple[list[str], str | None]:
-        """Leaves the evaluation rows that can be measured; returns notices and a digest of the rows (None: none)."""
+        """Drops evaluation rows that cannot be measured; returns notices and a digest of the others (None: no rows)."""
         a, tokenizers = self.args, [side.chat_tokenizer for side in sides.values()]
         alone = "the teacher" not in sides
         options = dict(on_bad_row=a.on_bad_row, teacher_context=None if alone else a.teacher_context)
@@ -255,15 +256,15 @@ class _Trainer(TrainerMembers):
         return measured, evaluated
 
     def _notices_of(self, checked: CheckedRows | RowChecker) -> list[str]:
-        """What is to be said of the training rows; of rows that are streamed it is said when they are read."""
+        """Notices about the training rows; those of streamed rows come when they are read."""
         found = () if isinstance(checked, RowChecker) else checked.notices
         read = [*self.train_examples.notices, *found]
         if cut := len(getattr(self.train_examples, "shortened", ())):
-            read.append(f"--truncation_mode keep_end: {cut} prompts were too long and lost their beginning")
+            read.append(f"--truncation_mode keep_end: the beginning of {plural(cut, 'prompt')} was cut off")
         return read
 
     def _order_of(self, checked: CheckedRows | RowChecker) -> RowOrder | StreamOrder:
-        """The order in which the run learns from the rows that were checked."""
+        """The order in which the run learns from the checked rows."""
         a, rows_per_step = self.args, self.args.rows_per_update * self.process_shard.num_shards
         if isinstance(checked, RowChecker):
             say = functools.partial(self.console.print, markup=False, soft_wrap=True)
@@ -273,7 +274,7 @@ class _Trainer(TrainerMembers):
     def _describe(
         self, checked: CheckedRows | RowChecker, facts: RunFacts, digests: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """All that the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
+        """Everything the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
         a, shards = self.args, self.process_shard.num_shards
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
@@ -296,7 +297,7 @@ class _Trainer(TrainerMembers):
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
-            "updates": f"{total:,} of {order.per_step} rows each, {rate}",
+            "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
             "precision": f"{self.dtype} compute, float32 parameters",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
@@ -310,12 +311,13 @@ class _Trainer(TrainerMembers):
         self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
 
     def _score_teacher(self, rows: Any = None) -> dict[str, float]:
-        """The teacher measured as the student is."""
+        """The teacher's metrics, measured as the student's, with the contexts that it alone reads."""
         rows = self.eval_examples if rows is None else rows
         if isinstance(rows, Mapping):
             return over_sets(self._score_teacher, rows)
         a, examples = self.args, with_text_completion(rows)
         teacher = self._teacher._replace(model=self._teacher_now())
+        examples = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
         chunk = chunk_size(a.loss_chunk, teacher.model.platform)
         score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
@@ -326,26 +328,30 @@ class _Trainer(TrainerMembers):
         return found
 
     def _measure_gaps(self, student: LoadedModel, rows: Any) -> dict[str, float]:
-        """How far a student is from the teacher on what either writes for some rows' prompts, in bits per byte."""
+        """Gaps between a student and the teacher on completions of some rows' prompts by either, in bits per byte."""
         a, teacher = self.args, self._teacher._replace(model=self._teacher_now())
         size = a.per_device_eval_batch_size * self.process_shard.num_shards
         options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
         options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
-        found = measure_gaps(student, teacher, [e.prompt for e in with_text_completion(rows)], **options)
+        examples = with_text_completion(rows)
+        read = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
+        options |= dict(teacher_prompts=[e.prompt for e in read])
+        found = measure_gaps(student, teacher, [e.prompt for e in examples], **options)
         measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
         return {f"eval_{name}": value for name, value in measured.items()}
 
     def _score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
-        """What student and teacher give each group of completions (`score_groups`), rounded; each reads as in training."""
+        """`score_groups` of completions, with the contexts that the teacher alone reads; rounded, fit for JSON."""
         teacher, examples = self._teacher._replace(model=self._teacher_now()), [example for example, _ in samples]
-        options = dict(teacher_prompts=self.loop.run.batches.teacher_prompts(examples), batch_size=KEPT)
+        read = as_teacher_reads(examples, teacher.chat_tokenizer, self.args.teacher_context)
+        options: dict[str, Any] = dict(teacher_prompts=[example.prompt for example in read], batch_size=KEPT)
         options |= dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
         prompts, texts = [example.prompt for example in examples], [text for _, text in samples]
         found = score_groups(student, teacher, prompts, texts, **options)
         return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
 
     def _teacher_now(self) -> Decoder:
-        """The teacher, with the arrays that updates read."""
+        """The teacher, sharing the arrays that updates read."""
         run = self.loop.run
         if run.batches.teacher_model is not None:
             return merge(*run.batches.teacher_model)
@@ -363,7 +369,7 @@ class _Trainer(TrainerMembers):
 
     @property
     def model(self):
-        """The student as it stands now, a `Decoder` of its own: training does not change it, nor it what is trained."""
+        """A copy of the current student, a `Decoder`, independent of the one that is trained."""
         student = self.loop.student.model
         return student.replace(jax.tree.map(jax.numpy.copy, split(student)[1]))
 
@@ -373,11 +379,11 @@ class _Trainer(TrainerMembers):
         trial: Any = None,
         ignore_keys_for_eval: Any = None,
     ) -> TrainOutput:
-        """Trains, saves the student to `output_dir` with a model card, and pushes it where that was asked for.
+        """Trains, saves the student to `output_dir` with a model card, and pushes it with `push_to_hub`.
 
         Args:
-            resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none of them; None: as
-                the settings say.
+            resume_from_checkpoint: "latest" or True, the folder of a checkpoint, or False for none; None: as in the
+                settings.
             trial: must be None: there is no hyperparameter search.
             ignore_keys_for_eval: accepted as in transformers, without effect.
 
@@ -430,7 +436,7 @@ class _Trainer(TrainerMembers):
         return importlib.import_module("gold_jax.report").Report(self.args.output_dir)
 
     def _write_report(self) -> None:
-        """Writes the page of a finished run; an error is said, and the run is done all the same."""
+        """Writes the report of a finished run; an error is printed and does not fail the run."""
         folder = self.args.output_dir
         try:
             page = importlib.import_module("gold_jax.reporting.page")
@@ -442,11 +448,11 @@ class _Trainer(TrainerMembers):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Measures the student as it stands, logs the measures and calls `on_evaluate`.
+        """Measures the current student, logs the metrics and calls `on_evaluate`.
 
         Args:
-            eval_dataset: rows as `eval_dataset` of the constructor, or a dict of such, each measured under
-                `{metric_key_prefix}_{name}`; None: those of the constructor, the name of one of several: that one.
+            eval_dataset: rows as `eval_dataset` of the constructor takes them; a dict of several such sets, measured as
+                `{metric_key_prefix}_{name}`; the name of a set of the constructor's; or None for all of these.
             ignore_keys: accepted as in transformers, without effect.
             metric_key_prefix: what the metrics' names begin with.
         """
@@ -461,10 +467,10 @@ class _Trainer(TrainerMembers):
         return metrics
 
     def predict(self, test_dataset: Any, ignore_keys: Any = None, metric_key_prefix: str = "test") -> PredictionOutput:
-        """What the student writes greedily for rows with completions, and its measures on them.
+        """The student's greedy completions for rows with completions, and its metrics on them.
 
         Returns:
-            `predictions`, its texts; `label_ids`, those of the rows; `metrics`, as `evaluate` has them.
+            `predictions`: its texts; `label_ids`: those of the rows; `metrics`: as `evaluate` returns them.
         """
         output = self.loop.predict(self._rows_to_measure(test_dataset))
         output = output._replace(metrics=_prefixed(output.metrics, metric_key_prefix))
@@ -537,7 +543,7 @@ class _Trainer(TrainerMembers):
 
 
 class _PushOnSave(TrainerCallback):
-    """Pushes the student at every save but the last, which `train` pushes; a push that fails is said, and no more."""
+    """Pushes the student at every save but the last, which `train` pushes; an error of a push is only printed."""
 
     def __init__(self, trainer: _Trainer):
         self._trainer = trainer
@@ -553,8 +559,8 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.loop.say(str(error))
 
 
-def _why_all_rows(args: SFTConfig) -> str | None:
-    """Which setting needs to know all rows before training begins, and what would not; None where none does."""
+def _needs_all_rows(args: SFTConfig) -> str | None:
+    """Which setting needs all rows to be known before training, and what to set instead; None: none does."""
     if args.max_steps < 0:
         return "say with --max_steps how many updates to make"
     if "epoch" in (args.eval_strategy, args.save_strategy):
@@ -567,7 +573,7 @@ def _why_all_rows(args: SFTConfig) -> str | None:
 
 
 def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
-    """ValueError where `metric_for_best_model` is a measure of none of the evaluation sets, each measured by its name."""
+    """ValueError if `metric_for_best_model` is not a metric of one of several evaluation sets."""
     wanted = args.metric_for_best_model
     if wanted is None or wanted.removeprefix("eval_").startswith(tuple(f"{name}_" for name in sets)):
         return
@@ -578,7 +584,7 @@ def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
 
 
 def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
-    """What a resumed run compares of rows and models, given the digests of the rows to train and to evaluate on."""
+    """The digests of data and models that a resumed run compares; `rows` and `evaluated` are those of the rows."""
     digests = {"the training data": rows}
     digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
     digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
@@ -587,6 +593,23 @@ def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None)
     if "the teacher" in sides:
         digests["the teacher's weights"] = describe_weights(split(sides["the teacher"].model)[1])
     return digests
+
+
+def _describe_vocabularies(match: build.Match, sizes: Sequence[int]) -> str:
+    matched = match.vocabulary.matched
+    if not (match.same or match.related):
+        return f"{sizes[0]:,} and {sizes[1]:,} rows, {matched:,} matched by the bytes they spell"
+    alone = sum(sizes) - 2 * matched
+    unmatched = f", {plural(alone, 'row')} of one side alone" if alone and match.related else ""
+    return f"one and the same{unmatched}" + ("" if match.stops is None else ", stop tokens matched by role")
+
+
+def _describe_completions(args: GOLDConfig, served: bool) -> str:
+    by = f"{args.lmbda:.0%} by the student"
+    by += f" through {args.rollout_server} at {without_passwords(args.server_url)}" if served else ""
+    by += f", drawn for {args.rollout_batches} updates at once" if args.lmbda and args.rollout_batches > 1 else ""
+    by += f", {1 - args.lmbda:.0%} by the teacher" if args.seq_kd and args.lmbda < 1 else ""
+    return by + (f", at most {args.max_completion_length} tokens" if args.lmbda or args.seq_kd else "")
 
 
 def _prefixed(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
@@ -606,8 +629,7 @@ class SFTTrainer(_Trainer):
             the log (or None).
         callbacks: transformers' `TrainerCallback`s, called at begin and end, updates, logs, evaluations and saves.
         compute_metrics: with `predict_with_generate`, called in evaluation with a transformers `EvalPrediction` of
-            texts: as `predictions` what the student writes greedily, as `label_ids` the rows' completions; returns further
-            metrics.
+            texts: the student's greedy completions as `predictions`, the rows' own as `label_ids`; returns more metrics.
         console: where progress is shown; None for the terminal.
         command: the command line, for the model card.
         dataset_name: what the data set is called, for the model card.
@@ -728,7 +750,7 @@ class GOLDTrainer(_Trainer):
         template = a.template_kwargs if a.teacher_template_kwargs is None else a.teacher_template_kwargs
         settings = dict(param_dtype=self.dtype, template_kwargs=template, placement=placement)
         teacher = self._load("teacher", teacher_model, tokenizer, options, **settings)
-        match = build.match_pair(a, student, teacher)
+        match = build.match_pair(student, teacher, a.projection_mask)
         self.spec = a.loss_spec(match.same or match.related)
         need, by_teacher = None, a.seq_kd and a.lmbda < 1
         if a.lmbda < 1 and not a.seq_kd:
@@ -748,19 +770,8 @@ class GOLDTrainer(_Trainer):
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
-        vocabularies = (
-            f"{sizes[0]:,} and {sizes[1]:,} rows, {match.vocabulary.matched:,} matched by the bytes they spell"
-        )
-        if match.same or match.related:
-            alone, vocabularies = sum(sizes) - 2 * match.vocabulary.matched, "one and the same"
-            vocabularies += f", {alone:,} rows of one side alone" if alone and match.related else ""
-            vocabularies += "" if match.stops is None else ", stop tokens matched by role"
-        completions = f"{a.lmbda:.0%} by the student"
-        completions += "" if engine is None else f" through {a.rollout_server} at {without_passwords(a.server_url)}"
-        completions += f", drawn for {a.rollout_batches} updates at once" if a.lmbda and a.rollout_batches > 1 else ""
-        completions += f", {1 - a.lmbda:.0%} by the teacher" if by_teacher else ""
-        completions += f", at most {a.max_completion_length} tokens" if a.lmbda or a.seq_kd else ""
-        shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})", "vocabularies": vocabularies}
-        shown |= {"loss": self.spec.describe(), "completions": completions}
+        shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})"}
+        shown |= {"vocabularies": _describe_vocabularies(match, sizes), "loss": self.spec.describe()}
+        shown |= {"completions": _describe_completions(a, served=engine is not None)}
         self._card = {"teacher": teacher.name, "loss": self.spec.describe()}
         self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)

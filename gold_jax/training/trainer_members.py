@@ -1,4 +1,4 @@
-"""The members of transformers' `Trainer` beside `train`, `evaluate` and `predict`, by their names there."""
+"""Members of transformers' `Trainer` other than `train`, `evaluate` and `predict`, under the same names."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ _SETTINGS = {"log_completion_steps": "log_completions_steps"}
 
 
 class TrainerMembers:
-    """Callbacks, logs, settings and parts of the run of a trainer, which has `args`, `loop`, `student` and `state`."""
+    """Mixin of a trainer with callbacks, logs, settings and parts of the run."""
 
     args: Any
     loop: Any
@@ -26,7 +26,7 @@ class TrainerMembers:
     state: TrainerState
 
     def add_callback(self, callback: Any) -> None:
-        """Adds a `TrainerCallback`, or a class of them. In a run of several processes all add it."""
+        """Adds a `TrainerCallback`, or an instance of such a class; with several processes call it in all of them."""
         self.loop.callbacks.add_callback(callback)
 
     def pop_callback(self, callback: Any) -> TrainerCallback | None:
@@ -58,7 +58,7 @@ class TrainerMembers:
             _write_json(path, (read_json_object(path) if path.exists() else {}) | dict(metrics))
 
     def save_state(self) -> None:
-        """Writes `trainer_state.json` into `output_dir`; checkpoints hold what a run needs to go on."""
+        """Writes `trainer_state.json` into `output_dir`; resuming uses checkpoints instead."""
         if is_main_process():
             pathlib.Path(self.args.output_dir).mkdir(parents=True, exist_ok=True)
             self.state.save_to_json(str(pathlib.Path(self.args.output_dir) / "trainer_state.json"))
@@ -78,7 +78,7 @@ class TrainerMembers:
         return self.loop.data.order.per_step * self.args.completions_per_row
 
     def get_learning_rates(self) -> list[float]:
-        """The learning rate of the next update; none, where the optimizer was passed without its schedule."""
+        """The learning rate of the next update; empty if the optimizer was passed without its schedule."""
         made = self.loop.done - self.loop.run_state.nonfinite.total
         return [] if self.lr_scheduler is None else [float(self.lr_scheduler(made))]
 
@@ -121,7 +121,7 @@ class TrainerMembers:
 
     @property
     def lr_scheduler(self) -> optax.Schedule | None:
-        """Learning rates by the number of updates made; None, where the optimizer was passed without them."""
+        """Learning rates by the number of updates made; None if the optimizer was passed without them."""
         return self.loop.run.schedule
 
     def __getattr__(self, name: str) -> Any:  # for names that are no attributes

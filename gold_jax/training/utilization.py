@@ -11,13 +11,13 @@ from gold_jax.models.functional import count, split
 
 
 class Throughput:
-    """Tokens per second since `restart`, the seconds left out in which programs were compiled, which it counts, too."""
+    """Tokens per second since `restart`, compilation excluded, and how many programs compiled in how many seconds."""
 
     def __init__(self):
-        self._told = progress.compiled()
+        self._reported = progress.compiled()
 
     def restart(self) -> None:
-        """Counts time and tokens from here on."""
+        """Starts to count time and tokens anew."""
         self._since, self._tokens, self._compiled_before = time.perf_counter(), 0, progress.compiled()[1]
 
     def add(self, tokens: int) -> None:
@@ -25,40 +25,40 @@ class Throughput:
         self._tokens += tokens
 
     def tokens_per_second(self) -> float:
-        """Until now."""
+        """The rate since `restart`."""
         compiling = progress.compiled()[1] - self._compiled_before
         return self._tokens / max(time.perf_counter() - self._since - compiling, 1e-9)
 
     def compilations(self) -> dict[str, float]:
         """`programs_compiled` and `compiling_seconds` since the last call."""
-        before, self._told = self._told, progress.compiled()
-        programs, seconds = (new - old for new, old in zip(self._told, before))
+        before, self._reported = self._reported, progress.compiled()
+        programs, seconds = (new - old for new, old in zip(self._reported, before))
         return {"programs_compiled": programs, "compiling_seconds": round(seconds, 3)}
 
 
 def peak_flops() -> float | None:
-    """Peak dense bfloat16 FLOP/s of all devices of the run together; None where their kind is not known."""
+    """Peak dense bfloat16 FLOP/s of all devices of the run together; None if their kind is not known."""
     found = DEVICE_KINDS.get(jax.devices()[0].device_kind)
     return None if found is None else found.flops * jax.device_count()
 
 
 def peak_memory() -> int | None:
-    """The most bytes that the first device of this process held so far; None where the backend does not say."""
+    """Peak bytes in use on the first device of this process; None if the backend does not report it."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def device_metrics(flops_per_second: float) -> dict[str, float]:
-    """`mfu` of a run whose models need so many FLOP/s, and `memory_gib` (`peak_memory`); without what is not known."""
+    """`mfu` of a run whose models need so many FLOP/s, and `memory_gib`; what is unknown is left out."""
     peak, held = peak_flops(), peak_memory()
     found = {} if peak is None else {"mfu": flops_per_second / peak}
     return found if held is None else found | {"memory_gib": held / 2**30}
 
 
 def training_flops(student: Decoder, teacher: Decoder | None) -> float:
-    """FLOPs that the models need for a token of an update: 6 for each of the student's parameters, 2 of the teacher's.
+    """FLOPs of the models per token of an update: 6 for each parameter of the student, 2 for each of the teacher.
 
-    An embedding that is not the head too has no products and does not count; nor do attention, recomputation and
-    sampling. The teacher is taken to have as many tokens as the student.
+    Embeddings that are only looked up, attention, recomputation and sampling do not count. The teacher is assumed to
+    have as many tokens as the student.
     """
     return 6.0 * _parameters(student) + (0.0 if teacher is None else 2.0 * _parameters(teacher))
 

@@ -730,9 +730,7 @@ def test_a_run_ends_where_the_server_stays_behind_and_loses_nothing(world, vllm,
     run.loop.say = said.append
     with pytest.raises(ServerError, match="loaded the student's weights of update 1, and still serves others"):
         run.train()
-    assert (
-        said[-1].startswith("An error ends the run after 1 updates; the student and all") and "checkpoint-1" in said[-1]
-    )
+    assert said[-1].startswith("An error ended the run after 1 update; the student and") and "checkpoint-1" in said[-1]
     vllm.deaf = False
     again = trainer(world, tmp_path / "out", vllm.url, max_steps=4).train(resume_from_checkpoint="latest")
     assert again.global_step == 4
@@ -744,7 +742,7 @@ def test_a_run_whose_server_fails_between_updates_loses_nothing(world, vllm, tmp
     vllm.faults["/v1/completions"] = [0.0] * 5 + [(200, {"error": {"message": "the engine is dead"}})]
     with pytest.raises(ServerError, match="/v1/completions answers 200, but with an error: the engine is dead"):
         run.train()
-    assert said[-1].startswith("An error ends the run after 1 updates") and "checkpoint-1" in said[-1]
+    assert said[-1].startswith("An error ended the run after 1 update") and "checkpoint-1" in said[-1]
     assert (tmp_path / "out" / "checkpoint-1" / "model.safetensors").exists()
 
 

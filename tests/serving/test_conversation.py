@@ -35,14 +35,14 @@ def test_answers_are_those_of_generate_turn_by_turn(monkeypatch, capsys):
     lines = [*QUESTIONS, "/undo", "", "/nonsense", "/help", "/quit", "never read"]
     told, said = talk(monkeypatch, capsys, lines)
     assert told == [first, answer_to(QUESTIONS[0], first, QUESTIONS[1])]
-    assert "2 messages are left" in said and "no command /nonsense" in said and "/save FILE" in said
+    assert "2 messages left" in said and "no command /nonsense" in said and "/save FILE" in said
 
 
 def test_a_saved_conversation_is_a_row_that_train_reads(monkeypatch, capsys, tmp_path):
     path = tmp_path / "rows.jsonl"
     lines = ["/save", "/undo", "/system Be brief.", *QUESTIONS, "/retry", f"/save {path}", "/undo", f"/save {path}"]
     told, said = talk(monkeypatch, capsys, lines)
-    assert said.count("nothing has been answered yet") == 2 and "the likeliest one" in said and told[1] == told[2]
+    assert said.count("nothing has been answered yet") == 2 and "always the same" in said and told[1] == told[2]
     one, other = (json.loads(line)["messages"] for line in path.read_text(encoding="utf-8").splitlines())
     assert [m["content"] for m in one] == ["Be brief.", QUESTIONS[0], told[0], QUESTIONS[1], told[1]]
     assert other == one[:3] and f"appended to {path}\n" in said
@@ -55,7 +55,7 @@ def test_a_retry_draws_again_and_what_is_cut_is_said(monkeypatch, capsys, tmp_pa
     prompts = [[{"role": "user", "content": QUESTIONS[0]}]] * 2
     wanted = gold_jax.sample_completions("embedded:student", prompts=prompts, key=3, temperature=0.9, max_new_tokens=6)
     assert told == [d.text for d in wanted] and said.count("(cut after 6 tokens: --max_new_tokens)") == 2
-    assert "; 1 of its answers are cut off" in said
+    assert "; incomplete answers in it: 1" in said
 
 
 def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys):
@@ -94,5 +94,5 @@ def test_a_model_without_a_template_gets_the_plain_one(tmp_path):
 
 
 def test_flags_of_prompts_are_refused():
-    with pytest.raises(ValueError, match="--chat reads messages from the terminal; leave away --prompt"):
+    with pytest.raises(ValueError, match="--chat reads messages from the terminal; leave out --prompt"):
         generate.main([*STUDENT, "--prompt", "a"])

@@ -183,7 +183,7 @@ def test_a_stop_string_ends_an_answer_before_it(client):
         ({"prompt": "a", "max_tokens": 500}, "max_tokens", "max_tokens can be at most 199"),
         ({"prompt": "a " * 300}, "prompt", "has more than the 200 tokens that fit here"),
         ({"prompt": [[1, 2], [9999]]}, "prompt", "prompt[1] holds the token 9999"),
-        ({"prompt": "a", "logit_bias": {"3": 1}}, "logit_bias", "not supported here; leave it away (or pass {})"),
+        ({"prompt": "a", "logit_bias": {"3": 1}}, "logit_bias", "not supported here; leave it out (or pass {})"),
         ({"prompt": "a", "min_p": 0.1}, "min_p", "not supported here"),
         ({"prompt": ["a"] * 7, "n": 3}, "n", "21 sequences; at most 20"),
         ({"prompt": "a", "model": "other"}, "model", "'student' is"),
@@ -212,7 +212,7 @@ def test_what_is_no_request_is_refused(client):
 def test_harmless_fields_are_ignored_and_said_once(client, capsys):
     for _ in range(2):
         post(client, prompt="a", max_tokens=1, user="me", frequency_penalty=0.0, logit_bias=None)
-    assert capsys.readouterr().err.count("the field user, which changes nothing") == 1
+    assert capsys.readouterr().err.count("the field user of requests changes nothing") == 1
 
 
 def test_many_at_once_get_what_each_gets_alone(client, address):
@@ -300,7 +300,7 @@ def test_the_command_serves_until_it_is_interrupted():
         assert httpx.get(f"{url}/v1/models").json()["data"][0]["id"] == "embedded:student"
         port = url.rpartition(":")[2]
         again = subprocess.run([*command[:-1], port], capture_output=True, text=True, timeout=120)
-        assert again.returncode == 2 and f"cannot listen at --host 127.0.0.1 --port {port}" in again.stderr
+        assert again.returncode == 2 and f"cannot listen on --host 127.0.0.1 --port {port}" in again.stderr
         process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0 and process.stderr.read().endswith("stopped\n")
 

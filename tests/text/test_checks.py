@@ -124,8 +124,8 @@ def test_a_format_of_another_project_is_said_once():
     shared = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     rows = load_examples([shared, {"question": "q", "answer": "a"}, answered(), shared])
     for said in (check(*rows.rows).notices, check_evaluation(rows, chat_tokenizer())[1]):
-        assert len(said) == 2 and "2 rows of the " in said[0] and " are read as ShareGPT: `from` and `value`" in said[0]
-        assert "1 rows of the " in said[1] and " are read as question/answer: `question`" in said[1]
+        assert len(said) == 2 and "2 rows of the " in said[0] and " read as ShareGPT: `from` and `value`" in said[0]
+        assert "1 row of the " in said[1] and " read as question/answer: `question`" in said[1]
 
 
 def test_tool_calls_that_a_template_does_not_write_are_an_error():
@@ -140,7 +140,7 @@ def test_tools_that_a_template_does_not_write_are_told_once():
     assert len(notices) == 2 and all("does not write the tools of 3 rows" in notice for notice in notices)
     assert "(student)" in notices[0] and "(teacher)" in notices[1]
     (notice,) = check(answered(reasoning_content="hm")).notices
-    assert "does not write the reasoning_content of the last answer of 1 rows" in notice
+    assert "does not write the reasoning_content of the last answer of 1 row" in notice
 
 
 def test_templates_that_write_different_answers_are_told_and_what_makes_them_agree():
@@ -163,7 +163,7 @@ def test_thinking_that_a_template_drops_is_told_and_nothing_left_is_an_error():
     drops = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
     (notice,) = check(answered("<think>hm</think>yes"), student=drops).notices
     assert (
-        "in 1 rows of the data set the student's template leaves out a part of the answer" in notice
+        "in 1 row of the data set the student's template leaves out a part of the answer" in notice
         and "'yes'" in notice
     )
     with pytest.raises(ValueError, match="row 0 of the data set.*nothing of it is left"):
@@ -181,7 +181,7 @@ def test_evaluation_rows_that_cannot_be_read_can_be_left_out():
 def test_a_generation_prompt_that_is_not_what_stands_before_an_answer_is_told():
     opens = CHATML.replace("assistant\n' }}{% endif %}", "assistant\n<think>\n' }}{% endif %}")
     (notice,) = check(answered(), student=opens).notices
-    assert "in 1 rows of the data set the generation prompt of the student's template is not what it writes" in notice
+    assert "in 1 row of the data set the generation prompt of the student's template is not what it writes" in notice
     assert "<think>" in notice and "'the dog.'" in notice
 
 
@@ -192,7 +192,7 @@ def test_a_prompt_with_a_column_that_looks_like_its_answer_is_named():
     ):
         check(row)
     notices = check(row, row, need=None).notices
-    assert "2 rows have a prompt, no completion, and a column 'response' that may be the answer" in notices[0]
+    assert "the column 'response' of 2 rows with a prompt and no completion may be the answer" in notices[0]
 
 
 @pytest.mark.parametrize("name", "response chosen output Answer target label solution model_outputs reasoning".split())
@@ -256,7 +256,7 @@ def test_rows_of_which_nothing_is_left_are_left_out_and_cut_ones_counted():
         "left out 1 of 4 rows of which --max_length 70 leaves nothing to learn",
         "--max_length 70 cuts 1 of 4 rows: their ends are not learned",
     ]
-    with pytest.raises(ValueError, match="none of the 1 rows.*leaves nothing to learn .raise --max_length"):
+    with pytest.raises(ValueError, match="none of 1 row.*leaves nothing to learn .raise --max_length"):
         check(rows[0], max_length=70, count_targets=lambda examples: [(0, True)])
 
 
@@ -279,7 +279,7 @@ def test_bad_rows_can_be_skipped_and_are_counted_with_their_reasons():
     assert [f"row {i}" in notice for i in range(1, 7)] == [True] * 5 + [False] and notice.endswith("and 1 more")
     (notice,) = [n for n in check(*rows[:2], *rows[1:3] * 3, on_bad_row="skip").notices if "cannot be read" in n]
     assert notice.count("no completion") == 1 == notice.count("(and 3 more rows like it)") and "row 4" not in notice
-    with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 that cannot be read"):
+    with pytest.raises(ValueError, match="none of 1 row can be learned from: 1 that cannot be read"):
         check_examples(
             load_examples([{"prompt": "x"}]), chat_tokenizer(), budget=None, need_completion="x", on_bad_row="skip"
         )
@@ -302,7 +302,7 @@ def test_qwen3_and_llama_agree_without_thinking(assets):
     rows = load_examples([answered(), answered(reasoning_content="hm")])
     need = dict(budget=None, need_completion="it is learned")
     notices = check_examples(rows, qwen, teacher=llama, **need).notices
-    assert "(teacher) does not write the reasoning_content of the last answer of 1 rows" in notices[0]
+    assert "(teacher) does not write the reasoning_content of the last answer of 1 row" in notices[0]
     assert "--template_kwargs '{\"enable_thinking\": false}' makes them agree" in notices[1]
     thinks = load_examples([answered(reasoning_content="hm")])[0]
     assert (
@@ -334,7 +334,7 @@ def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
     (notice,) = check_examples(
         load_examples([answered() | kwargs | {"tools": TOOLS}]), qwen, teacher=teacher, **need
     ).notices
-    assert f"{name}" in notice and "(teacher) does not write the tools of 1 rows" in notice
+    assert f"{name}" in notice and "(teacher) does not write the tools of 1 row" in notice
     assert (load_examples([answered(" b\n")])[0].completion_for(teacher) == "b") == (name == "gemma3")
 
 
@@ -342,7 +342,7 @@ def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
 def test_keys_of_messages_that_a_template_does_not_write_are_told(key):
     row = {"messages": [USER | {key: "x"}, {"role": "assistant", "content": "b"}]}
     (notice,) = check(row, answered()).notices
-    assert f"(student) does not write the key {key!r} of messages of 1 rows" in notice
+    assert f"(student) does not write the key {key!r} of messages of 1 row" in notice
     writes = "{% for m in messages %}{{ m.get('KEY', '') }}{{ m['content'] }}{{ eos_token }}{% endfor %}".replace(
         "KEY", key
     )
@@ -352,7 +352,7 @@ def test_keys_of_messages_that_a_template_does_not_write_are_told(key):
 def test_roles_of_other_formats_are_told_where_a_template_writes_them():
     rows = [{"messages": [{"role": "human", "content": "q"}, {"role": "assistant", "content": "a"}]}] * 2
     (notice,) = [n for n in check(*rows).notices if "'human'" in n]
-    assert "2 rows of the data set have the role 'human', which is not one of system, developer, user" in notice
+    assert "the role 'human', in 2 rows of the data set, is not one of system, developer, user" in notice
 
 
 ODD = [

@@ -48,5 +48,5 @@ def test_positions_number_the_tokens_of_each_line():
 
 
 def test_rows_that_cannot_be_shared_out_are_refused():
-    with pytest.raises(ValueError, match="6 rows cannot be shared out evenly among 4 devices"):
+    with pytest.raises(ValueError, match="6 rows cannot be split evenly over 4 devices"):
         pack(rows("a"), 6, 4)

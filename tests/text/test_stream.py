@@ -58,7 +58,7 @@ def test_an_epoch_has_every_row_that_can_be_learned_from_once_and_says_what_it_l
     assert [sorted(epoch) for epoch in epochs] == [sorted({*range(ROWS)} - {25, 77})] * 2
     assert epochs[0] != epochs[1] and len(updates[33]) == 3  # an epoch's last update is short
     (line,) = said
-    assert "whose prompt is longer than 50 tokens are passed over" in line
+    assert "whose prompt is longer than 50 tokens are skipped" in line
     assert order.checker.notices()[0].startswith(f"left out 4 of {2 * ROWS} rows whose prompt")
     assert taken(order_of(source), range(68)) == updates != taken(order_of(source, seed=4), range(68))
 
@@ -94,7 +94,7 @@ def test_rows_that_can_be_read_in_any_order_are_shuffled_as_a_whole_and_go_on_fr
     assert [sorted(epoch) for epoch in epochs] == [sorted({*range(ROWS)} - {25, 77})] * 2
     assert epochs[0] != epochs[1] and taken(order(4), range(34)) != updates[:34]
     assert max(epochs[0][:10]) - min(epochs[0][:10]) > 50  # not only those of a window among each other
-    assert first.steps_per_epoch == 35 and "137 rows (checked beside training)" == first.describe()
+    assert first.steps_per_epoch == 35 and "137 rows (checked during training)" == first.describe()
     for step in (1, 20, 33, 34, 50):
         again = order()
         again.resume(step, positions[step])
@@ -152,7 +152,7 @@ def test_what_cannot_be_streamed_or_learned_from_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="a part of a split, 'train.:10.', cannot be streamed"):
         open_stream(str(file), split="train[:10]")
     file.write_text(json.dumps({"prompt": "long " * 100, "completion": "y"}))
-    with pytest.raises(ValueError, match="none of the 1 rows can be learned from"):
+    with pytest.raises(ValueError, match="none of 1 row can be learned from"):
         order_of(str(file)).take(0)
 
 

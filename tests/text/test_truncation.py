@@ -72,7 +72,7 @@ def test_a_long_prompt_is_learned_with_keep_end_and_left_out_without(world, tmp_
         args = SFTConfig(output_dir=str(tmp_path), max_length=64, max_steps=1, truncation_mode=mode)
         trainer = SFTTrainer(str(world / "student"), args, rows, console=tiny.quiet_console())
         assert len(trainer.loop.data.order.rows) == kept
-        assert ("--truncation_mode keep_end: 1 prompts were" in " ".join(trainer.notices)) == (kept == 2)
+        assert ("the beginning of 1 prompt was cut off" in " ".join(trainer.notices)) == (kept == 2)
     ids, counted, _ = trainer.loop.run.batches._row(trainer.train_examples[1], 64)
     assert len(ids) <= 64 and trainer.student.chat_tokenizer.decode(ids[counted]) == b" eight"
 

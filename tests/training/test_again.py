@@ -246,7 +246,7 @@ def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, saved, tmp_path):
         largest.write_bytes(largest.read_bytes()[:64])
     says = {
         "missing": "nothing",
-        "further": "has seen 9 updates, and this run makes 2",
+        "further": "is at update 9, and this run makes 2",
         "damaged": "no whole checkpoint is left",
     }[wanted]
     with pytest.raises((FileNotFoundError, ValueError), match=says):

@@ -136,8 +136,7 @@ def test_calls_that_a_template_writes_are_learned_as_it_writes_them():
     data = examples(a_call(), {"prompt": "x", "completion": "y"})
     checked = check_examples(data, student, budget=None, need_completion="it must be there", teacher=chat_tokenizer())
     assert (
-        checked.kept.tolist() == [0, 1]
-        and "in 1 rows of the data set the last answer calls tools" in checked.notices[0]
+        checked.kept.tolist() == [0, 1] and "in 1 row of the data set the last answer calls tools" in checked.notices[0]
     )
     assert data[0].completion_for(student) == '{"name": "add", "arguments": {"a": 1}}'
     assert check_evaluation(data, student, chat_tokenizer())[0] is data
@@ -176,7 +175,7 @@ def test_all_answers_of_a_completion_are_learned_by_sft_and_what_tools_say_is_no
         spelled = student.tokenizer.decode(ids[counted], skip_special_tokens=True)
         assert spelled == '{"name": "add", "arguments": {"a": 1}}It is 3.'
     (notice,) = check_examples(data, student, **need, teacher=student).notices
-    assert "1 rows have several answers in their completion: the last one is learned" in notice
+    assert "in 1 row the completion has several answers: the last one is learned" in notice
     assert example.fingerprint != examples({"messages": example.messages})[0].fingerprint
 
 
@@ -207,7 +206,7 @@ def test_rows_without_a_prompt_are_left_out_where_nothing_could_be_drawn_after_n
     teacher = dict(teacher=chat_tokenizer(), teacher_writes=True)
     assert check_examples(data, begins, **teacher, **plain).kept.tolist() == [1]
     assert check_examples(data, begins, teacher_context="c", **teacher, **plain).kept.tolist() == [0, 1]
-    with pytest.raises(ValueError, match="none of the 1 rows can be learned from: 1 without a prompt.*--lmbda 0"):
+    with pytest.raises(ValueError, match="none of 1 row can be learned from: 1 without a prompt.*--lmbda 0"):
         check_examples(examples({"text": "t"}), chat_tokenizer(), student_writes=True, **plain)
 
 

@@ -97,7 +97,7 @@ def test_a_hub_that_does_not_answer_is_told_from_one_that_refuses(error, monkeyp
         monkeypatch.setattr(huggingface_hub, "HfApi", api)
     else:
         monkeypatch.setattr("huggingface_hub.HfApi.create_repo", failing)
-    with pytest.raises(HubSilent, match="does not answer.*training goes on"):
+    with pytest.raises(HubSilent, match="does not answer.*training continues"):
         create_hub_repository("U/M", tmp_path, None, None)
 
 

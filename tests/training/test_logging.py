@@ -106,7 +106,7 @@ def test_a_tracker_that_fails_is_reported_once_and_the_rest_goes_on(tmp_path):
     with MetricLog(tmp_path / "metrics.jsonl", screen, [failing, working]) as log:
         for step in range(3):
             log.log(step, {"loss": 1.0})
-    assert written(screen).count("Recorder failed and the run goes on without it: OSError: [gone]") == 1
+    assert written(screen).count("Recorder failed, and the run continues without it: OSError: [gone]") == 1
     assert len(working.calls) == len(failing.calls) == len(rows_of(tmp_path / "metrics.jsonl")) == 3
     assert failing.closed
 

@@ -114,7 +114,7 @@ def test_a_push_that_breaks_off_loses_nothing_and_says_last_how_to_push_again(
     assert hub.repositories == {"me/m": {}} and set(files_of(out)) == MODEL
     hub.fault = None
     said, _, again = last.partition("Push it again (with the token in HF_TOKEN): ")
-    assert said.endswith(f"the model lies in {out}. ")
+    assert said.endswith(f"the model is in {out}. ")
     program, *rest = shlex.split(again)
     command = [pathlib.Path(sys.executable).with_name(program), *rest]
     subprocess.run(command, env=environment(hub, HF_TOKEN=TOKEN), capture_output=True, check=True, timeout=120)

@@ -151,7 +151,7 @@ def test_a_streamed_run_that_goes_on_makes_the_updates_of_one_that_was_not_stopp
 
     whole = streamed(tmp_path / "whole")
     whole.train()
-    assert "a stream of 1 shards" in repr(whole) and "a stream of 1 shards" in whole.console.export_text()
+    assert "a stream of 1 shard" in repr(whole) and "a stream of 1 shard" in whole.console.export_text()
     for step in (2, 4):
         again = streamed(tmp_path / f"again-{step}")
         again.train(str(tmp_path / "whole" / f"checkpoint-{step}"))
@@ -169,7 +169,7 @@ def test_a_run_that_checks_its_rows_beside_training_goes_on_as_it_began(world, t
     whole = sft(world, tmp_path / "whole", check_rows="beside")
     whole.train()
     said, count = whole.console.export_text(), len(whole.train_examples.examples)
-    assert f"{count} rows (checked beside training)" in said
+    assert f"{count} rows (checked during training)" in said
     assert f"All {count} rows are checked: {count} can be learned from." in said
     for step in (2, 4):
         again = sft(world, tmp_path / f"again-{step}", check_rows="beside")
@@ -179,7 +179,7 @@ def test_a_run_that_checks_its_rows_beside_training_goes_on_as_it_began(world, t
         sft(world, tmp_path / "other").train(str(tmp_path / "whole" / "checkpoint-2"))
     with pytest.raises(ValueError, match="does not know all rows when training begins: say with --max_steps"):
         sft(world, tmp_path / "endless", check_rows="beside", max_steps=-1)
-    monkeypatch.setattr(trainer_module, "_BESIDE", count)
+    monkeypatch.setattr(trainer_module, "_BACKGROUND_FROM", count)
     assert isinstance(sft(world, tmp_path / "auto").train_examples, stream.ShuffledRows)
     for other in ({"check_rows": "before"}, {"max_steps": -1}, {"save_strategy": "epoch"}):
         assert not isinstance(sft(world, tmp_path / "auto", **other).train_examples, stream.ShuffledRows)
@@ -232,10 +232,10 @@ def test_a_bad_row_that_is_found_after_the_last_update_costs_no_student(world, t
     trainer = SFTTrainer(str(world / "student"), args, rows, console=tiny.quiet_console(), callbacks=[Ended()])
     trainer.train()
     said = trainer.console.export_text()
-    assert "found a row that no update has learned from: row 400 of the data set" in said
+    assert "found a bad row, which no update has learned from: row 400 of the data set" in said
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "checkpoint-6").is_dir()
     trainer._background._error = OSError("the file is gone")
-    assert trainer.loop.data.found_while_training()[0] == "The check beside training failed: OSError: the file is gone"
+    assert trainer.loop.data.closing_notices()[0] == "The background check failed: OSError: the file is gone"
 
 
 def test_a_resumed_run_pads_its_batches_as_the_one_that_was_not_stopped(world, tmp_path):
@@ -255,13 +255,11 @@ def test_a_finished_run_that_is_made_again_from_an_earlier_update_keeps_its_logs
     again.train(resume_from_checkpoint=True)
     assert {name: (output / name.replace(".", ".1.")).read_bytes() for name in logs} == logs
     said = again.console.export_text()
-    assert (
-        "This run had finished with update 6, and is made again from update 4 on; its logs until now are kept" in said
-    )
+    assert "This run had finished at update 6 and is repeated from update 4 on; its earlier logs are kept" in said
     assert same(held(again), finished[1])
     longer = sft(world, output, max_steps=8)
     longer.train(resume_from_checkpoint=True)
-    assert not (output / "metrics.2.jsonl").exists() and "made again" not in longer.console.export_text()
+    assert not (output / "metrics.2.jsonl").exists() and "repeated from" not in longer.console.export_text()
 
 
 def test_a_save_is_also_a_student_that_opens_by_itself(finished):
@@ -313,7 +311,7 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
     trainer = sft(world, output, resume_from_checkpoint="latest")
     trainer.train()
     said = trainer.console.export_text()
-    assert f"{newest} is not whole" in said and f"Resumed from {output / 'checkpoint-2'}" in said
+    assert f"{newest} is incomplete or damaged" in said and f"Resumed from {output / 'checkpoint-2'}" in said
     assert same(held(trainer), finished[1])
     # The bad one has been written anew.
     again = sft(world, output, resume_from_checkpoint=str(newest))
@@ -388,7 +386,7 @@ def test_a_student_of_the_same_shapes_that_computes_in_another_way_is_refused(wo
     output = copied(finished, tmp_path)
     other = with_rope_theta(world / "student", tmp_path / "other", 77.0)
     args = SFTConfig(output_dir=str(output), **QUICK)
-    with pytest.raises(ValueError, match="the student's config differs in ropes, here .*77.* and until then"):
+    with pytest.raises(ValueError, match="the student's config differs in ropes: now .*77.*, before"):
         SFTTrainer(str(other), args, str(world / "data" / "train.jsonl")).train("latest")
 
 
@@ -463,7 +461,7 @@ def test_another_mesh_matters_where_it_makes_other_micro_batches():
 
 
 def test_fewer_updates_than_the_checkpoint_has_seen_are_refused(world, finished, tmp_path):
-    with pytest.raises(ValueError, match="seen 4 updates.*makes 3.*--max_steps"):
+    with pytest.raises(ValueError, match="at update 4.*makes 3.*--max_steps"):
         sft(world, copied(finished, tmp_path), max_steps=3).train("latest")
 
 
@@ -668,7 +666,7 @@ def test_a_teacher_that_computes_in_another_way_is_told(distilled, world, tmp_pa
     folder = shutil.copytree(output, tmp_path / "copy")
     trainer = made(folder, teacher=with_rope_theta(world / "teacher", tmp_path / "other", 77.0))
     trainer.train("latest")
-    assert "the teacher's config differs in ropes, here" in trainer.console.export_text()
+    assert "the teacher's config differs in ropes: now" in trainer.console.export_text()
 
 
 def test_a_checkpoint_of_an_earlier_version_goes_on_and_says_what_was_not_compared(distilled, tmp_path):

@@ -78,7 +78,7 @@ def test_a_run_that_stops_between_draws_goes_on_with_what_is_drawn(world, tmp_pa
     shutil.rmtree(tmp_path / "whole" / "checkpoint-5")  # of the end of the run
     last = gold(world, tmp_path / "whole", **flags)
     last.train("latest")
-    assert "checkpoint-4 is not whole: rollouts.npz differs" in last.console.export_text()
+    assert "checkpoint-4 is incomplete or damaged: rollouts.npz differs" in last.console.export_text()
     assert same(held(last), held(whole))
 
 

@@ -209,7 +209,7 @@ def gold(world, output, rows=ROWS, changes=(), **options):
 def test_rows_cut_before_their_completion_are_left_out_and_all_of_them_are_an_error(world, tmp_path):
     long = tiny.conversation("one two three four " * 8, "five")
     with pytest.raises(
-        ValueError, match="none of the 1 rows can be learned from: 1 of which --max_length 24 leaves nothing"
+        ValueError, match="none of 1 row can be learned from: 1 of which --max_length 24 leaves nothing"
     ):
         args = SFTConfig(output_dir=str(tmp_path), **QUICK | {"max_length": 24}, assistant_only_loss=True)
         SFTTrainer(str(world / "student"), args, [long], console=tiny.quiet_console())
@@ -217,7 +217,7 @@ def test_rows_cut_before_their_completion_are_left_out_and_all_of_them_are_an_er
     trainer = gold(
         world, tmp_path, [tiny.conversation(question, answer)], {"max_length": 64, "max_completion_length": 8}
     )
-    assert any("--max_length 64 cuts 1 of 1 rows" in notice for notice in trainer.notices)
+    assert any("--max_length 64 cuts 1 of 1 row" in notice for notice in trainer.notices)
 
 
 def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, monkeypatch):
@@ -237,8 +237,8 @@ def test_an_update_without_anything_that_counts_is_left_out(world, tmp_path, mon
         Diverged, match="2 updates in a row, up to update 3.*Nothing in the rows of the last one .* counts"
     ):
         trainer.train()
-    assert [line for line in said if "is left out" in line] == [
-        f"Update {step} is left out: nothing in its rows counts in the loss." for step in (2, 3)
+    assert [line for line in said if "is skipped" in line] == [
+        f"Update {step} is skipped: nothing in its rows counts in the loss." for step in (2, 3)
     ]
     assert int(trainer.loop.state.step) == 3 and trainer.log_history[-1]["skipped"] == 2
 
@@ -258,7 +258,7 @@ def test_an_error_leaves_the_last_update_saved(world, tmp_path, monkeypatch):
         patch.setattr(trainer.loop, "say", said.append)
         with pytest.raises(OSError, match="does not answer"):
             trainer.train()
-        assert "An error ends the run after" in said[-1] and "checkpoint-2" in said[-1]
+        assert "An error ended the run after" in said[-1] and "checkpoint-2" in said[-1]
     again = gold(world, tmp_path).train(resume_from_checkpoint="latest")
     assert again.global_step == 3
 
@@ -272,10 +272,10 @@ def test_a_student_that_can_draw_nothing_any_more_has_diverged(world, tmp_path, 
 
     monkeypatch.setattr(type(trainer.loop.run.batches), "build", overflows)
     monkeypatch.setattr(trainer.loop, "say", said.append)
-    broken = "After 1 updates no completions can be drawn, .*logits for completion [01] are not finite.*--learning_rate than 0.01"
+    broken = "After 1 update no completions can be drawn, .*logits for completion [01] are not finite.*--learning_rate than 0.01"
     with pytest.raises(Diverged, match=broken + r".* The last checkpoint is .*checkpoint-1\.$"):
         trainer.train()
-    assert "An error ends the run after 1 updates" in said[-1]
+    assert "An error ended the run after 1 update" in said[-1]
 
 
 def test_one_bad_row_need_not_end_a_run(world, tmp_path):
@@ -296,7 +296,7 @@ def test_a_folder_in_which_a_run_is_under_way_is_refused(flag, world, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     trainer = gold(world, tmp_path / "output_dir", changes={"checkpoint_dir": str(tmp_path / "checkpoint_dir")})
-    with pytest.raises(ValueError, match=f"a run that is under way .process {other.pid} on .*another --{flag}"):
+    with pytest.raises(ValueError, match=f"in use by another run .process {other.pid} on .*another --{flag}"):
         trainer.train()
     other.kill()
     other.wait()
@@ -396,14 +396,21 @@ def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path
     trainer = GOLDTrainer(*names, args, ROWS[:2], ROWS[2:], console=tiny.quiet_console())
     trainer.train()
     prompts = [row["messages"][:-1] for row in ROWS[2:]]
+    teacher_prompts = [[{"role": "user", "content": f"Be brief.\n\n{prompt[0]['content']}"}] for prompt in prompts]
     before, after = (row for row in trainer.log_history if "eval_loss" in row)
     for student, line in ((names[0], before), (str(tmp_path), after)):
-        found = measure_gaps(student, names[1], prompts, max_new_tokens=8, key=5, batch_size=2)
+        options = dict(max_new_tokens=8, key=5, batch_size=2, teacher_prompts=teacher_prompts)
+        found = measure_gaps(student, names[1], prompts, **options)
         expected = found.forward, found.reverse, found.student_on_student
         assert [line[f"eval_{name}"] for name in ("forward_gap", "reverse_gap", "entropy")] == pytest.approx(
             expected, 1e-5
         )
     assert before["eval_forward_gap"] != after["eval_forward_gap"]
+    alone = measure_gaps(student, names[1], prompts, max_new_tokens=8, key=5, batch_size=2)
+    assert alone.student_on_student == found.student_on_student and alone.reverse != found.reverse
+    rows = [{"prompt": prompt, "completion": row["messages"][-1:]} for prompt, row in zip(teacher_prompts, ROWS[2:])]
+    scored = score_completions(names[1], rows=rows).bits_per_byte
+    assert trainer._score_teacher()["eval_bits_per_byte"] == pytest.approx(scored, 1e-5)
     assert "forward gap" in trainer.console.export_text()
     # What the student wrote in them is kept, with what both models give its groups, each with its own prompt.
     written, theirs = completions(tmp_path), load_model_and_tokenizer(names[1])

@@ -1,0 +1,103 @@
+"""Comparisons of a user's own, registered by name from outside the package."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gold_jax.loss_spec import PRESETS, comparisons
+from gold_jax.wording import quoted
+
+
+def register_comparison(
+    name: str,
+    function: Callable | None = None,
+    *,
+    reads_text: bool = False,
+    projects: bool = False,
+    on_policy: bool = False,
+) -> Callable:
+    """Registers a function as the comparison `name`, for `LossSpec`, `GOLDConfig`, `--compare` and `--loss` in this process.
+
+    Also a decorator, `@register_comparison("skew_kl")`. Registering a name again replaces its function, for what is made
+    afterwards: a notebook's cell may be run twice.
+
+    Args:
+        name: what it is called; none of the built-in losses.
+        function: `fn(student, teacher, overlap, *, options) -> (loss [], parts {name: []})` of one group's
+            `GroupDistribution`s, as those of `losses.compare`. Its keyword-only arguments are its options, each with a
+            type and a default.
+        reads_text, projects, on_policy: what a run has to know of it, see `losses.compare.Comparison`.
+
+    Returns:
+        The function.
+
+    Raises:
+        ValueError: the name is taken, or what the function returns are no scalars.
+        TypeError: an option has no type or no default.
+    """
+    if function is None:
+        flags = dict(reads_text=reads_text, projects=projects, on_policy=on_policy)
+        return functools.partial(register_comparison, name, **flags)
+    import jax
+    import jax.numpy as jnp
+
+    from gold_jax.losses.compare import Comparison, GroupDistribution, Overlap
+
+    table: Any = comparisons()
+    if not name or name in PRESETS or (name in table and table[name].built_in):
+        raise ValueError(f"a comparison cannot be called {name!r}: there is a loss of that name; choose another")
+    comparison = Comparison(function, reads_text, projects, on_policy, built_in=False)
+
+    def one_group(*logp):
+        return comparison.bind()(*(GroupDistribution.single_token(x, matched=2) for x in logp), Overlap(2))
+
+    found = jax.eval_shape(one_group, *[jax.ShapeDtypeStruct((3,), jnp.float32)] * 2)
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+        raise ValueError(f"the comparison {name!r} returns {quoted(found)}; it must return (loss, {{name: part}})")
+    if wrong := [x.shape for x in jax.tree.leaves(found) if x.shape]:
+        raise ValueError(
+            f"the comparison {name!r} returns an array {wrong[0]}; loss and parts are scalars of one group"
+        )
+    table[name] = comparison
+    return function
+
+
+def load_comparison(name: str) -> None:
+    """Registers under its whole name what `MODULE:FUNCTION` or `FILE.py:FUNCTION` says, if that is not done already.
+
+    The function may be in the working folder, and may be a `losses.compare.Comparison`, which says what it reads.
+    ValueError: it cannot be imported, or is no comparison.
+    """
+    if name in comparisons():
+        return
+    from gold_jax.losses.compare import Comparison
+
+    where, _, attribute = name.rpartition(":")
+    try:
+        found = getattr(_import(where), attribute)
+        given = found if isinstance(found, Comparison) else Comparison(found)
+        flags = dict(reads_text=given.reads_text, projects=given.projects, on_policy=given.on_policy)
+        register_comparison(name, given.function, **flags)
+    except Exception as error:  # a user's module may raise anything
+        reason = quoted(f"{type(error).__name__}: {error}", plain=True)
+        raise ValueError(f"no comparison can be had from {name!r} ({reason}); docs/add-a-loss.md shows one") from error
+
+
+def _import(where: str) -> Any:
+    """A module by its name, as `python -m` finds it, or by the path of its file."""
+    if where.endswith(".py"):
+        path = pathlib.Path(where)
+        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    if os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.append(os.getcwd())
+    return importlib.import_module(where)

@@ -1,0 +1,159 @@
+"""One distillation loss as a function of the student's parameters, for gradients and training loops of one's own."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gold_jax.config import GOLDConfig
+from gold_jax.loading import LoadedModel, as_loaded_model
+from gold_jax.loss_spec import LossSpec
+from gold_jax.losses.fused_head import chunk_size
+from gold_jax.models.functional import Params, commit, merge, split
+from gold_jax.text.batch import Batch
+from gold_jax.text.data import Example, load_examples
+from gold_jax.text.detokenize import SampledCompletion
+from gold_jax.training.batches import DistillationBatchBuilder
+from gold_jax.training.build import match_pair
+from gold_jax.training.objective import Objective, make_distillation_loss
+from gold_jax.training.teacher import StepConstants, freeze_teacher
+
+_DEFAULT_LENGTH = 1024  # tokens of prompt and completion, as GOLDConfig's
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Fixed:
+    """What a `DistillationLoss` has beside arrays; equal to itself alone, as the static part of a pytree has to be."""
+
+    names: tuple[str, str]  # of student and teacher
+    objective: Objective
+    batches: DistillationBatchBuilder
+
+
+@jax.tree_util.register_pytree_node_class
+class DistillationLoss:
+    """The distillation loss between two models: `loss(params, batch) -> (value, parts)`.
+
+    `params` are the student's parameters, `batch` what `loss.batch(rows)` gives. `value` is a float32 scalar in nats, the
+    mean over the groups of the batch, and `parts` a dict of scalars that make it up. The gradient is
+    `jax.value_and_grad(loss, has_aux=True)(params, batch)`; none goes to the teacher. A call is jitted. The loss is a
+    pytree whose leaves are the teacher's arrays: give it to a jitted function of your own as an argument, since arrays
+    of a closure are constants, which are copied into the program.
+
+    Args:
+        student, teacher: a folder, a hub id or `embedded:…`, or a `LoadedModel`; both are read in float32.
+        spec: the loss: a `--loss` such as "gold", a `LossSpec`, or a `GOLDConfig`, whose flags then say it.
+        max_length: most student tokens of prompt and completion together; None: as a `GOLDConfig` has it.
+        chunk: positions whose logits are held at once; None: what suits the platform.
+
+    Attributes:
+        params: the student's parameters as they were loaded. A copy made by `jax.tree.map` or by jit has none.
+        spec: the `LossSpec`.
+
+    Raises:
+        ValueError: a spec that means nothing for the pair, such as "gkd" for two tokenizers.
+        FileNotFoundError: no model can be read from a name.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        teacher: Any,
+        spec: LossSpec | GOLDConfig | str = "gold",
+        *,
+        max_length: int | None = None,
+        chunk: int | None = None,
+    ):
+        student, teacher = (as_loaded_model(side) for side in (student, teacher))
+        given = GOLDConfig(loss=spec, lmbda=1.0) if isinstance(spec, str) else spec
+        config = given if isinstance(given, GOLDConfig) else None
+        mask = given.mask if config is None else config.projection_mask
+        match = match_pair(student, teacher, mask)
+        spec = given if config is None else config.loss_spec(match.same or match.related)
+        spec.check()
+        (graph, params), (teacher_graph, teacher_params) = split(student.model), split(teacher.model)
+        chunk = chunk_size(chunk, student.model.platform)
+        objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, chunk=chunk)
+        max_length = max_length or (_DEFAULT_LENGTH if config is None else config.max_length)
+        tokenizers = student.chat_tokenizer, teacher.chat_tokenizer
+        context = None if config is None else config.teacher_context
+        batches = DistillationBatchBuilder(*tokenizers, graph, spec, match.same, max_length, teacher_context=context)
+        self.params: Params = commit(params)
+        self._constants: StepConstants = freeze_teacher(
+            teacher_graph, commit(teacher_params), match.vocabulary, match.stops
+        )
+        self._fixed = _Fixed((student.name, teacher.name), objective, batches)
+
+    @property
+    def spec(self) -> LossSpec:
+        """The loss, with nothing left to decide."""
+        return self._fixed.batches.spec
+
+    def batch(
+        self, rows: Sequence[Example | Mapping], completions: Sequence[str | SampledCompletion] | None = None
+    ) -> Batch:
+        """Rows as the loss takes them: encoded for both models, aligned and padded. Numpy arrays, made on the host.
+
+        Args:
+            rows: what `load_examples` gives, or takes.
+            completions: one for each row in place of its own: texts, or what `sample_completions` drew of the student.
+
+        Raises:
+            ValueError: a row has no completion, or no token that counts in the loss.
+        """
+        rows = list(rows)
+        examples = rows if rows and all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
+        given = [e.completion for e in examples] if completions is None else list(completions)
+        if len(given) != len(examples):
+            raise ValueError(f"there are {len(given)} completions for {len(examples)} rows; give one for each")
+        if None in given:
+            raise ValueError(
+                f"row {given.index(None)} has a prompt but no completion; give rows with answers, or completions="
+            )
+        builder = self._fixed.batches
+        if completions is None:
+            given = [e.completion_for(builder.student) for e in examples]
+        (batch,) = builder.batches_of(examples, given)
+        if not batch.weight.any() and not (self.spec.crossentropy_weight and batch.labels.weight.any()):
+            raise ValueError("nothing in these rows counts in the loss: their completions are empty, or cut off whole")
+        return batch
+
+    def student(self, params: Params | None = None) -> LoadedModel:
+        """The student with these parameters, or its first ones, as `sample_completions`, `save_model` and others take it."""
+        builder = self._fixed.batches
+        model = merge(builder.student_graph, self.params if params is None else params)
+        return LoadedModel(model, builder.student, self._fixed.names[0])
+
+    def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The loss `[]` of a batch, and its parts `[]`."""
+        return _value(self._fixed.objective, params, self._constants, batch)
+
+    def __repr__(self) -> str:
+        student, teacher = self._fixed.names
+        return f"DistillationLoss({student} from {teacher}, {self.spec.describe()})"
+
+    def tree_flatten(self) -> tuple[tuple[StepConstants], _Fixed]:
+        """The arrays that are the same in every call, and the rest."""
+        return (self._constants,), self._fixed
+
+    @classmethod
+    def tree_unflatten(cls, fixed: _Fixed, arrays: tuple) -> "DistillationLoss":
+        """The loss of `tree_flatten`."""
+        loss = object.__new__(cls)
+        (loss._constants,), loss._fixed = arrays, fixed
+        return loss
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value(objective: Objective, params: Params, constants: StepConstants, batch: Batch):
+    return objective(params, constants, batch)
+
+
+def loss(
+    student: Any, teacher: Any, rows: Sequence[Example | Mapping], spec: LossSpec | GOLDConfig | str = "gold"
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The distillation loss of rows `[]` in nats, and its parts `[]`; arguments as `DistillationLoss`, which has gradients too."""
+    made = DistillationLoss(student, teacher, spec)
+    return made(made.params, made.batch(rows))
