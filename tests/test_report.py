@@ -285,6 +285,7 @@ def test_training_writes_the_report(world, tmp_path, capsys, monkeypatch):
     text = Reader((tmp_path / "out/report.html").read_text()).text
     assert f"The report is in {tmp_path}/out/report.html" in capsys.readouterr().out
     assert "Finished after 1 of 1 updates. Not measured: bits per byte" in text and "1 update" in text
+    assert text.count("gold: chain/all/hybrid, beta 0.5") == 2  # in the head and among the settings
     run = read_run(tmp_path / "out")
     assert run.fact("settings")["report"] is True and len(run.samples) == 2 and run.notes == ()
 
