@@ -33,7 +33,7 @@ _PROGRAM_NAMES = {
     "decode_until": "decoding",
     "decode_round": "decoding",
     "score_tokens": "the scoring of prompts",
-    "_completion_nll": "the scoring of completions",
+    "_completion_logp": "the scoring of completions",
 }
 _display: "_Display | None" = None
 _compiled_seconds = 0.0  # of this process

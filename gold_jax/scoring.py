@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ from gold_jax.rollout.engine import Engine
 from gold_jax.rollout.sampler import SamplingEngine
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES
+from gold_jax.text.align import group_ends
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
+from gold_jax.text.encode import Encoded
 from gold_jax.text.packing import gather_positions, pack, pad_right
 
 
@@ -41,22 +44,22 @@ class Score:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "chunk"))
-def _completion_nll(graph, params, packed, position, behind, counted, chunk):
-    """Negative log-likelihood `[B]` in nats of the tokens `behind` the positions `[B, T]` that `counted` marks."""
+def _completion_logp(graph, params, packed, position, behind, counted, chunk):
+    """Log-probability `[B, T]` in nats of the tokens `behind` the positions `[B, T]`; zero but where `counted [B, T]`."""
     model = merge(graph, params)
     placement, hidden, weight = model.placement, model.forward_packed(*packed), model.head_weight()
 
-    def nll(hidden, weight, position, behind, counted):
+    def logp(hidden, weight, position, behind, counted):
         head = Head(weight, jnp.arange(weight.shape[0]), model.config.final_softcap)
         position = flatten_positions(position, *hidden.shape[:2])
-        return -token_logp(hidden, head, position, behind, counted, chunk).sum(1)
+        return token_logp(hidden, head, position, behind, counted, chunk)
 
     if placement is None:
-        return nll(hidden, weight, position, behind, counted)
+        return logp(hidden, weight, position, behind, counted)
     # Every device on its own rows, with the full head.
     weight = jax.lax.with_sharding_constraint(weight.astype(hidden.dtype), placement.replicated)
     rows = P(ROW_AXES)
-    found = map_shards(placement, nll, (rows, P(), rows, rows, rows), rows)(hidden, weight, position, behind, counted)
+    found = map_shards(placement, logp, (rows, P(), rows, rows, rows), rows)(hidden, weight, position, behind, counted)
     return jax.lax.with_sharding_constraint(found, placement.replicated)
 
 
@@ -91,9 +94,27 @@ def score_completions(
     Raises:
         ValueError: a row has no completion.
     """
-    model, chat_tokenizer, _ = as_loaded_model(model, tokenizer)
-    graph, params = split(model)
-    examples, placement = _examples(rows), model.placement
+    loaded, examples = as_loaded_model(model, tokenizer), _examples(rows)
+    bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
+    cut = 0
+    for i, answer, first, logp in _read_completions(loaded, examples, batch_size, max_length, chunk):
+        size = first + len(logp)  # of the answer that fits
+        cut += size < len(answer.ids)
+        if size:
+            sizes[i] = answer.spans[size - 1, 1] - (answer.spans[0, 1] if first else 0)
+        bits[i], tokens[i] = -logp.sum() / np.log(2), len(logp)
+    return Score(bits, sizes, tokens, cut)
+
+
+def _read_completions(
+    loaded: LoadedModel, examples: Sequence[Example], batch_size: int, max_length: int | None, chunk: int
+) -> Iterator[tuple[int, Encoded, int, np.ndarray]]:
+    """Number and completion of each row, its first token that something stands before, and log-probabilities from there on.
+
+    The log-probabilities, float64 in nats, are of as many tokens as fit in `max_length`; ValueError as `score_completions`.
+    """
+    model, chat_tokenizer, _ = loaded
+    (graph, params), placement = split(model), model.placement
     shards = 1 if placement is None else placement.row_shards
     batch_size = -(-batch_size // shards) * shards
     completions = [e.completion_for(chat_tokenizer) for e in examples if e.completion is not None]
@@ -105,8 +126,6 @@ def score_completions(
         pairs = zip(completions, prompts)
         completions = [chat_tokenizer.shorten(text, max_length - len(prompt)) for text, prompt in pairs]
     answers = chat_tokenizer.encode_completions(completions, after=[e.prompt for e in examples])
-    bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
-    cut = 0
     order = sorted(range(len(examples)), key=lambda i: len(prompts[i]) + len(answers[i].ids))
     for start in progress.track(range(0, len(order), batch_size), "scoring"):
         chosen = order[start : start + batch_size]
@@ -114,24 +133,77 @@ def score_completions(
         for i in chosen:
             prompt, answer = prompts[i], answers[i]
             sequence = np.concatenate([prompt, answer.ids])[:max_length]
-            size = max(0, len(sequence) - len(prompt))  # of the answer that fits
             mark = np.arange(len(sequence)) >= len(prompt) - 1  # what predicts a token of the answer
             mark[-1:] = False
             ids.append(sequence)
             counted.append(mark)
-            cut += size < len(answer.ids)
-            if size:
-                begin = answer.spans[0, 1] if len(prompt) == 0 else 0
-                sizes[i] = answer.spans[size - 1, 1] - begin
-            tokens[i] = mark.sum()
         packed = pack(ids, batch_size, shards, pad=chat_tokenizer.pad_id)
         width = packed.gather_index.shape[-1]
         behind = pad_right([x[1:] for x in ids], batch_size, width, np.int32)
         marks = pad_right(counted, batch_size, width, bool)
         batch = packed, gather_positions(packed), behind, marks
-        nll = _completion_nll(graph, params, *(batch if placement is None else placement.put(batch, ROW_AXES)), chunk)
-        bits[chosen] = np.asarray(nll)[: len(chosen)] / np.log(2)
-    return Score(bits, sizes, tokens, cut)
+        logp = _completion_logp(graph, params, *(batch if placement is None else placement.put(batch, ROW_AXES)), chunk)
+        for i, row, mark in zip(chosen, np.asarray(logp, np.float64), counted):
+            # Of a text that begins with the answer, its first token is not predicted.
+            yield i, answers[i], int(len(prompts[i]) == 0 and len(answers[i].ids) > 0), row[: len(mark)][mark]
+
+
+class GroupScore(NamedTuple):
+    """What a group costs both models: the log-probability in nats of its tokens after all before it; None: not known."""
+
+    text: str
+    student: float | None
+    teacher: float | None
+
+
+def score_groups(
+    student: Any,
+    teacher: Any,
+    prompts: Sequence,
+    completions: Sequence[str],
+    *,
+    teacher_prompts: Sequence | None = None,
+    batch_size: int = 8,
+    chunk: int = 128,
+) -> list[list[GroupScore]]:
+    """Where in completions two models disagree: what each gives to every group, as its own tokenizer writes the text.
+
+    It takes a forward pass of either model. Groups are those of `align`, joined where a boundary splits a character, so
+    that a completion's are its text. None: no token stands before the first one of a text, one of the group stands for
+    text without saying which (an unknown token), or the value is not finite.
+
+    Args:
+        student, teacher: as in `measure_gaps`.
+        prompts: texts or lists of messages.
+        completions: one for each prompt.
+        teacher_prompts: other prompts for the teacher alone.
+        batch_size: rows at a time.
+        chunk: positions whose logits are held at once.
+    """
+    found: list[dict[int, tuple]] = []
+    for who, before in ((student, prompts), (teacher, teacher_prompts or prompts)):
+        rows = [Example(prompt, text) for prompt, text in zip(before, completions, strict=True)]
+        read = _read_completions(_loaded(who), rows, batch_size, None, chunk)
+        found.append({i: (answer, np.append(np.full(first, np.nan), logp)) for i, answer, first, logp in read})
+    return [_joined_groups(text.encode(), *(side[i] for side in found)) for i, text in enumerate(completions)]
+
+
+def _joined_groups(
+    data: bytes, ours: tuple[Encoded, np.ndarray], theirs: tuple[Encoded, np.ndarray]
+) -> list[GroupScore]:
+    """The groups of one text, of either side's tokens and their log-probabilities."""
+    *groups, count = group_ends(ours[0].spans[:, 1], theirs[0].spans[:, 1])
+    ends, sums = np.zeros(count, int), []
+    ends[groups[0]] = ours[0].spans[:, 1]  # of a group's tokens the last one counts
+    for (encoded, logp), group in zip((ours, theirs), groups):
+        known = np.where(encoded.unknown, np.nan, logp)
+        sums.append(np.bincount(group, known, minlength=count))
+    whole = [end == len(data) or data[end] & 0xC0 != 0x80 for end in ends.tolist()]  # characters up to there
+    first = np.concatenate([[0], np.flatnonzero(whole) + 1])[: sum(whole)]
+    cuts = [0, *ends[whole].tolist()]
+    texts = [data[begin:end].decode() for begin, end in itertools.pairwise(cuts)]
+    pairs = zip(*(np.add.reduceat(side, first) if len(first) else side for side in sums))
+    return [GroupScore(text, *(float(x) if np.isfinite(x) else None for x in pair)) for text, pair in zip(texts, pairs)]
 
 
 def sample_completions(
@@ -228,8 +300,7 @@ def measure_gaps(
     Raises:
         ValueError: a model wrote nothing that could be read, or there is not a teacher's prompt for each prompt.
     """
-    key, whole = as_key(key), (LoadedModel, str, pathlib.Path)
-    student, teacher = (as_loaded_model(*[x] if isinstance(x, whole) else x) for x in (student, teacher))
+    key, student, teacher = as_key(key), _loaded(student), _loaded(teacher)
     both = list(prompts), list(prompts if teacher_prompts is None else teacher_prompts)
     if len(both[0]) != len(both[1]):
         raise ValueError(
@@ -256,6 +327,11 @@ def measure_gaps(
     size = sum(len(d.text.encode()) for _, d, _ in ours)
     read = bits(student, asked, theirs), bits(teacher, told, theirs), bits(teacher, told, ours)
     return Gaps(*read, float(spent / size), ended)
+
+
+def _loaded(model: Any) -> LoadedModel:
+    """A model of what `measure_gaps` takes."""
+    return as_loaded_model(*[model] if isinstance(model, LoadedModel | str | pathlib.Path) else model)
 
 
 def exact_match(

@@ -7,6 +7,7 @@ import pytest
 import tiny_models as tiny
 
 import gold_jax
+from gold_jax import scoring
 from gold_jax.models.functional import split
 
 TEXT = "5168 is forty-two."
@@ -80,6 +81,40 @@ def test_dicts_are_scored_as_examples_are(student):
     wanted = gold_jax.score_completions(*student[:2], list(load_examples(rows)))
     assert gold_jax.score_completions(STUDENT, rows=rows).bits_per_byte == wanted.bits_per_byte
     assert gold_jax.exact_match(STUDENT, rows=rows, max_new_tokens=4) in (0.0, 1.0)
+
+
+def test_groups_are_scored_as_both_models_logits_say(student, world):
+    """Every token's log-probability from the whole logits of one sequence, and groups from the ends of both sides' tokens."""
+    loaded = [gold_jax.load_model_and_tokenizer(str(world / name)) for name in ("student", "teacher")]
+    prompts = ["Sag ein Wort.", [{"role": "user", "content": "Greet me."}], "", "x"]
+    others = ["", [{"role": "user", "content": "Greet me, please."}], "A", "x"]
+    texts = ["größer 😀, there", "The answer is 72.", "The fox", ""]
+    found = scoring.score_groups(*loaded, prompts, texts, teacher_prompts=others, batch_size=3)
+    assert ["".join(group.text for group in row) for row in found] == texts
+    assert [(row[0].student is None, row[0].teacher is None) for row in found[:3]] == [
+        (False, True),
+        (False, False),
+        (True, False),
+    ]
+    for text, row, *befores in zip(texts, found, prompts, others):
+        data, sides = text.encode(), []
+        for (model, chat, _), before in zip(loaded, befores):
+            prompt, answer = chat.encode_prompt(before), chat.encode_completion(text, after=before)
+            ids, start, ends = [*prompt, *answer.ids], len(prompt), {0: 0.0}
+            hidden = model(jnp.array([ids]), jnp.ones((1, len(ids)), bool))[0] if ids else None
+            for k, token in enumerate(answer.ids):
+                before_it = np.asarray(hidden[start + k - 1] @ model.head_weight().T, np.float64) if start + k else None
+                cost = np.nan if before_it is None else before_it[token] - np.logaddexp.reduce(before_it)
+                ends[int(answer.spans[k, 1])] = cost + ends.get(int(answer.spans[k, 1]), 0.0)
+            sides.append(ends)
+        shared = sorted(
+            end for end in sides[0].keys() & sides[1].keys() if not data[end : end + 1] or data[end] >> 6 != 2
+        )
+        assert [len(group.text.encode()) for group in row] == np.diff(shared).tolist()
+        for group, begin, end in zip(row, shared, shared[1:]):
+            for value, ends in zip(group[1:], sides):
+                wanted = sum(cost for at, cost in ends.items() if begin < at <= end)
+                assert (value is None and np.isnan(wanted)) or value == pytest.approx(wanted, abs=1e-4)
 
 
 def test_gaps_are_measured_between_names():

@@ -301,7 +301,11 @@ def test_completions_evaluations_and_saves_on_the_way(world, tmp_path, capsys):
     assert [row["step"] for row in measured] == [0, 2, 4]
     assert measured[0]["eval_bits_per_byte"] != measured[2]["eval_bits_per_byte"]
     written = completions(out)
-    assert [row["step"] for row in written] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    drawn, kept = ([row for row in written if ("eval_set" in row) == evaluated] for evaluated in (False, True))
+    assert [row["step"] for row in drawn] == [step for step in (1, 2, 3, 4) for _ in range(4)]
+    assert [row["step"] for row in drawn if "groups" in row] == [1] * 4 + [3] * 4  # those that are shown
+    assert len({row["prompt"] for row in kept}) * 3 == len(kept) and {row["step"] for row in kept} == {0, 2, 4}
+    assert all("".join(text for text, *_ in row["groups"]) == row["completion"] for row in kept)
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
     assert load_model_and_tokenizer(out / "checkpoint-3", dtype="float32").model.config.layers == 2
     shown = capsys.readouterr().out

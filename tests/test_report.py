@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import math
 import os
 import shlex
 import shutil
@@ -17,6 +18,7 @@ from gold_jax.reporting.curves import plots_of
 from gold_jax.reporting.run import read_run
 
 pytest.importorskip("bokeh")
+Image = pytest.importorskip("PIL.Image")  # which Bokeh brings along
 EVIL = "</script><img src=http://127.0.0.1:9/x onerror=console.error(1)>"
 BEFORE, AFTER = (
     {"eval_loss": a, "eval_bits_per_byte": b, "eval_exact_match": c} for a, b, c in [(2, 0.5, 0), (1, 0.3, 0)]
@@ -48,7 +50,7 @@ def make(folder, rows=None, completions=(), **summary):
     ]
     (folder / "summary.json").write_text(json.dumps(known | summary))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    names = "step", "prompt", "completion", "reference"
+    names = "step", "prompt", "completion", "reference", "groups", "eval_set"
     lines = (json.dumps(dict(zip(names, row))) + "\n" for row in completions)
     (folder / "completions.jsonl").write_text("".join(lines))
     return folder
@@ -184,12 +186,57 @@ def test_a_prompt_is_shown_step_by_step_beside_its_reference(tmp_path, monkeypat
     rows = [(4, "ask", "an answer", "an answer"), (2, "ask", "an ox", "an answer"), (2, "once", "b", None)]
     one, other = make(tmp_path / "a", completions=rows), make(tmp_path / "b", completions=[(3, "once", "c", None)])
     run = read_run(one)
-    assert run.read("ask") == ("ask", "an answer", {2: ["an ox"], 4: ["an answer"]})
+    assert run.read("ask") == ("ask", "an answer", {2: [("an ox", ())], 4: [("an answer", ())]}, "")
     assert "an <mark>ox</mark>" in page.page([run])
     shown, count, common = page._samples([run, read_run(other)])
     assert [samples[0].prompt for samples in shown] == ["once", "ask"] and (count, common) == (2, 1)
     monkeypatch.setattr(page, "STEPS", 3)
     assert page._steps([run.read("ask")._replace(by_step=dict.fromkeys(range(10)))]) == ([0, 4, 9], 10)
+
+
+def bits(text, student, teacher):
+    """A group of a line, of probabilities."""
+    return [text, math.log(student), math.log(teacher)]
+
+
+def test_groups_are_coloured_by_what_the_teacher_gives_less_or_more(tmp_path):
+    groups = [bits("a", 0.5, 0.5), bits(" b", 0.5, 0.2), bits("c", 0.1, 0.8), bits("<d", 1, 1e-7), ["e", None, -1.0]]
+    folder = make(tmp_path / "a", completions=[(2, "ask", "a bc<de", "a x", groups, ""), (2, "plain", "a y", "a x")])
+    text = Report(folder).to_html()
+    assert (
+        'a<i class="l1" title="student 50 %, teacher 20 %: 1.3 bits less"> </i><mark>'
+        '<i class="l1" title="student 50 %, teacher 20 %: 1.3 bits less">b</i>'
+        '<i class="m2" title="student 10 %, teacher 80 %: 3.0 bits more">c</i>'
+        '<i class="l3" title="student 100 %, teacher under 0.001 %: 23.3 bits less">&lt;d</i>e</mark>'
+    ) in text
+    assert "a <mark>y</mark>" in text and "evaluation, 1 update<" in text and "gives a group of tokens" in text
+    said = Reader(Report(make(tmp_path / "b", completions=[(2, "ask", "a", "a")])).to_html()).text
+    assert "gives a group of tokens" not in said and "Tokens by lost probability" not in said
+
+
+@pytest.mark.parametrize(
+    "groups", [3, [["a", 1]], [["a", "x", 0]], [["b", -1, -1]], [["a", 1e308, -1e308]], [["a", 900, -1]], {"a": 1}]
+)
+def test_groups_that_are_none_make_a_damaged_line(tmp_path, groups):
+    folder = make(tmp_path / "a", completions=[(2, "ask", "a", None), (2, "ask", "a", None, groups)])
+    run = read_run(folder)
+    assert run.notes == ("completions.jsonl: 1 line is damaged and left out; the first is line 2.",)
+    assert run.read("ask").by_step == {2: [("a", ())]} and Report(folder).to_html()
+
+
+def test_tokens_are_ranked_by_the_probability_that_is_lost(tmp_path):
+    lines = [
+        (0, "p", " twoone", None, [bits(" two", 0.5, 0.125), bits("one", 0.5, 0.5)]),
+        (4, "p", " twoone", None, [bits(" two", 0.5, 0.25), bits("one", 1, 2**-8)]),
+        (5, "q", " two two", None, [bits(" two", 0.5, 2**-8), bits(" two", 0.25, 0.25)], ""),
+        (5, "r", "more?", None, [bits("more", 0.1, 0.9), ["?", None, None]]),
+    ]
+    run = read_run(make(tmp_path / "a", completions=lines))
+    assert [loss[:2] for loss in run.losses] == [("one", 1), (" two", 3)]  # what the teacher gives more is lost nowhere
+    one, two = run.losses
+    assert one[2:] == pytest.approx((1, 2**-8, 8, 0)) and two[2:] == pytest.approx((2 ** (-4 / 3), 2**-4, 8, 2))
+    text = "".join(Reader(Report(tmp_path / "a").to_html()).text.split())
+    assert "one1100%0.39%8.08.00.0␣two340%6.2%8.02.72.02of2texts;4completionswerescored." in text
 
 
 def test_two_runs_stand_side_by_side(tmp_path, capsys):
@@ -238,6 +285,7 @@ def test_training_writes_the_report(world, tmp_path, capsys, monkeypatch):
     text = Reader((tmp_path / "out/report.html").read_text()).text
     assert f"The report is in {tmp_path}/out/report.html" in capsys.readouterr().out
     assert "Finished after 1 of 1 updates. Not measured: bits per byte" in text and "1 update" in text
+    assert text.count("gold: chain/all/hybrid, beta 0.5") == 2  # in the head and among the settings
     run = read_run(tmp_path / "out")
     assert run.fact("settings")["report"] is True and len(run.samples) == 2 and run.notes == ()
 
@@ -249,23 +297,34 @@ def test_a_browser_opens_it_without_errors_and_without_a_request(tmp_path):
         pytest.skip("there is no chromium here to open the page with (apt-get install chromium)")
 
     def opened(path):
-        """Complaints of the page, requests that it made, and the size of the picture."""
+        """Complaints of the page, requests that it made, its text, and the colours of the picture."""
         options = "--headless --no-sandbox --disable-gpu --disable-background-networking --enable-logging=stderr"
-        options += f" --user-data-dir={tmp_path}/profile --virtual-time-budget=4000 --window-size=1600,1200"
-        options += f" --log-net-log={tmp_path}/net.json --screenshot={tmp_path}/page.png"
+        options += f" --user-data-dir={tmp_path}/profile --virtual-time-budget=4000 --window-size=1600,2600"
+        options += f" --log-net-log={tmp_path}/net.json --screenshot={tmp_path}/page.png --dump-dom"
         called = [chromium, *options.split(), "--host-resolver-rules=MAP * ~NOTFOUND", path.as_uri()]
         done = subprocess.run(called, capture_output=True, text=True, timeout=120, check=True)
         events = json.loads((tmp_path / "net.json").read_text())["events"]
         made = [event.get("params") or {} for event in events]  # of what the browser does by itself no origin is known
         urls = {p["url"] for p in made if p.get("initiator", "not an origin") != "not an origin"}
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line and "setting log level" not in line]
-        return console, urls, (tmp_path / "page.png").stat().st_size
+        with Image.open(tmp_path / "page.png") as picture:
+            colours = {colour[:3]: count for count, colour in picture.getcolors(2**24)}
+        return console, urls, Reader(done.stdout).text, colours
 
     (tmp_path / "blank.html").write_text(f"<body>{EVIL}</body>")
-    console, urls, blank = opened(tmp_path / "blank.html")
+    console, urls, _, colours = opened(tmp_path / "blank.html")
     assert console and urls == {"http://127.0.0.1:9/x"}  # what the page must not do is seen
-    folder = make(tmp_path / EVIL, completions=[(2, EVIL, EVIL, EVIL)], settings={"run_name": EVIL})
-    for name, runs in {"one.html": [folder], "two.html": [folder, make(tmp_path / "b")]}.items():
+    assert max(colours.values()) > 0.99 * sum(colours.values())
+    said = [(2, EVIL, EVIL, EVIL, [bits(EVIL, 0.5, 1e-4)])]
+    folder = make(tmp_path / EVIL, completions=said, settings={"run_name": EVIL})
+    for name, runs in {"one.html": [folder], "two.html": [folder, make(tmp_path / "b", completions=said)]}.items():
         run_command(f"{shlex.join(map(str, runs))} --output {tmp_path}/{name}")
-        console, urls, size = opened(tmp_path / name)
-        assert not console and not urls and size > 5 * blank
+    (tmp_path / "notebook.html").write_text(f"<!DOCTYPE html><meta charset='utf-8'>{Report(folder)._repr_html_()}")
+    orange, blue = (239, 161, 102), (0, 114, 178)  # of a group that the teacher gives far less, and of a curve
+    for name in ("one", "two", "notebook"):
+        console, urls, text, colours = opened(tmp_path / f"{name}.html")
+        assert not console and not urls
+        assert max(colours.values()) < 0.95 * sum(colours.values()) and colours.get(blue, 0) > 100
+        if name != "notebook":  # whose page lies in a frame
+            assert "Tokens by lost probability" in text and EVIL in text and "bits per byte 0.5 → 0.3" in text
+            assert colours.get(orange, 0) > 1000

@@ -224,9 +224,10 @@ class LoggingFlags(Settings):
     project: str = free_flag("gold_jax", "Project in the tracker.", alias="trackio_project", effect=_REPORTS,
         differs="another name, so that runs of the two are not mixed")
     trackio_space_id: str | None = free_flag(None, "Space on the hub that shows the Trackio project.", effect=_REPORTS)
-    log_completions: bool = free_flag(False, "Show sampled prompts and completions from time to time.",
-        effect=(Effect(lambda r: r.spec is not None, "no effect here: nothing is sampled in training"),
-                Effect(lambda r: r.spec is None or r.args.lmbda > 0, "no effect with --lmbda 0: the student writes nothing")))
+    log_completions: bool = free_flag(False, "Show sampled prompts and completions from time to time, and write "
+        "all of them, and completions of evaluations with --predict_with_generate, to completions.jsonl.",
+        effect=Effect(lambda r: (r.spec is not None and r.args.lmbda > 0) or (r.evaluates and r.args.predict_with_generate),
+                      "no effect: the student writes nothing in training, and in evaluations only with --predict_with_generate"))
     log_completions_steps: int = free_flag(100, "Updates between two tables of completions.", range=AT_LEAST_ONE,
         effect=_SHOWS_COMPLETIONS)
     num_completions_to_print: int | None = free_flag(None, "How many completions such a table shows; none: all.",

@@ -4,13 +4,15 @@ Everything from a run's files is escaped; the content security policy allows the
 """
 
 import base64
+import collections
 import datetime
 import functools
 import hashlib
+import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from jinja2.utils import htmlsafe_json_dumps
@@ -18,13 +20,15 @@ from markupsafe import Markup
 
 from gold_jax.reporting import plots
 from gold_jax.reporting.curves import plots_of
-from gold_jax.reporting.run import Run, Sample, plain
+from gold_jax.reporting.run import Completion, Group, Run, Sample, plain
 from gold_jax.training.logging import LOGS, shown
 
 PROMPTS = 12  # whose completions are shown
 STEPS = 24  # of a prompt
 CHARACTERS = 3000  # of a text
 PROMPT = 200  # of a prompt, its last ones, where it is the title of what was written for it
+LOST = 20  # texts that the teacher gives less
+LEVELS = (0.5, 2.0, 5.0)  # bits from which on a colour is fuller
 _FACTS = ("student", "teacher", "method", "loss", "completions", "vocabularies", "student reads", "teacher reads", "data",
           "rows")  # fmt: skip
 _DRAW = """const items = %s, dark = matchMedia("(prefers-color-scheme: dark)");
@@ -99,7 +103,8 @@ def _compared(runs: Sequence[Run]) -> str:
 def _samples(runs: Sequence[Run]) -> tuple[list[tuple[Sample | None, ...]], int, int]:
     """The completions of each run for the prompts shown; the number of prompts; the number that all runs have."""
     counts = {prompt: [len(run.samples.get(prompt, ())) for run in runs] for run in runs for prompt in run.samples}
-    best = sorted(counts, key=lambda prompt: (-min(counts[prompt]), -sum(counts[prompt])))[:PROMPTS]
+    scored = collections.Counter(prompt for run in runs for _, prompt, _ in run.scored)
+    best = sorted(counts, key=lambda prompt: (-min(counts[prompt]), -scored[prompt], -sum(counts[prompt])))[:PROMPTS]
     read = [tuple(run.read(prompt) if prompt in run.samples else None for run in runs) for prompt in best]
     return read, len(counts), sum(min(count) > 0 for count in counts.values())
 
@@ -161,11 +166,50 @@ def _cut(text: str) -> str:
     return text if rest <= 0 else f"{text[:CHARACTERS]}… and {rest:,} characters more"
 
 
-def _parts(text: str, reference: str | None) -> tuple[str, str]:
+class _Piece(NamedTuple):
+    """Text with the class of its colour ("" where the models agree, or nothing is known) and what is said of it."""
+
+    text: str
+    style: str
+    title: str
+
+
+def _parts(completion: Completion, reference: str | None) -> tuple[list[_Piece], list[_Piece]]:
     """A completion as far as it is the reference, and the rest."""
-    text = _cut(text)
-    same = len(os.path.commonprefix([text, reference or text]))
-    return text[:same], text[same:]
+    text = _cut(completion.text)
+    same, end = len(os.path.commonprefix([text, reference or text])), 0
+    parts: tuple[list[_Piece], list[_Piece]] = [], []
+    for group in completion.groups:
+        if end >= CHARACTERS:
+            break
+        begin, end = end, min(end + len(group.text), CHARACTERS)
+        for part, a, b in zip(parts, (begin, max(begin, same)), (min(end, same), end)):
+            if a < b:
+                part.append(_Piece(text[a:b], *_coloured(group)))
+    for part, a, b in zip(parts, (min(end, same), max(end, same)), (same, len(text))):
+        if a < b:
+            part.append(_Piece(text[a:b], "", ""))
+    return parts
+
+
+def _coloured(group: Group) -> tuple[str, str]:
+    """Class and title of a group: how far the teacher is from the student there."""
+    level = 0 if group.lost is None else sum(abs(group.lost) >= bits for bits in LEVELS)
+    if not level:
+        return "", ""
+    side, word = ("l", "less") if group.lost > 0 else ("m", "more")
+    given = f"student {_share(math.exp(group.student))}, teacher {_share(math.exp(group.teacher))}"
+    return f"{side}{level}", f"{given}: {abs(group.lost):.1f} bits {word}"
+
+
+def _share(probability: float) -> str:
+    """A probability in per cent."""
+    return "under 0.001 %" if probability < 1e-5 else f"{100 * probability:.2g} %".replace("1e+02", "100")
+
+
+def _visible(text: str) -> str:
+    """Text of a group whose blanks and line breaks can be seen."""
+    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 
 @functools.cache
@@ -173,6 +217,13 @@ def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "assets")
     options = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, **options)
-    environment.filters |= {"value": _value, "fact": _fact, "cut": _cut, "end": _end}
-    environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip}
+    environment.filters |= {
+        "value": _value,
+        "fact": _fact,
+        "cut": _cut,
+        "end": _end,
+        "share": _share,
+        "visible": _visible,
+    }
+    environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip, "levels": LEVELS, "lost_shown": LOST}
     return environment

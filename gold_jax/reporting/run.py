@@ -7,7 +7,7 @@ import json
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from gold_jax.config import GOLDConfig, SFTConfig
@@ -45,12 +45,44 @@ class Measure(NamedTuple):
         return "better" if (self.after > self.before) is self.more_is_better else "worse"
 
 
+class Group(NamedTuple):
+    """A group of a completion, with the log-probabilities in nats that both models give it; None: not known."""
+
+    text: str
+    student: float | None
+    teacher: float | None
+
+    @property
+    def lost(self) -> float | None:
+        """How much less the teacher gives it, in bits."""
+        return None if None in self else (self.student - self.teacher) / math.log(2)
+
+
+class Completion(NamedTuple):
+    """What a student wrote."""
+
+    text: str
+    groups: tuple[Group, ...] = ()  # of the whole text; none where it was not scored
+
+
 class Sample(NamedTuple):
     """The student's completions of one prompt."""
 
     prompt: str
     reference: str | None  # the row's own completion
-    by_step: Mapping[int, list[str]]
+    by_step: Mapping[int, list[Completion]]
+    source: str = ""  # "evaluation", with the name of one of several sets of rows, where it was not written in training
+
+
+class Loss(NamedTuple):
+    """A text that the student writes and the teacher gives less, in the later half of the scored updates."""
+
+    text: str
+    times: int
+    student: float  # probability: the geometric mean over these times
+    teacher: float
+    bits: float  # less that the teacher gives it, all times together
+    earlier: float | None  # bits less, each time, in the earlier half; None: it did not occur
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,6 +93,7 @@ class Run:
     summary: Mapping[str, Any]  # summary.json; {} if there is none
     rows: tuple[Mapping[str, Any], ...]  # the lines of metrics.jsonl
     samples: Mapping[str, tuple[int, ...]]  # prompt -> where in completions.jsonl its lines begin
+    scored: tuple[tuple[int, str, int], ...]  # of the lines there that have groups: update, prompt and where it begins
     notes: tuple[str, ...]  # what could not be read, one sentence each
 
     @property
@@ -136,15 +169,39 @@ class Run:
 
     def read(self, prompt: str) -> Sample:
         """All that was written for a prompt."""
-        by_step: dict[int, list[str]] = {}
-        reference = None
+        by_step: dict[int, list[Completion]] = {}
+        reference, source = None, ""
+        for row in self._rows_at(self.samples.get(prompt, ())):
+            by_step.setdefault(row["step"], []).append(_completion(row))
+            reference = row["reference"] if isinstance(row.get("reference"), str) else reference
+            source = f"evaluation {row['eval_set']}".strip() if isinstance(row.get("eval_set"), str) else source
+        return Sample(prompt, reference, dict(sorted(by_step.items())), source)
+
+    def _rows_at(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
+        """The lines of completions.jsonl that begin at `offsets`."""
         with open(self.folder / LOGS[1], "rb") as file:
-            for offset in self.samples.get(prompt, ()):
+            for offset in offsets:
                 file.seek(offset)
-                row = parse_json_object(file.readline(), LOGS[1])
-                by_step.setdefault(row["step"], []).append(row["completion"])
-                reference = row["reference"] if isinstance(row.get("reference"), str) else reference
-        return Sample(prompt, reference, dict(sorted(by_step.items())))
+                yield parse_json_object(file.readline(), LOGS[1])
+
+    @functools.cached_property
+    def losses(self) -> list[Loss]:
+        """The texts of groups by what the teacher gives them less than the student, the largest sum first."""
+        steps = sorted({step for step, _, _ in self.scored})
+        sums: dict[str, list[list[float]]] = {}  # of either half: times, log-probability of the student, of the teacher
+        for row in self._rows_at(offset for _, _, offset in self.scored):
+            later = row["step"] >= steps[len(steps) // 2]
+            for group in _completion(row).groups:
+                if group.lost is not None:
+                    held = sums.setdefault(group.text, [[0, 0.0, 0.0], [0, 0.0, 0.0]])[later]
+                    held[:] = held[0] + 1, held[1] + group.student, held[2] + group.teacher
+        found = []
+        for text, ((before, ours, theirs), (times, student, teacher)) in sums.items():
+            if times and student > teacher:
+                means = math.exp(student / times), math.exp(teacher / times)
+                earlier = (ours - theirs) / before / math.log(2) if before else None
+                found.append(Loss(text, int(times), *means, (student - teacher) / math.log(2), earlier))
+        return sorted(found, key=lambda loss: -loss.bits)
 
 
 def read_run(folder: Any) -> Run:
@@ -171,26 +228,50 @@ def read_run(folder: Any) -> Run:
                 notes.append(f"Settings and digests are those of {checkpoint.name}/{METADATA}.")
             except (OSError, ValueError) as why:
                 notes.append(f"{checkpoint.name}/{METADATA} is damaged: {why}")
-    rows = tuple(row for _, row in _lines(folder / LOGS[0], notes, {}))
+    rows = tuple(row for _, row in _lines(folder / LOGS[0], notes, lambda row: None))
     samples: dict[str, list[int]] = {}
-    for offset, row in _lines(folder / LOGS[1], notes, {"prompt": str, "completion": str}):
+    scored = []
+    for offset, row in _lines(folder / LOGS[1], notes, _completion):
         samples.setdefault(row["prompt"], []).append(offset)
-    return Run(folder, summary, rows, {prompt: tuple(where) for prompt, where in samples.items()}, tuple(notes))
+        scored += [(row["step"], row["prompt"], offset)] * ("groups" in row)
+    where = {prompt: tuple(offsets) for prompt, offsets in samples.items()}
+    return Run(folder, summary, rows, where, tuple(scored), tuple(notes))
 
 
-def _lines(path: pathlib.Path, notes: list[str], types: Mapping[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The lines of a log with where they begin; those that are damaged are counted in `notes`."""
+def _completion(row: Mapping[str, Any]) -> Completion:
+    """A line of completions.jsonl; ValueError where it is none."""
+    text, groups = row.get("completion"), row.get("groups", [])
+    if not (isinstance(row.get("prompt"), str) and isinstance(text, str) and isinstance(groups, list)):
+        raise ValueError("no prompt with a completion")
+    found = []
+    for group in groups:
+        if not (isinstance(group, list) and len(group) == 3 and isinstance(group[0], str)):
+            raise ValueError("no text with two numbers")
+        if not all(value is None or (number(value) is not None and -1e9 < value < 1e-3) for value in group[1:]):
+            raise ValueError("no log-probabilities")
+        found.append(Group(*group))
+    if found and "".join(group.text for group in found) != text:
+        raise ValueError("groups of another text")
+    return Completion(text, tuple(found))
+
+
+def _lines(
+    path: pathlib.Path, notes: list[str], check: Callable[[Mapping[str, Any]], Any]
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The lines of a log with where they begin; those that are damaged, also as `check` says, are counted in `notes`."""
     offset, damaged, first = 0, 0, 0
     try:
         with open(regular_file(path), "rb") as file:
             for count, line in enumerate(file, 1):
                 try:
                     row = parse_json_object(line, path.name)
-                    if whole(row.get("step")) is None or not all(isinstance(row.get(k), t) for k, t in types.items()):
+                    if whole(row.get("step")) is None:
                         raise ValueError
-                    yield offset, row
+                    check(row)
                 except ValueError:
                     damaged, first = damaged + 1, first or count
+                else:
+                    yield offset, row
                 offset += len(line)
     except FileNotFoundError:
         notes.append(f"{path.name} is not there.")

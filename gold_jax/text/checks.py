@@ -431,15 +431,14 @@ def check_examples(
     checker, digest, kept = RowChecker(chat_tokenizer, **options), hashlib.sha256(), array.array("q")
     rows = ((i, functools.partial(examples.__getitem__, i)) for i in range(len(examples)))
     with contextlib.ExitStack() as stack:
-        bar = None if after_block else stack.enter_context(progress.task("checking the rows", len(examples)))
+        if after_block is None:
+            bar = stack.enter_context(progress.task("checking the rows", len(examples)))
+            after_block = lambda checker: bar.reach(checker.total)  # noqa: E731
         while block := list(itertools.islice(rows, _BLOCK)):
             for i, e in checker.check(block):
                 kept.append(i)
                 digest.update(b"%d\0%b\0" % (i, e.fingerprint))
-            if bar is None:
-                after_block(checker)
-            else:
-                bar.reach(checker.total)
+            after_block(checker)
     if not kept:
         raise checker.nothing_left()
     return CheckedRows(kept, checker.notices(), digest.hexdigest())

@@ -58,11 +58,11 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclasses.dataclass
 class UpdateBatch:
-    """The micro-batches of one update, what they hold, and prompts with what the student wrote and what the rows have."""
+    """The micro-batches of one update, what they hold, and rows with what the student wrote for them."""
 
     batches: list
     stats: dict[str, float]
-    samples: list[tuple[str | list[dict], str, str | None]] = dataclasses.field(default_factory=list)
+    samples: list[tuple[Example, str]] = dataclasses.field(default_factory=list)
     counted: int = 1  # groups or tokens that the loss has, of all processes; 0: there is nothing to learn
     shapes: Sequence[Sequence[int]] = ()  # that the run's batches are padded to, these ones' among them
     drawn: Rollouts = dataclasses.field(default_factory=dict)  # for later updates
@@ -194,7 +194,7 @@ class DistillationBatchBuilder:
         stats["on_policy"] = float(on_policy.mean())
         if difference is not None:
             stats["sampling_logp_difference"] = difference
-        samples = [(examples[i].prompt, d.text, examples[i].completion) for i, d in sampled.items()]
+        samples = [(examples[i], d.text) for i, d in sampled.items()]
         return UpdateBatch(batches, stats, samples, counted, shape_set.shapes, drawn)
 
     def _key(self, step: int) -> jax.Array:

@@ -24,6 +24,7 @@ from gold_jax import progress
 
 LOGS = ("metrics.jsonl", "completions.jsonl")  # in a run's folder
 SUMMARY = "summary.json"
+KEPT = 8  # completions of an evaluation that are kept, and those of an update that are scored group by group
 # Of the terminal's log: what a column is called there. These come first, in this order, as far as there is room.
 _COLUMNS = {
     "step": "step", "loss": "loss", "grad_norm": "grad norm", "tokens_per_second": "tokens/s", "left": "left",

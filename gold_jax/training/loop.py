@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import pathlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +37,7 @@ from gold_jax.training.callbacks import Callbacks
 from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
-from gold_jax.training.logging import MetricLog, before_after, completions_table, plain_value, trl_names
+from gold_jax.training.logging import KEPT, MetricLog, before_after, completions_table, plain_value, trl_names
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, append_rows, begin_logs, continue_logs
 from gold_jax.training.run_state import Data, RunState, find_checkpoint, first_trainer_state
 from gold_jax.training.run_summary import RunSummary
@@ -62,6 +63,7 @@ class Loop:
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
         gaps: returns the gaps between a student and the teacher on rows.
+        score_groups: returns what a student and the teacher give the groups of rows' completions; None: none is scored.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Loop:
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
         gaps: Callable[[LoadedModel, Any], dict[str, float]] = lambda student, rows: {},
+        score_groups: Callable[[LoadedModel, Sequence[tuple[Example, str]]], list[list]] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -92,6 +95,7 @@ class Loop:
         self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
         self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
         self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
+        self._score_groups = score_groups
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
@@ -116,6 +120,7 @@ class Loop:
         self.results: dict[str, Mapping[str, float]] = {}
         self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
         self._evaluated: tuple[int, Mapping[str, float]] | None = None  # the last evaluation, and after which update
+        self._written: list[tuple[str, list[tuple[Example, str]]]] = []  # in it, for the first rows of each set
 
     @property
     def done(self) -> int:
@@ -186,7 +191,6 @@ class Loop:
         """Build batch, step, log, evaluate, save, stop."""
         run, args, now, total = self.run, self.args, self.run_state, self.total_steps
         self._throughput.restart()
-        self._table_due = 0
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
         per_epoch, first = self.data.order.steps_per_epoch, self.done
         for step in self._steps():
@@ -378,18 +382,44 @@ class Loop:
         if event is not None:
             self.callbacks.call(event, metrics=values)
 
-    def _log_completions(self, step: int, samples: Sequence[tuple[str | list[dict], str, str | None]]) -> None:
-        """Appends what the student wrote to `completions.jsonl`, and shows some of it where that is due."""
-        rows = [(self._student.chat_tokenizer.render(prompt), *rest) for prompt, *rest in samples]
-        named = ({"prompt": p, "completion": c} | ({} if r is None else {"reference": r}) for p, c, r in rows)
-        with self.run_state.holding([{"step": self.done, **row} for row in named]) as written:
+    def _log_completions(self, step: int, samples: Sequence[tuple[Example, str]]) -> None:
+        """Appends what the student wrote to `completions.jsonl`; where that is due, scores and shows some of it."""
+        due = self.run_state.shows_completions(step, self.args.log_completions_steps)
+        # Of several processes each has samples of its own, and none could be scored by this one alone.
+        rows = self._rows_of(samples, scored=KEPT if due and jax.process_count() == 1 else 0)
+        with self.run_state.holding(rows) as written:
             append_rows(self.output / LOGS[1], written)
-        every = self.args.log_completions_steps
-        if step >= self._table_due:
-            self._table_due = step - step % every + every
+        if due:
             self._log.flush()
-            shown = [row[:2] for row in rows]
+            shown = [(row["prompt"], row["completion"]) for row in rows]
             completions_table(self.console, shown, self.args.num_completions_to_print, step=self.done)
+
+    def _rows_of(self, samples: Sequence[tuple[Example, str]], scored: int, **more: str) -> list[dict[str, Any]]:
+        """Lines of `completions.jsonl`; the first few, `scored`, with what both models give their groups."""
+        rows: list[dict[str, Any]] = []
+        for example, text in samples:
+            rows.append({"step": self.done, "prompt": self._student.chat_tokenizer.render(example.prompt)})
+            rows[-1] |= {"completion": text} | more
+            rows[-1] |= {} if example.completion is None else {"reference": example.completion}
+        if scored and self._score_groups is not None and rows:
+            try:
+                for row, groups in zip(rows, self._score_groups(self.student, samples[:scored])):
+                    row["groups"] = groups
+            except Exception as error:  # such as too little memory: this is for the report alone
+                if jax.process_count() > 1:  # the others wait for this one
+                    raise
+                self._score_groups = None
+                self.say(f"Completions are no longer scored group by group ({type(error).__name__}: {error}).")
+            self._throughput.restart()
+        return rows
+
+    def _log_evaluated(self) -> None:
+        """Appends what the student wrote for the first rows of an evaluation, scored, to `completions.jsonl`."""
+        for name, samples in self._written if self.args.log_completions else ():
+            rows = self._rows_of(samples, len(samples), eval_set=name)
+            if is_main_process():
+                append_rows(self.output / LOGS[1], rows)
+        self._written = []
 
     # evaluate
 
@@ -399,7 +429,17 @@ class Loop:
         `examples` None: the evaluation rows. Several sets are measured one by one, as `eval_NAME_loss` and so on.
         """
         rows, writes = self.data.eval if examples is None else examples, self.args.predict_with_generate
-        return over_sets(lambda part: self.predict(part, writes).metrics | self._gaps(self.student, part), rows)
+        names, self._written = iter(rows if isinstance(rows, Mapping) else [""]), []
+        most = max(1, KEPT // len(rows)) if isinstance(rows, Mapping) else KEPT
+
+        def measure(part):
+            found = self.predict(part, writes)
+            if writes:
+                kept = itertools.islice((e for e in part if e.completion is not None), most)
+                self._written.append((next(names), [*zip(kept, found.predictions)]))
+            return found.metrics | self._gaps(self.student, part)
+
+        return over_sets(measure, rows)
 
     def predict(self, examples: Sequence[Example] | None, writes: bool = True) -> PredictionOutput:
         """The metrics of `evaluate` on one set of rows, and with `writes` greedy completions and the rows' own."""
@@ -415,6 +455,7 @@ class Loop:
         """
         self._evaluated = self.done, metrics
         self.record(metrics, "on_evaluate")
+        self._log_evaluated()
         self.run_state.best.take(metrics, self.done)
         if self._saver.is_saved(self.run_state):
             self._saver.mark_best(self.run_state)
@@ -428,6 +469,7 @@ class Loop:
         if not before and self.args.eval_on_start and self.done == 0:
             before = self.evaluate()
             self.record(before)
+            self._log_evaluated()
         if now.unmeasured and self.data.eval is not None and self.done < self.total_steps:  # due at the checkpoint
             self._take_evaluation(self.evaluate())
         return before

@@ -298,7 +298,7 @@ def continue_logs(
         _keep_finished_logs(step, output, say)
         metrics, completions = (output / name for name in LOGS)
         history = truncate_log(metrics, step, ended=ended)
-        truncate_log(completions, step - bool(unwritten))
+        truncate_log(completions, step - bool(unwritten), ended=ended)
         if unwritten:
             append_rows(completions, unwritten)
     else:

@@ -86,6 +86,7 @@ class RunState:
     rollouts: Rollouts = dataclasses.field(default_factory=dict)  # drawn so far for later updates
     unmeasured: bool = False  # whether an evaluation is due after the last update
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
+    completions_due: int = 0  # from which update on completions are shown again, and scored
 
     def begin(self) -> None:
         """Starts a new run."""
@@ -102,6 +103,12 @@ class RunState:
     def measure_later(self, due: bool) -> None:
         """Sets whether an evaluation is due, which checkpoints record until it is made."""
         self.unmeasured = due
+
+    def shows_completions(self, step: int, every: int) -> bool:
+        """Whether those of this update are shown: it is the first that has some in `every` updates."""
+        due = step >= self.completions_due
+        self.completions_due = step - step % every + every if due else self.completions_due
+        return due
 
     @contextlib.contextmanager
     def holding(self, rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
@@ -137,7 +144,7 @@ class RunState:
             metadata["stream"] = data.order.position(self.done)
         metadata |= {"unwritten": self.unwritten} if self.unwritten else {}
         metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        metadata |= {"num_tokens": self.num_tokens}
+        metadata |= {"num_tokens": self.num_tokens, "completions_due": self.completions_due}
         return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
 
     def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
@@ -149,6 +156,7 @@ class RunState:
         self.resumed = metadata.get("resumed", 0) + 1
         self.measured = metadata["run"].get(EVALUATED, self.measured)
         self.num_tokens = metadata.get("num_tokens", 0)
+        self.completions_due = metadata.get("completions_due", 0)
         if (best := metadata.get("best")) is not None:
             self.best.restore(best, folder)
         self.means.restore(metadata["means"])

@@ -28,13 +28,13 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
-from gold_jax.scoring import exact_match, measure_gaps, score_completions
+from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import as_teacher_reads, load_examples
+from gold_jax.text.data import Example, as_teacher_reads, load_examples
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
@@ -43,7 +43,7 @@ from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenB
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
-from gold_jax.training.logging import header
+from gold_jax.training.logging import KEPT, header
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
@@ -234,6 +234,7 @@ class _Trainer(TrainerMembers):
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
         options |= dict(gaps=self._measure_gaps) if teacher is not None and a.eval_gaps else {}
+        options |= dict(score_groups=self._score_groups) if teacher is not None and a.log_completions else {}
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -339,6 +340,16 @@ class _Trainer(TrainerMembers):
         measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
         return {f"eval_{name}": value for name, value in measured.items()}
 
+    def _score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
+        """`score_groups` of completions, with the contexts that the teacher alone reads; rounded, fit for JSON."""
+        teacher, examples = self._teacher._replace(model=self._teacher_now()), [example for example, _ in samples]
+        read = as_teacher_reads(examples, teacher.chat_tokenizer, self.args.teacher_context)
+        options: dict[str, Any] = dict(teacher_prompts=[example.prompt for example in read], batch_size=KEPT)
+        options |= dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
+        prompts, texts = [example.prompt for example in examples], [text for _, text in samples]
+        found = score_groups(student, teacher, prompts, texts, **options)
+        return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
+
     def _teacher_now(self) -> Decoder:
         """The teacher, sharing the arrays that updates read."""
         run = self.loop.run
@@ -417,12 +428,19 @@ class _Trainer(TrainerMembers):
         raise_in_all_processes("the push to the hub", failed)
         return output
 
+    def report(self) -> Any:
+        """A `gold_jax.report.Report` of what the run left in `output_dir` so far, which a notebook shows.
+
+        FileNotFoundError: there is nothing yet.
+        """
+        return importlib.import_module("gold_jax.report").Report(self.args.output_dir)
+
     def _write_report(self) -> None:
         """Writes the report of a finished run; an error is printed and does not fail the run."""
         folder = self.args.output_dir
         try:
-            run, page = (importlib.import_module(f"gold_jax.reporting.{name}") for name in ("run", "page"))
-            self.loop.say(f"The report is in {page.write_page([run.read_run(folder)])}")
+            page = importlib.import_module("gold_jax.reporting.page")
+            self.loop.say(f"The report is in {page.write_page(self.report().runs)}")
         except Exception as error:
             again = f"python -m gold_jax.report {shlex.quote(str(folder))} writes it later"
             self.loop.say(f"The report could not be written ({type(error).__name__}: {error}); {again}.")

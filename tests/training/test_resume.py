@@ -107,7 +107,7 @@ def damage(checkpoint):
 def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_bit(world, tmp_path, monkeypatch):
     flags = dict(
         max_steps=14, logging_steps=3, save_strategy="no", eval_strategy="steps", eval_steps=7, log_completions=True,
-        log_completions_steps=100,
+        log_completions_steps=4, predict_with_generate=True, eval_on_start=True,
     )  # fmt: skip
     whole = gold(world, tmp_path / "whole", **flags)
     whole.train()
@@ -125,9 +125,9 @@ def test_a_run_that_was_stopped_and_resumed_equals_one_that_was_not_to_the_last_
     second.train(resume_from_checkpoint=True)
     assert same(held(second), held(whole))
     logs = [steady(metrics(tmp_path / name)) for name in ("parts", "whole")]
-    assert logs[0] == logs[1] and len(logs[0]) == 4 + 1 + 2
+    assert logs[0] == logs[1] and len(logs[0]) == 1 + 4 + 1 + 2
     drawn = [completions(tmp_path / name) for name in ("parts", "whole")]
-    assert drawn[0] == drawn[1] and drawn[0]
+    assert drawn[0] == drawn[1] and {"eval_set" in row for row in drawn[0] if "groups" in row} == {True, False}
     assert steady(second.log_history) == steady(whole.log_history)
 
 

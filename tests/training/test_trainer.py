@@ -10,11 +10,13 @@ import numpy as np
 import optax
 import pytest
 import tiny_models as tiny
+from run_files import completions
 from transformers import AutoTokenizer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, measure_gaps, score_completions
 from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.scoring import score_groups
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.training import callbacks, export
 from gold_jax.training.nonfinite import Diverged
@@ -386,6 +388,7 @@ def test_a_teacher_with_added_tokens_has_the_students_vocabulary(world, tmp_path
 def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path):
     settings = QUICK | {"lmbda": 0.0, "max_completion_length": 8, "eval_gaps": True, "max_steps": 2, "seed": 5}
     settings |= {"eval_on_start": True, "per_device_eval_batch_size": 2, "teacher_context": "Be brief."}
+    settings |= {"log_completions": True, "predict_with_generate": True}
     names, args = (
         [str(world / name) for name in ("student", "teacher")],
         GOLDConfig(output_dir=str(tmp_path), **settings),
@@ -409,6 +412,18 @@ def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path
     scored = score_completions(names[1], rows=rows).bits_per_byte
     assert trainer._score_teacher()["eval_bits_per_byte"] == pytest.approx(scored, 1e-5)
     assert "forward gap" in trainer.console.export_text()
+    # What the student wrote in them is kept, with what both models give its groups, each with its own prompt.
+    written, theirs = completions(tmp_path), load_model_and_tokenizer(names[1])
+    told = [theirs.chat_tokenizer.with_context(prompt, "Be brief.") for prompt in prompts]
+    assert [row["step"] for row in written] == [0] * len(prompts) + [2] * len(prompts)
+    for student, part in ((names[0], written[: len(prompts)]), (str(tmp_path), written[len(prompts) :])):
+        texts = [row["completion"] for row in part]
+        found = score_groups(student, theirs, prompts, texts, teacher_prompts=told)
+        for row, groups in zip(part, found):
+            assert [text for text, *_ in row["groups"]] == [group.text for group in groups] and row["eval_set"] == ""
+            logp = [value for _, *pair in row["groups"] for value in pair]
+            assert logp == pytest.approx([value for group in groups for value in group[1:]], abs=2e-4)
+    assert written[0]["reference"] == ROWS[2]["messages"][-1]["content"] and any(row["groups"] for row in written)
 
 
 def test_checkpoints_hold_no_passwords_of_addresses(world, tmp_path):
