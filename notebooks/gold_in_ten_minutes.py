@@ -123,11 +123,11 @@ config = gold_jax.GOLDConfig(
     output_dir="runs/skew_kl",
     loss="gold",
     compare="skew_kl",
-    loss_kwargs={"alpha": 0.1},
+    loss_kwargs={"alpha": 0.02},
     lmbda=0.5,
     max_steps=200,
     per_device_train_batch_size=16,
-    learning_rate=2e-3,
+    learning_rate=3e-3,
     warmup_steps=20,
     adam_beta2=0.99,
     max_length=64,
@@ -147,7 +147,7 @@ config = gold_jax.GOLDConfig(
     save_strategy="no",
 )
 trainer = gold_jax.GOLDTrainer("embedded:student", "embedded:teacher", config, rows, test_rows)
-trainer.train()
+result = trainer.train()
 
 # %%
 trainer
@@ -157,7 +157,10 @@ trainer
 # the reverse gap what the teacher pays beyond the student on the student's text.
 
 # %%
-keys = {"loss": ("loss",), "gap to the teacher, bits per byte": ("eval_forward_gap", "eval_reverse_gap")}
+keys = {
+    "loss": ("loss",),
+    "gap to the teacher, bits per byte": ("eval_forward_gap", "eval_reverse_gap"),
+}
 figure, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
 for axis, (title, names) in zip(axes, keys.items()):
     for name in names:
@@ -175,7 +178,9 @@ prompts = [row.prompt for row in test_rows[:4]]
 for who in (student, trained):
     written = gold_jax.sample_completions(who, prompts=prompts, max_new_tokens=24, temperature=0.0)
     print(f"{who.name:17}", *(completion.text for completion in written), sep="\n  ")
-print(f"exact matches of {len(test_rows)}: {gold_jax.exact_match(trained, rows=test_rows, max_new_tokens=24):.2f}")
+print(
+    f"exact matches of {len(test_rows)}: {gold_jax.exact_match(trained, rows=test_rows, max_new_tokens=24):.2f}"
+)
 
 # %% [markdown]
 # ## A loop of your own
@@ -184,7 +189,9 @@ print(f"exact matches of {len(test_rows)}: {gold_jax.exact_match(trained, rows=t
 # the loss as an argument, because arrays that a function closes over become constants of the program.
 
 # %%
-loss = gold_jax.DistillationLoss(student, teacher, gold_jax.GOLDConfig(loss="gold", beta=0.0), max_length=64)
+loss = gold_jax.DistillationLoss(
+    student, teacher, gold_jax.GOLDConfig(loss="gold", beta=0.0), max_length=64
+)
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(2e-3, b2=0.99))
 
 
@@ -222,7 +229,11 @@ gold_jax.save_model(loss.student(params), "runs/own_loop")
 tokenizer = transformers.AutoTokenizer.from_pretrained("runs/own_loop")
 print(tokenizer.apply_chat_template(row.prompt, tokenize=False, add_generation_prompt=True))
 again = gold_jax.load_model_and_tokenizer("runs/skew_kl")
-print(gold_jax.sample_completions(again, prompts=[row.prompt], max_new_tokens=24, temperature=0.0)[0].text)
+print(
+    gold_jax.sample_completions(again, prompts=[row.prompt], max_new_tokens=24, temperature=0.0)[
+        0
+    ].text
+)
 
 # %% [markdown]
 # ## The report

@@ -19,33 +19,40 @@ import glob
 import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 
 from IPython import get_ipython
 
-extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*") else ""
-extra = "" if os.environ.get("JAX_PLATFORMS") == "cpu" else extra
+extra = ""
+if os.environ.get("JAX_PLATFORMS") != "cpu":
+    tpu = glob.glob("/dev/accel*") + glob.glob("/dev/vfio/*")
+    extra = "cuda12" if shutil.which("nvidia-smi") else "tpu" if tpu else ""
 plugin = {"cuda12": "jax_cuda12_plugin", "tpu": "libtpu", "": "jax"}[extra]
 if importlib.util.find_spec("gold_jax") is None or importlib.util.find_spec(plugin) is None:
     wanted = ",".join(filter(None, ("notebooks", extra)))
     get_ipython().run_line_magic("pip", f"install --quiet '..[{wanted}]'")
-print("accelerator:", {"cuda12": "NVIDIA GPU", "tpu": "TPU", "": "none, JAX runs on the CPU"}[extra])
+print(
+    "accelerator:", {"cuda12": "NVIDIA GPU", "tpu": "TPU", "": "none, JAX runs on the CPU"}[extra]
+)
 if "jax" in sys.modules and extra and sys.modules["jax"].default_backend() == "cpu":
-    print("JAX is already imported and runs on the CPU: restart the kernel, then run this cell first")
+    print(
+        "JAX is already imported and runs on the CPU: restart the kernel, then run this cell first"
+    )
 
 # %% [markdown]
 # ## Before JAX is imported
 #
 # On a GPU JAX takes 75 % of the memory when it starts. For training let it take more; for sharing a card with another
-# program let it take what it needs, when it needs it. TPUs ignore both.
+# program let it take what it needs, when it needs it, which is slower and can fragment memory. TPUs ignore both.
 
 # %%
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
-# os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # shared card: slower, and memory can fall into pieces
+os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
+# os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # a shared card
 
 # %% [markdown]
-# Compiling is most of a short run. With a cache the second run of this notebook, and of the commands, starts at once.
-# The commands keep one by themselves; a notebook asks for it.
+# Compiling is most of a short run. With JAX's cache the second run of this notebook starts at once. The commands keep
+# one by themselves; a notebook asks for it.
 
 # %%
 import importlib.metadata
@@ -53,9 +60,11 @@ import importlib.metadata
 import jax
 
 import gold_jax
-from gold_jax.compilation_cache import keep_compiled
 
-keep_compiled(None)  # in $JAX_COMPILATION_CACHE_DIR, else ~/.cache/gold_jax/xla
+if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
+    jax.config.update(
+        "jax_compilation_cache_dir", os.path.expanduser("~/.cache/gold_jax/notebooks")
+    )
 
 # %% [markdown]
 # ## What JAX runs on
@@ -78,11 +87,14 @@ for name in ("jax", "jaxlib", "flax", "gold_jax"):
 
 # %%
 plan = """
-  --model_name_or_path meta-llama/Llama-3.2-1B-Instruct --teacher_model_name_or_path Qwen/Qwen3-4B-Instruct-2507
+  --model_name_or_path meta-llama/Llama-3.2-1B-Instruct
+  --teacher_model_name_or_path Qwen/Qwen3-4B-Instruct-2507
   --matched 109566 --lmbda 0.5 --max_length 1024 --max_new_tokens 512 --per_device_train_batch_size 4
   --gradient_checkpointing --topology gpu:h100
 """
-# !{sys.executable} -m gold_jax.plan {" ".join(plan.split())}
+command = [sys.executable, "-m", "gold_jax.plan", *plan.split()]
+done = subprocess.run(command, capture_output=True, text=True)
+print(done.stdout if done.returncode == 0 else done.stderr)
 
 # %% [markdown]
 # ## Train
@@ -111,14 +123,13 @@ config = gold_jax.GOLDConfig(
     save_strategy="no",
 )
 trainer = gold_jax.GOLDTrainer("embedded:student", "embedded:teacher", config, "embedded:task")
-trainer.train()
+result = trainer.train()
 
 # %%
 for device in jax.devices():
     memory = device.memory_stats() or {}
-    print(
-        f"{device.device_kind}: {memory['peak_bytes_in_use'] / 2**30:.2f} GiB at the peak" if memory else "no figures"
-    )
+    peak = f"{memory['peak_bytes_in_use'] / 2**30:.2f} GiB" if memory else "not known of a CPU"
+    print(f"{device.device_kind}: memory at the peak {peak}")
 
 # %% [markdown]
 # Several devices: `mesh="fsdp:8"` and the like, see [many devices](../docs/distributed.md) and [TPU VMs](../docs/tpu.md).
