@@ -32,13 +32,10 @@ plugin = {"cuda12": "jax_cuda12_plugin", "tpu": "libtpu", "": "jax"}[extra]
 if importlib.util.find_spec("gold_jax") is None or importlib.util.find_spec(plugin) is None:
     wanted = ",".join(filter(None, ("notebooks", extra)))
     get_ipython().run_line_magic("pip", f"install --quiet '..[{wanted}]'")
-print(
-    "accelerator:", {"cuda12": "NVIDIA GPU", "tpu": "TPU", "": "none, JAX runs on the CPU"}[extra]
-)
+found = {"cuda12": "an NVIDIA GPU", "tpu": "a TPU", "": "no accelerator: JAX runs on the CPU"}
+print("This machine has", found[extra])
 if "jax" in sys.modules and extra and sys.modules["jax"].default_backend() == "cpu":
-    print(
-        "JAX is already imported and runs on the CPU: restart the kernel, then run this cell first"
-    )
+    print("JAX is imported and runs on the CPU: restart the kernel and run this cell first")
 
 # %% [markdown]
 # ## Before JAX is imported
@@ -62,9 +59,8 @@ import jax
 import gold_jax
 
 if not jax.config.jax_compilation_cache_dir:  # $JAX_COMPILATION_CACHE_DIR
-    jax.config.update(
-        "jax_compilation_cache_dir", os.path.expanduser("~/.cache/gold_jax/notebooks")
-    )
+    folder = os.path.expanduser("~/.cache/gold_jax/notebooks")
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 # %% [markdown]
 # ## What JAX runs on

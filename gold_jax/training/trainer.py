@@ -528,7 +528,9 @@ class _Trainer(TrainerMembers):
         """What notebooks show: what is trained how, and the metrics that were logged last."""
         facts = {"loss": self._card["loss"], **self._card["recipe"], "Output": self.args.output_dir}
         last = {name: shown(value) for row in self.log_history for name, value in row.items()}
-        return table(repr(self), facts.items()) + (table("Logged last", [last.values()], [*last]) if last else "")
+        names = sorted(last, key=lambda name: name.startswith("eval_"))
+        logged = table("Logged last", [[last[name] for name in names]], names) if last else ""
+        return table(repr(self), facts.items()) + logged
 
 
 class _PushOnSave(TrainerCallback):
