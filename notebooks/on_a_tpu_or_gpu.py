@@ -96,7 +96,7 @@ print(done.stdout if done.returncode == 0 else done.stderr)
 # ## Train
 #
 # On a CPU `bf16` is off by default, because it is no faster there, and programs take other routes (plain attention,
-# vocabularies sorted on the host); the losses are the same.
+# vocabularies sorted on the host); the losses are the same up to rounding.
 
 # %%
 on_accelerator = jax.default_backend() != "cpu"
@@ -114,7 +114,7 @@ config = gold_jax.GOLDConfig(
     adam_beta2=0.99,
     max_length=64,
     max_completion_length=24,
-    length_buckets=1,  # one padded shape: one compilation
+    length_buckets=1,  # few padded shapes, few compilations
     logging_steps=5,
     save_strategy="no",
 )
