@@ -118,7 +118,7 @@ def test_a_trainer_and_its_run_show_how_they_went(tmp_path):
     trainer = gold_jax.GOLDTrainer(STUDENT, TEACHER, config, ROWS, ROWS, console=tiny.quiet_console())
     before = trainer._repr_html_()
     assert "0 of 1 updates done" in before and "Logged last" not in before
-    assert ["loss", trainer.spec.describe()] in Page(before).lines
+    assert ["Loss", trainer.spec.describe()] in Page(before).lines
     trainer.train()
     assert "1 of 1 updates done" in trainer._repr_html_() and "Logged last" in trainer._repr_html_()
     run = read_run(tmp_path)

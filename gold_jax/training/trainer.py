@@ -526,7 +526,7 @@ class _Trainer(TrainerMembers):
 
     def _repr_html_(self) -> str:
         """What notebooks show: what is trained how, and the metrics that were logged last."""
-        facts = {"loss": self._card["loss"], **self._card["recipe"], "Output": self.args.output_dir}
+        facts = {"Loss": self._card["loss"], **self._card["recipe"], "Output": self.args.output_dir}
         last = {name: shown(value) for row in self.log_history for name, value in row.items()}
         names = sorted(last, key=lambda name: name.startswith("eval_"))
         logged = table("Logged last", [[last[name] for name in names]], names) if last else ""
