@@ -4,6 +4,7 @@ Names are imported when they are first used, so that a command's `--help` does n
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run `__getattr__`
@@ -35,6 +36,10 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run `__getattr_
     from gold_jax.training.trainer import SFTTrainer as SFTTrainer
 
 __version__ = "0.1.0"
+
+# Imported without PyTorch, transformers warns that its models cannot be used. They are not used here: this one line is left
+# out, and nothing else that it says.
+logging.getLogger("transformers").addFilter(lambda record: "PyTorch was not found" not in str(record.msg))
 
 _HOMES = {
     "GOLDConfig": "gold_jax.config",

@@ -40,6 +40,7 @@ LONGEST = (
     "distributed/test_runs.py",
     "sharding/test_mesh.py",
     "test_commands.py",
+    "test_notebooks.py",
     "losses/test_trl_parity.py",
     "stateful/test_stories.py",
     "metamorphic/test_what_leaves_the_weights_alone.py",

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.config import GOLDConfig, SFTConfig
 from gold_jax.json_files import parse_json_object, read_json_object, regular_file
+from gold_jax.notebook import table
 from gold_jax.training.logging import LOGS, SUMMARY, shown
 
 METADATA = "run.json"  # of a checkpoint
@@ -95,6 +96,16 @@ class Run:
     samples: Mapping[str, tuple[int, ...]]  # prompt -> where in completions.jsonl its lines begin
     scored: tuple[tuple[int, str, int], ...]  # of the lines there that have groups: update, prompt and where it begins
     notes: tuple[str, ...]  # what could not be read, one sentence each
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, {self.state})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: how it went, and the measures."""
+        found = ((m.label, (m.before, m.after, m.teacher), m.outcome) for m in self.measures)
+        rows = [(label, *("" if x is None else shown(x) for x in values), end) for label, values, end in found]
+        title = f"{self.folder}: {self.state}. Trained with {self.summary.get('loss', 'an unknown loss')}"
+        return table(title, rows, ("", "before", "after", "teacher", ""))
 
     @property
     def parts(self) -> list[Mapping[str, Any]]:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from gold_jax.notebook import token_table
 from gold_jax.text.encode import Encoded, PlainEncoder
+
+_SHOWN = 400  # groups in a notebook
 
 
 def group_ends(student_ends, teacher_ends) -> tuple[np.ndarray, np.ndarray, int]:
@@ -112,16 +115,26 @@ class Alignment:
 
     def __str__(self) -> str:
         """Both sides' tokens, one line each: `·` between the tokens of a group, `│` between groups."""
-        rows = []
+        rows = [["·".join(cell) for cell in cells] for cells in self._cells()]
+        widths = [max(map(len, pair)) for pair in zip(*rows)]
+        lines = ("│".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
+        return "\n".join(f"{name}  {line}" for name, line in zip(("student", "teacher"), lines))
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        sizes = f"{self.count:,} groups, {int(self.one_to_one().sum()):,} of them one token to one"
+        return token_table(sizes, dict(zip(("student", "teacher"), self._cells())), _SHOWN)
+
+    def _cells(self) -> list[list[list[str]]]:
+        """Of either side the texts of the tokens of every group."""
+        sides = []
         for encoded, group in ((self.student, self.student_group), (self.teacher, self.teacher_group)):
             cells: list[list[str]] = [[] for _ in range(self.count)]
             for (begin, end), g in zip(encoded.spans.tolist(), group.tolist()):
                 if g < self.count:
                     cells[g].append(self.text[begin:end].decode(errors="replace").replace("\n", "\\n"))
-            rows.append(["·".join(cell) for cell in cells])
-        widths = [max(map(len, pair)) for pair in zip(*rows)]
-        lines = ("│".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
-        return "\n".join(f"{name}  {line}" for name, line in zip(("student", "teacher"), lines))
+            sides.append(cells)
+        return sides
 
     def one_to_one(self) -> np.ndarray:
         """Bool [G]: the groups that have one token on either side."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gold_jax.bucketing import ShapeSet
+from gold_jax.notebook import table
 from gold_jax.text.align import groups_of
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import SampledCompletion
@@ -63,6 +64,23 @@ class Batch(NamedTuple):
     weight: np.ndarray  # [B, G] float32, zero where there is no group that counts
     labels: Labels  # the student's completion tokens
     behavior: Behavior | None = None  # None: nothing is weighted by what it was drawn with
+
+    def __repr__(self) -> str:
+        """Its shapes alone; leaves may be anything that a tree can hold."""
+        named = {"weight": self.weight, "student": self.student.packed.tokens, "teacher": self.teacher.packed.tokens}
+        shapes = (f"{name}={getattr(x, 'shape', x)}" for name, x in named.items())
+        return f"Batch({', '.join(shapes)})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        counted = int(np.count_nonzero(self.weight))
+        rows = []
+        for name, packed in (("student", self.student.packed), ("teacher", self.teacher.packed)):
+            tokens, stored = int(np.sum(packed.mask)), packed.stored()
+            rows.append((name, tokens, stored, packed.tokens.size - stored, str(packed.mask.shape[1:])))
+        filled = int(np.asarray(self.student.packed.mask).any(-1).sum())
+        heads = "", "tokens of rows", "stored (shared beginnings once)", "padding", "rows, length"
+        return table(f"Batch of {filled} rows, {counted:,} groups count in the loss", rows, heads)
 
 
 class TokenBatch(NamedTuple):

@@ -25,6 +25,10 @@ class PackedBatch(NamedTuple):
     first_slot: np.ndarray  # [S, N] int32, the first of its R·T row slots that holds the token; 0 for padding
     mask: np.ndarray  # [S, R, T] bool, true where there is a token
 
+    def stored(self) -> int:
+        """Tokens of the packed sequences without padding."""
+        return int(np.where(self.mask, self.gather_index, -1).max((1, 2), initial=-1).sum() + len(self.tokens))
+
 
 class UnpaddedBatch(NamedTuple):
     """Packed rows whose sequences are not yet padded."""

@@ -7,6 +7,7 @@ from typing import Any, Self
 import numpy as np
 
 from gold_jax.loss_spec import MASKS
+from gold_jax.notebook import table
 from gold_jax.text.surface import Surfaces
 
 
@@ -33,6 +34,25 @@ class VocabularyMap:
     def __repr__(self) -> str:
         sizes = f"student_rows={len(self.student_order)}, teacher_rows={len(self.teacher_order)}"
         return f"VocabularyMap(matched={self.matched}, shared={self.shared}, {sizes})"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show."""
+        rows = []
+        for name, order, distinct, route in (
+            ("student", self.student_order, self.student_distinct, self.student_prefix_of_unmatched),
+            ("teacher", self.teacher_order, self.teacher_distinct, self.teacher_prefix_of_unmatched),
+        ):
+            routed, none = (int(np.count_nonzero(x)) for x in (route < self.matched, route >= self.matched))
+            rows.append((name, len(order), distinct, self.matched, routed, none))
+        heads = (
+            "",
+            "rows",
+            "different surfaces",
+            "matched",
+            "unmatched, with a matched prefix",
+            "without one, or masked",
+        )
+        return table(f"{self.shared:,} surfaces in both vocabularies, Jaccard index {self.jaccard():.3f}", rows, heads)
 
     @classmethod
     def build(

@@ -186,7 +186,12 @@ class _NotebookTable:
         if table is not None and table[-1][0] != cells["step"]:
             cells = dict.fromkeys(table[0], "") | cells
         self._tracker.write_line(dict(cells))
-        del self._tracker.inner_table[1:-_NOTEBOOK_ROWS]
+        table = self._tracker.inner_table
+        del table[1:-_NOTEBOOK_ROWS]
+        heads = [*_COLUMNS.values()]  # these first, whatever was logged first; then others, then what is evaluated
+        ranks = [heads.index(x) if x in heads else len(heads) + x.startswith("eval_") for x in table[0]]
+        order = sorted(range(len(ranks)), key=ranks.__getitem__)
+        table[:] = [[row[k] if k < len(row) else "" for k in order] for row in table]
         self._tracker.update(step, force_update=at_once)
 
     def finish(self) -> None:

@@ -28,6 +28,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
+from gold_jax.notebook import table
 from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
@@ -43,7 +44,7 @@ from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenB
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
-from gold_jax.training.logging import KEPT, header
+from gold_jax.training.logging import KEPT, header, shown
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
@@ -540,6 +541,14 @@ class _Trainer(TrainerMembers):
         names = [side.name for side in (self.student, self._teacher) if side is not None]
         rows, updates = self.loop.data.order.describe(), f"{state.global_step} of {state.max_steps} updates"
         return f"{type(self).__name__}({' from '.join(map(repr, names))}, {rows}, {updates} done)"
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: what is trained how, and the metrics that were logged last."""
+        facts = {"Loss": self._card["loss"], **self._card["recipe"], "Output": self.args.output_dir}
+        last = {name: shown(value) for row in self.log_history for name, value in row.items()}
+        names = sorted(last, key=lambda name: name.startswith("eval_"))
+        logged = table("Logged last", [[last[name] for name in names]], names) if last else ""
+        return table(repr(self), facts.items()) + logged
 
 
 class _PushOnSave(TrainerCallback):
