@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from gold_jax.bucketing import ShapeSet
 from gold_jax.config import GOLDConfig
 from gold_jax.loading import LoadedModel, as_loaded_model
 from gold_jax.loss_spec import LossSpec
@@ -30,6 +31,7 @@ class _Fixed:
     names: tuple[str, str]  # of student and teacher
     objective: Objective
     batches: DistillationBatchBuilder
+    shapes: ShapeSet  # of the batches so far
 
 
 @jax.tree_util.register_pytree_node_class
@@ -84,7 +86,7 @@ class DistillationLoss:
         self._constants: StepConstants = freeze_teacher(
             teacher_graph, commit(teacher_params), match.vocabulary, match.stops
         )
-        self._fixed = _Fixed((student.name, teacher.name), objective, batches)
+        self._fixed = _Fixed((student.name, teacher.name), objective, batches, ShapeSet(batches.length_buckets))
 
     @property
     def spec(self) -> LossSpec:
@@ -95,6 +97,8 @@ class DistillationLoss:
         self, rows: Sequence[Example | Mapping], completions: Sequence[str | SampledCompletion] | None = None
     ) -> Batch:
         """Rows as the loss takes them: encoded for both models, aligned and padded. Numpy arrays, made on the host.
+
+        Batches of the same number of rows are padded to few shapes, so that few programs are compiled.
 
         Args:
             rows: what `load_examples` gives, or takes.
@@ -115,7 +119,7 @@ class DistillationLoss:
         builder = self._fixed.batches
         if completions is None:
             given = [e.completion_for(builder.student) for e in examples]
-        (batch,) = builder.batches_of(examples, given)
+        batch = builder.one_batch(examples, given, self._fixed.shapes)
         if not batch.weight.any() and not (self.spec.crossentropy_weight and batch.labels.weight.any()):
             raise ValueError("nothing in these rows counts in the loss: their completions are empty, or cut off whole")
         return batch

@@ -104,6 +104,7 @@ def test_a_loop_of_ones_own_learns_and_its_student_is_saved(pair, tmp_path):
     drawn, wanted = (gold_jax.sample_completions(model, **options) for model in (again, student))
     assert [d.text for d in drawn] == [d.text for d in wanted]
     on_policy = loss.batch([{"prompt": row["prompt"]} for row in ROWS], drawn)
+    assert jax.tree.map(np.shape, loss.batch(ROWS[:2] + ROWS[:1])) == jax.tree.map(np.shape, batch)  # shorter rows
     assert (on_policy.labels.weight > 0).sum() == sum(len(d.ids) + d.stopped for d in drawn) > 0
 
 

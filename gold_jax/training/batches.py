@@ -292,9 +292,12 @@ class DistillationBatchBuilder:
         text = {i: _text_labels(row.student_prompt, row.student, self.max_length) for i, row in encoded.items()}
         return _evaluation(batches, text, len(examples), rows, self.process_shard)
 
-    def batches_of(self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion]) -> list:
-        """One batch, in a list, of rows with their completions, each padded to buckets of its own."""
-        return self._batches(examples, dict(enumerate(completions)), len(examples))[2]
+    def one_batch(
+        self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion], shapes: ShapeSet
+    ) -> text_batch.Batch:
+        """All rows, with these completions, in one batch, padded to one of the `shapes`."""
+        _, _, (batch,) = self._batches(examples, dict(enumerate(completions)), len(examples), shapes=shapes)
+        return batch
 
     def _batches(
         self,
