@@ -400,7 +400,7 @@ class _Trainer(TrainerMembers):
             # IPython keeps the last error, whose frames would keep the arrays after `del trainer`.
             traceback.clear_frames(stopped.__traceback__)
             del self
-            raise stopped.with_traceback(None if stopped.args else stopped.__traceback__)  # the text says it all
+            raise stopped.with_traceback(None if stopped.args else stopped.__traceback__) from None
         if is_main_process():
             self.create_model_card()
             self.loop.say(f"The student is saved in {a.output_dir}")

@@ -174,17 +174,14 @@ def test_a_learning_rate_that_is_given_is_that_of_an_optimizer_that_has_its_own(
     graph, params = split(decoder(V, 3))
     shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
     (batch,) = build_token_batches(shown, 2)
-    wrong = batch._replace(labels=batch.labels._replace(weight=batch.labels.weight * np.nan))
     args = SFTConfig(output_dir="unused", learning_rate=1.3e-2, lr_scheduler_type="cosine", warmup_steps=3)
     given = {"schedule": make_schedule(args, 8)}
     ends = []
     for optimizer, options in ((make_optimizer(args, 8), {}), (make_optimizer(args, None), given)):
         step = Step(make_cross_entropy_loss(graph, chunk=8), optimizer, **options)
         state = init_state(optimizer, jax.tree.map(jnp.array, params))
-        for one in (batch, wrong, batch, batch, batch, batch):  # one left out: it takes no rate
-            state, _ = step(state, [one] * micro)
-        state, _ = step.skip(state)
-        state, _ = step(state, [batch] * micro)
+        for left_out in (False, True, False, False, False, False):  # what is left out takes no rate
+            state, _ = step.skip(state) if left_out else step(state, [batch] * micro)
         ends.append(jax.tree.map(np.array, state))
-    assert ends[0].nonfinite.total == 2
+    assert ends[0].nonfinite.total == 1
     chex.assert_trees_all_equal(*ends)
