@@ -255,7 +255,8 @@ def full_step(bench: Bench) -> None:
         seconds, spread = timed(call, 5, 1)
         bench.add("4 step", name, seconds * 1e3, "ms", spread=spread * 1e3)
     measured = peak_bytes(bench.device)
-    compiled = under.step.programs["fused"].lower(under.state, under.constants, _with_teacher(under)).compile()
+    given = under.state, under.constants, _with_teacher(under), under.step.learning_rate(under.state)
+    compiled = under.step.programs["fused"].lower(*given).compile()
     about = compiled.memory_analysis()
     alone = (
         about.argument_size_in_bytes + about.temp_size_in_bytes + about.output_size_in_bytes - about.alias_size_in_bytes

@@ -1,4 +1,6 @@
-"""What makes runs on a CPU faster or smaller than XLA and glibc make them by themselves: off in the library, on in the commands.
+"""What makes runs on a CPU faster or smaller than XLA and glibc make them by themselves.
+
+The first two are off in the library, on in the commands; the third changes no setting and is on in both.
 
 | what | without | with | measured |
 | --- | --- | --- | --- |
@@ -29,7 +31,7 @@ _enabled = False
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """Within it `sorted_l1` sorts on the host where `sort` is "auto", and freed memory goes back to the system.
+    """Within it `sorted_l1` sorts on the host where `sort` is "auto".
 
     Whether it is on is looked up when a function is traced: a function that was compiled before stays as it was.
     """
@@ -60,9 +62,9 @@ def restart_with_huge_pages() -> None:
 def release_freed_memory() -> bool:
     """Gives the system what this process has freed, such as the copies that loading and compiling make; whether it did.
 
-    It does only where this is `enabled`, with glibc on Linux.
+    It does only with glibc on Linux.
     """
-    if not _enabled or not sys.platform.startswith("linux"):
+    if not sys.platform.startswith("linux"):
         return False
     try:
         return bool(ctypes.CDLL(None).malloc_trim(0))

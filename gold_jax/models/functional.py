@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.statelib import FlatState
+from flax.traverse_util import flatten_dict
 
 Params = Mapping[str, Any]
 
@@ -31,7 +33,8 @@ def split(model: nnx.Module | tuple[nnx.GraphDef, Any]) -> tuple[nnx.GraphDef, P
 
 def merge(graph: nnx.GraphDef, params: Params) -> Any:
     """A module with Variables of its own that hold the arrays of `params`. Make it where it is used, and do not keep it."""
-    return nnx.merge(graph, params)
+    # Flat: what nnx flattens by itself keeps the arrays in a cycle, and so on the device until Python collects it.
+    return nnx.merge(graph, FlatState(flatten_dict(params).items(), sort=True))
 
 
 def count(params: Params) -> int:

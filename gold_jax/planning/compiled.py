@@ -163,12 +163,14 @@ class PlannedRun:
             lines = batch.teacher.packed
             add("teacher", step.programs["teacher_forward"], (constants, lines), (constants.teacher, lines))
             batch, used = with_hidden(batch, self.hidden), constants._replace(teacher=None)
+        rate = jax.eval_shape(step.learning_rate, self.state)
+        rate = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), rate)
         if self.request.micro_batches == 1:
-            add(STUDENT[0], step.programs["fused"], (self.state, constants, batch), (self.state, used, batch))
+            add(STUDENT[0], step.programs["fused"], (self.state, constants, batch, rate), (self.state, used, batch))
         else:
             metrics = jax.eval_shape(step.objective.loss, params, constants, batch)
             metrics = jax.tree.map(lambda x: _abstract(x, self.placement.replicated), metrics)
-            so_far, given = (params, params, metrics), (self.state, params, metrics[0])
+            so_far, given = (params, params, metrics), (self.state, params, metrics[0], rate)
             add(STUDENT[0], step.programs["first"], (params, constants, batch), (params, used, batch))
             add(STUDENT[1], step.programs["add"], (*so_far, constants, batch), (so_far, used, batch))
             add("optimizer", step.programs["update"], given, given)

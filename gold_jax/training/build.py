@@ -80,16 +80,18 @@ def build_run(
     graph, params = split(student.model)
     params = commit(params)
     optimizer, schedule = optimizers
+    stepped, rates = optimizer, {}  # what updates, whose programs are those of other learning rates too
     if optimizer is None:
         optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
+        stepped, rates = make_optimizer(args, None), {"schedule": schedule}
     shardings = None if placement is None else state_shardings(optimizer, params)
     shards = 1 if placement is None else placement.row_shards
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
     chunk, chat_tokenizer = chunk_size(args.loss_chunk, student.model.platform), student.chat_tokenizer
-    mesh = dict(shardings=shardings, device_put=None if placement is None else placement.put_rows)
+    given = dict(shardings=shardings, device_put=None if placement is None else placement.put_rows, **rates)
     batches = None
     if teacher is None:
-        step = Step(make_cross_entropy_loss(graph, chunk=chunk), optimizer, **mesh)
+        step = Step(make_cross_entropy_loss(graph, chunk=chunk), stepped, **given)
         if chat_tokenizer is not None:
             counted = counted_tokens(args)
             sizes = rows, eval_rows, args.max_length, counted, args.length_buckets
@@ -107,7 +109,7 @@ def build_run(
         importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
     options = dict(chunk=chunk, importance=importance)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
-    step = Step(objective, optimizer, constants, **mesh)
+    step = Step(objective, stepped, constants, **given)
     if chat_tokenizer is not None:
         sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
         sampling |= dict(top_k=args.top_k, top_p=args.top_p)

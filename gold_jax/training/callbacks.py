@@ -1,6 +1,7 @@
 """transformers' `TrainerCallback`s, called at the events of a run; and checks of the trainers' arguments by TRL's names."""
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -96,6 +97,12 @@ def check_compute_metrics(compute_metrics: Any, args: Any) -> None:
     if compute_metrics is not None and not args.predict_with_generate:
         given = "compute_metrics is given the texts that the student writes in evaluation, and those of the data set"
         raise ValueError(f"{given}; set predict_with_generate=True, or leave it out")
+
+
+def weakly(method: Callable) -> Callable:
+    """A bound method that does not keep its object alive, for what that object holds: no cycle keeps arrays after `del`."""
+    found = weakref.WeakMethod(method)
+    return lambda *arguments: found()(*arguments)
 
 
 def check_optimizers(optimizer: Any, schedule: Any) -> None:

@@ -33,7 +33,7 @@ from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, SAVING, WAITING, annotate
 from gold_jax.training.batches import UpdateBatch
 from gold_jax.training.build import Run
-from gold_jax.training.callbacks import Callbacks
+from gold_jax.training.callbacks import Callbacks, weakly
 from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
@@ -104,7 +104,7 @@ class Loop:
         self._reset()
         held = dict(optimizer=run.optimizer, lr_scheduler=run.schedule)
         held |= dict(processing_class=student.chat_tokenizer.tokenizer, say=self.say)
-        self.callbacks = Callbacks(callbacks, args, self.trainer_state, lambda: self.student.model, **held)
+        self.callbacks = Callbacks(callbacks, args, weakly(self.trainer_state), weakly(self._model), **held)
         self.callbacks.call("on_init_end")
 
     def _reset(self) -> None:
@@ -168,7 +168,7 @@ class Loop:
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
                 held = self.checkpoints, self.run, self.data, args, self.output
-                self._saver = Saver(*held, self._save_model, self._log, self.watchdog, self.say)
+                self._saver = Saver(*held, weakly(self._save_model), self._log, self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
@@ -279,7 +279,7 @@ class Loop:
 
     def _start(self) -> None:
         """The state before the first update: the current parameters, all else new."""
-        self.state = init_state(self.run.optimizer, self.state.params, self.run.shardings)
+        self.state = init_state(self.run.step.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
         self.run_state.begin()
         if is_main_process():
@@ -490,6 +490,9 @@ class Loop:
     def student(self) -> LoadedModel:
         """The current student, to be used at once: the next update donates its arrays."""
         return self._student._replace(model=merge(self.run.graph, self.state.params))
+
+    def _model(self) -> Decoder:
+        return self.student.model
 
     @annotate(SAVING)
     def save(self, folder: str | pathlib.Path) -> pathlib.Path:

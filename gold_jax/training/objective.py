@@ -98,16 +98,6 @@ def _distillation_loss(
 ) -> Objective:
     options = dict(compare=spec.bound(), overlap=overlap, merge=spec.merge, chunk=chunk)
 
-    def teacher_forward(constants: StepConstants, packed: PackedBatch):
-        frozen = merge(teacher, constants.teacher)
-        if frozen.config.tied:
-            packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
-        with jax.named_scope("teacher"):
-            hidden = frozen.forward_packed(*packed)
-        # The student's program sees few different sizes, though the teacher's packed sequences come in more.
-        extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
-        return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
-
     def loss(params, constants: StepConstants, batch: Batch, text: jax.Array | None = None):
         model, frozen = merge(student, params), merge(teacher, constants.teacher)
         with jax.named_scope("student"):
@@ -151,7 +141,24 @@ def _distillation_loss(
             parts = {**parts, "cross_entropy": value, **more}
         return total, parts | weighted | _text_nll(hidden, plain, batch.labels, text, chunk)
 
-    return Objective(teacher_forward if spec.distillation_weight else None, loss)
+    return Objective(_teacher_forward(teacher) if spec.distillation_weight else None, loss)
+
+
+@functools.lru_cache(maxsize=8)
+def _teacher_forward(teacher: nnx.GraphDef) -> Callable[[StepConstants, PackedBatch], jax.Array]:
+    """`Objective.teacher_forward`, which is the same for all losses."""
+
+    def teacher_forward(constants: StepConstants, packed: PackedBatch):
+        frozen = merge(teacher, constants.teacher)
+        if frozen.config.tied:
+            packed = packed._replace(tokens=constants.teacher_row_of_token[packed.tokens])
+        with jax.named_scope("teacher"):
+            hidden = frozen.forward_packed(*packed)
+        # The student's program sees few different sizes, though the teacher's packed sequences come in more.
+        extra = power_of_two(hidden.shape[1]) - hidden.shape[1]
+        return jnp.pad(hidden, [(0, 0), (0, extra), (0, 0)])
+
+    return teacher_forward
 
 
 @functools.lru_cache(maxsize=8)

@@ -102,26 +102,38 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(name(path)), params)
 
 
-def make_optimizer(config: SFTConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clipping by the global norm, then AdamW as PyTorch has it.
+def make_optimizer(config: SFTConfig, total_steps: int | None) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW as PyTorch has it, with the learning rates of a run of `total_steps`.
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
     `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
-    `max_grad_norm` is 0 or None. The same settings give the same object, so that `Step` finds its programs again.
+    `max_grad_norm` is 0 or None. The same settings give the same object, so that `Step` finds its programs again;
+    where `total_steps` is None, whatever the schedule: its `update` is given `learning_rate=`.
     """
     betas = config.adam_beta1, config.adam_beta2, config.adam_epsilon
-    return _adamw(*betas, config.weight_decay, config.max_grad_norm, make_schedule(config, total_steps))
+    schedule = None if total_steps is None else make_schedule(config, total_steps)
+    return _adamw(*betas, config.weight_decay, config.max_grad_norm, schedule)
 
 
 @functools.lru_cache(maxsize=8)
-def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule) -> optax.GradientTransformation:
+def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | None) -> optax.GradientTransformation:
     adamw = optax.chain(
         scale_by_adam(b1, b2, epsilon),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(schedule),
+        scale_by_given_rate() if schedule is None else optax.scale_by_learning_rate(schedule),
     )
     # A state of one shape, so that a resumed run may clip where it did not before.
     return optax.chain(clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(), adamw)
+
+
+def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
+    """`optax.scale_by_learning_rate` of a schedule, with its state, but the rate is an argument of `update`."""
+
+    def update(updates, state, params=None, *, learning_rate: jax.Array, **others):
+        scaled = jax.tree.map(lambda g: jnp.asarray(-learning_rate, g.dtype) * g, updates)
+        return scaled, optax.ScaleByScheduleState(optax.safe_increment(state.count))
+
+    return optax.GradientTransformationExtraArgs(optax.scale_by_schedule(jnp.zeros_like).init, update)
 
 
 def scale_by_adam(b1: float, b2: float, epsilon: float) -> optax.GradientTransformation:

@@ -45,12 +45,19 @@ def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainS
 def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
     """The state that a run begins with. It holds the parameters given, so that the first step donates them."""
 
+    leaves, structure = jax.tree.flatten(None if shardings is None else shardings._replace(params=None))
+    return commit(_initializer(optimizer, (structure, tuple(leaves)))(params)._replace(params=params))
+
+
+@functools.lru_cache(maxsize=8)
+def _initializer(optimizer: optax.GradientTransformation, shardings: tuple) -> Callable[[Any], TrainState]:
+    """What makes a state but for its parameters, as one program; `shardings` flattened, as they are no key."""
+
     def rest(params):
         zero = jnp.zeros((), jnp.int32)
         return TrainState(None, optimizer.init(params), zero, NonFiniteCounter(zero, zero))
 
-    out_shardings = None if shardings is None else shardings._replace(params=None)
-    return commit(jax.jit(rest, out_shardings=out_shardings)(params)._replace(params=params))
+    return jax.jit(rest, out_shardings=jax.tree.unflatten(*shardings))
 
 
 class Program:
@@ -80,6 +87,22 @@ class Program:
         return self._jitted._cache_size()
 
 
+@functools.lru_cache(maxsize=16)
+def _program(function: Callable) -> Program:
+    """The program of a function that depends on no optimizer, for all steps that call it."""
+    return Program(function)
+
+
+@functools.lru_cache(maxsize=8)
+def _rates(schedule: optax.Schedule) -> Callable[[Any, Any], jax.Array]:
+    """The learning rate of an update from the updates before it and how many of them were left out, on the device."""
+
+    def learning_rate(step, left_out):
+        return schedule(step - left_out)
+
+    return jax.jit(learning_rate)
+
+
 @functools.lru_cache(maxsize=8)
 def _programs(objective: Objective, optimizer: optax.GradientTransformation | None, shardings: tuple) -> dict:
     """The programs of a `Step`, for all steps of one objective and optimizer; `shardings` flattened, as they are no key."""
@@ -93,12 +116,14 @@ def _programs(objective: Objective, optimizer: optax.GradientTransformation | No
         return metrics, constrained(grads, shardings and shardings.params)
 
     @jax.named_scope("optimizer")
-    def update(state: TrainState, grads, loss):
+    def update(state: TrainState, grads, loss, rate=None):
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
 
+        given_rate = {} if rate is None else {"learning_rate": rate}
+
         def take(params, optimizer_state, grads):
-            updates, optimizer_state = optimizer.update(grads, optimizer_state, params)
+            updates, optimizer_state = optimizer.update(grads, optimizer_state, params, **given_rate)
             return optax.apply_updates(params, updates), optimizer_state
 
         def leave(params, optimizer_state, grads):
@@ -119,20 +144,20 @@ def _programs(objective: Objective, optimizer: optax.GradientTransformation | No
         new = constrained(TrainState(params, optimizer_state, state.step + 1, counter), shardings)
         return new, {"grad_norm": norm, "skipped": left_out}
 
-    def fused(state, constants, batch):
+    def fused(state, constants, batch, rate=None):
         metrics, grads = gradient(state.params, constants, batch)
-        state, done = update(state, grads, metrics[0])
+        state, done = update(state, grads, metrics[0], rate)
         return state, metrics, done
 
     def add(params, grads, metrics, constants, batch):
         more, new = gradient(params, constants, batch)
         return jax.tree.map(jnp.add, metrics, more), jax.tree.map(jnp.add, grads, new)
 
-    programs = {"fused": Program(fused, donate=(0,)), "evaluate": Program(objective.loss)}
+    programs = {"fused": Program(fused, donate=(0,)), "evaluate": _program(objective.loss)}
     programs |= {"first": Program(gradient), "add": Program(add, donate=(1, 2))}
     programs["update"] = Program(update, donate=(0,))
     if objective.teacher_forward is not None:
-        programs["teacher_forward"] = Program(objective.teacher_forward)
+        programs["teacher_forward"] = _program(objective.teacher_forward)
     return programs
 
 
@@ -142,8 +167,10 @@ class Step:
     `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
     and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher. Without an
     optimizer it only evaluates. `constants` are what the objective reads and no update changes, such as the teacher.
+    `schedule` gives the learning rates where the optimizer's `update` is given `learning_rate=`; None: it is not.
     On a mesh `shardings` are those of the state, and `device_put` puts a batch of host arrays there. Steps of one
-    objective and optimizer share their programs: a second run in a process traces and compiles nothing again.
+    objective and optimizer share their programs, whatever the schedule: a second run in a process traces and compiles
+    nothing again. The programs of the last 8 pairs are kept.
     """
 
     def __init__(
@@ -152,10 +179,11 @@ class Step:
         optimizer: optax.GradientTransformation | None,
         constants: Any = (),
         *,
+        schedule: optax.Schedule | None = None,
         shardings: TrainState | None = None,
         device_put: Callable[[Any], Any] | None = None,
     ):
-        self.objective, self.constants = objective, constants
+        self.objective, self.optimizer, self.constants, self._schedule = objective, optimizer, constants, schedule
         self._device_put = device_put or (lambda batch: batch)
         leaves, structure = jax.tree.flatten(shardings)
         self.programs = _programs(objective, optimizer, (structure, tuple(leaves)))
@@ -173,17 +201,21 @@ class Step:
         where loss or gradients are not finite; then parameters and optimizer are what they were.
         """
         run, constants = self.programs, self.constants
-        head = self._with_teacher(batches[0])
+        head, rate = self._with_teacher(batches[0]), self.learning_rate(state)
         if len(batches) == 1:
-            state, metrics, done = run["fused"](state, constants, head)
+            state, metrics, done = run["fused"](state, constants, head, rate)
         else:
             metrics, grads = run["first"](state.params, constants, head)
             del head  # the teacher's hidden states with it
             for batch in batches[1:]:
                 metrics, grads = run["add"](state.params, grads, metrics, constants, self._with_teacher(batch))
-            state, done = run["update"](state, grads, metrics[0])
+            state, done = run["update"](state, grads, metrics[0], rate)
         loss, parts = metrics
         return state, {"loss": loss, **done, **parts}
+
+    def learning_rate(self, state: TrainState) -> jax.Array | None:
+        """That of the next update, as the programs `fused` and `update` take it; None: the optimizer has its own."""
+        return None if self._schedule is None else _rates(self._schedule)(state.step, state.nonfinite.total)
 
     def skip(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
         """An update that is left out: it counts as one, and nothing is computed. Returns what a call returns."""

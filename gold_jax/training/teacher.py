@@ -1,5 +1,6 @@
 """The teacher as a step reads it: frozen, its head in the student's order."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -71,7 +72,12 @@ def _head_name(model: Decoder) -> str:
 
 def _rows_of(head: jax.Array, order: np.ndarray) -> jax.Array:
     """`head[order]`, sharded as the head: over columns, never over rows."""
-    return jax.jit(lambda x: jnp.take(x, order, axis=0), out_shardings=head.sharding)(head)
+    return _take(head, order, head.sharding)
+
+
+@functools.partial(jax.jit, static_argnames="sharding")
+def _take(head: jax.Array, order: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(jnp.take(head, order, axis=0), sharding)
 
 
 def overlap_of(vocabulary: VocabularyMap) -> Overlap:

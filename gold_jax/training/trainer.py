@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import shlex
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from gold_jax import progress
 from gold_jax.compilation_cache import user_caches
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.config.trl_compat import MEMBERS
+from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
@@ -41,7 +43,7 @@ from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
-from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
+from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments, weakly
 from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.logging import KEPT, header, shown
@@ -233,9 +235,9 @@ class _Trainer(TrainerMembers):
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        options |= dict(teacher_score=teacher and self._score_teacher, restart=engine and engine.restart)
-        options |= dict(gaps=self._measure_gaps) if teacher is not None and a.eval_gaps else {}
-        options |= dict(score_groups=self._score_groups) if teacher is not None and a.log_completions else {}
+        options |= dict(teacher_score=teacher and weakly(self._score_teacher), restart=engine and engine.restart)
+        options |= dict(gaps=weakly(self._measure_gaps)) if teacher is not None and a.eval_gaps else {}
+        options |= dict(score_groups=weakly(self._score_groups)) if teacher is not None and a.log_completions else {}
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -409,13 +411,13 @@ class _Trainer(TrainerMembers):
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
-        self.is_in_train = True
         try:
-            with progress.displayed(self.console, enabled=is_main_process() and not a.disable_tqdm):
-                progress.watch_compiling()
-                output = self.loop.train(resume)
-        finally:
-            self.is_in_train = False
+            output = self._run(resume)
+        except KeyboardInterrupt as stopped:
+            # IPython keeps the last error, whose frames would keep the arrays after `del trainer`.
+            traceback.clear_frames(stopped.__traceback__)
+            del self
+            raise stopped.with_traceback(None if stopped.args else stopped.__traceback__) from None
         if is_main_process():
             self.create_model_card()
             self.loop.say(f"The student is saved in {a.output_dir}")
@@ -435,6 +437,17 @@ class _Trainer(TrainerMembers):
         FileNotFoundError: there is nothing yet.
         """
         return importlib.import_module("gold_jax.report").Report(self.args.output_dir)
+
+    def _run(self, resume: str | None) -> TrainOutput:
+        """The run itself, with what is under way shown."""
+        self.is_in_train = True
+        try:
+            with progress.displayed(self.console, enabled=is_main_process() and not self.args.disable_tqdm):
+                progress.watch_compiling()
+                return self.loop.train(resume)
+        finally:
+            self.is_in_train = False
+            release_freed_memory()
 
     def _write_report(self) -> None:
         """Writes the report of a finished run; an error is printed and does not fail the run."""

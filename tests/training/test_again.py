@@ -1,11 +1,14 @@
 """A trainer that is used more than once: nothing of a call is left behind in the next."""
 
 import collections
+import gc
 import json
 import logging
 import os
 import re
 import shutil
+import signal
+import weakref
 
 import jax
 import numpy as np
@@ -14,6 +17,7 @@ import tiny_models as tiny
 from flax import nnx
 from rich.console import Console
 from run_files import lines, metrics, steady
+from transformers import TrainerCallback
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, load_model, save_model
 from gold_jax.models.functional import split
@@ -118,6 +122,81 @@ def test_no_program_is_compiled_twice_for_the_same_shapes(twice, compiled):
     ours = {key: count for key, count in compiled.items() if key[0].removeprefix("jit(").rstrip(")") in programs}
     assert len({name for name, _ in ours}) >= 4
     assert [key[0] for key, count in ours.items() if count > 1] == []
+
+
+@pytest.fixture
+def backend_compiled():
+    """Names of programs that XLA compiles."""
+    names = []
+
+    def hear(event, _seconds, **more):
+        if event == "/jax/core/compile/backend_compile_duration":
+            names.append(more["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(hear)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(hear)
+
+
+def test_a_second_trainer_compiles_nothing_whatever_its_learning_rates(twice, pair, tmp_path, backend_compiled):
+    gold(pair, tmp_path / "same").train()
+    assert backend_compiled == []
+    trainer = gold(pair, tmp_path / "other", learning_rate=3e-3, warmup_steps=1)
+    trainer.train()
+    assert set(backend_compiled) <= {"jit(learning_rate)"}
+    assert trainer.log_history[1]["learning_rate"] == pytest.approx(3e-3)
+
+
+def test_trainers_of_other_losses_share_what_the_teacher_reads_with(twice, pair, tmp_path, backend_compiled):
+    gold(pair, tmp_path, loss="uld").train()
+    assert "jit(fused)" in backend_compiled and "jit(teacher_forward)" not in backend_compiled
+
+
+class Interrupts(TrainerCallback):
+    """Presses Ctrl-C at the beginning of an update."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **others):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("ended", ["trained", "interrupted", "never trained"])
+def test_a_trainer_that_is_let_go_of_gives_its_arrays_back_at_once(ended, pair, tmp_path):
+    gc.collect()
+    before, kept = len(jax.live_arrays()), None
+    gc.disable()
+    try:
+        trainer = gold(pair, tmp_path, eval_gaps=True)
+        if ended == "interrupted":
+            trainer.add_callback(Interrupts(1))
+            with pytest.raises(KeyboardInterrupt) as raised:
+                trainer.train()
+            kept = raised.value  # as IPython keeps it
+        elif ended == "trained":
+            trainer.train()
+        assert len(jax.live_arrays()) > before
+        gone = weakref.ref(trainer)
+        del trainer
+        assert gone() is None and len(jax.live_arrays()) == before
+    finally:
+        gc.enable()
+    assert kept is None or "Interrupted after 2 updates" in str(kept)
+
+
+def test_an_interrupted_trainer_has_its_log_and_goes_on(pair, tmp_path):
+    whole = gold(pair, tmp_path / "whole", evaluation=None, max_steps=3)
+    whole.train()
+    trainer, interrupts = gold(pair, tmp_path / "out", evaluation=None, max_steps=3), Interrupts(1)
+    trainer.add_callback(interrupts)
+    with pytest.raises(KeyboardInterrupt, match="Interrupted after 2 updates; .* are saved in .*checkpoint-2"):
+        trainer.train()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not trainer.is_in_train
+    assert [row["step"] for row in trainer.log_history] == [1, 2] == [row["step"] for row in trainer.state.log_history]
+    assert trainer.train(resume_from_checkpoint=True).global_step == 3
+    assert same(arrays(trainer), arrays(whole)) and steady(trainer.log_history) == steady(whole.log_history)
 
 
 def test_an_evaluation_is_the_same_whoever_writes_the_completions_of_training(pair, tmp_path):

@@ -14,7 +14,7 @@ from gold_jax.models.functional import merge, split
 from gold_jax.text.batch import build_batches, build_token_batches
 from gold_jax.text.vocabulary import VocabularyMap
 from gold_jax.training.objective import make_cross_entropy_loss, make_distillation_loss
-from gold_jax.training.optimizer import make_optimizer
+from gold_jax.training.optimizer import make_optimizer, make_schedule
 from gold_jax.training.step import Program, Step, init_state
 from gold_jax.training.teacher import freeze_teacher, restore_teacher
 
@@ -155,14 +155,33 @@ def test_steps_of_the_same_settings_share_their_programs_and_others_do_not():
 
     def once(**changes):
         args = settings.replace(**changes)
-        optimizer = make_optimizer(args, 10)
-        step = Step(make_cross_entropy_loss(graph, chunk=args.loss_chunk or 8), optimizer)
+        optimizer, schedule = make_optimizer(args, None), make_schedule(args, 10)
+        step = Step(make_cross_entropy_loss(graph, chunk=args.loss_chunk or 8), optimizer, schedule=schedule)
         state = init_state(optimizer, jax.tree.map(jnp.array, params))
         return step, jax.tree.map(np.array, step(state, [batch])[0].params)
 
     (one, first), (two, second), (three, third) = once(), once(), once(learning_rate=2e-2)
-    assert one.programs is two.programs and two.compiled == 0
-    assert three.programs is not one.programs and three.compiled == 1
+    assert one.programs is two.programs is three.programs and two.compiled == three.compiled == 0
+    four, _ = once(adam_beta1=0.8)
+    assert four.programs is not one.programs and four.compiled == 1
     chex.assert_trees_all_equal(first, second)
     moved, twice = (jax.tree.map(lambda x, y: y - x, jax.tree.map(np.array, params), end) for end in (first, third))
     chex.assert_trees_all_close(jax.tree.map(lambda x: 2 * x, moved), twice, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro", [1, 2])
+def test_a_learning_rate_that_is_given_is_that_of_an_optimizer_that_has_its_own(micro):
+    graph, params = split(decoder(V, 3))
+    shown = [(np.array([1, 5, 9, 2, 7, 7], np.int32), np.ones(6, bool))] * 2
+    (batch,) = build_token_batches(shown, 2)
+    args = SFTConfig(output_dir="unused", learning_rate=1.3e-2, lr_scheduler_type="cosine", warmup_steps=3)
+    given = {"schedule": make_schedule(args, 8)}
+    ends = []
+    for optimizer, options in ((make_optimizer(args, 8), {}), (make_optimizer(args, None), given)):
+        step = Step(make_cross_entropy_loss(graph, chunk=8), optimizer, **options)
+        state = init_state(optimizer, jax.tree.map(jnp.array, params))
+        for left_out in (False, True, False, False, False, False):  # what is left out takes no rate
+            state, _ = step.skip(state) if left_out else step(state, [batch] * micro)
+        ends.append(jax.tree.map(np.array, state))
+    assert ends[0].nonfinite.total == 1
+    chex.assert_trees_all_equal(*ends)
