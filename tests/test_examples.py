@@ -96,11 +96,12 @@ def blocks():
     languages = {"python": run_python, "bash": run_bash, "yaml": read_settings, "json": read_rows}
     sybil = Sybil([skip, *(CodeBlockParser(name, run) for name, run in languages.items())])
     for page in PAGES:
-        above = []
-        for example in sybil.parse(page):
+        above, examples = [], list(sybil.parse(page))
+        texts = [example.parsed for example in examples if example.region.evaluator in (run_bash, run_python)]
+        trains = any(re.search(rf"gold_jax\.(train|report)|GOLDTrainer|_grad|{ADDRESS}", text) for text in texts)
+        marks = [pytest.mark.slow] if trains else []  # all of a page: its blocks share their names
+        for example in examples:
             if example.region.evaluator in languages.values():
-                trains = re.search(rf"gold_jax\.(train|report)|GOLDTrainer|{ADDRESS}", example.parsed)
-                marks = [pytest.mark.slow] if trains else []
                 yield pytest.param([*above, example], id=f"{page.name}:{example.line}", marks=marks)
                 above = []
             else:
@@ -150,6 +151,7 @@ def server(folder):
 def test_a_block_runs(examples, folder, request, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(compare, "COMPARISONS", dict(compare.COMPARISONS))  # to which a block may add
     for example in examples:
         example.namespace["fixture"] = request.getfixturevalue
         example.evaluate()
@@ -205,8 +207,10 @@ def commands(text: str):
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_command_is_told_flags_that_it_has(page, parse, monkeypatch):
     text = page.read_text(encoding="utf-8")
-    if page.name == "add-a-loss.md":
-        monkeypatch.setitem(compare.COMPARISONS, "skew_kl", compare.Comparison(the_loss()))
+    own = {"skew_kl": compare.Comparison(the_loss())} if page.name == "add-a-loss.md" else {}
+    monkeypatch.setattr(compare, "COMPARISONS", compare.COMPARISONS | own)
+    for file, content in re.findall(r"^cat > (\S+) <<'END'\n(.*?)^END$", text, re.M | re.S):
+        pathlib.Path(file).write_text(content)
     for name, words in commands(text):
         if any(word.startswith("--") for word in words):
             parse(name, words)
