@@ -58,6 +58,12 @@ def take_in(app, docname: str, source: list[str]) -> None:
         source[0] += NOTEBOOKS
 
 
+def follow(app, env, docnames: list[str]) -> None:
+    """Has links to notebooks lead to their pages: Sphinx reads through the symbolic link, and looks links up behind it."""
+    env.project._path_to_docname.update({env.doc2path(name).resolve(): name for name in env.found_docs})
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("env-before-read-docs", follow)
     app.connect("source-read", take_in)
