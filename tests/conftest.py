@@ -41,6 +41,7 @@ LONGEST = (
     "sharding/test_mesh.py",
     "test_commands.py",
     "test_notebooks.py",
+    "test_examples.py",
     "losses/test_trl_parity.py",
     "stateful/test_stories.py",
     "metamorphic/test_what_leaves_the_weights_alone.py",

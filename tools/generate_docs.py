@@ -185,9 +185,9 @@ def api_page() -> str:
             continue
         parts.append(f"## {name}")
         if not issubclass(thing, Settings) if isinstance(thing, type) else True:
-            signature = re.sub(r"<factory>|<object object at [^>]*>", "…", str(python_signature(thing)))
+            signature = re.sub(r"<factory>|<object object at [^>]*>", "...", str(python_signature(thing)))
             signature = re.sub(r"'([A-Za-z_.\[\], |]+)'", r"\1", signature).replace("gold_jax.", "")
-            parts.append(f"```python\n{name}{signature}\n```")
+            parts.append(f"```py\n{name}{signature}\n```")
         parts.append("```text\n" + inspect_docstring(thing) + "\n```")
         if isinstance(thing, type) and issubclass(thing, Settings):
             parts.append("Its fields are the flags of [flags.md](flags.md).")

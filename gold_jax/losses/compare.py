@@ -151,7 +151,8 @@ def uld(
     is that of `sorted_l1`; with `top_k` only so many of the largest values are compared (0: all), and the part
     `tail_bound` is the most that the rest could add.
 
-    Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
+    Source: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+    equation 4 (arXiv 2402.12030).
 
     >>> p, q = (GroupDistribution.single_token(jnp.log(jnp.array(x))) for x in ([0.1, 0.9], [0.5, 0.2, 0.3]))
     >>> round(float(uld(p, q, Overlap(0))[0]), 4)  # |.9 - .5| + |.1 - .3| + |0 - .2|
@@ -177,8 +178,8 @@ def hybrid(
     has no unmatched entry, the second term is zero. Weights of None are `K / W` and its complement; `top_k` and `sort`
     are those of `uld`. The parts `matched` and `unmatched` are those before the weights.
 
-    Source: TRL's `trl.experimental.gold` (GOLD, general online logit distillation), which this follows to float32's
-    precision.
+    Source: Patiño et al., "Unlocking On-Policy Distillation for Any Model Family" (2025), and TRL's
+    `trl.experimental.gold` (general online logit distillation), which this follows to float32's precision.
 
     >>> p = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.2, 0.3])), matched=1)
     >>> q = GroupDistribution.single_token(jnp.log(jnp.array([0.5, 0.4, 0.1])), matched=1)

@@ -53,7 +53,8 @@ def sorted_l1(student: jax.Array, teacher: jax.Array, sort: str = "auto") -> jax
     host for programs that run on CPUs where `gold_jax.cpu` is enabled and vocabularies are large (unless there is one
     core alone, or several devices), and XLA elsewhere.
 
-    Source: Boizard et al., "Towards Cross-Tokenizer Distillation", equation 4 (arXiv 2402.12030).
+    Source: Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs",
+    equation 4 (arXiv 2402.12030).
 
     >>> round(float(sorted_l1(jnp.array([0.1, 0.9]), jnp.array([0.5, 0.2, 0.3]))), 4)  # .9-.5, .3-.1, .2-0
     0.8
