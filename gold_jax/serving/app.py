@@ -21,7 +21,7 @@ from starlette.routing import Route
 from gold_jax.serving import writing
 from gold_jax.serving.batcher import STOPPING, Batcher, QueueFull, Request, Tokens
 from gold_jax.serving.programs import MOST_TOP
-from gold_jax.serving.protocol import RequestError, Wanted, read_request
+from gold_jax.serving.protocol import ParsedRequest, RequestError, read_request
 from gold_jax.text.chat import ChatTokenizer
 
 MOST_BYTES = 8 * 2**20  # of a body
@@ -31,50 +31,51 @@ _RETRY_SECONDS = 1
 class _Choice:
     """One choice of a response, and how much of it was sent."""
 
-    def __init__(self, chat: ChatTokenizer, wanted: Wanted, prompt: Any, ids: np.ndarray, index: int):
-        self.chat, self.wanted, self.ids, self.index = chat, wanted, ids, index
+    def __init__(self, chat: ChatTokenizer, parsed: ParsedRequest, prompt: Any, ids: np.ndarray, index: int):
+        self.chat, self.parsed, self.ids, self.index = chat, parsed, ids, index
         self.request: Request | None = None
         self.is_chat = not isinstance(prompt, str) and not _is_ids(prompt)
         self.prompt_text, self.prompt_offsets = ("", []) if self.is_chat else writing.text_of_prompt(chat, prompt, ids)
-        self.writing = writing.Writing(chat, prompt if self.is_chat else self.prompt_text, wanted.stop)
+        self.writing = writing.Writing(chat, prompt if self.is_chat else self.prompt_text, parsed.stop)
         self.prompt_tokens: Tokens | None = None
-        self.echoes = wanted.echo  # until the prompt is sent
+        self.echoes = parsed.echo  # until the prompt is sent
         self.characters = self.tokens = 0  # sent so far
 
     def take(self) -> tuple[str, dict | None]:
         """The text that was not sent yet, and the log-probabilities of its tokens; None if they were not requested."""
-        text, top = self.writing.text[self.characters :], self.wanted.top
-        costs = None
+        text, top = self.writing.text[self.characters :], self.parsed.top
+        logprobs = None
         if top is not None and self.writing.ids:
-            tokens, offsets = self.writing.costs(self.tokens)
+            tokens, offsets = self.writing.ready(self.tokens)
             self.tokens += len(tokens.ids)
             if self.is_chat:
-                costs = writing.chat_logprobs(self.chat, tokens, top)
+                logprobs = writing.chat_logprobs(self.chat, tokens, top)
             else:
-                before = len(self.prompt_text) if self.wanted.echo else 0
-                costs = writing.completion_logprobs(self.chat, tokens, [before + at for at in offsets], top)
+                before = len(self.prompt_text) if self.parsed.echo else 0
+                logprobs = writing.completion_logprobs(self.chat, tokens, [before + at for at in offsets], top)
         self.characters += len(text)
         if self.echoes:
             self.echoes, text = False, self.prompt_text + text
             if self.prompt_tokens is not None:
-                told = writing.completion_logprobs(self.chat, self.prompt_tokens, self.prompt_offsets[1:], top)
+                rest = writing.completion_logprobs(self.chat, self.prompt_tokens, self.prompt_offsets[1:], top)
                 first = [writing.token_text(self.chat, int(self.ids[0]))], [None], [None], self.prompt_offsets[:1]
-                costs = {name: [*one, *told[name], *(costs or {}).get(name, [])] for name, one in zip(told, first)}
-        return text, costs
+                prompt = {name: [*one, *rest[name]] for name, one in zip(rest, first)}
+                logprobs = {name: [*values, *(logprobs or {}).get(name, [])] for name, values in prompt.items()}
+        return text, logprobs
 
 
 class _Answer:
     """The response to one HTTP request: its choices, the events of the batcher, and its format."""
 
-    def __init__(self, wanted: Wanted, choices: list[_Choice], kind: str, model: str, batcher: Batcher):
-        self.wanted, self.choices, self.kind, self.batcher = wanted, choices, kind, batcher
+    def __init__(self, parsed: ParsedRequest, choices: list[_Choice], kind: str, model: str, batcher: Batcher):
+        self.parsed, self.choices, self.kind, self.batcher = parsed, choices, kind, batcher
         self.events: asyncio.Queue = asyncio.Queue()
         name, prefix = ("chat.completion", "chatcmpl") if kind == "chat" else ("text_completion", "cmpl")
         self.head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": name, "created": int(time.time()), "model": model}
 
     def submit(self, max_length: int) -> None:
         """Submits the choices to the batcher; `QueueFull` if there is no room for all of them."""
-        loop, wanted = asyncio.get_running_loop(), self.wanted
+        loop, parsed = asyncio.get_running_loop(), self.parsed
 
         def receiver(choice):
             def receive(kind, value):
@@ -88,14 +89,14 @@ class _Answer:
             choice.request = Request(
                 prompt=choice.ids,
                 receive=receiver(choice),
-                max_tokens=room if wanted.max_tokens is None else wanted.max_tokens,
-                seed=wanted.seed,
-                index=choice.index % wanted.n,
-                temperature=wanted.temperature,
-                top_k=wanted.top_k,
-                top_p=wanted.top_p,
-                top=wanted.top or 0,
-                score_prompt=wanted.echo and wanted.top is not None,
+                max_tokens=room if parsed.max_tokens is None else parsed.max_tokens,
+                seed=parsed.seed,
+                index=choice.index % parsed.n,
+                temperature=parsed.temperature,
+                top_k=parsed.top_k,
+                top_p=parsed.top_p,
+                top=parsed.top or 0,
+                score_prompt=parsed.echo and parsed.top is not None,
             )
             if choice.request.max_tokens == 0 and not choice.request.score_prompt:
                 choice.writing.end("length")
@@ -108,9 +109,9 @@ class _Answer:
                 self.batcher.cancel(choice.request)
 
     async def changes(self, http: HttpRequest) -> AsyncIterator[_Choice]:
-        """Yields a choice whenever it has grown, until all are finished; `ClientDisconnect` if the client is gone."""
-        watch = asyncio.create_task(_gone(http))
-        watch.add_done_callback(lambda _: self.events.put_nowait((None, "gone", None)))
+        """Yields a choice whenever it has grown, until all are finished; `ClientDisconnect` if the client disconnects."""
+        watch = asyncio.create_task(_disconnected(http))
+        watch.add_done_callback(lambda _: self.events.put_nowait((None, "disconnected", None)))
         unfinished = [choice for choice in self.choices if not choice.writing.finish]
         try:
             for choice in self.choices:
@@ -118,7 +119,7 @@ class _Answer:
                     yield choice
             while unfinished:
                 choice, kind, value = await self.events.get()
-                if kind == "gone":
+                if kind == "disconnected":
                     raise ClientDisconnect
                 if choice not in unfinished:  # it was cancelled
                     continue
@@ -141,19 +142,21 @@ class _Answer:
 
     def usage(self) -> dict[str, int]:
         """The numbers of prompt and completion tokens."""
-        read = sum(len(choice.ids) for choice in self.choices[:: self.wanted.n])
+        read = sum(len(choice.ids) for choice in self.choices[:: self.parsed.n])
         written = sum(len(choice.writing.ids) for choice in self.choices)
         return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
-    async def whole(self, http: HttpRequest) -> dict[str, Any]:
+    async def complete(self, http: HttpRequest) -> dict[str, Any]:
         """The response as one JSON object."""
         async for _ in self.changes(http):
             pass
         choices = []
         for choice in self.choices:
-            text, costs = choice.take()
-            said = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
-            choices.append({"index": choice.index, **said, "logprobs": costs, "finish_reason": choice.writing.finish})
+            text, logprobs = choice.take()
+            content = {"message": {"role": "assistant", "content": text}} if self.kind == "chat" else {"text": text}
+            choices.append(
+                {"index": choice.index, **content, "logprobs": logprobs, "finish_reason": choice.writing.finish}
+            )
         return self.head | {"choices": choices, "usage": self.usage()}
 
     async def stream(self, http: HttpRequest) -> AsyncIterator[str]:
@@ -163,19 +166,19 @@ class _Answer:
         def event(**values: Any) -> str:
             return f"data: {json.dumps(head | values)}\n\n"
 
-        def chunk(choice: _Choice, said: dict, costs=None, finish=None) -> str:
-            return event(choices=[{"index": choice.index, **said, "logprobs": costs, "finish_reason": finish}])
+        def chunk(choice: _Choice, content: dict, logprobs=None, finish=None) -> str:
+            return event(choices=[{"index": choice.index, **content, "logprobs": logprobs, "finish_reason": finish}])
 
         try:
             if self.kind == "chat":
                 for choice in self.choices:
                     yield chunk(choice, {"delta": {"role": "assistant", "content": ""}})
             async for choice in self.changes(http):
-                text, costs = choice.take()
+                text, logprobs = choice.take()
                 if text or choice.writing.finish:
-                    said = {"delta": {"content": text} if text else {}} if self.kind == "chat" else {"text": text}
-                    yield chunk(choice, said, costs, choice.writing.finish)
-            if self.wanted.include_usage:
+                    content = {"delta": {"content": text} if text else {}} if self.kind == "chat" else {"text": text}
+                    yield chunk(choice, content, logprobs, choice.writing.finish)
+            if self.parsed.include_usage:
                 yield event(choices=[], usage=self.usage())
             yield "data: [DONE]\n\n"
         except RequestError as error:
@@ -197,7 +200,7 @@ class _Stream(StreamingResponse):
             self.answer.cancel()
 
 
-async def _gone(http: HttpRequest) -> None:
+async def _disconnected(http: HttpRequest) -> None:
     """Returns when the client has closed the connection; its body must have been read."""
     while (await http.receive())["type"] != "http.disconnect":
         pass
@@ -212,105 +215,113 @@ async def _body(http: HttpRequest) -> bytes:
     return bytes(data)
 
 
-def _encode(chat: ChatTokenizer, prompt: Any, field: str, of: str, max_length: int, vocab_size: int) -> np.ndarray:
-    """A prompt as tokens, int32 [P], 1 to `max_length` of them; `RequestError`, which calls it `of`, where it has none such."""
-    if _is_ids(prompt):
-        if wrong := [i for i in prompt if not 0 <= i < vocab_size]:
-            raise RequestError(f"{of} holds the token {wrong[0]}; the model has tokens 0 to {vocab_size - 1}", field)
-        ids = np.array(prompt, np.int32)
-    else:
-        try:
-            ids = chat.encode_prompt(prompt, limit=max_length)
-        except ValueError as error:
-            raise RequestError(f"{of} cannot be read: {error}", field) from None
-    if not len(ids):
-        raise RequestError(f"{of} has no tokens; it must have at least one", field)
-    if len(ids) > max_length:
-        says = f"{of} has more than the {max_length} tokens that fit here (--max_length); shorten it"
-        raise RequestError(says, field)
-    return ids
-
-
 def _is_ids(prompt: Any) -> bool:
     return isinstance(prompt, list) and isinstance(prompt[0], int)
 
 
-def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int) -> Starlette:
-    """The application that serves a batcher's model, with its tokenizer, under a name."""
-    created, said = int(time.time()), set()
-    reader = concurrent.futures.ThreadPoolExecutor(1)  # tokenizes outside the event loop, one request at a time
+class _Service:
+    """The endpoints of a batcher's model, with its tokenizer, under a name."""
 
-    def read(data: bytes, kind: str) -> tuple[Wanted, list[_Choice]]:
-        """A parsed request and its choices, with prompts as tokens."""
-        wanted = read_request(data, kind, name, MOST_TOP)
-        for field in set(wanted.ignored) - said:
-            said.add(field)
-            print(f"note: the field {field} of requests changes nothing here and is ignored", file=sys.stderr)
-        most = batcher.rows + batcher.queue_size
-        if len(wanted.prompts) * wanted.n > most:
-            raise RequestError(
-                f"n times the prompts make {len(wanted.prompts) * wanted.n} sequences; at most {most} fit at once", "n"
-            )
-        choices, field = [], "messages" if kind == "chat" else "prompt"
-        new = (kind == "chat" or 1) if wanted.max_tokens is None else wanted.max_tokens
-        for at, prompt in enumerate(wanted.prompts):
-            of = f"{field}[{at}]" if len(wanted.prompts) > 1 else field
-            ids = _encode(chat, prompt, field, of, batcher.max_length, vocab_size)
-            if len(ids) + new > batcher.max_length:
-                raise RequestError(
-                    f"the tokens of {of} ({len(ids)}) and max_tokens ({new}) are more than the {batcher.max_length} that fit here (--max_length); "
-                    f"max_tokens can be at most {batcher.max_length - len(ids)}",
-                    "max_tokens",
-                )
-            choices += [_Choice(chat, wanted, prompt, ids, at * wanted.n + k) for k in range(wanted.n)]
-        return wanted, choices
+    def __init__(self, chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int):
+        self.chat, self.batcher, self.name, self.vocab_size = chat, batcher, name, vocab_size
+        self.created = int(time.time())
+        self.logged: set[str] = set()  # ignored fields of requests
+        self.reader = concurrent.futures.ThreadPoolExecutor(
+            1
+        )  # tokenizes outside the event loop, one request at a time
 
-    async def answer(http: HttpRequest) -> Response:
+    async def answer(self, http: HttpRequest) -> Response:
+        """/v1/completions and /v1/chat/completions."""
         kind = "chat" if "chat" in http.url.path else "completions"
         try:
             data = await _body(http)
-            wanted, choices = await asyncio.get_running_loop().run_in_executor(reader, read, data, kind)
-            found = _Answer(wanted, choices, kind, name, batcher)
-            found.submit(batcher.max_length)
-            return _Stream(found, http) if wanted.stream else JSONResponse(await found.whole(http))
+            parsed, choices = await asyncio.get_running_loop().run_in_executor(self.reader, self._read, data, kind)
+            answer = _Answer(parsed, choices, kind, self.name, self.batcher)
+            answer.submit(self.batcher.max_length)
+            return _Stream(answer, http) if parsed.stream else JSONResponse(await answer.complete(http))
         except QueueFull:
             full = RequestError("too many requests wait; try again in a moment", status=503, kind="server_error")
             return JSONResponse(full.body(), 503, {"Retry-After": str(_RETRY_SECONDS)})
         except ClientDisconnect:
             return Response(status_code=499)
 
-    async def models(http: HttpRequest) -> Response:
-        entry = {
-            "id": name,
-            "object": "model",
-            "created": created,
-            "owned_by": "gold_jax",
-            "max_model_len": batcher.max_length,
-        }
-        if (wanted := http.path_params.get("model", name)) != name:
-            raise RequestError(f"the model {wanted!r} is not served here; {name!r} is", "model", 404)
+    async def models(self, http: HttpRequest) -> Response:
+        """/v1/models and /v1/models/NAME."""
+        if (requested := http.path_params.get("model", self.name)) != self.name:
+            raise RequestError(f"the model {requested!r} is not served here; {self.name!r} is", "model", 404)
+        entry = {"id": self.name, "object": "model", "created": self.created, "owned_by": "gold_jax"}
+        entry["max_model_len"] = self.batcher.max_length
         return JSONResponse(entry if "model" in http.path_params else {"object": "list", "data": [entry]})
 
-    async def health(http: HttpRequest) -> Response:
-        return JSONResponse({"status": "ok", "running": batcher.running, "waiting": batcher.waiting})
+    async def health(self, http: HttpRequest) -> Response:
+        """/health: how many sequences run and wait."""
+        return JSONResponse({"status": "ok", "running": self.batcher.running, "waiting": self.batcher.waiting})
 
-    def refused(http: HttpRequest, error: Exception) -> Response:
-        headers = error.headers if isinstance(error, HTTPException) else None  # Allow, for another method
-        if not isinstance(error, RequestError | HTTPException):
-            says = f"{type(error).__name__}, see the server's log"
-            error = RequestError(says, status=500, kind="server_error")
-        elif isinstance(error, HTTPException):
-            status, there = error.status_code, ", ".join(f"{route.path}" for route in routes)
-            error = RequestError(f"{http.method} {http.url.path} is not served; there are {there}", status=status)
-        return JSONResponse(error.body(), error.status, headers)
+    def _read(self, data: bytes, kind: str) -> tuple[ParsedRequest, list[_Choice]]:
+        """A parsed request and its choices, with prompts as tokens."""
+        parsed, longest = read_request(data, kind, self.name, MOST_TOP), self.batcher.max_length
+        for field in set(parsed.ignored) - self.logged:
+            self.logged.add(field)
+            print(f"note: the field {field} of requests changes nothing here and is ignored", file=sys.stderr)
+        count, most = len(parsed.prompts) * parsed.n, self.batcher.rows + self.batcher.queue_size
+        if count > most:
+            raise RequestError(f"n times the prompts make {count} sequences; at most {most} fit at once", "n")
+        choices, field = [], "messages" if kind == "chat" else "prompt"
+        new = (kind == "chat" or 1) if parsed.max_tokens is None else parsed.max_tokens
+        for at, prompt in enumerate(parsed.prompts):
+            name = f"{field}[{at}]" if len(parsed.prompts) > 1 else field
+            ids = self._encode(prompt, field, name)
+            if len(ids) + new > longest:
+                raise RequestError(
+                    f"the tokens of {name} ({len(ids)}) and max_tokens ({new}) are more than the {longest} that fit "
+                    f"here (--max_length); max_tokens can be at most {longest - len(ids)}",
+                    "max_tokens",
+                )
+            choices += [_Choice(self.chat, parsed, prompt, ids, at * parsed.n + k) for k in range(parsed.n)]
+        return parsed, choices
 
+    def _encode(self, prompt: Any, field: str, name: str) -> np.ndarray:
+        """A prompt as tokens, int32 [P], 1 to `max_length` of them, else a `RequestError` that calls it `name`."""
+        longest = self.batcher.max_length
+        if _is_ids(prompt):
+            if wrong := [i for i in prompt if not 0 <= i < self.vocab_size]:
+                has = f"the model has tokens 0 to {self.vocab_size - 1}"
+                raise RequestError(f"{name} holds the token {wrong[0]}; {has}", field)
+            ids = np.array(prompt, np.int32)
+        else:
+            try:
+                ids = self.chat.encode_prompt(prompt, limit=longest)
+            except ValueError as error:
+                raise RequestError(f"{name} cannot be read: {error}", field) from None
+        if not len(ids):
+            raise RequestError(f"{name} has no tokens; it must have at least one", field)
+        if len(ids) > longest:
+            message = f"{name} has more than the {longest} tokens that fit here (--max_length); shorten it"
+            raise RequestError(message, field)
+        return ids
+
+
+def _error_response(http: HttpRequest, error: Exception) -> Response:
+    """Any error in OpenAI's format."""
+    headers = error.headers if isinstance(error, HTTPException) else None  # Allow, for another method
+    if isinstance(error, HTTPException):
+        status, paths = error.status_code, ", ".join(f"{route.path}" for route in http.app.routes)
+        error = RequestError(f"{http.method} {http.url.path} is not served; there are {paths}", status=status)
+    elif not isinstance(error, RequestError):
+        message = f"{type(error).__name__}, see the server's log"
+        error = RequestError(message, status=500, kind="server_error")
+    return JSONResponse(error.body(), error.status, headers)
+
+
+def create_app(chat: ChatTokenizer, batcher: Batcher, name: str, vocab_size: int) -> Starlette:
+    """The application that serves a batcher's model, with its tokenizer, under a name."""
+    service = _Service(chat, batcher, name, vocab_size)
     routes = [
-        Route("/v1/completions", answer, methods=["POST"]),
-        Route("/v1/chat/completions", answer, methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{model:path}", models),
-        Route("/health", health),
+        Route("/v1/completions", service.answer, methods=["POST"]),
+        Route("/v1/chat/completions", service.answer, methods=["POST"]),
+        Route("/v1/models", service.models),
+        Route("/v1/models/{model:path}", service.models),
+        Route("/health", service.health),
     ]
-    return Starlette(
-        routes=routes, exception_handlers={RequestError: refused, HTTPException: refused, Exception: refused}
-    )
+    handlers = dict.fromkeys((RequestError, HTTPException, Exception), _error_response)
+    return Starlette(routes=routes, exception_handlers=handlers)

@@ -1,7 +1,7 @@
 """Continuous batching: a thread that decodes all running sequences, in a fixed number of slots on the device.
 
 A sequence that is submitted waits in a bounded queue for a free slot and joins the others between two rounds of a few
-tokens; so do prompts whose log-probabilities are asked for. Programs are compiled for few sizes: slots of the cache and
+tokens; prompts whose log-probabilities are requested are scored then. Programs are compiled for few sizes: slots of the cache and
 widths of prompts in powers of two, one number of rows, one of prompts. `compile` compiles them before they are needed.
 """
 
@@ -44,7 +44,7 @@ class Tokens:
 
     ids: np.ndarray  # int32 [N]
     logprobs: np.ndarray  # float32 [N], at temperature 1 and unfiltered
-    top_ids: np.ndarray  # int32 [N, K]; zeros where nobody asked for them
+    top_ids: np.ndarray  # int32 [N, K]; zeros unless requested
     top_logprobs: np.ndarray  # float32 [N, K], descending
 
 
@@ -145,9 +145,9 @@ class Batcher:
         return sum(slot is not None for slot in self._slots)
 
     def compile(self, length: int, *, scoring: bool = True) -> None:
-        """Compiles the programs for sequences of up to `length` tokens, without which the first request waits for them.
+        """Compiles the programs for sequences of up to `length` tokens, so that no request waits for it.
 
-        Without `scoring` those for the log-probabilities of prompts are left out.
+        With `scoring` also those for the log-probabilities of prompts.
         """
         largest = power_of_two(min(length, self.max_length))
         sizes = [1 << n for n in range(self._least.bit_length() - 1, largest.bit_length())]
@@ -185,8 +185,8 @@ class Batcher:
                     if self._closed:
                         return self._fail(STOPPING)
                 try:
-                    self._turn()
-                except Exception as error:  # the thread must live: whoever waits is told
+                    self._step()
+                except Exception as error:  # the thread must live: waiting requests receive the error
                     traceback.print_exc()
                     self._fail(f"{type(error).__name__}: {error}")
                     self._reset()
@@ -197,19 +197,19 @@ class Batcher:
             self._waiting.clear()
             self._scoring.clear()
         for sequence in lost:
-            self._tell(sequence, "error", why)
+            self._send(sequence, "error", why)
 
-    def _tell(self, sequence: Request, kind: str, value: Any) -> None:
+    def _send(self, sequence: Request, kind: str, value: Any) -> None:
         if not sequence.cancelled:
             sequence.receive(kind, value)
 
-    def _turn(self) -> None:
+    def _step(self) -> None:
         """Scores and admits waiting sequences, then decodes a round."""
         self._score()
         for row, sequence in enumerate(self._slots):
             if sequence is not None and sequence.cancelled:
                 self._slots[row] = None
-        self._join()
+        self._admit()
         if self.running:
             self._decode()
 
@@ -228,14 +228,14 @@ class Batcher:
                 self._scoring.extendleft(some[::-1])
             raise
         for at, sequence in enumerate(some):
-            self._give(sequence, "prompt", [x[at, : len(sequence.prompt) - 1] for x in found])
+            self._deliver(sequence, "prompt", [x[at, : len(sequence.prompt) - 1] for x in found])
             if not sequence.max_tokens:
-                self._tell(sequence, "end", "length")
+                self._send(sequence, "end", "length")
         with self._lock:
             self._waiting.extendleft([s for s in some if s.max_tokens and not s.cancelled][::-1])
 
     def _size(self, length: int) -> int:
-        """The size of the programs for so many tokens."""
+        """The size that programs for `length` tokens are compiled for."""
         size = power_of_two(length, smallest=self._least)
         if size not in self._sizes:
             self._sizes.add(size)
@@ -243,15 +243,15 @@ class Batcher:
         return size
 
     def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Prompts [B, T] as their program takes them, and how many tokens each has, [B]."""
+        """Prompts padded to int32 [B, T], and their lengths, int32 [B]."""
         shape = self._prompts_at_once, self._size(max(map(len, prompts)))
         tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
         for at, prompt in enumerate(prompts):
             tokens[at, : len(prompt)], lengths[at] = prompt, len(prompt)
         return tokens, lengths
 
-    def _join(self) -> None:
-        """The next sequences that wait are read into free slots; what one reads does not depend on who else joins."""
+    def _admit(self) -> None:
+        """Prefills waiting sequences into free slots; the result for one does not depend on the others."""
         free = [row for row, slot in enumerate(self._slots) if slot is None]
         with self._lock:
             joining = [self._waiting.popleft() for _ in range(min(len(free), len(self._waiting)))]
@@ -273,7 +273,7 @@ class Batcher:
                 self._prefill(prompts[at : at + self._prompts_at_once])
 
     def _prefill(self, rows_of_prompts: Sequence[Sequence[int]]) -> None:
-        """Reads some prompts into the slots that have them."""
+        """Prefills prompts, each into the rows given for it."""
         prompts = [self._slots[rows[0]].prompt[:-1] for rows in rows_of_prompts]
         prefilled = programs.prefill(*self._model, *self._pad(prompts))
         source, row_index, next_token, seed, index = np.zeros((5, self.rows), np.int32)
@@ -283,7 +283,7 @@ class Batcher:
             source[at], row_index[at], next_token[at] = prompt, row, sequence.prompt[-1]
             seed[at], index[at] = np.int64(sequence.seed).astype(np.int32), sequence.index
         arrays = source, row_index, np.int32(len(pairs)), next_token, programs.row_keys(seed, index)
-        self._state = programs.join(*self._state, prefilled, *arrays)
+        self._state = programs.insert(*self._state, prefilled, *arrays)
 
     def _resize(self) -> None:
         """Resizes the cache to what the longest sequence needs for the next round, in powers of two."""
@@ -302,22 +302,22 @@ class Batcher:
         return device.empty_slots(self._no_key, slots=size, **options)
 
     def _settings(self) -> tuple:
-        """The last arguments of `programs.decode_round`, for what is in the slots now."""
+        """The last arguments of `programs.decode_round` for the current slots."""
         now = self._slots
         column = lambda name, off: np.array([off if s is None else getattr(s, name) for s in now])  # noqa: E731
         settings = [column("temperature", 0.0), column("top_k", 0), column("top_p", 1.0)]
         options = programs.row_options(*settings, self._stops, column("max_tokens", 1))
         done = np.array([slot is None for slot in now])
-        steps = (
-            ROUND if not self._seconds_per_step else min(ROUND, max(1, int(_ROUND_SECONDS / self._seconds_per_step)))
-        )
+        steps = ROUND
+        if self._seconds_per_step:
+            steps = min(ROUND, max(1, int(_ROUND_SECONDS / self._seconds_per_step)))
         with self._lock:
             min_active = self.running - 1 if self.waiting else 0
         wants_top = any(slot is not None and slot.top for slot in now)
         return options, done, np.int32(steps), np.int32(min_active), np.bool_(wants_top)
 
     def _decode(self) -> None:
-        """One round: a few tokens of every sequence."""
+        """Decodes one round: a few tokens of every sequence."""
         settings, began = self._settings(), time.perf_counter()
         cache, state, *found = programs.decode_round(*self._model, self._weights, *self._state, *settings)
         self._state = cache, state
@@ -329,20 +329,20 @@ class Batcher:
             if sequence is None:
                 continue
             sequence.written += int(counts[row])
-            if not self._give(sequence, "tokens", [x[row, : counts[row]] for x in drawn]):
+            if not self._deliver(sequence, "tokens", [x[row, : counts[row]] for x in drawn]):
                 self._slots[row] = None
             elif ended[row]:
                 stopped = drawn.tokens[row, counts[row] - 1] in self._stops
                 self._slots[row] = None
-                self._tell(sequence, "end", "stop" if stopped else "length")
+                self._send(sequence, "end", "stop" if stopped else "length")
 
-    def _give(self, sequence: Request, kind: str, arrays: list[np.ndarray]) -> bool:
+    def _deliver(self, sequence: Request, kind: str, arrays: list[np.ndarray]) -> bool:
         """Sends tokens to a sequence, or an error if they are not finite; returns whether it continues."""
         tokens = Tokens(*arrays)
         if np.isfinite(tokens.logprobs).all():
-            self._tell(sequence, kind, tokens)
+            self._send(sequence, kind, tokens)
             return True
-        self._tell(
+        self._send(
             sequence, "error", "the model's logits are not finite: its weights are not, or it overflows on this prompt"
         )
         sequence.cancelled = True

@@ -1,8 +1,8 @@
 """The jitted programs of a server: prefill, decode some tokens of all slots, and the log-probabilities of prompts.
 
 The cache and the state of the slots are those of `rollout.decode_state`; what differs is that each row has settings of its
-own, that a call decodes a few tokens and hands them to the host, and that the likeliest tokens are kept where asked for.
-What requests ask for is traced, and decides at run time which part of a program runs: `decode_round` is compiled once for
+own, that a call decodes a few tokens and hands them to the host, and that the likeliest tokens are kept on request.
+The settings of requests are traced and choose at run time which part of a program runs: `decode_round` is compiled once for
 each number of slots, `prefill` and `score_tokens` once for each width of prompts. One device.
 
 Shapes: R slots, N tokens of a round, K = `MOST_TOP` likeliest tokens, B prompts, T their width, V vocabulary.
@@ -58,10 +58,10 @@ def prefill(graphdef, params, tokens: jax.Array, lengths: jax.Array) -> Cache:
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def join(
+def insert(
     cache: Cache, state: DecodeState, prefilled: Cache, source, row_index, joining, next_token, keys
 ) -> tuple[Cache, DecodeState]:
-    """Copy prompts into rows.
+    """Copies prefilled prompts into rows.
 
     Args:
         cache, state: of R rows; the cache is donated.
@@ -78,7 +78,7 @@ def join(
         return jax.tree.map(copy, cache, prefilled)
 
     cache = jax.lax.fori_loop(0, joining, put, cache)
-    rows = jnp.where(jnp.arange(len(row_index)) < joining, row_index, len(row_index))  # those beyond are dropped
+    rows = jnp.where(jnp.arange(len(row_index)) < joining, row_index, len(row_index))  # the others are dropped
     new = {"next_token": next_token, "key": keys, "count": 0, "done": False}
     joined = {name: getattr(state, name).at[rows].set(value, mode="drop") for name, value in new.items()}
     return cache, state._replace(**joined)
@@ -88,7 +88,7 @@ def join(
 def decode_round(
     graphdef, params, weights, cache: Cache, state: DecodeState, options, done, max_steps, min_active, wants_top
 ):
-    """Decode up to `max_steps` tokens of all rows that are not `done` (bool [R]), while more than `min_active` go on.
+    """Decode up to `max_steps` tokens of all rows that are not `done` (bool [R]), while more than `min_active` are unfinished.
 
     Returned are the cache, the state, `Drawn` (of as many tokens as `state.tokens` has columns) and int32 [R], how many
     of them each row drew. Without `wants_top` (bool) the likeliest tokens are left zero. The cache is donated.
@@ -108,7 +108,7 @@ def decode_round(
         cache = cache._replace(length=jnp.where(state.done, 0, cache.length))  # finished rows are decoded into slot 0
         logits = model.decode_logits(hidden, weights)
         token = _sample(logits, state, options)
-        new = _costs(logits, token, top, wants_top)
+        new = _logprobs(logits, token, top, wants_top)
         drawn = Drawn(*(old.at[:, steps].set(x) for old, x in zip(drawn, new)))
         count = state.count + ~state.done
         ended = (token[:, None] == options.stops).any(axis=1) | (count >= options.limit)
@@ -141,8 +141,8 @@ def _top(model) -> int:
     return min(MOST_TOP, model.config.vocab_size)
 
 
-def _costs(logits: jax.Array, tokens: jax.Array, top: int, wants_top: jax.Array) -> Drawn:
-    """`Drawn` of tokens [...] that logits [..., V] gave, with the `top` likeliest in their place where they are wanted."""
+def _logprobs(logits: jax.Array, tokens: jax.Array, top: int, wants_top: jax.Array) -> Drawn:
+    """`Drawn` of tokens [...] that logits [..., V] gave, with the `top` likeliest in their place if `wants_top`."""
     total = jax.nn.logsumexp(logits, axis=-1)
     own = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - total
 
@@ -163,9 +163,9 @@ def row_keys(seed: jax.Array, index: jax.Array) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames="graphdef")
 def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, wants_top) -> Drawn:
-    """Of tokens int32 [B, T], the first `lengths` [B] of each row, what each costs after those before it: `Drawn` [B, T - 1].
+    """Log-probabilities of prompts, tokens int32 [B, T] of `lengths` [B]: `Drawn` [B, T - 1].
 
-    The first of a row has no cost: column `t` is that of token `t + 1`. `wants_top` as in `decode_round`.
+    Column `t` is that of token `t + 1`: the first token of a row has none. `wants_top` as in `decode_round`.
     """
     model = merge(graphdef, params)
     rows, width = tokens.shape
@@ -176,7 +176,7 @@ def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, wants_
 
     def chunk(_, part):
         hidden, behind = part
-        return None, _costs(model.logits(hidden), behind, _top(model), wants_top)
+        return None, _logprobs(model.logits(hidden), behind, _top(model), wants_top)
 
     def cut(x):  # [B, T, …] -> [T / size, B, size, …]
         return jnp.moveaxis(x.reshape(rows, width // size, size, *x.shape[2:]), 1, 0)

@@ -1,10 +1,10 @@
-"""Requests in OpenAI's format, parsed into `Wanted`, and errors in OpenAI's format."""
+"""Requests in OpenAI's format, parsed into `ParsedRequest`, and errors in OpenAI's format."""
 
 import dataclasses
 import json
 import math
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from gold_jax.config.trl_compat import nearest
@@ -12,12 +12,12 @@ from gold_jax.text.template import Conversation, refused_variables
 from gold_jax.wording import quoted
 
 #: Fields that do not change the answer; each is logged when it is first received.
-HARMLESS = (
+IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
     "parallel_tool_calls", "verbosity",
 )  # fmt: skip
 #: Unsupported fields that would change the answer, with the values that turn them off.
-UNHEEDED: Mapping[str, tuple] = {
+UNSUPPORTED: Mapping[str, tuple] = {
     "best_of": (None, 1), "suffix": (None, ""), "presence_penalty": (None, 0), "frequency_penalty": (None, 0),
     "logit_bias": (None, {}), "response_format": (None, {"type": "text"}), "tools": (None, []), "functions": (None, []),
     "tool_choice": (None, "none", "auto"), "function_call": (None, "none", "auto"), "modalities": (None, ["text"]),
@@ -26,19 +26,11 @@ UNHEEDED: Mapping[str, tuple] = {
     "skip_special_tokens": (None, True), "add_special_tokens": (None, True), "continue_final_message": (None, False),
     "add_generation_prompt": (None, True), "length_penalty": (None, 1), "stop_token_ids": (None, []),
 }  # fmt: skip
+# fmt: off
 _COMMON = (
-    "model",
-    "n",
-    "max_tokens",
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "stop",
-    "stream",
-    "stream_options",
-    "logprobs",
+    "model", "n", "max_tokens", "temperature", "top_p", "top_k", "seed", "stop", "stream", "stream_options", "logprobs",
 )
+# fmt: on
 FIELDS = {
     "completions": (*_COMMON, "prompt", "echo"),
     "chat": (*_COMMON, "messages", "max_completion_tokens", "top_logprobs", "chat_template_kwargs"),
@@ -62,7 +54,7 @@ class RequestError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Wanted:
+class ParsedRequest:
     """A parsed request."""
 
     prompts: list  # each a text, a list of token ids, or messages
@@ -77,10 +69,10 @@ class Wanted:
     include_usage: bool  # whether a stream ends with the number of tokens
     top: int | None  # how many of the most likely tokens are returned; None: no log-probabilities
     echo: bool
-    ignored: tuple[str, ...]  # received fields of `HARMLESS`
+    ignored: tuple[str, ...]  # received fields of `IGNORED`
 
 
-def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
+def read_request(data: bytes, kind: str, served: str, most_top: int) -> ParsedRequest:
     """Parses the body of a request of `kind` "completions" or "chat"; `RequestError` if it cannot be answered.
 
     `served` is the model's name, `most_top` the most top tokens that can be requested.
@@ -91,59 +83,17 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         raise RequestError(f"the body is not JSON that can be read: {quoted(str(error), plain=True)}") from None
     if not isinstance(body, dict):
         raise RequestError(f"the body is {quoted(body)}; it must be a JSON object")
-    known = FIELDS[kind]
-    for name, value in body.items():
-        if name in UNHEEDED and not _switched_off(value, UNHEEDED[name]):
-            off = json.dumps(UNHEEDED[name][-1])
-            raise RequestError(
-                f"{name} is not supported here; leave it out" + f" (or pass {off})" * (off != "null"), name
-            )
-        if name not in known and name not in UNHEEDED and name not in HARMLESS:
-            raise RequestError(f"there is no field {quoted(name)}{nearest(name, known)}", name[:100])
+    _check_names(body, FIELDS[kind])
     field = _Fields(body)
     model = field.read("model", str, "a text", served)
     if model != served:
         raise RequestError(f"the model {quoted(model)} is not served here; {quoted(served)} is", "model", 404)
-    if kind == "chat":
-        prompts, echo = [_messages(body.get("messages"))], False
-        if kwargs := field.read("chat_template_kwargs", dict, "a JSON object", {}):
-            if wrong := refused_variables(kwargs):
-                raise RequestError(f"chat_template_kwargs has {wrong}", "chat_template_kwargs")
-            prompts = [Conversation(prompts[0], template_kwargs=kwargs)]
-        newer, limit = field.whole("max_completion_tokens", None, 1), field.whole("max_tokens", None, 1)
-        if None not in (newer, limit) and newer != limit:
-            raise RequestError(f"max_tokens is {limit} and max_completion_tokens {newer}; leave one away", "max_tokens")
-        limit = limit or newer
-        told = field.read("logprobs", bool, "true or false", False)
-        top = field.whole("top_logprobs", 0, 0, most_top)
-        if top and not told:
-            raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
-        top = top if told else None
-    else:
-        prompts, echo = _prompts(body.get("prompt")), field.read("echo", bool, "true or false", False)
-        limit = field.whole("max_tokens", _DEFAULT_TOKENS, 0)
-        top = field.whole("logprobs", None, 0, most_top)
-        if limit == 0 and not echo:
-            raise RequestError(
-                "max_tokens is 0, which only scores a prompt, with echo: true; it must be at least 1", "max_tokens"
-            )
-    stop = body.get("stop")
-    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
-    if not isinstance(stop, list) or len(stop) > _MOST_STOPS or not all(isinstance(s, str) and s for s in stop):
-        raise RequestError(
-            f"stop is {quoted(stop)}; it must be a string or up to {_MOST_STOPS} of them, none empty", "stop"
-        )
-    options = field.read("stream_options", dict, "a JSON object", {})
-    stream = field.read("stream", bool, "true or false", False)
-    if options and not stream:
-        raise RequestError("stream_options needs stream: true", "stream_options")
-    for name in options:
-        if name not in ("include_usage", "include_obfuscation"):
-            raise RequestError(f"stream_options has no {quoted(name)}; it may have include_usage", "stream_options")
-    include_usage = _Fields(options).read("include_usage", bool, "true or false", False)
-    return Wanted(
+    prompts, max_tokens, top, echo = (_read_chat if kind == "chat" else _read_completion)(field, most_top)
+    stop = _stop_strings(body.get("stop"))
+    stream, include_usage = _stream_options(field)
+    return ParsedRequest(
         prompts=prompts,
-        max_tokens=limit,
+        max_tokens=max_tokens,
         n=field.whole("n", 1, 1, _MOST_N),
         temperature=field.number(
             "temperature", 1.0, lambda x: 0 <= x <= 100, "from 0 (the likeliest token always) to 100"
@@ -151,13 +101,71 @@ def read_request(data: bytes, kind: str, served: str, most_top: int) -> Wanted:
         top_p=field.number("top_p", 1.0, lambda x: 0 < x <= 1, "more than 0 and at most 1 (1: off)"),
         top_k=max(0, field.whole("top_k", 0, -1)),
         seed=field.whole("seed", secrets.randbits(31), -(2**63), 2**63 - 1),
-        stop=tuple(stop),
+        stop=stop,
         stream=stream,
         include_usage=include_usage,
         top=top,
         echo=echo,
-        ignored=tuple(name for name in body if name in HARMLESS),
+        ignored=tuple(name for name in body if name in IGNORED),
     )
+
+
+def _check_names(body: Mapping[str, Any], known: Sequence[str]) -> None:
+    """`RequestError` for a field that is unknown, or unsupported and not turned off."""
+    for name, value in body.items():
+        if name in UNSUPPORTED and not _switched_off(value, UNSUPPORTED[name]):
+            off = json.dumps(UNSUPPORTED[name][-1])
+            instead = "leave it out" + f" (or pass {off})" * (off != "null")
+            raise RequestError(f"{name} is not supported here; {instead}", name)
+        if name not in known and name not in UNSUPPORTED and name not in IGNORED:
+            raise RequestError(f"there is no field {quoted(name)}{nearest(name, known)}", name[:100])
+
+
+def _read_chat(field: "_Fields", most_top: int) -> tuple[list, int | None, int | None, bool]:
+    """`prompts`, `max_tokens`, `top` and `echo` of a chat."""
+    prompts: list = [_messages(field.body.get("messages"))]
+    if kwargs := field.read("chat_template_kwargs", dict, "a JSON object", {}):
+        if wrong := refused_variables(kwargs):
+            raise RequestError(f"chat_template_kwargs has {wrong}", "chat_template_kwargs")
+        prompts = [Conversation(prompts[0], template_kwargs=kwargs)]
+    newer, limit = field.whole("max_completion_tokens", None, 1), field.whole("max_tokens", None, 1)
+    if None not in (newer, limit) and newer != limit:
+        raise RequestError(f"max_tokens is {limit} and max_completion_tokens {newer}; leave one out", "max_tokens")
+    logprobs = field.read("logprobs", bool, "true or false", False)
+    top = field.whole("top_logprobs", 0, 0, most_top)
+    if top and not logprobs:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    return prompts, limit or newer, top if logprobs else None, False
+
+
+def _read_completion(field: "_Fields", most_top: int) -> tuple[list, int | None, int | None, bool]:
+    """`prompts`, `max_tokens`, `top` and `echo` of a completion."""
+    prompts, echo = _prompts(field.body.get("prompt")), field.read("echo", bool, "true or false", False)
+    limit, top = field.whole("max_tokens", _DEFAULT_TOKENS, 0), field.whole("logprobs", None, 0, most_top)
+    if limit == 0 and not echo:
+        only = "max_tokens is 0, which only scores a prompt, with echo: true; it must be at least 1"
+        raise RequestError(only, "max_tokens")
+    return prompts, limit, top, echo
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    found = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    if not isinstance(found, list) or len(found) > _MOST_STOPS or not all(isinstance(s, str) and s for s in found):
+        right = f"it must be a string or up to {_MOST_STOPS} of them, none empty"
+        raise RequestError(f"stop is {quoted(found)}; {right}", "stop")
+    return tuple(found)
+
+
+def _stream_options(field: "_Fields") -> tuple[bool, bool]:
+    """`stream` and `include_usage`."""
+    options = field.read("stream_options", dict, "a JSON object", {})
+    stream = field.read("stream", bool, "true or false", False)
+    if options and not stream:
+        raise RequestError("stream_options needs stream: true", "stream_options")
+    for name in options:
+        if name not in ("include_usage", "include_obfuscation"):
+            raise RequestError(f"stream_options has no {quoted(name)}; it may have include_usage", "stream_options")
+    return stream, _Fields(options).read("include_usage", bool, "true or false", False)
 
 
 def _switched_off(value: Any, offs: tuple) -> bool:

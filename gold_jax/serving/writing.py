@@ -1,7 +1,7 @@
 """The text of a sequence during generation: what can be sent, stop strings, and log-probabilities of its tokens."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,7 +48,7 @@ class Writing:
         if self.finish is not None:
             return ""
         read = completion_from_ids(self.chat, self.ids, after=self.after)
-        text, told = read.text, len(self.text)
+        text, sent = read.text, len(self.text)
         self._starts = read.spans[:, 0]
         found = min(((at + len(stop), at) for stop in self.stops if (at := text.find(stop)) >= 0), default=None)
         if found is not None:
@@ -62,11 +62,11 @@ class Writing:
         else:
             text = text[: len(text) - _held(text, self.stops)]
         self._whole = found is None and self.finish is not None
-        if len(text) > told:
+        if len(text) > sent:
             self.text = text
-        return self.text[told:]
+        return self.text[sent:]
 
-    def costs(self, first: int = 0) -> tuple[Tokens, list[int]]:
+    def ready(self, first: int = 0) -> tuple[Tokens, list[int]]:
         """The tokens from `first` on whose text can be sent, with their character offsets in the text.
 
         For a finished completion these are all tokens up to a stop string, including a final stop token.
@@ -110,30 +110,35 @@ def text_of_prompt(chat: ChatTokenizer, prompt: Any, ids: np.ndarray) -> tuple[s
 
 def completion_logprobs(chat: ChatTokenizer, tokens: Tokens, offsets: Sequence[int], top: int) -> dict[str, list]:
     """`logprobs` in the format of /v1/completions: the `top` most likely tokens and the token itself, by text."""
-    likeliest = []
-    for i, logprob, others, costs in zip(tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs):
-        own = {token_text(chat, int(i)): float(logprob)}
-        for other, cost in list(zip(others, costs))[:top][::-1]:
-            own[token_text(chat, int(other))] = float(cost)  # of two tokens with the same text the likelier
-        likeliest.append(own)
-    names = [token_text(chat, int(i)) for i in tokens.ids]
-    values = [float(x) for x in tokens.logprobs]
+    names, values, likeliest = [], [], []
+    for token, logprob, others in _with_likeliest(tokens, top):
+        name = token_text(chat, token)
+        names.append(name)
+        values.append(logprob)
+        # Of two tokens with the same text the likelier.
+        likeliest.append({name: logprob} | {token_text(chat, other): value for other, value in reversed(others)})
     return {"tokens": names, "token_logprobs": values, "top_logprobs": likeliest, "text_offset": list(offsets)}
 
 
 def chat_logprobs(chat: ChatTokenizer, tokens: Tokens, top: int) -> dict[str, list]:
     """`logprobs` in the format of /v1/chat/completions."""
 
-    def entry(i: int, logprob: float) -> dict[str, Any]:
-        surface = chat.surfaces.table[i] if i < len(chat.surfaces) else None
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        surface = chat.surfaces.table[token] if token < len(chat.surfaces) else None
         return {
-            "token": token_text(chat, i),
-            "logprob": float(logprob),
+            "token": token_text(chat, token),
+            "logprob": logprob,
             "bytes": None if surface is None else list(surface),
         }
 
-    found = []
-    for i, logprob, others, costs in zip(tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs):
-        likeliest = [entry(int(other), cost) for other, cost in list(zip(others, costs))[:top]]
-        found.append(entry(int(i), logprob) | {"top_logprobs": likeliest})
-    return {"content": found}
+    content = [
+        entry(token, logprob) | {"top_logprobs": [entry(*other) for other in others]}
+        for token, logprob, others in _with_likeliest(tokens, top)
+    ]
+    return {"content": content}
+
+
+def _with_likeliest(tokens: Tokens, top: int) -> Iterator[tuple[int, float, list[tuple[int, float]]]]:
+    """Each token, its log-probability, and the `top` likeliest in its place with theirs, likeliest first."""
+    for token, logprob, others, logprobs in zip(tokens.ids, tokens.logprobs, tokens.top_ids, tokens.top_logprobs):
+        yield int(token), float(logprob), list(zip(others[:top].tolist(), logprobs[:top].tolist()))

@@ -1,4 +1,4 @@
-"""The server, by HTTP: what it answers, how it refuses, and that nobody's answer depends on who else is there."""
+"""The server, by HTTP: its answers, its errors, and that no answer depends on other requests."""
 
 import contextlib
 import json

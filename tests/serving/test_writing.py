@@ -56,4 +56,4 @@ def test_what_is_no_utf8_ends_it_after_the_same_token(chat, at_once):
     broken = [*ids[:-1], *[ids[-2]] * 9]  # the first byte of a character again and again
     told, writing = write(chat, broken, (), at_once)
     assert "".join(told) == "5168 " and writing.finish == "stop" and writing.ids == broken[: len(ids) - 2 + 5]
-    assert len(writing.costs()[1]) == len(writing.ids)
+    assert len(writing.ready()[1]) == len(writing.ids)
