@@ -83,8 +83,8 @@ def _chat(model: ModelArguments, args: GenerateArguments, notices: Sequence[str]
     if unused := args.given.intersection(of_prompts.split()):
         raise ValueError(f"--chat reads messages from the terminal; leave out --{min(unused)}")
     show(notices)
-    from gold_jax.conversation import Chat, converse
     from gold_jax.serving.batcher import longest_sequence
+    from gold_jax.serving.conversation import Chat, converse
 
     loaded = load_reader(model, args, args.tokenizer_name_or_path, one_device=True)
     sampling = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}

@@ -38,14 +38,14 @@ ALLOWED = {
     ("text/template_budget.py", "_counted", "attribute"),
     ("text/template_budget.py", "_block", "setattr"),
     # what a server or a conversation makes for one request, and nothing else holds
-    ("conversation.py", "_do", "attribute"),
+    ("serving/conversation.py", "_do", "attribute"),
     ("serve.py", "stop_soon", "attribute"),
     ("serve.py", "main", "attribute"),
     ("serving/app.py", "submit", "attribute"),
     ("serving/app.py", "changes", "attribute"),
     ("serving/batcher.py", "cancel", "attribute"),
     ("serving/batcher.py", "_decode", "attribute"),
-    ("serving/batcher.py", "_give", "attribute"),
+    ("serving/batcher.py", "_deliver", "attribute"),
     # objects of other libraries that the function itself has made
     ("profiling/capture.py", "trace_steps", "attribute"),
     ("reporting/page.py", "_environment", "attribute"),

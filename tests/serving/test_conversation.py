@@ -7,8 +7,9 @@ import pytest
 import tiny_models as tiny
 
 import gold_jax
-from gold_jax import conversation, generate
+from gold_jax import generate
 from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.serving import conversation
 from gold_jax.text.data import load_examples
 
 STUDENT = ["--chat", "--model_name_or_path", "embedded:student"]

@@ -50,8 +50,8 @@ class Chat:
         """All messages, the system's first."""
         return [{"role": "system", "content": self.system}] * bool(self.system) + self.messages
 
-    def answer(self, tell: Callable[[str], None]) -> str:
-        """Answers the messages, streams the text to `tell` and appends it; returns why it is incomplete, or "".
+    def answer(self, send: Callable[[str], None]) -> str:
+        """Answers the messages, streams the text to `send` and appends it; returns why it is incomplete, or "".
 
         ValueError: the template refuses the messages, or they are too long. KeyboardInterrupt stops the answer.
         """
@@ -73,7 +73,7 @@ class Chat:
                 kind, value = events.get()
                 if kind == "error":
                     raise ValueError(value)
-                tell(writing.add(value) if kind == "tokens" else writing.end(value))
+                send(writing.add(value) if kind == "tokens" else writing.end(value))
             if writing.finish == "length":
                 full = f"the conversation fills the {most} tokens that fit"
                 why = f"cut after {new} tokens: {'--max_new_tokens' if new == self.max_new_tokens else full}"
