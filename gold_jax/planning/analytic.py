@@ -100,8 +100,8 @@ class Analytic:
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
             keys = 2 * config.layers * self.each * heads * config.head_dim * self.request.slots * self.itemsize
-            told = 3 if self.request.weighs else 2  # numbers of a token
-            rows = self.request.sampled_rows * (4 * told * self.args.max_completion_length + 9)
+            numbers = 3 if self.request.weighs else 2  # of each token
+            rows = self.request.sampled_rows * (4 * numbers * self.args.max_completion_length + 9)
             return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
         found = {"gradients": self.student_bytes} if self.request.micro_batches > 1 else {}
         if program != "optimizer":

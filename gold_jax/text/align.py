@@ -126,7 +126,7 @@ class Alignment:
         return token_table(sizes, dict(zip(("student", "teacher"), self._cells())), _SHOWN)
 
     def _cells(self) -> list[list[list[str]]]:
-        """Of either side the texts of the tokens of every group."""
+        """The texts of every group's tokens, for student and teacher."""
         sides = []
         for encoded, group in ((self.student, self.student_group), (self.teacher, self.teacher_group)):
             cells: list[list[str]] = [[] for _ in range(self.count)]

@@ -8,14 +8,14 @@ from gold_jax.text.checks import CheckedRows, RowChecker
 
 
 class _Stopped(Exception):
-    """Training ended before the check."""
+    """Training ended before the check did."""
 
 
 class BackgroundCheck:
     """A check of `total` rows that runs in a thread within a `with` block.
 
-    `check` is called with what it calls after every block, with its checker (`check_examples`: `after_block`); that
-    function raises once training has ended. `check` needs tokenizers of its own: setting truncation and padding is not
+    `check` is called with a function that it calls with its checker after every block (`check_examples`: `after_block`),
+    and that raises once training has ended. `check` needs tokenizers of its own: setting truncation and padding is not
     thread-safe.
     """
 

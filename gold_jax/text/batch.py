@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     behavior: Behavior | None = None  # None: nothing is weighted by what it was drawn with
 
     def __repr__(self) -> str:
-        """Its shapes alone; leaves may be anything that a tree can hold."""
+        """Shapes instead of arrays; as in any pytree, leaves may be other objects."""
         named = {"weight": self.weight, "student": self.student.packed.tokens, "teacher": self.teacher.packed.tokens}
         shapes = (f"{name}={getattr(x, 'shape', x)}" for name, x in named.items())
         return f"Batch({', '.join(shapes)})"

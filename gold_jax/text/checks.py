@@ -300,14 +300,14 @@ class RowChecker:
         # A token spells at least a byte, but for special ones: only long texts have to be encoded to know.
         sizes = {i: len(prompt.encode()) + 2 for i, (prompt, _) in texts.items()}
         if self.budget is not None:
-            asked = [i for i, size in sizes.items() if size > self.budget]
-            for i, length in zip(asked, _each_or_error(self._lengths, [found[i].prompt for i in asked])):
+            uncertain = [i for i, size in sizes.items() if size > self.budget]
+            for i, length in zip(uncertain, _each_or_error(self._lengths, [found[i].prompt for i in uncertain])):
                 if isinstance(length, ValueError) or length > self.budget:
                     found[i] = length if isinstance(length, ValueError) else "long"
         if self.count_targets is not None and self.max_length is not None:
-            asked = [i for i, size in sizes.items() if size + len(texts[i][1].encode()) > self.max_length]
-            asked = [i for i in asked if isinstance(found[i], Example)]
-            for i, counted in zip(asked, _each_or_error(self.count_targets, [found[i] for i in asked])):
+            uncertain = [i for i, size in sizes.items() if size + len(texts[i][1].encode()) > self.max_length]
+            uncertain = [i for i in uncertain if isinstance(found[i], Example)]
+            for i, counted in zip(uncertain, _each_or_error(self.count_targets, [found[i] for i in uncertain])):
                 if isinstance(counted, ValueError):
                     found[i] = ValueError(shortened(f"row {i} of {self.source}: {counted}"))
                     continue

@@ -295,7 +295,7 @@ class DistillationBatchBuilder:
     def one_batch(
         self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion], shapes: ShapeSet
     ) -> text_batch.Batch:
-        """All rows, with these completions, in one batch, padded to one of the `shapes`."""
+        """All rows with these completions in one batch, padded to one of the `shapes`."""
         _, _, (batch,) = self._batches(examples, dict(enumerate(completions)), len(examples), shapes=shapes)
         return batch
 
@@ -415,7 +415,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # as of `DistillationBatchBuilder`: nothing is sampled
+    rollout_batches = 1  # that of `DistillationBatchBuilder`; nothing is sampled here
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 

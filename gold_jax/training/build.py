@@ -80,10 +80,11 @@ def build_run(
     graph, params = split(student.model)
     params = commit(params)
     optimizer, schedule = optimizers
-    stepped, rates = optimizer, {}  # what updates, whose programs are those of other learning rates too
+    step_optimizer, rates = optimizer, {}
     if optimizer is None:
         optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
-        stepped, rates = make_optimizer(args, None), {"schedule": schedule}
+        # The step is given the rates, so that runs of other learning rates share its programs.
+        step_optimizer, rates = make_optimizer(args, None), {"schedule": schedule}
     shardings = None if placement is None else state_shardings(optimizer, params)
     shards = 1 if placement is None else placement.row_shards
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))
@@ -91,7 +92,7 @@ def build_run(
     given = dict(shardings=shardings, device_put=None if placement is None else placement.put_rows, **rates)
     batches = None
     if teacher is None:
-        step = Step(make_cross_entropy_loss(graph, chunk=chunk), stepped, **given)
+        step = Step(make_cross_entropy_loss(graph, chunk=chunk), step_optimizer, **given)
         if chat_tokenizer is not None:
             counted = counted_tokens(args)
             sizes = rows, eval_rows, args.max_length, counted, args.length_buckets
@@ -109,7 +110,7 @@ def build_run(
         importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
     options = dict(chunk=chunk, importance=importance)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
-    step = Step(objective, stepped, constants, **given)
+    step = Step(objective, step_optimizer, constants, **given)
     if chat_tokenizer is not None:
         sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
         sampling |= dict(top_k=args.top_k, top_p=args.top_p)
@@ -166,7 +167,7 @@ def counted_tokens(args: SFTConfig) -> str:
 
 
 def match_pair(student: LoadedModel, teacher: LoadedModel, mask: Sequence[str] = ()) -> Match:
-    """How the vocabularies of two models face each other, by their tokenizers; `mask` as in `VocabularyMap.build`."""
+    """Matches the vocabularies of two models by their tokenizers; `mask` as in `VocabularyMap.build`."""
     ours, theirs = student.chat_tokenizer, teacher.chat_tokenizer
     sizes, stops = (student.model.config.vocab_size, teacher.model.config.vocab_size), (ours.stop_ids, theirs.stop_ids)
     one_sided = one_sided_ids(ours.tokenizer, theirs.tokenizer)

@@ -99,10 +99,10 @@ def check_compute_metrics(compute_metrics: Any, args: Any) -> None:
         raise ValueError(f"{given}; set predict_with_generate=True, or leave it out")
 
 
-def weakly(method: Callable) -> Callable:
-    """A bound method that does not keep its object alive, for what that object holds: no cycle keeps arrays after `del`."""
-    found = weakref.WeakMethod(method)
-    return lambda *arguments: found()(*arguments)
+def weak_method(method: Callable) -> Callable:
+    """A bound method that holds its object weakly, so that no reference cycle keeps arrays alive after `del`."""
+    reference = weakref.WeakMethod(method)
+    return lambda *arguments: reference()(*arguments)
 
 
 def check_optimizers(optimizer: Any, schedule: Any) -> None:

@@ -33,7 +33,7 @@ from gold_jax.training import checkpointing, utilization
 from gold_jax.training.annotations import DISPATCH, SAVING, WAITING, annotate
 from gold_jax.training.batches import UpdateBatch
 from gold_jax.training.build import Run
-from gold_jax.training.callbacks import Callbacks, weakly
+from gold_jax.training.callbacks import Callbacks, weak_method
 from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
@@ -63,7 +63,7 @@ class Loop:
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
         gaps: returns the gaps between a student and the teacher on rows.
-        score_groups: returns what a student and the teacher give the groups of rows' completions; None: none is scored.
+        score_groups: returns the log-probabilities of completions' groups under student and teacher; None: not scored.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Loop:
         self._reset()
         held = dict(optimizer=run.optimizer, lr_scheduler=run.schedule)
         held |= dict(processing_class=student.chat_tokenizer.tokenizer, say=self.say)
-        self.callbacks = Callbacks(callbacks, args, weakly(self.trainer_state), weakly(self._model), **held)
+        self.callbacks = Callbacks(callbacks, args, weak_method(self.trainer_state), weak_method(self._model), **held)
         self.callbacks.call("on_init_end")
 
     def _reset(self) -> None:
@@ -168,7 +168,7 @@ class Loop:
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
                 held = self.checkpoints, self.run, self.data, args, self.output
-                self._saver = Saver(*held, weakly(self._save_model), self._log, self.watchdog, self.say)
+                self._saver = Saver(*held, weak_method(self._save_model), self._log, self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
@@ -350,10 +350,8 @@ class Loop:
 
     def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
         """Adds an update's metrics to the means of the next log line; returns those that are not averaged."""
-        schedule, made = (
-            self.run.schedule,
-            step - self.run_state.nonfinite.total,
-        )  # skipped updates do not advance the schedule
+        schedule = self.run.schedule
+        made = step - self.run_state.nonfinite.total  # skipped updates do not advance the schedule
         rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
         self.run_state.take(batch, metrics, self.state.nonfinite)
         self._throughput.add(batch.stats["tokens"])
@@ -385,7 +383,7 @@ class Loop:
     def _log_completions(self, step: int, samples: Sequence[tuple[Example, str]]) -> None:
         """Appends what the student wrote to `completions.jsonl`; where that is due, scores and shows some of it."""
         due = self.run_state.shows_completions(step, self.args.log_completions_steps)
-        # Of several processes each has samples of its own, and none could be scored by this one alone.
+        # Scoring with several processes needs all of them, and each has samples of its own.
         rows = self._rows_of(samples, scored=KEPT if due and jax.process_count() == 1 else 0)
         with self.run_state.holding(rows) as written:
             append_rows(self.output / LOGS[1], written)
@@ -395,7 +393,7 @@ class Loop:
             completions_table(self.console, shown, self.args.num_completions_to_print, step=self.done)
 
     def _rows_of(self, samples: Sequence[tuple[Example, str]], scored: int, **more: str) -> list[dict[str, Any]]:
-        """Lines of `completions.jsonl`; the first few, `scored`, with what both models give their groups."""
+        """Lines of `completions.jsonl`; the first `scored` ones with the log-probabilities of their groups."""
         rows: list[dict[str, Any]] = []
         for example, text in samples:
             rows.append({"step": self.done, "prompt": self._student.chat_tokenizer.render(example.prompt)})
@@ -405,7 +403,7 @@ class Loop:
             try:
                 for row, groups in zip(rows, self._score_groups(self.student, samples[:scored])):
                     row["groups"] = groups
-            except Exception as error:  # such as too little memory: this is for the report alone
+            except Exception as error:  # such as too little memory; only the report needs this
                 if jax.process_count() > 1:  # the others wait for this one
                     raise
                 self._score_groups = None

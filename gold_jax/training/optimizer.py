@@ -107,8 +107,8 @@ def make_optimizer(config: SFTConfig, total_steps: int | None) -> optax.Gradient
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
     `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
-    `max_grad_norm` is 0 or None. The same settings give the same object, so that `Step` finds its programs again;
-    where `total_steps` is None, whatever the schedule: its `update` is given `learning_rate=`.
+    `max_grad_norm` is 0 or None. With `total_steps` None the learning rate is an argument of `update`, `learning_rate=`.
+    The same settings give the same object, so that `Step` reuses its programs.
     """
     betas = config.adam_beta1, config.adam_beta2, config.adam_epsilon
     schedule = None if total_steps is None else make_schedule(config, total_steps)
@@ -127,7 +127,7 @@ def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | No
 
 
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:
-    """`optax.scale_by_learning_rate` of a schedule, with its state, but the rate is an argument of `update`."""
+    """`optax.scale_by_learning_rate` with the rate as an argument of `update`, and the state of a schedule."""
 
     def update(updates, state, params=None, *, learning_rate: jax.Array, **others):
         scaled = jax.tree.map(lambda g: jnp.asarray(-learning_rate, g.dtype) * g, updates)

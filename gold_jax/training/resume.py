@@ -121,9 +121,7 @@ def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) 
     """Whether another split into devices and micro-batches keeps the rows of every update and which are on-policy."""
     if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(ROWS) != now[ROWS]:
         return False
-    micro = saved.get(
-        MICRO, saved.get("per_device_train_batch_size")
-    )  # checkpoints from before meshes have only the latter
+    micro = saved.get(MICRO, saved.get("per_device_train_batch_size"))  # old checkpoints have only the latter
     return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(MICRO))
 
 

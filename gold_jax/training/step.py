@@ -44,7 +44,6 @@ def state_shapes(optimizer: optax.GradientTransformation, params: Any) -> TrainS
 
 def init_state(optimizer: optax.GradientTransformation, params: Any, shardings: TrainState | None = None) -> TrainState:
     """The state that a run begins with. It holds the parameters given, so that the first step donates them."""
-
     leaves, structure = jax.tree.flatten(None if shardings is None else shardings._replace(params=None))
     return commit(_initializer(optimizer, (structure, tuple(leaves)))(params)._replace(params=params))
 
@@ -89,16 +88,16 @@ class Program:
 
 @functools.lru_cache(maxsize=16)
 def _program(function: Callable) -> Program:
-    """The program of a function that depends on no optimizer, for all steps that call it."""
+    """The program of a function that depends on no optimizer, shared by all steps."""
     return Program(function)
 
 
 @functools.lru_cache(maxsize=8)
 def _rates(schedule: optax.Schedule) -> Callable[[Any, Any], jax.Array]:
-    """The learning rate of an update from the updates before it and how many of them were left out, on the device."""
+    """The jitted learning rate of an update, given the number of updates before it and how many were skipped."""
 
-    def learning_rate(step, left_out):
-        return schedule(step - left_out)
+    def learning_rate(step, skipped):
+        return schedule(step - skipped)
 
     return jax.jit(learning_rate)
 
@@ -119,7 +118,6 @@ def _programs(objective: Objective, optimizer: optax.GradientTransformation | No
     def update(state: TrainState, grads, loss, rate=None):
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-
         given_rate = {} if rate is None else {"learning_rate": rate}
 
         def take(params, optimizer_state, grads):
@@ -167,7 +165,7 @@ class Step:
     `programs` are the jitted functions by name: `fused` (gradient and update of a single micro-batch), or `first`, `add`
     and `update` (gradients summed over several), `evaluate`, and `teacher_forward` where there is a teacher. Without an
     optimizer it only evaluates. `constants` are what the objective reads and no update changes, such as the teacher.
-    `schedule` gives the learning rates where the optimizer's `update` is given `learning_rate=`; None: it is not.
+    `schedule` gives the learning rate that is passed to the optimizer's `update` as `learning_rate=`; None: none is passed.
     On a mesh `shardings` are those of the state, and `device_put` puts a batch of host arrays there. Steps of one
     objective and optimizer share their programs, whatever the schedule: a second run in a process traces and compiles
     nothing again. The programs of the last 8 pairs are kept.
@@ -214,7 +212,7 @@ class Step:
         return state, {"loss": loss, **done, **parts}
 
     def learning_rate(self, state: TrainState) -> jax.Array | None:
-        """That of the next update, as the programs `fused` and `update` take it; None: the optimizer has its own."""
+        """The learning rate `[]` of the next update; None: the optimizer has its own schedule."""
         return None if self._schedule is None else _rates(self._schedule)(state.step, state.nonfinite.total)
 
     def skip(self, state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -43,7 +43,7 @@ from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
-from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments, weakly
+from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments, weak_method
 from gold_jax.training.evaluation import over_sets
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.logging import KEPT, header, shown
@@ -235,9 +235,11 @@ class _Trainer(TrainerMembers):
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        options |= dict(teacher_score=teacher and weakly(self._score_teacher), restart=engine and engine.restart)
-        options |= dict(gaps=weakly(self._measure_gaps)) if teacher is not None and a.eval_gaps else {}
-        options |= dict(score_groups=weakly(self._score_groups)) if teacher is not None and a.log_completions else {}
+        options |= dict(teacher_score=teacher and weak_method(self._score_teacher), restart=engine and engine.restart)
+        options |= dict(gaps=weak_method(self._measure_gaps)) if teacher is not None and a.eval_gaps else {}
+        options |= (
+            dict(score_groups=weak_method(self._score_groups)) if teacher is not None and a.log_completions else {}
+        )
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -432,14 +434,14 @@ class _Trainer(TrainerMembers):
         return output
 
     def report(self) -> Any:
-        """A `gold_jax.report.Report` of what the run left in `output_dir` so far, which a notebook shows.
+        """A `gold_jax.report.Report` of the run in `output_dir` so far, which notebooks display.
 
         FileNotFoundError: there is nothing yet.
         """
         return importlib.import_module("gold_jax.report").Report(self.args.output_dir)
 
     def _run(self, resume: str | None) -> TrainOutput:
-        """The run itself, with what is under way shown."""
+        """Runs the loop with progress shown."""
         self.is_in_train = True
         try:
             with progress.displayed(self.console, enabled=is_main_process() and not self.args.disable_tqdm):
