@@ -232,8 +232,11 @@ def test_tokens_are_ranked_by_the_probability_that_is_lost(tmp_path):
         (5, "r", "more?", None, [bits("more", 0.1, 0.9), ["?", None, None]]),
     ]
     run = read_run(make(tmp_path / "a", completions=lines))
-    assert [loss[:2] for loss in run.losses] == [("one", 1), (" two", 3)]  # what the teacher gives more is lost nowhere
-    one, two = run.losses
+    assert [lost[:2] for lost in run.lost_probability] == [
+        ("one", 1),
+        (" two", 3),
+    ]  # what the teacher gives more is lost nowhere
+    one, two = run.lost_probability
     assert one[2:] == pytest.approx((1, 2**-8, 8, 0)) and two[2:] == pytest.approx((2 ** (-4 / 3), 2**-4, 8, 2))
     text = "".join(Reader(Report(tmp_path / "a").to_html()).text.split())
     assert "one1100%0.39%8.08.00.0␣two340%6.2%8.02.72.02of2texts;4completionswerescored." in text

@@ -26,9 +26,9 @@ from gold_jax.training.logging import LOGS, shown
 PROMPTS = 12  # whose completions are shown
 STEPS = 24  # of a prompt
 CHARACTERS = 3000  # of a text
-PROMPT = 200  # of a prompt, its last ones, where it is the title of what was written for it
-LOST = 20  # texts that the teacher gives less
-LEVELS = (0.5, 2.0, 5.0)  # bits from which on a colour is fuller
+PROMPT = 200  # last ones of a prompt, where it is a title
+LOST = 20  # texts in the table of lost probability
+LEVELS = (0.5, 2.0, 5.0)  # bits at which the steps of the colours begin
 _FACTS = ("student", "teacher", "method", "loss", "completions", "vocabularies", "student reads", "teacher reads", "data",
           "rows")  # fmt: skip
 _DRAW = """const items = %s, dark = matchMedia("(prefers-color-scheme: dark)");
@@ -138,14 +138,14 @@ def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """Devices, versions and digests; values that changed when a run was resumed are joined by ", then "."""
     columns = []
     for run in runs:
-        told: dict[str, dict[str, None]] = {}
+        values_of: dict[str, dict[str, None]] = {}
         for part in run.parts:
             versions = part.get("versions") if isinstance(part.get("versions"), dict) else {}
             where = {name: part[name] for name in ("device", "backend", "devices", "processes") if name in part}
             for name, value in (where | versions).items():
-                told.setdefault(str(name), {})[plain(value)] = None
+                values_of.setdefault(str(name), {})[plain(value)] = None
         digests = {f"digest of {k}": v for k, v in run.fact("digests").items() if isinstance(v, str | int)}
-        columns.append({name: ", then ".join(values) for name, values in told.items()} | digests)
+        columns.append({name: ", then ".join(values) for name, values in values_of.items()} | digests)
     return _table(columns)
 
 
@@ -167,7 +167,7 @@ def _cut(text: str) -> str:
 
 
 class _Piece(NamedTuple):
-    """Text with the class of its colour ("" where the models agree, or nothing is known) and what is said of it."""
+    """Text with the class of its colour ("" where the models agree, or nothing is known) and its tooltip."""
 
     text: str
     style: str
@@ -175,7 +175,7 @@ class _Piece(NamedTuple):
 
 
 def _parts(completion: Completion, reference: str | None) -> tuple[list[_Piece], list[_Piece]]:
-    """A completion as far as it is the reference, and the rest."""
+    """The pieces of a completion up to where it differs from the reference, and the pieces after that."""
     text = _cut(completion.text)
     same, end = len(os.path.commonprefix([text, reference or text])), 0
     parts: tuple[list[_Piece], list[_Piece]] = [], []
@@ -208,7 +208,7 @@ def _share(probability: float) -> str:
 
 
 def _visible(text: str) -> str:
-    """Text of a group whose blanks and line breaks can be seen."""
+    """Text with visible blanks and line breaks."""
     return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
 
 

@@ -55,15 +55,15 @@ class Group(NamedTuple):
 
     @property
     def lost(self) -> float | None:
-        """How much less the teacher gives it, in bits."""
+        """The student's log-probability less the teacher's, in bits; None: not known."""
         return None if None in self else (self.student - self.teacher) / math.log(2)
 
 
 class Completion(NamedTuple):
-    """What a student wrote."""
+    """A completion by the student."""
 
     text: str
-    groups: tuple[Group, ...] = ()  # of the whole text; none where it was not scored
+    groups: tuple[Group, ...] = ()  # of the whole text; empty if it was not scored
 
 
 class Sample(NamedTuple):
@@ -72,18 +72,18 @@ class Sample(NamedTuple):
     prompt: str
     reference: str | None  # the row's own completion
     by_step: Mapping[int, list[Completion]]
-    source: str = ""  # "evaluation", with the name of one of several sets of rows, where it was not written in training
+    source: str = ""  # "" for training, else "evaluation" with the name of one of several sets
 
 
-class Loss(NamedTuple):
-    """A text that the student writes and the teacher gives less, in the later half of the scored updates."""
+class LostProbability(NamedTuple):
+    """The probability that the teacher gives less than the student to a text of groups, in the later half of the scored updates."""
 
     text: str
     times: int
     student: float  # probability: the geometric mean over these times
     teacher: float
-    bits: float  # less that the teacher gives it, all times together
-    earlier: float | None  # bits less, each time, in the earlier half; None: it did not occur
+    bits: float  # sum of `Group.lost` over these times
+    earlier: float | None  # mean of `Group.lost` in the earlier half; None: it did not occur
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -196,8 +196,8 @@ class Run:
                 yield parse_json_object(file.readline(), LOGS[1])
 
     @functools.cached_property
-    def losses(self) -> list[Loss]:
-        """The texts of groups by what the teacher gives them less than the student, the largest sum first."""
+    def lost_probability(self) -> list[LostProbability]:
+        """The texts of groups that the teacher gives less probability than the student, the most bits first."""
         steps = sorted({step for step, _, _ in self.scored})
         sums: dict[str, list[list[float]]] = {}  # of either half: times, log-probability of the student, of the teacher
         for row in self._rows_at(offset for _, _, offset in self.scored):
@@ -211,8 +211,8 @@ class Run:
             if times and student > teacher:
                 means = math.exp(student / times), math.exp(teacher / times)
                 earlier = (ours - theirs) / before / math.log(2) if before else None
-                found.append(Loss(text, int(times), *means, (student - teacher) / math.log(2), earlier))
-        return sorted(found, key=lambda loss: -loss.bits)
+                found.append(LostProbability(text, int(times), *means, (student - teacher) / math.log(2), earlier))
+        return sorted(found, key=lambda lost: -lost.bits)
 
 
 def read_run(folder: Any) -> Run:
