@@ -1,4 +1,4 @@
-"""Functions of the public surface that take whatever a caller has; what they do is in the modules that they call."""
+"""Functions of the public API that accept names or objects; the work is done in the modules that they call."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -61,19 +61,19 @@ def save_model(
 
     Safetensors, `config.json` and, where the model came with one, `generation_config.json`; of a `LoadedModel` also the
     tokenizer with its chat template. A model that came from `load_model` keeps its config and tensor names. The language
-    part of a multimodal model is written as the text model that it is. Where a run has several processes all of them call
-    this together, the first one writes, and each returns when that is done.
+    part of a multimodal model is written as a text model. With several processes all of them must call this; the first
+    one writes, and each returns when that is done.
 
     Args:
         model: its parameters may be on any devices of the run, or be numpy arrays.
-        folder: made if it is not there; a model already in it is replaced.
-        dtype: "float32", "bfloat16" or "float16"; "auto": what each tensor had in the file it came from, else
+        folder: created if it does not exist; a model already in it is replaced.
+        dtype: "float32", "bfloat16" or "float16"; "auto": that of each tensor in the file it came from, else
             `param_dtype`.
-        stop_ids: the `eos_token_id` of both configs, in place of what they have, or a `LoadedModel` has.
+        stop_ids: the `eos_token_id` of both configs, in place of theirs or the `LoadedModel`'s.
 
     Raises:
         ValueError: unknown dtype, or a config that was not read from a transformers config.
-        OSError: the folder cannot be written; said by the process that writes.
+        OSError: the folder cannot be written; raised by the process that writes.
     """
     if not isinstance(model, LoadedModel):
         return hf_checkpoint.save_model(model, folder, dtype=dtype, stop_ids=stop_ids)

@@ -1,4 +1,4 @@
-"""Comparisons of a user's own, registered by name from outside the package."""
+"""User-defined comparisons, registered by name from outside the package."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def register_comparison(
 ) -> Callable:
     """Registers a function as the comparison `name`, for `LossSpec`, `GOLDConfig`, `--compare` and `--loss` in this process.
 
-    Also a decorator, `@register_comparison("skew_kl")`. Registering a name again replaces its function, for what is made
-    afterwards: a notebook's cell may be run twice.
+    Also a decorator, `@register_comparison("skew_kl")`. Registering a name again replaces its function for losses made
+    afterwards, so that a notebook cell can be run twice.
 
     Args:
-        name: what it is called; none of the built-in losses.
+        name: any but that of a built-in loss.
         function: `fn(student, teacher, overlap, *, options) -> (loss [], parts {name: []})` of one group's
-            `GroupDistribution`s, as those of `losses.compare`. Its keyword-only arguments are its options, each with a
-            type and a default.
-        reads_text, projects, on_policy: what a run has to know of it, see `losses.compare.Comparison`.
+            `GroupDistribution`s, like the functions of `losses.compare`. Its keyword-only arguments are its options, each
+            with a type and a default.
+        reads_text, projects, on_policy: what it reads and requires, see `losses.compare.Comparison`.
 
     Returns:
         The function.
 
     Raises:
-        ValueError: the name is taken, or what the function returns are no scalars.
+        ValueError: the name is that of a built-in loss, or the function does not return scalars.
         TypeError: an option has no type or no default.
     """
     if function is None:
@@ -70,10 +70,10 @@ def register_comparison(
 
 
 def load_comparison(name: str) -> None:
-    """Registers under its whole name what `MODULE:FUNCTION` or `FILE.py:FUNCTION` says, if that is not done already.
+    """Imports the comparison `MODULE:FUNCTION` or `FILE.py:FUNCTION` and registers it under this name, unless it is already.
 
-    The function may be in the working folder, and may be a `losses.compare.Comparison`, which says what it reads.
-    ValueError: it cannot be imported, or is no comparison.
+    A module may be in the working directory. The attribute may also be a `losses.compare.Comparison`.
+    ValueError: it cannot be imported, or is not a comparison.
     """
     if name in comparisons():
         return
@@ -87,7 +87,9 @@ def load_comparison(name: str) -> None:
         register_comparison(name, given.function, **flags)
     except Exception as error:  # a user's module may raise anything
         reason = quoted(f"{type(error).__name__}: {error}", plain=True)
-        raise ValueError(f"no comparison can be had from {name!r} ({reason}); docs/add-a-loss.md shows one") from error
+        raise ValueError(
+            f"the comparison {name!r} cannot be loaded ({reason}); docs/add-a-loss.md shows one"
+        ) from error
 
 
 def _import(where: str) -> Any:

@@ -1,4 +1,4 @@
-"""One distillation loss as a function of the student's parameters, for gradients and training loops of one's own."""
+"""One distillation loss as a function of the student's parameters, for gradients and custom training loops."""
 
 import dataclasses
 import functools
@@ -25,8 +25,8 @@ _DEFAULT_LENGTH = 1024  # tokens of prompt and completion, as GOLDConfig's
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Fixed:
-    """What a `DistillationLoss` has beside arrays; equal to itself alone, as the static part of a pytree has to be."""
+class _Static:
+    """The static part of a `DistillationLoss` as a pytree; compared and hashed by identity."""
 
     names: tuple[str, str]  # of student and teacher
     objective: Objective
@@ -46,17 +46,17 @@ class DistillationLoss:
 
     Args:
         student, teacher: a folder, a hub id or `embedded:…`, or a `LoadedModel`; both are read in float32.
-        spec: the loss: a `--loss` such as "gold", a `LossSpec`, or a `GOLDConfig`, whose flags then say it.
-        max_length: most student tokens of prompt and completion together; None: as a `GOLDConfig` has it.
-        chunk: positions whose logits are held at once; None: what suits the platform.
+        spec: the loss: a value of `--loss` such as "gold", a `LossSpec`, or a `GOLDConfig`, whose loss flags are used.
+        max_length: most student tokens of prompt and completion together; None: that of the `GOLDConfig`, else 1024.
+        chunk: positions whose logits are held at once; None: the platform's default.
 
     Attributes:
         params: the student's parameters as they were loaded. A copy made by `jax.tree.map` or by jit has none.
         spec: the `LossSpec`.
 
     Raises:
-        ValueError: a spec that means nothing for the pair, such as "gkd" for two tokenizers.
-        FileNotFoundError: no model can be read from a name.
+        ValueError: the spec does not apply to the pair, such as "gkd" with two tokenizers.
+        FileNotFoundError: a named model is not found.
     """
 
     def __init__(
@@ -86,23 +86,23 @@ class DistillationLoss:
         self._constants: StepConstants = freeze_teacher(
             teacher_graph, commit(teacher_params), match.vocabulary, match.stops
         )
-        self._fixed = _Fixed((student.name, teacher.name), objective, batches, ShapeSet(batches.length_buckets))
+        self._static = _Static((student.name, teacher.name), objective, batches, ShapeSet(batches.length_buckets))
 
     @property
     def spec(self) -> LossSpec:
-        """The loss, with nothing left to decide."""
-        return self._fixed.batches.spec
+        """The loss, fully specified."""
+        return self._static.batches.spec
 
     def batch(
         self, rows: Sequence[Example | Mapping], completions: Sequence[str | SampledCompletion] | None = None
     ) -> Batch:
-        """Rows as the loss takes them: encoded for both models, aligned and padded. Numpy arrays, made on the host.
+        """Encodes rows for both models, aligns and pads them; the arrays are numpy arrays.
 
         Batches of the same number of rows are padded to few shapes, so that few programs are compiled.
 
         Args:
             rows: what `load_examples` gives, or takes.
-            completions: one for each row in place of its own: texts, or what `sample_completions` drew of the student.
+            completions: one for each row in place of its own: texts, or what `sample_completions` returns for the student.
 
         Raises:
             ValueError: a row has no completion, or no token that counts in the loss.
@@ -116,37 +116,37 @@ class DistillationLoss:
             raise ValueError(
                 f"row {given.index(None)} has a prompt but no completion; give rows with answers, or completions="
             )
-        builder = self._fixed.batches
+        builder = self._static.batches
         if completions is None:
             given = [e.completion_for(builder.student) for e in examples]
-        batch = builder.one_batch(examples, given, self._fixed.shapes)
+        batch = builder.one_batch(examples, given, self._static.shapes)
         if not batch.weight.any() and not (self.spec.crossentropy_weight and batch.labels.weight.any()):
-            raise ValueError("nothing in these rows counts in the loss: their completions are empty, or cut off whole")
+            raise ValueError("nothing in these rows counts in the loss: their completions are empty or cut off")
         return batch
 
     def student(self, params: Params | None = None) -> LoadedModel:
-        """The student with these parameters, or its first ones, as `sample_completions`, `save_model` and others take it."""
-        builder = self._fixed.batches
+        """The student with `params` (None: the loaded ones), for `sample_completions`, `save_model` and others."""
+        builder = self._static.batches
         model = merge(builder.student_graph, self.params if params is None else params)
-        return LoadedModel(model, builder.student, self._fixed.names[0])
+        return LoadedModel(model, builder.student, self._static.names[0])
 
     def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The loss `[]` of a batch, and its parts `[]`."""
-        return _value(self._fixed.objective, params, self._constants, batch)
+        return _value(self._static.objective, params, self._constants, batch)
 
     def __repr__(self) -> str:
-        student, teacher = self._fixed.names
+        student, teacher = self._static.names
         return f"DistillationLoss({student} from {teacher}, {self.spec.describe()})"
 
-    def tree_flatten(self) -> tuple[tuple[StepConstants], _Fixed]:
-        """The arrays that are the same in every call, and the rest."""
-        return (self._constants,), self._fixed
+    def tree_flatten(self) -> tuple[tuple[StepConstants], _Static]:
+        """The teacher's arrays and the static part."""
+        return (self._constants,), self._static
 
     @classmethod
-    def tree_unflatten(cls, fixed: _Fixed, arrays: tuple) -> "DistillationLoss":
+    def tree_unflatten(cls, static: _Static, arrays: tuple) -> "DistillationLoss":
         """The loss of `tree_flatten`."""
         loss = object.__new__(cls)
-        (loss._constants,), loss._fixed = arrays, fixed
+        (loss._constants,), loss._static = arrays, static
         return loss
 
 
@@ -158,6 +158,9 @@ def _value(objective: Objective, params: Params, constants: StepConstants, batch
 def loss(
     student: Any, teacher: Any, rows: Sequence[Example | Mapping], spec: LossSpec | GOLDConfig | str = "gold"
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The distillation loss of rows `[]` in nats, and its parts `[]`; arguments as `DistillationLoss`, which has gradients too."""
-    made = DistillationLoss(student, teacher, spec)
-    return made(made.params, made.batch(rows))
+    """The distillation loss `[]` of rows in nats, and its parts `[]`.
+
+    Arguments and errors are those of `DistillationLoss` and its `batch`; use these for gradients.
+    """
+    distillation_loss = DistillationLoss(student, teacher, spec)
+    return distillation_loss(distillation_loss.params, distillation_loss.batch(rows))

@@ -70,22 +70,38 @@ def read_options(compare: str, flags: Mapping[str, Any], kwargs: Mapping[str, An
 
 @dataclass(frozen=True)
 class LossSpec:
-    """One distillation loss, with nothing left to decide; an option that its comparison has not, or out of range, is refused."""
+    """A fully specified distillation loss.
 
-    merge: str = "chain"  # of MERGES: how the tokens of a group become one distribution
-    groups: str = "all"  # of GROUPS: which count; "positional" is no alignment: token k against token k
-    compare: str = "hybrid"  # of COMPARISONS: how two distributions are compared
-    # Options of the comparison; those left out have its defaults.
+    Attributes:
+        merge: how the tokens of a group become one distribution, one of `MERGES`.
+        groups: which groups count, one of `GROUPS`; "positional" is no alignment: token k against token k.
+        compare: how two distributions are compared, a name in `COMPARISONS`.
+        options: options of the comparison; those left out have its defaults.
+        crossentropy_weight: weight of the student's cross-entropy on the completion.
+        distillation_weight: weight of the comparison.
+        student_temperature, teacher_temperature: the logits of each side are divided by it.
+        skip_student_stop, skip_teacher_stop: leave that side's stop token out of the loss.
+        mask: kinds of unmatched entries that a projection leaves out, of `MASKS`.
+        normalization: "groups", the sum over the global batch by its number of groups; "row_mean": as TRL.
+        name: the preset that it came from, for messages.
+
+    Raises:
+        ValueError: an option that the comparison does not have, or out of range.
+    """
+
+    merge: str = "chain"
+    groups: str = "all"
+    compare: str = "hybrid"
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    crossentropy_weight: float = 0.0  # of the student's cross-entropy on the completion
+    crossentropy_weight: float = 0.0
     distillation_weight: float = 1.0
-    student_temperature: float = 1.0  # the student's logits are divided by it
+    student_temperature: float = 1.0
     teacher_temperature: float = 1.0
-    skip_student_stop: bool = False  # leave the student's stop token out of the loss
+    skip_student_stop: bool = False
     skip_teacher_stop: bool = False
-    mask: tuple[str, ...] = ()  # of MASKS: kinds of unmatched entries that a projection leaves out
-    normalization: str = "groups"  # sum over the global batch / its number of groups; "row_mean": as TRL
-    name: str = "gold"  # the preset this came from, for people to read
+    mask: tuple[str, ...] = ()
+    normalization: str = "groups"
+    name: str = "gold"
 
     def __post_init__(self):
         from gold_jax.losses.options import complete

@@ -1,4 +1,4 @@
-"""How values show themselves in a notebook: plain HTML without scripts, in the colours of the page around it."""
+"""HTML tables for `_repr_html_` in notebooks, without scripts, in the colours of the page around them."""
 
 import html
 from collections.abc import Iterable, Sequence
@@ -12,21 +12,20 @@ _CODE = "font-family: monospace; text-align: left; padding: 1px 3px; white-space
 
 
 def table(title: str, rows: Iterable[Sequence[Any]], heads: Sequence[Any] = ()) -> str:
-    """A table under a title, everything in it escaped; numbers are set to the right."""
+    """A table under a title; everything is escaped, numbers are aligned right."""
     lines = []
     for tag, cells in [*([("th", heads)] if heads else ()), *(("td", row) for row in rows)]:
         found = (
-            f'<{tag} style="{_CELL.format(_side(cell, tag, k))}">{_text(cell)}</{tag}>' for k, cell in enumerate(cells)
+            f'<{tag} style="{_CELL.format(_align(cell, tag, k))}">{_text(cell)}</{tag}>' for k, cell in enumerate(cells)
         )
         lines.append(f"<tr>{''.join(found)}</tr>")
     return f"<div><p><b>{html.escape(title)}</b></p><table><tbody>{''.join(lines)}</tbody></table></div>"
 
 
 def token_table(title: str, sides: dict[str, Sequence[Sequence[str]]], most: int) -> str:
-    """Groups of tokens of each side, one below the other; groups with several tokens are coloured.
+    """Groups of tokens of each side, one side below the other; groups that are not one token to one are coloured.
 
-    `sides` has by name the texts of the tokens of every group; of them the first `most` are shown, and it is said how
-    many there are beside them.
+    `sides` maps names to the texts of every group's tokens. The first `most` groups are shown and the others counted.
     """
     groups = list(zip(*sides.values()))
     lines: list[list[tuple]] = [[]]
@@ -53,7 +52,7 @@ def token_table(title: str, sides: dict[str, Sequence[Sequence[str]]], most: int
     return f"<div><p><b>{html.escape(title)}</b></p>{''.join(tables)}{rest}</div>"
 
 
-def _side(cell: Any, tag: str, column: int) -> str:
+def _align(cell: Any, tag: str, column: int) -> str:
     number = isinstance(cell, int | float) or str(cell)[:1].isdigit() and " " not in str(cell)
     return "right" if number or (tag == "th" and column) else "left"
 

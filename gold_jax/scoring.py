@@ -109,9 +109,10 @@ def score_completions(
 def _read_completions(
     loaded: LoadedModel, examples: Sequence[Example], batch_size: int, max_length: int | None, chunk: int
 ) -> Iterator[tuple[int, Encoded, int, np.ndarray]]:
-    """Number and completion of each row, its first token that something stands before, and log-probabilities from there on.
+    """Yields each row's number, its encoded completion, the first token that is scored, and log-probabilities from it on.
 
-    The log-probabilities, float64 in nats, are of as many tokens as fit in `max_length`; ValueError as `score_completions`.
+    The first token of a text without a prompt is not scored. The log-probabilities, float64 in nats, are of as many tokens
+    as fit in `max_length`. ValueError as `score_completions`.
     """
     model, chat_tokenizer, _ = loaded
     (graph, params), placement = split(model), model.placement
@@ -149,7 +150,7 @@ def _read_completions(
 
 
 class GroupScore(NamedTuple):
-    """What a group costs both models: the log-probability in nats of its tokens after all before it; None: not known."""
+    """The log-probabilities in nats that both models give a group's tokens after all text before it; None: not known."""
 
     text: str
     student: float | None
@@ -166,19 +167,25 @@ def score_groups(
     batch_size: int = 8,
     chunk: int = 128,
 ) -> list[list[GroupScore]]:
-    """Where in completions two models disagree: what each gives to every group, as its own tokenizer writes the text.
+    """The log-probabilities that two models give each group of completions, each with its own tokenizer.
 
-    It takes a forward pass of either model. Groups are those of `align`, joined where a boundary splits a character, so
-    that a completion's are its text. None: no token stands before the first one of a text, one of the group stands for
-    text without saying which (an unknown token), or the value is not finite.
+    Takes one forward pass of each model. Groups are those of `align`, joined where a boundary splits a character, so that
+    the texts of a completion's groups make up its text. A log-probability is None for the first token of a text without a
+    prompt, for a group with an unknown token, and where it is not finite.
 
     Args:
         student, teacher: as in `measure_gaps`.
         prompts: texts or lists of messages.
         completions: one for each prompt.
-        teacher_prompts: other prompts for the teacher alone.
+        teacher_prompts: the prompts that the teacher reads, one for each completion; None: `prompts`.
         batch_size: rows at a time.
         chunk: positions whose logits are held at once.
+
+    Returns:
+        The groups of each completion, in the order of the text.
+
+    Raises:
+        ValueError: there are not as many prompts as completions.
     """
     found: list[dict[int, tuple]] = []
     for who, before in ((student, prompts), (teacher, teacher_prompts or prompts)):
@@ -253,15 +260,14 @@ def _sample_with_logprobs(model, chat_tokenizer: ChatTokenizer, prompts: Sequenc
 class Gaps:
     """How far a student is from its teacher, in bits per byte, on text that either of them wrote.
 
-    A student falls short forward where it does not expect what its teacher says, and backward where it says what its
-    teacher does not expect.
+    The forward gap is large where the student gives the teacher's text a low probability, the reverse gap where the
+    teacher gives the student's text one.
     """
 
     student_on_teacher: float  # what the teacher's text costs the student
     teacher_on_teacher: float
     teacher_on_student: float
-    # What the student spent on the tokens that it drew; reading its text again would hide draws that are not its
-    # tokenizer's own way of writing.
+    # Of the sampled tokens: encoding the text again would hide samples that its tokenizer would not write.
     student_on_student: float
     ended: float  # share of the student's completions that ended by themselves
 
@@ -287,7 +293,7 @@ def measure_gaps(
     chunk=128,
     teacher_prompts: Sequence | None = None,
 ) -> Gaps:
-    """Both models write on the prompts, at temperature 1 from their whole distributions, and read what was written.
+    """Samples completions from both models at temperature 1, unfiltered, and scores them with both.
 
     Completions of white space alone are left out; one that is not valid UTF-8 counts up to the invalid bytes.
 
@@ -298,13 +304,14 @@ def measure_gaps(
         teacher_prompts: what the teacher reads in place of `prompts`, such as more context; None: the same.
 
     Raises:
-        ValueError: a model wrote nothing that could be read, or there is not a teacher's prompt for each prompt.
+        ValueError: a model wrote nothing that could be read, or there are not as many teacher prompts as prompts.
     """
     key, student, teacher = as_key(key), _loaded(student), _loaded(teacher)
-    both = list(prompts), list(prompts if teacher_prompts is None else teacher_prompts)
-    if len(both[0]) != len(both[1]):
+    prompts = list(prompts)
+    teacher_prompts = prompts if teacher_prompts is None else list(teacher_prompts)
+    if len(prompts) != len(teacher_prompts):
         raise ValueError(
-            f"there are {len(both[1])} prompts of the teacher's for {len(both[0])} prompts; give one for each"
+            f"there are {len(teacher_prompts)} teacher_prompts for {len(prompts)} prompts; give one for each"
         )
 
     def written(name, who, prompts, key):
@@ -320,13 +327,17 @@ def measure_gaps(
         rows = [Example(prompts[row], d.text) for row, d, _ in found]
         return score_completions(who, None, rows, batch_size=batch_size, chunk=chunk).bits_per_byte
 
-    asked, told = both
-    ours, ended = written("student", student, asked, jax.random.fold_in(key, 0))
-    theirs, _ = written("teacher", teacher, told, jax.random.fold_in(key, 1))
-    spent = sum(-float(logp[: len(d.ids)].sum()) for _, d, logp in ours) / np.log(2)
-    size = sum(len(d.text.encode()) for _, d, _ in ours)
-    read = bits(student, asked, theirs), bits(teacher, told, theirs), bits(teacher, told, ours)
-    return Gaps(*read, float(spent / size), ended)
+    by_student, ended = written("student", student, prompts, jax.random.fold_in(key, 0))
+    by_teacher, _ = written("teacher", teacher, teacher_prompts, jax.random.fold_in(key, 1))
+    own_bits = sum(-float(logp[: len(d.ids)].sum()) for _, d, logp in by_student) / np.log(2)
+    size = sum(len(d.text.encode()) for _, d, _ in by_student)
+    return Gaps(
+        student_on_teacher=bits(student, prompts, by_teacher),
+        teacher_on_teacher=bits(teacher, teacher_prompts, by_teacher),
+        teacher_on_student=bits(teacher, teacher_prompts, by_student),
+        student_on_student=float(own_bits / size),
+        ended=ended,
+    )
 
 
 def _loaded(model: Any) -> LoadedModel:

@@ -77,7 +77,7 @@ def flags_page() -> str:
         "Written by `tools/generate_docs.py` from the fields in `gold_jax/config/arguments.py` and the command-line modules.",
         "Every flag can stand in a YAML file (`--config FILE`, without the dashes), where the command line wins, and is an argument "
         "of `GOLDConfig` or `SFTConfig` in Python. `--no_FLAG` switches a true one off. `--help GROUP` shows a group below.",
-        "A run that goes on from a checkpoint *refuses* another value of some flags, *says* that others have one, and *takes* the "
+        "A run that resumes from a checkpoint *refuses* another value of some flags, *says* that others have one, and *takes* the "
         "rest as they come; of rows, chat templates, tokenizers and the teacher's weights it compares digests. A flag that is named and changes nothing in a run is named in the run's first lines.",
         "## gold_jax.train and gold_jax.sft",
         f"`gold_jax.sft` has all groups but {', '.join(alone)}.",
@@ -186,7 +186,9 @@ def api_page() -> str:
         parts.append(f"## {name}")
         if not issubclass(thing, Settings) if isinstance(thing, type) else True:
             signature = re.sub(r"<factory>|<object object at [^>]*>", "...", str(python_signature(thing)))
-            signature = re.sub(r"'([A-Za-z_.\[\], |]+)'", r"\1", signature).replace("gold_jax.", "")
+            signature = re.sub(r"(?<!=)(?<!= )'([A-Za-z_.\[\], |]+)'", r"\1", signature)  # annotations that are strings
+            signature = re.sub(r"\bjax(?:\.jax)?lib\._jax\.(?=Array)", "jax.", signature)
+            signature = re.sub(r"\b(?!jax\.|os\.)(?:\w+\.)+(?=[A-Z])", "", signature)  # names without their modules
             parts.append(f"```py\n{name}{signature}\n```")
         parts.append("```text\n" + inspect_docstring(thing) + "\n```")
         if isinstance(thing, type) and issubclass(thing, Settings):
@@ -222,7 +224,7 @@ loss = gold_jax.DistillationLoss("embedded:student", "embedded:teacher", "gold")
 (value, parts), gradient = jax.value_and_grad(loss, has_aux=True)(loss.params, loss.batch(rows))
 ```
 
-A training loop of one's own, on text that the student draws:
+A custom training loop, on text that the student samples:
 
 ```python
 import functools

@@ -23,24 +23,29 @@ from gold_jax.values import FRACTION, NOT_NEGATIVE, POSITIVE, SORTS, Range
 
 
 class GroupDistribution(NamedTuple):
-    """One group as one model sees it; `V` stands for that model's columns."""
+    """One group as one model sees it; `V` stands for that model's columns, `K` for the matched ones.
 
-    # [V] logarithm of the merged distribution up to `log_scale`, the largest about 0.
+    Attributes:
+        scores: `[V]` logarithm of the merged distribution up to `log_scale`, the largest about 0.
+        log_scale: `[]` log normaliser: `logp = scores + log_scale`.
+        missing_mass: `[]` one less the sum of the merged distribution, as the merge knows it.
+        token_column: `[]` column of the token of the group's text that it is over: under `boundary` the first, under
+            `chain` the last.
+        suffix_logp: `[]` log-probability of the group's tokens that the merge did not multiply in; 0 without any.
+        is_single_token: `[]` bool, whether there is none such.
+        prefix_column: `[V - K]` for each unmatched column the matched one whose surface is the longest prefix of its own;
+            `K` where there is none, `K + 1` where it is masked. The same for every group.
+        event_siblings: `[V]` how many other columns give to the same event as each; not 0 for masked ones. The same for
+            every group.
+    """
+
     scores: jax.Array
-    # [] log normaliser: `logp = scores + log_scale`.
     log_scale: jax.Array
-    # [] one less the sum of the merged distribution, as the merge knows it.
     missing_mass: jax.Array
-    # [] column of the token of the group's text that it is over: under `boundary` the first, under `chain` the last.
     token_column: jax.Array
-    # [] log-probability of the group's tokens that the merge did not multiply in; 0 without any.
     suffix_logp: jax.Array
-    # [] bool, whether there is none such.
     is_single_token: jax.Array
-    # [V - K] for each unmatched column the matched one whose surface is the longest prefix of its own; `K` where there
-    # is none, `K + 1` where it is masked. The same for every group.
     prefix_column: jax.Array
-    # [V] how many other columns give to the same event as each; not 0 for masked ones. The same for every group.
     event_siblings: jax.Array
 
     @classmethod
@@ -72,11 +77,17 @@ PER_GROUP = GroupDistribution._make((0, 0, 0, 0, 0, 0, None, None))
 
 
 class Overlap(NamedTuple):
-    """What two vocabularies have in common; Python values, known when a loss is traced."""
+    """What two vocabularies have in common; Python values, known when a loss is traced.
 
-    matched: int  # `K`, the number of leading columns that mean the same on both sides
-    unprefixed: bool = True  # whether both sides have columns without a matched prefix, which can be an event then
-    masked: bool = False  # whether any column is masked, so that what is left has to be renormalised
+    Attributes:
+        matched: `K`, the number of leading columns that mean the same on both sides.
+        unprefixed: whether both sides have columns without a matched prefix, which can then be an event.
+        masked: whether any column is masked, so that what is left has to be renormalised.
+    """
+
+    matched: int
+    unprefixed: bool = True
+    masked: bool = False
 
 
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -85,7 +96,7 @@ BoundCompare = Callable[[GroupDistribution, GroupDistribution, Overlap], Loss]
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A line of `COMPARISONS`: a function, and what a run has to know of it."""
+    """A line of `COMPARISONS`: a function, and what it reads and requires."""
 
     function: Callable[..., Loss]
     reads_text: bool = False  # it reads `suffix_logp`, a group's text: then the batch brings all tokens of it
