@@ -1,7 +1,7 @@
-"""The quickstart over several seeds and losses: what an evaluation says every 20 updates, and the chart of it.
+"""The quickstart with several seeds and losses: the metrics of every 20th update, and their chart.
 
     python benchmarks/quickstart.py [--losses gold events] [--seeds 42 1 2]     # measures, then draws
-    python benchmarks/quickstart.py --draw                                       # draws what was measured
+    python benchmarks/quickstart.py --draw                                       # only draws
 
 Writes results/quickstart.json and ../docs/quickstart.svg. Drawing needs matplotlib.
 """
@@ -15,11 +15,11 @@ import tempfile
 
 HERE = pathlib.Path(__file__).parent
 RESULTS, CHART = HERE / "results" / "quickstart.json", HERE.parent / "docs" / "quickstart.svg"
-COLORS = {"gold": "#c98500", "events": "#2a78b5"}  # told apart with any colour vision, on white and on black
+COLORS = {"gold": "#c98500", "events": "#2a78b5"}  # distinguishable with colour blindness, on white and on black
 
 
 def measure(loss: str, seed: int) -> dict:
-    """Updates, exact match and bits per byte of one run, and what the run itself compares."""
+    """Updates, exact match and bits per byte of one run, and the results in its summary."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "gold_jax.train", "--config", str(HERE.parent / "configs/quickstart.yaml")]
         command += ["--output_dir", folder, "--loss", loss, "--seed", str(seed), "--log_completions", "false"]

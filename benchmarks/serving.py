@@ -30,8 +30,8 @@ def resident(process: subprocess.Popen) -> int:
 def ask(client: httpx.Client, question: str, tokens: int) -> tuple[str, int]:
     """The answer to a question, and how many tokens it has."""
     body = {"messages": [{"role": "user", "content": question}], "max_tokens": tokens, "temperature": 0}
-    said = client.post("/v1/chat/completions", json=body).raise_for_status().json()
-    return said["choices"][0]["message"]["content"], said["usage"]["completion_tokens"]
+    answer = client.post("/v1/chat/completions", json=body).raise_for_status().json()
+    return answer["choices"][0]["message"]["content"], answer["usage"]["completion_tokens"]
 
 
 def main() -> None:

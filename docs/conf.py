@@ -11,7 +11,7 @@ import re
 import gold_jax
 
 DOCS = pathlib.Path(__file__).parent
-# Files beside this folder that are pages of the site, by the page whose {include} has them.
+# Files outside this folder, with the page that includes each.
 PAGES = {
     DOCS.parent / "README.md": "index",
     DOCS.parent / "CONTRIBUTING.md": "contributing",
@@ -23,18 +23,16 @@ project, author, version = "gold_jax", "the gold_jax authors", gold_jax.__versio
 extensions = ["myst_nb", "sphinx_copybutton"]
 html_theme = "furo"
 html_title = f"gold_jax {version}"
-exclude_patterns = ["notebooks/*.md"]  # a notebook's pair
 myst_heading_anchors = 6
-highlight_language = "none"  # of a block that names none
-nb_execution_mode = "off"  # the outputs that are stored
-nb_ipywidgets_js = {}  # else every page loads scripts from elsewhere
-
+highlight_language = "none"  # of blocks without one
+nb_execution_mode = "off"  # the committed outputs are shown
+nb_ipywidgets_js = {}  # else every page loads scripts from other hosts
 
 NOTEBOOKS = "\n```{toctree}\n:hidden:\n:caption: Notebooks\n:glob:\n\nnotebooks/*\n```\n"
 
 
 def with_links(text: str, folder: pathlib.Path) -> str:
-    """Markdown of a file in `folder` as it stands in this one: links lead to the site's pages."""
+    """Markdown of a file in `folder` with its links relative to this folder, to pages of the site where there are any."""
 
     def moved(match: re.Match) -> str:
         path = (folder / match[1]).resolve()
@@ -43,8 +41,8 @@ def with_links(text: str, folder: pathlib.Path) -> str:
     return re.sub(r"\]\(([\w./-]+)(#[\w-]+)?\)", moved, text)
 
 
-def take_in(app, docname: str, source: list[str]) -> None:
-    """Puts in the files that a page includes."""
+def include_files(app, docname: str, source: list[str]) -> None:
+    """Replaces `{include}` blocks by the files, with their links adapted."""
     if app.env.doc2path(docname).suffix != ".md":
         return
 
@@ -58,12 +56,12 @@ def take_in(app, docname: str, source: list[str]) -> None:
         source[0] += NOTEBOOKS
 
 
-def follow(app, env, docnames: list[str]) -> None:
-    """Has links to notebooks lead to their pages: Sphinx reads through the symbolic link, and looks links up behind it."""
+def map_links(app, env, docnames: list[str]) -> None:
+    """Makes links to notebooks lead to their pages: Sphinx resolves the symbolic link to their folder."""
     env.project._path_to_docname.update({env.doc2path(name).resolve(): name for name in env.found_docs})
 
 
 def setup(app) -> None:
     """Called by Sphinx."""
-    app.connect("env-before-read-docs", follow)
-    app.connect("source-read", take_in)
+    app.connect("env-before-read-docs", map_links)
+    app.connect("source-read", include_files)

@@ -1,7 +1,7 @@
-"""The examples of README.md and docs/ run, and every flag that they name is a flag.
+"""The examples of README.md and docs/ run, and every flag that they name exists.
 
-A block of Python or bash that cannot run here has `<!-- skip: next "why" -->` above it; what its commands say is parsed all
-the same. Models of the hub are replaced by the embedded ones, and `…` by a run of a few updates.
+A block of Python or bash that cannot run here has `<!-- skip: next "why" -->` above it; the flags of its commands are parsed
+nevertheless. Models of the hub are replaced by the embedded ones, and `…` by a run of a few updates.
 """
 
 import contextlib
@@ -36,27 +36,27 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "configs").glob("*.yaml"))]
 COMMANDS = {module.__name__: module for module in (train, sft, evaluate, generate, inspect, plan, report, serve)}
 FEW = "--config configs/quickstart.yaml --max_steps 8 --eval_on_start false --eval_strategy no --log_completions false"
-STAND_INS = {
+REPLACEMENTS = {
     "meta-llama/Llama-3.2-1B-Instruct": "embedded:student",
     "Qwen/Qwen3-4B-Instruct-2507": "embedded:teacher",
     "…": FEW,
 }
 ADDRESS = "127.0.0.1:8000"  # of a server
-# Flags of other programs that pages speak of, by the page.
+# Flags of other programs, by the page that names them.
 OTHERS = {
     "distributed.md": {"signal"},
     "planning.md": {"gpus"},
     "troubleshooting.md": {"context_length", "max_model_len", "logprobs_mode"},
     "rollout-servers.md": {"enable_deterministic_inference", "logprobs_mode"},
 }
-SCRIPTS = {"tpu.md", "benchmarks.md"}  # whose flags are mostly those of tpu_scripts/ and benchmarks/
+SCRIPTS = {"tpu.md", "benchmarks.md"}  # mostly with flags of tpu_scripts/ and benchmarks/
 
 
 # The blocks.
-def with_stand_ins(example) -> str:
+def with_replacements(example) -> str:
     text = example.parsed
-    for name, stand_in in STAND_INS.items():
-        text = text.replace(name, stand_in)
+    for name, replacement in REPLACEMENTS.items():
+        text = text.replace(name, replacement)
     if "runs/" in text:
         example.namespace["fixture"]("runs")
     if ADDRESS in text:
@@ -65,18 +65,18 @@ def with_stand_ins(example) -> str:
 
 
 def run_bash(example):
-    """Runs a block in the working folder; what it printed, where it fails. Nothing is installed."""
+    """Runs a block in the working directory, without installing packages; returns its output if it fails."""
     if "pip install -e" in example.parsed:
         pytest.skip("installs this project, which .ci/run does")
     env = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    line = ["bash", "-euo", "pipefail", "-c", "pip() { :; }\n" + with_stand_ins(example)]
+    line = ["bash", "-euo", "pipefail", "-c", "pip() { :; }\n" + with_replacements(example)]
     streams = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True}
-    done = subprocess.run(line, env=env, timeout=600, **streams)  # one that waits for ever fails
+    done = subprocess.run(line, env=env, timeout=600, **streams)
     return done.returncode and f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
 
 
 def run_python(example):
-    exec(compile("\n" * example.line + with_stand_ins(example), example.path, "exec"), example.namespace)
+    exec(compile("\n" * example.line + with_replacements(example), example.path, "exec"), example.namespace)
 
 
 def read_settings(example):
@@ -91,7 +91,7 @@ def read_rows(example):
 
 
 def blocks():
-    """Each block that is run, with the comments above it that say whether it is skipped."""
+    """Every block that is run, after the skip comments above it."""
     skip = SkipParser()
     languages = {"python": run_python, "bash": run_bash, "yaml": read_settings, "json": read_rows}
     sybil = Sybil([skip, *(CodeBlockParser(name, run) for name, run in languages.items())])
@@ -99,7 +99,7 @@ def blocks():
         above, examples = [], list(sybil.parse(page))
         texts = [example.parsed for example in examples if example.region.evaluator in (run_bash, run_python)]
         trains = any(re.search(rf"gold_jax\.(train|report)|GOLDTrainer|_grad|{ADDRESS}", text) for text in texts)
-        marks = [pytest.mark.slow] if trains else []  # all of a page: its blocks share their names
+        marks = [pytest.mark.slow] if trains else []  # for all blocks of a page, which share a namespace
         for example in examples:
             if example.region.evaluator in languages.values():
                 yield pytest.param([*above, example], id=f"{page.name}:{example.line}", marks=marks)
@@ -110,7 +110,7 @@ def blocks():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where a reader may stand: configs, data of their own, a trained student."""
+    """A working directory with the configs, data and a trained student."""
     folder = tmp_path_factory.mktemp("examples")
     (folder / "configs").symlink_to(ROOT / "configs")
     shutil.copytree(resolve("embedded:student"), folder / "out")
@@ -121,7 +121,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(folder):
-    """What report.md looks at."""
+    """The runs that report.md shows."""
     with contextlib.chdir(folder):
         cli.run("gold_jax.train", train.main, shlex.split(f"{FEW} --output_dir runs/quickstart --max_steps 2"))
     for name in ("gold", "events"):
@@ -151,19 +151,19 @@ def server(folder):
 def test_a_block_runs(examples, folder, request, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(compare, "COMPARISONS", dict(compare.COMPARISONS))  # to which a block may add
+    monkeypatch.setattr(compare, "COMPARISONS", dict(compare.COMPARISONS))  # a block may register one
     for example in examples:
         example.namespace["fixture"] = request.getfixturevalue
         example.evaluate()
 
 
-def test_the_example_of_the_example_loss_is_right():
+def test_the_doctest_of_the_example_loss_passes():
     (example,) = doctest.DocTestFinder().find(the_loss(), "skew_kl", globs=vars(compare) | {"skew_kl": the_loss()})
     assert doctest.DocTestRunner().run(example) == (0, 3)
 
 
 def the_loss():
-    """The function that add-a-loss.md adds."""
+    """The example of add-a-loss.md."""
     namespace = dict(vars(compare))
     exec(re.search(r"```python\n(def skew_kl.*?)```", (ROOT / "docs/add-a-loss.md").read_text(), re.S)[1], namespace)
     return namespace["skew_kl"]
@@ -171,12 +171,12 @@ def the_loss():
 
 # The flags.
 class Parsed(Exception):
-    """Everything that a command was told is legal."""
+    """The flags of a command were parsed."""
 
 
 @pytest.fixture
 def parse(monkeypatch, folder):
-    """Has a command read its flags, and do nothing."""
+    """A function that parses the flags of a command and does not run it."""
 
     def parse_alone(*args, **kwargs):
         parse_args(*args, **kwargs)
@@ -205,7 +205,7 @@ def commands(text: str):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *OTHER_PAGES], ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_command_is_told_flags_that_it_has(page, parse, monkeypatch):
+def test_every_command_has_the_flags_that_it_is_given(page, parse, monkeypatch):
     text = page.read_text(encoding="utf-8")
     own = {"skew_kl": compare.Comparison(the_loss())} if page.name == "add-a-loss.md" else {}
     monkeypatch.setattr(compare, "COMPARISONS", compare.COMPARISONS | own)
@@ -221,15 +221,15 @@ NAMES = {"config", "help", "version", *ANSWERS}.union(*(field_names(c) for c in 
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name not in SCRIPTS], ids=lambda page: page.name)
-def test_every_flag_that_a_sentence_names_is_there(page):
+def test_every_flag_that_a_page_names_exists(page):
     spans = " ".join(re.findall(r"`(--[^`]+)`", page.read_text(encoding="utf-8")))
     named = {re.sub("^no_", "", name.replace("-", "_")) for name in re.findall(r"(?<!\S)--([\w-]+)", spans)}
     assert named - NAMES <= OTHERS.get(page.name, set()) | {"FLAG", "NAME", "A", "B"}
 
 
 @pytest.mark.parametrize("page", ["papers.md", "coming-from-tokenkit.md", "coming-from-maxtext-and-tunix.md"])
-def test_what_a_table_says_in_flags_is_legal(page):
-    """Of these pages each span of flags is what one may type; a flag alone stands for itself."""
+def test_flags_in_tables_are_valid(page):
+    """On these pages each span of flags can be given to `train` as it is; a flag may lack its value."""
     spans = re.findall(r"`(--[^`]+)`", (ROOT / "docs" / page).read_text(encoding="utf-8"))
     assert spans
     for span in spans:
@@ -240,7 +240,7 @@ def test_what_a_table_says_in_flags_is_legal(page):
                 raise AssertionError(f"{span}: {error}") from None
 
 
-def test_what_pages_say_to_install_is_there():
+def test_extras_that_pages_install_exist():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {
         extra

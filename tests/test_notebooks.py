@@ -1,4 +1,4 @@
-"""The notebooks run, show what they are kept with, and are the text beside them."""
+"""The notebooks run, have up-to-date outputs, and equal their text files."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def test_the_two_files_hold_the_same_cells(text):
     assert found == wanted, f"run python -m tools.refresh_notebooks {text.stem}"
 
 
-def test_kept_outputs_are_small_without_errors_and_name_no_machine(text):
+def test_committed_outputs_are_small_without_errors_and_name_no_machine(text):
     from tools import refresh_notebooks
 
     path = text.with_suffix(".ipynb")
@@ -47,7 +47,7 @@ def test_kept_outputs_are_small_without_errors_and_name_no_machine(text):
 
 
 @pytest.mark.slow
-def test_a_notebook_runs_and_shows_what_is_kept(text):
+def test_a_notebook_runs_and_has_outputs_like_the_committed_ones(text):
     from tools import refresh_notebooks
 
     kept = json.loads(text.with_suffix(".ipynb").read_text(encoding="utf-8"))

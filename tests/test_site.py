@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OFFLINE = """
 import runpy, socket, sys
 def refuse(*args, **kwargs):
-    raise OSError("the site asked for a network")
+    raise OSError("building the site opened a connection")
 socket.socket.connect = socket.getaddrinfo = refuse
 sys.argv = ["sphinx", *sys.argv[1:]]
 runpy.run_module("sphinx", run_name="__main__")

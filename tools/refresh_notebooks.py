@@ -1,8 +1,8 @@
-"""Runs the notebooks and keeps what they show: `python -m tools.refresh_notebooks [NAME ...]`, from the root of a checkout.
+"""Executes the notebooks and saves their outputs: `python -m tools.refresh_notebooks [NAME ...]`, from the root of a checkout.
 
-`notebooks/NAME.py` is what is edited (jupytext's percent format; in JupyterLab with jupytext either file may be). This
-executes it in a folder of its own and writes `notebooks/NAME.ipynb` with its outputs, but without counts, times and
-identifiers of this machine; cells tagged `unsaved` keep no output.
+Edit `notebooks/NAME.py` (jupytext's percent format; in JupyterLab with jupytext either file). This executes it in a
+temporary folder and writes `notebooks/NAME.ipynb` with its outputs, but without execution counts; outputs that name this
+machine or the time are refused. Cells tagged `unsaved` keep no output.
 """
 
 import os
@@ -22,7 +22,7 @@ LARGEST = 200_000  # bytes of a notebook
 
 
 def read(path: pathlib.Path) -> nbformat.NotebookNode:
-    """A notebook without outputs, of a file of text."""
+    """A notebook without outputs, from its text file."""
     notebook = jupytext.read(path)
     for number, cell in enumerate(notebook.cells):
         cell["id"] = f"cell-{number}"  # jupytext gives random ones
@@ -31,7 +31,7 @@ def read(path: pathlib.Path) -> nbformat.NotebookNode:
 
 
 def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> None:
-    """Runs all cells, in a folder of its own; `nbclient.exceptions.CellExecutionError` where one raises."""
+    """Runs all cells in a temporary folder; `nbclient.exceptions.CellExecutionError` where one raises."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
         where = {"metadata": {"path": folder}}
@@ -40,7 +40,7 @@ def execute(notebook: nbformat.NotebookNode, timeout: int = 600) -> None:
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
-    """Takes out what differs from one execution to the next without saying anything."""
+    """Removes execution counts, and the outputs of cells tagged `unsaved`."""
     for cell in notebook.cells:
         if cell.cell_type != "code":
             continue
@@ -53,7 +53,7 @@ def clean(notebook: nbformat.NotebookNode) -> None:
 
 
 def traces(notebook: nbformat.NotebookNode) -> Iterator[str]:
-    """What the outputs say of the machine that they come from."""
+    """Paths, host names, times and addresses in the outputs."""
     names = [re.escape(str(path)) for path in (FOLDER.parent, pathlib.Path.home(), tempfile.gettempdir(), sys.prefix)]
     names += [rf"\b{re.escape(socket.gethostname())}\b", r"\b\d{4}-\d\d-\d\d[ T]\d\d:", "0x[0-9a-f]{8,}"]
     for cell in notebook.cells:
