@@ -205,7 +205,7 @@ def test_a_flag_is_read_in_every_spelling(argv, name, value):
         (["--load_in_4bit"], ["--load_in_4bit", "not in this version"]),
         (["--projection_mask", "words"], ["--projection_mask", "'words'", "whitespace, numerals"]),
         (["--alm_temperature", "0"], ["--alm_temperature", "greater than 0"]),
-        (["--ignore_data_skip"], ["--ignore_data_skip", "rows that come next"]),
+        (["--ignore_data_skip"], ["--ignore_data_skip", "continues with the next rows"]),
         (["--output_dir", "gs://bucket/run"], ["--output_dir", "local folder", "--checkpoint_dir"]),
         (["--max_skipped_updates", "0"], ["--max_skipped_updates", "at least 1"]),
         (["--packing_strategy", "wrapped"], ["--packing_strategy wrapped", "none sees another's tokens"]),
