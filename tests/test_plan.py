@@ -336,7 +336,7 @@ def test_why_nothing_is_compiled_for_gpus_is_said(told, world, monkeypatch):
     monkeypatch.setattr(compiled, "has_gpu_compiler", lambda: True)
     options = {"side_effect": RuntimeError("no field named clock_rate_ghz\nand more")}
     monkeypatch.setattr(compiled, "describe", mock.Mock(**options))
-    assert "cannot be told of this card (no field named clock_rate_ghz). The resident memory is exact" in why()
+    assert "does not know this card (no field named clock_rate_ghz). The resident memory is exact" in why()
 
 
 @pytest.mark.slow

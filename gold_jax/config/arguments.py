@@ -261,9 +261,9 @@ class CheckpointFlags(Settings):
     save_total_limit: int | None = free_flag(None, "How many saves to keep; none: all.", range=AT_LEAST_ONE)
     checkpoint_dir: str | None = free_flag(None, "Where saves on the way go, each a folder checkpoint-STEP; may be "
         "gs://bucket/folder. None: output_dir.", folder=True)
-    resume_from_checkpoint: str | None = free_flag(None, "Go on from a save: its folder, or latest (true means the "
-        "same) for the newest whole one of checkpoint_dir, where a run that has none begins anew.", folder=True,
-        true_means="latest", important=True, differs="`latest` is taken too, and begins anew where there is no save")
+    resume_from_checkpoint: str | None = free_flag(None, "Resume from a checkpoint: its folder, or latest (true means "
+        "the same) for the newest complete one in checkpoint_dir; a new run starts if there is none.", folder=True,
+        true_means="latest", important=True, differs="`latest` is taken too, and starts a new run if there is no checkpoint")
     load_best_model_at_end: bool = free_flag(False, "End with the student of the save whose evaluation was best, which "
         "--save_total_limit does not remove.")
     metric_for_best_model: str | None = free_flag(None, "Which measure of an evaluation says how good a model is, such as "

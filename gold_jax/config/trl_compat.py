@@ -131,7 +131,7 @@ _NOTICES: Mapping[str, str] = {
     "Completions are printed and logged as they are, repeated prompts too.": "wandb_log_unique_prompts",
     "Trackio's own defaults hold.": "trackio_bucket_id trackio_static_space_id",
     "Weights are always safetensors, written by the first process.": "save_safetensors=true save_on_each_node",
-    "A save always holds what a run needs to go on as well; --save_total_limit says how many stay.": "save_only_model",
+    "A checkpoint always has everything needed to resume too; --save_total_limit says how many are kept.": "save_only_model",
     "SIGTERM always has the run save a checkpoint and end with exit code 75.": "enable_jit_checkpoint",
     "Checkpoints hold no state of callbacks.": "restore_callback_states_from_checkpoint",
     "Every push is waited for.": "hub_always_push",

@@ -50,7 +50,7 @@ def describe(topology: Topology) -> list[Any]:
 
 
 def why_not_compiled(topology: Topology) -> str | None:
-    """Why nothing is compiled for GPUs, to go on from a colon; None where their compiler is here and knows them."""
+    """Why nothing is compiled for GPUs, as the end of a sentence; None where their compiler is here and knows them."""
     if not topology.compile_options:
         return f"gold_jax has no description of the {topology.chip.name} to compile for"
     if not has_gpu_compiler():
@@ -60,7 +60,7 @@ def why_not_compiled(topology: Topology) -> str | None:
             return None
     except Exception as error:  # of what an older or a newer JAX does not know, or cannot load
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return f"the GPU compiler that is installed, of jax {jax.__version__}, cannot be told of this card ({reason})"
+        return f"the GPU compiler that is installed, of jax {jax.__version__}, does not know this card ({reason})"
 
 
 @contextlib.contextmanager

@@ -257,7 +257,9 @@ class StreamOrder:
         self._seek(position)
         self._read_window()
         if position.get("rows") not in (None, self._here["rows"]):
-            raise ValueError(f"{self.stream.source} holds other rows than when the checkpoint was saved; begin anew")
+            raise ValueError(
+                f"{self.stream.source} holds other rows than when the checkpoint was saved; start a new run"
+            )
 
     def _seek(self, position: Mapping[str, Any]) -> None:
         self._here, self._window = dict(position), None

@@ -158,8 +158,8 @@ def find_and_restore(
         return path, metadata, state
     others = [p.name for p in checkpointing.checkpoints_in(found[0].parent) if p not in found]
     hint = f"; others are there: {', '.join(others[:5])}" if others else ""
-    instead = "Name another with --resume_from_checkpoint, or leave it out to begin anew."
-    raise ValueError(f"no whole checkpoint is left to go on from ({'; '.join(bad)}){hint}. {instead}")
+    instead = "Name another with --resume_from_checkpoint, or leave it out to start a new run."
+    raise ValueError(f"no complete checkpoint is left to resume from ({'; '.join(bad)}){hint}. {instead}")
 
 
 def _agreed_metadata(path: epath.Path) -> dict[str, Any]:
@@ -196,10 +196,10 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
     found, current = checkpointing.checkpoints_in(folder), checkpointing.current_run(folder)
     earlier = [path for path in found if current is not None and checkpointing.run_of(path) not in (None, current)]
     if not found:
-        say(f"There is no checkpoint in {folder} yet: the run begins anew.")
+        say(f"There is no checkpoint in {folder} yet: a new run starts.")
     elif len(earlier) == len(found):
         over = f"Those of earlier runs are passed over ({', '.join(sorted(path.name for path in earlier)[:5])})"
-        anew = f"The run that was started last has no checkpoint in {folder} yet: it begins anew"
+        anew = f"The run that was started last has no checkpoint in {folder} yet: a new run starts"
         say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} resumes one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.

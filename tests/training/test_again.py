@@ -286,7 +286,7 @@ def test_a_run_goes_on_from_its_own_checkpoints_and_passes_over_those_of_an_earl
     assert same(arrays(trainer), between)
     trainer.train(resume_from_checkpoint=True)  # the second run has saved nothing
     said = trainer.console.export_text()
-    assert "The run that was started last has no checkpoint" in said and "it begins anew" in said
+    assert "The run that was started last has no checkpoint" in said and "a new run starts" in said
     fresh = gold(pair, tmp_path / "fresh", evaluation=None)
     fresh.train()
     fresh.train()
@@ -326,7 +326,7 @@ def test_a_refused_resume_leaves_a_trainer_as_it_was(wanted, saved, tmp_path):
     says = {
         "missing": "nothing",
         "further": "is at update 9, and this run makes 2",
-        "damaged": "no whole checkpoint is left",
+        "damaged": "no complete checkpoint is left",
     }[wanted]
     with pytest.raises((FileNotFoundError, ValueError), match=says):
         trainer.train(resume_from_checkpoint=str(path))

@@ -323,7 +323,7 @@ def test_where_no_checkpoint_is_whole_the_run_says_so_and_does_not_begin_anew(wo
     output = copied(finished, tmp_path)
     for step in (2, 4):
         damage(output / f"checkpoint-{step}")
-    with pytest.raises(ValueError, match="no whole checkpoint is left.*checkpoint-4.*checkpoint-2"):
+    with pytest.raises(ValueError, match="no complete checkpoint is left.*checkpoint-4.*checkpoint-2"):
         sft(world, output).train("latest")
 
 
