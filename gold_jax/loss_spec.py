@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gold_jax.values import NOT_NEGATIVE, POSITIVE
+
 if TYPE_CHECKING:
     from gold_jax.losses.compare import BoundCompare, Comparison
 
@@ -68,9 +70,16 @@ def read_options(compare: str, flags: Mapping[str, Any], kwargs: Mapping[str, An
     return complete(compare, known, given, "--loss_kwargs: ")
 
 
+_RANGES = {"crossentropy_weight": NOT_NEGATIVE, "distillation_weight": NOT_NEGATIVE}
+_RANGES |= {"student_temperature": POSITIVE, "teacher_temperature": POSITIVE}
+
+
 @dataclass(frozen=True)
 class LossSpec:
-    """One distillation loss, with nothing left to decide; an option that its comparison has not, or out of range, is refused."""
+    """One distillation loss, with nothing left to decide.
+
+    ValueError: a name that is not known, a number out of range, or an option that the comparison has not.
+    """
 
     merge: str = "chain"  # of MERGES: how the tokens of a group become one distribution
     groups: str = "all"  # of GROUPS: which count; "positional" is no alignment: token k against token k
@@ -86,16 +95,22 @@ class LossSpec:
     mask: tuple[str, ...] = ()  # of MASKS: kinds of unmatched entries that a projection leaves out
     normalization: str = "groups"  # sum over the global batch / its number of groups; "row_mean": as TRL
     name: str = "gold"  # the preset this came from, for people to read
+    # The line of the table when this was made: a name that is registered again changes nothing made before.
+    comparison: Comparison = field(init=False, repr=False)
 
     def __post_init__(self):
         from gold_jax.losses.options import complete
 
+        choices = {"merge": MERGES, "groups": GROUPS, "compare": comparisons(), "normalization": NORMALIZATIONS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        for name, legal in _RANGES.items():
+            if not legal.holds(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}; it must be a number {legal.words}.")
+        object.__setattr__(self, "mask", tuple(self.mask))
+        object.__setattr__(self, "comparison", comparisons()[self.compare])
         object.__setattr__(self, "options", complete(self.compare, self.comparison.options, self.options))
-
-    @property
-    def comparison(self) -> Comparison:
-        """The comparison's line in the table."""
-        return comparisons()[self.compare]
 
     def bound(self) -> BoundCompare:
         """The comparison with its options, as `distill_loss` takes it."""
