@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib
@@ -89,7 +90,8 @@ def load_comparison(name: str) -> None:
     if name in table and (table[name].source is None or source in (None, table[name].source)):
         return
     try:
-        found = getattr(_import(where), attribute)
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints is no part of a command's output
+            found = getattr(_import(where), attribute)
         given = found if isinstance(found, Comparison) else Comparison(found)
         flags = dict(reads_text=given.reads_text, projects=given.projects, on_policy=given.on_policy)
         register_comparison(name, given.function, **flags)

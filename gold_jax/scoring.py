@@ -179,10 +179,16 @@ def score_groups(
         teacher_prompts: other prompts for the teacher alone.
         batch_size: rows at a time.
         chunk: positions whose logits are held at once.
+
+    Raises:
+        ValueError: there is not a completion, or a teacher's prompt, for each prompt.
     """
+    teacher_prompts = prompts if teacher_prompts is None else teacher_prompts
+    for given, what in ((completions, "completions"), (teacher_prompts, "prompts of the teacher's")):
+        _check_one_each(given, what, prompts)
     found: list[dict[int, tuple]] = []
-    for who, before in ((student, prompts), (teacher, teacher_prompts or prompts)):
-        rows = [Example(prompt, text) for prompt, text in zip(before, completions, strict=True)]
+    for who, before in ((student, prompts), (teacher, teacher_prompts)):
+        rows = [Example(prompt, text) for prompt, text in zip(before, completions)]
         read = _read_completions(_loaded(who), rows, batch_size, None, chunk)
         found.append({i: (answer, np.append(np.full(first, np.nan), logp)) for i, answer, first, logp in read})
     return [_joined_groups(text.encode(), *(side[i] for side in found)) for i, text in enumerate(completions)]
@@ -302,10 +308,7 @@ def measure_gaps(
     """
     key, student, teacher = as_key(key), _loaded(student), _loaded(teacher)
     both = list(prompts), list(prompts if teacher_prompts is None else teacher_prompts)
-    if len(both[0]) != len(both[1]):
-        raise ValueError(
-            f"there are {len(both[1])} prompts of the teacher's for {len(both[0])} prompts; give one for each"
-        )
+    _check_one_each(both[1], "prompts of the teacher's", both[0])
 
     def written(name, who, prompts, key):
         """Each completion that can be read, with its row and log-probabilities; and the share that ended."""
@@ -327,6 +330,12 @@ def measure_gaps(
     size = sum(len(d.text.encode()) for _, d, _ in ours)
     read = bits(student, asked, theirs), bits(teacher, told, theirs), bits(teacher, told, ours)
     return Gaps(*read, float(spent / size), ended)
+
+
+def _check_one_each(given: Sequence, what: str, prompts: Sequence) -> None:
+    """ValueError if there is not one for each prompt."""
+    if len(given) != len(prompts):
+        raise ValueError(f"there are {len(given)} {what} for {len(prompts)} prompts; give one for each")
 
 
 def _loaded(model: Any) -> LoadedModel:

@@ -299,6 +299,12 @@ def test_a_file_that_has_changed_is_read_again(pair, tmp_path, own_table):
     assert own_table[f"{file}:total"] is line
 
 
+def test_what_a_file_prints_is_no_output_of_the_command(tmp_path, own_table, capsys):
+    (tmp_path / "loud.py").write_text("print('loud')\n" + SOURCE)
+    load_comparison(f"{tmp_path}/loud.py:squares")
+    assert capsys.readouterr() == ("", "loud\n")
+
+
 @pytest.mark.parametrize("text", ["raise SystemExit", "import sys\nsys.exit('bye')"])
 def test_a_file_that_ends_the_process_is_named(text, tmp_path, own_table):
     (tmp_path / "script.py").write_text(text)
