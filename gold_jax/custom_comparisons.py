@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -26,7 +28,8 @@ def register_comparison(
     """Registers a function as the comparison `name`, for `LossSpec`, `GOLDConfig`, `--compare` and `--loss` in this process.
 
     Also a decorator, `@register_comparison("skew_kl")`. Registering a name again replaces its function for losses made
-    afterwards, so that a notebook cell can be run twice.
+    afterwards, so that a notebook cell can be run twice. What the function takes from outside itself, such as a global,
+    is compiled in when a loss is first computed: after a change there, register it again.
 
     Args:
         name: any but that of a built-in loss.
@@ -72,32 +75,40 @@ def register_comparison(
 def load_comparison(name: str) -> None:
     """Imports the comparison `MODULE:FUNCTION` or `FILE.py:FUNCTION` and registers it under this name, unless it is already.
 
-    A module may be in the working directory. The attribute may also be a `losses.compare.Comparison`.
+    A module may be in the working directory. The attribute may also be a `losses.compare.Comparison`. A file that has
+    changed is read again; a module is imported once, as everywhere in Python.
     ValueError: it cannot be imported, or is not a comparison.
     """
-    if name in comparisons():
-        return
     from gold_jax.losses.compare import Comparison
 
+    table: Any = comparisons()
     where, _, attribute = name.rpartition(":")
     try:
-        found = getattr(_import(where), attribute)
+        source = pathlib.Path(where).read_bytes() if where.endswith(".py") else None
+    except OSError:  # said below where it is not known yet
+        source = None
+    if name in table and (table[name].source is None or source in (None, table[name].source)):
+        return
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # what a module prints is no part of a command's output
+            found = getattr(_import(where), attribute)
         given = found if isinstance(found, Comparison) else Comparison(found)
         flags = dict(reads_text=given.reads_text, projects=given.projects, on_policy=given.on_policy)
         register_comparison(name, given.function, **flags)
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything, and a script may end the process
         reason = quoted(f"{type(error).__name__}: {error}", plain=True)
         raise ValueError(
             f"the comparison {name!r} cannot be loaded ({reason}); docs/add-a-loss.md shows one"
         ) from error
+    table[name] = dataclasses.replace(table[name], source=source)
 
 
 def _import(where: str) -> Any:
     """A module by its name, as `python -m` finds it, or by the path of its file."""
     if where.endswith(".py"):
-        path = pathlib.Path(where)
-        spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
+        # Under a name that no import has, where dataclasses and pickles look for a class's module.
+        spec: Any = importlib.util.spec_from_file_location(where, where)
+        module = sys.modules[where] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     if os.getcwd() not in sys.path and "" not in sys.path:

@@ -20,6 +20,7 @@ from gold_jax.training.batches import DistillationBatchBuilder
 from gold_jax.training.build import match_pair
 from gold_jax.training.objective import Objective, make_distillation_loss
 from gold_jax.training.teacher import StepConstants, freeze_teacher
+from gold_jax.wording import quoted
 
 _DEFAULT_LENGTH = 1024  # tokens of prompt and completion, as GOLDConfig's
 
@@ -40,7 +41,7 @@ class DistillationLoss:
 
     `params` are the student's parameters, `batch` what `loss.batch(rows)` gives. `value` is a float32 scalar in nats, the
     mean over the groups of the batch, and `parts` a dict of scalars that make it up. The gradient is
-    `jax.value_and_grad(loss, has_aux=True)(params, batch)`; none goes to the teacher. A call is jitted. The loss is a
+    `jax.value_and_grad(loss, has_aux=True)(params, batch)`; none goes to the teacher, and there are no second ones. A call is jitted. The loss is a
     pytree whose leaves are the teacher's arrays: give it to a jitted function of your own as an argument, since arrays
     of a closure are constants, which are copied into the program.
 
@@ -56,6 +57,7 @@ class DistillationLoss:
 
     Raises:
         ValueError: the spec does not apply to the pair, such as "gkd" with two tokenizers.
+        TypeError: `spec` is of another type.
         FileNotFoundError: a named model is not found.
     """
 
@@ -68,6 +70,11 @@ class DistillationLoss:
         max_length: int | None = None,
         chunk: int | None = None,
     ):
+        if not isinstance(spec, LossSpec | GOLDConfig | str):
+            raise TypeError(f"spec is {quoted(spec)}; it must be the name of a loss, a LossSpec or a GOLDConfig")
+        for name, value in (("max_length", max_length), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1, or None")
         student, teacher = (as_loaded_model(side) for side in (student, teacher))
         given = GOLDConfig(loss=spec, lmbda=1.0) if isinstance(spec, str) else spec
         config = given if isinstance(given, GOLDConfig) else None

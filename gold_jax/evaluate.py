@@ -46,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, args, notices = parse_args(argv, ModelArguments, EvaluateArguments, prog="gold_jax.evaluate", doc=__doc__)
     for name, value in (("model_name_or_path", model.model_name_or_path), ("dataset_name", args.dataset_name)):
         require(value, name, "gold_jax.evaluate needs a model and rows with completions")
+    if args.teacher_model_name_or_path is None and args.teacher_context is not None:
+        notices = [*notices, "--teacher_context: no effect without --teacher_model_name_or_path"]
     show(notices)
     import jax
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from gold_jax.values import NOT_NEGATIVE, POSITIVE
+
 if TYPE_CHECKING:
     from gold_jax.losses.compare import BoundCompare, Comparison
 
@@ -68,6 +70,10 @@ def read_options(compare: str, flags: Mapping[str, Any], kwargs: Mapping[str, An
     return complete(compare, known, given, "--loss_kwargs: ")
 
 
+_RANGES = {"crossentropy_weight": NOT_NEGATIVE, "distillation_weight": NOT_NEGATIVE}
+_RANGES |= {"student_temperature": POSITIVE, "teacher_temperature": POSITIVE}
+
+
 @dataclass(frozen=True)
 class LossSpec:
     """A fully specified distillation loss.
@@ -86,7 +92,7 @@ class LossSpec:
         name: the preset that it came from, for messages.
 
     Raises:
-        ValueError: an option that the comparison does not have, or out of range.
+        ValueError: an unknown name, a number out of range, or an option that the comparison does not have.
     """
 
     merge: str = "chain"
@@ -102,16 +108,22 @@ class LossSpec:
     mask: tuple[str, ...] = ()
     normalization: str = "groups"
     name: str = "gold"
+    # The line of the table when this was made: registering its name again changes nothing made before.
+    comparison: Comparison = field(init=False, repr=False)
 
     def __post_init__(self):
         from gold_jax.losses.options import complete
 
+        choices = {"merge": MERGES, "groups": GROUPS, "compare": comparisons(), "normalization": NORMALIZATIONS}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        for name, legal in _RANGES.items():
+            if not legal.holds(value := getattr(self, name)):
+                raise ValueError(f"{name} is {value!r}; it must be a number {legal.words}.")
+        object.__setattr__(self, "mask", tuple(self.mask))
+        object.__setattr__(self, "comparison", comparisons()[self.compare])
         object.__setattr__(self, "options", complete(self.compare, self.comparison.options, self.options))
-
-    @property
-    def comparison(self) -> Comparison:
-        """The comparison's line in the table."""
-        return comparisons()[self.compare]
 
     def bound(self) -> BoundCompare:
         """The comparison with its options, as `distill_loss` takes it."""

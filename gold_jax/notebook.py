@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 _LINE = 88  # characters of tokens in a line
-_TOKEN = "border: 1px solid rgba(128,128,128,.55); border-radius: 3px; padding: 0 2px; white-space: pre"
+_TOKEN = "border: 1px solid rgba(128,128,128,.55); border-radius: 3px; padding: 0 2px; white-space: pre; unicode-bidi: isolate"
 _MERGED = "background: rgba(255,165,0,.32)"
 _CELL = "text-align: {}; padding: 2px 12px 2px 0; vertical-align: top"
 _CODE = "font-family: monospace; text-align: left; padding: 1px 3px; white-space: nowrap"

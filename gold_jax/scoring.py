@@ -185,11 +185,14 @@ def score_groups(
         The groups of each completion, in the order of the text.
 
     Raises:
-        ValueError: there are not as many prompts as completions.
+        ValueError: there are not as many completions, or teacher prompts, as prompts.
     """
+    teacher_prompts = prompts if teacher_prompts is None else teacher_prompts
+    for given, what in ((completions, "completions"), (teacher_prompts, "teacher_prompts")):
+        _check_one_each(given, what, prompts)
     found: list[dict[int, tuple]] = []
-    for who, before in ((student, prompts), (teacher, teacher_prompts or prompts)):
-        rows = [Example(prompt, text) for prompt, text in zip(before, completions, strict=True)]
+    for who, before in ((student, prompts), (teacher, teacher_prompts)):
+        rows = [Example(prompt, text) for prompt, text in zip(before, completions)]
         read = _read_completions(_loaded(who), rows, batch_size, None, chunk)
         found.append({i: (answer, np.append(np.full(first, np.nan), logp)) for i, answer, first, logp in read})
     return [_joined_groups(text.encode(), *(side[i] for side in found)) for i, text in enumerate(completions)]
@@ -309,10 +312,7 @@ def measure_gaps(
     key, student, teacher = as_key(key), _loaded(student), _loaded(teacher)
     prompts = list(prompts)
     teacher_prompts = prompts if teacher_prompts is None else list(teacher_prompts)
-    if len(prompts) != len(teacher_prompts):
-        raise ValueError(
-            f"there are {len(teacher_prompts)} teacher_prompts for {len(prompts)} prompts; give one for each"
-        )
+    _check_one_each(teacher_prompts, "teacher_prompts", prompts)
 
     def written(name, who, prompts, key):
         """Each completion that can be read, with its row and log-probabilities; and the share that ended."""
@@ -338,6 +338,12 @@ def measure_gaps(
         student_on_student=float(own_bits / size),
         ended=ended,
     )
+
+
+def _check_one_each(given: Sequence, what: str, prompts: Sequence) -> None:
+    """ValueError if there is not one for each prompt."""
+    if len(given) != len(prompts):
+        raise ValueError(f"there are {len(given)} {what} for {len(prompts)} prompts; give one for each")
 
 
 def _loaded(model: Any) -> LoadedModel:

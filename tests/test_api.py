@@ -83,6 +83,15 @@ def test_dicts_are_scored_as_examples_are(student):
     assert gold_jax.exact_match(STUDENT, rows=rows, max_new_tokens=4) in (0.0, 1.0)
 
 
+@pytest.mark.parametrize(
+    "completions, others, wrong",
+    [(["a"], None, "1 completions for 2 prompts"), (["a", "b"], [], "0 prompts of the teacher's for 2 prompts")],
+)
+def test_groups_are_scored_for_one_completion_of_each_prompt(completions, others, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        scoring.score_groups(STUDENT, STUDENT, ["x", "y"], completions, teacher_prompts=others)
+
+
 def test_groups_are_scored_as_both_models_logits_say(student, world):
     """Every token's log-probability from the whole logits of one sequence, and groups from the ends of both sides' tokens."""
     loaded = [gold_jax.load_model_and_tokenizer(str(world / name)) for name in ("student", "teacher")]

@@ -207,7 +207,8 @@ def direct_bits_per_byte(folder: pathlib.Path, rows) -> float:
 
 
 def test_evaluate_prints_bits_per_byte_as_text_and_as_json(world, capsys):
-    call("evaluate", f"--model_name_or_path {world}/student --dataset_name {world}/data", json=True, batch_size=3)
+    line = f"--model_name_or_path {world}/student --dataset_name {world}/data"
+    call("evaluate", line, json=True, batch_size=3, teacher_context="unread")
     found = json.loads(capsys.readouterr().out)
     assert found["rows"] == 4 and found["rows_cut"] == 0
     assert found["bytes"] == sum(len(answer.encode()) for _, answer in tiny.ROWS[:4])

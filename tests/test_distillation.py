@@ -172,6 +172,70 @@ def test_a_registered_comparison_is_used_by_name(pair, own_table):
     assert GOLDConfig(loss="own_kl").loss_spec(False).describe() == "own_kl: boundary/all/own_kl"
 
 
+def text_cost(student, teacher, overlap, *, weight: float = 1.0):
+    return weight * (student.suffix_logp - teacher.suffix_logp) ** 2, {}
+
+
+def test_what_was_made_before_a_name_is_registered_again_stays_as_it_was(pair, own_table, tmp_path):
+    gold_jax.register_comparison("own", text_cost, reads_text=True)
+    loss = gold_jax.DistillationLoss(*pair, "own")
+    options = dict(output_dir=str(tmp_path), loss="own", max_steps=1, per_device_eval_batch_size=3, lmbda=0.0)
+    trainer = gold_jax.GOLDTrainer(*pair, GOLDConfig(**options), ROWS, eval_dataset=ROWS, console=tiny.quiet_console())
+    wanted = loss(loss.params, loss.batch(ROWS))[0]
+    assert wanted > 1
+
+    @gold_jax.register_comparison("own")  # it reads no text, and has other options
+    def nothing(student, teacher, overlap, *, other: float = 1.0):
+        return 0 * jnp.sum(student.logp), {}
+
+    np.testing.assert_array_equal(loss(loss.params, loss.batch(ROWS))[0], wanted)
+    np.testing.assert_allclose(trainer.evaluate()["eval_loss"], wanted, rtol=1e-6)
+    assert trainer.train().training_loss > 1
+    assert "weight 1.0" in repr(loss) and "weight 1.0" in trainer.spec.describe()
+    np.testing.assert_array_equal(gold_jax.loss(*pair, ROWS, loss.spec)[0], wanted)
+    assert gold_jax.loss(*pair, ROWS, "own")[0] == 0
+
+
+SCALE = 1.0
+
+
+def test_a_function_that_is_registered_again_is_traced_again(pair, own_table, monkeypatch):
+    def scaled(student, teacher, overlap):
+        return SCALE * jnp.sum(jnp.exp(student.logp[:3])), {}
+
+    values = []
+    for scale in (1.0, 3.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        gold_jax.register_comparison("own", scaled)
+        values.append(gold_jax.loss(*pair, ROWS, "own")[0])
+    np.testing.assert_allclose(values[1], 3 * values[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "given, wrong",
+    [
+        (dict(groups="al"), "groups is 'al'; it must be one of all, one_to_one, positional"),
+        (dict(compare="nope"), "compare is 'nope'; it must be one of sorted, hybrid"),
+        (dict(student_temperature=0.0), "student_temperature is 0.0; it must be a number greater than 0"),
+        (dict(distillation_weight=-1.0), "distillation_weight is -1.0; it must be a number at least 0"),
+    ],
+)
+def test_a_spec_that_is_none_is_refused(given, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        LossSpec(**given)
+
+
+def test_arguments_that_a_loss_does_not_take_are_refused(pair):
+    with pytest.raises(TypeError, match="spec is None; it must be the name of a loss"):
+        gold_jax.DistillationLoss(*pair, None)
+    with pytest.raises(ValueError, match="max_length is 0; it must be at least 1"):
+        gold_jax.DistillationLoss(*pair, max_length=0)
+
+
+def listed(student, teacher, overlap, *, powers: list = ()):
+    return jnp.sum(student.logp), {}
+
+
 @pytest.mark.parametrize(
     "name, function, error, wrong",
     [
@@ -181,6 +245,7 @@ def test_a_registered_comparison_is_used_by_name(pair, own_table):
         ("x", lambda s, t, o: jnp.sum(s.logp), ValueError, "must return"),
         ("x", lambda s, t, o, *, alpha: (jnp.sum(s.logp), {}), TypeError, "'alpha' needs a type and a default"),
         ("x", lambda s, t: (jnp.sum(s.logp), {}), TypeError, "positional"),
+        ("x", listed, TypeError, "'powers' is of type <class 'list'>; it must be one of"),
     ],
 )
 def test_what_is_no_comparison_is_refused_when_it_is_registered(name, function, error, wrong, own_table):
@@ -214,6 +279,37 @@ def test_the_command_line_names_a_function_of_a_file_or_module(world, tmp_path, 
         assert f"gold: chain/all/{name}, power 2.5" in " ".join(shown.split())
         settings = json.loads((tmp_path / f"out{k}" / "summary.json").read_text())
         assert name in json.dumps(settings["settings"])
+
+
+def test_a_file_that_has_changed_is_read_again(pair, tmp_path, own_table):
+    file = tmp_path / "own.py"
+    text = "from __future__ import annotations\nimport dataclasses\nimport jax.numpy as jnp\n\n"
+    text += "@dataclasses.dataclass\nclass Scale:\n    by: float = {}\n\n"
+    text += "def total(student, teacher, overlap):\n    return Scale().by * jnp.sum(jnp.exp(student.logp[:3])), {{}}\n"
+    values = []
+    for scale in (1.0, 2.0):
+        file.write_text(text.format(scale))
+        config = GOLDConfig(loss=f"{file}:total")
+        values.append(gold_jax.loss(*pair, ROWS, config)[0])
+    np.testing.assert_allclose(values[1], 2 * values[0], rtol=1e-6)
+    line = own_table[f"{file}:total"]
+    load_comparison(f"{file}:total")
+    file.unlink()
+    load_comparison(f"{file}:total")
+    assert own_table[f"{file}:total"] is line
+
+
+def test_what_a_file_prints_is_no_output_of_the_command(tmp_path, own_table, capsys):
+    (tmp_path / "loud.py").write_text("print('loud')\n" + SOURCE)
+    load_comparison(f"{tmp_path}/loud.py:squares")
+    assert capsys.readouterr() == ("", "loud\n")
+
+
+@pytest.mark.parametrize("text", ["raise SystemExit", "import sys\nsys.exit('bye')"])
+def test_a_file_that_ends_the_process_is_named(text, tmp_path, own_table):
+    (tmp_path / "script.py").write_text(text)
+    with pytest.raises(ValueError, match=r"script.py:loss' \(SystemExit"):
+        load_comparison(f"{tmp_path}/script.py:loss")
 
 
 @pytest.mark.parametrize(

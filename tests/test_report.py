@@ -242,6 +242,20 @@ def test_tokens_are_ranked_by_the_probability_that_is_lost(tmp_path):
     assert "one1100%0.39%8.08.00.0␣two340%6.2%8.02.72.02of2texts;4completionswerescored." in text
 
 
+def test_a_run_without_completions_stands_beside_one_whose_are_scored(tmp_path):
+    scored = make(tmp_path / "a", completions=[(2, "ask", "a", None, [bits("a", 0.5, 0.25)])])
+    other = make(tmp_path / "b")
+    (other / "completions.jsonl").unlink()
+    assert read_run(other).losses == [] and "No completion was scored." in Report(scored, other).to_html()
+
+
+def test_a_prompt_is_of_an_evaluation_where_nothing_was_written_for_it_in_training(tmp_path):
+    lines = [(step, prompt, "x", None, [], of) for step, prompt, of in [(1, "a", "one"), (2, "a", "two"), (1, "b", "")]]
+    run = read_run(make(tmp_path / "a", completions=[*lines, (1, "both", "x"), (2, "both", "x", None, [], "one")]))
+    assert [run.read(prompt).source for prompt in "ab"] == ["evaluation one, evaluation two", "evaluation"]
+    assert run.read("both").source == ""
+
+
 def test_two_runs_stand_side_by_side(tmp_path, capsys):
     one = make(tmp_path / "a")
     other = make(

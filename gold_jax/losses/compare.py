@@ -94,15 +94,21 @@ Loss = tuple[jax.Array, dict[str, jax.Array]]
 BoundCompare = Callable[[GroupDistribution, GroupDistribution, Overlap], Loss]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Comparison:
-    """A line of `COMPARISONS`: a function, and what it reads and requires."""
+    """A line of `COMPARISONS`: a function, and what it reads and requires.
+
+    Equal to itself alone: a function that is registered again is traced again, as what it calls may have changed.
+    """
 
     function: Callable[..., Loss]
     reads_text: bool = False  # it reads `suffix_logp`, a group's text: then the batch brings all tokens of it
     projects: bool = False  # it reads `prefix_column`, so that entries can be masked
     on_policy: bool = False  # it is meaningful only on text that the student drew
     built_in: bool = True  # not one that `register_comparison` added
+    source: bytes | None = (
+        None  # what stood in its file when it was read; None: it is not from a file named by its path
+    )
 
     @functools.cached_property
     def options(self) -> Mapping[str, Parameter]:

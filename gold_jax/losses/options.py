@@ -42,7 +42,13 @@ def parameters(function: Callable) -> dict[str, Parameter]:
             option = next((x for x in hint.__metadata__ if isinstance(x, Option)), option)
             hint = hint.__origin__
         kinds = plain_types(hint)
-        kind = next(t for t in READERS if t in kinds)
+        kind = next((t for t in READERS if t in kinds), None)
+        if kind is None:
+            legal = ", ".join(t.__name__ for t in READERS)
+            where = getattr(function, "__name__", function)
+            raise TypeError(
+                f"{where}: the option {name!r} is of type {hint}; it must be one of {legal}, or None beside it"
+            )
         found[name] = Parameter(kind, types.NoneType in kinds, parameter.default, option)
     return found
 

@@ -72,7 +72,7 @@ class Sample(NamedTuple):
     prompt: str
     reference: str | None  # the row's own completion
     by_step: Mapping[int, list[Completion]]
-    source: str = ""  # "" for training, else "evaluation" with the name of one of several sets
+    source: str = ""  # "" for training, else "evaluation" with the names of several sets
 
 
 class LostProbability(NamedTuple):
@@ -181,15 +181,18 @@ class Run:
     def read(self, prompt: str) -> Sample:
         """All that was written for a prompt."""
         by_step: dict[int, list[Completion]] = {}
-        reference, source = None, ""
+        reference, sources = None, []
         for row in self._rows_at(self.samples.get(prompt, ())):
             by_step.setdefault(row["step"], []).append(_completion(row))
             reference = row["reference"] if isinstance(row.get("reference"), str) else reference
-            source = f"evaluation {row['eval_set']}".strip() if isinstance(row.get("eval_set"), str) else source
+            sources.append(f"evaluation {row['eval_set']}".strip() if isinstance(row.get("eval_set"), str) else "")
+        source = "" if "" in sources else ", ".join(dict.fromkeys(sources))
         return Sample(prompt, reference, dict(sorted(by_step.items())), source)
 
     def _rows_at(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
         """The lines of completions.jsonl that begin at `offsets`."""
+        if not (offsets := [*offsets]):  # then the file need not be there
+            return
         with open(self.folder / LOGS[1], "rb") as file:
             for offset in offsets:
                 file.seek(offset)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gold_jax.notebook import token_table
 from gold_jax.text.encode import Encoded, PlainEncoder
+from gold_jax.wording import plural
 
 _SHOWN = 400  # groups in a notebook
 
@@ -122,7 +123,7 @@ class Alignment:
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
-        sizes = f"{self.count:,} groups, {int(self.one_to_one().sum()):,} of them one token to one"
+        sizes = f"{plural(self.count, 'group')}, {int(self.one_to_one().sum()):,} of them one token to one"
         return token_table(sizes, dict(zip(("student", "teacher"), self._cells())), _SHOWN)
 
     def _cells(self) -> list[list[list[str]]]:

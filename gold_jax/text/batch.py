@@ -67,12 +67,19 @@ class Batch(NamedTuple):
 
     def __repr__(self) -> str:
         """Shapes instead of arrays; as in any pytree, leaves may be other objects."""
-        named = {"weight": self.weight, "student": self.student.packed.tokens, "teacher": self.teacher.packed.tokens}
+        packed = {"student": self.student.packed, "teacher": self.teacher.packed}
+        named = {"weight": self.weight} | {name: getattr(x, "tokens", x) for name, x in packed.items()}
         shapes = (f"{name}={getattr(x, 'shape', x)}" for name, x in named.items())
         return f"Batch({', '.join(shapes)})"
 
-    def _repr_html_(self) -> str:
-        """What notebooks show."""
+    def _repr_html_(self) -> str | None:
+        """What notebooks show; None, for which they show the `repr`, where leaves are no arrays that can be read."""
+        try:
+            return self._html()
+        except (AttributeError, RuntimeError, TypeError):  # shapes, tracers, arrays that were donated, hidden states
+            return None
+
+    def _html(self) -> str:
         counted = int(np.count_nonzero(self.weight))
         rows = []
         for name, packed in (("student", self.student.packed), ("teacher", self.teacher.packed)):

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from gold_jax.bucketing import power_of_two
 from gold_jax.cpu import sorts_on_host
 from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.compare import Comparison, Overlap
+from gold_jax.losses.compare import Overlap
 from gold_jax.losses.distill import (
     Head,
     cross_entropy,
@@ -82,8 +82,8 @@ def make_distillation_loss(
     `importance` says how terms are weighted where a batch tells what its rows were drawn with (`Batch.behavior`). The same
     arguments give the same functions, so that `Step` finds its programs again.
     """
-    traced_with = spec.comparison, sorts_on_host()  # what the table and the process say now
-    return _distillation_loss(student, teacher, spec, overlap_of(vocabulary), chunk, importance, traced_with)
+    overlap, host_sorts = overlap_of(vocabulary), sorts_on_host()  # what the process says now
+    return _distillation_loss(student, teacher, spec, overlap, chunk, importance, host_sorts)
 
 
 @functools.lru_cache(maxsize=8)
@@ -94,7 +94,7 @@ def _distillation_loss(
     overlap: Overlap,
     chunk: int,
     importance: ImportanceSampling | None,
-    traced_with: tuple[Comparison, bool],
+    host_sorts: bool,
 ) -> Objective:
     options = dict(compare=spec.bound(), overlap=overlap, merge=spec.merge, chunk=chunk)
 
