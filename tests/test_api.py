@@ -85,7 +85,7 @@ def test_dicts_are_scored_as_examples_are(student):
 
 @pytest.mark.parametrize(
     "completions, others, wrong",
-    [(["a"], None, "1 completions for 2 prompts"), (["a", "b"], [], "0 prompts of the teacher's for 2 prompts")],
+    [(["a"], None, "1 completions for 2 prompts"), (["a", "b"], [], "0 teacher_prompts for 2 prompts")],
 )
 def test_groups_are_scored_for_one_completion_of_each_prompt(completions, others, wrong):
     with pytest.raises(ValueError, match=wrong):

@@ -308,7 +308,7 @@ def test_what_a_file_prints_is_no_output_of_the_command(tmp_path, own_table, cap
 @pytest.mark.parametrize("text", ["raise SystemExit", "import sys\nsys.exit('bye')"])
 def test_a_file_that_ends_the_process_is_named(text, tmp_path, own_table):
     (tmp_path / "script.py").write_text(text)
-    with pytest.raises(ValueError, match=r"script.py:loss' \(SystemExit"):
+    with pytest.raises(ValueError, match=r"script.py:loss' cannot be loaded \(SystemExit"):
         load_comparison(f"{tmp_path}/script.py:loss")
 
 

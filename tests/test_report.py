@@ -246,7 +246,7 @@ def test_a_run_without_completions_stands_beside_one_whose_are_scored(tmp_path):
     scored = make(tmp_path / "a", completions=[(2, "ask", "a", None, [bits("a", 0.5, 0.25)])])
     other = make(tmp_path / "b")
     (other / "completions.jsonl").unlink()
-    assert read_run(other).losses == [] and "No completion was scored." in Report(scored, other).to_html()
+    assert read_run(other).lost_probability == [] and "No completion was scored." in Report(scored, other).to_html()
 
 
 def test_a_prompt_is_of_an_evaluation_where_nothing_was_written_for_it_in_training(tmp_path):
