@@ -52,7 +52,8 @@ class DistillationLoss:
         chunk: positions whose logits are held at once; None: the platform's default.
 
     Attributes:
-        params: the student's parameters as they were loaded. A copy made by `jax.tree.map` or by jit has none.
+        params: the student's parameters as they were loaded, which are the model's own arrays: copy them before they are
+            donated. A copy of the loss made by `jax.tree.map` or by jit has none.
         spec: the `LossSpec`.
 
     Raises:

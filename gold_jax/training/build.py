@@ -1,5 +1,6 @@
 """From settings and models to all that an update needs, for trainers and, with abstract models, for `gold_jax.plan`."""
 
+import functools
 import math
 import os
 import pathlib
@@ -80,11 +81,12 @@ def build_run(
     graph, params = split(student.model)
     params = commit(params)
     optimizer, schedule = optimizers
-    step_optimizer, rates = optimizer, {}
     if optimizer is None:
         optimizer, schedule = make_optimizer(args, total_steps), make_schedule(args, total_steps)
         # The step is given the rates, so that runs of other learning rates share its programs.
         step_optimizer, rates = make_optimizer(args, None), {"schedule": schedule}
+    else:  # traced for each run, as what its functions take from outside themselves may have changed
+        step_optimizer, rates = optax.GradientTransformation(*map(functools.partial, optimizer[:2])), {}
     shardings = None if placement is None else state_shardings(optimizer, params)
     shards = 1 if placement is None else placement.row_shards
     rows, eval_rows = (n * shards for n in (args.per_device_train_batch_size, args.per_device_eval_batch_size))

@@ -121,6 +121,24 @@ def test_an_optax_transformation_stands_in_the_place_of_the_settings(world, tmp_
     assert named.log_history[0]["learning_rate"] == 0.5
 
 
+RATE = 0.0
+
+
+def test_an_optimizer_is_traced_for_each_trainer_as_its_globals_may_have_changed(world, tmp_path, monkeypatch):
+    def update(gradients, state, params=None):
+        return jax.tree.map(lambda g: -RATE * g, gradients), state
+
+    optimizer, found = optax.GradientTransformation(lambda params: (), update), []
+    for k, rate in enumerate((0.0, 0.5)):
+        monkeypatch.setitem(globals(), "RATE", rate)
+        trainer = sft(world, tmp_path / str(k), optimizers=(optimizer, None))
+        before = [np.array(x) for x in jax.tree.leaves(trainer.loop.state.params)]
+        trainer.train()
+        after = jax.tree.leaves(trainer.loop.state.params)
+        found.append(all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)))
+    assert found == [True, False]
+
+
 @pytest.mark.parametrize(
     "options, error, words",
     [
