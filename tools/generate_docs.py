@@ -186,7 +186,9 @@ def api_page() -> str:
         parts.append(f"## {name}")
         if not issubclass(thing, Settings) if isinstance(thing, type) else True:
             signature = re.sub(r"<factory>|<object object at [^>]*>", "...", str(python_signature(thing)))
-            signature = re.sub(r"'([A-Za-z_.\[\], |]+)'", r"\1", signature).replace("gold_jax.", "")
+            signature = re.sub(r"(?<!=)(?<!= )'([A-Za-z_.\[\], |]+)'", r"\1", signature)  # not defaults
+            signature = signature.replace("gold_jax.", "").replace("jaxlib._jax.Sharding", "jax.sharding.Sharding")
+            signature = re.sub(r"(jax\.)?jaxlib\._jax\.", "jax.", signature)
             parts.append(f"```py\n{name}{signature}\n```")
         parts.append("```text\n" + inspect_docstring(thing) + "\n```")
         if isinstance(thing, type) and issubclass(thing, Settings):
