@@ -274,6 +274,7 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
     assert "--output is" in refusal(f"{one} --output {tmp_path}/no/x.html", capsys)
     monkeypatch.setitem(sys.modules, "bokeh", None)
     assert "pip install 'gold_jax[report]'" in refusal(str(one), capsys)
+    assert Report(one)._repr_html_().startswith("<pre>a report draws its curves with Bokeh: pip install")
     assert sorted(os.listdir(one)) == ["completions.jsonl", "metrics.jsonl", "summary.json"]
 
 
