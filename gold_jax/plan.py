@@ -1,6 +1,7 @@
 """`python -m gold_jax.plan`: what a training run would take of devices that are not here, and whether it fits."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     show(notices)
     from rich.console import Console
 
-    with Console(stderr=True).status("reading configs") as status:
+    to_terminal = Console(stderr=True, force_terminal=sys.stderr.isatty())  # FORCE_COLOR, as in notebooks, is none
+    with to_terminal.status("reading configs") as status:
         report = plan_run(model, training, args, lambda what: status.update(f"gold_jax.plan: {what}"))
     if args.json:
         print(json.dumps(report.to_dict(), ensure_ascii=False))

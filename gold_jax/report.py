@@ -47,9 +47,13 @@ class Report:
         return page(self.runs)
 
     def _repr_html_(self) -> str:
-        """The page in an iframe, which isolates it from the notebook."""
+        """The page in an iframe, which isolates it from the notebook; without Bokeh the line that says so."""
+        try:
+            shown = self.to_html()
+        except ImportError as error:
+            return f"<pre>{html.escape(str(error))}</pre>"
         frame = 'style="width: 100%; height: 50rem; border: 0" sandbox="allow-scripts"'
-        return f'<iframe title="report" {frame} srcdoc="{html.escape(self.to_html())}"></iframe>'
+        return f'<iframe title="report" {frame} srcdoc="{html.escape(shown)}"></iframe>'
 
 
 def main(argv: Sequence[str] | None = None) -> None:

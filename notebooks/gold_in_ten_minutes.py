@@ -23,6 +23,7 @@ import importlib.util
 from IPython import get_ipython
 
 if importlib.util.find_spec("gold_jax") is None:  # from the checkout that this notebook is in
+    print("Installing gold_jax from this checkout, which takes a minute or two ...")
     get_ipython().run_line_magic("pip", "install --quiet '..[notebooks]'")
 
 # %%

@@ -31,6 +31,7 @@ if os.environ.get("JAX_PLATFORMS") != "cpu":
 plugin = {"cuda12": "jax_cuda12_plugin", "tpu": "libtpu", "": "jax"}[extra]
 if importlib.util.find_spec("gold_jax") is None or importlib.util.find_spec(plugin) is None:
     wanted = ",".join(filter(None, ("notebooks", extra)))
+    print("Installing gold_jax from this checkout, which takes a minute or two ...")
     get_ipython().run_line_magic("pip", f"install --quiet '..[{wanted}]'")
 found = {"cuda12": "an NVIDIA GPU", "tpu": "a TPU", "": "no accelerator: JAX runs on the CPU"}
 print("This machine has", found[extra])

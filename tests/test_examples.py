@@ -130,11 +130,12 @@ def runs(folder):
 
 @pytest.fixture(scope="module")
 def server(folder):
-    """The address of a server of `out`."""
+    """The address of a server of `out`, called as in serving.md."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
-    line = f"{sys.executable} -m gold_jax.serve --model_name_or_path out --port {address.rpartition(':')[2]}"
+    line = f"{sys.executable} -m gold_jax.serve --model_name_or_path out --served_model_name runs/quickstart"
+    line += f" --port {address.rpartition(':')[2]}"
     with subprocess.Popen(shlex.split(line), cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
         try:
             while process.poll() is None:

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
@@ -86,6 +87,12 @@ def test_reading_flags_and_aligning_text_do_not_wait_for_jax():
 def test_the_inspect_module_of_python_stays_what_it_is():
     code = "import gold_jax.inspect, inspect; assert inspect.signature and inspect is not gold_jax.inspect"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_every_file_that_is_no_module_is_installed():
+    patterns = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    installed = {path for pattern in patterns["gold_jax"] for path in PACKAGE.glob(pattern)}
+    assert {path for path in PACKAGE.rglob("*.*") if path.suffix not in (".py", ".pyc")} <= installed
 
 
 def test_every_public_name_is_there():

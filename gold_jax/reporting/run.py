@@ -190,8 +190,8 @@ class Run:
         return Sample(prompt, reference, dict(sorted(by_step.items())), source)
 
     def _rows_at(self, offsets: Iterable[int]) -> Iterator[dict[str, Any]]:
-        """The lines of completions.jsonl that begin at `offsets`."""
-        if not (offsets := [*offsets]):  # then the file need not be there
+        """The lines of completions.jsonl that begin at `offsets`; without any, the file need not be there."""
+        if not (offsets := list(offsets)):
             return
         with open(self.folder / LOGS[1], "rb") as file:
             for offset in offsets:

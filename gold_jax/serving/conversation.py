@@ -40,7 +40,7 @@ class Chat:
         self.answers = 0
         options = {"rows": 1, "queue_size": 1, "max_length": max_length, "least": _LEAST}
         self.batcher = Batcher(loaded.model, self.chat.stop_ids, **options)
-        self.batcher.compile(_LEAST, scoring=False)
+        self.batcher.compile(max(_LEAST, max_new_tokens + 1), scoring=False)  # what the first message needs
 
     def close(self) -> None:
         """Ends the thread that decodes."""

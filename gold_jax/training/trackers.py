@@ -10,6 +10,13 @@ from typing import Any
 from gold_jax.config import SFTConfig
 
 
+def require_trackers(report_to: Sequence[str]) -> None:
+    """ValueError: one of the named trackers is not installed. Nothing is imported or started."""
+    for name in report_to:
+        if name != "all" and importlib.util.find_spec(_MODULES[name]) is None:
+            raise _missing(name)
+
+
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
     """Start the trackers that a run reports to, "all" those installed: objects with `log(values, step)` and `close()`.
 
@@ -23,15 +30,19 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
         try:
             module = importlib.import_module(_MODULES[name])
         except ImportError:
-            instead = f'pip install "gold_jax[{name}]", or train with --report_to none'
-            needs = f"--report_to {name} needs a package that is not installed: {instead}"
-            raise ValueError(f"{needs} (metrics are written to the output folder anyway).") from None
+            raise _missing(name) from None
         try:
             trackers.append(_TRACKERS[name](module, config))
         except Exception as error:  # each library has its own; all mean that this run would not be tracked
             failed = f"--report_to {name} could not start: {type(error).__name__}: {error}"
             raise ValueError(f"{failed}. Put that right, or train with --report_to none.") from error
     return trackers
+
+
+def _missing(name: str) -> ValueError:
+    instead = f"pip install 'gold_jax[{name}]', or train with --report_to none"
+    needs = f"--report_to {name} needs a package that is not installed: {instead}"
+    return ValueError(f"{needs} (metrics are written to the output folder anyway).")
 
 
 def grouped(values: Mapping[str, Any]) -> dict[str, Any]:

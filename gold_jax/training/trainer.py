@@ -63,6 +63,7 @@ from gold_jax.training.resume import (
 from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
 from gold_jax.training.teacher import restore_teacher
+from gold_jax.training.trackers import require_trackers
 from gold_jax.training.trainer_members import TrainerMembers
 from gold_jax.wording import listed, plural, without_passwords
 
@@ -401,6 +402,8 @@ class _Trainer(TrainerMembers):
         a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
         if a.report:
             importlib.import_module("gold_jax.reporting.plots").require_bokeh()
+        if is_main_process():
+            require_trackers(a.report_to)  # before the files of an earlier run are renamed
         if pushes:
             try:
                 where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token

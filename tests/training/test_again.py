@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import weakref
 
 import jax
@@ -219,6 +220,14 @@ def test_a_later_run_in_a_folder_keeps_the_logs_of_an_earlier_one_and_says_so(tw
     assert steady(lines(output / "metrics.1.jsonl")) == logged
     assert steady(metrics(output)) == steady(trainer.log_history)
     assert "Renamed metrics.jsonl of another run" in trainer.console.export_text(clear=False)
+
+
+def test_a_run_that_lacks_a_tracker_is_refused_before_it_touches_what_an_earlier_run_left(pair, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    (tmp_path / "metrics.jsonl").write_text("an earlier run's")
+    with pytest.raises(ValueError, match=r"pip install 'gold_jax\[wandb\]'"):
+        gold(pair, tmp_path, report_to="wandb").train()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_going_on_from_a_checkpoint_is_the_same_for_a_trainer_that_has_trained(pair, tmp_path):

@@ -87,7 +87,7 @@ def test_tensorboard_writes_numbers_below_the_output_folder(monkeypatch, tmp_pat
 
 def test_a_tracker_that_is_not_installed_is_an_error_that_says_how_to_install_it(monkeypatch):
     remove(monkeypatch, "trackio")
-    with pytest.raises(ValueError, match=r'pip install "gold_jax\[trackio\]".*--report_to none'):
+    with pytest.raises(ValueError, match=r"pip install 'gold_jax\[trackio\]'.*--report_to none"):
         make_trackers(["trackio"], SFTConfig())
 
 
