@@ -274,13 +274,6 @@ def test_two_runs_stand_side_by_side(tmp_path, capsys):
     assert "measured on different or unknown rows" in page._compared([read_run(one), read_run(unlike)])
 
 
-def test_a_run_without_completions_stands_beside_one_that_has_them(tmp_path):
-    one, other = make(tmp_path / "a"), make(tmp_path / "b", completions=[(4, "P", "text", None, [["text", -1, -9]])])
-    (one / "completions.jsonl").unlink()
-    report = Report(one, other)
-    assert [len(run.losses) for run in report.runs] == [0, 1] and "text" in Reader(report.to_html()).text
-
-
 def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
     one = make(tmp_path / "a")
     (tmp_path / "empty").mkdir()
