@@ -168,7 +168,7 @@ def test_prompts_longer_than_the_window(refused, world, tmp_path, capsys):
     long = {"prompt": "the dog jumps over the fox " * 8, "completion": "yes"}
     flags = {"max_length": 24, "max_completion_length": 8, "lmbda": 0}
     said = refused(dataset_name=rows_file(tmp_path, long, long), **flags)
-    contains(said, "none of the 2 rows", "longer than 16 tokens", "--max_prompt_length")
+    contains(said, "none of 2 rows", "longer than 16 tokens", "--max_prompt_length")
     distil(world, tmp_path / "out", dataset_name=rows_file(tmp_path, long, long | {"prompt": "Hi"}), **flags)
     contains(capsys.readouterr().out, "note: left out 1 of 2 rows whose prompt is longer than 16 tokens")
 

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import pathlib
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from gold_jax.config import SFTConfig
 def require_trackers(report_to: Sequence[str]) -> None:
     """ValueError: one of the named trackers is not installed. Nothing is imported or started."""
     for name in report_to:
-        if name != "all" and importlib.util.find_spec(_MODULES[name]) is None:
+        if name != "all" and not _is_installed(name):
             raise _missing(name)
 
 
@@ -24,7 +25,7 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
     """
     names = list(dict.fromkeys(report_to))
     if "all" in names:
-        names = [name for name, module in _MODULES.items() if name in names or importlib.util.find_spec(module)]
+        names = [name for name in _MODULES if name in names or _is_installed(name)]
     trackers = []
     for name in names:
         try:
@@ -37,6 +38,10 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
             failed = f"--report_to {name} could not start: {type(error).__name__}: {error}"
             raise ValueError(f"{failed}. Put that right, or train with --report_to none.") from error
     return trackers
+
+
+def _is_installed(name: str) -> bool:
+    return sys.modules.get(_MODULES[name]) is not None or importlib.util.find_spec(_MODULES[name]) is not None
 
 
 def _missing(name: str) -> ValueError:

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 import gold_jax
 from gold_jax import evaluate, generate, inspect, sft, train
 from gold_jax.loading import LoadedModel
+from gold_jax.loss_spec import comparisons
 from gold_jax.scoring import exact_match
 from gold_jax.text.data import load_examples
 from gold_jax.text.template import PLAIN_TEMPLATE
@@ -81,10 +82,22 @@ class Caller:
         self.gold = gold_jax.GOLDConfig(output_dir=str(folder / "gold"), **GOLD)
         self.settings = {"sft": dict(SMALL), "gold": dict(GOLD)}
         self.mask = ["whitespace"]
+        self.options = {"temperature": 2.0}
         self.template = tiny.student_tokenizer().chat_template
 
     def drawing(self):
         return {"max_new_tokens": 4, "key": self.key, "batch_size": 2}
+
+    def spec(self):
+        return gold_jax.LossSpec("boundary", "all", "alm", self.options)
+
+    def gradient(self, rows):
+        loss = gold_jax.DistillationLoss(*self.loaded_models, self.spec())
+        return jax.value_and_grad(loss, has_aux=True)(loss.params, loss.batch(rows))
+
+    def registered(self, function):
+        gold_jax.register_comparison("a caller's own", function)
+        comparisons().pop("a caller's own")
 
     def trainer(self, kind="gold", split=False, **changes):
         student, teacher = self.split if split else (self.student, self.teacher)
@@ -166,6 +179,13 @@ RETURN = {
     "measure_gaps": lambda c: gold_jax.measure_gaps(*c.models_with_tokenizers(), c.prompts, **c.drawing()),
     "exact_match": lambda c: exact_match(c.student, c.chat_tokenizers[0], c.examples, max_new_tokens=4),
     "load_examples": lambda c: list(load_examples(c.rows)),
+    "loss": lambda c: gold_jax.loss(*c.loaded_models, c.rows[:2], c.spec()),
+    "DistillationLoss": lambda c: c.gradient(c.examples),
+    "DistillationLoss of settings": lambda c: gold_jax.loss(*c.loaded_models, c.rows[:2], c.gold),
+    "LossSpec": lambda c: (c.spec(), gold_jax.LossSpec(compare="projected", mask=c.mask).check()),
+    "Overlap": lambda c: gold_jax.Overlap(3),
+    "GroupDistribution": lambda c: gold_jax.GroupDistribution.single_token(jax.numpy.zeros(3)).logp,
+    "register_comparison": lambda c: c.registered(lambda s, t, o: (s.logp.sum(), {})),
 }
 Caller.models_with_tokenizers = lambda self: [tuple(who[:2]) for who in self.loaded_models]
 
@@ -214,6 +234,8 @@ RAISE = {
     ),
     "measure_gaps": lambda c: gold_jax.measure_gaps(*c.models_with_tokenizers(), [3], **c.drawing()),
     "load_examples": lambda c: list(load_examples(c.rows + BAD_ROWS)),
+    "DistillationLoss": lambda c: c.gradient([*c.examples, *load_examples([{"prompt": "x"}])]),
+    "register_comparison": lambda c: c.registered(lambda s, t, o: (s.logp, {})),
 }
 
 
