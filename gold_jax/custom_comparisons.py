@@ -85,7 +85,7 @@ def load_comparison(name: str) -> None:
     where, _, attribute = name.rpartition(":")
     try:
         source = pathlib.Path(where).read_bytes() if where.endswith(".py") else None
-    except OSError:  # said below where it is not known yet
+    except OSError:  # raised again by the import below, unless the comparison is registered already
         source = None
     if name in table and (table[name].source is None or source in (None, table[name].source)):
         return
@@ -109,7 +109,11 @@ def _import(where: str) -> Any:
         # Under a name that no import has, where dataclasses and pickles look for a class's module.
         spec: Any = importlib.util.spec_from_file_location(where, where)
         module = sys.modules[where] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[where]  # as Python does with a module that fails
+            raise
         return module
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.append(os.getcwd())

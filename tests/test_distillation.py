@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import chex
 import jax
@@ -310,6 +311,7 @@ def test_a_file_that_ends_the_process_is_named(text, tmp_path, own_table):
     (tmp_path / "script.py").write_text(text)
     with pytest.raises(ValueError, match=r"script.py:loss' cannot be loaded \(SystemExit"):
         load_comparison(f"{tmp_path}/script.py:loss")
+    assert f"{tmp_path}/script.py" not in sys.modules
 
 
 @pytest.mark.parametrize(
