@@ -41,9 +41,9 @@ class DistillationLoss:
 
     `params` are the student's parameters, `batch` what `loss.batch(rows)` gives. `value` is a float32 scalar in nats, the
     mean over the groups of the batch, and `parts` a dict of scalars that make it up. The gradient is
-    `jax.value_and_grad(loss, has_aux=True)(params, batch)`; none goes to the teacher, and there are no second ones. A call is jitted. The loss is a
-    pytree whose leaves are the teacher's arrays: give it to a jitted function of your own as an argument, since arrays
-    of a closure are constants, which are copied into the program.
+    `jax.value_and_grad(loss, has_aux=True)(params, batch)`; the teacher is a constant, and second derivatives are not
+    defined. A call is jitted. The loss is a pytree whose leaves are the teacher's arrays: give it to a jitted function of
+    your own as an argument, since arrays of a closure are constants, which are copied into the program.
 
     Args:
         student, teacher: a folder, a hub id or `embedded:…`, or a `LoadedModel`; both are read in float32.

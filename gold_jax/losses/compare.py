@@ -106,9 +106,7 @@ class Comparison:
     projects: bool = False  # it reads `prefix_column`, so that entries can be masked
     on_policy: bool = False  # it is meaningful only on text that the student drew
     built_in: bool = True  # not one that `register_comparison` added
-    source: bytes | None = (
-        None  # what stood in its file when it was read; None: it is not from a file named by its path
-    )
+    source: bytes | None = None  # the content of the file that it was read from; None: it is not of `FILE.py:FUNCTION`
 
     @functools.cached_property
     def options(self) -> Mapping[str, Parameter]:

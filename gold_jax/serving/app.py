@@ -226,9 +226,8 @@ class _Service:
         self.chat, self.batcher, self.name, self.vocab_size = chat, batcher, name, vocab_size
         self.created = int(time.time())
         self.logged: set[str] = set()  # ignored fields of requests
-        self.reader = concurrent.futures.ThreadPoolExecutor(
-            1
-        )  # tokenizes outside the event loop, one request at a time
+        # Tokenizes outside the event loop, one request at a time.
+        self.reader = concurrent.futures.ThreadPoolExecutor(1)
 
     async def answer(self, http: HttpRequest) -> Response:
         """/v1/completions and /v1/chat/completions."""
