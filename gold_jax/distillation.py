@@ -14,7 +14,7 @@ from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.functional import Params, commit, merge, split
 from gold_jax.text.batch import Batch
-from gold_jax.text.data import Example, load_examples
+from gold_jax.text.data import Example, as_examples
 from gold_jax.text.detokenize import SampledCompletion
 from gold_jax.training.batches import DistillationBatchBuilder
 from gold_jax.training.build import match_pair
@@ -115,8 +115,9 @@ class DistillationLoss:
         Raises:
             ValueError: a row has no completion, or no token that counts in the loss.
         """
-        rows = list(rows)
-        examples = rows if rows and all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
+        examples = as_examples(rows)
+        if not examples:
+            raise ValueError("the batch is empty: give at least one row")
         given = [e.completion for e in examples] if completions is None else list(completions)
         if len(given) != len(examples):
             raise ValueError(f"there are {len(given)} completions for {len(examples)} rows; give one for each")

@@ -22,7 +22,7 @@ from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES
 from gold_jax.text.align import group_ends
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.data import Example, load_examples
+from gold_jax.text.data import Example, as_examples
 from gold_jax.text.detokenize import SampledCompletion, completion_from_ids
 from gold_jax.text.encode import Encoded
 from gold_jax.text.packing import gather_positions, pack, pad_right
@@ -63,12 +63,6 @@ def _completion_logp(graph, params, packed, position, behind, counted, chunk):
     return jax.lax.with_sharding_constraint(found, placement.replicated)
 
 
-def _examples(rows: Any) -> list[Example]:
-    """Rows as examples: those that are, and dicts as a data set has them."""
-    rows = list(rows)
-    return rows if all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
-
-
 def score_completions(
     model: Any,
     tokenizer: Any = None,
@@ -94,7 +88,7 @@ def score_completions(
     Raises:
         ValueError: a row has no completion.
     """
-    loaded, examples = as_loaded_model(model, tokenizer), _examples(rows)
+    loaded, examples = as_loaded_model(model, tokenizer), as_examples(rows)
     bits, sizes, tokens = (np.zeros(len(examples)) for _ in range(3))
     cut = 0
     for i, answer, first, logp in _read_completions(loaded, examples, batch_size, max_length, chunk):
@@ -357,7 +351,7 @@ def exact_match(
     """Share of rows whose greedy completion is the given one, white space at both ends aside; arguments as `score_completions`."""
     loaded = as_loaded_model(model, tokenizer)
     options = dict(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    return share_alike(*greedy_completions(loaded, _examples(rows), **options))
+    return share_alike(*greedy_completions(loaded, as_examples(rows), **options))
 
 
 def greedy_completions(

@@ -87,6 +87,12 @@ def join_contexts(*contexts: str | None) -> str:
     return "\n\n".join(filter(None, contexts))
 
 
+def as_examples(rows: Any) -> list[Example]:
+    """Rows as examples: those that are already, and dicts as `load_examples` reads them; ValueError as there."""
+    rows = list(rows)
+    return rows if all(isinstance(row, Example) for row in rows) else list(load_examples(rows))
+
+
 def as_teacher_reads(examples: Sequence[Example], teacher: "ChatTokenizer", context: str | None) -> list[Example]:
     """The examples with the contexts that the teacher alone reads, the run's and their own, before their prompts."""
     found = []
