@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from gold_jax.training.batches import DistillationBatchBuilder
 from gold_jax.training.build import match_pair
 from gold_jax.training.objective import Objective, make_distillation_loss
 from gold_jax.training.teacher import StepConstants, freeze_teacher
-from gold_jax.wording import quoted
+from gold_jax.wording import plural, quoted
 
 _DEFAULT_LENGTH = 1024  # tokens of prompt and completion, as GOLDConfig's
 
@@ -106,14 +107,15 @@ class DistillationLoss:
     ) -> Batch:
         """Encodes rows for both models, aligns and pads them; the arrays are numpy arrays.
 
-        Batches of the same number of rows are padded to few shapes, so that few programs are compiled.
+        Batches of the same number of rows are padded to few shapes, so that few programs are compiled. Rows that
+        `max_length` cuts, and rows of which nothing counts in the loss, are counted in a warning.
 
         Args:
             rows: what `load_examples` gives, or takes.
             completions: one for each row in place of its own: texts, or what `sample_completions` returns for the student.
 
         Raises:
-            ValueError: a row has no completion, or no token that counts in the loss.
+            ValueError: there are no rows, a row has no completion, or nothing in any row counts in the loss.
         """
         examples = as_examples(rows)
         if not examples:
@@ -128,9 +130,14 @@ class DistillationLoss:
         builder = self._static.batches
         if completions is None:
             given = [e.completion_for(builder.student) for e in examples]
-        batch = builder.one_batch(examples, given, self._static.shapes)
-        if not batch.weight.any() and not (self.spec.crossentropy_weight and batch.labels.weight.any()):
+        batch, cut, empty = builder.one_batch(examples, given, self._static.shapes)
+        if len(empty) == len(examples):
             raise ValueError("nothing in these rows counts in the loss: their completions are empty or cut off")
+        reasons = (f"are cut at max_length {builder.max_length}", cut), ("have nothing that counts in the loss", empty)
+        for words, numbers in reasons:
+            if numbers:
+                what = f"{len(numbers)} of {plural(len(examples), 'row')} {words} (the first is row {numbers[0]})"
+                warnings.warn(what, stacklevel=2)
         return batch
 
     def student(self, params: Params | None = None) -> LoadedModel:

@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+import warnings
 
 import chex
 import jax
@@ -17,6 +18,7 @@ from gold_jax import GOLDConfig, LossSpec
 from gold_jax.custom_comparisons import load_comparison
 from gold_jax.loss_spec import comparisons
 from gold_jax.models.functional import split
+from gold_jax.text.detokenize import SampledCompletion
 
 ROWS = [{"prompt": q, "completion": a} for q, a in tiny.ROWS[:3]]
 SPECS = ["gold", "uld", "events", "alm", LossSpec("boundary", "one_to_one", "projected", {"beta": 1.0}, 0.25)]
@@ -140,6 +142,20 @@ def test_rows_that_cannot_be_learned_from_are_refused(rows, completions, wrong, 
         return
     with pytest.raises(ValueError, match=wrong):
         loss.batch(rows, completions)
+
+
+def test_rows_that_are_cut_or_empty_are_counted_in_a_warning(pair):
+    long, drawn = {"prompt": "Hi?", "completion": "def there " * 40}, gold_jax.DistillationLoss(*pair, "gold")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn.batch(ROWS)
+    with pytest.warns(UserWarning, match=r"^1 of 4 rows are cut at max_length 64 \(the first is row 1\)$"):
+        batch = gold_jax.DistillationLoss(*pair, "gold", max_length=64).batch([ROWS[0], long, *ROWS[1:]])
+    assert (batch.labels.weight > 0).sum(1)[1] == 64 - len(pair[0].chat_tokenizer.encode_prompt("Hi?"))
+    none = np.zeros(0, np.int32)
+    nothing = SampledCompletion(none, none.reshape(0, 2), none.astype(bool), text="", stopped=False)
+    with pytest.warns(UserWarning, match=r"^1 of 2 rows have nothing that counts in the loss \(the first is row 1\)$"):
+        drawn.batch(ROWS[:2], [ROWS[0]["completion"], nothing])
 
 
 def test_a_loss_that_means_nothing_for_the_pair_is_refused(pair):

@@ -294,10 +294,19 @@ class DistillationBatchBuilder:
 
     def one_batch(
         self, examples: Sequence[Example], completions: Sequence[str | SampledCompletion], shapes: ShapeSet
-    ) -> text_batch.Batch:
-        """All rows with these completions in one batch, padded to one of the `shapes`."""
-        _, _, (batch,) = self._batches(examples, dict(enumerate(completions)), len(examples), shapes=shapes)
-        return batch
+    ) -> tuple[text_batch.Batch, list[int], list[int]]:
+        """All rows with these completions in one batch, padded to one of the `shapes`.
+
+        Also the numbers of the rows that `max_length` cuts, and of those of which nothing counts in the loss.
+        """
+        given = dict(enumerate(completions))
+        encoded, rows, (batch,) = self._batches(examples, given, len(examples), shapes=shapes)
+        cut = [i for i, x in encoded.items() if self._is_cut(x)]
+        return batch, cut, [i for i, row in rows.items() if not self._count(row)]
+
+    def _is_cut(self, row: text_batch.EncodedRow) -> bool:
+        """Whether `max_length` leaves no room for all tokens of the student's and its stop token."""
+        return len(row.student_prompt) + len(row.student.ids) + row.student.stopped > self.max_length
 
     def _batches(
         self,
@@ -350,7 +359,7 @@ class DistillationBatchBuilder:
         others = [i for i, done in enumerate(found) if done is None]
         encoded, rows = self._aligned([examples[i] for i in others], [completions[i] for i in others])
         for i, x, row in zip(others, encoded, rows):
-            found[i] = self._count(row), len(x.student_prompt) + len(x.student.ids) + 1 > self.max_length
+            found[i] = self._count(row), self._is_cut(x)
         return found
 
     def _fit(self, examples: Sequence[Example], completions: Sequence[str]) -> list[bool]:
