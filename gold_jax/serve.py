@@ -33,7 +33,8 @@ class ServeArguments(Settings):
     max_length: int | None = flag(None,
         "Most tokens of a sequence with its prompt; none: the model's max_position_embeddings, at most 4096.", range=AT_LEAST_ONE)
     quantization: str = flag("none",
-        "int8: decode with weights of 8 bits, which are read in half the time; prompts are scored with the original ones.",
+        "int8: decode with weights of 8 bits, which are read in half the time; prompts are scored with the original ones. "
+        "int8_kv_cache: keys and values of earlier tokens in 8 bits, too.",
         choices=QUANTIZATIONS)
     bf16: bool | None = like(GOLDConfig, "bf16")
 

@@ -32,7 +32,7 @@ NOT_NEGATIVE = Range("at least 0", lambda v: v >= 0)
 POSITIVE = Range("greater than 0", lambda v: v > 0)
 FRACTION = Range("between 0 and 1", lambda v: 0 <= v <= 1)
 SORTS = ("auto", "host", "xla")  # who sorts: see `losses.divergence.sorted_l1`
-QUANTIZATIONS = ("none", "int8")
+QUANTIZATIONS = ("none", "int8", "int8_kv_cache")  # of what decoding reads: nothing, weights, weights and the cache
 
 
 def plain_types(hint: Any) -> tuple[type, ...]:

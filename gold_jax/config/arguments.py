@@ -490,8 +490,8 @@ class SamplingFlags(Settings):
         "number; 0: nothing is weighted.", range=Range("0 or at least 1", lambda v: v == 0 or v >= 1),
         effect=(_STUDENT_WRITES, Effect(lambda r: r.args.rollout_batches > 1, "no effect without --rollout_batches")))
     rollout_quantization: str = flag("none", "The student's weights as its completions are sampled: none (its own), or int8, "
-        "half the bytes to read for every token, for GPUs and TPUs. What that changes is logged as "
-        "sampling_logp_difference.", choices=QUANTIZATIONS, effect=_SAMPLED_HERE)
+        "half the bytes to read for every token, for GPUs and TPUs; int8_kv_cache: keys and values of earlier tokens, too. "
+        "What that changes is logged as sampling_logp_difference.", choices=QUANTIZATIONS, effect=_SAMPLED_HERE)
 
 
 class LossFlags(Settings):

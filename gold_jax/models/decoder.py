@@ -21,7 +21,7 @@ from gold_jax.models.blockwise import capped
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.models.parameters import layer_parameters, parameters
-from gold_jax.models.quantization import Int8, to_int8
+from gold_jax.models.quantization import Int8, to_int8, vectors_to_int8
 from gold_jax.sharding import collectives
 from gold_jax.sharding.collectives import ShardedParam
 from gold_jax.sharding.placement import Placement
@@ -34,9 +34,21 @@ class Cache(NamedTuple):
     a head may be there several times, once for each of the devices that share its queries (`Placement.kv_repeats`).
     """
 
-    keys: tuple[jax.Array, ...]  # L of [B, kv_heads, head_dim, S]: a query's product reads them without a transpose
-    values: tuple[jax.Array, ...]  # L of [B, kv_heads, S, head_dim]
+    keys: tuple[
+        jax.Array | Int8, ...
+    ]  # L of [B, kv_heads, head_dim, S]: a query's product reads them without a transpose
+    values: tuple[jax.Array | Int8, ...]  # L of [B, kv_heads, S, head_dim]
     length: jax.Array  # int32 [B], tokens that each row holds; its next one goes to this slot
+
+    @property
+    def slots(self) -> int:
+        """S."""
+        return jax.tree.leaves(self.values)[0].shape[2]
+
+    def to_int8(self) -> "Cache":
+        """The same with keys and values rounded to 8 bits, one scale for each head's key or value in a slot."""
+        keys = tuple(vectors_to_int8(layer, 2) for layer in self.keys)
+        return self._replace(keys=keys, values=tuple(vectors_to_int8(layer, 3) for layer in self.values))
 
 
 class DecodingWeights(NamedTuple):
@@ -293,7 +305,7 @@ class Decoder(nnx.Module):
         """
         config = self.config
         weights = self.decoding_weights() if weights is None else weights
-        distance = cache.length[:, None] - jnp.arange(cache.values[0].shape[2])
+        distance = cache.length[:, None] - jnp.arange(cache.slots)
         visible = distance >= 0
         in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])

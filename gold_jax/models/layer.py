@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gold_jax.models.attention import masked_softmax
 from gold_jax.models.config import ACTIVATIONS, DecoderConfig
-from gold_jax.models.quantization import Int8, int8_product
+from gold_jax.models.quantization import Int8, int8_product, vectors_to_int8
 from gold_jax.models.rope import rotate
 from gold_jax.sharding.collectives import ShardedParam, cached_attention_per_head, unshard
 from gold_jax.sharding.placement import Placement
@@ -75,7 +75,7 @@ def decode(
 
     Args:
         weights: as in `forward`; x: [B, D]; table: cosines and sines [B, 1, K / 2].
-        allowed: bool [B, S]; cache: keys [B, N, K, S], values [B, N, S, K], and the slots [B] to write to.
+        allowed: bool [B, S]; cache: keys [B, N, K, S], values [B, N, S, K], both perhaps `Int8`, and the slots [B] to write to.
         platform, placement: the model's.
     """
     query, key, value = _rotated_heads(config, weights, x, table)
@@ -91,18 +91,27 @@ def _attend_to_cache(config: DecoderConfig, platform: str, query, key, value, al
     keys = _write_token(keys, key[:, 0], slots, 3, platform)
     values = _write_token(values, value[:, 0], slots, 2, platform)
     query = query.reshape(len(query), key.shape[2], -1, config.head_dim)
-    scores = jnp.einsum("bngk,bnks->bngs", query, keys, preferred_element_type=jnp.float32)
+    # Of int8 the scales, one a slot, multiply scores and weights: the compilers of GPUs and TPUs widen it as they read it.
+    read, scale = (keys.values.astype(query.dtype), keys.scale) if isinstance(keys, Int8) else (keys, None)
+    scores = jnp.einsum("bngk,bnks->bngs", query, read, preferred_element_type=jnp.float32)
+    scores = scores if scale is None else scores * scale
     weighed = masked_softmax(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
-    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(values.dtype), values)
+    if isinstance(values, Int8):
+        read, weighed = values.values.astype(query.dtype), weighed * jnp.moveaxis(values.scale, 3, 2)
+    else:
+        read = values
+    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(read.dtype), read)
     return attended.reshape(len(query), -1), keys, values
 
 
-def _write_token(cache: jax.Array, new: jax.Array, slots: jax.Array, axis: int, platform: str) -> jax.Array:
+def _write_token(cache: jax.Array | Int8, new: jax.Array, slots: jax.Array, axis: int, platform: str):
     """A cache with `new` [B, N, K] in each row's slot, slots being one of its axes.
 
     On TPUs a scatter, or a loop in the program, copies the whole cache into another layout and back for every token;
     written out, every row is put where it belongs.
     """
+    if isinstance(cache, Int8):
+        return Int8(*(_write_token(*part, slots, axis, platform) for part in zip(cache, vectors_to_int8(new, -1))))
     if platform != "tpu":
         rows = jnp.arange(len(new))
         at = cache.at[rows, :, :, slots] if axis == 3 else cache.at[rows, :, slots]

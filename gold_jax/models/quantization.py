@@ -1,4 +1,4 @@
-"""Matrices held in fewer bits, for decoding, which takes as long as its weights take to be read."""
+"""Matrices, and the keys and values of a cache, held in fewer bits: decoding takes as long as it takes to read them."""
 
 import functools
 from typing import Any, NamedTuple
@@ -6,24 +6,40 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+KV_CACHE = "int8_kv_cache"  # the one of `values.QUANTIZATIONS` that rounds the cache, too
 _LARGEST = 127
+_SCALE_BYTES = 4
 
 
 class Int8(NamedTuple):
-    """A matrix as whole numbers with a scale for each of its outputs: `values · scale`, with a rounding error of at most scale / 2."""
+    """Vectors as whole numbers with a scale each: `values · scale`, with a rounding error of at most scale / 2.
 
-    values: Any  # int8, of the matrix' shape
-    scale: Any  # float32, of the axis that a product does not sum over
+    Of a matrix the vectors are what a product sums over, and `scale` has one number for each output; of a cache they are
+    the keys or values of one head and slot, and `scale` has an axis of one number in their place.
+    """
+
+    values: Any  # int8, of the unrounded array's shape
+    scale: Any  # float32
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def to_int8(weight: jax.Array, axis: int, sharding: Int8 | None = None) -> Int8:
     """A matrix `[..., D, F]` whose products sum over `axis` (-2 or -1) as int8; `sharding`: where its two parts lie."""
-    weight = weight.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(weight), axis, keepdims=True) / _LARGEST
-    values = jnp.round(weight / jnp.where(scale > 0, scale, 1)).astype(jnp.int8)
+    values, scale = vectors_to_int8(weight, axis)
     made = Int8(values, jnp.squeeze(scale, axis))
     return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding)
+
+
+def vectors_to_int8(x: jax.Array, axis: int) -> Int8:
+    """The vectors that lie along an axis, which `scale` keeps with one number each."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis, keepdims=True) / _LARGEST
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+
+
+def vector_bytes(size: int, itemsize: int, quantization: str) -> int:
+    """Bytes of a cache for one head's key or value in a slot, of `size` numbers."""
+    return size + _SCALE_BYTES if quantization == KV_CACHE else size * itemsize
 
 
 def int8_product(x: jax.Array, weight: Int8) -> jax.Array:

@@ -15,6 +15,7 @@ from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters
+from gold_jax.models.quantization import vector_bytes
 from gold_jax.planning.plan import STUDENT, Cost, Plan, PlanRequest, parameter_count, parameter_counts
 from gold_jax.sharding.placement import ROW_AXES, Placement, sharded_axes
 from gold_jax.training.objective import splits_vocabulary
@@ -99,7 +100,8 @@ class Analytic:
             # Keys and values of the rows that are written at once, and what is known of these.
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
-            keys = 2 * config.layers * self.each * heads * config.head_dim * self.request.slots * self.itemsize
+            vector = vector_bytes(config.head_dim, self.itemsize, self.args.rollout_quantization)
+            keys = 2 * config.layers * self.each * heads * self.request.slots * vector
             numbers = 3 if self.request.weighs else 2  # of each token
             rows = self.request.sampled_rows * (4 * numbers * self.args.max_completion_length + 9)
             return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
@@ -112,7 +114,7 @@ class Analytic:
 
     def _decoding_weights(self, placement: Placement | None) -> int:
         """Bytes of what decoding reads for every token, on one device or (None) on all that share one model out."""
-        config, rounded = self.student.config, self.args.rollout_quantization == "int8"
+        config, rounded = self.student.config, self.args.rollout_quantization != "none"
 
         def held(shape: tuple[int, ...], spec: tuple[str | None, ...]) -> int:
             return math.prod(shape if placement is None else placement.decode_sharding(shape, spec).shard_shape(shape))

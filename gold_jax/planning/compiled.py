@@ -25,6 +25,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.losses.fused_head import INNER_TOKENS, chunk_size
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
+from gold_jax.models.quantization import KV_CACHE
 from gold_jax.planning import hlo
 from gold_jax.planning.analytic import Analytic
 from gold_jax.planning.collectives import read_collectives
@@ -216,9 +217,9 @@ class PlannedRun:
         request, placement, dtype = self.request, self.placement, jnp.dtype(self.request.dtype)
         sizes = {"rows": request.sampled_rows, "slots": request.slots, "new": self.args.max_completion_length}
         options = {"config": request.pair.student, "dtype": dtype, "placement": placement, **sizes}
-        options["sampling_logprobs"] = request.weighs
-        cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
         rounded = self.args.rollout_quantization
+        options |= {"sampling_logprobs": request.weighs, "int8_cache": rounded == KV_CACHE}
+        cache, state = jax.eval_shape(functools.partial(sampling.empty_slots.__wrapped__, **options), self.key)
         weights = jax.eval_shape(
             lambda params: merge(self.run.graph, params).decoding_weights(rounded), self.state.params
         )

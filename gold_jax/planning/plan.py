@@ -101,7 +101,7 @@ class PlanRequest:
         teacher_placement = Placement(self.placement.mesh, self.teacher_layout)
         kept += self.itemsize * parameter_count(teacher, None, teacher_placement)
         kept += self.itemsize * parameter_count(student) // self.mesh["tensor"]
-        sizes = self.prompt_length, self.args.max_completion_length
+        sizes = self.prompt_length, self.args.max_completion_length, self.args.rollout_quantization
         each = bytes_per_row(student, self.itemsize, self.placement, *sizes)
         return default_rows(self.shards, self.limit_bytes - kept, each)
 

@@ -22,6 +22,7 @@ import numpy as np
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Cache
 from gold_jax.models.functional import merge
+from gold_jax.models.quantization import Int8
 from gold_jax.rollout.token_sampling import sample_tokens
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES, Placement
@@ -63,7 +64,7 @@ class DecodeState(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new", "sampling_logprobs")
+    jax.jit, static_argnames=("config", "dtype", "placement", "rows", "slots", "new", "sampling_logprobs", "int8_cache")
 )
 def empty_slots(
     key,
@@ -75,8 +76,12 @@ def empty_slots(
     slots: int,
     new: int,
     sampling_logprobs: bool = False,
+    int8_cache: bool = False,
 ) -> tuple[Cache, DecodeState]:
-    """Empty decode slots with room for `new` tokens each, and with `sampling_logprobs` for those of `DecodeState`."""
+    """Empty decode slots with room for `new` tokens each, and with `sampling_logprobs` for those of `DecodeState`.
+
+    With `int8_cache` keys and values are held in 8 bits.
+    """
     heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
     zeros, size = jnp.zeros(rows, jnp.int32), config.head_dim
     keys, values = (
@@ -85,15 +90,15 @@ def empty_slots(
     )
     samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, *(jnp.float32,) * (1 + sampling_logprobs)))
     state = DecodeState(zeros, jnp.broadcast_to(key, (rows,)), zeros, jnp.ones(rows, bool), *samples)
-    return _constrain(placement, Cache(keys, values, zeros), state)
+    cache = Cache(keys, values, zeros)
+    return _constrain(placement, cache.to_int8() if int8_cache else cache, state)
 
 
 def cache_shardings(placement: Placement, cache: Cache) -> Cache:
     """The shardings of a cache: rows over the row shards, heads over `tensor`."""
-    rows, heads = cache.keys[0].shape[:2]
-    by_head = placement.sharding(placement.row_axes(rows), placement.head_axis(heads))
-    by_heads = (by_head,) * len(cache.keys)
-    return Cache(by_heads, by_heads, placement.sharding(placement.row_axes(rows)))
+    rows, heads = jax.tree.leaves(cache.keys)[0].shape[:2]
+    axes = placement.row_axes(rows), placement.head_axis(heads)
+    return jax.tree.map(lambda x: placement.sharding(*axes[: x.ndim]), cache)
 
 
 def _constrain(placement: Placement | None, cache: Cache, replicated):
@@ -152,6 +157,8 @@ def prefill_into_slots(
         tokens, lengths = (placement.shard_rows(x) for x in (tokens, lengths))
     _, prefilled = model.prefill(tokens, jnp.arange(width) < lengths[:, None], width)
     prefilled = prefilled._replace(length=lengths)
+    if any(isinstance(keys, Int8) for keys in cache.keys):
+        prefilled = prefilled.to_int8()
     if source is not None:
         prefilled = _per_shard(placement, functools.partial(_gather_rows, width), prefilled, source)
     cache = _per_shard(placement, _scatter_rows, cache, row_index, prefilled)
@@ -170,11 +177,16 @@ def prefill_into_slots(
 
 def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
     """The cache with the first slots of some rows overwritten; indices beyond the last row are dropped."""
-    width = prefilled.values[0].shape[2]
+    width = prefilled.slots
+
+    def put(place: tuple, old, new):
+        return jax.tree.map(lambda old, new: old.at[row_index, *place].set(new, mode="drop"), old, new)
+
+    whole, slots = slice(None), slice(width)
     return Cache(
-        tuple(old.at[row_index, :, :, :width].set(new, mode="drop") for old, new in zip(cache.keys, prefilled.keys)),
-        tuple(old.at[row_index, :, :width].set(new, mode="drop") for old, new in zip(cache.values, prefilled.values)),
-        cache.length.at[row_index].set(prefilled.length, mode="drop"),
+        put((whole, whole, slots), cache.keys, prefilled.keys),
+        put((whole, slots), cache.values, prefilled.values),
+        put((), cache.length, prefilled.length),
     )
 
 
@@ -276,5 +288,7 @@ def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
         kept = jax.lax.slice_in_dim(old[rows], 0, min(slots, old.shape[axis]), axis=axis)
         return jnp.pad(kept, [(0, slots - kept.shape[axis] if other == axis else 0) for other in range(4)])
 
-    keys, values = (tuple(fit(old, axis) for old in both) for both, axis in ((cache.keys, 3), (cache.values, 2)))
+    keys, values = (
+        jax.tree.map(functools.partial(fit, axis=axis), old) for old, axis in ((cache.keys, 3), (cache.values, 2))
+    )
     return Cache(keys, values, cache.length[rows])

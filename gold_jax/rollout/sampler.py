@@ -12,6 +12,7 @@ from gold_jax import progress
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import commit, count, merge, split
+from gold_jax.models.quantization import KV_CACHE, vector_bytes
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.decode_state import SamplingOptions
 from gold_jax.rollout.engine import EMPTY, NonFiniteLogits, Sampled
@@ -44,9 +45,9 @@ class SamplingEngine:
     one call the rows only shrink. A small model keeps all its rows, and prefills every refill at its full number of rows.
 
     Prompts that are the same, and join together, are read once. With `quantization` "int8" completions are drawn from
-    matrices rounded to 8 bits, which are read in half the time (prompts are read with the model's own); their
-    log-probabilities are those of what they were drawn from. With
-    `sampling_logprobs` those at the sampling temperature are returned too.
+    matrices rounded to 8 bits, which are read in half the time (prompts are read with the model's own), with
+    "int8_kv_cache" also with keys and values of 8 bits, half of bfloat16's bytes; their log-probabilities are those of what
+    they were drawn from. With `sampling_logprobs` those at the sampling temperature are returned too.
     """
 
     def __init__(self, rows: int = 32, quantization: str = "none", sampling_logprobs: bool = False):
@@ -131,7 +132,7 @@ class _GenerationRun:
         self.slots = self._fitting_slots(len(self.prompts[self.queue[0]]) - 1)
         of_model = {"config": self.config, "dtype": self.dtype, "placement": self.placement}
         sizes = {"rows": len(self.active), "slots": self.slots, "new": self.new}
-        options = of_model | sizes | {"sampling_logprobs": sampling_logprobs}
+        options = of_model | sizes | {"sampling_logprobs": sampling_logprobs, "int8_cache": quantization == KV_CACHE}
         self.state = device.empty_slots(self._key_of(0), **options)  # the cache and the decode state
         with progress.task("sampling", len(self.prompts)) as bar:
             while True:
@@ -305,7 +306,12 @@ def default_rows(shards: int, free: int | None, each: int) -> int:
 
 
 def bytes_per_row(
-    config: DecoderConfig, itemsize: int, placement: Placement | None, prompt_length: int, new: int
+    config: DecoderConfig,
+    itemsize: int,
+    placement: Placement | None,
+    prompt_length: int,
+    new: int,
+    quantization: str = "none",
 ) -> int:
     """About how many bytes of a device sampling takes for a row of the longest prompt and `new` tokens.
 
@@ -313,10 +319,11 @@ def bytes_per_row(
     """
     repeats = 1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads)
     split = 1 if placement is None or placement.head_axis(config.heads) is None else placement.tensor_size
-    token = 2 * config.layers * config.kv_heads * repeats * config.head_dim * itemsize // split
-    reading = token + itemsize * (2 * config.mlp_width // split + 3 * config.width)
+    vectors = 2 * config.layers * config.kv_heads * repeats // split  # of a token
+    cached = vectors * vector_bytes(config.head_dim, itemsize, quantization)
+    reading = itemsize * (vectors * config.head_dim + 2 * config.mlp_width // split + 3 * config.width)
     slots, width = fine_bucket(prompt_length + new, smallest=_MIN_LENGTH), bucket(prompt_length, smallest=_MIN_LENGTH)
-    return 3 * slots * token // 2 + 8 * config.vocab_size + width * reading
+    return 3 * slots * cached // 2 + 8 * config.vocab_size + width * reading
 
 
 def prompt_width(length: int, slots: int) -> int:

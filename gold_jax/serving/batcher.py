@@ -22,6 +22,7 @@ import numpy as np
 from gold_jax import progress
 from gold_jax.bucketing import power_of_two
 from gold_jax.models.functional import commit, count, merge, split
+from gold_jax.models.quantization import KV_CACHE
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout.sampler import SMALL_MODEL, STOP_SLOTS
 from gold_jax.serving import programs
@@ -79,7 +80,8 @@ class Batcher:
         rows: how many sequences are decoded at once.
         queue_size: how many may wait.
         max_length: most tokens of a sequence, its prompt included; the caller enforces it.
-        quantization: "int8" decodes with quantized weights, as `rollout.sampler.SamplingEngine`.
+        quantization: "int8" decodes with quantized weights, "int8_kv_cache" with a quantized cache too, as
+            `rollout.sampler.SamplingEngine`.
         least: least prompt width and cache length; a higher one compiles fewer programs and pads more.
     """
 
@@ -97,6 +99,7 @@ class Batcher:
         graph, params = split(model)
         self._model, self._config, self._dtype = (graph, commit(params)), model.config, model.dtype
         self._weights = merge(*self._model).decoding_weights(quantization)
+        self._int8_cache = quantization == KV_CACHE
         stops = [*stop_ids] + [-1] * (-len(stop_ids) % STOP_SLOTS)
         self._stops = np.array(stops, np.int32)
         self.rows, self.queue_size, self.max_length = rows, queue_size, max_length
@@ -159,7 +162,7 @@ class Batcher:
                 prompts = self._pad([np.zeros(size, np.int32)])
                 if scoring:
                     programs.score_tokens.lower(*self._model, *prompts, np.bool_(False)).compile()
-                programs.prefill.lower(*self._model, *prompts).compile()
+                programs.prefill.lower(*self._model, *prompts, int8_cache=self._int8_cache).compile()
                 shapes = jax.eval_shape(functools.partial(self._empty_slots, size))
                 state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
                 programs.decode_round.lower(*self._model, self._weights, *state, *self._settings()).compile()
@@ -275,7 +278,7 @@ class Batcher:
     def _prefill(self, rows_of_prompts: Sequence[Sequence[int]]) -> None:
         """Prefills prompts, each into the rows given for it."""
         prompts = [self._slots[rows[0]].prompt[:-1] for rows in rows_of_prompts]
-        prefilled = programs.prefill(*self._model, *self._pad(prompts))
+        prefilled = programs.prefill(*self._model, *self._pad(prompts), int8_cache=self._int8_cache)
         source, row_index, next_token, seed, index = np.zeros((5, self.rows), np.int32)
         pairs = [(at, row) for at, rows in enumerate(rows_of_prompts) for row in rows]
         for at, (prompt, row) in enumerate(pairs):
@@ -299,7 +302,7 @@ class Batcher:
 
     def _empty_slots(self, size: int) -> tuple:
         options = {"config": self._config, "dtype": self._dtype, "rows": self.rows, "new": ROUND}
-        return device.empty_slots(self._no_key, slots=size, **options)
+        return device.empty_slots(self._no_key, slots=size, int8_cache=self._int8_cache, **options)
 
     def _settings(self) -> tuple:
         """The last arguments of `programs.decode_round` for the current slots."""

@@ -49,12 +49,13 @@ def row_options(temperature: np.ndarray, top_k: np.ndarray, top_p: np.ndarray, s
     )
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def prefill(graphdef, params, tokens: jax.Array, lengths: jax.Array) -> Cache:
+@functools.partial(jax.jit, static_argnames=("graphdef", "int8_cache"))
+def prefill(graphdef, params, tokens: jax.Array, lengths: jax.Array, *, int8_cache: bool = False) -> Cache:
     """The cache [B, T slots] of tokens int32 [B, T], of which the first `lengths` [B] of each row count."""
     width = tokens.shape[1]
     _, cache = merge(graphdef, params).prefill(tokens, jnp.arange(width) < lengths[:, None], width)
-    return cache._replace(length=lengths)
+    cache = cache._replace(length=lengths)
+    return cache.to_int8() if int8_cache else cache
 
 
 @functools.partial(jax.jit, donate_argnames="cache")

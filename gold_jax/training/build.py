@@ -158,7 +158,9 @@ def _rows_at_once(
     free = min(stats["bytes_limit"] - stats["bytes_in_use"] for stats in told) - state - weights
     free = -int(process_shard.all_reduce_max(np.array([-free]))[0])
     sizes = args.prompt_budget, args.max_completion_length
-    return default_rows(shards, free, max(bytes_per_row(x.config, itemsize, placement, *sizes) for x in models))
+    rounded = [args.rollout_quantization, "none"]  # the student, and the teacher where it writes too
+    each = [bytes_per_row(x.config, itemsize, placement, *sizes, how) for x, how in zip(models, rounded)]
+    return default_rows(shards, free, max(each))
 
 
 def counted_tokens(args: SFTConfig) -> str:

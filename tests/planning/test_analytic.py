@@ -77,6 +77,7 @@ CASES = {
     "events": ((1, 2, 1), {"loss": "events"}),
     "likelihoods of texts": ((1, 2, 1), {"loss": "alm"}),
     "weights of 8 bits": ((2, 2, 2), {"rollout_quantization": "int8"}),
+    "weights and cache of 8 bits": ((2, 2, 2), {"rollout_quantization": "int8_kv_cache"}),
     "several updates drawn together": ((1, 2, 1), {"rollout_batches": 4}),
     "other rows": ((1, 4, 1), {"per_device_train_batch_size": 3, "generation_batch_size": 4}),
 }

@@ -8,11 +8,12 @@ import pytest
 from flax import nnx
 from transformers import LlamaConfig
 
+from gold_jax.models import layer
 from gold_jax.models.config import DecoderConfig
-from gold_jax.models.decoder import Decoder
+from gold_jax.models.decoder import Cache, Decoder
 from gold_jax.models.functional import split
 from gold_jax.models.hf_checkpoint import load_model
-from gold_jax.models.quantization import Int8
+from gold_jax.models.quantization import KV_CACHE, Int8, vectors_to_int8
 from gold_jax.rollout import decode_state as device
 from gold_jax.rollout import sampler
 from gold_jax.rollout.agreement import logprob_difference
@@ -236,8 +237,50 @@ def test_weights_of_8_bits_draw_as_the_model_that_they_stand_for(model):
     difference = logprob_difference(model, prompts, found)
     assert 0 < difference < 0.2 and logprob_difference(other, prompts, found) < 1e-5
     assert logprob_difference(model, prompts, [EMPTY] * len(prompts)) is None
-    with pytest.raises(ValueError, match="quantization must be one of none, int8, got 'int4'"):
+    with pytest.raises(ValueError, match="quantization must be one of none, int8, int8_kv_cache, got 'int4'"):
         SamplingEngine(8, "int4")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_attention_to_a_cache_of_8_bits_is_that_to_the_numbers_that_it_holds(model, platform):
+    config, rng = model.config, np.random.default_rng(0)
+    slots, size = 9, config.head_dim
+    query = rng.normal(size=(3, 1, config.heads, size)).astype(np.float32)
+    key, value = rng.normal(size=(2, 3, 1, config.kv_heads, size)).astype(np.float32)
+    past = [
+        rng.normal(size=(3, config.kv_heads, *shape)).astype(np.float32) for shape in ((size, slots), (slots, size))
+    ]
+    past[0][0, 0, :, 1] = 0  # a vector without a scale
+    at = np.array([4, 0, 8], np.int32)
+    allowed = np.arange(slots) <= at[:, None]
+
+    def numbers(held):
+        return np.asarray(held.values) * np.asarray(held.scale)
+
+    cache = Cache(*((jnp.asarray(x),) for x in past), jnp.asarray(at)).to_int8()
+    keys, values = cache.keys[0], cache.values[0]
+    assert keys.values.dtype == np.int8 and keys.scale.shape[2:] == (1, slots) and values.scale.shape[2:] == (slots, 1)
+    for held, given in zip((keys, values), past):
+        assert (np.abs(numbers(held) - given) <= np.asarray(held.scale) / 2 * (1 + 1e-5)).all()
+    attended, *written = layer._attend_to_cache(config, platform, query, key, value, allowed, keys, values, at)
+    new = [numbers(vectors_to_int8(jnp.asarray(x), 3)) for x in (key, value)]
+    held = numbers(keys), numbers(values)
+    expected, *after = layer._attend_to_cache(config, platform, query, *new, allowed, *map(jnp.asarray, held), at)
+    np.testing.assert_allclose(attended, expected, atol=2e-6)
+    for ours, theirs in zip(written, after):
+        np.testing.assert_allclose(numbers(ours), theirs, atol=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_cache_of_8_bits_follows_rows_that_join_grow_and_shrink(model, temperature):
+    """What a row draws does not depend on the others, and is close to what the model itself would say of it."""
+    options = dict(max_new_tokens=40, key=jax.random.key(0), stop_ids=STOPS, temperature=temperature)
+    prompts = [np.array(prompt, np.int32) for prompt in MANY]
+    found = SamplingEngine(8, KV_CACHE).generate(model, prompts, **options)
+    assert ids(found) == ids(SamplingEngine(64, KV_CACHE).generate(model, prompts, **options))
+    of_weights = SamplingEngine(8, "int8").generate(model, prompts, **options)
+    assert any(np.any(a.logprobs[:1] != b.logprobs[:1]) for a, b in zip(found, of_weights))  # prompts are rounded, too
+    assert 0 < logprob_difference(model, prompts, found) < 0.05
 
 
 def test_keys_of_prompts_stand_for_the_key_that_their_indices_are_folded_into(model):

@@ -260,7 +260,8 @@ def test_a_temperature_too_small_to_divide_by_is_greedy(client):
 
 
 def test_requests_of_compiled_sizes_wait_for_no_compiling(loaded, caplog, capsys):
-    made = Batcher(loaded.model, loaded.chat_tokenizer.stop_ids, rows=2, queue_size=4, max_length=256)
+    sizes = {"rows": 2, "queue_size": 4, "max_length": 256, "quantization": "int8_kv_cache"}
+    made = Batcher(loaded.model, loaded.chat_tokenizer.stop_ids, **sizes)
 
     def write(length, **settings):
         ended = threading.Event()

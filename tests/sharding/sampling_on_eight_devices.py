@@ -23,6 +23,7 @@ from gold_jax.rollout.agreement import own_logprobs  # noqa: E402
 from gold_jax.rollout.sampler import SamplingEngine  # noqa: E402
 from gold_jax.sharding.axes import mesh_sizes  # noqa: E402
 from gold_jax.sharding.placement import Placement, make_mesh  # noqa: E402
+from gold_jax.values import QUANTIZATIONS  # noqa: E402
 
 MESHES = ("data=8", "fsdp"), ("fsdp=8", "full"), ("fsdp=4,tensor=2", "fsdp"), ("data=2,fsdp=2,tensor=2", "full")
 
@@ -38,7 +39,7 @@ def main():
     def drawn(model, rows, quantization="none"):
         return SamplingEngine(rows, quantization).generate(nnx.split(model), prompts, **options)
 
-    expected, rounded = drawn(model, 16), drawn(model, 16, "int8")
+    expected, rounded = drawn(model, 16), {how: drawn(model, 16, how) for how in QUANTIZATIONS[1:]}
     texts = [prompt for prompt in prompts if len(prompt) > 1][:3]
     scored = own_logprobs(model, texts, 48)
     found = {}
@@ -50,8 +51,8 @@ def main():
             np.abs(a.logprobs - b.logprobs).max() for a, b, equal in zip(expected, ours, same) if equal and len(a.ids)
         ]
         if layout == "full":
-            pairs = zip(rounded, drawn(placed, 15, "int8"))
-            same += [np.array_equal(a.ids, b.ids) for a, b in pairs]
+            for how, alone in rounded.items():
+                same += [np.array_equal(a.ids, b.ids) for a, b in zip(alone, drawn(placed, 15, how))]
         gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
     lengths = [len(d.ids) for d in expected]
