@@ -7,6 +7,7 @@ copy is alive at a time. Norms, rotations, softmax and logits are float32 whatev
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -44,6 +45,15 @@ class Cache(NamedTuple):
     def slots(self) -> int:
         """S."""
         return jax.tree.leaves(self.values)[0].shape[2]
+
+    def map_slots(self, change: Callable[..., jax.Array], *others: "Cache") -> "Cache":
+        """`change(axis, array, *the same of others)` of all arrays of keys and values, `axis` being that of the slots."""
+
+        def changed(name: str, axis: int):
+            held = (getattr(cache, name) for cache in (self, *others))
+            return jax.tree.map(lambda x, *more: change(min(axis, x.ndim - 1), x, *more), *held)
+
+        return self._replace(keys=changed("keys", 3), values=changed("values", 2))
 
     def to_int8(self) -> "Cache":
         """The same with keys and values rounded to 8 bits, one scale for each head's key or value in a slot."""

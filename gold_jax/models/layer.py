@@ -94,10 +94,10 @@ def _attend_to_cache(config: DecoderConfig, platform: str, query, key, value, al
     # Of int8 the scales, one a slot, multiply scores and weights: the compilers of GPUs and TPUs widen it as they read it.
     read, scale = (keys.values.astype(query.dtype), keys.scale) if isinstance(keys, Int8) else (keys, None)
     scores = jnp.einsum("bngk,bnks->bngs", query, read, preferred_element_type=jnp.float32)
-    scores = scores if scale is None else scores * scale
+    scores = scores if scale is None else scores * scale[:, :, None]
     weighed = masked_softmax(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
     if isinstance(values, Int8):
-        read, weighed = values.values.astype(query.dtype), weighed * jnp.moveaxis(values.scale, 3, 2)
+        read, weighed = values.values.astype(query.dtype), weighed * values.scale[:, :, None]
     else:
         read = values
     attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(read.dtype), read)
@@ -111,13 +111,15 @@ def _write_token(cache: jax.Array | Int8, new: jax.Array, slots: jax.Array, axis
     written out, every row is put where it belongs.
     """
     if isinstance(cache, Int8):
-        return Int8(*(_write_token(*part, slots, axis, platform) for part in zip(cache, vectors_to_int8(new, -1))))
+        rounded = vectors_to_int8(new, -1)
+        values = _write_token(cache.values, rounded.values, slots, axis, platform)
+        return Int8(values, _write_token(cache.scale, rounded.scale, slots, 2, platform))
     if platform != "tpu":
         rows = jnp.arange(len(new))
         at = cache.at[rows, :, :, slots] if axis == 3 else cache.at[rows, :, slots]
         return at.set(new, indices_are_sorted=True, unique_indices=True)
     for row in range(len(new)):
-        start = [row, 0, 0, 0]
+        start = [row] + [0] * (cache.ndim - 1)
         start[axis] = slots[row]
         cache = jax.lax.dynamic_update_slice(cache, jnp.expand_dims(new[row : row + 1], axis), start)
     return cache

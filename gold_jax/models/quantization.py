@@ -14,27 +14,25 @@ _SCALE_BYTES = 4
 class Int8(NamedTuple):
     """Vectors as whole numbers with a scale each: `values · scale`, with a rounding error of at most scale / 2.
 
-    Of a matrix the vectors are what a product sums over, and `scale` has one number for each output; of a cache they are
-    the keys or values of one head and slot, and `scale` has an axis of one number in their place.
+    Of a matrix the vectors are what a product sums over, of a cache the key or value of one head in a slot.
     """
 
     values: Any  # int8, of the unrounded array's shape
-    scale: Any  # float32
+    scale: Any  # float32, of that shape without the vectors' axis
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def to_int8(weight: jax.Array, axis: int, sharding: Int8 | None = None) -> Int8:
     """A matrix `[..., D, F]` whose products sum over `axis` (-2 or -1) as int8; `sharding`: where its two parts lie."""
-    values, scale = vectors_to_int8(weight, axis)
-    made = Int8(values, jnp.squeeze(scale, axis))
+    made = vectors_to_int8(weight, axis)
     return made if sharding is None else jax.lax.with_sharding_constraint(made, sharding)
 
 
 def vectors_to_int8(x: jax.Array, axis: int) -> Int8:
-    """The vectors that lie along an axis, which `scale` keeps with one number each."""
+    """The vectors that lie along an axis."""
     x = x.astype(jnp.float32)
     scale = jnp.max(jnp.abs(x), axis, keepdims=True) / _LARGEST
-    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+    return Int8(jnp.round(x / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), jnp.squeeze(scale, axis))
 
 
 def vector_bytes(size: int, itemsize: int, quantization: str) -> int:

@@ -177,16 +177,12 @@ def prefill_into_slots(
 
 def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
     """The cache with the first slots of some rows overwritten; indices beyond the last row are dropped."""
-    width = prefilled.slots
 
-    def put(place: tuple, old, new):
-        return jax.tree.map(lambda old, new: old.at[row_index, *place].set(new, mode="drop"), old, new)
+    def put(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        return old.at[row_index, *(slice(None),) * (axis - 1), : prefilled.slots].set(new, mode="drop")
 
-    whole, slots = slice(None), slice(width)
-    return Cache(
-        put((whole, whole, slots), cache.keys, prefilled.keys),
-        put((whole, slots), cache.values, prefilled.values),
-        put((), cache.length, prefilled.length),
+    return cache.map_slots(put, prefilled)._replace(
+        length=cache.length.at[row_index].set(prefilled.length, mode="drop")
     )
 
 
@@ -284,11 +280,8 @@ def resize_slots(cache: Cache, decode_state: DecodeState, rows, *, placement: Pl
 def _gather_rows(slots: int, cache: Cache, rows: jax.Array) -> Cache:
     """Some rows of a cache, cut or padded to `slots`."""
 
-    def fit(old: jax.Array, axis: int) -> jax.Array:
+    def fit(axis: int, old: jax.Array) -> jax.Array:
         kept = jax.lax.slice_in_dim(old[rows], 0, min(slots, old.shape[axis]), axis=axis)
-        return jnp.pad(kept, [(0, slots - kept.shape[axis] if other == axis else 0) for other in range(4)])
+        return jnp.pad(kept, [(0, slots - kept.shape[axis] if other == axis else 0) for other in range(old.ndim)])
 
-    keys, values = (
-        jax.tree.map(functools.partial(fit, axis=axis), old) for old, axis in ((cache.keys, 3), (cache.values, 2))
-    )
-    return Cache(keys, values, cache.length[rows])
+    return cache.map_slots(fit)._replace(length=cache.length[rows])

@@ -254,21 +254,21 @@ def test_attention_to_a_cache_of_8_bits_is_that_to_the_numbers_that_it_holds(mod
     at = np.array([4, 0, 8], np.int32)
     allowed = np.arange(slots) <= at[:, None]
 
-    def numbers(held):
-        return np.asarray(held.values) * np.asarray(held.scale)
+    def numbers(held, axis):
+        return np.asarray(held.values) * np.expand_dims(held.scale, axis)
 
     cache = Cache(*((jnp.asarray(x),) for x in past), jnp.asarray(at)).to_int8()
     keys, values = cache.keys[0], cache.values[0]
-    assert keys.values.dtype == np.int8 and keys.scale.shape[2:] == (1, slots) and values.scale.shape[2:] == (slots, 1)
-    for held, given in zip((keys, values), past):
-        assert (np.abs(numbers(held) - given) <= np.asarray(held.scale) / 2 * (1 + 1e-5)).all()
+    assert keys.values.dtype == np.int8 and keys.scale.shape == values.scale.shape == (3, config.kv_heads, slots)
+    for held, given, axis in zip((keys, values), past, (2, 3)):
+        assert (np.abs(numbers(held, axis) - given) <= np.expand_dims(held.scale, axis) / 2 * (1 + 1e-5)).all()
     attended, *written = layer._attend_to_cache(config, platform, query, key, value, allowed, keys, values, at)
-    new = [numbers(vectors_to_int8(jnp.asarray(x), 3)) for x in (key, value)]
-    held = numbers(keys), numbers(values)
+    new = [numbers(vectors_to_int8(jnp.asarray(x), 3), 3) for x in (key, value)]
+    held = numbers(keys, 2), numbers(values, 3)
     expected, *after = layer._attend_to_cache(config, platform, query, *new, allowed, *map(jnp.asarray, held), at)
     np.testing.assert_allclose(attended, expected, atol=2e-6)
-    for ours, theirs in zip(written, after):
-        np.testing.assert_allclose(numbers(ours), theirs, atol=1e-6)
+    for ours, theirs, axis in zip(written, after, (2, 3)):
+        np.testing.assert_allclose(numbers(ours, axis), theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
