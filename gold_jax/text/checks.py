@@ -19,18 +19,19 @@ from gold_jax.text.encode import utf8
 from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
+    ROLES,
     Conversation,
     RenderedAnswer,
     conversation_shape,
     extras_of,
     unwritten_keys,
     unwritten_parts,
+    writes_calls,
 )
 from gold_jax.wording import listed, plural, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
-_ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _BLOCK = 1000  # rows that are checked together
@@ -150,7 +151,7 @@ class RowReader:
         self._unwritten_counts.update((who, _NOTICE_ONLY[part]) for part in missing)
         self._unwritten_counts.update((who, f"the key {excerpt(key)} of messages") for key in keys)
         if who == "student":
-            self._odd_roles.update({str(m.get("role")) for m in conversation} - {*_ROLES})
+            self._odd_roles.update({str(m.get("role")) for m in conversation} - {*ROLES})
 
     def _compare(self, number: int, conversation: list[dict], found: Mapping[str, RenderedAnswer]) -> None:
         """Records where a template changes prompt or answer, and where the two models' answers differ."""
@@ -199,7 +200,7 @@ class RowReader:
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(_ROLES)}: "
+                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(ROLES)}: "
                 "the student's template writes it in its own way, other templates leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
@@ -209,9 +210,9 @@ class RowReader:
 def _no_answer(example: Example) -> str:
     """What is wrong with a row without a completion, for an error, such as an unknown role at its end."""
     roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
-    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
-    if roles and roles[-1] not in _ROLES:
-        known = f"roles are {', '.join(_ROLES)}"
+    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in ROLES]
+    if roles and roles[-1] not in ROLES:
+        known = f"roles are {', '.join(ROLES)}"
         return (
             f"has messages of the role {' and '.join(unknown)}, and no answer of the assistant's at its end ({known})"
         )
@@ -469,8 +470,7 @@ def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
         answer = chat_tokenizer.answer(messages)
     except ValueError:  # reading the row raises a better one
         return True
-    calls = [call.get("function") or call for call in messages[-1]["tool_calls"]]
-    return answer.follows_prompt and all(str(call.get("name")) in answer.text for call in calls)
+    return answer.follows_prompt and writes_calls(messages[-1], answer.text)
 
 
 def check_evaluation(
