@@ -110,26 +110,26 @@ class RowReader:
                 read = example.prompt if who == "teacher" and example.calls_tools else conversation
                 if not isinstance(read, str):
                     self._find_unwritten(who, side, read)
-        whole, learns = "", self.whole or (example.answers > 1 and len(self.sides) == 1)
-        if learns and example.messages:
-            whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
+        student, messages = self.sides["student"], example.messages or []
+        learns = messages and (self.whole or (example.answers > 1 and len(self.sides) == 1))
+        whole = student.locate_answers(messages, self.max_length)[0].original if learns else ""
         for side in self.sides.values():
             if side.lacks_embeddings:
                 side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if learns and example.messages and self.sides["student"].lacks_embeddings:
-            self.sides["student"].encode_turns(example.messages, limit=self.max_length)
+        if learns and student.lacks_embeddings:
+            student.encode_turns(messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools and self.whole:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, whole or (self.answers and example.completion) or ""
         if example.calls_tools:
-            text = self.sides["student"].answer(conversation)
+            answer = student.answer(conversation)
             if "teacher" in self.sides:
                 said = (
                     "the last answer calls tools, and the teacher reads the calls as the student's template writes them"
                 )
-                self._note(said, number, lambda: excerpt(text.text))
-            return text.prompt, whole or text.text
+                self._note(said, number, excerpt(answer.text))
+            return answer.prompt, whole or answer.text
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
@@ -159,19 +159,19 @@ class RowReader:
             if not answer.follows_prompt:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
-                self._note(said, number, lambda shown=shown: shown)
+                self._note(said, number, shown)
             written, wanted = answer.prompt + answer.text, conversation[-1]["content"]
             if wanted not in written and "".join(wanted.split()) not in "".join(written.split()):
                 said = f"the {who}'s template leaves out a part of the answer, such as its thinking"
-                shown = f"of {excerpt(conversation[-1]['content'])} it writes {excerpt(answer.text)}"
-                self._note(said, number, lambda shown=shown: shown)
+                shown = f"of {excerpt(wanted)} it writes {excerpt(answer.text)}"
+                self._note(said, number, shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
             said = "the two templates write different answers, and both models read the student's"
-            self._note(said, number, lambda: self._describe_difference(conversation, texts))
+            self._note(said, number, "" if said in self._notes else self._describe_difference(conversation, texts))
 
-    def _note(self, said: str, number: int, describe: Callable[[], str]) -> None:
-        count, first, shown = self._notes.get(said) or (0, number, describe())
+    def _note(self, said: str, number: int, shown: str) -> None:
+        count, first, shown = self._notes.get(said, (0, number, shown))
         self._notes[said] = count + 1, first, shown
 
     def _describe_difference(self, conversation: list[dict], texts: Mapping[str, str]) -> str:
