@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gold_jax import progress
-from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.chat import CHARS_PER_TOKEN, ChatTokenizer, Prompt
 from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
 from gold_jax.text.row_formats import format_notices
@@ -36,7 +36,6 @@ _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_conten
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _BLOCK = 1000  # rows that are checked together
 _AT_ONCE = 100  # rows that are encoded together
-_CHARS_AT_ONCE = 32  # of a prompt for each token of the budget: longer ones are encoded as far as needed
 _DATA = "the data set"
 _SHOWN = 5  # errors of skipped rows
 # Words in the names of columns that other formats keep an answer in.
@@ -352,7 +351,7 @@ class RowChecker:
     def _lengths(self, prompts: list[Prompt]) -> list[int]:
         """Lengths of prompts in tokens; for one far over the budget, only some number above it."""
         encode, limit = self.chat_tokenizer.encode_prompt, self.budget or 0
-        if sum(len(repr(prompt)) for prompt in prompts) > _CHARS_AT_ONCE * limit * len(prompts):
+        if sum(len(repr(prompt)) for prompt in prompts) > CHARS_PER_TOKEN * limit * len(prompts):
             return [len(encode(prompt, limit=limit)) for prompt in prompts]
         return list(map(len, self.chat_tokenizer.encode_prompts(prompts)))
 

@@ -141,10 +141,8 @@ def _open(path: pathlib.Path, name: str, hold: bool) -> Sequence:
             try:
                 lines[0]
             except ValueError:
-                try:
+                with contextlib.suppress(ValueError):  # what is wrong is said of the line
                     return [_parse(file.read(), name)]
-                except ValueError:  # what is wrong is said of the line
-                    pass
     return lines
 
 

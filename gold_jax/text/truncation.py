@@ -9,11 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.chat import CHARS_PER_TOKEN, ChatTokenizer, Prompt
 from gold_jax.text.data import Example
 from gold_jax.text.template import like
-
-_CHARS_PER_TOKEN = 32  # of a text that is too long, only so many characters for each token of room are considered
 
 
 class EndsOfPrompts(Sequence):
@@ -82,7 +80,7 @@ def _is_system(message: dict) -> bool:
 
 
 def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
-    """`build(end)` for the longest end of a text for which it fits; None where it fits for none."""
-    longest = min(len(text) - 1, max(0, room) * _CHARS_PER_TOKEN)
+    """`build(end)` for the longest end of a text for which it fits, of those near the room; None where it fits for none."""
+    longest = min(len(text) - 1, max(0, room) * CHARS_PER_TOKEN)
     size = bisect.bisect_left(range(1, longest + 1), True, key=lambda n: not fits(build(text[len(text) - n :])))
     return build(text[len(text) - size :]) if size else None
