@@ -374,7 +374,7 @@ def _weights(
 def _pack_batches(
     tokens: list, pads: tuple[int, ...], height: int, shapes: ShapeSet | None, shard: ProcessShard
 ) -> list[list[PackedBatch]]:
-    """The rows' tokens, `[batches][sides][rows]`, packed: `[batches][sides]`, in sizes that fit those of all processes."""
+    """Rows' tokens `[batches][sides][rows]`, packed `[batches][sides]`; sizes are enough for those of all processes."""
     sequences = len(shard.local_shards)
     unpadded = [[pack_unpadded(rows, height, sequences) for rows in sides] for sides in tokens]
     sizes = shard.all_reduce_max(np.array([[side.longest for side in sides] for sides in unpadded]))

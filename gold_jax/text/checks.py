@@ -264,10 +264,10 @@ class RowChecker:
         self.chat_tokenizer, self.budget, self.max_length = chat_tokenizer, budget, max_length
         self.need_completion, self.learns_calls, self.on_bad_row = need_completion, learns_calls, on_bad_row
         self.teacher_context, self.count_targets = teacher_context, count_targets
-        self.total, self._bad, self._markup = 0, [], 0
+        self.total = self._cut = self._several = self._markup = 0
+        self._bad: list[str] = []
         self._first_markup: tuple[Any, str] | None = None  # the row, and the special token
-        self._unread, self._formats, self.left_out = (collections.Counter() for _ in range(3))
-        self._prompts_alone, self._cut, self._several = (collections.Counter() for _ in range(3))
+        self._unread, self._formats, self._prompts_alone, self.left_out = (collections.Counter() for _ in range(4))
         sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
@@ -312,7 +312,7 @@ class RowChecker:
                     found[i] = ValueError(shortened(f"row {i} of {self.source}: {counted}"))
                     continue
                 targets, was_cut = counted
-                self._cut[bool(targets)] += was_cut
+                self._cut += was_cut and targets > 0
                 found[i] = found[i] if targets else "nothing"
         bad = [x for x in found.values() if isinstance(x, ValueError)]
         if bad and self.on_bad_row == "error":
@@ -335,7 +335,7 @@ class RowChecker:
         if self.need_completion and not self.learns_calls and not _writes_calls(self.chat_tokenizer, e):
             return "calls"
         prompt, completion = self._reader.read(i, e)
-        self._several[e.answers > 1] += 1
+        self._several += e.answers > 1
         for who, writer in self._writers.items():
             context = who == "teacher" and (self.teacher_context or e.teacher_context)
             blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
@@ -380,13 +380,13 @@ class RowChecker:
         notices = [f"left out {left[x]} of {rows} {words}" for x, (words, _) in self.reasons().items() if left[x]]
         if self._bad:
             notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"
-        if self._cut[True]:
-            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {rows}"
+        if self._cut:
+            cut = f"--max_length {self.max_length} cuts {self._cut} of {rows}"
             notices.append(f"{cut}: their ends are not learned")
         notices += self._reader.notices()
-        if self._several[True] and "teacher" in self._reader.sides:
+        if self._several and "teacher" in self._reader.sides:
             notices.append(
-                f"in {plural(self._several[True], 'row')} the completion has several answers: the last one is learned, those "
+                f"in {plural(self._several, 'row')} the completion has several answers: the last one is learned, those "
                 "before it are read as prompt (gold_jax.sft learns them all)"
             )
         if self._first_markup:

@@ -52,9 +52,9 @@ _BUDGET: contextvars.ContextVar[_Budget] = contextvars.ContextVar("budget")
 def budget(messages: list[dict], *others: Any) -> Generator[None]:
     """Bounds what a `counted` template does within, by `messages` and the `others` that it is given.
 
-    It may take `STEPS`, `STEPS_PER_MESSAGE` for each message and one for each character given. A round of a loop, a call,
-    a filter and an operation is a step, and so are `CHARS_PER_STEP` characters or `VALUES_PER_STEP` values of what is
-    made. `TemplateBudgetError` beyond it, and where one text or list is longer than that.
+    It may take `STEPS`, `STEPS_PER_MESSAGE` for each message and one for each character given. A round of a loop, a
+    call, a filter and an operation is a step, and so are `CHARS_PER_STEP` characters or `VALUES_PER_STEP` values of what
+    is made. `TemplateBudgetError` beyond it, and where one text or list is longer than that.
     """
     token = _BUDGET.set(_Budget(STEPS + STEPS_PER_MESSAGE * len(messages) + len(repr([messages, *others]))))
     try:

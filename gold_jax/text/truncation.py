@@ -80,7 +80,7 @@ def _is_system(message: dict) -> bool:
 
 
 def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
-    """`build(end)` for the longest end of a text for which it fits, of those near the room; None where it fits for none."""
+    """`build(end)` for the longest end of a text, of those near the room, for which it fits; None where none does."""
     longest = min(len(text) - 1, max(0, room) * CHARS_PER_TOKEN)
     size = bisect.bisect_left(range(1, longest + 1), True, key=lambda n: not fits(build(text[len(text) - n :])))
     return build(text[len(text) - size :]) if size else None
