@@ -60,7 +60,7 @@ _QUESTION = [{"role": "user", "content": "Hello?"}]
 class Conversation(list):
     """A list of messages with the tools and template variables that belong to it.
 
-    Slices keep them; `like` gives them to other messages. It equals a list of the same messages if it has neither.
+    Slices keep them, and `like` gives them to other messages. It equals a list of the same messages if it has neither.
 
     Args:
         messages: dicts with `role` and `content`.
@@ -73,13 +73,9 @@ class Conversation(list):
         super().__init__(messages)
         self.tools, self.template_kwargs = tools or None, template_kwargs or None
 
-    def like(self, messages: Iterable[dict]) -> "Conversation":
-        """Other messages with the same tools and template variables."""
-        return Conversation(messages, **extras_of(self))
-
     def __getitem__(self, index):
         found = super().__getitem__(index)
-        return self.like(found) if isinstance(index, slice) else found
+        return like(self, found) if isinstance(index, slice) else found
 
     def __eq__(self, other):
         return list.__eq__(self, other) and extras_of(self) == extras_of(other)
@@ -96,6 +92,11 @@ class Conversation(list):
 def extras_of(messages: list[dict]) -> dict[str, Any]:
     """The tools and template variables of messages, None each where they have none."""
     return {name: getattr(messages, name, None) or None for name in ("tools", "template_kwargs")}
+
+
+def like(messages: list[dict], others: list[dict]) -> list[dict]:
+    """Other messages with the same tools and template variables, where there are any."""
+    return Conversation(others, **extras_of(messages)) if isinstance(messages, Conversation) else others
 
 
 class RenderedAnswer(NamedTuple):
@@ -488,11 +489,6 @@ def writes_calls(message: dict, text: str) -> bool:
     """Whether a message calls tools and all of their names stand in a text."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
     return bool(calls) and all(str(call.get("name")) in text for call in calls)
-
-
-def like(messages: list[dict], others: list[dict]) -> list[dict]:
-    """Other messages with the same tools and template variables, where there are any."""
-    return messages.like(others) if isinstance(messages, Conversation) else others
 
 
 def _dated(source: str) -> str:
