@@ -28,8 +28,8 @@ ALLOWED = {
     ("loading.py", "load_model_and_tokenizer", "attribute"),
     ("training/export.py", "_save_tokenizer", "attribute"),
     # nodes of a tree that was parsed for this
-    ("text/template_budget.py", "_body", "attribute"),
     ("text/template_budget.py", "visit_For", "attribute"),
+    ("text/template_budget.py", "visit_Call", "attribute"),
     ("text/template_budget.py", "visit_CallBlock", "attribute"),
     ("text/template_budget.py", "_block", "attribute"),
     ("text/template_budget.py", "visit_Output", "attribute"),

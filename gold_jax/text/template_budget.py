@@ -9,7 +9,7 @@ afterwards, so that a single `'a' | center(10**9)` takes its gigabyte first.
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
 import jinja2
@@ -17,8 +17,8 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.visitor import NodeTransformer
 
-#: Steps of any rendering (about a second), and those beside them for each message.
-STEPS, STEPS_PER_MESSAGE = 500_000, 10_000
+#: Steps of any rendering (about a second), those beside them for each message, and those that a call takes.
+STEPS, STEPS_PER_MESSAGE, STEPS_PER_CALL = 500_000, 10_000, 5
 CHARS_PER_STEP = 64  # of a text that an operation makes
 VALUES_PER_STEP = 8  # of a list
 MOST_BITS = 64  # of an integer that is a product or a power
@@ -53,8 +53,8 @@ def budget(messages: list[dict], *others: Any) -> Generator[None]:
     """Bounds what a `counted` template does within, by `messages` and the `others` that it is given.
 
     It may take `STEPS`, `STEPS_PER_MESSAGE` for each message and one for each character given. A round of a loop, a
-    call, a filter and an operation is a step, and so are `CHARS_PER_STEP` characters or `VALUES_PER_STEP` values of what
-    is made. `TemplateBudgetError` beyond it, and where one text or list is longer than that.
+    filter and an operation is a step, a call some, and so are `CHARS_PER_STEP` characters or `VALUES_PER_STEP` values of
+    what is made. `TemplateBudgetError` beyond it, and where one text or list is longer than that.
     """
     token = _BUDGET.set(_Budget(STEPS + STEPS_PER_MESSAGE * len(messages) + len(repr([messages, *others]))))
     try:
@@ -87,20 +87,20 @@ class _Counting(NodeTransformer):
 
     generic_visit: Callable[..., Any]
 
-    def _body(self, node):
+    def visit_For(self, node):
         size = sum(len(data.data) for part in node.body for data in part.find_all(nodes.TemplateData))
         node = self.generic_visit(node)
-        step = _call("count", nodes.Const(None), nodes.Const(1 + size // CHARS_PER_STEP))
-        node.body = [nodes.ExprStmt(step, lineno=node.lineno), *node.body]
+        node.iter = _call("each", node.iter, nodes.Const(1 + size // CHARS_PER_STEP))
         return node
 
-    def visit_For(self, node):
-        node = self._body(node)
-        node.test = node.test and _call("count", node.test)  # rounds that it leaves out
-        return node
+    def visit_Call(self, node):
+        node = self.generic_visit(node)
+        if isinstance(node.node, nodes.Name) and node.node.name == "loop":  # a round of a recursive loop
+            node.args = [_call("each", values, nodes.Const(1)) for values in node.args]
+        return _call("count", node, nodes.Const(STEPS_PER_CALL))
 
     def visit_CallBlock(self, node):
-        node = self._body(node)
+        node = self.generic_visit(node)
         node.call = node.call.args[0]  # must stay a call
         return node
 
@@ -121,14 +121,20 @@ class _Counting(NodeTransformer):
         node = self.generic_visit(node)
         return _call("multiply" if isinstance(node, nodes.Mul) else "power", node.left, node.right)
 
-    visit_Macro = _body
     visit_FilterBlock = visit_AssignBlock = _block
-    visit_Call = visit_Filter = visit_Concat = visit_Add = visit_Mod = _expression
+    visit_Filter = visit_Concat = visit_Add = visit_Mod = _expression
     visit_Mul = visit_Pow = _operation
 
 
 def _call(function: str, *arguments: nodes.Expr) -> nodes.Call:
     return nodes.Call(nodes.ImportedName(f"{__name__}.{function}"), list(arguments), [], None, None)
+
+
+def each(values: Iterable, steps: int) -> Iterator:
+    """The values, each of them for so many steps."""
+    for value in values:
+        _BUDGET.get().spend(steps)
+        yield value
 
 
 def count(value: Any, steps: int = 1) -> Any:
