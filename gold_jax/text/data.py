@@ -69,8 +69,8 @@ class Example:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
         That is more than `completion` where the template writes thinking, or an empty block for it, before an answer, or
-        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
-        `ChatTokenizer.answer`.
+        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where
+        there is none. ValueError as `ChatTokenizer.answer`.
         """
         if isinstance(self.prompt, str) or not self.messages:
             return self.completion or ""
