@@ -394,9 +394,9 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         parts[f"{_MARK}{len(parts)}x"] = part
         return next(reversed(parts))
 
-    def in_call(turn: int, k: int, _) -> dict:
-        name, arguments = (word(f"the {what} of tool call {k} of message {turn}") for what in ("name", "arguments"))
-        return {"name": name, "arguments": {"key": arguments}}
+    def in_words(call: Any, which: str) -> Any:
+        name, arguments = (word(f"the {what} of {which}") for what in ("name", "arguments"))
+        return _in_function(call, lambda _: {"name": name, "arguments": {"key": arguments}})
 
     marked = []
     for turn, message in enumerate(messages):
@@ -407,7 +407,7 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
             changed["reasoning_content"] = word("reasoning_content")
         if message.get("tool_calls"):
             calls = enumerate(message["tool_calls"])
-            changed["tool_calls"] = [_in_function(call, functools.partial(in_call, turn, k)) for k, call in calls]
+            changed["tool_calls"] = [in_words(call, f"tool call {k} of message {turn}") for k, call in calls]
         marked.append(changed)
     extras = extras_of(messages)
     extras["tools"] = [_in_function(tool, lambda _: {"name": word("tools")}) for tool in extras["tools"] or ()]
