@@ -88,18 +88,6 @@ def _number(ends: np.ndarray, other_ends_here: np.ndarray) -> np.ndarray:
     return after
 
 
-def groups_holding(tokens: np.ndarray, group: np.ndarray, count: int) -> np.ndarray:
-    """The groups that hold one of the marked tokens, such as an unknown one (`Encoded.unknown`): bool [G].
-
-    `tokens`, bool [T], is True for the tokens to look for; `group`, int32 [T], numbers the group of every token, those
-    from `count` on being none.
-    """
-    holds = np.zeros(count, np.bool_)
-    found = group[tokens]
-    holds[found[found < count]] = True
-    return holds
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Alignment:
     """One text as two tokenizers cut it."""
@@ -144,9 +132,8 @@ class Alignment:
 
     def unknown(self) -> np.ndarray:
         """Bool [G]: the groups in which a token of either side stands for text without saying which."""
-        sides = (self.student, self.student_group), (self.teacher, self.teacher_group)
-        ours, theirs = (groups_holding(tokens.unknown, group, self.count) for tokens, group in sides)
-        return ours | theirs
+        marked = np.concatenate([self.student_group[self.student.unknown], self.teacher_group[self.teacher.unknown]])
+        return np.isin(np.arange(self.count), marked)
 
     def groups(self) -> Iterator[tuple[bytes, np.ndarray, np.ndarray]]:
         """The groups one by one: their bytes, the student's ids, the teacher's ids."""

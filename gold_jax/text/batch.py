@@ -74,18 +74,15 @@ class Batch(NamedTuple):
 
     def _repr_html_(self) -> str | None:
         """What notebooks show; None, for which they show the `repr`, where leaves are no arrays that can be read."""
+        rows = []
         try:
-            return self._html()
+            counted = int(np.count_nonzero(self.weight))
+            for name, packed in (("student", self.student.packed), ("teacher", self.teacher.packed)):
+                tokens, stored = int(np.sum(packed.mask)), packed.stored()
+                rows.append((name, tokens, stored, packed.tokens.size - stored, str(packed.mask.shape[1:])))
+            filled = int(np.asarray(self.student.packed.mask).any(-1).sum())
         except (AttributeError, RuntimeError, TypeError):  # shapes, tracers, arrays that were donated, hidden states
             return None
-
-    def _html(self) -> str:
-        counted = int(np.count_nonzero(self.weight))
-        rows = []
-        for name, packed in (("student", self.student.packed), ("teacher", self.teacher.packed)):
-            tokens, stored = int(np.sum(packed.mask)), packed.stored()
-            rows.append((name, tokens, stored, packed.tokens.size - stored, str(packed.mask.shape[1:])))
-        filled = int(np.asarray(self.student.packed.mask).any(-1).sum())
         heads = "", "tokens of rows", "stored (shared beginnings once)", "padding", "rows, length"
         return table(f"Batch of {filled} rows, {counted:,} groups count in the loss", rows, heads)
 
@@ -309,23 +306,19 @@ def build_batches(
     the rows of a batch are packed and which of them this process makes; rows of others may be None, and are not in the
     result. `drawn` has the ids and log-probabilities of rows that were drawn with earlier weights (see `Behavior`).
     """
-    parts = process_shard.local_rows_per_batch(len(rows), batch_size)
+    parts, height = process_shard.local_rows_per_batch(len(rows), batch_size), process_shard.local_height(batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
     keeps = {i: counted_groups(row, merge, groups) for i, row in local.items()}
     targets = {i: _next_token_targets(row.student) for i, row in local.items()}
     counted = {i: mask for i, (_, mask) in targets.items()}
     weights, label_weights = _weights((keeps, counted), normalization, len(rows), batch_size, process_shard)
     sides = [[[getattr(local[i], who) for i in part] for who in ("student", "teacher")] for part in parts]
-    height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
-    unpadded = [[pack_unpadded([_tokens(half) for half in side], height, sequences) for side in both] for both in sides]
-    sizes = _padded_sizes(
-        [[side.longest for side in both] for both in unpadded], height // sequences, shapes, process_shard
-    )
+    tokens = [[[_tokens(half) for half in side] for side in both] for both in sides]
+    packed = _pack_batches(tokens, (student_pad, teacher_pad), height, shapes, process_shard)
     batches = []
-    for part, sides_of_part, unpadded_both, longest in zip(parts, sides, unpadded, sizes):
-        pads, counts = (student_pad, teacher_pad), [local[i].groups for i in part]
+    for part, sides_of_part, (student, teacher) in zip(parts, sides, packed):
+        counts = [local[i].groups for i in part]
         ours, theirs = ([_merge_index(half, n, merge, text) for half, n in zip(side, counts)] for side in sides_of_part)
-        student, teacher = (pad_packed(x, *size, pad=pad) for x, size, pad in zip(unpadded_both, longest, pads))
         # A row has at most as many groups as student tokens: the token bucket serves for groups too, and shapes stay few.
         width = student.gather_index.shape[-1]
         sides_of_batch = _pad_side(student, ours, height, width), _pad_side(teacher, theirs, height, width)
@@ -378,12 +371,20 @@ def _weights(
     return [dict(zip(kind, weights)) for kind, weights in zip(masks, found)]
 
 
-def _padded_sizes(longest: list, rows: int, shapes: ShapeSet | None, shard: ProcessShard) -> list:
-    """Sizes of the longest row and sequence that hold those of all processes: `[batches][sides]` pairs, as `longest`."""
-    sizes = shard.all_reduce_max(np.array(longest))
+def _pack_batches(
+    tokens: list, pads: tuple[int, ...], height: int, shapes: ShapeSet | None, shard: ProcessShard
+) -> list[list[PackedBatch]]:
+    """Rows' tokens `[batches][sides][rows]`, packed `[batches][sides]`; sizes are enough for those of all processes."""
+    sequences = len(shard.local_shards)
+    unpadded = [[pack_unpadded(rows, height, sequences) for rows in sides] for sides in tokens]
+    sizes = shard.all_reduce_max(np.array([[side.longest for side in sides] for sides in unpadded]))
     if shapes is not None:
-        sizes = np.array([shapes.fit(size.ravel().tolist(), rows) for size in sizes]).reshape(sizes.shape)
-    return sizes.tolist()
+        fitted = [shapes.fit(size.ravel().tolist(), height // sequences) for size in sizes]
+        sizes = np.array(fitted).reshape(sizes.shape)
+    return [
+        [pad_packed(side, *size, pad=pad) for side, size, pad in zip(sides, longest, pads)]
+        for sides, longest in zip(unpadded, sizes.tolist())
+    ]
 
 
 def _tokens(half: SideTokens) -> np.ndarray:
@@ -433,17 +434,13 @@ def build_token_batches(
 
     `shapes` and `process_shard` as in `build_batches`.
     """
-    parts = process_shard.local_rows_per_batch(len(rows), batch_size)
+    parts, height = process_shard.local_rows_per_batch(len(rows), batch_size), process_shard.local_height(batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
     masks = {i: np.append(counted[1:], False) for i, (_, counted) in local.items()}
     (weights,) = _weights((masks,), normalization, len(rows), batch_size, process_shard)
     labels = {i: np.where(masks[i], np.append(ids[1:], IGNORE), IGNORE) for i, (ids, _) in local.items()}
-    height, sequences = process_shard.local_height(batch_size), len(process_shard.local_shards)
-    unpadded = [pack_unpadded([local[i][0] for i in part], height, sequences) for part in parts]
-    sizes = _padded_sizes([[x.longest] for x in unpadded], height // sequences, shapes, process_shard)
-    batches = []
-    for part, unpadded_part, (size,) in zip(parts, unpadded, sizes):
-        packed = pad_packed(unpadded_part, *size, pad=pad)
-        chosen = [labels[i] for i in part], [weights[i] for i in part]
-        batches.append(TokenBatch(packed, _pad_labels(packed, *chosen, height)))
-    return batches
+    packed = _pack_batches([[[local[i][0] for i in part]] for part in parts], (pad,), height, shapes, process_shard)
+    return [
+        TokenBatch(side, _pad_labels(side, [labels[i] for i in part], [weights[i] for i in part], height))
+        for part, (side,) in zip(parts, packed)
+    ]

@@ -15,7 +15,7 @@ from gold_jax.text.template import ChatTemplate, RenderedAnswer, with_context
 Prompt = str | list[dict]
 
 # A text is read as far as needed by so many characters for each token, then by more; the tokens of a margin do not count.
-_CHARS_PER_TOKEN, _MARGIN = 32, 16
+CHARS_PER_TOKEN, _MARGIN = 32, 16
 _END_OF_WORD = re.compile(r"\w(?= )")
 
 
@@ -143,7 +143,7 @@ class ChatTokenizer:
 
         Answers that are surely, or nearly so, behind its first `limit` tokens are not looked for.
         """
-        within = None if limit is None else 2 * _CHARS_PER_TOKEN * (limit + _MARGIN)
+        within = None if limit is None else 2 * CHARS_PER_TOKEN * (limit + _MARGIN)
         written, answers = self._escaper.answers(messages, within)
         if self.template.lead:  # the blank that the template writes before an answer is the model's to write, too
             answers = [(begin - written.text[:begin].endswith(" "), end) for begin, end in answers]
@@ -350,7 +350,7 @@ def _cuts(text: str, tokens: int) -> Iterator[int]:
     Before a blank behind a letter or numeral, where one is near: there tokenizers cut a text into words. Else, and for
     those that do not, the cut is far behind the tokens that are needed: it changes the last few before it.
     """
-    size = _CHARS_PER_TOKEN * (tokens + _MARGIN)
+    size = CHARS_PER_TOKEN * (tokens + _MARGIN)
     while 2 * size < len(text):
         word = _END_OF_WORD.search(text, size, 2 * size)
         yield word.end() if word else size

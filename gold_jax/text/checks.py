@@ -13,29 +13,29 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from gold_jax import progress
-from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.chat import CHARS_PER_TOKEN, ChatTokenizer, Prompt
 from gold_jax.text.data import Example, join_contexts
 from gold_jax.text.encode import utf8
 from gold_jax.text.row_formats import format_notices
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import (
+    ROLES,
     Conversation,
     RenderedAnswer,
     conversation_shape,
     extras_of,
     unwritten_keys,
     unwritten_parts,
+    writes_calls,
 )
 from gold_jax.wording import listed, plural, shortened
 
 # What a template may leave out with a notice: everything else is an error.
 _NOTICE_ONLY = {"tools": "the tools", "reasoning_content": "the reasoning_content of the last answer"}
-_ROLES = "system", "developer", "user", "assistant", "tool"
 # Variables by which templates turn thinking on and off.
 _VARIABLES = ("enable_thinking", "thinking", "preserve_thinking")
 _BLOCK = 1000  # rows that are checked together
 _AT_ONCE = 100  # rows that are encoded together
-_CHARS_AT_ONCE = 32  # of a prompt for each token of the budget: longer ones are encoded as far as needed
 _DATA = "the data set"
 _SHOWN = 5  # errors of skipped rows
 # Words in the names of columns that other formats keep an answer in.
@@ -109,26 +109,26 @@ class RowReader:
                 read = example.prompt if who == "teacher" and example.calls_tools else conversation
                 if not isinstance(read, str):
                     self._find_unwritten(who, side, read)
-        whole, learns = "", self.whole or (example.answers > 1 and len(self.sides) == 1)
-        if learns and example.messages:
-            whole = self.sides["student"].locate_answers(example.messages, self.max_length)[0].original
+        student, messages = self.sides["student"], example.messages or []
+        learns = messages and (self.whole or (example.answers > 1 and len(self.sides) == 1))
+        whole = student.locate_answers(messages, self.max_length)[0].original if learns else ""
         for side in self.sides.values():
             if side.lacks_embeddings:
                 side.encode_prompt(example.prompt)  # refuses tokens without an embedding
-        if learns and example.messages and self.sides["student"].lacks_embeddings:
-            self.sides["student"].encode_turns(example.messages, limit=self.max_length)
+        if learns and student.lacks_embeddings:
+            student.encode_turns(messages, limit=self.max_length)
         plain = isinstance(example.prompt, str) or isinstance(conversation, str)
         if plain or conversation is example.prompt or example.calls_tools and self.whole:
             prompt = [side.render(example.prompt) for side in self.sides.values()][0]
             return prompt, whole or (self.answers and example.completion) or ""
         if example.calls_tools:
-            text = self.sides["student"].answer(conversation)
+            answer = student.answer(conversation)
             if "teacher" in self.sides:
                 said = (
                     "the last answer calls tools, and the teacher reads the calls as the student's template writes them"
                 )
-                self._note(said, number, lambda: excerpt(text.text))
-            return text.prompt, whole or text.text
+                self._note(said, number, excerpt(answer.text))
+            return answer.prompt, whole or answer.text
         found = {who: side.answer(conversation) for who, side in self.sides.items()}
         self._compare(number, conversation, found)
         return found["student"].prompt, whole or found["student"].text
@@ -150,7 +150,7 @@ class RowReader:
         self._unwritten_counts.update((who, _NOTICE_ONLY[part]) for part in missing)
         self._unwritten_counts.update((who, f"the key {excerpt(key)} of messages") for key in keys)
         if who == "student":
-            self._odd_roles.update({str(m.get("role")) for m in conversation} - {*_ROLES})
+            self._odd_roles.update({str(m.get("role")) for m in conversation} - {*ROLES})
 
     def _compare(self, number: int, conversation: list[dict], found: Mapping[str, RenderedAnswer]) -> None:
         """Records where a template changes prompt or answer, and where the two models' answers differ."""
@@ -158,19 +158,19 @@ class RowReader:
             if not answer.follows_prompt:
                 said = f"the generation prompt of the {who}'s template is not what it writes before such an answer"
                 shown = f"after {excerpt(answer.prompt, len(answer.prompt))} comes {excerpt(answer.text)}"
-                self._note(said, number, lambda shown=shown: shown)
+                self._note(said, number, shown)
             written, wanted = answer.prompt + answer.text, conversation[-1]["content"]
             if wanted not in written and "".join(wanted.split()) not in "".join(written.split()):
                 said = f"the {who}'s template leaves out a part of the answer, such as its thinking"
-                shown = f"of {excerpt(conversation[-1]['content'])} it writes {excerpt(answer.text)}"
-                self._note(said, number, lambda shown=shown: shown)
+                shown = f"of {excerpt(wanted)} it writes {excerpt(answer.text)}"
+                self._note(said, number, shown)
         texts = {who: answer.text for who, answer in found.items()}
         if len(set(texts.values())) > 1:
             said = "the two templates write different answers, and both models read the student's"
-            self._note(said, number, lambda: self._describe_difference(conversation, texts))
+            self._note(said, number, "" if said in self._notes else self._describe_difference(conversation, texts))
 
-    def _note(self, said: str, number: int, describe: Callable[[], str]) -> None:
-        count, first, shown = self._notes.get(said) or (0, number, describe())
+    def _note(self, said: str, number: int, shown: str) -> None:
+        count, first, shown = self._notes.get(said, (0, number, shown))
         self._notes[said] = count + 1, first, shown
 
     def _describe_difference(self, conversation: list[dict], texts: Mapping[str, str]) -> str:
@@ -199,7 +199,7 @@ class RowReader:
                 for said, (count, first, shown) in self._notes.items()
             ]
             + [
-                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(_ROLES)}: "
+                f"the role {excerpt(role)}, in {plural(count, 'row')} of {self.where}, is not one of {', '.join(ROLES)}: "
                 "the student's template writes it in its own way, other templates leave such messages out"
                 for role, count in self._odd_roles.items()
             ]
@@ -209,9 +209,9 @@ class RowReader:
 def _no_answer(example: Example) -> str:
     """What is wrong with a row without a completion, for an error, such as an unknown role at its end."""
     roles = [str(message.get("role")) for message in example.prompt] if isinstance(example.prompt, list) else []
-    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in _ROLES]
-    if roles and roles[-1] not in _ROLES:
-        known = f"roles are {', '.join(_ROLES)}"
+    unknown = [excerpt(role) for role in dict.fromkeys(roles) if role not in ROLES]
+    if roles and roles[-1] not in ROLES:
+        known = f"roles are {', '.join(ROLES)}"
         return (
             f"has messages of the role {' and '.join(unknown)}, and no answer of the assistant's at its end ({known})"
         )
@@ -264,10 +264,10 @@ class RowChecker:
         self.chat_tokenizer, self.budget, self.max_length = chat_tokenizer, budget, max_length
         self.need_completion, self.learns_calls, self.on_bad_row = need_completion, learns_calls, on_bad_row
         self.teacher_context, self.count_targets = teacher_context, count_targets
-        self.total, self._bad, self._markup = 0, [], 0
+        self.total = self._cut = self._several = self._markup = 0
+        self._bad: list[str] = []
         self._first_markup: tuple[Any, str] | None = None  # the row, and the special token
-        self._unread, self._formats, self.left_out = (collections.Counter() for _ in range(3))
-        self._prompts_alone, self._cut, self._several = (collections.Counter() for _ in range(3))
+        self._unread, self._formats, self._prompts_alone, self.left_out = (collections.Counter() for _ in range(4))
         sides = {"student": chat_tokenizer} | ({"teacher": teacher} if teacher else {})
         utf8(teacher_context or "", "--teacher_context")
         whole, answers = learns_calls, need_completion is not None
@@ -312,7 +312,7 @@ class RowChecker:
                     found[i] = ValueError(shortened(f"row {i} of {self.source}: {counted}"))
                     continue
                 targets, was_cut = counted
-                self._cut[bool(targets)] += was_cut
+                self._cut += was_cut and targets > 0
                 found[i] = found[i] if targets else "nothing"
         bad = [x for x in found.values() if isinstance(x, ValueError)]
         if bad and self.on_bad_row == "error":
@@ -335,7 +335,7 @@ class RowChecker:
         if self.need_completion and not self.learns_calls and not _writes_calls(self.chat_tokenizer, e):
             return "calls"
         prompt, completion = self._reader.read(i, e)
-        self._several[e.answers > 1] += 1
+        self._several += e.answers > 1
         for who, writer in self._writers.items():
             context = who == "teacher" and (self.teacher_context or e.teacher_context)
             blank = not context and (not prompt.strip() or writer.may_refuse(prompt))
@@ -351,7 +351,7 @@ class RowChecker:
     def _lengths(self, prompts: list[Prompt]) -> list[int]:
         """Lengths of prompts in tokens; for one far over the budget, only some number above it."""
         encode, limit = self.chat_tokenizer.encode_prompt, self.budget or 0
-        if sum(len(repr(prompt)) for prompt in prompts) > _CHARS_AT_ONCE * limit * len(prompts):
+        if sum(len(repr(prompt)) for prompt in prompts) > CHARS_PER_TOKEN * limit * len(prompts):
             return [len(encode(prompt, limit=limit)) for prompt in prompts]
         return list(map(len, self.chat_tokenizer.encode_prompts(prompts)))
 
@@ -380,13 +380,13 @@ class RowChecker:
         notices = [f"left out {left[x]} of {rows} {words}" for x, (words, _) in self.reasons().items() if left[x]]
         if self._bad:
             notices[-1] += f" (--on_bad_row skip): {_first_errors(self._bad)}"
-        if self._cut[True]:
-            cut = f"--max_length {self.max_length} cuts {self._cut[True]} of {rows}"
+        if self._cut:
+            cut = f"--max_length {self.max_length} cuts {self._cut} of {rows}"
             notices.append(f"{cut}: their ends are not learned")
         notices += self._reader.notices()
-        if self._several[True] and "teacher" in self._reader.sides:
+        if self._several and "teacher" in self._reader.sides:
             notices.append(
-                f"in {plural(self._several[True], 'row')} the completion has several answers: the last one is learned, those "
+                f"in {plural(self._several, 'row')} the completion has several answers: the last one is learned, those "
                 "before it are read as prompt (gold_jax.sft learns them all)"
             )
         if self._first_markup:
@@ -469,8 +469,7 @@ def _writes_calls(chat_tokenizer: ChatTokenizer, example: Example) -> bool:
         answer = chat_tokenizer.answer(messages)
     except ValueError:  # reading the row raises a better one
         return True
-    calls = [call.get("function") or call for call in messages[-1]["tool_calls"]]
-    return answer.follows_prompt and all(str(call.get("name")) in answer.text for call in calls)
+    return answer.follows_prompt and writes_calls(messages[-1], answer.text)
 
 
 def check_evaluation(

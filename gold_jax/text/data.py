@@ -69,8 +69,8 @@ class Example:
         """What follows the prompt, as a model has to write it: what its chat template writes after the generation prompt.
 
         That is more than `completion` where the template writes thinking, or an empty block for it, before an answer, or
-        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where there is none. ValueError as
-        `ChatTokenizer.answer`.
+        the tools that it calls, and less where it strips blanks. A completion of a plain text is as it is, "" where
+        there is none. ValueError as `ChatTokenizer.answer`.
         """
         if isinstance(self.prompt, str) or not self.messages:
             return self.completion or ""
@@ -95,13 +95,11 @@ def as_examples(rows: Any) -> list[Example]:
 
 def as_teacher_reads(examples: Sequence[Example], teacher: "ChatTokenizer", context: str | None) -> list[Example]:
     """The examples with the contexts that the teacher alone reads, the run's and their own, before their prompts."""
-    found = []
-    for example in examples:
-        text = join_contexts(context, example.teacher_context)
-        found.append(
-            dataclasses.replace(example, prompt=teacher.with_context(example.prompt, text)) if text else example
-        )
-    return found
+    texts = [join_contexts(context, e.teacher_context) for e in examples]
+    return [
+        dataclasses.replace(e, prompt=teacher.with_context(e.prompt, text)) if text else e
+        for e, text in zip(examples, texts)
+    ]
 
 
 class Examples(Sequence):
@@ -274,8 +272,6 @@ class _Unfilled(Sequence):
         return len(self._rows)
 
     def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
         return {name: without_fill(value, self._rows.features[name]) for name, value in self._rows[index].items()}
 
 

@@ -1,5 +1,6 @@
 """Rows of JSON files as they stand there: no text is taken for a date, a number or a null, and no key is filled in."""
 
+import bisect
 import codecs
 import contextlib
 import hashlib
@@ -70,9 +71,7 @@ class JsonRows(Sequence):
 
     def file_of(self, index: int) -> str:
         """The name of the file of a row, where there are several; else ""."""
-        if len(self._names) < 2:
-            return ""
-        return self._names[int(np.searchsorted(self._ends, self._index[index], side="right"))]
+        return self._names[bisect.bisect_right(self._ends, self._index[index])] if len(self._names) > 1 else ""
 
     def __len__(self) -> int:
         return len(self._index)
@@ -81,7 +80,7 @@ class JsonRows(Sequence):
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
         number = self._index[index]
-        file = int(np.searchsorted(self._ends, number, side="right"))
+        file = bisect.bisect_right(self._ends, number)
         return self._files[file][number - (self._ends[file - 1] if file else 0)]
 
     def digest(self) -> str | None:
@@ -118,10 +117,8 @@ class _Lines(Sequence):
 
     def __getitem__(self, index):
         with self._opened() as file:
-            line, number = (
-                os.pread(file.fileno(), self._sizes[index], self._begins[index]),
-                int(self._numbers[index]) + 1,
-            )
+            line = os.pread(file.fileno(), self._sizes[index], self._begins[index])
+        number = int(self._numbers[index]) + 1
         if zlib.crc32(line) != self._sums[index]:
             raise ValueError(
                 f"line {number} of {self._name} was changed while it is in use; begin again with a file that stays as it is"
@@ -144,10 +141,8 @@ def _open(path: pathlib.Path, name: str, hold: bool) -> Sequence:
             try:
                 lines[0]
             except ValueError:
-                try:
+                with contextlib.suppress(ValueError):  # what is wrong is said of the line
                     return [_parse(file.read(), name)]
-                except ValueError:  # what is wrong is said of the line
-                    pass
     return lines
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from gold_jax.text.columns import describe_type, text_of
 from gold_jax.text.surface import excerpt
+from gold_jax.text.template import ROLES
 from gold_jax.wording import listed, plural
 
 #: Format -> how it is read, for the notice.
@@ -185,7 +186,7 @@ def _with_role(message: Mapping, which: str) -> dict:
     message["role"] = _ROLES.get(said, said)
     if "content" not in message:
         message["content"] = message.pop("value", None)
-    if message["role"] not in ("system", "developer", "user", "assistant", "tool"):
+    if message["role"] not in ROLES:
         known = "system, human, user, gpt, assistant, function_call, observation or tool"
         raise ValueError(f"{which} is from {excerpt(said)}; it must be from {known}")
     if said == "function_call":

@@ -70,9 +70,9 @@ class SpecialTokenEscaper:
     """Renders prompts with special strings of users' text hidden.
 
     What is hidden: every special string in contents, names, tool calls, tools and a row's own template variables. Roles
-    are left alone, for a template compares them: one that is more than a name is a ValueError. Of added tokens that are not special but that the template itself writes or
-    looks for (Qwen's `</think>` and `<tool_response>`) those in the messages of users and tools are hidden; an
-    assistant may write them, a system message explain them.
+    are left alone, for a template compares them: one that is more than a name is a ValueError. Of added tokens that are
+    not special but that the template itself writes or looks for (Qwen's `</think>` and `<tool_response>`) those in the
+    messages of users and tools are hidden; an assistant may write them, a system message explain them.
 
     A template may look for a string in an assistant's earlier answer, such as a special `</think>` to drop the thinking
     before it, and has to find it. Such a string is left alone in assistants' messages, and what the template still

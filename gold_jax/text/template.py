@@ -48,6 +48,9 @@ RESERVED = frozenset({
     "tokenizer_kwargs", "sanitize_control_tokens", "self",
 })  # fmt: skip
 
+#: What messages may be from.
+ROLES = "system", "developer", "user", "assistant", "tool"
+
 _MARK = "qZ7probeX3answerK9"
 # Keys of messages that `unwritten_keys` leaves to others; few templates write the id of the call that a tool answers.
 _LOOKED_FOR = frozenset(("role", "content", "tool_calls", "tool_call_id", "reasoning_content"))
@@ -57,7 +60,7 @@ _QUESTION = [{"role": "user", "content": "Hello?"}]
 class Conversation(list):
     """A list of messages with the tools and template variables that belong to it.
 
-    Slices keep them; `like` gives them to other messages. It equals a list of the same messages if it has neither.
+    Slices keep them, and `like` gives them to other messages. It equals a list of the same messages if it has neither.
 
     Args:
         messages: dicts with `role` and `content`.
@@ -70,13 +73,9 @@ class Conversation(list):
         super().__init__(messages)
         self.tools, self.template_kwargs = tools or None, template_kwargs or None
 
-    def like(self, messages: Iterable[dict]) -> "Conversation":
-        """Other messages with the same tools and template variables."""
-        return Conversation(messages, **extras_of(self))
-
     def __getitem__(self, index):
         found = super().__getitem__(index)
-        return self.like(found) if isinstance(index, slice) else found
+        return like(self, found) if isinstance(index, slice) else found
 
     def __eq__(self, other):
         return list.__eq__(self, other) and extras_of(self) == extras_of(other)
@@ -93,6 +92,11 @@ class Conversation(list):
 def extras_of(messages: list[dict]) -> dict[str, Any]:
     """The tools and template variables of messages, None each where they have none."""
     return {name: getattr(messages, name, None) or None for name in ("tools", "template_kwargs")}
+
+
+def like(messages: list[dict], others: list[dict]) -> list[dict]:
+    """Other messages with the same tools and template variables, where there are any."""
+    return Conversation(others, **extras_of(messages)) if isinstance(messages, Conversation) else others
 
 
 class RenderedAnswer(NamedTuple):
@@ -222,7 +226,7 @@ class ChatTemplate:
                 calls = [_in_function(call, _arguments_as_text) for call in calls] if as_text else calls
                 message = message | {"content": message.get("content") or content, "tool_calls": calls}
             adapted.append(message)
-        return _like(messages, adapted)
+        return like(messages, adapted)
 
     def render(self, messages: list[dict], *, generate: bool = False) -> str:
         """The text that the model reads for a conversation (of a `Conversation` the template gets the tools and variables).
@@ -302,7 +306,7 @@ class ChatTemplate:
         """Where the answer of a turn stands in the rendered conversation, behind the character `earlier`."""
         # Render once more with a word of ours for the answer: what stands around the word stands around the answer.
         answer = {"role": "assistant", "content": _MARK}
-        marked = self.render(_like(messages, [*messages[:turn], answer, *messages[turn + 1 :]]))
+        marked = self.render(like(messages, [*messages[:turn], answer, *messages[turn + 1 :]]))
         if marked.count(_MARK) != 1:
             raise self._lost(messages, turn, f"the template writes it {marked.count(_MARK)} times")
         before, after = marked.split(_MARK)
@@ -368,10 +372,10 @@ def with_context(prompt: str | list[dict], context: str, template: ChatTemplate)
     roles = [message.get("role") for message in prompt]
     bearer = "system" if "system" in roles or template.takes_system else "user"
     if bearer not in roles:
-        return _like(prompt, [{"role": bearer, "content": context}, *prompt])
+        return like(prompt, [{"role": bearer, "content": context}, *prompt])
     at = roles.index(bearer)
     with_text = dict(prompt[at], content=f"{context}\n\n{prompt[at].get('content') or ''}")
-    return _like(prompt, [*prompt[:at], with_text, *prompt[at + 1 :]])
+    return like(prompt, [*prompt[:at], with_text, *prompt[at + 1 :]])
 
 
 def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool = False) -> list[str]:
@@ -390,9 +394,9 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
         parts[f"{_MARK}{len(parts)}x"] = part
         return next(reversed(parts))
 
-    def in_call(turn: int, k: int, _) -> dict:
-        name, arguments = (word(f"the {what} of tool call {k} of message {turn}") for what in ("name", "arguments"))
-        return {"name": name, "arguments": {"key": arguments}}
+    def in_words(call: Any, which: str) -> Any:
+        name, arguments = (word(f"the {what} of {which}") for what in ("name", "arguments"))
+        return _in_function(call, lambda _: {"name": name, "arguments": {"key": arguments}})
 
     marked = []
     for turn, message in enumerate(messages):
@@ -403,7 +407,7 @@ def unwritten_parts(template: ChatTemplate, messages: list[dict], *, whole: bool
             changed["reasoning_content"] = word("reasoning_content")
         if message.get("tool_calls"):
             calls = enumerate(message["tool_calls"])
-            changed["tool_calls"] = [_in_function(call, functools.partial(in_call, turn, k)) for k, call in calls]
+            changed["tool_calls"] = [in_words(call, f"tool call {k} of message {turn}") for k, call in calls]
         marked.append(changed)
     extras = extras_of(messages)
     extras["tools"] = [_in_function(tool, lambda _: {"name": word("tools")}) for tool in extras["tools"] or ()]
@@ -428,7 +432,7 @@ def unwritten_keys(template: ChatTemplate, messages: list[dict]) -> list[str]:
     for key in sorted(set().union(*texts) - _LOOKED_FOR):
         marked = [m | {key: mark} if key in has else m for m, has in zip(messages, texts)]
         with contextlib.suppress(ValueError):  # the template takes no such text: it reads the key
-            if mark not in template.render(_like(messages, marked), generate=marked[-1].get("role") != "assistant"):
+            if mark not in template.render(like(messages, marked), generate=marked[-1].get("role") != "assistant"):
                 missing.append(key)
     return missing
 
@@ -458,7 +462,7 @@ def _says(message: dict, text: str) -> bool:
     found, wanted = ("".join(x.split()) for x in (text, content))
     if not found and wanted:  # of thinking alone nothing may be left
         return wanted.endswith(">")
-    return wanted.endswith(found) or found.endswith(wanted) or _calls_in(message, found)
+    return wanted.endswith(found) or found.endswith(wanted) or writes_calls(message, found)
 
 
 def _jinja(value: Any) -> str:
@@ -481,14 +485,10 @@ def _arguments_as_text(call: Mapping) -> dict:
     return {} if isinstance(arguments, str) else {"arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
-def _calls_in(message: dict, text: str) -> bool:
+def writes_calls(message: dict, text: str) -> bool:
     """Whether a message calls tools and all of their names stand in a text."""
     calls = [call.get("function") or call for call in message.get("tool_calls") or []]
     return bool(calls) and all(str(call.get("name")) in text for call in calls)
-
-
-def _like(messages: list[dict], others: list[dict]) -> list[dict]:
-    return messages.like(others) if isinstance(messages, Conversation) else others
 
 
 def _dated(source: str) -> str:

@@ -9,11 +9,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gold_jax.text.chat import ChatTokenizer, Prompt
+from gold_jax.text.chat import CHARS_PER_TOKEN, ChatTokenizer, Prompt
 from gold_jax.text.data import Example
-from gold_jax.text.template import Conversation, extras_of
-
-_CHARS_PER_TOKEN = 32  # of a text that is too long, only so many characters for each token of room are considered
+from gold_jax.text.template import like
 
 
 class EndsOfPrompts(Sequence):
@@ -44,7 +42,7 @@ class EndsOfPrompts(Sequence):
         self.shortened.add(index)
         messages = example.messages
         if messages is not None and isinstance(prompt, list):
-            messages = _like(messages, [*prompt, messages[-1]])
+            messages = like(messages, [*prompt, messages[-1]])
         return dataclasses.replace(example, prompt=prompt, messages=messages)
 
 
@@ -67,13 +65,13 @@ def keep_end(prompt: Prompt, chat_tokenizer: ChatTokenizer, room: int) -> Prompt
     head, rest = list(prompt[:first]), list(prompt[first:])
     users = [k for k, message in enumerate(rest) if k and message.get("role") == "user"]
     for k in users:
-        if fits(shorter := _like(prompt, [*head, *filter(_is_system, rest[:k]), *rest[k:]])):
+        if fits(shorter := like(prompt, [*head, *filter(_is_system, rest[:k]), *rest[k:]])):
             return shorter
     if users:
         head, rest = [*head, *filter(_is_system, rest[: users[-1]])], rest[users[-1] :]
     if not rest or not rest[0].get("content"):
         return None
-    build = lambda text: _like(prompt, [*head, rest[0] | {"content": text}, *rest[1:]])  # noqa: E731
+    build = lambda text: like(prompt, [*head, rest[0] | {"content": text}, *rest[1:]])  # noqa: E731
     return _longest_end(rest[0]["content"], room, build, fits)
 
 
@@ -82,12 +80,7 @@ def _is_system(message: dict) -> bool:
 
 
 def _longest_end(text: str, room: int, build: Callable[[str], Any], fits: Callable[[Any], bool]) -> Any:
-    """`build(end)` for the longest end of a text for which it fits; None where it fits for none."""
-    longest = min(len(text) - 1, max(0, room) * _CHARS_PER_TOKEN)
+    """`build(end)` for the longest end of a text, of those near the room, for which it fits; None where none does."""
+    longest = min(len(text) - 1, max(0, room) * CHARS_PER_TOKEN)
     size = bisect.bisect_left(range(1, longest + 1), True, key=lambda n: not fits(build(text[len(text) - n :])))
     return build(text[len(text) - size :]) if size else None
-
-
-def _like(messages: list[dict], others: list[dict]) -> list[dict]:
-    """`others`, with the tools and template variables of `messages`."""
-    return Conversation(others, **extras_of(messages)) if isinstance(messages, Conversation) else others

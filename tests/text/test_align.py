@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strings import random_strings
 
-from gold_jax.text.align import align, group_ends, groups_holding, groups_of
+from gold_jax.text.align import align, group_ends, groups_of
 from gold_jax.text.encode import Encoded, PlainEncoder
 
 
@@ -125,12 +125,6 @@ def test_groups_in_which_a_token_does_not_say_its_text_are_named():
     assert alignment.unknown().shape == (alignment.count,)
     assert not align(toys.byte_level(), toys.sentencepiece(), "the ☃ fox").unknown().any()
     assert align(toys.byte_level(), toys.unigram(), "").unknown().tolist() == []
-
-
-def test_tokens_beyond_the_groups_mark_none():
-    group = np.array([0, 1, 1, 7], np.int32)
-    marked = np.array([False, True, False, True])
-    assert groups_holding(marked, group, 3).tolist() == [False, True, False]
 
 
 def test_word_pieces_are_aligned_with_bytes_in_the_smallest_groups():

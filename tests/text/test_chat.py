@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.detokenize import completion_from_ids
-from gold_jax.text.template import ChatTemplate, Conversation
+from gold_jax.text.template import ChatTemplate, Conversation, like
 
 USER = {"role": "user", "content": "the fox?"}
 ANSWER = {"role": "assistant", "content": "the dog."}
@@ -172,7 +172,7 @@ def test_a_conversation_brings_its_tools_and_variables():
     assert chat_tokenizer.render(told).startswith("[{'name': 'look'}]?<|im_start|>")
     ids = [chat_tokenizer.encode_prompt(p).tolist() for p in ([USER], told)]
     assert [chat_tokenizer.encode_prompts([[USER], told])[k].tolist() for k in (0, 1)] == ids
-    whole, counted = chat_tokenizer.encode_turns(told.like(MORE))
+    whole, counted = chat_tokenizer.encode_turns(like(told, MORE))
     assert (
         chat_tokenizer.decode(whole).startswith(b"[{'name'") and chat_tokenizer.decode(whole[counted]) == b"the dog.72."
     )

@@ -8,6 +8,7 @@ import pytest
 from gold_jax.config import SFTConfig
 from gold_jax.text.data import Example, load_examples
 from gold_jax.text.row_formats import read_columns
+from gold_jax.text.template import like
 
 USER, ANSWER, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
 CALL = {"name": "look", "arguments": {"city": "Ulm"}}
@@ -131,7 +132,7 @@ def test_a_column_map_is_read_from_pairs_json_and_mappings(given):
 def test_a_column_map_names_columns_of_other_formats_too():
     rows = {"problem": "u", "solution": "long", "reply": "a", "functions": [{"name": "f"}]}
     (example,) = read(rows, renamed={"answer": "reply", "question": "problem", "tools": "functions"})
-    assert example.messages == example.messages.like([USER, ANSWER]) and example.prompt.tools == [{"name": "f"}]
+    assert example.messages == like(example.messages, [USER, ANSWER]) and example.prompt.tools == [{"name": "f"}]
     assert example.unread == ("solution",)
     assert read({"prompt": "x", "a": "y"}, renamed={"completion": "a"}) == [Example("x", "y")]
     assert read({"chat": ASKED}, renamed={"messages": "chat"})[0].completion == "a"

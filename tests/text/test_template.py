@@ -11,6 +11,7 @@ from gold_jax.text.template import (
     ChatTemplate,
     Conversation,
     conversation_shape,
+    like,
     unwritten_parts,
     with_context,
 )
@@ -152,7 +153,7 @@ def test_variables_with_names_that_rendering_needs_are_refused():
 def test_a_conversation_is_a_list_that_remembers():
     told = Conversation(MORE, tools=TOOLS, template_kwargs={"a": 1})
     assert list(told) == MORE and told[0] is USER and isinstance(told, list)
-    for other in (told[:2], told.like(MORE[:2]), copy.deepcopy(told)[:2], pickle.loads(pickle.dumps(told))[:2]):
+    for other in (told[:2], like(told, MORE[:2]), copy.deepcopy(told)[:2], pickle.loads(pickle.dumps(told))[:2]):
         assert other == Conversation(MORE[:2], tools=TOOLS, template_kwargs={"a": 1})
     assert Conversation(MORE) == MORE and MORE == Conversation(MORE)
     assert told != MORE and told != Conversation(MORE, tools=TOOLS) and told[:1] != told
