@@ -52,6 +52,8 @@ def test_a_notebook_runs_and_has_outputs_like_the_committed_ones(text):
 
     kept = json.loads(text.with_suffix(".ipynb").read_text(encoding="utf-8"))
     notebook = refresh_notebooks.read(text)
+    for cell in notebook.cells:  # what a cell shows is the same after fewer updates
+        cell.source = cell.source.replace("max_steps=200,", "max_steps=60,")
     refresh_notebooks.execute(notebook)  # raises where a cell does
 
     def kinds(cells):  # of what each cell shows, in the order of cells

@@ -3,6 +3,7 @@ import threading
 
 import numpy as np
 import pytest
+import real_tokenizers as real
 from test_template import OPENS_THINKING, SYSTEM_AND_USER, THINKING, TOOLS, USER, call
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from toy_tokenizers import CHATML, byte_level
@@ -296,11 +297,7 @@ def test_text_that_is_not_unicode_is_named_before_it_is_learned(column):
 
 @pytest.mark.assets
 def test_qwen3_and_llama_agree_without_thinking(assets):
-    from transformers import AutoTokenizer
-
-    qwen, llama = (
-        ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / n)) for n in ("qwen3", "llama3_2")
-    )
+    qwen, llama = (real.chat_tokenizer(assets / "tokenizers" / n) for n in ("qwen3", "llama3_2"))
     rows = load_examples([answered(), answered(reasoning_content="hm")])
     need = dict(budget=None, need_completion="it is learned")
     notices = check_examples(rows, qwen, teacher=llama, **need).notices
@@ -322,9 +319,7 @@ def test_qwen3_and_llama_agree_without_thinking(assets):
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["deepseek_v3", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_real_templates_that_drop_calls_and_tools_are_told(assets, name):
-    from transformers import AutoTokenizer
-
-    qwen, teacher = (ChatTokenizer(AutoTokenizer.from_pretrained(assets / "tokenizers" / n)) for n in ("qwen3", name))
+    qwen, teacher = (real.chat_tokenizer(assets / "tokenizers" / n) for n in ("qwen3", name))
     need = dict(budget=None, need_completion="it is learned")
     bare = {"role": "assistant", "content": None, "tool_calls": call("")["tool_calls"]}
     called = load_examples(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import real_tokenizers as real
 import tiny_models as tiny
 import toy_tokenizers as toys
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -18,12 +19,12 @@ CHATML = (
 
 
 def trained(tokenizer, tmp_path, template: str | None = None, **changes):
-    """A trainer after two updates on `ASKED` and `TOLD`; its folder and its checkpoint's are below `out`."""
+    """A trainer after an update on `ASKED` and `TOLD`; its folder and its checkpoint's are below `out`."""
     model = tiny.write_model(tmp_path / "model", "llama", tokenizer)
     if template is not None:
         (tmp_path / "template.jinja").write_text(template)
         changes |= {"chat_template_path": str(tmp_path / "template.jinja")}
-    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2} | changes
+    changes = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2} | changes
     args = SFTConfig(output_dir=str(tmp_path / "out"), max_length=256, **changes)
     trainer = SFTTrainer(str(model), args, [{"messages": ASKED}, {"messages": TOLD}], console=tiny.quiet_console())
     trainer.train()
@@ -52,14 +53,14 @@ def check_what_left(trainer, tmp_path, *, ends_as_the_template=True):
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["qwen3", "llama3_2", pytest.param("gemma3", marks=pytest.mark.long)])
 def test_a_real_tokenizer_comes_back_with_the_template_that_was_trained(assets, tmp_path, name):
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / name)
+    tokenizer = real.tokenizer(assets / "tokenizers" / name)
     check_what_left(trained(tokenizer, tmp_path, template_kwargs={"enable_thinking": False}), tmp_path)
 
 
 @pytest.mark.assets
 @pytest.mark.parametrize("name", ["smollm2-135m-instruct", "tokenizers/gpt2"])
 def test_a_template_that_was_given_leaves_with_the_student(assets, tmp_path, name):
-    tokenizer = AutoTokenizer.from_pretrained(assets / name)
+    tokenizer = real.tokenizer(assets / name)
     trainer = trained(tokenizer, tmp_path, CHATML)
     # GPT-2 has no `<|im_end|>`: the template writes its letters, and what is learned is the end token.
     lacks = "gpt2" in name
@@ -69,7 +70,7 @@ def test_a_template_that_was_given_leaves_with_the_student(assets, tmp_path, nam
 
 @pytest.mark.assets
 def test_a_student_without_a_template_leaves_with_the_plain_one(assets, tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(assets / "tokenizers" / "gpt2")
+    tokenizer = real.tokenizer(assets / "tokenizers" / "gpt2")
     assert tokenizer.chat_template is None
     check_what_left(trained(tokenizer, tmp_path), tmp_path)
 
