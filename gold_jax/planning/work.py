@@ -9,6 +9,7 @@ stand in fusions, attention is a call of cuDNN.
 
 import math
 import re
+from typing import NamedTuple
 
 import numpy as np
 
@@ -94,8 +95,9 @@ def _bytes(program: Program, inside: Computation, x: Instruction) -> float:
         return _fusion(program, inside, x)
     read = [inside.instructions[name].type for name in x.operands if name in inside.instructions]
     made = x.type
-    if x.opcode == "dynamic-update-slice":
-        return _hbm(read[1]) * (2 if _hbm(made) else 1)
+    if changed := _updates(inside, x):
+        given = read[1:2] if x.opcode == "dynamic-update-slice" else read[changed.first :]
+        return sum(map(_hbm, given)) + (changed.bytes if _hbm(made) else 0)
     if x.opcode in ("copy-start", "slice-start"):  # (destination, source, …) or ((source), destination, …)
         made = hlo.elements(made)[x.opcode == "slice-start"]
     elif x.opcode.endswith("-start") and x.opcode != "all-reduce-start" and len(hlo.elements(made)) > 1:
@@ -121,8 +123,25 @@ def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
             root = body[root.operands[0]]
         if not _hbm(type_) or root.opcode == "parameter" or (is_piece(root) and not starts(called, root)):
             continue  # it is elsewhere, or was there before
-        total += hlo.size(body[root.operands[1]].type if root.opcode == "dynamic-update-slice" else type_)
+        changed = _updates(called, root)
+        total += changed.bytes if changed else hlo.size(type_)
     return total
+
+
+class _Update(NamedTuple):
+    """What changes an array in place: its operands before the `first` are such arrays, of which it writes so many bytes."""
+
+    first: int
+    bytes: int
+
+
+def _updates(inside: Computation, x: Instruction) -> _Update | None:
+    """None for an instruction that changes nothing in place."""
+    if x.opcode not in ("dynamic-update-slice", "scatter"):
+        return None
+    first = (len(x.operands) - 1) // 2 if x.opcode == "scatter" else 1  # arrays, indices, as many updates
+    new = x.operands[first + 1 :] if x.opcode == "scatter" else x.operands[1:2]
+    return _Update(first, sum(hlo.size(inside.instructions[name].type) for name in new))
 
 
 def _parameter(called: Computation, at: int) -> Instruction:
@@ -145,7 +164,7 @@ def _taken(program: Program, body: Computation, value: Instruction) -> float:
             total += sum(_taken(program, called, parameter) for parameter in given)
         elif user.opcode in _SLICES and first:
             total += hlo.size(user.type)
-        elif user.opcode != "tuple" and not (user.opcode == "dynamic-update-slice" and first):
+        elif user.opcode != "tuple" and not (first and _updates(body, user)):
             total += hlo.size(value.type)
     return total
 

@@ -201,3 +201,16 @@ outer {
   q = f32[10,256]{1,0} parameter(1)
   ROOT r = f32[16]{0} fusion(p, q), kind=kLoop, calls=outer"""
     assert lines(body, inner)[1] == 10 * 1024 + 1024 + 64
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scatter_writes_what_is_new_into_an_array_that_is_there(fused):
+    line = "scatter(%all, %rows, %new), update_window_dims={1}, inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%last"
+    given = """  %all = f32[1000,64]{1,0} parameter(0)
+  %rows = s32[3,1]{1,0} parameter(1)
+  %new = f32[3,64]{1,0} parameter(2)
+"""
+    last = "%last (a: f32[], b: f32[]) -> f32[] {\n  %a = f32[] parameter(0)\n  ROOT %b = f32[] parameter(1)\n}\n"
+    inner = f"{last}%inner (all: f32[1000,64], rows: s32[3,1], new: f32[3,64]) -> f32[1000,64] {{\n{given}  ROOT %s = f32[1000,64]{{1,0}} {line}\n}}\n"
+    called = "fusion(%all, %rows, %new), kind=kInput, calls=%inner" if fused else line
+    assert lines(f"{given}  ROOT %r = f32[1000,64]{{1,0}} {called}", inner)[1] == 12 + 2 * 4 * 3 * 64
