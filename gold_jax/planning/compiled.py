@@ -144,10 +144,15 @@ class PlannedRun:
         if request.samples:
             self.cache, self.decode_state, self.weights = self._sampling()
 
-    def trips(self, loop: str) -> int:
-        """How often a loop runs that does not say: a loss once for each chunk of positions, and no position has inner tokens."""
+    def trips(self, loop: str) -> float:
+        """How often a loop runs that does not say: a loss once for each chunk of positions, and no position has inner tokens.
+
+        One token is decoded: of the loop over tokens, which takes several at once on GPUs, that part of a round.
+        """
+        if loop.endswith("jit(decode_until)/while"):
+            return 1 / sampling.tokens_per_check(self.request.platform)
         if "loss" not in loop:
-            return 1  # one token is decoded
+            return 1
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
         positions = self.request.positions / self.request.mesh["tensor"]  # of one device
         return 0 if INNER_TOKENS in loop else math.ceil(positions / chunk)
@@ -242,7 +247,9 @@ def _compile(lower: Callable[[], Any]) -> tuple[Any, int, str | None]:
     return compiled, max(map(int, re.findall(r"color=0\)\s+Total bytes: (\d+)", reports)), default=0), None
 
 
-def _read(compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: Callable[[str], int]) -> tuple[int, int, Cost]:
+def _read(
+    compiled: Any, laid_out: int, mesh: Mapping[str, int], trips: Callable[[str], float]
+) -> tuple[int, int, Cost]:
     """Bytes that a program needs while it runs; of the program itself, which lies there as long as it may be called; its cost."""
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
     given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

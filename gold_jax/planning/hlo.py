@@ -52,7 +52,7 @@ Program = dict[str, Computation]  # by name, that of the entry ""
 Execution = tuple[Computation, Instruction, int, bool]
 
 
-def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) -> tuple[list[Execution], list[str]]:
+def executed(program: Program, unknown_trips: float | Callable[[str], float] = 1) -> tuple[list[Execution], list[str]]:
     """Everything that runs: computation, instruction, times in one call of the program, and whether it is in a fusion or
     reduction, whose values between are in no memory; and the `op_name`s of loops that do not say how often they run.
 
@@ -66,7 +66,7 @@ def executed(program: Program, unknown_trips: int | Callable[[str], int] = 1) ->
         body = program[name].instructions.values()
         return sum(size(x.type) + sum(map(made, x.called)) for x in body)
 
-    def walk(name: str, times: int, fused: bool) -> Iterator[Execution]:
+    def walk(name: str, times: float, fused: bool) -> Iterator[Execution]:
         inside = program[name]
         for x in inside.instructions.values():
             yield inside, x, times, fused

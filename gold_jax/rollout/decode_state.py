@@ -27,10 +27,13 @@ from gold_jax.rollout.token_sampling import sample_tokens
 from gold_jax.sharding.collectives import map_shards
 from gold_jax.sharding.placement import ROW_AXES, Placement
 
-# Tokens that are decoded between checks of whether any row is unfinished. Where a loop's condition is decided on the
-# host, as on GPUs, a check costs a synchronization; on CPUs and TPUs it costs nothing.
+# Tokens that are decoded between checks of whether any row is unfinished, at most.
 TOKENS_PER_CHECK = 8
-_CHECKS_EVERY_TOKEN = "cpu", "tpu"
+
+
+def tokens_per_check(platform: str) -> int:
+    """How many it is: on GPUs, where the host decides a loop's condition, a check costs a synchronization, elsewhere nothing."""
+    return 1 if platform in ("cpu", "tpu") else TOKENS_PER_CHECK
 
 
 class SamplingOptions(NamedTuple):
@@ -205,7 +208,7 @@ def decode_until(
     model = merge(graphdef, params)
     shards = 1 if model.placement is None else model.placement.row_shards
 
-    at_once = 1 if model.platform in _CHECKS_EVERY_TOKEN else TOKENS_PER_CHECK
+    at_once = tokens_per_check(model.platform)
 
     def keep_going(state):
         steps, _, decode_state = state

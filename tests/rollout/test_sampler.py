@@ -306,7 +306,7 @@ def test_rows_written_at_once_follow_the_free_memory(free, each, rows):
 
 def test_rows_may_be_decoded_several_tokens_at_a_time(model, alone, monkeypatch):
     """As on GPUs, where to look whether any row goes on takes a synchronization."""
-    monkeypatch.setattr(device, "_CHECKS_EVERY_TOKEN", ())
+    monkeypatch.setattr(device, "tokens_per_check", lambda platform: device.TOKENS_PER_CHECK)
     device.decode_until.clear_cache()
     for options in ({"rows": 8}, {"rows": 64}):
         assert ids(generate(model, MANY, new=40, stop_ids=STOPS, **options)) == alone[1]
