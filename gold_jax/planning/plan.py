@@ -146,11 +146,6 @@ def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
                 yield {"data": data, "fsdp": shards // data, "tensor": tensor}
 
 
-def mesh_flag(mesh: Mapping[str, int]) -> str:
-    """A mesh as `--mesh` takes it, such as `fsdp=4,tensor=2`."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "auto"
-
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What one device does in one run of a program, or in a phase of an update."""

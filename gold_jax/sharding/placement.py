@@ -26,11 +26,6 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=types)
 
 
-def describe_mesh(mesh: Mesh) -> str:
-    """The axes that are larger than one, such as `fsdp=4,tensor=2`."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """A mesh and how a model is sharded on it; hashable, so that it can be a static argument of a jitted function."""

@@ -10,7 +10,8 @@ from gold_jax.planning.advice import advice, flags_of, search, times_the_chips
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import read_topology
 from gold_jax.planning.models import known_config
-from gold_jax.planning.plan import Pair, PlanRequest, link_seconds, mesh_flag, meshes
+from gold_jax.planning.plan import Pair, PlanRequest, link_seconds, meshes
+from gold_jax.sharding.axes import mesh_flag
 
 QWENS = Pair(known_config("Qwen/Qwen3-4B"), known_config("Qwen/Qwen3-8B"))
 
