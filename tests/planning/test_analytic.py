@@ -248,4 +248,3 @@ def test_a_distillation_step_has_both_models():
     assert micro.cost("optimizer").hbm_bytes == 32 * parameter_count(student)
     further = micro.cost("student, further micro-batches").hbm_bytes - micro.cost("student").hbm_bytes
     assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
-
