@@ -38,7 +38,10 @@ class TensorFolder:
         self._files: dict[str, safe_open] = {}  # tensor name -> open file
         self._paths: dict[str, pathlib.Path] = {}  # tensor name -> its path
         faults = []
-        for path in _weight_files(folder, faults):
+        for path in _weight_files(folder):
+            if not os.path.exists(path):
+                faults.append(f"{INDEX} names {quoted(path.name, plain=True)}, which is not there")
+                continue
             try:
                 opened = safe_open(regular_file(path), "np")
                 names = opened.keys()
@@ -94,26 +97,20 @@ def is_finite(values: np.ndarray) -> bool:
     )
 
 
-def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]:
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that should hold a model's tensors."""
     index = read_json(folder / INDEX)
     if index is not None:
         weight_map = index.get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{folder / INDEX}: weight_map must be an object that gives every tensor a file's name.")
-        for name in sorted(set(names)):
-            path = pathlib.PurePath(name)
+        names = sorted(set(names))
+        for name, path in zip(names, map(pathlib.PurePath, names)):
             if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-                raise ValueError(
-                    f"{folder / INDEX}: weight_map names {quoted(name)}; it must name *.safetensors files in this folder."
-                )
-        paths = [folder / name for name in sorted(set(names))]
-        faults += [
-            f"{INDEX} names {quoted(path.name, plain=True)}, which is not there"
-            for path in paths
-            if not os.path.exists(path)
-        ]
-        return [path for path in paths if os.path.exists(path)]
+                wrong = f"weight_map names {quoted(name)}"
+                raise ValueError(f"{folder / INDEX}: {wrong}; it must name *.safetensors files in this folder.")
+        return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     others = sorted(path.name for path in folder.glob("*.safetensors"))
