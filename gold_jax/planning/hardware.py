@@ -152,9 +152,7 @@ def _nearest(name: str) -> str:
 
 def has_gpu_compiler() -> bool:
     """Whether JAX's CUDA plugin, in which XLA's GPU compiler is, is installed."""
-    if importlib.util.find_spec("jax_plugins") is None:
-        return False
-    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def prepare() -> None:
