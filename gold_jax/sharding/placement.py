@@ -100,15 +100,12 @@ class Placement:
     def put_rows(self, batch: Any) -> Any:
         """Host arrays that hold the rows, or packed sequences, of this process's shards, as arrays on the mesh."""
         sharding, (_, local_shards) = self.sharding(ROW_AXES), self.row_owners()
-        local_index = {shard: k for k, shard in enumerate(local_shards)}
 
         def put(x):
+            parts = dict(zip(local_shards, np.split(x, len(local_shards))))
             unit = len(x) // len(local_shards)
-
-            def part(index):
-                return np.split(x, len(local_shards))[local_index[(index[0].start or 0) // unit]]
-
-            return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
+            shape = unit * self.row_shards, *x.shape[1:]
+            return jax.make_array_from_callback(shape, sharding, lambda index: parts[(index[0].start or 0) // unit])
 
         return jax.tree.map(put, batch)
 
