@@ -52,11 +52,6 @@ class Topology(NamedTuple):
         return self.chip.interconnect * there / self.chip.links
 
     @property
-    def between_hosts(self) -> float | None:
-        """Bytes/s in one direction from a device to one of another host: a TPU slice's links, GPUs' share of the NICs."""
-        return self.chip.network if self.kind == "gpu" and self.hosts > 1 else self.interconnect
-
-    @property
     def efficiency(self) -> dict[str, float]:
         """Least time over measured time, by phase; empty for devices, or numbers of them, that nothing measured tells of."""
         measured = TABLE["gpus"]["measured"]

@@ -225,5 +225,5 @@ def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: T
         if hosts > 1:  # of what is gathered, `size·n/(n-1)`, a host brings in the others' share, through all its cards
             n = here * hosts
             between += size * n / (n - 1) * (hosts - 1) / hosts / here
-    speed, network = topology.interconnect, topology.between_hosts
+    speed, network = topology.interconnect, topology.chip.network
     return max(within / speed if speed else math.inf, between / network if between and network else 0.0)
