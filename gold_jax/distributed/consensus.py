@@ -11,6 +11,7 @@ from jax.experimental import multihost_utils
 
 from gold_jax.distributed.initialize import coordination_client, process_names
 from gold_jax.distributed.watchdog import PeerFailed, read_failures
+from gold_jax.wording import listed, plural
 
 _FRAME = 256  # words of the first message: most are shorter
 _calls = itertools.count()  # all processes make these calls in the same order; each has keys of its own
@@ -124,8 +125,7 @@ def describe_difference(what: str, values: Sequence[Any], names: Sequence[str]) 
     keys = dict.fromkeys(key for value in values for key in value)
     by_key = {key: _who_has_what([value.get(key) for value in values], names) for key in keys}
     parts = [f"{key}: {found}" for key, found in by_key.items() if found]
-    more = f"; and {len(parts) - 5} more" if len(parts) > 5 else ""
-    return f"The processes differ in {what}. {'; '.join(parts[:5])}{more}." if parts else None
+    return f"The processes differ in {what}. {listed(parts, 5, '; ', '; and')}." if parts else None
 
 
 def _who_has_what(values: Sequence[Any], names: Sequence[str]) -> str:
@@ -137,6 +137,6 @@ def _who_has_what(values: Sequence[Any], names: Sequence[str]) -> str:
         return ""
     parts = []
     for text, (first, *others) in sorted(groups.items(), key=lambda item: -len(item[1]))[:4]:
-        who = f"{first} and {len(others)} other{'s' * (len(others) > 1)} have" if others else f"{first} has"
+        who = f"{first} and {plural(len(others), 'other')} have" if others else f"{first} has"
         parts.append(f"{who} {text if len(text) <= 80 else text[:79] + '…'}")
     return "; ".join(parts) + ("; …" if len(groups) > 4 else "")

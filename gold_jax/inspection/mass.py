@@ -59,9 +59,8 @@ def _sums(graph, params, tokens, mask, counted, kinds, chunk):
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         probability = jax.nn.softmax(logits, -1) * used[:, None]
         sums = jnp.einsum("cv,kv->k", probability, kinds, precision=jax.lax.Precision.HIGHEST)
-        return jnp.sum(probability), dict(zip(KINDS, sums))
+        return jnp.sum(probability), {"kinds": sums}
 
     used = counted[0][index].astype(jnp.float32)
     hidden, head = model(tokens, mask)[0], model.head_weight()
-    _, sums = fused_linear_sum(chunk_mass, None, chunk, hidden, head, index, None, kinds, used, live)
-    return jnp.stack([sums[name] for name in KINDS])
+    return fused_linear_sum(chunk_mass, None, chunk, hidden, head, index, None, kinds, used, live)[1]["kinds"]

@@ -16,20 +16,11 @@ SHOWN_GROUPS = 5000
 SHOWN_SHAPES = 20
 
 
-def page(report: Report) -> str:
-    """A whole page."""
-    return _render("page.html", report)
-
-
-def fragment(report: Report) -> str:
-    """What stands on the page, with its style sheet, to be put into another."""
-    return _render("fragment.html", report)
-
-
-def _render(name: str, report: Report) -> str:
-    template = _environment().get_template(name)
+def page(report: Report, template: str = "page.html") -> str:
+    """A whole page; of the template "fragment.html" what stands on it, with its style sheet, to be put into another."""
     limits = {"shown_groups": SHOWN_GROUPS, "shown_shapes": SHOWN_SHAPES}
-    return template.render(report=report, tables=tables, percent=percent, newline=b"\n", **limits)
+    names = {"report": report, "tables": tables, "percent": percent, "newline": b"\n"}
+    return _environment().get_template(template).render(names | limits)
 
 
 @functools.cache

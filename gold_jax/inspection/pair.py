@@ -18,7 +18,7 @@ from gold_jax.inspection.vocabularies import Vocabulary, compare
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, load_tokenizer
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.encode import Encoded, PlainEncoder
+from gold_jax.text.encode import PlainEncoder
 from gold_jax.text.surface import surfaces_of
 
 _ROLES = ("student", "teacher")
@@ -38,7 +38,7 @@ class PairReport(Report):
 
     def _repr_html_(self) -> str:
         """What notebooks show."""
-        return page.fragment(self)
+        return page.page(self, "fragment.html")
 
 
 def inspect_pair(
@@ -156,14 +156,10 @@ def _side(
         read = functools.partial(source.encode_completion, after=_BEFORE)
     else:
         surfaces, end, tokenizer = surfaces_of(source), getattr(source, "eos_token_id", None), source
-        stop_ids = () if end is None else (end,)
-        read = functools.partial(_encode, PlainEncoder(source, surfaces))
+        stop_ids, encoder = () if end is None else (end,), PlainEncoder(source, surfaces)
+        read = lambda text: encoder.encode([text])[0]  # noqa: E731
     rows = len(surfaces) if loaded is None else loaded.model.config.vocab_size
     called = name or getattr(tokenizer, "name_or_path", None) or getattr(tokenizer, "name", None)
     called = called if isinstance(called, str) and called else type(tokenizer).__name__
     chat_tokenizer = source if isinstance(source, ChatTokenizer) else None
     return called, Vocabulary(surfaces, rows, stop_ids), read, loaded, chat_tokenizer
-
-
-def _encode(encoder: PlainEncoder, text: str) -> Encoded:
-    return encoder.encode([text])[0]

@@ -53,10 +53,8 @@ class Prompts(NamedTuple):
 
 def compare_prompts(student: ChatTokenizer, teacher: ChatTokenizer) -> Prompts:
     """Both models' form of one question and answer; ValueError where a template refuses it."""
-    sides, answers = (
-        {"student": student, "teacher": teacher},
-        [x.answer([QUESTION, ANSWER]) for x in (student, teacher)],
-    )
+    sides = {"student": student, "teacher": teacher}
+    answers = [side.answer([QUESTION, ANSWER]) for side in sides.values()]
     formats = [
         Format(x.describe().removeprefix(f"{x.template.origin}, "), a.prompt, a.text + x.template.tail)
         for x, a in zip(sides.values(), answers)

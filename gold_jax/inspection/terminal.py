@@ -1,8 +1,7 @@
 """The report in the terminal: tokens above each other in colours, then the numbers."""
 
 import itertools
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 from rich.cells import chop_cells
 from rich.console import Console
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from gold_jax.inspection import tables
 from gold_jax.inspection.report import Report
-from gold_jax.inspection.tokenization import CutText, Token
+from gold_jax.inspection.tokenization import CutText, Group
 from gold_jax.terminal import columns, put, say, section
 
 SHOWN_GROUPS = 400
@@ -22,18 +21,6 @@ _SIDES = {"student": ("S", "bold cyan"), "teacher": ("T", "bold magenta")}
 _BAR = 16
 _MARGIN = 4
 _LINE_END = 2  # kept free, so that no sign of a line's end stands on a line by itself
-
-
-class _Cell(NamedTuple):
-    """A group as it stands in two lines above each other."""
-
-    student: Text
-    teacher: Text
-    style: str
-
-    @property
-    def width(self) -> int:
-        return max(self.student.cell_len, self.teacher.cell_len)
 
 
 def show(report: Report, console: Console) -> None:
@@ -82,49 +69,42 @@ def lines_of(text: CutText, width: int) -> Iterator[Text]:
     """
     room = max(8, width - _MARGIN - _LINE_END)
     styles = itertools.cycle(MERGED)
-    lines: list[list[_Cell]] = [[]]
+    lines: list[list[list[Text]]] = [[]]
     for group in text.groups[:SHOWN_GROUPS]:
-        cell = _Cell(*(_tokens(side, group.merged) for side in group), next(styles) if group.merged else "")
-        used = sum(before.width + 1 for before in lines[-1])
-        if used and used + cell.width > room + (_LINE_END if group.data == b"\n" and not group.merged else 0):
+        cells = _cells(group, next(styles) if group.merged else "", room)
+        used = sum(before.cell_len + 1 for before, _ in lines[-1])
+        end = _LINE_END if group.data == b"\n" and not group.merged else 0
+        if used and (len(cells) > 1 or used + cells[0][0].cell_len > room + end):
             lines.append([])
-        if cell.width > room:
-            lines[-1:] = [*_folded(cell, room), []]
-            continue
-        lines[-1].append(cell)
-        if b"\n" in group.data:
+        lines[-1].append(cells[0])
+        lines += [[cell] for cell in cells[1:]]
+        if len(cells) > 1 or b"\n" in group.data:
             lines.append([])
     for k, cells in enumerate(filter(None, lines)):
         if k:
             yield Text()
-        yield from _pair(cells)
+        for (letter, style), halves in zip(_SIDES.values(), zip(*cells)):
+            line = Text("  ").append(f"{letter} ", style).append_text(Text(" ").join(halves))
+            if not halves[-1].style:
+                line.rstrip()
+            yield line
     if len(text.groups) > SHOWN_GROUPS:
         yield Text(f"    … and {len(text.groups) - SHOWN_GROUPS:,} more groups", "dim")
 
 
-def _tokens(tokens: Sequence[Token], merged: bool) -> Text:
-    styled = ([(piece, "dim" if faint and not merged else "") for piece, faint in token.pieces] for token in tokens)
-    return Text("│").join(Text.assemble(*pieces) for pieces in styled)
-
-
-def _pair(cells: Sequence[_Cell]) -> Iterator[Text]:
-    for side, (letter, style) in _SIDES.items():
-        line = Text("  ").append(f"{letter} ", style)
-        for k, cell in enumerate(cells):
-            tokens = getattr(cell, side).copy()
-            tokens.append(" " * (cell.width - tokens.cell_len))
-            tokens.stylize_before(cell.style)
-            line.append(" " if k else "").append_text(tokens)
-        if not cells[-1].style:
-            line.rstrip()
-        yield line
-
-
-def _folded(cell: _Cell, room: int) -> list[list[_Cell]]:
-    """A group too wide for a line, as several lines that each fit."""
-    lengths = ([len(part) for part in chop_cells(half.plain, room)[:-1]] for half in cell[:2])
-    halves = (half.divide(itertools.accumulate(cuts)) for half, cuts in zip(cell, lengths))
-    return [[_Cell(*pair, cell.style)] for pair in itertools.zip_longest(*halves, fillvalue=Text())]
+def _cells(group: Group, style: str, room: int) -> list[list[Text]]:
+    """A group's tokens, the student's and the teacher's of one width; several such pairs where they are too wide for a line."""
+    sides = []
+    for tokens in group:
+        styled = ([(piece, "dim" if faint and not style else "") for piece, faint in token.pieces] for token in tokens)
+        side = Text(style=style).append_text(Text("│").join(Text.assemble(*pieces) for pieces in styled))
+        sides.append(side.divide(itertools.accumulate(len(part) for part in chop_cells(side.plain, room)[:-1])))
+    pairs = [[half or Text(style=style) for half in pair] for pair in itertools.zip_longest(*sides)]
+    for pair in pairs:
+        width = max(half.cell_len for half in pair)
+        for half in pair:
+            half.pad_right(width - half.cell_len)
+    return pairs
 
 
 def _prompts(report: Report, console: Console) -> None:

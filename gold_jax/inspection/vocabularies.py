@@ -89,22 +89,20 @@ def compare(student: Vocabulary, teacher: Vocabulary) -> VocabularyFigures:
 def _side(role: str, side: Vocabulary, by_strings: VocabularyMap, mapping: VocabularyMap):
     """What the rows of one side's head are, bool [len(KINDS), rows], and those that are unmatched."""
     order, prefixes = (getattr(mapping, f"{role}_{name}") for name in ("order", "prefix_of_unmatched"))
-    gives_to: dict[str, dict[int, int]] = {"whitespace": {}, "numerals": {}, "others": {}}
-    for i, column in zip(order[mapping.matched :].tolist(), prefixes.tolist()):
-        if column < mapping.matched:
-            surface = _surface(side, i)
-            kind = None if surface is None else kind_of(surface)  # a further stop token spells nothing
-            gives_to[kind or "others"][i] = int(order[column])
+    routed = prefixes < mapping.matched
+    partner = dict(sorted(zip(order[mapping.matched :][routed].tolist(), order[prefixes[routed]].tolist())))
+    by_kind: dict[str, list[int]] = {"whitespace": [], "numerals": [], "others": []}
+    for i in partner:  # a further stop token spells nothing
+        by_kind[kind_of(_surface(side, i) or b"") or "others"].append(i)
     matched = getattr(by_strings, f"{role}_order")[: by_strings.matched], order[: mapping.matched]
-    whitespace, numerals, others = map(sorted, gives_to.values())
-    routed = [*whitespace, *numerals, *others]
     kinds = np.zeros((len(KINDS), side.rows), np.bool_)
-    for row, ids in zip(kinds, (*matched, routed, whitespace, numerals)):
+    for row, ids in zip(kinds, (*matched, list(partner), by_kind["whitespace"], by_kind["numerals"])):
         row[ids] = True
-    shown = ((kind, [(i, partner[i]) for i in _spread(sorted(partner))]) for kind, partner in gives_to.items())
-    examples = {kind: tuple((_written(side, i), _written(side, j)) for i, j in pairs) for kind, pairs in shown}
-    rows, count = side.rows - int(kinds[KINDS.index("surfaces")].sum()), len(routed)
-    return kinds, Unmatched(rows, count, rows - count, len(whitespace), len(numerals), examples)
+    _, surfaces, count, whitespace, numerals = kinds.sum(1).tolist()
+    shown = {kind: [(i, partner[i]) for i in _spread(ids)] for kind, ids in by_kind.items()}
+    examples = {kind: tuple((_written(side, i), _written(side, j)) for i, j in pairs) for kind, pairs in shown.items()}
+    rows = side.rows - surfaces
+    return kinds, Unmatched(rows, count, rows - count, whitespace, numerals, examples)
 
 
 def _surface(side: Vocabulary, i: int) -> bytes | None:

@@ -290,17 +290,16 @@ def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, shard
 
 def _to_host(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
     """The tensors of parameters and layers one by one, as in the file; processes that share some must all iterate alike."""
-    last, value = None, None
-    for path, layer in plan:
-        if path != last:
-            last, value = path, None  # no two at a time
-            value = getattr(model.layers if len(path) == 2 else model, path[-1])[...]
-            if not (isinstance(value, jax.Array) and len(value.sharding.device_set) > 1):
-                value = np.asarray(value)
-        if isinstance(value, np.ndarray):
-            yield value[layer].T if len(path) == 2 else value
-        else:
-            yield _unshard(_layer(value, layer)).T if len(path) == 2 else _unshard(jnp.copy(value))
+    for path, group in itertools.groupby(plan, key=lambda planned: planned[0]):
+        value = getattr(model.layers if len(path) == 2 else model, path[-1])[...]
+        sharded = isinstance(value, jax.Array) and len(value.sharding.device_set) > 1
+        value = value if sharded else np.asarray(value)
+        for _, layer in group:
+            if len(path) == 2:
+                yield (_unshard(_layer(value, layer)) if sharded else value[layer]).T
+            else:
+                yield _unshard(jnp.copy(value)) if sharded else value
+        del value  # no two at a time
 
 
 @jax.jit

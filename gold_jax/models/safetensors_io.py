@@ -35,10 +35,12 @@ class TensorFolder:
 
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
-        self._files: dict[str, safe_open] = {}  # tensor name -> open file
-        self._paths: dict[str, pathlib.Path] = {}  # tensor name -> its path
+        self._files: dict[str, tuple[pathlib.Path, safe_open]] = {}  # by tensor name
         faults = []
-        for path in _weight_files(folder, faults):
+        for path in _weight_files(folder):
+            if not os.path.exists(path):
+                faults.append(f"{INDEX} names {quoted(path.name, plain=True)}, which is not there")
+                continue
             try:
                 opened = safe_open(regular_file(path), "np")
                 names = opened.keys()
@@ -46,9 +48,8 @@ class TensorFolder:
                 faults.append(f"{path.name} is not a whole safetensors file ({quoted(str(error), plain=True)})")
                 continue
             twice = sorted(self._files.keys() & names)
-            faults += [f"{quoted(name)} is in {self._paths[name].name} and in {path.name}" for name in twice]
-            self._files.update(dict.fromkeys(names, opened))
-            self._paths.update(dict.fromkeys(names, path))
+            faults += [f"{quoted(name)} is in {self._files[name][0].name} and in {path.name}" for name in twice]
+            self._files |= dict.fromkeys(names, (path, opened))
         if faults:
             faults = listed(faults, 40, "; ", "; and")
             raise ValueError(f"The weights in {folder} cannot be read: {faults}. Copy or download them again.")
@@ -56,19 +57,19 @@ class TensorFolder:
 
     def info(self, name: str) -> tuple[tuple[int, ...], str]:
         """The shape of a tensor, and what the file calls its dtype; `FLOATS` has those that can be read."""
-        tensor = self._files[name].get_slice(name)
+        tensor = self._files[name][1].get_slice(name)
         return tuple(tensor.get_shape()), tensor.get_dtype()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A slice of a tensor, one step-less `slice` per axis; no more than it is read."""
-        return self._files[name].get_slice(name)[index]
+        return self._files[name][1].get_slice(name)[index]
 
     def check_finite(self, name: str, values: np.ndarray) -> None:
         """Raises a ValueError where values that were read of a tensor, then perhaps rounded, are NaN or infinite."""
         if not is_finite(values):
             dtype = np.dtype(FLOATS[self.info(name)[1]])
             raise ValueError(
-                f"{self._paths[name]}: {name} holds NaN or infinite values (it is {dtype}, read as {values.dtype}), so that "
+                f"{self._files[name][0]}: {name} holds NaN or infinite values (it is {dtype}, read as {values.dtype}), so that "
                 "whatever the model computes would be NaN; copy or download the weights again, or take an earlier save."
             )
 
@@ -94,26 +95,20 @@ def is_finite(values: np.ndarray) -> bool:
     )
 
 
-def _weight_files(folder: pathlib.Path, faults: list[str]) -> list[pathlib.Path]:
+def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that should hold a model's tensors."""
     index = read_json(folder / INDEX)
     if index is not None:
         weight_map = index.get("weight_map")
         names = list(weight_map.values()) if isinstance(weight_map, dict) else []
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{folder / INDEX}: weight_map must be an object that gives every tensor a file's name.")
-        for name in sorted(set(names)):
-            path = pathlib.PurePath(name)
+        names = sorted(set(names))
+        for name, path in zip(names, map(pathlib.PurePath, names)):
             if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
-                raise ValueError(
-                    f"{folder / INDEX}: weight_map names {quoted(name)}; it must name *.safetensors files in this folder."
-                )
-        paths = [folder / name for name in sorted(set(names))]
-        faults += [
-            f"{INDEX} names {quoted(path.name, plain=True)}, which is not there"
-            for path in paths
-            if not os.path.exists(path)
-        ]
-        return [path for path in paths if os.path.exists(path)]
+                wrong = f"weight_map names {quoted(name)}"
+                raise ValueError(f"{folder / INDEX}: {wrong}; it must name *.safetensors files in this folder.")
+        return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     others = sorted(path.name for path in folder.glob("*.safetensors"))

@@ -8,7 +8,8 @@ from gold_jax.config import GOLDConfig
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.planning.analytic import estimate
 from gold_jax.planning.hardware import Topology, read_topology
-from gold_jax.planning.plan import Plan, PlanRequest, Progress, mesh_flag, meshes
+from gold_jax.planning.plan import Plan, PlanRequest, Progress, meshes
+from gold_jax.sharding.axes import mesh_flag
 
 _WORTH = 0.01  # of the limit: what saves less gets no line
 _LAST_RESORTS = ("slice", "length")  # kinds of changes that cost money or change the data

@@ -52,6 +52,11 @@ class _Side:
         # Devices that one layer's heads and inner width are shared out to.
         self.tensor = 1 if placement.head_axis(config.heads) is None else placement.tensor_size
 
+    def activation_bytes(self, tokens: int, itemsize: int) -> float:
+        """Bytes that a forward pass moves: each product's input and output once, and what is added to the residual stream."""
+        each = 6 * self.config.width + 4 * (self.queries + self.keys) + 4 * self.config.mlp_width
+        return float(tokens) * self.config.layers * each * itemsize
+
 
 class Analytic:
     """The formulas for one run, in bytes and FLOPs of one device."""
@@ -64,11 +69,9 @@ class Analytic:
         self.tensor, self.rows = self.placement.tensor_size, request.device_rows
         self.chunk = chunk_size(self.args.loss_chunk, request.platform)
         self.line = fine_bucket(self.rows * request.length)  # tokens of one device's line, its padding too
+        self.heads = [self.student, self.teacher][: 1 + request.reads]  # whose heads the loss multiplies with
         # Whether devices split the vocabulary in the loss, which makes this part of a head a device's to multiply with.
-        columns = [
-            side.head_axes for side in (self.student, self.teacher) if side and (side is self.student or request.reads)
-        ]
-        split = splits_vocabulary(self.line, student.width, self.tensor, columns)
+        split = splits_vocabulary(self.line, student.width, self.tensor, [side.head_axes for side in self.heads])
         self.split = self.tensor if split else 1
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
         self.read = request.sampled_prompts // request.shards  # prompts that it reads for them
@@ -161,7 +164,7 @@ class Analytic:
             kept += c * (3 * side.queries + 2 * side.keys + 2 * config.mlp_width) // t
             kept += 12 * (side.queries + side.keys) // t if config.qk_norm else 0
         activations = n * config.layers * kept + self.rounded
-        sizes, tails = [model.config.vocab_size for model in ((side, self.teacher) if reads else (side,))], 0
+        sizes, tails = [model.config.vocab_size for model in self.heads], 0
         if reads and self.request.spec.compare in ("hybrid", "sorted"):
             tails = max(sizes) - self.matched
         # The float32 gradient of the head that a device multiplies with; gradients of hidden states; logits, and tails
@@ -207,7 +210,7 @@ class Analytic:
     def _whole_rows(self, side: _Side, tokens: int, rows: int, length: int) -> Cost:
         """A forward pass over whole rows, on the devices of one shard."""
         flops, layers = sum(self._forward(side, tokens, rows, length)[:2]), float(side.layers * self.itemsize)
-        moved = layers + activation_bytes(side.config, tokens, self.itemsize)
+        moved = layers + side.activation_bytes(tokens, self.itemsize)
         sent = self._ring(side.width_axes, layers / self.tensor) + self._along_tensor(side, 2, tokens)
         return Cost(flops, flops, moved) + sent
 
@@ -227,7 +230,7 @@ class Analytic:
         spared = () if config.sandwich_norms else ("down",)
         again = 2.0 * line * config.layers * layer_matrices(config, spared) + attention if remat else 0
         layers, chunks = float(side.layers * c), math.ceil(positions / self.chunk)
-        moved = (2 + remat) * layers + (3 + remat) * activation_bytes(config, line, c)
+        moved = (2 + remat) * layers + (3 + remat) * side.activation_bytes(line, c)
         chunks /= self.split  # for a device reads its part of a head for the positions of so many
         moved += losses * chunks * side.head * (2 * c + 8)
         moved += losses * positions * config.vocab_size * 4 * (_FORWARD_PASSES + _GRADIENT_PASSES)
@@ -253,7 +256,7 @@ class Analytic:
         side, c, split = self.student, self.itemsize, self.split
         positions = self.request.positions / self.tensor
         sent = self._all_reduced(side.head_axes, side.head * 4, "tensor")
-        for model in (side, self.teacher) if self.request.reads else (side,):
+        for model in self.heads:
             gradient = 4 if model is side else 0
             over = [axis for axis in model.head_axes if split == 1 or axis != "tensor"]
             sent += self._ring(over, model.head / split * (c + gradient))
@@ -309,10 +312,3 @@ def attention_product(config: DecoderConfig, rows: list[int], attention: str) ->
     sliding = sum(config.sliding)
     every = pairs(None) * (config.layers - sliding) + pairs(config.window) * sliding
     return 2.0 * config.heads * config.head_dim * every
-
-
-def activation_bytes(config: DecoderConfig, tokens: int, itemsize: int) -> float:
-    """Bytes that a forward pass moves: each product's input and output once, and what is added to the residual stream."""
-    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-    each = 6 * config.width + 4 * (queries + keys) + 4 * config.mlp_width
-    return float(tokens) * config.layers * each * itemsize

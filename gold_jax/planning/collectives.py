@@ -7,10 +7,10 @@ meanwhile stands in three fusions or more: that which ends in a custom call to `
 compute and that which ends in `AsyncCollectiveDone` do not. Channel ids are no names: under `shard_map` all are 1.
 """
 
+import collections
 import math
 import re
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,29 +20,21 @@ from gold_jax.planning.hlo import Computation, Execution, Instruction
 _OP = re.compile(r"(all-gather|all-reduce|reduce-scatter|(ragged-)?all-to-all|collective-(permute|broadcast))(-start)?")
 
 
-class Traffic(NamedTuple):
-    """What runs in a whole call of the program."""
-
-    bytes: float = 0.0  # that each device sends
-    count: int = 0  # of collectives
-
-
-def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -> dict[str, dict[str, Traffic]]:
-    """A program's traffic by the mesh axes that its groups span, as "fsdp" or "data+fsdp", and by operation.
+def read_collectives(executions: Iterable[Execution], mesh: Mapping[str, int]) -> dict[tuple[str, str], float]:
+    """Bytes that each device sends in a call of the program, by mesh axes that groups span ("data+fsdp") and by operation.
 
     `executions` are as `hlo.executed`. A device's id in the program is its position in the mesh, rows first.
     """
     executions = [run for run in executions if _OP.fullmatch(run[1].opcode)]
     started = {_piece(x) for inside, x, *_ in executions if starts(inside, x)}
-    found: dict[str, dict[str, Traffic]] = {}
+    found = collections.Counter()
     for inside, x, times, _ in executions:
         if _piece(x) in started and is_piece(x) and not starts(inside, x):
             continue
         op, sent, axes = _collective(inside, x, dict(mesh))
         if axes:
-            before = found.setdefault(axes, {}).get(op, Traffic())
-            found[axes][op] = Traffic(before.bytes + sent * times, before.count + times)
-    return {axes: dict(sorted(found[axes].items())) for axes in sorted(found)}
+            found[axes, op] += sent * times
+    return dict(sorted(found.items()))
 
 
 def _collective(inside: Computation, x: Instruction, mesh: dict[str, int]) -> tuple[str, float, str]:
@@ -50,7 +42,7 @@ def _collective(inside: Computation, x: Instruction, mesh: dict[str, int]) -> tu
     op, result = x.opcode.removesuffix("-start"), x.type
     if x.opcode.endswith("-start") and op != "all-reduce":  # (operand, result, …)
         result = hlo.elements(result)[1]
-    sent, groups = hlo.size(result), _groups(x, op, mesh)
+    sent, groups = float(hlo.size(result)), _groups(x, op, mesh)
     places = np.unravel_index(groups, tuple(mesh.values()))
     axes = "+".join(name for name, at in zip(mesh, places) if at.size and (at != at[:, :1]).any())
     if op in ("collective-permute", "collective-broadcast"):

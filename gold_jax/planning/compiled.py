@@ -3,6 +3,7 @@
 A batch has rows as long as the settings allow, which share no beginning, and every token is a group of its own.
 """
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -253,13 +254,14 @@ def _read(
     """Bytes that a program needs while it runs; of the program itself, which lies there as long as it may be called; its cost."""
     memory, program = compiled.memory_analysis(), hlo.read(compiled.as_text())
     given = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    executions, _ = hlo.executed(program, trips)
+    executions = hlo.executed(program, trips)
     flops, moved = read_work(program, executions)
-    traffic = read_collectives(executions, mesh)
-    sent = {axes: sum(one.bytes for one in by_op.values()) for axes, by_op in traffic.items()}
+    sent = collections.Counter()
+    for (axes, _), size in read_collectives(executions, mesh).items():
+        sent[axes] += size
     # `temp_size_in_bytes` adds up buffers of different times.
     needed = max(memory.peak_memory_in_bytes, laid_out) - given
-    return needed, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, sent)
+    return needed, memory.generated_code_size_in_bytes, Cost(flops, flops, moved, dict(sent))
 
 
 def device_bytes(tree: Any) -> int:

@@ -52,11 +52,6 @@ class Topology(NamedTuple):
         return self.chip.interconnect * there / self.chip.links
 
     @property
-    def between_hosts(self) -> float | None:
-        """Bytes/s in one direction from a device to one of another host: a TPU slice's links, GPUs' share of the NICs."""
-        return self.chip.network if self.kind == "gpu" and self.hosts > 1 else self.interconnect
-
-    @property
     def efficiency(self) -> dict[str, float]:
         """Least time over measured time, by phase; empty for devices, or numbers of them, that nothing measured tells of."""
         measured = TABLE["gpus"]["measured"]
@@ -152,9 +147,7 @@ def _nearest(name: str) -> str:
 
 def has_gpu_compiler() -> bool:
     """Whether JAX's CUDA plugin, in which XLA's GPU compiler is, is installed."""
-    if importlib.util.find_spec("jax_plugins") is None:
-        return False
-    return any(importlib.util.find_spec(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
+    return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def prepare() -> None:

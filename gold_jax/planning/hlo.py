@@ -49,17 +49,16 @@ class Computation(NamedTuple):
 
 
 Program = dict[str, Computation]  # by name, that of the entry ""
-Execution = tuple[Computation, Instruction, int, bool]
+Execution = tuple[Computation, Instruction, float, bool]
 
 
-def executed(program: Program, unknown_trips: float | Callable[[str], float] = 1) -> tuple[list[Execution], list[str]]:
+def executed(program: Program, trips: Callable[[str], float]) -> list[Execution]:
     """Everything that runs: computation, instruction, times in one call of the program, and whether it is in a fusion or
-    reduction, whose values between are in no memory; and the `op_name`s of loops that do not say how often they run.
+    reduction, whose values between are in no memory.
 
-    These run `unknown_trips` times, or as often as that tells from the `op_name`. Of a conditional the branch runs that
+    Of a loop that does not say how often it runs `trips` says it from the `op_name`. Of a conditional the branch runs that
     makes most bytes. The two later instructions of something asynchronous name what the first has called, and call nothing.
     """
-    loops: dict[str, str] = {}
 
     @functools.cache
     def made(name: str) -> int:
@@ -71,20 +70,18 @@ def executed(program: Program, unknown_trips: float | Callable[[str], float] = 1
         for x in inside.instructions.values():
             yield inside, x, times, fused
             if x.opcode == "while":
-                trips = trip_count(program, inside, x)
-                if trips is None:
+                if (count := trip_count(program, inside, x)) is None:
                     op_name = re.search(r'op_name="([^"]*)"', x.attributes)
-                    loops[x.name] = where = op_name[1] if op_name else x.name
-                    trips = unknown_trips(where) if callable(unknown_trips) else unknown_trips
+                    count = trips(op_name[1] if op_name else x.name)
                 for part in ("condition", "body"):
-                    yield from walk(x.attribute(part), times * trips, fused)
+                    yield from walk(x.attribute(part), times * count, fused)
             elif x.opcode == "conditional":
                 yield from walk(max(x.called, key=made), times, fused)
             elif not x.opcode.endswith(("-update", "-done")):
                 for called in x.called:
                     yield from walk(called, times, fused or x.opcode not in ("call", "async-start"))
 
-    return list(walk("", 1, False)), sorted(loops.values())
+    return list(walk("", 1, False))
 
 
 def read(text: str) -> Program:

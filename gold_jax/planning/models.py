@@ -61,8 +61,7 @@ def known_config(name: str) -> DecoderConfig | None:
     configs, name = {known.lower(): fields for known, fields in known_models().items()}, name.strip().lower()
     for suffix in ("", "-instruct", "-it", "-pt", "-base"):
         if fields := configs.get(name.removesuffix(suffix)):
-            kind, fields = fields["model_type"], {key: value for key, value in fields.items() if key != "model_type"}
-            return DecoderConfig.from_hf(AutoConfig.for_model(kind, **fields))
+            return DecoderConfig.from_hf(AutoConfig.for_model(**fields))
     return None
 
 

@@ -146,11 +146,6 @@ def meshes(devices: int, pair: Pair) -> Iterator[dict[str, int]]:
                 yield {"data": data, "fsdp": shards // data, "tensor": tensor}
 
 
-def mesh_flag(mesh: Mapping[str, int]) -> str:
-    """A mesh as `--mesh` takes it, such as `fsdp=4,tensor=2`."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "auto"
-
-
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """What one device does in one run of a program, or in a phase of an update."""
@@ -158,7 +153,7 @@ class Cost:
     flops: float = 0.0  # operations, those done again too
     model_flops: float = 0.0  # those that the models need, however they are computed
     hbm_bytes: float = 0.0  # between memory and compute
-    sent: Mapping[str, float] = dataclasses.field(default_factory=dict)  # bytes by mesh axes, as in `read_collectives`
+    sent: Mapping[str, float] = dataclasses.field(default_factory=dict)  # bytes by mesh axes, such as "data+fsdp"
 
     def __add__(self, other: "Cost") -> "Cost":
         sent = {axes: self.sent.get(axes, 0.0) + other.sent.get(axes, 0.0) for axes in {**self.sent, **other.sent}}
@@ -168,12 +163,6 @@ class Cost:
     def __mul__(self, times: float) -> "Cost":
         sent = {axes: times * size for axes, size in self.sent.items()}
         return Cost(times * self.flops, times * self.model_flops, times * self.hbm_bytes, sent)
-
-
-def phase(name: str, cost: Cost, seconds: dict[str, float]) -> dict[str, Any]:
-    """A part of an update on one device: `seconds` that each resource alone would take, of which the slowest is the least time."""
-    slowest = max(seconds, key=seconds.get)
-    return {"name": name, **vars(cost), "seconds": seconds, "least": seconds[slowest], "slowest": slowest}
 
 
 @dataclasses.dataclass
@@ -201,9 +190,11 @@ class Plan:
         self.phases, spent = [], Counter()
         for name, cost in sorted(costs.items(), key=lambda item: _ORDER.index(item[0])):
             sending = link_seconds(cost.sent, self.request.mesh, topology)
-            seconds = cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sending
-            self.phases.append(phase(name, cost, dict(zip(RESOURCES, seconds))))
-            spent[self.phases[-1]["slowest"]] += self.phases[-1]["least"]
+            alone = cost.flops / chip.flops, cost.hbm_bytes / chip.hbm_bandwidth, sending
+            seconds = dict(zip(RESOURCES, alone))
+            slowest, least = max(seconds.items(), key=lambda item: item[1])
+            spent[slowest] += least
+            self.phases.append({"name": name, **vars(cost), "seconds": seconds, "least": least, "slowest": slowest})
         self.together = sum((costs[phase["name"]] for phase in self.phases), Cost())
         self.seconds = sum(phase["least"] for phase in self.phases)  # the least time of an update
         self.slowest = max(spent, key=spent.get)  # the resource that most of that is for
@@ -234,5 +225,5 @@ def link_seconds(sent: Mapping[str, float], mesh: Mapping[str, int], topology: T
         if hosts > 1:  # of what is gathered, `size·n/(n-1)`, a host brings in the others' share, through all its cards
             n = here * hosts
             between += size * n / (n - 1) * (hosts - 1) / hosts / here
-    speed, network = topology.interconnect, topology.between_hosts
+    speed, network = topology.interconnect, topology.chip.network
     return max(within / speed if speed else math.inf, between / network if between and network else 0.0)

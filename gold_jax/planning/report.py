@@ -13,7 +13,8 @@ from gold_jax.planning.advice import Advice, flags_of
 from gold_jax.planning.analytic import ERROR, FORMULA, parameter_count
 from gold_jax.planning.hardware import MEASURED_ON
 from gold_jax.planning.models import ASSUMED_SHARE, Model, Vocabularies
-from gold_jax.planning.plan import RESOURCES, Plan, mesh_flag
+from gold_jax.planning.plan import RESOURCES, Plan
+from gold_jax.sharding.axes import mesh_flag
 from gold_jax.terminal import columns, put, say, section
 from gold_jax.wording import plural
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 
 from gold_jax.wording import shortened
 
@@ -41,3 +42,8 @@ def mesh_sizes(text: str | None, devices: int) -> dict[str, int]:
         instead = f"the sizes must multiply to {devices}, or leave fsdp out for what is left."
         raise ValueError(f"--mesh is {shown}, which takes {takes}; {instead}")
     return {axis: named.get(axis, 1) for axis in AXES}
+
+
+def mesh_flag(sizes: Mapping[str, int]) -> str:
+    """A mesh as `--mesh` takes it, such as `fsdp=4,tensor=2`; `auto` for one device."""
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "auto"

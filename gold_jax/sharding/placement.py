@@ -26,11 +26,6 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     return jax.make_mesh(tuple(sizes[axis] for axis in AXES), AXES, devices=devices, axis_types=types)
 
 
-def describe_mesh(mesh: Mesh) -> str:
-    """The axes that are larger than one, such as `fsdp=4,tensor=2`."""
-    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-
-
 @dataclasses.dataclass(frozen=True)
 class Placement:
     """A mesh and how a model is sharded on it; hashable, so that it can be a static argument of a jitted function."""
@@ -105,15 +100,12 @@ class Placement:
     def put_rows(self, batch: Any) -> Any:
         """Host arrays that hold the rows, or packed sequences, of this process's shards, as arrays on the mesh."""
         sharding, (_, local_shards) = self.sharding(ROW_AXES), self.row_owners()
-        local_index = {shard: k for k, shard in enumerate(local_shards)}
 
         def put(x):
+            parts = dict(zip(local_shards, np.split(x, len(local_shards))))
             unit = len(x) // len(local_shards)
-
-            def part(index):
-                return np.split(x, len(local_shards))[local_index[(index[0].start or 0) // unit]]
-
-            return jax.make_array_from_callback((unit * self.row_shards, *x.shape[1:]), sharding, part)
+            shape = unit * self.row_shards, *x.shape[1:]
+            return jax.make_array_from_callback(shape, sharding, lambda index: parts[(index[0].start or 0) // unit])
 
         return jax.tree.map(put, batch)
 

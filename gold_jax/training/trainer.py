@@ -32,7 +32,8 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, merge, split
 from gold_jax.notebook import table
 from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
-from gold_jax.sharding.placement import Placement, describe_mesh
+from gold_jax.sharding.axes import mesh_flag
+from gold_jax.sharding.placement import Placement
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
@@ -298,7 +299,7 @@ class _Trainer(TrainerMembers):
         device, backend, size, mesh = jax.devices()[0], jax.default_backend(), count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-            mesh = f"{describe_mesh(self.placement.mesh)} ({jax.device_count()} devices{hosts})"
+            mesh = f"{mesh_flag(self.placement.mesh.shape)} ({jax.device_count()} devices{hosts})"
         rows = {
             "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
             **shown,

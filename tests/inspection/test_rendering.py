@@ -194,8 +194,8 @@ def test_the_page_needs_nothing_from_outside(whole):
 
 
 def test_the_part_for_notebooks_styles_nothing_but_itself(whole):
-    reader = read(page.fragment(whole))
+    reader = read(page.page(whole, "fragment.html"))
     rules = re.sub(r"@media[^{]*\{", "", reader.style)
     selectors = [s.strip() for block in re.findall(r"([^{}]+)\{", rules) for s in block.split(",")]
     assert selectors and all(s.startswith(".gold-jax-pair") for s in selectors)
-    assert "<html" not in page.fragment(whole) and page.fragment(whole) in page.page(whole)
+    assert "<html" not in page.page(whole, "fragment.html") and page.page(whole, "fragment.html") in page.page(whole)

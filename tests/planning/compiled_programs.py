@@ -86,15 +86,21 @@ def partitioned(devices):
     return product, (array(mesh, (256, 512), "data", "tensor"), array(mesh, (512, 128), "tensor")), mesh
 
 
+def read(step, arguments, mesh: Mesh) -> dict:
+    """Bytes by axes and operation, and the loops that do not say how often they run, which count as ten."""
+    unknown, by_axes = [], {}
+    executions = hlo.executed(
+        hlo.read(step.lower(*arguments).compile().as_text()), lambda loop: unknown.append(loop) or 10
+    )
+    for (axes, op), sent in read_collectives(executions, dict(mesh.shape)).items():
+        by_axes.setdefault(axes, {})[op] = sent
+    return {"by_axes": by_axes, "unknown_loops": unknown}
+
+
 def main() -> None:
-    devices, found = eight_devices(sys.argv[1]), {}
-    for program in (chain, every_kind, partitioned):
-        step, arguments, mesh = program(devices)
-        executions, unknown = hlo.executed(hlo.read(step.lower(*arguments).compile().as_text()), 10)
-        traffic = read_collectives(executions, dict(mesh.shape))
-        by_axes = {axes: {op: sent._asdict() for op, sent in ops.items()} for axes, ops in traffic.items()}
-        found[program.__name__] = {"by_axes": by_axes, "unknown_loops": unknown}
-    print(json.dumps(found))
+    devices = eight_devices(sys.argv[1])
+    programs = chain, every_kind, partitioned
+    print(json.dumps({program.__name__: read(*program(devices)) for program in programs}))
 
 
 if __name__ == "__main__":

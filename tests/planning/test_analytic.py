@@ -16,7 +16,7 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.planning.analytic import Analytic, attention_product, layer_matrices, parameter_count
 from gold_jax.planning.compiled import PlannedRun, device_bytes
 from gold_jax.planning.hardware import read_topology
-from gold_jax.planning.plan import RESOURCES, Cost, Pair, PlanRequest, phase
+from gold_jax.planning.plan import Pair, PlanRequest
 from gold_jax.rollout import sampler
 
 MATCHED = 354
@@ -249,9 +249,3 @@ def test_a_distillation_step_has_both_models():
     assert micro.cost("optimizer").hbm_bytes == 32 * parameter_count(student)
     further = micro.cost("student, further micro-batches").hbm_bytes - micro.cost("student").hbm_bytes
     assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
-
-
-def test_a_phase_takes_as_long_as_its_slowest_resource():
-    for slowest in RESOURCES:
-        made = phase("student", Cost(), dict.fromkeys(RESOURCES, 1.0) | {slowest: 2.0})
-        assert (made["least"], made["slowest"]) == (2.0, slowest)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from gold_jax.planning import hlo
-from gold_jax.planning.collectives import Traffic, read_collectives
+from gold_jax.planning.collectives import read_collectives
 from gold_jax.planning.hardware import has_gpu_compiler
 
 MESH = {"data": 2, "fsdp": 2, "tensor": 2}
@@ -22,19 +22,23 @@ add {
 """
 
 
-def read(body: str, *, before: str = "", trips=1) -> tuple[dict[str, dict[str, Traffic]], list[str]]:
-    """Traffic by axes and operation, and the loops that do not say how often they run."""
+def by_axes(found: dict[tuple[str, str], float]) -> dict[str, dict[str, float]]:
+    return {axes: {op: sent for (one, op), sent in found.items() if one == axes} for axes, _ in found}
+
+
+def read(body: str, *, before: str = "", trips=1) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Bytes by axes and operation, and the loops that do not say how often they run."""
     program = hlo.read(f"HloModule m\n{ADD}{before}\nENTRY main {{\n{body}\n}}\n")
-    executions, loops = hlo.executed(program, trips)
-    return read_collectives(executions, MESH), loops
+    loops = []
+    executions = hlo.executed(program, lambda loop: loops.append(loop) or trips)
+    return by_axes(read_collectives(executions, MESH)), loops
 
 
 def one(line: str) -> tuple[str, str, float]:
     """Axes, operation and bytes of a program of one collective."""
     ((axes, ops),) = read(f"  p = f32[1024]{{0}} parameter(0)\n  ROOT r = {line}")[0].items()
     ((op, sent),) = ops.items()
-    assert sent.count == 1
-    return axes, op, sent.bytes
+    return axes, op, sent
 
 
 @pytest.mark.parametrize(
@@ -148,7 +152,7 @@ wrapped {{
   s = ((f32[1024]{0}), f32[512]{0}, u32[]) async-start(p), async_execution_thread="sparsecore", calls=wrapped
   u = ((f32[1024]{0}), f32[512]{0}, u32[]) async-update(s), calls=wrapped
   ROOT d = f32[512]{0} async-done(u), calls=wrapped"""
-    assert read(body, before=wrapped)[0] == {"fsdp": {"reduce-scatter": Traffic(2 * KIB, 1)}}
+    assert read(body, before=wrapped)[0] == {"fsdp": {"reduce-scatter": 2 * KIB}}
 
 
 PIECE = 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}'
@@ -187,9 +191,7 @@ def test_the_pieces_of_a_tpus_asynchronous_gather_are_one_and_its_fused_scatter_
   %m = (f32[1024]{0}, f32[2048]{0}) fusion(%g), kind=kOutput, calls=%meanwhile
   %d = f32[2048]{0:T(1024)S(1)} fusion(%g), kind=kCustom, calls=%done
   ROOT %r = f32[1024]{0:T(1024)S(1)} fusion(%d), kind=kCustom, calls=%all-reduce-scatter"""
-    assert read(body, before=TPU_PIECES)[0] == {
-        "fsdp": {"all-gather": Traffic(4 * KIB, 1), "reduce-scatter": Traffic(4 * KIB, 1)}
-    }
+    assert read(body, before=TPU_PIECES)[0] == {"fsdp": {"all-gather": 4 * KIB, "reduce-scatter": 4 * KIB}}
 
 
 GPU = """channel_id=13, replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_1'}, use_global_device_ids=true"""
@@ -238,9 +240,9 @@ def test_gpus_collectives_are_read_combined_wrapped_in_loops_and_in_command_buff
     assert read(body, before=GPU_LAYERS) == (
         {
             "fsdp": {
-                "all-gather": Traffic(layers * 2 * both, layers),
-                "all-reduce": Traffic(layers * 4 * KIB, layers),
-                "reduce-scatter": Traffic(layers * both + 2 * KIB, layers + 1),
+                "all-gather": layers * 2 * both,
+                "all-reduce": layers * 4 * KIB,
+                "reduce-scatter": layers * both + 2 * KIB,
             }
         },
         [],
@@ -295,13 +297,13 @@ COUNTED = "compare(i, c), direction=LT"
     ],
 )
 def test_what_is_in_a_loop_counts_as_often_as_the_loop_runs(options, trips):
-    assert loop(**options) == ({"tensor": {"all-reduce": Traffic(4 * KIB * trips, trips)}}, [])
+    assert loop(**options) == ({"tensor": {"all-reduce": 4 * KIB * trips}}, [])
 
 
 @pytest.mark.parametrize("options", [{"condition": "custom-call(i)"}, {"condition": COUNTED, "start": "parameter(1)"}])
 def test_a_loop_that_does_not_say_how_often_it_runs_counts_once_and_is_named(options):
-    assert loop(**options) == ({"tensor": {"all-reduce": Traffic(4 * KIB, 1)}}, ["jit(f)/while"])
-    assert loop(**options, trips=6)[0] == {"tensor": {"all-reduce": Traffic(24 * KIB, 6)}}
+    assert loop(**options) == ({"tensor": {"all-reduce": 4 * KIB}}, ["jit(f)/while"])
+    assert loop(**options, trips=6)[0] == {"tensor": {"all-reduce": 24 * KIB}}
 
 
 def test_of_a_conditional_the_dearer_branch_counts():
@@ -317,9 +319,9 @@ branch.{size} {{
     body = """  p = s32[] parameter(0)
   x = f32[64]{0} parameter(1)
   ROOT r = f32[64]{0} conditional(p, x, x, x), branch_computations={branch.8, branch.64, branch.16}"""
-    assert read(body, before=branches)[0] == {"fsdp": {"all-reduce": Traffic(256, 1)}}
+    assert read(body, before=branches)[0] == {"fsdp": {"all-reduce": 256}}
     two = "  ROOT r = f32[64]{0} conditional(p, x, x), true_computation=branch.16, false_computation=branch.8"
-    assert read(body.rsplit("\n", 1)[0] + "\n" + two, before=branches)[0] == {"fsdp": {"all-reduce": Traffic(64, 1)}}
+    assert read(body.rsplit("\n", 1)[0] + "\n" + two, before=branches)[0] == {"fsdp": {"all-reduce": 64}}
 
 
 def test_a_text_that_is_no_program_is_refused():
@@ -367,25 +369,25 @@ def test_compiled_programs_send_what_they_say(where):
     assert found["chain"] == {
         "by_axes": {
             "fsdp": {
-                "all-gather": {"bytes": 2 * layers * gathered, "count": 2 * layers},
-                "reduce-scatter": {"bytes": layers * gathered, "count": layers},
+                "all-gather": 2 * layers * gathered,
+                "reduce-scatter": layers * gathered,
             }
         },
         "unknown_loops": [],
     }
     assert found["every_kind"]["by_axes"] == {
         "data": {
-            "all-reduce": {"bytes": 2 * MIB, "count": 1},
-            "collective-permute": {"bytes": 2 * MIB, "count": 1},
+            "all-reduce": 2 * MIB,
+            "collective-permute": 2 * MIB,
         },
-        "data+fsdp": {"all-gather": {"bytes": 6 * MIB, "count": 1}},
-        "data+tensor": {"all-reduce": {"bytes": 7 * 3 * 3 * MIB, "count": 21}},
-        "fsdp": {"reduce-scatter": {"bytes": 2 * MIB, "count": 1}},
+        "data+fsdp": {"all-gather": 6 * MIB},
+        "data+tensor": {"all-reduce": 7 * 3 * 3 * MIB},
+        "fsdp": {"reduce-scatter": 2 * MIB},
         "tensor": {
-            "all-reduce": {"bytes": 2 * MIB, "count": 1},
-            "all-to-all": {"bytes": 2 * MIB, "count": 1},
-            "collective-permute": {"bytes": 20 * MIB, "count": 10},
+            "all-reduce": 2 * MIB,
+            "all-to-all": 2 * MIB,
+            "collective-permute": 20 * MIB,
         },
     }
     assert len(found["every_kind"]["unknown_loops"]) == 1
-    assert found["partitioned"]["by_axes"] == {"tensor": {"all-reduce": {"bytes": 128 * 128 * 4, "count": 1}}}
+    assert found["partitioned"]["by_axes"] == {"tensor": {"all-reduce": 128 * 128 * 4}}
