@@ -34,7 +34,7 @@ from gold_jax.training.annotations import DISPATCH, SAVING, WAITING, annotate
 from gold_jax.training.batches import UpdateBatch
 from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks, weak_method
-from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
+from gold_jax.training.evaluation import BestModel, Evaluator, TeacherMeasures, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
 from gold_jax.training.logging import KEPT, MetricLog, before_after, completions_table, plain_value, trl_names
@@ -58,12 +58,10 @@ class Loop:
         args: the settings.
         console: where to print; quiet in all processes but the first.
         max_new_tokens: most tokens of a greedy completion in evaluation.
-        teacher_score: returns the teacher's measures on the evaluation rows.
+        teacher: what is measured of and with the teacher; None: there is none.
         restart: called before each further `train` of the same student.
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
-        gaps: returns the gaps between a student and the teacher on rows.
-        score_groups: returns the log-probabilities of completions' groups under student and teacher; None: not scored.
     """
 
     def __init__(
@@ -74,13 +72,11 @@ class Loop:
         args: SFTConfig,
         console: Console,
         max_new_tokens: int,
-        teacher_score: Callable[[], Mapping[str, float]] | None = None,
+        teacher: TeacherMeasures | None = None,
         restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
-        gaps: Callable[[LoadedModel, Any], dict[str, float]] = lambda student, rows: {},
-        score_groups: Callable[[LoadedModel, Sequence[tuple[Example, str]]], list[list]] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -94,8 +90,8 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
         self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
-        self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
-        self._score_groups = score_groups
+        self._student, self._teacher, self._restart = student, teacher, restart
+        self._scores_groups = teacher is not None
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
@@ -399,14 +395,14 @@ class Loop:
             rows.append({"step": self.done, "prompt": self._student.chat_tokenizer.render(example.prompt)})
             rows[-1] |= {"completion": text} | more
             rows[-1] |= {} if example.completion is None else {"reference": example.completion}
-        if scored and self._score_groups is not None and rows:
+        if scored and self._scores_groups and rows:
             try:
-                for row, groups in zip(rows, self._score_groups(self.student, samples[:scored])):
+                for row, groups in zip(rows, self._teacher.score_groups(self.student, samples[:scored])):
                     row["groups"] = groups
             except Exception as error:  # such as too little memory; only the report needs this
                 if jax.process_count() > 1:  # the others wait for this one
                     raise
-                self._score_groups = None
+                self._scores_groups = False
                 self.say(f"Completions are no longer scored group by group ({type(error).__name__}: {error}).")
             self._throughput.restart()
         return rows
@@ -435,7 +431,8 @@ class Loop:
             if writes:
                 kept = itertools.islice((e for e in part if e.completion is not None), most)
                 self._written.append((next(names), [*zip(kept, found.predictions)]))
-            return found.metrics | self._gaps(self.student, part)
+            gaps = self._teacher.gaps(self.student, part) if self._teacher and self.args.eval_gaps else {}
+            return found.metrics | gaps
 
         return over_sets(measure, rows)
 
@@ -476,7 +473,7 @@ class Loop:
         self.console.print(f"{plural(self.done, 'update')} done; {plural(self.run.step.compiled, 'program')} compiled.")
         if not after:
             return
-        teacher = self._teacher_score() if self._teacher_score else {}
+        teacher = over_sets(self._teacher.score, self.data.eval) if self._teacher else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
         self._summary.add(results=self.results)

@@ -27,26 +27,24 @@ from gold_jax.distributed.consensus import assert_same_across_processes, raise_i
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import count, merge, split
+from gold_jax.models.functional import count, split
 from gold_jax.notebook import table
-from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
 from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text import check_cache
 from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import Example, as_teacher_reads, load_examples
+from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples
+from gold_jax.text.data import load_examples
 from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
 from gold_jax.text.surface import backend_of
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
-from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments, weak_method
-from gold_jax.training.evaluation import over_sets
+from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
+from gold_jax.training.evaluation import TeacherMeasures
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
-from gold_jax.training.logging import KEPT, header, shown
+from gold_jax.training.logging import header, shown
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
@@ -62,7 +60,6 @@ from gold_jax.training.resume import (
 )
 from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
-from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trackers import require_trackers
 from gold_jax.training.trainer_members import TrainerMembers
 from gold_jax.wording import listed, plural, without_passwords
@@ -236,11 +233,10 @@ class _Trainer(TrainerMembers):
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        options |= dict(teacher_score=teacher and weak_method(self._score_teacher), restart=engine and engine.restart)
-        options |= dict(gaps=weak_method(self._measure_gaps)) if teacher is not None and a.eval_gaps else {}
-        options |= (
-            dict(score_groups=weak_method(self._score_groups)) if teacher is not None and a.log_completions else {}
-        )
+        if teacher is not None:
+            rows = a.per_device_eval_batch_size * self.process_shard.num_shards
+            self._measures = TeacherMeasures(self._teacher, run._replace(params=None), a, rows)
+            options |= dict(teacher=self._measures, restart=engine and engine.restart)
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -315,53 +311,6 @@ class _Trainer(TrainerMembers):
         recipe = {name.capitalize(): rows[name] for name in named if rows.get(name)}
         recipe["Versions"] = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items())
         self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
-
-    def _score_teacher(self, rows: Any = None) -> dict[str, float]:
-        """The teacher's metrics, measured as the student's, with the contexts that it alone reads."""
-        rows = self.eval_examples if rows is None else rows
-        if isinstance(rows, Mapping):
-            return over_sets(self._score_teacher, rows)
-        a, examples = self.args, with_text_completion(rows)
-        teacher = self._teacher._replace(model=self._teacher_now())
-        examples = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
-        size = a.per_device_eval_batch_size * self.process_shard.num_shards
-        chunk = chunk_size(a.loss_chunk, teacher.model.platform)
-        score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
-        found = {"eval_bits_per_byte": score.bits_per_byte}
-        if a.predict_with_generate:
-            options = dict(max_new_tokens=a.max_completion_length, batch_size=size)
-            found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
-        return found
-
-    def _measure_gaps(self, student: LoadedModel, rows: Any) -> dict[str, float]:
-        """Gaps between a student and the teacher on completions of some rows' prompts by either, in bits per byte."""
-        a, teacher = self.args, self._teacher._replace(model=self._teacher_now())
-        size = a.per_device_eval_batch_size * self.process_shard.num_shards
-        options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
-        options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
-        examples = with_text_completion(rows)
-        read = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
-        options |= dict(teacher_prompts=[e.prompt for e in read])
-        found = measure_gaps(student, teacher, [e.prompt for e in examples], **options)
-        measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
-        return {f"eval_{name}": value for name, value in measured.items()}
-
-    def _score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
-        """`score_groups` of completions, with the contexts that the teacher alone reads; rounded, fit for JSON."""
-        teacher, examples = self._teacher._replace(model=self._teacher_now()), [example for example, _ in samples]
-        read = as_teacher_reads(examples, teacher.chat_tokenizer, self.args.teacher_context)
-        options: dict[str, Any] = dict(teacher_prompts=[example.prompt for example in read], batch_size=KEPT)
-        options |= dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
-        prompts, texts = [example.prompt for example in examples], [text for _, text in samples]
-        found = score_groups(student, teacher, prompts, texts, **options)
-        return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
-
-    def _teacher_now(self) -> Decoder:
-        """The teacher, sharing the arrays that updates read."""
-        run = self.loop.run
-        if run.batches.teacher_model is not None:
-            return merge(*run.batches.teacher_model)
-        return merge(run.teacher_graph, restore_teacher(run.teacher_graph, run.step.constants, run.match.vocabulary))
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -735,7 +684,7 @@ class GOLDTrainer(_Trainer):
     @property
     def teacher_model(self) -> Decoder:
         """The teacher, a `Decoder` with arrays of its own."""
-        teacher = self._teacher_now()
+        teacher = self._measures.model
         return teacher.replace(jax.tree.map(jax.numpy.copy, split(teacher)[1]))
 
     @property
