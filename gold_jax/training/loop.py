@@ -289,8 +289,8 @@ class Loop:
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Restores the state of the run from a checkpoint."""
-        now, self.state = self.run_state, state
-        now.restore(metadata, self.data, path.parent)
+        self.state, now = state, self.run_state.restored(metadata, self.data, path.parent)
+        self.run_state = now
         self.checkpoints.go_on_from(path)
         if now.best.saved is not None:
             self.checkpoints.best.add(now.best.saved.step)

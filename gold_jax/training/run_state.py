@@ -28,6 +28,16 @@ from gold_jax.training.rollout_buffer import Rollouts
 from gold_jax.training.step import TrainState, state_shapes
 
 
+_PLAIN = (
+    "run_id",
+    "resumed",
+    "unmeasured",
+    "num_tokens",
+    "completions_due",
+    "shapes",
+)  # of a `RunState`, stored as they are
+
+
 class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
 
@@ -138,29 +148,25 @@ class RunState:
     def metadata(self, data: Data) -> dict[str, Any]:
         """What a checkpoint stores of it, as JSON; waits for the device."""
         measured = {} if self.measured is None else {EVALUATED: self.measured}
-        metadata = {"run": data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
-        metadata |= {"means": self.means.state(), "shapes": self.shapes}
+        metadata = {name: getattr(self, name) for name in _PLAIN} | {"run": data.description | measured}
+        metadata |= {"means": self.means.state(), "skips": self.nonfinite._asdict()}
         if isinstance(data.order, StreamOrder):
             metadata["stream"] = data.order.position(self.done)
         metadata |= {"unwritten": self.unwritten} if self.unwritten else {}
-        metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        metadata |= {"num_tokens": self.num_tokens, "completions_due": self.completions_due}
         return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
 
-    def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
-        """Restores it from the metadata and rollouts of a checkpoint in `folder`, without the unwritten completions."""
+    def restored(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> "RunState":
+        """This state of a new run as a checkpoint in `folder` left it, but for the unwritten completions."""
         if isinstance(data.order, StreamOrder):
             data.order.resume(metadata["step"], metadata["stream"])
-        self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
-        self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
-        self.resumed = metadata.get("resumed", 0) + 1
-        self.measured = metadata["run"].get(EVALUATED, self.measured)
-        self.num_tokens = metadata.get("num_tokens", 0)
-        self.completions_due = metadata.get("completions_due", 0)
+        found = {name: metadata[name] for name in (*_PLAIN, "rollouts") if name in metadata}
+        found |= {"done": metadata["step"], "nonfinite": NonFiniteCounter(**metadata["skips"])}
+        found |= {"resumed": metadata.get("resumed", 0) + 1}
+        found |= {"measured": metadata["run"].get(EVALUATED, self.measured)}
         if (best := metadata.get("best")) is not None:
             self.best.restore(best, folder)
         self.means.restore(metadata["means"])
-        self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
+        return dataclasses.replace(self, **found)
 
 
 def first_trainer_state(args: SFTConfig, total_steps: int, steps_per_epoch: float) -> TrainerState:
