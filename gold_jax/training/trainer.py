@@ -23,7 +23,7 @@ from gold_jax.compilation_cache import user_caches
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.config.trl_compat import MEMBERS
 from gold_jax.cpu import release_freed_memory
-from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
+from gold_jax.distributed.consensus import assert_same_across_processes, raised_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.loss_spec import LossSpec
@@ -348,20 +348,18 @@ class _Trainer(TrainerMembers):
         """
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
-        a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
+        a, pushes = self.args, self.args.push_to_hub and is_main_process()
         if a.report:
             importlib.import_module("gold_jax.reporting.plots").require_bokeh()
         if is_main_process():
             require_trackers(a.report_to)  # before the files of an earlier run are renamed
-        if pushes:
+        with raised_in_all_processes("the repository on the hub", HubError):
             try:
-                where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
-                self.hub_model_id = create_hub_repository(*where)
+                if pushes:
+                    where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
+                    self.hub_model_id = create_hub_repository(*where)
             except HubSilent as error:
                 self.loop.say(str(error))
-            except HubError as error:
-                failed = error
-        raise_in_all_processes("the repository on the hub", failed)
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
@@ -377,12 +375,9 @@ class _Trainer(TrainerMembers):
             self.loop.say(f"The student is saved in {a.output_dir}")
             if a.report:
                 self._write_report()
-        try:
+        with raised_in_all_processes("the push to the hub", HubError):
             if pushes:
                 self.push_to_hub()
-        except HubError as error:
-            failed = error
-        raise_in_all_processes("the push to the hub", failed)
         return output
 
     def report(self) -> Any:
