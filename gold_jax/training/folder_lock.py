@@ -55,7 +55,7 @@ def folders_locked(output: pathlib.Path, checkpoint_dir: str | None) -> Iterator
     if checkpoint_dir and "://" not in checkpoint_dir:
         folders["checkpoint_dir"] = pathlib.Path(checkpoint_dir)
     with contextlib.ExitStack() as held:
-        with raised_in_all_processes("the folders of the run", ValueError, OSError):
+        with raised_in_all_processes("the folders of the run", (ValueError, OSError)):
             for name, folder in folders.items() if is_main_process() else ():
                 folder.mkdir(parents=True, exist_ok=True)
                 if name == "output_dir" or not folder.samefile(output):

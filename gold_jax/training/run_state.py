@@ -27,7 +27,6 @@ from gold_jax.training.resume import EVALUATED, find_and_restore
 from gold_jax.training.rollout_buffer import Rollouts
 from gold_jax.training.step import TrainState, state_shapes
 
-
 _PLAIN = (
     "run_id",
     "resumed",
