@@ -164,7 +164,7 @@ class Loop:
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
                 held = self.checkpoints, self.run, self.data, args, self.output
-                self._saver = Saver(*held, weak_method(self._save_model), self._log, self.watchdog, self.say)
+                self._saver = Saver(*held, weak_method(self._save_model), self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
@@ -327,10 +327,7 @@ class Loop:
         # Imported by name, and only here: the core does not depend on `profiling`.
         profiling, folder = importlib.import_module("gold_jax.profiling"), self.output / "profile"
 
-        def report(summary):
-            self._log.flush()
-            profiling.print_summary(self.console, summary, folder)
-
+        report = functools.partial(profiling.print_summary, self.console, folder=folder)
         block = lambda: jax.block_until_ready(self.state)  # noqa: E731
         return profiling.trace_steps(steps, self.profile_steps, folder, block=block, report=report)
 
@@ -384,7 +381,6 @@ class Loop:
         with self.run_state.holding(rows) as written:
             append_rows(self.output / LOGS[1], written)
         if due:
-            self._log.flush()
             shown = [(row["prompt"], row["completion"]) for row in rows]
             completions_table(self.console, shown, self.args.num_completions_to_print, step=self.done)
 

@@ -19,7 +19,6 @@ from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.training import checkpointing
 from gold_jax.training.annotations import SAVING, annotate
 from gold_jax.training.build import Run
-from gold_jax.training.logging import MetricLog
 from gold_jax.training.nonfinite import Diverged, describe_divergence
 from gold_jax.training.rollout_buffer import to_bytes
 from gold_jax.training.run_state import Data, RunState, named_for_checkpoints, read_params
@@ -41,7 +40,6 @@ class Saver:
     args: SFTConfig
     folder: pathlib.Path  # of the student
     write: Callable[[Decoder, pathlib.Path], Any]  # writes a model into a folder
-    log: MetricLog
     watchdog: Watchdog
     say: Callable[[str], Any]  # prints what was saved when the run ends early
 
@@ -49,7 +47,6 @@ class Saver:
     def checkpoint(self, now: RunState, state: TrainState) -> None:
         """Starts saving everything needed to resume; asynchronous, the device keeps computing."""
         self.watchdog.report(now.done, "saving a checkpoint")
-        self.log.flush()  # a resumed run continues the log from here
         write_student = None
         if jax.process_count() == 1:
             host = jax.tree.map(np.array, state.params)  # a copy: steps donate what is on the device
@@ -139,7 +136,6 @@ class Saver:
 
     def _leave(self, now: RunState, state: TrainState, interrupted: bool) -> NoReturn:
         """Saves and ends the run after Ctrl-C or SIGTERM."""
-        self.log.flush()
         with progress.task("saving a checkpoint"):
             self.checkpoints.finish()
             if now.done and not self.is_saved(now):
@@ -160,7 +156,6 @@ class Saver:
         self.checkpoints.finish()
         if jax.process_count() > 1 or gone or self.is_saved(now) or not now.done:
             return
-        self.log.flush()
         now.count(state.nonfinite)
         self.checkpoint(now, state)
         if self.checkpoints.finish():
@@ -171,7 +166,6 @@ class Saver:
         self, now: RunState, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int
     ) -> NoReturn:
         """Saves and ends a run that skipped too many updates in a row; `rows` are those of the last one."""
-        self.log.flush()
         why = describe_divergence(now.done, now.nonfinite, metrics, state.params, rows, self.args, counted)
         if now.nonfinite.total < now.done:  # the state of the last good update, to resume from with other settings
             now.count(now.nonfinite._replace(in_a_row=0))
