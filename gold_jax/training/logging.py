@@ -323,17 +323,15 @@ def _printable(text: str) -> str:
 
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
     """Show what training changed: names with values before, after and of the teacher; None: not measured."""
-    columns: dict[str, list[str]] = {name: [] for name in ("before", "after", "change", "teacher")}
-    for _, before, after, teacher in rows:
-        both = before is not None and after is not None
-        change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
-        cells = ["" if value is None else shown(value) for value in (before, after, teacher)]
-        for column, cell in zip(columns.values(), [*cells[:2], change, cells[2]]):
-            column.append(cell)
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = []
+    for _, *values in rows:
+        before, after, teacher = ("" if value is None else shown(value) for value in values)
+        change = f"{'+' if values[1] > values[0] else ''}{shown(values[1] - values[0])}" if before and after else ""
+        lines.append((before, after, change, teacher))
+    columns = [column for column in zip(("before", "after", "change", "teacher"), *lines) if any(column[1:])]
     table = Table("", box=box.SIMPLE_HEAD)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for (label, *_), *cells in zip(rows, *columns.values()):
+    for head, *_ in columns:
+        table.add_column(head, justify="right")
+    for (label, *_), *cells in zip(rows, *(column[1:] for column in columns)):
         table.add_row(Text(label), *cells)
     console.print(table)

@@ -30,9 +30,18 @@ WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 # What a checkpoint describes of its run besides the settings that had an effect.
 LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"
-_DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
-_STUDENT = "the student's template and tokenizer"
-_CONFIG = " config"  # suffix of the names of the models' configs
+_DATA, _WEIGHTS = "the training data", "the teacher's weights"
+_CHANGED = "from what the checkpoint was saved with"
+# Of each digest whether a run that differs in it is refused, and what is said; None: which of the values differ.
+_DIGESTS = {
+    _DATA: (True, f"differ {_CHANGED}"),
+    "the student's template and tokenizer": (True, f"differs {_CHANGED}"),
+    "the student's config": (True, None),
+    "the teacher's template and tokenizer": (False, f"differs {_CHANGED}"),
+    "the teacher's config": (False, None),
+    _WEIGHTS: (False, f"differ {_CHANGED}"),
+    EVALUATED: (False, f"differ {_CHANGED}: earlier metrics are of other rows"),
+}
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
@@ -80,30 +89,22 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     if _DATA in now and _DATA not in saved:
         earlier = f"{checkpoint} was saved by an earlier version, which did not describe its training data in full"
         warnings.append(f"{earlier}: check that it is the same")
-    for name in now:
+    for name, new in now.items():
         # Settings that the checkpoint lacks are newer than it.
-        if name == "check_rows" and now[name] != saved.get(name, "before"):
-            refused.append(f"--check_rows is {now[name]} and was {saved.get(name, 'before')}")
+        old = saved.get(name, "before" if name == "check_rows" else new)
+        if name in IGNORED_ON_RESUME or name == MICRO or old == new:
             continue
-        if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
-            continue
-        flag = name if " " in name else f"--{name}"
-        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'}"
-        differ += " from what the checkpoint was saved with"
-        if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
+        if name == _WEIGHTS and str(old).split()[:1] != new.split()[:1]:
             continue  # in another precision, which is reported for --bf16
-        if name.endswith(_CONFIG):
-            differ = f"{name} differs in {_differences(saved[name], now[name])}"
-        if name == EVALUATED:
-            warnings.append(f"{differ}: earlier metrics are of other rows")
-        elif name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
-            warnings.append(differ)
+        flag = name if " " in name else f"--{name}"
+        if name in _DIGESTS:
+            lines, differ = (refused if _DIGESTS[name][0] else warnings), _DIGESTS[name][1]
+            lines.append(f"{name} {differ or f'differs in {_differences(old, new)}'}")
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
-            warnings.append(f"{flag} is now {now[name]!r}; the checkpoint was saved with {saved[name]!r}")
-        elif name in (_DATA, _STUDENT, f"the student's{_CONFIG}"):
-            refused.append(differ)
+            warnings.append(f"{flag} is now {new!r}; the checkpoint was saved with {old!r}")
         else:
-            refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
+            shown = (new, old) if name == "check_rows" else (repr(new), repr(old))
+            refused.append("{} is {} and was {}".format(flag, *shown))
     if refused:
         anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
         instead = f"Resume with what it was saved with, or {anew}."
