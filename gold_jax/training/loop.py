@@ -185,24 +185,16 @@ class Loop:
 
     def _updates(self, signals: SignalHandler) -> None:
         """Build batch, step, log, evaluate, save, stop."""
-        run, args, now, total = self.run, self.args, self.run_state, self.total_steps
+        total, per_epoch, first = self.total_steps, self.data.order.steps_per_epoch, self.done
         self._throughput.restart()
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
-        per_epoch, first = self.data.order.steps_per_epoch, self.done
         for step in self._steps():
             if batch is None:  # a signal came while it was built
                 return
             if step == first or step % per_epoch == 0:
                 self.callbacks.call("on_epoch_begin")
             self.callbacks.call("on_step_begin")
-            with annotate(DISPATCH):  # asynchronous: returns before it is computed
-                if batch.counted:
-                    self.state, metrics = run.step(self.state, batch.batches)
-                else:
-                    self.state, metrics = run.step.skip(self.state)
-                    self.say(f"Update {step + 1} is skipped: nothing in its rows counts in the loss.")
-                current = batch
-                now.advance(batch)
+            current, metrics = batch, self._dispatch(step, batch)
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -213,44 +205,67 @@ class Loop:
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
             self._bar.reach(self.done)
-            line = self._take_in(step, current, metrics)
-            self.callbacks.call("on_step_end")
             ends_epoch = self.done % per_epoch == 0 or self.done == total
-            if ends_epoch:
-                self.callbacks.call("on_epoch_end")
-            self.callbacks.agree()
-            control = self.callbacks.control
-            if control.should_log or self.done == total:
-                self._log_update(line)
-            if now.nonfinite.in_a_row >= args.max_skipped_updates:
-                self._saver.give_up(now, self.state, metrics, self.data.order(step), current.counted)
-            if current.samples and args.log_completions and is_main_process():
-                self._log_completions(step, current.samples)
-            # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
-            closes = self.done == total
-            now.measure_later(control.should_evaluate and not (closes and args.metric_for_best_model is None))
+            self._report(step, current, metrics, ends_epoch)
             if failed is not None:
                 raise failed
-            if now.unmeasured and not closes:
-                measured = signals.interruptible(self.evaluate)
-                if measured is not None:
-                    now.measure_later(False)
-                    self._take_evaluation(measured)
-                    self.callbacks.agree()
-                self._throughput.restart()
-            signals.poll_preemption(self.done)
-            control = self.callbacks.control
-            ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
-            if control.should_save and not (signals.requested or (ends and args.save_strategy != "no")):
-                self._saver.checkpoint(now, self.state)
-                self.callbacks.call("on_save")
-                self._throughput.restart()
+            self._evaluate_and_save(signals)
             if self.callbacks.control.should_training_stop or signals.requested:
                 if not (ends_epoch or signals.requested):
                     self.callbacks.call("on_epoch_end")
                 if self.done < total or signals.requested:
                     return  # after the last update the loop ends by itself, so that its trace is reported
             self.checkpoints.poll()
+
+    @annotate(DISPATCH)
+    def _dispatch(self, step: int, batch: UpdateBatch) -> dict[str, Any]:
+        """Starts an update, and returns its metrics before they are computed."""
+        if batch.counted:
+            self.state, metrics = self.run.step(self.state, batch.batches)
+        else:
+            self.state, metrics = self.run.step.skip(self.state)
+            self.say(f"Update {step + 1} is skipped: nothing in its rows counts in the loss.")
+        self.run_state.advance(batch)
+        return metrics
+
+    def _report(self, step: int, batch: UpdateBatch, metrics: dict[str, Any], ends_epoch: bool) -> None:
+        """Logs an update where that is due; ends the run where it is one of too many that were skipped."""
+        now, schedule, closes = self.run_state, self.run.schedule, self.done == self.total_steps
+        made = step - now.nonfinite.total  # skipped updates do not advance the schedule
+        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
+        now.take(batch, metrics, self.state.nonfinite)
+        self._throughput.add(batch.stats["tokens"])
+        self.callbacks.call("on_step_end")
+        if ends_epoch:
+            self.callbacks.call("on_epoch_end")
+        self.callbacks.agree()
+        control = self.callbacks.control
+        if control.should_log or closes:
+            self._log_update(rate)
+        if now.nonfinite.in_a_row >= self.args.max_skipped_updates:
+            self._saver.give_up(now, self.state, metrics, self.data.order(step), batch.counted)
+        if batch.samples and self.args.log_completions and is_main_process():
+            self._log_completions(step, batch.samples)
+        # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
+        now.measure_later(control.should_evaluate and not (closes and self.args.metric_for_best_model is None))
+
+    def _evaluate_and_save(self, signals: SignalHandler) -> None:
+        """Evaluates and saves where that is due after an update; what a signal cuts short is due later."""
+        now = self.run_state
+        if now.unmeasured and self.done < self.total_steps:
+            measured = signals.interruptible(self.evaluate)
+            if measured is not None:
+                now.measure_later(False)
+                self._take_evaluation(measured)
+                self.callbacks.agree()
+            self._throughput.restart()
+        signals.poll_preemption(self.done)
+        control = self.callbacks.control
+        ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
+        if control.should_save and not (signals.requested or (ends and self.args.save_strategy != "no")):
+            self._saver.checkpoint(now, self.state)
+            self.callbacks.call("on_save")
+            self._throughput.restart()
 
     def _close(self) -> Mapping[str, float]:
         """After the updates: saves, the closing evaluation, the best student. Returns the metrics of that student."""
@@ -340,15 +355,6 @@ class Loop:
         trackers = make_trackers(self.args.report_to, self.args)
         in_notebook = self.console.is_jupyter and not self.args.disable_tqdm
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
-
-    def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Adds an update's metrics to the means of the next log line; returns those that are not averaged."""
-        schedule = self.run.schedule
-        made = step - self.run_state.nonfinite.total  # skipped updates do not advance the schedule
-        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
-        self.run_state.take(batch, metrics, self.state.nonfinite)
-        self._throughput.add(batch.stats["tokens"])
-        return rate
 
     def _log_update(self, rate: Mapping[str, float]) -> None:
         """Logs the means since the last line."""
