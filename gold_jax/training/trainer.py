@@ -87,7 +87,7 @@ class _Trainer(TrainerMembers):
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
     _background: BackgroundCheck | None = None  # the check of all rows during training
-    _card: Mapping[str, Any] = {}  # of the model card: teacher, loss and recipe
+    _card: Mapping[str, Any]  # of the model card: loss and recipe
 
     def __init__(
         self, args, train_dataset, eval_dataset, optimizers, callbacks, compute, console, command, dataset_name
@@ -310,7 +310,7 @@ class _Trainer(TrainerMembers):
         named = ("vocabularies", "completions", "updates", "precision", "device", "mesh")
         recipe = {name.capitalize(): rows[name] for name in named if rows.get(name)}
         recipe["Versions"] = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items())
-        self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
+        self._card = {"loss": rows["loss"], "recipe": recipe}
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -465,6 +465,7 @@ class _Trainer(TrainerMembers):
         """
         given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
         given |= dict(results=self.loop.results, history=self.loop.history, repo_id=self.hub_model_id, **self._card)
+        given |= dict(teacher=self._teacher and self._teacher.name)
         settings = settings_beside_defaults(self.args)
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             settings[name] = {key: value for key, value in settings.get(name, {}).items() if value is not None}
@@ -744,5 +745,4 @@ class GOLDTrainer(_Trainer):
         shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})"}
         shown |= {"vocabularies": _describe_vocabularies(match, sizes), "loss": self.spec.describe()}
         shown |= {"completions": _describe_completions(a, served=engine is not None)}
-        self._card = {"teacher": teacher.name, "loss": self.spec.describe()}
         self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)
