@@ -87,14 +87,10 @@ class RunSummary:
         began, before, how = time.monotonic(), progress.compiled(), "finished"
         try:
             yield
-        except KeyboardInterrupt:
-            how = "interrupted"
-            raise
-        except Preempted:
-            how = "preempted"
-            raise
         except BaseException as error:
-            how = shortened(f"{type(error).__name__}: {error}", 500)
+            named = {KeyboardInterrupt: "interrupted", Preempted: "preempted"}.items()
+            failed = shortened(f"{type(error).__name__}: {error}", 500)
+            how = next((name for kind, name in named if isinstance(error, kind)), failed)
             raise
         finally:
             programs, seconds = (now - then for now, then in zip(progress.compiled(), before))
