@@ -163,13 +163,13 @@ class Loop:
             self.checkpoints.remove_unfinished()
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
-                held = self.checkpoints, self.run, self.data, args, self.output
+                held = self.checkpoints, self.run, self.run_state, self.data, args, self.output
                 self._saver = Saver(*held, weak_method(self._save_model), self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
                 with SignalHandler(self._say_stopping) as signals, updates as self._bar:
-                    with self._saver.saved_when_stopped(signals, self.run_state, lambda: self.state):
+                    with self._saver.saved_when_stopped(signals, lambda: self.state):
                         self._updates(signals)
                 after = self._close()
                 self.callbacks.call("on_train_end")
@@ -243,7 +243,7 @@ class Loop:
         if control.should_log or closes:
             self._log_update(rate)
         if now.nonfinite.in_a_row >= self.args.max_skipped_updates:
-            self._saver.give_up(now, self.state, metrics, self.data.order(step), batch.counted)
+            self._saver.give_up(self.state, metrics, self.data.order(step), batch.counted)
         if batch.samples and self.args.log_completions and is_main_process():
             self._log_completions(step, batch.samples)
         # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
@@ -263,7 +263,7 @@ class Loop:
         control = self.callbacks.control
         ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
         if control.should_save and not (signals.requested or (ends and self.args.save_strategy != "no")):
-            self._saver.checkpoint(now, self.state)
+            self._saver.checkpoint(self.state)
             self.callbacks.call("on_save")
             self._throughput.restart()
 
@@ -272,18 +272,18 @@ class Loop:
         for line in self.data.closing_notices():
             self.say(line)
         # Saved before the closing evaluation, which may fail.
-        if self.args.save_strategy != "no" and self.checkpoints.finish() and not self._saver.is_saved(self.run_state):
-            self._saver.checkpoint(self.run_state, self.state)
+        if self.args.save_strategy != "no" and self.checkpoints.finish() and not self._saver.is_saved():
+            self._saver.checkpoint(self.state)
             self.callbacks.call("on_save")
-        self._saver.student(self.run_state, self.student.model)
+        self._saver.student(self.student.model)
         if self.data.eval is None:
             return {}
         stopped_after_one = self._evaluated is not None and self._evaluated[0] == self.done
         after = self._evaluated[1] if stopped_after_one else self._take_evaluation(self.evaluate())
-        if (params := self._saver.best_params(self.run_state, self.state.params)) is None:
+        if (params := self._saver.best_params(self.state.params)) is None:
             return after
         self.state = self.state._replace(params=params)
-        self._saver.student(self.run_state, self.student.model)
+        self._saver.student(self.student.model)
         return self.evaluate()
 
     # start
@@ -454,8 +454,8 @@ class Loop:
         self.record(metrics, "on_evaluate")
         self._log_evaluated()
         self.run_state.best.take(metrics, self.done)
-        if self._saver.is_saved(self.run_state):
-            self._saver.mark_best(self.run_state)
+        if self._saver.is_saved():
+            self._saver.mark_best()
         return metrics
 
     def _evaluate_before(self) -> Mapping[str, float]:
