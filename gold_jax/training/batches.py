@@ -461,11 +461,9 @@ class TokenBatchBuilder:
 
     def _row(self, example: Example, max_length: int | None):
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""
-        if self.counted != "completion" and example.messages:
-            ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length)
-            text = None
-        elif example.answers > 1 and example.messages:
-            before = sum(message.get("role") == "assistant" for message in example.messages) - example.answers
+        if example.messages and (self.counted != "completion" or example.answers > 1):
+            turns = sum(message.get("role") == "assistant" for message in example.messages)
+            before = turns - example.answers if self.counted == "completion" else 0  # answers that are not learned
             ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length, skip=before)
             text = None
         else:

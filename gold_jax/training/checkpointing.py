@@ -346,7 +346,8 @@ def restore(path: str | os.PathLike, metadata: Mapping[str, Any], abstract: Any)
     if bad := [name for name, sum_ in sums if sum_ != metadata["arrays"][name][2]]:
         raise BadCheckpoint(f"{listed(bad, 3)} in it differ from what was saved")
     new = {name: jnp.zeros(x.shape, x.dtype, device=x.sharding) for name, x in target.items() if name not in wanted}
-    return from_named_arrays(abstract, {**arrays, **new})
+    leaves = arrays | new
+    return jax.tree.unflatten(jax.tree.structure(abstract), [leaves[name] for name in target])
 
 
 def named_arrays(tree: Any) -> dict[str, Any]:
@@ -356,11 +357,6 @@ def named_arrays(tree: Any) -> dict[str, Any]:
     if len(found) != len(leaves):
         raise ValueError("two arrays of the state have the same name, so they cannot be told apart in a checkpoint")
     return found
-
-
-def from_named_arrays(tree: Any, arrays: Mapping[str, Any]) -> Any:
-    """The pytree with the arrays of these names as its leaves."""
-    return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in named_arrays(tree)])
 
 
 @jax.jit
