@@ -1,6 +1,5 @@
 """GOLDTrainer and SFTTrainer, which make a run from names or objects. The run itself is `training.loop`."""
 
-import copy
 import dataclasses
 import functools
 import importlib
@@ -9,7 +8,7 @@ import os
 import pathlib
 import shlex
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -19,7 +18,6 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from gold_jax import progress
-from gold_jax.compilation_cache import user_caches
 from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
 from gold_jax.config.trl_compat import MEMBERS
 from gold_jax.cpu import release_freed_memory
@@ -31,16 +29,13 @@ from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import count, split
 from gold_jax.notebook import table
 from gold_jax.sharding.placement import Placement, describe_mesh
-from gold_jax.text import check_cache
-from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples
+from gold_jax.text.checks import check_evaluations
 from gold_jax.text.data import load_examples
-from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
-from gold_jax.text.surface import backend_of
+from gold_jax.text.stream import RowStream, ShuffledRows, open_stream
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
-from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
+from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.evaluation import TeacherMeasures
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
@@ -58,6 +53,7 @@ from gold_jax.training.resume import (
     describe_tokenizer,
     describe_weights,
 )
+from gold_jax.training.rows import TrainingRows, check_training_rows, needs_all_rows
 from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
 from gold_jax.training.trackers import require_trackers
@@ -65,8 +61,6 @@ from gold_jax.training.trainer_members import TrainerMembers
 from gold_jax.wording import listed, plural, without_passwords
 
 SFT_NEW_TOKENS = 128
-_CACHED_FROM = 10_000  # rows: results of checking fewer are not cached
-_BACKGROUND_FROM = 200_000  # rows: with `check_rows="auto"`, fewer are checked before training
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
@@ -86,7 +80,6 @@ class _Trainer(TrainerMembers):
     model_name_or_path: str  # of the student
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
-    _background: BackgroundCheck | None = None  # the check of all rows during training
     _card: Mapping[str, Any]  # of the model card: loss and recipe
 
     def __init__(
@@ -118,7 +111,7 @@ class _Trainer(TrainerMembers):
         if isinstance(train_dataset, datasets.IterableDataset):
             train_dataset = open_stream(train_dataset, **named)
         streamed = isinstance(train_dataset, RowStream)
-        if streamed and (why := _needs_all_rows(a)):
+        if streamed and (why := needs_all_rows(a)):
             raise ValueError(f"a streamed data set has no length: {why}")
         self.train_examples: Any = train_dataset if streamed else read(train_dataset)
         several = isinstance(eval_dataset, Mapping)
@@ -151,96 +144,43 @@ class _Trainer(TrainerMembers):
         options |= dict(remat=a.gradient_checkpointing, placement=self.placement)
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
-    def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows | RowChecker:
-        """The training rows that can be learned from, or, if they are checked during training, what checks them.
-
-        `options` are those of `check_examples`; `learned` is everything that `count_targets` depends on besides the
-        tokenizers.
-        """
-        examples: Any = self.train_examples
-        options["source"] = getattr(examples, "source", "the data set")
-        if isinstance(examples, RowStream):
-            return RowChecker(chat_tokenizer, **options)
-        if not self._checks_in_background():
-            checked, cached = self._check_all(examples, learned, chat_tokenizer, options)
-            if cached:
-                self.console.print(
-                    f"The {len(examples):,} rows were checked in an earlier run, with the same settings."
-                )
-            return checked
-        self.train_examples = ShuffledRows.of(examples)
-        if jax.process_count() == 1:
-            # With tokenizers of its own: setting truncation and padding is not thread-safe.
-            own_tokenizer, own_options = copy.deepcopy((chat_tokenizer, options))
-
-            def check(after_block: Callable[[RowChecker], Any]) -> CheckedRows:
-                return self._check_all(examples, learned, own_tokenizer, own_options, after_block)[0]
-
-            self._background = BackgroundCheck(check, len(examples))
-        else:
-            self.console.print(
-                "With several processes there is no background check: rows are checked as they are used."
-            )
-        return RowChecker(chat_tokenizer, **options)
-
-    def _checks_in_background(self) -> bool:
-        """Whether rows are checked during training; ValueError if that is requested and not possible."""
-        when, why = self.args.check_rows, _needs_all_rows(self.args)
-        if when == "beside" and why:
-            raise ValueError(f"--check_rows beside does not know all rows when training begins: {why}")
-        return when == "beside" or (when == "auto" and not why and len(self.train_examples) >= _BACKGROUND_FROM)
-
-    def _check_all(
-        self,
-        examples: Any,
-        learned: Any,
-        chat_tokenizer: ChatTokenizer,
-        options: dict[str, Any],
-        after_block: Callable[[RowChecker], Any] | None = None,
-    ) -> tuple[CheckedRows, bool]:
-        """The result of `check_examples` for all rows, and whether it comes from the cache of an earlier run."""
-        check = functools.partial(check_examples, examples, chat_tokenizer, after_block, **options)
-        sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
-        known = all(backend_of(side.tokenizer) is not None for side in sides)  # digests of others are incomplete
-        large = len(examples) >= _CACHED_FROM and datasets.is_caching_enabled()
-        if not (known and large and (data := check_cache.data_key(examples))):
-            return check(), False
-        key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
-        key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
-        key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
-        return check_cache.remembered(user_caches() / "checked", key, check)
+    def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> TrainingRows:
+        """`check_training_rows` of this run's rows."""
+        given = self.args, self.train_examples, learned, chat_tokenizer, self.process_shard.num_shards, self.console
+        rows = check_training_rows(*given, **options)
+        self.train_examples = rows.examples
+        return rows
 
     def _set_up(
-        self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
+        self, student, rows: TrainingRows, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
-        """Prints what is about to run (`shown`), and makes the loop that runs it on the `checked` rows."""
+        """Prints what is about to run (`shown`), and makes the loop that runs it on these rows."""
         a = self.args
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
         measured, evaluated = self._check_evaluation_rows(sides)
-        self.notices = [*a.notices, *self._notices_of(checked), *measured, *named_without_effect(a, facts), *notices]
+        self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
-        data = Data(self.train_examples, self.eval_examples, self._order_of(checked), {}, self._background)
+        data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
         self._show(student, data, shown)
         # All processes compute together from here on; one that failed to load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        streamed = isinstance(checked, RowChecker)
-        digests = _digests(sides, self.train_examples.digest if streamed else checked.digest, evaluated)
-        data = data._replace(description=self._describe(checked, facts, digests))
+        digests = _digests(sides, rows.digest, evaluated)
+        data = data._replace(description=self._describe(rows, facts, digests))
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         if teacher is not None:
-            rows = a.per_device_eval_batch_size * self.process_shard.num_shards
-            self._measures = TeacherMeasures(self._teacher, run._replace(params=None), a, rows)
+            size = a.per_device_eval_batch_size * self.process_shard.num_shards
+            self._measures = TeacherMeasures(self._teacher, run._replace(params=None), a, size)
             options |= dict(teacher=self._measures, restart=engine and engine.restart)
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
-            known |= {"data": self.dataset_name, "rows": None if streamed else len(checked.kept), "digests": digests}
+            known |= {"data": self.dataset_name, "rows": rows.count, "digests": digests}
             known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
             options["summary"] = RunSummary(a.output_dir, known, self.command)
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
@@ -257,31 +197,13 @@ class _Trainer(TrainerMembers):
         self.eval_examples, measured, evaluated = self._check_evaluation(self.eval_examples)
         return measured, evaluated
 
-    def _notices_of(self, checked: CheckedRows | RowChecker) -> list[str]:
-        """Notices about the training rows; those of streamed rows come when they are read."""
-        found = () if isinstance(checked, RowChecker) else checked.notices
-        read = [*self.train_examples.notices, *found]
-        if cut := len(getattr(self.train_examples, "shortened", ())):
-            read.append(f"--truncation_mode keep_end: the beginning of {plural(cut, 'prompt')} was cut off")
-        return read
-
-    def _order_of(self, checked: CheckedRows | RowChecker) -> RowOrder | StreamOrder:
-        """The order in which the run learns from the checked rows."""
-        a, rows_per_step = self.args, self.args.rows_per_update * self.process_shard.num_shards
-        if isinstance(checked, RowChecker):
-            say = functools.partial(self.console.print, markup=False, soft_wrap=True)
-            return StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
-        return RowOrder(checked.kept, rows_per_step, a.seed)
-
-    def _describe(
-        self, checked: CheckedRows | RowChecker, facts: RunFacts, digests: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _describe(self, rows: TrainingRows, facts: RunFacts, digests: Mapping[str, Any]) -> dict[str, Any]:
         """Everything the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
         a, shards = self.args, self.process_shard.num_shards
         unused = {name for name, _ in without_effect(a, facts)}
         description = {name: value for name, value in a.to_dict().items() if name not in unused}
-        description |= {} if isinstance(checked, RowChecker) else {LEARNED: len(checked.kept)}
-        description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
+        description |= {} if rows.count is None else {LEARNED: rows.count}
+        description |= {"check_rows": "beside" if isinstance(rows.examples, ShuffledRows) else "before"}
         description |= {ROWS: a.rows_per_update * shards, MICRO: a.per_device_train_batch_size * shards, **digests}
         return json.loads(without_passwords(json.dumps(description, default=str)))
 
@@ -531,19 +453,6 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.loop.say(str(error))
 
 
-def _needs_all_rows(args: SFTConfig) -> str | None:
-    """Which setting needs all rows to be known before training, and what to set instead; None: none does."""
-    if args.max_steps < 0:
-        return "say with --max_steps how many updates to make"
-    if "epoch" in (args.eval_strategy, args.save_strategy):
-        return "no epoch ends at an update: use steps"
-    if args.truncation_mode == "keep_end":
-        return "prompts are not shortened: use --truncation_mode keep_start"
-    if isinstance(args, GOLDConfig) and args.rollout_batches > 1:
-        return "completions are drawn for one update: use --rollout_batches 1"
-    return None
-
-
 def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     """ValueError if `metric_for_best_model` is not a metric of one of several evaluation sets."""
     wanted = args.metric_for_best_model
@@ -656,8 +565,8 @@ class SFTTrainer(_Trainer):
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
         options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
         options |= dict(max_length=args.max_length, count_targets=targets, on_bad_row=args.on_bad_row)
-        checked = self._check(learned, student.chat_tokenizer, **options)
-        self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
+        rows = self._check(learned, student.chat_tokenizer, **options)
+        self._set_up(student, rows, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
 
 class GOLDTrainer(_Trainer):
@@ -738,11 +647,11 @@ class GOLDTrainer(_Trainer):
         if a.truncation_mode == "keep_end":
             room = lambda _: a.prompt_budget  # noqa: E731
             self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
-        checked = self._check((self.spec, match.same), student.chat_tokenizer, **options)
+        rows = self._check((self.spec, match.same), student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
         shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})"}
         shown |= {"vocabularies": _describe_vocabularies(match, sizes), "loss": self.spec.describe()}
         shown |= {"completions": _describe_completions(a, served=engine is not None)}
-        self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)
+        self._set_up(student, rows, shown, a.max_completion_length, teacher, match, engine, notices)
