@@ -58,7 +58,7 @@ class Loop:
         args: the settings.
         console: where to print; quiet in all processes but the first.
         max_new_tokens: most tokens of a greedy completion in evaluation.
-        teacher: what is measured of and with the teacher; None: there is none.
+        teacher: its name and tokenizer; None: there is none.
         restart: called before each further `train` of the same student.
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
@@ -72,7 +72,7 @@ class Loop:
         args: SFTConfig,
         console: Console,
         max_new_tokens: int,
-        teacher: TeacherMeasures | None = None,
+        teacher: LoadedModel | None = None,
         restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
@@ -90,11 +90,11 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
         self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
-        self._student, self._teacher, self._restart = student, teacher, restart
-        self._scores_groups = teacher is not None
+        self._student, self._restart, self._scores_groups = student, restart, teacher is not None
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
+        self.teacher = None if teacher is None else TeacherMeasures(teacher, self.run, args, rows)
         self._evaluator = Evaluator(run.step, batches, rows, args.loss_chunk, max_new_tokens, compute_metrics)
         self._trained, self._log, self._summary = False, None, summary or RunSummary(None)
         self._reset()
@@ -399,7 +399,7 @@ class Loop:
             rows[-1] |= {} if example.completion is None else {"reference": example.completion}
         if scored and self._scores_groups and rows:
             try:
-                for row, groups in zip(rows, self._teacher.score_groups(self.student, samples[:scored])):
+                for row, groups in zip(rows, self.teacher.score_groups(self.student, samples[:scored])):
                     row["groups"] = groups
             except Exception as error:  # such as too little memory; only the report needs this
                 if jax.process_count() > 1:  # the others wait for this one
@@ -433,7 +433,7 @@ class Loop:
             if writes:
                 kept = itertools.islice((e for e in part if e.completion is not None), most)
                 self._written.append((next(names), [*zip(kept, found.predictions)]))
-            gaps = self._teacher.gaps(self.student, part) if self._teacher and self.args.eval_gaps else {}
+            gaps = self.teacher.gaps(self.student, part) if self.teacher and self.args.eval_gaps else {}
             return found.metrics | gaps
 
         return over_sets(measure, rows)
@@ -475,7 +475,7 @@ class Loop:
         self.console.print(f"{plural(self.done, 'update')} done; {plural(self.run.step.compiled, 'program')} compiled.")
         if not after:
             return
-        teacher = over_sets(self._teacher.score, self.data.eval) if self._teacher else {}
+        teacher = over_sets(self.teacher.score, self.data.eval) if self.teacher else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
         self._summary.add(results=self.results)

@@ -37,7 +37,6 @@ from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
-from gold_jax.training.evaluation import TeacherMeasures
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.logging import header, shown
 from gold_jax.training.loop import Loop
@@ -173,10 +172,7 @@ class _Trainer(TrainerMembers):
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        if teacher is not None:
-            size = a.per_device_eval_batch_size * self.process_shard.num_shards
-            self._measures = TeacherMeasures(self._teacher, run._replace(params=None), a, size)
-            options |= dict(teacher=self._measures, restart=engine and engine.restart)
+        options |= dict(teacher=self._teacher, restart=engine and engine.restart)
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
@@ -589,7 +585,7 @@ class GOLDTrainer(_Trainer):
     @property
     def teacher_model(self) -> Decoder:
         """The teacher, a `Decoder` with arrays of its own."""
-        teacher = self._measures.model
+        teacher = self.loop.teacher.model
         return teacher.replace(jax.tree.map(jax.numpy.copy, split(teacher)[1]))
 
     @property
