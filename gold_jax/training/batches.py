@@ -424,7 +424,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # that of `DistillationBatchBuilder`; nothing is sampled here
+    rollout_batches, engine = 1, None  # those of `DistillationBatchBuilder`; nothing is sampled here
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 

@@ -59,7 +59,6 @@ class Loop:
         console: where to print; quiet in all processes but the first.
         max_new_tokens: most tokens of a greedy completion in evaluation.
         teacher: its name and tokenizer; None: there is none.
-        restart: called before each further `train` of the same student.
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
     """
@@ -73,7 +72,6 @@ class Loop:
         console: Console,
         max_new_tokens: int,
         teacher: LoadedModel | None = None,
-        restart: Callable[[], Any] | None = None,
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
@@ -90,7 +88,7 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
         self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
-        self._student, self._restart, self._scores_groups = student, restart, teacher is not None
+        self._student, self._scores_groups = student, teacher is not None
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
@@ -152,8 +150,8 @@ class Loop:
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
-            if self._trained and self._restart is not None:
-                self._restart()
+            if self._trained and self.run.batches.engine is not None:
+                self.run.batches.engine.restart()
             self._trained = True
             self._reset()
             if found is None:
@@ -292,7 +290,6 @@ class Loop:
         """The state before the first update: the current parameters, all else new."""
         self.state = init_state(self.run.step.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
-        self.run_state.begin()
         if is_main_process():
             begin_logs(self.run_state.run_id, self.output, self.checkpoints.folder, self.say)
 

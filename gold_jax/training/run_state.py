@@ -83,7 +83,8 @@ class RunState:
 
     best: BestModel
     measured: str | None  # a digest of the rows of the evaluation before the first update
-    run_id: str = ""  # distinguishes checkpoints of several runs in one folder
+    # Distinguishes checkpoints of several runs in one folder; "" in those of early versions.
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     # How often the run was resumed: orders checkpoints where it was resumed from an older one.
     resumed: int = 0
     done: int = 0  # updates so far
@@ -96,10 +97,6 @@ class RunState:
     unmeasured: bool = False  # whether an evaluation is due after the last update
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
     completions_due: int = 0  # from which update on completions are shown again, and scored
-
-    def begin(self) -> None:
-        """Starts a new run."""
-        self.run_id = uuid.uuid4().hex
 
     def advance(self, batch: UpdateBatch) -> None:
         """Counts an update of this batch."""
@@ -158,7 +155,7 @@ class RunState:
         """This state of a new run as a checkpoint in `folder` left it, but for the unwritten completions."""
         if isinstance(data.order, StreamOrder):
             data.order.resume(metadata["step"], metadata["stream"])
-        found = {name: metadata[name] for name in (*_PLAIN, "rollouts") if name in metadata}
+        found = {"run_id": ""} | {name: metadata[name] for name in (*_PLAIN, "rollouts") if name in metadata}
         found |= {"done": metadata["step"], "nonfinite": NonFiniteCounter(**metadata["skips"])}
         found |= {"resumed": metadata.get("resumed", 0) + 1}
         found |= {"measured": metadata["run"].get(EVALUATED, self.measured)}

@@ -171,8 +171,7 @@ class _Trainer(TrainerMembers):
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
-        options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        options |= dict(teacher=self._teacher, restart=engine and engine.restart)
+        options = dict(teacher=self._teacher, callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         if is_main_process():
             known = {"student": student.name, "method": self.method}
             known |= {name: value for name, value in shown.items() if value is not None}
