@@ -39,7 +39,7 @@ from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
 from gold_jax.training.logging import KEPT, MetricLog, before_after, completions_table, plain_value, trl_names
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, append_rows, begin_logs, continue_logs
-from gold_jax.training.run_state import Data, RunState, find_checkpoint, first_trainer_state
+from gold_jax.training.run_state import Data, RunState, find_checkpoint, trainer_state
 from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.saving import Saver
 from gold_jax.training.signals import SignalHandler
@@ -109,7 +109,6 @@ class Loop:
         best = BestModel(self.args.metric_for_best_model, self.args.greater_is_better)
         self.run_state = RunState(best, self.data.description.get(EVALUATED))
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
-        self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
         # For the model card: metrics of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
         self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
@@ -123,8 +122,7 @@ class Loop:
 
     def trainer_state(self) -> TrainerState:
         """The current state of the run as transformers has it; its `log_history` is not a copy."""
-        epoch, found = self.done / self.data.order.steps_per_epoch, self.run_state.for_transformers()
-        return dataclasses.replace(self._trainer_state, epoch=epoch, log_history=self.history, **found)
+        return trainer_state(self.run_state, self.args, self.data, self.history)
 
     def train(self, resume: str | None = None) -> TrainOutput:
         """Runs all updates and saves the student.

@@ -135,12 +135,6 @@ class RunState:
             self.means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self.num_tokens += int(batch.stats["tokens"])
 
-    def for_transformers(self) -> dict[str, Any]:
-        """The fields of transformers' `TrainerState` that it determines."""
-        best, found = self.best.best, dict(global_step=self.done, num_input_tokens_seen=self.num_tokens)
-        found |= {} if best is None else {"best_metric": best.metric, "best_global_step": best.step}
-        return found | {"best_model_checkpoint": self.best.checkpoint}
-
     def metadata(self, data: Data) -> dict[str, Any]:
         """What a checkpoint stores of it, as JSON; waits for the device."""
         measured = {} if self.measured is None else {EVALUATED: self.measured}
@@ -165,13 +159,17 @@ class RunState:
         return dataclasses.replace(self, **found)
 
 
-def first_trainer_state(args: SFTConfig, total_steps: int, steps_per_epoch: float) -> TrainerState:
-    """transformers' `TrainerState` of a new run, with the fields that never change."""
-    intervals = {name: args.interval(name, total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
-    totals = dict(max_steps=total_steps, num_train_epochs=math.ceil(total_steps / steps_per_epoch))
-    main, size = is_main_process(), args.per_device_train_batch_size
-    first = dict(is_world_process_zero=main, is_local_process_zero=main, train_batch_size=size)
-    return TrainerState(**totals, **intervals, **first)
+def trainer_state(now: RunState, args: SFTConfig, data: Data, history: list[dict[str, Any]]) -> TrainerState:
+    """The state of a run as transformers has it; its `log_history` is not a copy."""
+    total, per_epoch, main = data.total_steps(args), data.order.steps_per_epoch, is_main_process()
+    found = {name: args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")}
+    if (best := now.best.best) is not None:
+        found |= {"best_metric": best.metric, "best_global_step": best.step}
+    return TrainerState(
+        epoch=now.done / per_epoch, global_step=now.done, max_steps=total, num_train_epochs=math.ceil(total / per_epoch),
+        num_input_tokens_seen=now.num_tokens, train_batch_size=args.per_device_train_batch_size, log_history=history,
+        best_model_checkpoint=now.best.checkpoint, is_world_process_zero=main, is_local_process_zero=main, **found,
+    )  # fmt: skip
 
 
 def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainState) -> dict[str, Any]:
