@@ -90,11 +90,9 @@ def task(name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
         yield one
 
 
-def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items and shows how many are done; `total` None: `len(items)`, if there is one."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with task(name, total) as one:
+def track(items: Iterable[T], name: str) -> Iterator[T]:
+    """Yields the items and shows how many are done, of `len(items)` if there is one."""
+    with task(name, len(items) if hasattr(items, "__len__") else None) as one:
         for item in items:
             yield item
             one.advance()

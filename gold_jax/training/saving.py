@@ -112,12 +112,12 @@ class Saver:
         try:
             try:
                 yield
+            except (InterruptedTwice, Diverged):
+                raise
             except KeyboardInterrupt:
-                if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
+                if jax.process_count() > 1:  # to save takes all processes
                     raise
                 signals.request("interrupt")
-            except Diverged:
-                raise
             except Exception as error:
                 with contextlib.suppress(Exception):  # the first error is the one to raise
                     self._after_error(state())
