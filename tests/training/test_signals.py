@@ -99,7 +99,7 @@ def test_sigterm_ends_a_command_that_trains_so_that_it_is_started_again_before_i
     program = """
 import os, signal
 from gold_jax import cli
-from gold_jax.training.signals import InterruptedTwice, SignalHandler
+from gold_jax.training.signals import SignalHandler
 
 def main(argv):
     with SignalHandler() as signals:
