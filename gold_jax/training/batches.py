@@ -172,16 +172,15 @@ class DistillationBatchBuilder:
             drawn |= found
         examples, on_policy, local_rows, prompt_ids = rows
         others = {i: examples[i] for i in local_rows if not on_policy[i]}
-        if self.teacher_model is None:
-            with annotate(ENCODING):
-                given = {id(example): example for example in others.values()}
-                given = {number: example.completion_for(self.student) for number, example in given.items()}
         rollouts = dict(zip(rows.of_student, drawn.pop(step), strict=True))
         prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
         with annotate(SAMPLER):
             sampled = {i: completion_from_ids(self.student, rollouts[i].ids, after=p) for i, p in prompts.items()}
         completions = sampled
         if self.teacher_model is None:
+            with annotate(ENCODING):  # of a row that comes several times once
+                distinct = {id(example): example for example in others.values()}
+                given = {number: example.completion_for(self.student) for number, example in distinct.items()}
             completions = sampled | {i: given[id(example)] for i, example in others.items()}
         elif teacher_rows := np.flatnonzero(~on_policy).tolist():
             key = jax.random.fold_in(self._key(step), 1)

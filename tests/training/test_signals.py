@@ -54,7 +54,7 @@ def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
     with SignalHandler() as signals:
         send(signal.SIGTERM)
         send(signal.SIGTERM)
-    with SignalHandler() as signals:
+    with SignalHandler():
         send(signal.SIGINT)
         with pytest.raises(InterruptedTwice):
             send(signal.SIGINT)
