@@ -51,7 +51,7 @@ def test_an_error_of_what_may_be_cut_short_is_not_hidden():
 
 
 def test_a_second_ctrl_c_ends_at_once_and_a_second_sigterm_does_not():
-    with SignalHandler() as signals:
+    with SignalHandler():
         send(signal.SIGTERM)
         send(signal.SIGTERM)
     with SignalHandler():
