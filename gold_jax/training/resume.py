@@ -15,20 +15,22 @@ import jax
 import numpy as np
 from etils import epath
 
-from gold_jax.config import GOLDConfig, fields_with
+from gold_jax.config import GOLDConfig, RunFacts, fields_with, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.json_files import read_json_object
+from gold_jax.loading import LoadedModel
+from gold_jax.models.functional import split
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
-from gold_jax.wording import listed
+from gold_jax.wording import listed, without_passwords
 
 # Settings that a resumed run may change silently, and those whose change is reported, as it makes another run.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 # What a checkpoint describes of its run besides the settings that had an effect.
-LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
+_LEARNED, _ROWS, _MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"
 _DATA, _WEIGHTS = "the training data", "the teacher's weights"
 _CHANGED = "from what the checkpoint was saved with"
@@ -42,6 +44,33 @@ _DIGESTS = {
     _WEIGHTS: (False, f"differ {_CHANGED}"),
     EVALUATED: (False, f"differ {_CHANGED}: earlier metrics are of other rows"),
 }
+
+
+def digests_of(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
+    """What is compared of data and models: `sides` by whose they are, and digests of the rows (None: no evaluation)."""
+    digests = {_DATA: rows}
+    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
+    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
+    if evaluated is not None:
+        digests[EVALUATED] = evaluated
+    if "the teacher" in sides:
+        digests[_WEIGHTS] = describe_weights(split(sides["the teacher"].model)[1])
+    return digests
+
+
+def describe_run(
+    facts: RunFacts, digests: Mapping[str, Any], shards: int, count: int | None, checked: str
+) -> dict[str, Any]:
+    """Everything that updates depend on, as JSON: the settings that have an effect, sizes of updates, and `digests`.
+
+    `count` rows can be learned from (None: not known); they are `checked` "before" training or "beside" it.
+    """
+    args, unused = facts.args, {name for name, _ in without_effect(facts.args, facts)}
+    description = {name: value for name, value in args.to_dict().items() if name not in unused}
+    description |= {} if count is None else {_LEARNED: count}
+    description |= {"check_rows": checked, _ROWS: args.rows_per_update * shards}
+    description |= {_MICRO: args.per_device_train_batch_size * shards, **digests}
+    return json.loads(without_passwords(json.dumps(description, default=str)))
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
@@ -92,7 +121,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     for name, new in now.items():
         # Settings that the checkpoint lacks are newer than it.
         old = saved.get(name, "before" if name == "check_rows" else new)
-        if name in IGNORED_ON_RESUME or name == MICRO or old == new:
+        if name in IGNORED_ON_RESUME or name == _MICRO or old == new:
             continue
         if name == _WEIGHTS and str(old).split()[:1] != new.split()[:1]:
             continue  # in another precision, which is reported for --bf16
@@ -120,10 +149,10 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether another split into devices and micro-batches keeps the rows of every update and which are on-policy."""
-    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(ROWS) != now[ROWS]:
+    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(_ROWS) != now[_ROWS]:
         return False
-    micro = saved.get(MICRO, saved.get("per_device_train_batch_size"))  # old checkpoints have only the latter
-    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(MICRO))
+    micro = saved.get(_MICRO, saved.get("per_device_train_batch_size"))  # old checkpoints have only the latter
+    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(_MICRO))
 
 
 def find_and_restore(

@@ -36,6 +36,11 @@ class TrainingRows(NamedTuple):
     count: int | None = None  # None: they are checked during training
     background: BackgroundCheck | None = None  # the check of all rows during training
 
+    @property
+    def checked(self) -> str:
+        """When rows are: "beside" training or "before" it, as `check_rows` has it."""
+        return "beside" if isinstance(self.examples, ShuffledRows) else "before"
+
 
 def check_training_rows(
     args: SFTConfig,

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib
-import json
 import os
 import pathlib
 import shlex
@@ -18,7 +17,7 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from gold_jax import progress
-from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
+from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value
 from gold_jax.config.trl_compat import MEMBERS
 from gold_jax.cpu import release_freed_memory
 from gold_jax.distributed.consensus import assert_same_across_processes, raised_in_all_processes
@@ -32,7 +31,7 @@ from gold_jax.sharding.placement import Placement, describe_mesh
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluations
 from gold_jax.text.data import load_examples
-from gold_jax.text.stream import RowStream, ShuffledRows, open_stream
+from gold_jax.text.stream import RowStream, open_stream
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
 from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
@@ -42,16 +41,7 @@ from gold_jax.training.logging import header, shown
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
-from gold_jax.training.resume import (
-    EVALUATED,
-    IGNORED_ON_RESUME,
-    LEARNED,
-    MICRO,
-    ROWS,
-    describe_config,
-    describe_tokenizer,
-    describe_weights,
-)
+from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, digests_of
 from gold_jax.training.rows import TrainingRows, check_training_rows, needs_all_rows
 from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
@@ -165,8 +155,8 @@ class _Trainer(TrainerMembers):
         # All processes compute together from here on; one that failed to load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        digests = _digests(sides, rows.digest, evaluated)
-        data = data._replace(description=self._describe(rows, facts, digests))
+        digests, shards = digests_of(sides, rows.digest, evaluated), self.process_shard.num_shards
+        data = data._replace(description=describe_run(facts, digests, shards, rows.count, rows.checked))
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
@@ -191,16 +181,6 @@ class _Trainer(TrainerMembers):
             return [], None
         self.eval_examples, measured, evaluated = self._check_evaluation(self.eval_examples)
         return measured, evaluated
-
-    def _describe(self, rows: TrainingRows, facts: RunFacts, digests: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
-        a, shards = self.args, self.process_shard.num_shards
-        unused = {name for name, _ in without_effect(a, facts)}
-        description = {name: value for name, value in a.to_dict().items() if name not in unused}
-        description |= {} if rows.count is None else {LEARNED: rows.count}
-        description |= {"check_rows": "beside" if isinstance(rows.examples, ShuffledRows) else "before"}
-        description |= {ROWS: a.rows_per_update * shards, MICRO: a.per_device_train_batch_size * shards, **digests}
-        return json.loads(without_passwords(json.dumps(description, default=str)))
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -457,18 +437,6 @@ def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     possible = listed([f"{name}_{measure}" for name in sets for measure in measures], 12)
     each = f"each of the {len(sets)} evaluation sets is measured by its name"
     raise ValueError(f"--metric_for_best_model is {wanted!r}, and {each}: give {possible}, or another measure of one")
-
-
-def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
-    """The digests of data and models that a resumed run compares; `rows` and `evaluated` are those of the rows."""
-    digests = {"the training data": rows}
-    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
-    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
-    if evaluated is not None:
-        digests[EVALUATED] = evaluated
-    if "the teacher" in sides:
-        digests["the teacher's weights"] = describe_weights(split(sides["the teacher"].model)[1])
-    return digests
 
 
 def _describe_vocabularies(match: build.Match, sizes: Sequence[int]) -> str:
