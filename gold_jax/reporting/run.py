@@ -24,7 +24,6 @@ MEASURES = {
     "exact_match": ("exact match", True),
     "loss": ("loss", False),
 }
-_ALWAYS = ("bits_per_byte", "forward_gap", "reverse_gap", "exact_match")  # reported if missing
 
 
 class Measure(NamedTuple):
@@ -117,16 +116,12 @@ class Run:
         return self.summary.get(name) or {}
 
     @property
-    def last_step(self) -> int:
-        """The last update that was logged."""
-        return max((row["step"] for row in self.rows), default=0)
-
-    @property
     def state(self) -> str:
         """The state of the run, such as "Finished after 200 of 200 updates"."""
         part = self.parts[-1] if self.parts else {}
         how, total = part.get("how"), self.summary.get("total_updates", "an unknown number of")
-        of = f"{max(part.get('to_update') or 0, self.last_step)} of {total} updates"
+        last = max((row["step"] for row in self.rows), default=0)
+        of = f"{max(part.get('to_update') or 0, last)} of {total} updates"
         if how is None:
             return f"No end is recorded: it is still running, or was killed; logged up to {of}"
         known = how in ("finished", "interrupted", "preempted")
@@ -145,7 +140,7 @@ class Run:
         found = []
         for measure, (label, better) in MEASURES.items():
             sets = [(name, part) for name in names if (part := of_set(name, measure)) is not None]
-            sets = sets or [("", "")] * (measure in _ALWAYS)
+            sets = sets or [("", "")] * (measure != "loss")  # reported if missing
             for name, part in sets:
                 names.pop(name, None)
                 found.append(Measure(f"{label} ({part})" if part else label, *(c.get(name) for c in columns), better))
