@@ -103,15 +103,17 @@ class _Trainer(TrainerMembers):
         if streamed and (why := needs_all_rows(a)):
             raise ValueError(f"a streamed data set has no length: {why}")
         self.train_examples: Any = train_dataset if streamed else read(train_dataset)
-        several = isinstance(eval_dataset, Mapping)
-        if several and not eval_dataset:
-            raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
-        if several and len({*map(str, eval_dataset)}) < len(eval_dataset):
-            raise ValueError(f"eval_dataset has two names that are written alike: {', '.join(map(repr, eval_dataset))}")
-        if several:
-            _check_best_metric(a, [*map(str, eval_dataset)])
-        read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
-        self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
+        if isinstance(eval_dataset, Mapping):
+            names = [*map(str, eval_dataset)]
+            if not names:
+                raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
+            if len({*names}) < len(names):
+                alike = ", ".join(map(repr, eval_dataset))
+                raise ValueError(f"eval_dataset has two names that are written alike: {alike}")
+            _check_best_metric(a, names)
+            self.eval_examples: Any = dict(zip(names, map(read, eval_dataset.values())))
+        else:
+            self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
         self.console = (console or progress.console() or Console()) if is_main_process() else Console(quiet=True)
