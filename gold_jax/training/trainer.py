@@ -165,8 +165,7 @@ class _Trainer(TrainerMembers):
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
         options = dict(teacher=self._teacher, callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         if is_main_process():
-            known = {"student": student.name, "method": self.method}
-            known |= {name: value for name, value in shown.items() if value is not None}
+            known = {"student": student.name, "method": self.method, **shown}
             known |= {"data": self.dataset_name, "rows": rows.count, "digests": digests}
             known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
             options["summary"] = RunSummary(a.output_dir, known, self.command)
