@@ -179,15 +179,11 @@ def _set_up_compiling(folder: str | None, checkpoints: str | None = None) -> lis
 
     An error of `keep_compiled` ends all processes.
     """
-    from gold_jax.distributed.consensus import raise_in_all_processes
+    from gold_jax.distributed.consensus import raised_in_all_processes
     from gold_jax.distributed.initialize import is_main_process
 
-    notices, failed = [], None
-    try:
+    with raised_in_all_processes("the folder of compiled programs", ValueError):
         notices = keep_compiled(folder, checkpoints)
-    except ValueError as error:
-        failed = error
-    raise_in_all_processes("the folder of compiled programs", failed)
     progress.watch_compiling()
     if not is_main_process():
         progress.stop_display()

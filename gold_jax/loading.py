@@ -112,8 +112,23 @@ def load_model_and_tokenizer(
         model = model if placement is None else model.replace(placement=placement)
     else:
         model = _in_memory(model, read_dtype, attention, placement, settings)
+    chat_tokenizer = ChatTokenizer(
+        _tokenizer_with_end(source, eos_token, role, revision=revision, trust_remote_code=trust_remote_code),
+        stop_ids=[*stop_ids_of(model), *more_stops],
+        chat_template=chat_template,
+        template_kwargs=dict(template_kwargs or {}),
+        special_tokens_in_prompts=special_tokens_in_prompts,
+        embedding_rows=model.config.vocab_size,
+        copy_tokenizer=False,
+    )
+    _check_ids(chat_tokenizer, model.config.vocab_size, role)
+    return LoadedModel(model, chat_tokenizer, name)
+
+
+def _tokenizer_with_end(source: Any, eos_token: str | None, role: str, **options: Any) -> Any:
+    """The transformers tokenizer of a name, or a copy of one, with this end token (None: its own)."""
     if isinstance(source, NAME):
-        source = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
+        source = load_tokenizer(source, **options)
     elif not hasattr(source, "apply_chat_template"):
         raise TypeError(
             f"the {role}'s tokenizer is a {type(source).__name__}; give a folder, a hub id or a transformers tokenizer (of a "
@@ -125,25 +140,19 @@ def load_model_and_tokenizer(
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")
         source.eos_token = eos_token
-    chat_tokenizer = ChatTokenizer(
-        source,
-        stop_ids=[*stop_ids_of(model), *more_stops],
-        chat_template=chat_template,
-        template_kwargs=dict(template_kwargs or {}),
-        special_tokens_in_prompts=special_tokens_in_prompts,
-        embedding_rows=model.config.vocab_size,
-        copy_tokenizer=False,
-    )
-    rows = model.config.vocab_size
-    beyond = sorted(i for i in source.get_vocab().values() if i >= rows)
-    spelled = [i for i in beyond if chat_tokenizer.surfaces.table[i] is not None or i in chat_tokenizer.stop_ids]
+    return source
+
+
+def _check_ids(tokenizer: ChatTokenizer, rows: int, role: str) -> None:
+    """ValueError where a tokenizer writes ids that a model of so many rows has not."""
+    beyond = sorted(i for i in tokenizer.tokenizer.get_vocab().values() if i >= rows)
+    spelled = [i for i in beyond if tokenizer.surfaces.table[i] is not None or i in tokenizer.stop_ids]
     if spelled:
+        first = f"{spelled[0]}, {tokenizer.tokenizer.convert_ids_to_tokens(spelled[0])!r}"
         raise ValueError(
-            f"the {role}'s tokenizer has {len(beyond)} ids beyond the {rows} rows of its model "
-            f"(first: {spelled[0]}, {source.convert_ids_to_tokens(spelled[0])!r}): it is not this model's tokenizer. "
-            "A model may have more rows than its tokenizer has ids, never fewer."
+            f"the {role}'s tokenizer has {len(beyond)} ids beyond the {rows} rows of its model (first: {first}): it is not "
+            "this model's tokenizer. A model may have more rows than its tokenizer has ids, never fewer."
         )
-    return LoadedModel(model, chat_tokenizer, name)
 
 
 def _in_memory(

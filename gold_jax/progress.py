@@ -8,6 +8,7 @@ JAX and rich are imported in functions: a command answers `--help` without them.
 """
 
 import contextlib
+import functools
 import sys
 import threading
 import time
@@ -89,11 +90,9 @@ def task(name: str, total: int | None = None, done: int = 0) -> Iterator[Task]:
         yield one
 
 
-def track(items: Iterable[T], name: str, total: int | None = None) -> Iterator[T]:
-    """Yields the items and shows how many are done; `total` None: `len(items)`, if there is one."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)
-    with task(name, total) as one:
+def track(items: Iterable[T], name: str) -> Iterator[T]:
+    """Yields the items and shows how many are done, of `len(items)` if there is one."""
+    with task(name, len(items) if hasattr(items, "__len__") else None) as one:
         for item in items:
             yield item
             one.advance()
@@ -185,20 +184,18 @@ class _Display:
     """Shows the tasks that are under way, from a thread of its own."""
 
     def __init__(self, console: Any):
-        self._given, self._console, self._live = console, None, None
+        self._given, self._live = console, None
         self._tasks: list[Task] = []
         self.compiling: Task | None = None
         self.last_line = time.monotonic()  # when a line was last printed
-        self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
+        self._lock, self._closed = threading.Lock(), threading.Event()
         self._thread: threading.Thread | None = None
 
-    @property
+    @functools.cached_property
     def console(self) -> Any:
-        if self._console is None:
-            from rich.console import Console
+        from rich.console import Console
 
-            self._console = self._given or Console(stderr=not sys.stdout.isatty())
-        return self._console
+        return self._given or Console(stderr=not sys.stdout.isatty())
 
     @property
     def is_terminal(self) -> bool:
@@ -211,7 +208,6 @@ class _Display:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._draw, name="gold_jax progress", daemon=True)
                 self._thread.start()
-        self._wake.set()
         try:
             yield
         finally:
@@ -221,10 +217,9 @@ class _Display:
                     self._hide()
 
     def close(self) -> None:
+        self._closed.set()
         with self._lock:
-            self._closed = True
             self._hide()
-        self._wake.set()
 
     def show_compiling(self, one: Task | None) -> None:
         self.compiling = one
@@ -234,22 +229,16 @@ class _Display:
         self.last_line = time.monotonic()
 
     def say(self, line: str) -> None:
-        """Prints a line; errors of a terminal that is gone are ignored."""
+        """Prints a line; errors of a terminal that is gone are ignored, here as below."""
         self.note_line()
         with contextlib.suppress(OSError, ValueError):
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _draw(self) -> None:
-        while not self._closed:
-            self._wake.wait(None if not self._tasks else _REFRESH)
-            self._wake.clear()
-            with self._lock:
-                if self._closed or not self._tasks:
-                    continue
-                if self.is_terminal:
-                    self._refresh()
-                else:
-                    self._print_line()
+        while not self._closed.wait(_REFRESH):
+            with self._lock, contextlib.suppress(OSError, ValueError):
+                if self._tasks and not self._closed.is_set():
+                    (self._refresh if self.is_terminal else self._print_line)()
 
     def _refresh(self) -> None:
         if self._live is None and self._tasks[0].elapsed >= DELAY:
@@ -259,11 +248,9 @@ class _Display:
             redirect = dict(redirect_stdout=sys.stdout.isatty(), redirect_stderr=sys.stderr.isatty())
             options = dict(get_renderable=self._table, auto_refresh=False, transient=True)
             self._live = Live(console=self.console, **options, **redirect)
-            with contextlib.suppress(OSError, ValueError):
-                self._live.start()
+            self._live.start()
         if self._live is not None:
-            with contextlib.suppress(OSError, ValueError):
-                self._live.refresh()
+            self._live.refresh()
 
     def _hide(self) -> None:
         if self._live is not None:

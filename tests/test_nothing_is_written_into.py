@@ -25,7 +25,7 @@ ALLOWED = {
     ("text/encode.py", "_mark_dropped", "attribute"),
     ("text/encode.py", "_remove_prefix", "attribute"),
     ("text/special_tokens.py", "_with_renamed_special_tokens", "attribute"),
-    ("loading.py", "load_model_and_tokenizer", "attribute"),
+    ("loading.py", "_tokenizer_with_end", "attribute"),
     ("training/export.py", "_save_tokenizer", "attribute"),
     # nodes of a tree that was parsed for this
     ("text/template_budget.py", "visit_For", "attribute"),

@@ -372,29 +372,8 @@ class SFTConfig(
             raise ValueError(f"--output_dir is {quoted(self.output_dir)}; {must}.")
         last = self.max_steps if self.max_steps > 0 else None
         self.profile_steps = read_steps("profile_steps", self.profile_steps, last)
-        given = self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
-        legal = SCHEDULES[self.lr_scheduler_type]
-        for key, value in given.items():
-            if key not in legal:
-                reads = f"reads {', '.join(legal)}" if legal else "reads nothing from it"
-                schedule = f"the schedule {self.lr_scheduler_type!r}"
-                raise ValueError(f"--lr_scheduler_kwargs has {quoted(key)}; {schedule} {reads}.")
-            if key in ("warmup_type", "decay_type"):
-                if value not in RAMPS:
-                    is_now = f"--lr_scheduler_kwargs has {key}={quoted(value)}"
-                    raise ValueError(f"{is_now}; it must be one of {', '.join(RAMPS)}.")
-            elif isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                is_now = f"--lr_scheduler_kwargs has {quoted(key, plain=True)}={quoted(value)}"
-                raise ValueError(f"{is_now}; it must be a number of at least 0.")
-        if given.get("timescale") == 0:
-            raise ValueError("--lr_scheduler_kwargs has timescale=0; it must be greater than 0.")
-        if "min_lr" in given and "min_lr_rate" in given:
-            raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
-        if self.lr_scheduler_type == "warmup_stable_decay" and "num_decay_steps" not in given:
-            raise ValueError("--lr_scheduler_type warmup_stable_decay needs num_decay_steps in --lr_scheduler_kwargs.")
-        if self.lr_scheduler_type == "polynomial" and not given.get("lr_end", 1e-7) < self.learning_rate:
-            ends = f"--lr_scheduler_type polynomial ends at lr_end {given.get('lr_end', 1e-7):g} (in --lr_scheduler_kwargs)"
-            raise ValueError(f"{ends}, which must be below --learning_rate {self.learning_rate:g}.")
+        self.lr_scheduler_kwargs = dict(self.lr_scheduler_kwargs or {})
+        self._check_schedule(self.lr_scheduler_type, self.lr_scheduler_kwargs)
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
         self._check_best_model()
@@ -408,6 +387,29 @@ class SFTConfig(
             )
         self.model_init_kwargs, notices = read_load_options("model_init_kwargs", self.model_init_kwargs)
         self.notices += notices
+
+    def _check_schedule(self, schedule: str, given: Mapping[str, Any]) -> None:
+        """ValueError where lr_scheduler_kwargs do not fit the schedule."""
+        legal = SCHEDULES[schedule]
+        for key, value in given.items():
+            if key not in legal:
+                reads = f"reads {', '.join(legal)}" if legal else "reads nothing from it"
+                raise ValueError(f"--lr_scheduler_kwargs has {quoted(key)}; the schedule {schedule!r} {reads}.")
+            if key in ("warmup_type", "decay_type"):
+                fits, must = value in RAMPS, f"one of {', '.join(RAMPS)}"
+            else:
+                fits = not isinstance(value, bool) and isinstance(value, int | float) and value >= 0
+                fits, must = fits and (value > 0 or key != "timescale"), "a number of at least 0"
+                must = "greater than 0" if key == "timescale" else must
+            if not fits:
+                raise ValueError(f"--lr_scheduler_kwargs has {key}={quoted(value)}; it must be {must}.")
+        if "min_lr" in given and "min_lr_rate" in given:
+            raise ValueError("--lr_scheduler_kwargs has both min_lr and min_lr_rate; it must have one of the two.")
+        if schedule == "warmup_stable_decay" and "num_decay_steps" not in given:
+            raise ValueError("--lr_scheduler_type warmup_stable_decay needs num_decay_steps in --lr_scheduler_kwargs.")
+        if schedule == "polynomial" and not given.get("lr_end", 1e-7) < self.learning_rate:
+            ends = f"--lr_scheduler_type polynomial ends at lr_end {given.get('lr_end', 1e-7):g} (in --lr_scheduler_kwargs)"
+            raise ValueError(f"{ends}, which must be below --learning_rate {self.learning_rate:g}.")
 
     def _check_best_model(self) -> None:
         """Fills in what says which model is best, as transformers does, and sees that it is evaluated when it is saved."""

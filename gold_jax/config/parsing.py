@@ -17,7 +17,6 @@ from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.wording import quoted, shortened
 
-_MOST_ALIASES = 20  # of a YAML file: those of a few more, one within another, make gigabytes of some lines
 _SHORT = 40  # a command with at most so many flags shows them all in --help
 Fields = Mapping[str, tuple[type[Settings], dataclasses.Field]]  # every name of a flag, with its class and its field
 
@@ -56,7 +55,9 @@ def parse_args(
             raise HelpRequested(help_text(words[0] if words else "", widest, prog, doc))
         if name == "version" and name not in fields:
             raise HelpRequested(f"gold_jax {gold_jax.__version__}\n")
-    _check_names(leading[1], [name for name, _ in flags], fields)
+    if before := leading[1]:
+        follow = f"values follow a flag, as in --output_dir {quoted(before[0], plain=True)}"
+        raise FlagError(f"{quoted(before[0])} stands before any flag; {follow}.")
     given: dict[str, list[str]] = {}
     for name, words in flags:  # of repeated flags the last counts, of those that are verbatim all
         adds = name in fields and fields[name][1].metadata["verbatim"]
@@ -100,29 +101,19 @@ def _split(argv: Sequence[str]) -> list[tuple[str, list[str]]]:
     return found
 
 
-def _check_names(leading: Sequence[str], names: Sequence[str], fields: Fields) -> None:
-    """Raises FlagError where a name is no flag, or a value stands before any."""
-    off = [*ANSWERS, *(name for name, (cls, field) in fields.items() if bool in kinds(cls, field.name))]
-    known = {*fields, *ANSWERS, "config", *(f"no_{name}" for name in off)}
-    for name in names:
-        if name not in known:
-            near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
-            raise FlagError(f"there is no flag --{name}{near}.")
-    if leading:
-        follow = f"values follow a flag, as in --output_dir {quoted(leading[0], plain=True)}"
-        raise FlagError(f"{quoted(leading[0])} stands before any flag; {follow}.")
-
-
 def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]) -> dict[str, Any]:
     """The values of a command line by their fields' names; `notices` gets those about flags of other projects."""
     values, said = {}, {}  # and the flag that each field was set by
     for name, words in given.items():
         flag = name if name in fields or name in ANSWERS else name.removeprefix("no_")
-        if flag not in fields:
+        cls, field = fields.get(flag, (None, None))
+        types = kinds(cls, field.name) if field else (bool,) if flag in ANSWERS else ()
+        if not types or (flag != name and bool not in types):
+            near = nearest(name, [*fields, *ANSWERS, "config"], prefix="--") or "; --help all lists them"
+            raise FlagError(f"there is no flag --{name}{near}.")
+        if not field:
             notices += answer(name, " ".join(words) if words else True) if flag == name else []
             continue
-        cls, field = fields[flag]
-        types = kinds(cls, field.name)
         if field.name in said:
             raise FlagError(f"--{name} and --{said[field.name]} are one setting; give it once.")
         said[field.name] = name
@@ -140,19 +131,7 @@ def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key comes twice, of which PyYAML by itself keeps the last, and aliases are few and end somewhere."""
-
-    aliases = 0
-
-    def compose_node(self, parent, index):
-        is_alias = self.check_event(yaml.AliasEvent)
-        node = super().compose_node(parent, index)
-        self.aliases += is_alias
-        if self.aliases > _MOST_ALIASES:
-            raise yaml.YAMLError(f"it has more than {_MOST_ALIASES} aliases (*name); write the values out")
-        if is_alias and node.end_mark is None:  # which is not yet read to its end
-            raise yaml.YAMLError("a value contains itself; write it out")
-        return node
+    """YAML in which no key comes twice, of which PyYAML by itself keeps the last."""
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]

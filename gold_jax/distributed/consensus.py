@@ -1,8 +1,9 @@
 """What the processes of a run exchange: numbers and token ids over the devices, settings through JAX's key-value store."""
 
+import contextlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -46,8 +47,14 @@ def assert_same_across_processes(what: str, value: Any) -> None:
         raise ValueError(problem)
 
 
-def raise_in_all_processes(what: str, error: Exception | None) -> None:
-    """Raises where any process has an error: its own there, in the others a ValueError that says which has it."""
+@contextlib.contextmanager
+def raised_in_all_processes(what: str, kinds: Any = Exception) -> Iterator[None]:
+    """A context that all raise where one does (of these kinds): its error, or a ValueError that says whose."""
+    error = None
+    try:
+        yield
+    except kinds as caught:
+        error = caught
     try:
         assert_same_across_processes(what, None if error is None else str(error))
     except ValueError as difference:

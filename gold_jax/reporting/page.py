@@ -140,25 +140,12 @@ def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     for run in runs:
         values_of: dict[str, dict[str, None]] = {}
         for part in run.parts:
-            versions = part.get("versions") if isinstance(part.get("versions"), dict) else {}
             where = {name: part[name] for name in ("device", "backend", "devices", "processes") if name in part}
-            for name, value in (where | versions).items():
-                values_of.setdefault(str(name), {})[plain(value)] = None
+            for name, value in (where | part.get("versions", {})).items():
+                values_of.setdefault(name, {})[plain(value)] = None
         digests = {f"digest of {k}": v for k, v in run.fact("digests").items() if isinstance(v, str | int)}
         columns.append({name: ", then ".join(values) for name, values in values_of.items()} | digests)
     return _table(columns)
-
-
-def _fact(value: Any) -> str:
-    return "—" if value is None or isinstance(value, jinja2.Undefined) else plain(value)
-
-
-def _value(value: float | None) -> str:
-    return "—" if value is None else shown(value)
-
-
-def _end(text: str) -> str:
-    return text if len(text) <= PROMPT else f"…{text[-PROMPT:]}"
 
 
 def _cut(text: str) -> str:
@@ -207,23 +194,18 @@ def _share(probability: float) -> str:
     return "under 0.001 %" if probability < 1e-5 else f"{100 * probability:.2g} %".replace("1e+02", "100")
 
 
-def _visible(text: str) -> str:
-    """Text with visible blanks and line breaks."""
-    return text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥")
-
-
 @functools.cache
 def _environment() -> jinja2.Environment:
     loader = jinja2.FileSystemLoader(pathlib.Path(__file__).parent / "assets")
     options = {"trim_blocks": True, "lstrip_blocks": True}
     environment = jinja2.Environment(loader=loader, autoescape=True, **options)
     environment.filters |= {
-        "value": _value,
-        "fact": _fact,
+        "value": lambda value: "—" if value is None else shown(value),
+        "fact": lambda value: "—" if value is None or isinstance(value, jinja2.Undefined) else plain(value),
         "cut": _cut,
-        "end": _end,
+        "end": lambda text: text if len(text) <= PROMPT else f"…{text[-PROMPT:]}",
         "share": _share,
-        "visible": _visible,
+        "visible": lambda text: text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥"),
     }
     environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip, "levels": LEVELS, "lost_shown": LOST}
     return environment

@@ -172,16 +172,15 @@ class DistillationBatchBuilder:
             drawn |= found
         examples, on_policy, local_rows, prompt_ids = rows
         others = {i: examples[i] for i in local_rows if not on_policy[i]}
-        if self.teacher_model is None:
-            with annotate(ENCODING):
-                given = {id(example): example for example in others.values()}
-                given = {number: example.completion_for(self.student) for number, example in given.items()}
         rollouts = dict(zip(rows.of_student, drawn.pop(step), strict=True))
         prompts = {i: examples[i].prompt for i in local_rows if on_policy[i]}
         with annotate(SAMPLER):
             sampled = {i: completion_from_ids(self.student, rollouts[i].ids, after=p) for i, p in prompts.items()}
         completions = sampled
         if self.teacher_model is None:
+            with annotate(ENCODING):  # of a row that comes several times once
+                distinct = {id(example): example for example in others.values()}
+                given = {number: example.completion_for(self.student) for number, example in distinct.items()}
             completions = sampled | {i: given[id(example)] for i, example in others.items()}
         elif teacher_rows := np.flatnonzero(~on_policy).tolist():
             key = jax.random.fold_in(self._key(step), 1)
@@ -424,7 +423,7 @@ class TokenBatchBuilder:
     eval_batch_size: int
     max_length: int | None
     counted: str  # "completion", "assistant" (every turn of the assistant's) or "all"
-    rollout_batches = 1  # that of `DistillationBatchBuilder`; nothing is sampled here
+    rollout_batches, engine = 1, None  # those of `DistillationBatchBuilder`; nothing is sampled here
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
 
@@ -461,11 +460,9 @@ class TokenBatchBuilder:
 
     def _row(self, example: Example, max_length: int | None):
         """Ids `[T]`, which of them count, and where its labels hold the completion's text."""
-        if self.counted != "completion" and example.messages:
-            ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length)
-            text = None
-        elif example.answers > 1 and example.messages:
-            before = sum(message.get("role") == "assistant" for message in example.messages) - example.answers
+        if example.messages and (self.counted != "completion" or example.answers > 1):
+            turns = sum(message.get("role") == "assistant" for message in example.messages)
+            before = turns - example.answers if self.counted == "completion" else 0  # answers that are not learned
             ids, counted = self.chat_tokenizer.encode_turns(example.messages, limit=max_length, skip=before)
             text = None
         else:

@@ -96,8 +96,7 @@ def build_run(
     if teacher is None:
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), step_optimizer, **given)
         if chat_tokenizer is not None:
-            counted = counted_tokens(args)
-            sizes = rows, eval_rows, args.max_length, counted, args.length_buckets
+            sizes = rows, eval_rows, args.max_length, counted_tokens(args), args.length_buckets
             batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
         flops = training_flops(student.model, None)
         return Run(graph, params, optimizer, schedule, shardings, step, batches, flops=flops)
@@ -107,30 +106,25 @@ def build_run(
     match = match or match_pair(student, teacher, args.projection_mask)
     spec = args.loss_spec(match.same or match.related)
     constants = freeze_teacher(teacher_graph, teacher_params, match.vocabulary, match.stops)
-    importance = None
-    if args.weighs_rollouts:
-        importance = ImportanceSampling(args.temperature, args.rollout_importance_cap)
+    importance = ImportanceSampling(args.temperature, args.rollout_importance_cap) if args.weighs_rollouts else None
     options = dict(chunk=chunk, importance=importance)
     objective = make_distillation_loss(graph, teacher_graph, spec, match.vocabulary, **options)
     step = Step(objective, step_optimizer, constants, **given)
     if chat_tokenizer is not None:
-        sampling = dict(max_new_tokens=args.max_completion_length, temperature=args.temperature)
-        sampling |= dict(top_k=args.top_k, top_p=args.top_p)
         # To write, the teacher needs its parameters as they were: of a head that was reordered, that is a second one.
         writes = args.seq_kd and args.lmbda < 1
-        options = dict(batch_size=rows, eval_batch_size=eval_rows, micro_batches=args.gradient_accumulation_steps)
-        options |= dict(max_length=args.max_length, seed=args.seed, process_shard=process_shard)
-        options |= dict(length_buckets=args.length_buckets)
-        options |= dict(lmbda=args.lmbda, num_generations=args.num_generations, sampling=sampling, engine=engine)
         models = [student.model, teacher.model] if writes else [student.model]
         given = args, models, optimizer, params, placement, process_shard
-        options |= dict(generation_batch_size=args.generation_batch_size or _rows_at_once(*given))
-        options |= dict(rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches)
-        options |= dict(importance_weights=importance is not None)
-        options |= dict(teacher_model=(teacher_graph, teacher_params) if writes else None)
-        sides = chat_tokenizer, teacher.chat_tokenizer, graph
-        context = args.teacher_context
-        batches = DistillationBatchBuilder(*sides, spec, match.same, teacher_context=context, **options)
+        batches = DistillationBatchBuilder(
+            chat_tokenizer, teacher.chat_tokenizer, graph, spec, match.same, args.max_length, rows, eval_rows,
+            micro_batches=args.gradient_accumulation_steps, lmbda=args.lmbda, num_generations=args.num_generations,
+            seed=args.seed, engine=engine, teacher_context=args.teacher_context,
+            sampling={name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
+            generation_batch_size=args.generation_batch_size or _rows_at_once(*given),
+            rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches,
+            importance_weights=importance is not None, teacher_model=(teacher_graph, teacher_params) if writes else None,
+            length_buckets=args.length_buckets, process_shard=process_shard,
+        )  # fmt: skip
     flops = training_flops(student.model, teacher.model if spec.distillation_weight else None)
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match, flops)
 

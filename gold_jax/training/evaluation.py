@@ -9,15 +9,27 @@ import numpy as np
 from transformers.trainer_utils import EvalPrediction, PredictionOutput
 
 from gold_jax import progress
+from gold_jax.config import GOLDConfig
 from gold_jax.loading import LoadedModel
 from gold_jax.losses.fused_head import chunk_size
-from gold_jax.scoring import greedy_completions, score_completions, share_alike
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import merge
+from gold_jax.scoring import (
+    exact_match,
+    greedy_completions,
+    measure_gaps,
+    score_completions,
+    score_groups,
+    share_alike,
+)
 from gold_jax.text.checks import with_text_completion
-from gold_jax.text.data import Example
+from gold_jax.text.data import Example, as_teacher_reads
 from gold_jax.training.annotations import EVALUATION, annotate
 from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
-from gold_jax.training.logging import plain_value
+from gold_jax.training.build import Run
+from gold_jax.training.logging import KEPT, plain_value
 from gold_jax.training.step import Step
+from gold_jax.training.teacher import restore_teacher
 
 _SHOWN = "loss", "bits_per_byte", "exact_match", "forward_gap", "reverse_gap", "entropy"
 
@@ -73,6 +85,57 @@ class Evaluator(NamedTuple):
                 found = self.compute_metrics(EvalPrediction(*texts))
                 totals |= {f"eval_{name.removeprefix('eval_')}": plain_value(value) for name, value in found.items()}
         return PredictionOutput(*texts, dict(totals))
+
+
+class TeacherMeasures(NamedTuple):
+    """What is measured of the teacher, and of a student beside it. The teacher reads contexts that are its alone."""
+
+    teacher: LoadedModel  # its model is in `run`
+    run: Run
+    args: GOLDConfig
+    batch_size: int  # rows at once, on all devices
+
+    @property
+    def model(self) -> Decoder:
+        """The teacher, sharing the arrays that updates read."""
+        run = self.run
+        if run.batches.teacher_model is not None:
+            return merge(*run.batches.teacher_model)
+        return merge(run.teacher_graph, restore_teacher(run.teacher_graph, run.step.constants, run.match.vocabulary))
+
+    def _reader(self, rows: Sequence[Example]) -> tuple[LoadedModel, list[Example], dict[str, Any]]:
+        """The teacher, the rows as it reads them, and the `chunk` that scoring with it takes."""
+        teacher = self.teacher._replace(model=self.model)
+        examples = as_teacher_reads(rows, teacher.chat_tokenizer, self.args.teacher_context)
+        return teacher, examples, dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
+
+    def score(self, rows: Sequence[Example]) -> dict[str, float]:
+        """The teacher's metrics on one set of rows, measured as the student's."""
+        teacher, examples, options = self._reader(with_text_completion(rows))
+        score = score_completions(teacher, None, examples, batch_size=self.batch_size, **options)
+        found = {"eval_bits_per_byte": score.bits_per_byte}
+        if self.args.predict_with_generate:
+            options = dict(max_new_tokens=self.args.max_completion_length, batch_size=self.batch_size)
+            found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
+        return found
+
+    def gaps(self, student: LoadedModel, rows: Sequence[Example]) -> dict[str, float]:
+        """Gaps between a student and the teacher on completions of the rows' prompts by either, in bits per byte."""
+        examples = with_text_completion(rows)
+        teacher, read, options = self._reader(examples)
+        options |= dict(max_new_tokens=self.args.max_completion_length, key=self.args.seed, batch_size=self.batch_size)
+        options |= dict(teacher_prompts=[e.prompt for e in read])
+        found = measure_gaps(student, teacher, [e.prompt for e in examples], **options)
+        measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
+        return {f"eval_{name}": value for name, value in measured.items()}
+
+    def score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
+        """`scoring.score_groups` of the student's completions of rows; rounded, fit for JSON."""
+        examples, texts = [example for example, _ in samples], [text for _, text in samples]
+        teacher, read, options = self._reader(examples)
+        options |= dict(teacher_prompts=[e.prompt for e in read], batch_size=KEPT)
+        found = score_groups(student, teacher, [e.prompt for e in examples], texts, **options)
+        return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
 
 
 def over_sets(measure: Callable[[Any], dict[str, float]], rows: Any) -> dict[str, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from gold_jax.distributed.consensus import raise_in_all_processes
+from gold_jax.distributed.consensus import raised_in_all_processes
 from gold_jax.models.hf_checkpoint import save_model
 from gold_jax.models.staged_save import STAGING, commit
 
@@ -32,29 +32,24 @@ def save_final_model(
     several processes all call it, the first one writes, and all raise where it cannot. Without a tokenizer that can be
     saved the model alone is written.
     """
-    folder, failed = pathlib.Path(folder), None
+    folder = pathlib.Path(folder)
     staging, writes = folder / STAGING, jax.process_index() == 0
-    try:
+    with raised_in_all_processes("the folder of the model"):
         if writes:
             shutil.rmtree(staging, ignore_errors=True)
             staging.mkdir(parents=True, exist_ok=True)
-    except Exception as error:
-        failed = error
-    raise_in_all_processes("the folder of the model", failed)
-    try:
-        save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
-        if writes:
-            if hasattr(tokenizer, "save_pretrained"):
-                _save_tokenizer(tokenizer, staging, chat_template)
-            elif hasattr(tokenizer, "save"):
-                tokenizer.save(str(staging / "tokenizer.json"))
-            commit(folder)
-    except Exception as error:
-        failed = error
-    finally:
-        if writes:
-            shutil.rmtree(staging, ignore_errors=True)
-    raise_in_all_processes("the model that is saved", failed)
+    with raised_in_all_processes("the model that is saved"):
+        try:
+            save_model(model, staging, dtype=dtype, stop_ids=stop_ids)
+            if writes:
+                if hasattr(tokenizer, "save_pretrained"):
+                    _save_tokenizer(tokenizer, staging, chat_template)
+                elif hasattr(tokenizer, "save"):
+                    tokenizer.save(str(staging / "tokenizer.json"))
+                commit(folder)
+        finally:
+            if writes:
+                shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 

@@ -6,7 +6,7 @@ import pathlib
 import socket
 from collections.abc import Iterator
 
-from gold_jax.distributed.consensus import raise_in_all_processes
+from gold_jax.distributed.consensus import raised_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 
 
@@ -51,16 +51,13 @@ def locked(folder: pathlib.Path, flag: str = "--output_dir") -> Iterator[None]:
 @contextlib.contextmanager
 def folders_locked(output: pathlib.Path, checkpoint_dir: str | None) -> Iterator[None]:
     """Creates and locks a run's local folders in the first process; raises in all processes if one is in use."""
-    folders, failed = {"output_dir": output}, None
+    folders = {"output_dir": output}
     if checkpoint_dir and "://" not in checkpoint_dir:
         folders["checkpoint_dir"] = pathlib.Path(checkpoint_dir)
     with contextlib.ExitStack() as held:
-        try:
+        with raised_in_all_processes("the folders of the run", (ValueError, OSError)):
             for name, folder in folders.items() if is_main_process() else ():
                 folder.mkdir(parents=True, exist_ok=True)
                 if name == "output_dir" or not folder.samefile(output):
                     held.enter_context(locked(folder, f"--{name}"))
-        except (ValueError, OSError) as error:
-            failed = error
-        raise_in_all_processes("the folders of the run", failed)
         yield

@@ -45,13 +45,12 @@ PATIENCE = 30.0  # seconds after which a tracker counts as one that does not ans
 
 
 class MetricLog(contextlib.AbstractContextManager):
-    """Writes each logged step to a JSONL file, the terminal and the trackers, from a thread of its own.
+    """Writes each logged step to a JSONL file and the terminal, and to the trackers from a thread for each.
 
     With `in_notebook` the console shows one table under a progress bar, by transformers' notebook tracker.
 
-    `log` returns at once: values may be arrays that a device still computes, and a slow disk, terminal or tracker
-    delays nothing. An error in any of them is shown once and training continues; so is a tracker (of `make_trackers`)
-    that does not answer, for which even `close` waits no longer than `PATIENCE`.
+    An error in any of them is shown once and training continues; so is a tracker (of `make_trackers`) that does not
+    answer, which delays nothing, and for which even `close` waits no longer than `PATIENCE`.
     """
 
     def __init__(
@@ -73,48 +72,38 @@ class MetricLog(contextlib.AbstractContextManager):
         self._complained: set[str] = set()
         # One that hangs blocks neither the log nor the others.
         self._trackers = [(tracker, _Worker(type(tracker).__name__, self)) for tracker in trackers]
-        self._worker = _Worker("a metric", self)
 
     def log(
         self, step: int, values: Mapping[str, Any], *, epoch: float | None = None, left: float | None = None
     ) -> None:
-        """Hand over the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None.
+        """Write the metrics of one step: names with numbers (of Python, numpy or JAX, without axes), texts or None.
 
         The terminal alone shows `left`, the seconds that the run still takes.
         """
         row = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
-        self._worker.put(self._write, {**row, **values}, left)
-
-    def flush(self) -> None:
-        """Wait until everything handed over is in the file and on the terminal, before something else is printed."""
-        self._worker.queue.join()
-
-    def close(self) -> None:
-        """Write what is left and close the file and the trackers. A second call does nothing."""
-        if not self._worker.thread.is_alive():
-            return
-        self._worker.close()
-        for tracker, worker in self._trackers:
-            worker.put(tracker.close)
-            worker.close(PATIENCE)
-        if self._table is not None:
-            self.attempt("the notebook", self._table.finish)
-        if self._file is not None:
-            self.attempt("the log file", self._file.close)
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _write(self, row: Mapping[str, Any], left: float | None) -> None:
-        plain = {name: plain_value(value) for name, value in row.items()}
+        plain = {name: plain_value(value) for name, value in {**row, **values}.items()}
         if self._file is not None:
             line = json_line(plain | {"time": round(time.time(), 1)})  # seconds since 1970
             self.attempt("the log file", lambda: print(line, file=self._file, flush=True))
         for tracker, worker in self._trackers:
-            worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, plain["step"])
+            worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, step)
             worker.check()
         if self._console is not None:
             self.attempt("the terminal", lambda: self._show(plain, left))
+
+    def close(self) -> None:
+        """Close the file and the trackers. A second call does nothing."""
+        for tracker, worker in self._trackers:
+            worker.put(tracker.close)
+            worker.close()
+        if self._table is not None:
+            self.attempt("the notebook", self._table.finish)
+        if self._file is not None:
+            self.attempt("the log file", self._file.close)
+        self._trackers, self._table, self._file = [], None, None
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _show(self, plain: Mapping[str, Any], left: float | None) -> None:
         progress.note_line()
@@ -205,14 +194,14 @@ class _Worker:
 
     def __init__(self, name: str, log: MetricLog):
         self._name, self._log = name, log
-        self.queue: queue.Queue = queue.Queue()
+        self._calls: queue.SimpleQueue = queue.SimpleQueue()
         self._since: float | None = None  # when the call that is under way began
-        self.thread = threading.Thread(target=self._work, name=f"gold_jax {name}", daemon=True)
-        self.thread.start()
+        self._thread = threading.Thread(target=self._work, name=f"gold_jax {name}", daemon=True)
+        self._thread.start()
 
     def put(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Hands a call over."""
-        self.queue.put(functools.partial(function, *arguments))
+        self._calls.put(functools.partial(function, *arguments))
 
     def check(self) -> None:
         """Complains of a call that takes longer than `PATIENCE`."""
@@ -220,20 +209,19 @@ class _Worker:
         if since is not None and time.monotonic() - since > PATIENCE:
             self._log.complain(self._name, f"has not answered for {PATIENCE:g} seconds; the run continues.")
 
-    def close(self, timeout: float | None = None) -> None:
-        """Waits until all calls are made, for as long as `timeout`."""
-        self.queue.put(None)
-        self.thread.join(timeout)
-        if self.thread.is_alive():
+    def close(self) -> None:
+        """Waits until all calls are made, but no longer than `PATIENCE`."""
+        self._calls.put(None)
+        self._thread.join(PATIENCE)
+        if self._thread.is_alive():
             what = f"{self._name} at the end"
             self._log.complain(what, "did not answer; what it has not taken is in metrics.jsonl alone.")
 
     def _work(self) -> None:
-        while (call := self.queue.get()) is not None:
+        while (call := self._calls.get()) is not None:
             self._since = time.monotonic()
             self._log.attempt(self._name, call)
             self._since = None
-            self.queue.task_done()
 
 
 def trl_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -335,17 +323,15 @@ def _printable(text: str) -> str:
 
 def before_after(console: Console, rows: Sequence[tuple[str, float | None, float | None, float | None]]) -> None:
     """Show what training changed: names with values before, after and of the teacher; None: not measured."""
-    columns: dict[str, list[str]] = {name: [] for name in ("before", "after", "change", "teacher")}
-    for _, before, after, teacher in rows:
-        both = before is not None and after is not None
-        change = f"{'+' if after > before else ''}{shown(after - before)}" if both else ""
-        cells = ["" if value is None else shown(value) for value in (before, after, teacher)]
-        for column, cell in zip(columns.values(), [*cells[:2], change, cells[2]]):
-            column.append(cell)
-    columns = {name: cells for name, cells in columns.items() if any(cells)}
+    lines = []
+    for _, *values in rows:
+        before, after, teacher = ("" if value is None else shown(value) for value in values)
+        change = f"{'+' if values[1] > values[0] else ''}{shown(values[1] - values[0])}" if before and after else ""
+        lines.append((before, after, change, teacher))
+    columns = [column for column in zip(("before", "after", "change", "teacher"), *lines) if any(column[1:])]
     table = Table("", box=box.SIMPLE_HEAD)
-    for name in columns:
-        table.add_column(name, justify="right")
-    for (label, *_), *cells in zip(rows, *columns.values()):
+    for head, *_ in columns:
+        table.add_column(head, justify="right")
+    for (label, *_), *cells in zip(rows, *(column[1:] for column in columns)):
         table.add_row(Text(label), *cells)
     console.print(table)

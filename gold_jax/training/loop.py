@@ -34,12 +34,12 @@ from gold_jax.training.annotations import DISPATCH, SAVING, WAITING, annotate
 from gold_jax.training.batches import UpdateBatch
 from gold_jax.training.build import Run
 from gold_jax.training.callbacks import Callbacks, weak_method
-from gold_jax.training.evaluation import BestModel, Evaluator, compared, over_sets
+from gold_jax.training.evaluation import BestModel, Evaluator, TeacherMeasures, compared, over_sets
 from gold_jax.training.export import save_final_model
 from gold_jax.training.folder_lock import folders_locked
 from gold_jax.training.logging import KEPT, MetricLog, before_after, completions_table, plain_value, trl_names
 from gold_jax.training.resume import EVALUATED, IGNORED_ON_RESUME, LOGS, append_rows, begin_logs, continue_logs
-from gold_jax.training.run_state import Data, RunState, find_checkpoint, first_trainer_state
+from gold_jax.training.run_state import Data, RunState, find_checkpoint, trainer_state
 from gold_jax.training.run_summary import RunSummary
 from gold_jax.training.saving import Saver
 from gold_jax.training.signals import SignalHandler
@@ -58,12 +58,9 @@ class Loop:
         args: the settings.
         console: where to print; quiet in all processes but the first.
         max_new_tokens: most tokens of a greedy completion in evaluation.
-        teacher_score: returns the teacher's measures on the evaluation rows.
-        restart: called before each further `train` of the same student.
+        teacher: its name and tokenizer; None: there is none.
         callbacks, compute_metrics: as the trainers take them.
         summary: keeps `summary.json`; None: there is none.
-        gaps: returns the gaps between a student and the teacher on rows.
-        score_groups: returns the log-probabilities of completions' groups under student and teacher; None: not scored.
     """
 
     def __init__(
@@ -74,13 +71,10 @@ class Loop:
         args: SFTConfig,
         console: Console,
         max_new_tokens: int,
-        teacher_score: Callable[[], Mapping[str, float]] | None = None,
-        restart: Callable[[], Any] | None = None,
+        teacher: LoadedModel | None = None,
         callbacks: Sequence[Any] | None = None,
         compute_metrics: Callable[[EvalPrediction], Mapping[str, Any]] | None = None,
         summary: RunSummary | None = None,
-        gaps: Callable[[LoadedModel, Any], dict[str, float]] = lambda student, rows: {},
-        score_groups: Callable[[LoadedModel, Sequence[tuple[Example, str]]], list[list]] | None = None,
     ):
         self.args, self.console, self.data, self.total_steps = args, console, data, data.total_steps(args)
         self.say = functools.partial(console.print, markup=False, soft_wrap=not console.is_terminal)
@@ -94,11 +88,11 @@ class Loop:
         self.profile_steps = profiled if is_main_process() else []
         self.state = TrainState(run.params, None)  # donated by every step; optimizer state from `train` on
         self.run = run._replace(batches=batches, params=None)  # `state` is the only owner of the parameters
-        self._student, self._teacher_score, self._restart, self._gaps = student, teacher_score, restart, gaps
-        self._score_groups = score_groups
+        self._student, self._scores_groups = student, teacher is not None
         described = {k: v for k, v in data.description.items() if k not in IGNORED_ON_RESUME}
         assert_same_across_processes("the settings or the data", described)
         rows = args.per_device_eval_batch_size * batches.process_shard.num_shards
+        self.teacher = None if teacher is None else TeacherMeasures(teacher, self.run, args, rows)
         self._evaluator = Evaluator(run.step, batches, rows, args.loss_chunk, max_new_tokens, compute_metrics)
         self._trained, self._log, self._summary = False, None, summary or RunSummary(None)
         self._reset()
@@ -115,7 +109,6 @@ class Loop:
         best = BestModel(self.args.metric_for_best_model, self.args.greater_is_better)
         self.run_state = RunState(best, self.data.description.get(EVALUATED))
         self.history: list[dict[str, Any]] = []  # every logged line, oldest first
-        self._trainer_state = first_trainer_state(self.args, self.total_steps, self.data.order.steps_per_epoch)
         # For the model card: metrics of the student before and after training, and of the teacher.
         self.results: dict[str, Mapping[str, float]] = {}
         self._bar, self._throughput = progress.Task("training", self.total_steps), utilization.Throughput()
@@ -129,8 +122,7 @@ class Loop:
 
     def trainer_state(self) -> TrainerState:
         """The current state of the run as transformers has it; its `log_history` is not a copy."""
-        epoch, found = self.done / self.data.order.steps_per_epoch, self.run_state.for_transformers()
-        return dataclasses.replace(self._trainer_state, epoch=epoch, log_history=self.history, **found)
+        return trainer_state(self.run_state, self.args, self.data, self.history)
 
     def train(self, resume: str | None = None) -> TrainOutput:
         """Runs all updates and saves the student.
@@ -156,8 +148,8 @@ class Loop:
             contextlib.closing(checkpointing.Checkpoints(folder, args.save_total_limit, self.say)) as self.checkpoints,
         ):
             found = self._find_checkpoint(resume) if resume else None
-            if self._trained and self._restart is not None:
-                self._restart()
+            if self._trained and self.run.batches.engine is not None:
+                self.run.batches.engine.restart()
             self._trained = True
             self._reset()
             if found is None:
@@ -167,13 +159,13 @@ class Loop:
             self.checkpoints.remove_unfinished()
             given = self.run_state.run_id, self.total_steps, lambda: self.done
             with self._summary.part(*given, resumed=found is not None), self._open_log() as self._log:
-                held = self.checkpoints, self.run, self.data, args, self.output
-                self._saver = Saver(*held, weak_method(self._save_model), self._log, self.watchdog, self.say)
+                held = self.checkpoints, self.run, self.run_state, self.data, args, self.output
+                self._saver = Saver(*held, weak_method(self._save_model), self.watchdog, self.say)
                 self.callbacks.call("on_train_begin")
                 before = self._evaluate_before()
                 updates = progress.task("training", self.total_steps, self.done)
                 with SignalHandler(self._say_stopping) as signals, updates as self._bar:
-                    with self._saver.saved_when_stopped(signals, self.run_state, lambda: self.state):
+                    with self._saver.saved_when_stopped(signals, lambda: self.state):
                         self._updates(signals)
                 after = self._close()
                 self.callbacks.call("on_train_end")
@@ -189,24 +181,16 @@ class Loop:
 
     def _updates(self, signals: SignalHandler) -> None:
         """Build batch, step, log, evaluate, save, stop."""
-        run, args, now, total = self.run, self.args, self.run_state, self.total_steps
+        total, per_epoch, first = self.total_steps, self.data.order.steps_per_epoch, self.done
         self._throughput.restart()
         batch = signals.interruptible(self._build_batch, self.done) if self.done < total else None
-        per_epoch, first = self.data.order.steps_per_epoch, self.done
         for step in self._steps():
             if batch is None:  # a signal came while it was built
                 return
             if step == first or step % per_epoch == 0:
                 self.callbacks.call("on_epoch_begin")
             self.callbacks.call("on_step_begin")
-            with annotate(DISPATCH):  # asynchronous: returns before it is computed
-                if batch.counted:
-                    self.state, metrics = run.step(self.state, batch.batches)
-                else:
-                    self.state, metrics = run.step.skip(self.state)
-                    self.say(f"Update {step + 1} is skipped: nothing in its rows counts in the loss.")
-                current = batch
-                now.advance(batch)
+            current, metrics = batch, self._dispatch(step, batch)
             # While the device computes this update, the host prepares the next one.
             failed = None
             try:
@@ -217,38 +201,11 @@ class Loop:
                 self.watchdog.report(step + 1, watchdog.WAITING)
                 jax.block_until_ready(metrics["loss"])
             self._bar.reach(self.done)
-            line = self._take_in(step, current, metrics)
-            self.callbacks.call("on_step_end")
             ends_epoch = self.done % per_epoch == 0 or self.done == total
-            if ends_epoch:
-                self.callbacks.call("on_epoch_end")
-            self.callbacks.agree()
-            control = self.callbacks.control
-            if control.should_log or self.done == total:
-                self._log_update(line)
-            if now.nonfinite.in_a_row >= args.max_skipped_updates:
-                self._saver.give_up(now, self.state, metrics, self.data.order(step), current.counted)
-            if current.samples and args.log_completions and is_main_process():
-                self._log_completions(step, current.samples)
-            # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
-            closes = self.done == total
-            now.measure_later(control.should_evaluate and not (closes and args.metric_for_best_model is None))
+            self._report(step, current, metrics, ends_epoch)
             if failed is not None:
                 raise failed
-            if now.unmeasured and not closes:
-                measured = signals.interruptible(self.evaluate)
-                if measured is not None:
-                    now.measure_later(False)
-                    self._take_evaluation(measured)
-                    self.callbacks.agree()
-                self._throughput.restart()
-            signals.poll_preemption(self.done)
-            control = self.callbacks.control
-            ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
-            if control.should_save and not (signals.requested or (ends and args.save_strategy != "no")):
-                self._saver.checkpoint(now, self.state)
-                self.callbacks.call("on_save")
-                self._throughput.restart()
+            self._evaluate_and_save(signals)
             if self.callbacks.control.should_training_stop or signals.requested:
                 if not (ends_epoch or signals.requested):
                     self.callbacks.call("on_epoch_end")
@@ -256,23 +213,73 @@ class Loop:
                     return  # after the last update the loop ends by itself, so that its trace is reported
             self.checkpoints.poll()
 
+    @annotate(DISPATCH)
+    def _dispatch(self, step: int, batch: UpdateBatch) -> dict[str, Any]:
+        """Starts an update, and returns its metrics before they are computed."""
+        if batch.counted:
+            self.state, metrics = self.run.step(self.state, batch.batches)
+        else:
+            self.state, metrics = self.run.step.skip(self.state)
+            self.say(f"Update {step + 1} is skipped: nothing in its rows counts in the loss.")
+        self.run_state.advance(batch)
+        return metrics
+
+    def _report(self, step: int, batch: UpdateBatch, metrics: dict[str, Any], ends_epoch: bool) -> None:
+        """Logs an update where that is due; ends the run where it is one of too many that were skipped."""
+        now, schedule, closes = self.run_state, self.run.schedule, self.done == self.total_steps
+        made = step - now.nonfinite.total  # skipped updates do not advance the schedule
+        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
+        now.take(batch, metrics, self.state.nonfinite)
+        self._throughput.add(batch.stats["tokens"])
+        self.callbacks.call("on_step_end")
+        if ends_epoch:
+            self.callbacks.call("on_epoch_end")
+        self.callbacks.agree()
+        control = self.callbacks.control
+        if control.should_log or closes:
+            self._log_update(rate)
+        if now.nonfinite.in_a_row >= self.args.max_skipped_updates:
+            self._saver.give_up(self.state, metrics, self.data.order(step), batch.counted)
+        if batch.samples and self.args.log_completions and is_main_process():
+            self._log_completions(step, batch.samples)
+        # The closing evaluation is made in any case; only the choice of the best checkpoint needs this one too.
+        now.measure_later(control.should_evaluate and not (closes and self.args.metric_for_best_model is None))
+
+    def _evaluate_and_save(self, signals: SignalHandler) -> None:
+        """Evaluates and saves where that is due after an update; what a signal cuts short is due later."""
+        now = self.run_state
+        if now.unmeasured and self.done < self.total_steps:
+            measured = signals.interruptible(self.evaluate)
+            if measured is not None:
+                now.measure_later(False)
+                self._take_evaluation(measured)
+                self.callbacks.agree()
+            self._throughput.restart()
+        signals.poll_preemption(self.done)
+        control = self.callbacks.control
+        ends = control.should_training_stop  # with a --save_strategy `_close` saves the end
+        if control.should_save and not (signals.requested or (ends and self.args.save_strategy != "no")):
+            self._saver.checkpoint(self.state)
+            self.callbacks.call("on_save")
+            self._throughput.restart()
+
     def _close(self) -> Mapping[str, float]:
         """After the updates: saves, the closing evaluation, the best student. Returns the metrics of that student."""
         for line in self.data.closing_notices():
             self.say(line)
         # Saved before the closing evaluation, which may fail.
-        if self.args.save_strategy != "no" and self.checkpoints.finish() and not self._saver.is_saved(self.run_state):
-            self._saver.checkpoint(self.run_state, self.state)
+        if self.args.save_strategy != "no" and self.checkpoints.finish() and not self._saver.is_saved():
+            self._saver.checkpoint(self.state)
             self.callbacks.call("on_save")
-        self._saver.student(self.run_state, self.student.model)
+        self._saver.student(self.student.model)
         if self.data.eval is None:
             return {}
         stopped_after_one = self._evaluated is not None and self._evaluated[0] == self.done
         after = self._evaluated[1] if stopped_after_one else self._take_evaluation(self.evaluate())
-        if (params := self._saver.best_params(self.run_state, self.state.params)) is None:
+        if (params := self._saver.best_params(self.state.params)) is None:
             return after
         self.state = self.state._replace(params=params)
-        self._saver.student(self.run_state, self.student.model)
+        self._saver.student(self.student.model)
         return self.evaluate()
 
     # start
@@ -281,7 +288,6 @@ class Loop:
         """The state before the first update: the current parameters, all else new."""
         self.state = init_state(self.run.step.optimizer, self.state.params, self.run.shardings)
         release_freed_memory()
-        self.run_state.begin()
         if is_main_process():
             begin_logs(self.run_state.run_id, self.output, self.checkpoints.folder, self.say)
 
@@ -293,8 +299,8 @@ class Loop:
 
     def _resume(self, path: Any, metadata: Mapping[str, Any], state: TrainState) -> None:
         """Restores the state of the run from a checkpoint."""
-        now, self.state = self.run_state, state
-        now.restore(metadata, self.data, path.parent)
+        self.state, now = state, self.run_state.restored(metadata, self.data, path.parent)
+        self.run_state = now
         self.checkpoints.go_on_from(path)
         if now.best.saved is not None:
             self.checkpoints.best.add(now.best.saved.step)
@@ -331,10 +337,7 @@ class Loop:
         # Imported by name, and only here: the core does not depend on `profiling`.
         profiling, folder = importlib.import_module("gold_jax.profiling"), self.output / "profile"
 
-        def report(summary):
-            self._log.flush()
-            profiling.print_summary(self.console, summary, folder)
-
+        report = functools.partial(profiling.print_summary, self.console, folder=folder)
         block = lambda: jax.block_until_ready(self.state)  # noqa: E731
         return profiling.trace_steps(steps, self.profile_steps, folder, block=block, report=report)
 
@@ -347,15 +350,6 @@ class Loop:
         trackers = make_trackers(self.args.report_to, self.args)
         in_notebook = self.console.is_jupyter and not self.args.disable_tqdm
         return MetricLog(self.output / LOGS[0], self.console, trackers, self.total_steps, in_notebook)
-
-    def _take_in(self, step: int, batch: UpdateBatch, metrics: dict[str, Any]) -> dict[str, float]:
-        """Adds an update's metrics to the means of the next log line; returns those that are not averaged."""
-        schedule = self.run.schedule
-        made = step - self.run_state.nonfinite.total  # skipped updates do not advance the schedule
-        rate = {} if schedule is None else {"learning_rate": float(schedule(made))}
-        self.run_state.take(batch, metrics, self.state.nonfinite)
-        self._throughput.add(batch.stats["tokens"])
-        return rate
 
     def _log_update(self, rate: Mapping[str, float]) -> None:
         """Logs the means since the last line."""
@@ -388,7 +382,6 @@ class Loop:
         with self.run_state.holding(rows) as written:
             append_rows(self.output / LOGS[1], written)
         if due:
-            self._log.flush()
             shown = [(row["prompt"], row["completion"]) for row in rows]
             completions_table(self.console, shown, self.args.num_completions_to_print, step=self.done)
 
@@ -399,14 +392,14 @@ class Loop:
             rows.append({"step": self.done, "prompt": self._student.chat_tokenizer.render(example.prompt)})
             rows[-1] |= {"completion": text} | more
             rows[-1] |= {} if example.completion is None else {"reference": example.completion}
-        if scored and self._score_groups is not None and rows:
+        if scored and self._scores_groups and rows:
             try:
-                for row, groups in zip(rows, self._score_groups(self.student, samples[:scored])):
+                for row, groups in zip(rows, self.teacher.score_groups(self.student, samples[:scored])):
                     row["groups"] = groups
             except Exception as error:  # such as too little memory; only the report needs this
                 if jax.process_count() > 1:  # the others wait for this one
                     raise
-                self._score_groups = None
+                self._scores_groups = False
                 self.say(f"Completions are no longer scored group by group ({type(error).__name__}: {error}).")
             self._throughput.restart()
         return rows
@@ -435,7 +428,8 @@ class Loop:
             if writes:
                 kept = itertools.islice((e for e in part if e.completion is not None), most)
                 self._written.append((next(names), [*zip(kept, found.predictions)]))
-            return found.metrics | self._gaps(self.student, part)
+            gaps = self.teacher.gaps(self.student, part) if self.teacher and self.args.eval_gaps else {}
+            return found.metrics | gaps
 
         return over_sets(measure, rows)
 
@@ -455,8 +449,8 @@ class Loop:
         self.record(metrics, "on_evaluate")
         self._log_evaluated()
         self.run_state.best.take(metrics, self.done)
-        if self._saver.is_saved(self.run_state):
-            self._saver.mark_best(self.run_state)
+        if self._saver.is_saved():
+            self._saver.mark_best()
         return metrics
 
     def _evaluate_before(self) -> Mapping[str, float]:
@@ -476,7 +470,7 @@ class Loop:
         self.console.print(f"{plural(self.done, 'update')} done; {plural(self.run.step.compiled, 'program')} compiled.")
         if not after:
             return
-        teacher = self._teacher_score() if self._teacher_score else {}
+        teacher = over_sets(self.teacher.score, self.data.eval) if self.teacher else {}
         measured = {name: value for name, value in before.items() if name.startswith("eval_")}
         self.results = {"before training": measured, "after training": after, "teacher": teacher}
         self._summary.add(results=self.results)

@@ -15,24 +15,62 @@ import jax
 import numpy as np
 from etils import epath
 
-from gold_jax.config import GOLDConfig, fields_with
+from gold_jax.config import GOLDConfig, RunFacts, fields_with, without_effect
 from gold_jax.distributed.consensus import assert_same_across_processes
 from gold_jax.json_files import read_json_object
+from gold_jax.loading import LoadedModel
+from gold_jax.models.functional import split
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
-from gold_jax.wording import listed
+from gold_jax.wording import listed, without_passwords
 
 # Settings that a resumed run may change silently, and those whose change is reported, as it makes another run.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
 WARNED_ON_RESUME = fields_with(GOLDConfig, on_resume="warn")
 # What a checkpoint describes of its run besides the settings that had an effect.
-LEARNED, ROWS, MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
+_LEARNED, _ROWS, _MICRO = "rows to learn from", "rows of an update", "rows of a micro-batch"
 EVALUATED = "the rows to evaluate on"
-_DATA, _WEIGHTS, _TEACHER = "the training data", "the teacher's weights", "the teacher's template and tokenizer"
-_STUDENT = "the student's template and tokenizer"
-_CONFIG = " config"  # suffix of the names of the models' configs
+_DATA, _WEIGHTS = "the training data", "the teacher's weights"
+_CHANGED = "from what the checkpoint was saved with"
+# Of each digest whether a run that differs in it is refused, and what is said; None: which of the values differ.
+_DIGESTS = {
+    _DATA: (True, f"differ {_CHANGED}"),
+    "the student's template and tokenizer": (True, f"differs {_CHANGED}"),
+    "the student's config": (True, None),
+    "the teacher's template and tokenizer": (False, f"differs {_CHANGED}"),
+    "the teacher's config": (False, None),
+    _WEIGHTS: (False, f"differ {_CHANGED}"),
+    EVALUATED: (False, f"differ {_CHANGED}: earlier metrics are of other rows"),
+}
+
+
+def digests_of(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
+    """What is compared of data and models: `sides` by whose they are, and digests of the rows (None: no evaluation)."""
+    digests = {_DATA: rows}
+    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
+    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
+    if evaluated is not None:
+        digests[EVALUATED] = evaluated
+    if "the teacher" in sides:
+        digests[_WEIGHTS] = describe_weights(split(sides["the teacher"].model)[1])
+    return digests
+
+
+def describe_run(
+    facts: RunFacts, digests: Mapping[str, Any], shards: int, count: int | None, checked: str
+) -> dict[str, Any]:
+    """Everything that updates depend on, as JSON: the settings that have an effect, sizes of updates, and `digests`.
+
+    `count` rows can be learned from (None: not known); they are `checked` "before" training or "beside" it.
+    """
+    args, unused = facts.args, {name for name, _ in without_effect(facts.args, facts)}
+    description = {name: value for name, value in args.to_dict().items() if name not in unused}
+    description |= {} if count is None else {_LEARNED: count}
+    description |= {"check_rows": checked, _ROWS: args.rows_per_update * shards}
+    description |= {_MICRO: args.per_device_train_batch_size * shards, **digests}
+    return json.loads(without_passwords(json.dumps(description, default=str)))
 
 
 def describe_tokenizer(chat_tokenizer: ChatTokenizer) -> str:
@@ -80,30 +118,22 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     if _DATA in now and _DATA not in saved:
         earlier = f"{checkpoint} was saved by an earlier version, which did not describe its training data in full"
         warnings.append(f"{earlier}: check that it is the same")
-    for name in now:
+    for name, new in now.items():
         # Settings that the checkpoint lacks are newer than it.
-        if name == "check_rows" and now[name] != saved.get(name, "before"):
-            refused.append(f"--check_rows is {now[name]} and was {saved.get(name, 'before')}")
+        old = saved.get(name, "before" if name == "check_rows" else new)
+        if name in IGNORED_ON_RESUME or name == _MICRO or old == new:
             continue
-        if name in IGNORED_ON_RESUME or name == MICRO or name not in saved or saved[name] == now[name]:
-            continue
-        flag = name if " " in name else f"--{name}"
-        differ = f"{name} differ{'' if name in (_DATA, _WEIGHTS, EVALUATED) else 's'}"
-        differ += " from what the checkpoint was saved with"
-        if name == _WEIGHTS and str(saved[name]).split()[:1] != now[name].split()[:1]:
+        if name == _WEIGHTS and str(old).split()[:1] != new.split()[:1]:
             continue  # in another precision, which is reported for --bf16
-        if name.endswith(_CONFIG):
-            differ = f"{name} differs in {_differences(saved[name], now[name])}"
-        if name == EVALUATED:
-            warnings.append(f"{differ}: earlier metrics are of other rows")
-        elif name in (_WEIGHTS, _TEACHER, f"the teacher's{_CONFIG}"):
-            warnings.append(differ)
+        flag = name if " " in name else f"--{name}"
+        if name in _DIGESTS:
+            lines, differ = (refused if _DIGESTS[name][0] else warnings), _DIGESTS[name][1]
+            lines.append(f"{name} {differ or f'differs in {_differences(old, new)}'}")
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
-            warnings.append(f"{flag} is now {now[name]!r}; the checkpoint was saved with {saved[name]!r}")
-        elif name in (_DATA, _STUDENT, f"the student's{_CONFIG}"):
-            refused.append(differ)
+            warnings.append(f"{flag} is now {new!r}; the checkpoint was saved with {old!r}")
         else:
-            refused.append(f"{flag} is {now[name]!r} and was {saved[name]!r}")
+            shown = (new, old) if name == "check_rows" else (repr(new), repr(old))
+            refused.append("{} is {} and was {}".format(flag, *shown))
     if refused:
         anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
         instead = f"Resume with what it was saved with, or {anew}."
@@ -119,10 +149,10 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether another split into devices and micro-batches keeps the rows of every update and which are on-policy."""
-    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(ROWS) != now[ROWS]:
+    if name not in ("per_device_train_batch_size", "gradient_accumulation_steps") or saved.get(_ROWS) != now[_ROWS]:
         return False
-    micro = saved.get(MICRO, saved.get("per_device_train_batch_size"))  # old checkpoints have only the latter
-    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(MICRO))
+    micro = saved.get(_MICRO, saved.get("per_device_train_batch_size"))  # old checkpoints have only the latter
+    return now.get("lmbda", 0) in (0, 1) or (micro is not None and micro == now.get(_MICRO))
 
 
 def find_and_restore(
@@ -194,7 +224,8 @@ def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
 def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Path]:
     """The checkpoints of the run that was started last in a folder, newest first; says where there are none."""
     found, current = checkpointing.checkpoints_in(folder), checkpointing.current_run(folder)
-    earlier = [path for path in found if current is not None and checkpointing.run_of(path) not in (None, current)]
+    known = {path: checkpointing.run_and_order(path) for path in found}
+    earlier = [path for path, (run, _) in known.items() if current is not None and run not in (None, current)]
     if not found:
         say(f"There is no checkpoint in {folder} yet: a new run starts.")
     elif len(earlier) == len(found):
@@ -203,7 +234,7 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
         say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} resumes one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.
-    return rest if current is None else sorted(rest, key=checkpointing.order_in_run, reverse=True)
+    return rest if current is None else sorted(rest, key=lambda path: known[path][1], reverse=True)
 
 
 def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:

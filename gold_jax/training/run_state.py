@@ -27,6 +27,15 @@ from gold_jax.training.resume import EVALUATED, find_and_restore
 from gold_jax.training.rollout_buffer import Rollouts
 from gold_jax.training.step import TrainState, state_shapes
 
+_PLAIN = (
+    "run_id",
+    "resumed",
+    "unmeasured",
+    "num_tokens",
+    "completions_due",
+    "shapes",
+)  # of a `RunState`, stored as they are
+
 
 class Data(NamedTuple):
     """The rows that a run learns from and is measured on."""
@@ -74,7 +83,8 @@ class RunState:
 
     best: BestModel
     measured: str | None  # a digest of the rows of the evaluation before the first update
-    run_id: str = ""  # distinguishes checkpoints of several runs in one folder
+    # Distinguishes checkpoints of several runs in one folder; "" in those of early versions.
+    run_id: str = dataclasses.field(default_factory=lambda: uuid.uuid4().hex)
     # How often the run was resumed: orders checkpoints where it was resumed from an older one.
     resumed: int = 0
     done: int = 0  # updates so far
@@ -87,10 +97,6 @@ class RunState:
     unmeasured: bool = False  # whether an evaluation is due after the last update
     unwritten: list[dict] = dataclasses.field(default_factory=list)  # completions that are not in their file
     completions_due: int = 0  # from which update on completions are shown again, and scored
-
-    def begin(self) -> None:
-        """Starts a new run."""
-        self.run_id = uuid.uuid4().hex
 
     def advance(self, batch: UpdateBatch) -> None:
         """Counts an update of this batch."""
@@ -129,47 +135,41 @@ class RunState:
             self.means.add({"on_policy_loss" if share else "off_policy_loss": metrics["loss"]})
         self.num_tokens += int(batch.stats["tokens"])
 
-    def for_transformers(self) -> dict[str, Any]:
-        """The fields of transformers' `TrainerState` that it determines."""
-        best, found = self.best.best, dict(global_step=self.done, num_input_tokens_seen=self.num_tokens)
-        found |= {} if best is None else {"best_metric": best.metric, "best_global_step": best.step}
-        return found | {"best_model_checkpoint": self.best.checkpoint}
-
     def metadata(self, data: Data) -> dict[str, Any]:
         """What a checkpoint stores of it, as JSON; waits for the device."""
         measured = {} if self.measured is None else {EVALUATED: self.measured}
-        metadata = {"run": data.description | measured, "run_id": self.run_id, "resumed": self.resumed}
-        metadata |= {"means": self.means.state(), "shapes": self.shapes}
+        metadata = {name: getattr(self, name) for name in _PLAIN} | {"run": data.description | measured}
+        metadata |= {"means": self.means.state(), "skips": self.nonfinite._asdict()}
         if isinstance(data.order, StreamOrder):
             metadata["stream"] = data.order.position(self.done)
         metadata |= {"unwritten": self.unwritten} if self.unwritten else {}
-        metadata |= {"skips": self.nonfinite._asdict(), "unmeasured": self.unmeasured}
-        metadata |= {"num_tokens": self.num_tokens, "completions_due": self.completions_due}
         return metadata | ({} if self.best.saved is None else {"best": self.best.state()})
 
-    def restore(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> None:
-        """Restores it from the metadata and rollouts of a checkpoint in `folder`, without the unwritten completions."""
+    def restored(self, metadata: Mapping[str, Any], data: Data, folder: Any) -> "RunState":
+        """This state of a new run as a checkpoint in `folder` left it, but for the unwritten completions."""
         if isinstance(data.order, StreamOrder):
             data.order.resume(metadata["step"], metadata["stream"])
-        self.done, self.nonfinite = metadata["step"], NonFiniteCounter(**metadata["skips"])
-        self.unmeasured, self.run_id = metadata["unmeasured"], metadata.get("run_id", "")
-        self.resumed = metadata.get("resumed", 0) + 1
-        self.measured = metadata["run"].get(EVALUATED, self.measured)
-        self.num_tokens = metadata.get("num_tokens", 0)
-        self.completions_due = metadata.get("completions_due", 0)
+        found = {"run_id": ""} | {name: metadata[name] for name in (*_PLAIN, "rollouts") if name in metadata}
+        found |= {"done": metadata["step"], "nonfinite": NonFiniteCounter(**metadata["skips"])}
+        found |= {"resumed": metadata.get("resumed", 0) + 1}
+        found |= {"measured": metadata["run"].get(EVALUATED, self.measured)}
         if (best := metadata.get("best")) is not None:
             self.best.restore(best, folder)
         self.means.restore(metadata["means"])
-        self.shapes, self.rollouts = metadata.get("shapes", ()), metadata.get("rollouts", {})
+        return dataclasses.replace(self, **found)
 
 
-def first_trainer_state(args: SFTConfig, total_steps: int, steps_per_epoch: float) -> TrainerState:
-    """transformers' `TrainerState` of a new run, with the fields that never change."""
-    intervals = {name: args.interval(name, total_steps) for name in ("logging_steps", "eval_steps", "save_steps")}
-    totals = dict(max_steps=total_steps, num_train_epochs=math.ceil(total_steps / steps_per_epoch))
-    main, size = is_main_process(), args.per_device_train_batch_size
-    first = dict(is_world_process_zero=main, is_local_process_zero=main, train_batch_size=size)
-    return TrainerState(**totals, **intervals, **first)
+def trainer_state(now: RunState, args: SFTConfig, data: Data, history: list[dict[str, Any]]) -> TrainerState:
+    """The state of a run as transformers has it; its `log_history` is not a copy."""
+    total, per_epoch, main = data.total_steps(args), data.order.steps_per_epoch, is_main_process()
+    found = {name: args.interval(name, total) for name in ("logging_steps", "eval_steps", "save_steps")}
+    if (best := now.best.best) is not None:
+        found |= {"best_metric": best.metric, "best_global_step": best.step}
+    return TrainerState(
+        epoch=now.done / per_epoch, global_step=now.done, max_steps=total, num_train_epochs=math.ceil(total / per_epoch),
+        num_input_tokens_seen=now.num_tokens, train_batch_size=args.per_device_train_batch_size, log_history=history,
+        best_model_checkpoint=now.best.checkpoint, is_world_process_zero=main, is_local_process_zero=main, **found,
+    )  # fmt: skip
 
 
 def named_for_checkpoints(optimizer: optax.GradientTransformation, state: TrainState) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`summary.json` in a run's folder: settings, data and models, environment, times, outcome and measures."""
 
 import contextlib
-import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -28,8 +27,8 @@ _LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 def settings_beside_defaults(args: SFTConfig) -> dict[str, Any]:
     """The settings that differ from the defaults, without secrets."""
-    defaults, secret = type(args)().to_dict(), {f.name for f in dataclasses.fields(args) if f.metadata.get("secret")}
-    return {name: value for name, value in args.to_dict().items() if value != defaults[name] and name not in secret}
+    defaults = type(args)().to_dict()
+    return {name: value for name, value in args.to_dict().items() if value != defaults[name]}
 
 
 def environment() -> dict[str, Any]:
@@ -87,14 +86,10 @@ class RunSummary:
         began, before, how = time.monotonic(), progress.compiled(), "finished"
         try:
             yield
-        except KeyboardInterrupt:
-            how = "interrupted"
-            raise
-        except Preempted:
-            how = "preempted"
-            raise
         except BaseException as error:
-            how = shortened(f"{type(error).__name__}: {error}", 500)
+            named = {KeyboardInterrupt: "interrupted", Preempted: "preempted"}.items()
+            failed = shortened(f"{type(error).__name__}: {error}", 500)
+            how = next((name for kind, name in named if isinstance(error, kind)), failed)
             raise
         finally:
             programs, seconds = (now - then for now, then in zip(progress.compiled(), before))

@@ -19,7 +19,6 @@ from gold_jax.rollout.engine import NonFiniteLogits
 from gold_jax.training import checkpointing
 from gold_jax.training.annotations import SAVING, annotate
 from gold_jax.training.build import Run
-from gold_jax.training.logging import MetricLog
 from gold_jax.training.nonfinite import Diverged, describe_divergence
 from gold_jax.training.rollout_buffer import to_bytes
 from gold_jax.training.run_state import Data, RunState, named_for_checkpoints, read_params
@@ -33,46 +32,49 @@ _RESUME = "Resume with --resume_from_checkpoint latest."
 
 @dataclasses.dataclass(frozen=True)
 class Saver:
-    """Saves one run; methods are given its current `RunState` and `TrainState`."""
+    """Saves one run; methods are given its current `TrainState`."""
 
     checkpoints: checkpointing.Checkpoints
     run: Run
+    now: RunState
     data: Data
     args: SFTConfig
     folder: pathlib.Path  # of the student
     write: Callable[[Decoder, pathlib.Path], Any]  # writes a model into a folder
-    log: MetricLog
     watchdog: Watchdog
     say: Callable[[str], Any]  # prints what was saved when the run ends early
 
+    @property
+    def _updates(self) -> str:
+        return plural(self.now.done, "update")
+
     @annotate(SAVING)
-    def checkpoint(self, now: RunState, state: TrainState) -> None:
+    def checkpoint(self, state: TrainState) -> None:
         """Starts saving everything needed to resume; asynchronous, the device keeps computing."""
-        self.watchdog.report(now.done, "saving a checkpoint")
-        self.log.flush()  # a resumed run continues the log from here
+        self.watchdog.report(self.now.done, "saving a checkpoint")
         write_student = None
         if jax.process_count() == 1:
             host = jax.tree.map(np.array, state.params)  # a copy: steps donate what is on the device
             write_student = functools.partial(self.write, merge(self.run.graph, host))
-        self.mark_best(now)
-        named, rollouts = named_for_checkpoints(self.run.optimizer, state), now.rollouts
+        self.mark_best()
+        named, rollouts = named_for_checkpoints(self.run.optimizer, state), self.now.rollouts
         rollouts = to_bytes(rollouts) if rollouts else None
-        self.checkpoints.save(now.done, named, now.metadata(self.data), write_student, rollouts)
+        self.checkpoints.save(self.now.done, named, self.now.metadata(self.data), write_student, rollouts)
 
-    def is_saved(self, now: RunState) -> bool:
+    def is_saved(self) -> bool:
         """Whether the newest complete checkpoint is of the last update."""
         last = self.checkpoints.last
-        return last is not None and last.name == f"checkpoint-{now.done}"
+        return last is not None and last.name == f"checkpoint-{self.now.done}"
 
-    def mark_best(self, now: RunState) -> None:
+    def mark_best(self) -> None:
         """Keeps the checkpoint of the last update if it is the best of those saved."""
-        if now.best.take_saved(now.done, str(self.checkpoints.folder / f"checkpoint-{now.done}")):
+        if self.now.best.take_saved(self.now.done, str(self.checkpoints.folder / f"checkpoint-{self.now.done}")):
             self.checkpoints.best.clear()
-            self.checkpoints.best.add(now.done)
+            self.checkpoints.best.add(self.now.done)
 
-    def student(self, now: RunState, model: Decoder) -> None:
+    def student(self, model: Decoder) -> None:
         """Writes the student into its folder; the text of an OSError names the checkpoint that still holds it."""
-        self.watchdog.report(now.done, "saving the student")
+        self.watchdog.report(self.now.done, "saving the student")
         try:
             with progress.task("saving the student"):
                 self.checkpoints.finish()
@@ -81,19 +83,17 @@ class Saver:
         except OSError as error:
             last, why = self.checkpoints.last, checkpointing.describe_error(error)
             still = f"its last checkpoint is {last}" if last else "no checkpoint of it was saved"
-            failed = (
-                f"the student could not be saved in {self.folder} ({why}) after {plural(now.done, 'update')}; {still}"
-            )
+            failed = f"the student could not be saved in {self.folder} ({why}) after {self._updates}; {still}"
             again = "with --resume_from_checkpoint latest" if last else "again"
             raise OSError(f"{failed}. Make room, then run the same command {again}.") from error
 
-    def best_params(self, now: RunState, params: Any) -> Any | None:
+    def best_params(self, params: Any) -> Any | None:
         """With `load_best_model_at_end` the parameters of the best checkpoint, sharded as `params` of the last update.
 
         None: the last ones are the best. ValueError: the checkpoint is incomplete.
         """
-        best = now.best
-        if not (self.args.load_best_model_at_end and best.saved_is_better(now.done)):
+        best = self.now.best
+        if not (self.args.load_best_model_at_end and best.saved_is_better(self.now.done)):
             return None
         try:
             params = read_params(best.checkpoint, params)
@@ -107,75 +107,67 @@ class Saver:
         return params
 
     @contextlib.contextmanager
-    def saved_when_stopped(
-        self, signals: SignalHandler, now: RunState, state: Callable[[], TrainState]
-    ) -> Iterator[None]:
+    def saved_when_stopped(self, signals: SignalHandler, state: Callable[[], TrainState]) -> Iterator[None]:
         """A context around all updates: saves the last one where an error or a signal ends them early."""
         try:
             try:
                 yield
+            except (InterruptedTwice, Diverged):
+                raise
             except KeyboardInterrupt:
-                if signals.interrupted_twice or jax.process_count() > 1:  # to save takes all processes
+                if jax.process_count() > 1:  # to save takes all processes
                     raise
                 signals.request("interrupt")
-            except Diverged:
-                raise
             except Exception as error:
                 with contextlib.suppress(Exception):  # the first error is the one to raise
-                    self._after_error(now, state())
-                if isinstance(error, NonFiniteLogits) and now.done:
+                    self._after_error(state())
+                if isinstance(error, NonFiniteLogits) and self.now.done:
                     help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
-                    why = f"After {plural(now.done, 'update')} no completions can be drawn, so the run stops: {error}"
+                    why = f"After {self._updates} no completions can be drawn, so the run stops: {error}"
                     raise Diverged(f"{why} What may help: {help}.{self._kept()}") from error
                 raise
             if signals.requested:
-                self._leave(now, state(), signals.requested == "interrupt")
+                self._leave(state(), signals.requested == "interrupt")
         except InterruptedTwice:
             self.checkpoints.abandon()
             last = self.checkpoints.last
             kept = f"the last checkpoint is {last}" if last else "nothing is saved"
-            self.say(f"Interrupted again after {plural(now.done, 'update')}, before the checkpoint was saved; {kept}.")
+            self.say(f"Interrupted again after {self._updates}, before the checkpoint was saved; {kept}.")
             raise
 
-    def _leave(self, now: RunState, state: TrainState, interrupted: bool) -> NoReturn:
+    def _leave(self, state: TrainState, interrupted: bool) -> NoReturn:
         """Saves and ends the run after Ctrl-C or SIGTERM."""
-        self.log.flush()
         with progress.task("saving a checkpoint"):
             self.checkpoints.finish()
-            if now.done and not self.is_saved(now):
-                self.checkpoint(now, state)
+            if self.now.done and not self.is_saved():
+                self.checkpoint(state)
                 self.checkpoints.finish()
-        saved, last = self.is_saved(now), self.checkpoints.last
+        saved, last = self.is_saved(), self.checkpoints.last
         where = f"{_SAVED} {last}" if saved else f"the last checkpoint is {last}" if last else "nothing is saved"
         further = f" {_RESUME}" if last else ""
-        message = (
-            f"{'Interrupted' if interrupted else 'Preempted'} after {plural(now.done, 'update')}; {where}.{further}"
-        )
+        message = f"{'Interrupted' if interrupted else 'Preempted'} after {self._updates}; {where}.{further}"
         self.say(message)
         raise KeyboardInterrupt(message) if interrupted else Preempted
 
-    def _after_error(self, now: RunState, state: TrainState) -> None:
+    def _after_error(self, state: TrainState) -> None:
         """Saves the last update where a row, a log or a server ends the run, and not the updates themselves."""
         gone = any(x.is_deleted() for x in jax.tree.leaves(state))
         self.checkpoints.finish()
-        if jax.process_count() > 1 or gone or self.is_saved(now) or not now.done:
+        if jax.process_count() > 1 or gone or self.is_saved() or not self.now.done:
             return
-        self.log.flush()
-        now.count(state.nonfinite)
-        self.checkpoint(now, state)
+        self.now.count(state.nonfinite)
+        self.checkpoint(state)
         if self.checkpoints.finish():
             where = f"{_SAVED} {self.checkpoints.last}. {_RESUME}"
-            self.say(f"An error ended the run after {plural(now.done, 'update')}; {where}")
+            self.say(f"An error ended the run after {self._updates}; {where}")
 
-    def give_up(
-        self, now: RunState, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int
-    ) -> NoReturn:
+    def give_up(self, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int) -> NoReturn:
         """Saves and ends a run that skipped too many updates in a row; `rows` are those of the last one."""
-        self.log.flush()
-        why = describe_divergence(now.done, now.nonfinite, metrics, state.params, rows, self.args, counted)
-        if now.nonfinite.total < now.done:  # the state of the last good update, to resume from with other settings
-            now.count(now.nonfinite._replace(in_a_row=0))
-            self.checkpoint(now, state)
+        why = describe_divergence(self.now.done, self.now.nonfinite, metrics, state.params, rows, self.args, counted)
+        if self.now.nonfinite.total < self.now.done:
+            # The state of the last good update, to resume from with other settings.
+            self.now.count(self.now.nonfinite._replace(in_a_row=0))
+            self.checkpoint(state)
         self.checkpoints.finish()
         raise Diverged(why + self._kept())
 

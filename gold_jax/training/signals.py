@@ -42,7 +42,6 @@ class SignalHandler:
         """`notify` is called in a signal handler with the first reason: what it does must be short and take no lock."""
         self._notify = notify
         self.requested: str | None = None  # "interrupt" or "preemption"
-        self.interrupted_twice = False  # whether Ctrl-C came a second time
         self._interruptible = False
         self._before: dict[int, object] = {}
 
@@ -66,7 +65,6 @@ class SignalHandler:
 
     def _handle(self, number: int, _frame: object) -> None:
         if number == signal.SIGINT and self.requested:  # a second signal, the first may have been SIGTERM
-            self.interrupted_twice = True
             raise InterruptedTwice
         self.request("interrupt" if number == signal.SIGINT else "preemption")
         if self._interruptible:

@@ -15,7 +15,9 @@ def require_trackers(report_to: Sequence[str]) -> None:
     """ValueError: one of the named trackers is not installed. Nothing is imported or started."""
     for name in report_to:
         if name != "all" and not _is_installed(name):
-            raise _missing(name)
+            instead = f"pip install 'gold_jax[{name}]', or train with --report_to none"
+            needs = f"--report_to {name} needs a package that is not installed: {instead}"
+            raise ValueError(f"{needs} (metrics are written to the output folder anyway).")
 
 
 def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
@@ -26,14 +28,11 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
     names = list(dict.fromkeys(report_to))
     if "all" in names:
         names = [name for name in _MODULES if name in names or _is_installed(name)]
+    require_trackers(names)
     trackers = []
     for name in names:
         try:
-            module = importlib.import_module(_MODULES[name])
-        except ImportError:
-            raise _missing(name) from None
-        try:
-            trackers.append(_TRACKERS[name](module, config))
+            trackers.append(_TRACKERS[name](importlib.import_module(_MODULES[name]), config))
         except Exception as error:  # each library has its own; all mean that this run would not be tracked
             failed = f"--report_to {name} could not start: {type(error).__name__}: {error}"
             raise ValueError(f"{failed}. Put that right, or train with --report_to none.") from error
@@ -42,12 +41,6 @@ def make_trackers(report_to: Sequence[str], config: SFTConfig) -> list[Any]:
 
 def _is_installed(name: str) -> bool:
     return sys.modules.get(_MODULES[name]) is not None or importlib.util.find_spec(_MODULES[name]) is not None
-
-
-def _missing(name: str) -> ValueError:
-    instead = f"pip install 'gold_jax[{name}]', or train with --report_to none"
-    needs = f"--report_to {name} needs a package that is not installed: {instead}"
-    return ValueError(f"{needs} (metrics are written to the output folder anyway).")
 
 
 def grouped(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,13 @@
 """GOLDTrainer and SFTTrainer, which make a run from names or objects. The run itself is `training.loop`."""
 
-import copy
 import dataclasses
 import functools
 import importlib
-import json
 import os
 import pathlib
 import shlex
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -19,58 +17,40 @@ from transformers.trainer_callback import TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import PredictionOutput, TrainOutput
 
 from gold_jax import progress
-from gold_jax.compilation_cache import user_caches
-from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value, without_effect
+from gold_jax.config import GOLDConfig, RunFacts, SFTConfig, named_without_effect, read_value
 from gold_jax.config.trl_compat import MEMBERS
 from gold_jax.cpu import release_freed_memory
-from gold_jax.distributed.consensus import assert_same_across_processes, raise_in_all_processes
+from gold_jax.distributed.consensus import assert_same_across_processes, raised_in_all_processes
 from gold_jax.distributed.initialize import is_main_process
 from gold_jax.loading import LoadedModel, compute_dtype, load_model_and_tokenizer, read_template
 from gold_jax.loss_spec import LossSpec
-from gold_jax.losses.fused_head import chunk_size
 from gold_jax.models.decoder import Decoder
-from gold_jax.models.functional import count, merge, split
+from gold_jax.models.functional import count, split
 from gold_jax.notebook import table
-from gold_jax.scoring import exact_match, measure_gaps, score_completions, score_groups
 from gold_jax.sharding.axes import mesh_flag
 from gold_jax.sharding.placement import Placement
-from gold_jax.text import check_cache
-from gold_jax.text.background_check import BackgroundCheck
 from gold_jax.text.chat import ChatTokenizer
-from gold_jax.text.checks import CheckedRows, RowChecker, check_evaluations, check_examples, with_text_completion
-from gold_jax.text.data import Example, as_teacher_reads, load_examples
-from gold_jax.text.stream import RowStream, ShuffledRows, StreamOrder, open_stream
-from gold_jax.text.surface import backend_of
+from gold_jax.text.checks import check_evaluations
+from gold_jax.text.data import load_examples
+from gold_jax.text.stream import RowStream, open_stream
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
-from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
-from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments, weak_method
-from gold_jax.training.evaluation import over_sets
+from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
+from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
-from gold_jax.training.logging import KEPT, header, shown
+from gold_jax.training.logging import header, shown
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
-from gold_jax.training.resume import (
-    EVALUATED,
-    IGNORED_ON_RESUME,
-    LEARNED,
-    MICRO,
-    ROWS,
-    describe_config,
-    describe_tokenizer,
-    describe_weights,
-)
+from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, digests_of
+from gold_jax.training.rows import TrainingRows, check_training_rows, needs_all_rows
 from gold_jax.training.run_state import Data
 from gold_jax.training.run_summary import RunSummary, environment, settings_beside_defaults
-from gold_jax.training.teacher import restore_teacher
 from gold_jax.training.trackers import require_trackers
 from gold_jax.training.trainer_members import TrainerMembers
 from gold_jax.wording import listed, plural, without_passwords
 
 SFT_NEW_TOKENS = 128
-_CACHED_FROM = 10_000  # rows: results of checking fewer are not cached
-_BACKGROUND_FROM = 200_000  # rows: with `check_rows="auto"`, fewer are checked before training
 _LEARNED = {"completion": "the completion", "assistant": "every assistant turn", "all": "the whole sequence"}
 
 
@@ -90,8 +70,7 @@ class _Trainer(TrainerMembers):
     model_name_or_path: str  # of the student
     is_in_train: bool
     spec: LossSpec | None = None  # the loss of a distillation
-    _background: BackgroundCheck | None = None  # the check of all rows during training
-    _card: Mapping[str, Any] = {}  # of the model card: teacher, loss and recipe
+    _card: Mapping[str, Any]  # of the model card: loss and recipe
 
     def __init__(
         self, args, train_dataset, eval_dataset, optimizers, callbacks, compute, console, command, dataset_name
@@ -122,18 +101,20 @@ class _Trainer(TrainerMembers):
         if isinstance(train_dataset, datasets.IterableDataset):
             train_dataset = open_stream(train_dataset, **named)
         streamed = isinstance(train_dataset, RowStream)
-        if streamed and (why := _needs_all_rows(a)):
+        if streamed and (why := needs_all_rows(a)):
             raise ValueError(f"a streamed data set has no length: {why}")
         self.train_examples: Any = train_dataset if streamed else read(train_dataset)
-        several = isinstance(eval_dataset, Mapping)
-        if several and not eval_dataset:
-            raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
-        if several and len({*map(str, eval_dataset)}) < len(eval_dataset):
-            raise ValueError(f"eval_dataset has two names that are written alike: {', '.join(map(repr, eval_dataset))}")
-        if several:
-            _check_best_metric(a, [*map(str, eval_dataset)])
-        read_all = {str(name): read(rows) for name, rows in eval_dataset.items()} if several else None
-        self.eval_examples = read_all or (None if eval_dataset is None else read(eval_dataset))
+        if isinstance(eval_dataset, Mapping):
+            names = [*map(str, eval_dataset)]
+            if not names:
+                raise ValueError("eval_dataset is an empty dict; pass data sets by their names, or leave it out")
+            if len({*names}) < len(names):
+                alike = ", ".join(map(repr, eval_dataset))
+                raise ValueError(f"eval_dataset has two names that are written alike: {alike}")
+            _check_best_metric(a, names)
+            self.eval_examples: Any = dict(zip(names, map(read, eval_dataset.values())))
+        else:
+            self.eval_examples = None if eval_dataset is None else read(eval_dataset)
         self.placement = build.place_run(a.mesh, a.layout)
         self.process_shard = build.process_shard_of(self.placement)
         self.console = (console or progress.console() or Console()) if is_main_process() else Console(quiet=True)
@@ -155,97 +136,38 @@ class _Trainer(TrainerMembers):
         options |= dict(remat=a.gradient_checkpointing, placement=self.placement)
         return self._load("student", model, tokenizer, a.model_init_kwargs, **options)
 
-    def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> CheckedRows | RowChecker:
-        """The training rows that can be learned from, or, if they are checked during training, what checks them.
-
-        `options` are those of `check_examples`; `learned` is everything that `count_targets` depends on besides the
-        tokenizers.
-        """
-        examples: Any = self.train_examples
-        options["source"] = getattr(examples, "source", "the data set")
-        if isinstance(examples, RowStream):
-            return RowChecker(chat_tokenizer, **options)
-        if not self._checks_in_background():
-            checked, cached = self._check_all(examples, learned, chat_tokenizer, options)
-            if cached:
-                self.console.print(
-                    f"The {len(examples):,} rows were checked in an earlier run, with the same settings."
-                )
-            return checked
-        self.train_examples = ShuffledRows.of(examples)
-        if jax.process_count() == 1:
-            # With tokenizers of its own: setting truncation and padding is not thread-safe.
-            own_tokenizer, own_options = copy.deepcopy((chat_tokenizer, options))
-
-            def check(after_block: Callable[[RowChecker], Any]) -> CheckedRows:
-                return self._check_all(examples, learned, own_tokenizer, own_options, after_block)[0]
-
-            self._background = BackgroundCheck(check, len(examples))
-        else:
-            self.console.print(
-                "With several processes there is no background check: rows are checked as they are used."
-            )
-        return RowChecker(chat_tokenizer, **options)
-
-    def _checks_in_background(self) -> bool:
-        """Whether rows are checked during training; ValueError if that is requested and not possible."""
-        when, why = self.args.check_rows, _needs_all_rows(self.args)
-        if when == "beside" and why:
-            raise ValueError(f"--check_rows beside does not know all rows when training begins: {why}")
-        return when == "beside" or (when == "auto" and not why and len(self.train_examples) >= _BACKGROUND_FROM)
-
-    def _check_all(
-        self,
-        examples: Any,
-        learned: Any,
-        chat_tokenizer: ChatTokenizer,
-        options: dict[str, Any],
-        after_block: Callable[[RowChecker], Any] | None = None,
-    ) -> tuple[CheckedRows, bool]:
-        """The result of `check_examples` for all rows, and whether it comes from the cache of an earlier run."""
-        check = functools.partial(check_examples, examples, chat_tokenizer, after_block, **options)
-        sides = [chat_tokenizer, *filter(None, [options.get("teacher")])]
-        known = all(backend_of(side.tokenizer) is not None for side in sides)  # digests of others are incomplete
-        large = len(examples) >= _CACHED_FROM and datasets.is_caching_enabled()
-        if not (known and large and (data := check_cache.data_key(examples))):
-            return check(), False
-        key = {name: value for name, value in options.items() if name not in ("teacher", "count_targets")}
-        key |= {"data": data, "code": check_cache.code_key(), "learned": repr(learned)}
-        key["sides"] = [check_cache.tokenizer_key(side, describe_tokenizer(side)) for side in sides]
-        return check_cache.remembered(user_caches() / "checked", key, check)
+    def _check(self, learned: Any, chat_tokenizer: ChatTokenizer, **options: Any) -> TrainingRows:
+        """`check_training_rows` of this run's rows."""
+        given = self.args, self.train_examples, learned, chat_tokenizer, self.process_shard.num_shards, self.console
+        rows = check_training_rows(*given, **options)
+        self.train_examples = rows.examples
+        return rows
 
     def _set_up(
-        self, student, checked, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
+        self, student, rows: TrainingRows, shown, max_new_tokens, teacher=None, match=None, engine=None, notices=()
     ) -> None:
-        """Prints what is about to run (`shown`), and makes the loop that runs it on the `checked` rows."""
+        """Prints what is about to run (`shown`), and makes the loop that runs it on these rows."""
         a = self.args
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
         measured, evaluated = self._check_evaluation_rows(sides)
-        self.notices = [*a.notices, *self._notices_of(checked), *measured, *named_without_effect(a, facts), *notices]
+        self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
-        data = Data(self.train_examples, self.eval_examples, self._order_of(checked), {}, self._background)
+        data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
         self._show(student, data, shown)
         # All processes compute together from here on; one that failed to load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]
         assert_same_across_processes("the sizes of the vocabularies", sizes)
-        streamed = isinstance(checked, RowChecker)
-        digests = _digests(sides, self.train_examples.digest if streamed else checked.digest, evaluated)
-        data = data._replace(description=self._describe(checked, facts, digests))
+        digests, shards = digests_of(sides, rows.digest, evaluated), self.process_shard.num_shards
+        data = data._replace(description=describe_run(facts, digests, shards, rows.count, rows.checked))
         options = dict(match=match, process_shard=self.process_shard, engine=engine, optimizers=self._optimizers)
         run = build.build_run(a, student, teacher, self.placement, total_steps=data.total_steps(a), **options)
         self.student = student._replace(model=None)  # the loop is the only owner of its parameters
         self._teacher, self.model_name_or_path = teacher and teacher._replace(model=None), student.name
-        options = dict(callbacks=self._callbacks, compute_metrics=self.compute_metrics)
-        options |= dict(teacher_score=teacher and weak_method(self._score_teacher), restart=engine and engine.restart)
-        options |= dict(gaps=weak_method(self._measure_gaps)) if teacher is not None and a.eval_gaps else {}
-        options |= (
-            dict(score_groups=weak_method(self._score_groups)) if teacher is not None and a.log_completions else {}
-        )
+        options = dict(teacher=self._teacher, callbacks=self._callbacks, compute_metrics=self.compute_metrics)
         if is_main_process():
-            known = {"student": student.name, "method": self.method}
-            known |= {name: value for name, value in shown.items() if value is not None}
-            known |= {"data": self.dataset_name, "rows": None if streamed else len(checked.kept), "digests": digests}
+            known = {"student": student.name, "method": self.method, **shown}
+            known |= {"data": self.dataset_name, "rows": rows.count, "digests": digests}
             known |= {"settings": settings_beside_defaults(a), "notices": self.notices}
             options["summary"] = RunSummary(a.output_dir, known, self.command)
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
@@ -261,34 +183,6 @@ class _Trainer(TrainerMembers):
             return [], None
         self.eval_examples, measured, evaluated = self._check_evaluation(self.eval_examples)
         return measured, evaluated
-
-    def _notices_of(self, checked: CheckedRows | RowChecker) -> list[str]:
-        """Notices about the training rows; those of streamed rows come when they are read."""
-        found = () if isinstance(checked, RowChecker) else checked.notices
-        read = [*self.train_examples.notices, *found]
-        if cut := len(getattr(self.train_examples, "shortened", ())):
-            read.append(f"--truncation_mode keep_end: the beginning of {plural(cut, 'prompt')} was cut off")
-        return read
-
-    def _order_of(self, checked: CheckedRows | RowChecker) -> RowOrder | StreamOrder:
-        """The order in which the run learns from the checked rows."""
-        a, rows_per_step = self.args, self.args.rows_per_update * self.process_shard.num_shards
-        if isinstance(checked, RowChecker):
-            say = functools.partial(self.console.print, markup=False, soft_wrap=True)
-            return StreamOrder(self.train_examples, checked, rows_per_step, a.seed, a.max_steps, say)
-        return RowOrder(checked.kept, rows_per_step, a.seed)
-
-    def _describe(
-        self, checked: CheckedRows | RowChecker, facts: RunFacts, digests: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Everything the updates depend on, for checkpoints: the settings that have an effect, sizes and `digests`."""
-        a, shards = self.args, self.process_shard.num_shards
-        unused = {name for name, _ in without_effect(a, facts)}
-        description = {name: value for name, value in a.to_dict().items() if name not in unused}
-        description |= {} if isinstance(checked, RowChecker) else {LEARNED: len(checked.kept)}
-        description |= {"check_rows": "beside" if isinstance(self.train_examples, ShuffledRows) else "before"}
-        description |= {ROWS: a.rows_per_update * shards, MICRO: a.per_device_train_batch_size * shards, **digests}
-        return json.loads(without_passwords(json.dumps(description, default=str)))
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -315,54 +209,7 @@ class _Trainer(TrainerMembers):
         named = ("vocabularies", "completions", "updates", "precision", "device", "mesh")
         recipe = {name.capitalize(): rows[name] for name in named if rows.get(name)}
         recipe["Versions"] = ", ".join(f"{name} {version}" for name, version in environment()["versions"].items())
-        self._card = {"loss": rows["loss"], **self._card, "recipe": recipe}
-
-    def _score_teacher(self, rows: Any = None) -> dict[str, float]:
-        """The teacher's metrics, measured as the student's, with the contexts that it alone reads."""
-        rows = self.eval_examples if rows is None else rows
-        if isinstance(rows, Mapping):
-            return over_sets(self._score_teacher, rows)
-        a, examples = self.args, with_text_completion(rows)
-        teacher = self._teacher._replace(model=self._teacher_now())
-        examples = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
-        size = a.per_device_eval_batch_size * self.process_shard.num_shards
-        chunk = chunk_size(a.loss_chunk, teacher.model.platform)
-        score = score_completions(teacher, None, examples, batch_size=size, chunk=chunk)
-        found = {"eval_bits_per_byte": score.bits_per_byte}
-        if a.predict_with_generate:
-            options = dict(max_new_tokens=a.max_completion_length, batch_size=size)
-            found["eval_exact_match"] = exact_match(teacher, None, examples, **options)
-        return found
-
-    def _measure_gaps(self, student: LoadedModel, rows: Any) -> dict[str, float]:
-        """Gaps between a student and the teacher on completions of some rows' prompts by either, in bits per byte."""
-        a, teacher = self.args, self._teacher._replace(model=self._teacher_now())
-        size = a.per_device_eval_batch_size * self.process_shard.num_shards
-        options = dict(max_new_tokens=a.max_completion_length, key=a.seed, batch_size=size)
-        options |= dict(chunk=chunk_size(a.loss_chunk, teacher.model.platform))
-        examples = with_text_completion(rows)
-        read = as_teacher_reads(examples, teacher.chat_tokenizer, a.teacher_context)
-        options |= dict(teacher_prompts=[e.prompt for e in read])
-        found = measure_gaps(student, teacher, [e.prompt for e in examples], **options)
-        measured = {"forward_gap": found.forward, "reverse_gap": found.reverse, "entropy": found.student_on_student}
-        return {f"eval_{name}": value for name, value in measured.items()}
-
-    def _score_groups(self, student: LoadedModel, samples: Sequence[tuple[Example, str]]) -> list[list]:
-        """`score_groups` of completions, with the contexts that the teacher alone reads; rounded, fit for JSON."""
-        teacher, examples = self._teacher._replace(model=self._teacher_now()), [example for example, _ in samples]
-        read = as_teacher_reads(examples, teacher.chat_tokenizer, self.args.teacher_context)
-        options: dict[str, Any] = dict(teacher_prompts=[example.prompt for example in read], batch_size=KEPT)
-        options |= dict(chunk=chunk_size(self.args.loss_chunk, teacher.model.platform))
-        prompts, texts = [example.prompt for example in examples], [text for _, text in samples]
-        found = score_groups(student, teacher, prompts, texts, **options)
-        return [[[g.text, *(x if x is None else round(x, 4) for x in g[1:])] for g in groups] for groups in found]
-
-    def _teacher_now(self) -> Decoder:
-        """The teacher, sharing the arrays that updates read."""
-        run = self.loop.run
-        if run.batches.teacher_model is not None:
-            return merge(*run.batches.teacher_model)
-        return merge(run.teacher_graph, restore_teacher(run.teacher_graph, run.step.constants, run.match.vocabulary))
+        self._card = {"loss": rows["loss"], "recipe": recipe}
 
     @property
     def log_history(self) -> list[dict[str, Any]]:
@@ -400,20 +247,18 @@ class _Trainer(TrainerMembers):
         """
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
-        a, pushes, failed = self.args, self.args.push_to_hub and is_main_process(), None
+        a, pushes = self.args, self.args.push_to_hub and is_main_process()
         if a.report:
             importlib.import_module("gold_jax.reporting.plots").require_bokeh()
         if is_main_process():
             require_trackers(a.report_to)  # before the files of an earlier run are renamed
-        if pushes:
+        with raised_in_all_processes("the repository on the hub", HubError):
             try:
-                where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
-                self.hub_model_id = create_hub_repository(*where)
+                if pushes:
+                    where = self.hub_model_id, a.output_dir, a.hub_private_repo, a.hub_token
+                    self.hub_model_id = create_hub_repository(*where)
             except HubSilent as error:
                 self.loop.say(str(error))
-            except HubError as error:
-                failed = error
-        raise_in_all_processes("the repository on the hub", failed)
         resume = a.resume_from_checkpoint
         if resume_from_checkpoint is not None:
             resume = read_value(type(a), "resume_from_checkpoint", resume_from_checkpoint)
@@ -429,12 +274,9 @@ class _Trainer(TrainerMembers):
             self.loop.say(f"The student is saved in {a.output_dir}")
             if a.report:
                 self._write_report()
-        try:
+        with raised_in_all_processes("the push to the hub", HubError):
             if pushes:
                 self.push_to_hub()
-        except HubError as error:
-            failed = error
-        raise_in_all_processes("the push to the hub", failed)
         return output
 
     def report(self) -> Any:
@@ -522,6 +364,7 @@ class _Trainer(TrainerMembers):
         """
         given = dict(title=model_name, dataset=dataset_name or self.dataset_name, tags=tags, command=self.command)
         given |= dict(results=self.loop.results, history=self.loop.history, repo_id=self.hub_model_id, **self._card)
+        given |= dict(teacher=self._teacher and self._teacher.name)
         settings = settings_beside_defaults(self.args)
         for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
             settings[name] = {key: value for key, value in settings.get(name, {}).items() if value is not None}
@@ -587,19 +430,6 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.loop.say(str(error))
 
 
-def _needs_all_rows(args: SFTConfig) -> str | None:
-    """Which setting needs all rows to be known before training, and what to set instead; None: none does."""
-    if args.max_steps < 0:
-        return "say with --max_steps how many updates to make"
-    if "epoch" in (args.eval_strategy, args.save_strategy):
-        return "no epoch ends at an update: use steps"
-    if args.truncation_mode == "keep_end":
-        return "prompts are not shortened: use --truncation_mode keep_start"
-    if isinstance(args, GOLDConfig) and args.rollout_batches > 1:
-        return "completions are drawn for one update: use --rollout_batches 1"
-    return None
-
-
 def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     """ValueError if `metric_for_best_model` is not a metric of one of several evaluation sets."""
     wanted = args.metric_for_best_model
@@ -609,18 +439,6 @@ def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     possible = listed([f"{name}_{measure}" for name in sets for measure in measures], 12)
     each = f"each of the {len(sets)} evaluation sets is measured by its name"
     raise ValueError(f"--metric_for_best_model is {wanted!r}, and {each}: give {possible}, or another measure of one")
-
-
-def _digests(sides: Mapping[str, LoadedModel], rows: str, evaluated: str | None) -> dict[str, Any]:
-    """The digests of data and models that a resumed run compares; `rows` and `evaluated` are those of the rows."""
-    digests = {"the training data": rows}
-    digests |= {f"{whose}'s template and tokenizer": describe_tokenizer(x.chat_tokenizer) for whose, x in sides.items()}
-    digests |= {f"{whose}'s config": describe_config(x.model.config) for whose, x in sides.items()}
-    if evaluated is not None:
-        digests[EVALUATED] = evaluated
-    if "the teacher" in sides:
-        digests["the teacher's weights"] = describe_weights(split(sides["the teacher"].model)[1])
-    return digests
 
 
 def _describe_vocabularies(match: build.Match, sizes: Sequence[int]) -> str:
@@ -712,8 +530,8 @@ class SFTTrainer(_Trainer):
         targets = functools.partial(targets.count_targets, max_length=args.max_length or 0)
         options = dict(budget=budget, need_completion=need, learns_calls=learned != "completion")
         options |= dict(max_length=args.max_length, count_targets=targets, on_bad_row=args.on_bad_row)
-        checked = self._check(learned, student.chat_tokenizer, **options)
-        self._set_up(student, checked, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
+        rows = self._check(learned, student.chat_tokenizer, **options)
+        self._set_up(student, rows, {"loss": f"cross-entropy on {_LEARNED[learned]}"}, SFT_NEW_TOKENS)
 
 
 class GOLDTrainer(_Trainer):
@@ -736,7 +554,7 @@ class GOLDTrainer(_Trainer):
     @property
     def teacher_model(self) -> Decoder:
         """The teacher, a `Decoder` with arrays of its own."""
-        teacher = self._teacher_now()
+        teacher = self.loop.teacher.model
         return teacher.replace(jax.tree.map(jax.numpy.copy, split(teacher)[1]))
 
     @property
@@ -794,12 +612,11 @@ class GOLDTrainer(_Trainer):
         if a.truncation_mode == "keep_end":
             room = lambda _: a.prompt_budget  # noqa: E731
             self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
-        checked = self._check((self.spec, match.same), student.chat_tokenizer, **options)
+        rows = self._check((self.spec, match.same), student.chat_tokenizer, **options)
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
         shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})"}
         shown |= {"vocabularies": _describe_vocabularies(match, sizes), "loss": self.spec.describe()}
         shown |= {"completions": _describe_completions(a, served=engine is not None)}
-        self._card = {"teacher": teacher.name, "loss": self.spec.describe()}
-        self._set_up(student, checked, shown, a.max_completion_length, teacher, match, engine, notices)
+        self._set_up(student, rows, shown, a.max_completion_length, teacher, match, engine, notices)

@@ -1,3 +1,4 @@
+import contextlib
 import socket
 
 import numpy as np
@@ -102,10 +103,8 @@ def test_an_error_of_one_process_is_raised_in_all(several, monkeypatch):
             )
 
     monkeypatch.setattr(consensus, "assert_same_across_processes", compare)
-    with pytest.raises(OSError, match="^full$"):
-        consensus.raise_in_all_processes("the folder", OSError("full"))
-    if several:
-        with pytest.raises(ValueError, match="differ in the folder: host0"):
-            consensus.raise_in_all_processes("the folder", None)
-    else:
-        consensus.raise_in_all_processes("the folder", None)
+    with pytest.raises(OSError, match="^full$"), consensus.raised_in_all_processes("the folder", OSError):
+        raise OSError("full")
+    error = pytest.raises(ValueError, match="differ in the folder: host0") if several else contextlib.nullcontext()
+    with error, consensus.raised_in_all_processes("the folder"):
+        pass

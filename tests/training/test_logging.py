@@ -74,7 +74,6 @@ def test_numbers_that_json_lacks_become_null_and_are_named():
 def test_a_line_stands_in_the_file_before_the_log_is_closed(tmp_path):
     log = MetricLog(tmp_path / "metrics.jsonl")
     log.log(1, {"loss": 1.0})
-    log.flush()
     assert rows_of(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
     log.close()
     log.close()
@@ -123,7 +122,6 @@ def test_a_tracker_that_does_not_answer_is_reported_and_waited_for_no_longer(mon
     log = MetricLog(tmp_path / "metrics.jsonl", screen, trackers=[Silent()])
     for step in (1, 2, 3):
         log.log(step, {"loss": 1.0})
-        log.flush()
         time.sleep(0.06)
     log.close()
     answer.set()
@@ -143,10 +141,6 @@ def test_a_terminal_that_is_gone_costs_its_lines_alone(tmp_path, error):
     log = MetricLog(tmp_path / "metrics.jsonl", Console(file=Gone(), width=80))
     for step in (1, 2):
         log.log(step, {"loss": 1.0})
-    flushed = threading.Thread(target=log.flush, daemon=True)
-    flushed.start()
-    flushed.join(10)
-    assert not flushed.is_alive()
     log.close()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 

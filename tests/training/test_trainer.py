@@ -428,7 +428,7 @@ def test_an_evaluation_with_gaps_measures_what_measure_gaps_does(world, tmp_path
     assert alone.student_on_student == found.student_on_student and alone.reverse != found.reverse
     rows = [{"prompt": prompt, "completion": row["messages"][-1:]} for prompt, row in zip(teacher_prompts, ROWS[2:])]
     scored = score_completions(names[1], rows=rows).bits_per_byte
-    assert trainer._score_teacher()["eval_bits_per_byte"] == pytest.approx(scored, 1e-5)
+    assert trainer.loop.teacher.score(trainer.eval_examples)["eval_bits_per_byte"] == pytest.approx(scored, 1e-5)
     assert "forward gap" in trainer.console.export_text()
     # What the student wrote in them is kept, with what both models give its groups, each with its own prompt.
     written, theirs = completions(tmp_path), load_model_and_tokenizer(names[1])
