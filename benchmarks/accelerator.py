@@ -280,35 +280,37 @@ def _with_teacher(under: StepUnderTest):
 
 def decoding(bench: Bench) -> None:
     """Tokens drawn from the student, after the prompts were read."""
+    from gold_jax.models.quantization import vector_bytes
     from gold_jax.rollout.sampler import SamplingEngine
+    from gold_jax.values import QUANTIZATIONS
 
     config, _ = decoder_configs(bench)
     dtype = "float32" if bench.small else "bfloat16"
     model = random_model(config, 0, dtype=dtype, param_dtype=dtype)
     weights = sum(x.nbytes for x in jax.tree.leaves(model[1]))
-    prompt, new = (8, 16) if bench.small else (128, 128)
-    rng = np.random.default_rng(0)
-    for rows in (2,) if bench.small else (4, 32, 128):
+    prompt, rng = 8 if bench.small else 128, np.random.default_rng(0)
+    sampled = {name: (name, {}) for name in QUANTIZATIONS} | {
+        "greedy": ("none", dict(temperature=0.0)),
+        "top-p 0.95": ("none", dict(top_p=0.95)),
+    }
+    # In the last keys and values are two fifths of what is read.
+    for rows, new in ((2, 16),) if bench.small else ((4, 128), (32, 128), (128, 128), (128, 512)):
         prompts = [rng.integers(0, config.vocab_size, prompt).astype(np.int32) for _ in range(rows)]
-        for name, quantization, options in (
-            ("temperature 1", "none", {}),
-            ("greedy", "none", dict(temperature=0.0)),
-            ("top-p 0.95", "none", dict(top_p=0.95)),
-            ("temperature 1, int8", "int8", {}),
-        ):
-            if not name.startswith("temperature 1") and rows != 32 and not bench.small:
+        for name, (quantization, options) in sampled.items():
+            if quantization != name and (rows, new) not in ((32, 128), (2, 16)):
                 continue
             engine = SamplingEngine(rows, quantization)
 
-            def call(options=options, engine=engine, prompts=prompts):
+            def call(options=options, engine=engine, prompts=prompts, new=new):
                 return engine.generate(model, prompts, max_new_tokens=new, key=jax.random.key(0), **options)
 
             seconds, spread = timed(call, 3, 1)
-            cache = 2 * config.layers * config.kv_heads * config.head_dim * rows * (prompt + new / 2)
-            read = weights if quantization == "none" else weights / jnp.dtype(dtype).itemsize
-            moved = read + cache * jnp.dtype(dtype).itemsize
+            itemsize = jnp.dtype(dtype).itemsize
+            vector = vector_bytes(config.head_dim, itemsize, quantization)
+            cache = 2 * config.layers * config.kv_heads * rows * (prompt + new / 2) * vector
+            moved = cache + (weights if quantization == "none" else weights / itemsize)
             share = {"of the copy's bandwidth": f"{100 * moved / (seconds / new) / bench.bandwidth:.1f} %"}
-            bench.add("6 decoding", f"{rows} rows, {name}", 1e3 * seconds / new, "ms a token",
+            bench.add("6 decoding", f"{rows} rows of {new}, {'temperature 1, ' * (name == quantization)}{name}", 1e3 * seconds / new, "ms a token",
                       spread=1e3 * spread / new, rate=rows * new / seconds, **share)  # fmt: skip
 
 
