@@ -91,7 +91,7 @@ def load_comparison(name: str) -> None:
         return
     try:
         with contextlib.redirect_stdout(sys.stderr):  # what a module prints is no part of a command's output
-            found = getattr(_import(where), attribute)
+            found = getattr(_import(where, source), attribute)
         given = found if isinstance(found, Comparison) else Comparison(found)
         flags = dict(reads_text=given.reads_text, projects=given.projects, on_policy=given.on_policy)
         register_comparison(name, given.function, **flags)
@@ -103,14 +103,16 @@ def load_comparison(name: str) -> None:
     table[name] = dataclasses.replace(table[name], source=source)
 
 
-def _import(where: str) -> Any:
-    """A module by its name, as `python -m` finds it, or by the path of its file."""
+def _import(where: str, source: bytes | None) -> Any:
+    """A module by its name, as `python -m` finds it, or by the path of its file, of this source (None: to be read)."""
     if where.endswith(".py"):
         # Under a name that no import has, where dataclasses and pickles look for a class's module.
         spec: Any = importlib.util.spec_from_file_location(where, where)
         module = sys.modules[where] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(module)
+            # Not its cached bytecode: Python takes that of a file which changed within a second and kept its size.
+            code = spec.loader.source_to_code(pathlib.Path(where).read_bytes() if source is None else source, where)
+            exec(code, module.__dict__)
         except BaseException:
             del sys.modules[where]  # as Python does with a module that fails
             raise

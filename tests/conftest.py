@@ -64,6 +64,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """After a file, drops compiled programs where the process has grown large: three workers share the memory."""
+    yield
+    resident = int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > 3 * 2**30:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def assets() -> pathlib.Path:
     """The folder of real tokenizers and models; the test is skipped where there is none."""

@@ -298,7 +298,8 @@ def test_the_command_line_names_a_function_of_a_file_or_module(world, tmp_path, 
         assert name in json.dumps(settings["settings"])
 
 
-def test_a_file_that_has_changed_is_read_again(pair, tmp_path, own_table):
+def test_a_file_that_has_changed_is_read_again(pair, tmp_path, own_table, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     file = tmp_path / "own.py"
     text = "from __future__ import annotations\nimport dataclasses\nimport jax.numpy as jnp\n\n"
     text += "@dataclasses.dataclass\nclass Scale:\n    by: float = {}\n\n"
