@@ -1,6 +1,5 @@
 """Models with their tokenizers, and tokenizers alone, from whatever a caller has: names, folders or objects."""
 
-import copy
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.models.staged_save import check_complete
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.sharding.placement import Placement
-from gold_jax.text.chat import ChatTokenizer
+from gold_jax.text.chat import ChatTokenizer, copy_of_tokenizer
 from gold_jax.wording import quoted
 
 NAME = str | pathlib.Path
@@ -135,7 +134,7 @@ def _tokenizer_with_end(source: Any, eos_token: str | None, role: str, **options
             "tokenizers.Tokenizer: transformers.PreTrainedTokenizerFast(tokenizer_object=…, eos_token=…))"
         )
     else:
-        source = copy.deepcopy(source)  # to call one sets its truncation and padding: the caller's stays as it is
+        source = copy_of_tokenizer(source)  # to call one sets its truncation and padding: the caller's stays as it is
     if eos_token is not None:
         if source.convert_tokens_to_ids(eos_token) in (None, source.unk_token_id):
             raise ValueError(f"eos_token {eos_token!r} is not in the vocabulary of the {role}'s tokenizer")

@@ -19,6 +19,12 @@ CHARS_PER_TOKEN, _MARGIN = 32, 16
 _END_OF_WORD = re.compile(r"\w(?= )")
 
 
+def copy_of_tokenizer(tokenizer):
+    """A copy of a transformers tokenizer; vocabulary and merges, which are never changed and long to copy, are shared."""
+    shared = [value for name, value in vars(tokenizer).items() if name in ("_vocab", "_merges")]
+    return copy.deepcopy(tokenizer, {id(value): value for value in shared})
+
+
 class ChatTokenizer:
     """Turns text into one model's tokens and back.
 
@@ -58,7 +64,7 @@ class ChatTokenizer:
     ):
         surfaces = surfaces_of(tokenizer)  # of the original: a copy leaves out one of two entries with one id
         # Calling a tokenizer sets its truncation and padding, and its owner may change it.
-        self.tokenizer = tokenizer = copy.deepcopy(tokenizer) if copy_tokenizer else tokenizer
+        self.tokenizer = tokenizer = copy_of_tokenizer(tokenizer) if copy_tokenizer else tokenizer
         self.name = name_of(tokenizer)
         self.template = ChatTemplate(tokenizer, chat_template, template_kwargs)
         eos = tokenizer.eos_token_id
