@@ -824,3 +824,6 @@ def test_aliases_of_a_file_are_read(tmp_path):
     path.write_text("seed: &n 3\nmax_steps: *n\n")
     *_, settings, _ = gold("--config", str(path))
     assert settings.seed == settings.max_steps == 3
+    path.write_text("chat_template_kwargs: &a {b: {c: *a}}\n")
+    with pytest.raises(FlagError, match="run.yaml is not YAML: Circular reference"):
+        gold("--config", str(path))

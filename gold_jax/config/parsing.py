@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -171,6 +172,7 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
+        json.dumps(content, default=str, skipkeys=True)  # a ValueError of what holds itself
     except (yaml.YAMLError, ValueError) as error:  # no date, no UTF-8, a number of thousands of digits
         raise FlagError(f"{path} is not YAML: {quoted(' '.join(str(error).split()), plain=True)}.") from None
     except RecursionError:

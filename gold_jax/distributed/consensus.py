@@ -49,7 +49,10 @@ def assert_same_across_processes(what: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def raised_in_all_processes(what: str, kinds: Any = Exception) -> Iterator[None]:
-    """A context that all raise where one does (of these kinds): its error, or a ValueError that says whose."""
+    """A context that every process enters: an error of these kinds in one is raised in all.
+
+    In that one it is its own, in the others a ValueError that names the process. Other errors are not shared.
+    """
     error = None
     try:
         yield

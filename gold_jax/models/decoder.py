@@ -266,7 +266,7 @@ class Decoder(nnx.Module):
         A scan, or a slice inside the loop, would copy every layer's weights for every token. On one CPU, parameters
         that are in `dtype` already are viewed, and then live as long as the views, even where they are donated; else
         this is a copy. On a mesh it is sharded over `tensor` alone, so that a step all-gathers no weights. With
-        `quantization` "int8" matrices are `Int8`: half of bfloat16's bytes, and not the model's own numbers.
+        any `quantization` but "none" matrices are `Int8`: half of bfloat16's bytes, and not the model's own numbers.
         """
         stacked, head, dtype = self._stacked(), self.head_weight(), self.dtype
         (own, *_), head_sharding = self.decoding_shardings(quantization)

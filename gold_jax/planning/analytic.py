@@ -103,8 +103,7 @@ class Analytic:
             # Keys and values of the rows that are written at once, and what is known of these.
             heads = config.kv_heads * placement.kv_repeats(config.heads, config.kv_heads)
             heads //= 1 if placement.head_axis(heads) is None else self.tensor
-            vector = vector_bytes(config.head_dim, self.itemsize, self.args.rollout_quantization)
-            keys = 2 * config.layers * self.each * heads * self.request.slots * vector
+            keys = 2 * config.layers * self.each * heads * self.request.slots * self._cached_vector
             numbers = 3 if self.request.weighs else 2  # of each token
             rows = self.request.sampled_rows * (4 * numbers * self.args.max_completion_length + 9)
             return {"decoding weights": self._decoding_weights(placement), "cache": keys + 4 * self.each + rows}
@@ -114,6 +113,11 @@ class Analytic:
             if self.request.reads:
                 found["teacher's hidden states"] = power_of_two(self.line) * self.teacher.config.width * self.itemsize
         return found
+
+    @property
+    def _cached_vector(self) -> int:
+        """Bytes of one head's key or value in a slot of the student's cache."""
+        return vector_bytes(self.student.config.head_dim, self.itemsize, self.args.rollout_quantization)
 
     def _decoding_weights(self, placement: Placement | None) -> int:
         """Bytes of what decoding reads for every token, on one device or (None) on all that share one model out."""
@@ -151,8 +155,8 @@ class Analytic:
             return {"temporaries": c * (self.line * layer + (matrix if side.head_part < side.head else 0))}
         tokens = self.read * bucket(self.request.prompt_length - 1)
         copied = 0 if self.read == self.each else self.each * bucket(self.request.prompt_length - 1)
-        keys = 2 * config.layers * side.keys * (tokens + copied) // t
-        return {"temporaries": c * (keys + tokens * layer + matrix) + self.rounded}
+        keys = 2 * config.layers * config.kv_heads * (tokens * c * config.head_dim + copied * self._cached_vector) // t
+        return {"temporaries": keys + c * (tokens * layer + matrix) + self.rounded}
 
     def _student_peaks(self) -> tuple[dict[str, int], dict[str, int]]:
         """What the student's step needs in its loss, and when it begins to go back through the layers."""
@@ -269,13 +273,13 @@ class Analytic:
 
     def _token(self) -> Cost:
         """One token more of each row, half of the slots for completions in use."""
-        side, c, each = self.student, self.itemsize, self.each
+        side, each = self.student, self.each
         config, slots = side.config, self.request.prompt_length + self.args.max_completion_length // 2
         attended = 4.0 * side.queries * slots * config.layers
         flops = each * (2.0 * (config.layers * layer_matrices(config) + side.head) + attended)
         copies = self.placement.kv_repeats(config.heads, config.kv_heads)
-        moved = float(self._decoding_weights(None) + c * copies * each * 2 * config.layers * side.keys * slots)
-        return Cost(flops, flops, moved) + self._along_tensor(side, 2, each)
+        cache = copies * each * slots * 2 * config.layers * config.kv_heads * self._cached_vector
+        return Cost(flops, flops, float(self._decoding_weights(None) + cache)) + self._along_tensor(side, 2, each)
 
     def _ring(self, axes: Iterable[str], size: float) -> Cost:
         """So many bytes gathered, or scattered, over some axes."""

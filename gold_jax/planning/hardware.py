@@ -146,7 +146,7 @@ def _nearest(name: str) -> str:
 
 
 def has_gpu_compiler() -> bool:
-    """Whether JAX's CUDA plugin, in which XLA's GPU compiler is, is installed."""
+    """Whether JAX's CUDA plugin, which brings XLA's GPU compiler with it, is installed."""
     return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 

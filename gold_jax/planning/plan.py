@@ -101,8 +101,10 @@ class PlanRequest:
         teacher_placement = Placement(self.placement.mesh, self.teacher_layout)
         kept += self.itemsize * parameter_count(teacher, None, teacher_placement)
         kept += self.itemsize * parameter_count(student) // self.mesh["tensor"]
-        sizes = self.prompt_length, self.args.max_completion_length, self.args.rollout_quantization
-        each = bytes_per_row(student, self.itemsize, self.placement, *sizes)
+        given = self.itemsize, self.placement, self.prompt_length, self.args.max_completion_length
+        each = bytes_per_row(student, *given, self.args.rollout_quantization)
+        if self.args.seq_kd and self.args.lmbda < 1:  # the teacher writes, too
+            each = max(each, bytes_per_row(teacher, *given))
         return default_rows(self.shards, self.limit_bytes - kept, each)
 
     def changed(self, mesh: dict[str, int] | None = None, topology: Topology | None = None, **settings: Any):

@@ -129,7 +129,7 @@ def _fusion(program: Program, inside: Computation, x: Instruction) -> float:
 
 
 class _Update(NamedTuple):
-    """What changes an array in place: its operands before the `first` are such arrays, of which it writes so many bytes."""
+    """An update in place: the operands before `first` are the arrays changed; so many `bytes` of them are written."""
 
     first: int
     bytes: int

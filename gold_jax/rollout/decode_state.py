@@ -32,7 +32,7 @@ TOKENS_PER_CHECK = 8
 
 
 def tokens_per_check(platform: str) -> int:
-    """How many it is: on GPUs, where the host decides a loop's condition, a check costs a synchronization, elsewhere nothing."""
+    """Tokens between two checks on a platform: 1, but on GPUs, whose host decides a loop's condition and waits for it."""
     return 1 if platform in ("cpu", "tpu") else TOKENS_PER_CHECK
 
 

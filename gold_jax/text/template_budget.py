@@ -111,7 +111,7 @@ class _Counting(NodeTransformer):
 
     def visit_Output(self, node):
         node = self.generic_visit(node)
-        node.nodes = [x if isinstance(x, nodes.TemplateData) else _call("count", x) for x in node.nodes]
+        node.nodes = [x if isinstance(x, nodes.TemplateData) else _call("written", x) for x in node.nodes]
         return node
 
     def _expression(self, node):
@@ -140,6 +140,12 @@ def each(values: Iterable, steps: int) -> Iterator:
 def count(value: Any, steps: int = 1) -> Any:
     """The value, for so many steps and its size."""
     _BUDGET.get().spend(steps, value)
+    return value
+
+
+def written(value: Any) -> Any:
+    """The value, for a step and the size of the text that is written of it."""
+    count(str(value) if isinstance(value, list | tuple | dict) else value)
     return value
 
 

@@ -140,7 +140,7 @@ class DistillationBatchBuilder:
     sampling: dict[str, Any] = dataclasses.field(default_factory=dict)  # max_new_tokens, temperature, top_k, top_p
     seed: int = 0
     generation_batch_size: int = 32  # rows that are sampled at once
-    rollout_quantization: str = "none"  # of the student's weights as the built-in sampler reads them
+    rollout_quantization: str = "none"  # what the built-in sampler reads in 8 bits: `values.QUANTIZATIONS`
     rollout_batches: int = 1  # updates whose completions of the student's are drawn together
     importance_weights: bool = False  # whether batches tell what completions were drawn with
     teacher_model: Any = None  # its graph and parameters, where it writes

@@ -38,7 +38,7 @@ class TrainingRows(NamedTuple):
 
     @property
     def checked(self) -> str:
-        """When rows are: "beside" training or "before" it, as `check_rows` has it."""
+        """When rows are checked, as checkpoints record it: "beside" training, or "before" it (those of streams, too)."""
         return "beside" if isinstance(self.examples, ShuffledRows) else "before"
 
 

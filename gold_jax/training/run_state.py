@@ -27,14 +27,8 @@ from gold_jax.training.resume import EVALUATED, find_and_restore
 from gold_jax.training.rollout_buffer import Rollouts
 from gold_jax.training.step import TrainState, state_shapes
 
-_PLAIN = (
-    "run_id",
-    "resumed",
-    "unmeasured",
-    "num_tokens",
-    "completions_due",
-    "shapes",
-)  # of a `RunState`, stored as they are
+# Of a `RunState`, stored as they are.
+_PLAIN = ("run_id", "resumed", "unmeasured", "num_tokens", "completions_due", "shapes")
 
 
 class Data(NamedTuple):

@@ -36,7 +36,7 @@ class Saver:
 
     checkpoints: checkpointing.Checkpoints
     run: Run
-    now: RunState
+    run_state: RunState
     data: Data
     args: SFTConfig
     folder: pathlib.Path  # of the student
@@ -46,35 +46,37 @@ class Saver:
 
     @property
     def _updates(self) -> str:
-        return plural(self.now.done, "update")
+        return plural(self.run_state.done, "update")
 
     @annotate(SAVING)
     def checkpoint(self, state: TrainState) -> None:
         """Starts saving everything needed to resume; asynchronous, the device keeps computing."""
-        self.watchdog.report(self.now.done, "saving a checkpoint")
+        self.watchdog.report(self.run_state.done, "saving a checkpoint")
         write_student = None
         if jax.process_count() == 1:
             host = jax.tree.map(np.array, state.params)  # a copy: steps donate what is on the device
             write_student = functools.partial(self.write, merge(self.run.graph, host))
         self.mark_best()
-        named, rollouts = named_for_checkpoints(self.run.optimizer, state), self.now.rollouts
+        named, rollouts = named_for_checkpoints(self.run.optimizer, state), self.run_state.rollouts
         rollouts = to_bytes(rollouts) if rollouts else None
-        self.checkpoints.save(self.now.done, named, self.now.metadata(self.data), write_student, rollouts)
+        self.checkpoints.save(self.run_state.done, named, self.run_state.metadata(self.data), write_student, rollouts)
 
     def is_saved(self) -> bool:
         """Whether the newest complete checkpoint is of the last update."""
         last = self.checkpoints.last
-        return last is not None and last.name == f"checkpoint-{self.now.done}"
+        return last is not None and last.name == f"checkpoint-{self.run_state.done}"
 
     def mark_best(self) -> None:
         """Keeps the checkpoint of the last update if it is the best of those saved."""
-        if self.now.best.take_saved(self.now.done, str(self.checkpoints.folder / f"checkpoint-{self.now.done}")):
+        if self.run_state.best.take_saved(
+            self.run_state.done, str(self.checkpoints.folder / f"checkpoint-{self.run_state.done}")
+        ):
             self.checkpoints.best.clear()
-            self.checkpoints.best.add(self.now.done)
+            self.checkpoints.best.add(self.run_state.done)
 
     def student(self, model: Decoder) -> None:
         """Writes the student into its folder; the text of an OSError names the checkpoint that still holds it."""
-        self.watchdog.report(self.now.done, "saving the student")
+        self.watchdog.report(self.run_state.done, "saving the student")
         try:
             with progress.task("saving the student"):
                 self.checkpoints.finish()
@@ -92,8 +94,8 @@ class Saver:
 
         None: the last ones are the best. ValueError: the checkpoint is incomplete.
         """
-        best = self.now.best
-        if not (self.args.load_best_model_at_end and best.saved_is_better(self.now.done)):
+        best = self.run_state.best
+        if not (self.args.load_best_model_at_end and best.saved_is_better(self.run_state.done)):
             return None
         try:
             params = read_params(best.checkpoint, params)
@@ -121,7 +123,7 @@ class Saver:
             except Exception as error:
                 with contextlib.suppress(Exception):  # the first error is the one to raise
                     self._after_error(state())
-                if isinstance(error, NonFiniteLogits) and self.now.done:
+                if isinstance(error, NonFiniteLogits) and self.run_state.done:
                     help = f"a lower --learning_rate than {self.args.learning_rate:g}; --max_grad_norm 1"
                     why = f"After {self._updates} no completions can be drawn, so the run stops: {error}"
                     raise Diverged(f"{why} What may help: {help}.{self._kept()}") from error
@@ -139,7 +141,7 @@ class Saver:
         """Saves and ends the run after Ctrl-C or SIGTERM."""
         with progress.task("saving a checkpoint"):
             self.checkpoints.finish()
-            if self.now.done and not self.is_saved():
+            if self.run_state.done and not self.is_saved():
                 self.checkpoint(state)
                 self.checkpoints.finish()
         saved, last = self.is_saved(), self.checkpoints.last
@@ -153,9 +155,9 @@ class Saver:
         """Saves the last update where a row, a log or a server ends the run, and not the updates themselves."""
         gone = any(x.is_deleted() for x in jax.tree.leaves(state))
         self.checkpoints.finish()
-        if jax.process_count() > 1 or gone or self.is_saved() or not self.now.done:
+        if jax.process_count() > 1 or gone or self.is_saved() or not self.run_state.done:
             return
-        self.now.count(state.nonfinite)
+        self.run_state.count(state.nonfinite)
         self.checkpoint(state)
         if self.checkpoints.finish():
             where = f"{_SAVED} {self.checkpoints.last}. {_RESUME}"
@@ -163,10 +165,12 @@ class Saver:
 
     def give_up(self, state: TrainState, metrics: Mapping[str, Any], rows: Sequence[int], counted: int) -> NoReturn:
         """Saves and ends a run that skipped too many updates in a row; `rows` are those of the last one."""
-        why = describe_divergence(self.now.done, self.now.nonfinite, metrics, state.params, rows, self.args, counted)
-        if self.now.nonfinite.total < self.now.done:
+        why = describe_divergence(
+            self.run_state.done, self.run_state.nonfinite, metrics, state.params, rows, self.args, counted
+        )
+        if self.run_state.nonfinite.total < self.run_state.done:
             # The state of the last good update, to resume from with other settings.
-            self.now.count(self.now.nonfinite._replace(in_a_row=0))
+            self.run_state.count(self.run_state.nonfinite._replace(in_a_row=0))
             self.checkpoint(state)
         self.checkpoints.finish()
         raise Diverged(why + self._kept())

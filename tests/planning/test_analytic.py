@@ -249,3 +249,10 @@ def test_a_distillation_step_has_both_models():
     assert micro.cost("optimizer").hbm_bytes == 32 * parameter_count(student)
     further = micro.cost("student, further micro-batches").hbm_bytes - micro.cost("student").hbm_bytes
     assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
+
+
+def test_decoding_reads_a_cache_of_8_bits_in_its_own_bytes():
+    models = [both((1, 2, 1), rollout_quantization=how)[1] for how in ("int8", "int8_kv_cache")]
+    whole, rounded = (model.cost("decoding").hbm_bytes - model._decoding_weights(None) for model in models)
+    size = models[0].student.config.head_dim
+    assert rounded / whole == (size + 4) / (size * models[0].itemsize)
