@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 _TRUE = ("true", "yes", "t", "y", "1", "on")
+_DEEPEST = 30  # levels of lists and dicts within a setting
 _FALSE = ("false", "no", "f", "n", "0", "off")
 
 
@@ -42,9 +43,14 @@ def plain_types(hint: Any) -> tuple[type, ...]:
 
 def _read_dict(value: Any) -> dict:
     value = json.loads(value) if isinstance(value, str) else value
-    if not isinstance(value, Mapping):
+    if not isinstance(value, Mapping) or _is_deep(value, _DEEPEST):
         raise TypeError
     return dict(value)
+
+
+def _is_deep(value: Any, levels: int) -> bool:
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return levels < 0 or any(_is_deep(item, levels - 1) for item in inner)
 
 
 def _read_bool(value: Any) -> bool:

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -18,6 +17,7 @@ from gold_jax.loss_spec import options_help
 from gold_jax.quickstart import resolve_embedded
 from gold_jax.wording import quoted, shortened
 
+_MOST_ALIASES = 20  # of a YAML file: those of a few more, one within another, make gigabytes of some lines
 _SHORT = 40  # a command with at most so many flags shows them all in --help
 Fields = Mapping[str, tuple[type[Settings], dataclasses.Field]]  # every name of a flag, with its class and its field
 
@@ -132,7 +132,19 @@ def _by_field(given: Mapping[str, list[str]], fields: Fields, notices: list[str]
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which no key comes twice, of which PyYAML by itself keeps the last."""
+    """YAML in which no key comes twice, of which PyYAML by itself keeps the last, and aliases are few and end somewhere."""
+
+    aliases = 0
+
+    def compose_node(self, parent, index):
+        is_alias = self.check_event(yaml.AliasEvent)
+        node = super().compose_node(parent, index)
+        self.aliases += is_alias
+        if self.aliases > _MOST_ALIASES:
+            raise yaml.YAMLError(f"it has more than {_MOST_ALIASES} aliases (*name); write the values out")
+        if is_alias and node.end_mark is None:  # which is not yet read to its end
+            raise yaml.YAMLError("a value contains itself; write it out")
+        return node
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -172,7 +184,6 @@ def _read_yaml(path: str) -> Mapping[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = yaml.load(file, _Loader)
-        json.dumps(content, default=str, skipkeys=True)  # a ValueError of what holds itself
     except (yaml.YAMLError, ValueError) as error:  # no date, no UTF-8, a number of thousands of digits
         raise FlagError(f"{path} is not YAML: {quoted(' '.join(str(error).split()), plain=True)}.") from None
     except RecursionError:
