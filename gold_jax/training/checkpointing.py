@@ -261,23 +261,74 @@ def set_current_run(run_id: str, *folders: str | os.PathLike) -> None:
         (epath.Path(folder) / _CURRENT_RUN).write_text(run_id + "\n")
 
 
-def run_and_order(checkpoint: epath.Path) -> tuple[str | None, tuple[int, int]]:
-    """The id of the run that saved a checkpoint, and what orders those of one run: how often it was resumed, the step.
+def run_of(checkpoint: epath.Path) -> str | None:
+    """The id of the run that saved a checkpoint, empty for earlier versions; None where its metadata cannot be read."""
+    try:
+        run_id = _parsed(checkpoint).get("run_id", "")
+    except (OSError, ValueError):
+        return None
+    return run_id if isinstance(run_id, str) else None
 
-    The id is empty for earlier versions, and None where the metadata cannot be read.
-    """
+
+def order_in_run(checkpoint: epath.Path) -> tuple[int, int]:
+    """What orders the checkpoints of one run: how often it had been resumed, and the step."""
     step = int(checkpoint.name.rpartition("-")[2])
     try:
-        metadata = _parsed(checkpoint)
+        resumed = _parsed(checkpoint).get("resumed", 0)
     except (OSError, ValueError):
-        return None, (0, step)
-    return metadata.get("run_id", ""), (metadata.get("resumed", 0), step)
+        return 0, step
+    return resumed if _is_count(resumed) else 0, step
 
 
 def _parsed(checkpoint: epath.Path) -> dict[str, Any]:
     """What the metadata file holds; ValueError where it is no JSON object, OSError where it cannot be read."""
     path = checkpoint / METADATA
     return parse_json_object((path if "://" in str(path) else regular_file(path)).read_text(), METADATA)
+
+
+def _is_count(value: Any, below: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _is_dtype(value: Any) -> bool:
+    return isinstance(np.dtype(value), np.dtype)  # or a TypeError
+
+
+def _are_means(value: Any) -> bool:
+    numbers = (x for total, dtype, weight in value.values() if not dtype or _is_dtype(dtype) for x in (total, weight))
+    return all(isinstance(x, int | float) and not isinstance(x, bool) for x in numbers)
+
+
+def _are_arrays(value: Any) -> bool:
+    rows = value.values()
+    return all(
+        all(map(_is_count, shape)) and _is_dtype(dtype) and _is_count(sum_, 2**32) for shape, dtype, sum_ in rows
+    )
+
+
+# What metadata say of a run, and whether it can be: a test that raises says no.
+_FORMS: Mapping[str, Callable[[Any], Any]] = {
+    "step": _is_count,
+    "arrays": _are_arrays,
+    "run": lambda value: isinstance(value, dict),
+    "run_id": lambda value: isinstance(value, str),
+    "resumed": _is_count,
+    "skips": lambda value: value.keys() == {"in_a_row", "total"} and all(map(_is_count, value.values())),
+    "unmeasured": lambda value: isinstance(value, bool),
+    "num_tokens": lambda value: _is_count(value, 2**63),
+    "best": lambda value: value is None or (_is_count(value["step"]) and isinstance(value["metric"], int | float)),
+    "means": _are_means,
+    "rollouts": lambda value: _is_count(value, 2**32),
+    "unwritten": lambda value: all(row.keys() - {"reference"} == {"step", "prompt", "completion"} for row in value),
+    "shapes": lambda value: all(len(shape) in (2, 4) and all(map(_is_count, shape)) and all(shape) for shape in value),
+}
+
+
+def _holds(test: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        return bool(test(value))
+    except (TypeError, ValueError, AttributeError, LookupError):
+        return False
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
@@ -292,6 +343,9 @@ def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
         raise BadCheckpoint(f"{METADATA} is damaged ({describe_error(error)})") from error
     if version != FORMAT:
         raise BadCheckpoint(f"it has the format {quoted(version)}, and this version reads {FORMAT}")
+    for name, test in _FORMS.items():
+        if name in metadata and not _holds(test, metadata[name]):
+            raise BadCheckpoint(f"{METADATA} is damaged (its {name} cannot be {quoted(metadata[name])})")
     if (named := STEP_NAME.fullmatch(path.name)) and int(named[1]) != metadata["step"]:
         raise BadCheckpoint(f"{METADATA} is damaged (its step is {metadata['step']}, and its folder is {path.name})")
     return metadata

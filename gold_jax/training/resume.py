@@ -224,8 +224,7 @@ def _named_checkpoints(path: epath.Path) -> list[epath.Path]:
 def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Path]:
     """The checkpoints of the run that was started last in a folder, newest first; says where there are none."""
     found, current = checkpointing.checkpoints_in(folder), checkpointing.current_run(folder)
-    known = {path: checkpointing.run_and_order(path) for path in found}
-    earlier = [path for path, (run, _) in known.items() if current is not None and run not in (None, current)]
+    earlier = [path for path in found if current is not None and checkpointing.run_of(path) not in (None, current)]
     if not found:
         say(f"There is no checkpoint in {folder} yet: a new run starts.")
     elif len(earlier) == len(found):
@@ -234,7 +233,7 @@ def _latest_checkpoints(folder: Any, say: Callable[[str], Any]) -> list[epath.Pa
         say(f"{anew}. {over}; --resume_from_checkpoint {earlier[0]} resumes one.")
     rest = [path for path in found if path not in earlier]
     # Of one run the later one has been resumed more often or has the higher step, whatever the clock said.
-    return rest if current is None else sorted(rest, key=lambda path: known[path][1], reverse=True)
+    return rest if current is None else sorted(rest, key=checkpointing.order_in_run, reverse=True)
 
 
 def truncate_log(path: pathlib.Path, step: int, *, ended: bool = False) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ from gold_jax import (
 from gold_jax.loading import load_tokenizer
 from gold_jax.quickstart import resolve
 from gold_jax.text.data import load_examples
-from gold_jax.training.checkpointing import current_run, run_and_order
+from gold_jax.training.checkpointing import current_run, run_of
 
 STEPS, SAVED_AT = 3, 2  # one checkpoint lies on the way of a run
 LIVE = 3  # trainers that live at once
@@ -391,7 +391,7 @@ class Story(RuleBasedStateMachine):
     def _saved(self, one: Live) -> int:
         """The last update that the run that was started last has saved; those of earlier runs are passed over."""
         run = current_run(one.output)
-        mine = [path for path in one.output.glob("checkpoint-*") if run_and_order(path)[0] == run]
+        mine = [path for path in one.output.glob("checkpoint-*") if run_of(path) == run]
         return max((int(path.name.removeprefix("checkpoint-")) for path in mine), default=0)
 
     def _has_gone_further(self, one: Live) -> bool:

@@ -22,9 +22,10 @@ from gold_jax.training.checkpointing import (
     checkpoints_in,
     checksums,
     named_arrays,
+    order_in_run,
     read_metadata,
     restore,
-    run_and_order,
+    run_of,
 )
 
 
@@ -281,6 +282,29 @@ def test_metadata_of_a_later_format_are_not_guessed_at(checkpoints):
         read_metadata(checkpoints.last)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("step", 4), ("step", 5.0), ("step", "5"), ("step", True), ("step", 10**400), ("step", None), ("step", [5]),
+        ("format", []), ("arrays", []), ("arrays", {"params.a": 1}), ("arrays", {"params.a": [[6, 4], "nonsense", 1]}),
+        ("arrays", {"params.a": [["6", 4], "float32", 1]}), ("arrays", {"params.a": [[6, 4], "float32", 1.5]}),
+        ("run", []), ("run_id", 3), ("resumed", "x"), ("resumed", -1), ("skips", {"total": 1}), ("unmeasured", 1),
+        ("skips", {"total": 1, "in_a_row": "0"}), ("means", {"loss": [1, 2]}), ("means", {"loss": ["1", "float32", 1]}),
+        ("means", {"loss": [1, "nonsense", 1]}), ("best", {}), ("unwritten", [{"step": 1}]),
+        ("shapes", [1]), ("shapes", [["64"] * 4]), ("shapes", [[64.5, 64]]), ("shapes", [[64]]), ("shapes", [[0, 64]]),
+    ],
+)  # fmt: skip
+def test_metadata_of_other_kinds_are_damaged(name, value, checkpoints):
+    checkpoints.save(5, state(), {"skips": {"total": 1, "in_a_row": 0}, "means": {"loss": [1.5, "float32", 1.0]}})
+    checkpoints.finish()
+    path = checkpoints.last / METADATA
+    good = json.loads(path.read_text())
+    path.write_text(json.dumps(good | {name: value}))
+    with pytest.raises(BadCheckpoint, match="damaged|has the format"):
+        read_metadata(checkpoints.last)
+    assert order_in_run(checkpoints.last)[1] == 5 and run_of(checkpoints.last) in ("", None)
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"step": 1e400}', '{"a": ' * 100_000, b"\xff", None])
 def test_metadata_that_are_no_object_are_damaged(text, checkpoints):
     checkpoints.save(5, state(), {})
@@ -293,7 +317,7 @@ def test_metadata_that_are_no_object_are_damaged(text, checkpoints):
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(BadCheckpoint, match="run.json is damaged"):
         read_metadata(checkpoints.last)
-    assert run_and_order(checkpoints.last) == (None, (0, 5))
+    assert order_in_run(checkpoints.last) == (0, 5) and run_of(checkpoints.last) is None
 
 
 @pytest.mark.parametrize("record", ["{", '{"commit_timestamp_nsecs": 1e400}', '{"commit_timestamp_nsecs": "x"}', "[]"])

@@ -277,6 +277,7 @@ def test_a_save_is_also_a_student_that_opens_by_itself(finished):
         "half of the notes",
         "no arrays",
         "a file missing",
+        "types",
         "date",
     ],
 )
@@ -293,11 +294,16 @@ def test_a_checkpoint_that_is_not_whole_is_named_and_the_one_before_it_is_taken(
     elif fault == "half of the notes":
         text = (newest / "run.json").read_text()
         (newest / "run.json").write_text(text[: len(text) // 2])
-    elif fault == "date":
-        record = newest / "_CHECKPOINT_METADATA"
-        text = json.dumps(json.loads(record.read_text()) | {"commit_timestamp_nsecs": "?"})
-        record.write_text(text.replace('"?"', "1e400"))
-        damage(newest)
+    elif fault in ("types", "date"):
+        change = {
+            "types": ("run.json", {"means": [1]}),
+            "date": ("_CHECKPOINT_METADATA", {"commit_timestamp_nsecs": "?"}),
+        }
+        name, wrong = change[fault]
+        text = json.dumps(json.loads((newest / name).read_text()) | wrong)
+        (newest / name).write_text(text.replace('"?"', "1e400"))
+        if fault == "date":
+            damage(newest)
     elif fault == "no arrays":
         shutil.rmtree(newest / "state")
     else:
