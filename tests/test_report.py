@@ -160,6 +160,14 @@ def test_what_is_damaged_is_counted_and_the_rest_is_shown(tmp_path, capsys):
     assert "1 values that are not finite are left out" in text and "answer" in text
 
 
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, [3], {"a": 3}])
+def test_facts_of_another_kind_break_nothing(tmp_path, value):
+    names = "parts digests settings results notices student total_updates loss method".split()
+    assert Report(make(tmp_path / "a", **dict.fromkeys(names, value))).to_html()
+    bad = make(tmp_path / "b", parts=[{"versions": value, "started": value, "how": value}], results={"teacher": value})
+    assert Report(bad, tmp_path / "a").to_html()
+
+
 def test_without_a_summary_a_checkpoint_has_the_settings(tmp_path):
     folder = make(tmp_path / "a")
     (folder / "summary.json").unlink()
@@ -204,6 +212,16 @@ def test_groups_are_coloured_by_what_the_teacher_gives_less_or_more(tmp_path):
     assert "a <mark>y</mark>" in text and "evaluation, 1 update<" in text and "gives a group of tokens" in text
     said = Reader(Report(make(tmp_path / "b", completions=[(2, "ask", "a", "a")])).to_html()).text
     assert "gives a group of tokens" not in said and "Tokens by lost probability" not in said
+
+
+@pytest.mark.parametrize(
+    "groups", [3, [["a", 1]], [["a", "x", 0]], [["b", -1, -1]], [["a", 1e308, -1e308]], [["a", 900, -1]], {"a": 1}]
+)
+def test_groups_that_are_none_make_a_damaged_line(tmp_path, groups):
+    folder = make(tmp_path / "a", completions=[(2, "ask", "a", None), (2, "ask", "a", None, groups)])
+    run = read_run(folder)
+    assert run.notes == ("completions.jsonl: 1 line is damaged and left out; the first is line 2.",)
+    assert run.read("ask").by_step == {2: [("a", ())]} and Report(folder).to_html()
 
 
 def test_tokens_are_ranked_by_the_probability_that_is_lost(tmp_path):

@@ -140,9 +140,10 @@ def _environments(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     for run in runs:
         values_of: dict[str, dict[str, None]] = {}
         for part in run.parts:
+            versions = part.get("versions") if isinstance(part.get("versions"), dict) else {}
             where = {name: part[name] for name in ("device", "backend", "devices", "processes") if name in part}
-            for name, value in (where | part.get("versions", {})).items():
-                values_of.setdefault(name, {})[plain(value)] = None
+            for name, value in (where | versions).items():
+                values_of.setdefault(str(name), {})[plain(value)] = None
         digests = {f"digest of {k}": v for k, v in run.fact("digests").items() if isinstance(v, str | int)}
         columns.append({name: ", then ".join(values) for name, values in values_of.items()} | digests)
     return _table(columns)

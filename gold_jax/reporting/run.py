@@ -109,11 +109,13 @@ class Run:
     @property
     def parts(self) -> list[Mapping[str, Any]]:
         """Each time that the run was started or resumed."""
-        return self.summary.get("parts") or []
+        found = self.summary.get("parts")
+        return [part for part in found if isinstance(part, Mapping)] if isinstance(found, list) else []
 
     def fact(self, name: str) -> Mapping[str, Any]:
-        """An object in the summary; {} if it is not there."""
-        return self.summary.get(name) or {}
+        """An object in the summary; {} if it is not an object."""
+        found = self.summary.get(name)
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def state(self) -> str:
@@ -121,7 +123,7 @@ class Run:
         part = self.parts[-1] if self.parts else {}
         how, total = part.get("how"), self.summary.get("total_updates", "an unknown number of")
         last = max((row["step"] for row in self.rows), default=0)
-        of = f"{max(part.get('to_update') or 0, last)} of {total} updates"
+        of = f"{max(whole(part.get('to_update')) or 0, last)} of {total} updates"
         if how is None:
             return f"No end is recorded: it is still running, or was killed; logged up to {of}"
         known = how in ("finished", "interrupted", "preempted")
@@ -130,12 +132,15 @@ class Run:
     @functools.cached_property
     def measures(self) -> list[Measure]:
         """The metrics before and after training; those that every run should have come first."""
-        evaluations = [row for row in self.rows if any(name.startswith("eval_") for name in row)]
+        results, evaluations = self.fact("results"), [row for row in self.rows if "eval_loss" in row or _evaluates(row)]
         first = next((row for row in evaluations if row["step"] == 0), {})
         last = evaluations[-1] if evaluations and evaluations[-1]["step"] else {}
-        given = {"before training": first, "after training": last, "teacher": {}}
-        columns = [self.fact("results").get(name) or logged for name, logged in given.items()]
-        columns = [{name: number(value) for name, value in column.items()} for column in columns]
+        columns = [
+            results.get("before training") or first,
+            results.get("after training") or last,
+            results.get("teacher"),
+        ]
+        columns = [{k: number(v) for k, v in c.items()} if isinstance(c, Mapping) else {} for c in columns]
         names = dict.fromkeys(name for column in columns for name in column if name.startswith("eval_"))
         found = []
         for measure, (label, better) in MEASURES.items():
@@ -166,7 +171,7 @@ class Run:
     @property
     def started(self) -> list[float]:
         """The start times of the parts, in seconds since 1970."""
-        return [datetime.datetime.fromisoformat(part["started"]).timestamp() for part in self.parts]
+        return [when for part in self.parts if (when := _timestamp(part.get("started"))) is not None]
 
     def read(self, prompt: str) -> Sample:
         """All that was written for a prompt."""
@@ -174,8 +179,8 @@ class Run:
         reference, sources = None, []
         for row in self._rows_at(self.samples.get(prompt, ())):
             by_step.setdefault(row["step"], []).append(_completion(row))
-            reference = row.get("reference", reference)
-            sources.append(f"evaluation {row['eval_set']}".strip() if "eval_set" in row else "")
+            reference = row["reference"] if isinstance(row.get("reference"), str) else reference
+            sources.append(f"evaluation {row['eval_set']}".strip() if isinstance(row.get("eval_set"), str) else "")
         source = "" if "" in sources else ", ".join(dict.fromkeys(sources))
         return Sample(prompt, reference, dict(sorted(by_step.items())), source)
 
@@ -243,8 +248,20 @@ def read_run(folder: Any) -> Run:
 
 
 def _completion(row: Mapping[str, Any]) -> Completion:
-    """A line of completions.jsonl; KeyError where it is none."""
-    return Completion(row["completion"], tuple(Group(*group) for group in row.get("groups", ())))
+    """A line of completions.jsonl; ValueError where it is none."""
+    text, groups = row.get("completion"), row.get("groups", [])
+    if not (isinstance(row.get("prompt"), str) and isinstance(text, str) and isinstance(groups, list)):
+        raise ValueError("no prompt with a completion")
+    found = []
+    for group in groups:
+        if not (isinstance(group, list) and len(group) == 3 and isinstance(group[0], str)):
+            raise ValueError("no text with two numbers")
+        if not all(value is None or (number(value) is not None and -1e9 < value < 1e-3) for value in group[1:]):
+            raise ValueError("no log-probabilities")
+        found.append(Group(*group))
+    if found and "".join(group.text for group in found) != text:
+        raise ValueError("groups of another text")
+    return Completion(text, tuple(found))
 
 
 def _lines(
@@ -257,10 +274,10 @@ def _lines(
             for count, line in enumerate(file, 1):
                 try:
                     row = parse_json_object(line, path.name)
-                    if not isinstance(row["step"], int):
+                    if whole(row.get("step")) is None:
                         raise ValueError
                     check(row)
-                except (ValueError, KeyError):
+                except ValueError:
                     damaged, first = damaged + 1, first or count
                 else:
                     yield offset, row
@@ -293,9 +310,30 @@ def of_set(name: str, measure: str) -> str | None:
     return (match[1] or "") if match else None
 
 
+def _evaluates(row: Iterable[str]) -> bool:
+    return any(name.startswith("eval_") for name in row)
+
+
 def number(value: Any) -> float | None:
     """The value if it is a finite number, else None."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
+    try:
+        return (
+            value if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) else None
+        )
+    except OverflowError:
+        return None
+
+
+def whole(value: Any) -> int | None:
+    """The value if it can be a number of updates, else None."""
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53 else None
+
+
+def _timestamp(text: Any) -> float | None:
+    try:
+        return datetime.datetime.fromisoformat(text).timestamp()
+    except (TypeError, ValueError, OverflowError):
+        return None
 
 
 def plain(value: Any) -> str:
