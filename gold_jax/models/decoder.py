@@ -35,10 +35,9 @@ class Cache(NamedTuple):
     a head may be there several times, once for each of the devices that share its queries (`Placement.kv_repeats`).
     """
 
-    keys: tuple[
-        jax.Array | Int8, ...
-    ]  # L of [B, kv_heads, head_dim, S]: a query's product reads them without a transpose
-    values: tuple[jax.Array | Int8, ...]  # L of [B, kv_heads, S, head_dim]
+    # L of [B, kv_heads, head_dim, S], which a query's product reads without a transpose, and of [B, kv_heads, S, head_dim].
+    keys: tuple[jax.Array | Int8, ...]
+    values: tuple[jax.Array | Int8, ...]
     length: jax.Array  # int32 [B], tokens that each row holds; its next one goes to this slot
 
     @property

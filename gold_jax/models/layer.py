@@ -91,16 +91,16 @@ def _attend_to_cache(config: DecoderConfig, platform: str, query, key, value, al
     keys = _write_token(keys, key[:, 0], slots, 3, platform)
     values = _write_token(values, value[:, 0], slots, 2, platform)
     query = query.reshape(len(query), key.shape[2], -1, config.head_dim)
-    # Of int8 the scales, one a slot, multiply scores and weights: the compilers of GPUs and TPUs widen it as they read it.
-    read, scale = (keys.values.astype(query.dtype), keys.scale) if isinstance(keys, Int8) else (keys, None)
-    scores = jnp.einsum("bngk,bnks->bngs", query, read, preferred_element_type=jnp.float32)
-    scores = scores if scale is None else scores * scale[:, :, None]
+    # The scales of int8, one a slot, multiply scores and weights: the compilers of GPUs and TPUs widen it as they read it.
+    (read_keys, key_scale), (read_values, value_scale) = (
+        (held.values.astype(query.dtype), held.scale[:, :, None]) if isinstance(held, Int8) else (held, None)
+        for held in (keys, values)
+    )
+    scores = jnp.einsum("bngk,bnks->bngs", query, read_keys, preferred_element_type=jnp.float32)
+    scores = scores if key_scale is None else scores * key_scale
     weighed = masked_softmax(scores, allowed[:, None, None], softcap=config.attention_softcap, scale=config.query_scale)
-    if isinstance(values, Int8):
-        read, weighed = values.values.astype(query.dtype), weighed * values.scale[:, :, None]
-    else:
-        read = values
-    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(read.dtype), read)
+    weighed = weighed if value_scale is None else weighed * value_scale
+    attended = jnp.einsum("bngs,bnsk->bngk", weighed.astype(read_values.dtype), read_values)
     return attended.reshape(len(query), -1), keys, values
 
 
