@@ -319,11 +319,13 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
     Nothing is subtracted that could cancel: what remains of the prefix is summed up by itself.
     """
     p_V = jnp.exp(side.scores)  # up to their scale
-    text = _at_text(side, p_V) * jnp.exp(side.log_scale + side.suffix_logp)
-    left = -jnp.expm1(side.suffix_logp)  # of the token's, what goes on in another way
+    token = _at_text(side, p_V)
+    goes_on = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what belongs to its prefix
     is_token = jax.lax.iota(jnp.int32, p_V.size) == side.token_column
-    events = _project(jnp.where(is_token & apart, p_V * left, p_V), side, overlap)
+    # A factor in `p_V` would have a gradient that is summed over all columns; one of events is summed with theirs.
+    events = _project(jnp.where(is_token, 0.0, p_V), side, overlap, token * goes_on)
     is_last = jax.lax.iota(jnp.int32, events.size) == events.size - 1
+    text = token * jnp.exp(side.log_scale + side.suffix_logp)
     return _renormalized(jnp.where(is_last & apart, text, events), overlap)
 
 
@@ -332,14 +334,18 @@ def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
     return side.is_single_token & (side.event_siblings[side.token_column] == 0)
 
 
-def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap) -> jax.Array:
+def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap, token: jax.Array | float = 0.0) -> jax.Array:
     """Probabilities `[V]` up to their scale to those of events, `[K + 2]`, scaled: prefixes, what has none, what is masked.
 
-    What is not compared is zero. Scaled at the end: so the scale's gradient is a sum over events, made with their own.
+    What is not compared is zero; `token []` is added to what `p_V` gives to the event of the text's token. Scaled at the
+    end: so the scale's gradient is a sum over events, made with their own.
     """
-    k = overlap.matched
+    k, column = overlap.matched, side.token_column
     events = jnp.pad(p_V[:k], (0, 2)).at[side.prefix_column].add(p_V[k:], indices_are_sorted=True, mode="clip")
     number = jax.lax.iota(jnp.int32, k + 2)
+    if isinstance(token, jax.Array):
+        its_event = jnp.concatenate([jnp.arange(k), side.prefix_column])[column]
+        events = events + jnp.where(number == its_event, token, 0.0)
     events = events * jnp.exp(side.log_scale) + jnp.where(number == k, side.missing_mass, 0.0)
     return jnp.where(number < k + overlap.unprefixed, events, 0.0)
 

@@ -23,6 +23,8 @@ from gold_jax.losses.projection import (
     zero_gradient,
 )
 
+CHUNKS_TOGETHER, POSITIONS_TOGETHER = 4, 1024  # most whose gradients are made in one product
+TOGETHER = "several_chunks"  # the scope of the loops over these products, and over the chunks of each
 INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
 
 
@@ -36,6 +38,11 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     fast for its products, by its compiler takes a quarter less.
     """
     return requested or {"cpu": 64, "tpu": 512}.get(platform or jax.default_backend(), 256)
+
+
+def chunks_together(chunk: int, most: int) -> int:
+    """How many chunks of `chunk` positions make their gradients in one product, where there are `most` at most."""
+    return max(1, min(CHUNKS_TOGETHER, POSITIONS_TOGETHER // chunk, most))
 
 
 class InnerTokens(NamedTuple):
@@ -152,22 +159,56 @@ def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positio
     weight, padded, count = _prepare(token_fn, chunk, hidden, head, rows, inner, positions, live)
 
     def step(i, carry):
-        total, gradients, d_scale = carry
+        total, d_scale = carry
         r, x, p = _slice(padded, i, chunk)
         h = gather_rows(hidden, r)
         value, pullback, parts = jax.vjp(lambda z, x: fn(z, x, shared, p), head_logits(h, weight), x, has_aux=True)
         d_logits, d_x = pullback(jnp.ones_like(value))
         d_scale = jax.lax.dynamic_update_slice_in_dim(d_scale, d_x, i * chunk, 0)
-        total = jax.tree.map(jnp.add, total, (value, parts))
-        return total, add_gradients(gradients, d_logits, r, h, weight), d_scale
+        return (jax.tree.map(jnp.add, total, (value, parts)), d_scale), (d_logits, r, h)
 
-    zeros = jnp.zeros(hidden.shape, jnp.float32), zero_gradient(weight)
-    start = _zero_sums(fn, chunk, hidden, weight, shared, padded), zeros, jnp.zeros_like(padded[1])
-    total, gradients, d_scale = jax.lax.fori_loop(0, count, step, start)
+    start = _zero_sums(fn, chunk, hidden, weight, shared, padded), jnp.zeros_like(padded[1])
+    gradients = jnp.zeros(hidden.shape, jnp.float32), zero_gradient(weight)
+    (total, d_scale), gradients = _add_chunks(step, count, padded[0].shape[0], chunk, start, gradients, weight)
     if inner is not None:
         gradients = _add_inner_gradients(token_fn, chunk, hidden, weight, inner, d_scale, gradients)
     d_hidden, d_head = gradients
     return total, (d_hidden.astype(hidden.dtype), shard_gradient(d_head, head))
+
+
+def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, gradients: Any, weight: Weight):
+    """`step(i, carry) -> (carry, (d_logits, rows, hidden))` for `count` chunks, and `gradients` with what they give added.
+
+    The products for it read the whole head, and read and write a gradient of its size. So several chunks are multiplied at
+    once: their `d_logits`, in the head's dtype, take far less than the logits and distributions of so many positions.
+    """
+    together = chunks_together(chunk, positions // chunk)
+    if not isinstance(weight, jax.Array) or together == 1:
+
+        def one(i, state):
+            carry, factors = step(i, state[0])
+            return carry, add_gradients(state[1], *factors, weight)
+
+        return jax.lax.fori_loop(0, count, one, (carry, gradients))
+
+    (vocabulary, width), size = weight.shape, together * chunk
+
+    def several(number, state):
+        def put(i, state):
+            carry, factors = step(number * together + i, state[0])
+            place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
+            return carry, *(place(x, part.astype(x.dtype)) for x, part in zip(state[1:], factors))
+
+        carry, gradients, d_logits = state
+        # For chunks that are not there `d_logits` holds earlier ones: they meet no state, and are added to no row.
+        nowhere = jnp.full(size, gradients[0].shape[0], jnp.int32)
+        start = carry, d_logits, nowhere, jnp.zeros((size, width), weight.dtype)
+        carry, *factors = jax.lax.fori_loop(0, jnp.minimum(together, count - number * together), put, start)
+        return carry, add_gradients(gradients, *factors, weight), factors[0]
+
+    start = carry, gradients, jnp.zeros((size, vocabulary), weight.dtype)
+    with jax.named_scope(TOGETHER):
+        return jax.lax.fori_loop(0, (count + together - 1) // together, several, start)[:2]
 
 
 @jax.named_scope(INNER_TOKENS)
@@ -177,13 +218,13 @@ def _add_inner_gradients(token_fn, chunk, hidden, weight, inner: InnerTokens, d_
     factor = jnp.where(live, d_scale[inner.slots], 0.0)
     padded, count = _pad_to_chunks((inner.rows, inner.columns, factor), inner.live, chunk, weight)
 
-    def step(i, gradients):
+    def step(i, _):
         r, columns, f = _slice(padded, i, chunk)
         h = gather_rows(hidden, r)
         _, pullback = jax.vjp(lambda z: token_fn(z, columns), head_logits(h, weight))
-        return add_gradients(gradients, pullback(f)[0], r, h, weight)
+        return None, (pullback(f)[0], r, h)
 
-    return jax.lax.fori_loop(0, count, step, gradients)
+    return _add_chunks(step, count, padded[0].shape[0], chunk, None, gradients, weight)[1]
 
 
 def _sum_backward(fn, token_fn, chunk, gradients, cotangent):

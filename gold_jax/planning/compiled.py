@@ -23,7 +23,7 @@ from jax.experimental import topologies
 
 from gold_jax.bucketing import bucket
 from gold_jax.loading import LoadedModel
-from gold_jax.losses.fused_head import INNER_TOKENS, chunk_size
+from gold_jax.losses.fused_head import INNER_TOKENS, TOGETHER, chunk_size, chunks_together
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.quantization import KV_CACHE
@@ -148,15 +148,22 @@ class PlannedRun:
     def trips(self, loop: str) -> float:
         """How often a loop runs that does not say: a loss once for each chunk of positions, and no position has inner tokens.
 
+        Where several chunks make their gradients together, a loop over these is in one over such products.
+
         One token is decoded: of the loop over tokens, which takes several at once on GPUs, that part of a round.
         """
         if loop.endswith("jit(decode_until)/while"):
             return 1 / sampling.tokens_per_check(self.request.platform)
         if "loss" not in loop:
             return 1
+        if INNER_TOKENS in loop:
+            return 0
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
-        positions = self.request.positions / self.request.mesh["tensor"]  # of one device
-        return 0 if INNER_TOKENS in loop else math.ceil(positions / chunk)
+        chunks = math.ceil(self.request.positions / self.request.mesh["tensor"] / chunk)  # of one device
+        if TOGETHER not in loop:
+            return chunks
+        products = math.ceil(chunks / chunks_together(chunk, chunks))
+        return chunks / products if "/while/" in loop.partition(TOGETHER)[2] else products
 
     def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
         """Every program of `PlanRequest.programs`, in that order: what lowers it, and what of all that lies there it reads."""

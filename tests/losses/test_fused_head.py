@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gold_jax.losses import distill, projection
+from gold_jax.losses import distill, fused_head, projection
 from gold_jax.losses.distill import Head, compact, cross_entropy, order_rows, token_logp
 from gold_jax.losses.fused_head import InnerTokens, fused_linear_map, fused_linear_sum
 from gold_jax.losses.projection import head_logits
@@ -73,6 +73,22 @@ def test_a_heads_gradient_is_the_same_however_many_rows_are_made_at_once(monkeyp
     whole = gradient(head)
     monkeypatch.setattr(projection, "GRADIENT_BLOCK_ROWS", rows)
     chex.assert_trees_all_close(gradient(head), whole, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradients_are_the_same_however_many_chunks_are_multiplied_at_once(monkeypatch, dtype):
+    """Of 13 chunks the last product has one, and chunks of an earlier one beside it."""
+    hidden, head = normal(N, D).astype(dtype), normal(V, D, seed=1).astype(dtype)
+    positions = jnp.arange(N) % V, normal(N, seed=4)
+
+    def gradients(together):
+        monkeypatch.setattr(fused_head, "CHUNKS_TOGETHER", together)
+        loss = lambda h, w: fused_linear_sum(a_loss, None, 1, h, w, ROWS, None, jnp.zeros(V), positions, N)[0]  # noqa: E731
+        return jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
+
+    alone = gradients(1)
+    for together in (2, 4, 13):
+        chex.assert_trees_all_close(gradients(together), alone, rtol=1e-6 if dtype == jnp.float32 else 1e-2, atol=1e-6)
 
 
 def test_logits_take_the_place_of_hidden_states_where_there_is_no_head():
