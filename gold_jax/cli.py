@@ -119,8 +119,9 @@ def training_inputs(argv: Sequence[str] | None, settings: type, *, prog: str, do
         processes = training.coordinator_address, training.num_processes, training.process_id
         initialize(*processes, heartbeat_timeout=training.process_timeout)
         notices += _set_up_compiling(model.compilation_cache, training.checkpoint_dir)
-        import gold_jax.training.trainer  # noqa: F401  what takes longest to import
+        from gold_jax.training.trainer import require_packages  # what takes longest to import
 
+    require_packages(training)  # before rows and models are read
     train, evaluation = _read_rows(data, training)
     unused = named_without_effect(data, RunFacts(training, evaluates=evaluation is not None, data=data))
     training = training.replace(**changes, notices=[*notices, *unused])

@@ -249,7 +249,7 @@ report = gold_jax.report.Report("runs/skew_kl")
 report.runs[0]
 
 # %% tags=["unsaved"]
-report  # the whole page, with curves that can be zoomed; not kept in the file, for its size
+report  # the whole page, with curves that show their numbers under the pointer; not kept in the file, for its size
 
 # %% [markdown]
 # Next: [a TPU or a GPU](on_a_tpu_or_gpu.ipynb), [the losses](../docs/losses.md), [data](../docs/data.md),

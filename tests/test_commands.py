@@ -357,6 +357,7 @@ def test_every_loss_trains(line, says, world, tmp_path, capsys):
     assert says in capsys.readouterr().out
     row = metrics(tmp_path / "out")[0]
     assert row["loss"] > 0 and row["grad_norm"] > 0
+    assert "by off-policy distillation" in (tmp_path / "out/README.md").read_text()
 
 
 def test_reverse_kl_learns_from_what_the_student_draws(world, tmp_path, capsys):

@@ -24,6 +24,7 @@ BEFORE, AFTER = (
     {"eval_loss": a, "eval_bits_per_byte": b, "eval_exact_match": c} for a, b, c in [(2, 0.5, 0), (1, 0.3, 0)]
 )
 RESULTS = {"before training": BEFORE, "after training": AFTER, "teacher": {"eval_bits_per_byte": 0.1}}
+RUN = "--model_name_or_path nowhere/s --teacher_model_name_or_path nowhere/t --dataset_name nowhere.jsonl"
 START = "2026-01-01T00:00:{:02d}+00:00"
 SECONDS = 1767225600  # when START begins
 
@@ -242,10 +243,18 @@ def test_tokens_are_ranked_by_the_probability_that_is_lost(tmp_path):
     assert "one1100%0.39%8.08.00.0␣two340%6.2%8.02.72.02of2texts;4completionswerescored." in text
 
 
+def test_what_rounds_to_nothing_has_no_sign(tmp_path):
+    lines = [(step, "p", "a", None, [bits("a", 0.5, teacher)]) for step, teacher in ((0, 0.501), (4, 0.25))]
+    text = "".join(Reader(Report(make(tmp_path / "a", completions=lines)).to_html()).text.split())
+    assert "a150%25%1.01.00.01of1texts" in text and "-0.0" not in text
+
+
 def test_a_run_without_completions_stands_beside_one_whose_are_scored(tmp_path):
     scored = make(tmp_path / "a", completions=[(2, "ask", "a", None, [bits("a", 0.5, 0.25)])])
     other = make(tmp_path / "b")
     (other / "completions.jsonl").unlink()
+    assert read_run(other).notes == ()  # --log_completions was not given
+    assert "None: completions.jsonl is not there or holds none." in Report(other).to_html()
     assert read_run(other).lost_probability == [] and "No completion was scored." in Report(scored, other).to_html()
 
 
@@ -285,6 +294,9 @@ def test_what_cannot_be_done_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "bokeh", None)
     assert "pip install 'gold_jax[report]'" in refusal(str(one), capsys)
     assert Report(one)._repr_html_().startswith("<pre>a report draws its curves with Bokeh: pip install")
+    with pytest.raises(SystemExit):  # before rows or models are looked for
+        cli.run("gold_jax.train", train.main, shlex.split(f"{RUN} --report"))
+    assert "a report draws its curves with Bokeh" in capsys.readouterr().err
     assert sorted(os.listdir(one)) == ["completions.jsonl", "metrics.jsonl", "summary.json"]
 
 

@@ -206,6 +206,7 @@ def _environment() -> jinja2.Environment:
         "cut": _cut,
         "end": lambda text: text if len(text) <= PROMPT else f"…{text[-PROMPT:]}",
         "share": _share,
+        "bits": lambda bits: "—" if bits is None else f"{bits:z.1f}",  # z: no -0.0
         "visible": lambda text: text.replace(" ", "␣").replace("\n", "↵").replace("\t", "⇥"),
     }
     environment.globals |= {"parts_of": _parts, "steps_of": _steps, "zip": zip, "levels": LEVELS, "lost_shown": LOST}

@@ -49,7 +49,8 @@ def draw(plot: Plot, target: str, runs: int) -> dict[str, Any]:
         if len(line.steps) <= 40:
             renderers.append(fig.scatter(line.steps, line.values, size=5, **style))
         drawn.append((line.label, renderers))
-    hover = HoverTool(tooltips=[("", "$name"), ("update", "@x"), (plot.unit or plot.title, "@y{0.[0000]}")])
+    tips = [("", "$name"), ("update", "@x"), (plot.unit or plot.title, "@y{%.6g}")]  # digits of small numbers too
+    hover = HoverTool(tooltips=tips, formatters={"@y": "printf"})
     hover.renderers = [renderers[-1] for _, renderers in drawn]
     fig.add_tools(hover)
     if len(drawn) > 1:

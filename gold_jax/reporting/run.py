@@ -283,7 +283,8 @@ def _lines(
                     yield offset, row
                 offset += len(line)
     except FileNotFoundError:
-        notes.append(f"{path.name} is not there.")
+        if path.name != LOGS[1]:  # which a run without --log_completions does not write
+            notes.append(f"{path.name} is not there.")
     except (OSError, ValueError) as error:
         notes.append(f"{path.name} cannot be read: {getattr(error, 'strerror', None) or error}")
     if damaged:

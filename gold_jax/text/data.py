@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import glob
 import itertools
@@ -25,7 +26,7 @@ from gold_jax.text.columns import (
     without_fill,
 )
 from gold_jax.text.json_rows import JsonRows, read_json_rows
-from gold_jax.text.row_formats import check_renamed, read_columns
+from gold_jax.text.row_formats import READABLE, check_renamed, read_columns
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
@@ -37,6 +38,10 @@ ACCEPTED = (
     "`messages` (a list of {role, content}), `prompt` with `completion` (texts, or lists of messages), `prompt` alone, "
     "`text`, `conversations` (ShareGPT), `instruction` with `output` (alpaca), `question` with `answer`, or `problem` with "
     "`solution`; --columns says which columns stand for them, such as --columns prompt=query,completion=reply"
+)
+_CONVERT = (
+    "convert it (pandas.read_csv('rows.csv', dtype=str).to_json('rows.jsonl', orient='records', lines=True) makes JSON "
+    "lines of CSV), or name a data set of the hub"
 )
 _FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -313,7 +318,7 @@ def local_files(name: str, split: str, given: Mapping[str, Any]) -> tuple[str, l
         files = _files_in(path, name, base) if path.is_dir() else [path]
     kind, *others = {_FORMATS.get(p.suffix) for p in files}
     if kind is None or not all(p.is_file() for p in files):
-        raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; convert it, or name a data set of the hub")
+        raise ValueError(f"{name!r} is not a .json, .jsonl or .parquet file; {_CONVERT}")
     if others:
         raise ValueError(f"the folder {name!r} mixes JSON and Parquet files for one split; keep one of the kinds")
     if path.is_file() and base != "train":
@@ -405,12 +410,20 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
     """The files of a split in a folder."""
     files = sorted(p for p in folder.iterdir() if p.suffix in _FORMATS and p.is_file())
     if not files:
-        raise FileNotFoundError(f"the folder {name!r} holds no .json, .jsonl or .parquet file")
+        raise FileNotFoundError(f"the folder {name!r} holds no .json, .jsonl or .parquet file; {_CONVERT}")
     named = [p for p in files if p.stem == split or p.stem.startswith((split + "-", split + "_", split + "."))]
     if not named and split != "train":
         found = ", ".join(p.name for p in files)
         raise ValueError(f"the folder {name!r} has no file for the split {split!r}; it has {found}")
     return named or files
+
+
+def _nearest_column(row: Mapping) -> str:
+    """The first column of a row whose name is nearly one that is read, in words; "" without one."""
+    for name in map(str, row):
+        if name not in READABLE and (near := difflib.get_close_matches(name.lower(), READABLE, 1, 0.8)):
+            return f"; {excerpt(name)} may be meant for {near[0]!r}"
+    return ""
 
 
 def to_example(
@@ -450,7 +463,7 @@ def to_example(
         empty = ", ".join(name for name in ("messages", "prompt", text_column) if name in row)
         hint = f" ({empty} is there but null)" if empty else ""
         has = f"{where} has the columns {listed(list(map(str, row)), 12) or 'none'}{hint}"
-        raise ValueError(f"{has}; accepted are {ACCEPTED}")
+        raise ValueError(f"{has}{_nearest_column(row)}; accepted are {ACCEPTED}")
     if compared := what_is_compared(columns):
         raise ValueError(f"{where} has {compared}")
     try:

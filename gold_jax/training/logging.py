@@ -83,7 +83,7 @@ class MetricLog(contextlib.AbstractContextManager):
         row = {"step": step} if epoch is None else {"step": step, "epoch": epoch}
         plain = {name: plain_value(value) for name, value in {**row, **values}.items()}
         if self._file is not None:
-            line = json_line(plain | {"time": round(time.time(), 1)})  # seconds since 1970
+            line = json_line(plain | {"time": round(time.time(), 3)})  # seconds since 1970
             self.attempt("the log file", lambda: print(line, file=self._file, flush=True))
         for tracker, worker in self._trackers:
             worker.put(tracker.log, {name: value for name, value in plain.items() if name != "step"}, step)

@@ -248,10 +248,7 @@ class _Trainer(TrainerMembers):
         if trial is not None:
             raise ValueError(f"trial is not supported here: {MEMBERS['hyperparameter_search']}")
         a, pushes = self.args, self.args.push_to_hub and is_main_process()
-        if a.report:
-            importlib.import_module("gold_jax.reporting.plots").require_bokeh()
-        if is_main_process():
-            require_trackers(a.report_to)  # before the files of an earlier run are renamed
+        require_packages(a)  # before the files of an earlier run are renamed
         with raised_in_all_processes("the repository on the hub", HubError):
             try:
                 if pushes:
@@ -430,6 +427,14 @@ class _PushOnSave(TrainerCallback):
                 self._trainer.loop.say(str(error))
 
 
+def require_packages(args: SFTConfig) -> None:
+    """ImportError or ValueError: what `report` or `report_to` needs is not installed."""
+    if args.report:
+        importlib.import_module("gold_jax.reporting.plots").require_bokeh()
+    if is_main_process():
+        require_trackers(args.report_to)
+
+
 def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     """ValueError if `metric_for_best_model` is not a metric of one of several evaluation sets."""
     wanted = args.metric_for_best_model
@@ -589,6 +594,8 @@ class GOLDTrainer(_Trainer):
         given = optimizers, callbacks, compute_metrics, console, command, dataset_name
         super().__init__(args, train_dataset, eval_dataset, *given)
         a, placement = self.args, self.placement
+        if not a.lmbda:
+            self.method = "off-policy distillation"
         student = self._load_student(model, processing_class)
         tokenizer, options = teacher_processing_class or a.teacher_tokenizer_name_or_path, a.teacher_model_init_kwargs
         options = {**options, "revision": options.get("revision") or a.teacher_model_revision}

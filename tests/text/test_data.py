@@ -364,7 +364,7 @@ def test_wrong_paths_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no .json"):
         load_examples(tmp_path)
     (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(ValueError, match="is not a .json, .jsonl or .parquet file"):
+    with pytest.raises(ValueError, match=r"is not a .json, .jsonl or .parquet file; convert it \(pandas.read_csv"):
         load_examples(tmp_path / "rows.csv")
     write(tmp_path / "rows.jsonl", [{"text": "a"}])
     with pytest.raises(ValueError, match="the split 'train' alone"):

@@ -153,6 +153,20 @@ def test_a_column_map_must_name_columns_that_are_there_and_that_are_read():
         read({"q": "x"}, {"a": "y"}, renamed={"prompt": "q"})
 
 
+def test_a_row_of_no_form_names_the_column_that_nearly_is_one():
+    for name, meant in (("mesages", "messages"), ("Promt", "prompt"), ("conversation", "conversations")):
+        with pytest.raises(
+            ValueError, match=f"has the columns {name}, completion; '{name}' may be meant for '{meant}'; accepted"
+        ):
+            read({name: "x", "completion": "y"})
+    with pytest.raises(
+        ValueError, match="has the columns query, answers; 'answers' may be meant for 'answer'; accepted"
+    ):
+        read({"query": "x", "answers": "y"})
+    with pytest.raises(ValueError, match="has the columns messages, level .messages is there but null.; accepted"):
+        read({"messages": None, "level": 3})
+
+
 # What Python holds
 
 
