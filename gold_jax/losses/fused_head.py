@@ -32,8 +32,8 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     """Positions whose logits are in memory at once: `--loss_chunk`, or what runs best on a platform (None: where JAX runs).
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
-    not for 64, and takes three to six times as long. Accelerators read the head and its gradient once a chunk, and
-    compute the last one whole: with thousands of positions an H200 takes up to a tenth less with 512 than with 256
+    not for 64, and takes three to six times as long. Accelerators read a teacher's head once a chunk, and compute the
+    last one whole: with thousands of positions an H200 takes up to a tenth less with 512 than with 256
     (`benchmarks/results/h200_chunks.json`), with hundreds more; it holds twice as much. A v5e, which reads a quarter as
     fast for its products, by its compiler takes a quarter less.
     """

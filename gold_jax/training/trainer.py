@@ -42,6 +42,7 @@ from gold_jax.training.logging import header, shown
 from gold_jax.training.loop import Loop
 from gold_jax.training.model_card import write_model_card
 from gold_jax.training.optimizer import make_schedule
+from gold_jax.training.precision import describe_unmoved
 from gold_jax.training.resume import IGNORED_ON_RESUME, describe_run, digests_of
 from gold_jax.training.rows import TrainingRows, check_training_rows, needs_all_rows
 from gold_jax.training.run_state import Data
@@ -154,6 +155,10 @@ class _Trainer(TrainerMembers):
         self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
+        if self.dtype == "bfloat16" and self._optimizers[0] is None:
+            total = data.total_steps(a)
+            unmoved = describe_unmoved(split(student.model)[1], make_schedule(a, total), total)
+            self.notices += [unmoved] if unmoved else []
         self._show(student, data, shown)
         # All processes compute together from here on; one that failed to load its data or models is named here.
         sizes = [side.model.config.vocab_size for side in sides.values()]

@@ -1,0 +1,55 @@
+"""What rounding to bfloat16 keeps from a model: a weight that moves by less than half a step of bfloat16 is rounded back.
+
+Parameters are float32, and a run that computes in bfloat16 rounds them for every product. The weights of most published
+checkpoints are bfloat16 numbers: at the beginning each is half a step, 2⁻⁹ to 2⁻⁸ of its size, from the next.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gold_jax.training.optimizer import Schedule, decay_mask
+
+SHARE_TO_SAY = 0.1
+_LARGEST_HALF_STEP = 2.0**-9  # of weights below 1
+
+
+def describe_unmoved(params: Any, schedule: Schedule, steps: int) -> str | None:
+    """What to say of a run in bfloat16 whose learning rates, added up, are less than many weights need; else None.
+
+    AdamW moves a weight by about the learning rate at most.
+    """
+    rates = np.asarray(schedule(jnp.arange(steps)), np.float64)
+    if (distance := float(rates.sum())) >= _LARGEST_HALF_STEP:
+        return None
+    share = share_out_of_reach(params, distance)
+    if share < SHARE_TO_SAY:
+        return None
+    return (
+        f"{share:.0%} of the weights may not change in what this run computes: its learning rates add up to {distance:.2g}, "
+        "and bfloat16 rounds so little back to where it was; more updates, a larger --learning_rate or --bf16 false change that"
+    )
+
+
+def share_out_of_reach(params: Any, distance: float) -> float:
+    """The share of the weights that no change up to `distance` rounds to another bfloat16; norms and biases aside.
+
+    Of a sharded model, of the part that one device of this process holds.
+    """
+    leaves, counted = jax.tree.leaves(params), jax.tree.leaves(decay_mask(params))
+    weights = [x.addressable_shards[0].data for x, counts in zip(leaves, counted) if counts]
+    return float(_unmoved(weights, distance)) / sum(x.size for x in weights)
+
+
+@jax.jit
+def _unmoved(weights: list[jax.Array], distance: jax.Array) -> jax.Array:
+    def count(x):
+        x = x.astype(jnp.float32)
+        rounded = jax.lax.reduce_precision(x, 8, 7)
+        _, exponent = jnp.frexp(rounded)
+        half = jnp.ldexp(jnp.float32(1), exponent - 9)  # `frexp` gives [0.5, 1), and bfloat16 eight digits of it
+        return jnp.sum(half - jnp.abs(x - rounded) > distance, dtype=jnp.float32)
+
+    return sum(map(count, weights), jnp.float32(0))
