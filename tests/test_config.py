@@ -621,6 +621,7 @@ def test_settings_know_which_of_them_were_named():
         (dict(top_p=0.9, top_k=3, lmbda=0), "--top_p, --top_k: no effect with --lmbda 0 and without --seq_kd"),
         (dict(temperature=0.9, lmbda=0), "--temperature: no effect with --lmbda 0"),
         (dict(lmbda=1, seq_kd=True), "--seq_kd: no effect with --lmbda 1"),
+        (dict(lmbda=0, seq_kd=True, rollout_quantization="int8"), "--rollout_quantization: no effect where"),
         (dict(uld_use_hybrid_loss=True), "--uld_use_hybrid_loss: no effect without --use_uld_loss"),
         (dict(loss="uld", beta=0.5), "--beta: no effect with loss uld (chain/positional/sorted)"),
         (

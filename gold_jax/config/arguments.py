@@ -85,7 +85,7 @@ _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_o
 _NOTHING_SAMPLED = "no effect with --lmbda 0 and without --seq_kd: nothing is sampled in training"
 _SAMPLES = Effect(lambda r: r.samples, _NOTHING_SAMPLED)
 _STUDENT_WRITES = Effect(lambda r: r.args.lmbda > 0, "no effect with --lmbda 0: the student writes nothing")
-_SAMPLED_HERE = Effect(lambda r: r.samples and r.args.server_url is None,
+_SAMPLED_HERE = Effect(lambda r: r.args.lmbda > 0 and r.args.server_url is None,
                        "no effect where the built-in sampler writes no completion of the student's")
 _ASKS_SERVER = Effect(lambda r: r.args.server_url is not None, "no effect without --use_vllm --vllm_mode server")
 _DISTILS = Effect(lambda r: r.spec.distillation_weight > 0, "no effect with --uld_distillation_weight 0")

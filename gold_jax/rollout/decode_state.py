@@ -87,14 +87,20 @@ def empty_slots(
     """
     heads = config.kv_heads * (1 if placement is None else placement.kv_repeats(config.heads, config.kv_heads))
     zeros, size = jnp.zeros(rows, jnp.int32), config.head_dim
-    keys, values = (
-        tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
-        for shape in ((size, slots), (slots, size))
-    )
+
+    def held() -> Cache:
+        keys, values = (
+            tuple(jnp.zeros((rows, heads, *shape), dtype) for _ in range(config.layers))
+            for shape in ((size, slots), (slots, size))
+        )
+        cache = Cache(keys, values, zeros)
+        return cache.to_int8() if int8_cache else cache
+
     samples = (jnp.zeros((rows, new), dtype) for dtype in (jnp.int32, *(jnp.float32,) * (1 + sampling_logprobs)))
     state = DecodeState(zeros, jnp.broadcast_to(key, (rows,)), zeros, jnp.ones(rows, bool), *samples)
-    cache = Cache(keys, values, zeros)
-    return _constrain(placement, cache.to_int8() if int8_cache else cache, state)
+    # Its shapes alone: XLA rounds constants while it compiles, and takes minutes for those of a large cache.
+    cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(held))
+    return _constrain(placement, cache, state)
 
 
 def cache_shardings(placement: Placement, cache: Cache) -> Cache:

@@ -62,7 +62,7 @@ def prefill(graphdef, params, tokens: jax.Array, lengths: jax.Array, *, int8_cac
 def insert(
     cache: Cache, state: DecodeState, prefilled: Cache, source, row_index, joining, next_token, keys
 ) -> tuple[Cache, DecodeState]:
-    """Copies prefilled prompts into rows.
+    """Copies prefilled prompts into rows, of which nothing else is left.
 
     Args:
         cache, state: of R rows; the cache is donated.
@@ -74,6 +74,8 @@ def insert(
     def put(at, cache):
         def copy(old, new):
             one = jax.lax.dynamic_index_in_dim(new, source[at])
+            # All of the row: what stood in its other slots may be no number, which a weight of 0 does not make one.
+            one = jnp.pad(one, [(0, size - filled) for size, filled in zip((1, *old.shape[1:]), one.shape)])
             return jax.lax.dynamic_update_slice(old, one, (row_index[at],) + (0,) * (old.ndim - 1))
 
         return jax.tree.map(copy, cache, prefilled)

@@ -271,6 +271,18 @@ def test_attention_to_a_cache_of_8_bits_is_that_to_the_numbers_that_it_holds(mod
         np.testing.assert_allclose(numbers(ours, axis), theirs, atol=1e-6)
 
 
+def test_an_empty_cache_of_8_bits_is_made_without_rounding_a_whole_one(model):
+    """XLA computes constants while it compiles: minutes for the largest numbers of a cache of zeros."""
+    sizes = {"config": model.config, "dtype": jnp.bfloat16, "rows": 3, "slots": 32, "new": 4}
+    key = jax.random.key(0)
+    lowered = device.empty_slots.lower(key, int8_cache=True, **sizes).as_text()
+    assert "i8>" in lowered and "bf16>" not in lowered and "reduce" not in lowered
+    cache, _ = device.empty_slots(key, int8_cache=True, **sizes)
+    expected = device.empty_slots(key, **sizes)[0].to_int8()
+    for one, same in zip(jax.tree.leaves(cache), jax.tree.leaves(expected), strict=True):
+        assert one.dtype == same.dtype and np.array_equal(one, same)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_cache_of_8_bits_follows_rows_that_join_grow_and_shrink(model, temperature):
     """What a row draws does not depend on the others, and is close to what the model itself would say of it."""

@@ -1,6 +1,7 @@
 """The server, by HTTP: its answers, its errors, and that no answer depends on other requests."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import signal
@@ -20,6 +21,8 @@ from starlette.testclient import TestClient
 
 import gold_jax
 from gold_jax.loading import load_model_and_tokenizer
+from gold_jax.models.decoder import Decoder
+from gold_jax.models.functional import split
 from gold_jax.serving.app import MOST_BYTES, create_app
 from gold_jax.serving.batcher import Batcher, Request
 
@@ -339,6 +342,39 @@ def wait_for(holds) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8_kv_cache"])
+def test_what_a_slot_held_changes_no_later_answer(loaded, quantization):
+    """Values that are no numbers stand behind the next prompt in the cache, where their weights are 0."""
+    params = split(loaded.model)[1]
+    embedding = params["embedding"].at[100].set(np.inf)
+    untied = dataclasses.replace(loaded.model.config, tied=False)
+    model = Decoder.from_params(untied, params | {"embedding": embedding, "head": params["embedding"]})
+    made = Batcher(model, (), rows=1, queue_size=4, max_length=256, quantization=quantization)
+
+    def write(prompt):
+        ended, found = threading.Event(), []
+
+        def receive(kind, value):
+            found.append((kind, value.logprobs.tolist() if kind == "tokens" else value))
+            if kind != "tokens":
+                ended.set()
+
+        made.submit([Request(np.array(prompt, np.int32), receive, 4)])
+        assert ended.wait(120)
+        return found[-1][0], [x for kind, value in found if kind == "tokens" for x in value]
+
+    try:
+        before = write([5, 6, 7])
+        assert before[0] == "end" and len(before[1]) == 4
+        assert write([5, 6, 100] + [7] * 200) == ("error", [])
+        assert made._slots_per_row == 256  # the next prompt is read into the first 128
+        kind, logprobs = write([5, 6, 7])
+        assert kind == "end"
+        np.testing.assert_allclose(logprobs, before[1], atol=1e-5)
+    finally:
+        made.close()
 
 
 def test_logits_that_are_not_finite_are_an_error_and_the_next_request_is_answered(client, batcher, monkeypatch):
