@@ -279,6 +279,9 @@ class MemoryFlags(Settings):
 
     bf16: bool | None = warned_flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.", important=True,
         differs="none chooses by platform")
+    bf16_stochastic_round: bool = flag(False, "With bf16: weights are rounded up or down at random, so that small updates "
+        "count on average; the optimizer keeps them in float32, 4 bytes a weight more. What is saved are the rounded ones.",
+        important=True)
     gradient_checkpointing: bool = warned_flag(True, "Recompute activations in the backward pass: less memory.",
         alias="activation_checkpointing")
     loss_chunk: int | None = warned_flag(None,

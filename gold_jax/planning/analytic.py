@@ -79,6 +79,9 @@ class Analytic:
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
         self.read = request.sampled_prompts // request.shards  # prompts that it reads for them
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
+        self.masters = bool(
+            self.args.bf16_stochastic_round and self.itemsize == 2
+        )  # of the optimizer, beside its moments
         layers = parameter_count(student, "layers", self.placement)
         self.new_gradients = 4 * layers
         # In the compute dtype, where it is another: on TPUs all layers at once, on GPUs one after the other.
@@ -91,7 +94,7 @@ class Analytic:
 
     def resident(self) -> dict[str, int]:
         """What lies there all the time, by part."""
-        found = {"student": self.student_bytes, "optimizer": 2 * self.student_bytes + 8}
+        found = {"student": self.student_bytes, "optimizer": (2 + self.masters) * self.student_bytes + 8}
         if self.teacher:
             config, sizes = self.teacher.config, [config.vocab_size for config in self.request.pair[:2]]
             # Entries without a match go to prefixes; the student's order, and both models' stop tokens.
@@ -194,7 +197,7 @@ class Analytic:
     def cost(self, program: str) -> Cost:
         """What one run of a program costs; of decoding, one token more for each row."""
         if program == "optimizer":
-            return Cost(hbm_bytes=8.0 * self.student_bytes)
+            return Cost(hbm_bytes=(8.0 + 2 * self.masters) * self.student_bytes)
         if program in STUDENT:
             cost = self._student_step(program)
         elif program == "decoding":
@@ -249,7 +252,11 @@ class Analytic:
         if reads:
             moved += chunks * teacher.head * c + positions * teacher.config.vocab_size * 4 * _FORWARD_PASSES
         # A device's own: layers rounded, gradients written (to be added, two read besides), and the update.
-        own = (4 + c) / 4 + (3 if program == STUDENT[1] else 1) + (0 if self.request.micro_batches > 1 else 8)
+        own = (
+            (4 + c) / 4
+            + (3 if program == STUDENT[1] else 1)
+            + (0 if self.request.micro_batches > 1 else 8 + 2 * self.masters)
+        )
         moved += own * self.student_bytes * self.tensor
         # Layers are gathered for either pass, heads once; gradients, heads' in float32, are summed where they are kept.
         layers /= self.tensor

@@ -4,7 +4,7 @@ import functools
 import math
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -102,28 +102,74 @@ def decay_mask(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(name(path)), params)
 
 
-def make_optimizer(config: SFTConfig, total_steps: int | None) -> optax.GradientTransformation:
+def make_optimizer(config: SFTConfig, total_steps: int | None, *, rounds: bool = False) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW as PyTorch has it, with the learning rates of a run of `total_steps`.
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
     `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
     `max_grad_norm` is 0 or None. With `total_steps` None the learning rate is an argument of `update`, `learning_rate=`.
-    The same settings give the same object, so that `Step` reuses its programs.
+    With
+    `rounds` parameters are rounded (`round_to_bfloat16`). The same settings give the same object, so that `Step` reuses its
+    programs.
     """
     betas = config.adam_beta1, config.adam_beta2, config.adam_epsilon
     schedule = None if total_steps is None else make_schedule(config, total_steps)
-    return _adamw(*betas, config.weight_decay, config.max_grad_norm, schedule)
+    return _adamw(*betas, config.weight_decay, config.max_grad_norm, schedule, rounds)
 
 
 @functools.lru_cache(maxsize=8)
-def _adamw(b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | None) -> optax.GradientTransformation:
+def _adamw(
+    b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | None, rounds: bool
+) -> optax.GradientTransformation:
     adamw = optax.chain(
         scale_by_adam(b1, b2, epsilon),
         optax.add_decayed_weights(weight_decay, mask=decay_mask),
         scale_by_given_rate() if schedule is None else optax.scale_by_learning_rate(schedule),
     )
     # A state of one shape, so that a resumed run may clip where it did not before.
-    return optax.chain(clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(), adamw)
+    chained = optax.chain(clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(), adamw)
+    return round_to_bfloat16(chained) if rounds else chained
+
+
+class RoundedState(NamedTuple):
+    """The state of `round_to_bfloat16`."""
+
+    inner: Any  # that of the transformation which makes the updates
+    masters: Any  # the parameters before they are rounded, float32
+
+
+def round_to_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Updates after which the parameters are numbers of bfloat16: those of `inner`, rounded up or down at random.
+
+    `inner` updates float32 masters in the state, and sees them as its parameters. Norms and biases are their masters;
+    every other parameter is its master, rounded by `stochastic_round`. So an update much smaller than half a step of
+    bfloat16, which rounding to the nearest would lose, moves a few of many weights, and the right amount on average.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def init(params):
+        return RoundedState(inner.init(params), jax.tree.map(jnp.copy, params))
+
+    def update(updates, state, params=None, **given):
+        updates, inner_state = inner.update(updates, state.inner, state.masters, **given)
+        masters = optax.apply_updates(state.masters, updates)
+        rounded = jax.tree.map(lambda x, counts: stochastic_round(x) if counts else x, masters, decay_mask(masters))
+        return jax.tree.map(jnp.subtract, rounded, params), RoundedState(inner_state, masters)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def stochastic_round(x: jax.Array) -> jax.Array:
+    """Float32 `x` as numbers of bfloat16, float32 too: the nearer zero or the next, by chance, right on average.
+
+    What falls by chance is a hash of the number itself, so that equal ones are rounded alike, on any device and again.
+    Numbers of bfloat16 stay what they are.
+    """
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    mixed = bits
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # MurmurHash3's finalizer
+        mixed = (mixed ^ (mixed >> shift)) * jnp.uint32(factor)
+    return jax.lax.bitcast_convert_type((bits + (mixed & 0xFFFF)) & jnp.uint32(0xFFFF0000), jnp.float32)
 
 
 def scale_by_given_rate() -> optax.GradientTransformationExtraArgs:

@@ -29,7 +29,8 @@ def describe_unmoved(params: Any, schedule: Schedule, steps: int) -> str | None:
         return None
     return (
         f"{share:.0%} of the weights may not change in what this run computes: its learning rates add up to {distance:.2g}, "
-        "and bfloat16 rounds so little back to where it was; more updates, a larger --learning_rate or --bf16 false change that"
+        "and bfloat16 rounds so little back to where it was; --bf16_stochastic_round, more updates, a larger --learning_rate or "
+        "--bf16 false change that"
     )
 
 

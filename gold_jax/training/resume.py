@@ -173,8 +173,8 @@ def find_and_restore(
     for path in found:
         try:
             metadata = _agreed_metadata(path)
+            warnings = check_run(metadata["run"], run, path)  # names the setting that makes other arrays
             checkpointing.check_arrays(path, metadata, abstract)
-            warnings = check_run(metadata["run"], run, path)
             if metadata["step"] > last:
                 seen = f"{path} is at update {metadata['step']}"
                 raise ValueError(f"{seen}, and this run makes {last}; raise --max_steps or --num_train_epochs.")

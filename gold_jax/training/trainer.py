@@ -155,7 +155,10 @@ class _Trainer(TrainerMembers):
         self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
-        if self.dtype == "bfloat16" and self._optimizers[0] is None:
+        rounded = self.dtype == "bfloat16" and self._optimizers[0] is None
+        if a.bf16_stochastic_round and not rounded:
+            self.notices.append("--bf16_stochastic_round: no effect but with --bf16 and the optimizer of the settings.")
+        elif rounded and not a.bf16_stochastic_round:
             total = data.total_steps(a)
             unmoved = describe_unmoved(split(student.model)[1], make_schedule(a, total), total)
             self.notices += [unmoved] if unmoved else []

@@ -119,6 +119,7 @@ REASONS = {
     "trust_remote_code": "It lets a tokenizer run code of its own; the embedded ones have none.",
     "loss_kwargs": "It sets options of comparisons that somebody adds; those that are here have flags: see the tests of comparing.",
     "top_p": "It bounds draws, which depend on JAX's keys: see the tests of drawing.",
+    "bf16_stochastic_round": "Its masters are the weights without it: see the tests of precision.",
     "rollout_quantization": "It rounds what completions are drawn from, and the log says by how much: see the tests of the sampler.",
     "generation_batch_size": "It splits sampling into calls, and a row's draws do not depend on the others.",
     **dict.fromkeys(
