@@ -79,6 +79,8 @@ CASES = {
     "weights of 8 bits": ((2, 2, 2), {"rollout_quantization": "int8"}),
     "weights and cache of 8 bits": ((2, 2, 2), {"rollout_quantization": "int8_kv_cache"}),
     "several updates drawn together": ((1, 2, 1), {"rollout_batches": 4}),
+    "rounded weights": ((2, 2, 2), {"bf16_stochastic_round": True, "gradient_accumulation_steps": 2}),
+    "nothing to round": ((1, 2, 1), {"bf16_stochastic_round": True, "bf16": False}),
     "other rows": ((1, 4, 1), {"per_device_train_batch_size": 3, "generation_batch_size": 4}),
 }
 
@@ -247,6 +249,8 @@ def test_a_distillation_step_has_both_models():
     assert step.hbm_bytes > alone.hbm_bytes and step.model_flops < step.flops
     micro = costs(student, teacher, gradient_accumulation_steps=4)
     assert micro.cost("optimizer").hbm_bytes == 32 * parameter_count(student)
+    rounded = costs(student, teacher, gradient_accumulation_steps=4, bf16_stochastic_round=True)
+    assert rounded.cost("optimizer").hbm_bytes == 40 * parameter_count(student)  # masters, read and written
     further = micro.cost("student, further micro-batches").hbm_bytes - micro.cost("student").hbm_bytes
     assert further == 8 * parameter_count(student)  # gradients so far are read and written, too
 

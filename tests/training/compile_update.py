@@ -44,7 +44,7 @@ def device(platform):
     return topologies.get_topology_desc(platform="cuda", **described).devices[0]
 
 
-def programs(platform):
+def programs(platform, **options):
     """The lowered programs of an update by name, and the parameters, as shapes."""
     sharding = jax.sharding.SingleDeviceSharding(device(platform))
 
@@ -55,7 +55,8 @@ def programs(platform):
     graph, params = split(Decoder.abstract(CONFIG, dtype=dtype, platform=platform, attention="plain"))
     params = jax.tree.map(shape, params)
     with tempfile.TemporaryDirectory() as folder:
-        optimizer = make_optimizer(SFTConfig(output_dir=folder, max_grad_norm=1.0, weight_decay=0.1), 10)
+        settings = SFTConfig(output_dir=folder, max_grad_norm=1.0, weight_decay=0.1)
+        optimizer = make_optimizer(settings, 10, **options)
     shown = [(np.arange(1, 60, dtype=np.int32), np.ones(59, bool))] * 4
     (batch,) = jax.tree.map(shape, build_token_batches(shown, 4))
     step = Step(make_cross_entropy_loss(graph, chunk=64), optimizer)
@@ -84,4 +85,5 @@ def described(lowered, params):
 
 if __name__ == "__main__":
     lowered, params = programs(sys.argv[1])
+    lowered["rounding update"] = programs(sys.argv[1], rounds=True)[0]["update"]
     print(json.dumps({name: described(program, params) for name, program in lowered.items()}))
