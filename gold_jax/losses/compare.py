@@ -320,10 +320,10 @@ def text_events(side: GroupDistribution, apart: jax.Array, overlap: Overlap) -> 
     """
     p_V = jnp.exp(side.scores)  # up to their scale
     token = _at_text(side, p_V)
-    goes_on = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what belongs to its prefix
+    left = jnp.where(apart, -jnp.expm1(side.suffix_logp), 1.0)  # of the token's, what its event keeps
     is_token = jax.lax.iota(jnp.int32, p_V.size) == side.token_column
     # A factor in `p_V` would have a gradient that is summed over all columns; one of events is summed with theirs.
-    events = _project(jnp.where(is_token, 0.0, p_V), side, overlap, token * goes_on)
+    events = _project(jnp.where(is_token, 0.0, p_V), side, overlap, token * left)
     is_last = jax.lax.iota(jnp.int32, events.size) == events.size - 1
     text = token * jnp.exp(side.log_scale + side.suffix_logp)
     return _renormalized(jnp.where(is_last & apart, text, events), overlap)
@@ -334,7 +334,7 @@ def _is_only_entry_of_event(side: GroupDistribution) -> jax.Array:
     return side.is_single_token & (side.event_siblings[side.token_column] == 0)
 
 
-def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap, token: jax.Array | float = 0.0) -> jax.Array:
+def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap, token: jax.Array | None = None) -> jax.Array:
     """Probabilities `[V]` up to their scale to those of events, `[K + 2]`, scaled: prefixes, what has none, what is masked.
 
     What is not compared is zero; `token []` is added to what `p_V` gives to the event of the text's token. Scaled at the
@@ -343,7 +343,7 @@ def _project(p_V: jax.Array, side: GroupDistribution, overlap: Overlap, token: j
     k, column = overlap.matched, side.token_column
     events = jnp.pad(p_V[:k], (0, 2)).at[side.prefix_column].add(p_V[k:], indices_are_sorted=True, mode="clip")
     number = jax.lax.iota(jnp.int32, k + 2)
-    if isinstance(token, jax.Array):
+    if token is not None:
         its_event = jnp.concatenate([jnp.arange(k), side.prefix_column])[column]
         events = events + jnp.where(number == its_event, token, 0.0)
     events = events * jnp.exp(side.log_scale) + jnp.where(number == k, side.missing_mass, 0.0)

@@ -23,8 +23,9 @@ from gold_jax.losses.projection import (
     zero_gradient,
 )
 
-CHUNKS_TOGETHER, POSITIONS_TOGETHER = 4, 1024  # most whose gradients are made in one product
-TOGETHER = "several_chunks"  # the scope of the loops over these products, and over the chunks of each
+MOST_CHUNKS, MOST_POSITIONS = 4, 1024  # whose gradients are made in one product
+# The scopes of the loop over such products, and in it of those over the chunks of one, and of the product or one for each chunk.
+CHUNK_GROUPS, GROUP_PRODUCT, CHUNK_PRODUCTS = "chunk_groups", "group_product", "chunk_products"
 INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
 
 
@@ -40,9 +41,9 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     return requested or {"cpu": 64, "tpu": 512}.get(platform or jax.default_backend(), 256)
 
 
-def chunks_together(chunk: int, most: int) -> int:
-    """How many chunks of `chunk` positions make their gradients in one product, where there are `most` at most."""
-    return max(1, min(CHUNKS_TOGETHER, POSITIONS_TOGETHER // chunk, most))
+def chunk_group(chunk: int, positions: int) -> int:
+    """How many chunks, of `chunk` positions of at most `positions`, make their gradients in one product."""
+    return max(1, min(MOST_CHUNKS, MOST_POSITIONS // chunk, positions // chunk))
 
 
 class InnerTokens(NamedTuple):
@@ -115,7 +116,7 @@ def fused_linear_sum(
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
     The gradient of a scalar is known up to a factor during the forward pass. So each chunk goes forward and backward at
-    once, nothing is recomputed, and memory holds the logits of one chunk; the gradients of hidden states and head are
+    once, nothing is recomputed, and memory holds the logits of one chunk, and the logits' gradients of several; the gradients of hidden states and head are
     accumulated in place, in float32. `fn` is given the sum of each position's inner tokens' log-probabilities as its
     `scale`: these tokens are gone through before the sum for their values and after it for their gradients. Without
     differentiation only the forward half runs. `fn` must ignore padding positions by itself (a weight of zero).
@@ -177,13 +178,14 @@ def _sum_forward(fn, token_fn, chunk, hidden, head, rows, inner, shared, positio
 
 
 def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, gradients: Any, weight: Weight):
-    """`step(i, carry) -> (carry, (d_logits, rows, hidden))` for `count` chunks, and `gradients` with what they give added.
+    """`step(i, carry) -> (carry, (d_logits, rows, hidden))` for `count` chunks of at most `positions`, and their `gradients`.
 
-    The products for it read the whole head, and read and write a gradient of its size. So several chunks are multiplied at
-    once: their `d_logits`, in the head's dtype, take far less than the logits and distributions of so many positions.
+    The products for these read the head, and read and write a gradient of its size. So several chunks are multiplied at
+    once, where they are there: their `d_logits`, in the head's dtype, take far less memory than their logits and
+    distributions would. Where devices split the vocabulary, a chunk already has the positions of all of them.
     """
-    together = chunks_together(chunk, positions // chunk)
-    if not isinstance(weight, jax.Array) or together == 1:
+    group = chunk_group(chunk, positions)
+    if not isinstance(weight, jax.Array) or group == 1:
 
         def one(i, state):
             carry, factors = step(i, state[0])
@@ -191,24 +193,34 @@ def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, g
 
         return jax.lax.fori_loop(0, count, one, (carry, gradients))
 
-    (vocabulary, width), size = weight.shape, together * chunk
+    def add_group(number, state):
+        carry, gradients, factors = state
 
-    def several(number, state):
         def put(i, state):
-            carry, factors = step(number * together + i, state[0])
+            carry, factors = state
+            carry, new = step(number * group + i, carry)
             place = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * chunk, axis=0)
-            return carry, *(place(x, part.astype(x.dtype)) for x, part in zip(state[1:], factors))
+            return carry, tuple(place(x, part.astype(x.dtype)) for x, part in zip(factors, new))
 
-        carry, gradients, d_logits = state
-        # For chunks that are not there `d_logits` holds earlier ones: they meet no state, and are added to no row.
-        nowhere = jnp.full(size, gradients[0].shape[0], jnp.int32)
-        start = carry, d_logits, nowhere, jnp.zeros((size, width), weight.dtype)
-        carry, *factors = jax.lax.fori_loop(0, jnp.minimum(together, count - number * together), put, start)
-        return carry, add_gradients(gradients, *factors, weight), factors[0]
+        there = jnp.minimum(group, count - number * group)
+        carry, factors = jax.lax.fori_loop(0, there, put, (carry, factors))
+        whole = (there == group).astype(jnp.int32)
+        # Loops of one turn or none: a conditional would copy the head's gradient on GPUs.
+        with jax.named_scope(GROUP_PRODUCT):
+            gradients = jax.lax.fori_loop(0, whole, lambda _, x: add_gradients(x, *factors, weight), gradients)
+        with jax.named_scope(CHUNK_PRODUCTS):
+            of_chunk = lambda i, x: add_gradients(x, *_slice(factors, i, chunk), weight)  # noqa: E731
+            gradients = jax.lax.fori_loop(0, there * (1 - whole), of_chunk, gradients)
+        return carry, gradients, factors
 
-    start = carry, gradients, jnp.zeros((size, vocabulary), weight.dtype)
-    with jax.named_scope(TOGETHER):
-        return jax.lax.fori_loop(0, (count + together - 1) // together, several, start)[:2]
+    (vocabulary, width), size = weight.shape, group * chunk
+    factors = (
+        jnp.zeros((size, vocabulary), weight.dtype),
+        jnp.zeros(size, jnp.int32),
+        jnp.zeros((size, width), weight.dtype),
+    )
+    with jax.named_scope(CHUNK_GROUPS):
+        return jax.lax.fori_loop(0, (count + group - 1) // group, add_group, (carry, gradients, factors))[:2]
 
 
 @jax.named_scope(INNER_TOKENS)

@@ -95,7 +95,7 @@ def add_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.A
     Args:
         gradients: float32 arrays, the second as `zero_gradient`.
         d_logits: `[C, V]`, the gradient of the positions' logits; without a head that of `hidden`, which are logits.
-        rows: `[C]`, the positions' rows of the `N`; `N` for positions that are not there.
+        rows: `[C]`, the positions' rows of the `N`.
         hidden: `[C, D]`, their states.
         weight: what the logits were made with.
     """
@@ -122,7 +122,7 @@ def _of_all(hidden: jax.Array, axis: str) -> jax.Array:
 
 
 def _add_rows(total: jax.Array, rows: jax.Array, x: jax.Array) -> jax.Array:
-    return total.at[rows].add(x, mode="drop")
+    return total.at[rows].add(x, mode="promise_in_bounds")
 
 
 def _add_product(total: jax.Array, d_logits: jax.Array, hidden: jax.Array) -> jax.Array:

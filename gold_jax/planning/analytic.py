@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 
 from gold_jax.bucketing import bucket, fine_bucket, power_of_two
-from gold_jax.losses.fused_head import chunk_size, chunks_together
+from gold_jax.losses.fused_head import chunk_group, chunk_size
 from gold_jax.models.attention import choose
 from gold_jax.models.config import DecoderConfig
 from gold_jax.models.parameters import layer_parameters
@@ -73,21 +73,19 @@ class Analytic:
         # Whether devices split the vocabulary in the loss, which makes this part of a head a device's to multiply with.
         split = splits_vocabulary(self.line, student.width, self.tensor, [side.head_axes for side in self.heads])
         self.split = self.tensor if split else 1
-        # Chunks of positions that make their gradients in one product.
-        most = math.ceil(request.positions / self.tensor / self.chunk)
-        self.together = 1 if self.split > 1 else chunks_together(self.chunk, most)
         self.each = request.sampled_rows // request.shards  # rows that a device writes at once
         self.read = request.sampled_prompts // request.shards  # prompts that it reads for them
         self.student_bytes = 4 * parameter_count(student, None, self.placement)
-        self.masters = bool(
-            self.args.bf16_stochastic_round and self.itemsize == 2
-        )  # of the optimizer, beside its moments
+        # Whether the optimizer keeps masters beside its moments.
+        self.masters = bool(self.args.bf16_stochastic_round and self.itemsize == 2)
         layers = parameter_count(student, "layers", self.placement)
         self.new_gradients = 4 * layers
         # In the compute dtype, where it is another: on TPUs all layers at once, on GPUs one after the other.
         self.rounded = self.itemsize * layers if self.itemsize < 4 and request.platform != "cuda" else 0
         self.matched = matched if matched or not teacher else min(student.vocab_size, teacher.vocab_size)
         slots = self.rows * bucket(request.length)
+        # Chunks of positions that make their gradients in one product.
+        self.group = 1 if self.split > 1 else chunk_group(self.chunk, slots)
         lines, labels = 8 * self.line + 5 * slots, 12 * slots
         self.batch = 2 * (lines + 20 * slots) + labels + 4 * slots if teacher else lines + labels
         self.batch += 8 * slots if request.weighs else 0
@@ -181,8 +179,8 @@ class Analytic:
         # to sort; where the vocabulary is split, logits as they are made beside those that are exchanged.
         logits = (2 + (self.split > 1)) * sum(sizes) + 3 * tails
         loss = 4 * (side.head // self.split + n * config.width + self.chunk * logits)
-        if self.together > 1:  # gradients of logits
-            loss += c * self.together * self.chunk * config.vocab_size
+        if self.group > 1:  # gradients of logits
+            loss += c * self.group * self.chunk * config.vocab_size
         if c < 4 or side.head_part < side.head:
             loss += c * side.head // self.split
         if reads and self.teacher.head_part < self.teacher.head:
@@ -245,7 +243,9 @@ class Analytic:
         moved = (2 + remat) * layers + (3 + remat) * side.activation_bytes(line, c)
         chunks /= self.split  # for a device reads its part of a head for the positions of so many
         # The head is read for logits, and again for gradients, when its own is read and written besides.
-        moved += losses * side.head * (chunks * c + chunks / self.together * (c + 8))
+        whole, left = divmod(math.ceil(positions / self.tensor / self.chunk), self.group)
+        times = chunks * (whole + left) / (whole * self.group + left)
+        moved += losses * side.head * (chunks * c + times * (c + 8))
         moved += losses * positions * config.vocab_size * 4 * (_FORWARD_PASSES + _GRADIENT_PASSES)
         if self.request.weighs:
             moved += chunks * side.head * c + positions * config.vocab_size * 4 * _FORWARD_PASSES

@@ -23,7 +23,14 @@ from jax.experimental import topologies
 
 from gold_jax.bucketing import bucket
 from gold_jax.loading import LoadedModel
-from gold_jax.losses.fused_head import INNER_TOKENS, TOGETHER, chunk_size, chunks_together
+from gold_jax.losses.fused_head import (
+    CHUNK_GROUPS,
+    CHUNK_PRODUCTS,
+    GROUP_PRODUCT,
+    INNER_TOKENS,
+    chunk_group,
+    chunk_size,
+)
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import merge, split
 from gold_jax.models.quantization import KV_CACHE
@@ -148,7 +155,7 @@ class PlannedRun:
     def trips(self, loop: str) -> float:
         """How often a loop runs that does not say: a loss once for each chunk of positions, and no position has inner tokens.
 
-        Where several chunks make their gradients together, a loop over these is in one over such products.
+        Where several chunks make their gradients in one product, the loops over these are in one over groups of chunks.
 
         One token is decoded: of the loop over tokens, which takes several at once on GPUs, that part of a round.
         """
@@ -160,10 +167,15 @@ class PlannedRun:
             return 0
         chunk = chunk_size(self.args.loss_chunk, self.request.platform)
         chunks = math.ceil(self.request.positions / self.request.mesh["tensor"] / chunk)  # of one device
-        if TOGETHER not in loop:
+        if CHUNK_GROUPS not in loop:
             return chunks
-        products = math.ceil(chunks / chunks_together(chunk, chunks))
-        return chunks / products if "/while/" in loop.partition(TOGETHER)[2] else products
+        whole, left = divmod(chunks, chunk_group(chunk, chunks * chunk))
+        groups, inside = whole + (left > 0), loop.partition(CHUNK_GROUPS)[2]
+        if GROUP_PRODUCT in inside:
+            return whole / groups
+        if CHUNK_PRODUCTS in inside:
+            return left / groups
+        return chunks / groups if "/while/" in inside else groups
 
     def programs(self) -> dict[str, tuple[Callable[[], Any], Any]]:
         """Every program of `PlanRequest.programs`, in that order: what lowers it, and what of all that lies there it reads."""

@@ -97,7 +97,8 @@ class PlanRequest:
     def _default_rows(self) -> int:
         """Rows that are written at once where no flag says how many, as a run finds them (`training.build`)."""
         student, teacher, _ = self.pair
-        kept = 12 * parameter_count(student, None, self.placement)  # parameters and AdamW's moments
+        masters = 4 * (self.args.bf16_stochastic_round and self.itemsize == 2)
+        kept = (12 + masters) * parameter_count(student, None, self.placement)  # parameters and AdamW's moments
         teacher_placement = Placement(self.placement.mesh, self.teacher_layout)
         kept += self.itemsize * parameter_count(teacher, None, teacher_placement)
         kept += self.itemsize * parameter_count(student) // self.mesh["tensor"]

@@ -185,9 +185,12 @@ def prefill_into_slots(
 
 
 def _scatter_rows(cache: Cache, row_index: jax.Array, prefilled: Cache) -> Cache:
-    """The cache with the first slots of some rows overwritten; indices beyond the last row are dropped."""
+    """The cache with some rows overwritten: their first slots, and zeros behind; indices beyond the last row are dropped."""
+    overwritten = jnp.zeros(len(cache.length), bool).at[row_index].set(True, mode="drop")
 
     def put(axis: int, old: jax.Array, new: jax.Array) -> jax.Array:
+        # What an earlier row left there may be no number, which a weight of 0 does not make one.
+        old = jnp.where(jnp.expand_dims(overwritten, range(1, old.ndim)), jnp.zeros((), old.dtype), old)
         return old.at[row_index, *(slice(None),) * (axis - 1), : prefilled.slots].set(new, mode="drop")
 
     return cache.map_slots(put, prefilled)._replace(

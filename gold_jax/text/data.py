@@ -26,7 +26,7 @@ from gold_jax.text.columns import (
     without_fill,
 )
 from gold_jax.text.json_rows import JsonRows, read_json_rows
-from gold_jax.text.row_formats import READABLE, check_renamed, read_columns
+from gold_jax.text.row_formats import FORM_COLUMNS, READABLE, check_renamed, read_columns
 from gold_jax.text.surface import excerpt
 from gold_jax.text.template import Conversation
 from gold_jax.wording import listed, shortened
@@ -419,11 +419,15 @@ def _files_in(folder: pathlib.Path, name: str, split: str) -> list[pathlib.Path]
 
 
 def _nearest_column(row: Mapping) -> str:
-    """The first column of a row whose name is nearly one that is read, in words; "" without one."""
-    for name in map(str, row):
-        if name not in READABLE and (near := difflib.get_close_matches(name.lower(), READABLE, 1, 0.8)):
-            return f"; {excerpt(name)} may be meant for {near[0]!r}"
-    return ""
+    """The column of a row whose name is nearest to one that rows are made of, in words; "" where none is near."""
+    near = [
+        (difflib.SequenceMatcher(None, name.lower(), wanted).ratio(), name, wanted)
+        for name in map(str, row)
+        for wanted in FORM_COLUMNS
+        if name not in READABLE
+    ]
+    ratio, name, wanted = max(near, default=(0, "", ""))
+    return f"; {excerpt(name)} may be meant for {wanted!r}" if ratio >= 0.8 else ""
 
 
 def to_example(

@@ -32,7 +32,8 @@ _PAIRS = {
     "question/answer": ("question", "answer"),
     "problem/solution": ("problem", "solution"),
 }
-#: What a column can be read as.
+#: The columns that make a row one of these forms, and what a column can be read as.
+FORM_COLUMNS = tuple(name for names in (*_CHATS.values(), ("text",), *_PAIRS.values()) for name in names[:2])
 READABLE = (*(name for names in (*_CHATS.values(), ("text",), *_PAIRS.values()) for name in names), SYSTEM, *EXTRAS)
 _ROLES = {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
 

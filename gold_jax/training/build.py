@@ -82,10 +82,12 @@ def build_run(
     params = commit(params)
     optimizer, schedule = optimizers
     if optimizer is None:
-        rounds = args.bf16_stochastic_round and student.model.dtype == "bfloat16"
-        optimizer, schedule = make_optimizer(args, total_steps, rounds=rounds), make_schedule(args, total_steps)
+        make = functools.partial(
+            make_optimizer, args, stochastic_rounding=args.bf16_stochastic_round and student.model.dtype == "bfloat16"
+        )
+        optimizer, schedule = make(total_steps), make_schedule(args, total_steps)
         # The step is given the rates, so that runs of other learning rates share its programs.
-        step_optimizer, rates = make_optimizer(args, None, rounds=rounds), {"schedule": schedule}
+        step_optimizer, rates = make(None), {"schedule": schedule}
     else:  # traced for each run, as what its functions take from outside themselves may have changed
         step_optimizer, rates = optax.GradientTransformation(*map(functools.partial, optimizer[:2])), {}
     shardings = None if placement is None else state_shardings(optimizer, params)

@@ -96,30 +96,37 @@ def make_schedule(config: SFTConfig, total_steps: int) -> Schedule:
     return Schedule(config.learning_rate, kind, total_steps, warmup, tuple(sorted(config.lr_scheduler_kwargs.items())))
 
 
+def computed_in_float32(params: Any) -> Any:
+    """Whether an array of a pytree is computed with as it is in a model that computes in bfloat16: norms are."""
+    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
+    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" in name(path).lower(), params)
+
+
 def decay_mask(params: Any) -> Any:
     """Whether weight decay applies to each array of a pytree: to all but norms and biases, by the names in its path."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
     return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(name(path)), params)
 
 
-def make_optimizer(config: SFTConfig, total_steps: int | None, *, rounds: bool = False) -> optax.GradientTransformation:
+def make_optimizer(
+    config: SFTConfig, total_steps: int | None, *, stochastic_rounding: bool = False
+) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW as PyTorch has it, with the learning rates of a run of `total_steps`.
 
     One update, with learning rate r, gradient g (already clipped), first and second moments m, v without their bias:
     `p <- p - r * (m / (sqrt(v) + epsilon) + weight_decay * p)`; the decay is left out for norms and biases, clipping where
-    `max_grad_norm` is 0 or None. With `total_steps` None the learning rate is an argument of `update`, `learning_rate=`.
-    With
-    `rounds` parameters are rounded (`round_to_bfloat16`). The same settings give the same object, so that `Step` reuses its
-    programs.
+    `max_grad_norm` is 0 or None. With `total_steps` None the learning rate is an argument of `update`, `learning_rate=`;
+    with `stochastic_rounding` it is in `round_to_bfloat16`. The same settings give the same object, so that `Step` reuses
+    its programs.
     """
     betas = config.adam_beta1, config.adam_beta2, config.adam_epsilon
     schedule = None if total_steps is None else make_schedule(config, total_steps)
-    return _adamw(*betas, config.weight_decay, config.max_grad_norm, schedule, rounds)
+    return _adamw(*betas, config.weight_decay, config.max_grad_norm, schedule, stochastic_rounding)
 
 
 @functools.lru_cache(maxsize=8)
 def _adamw(
-    b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | None, rounds: bool
+    b1, b2, epsilon, weight_decay, max_grad_norm, schedule: Schedule | None, stochastic_rounding: bool
 ) -> optax.GradientTransformation:
     adamw = optax.chain(
         scale_by_adam(b1, b2, epsilon),
@@ -128,7 +135,7 @@ def _adamw(
     )
     # A state of one shape, so that a resumed run may clip where it did not before.
     chained = optax.chain(clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity(), adamw)
-    return round_to_bfloat16(chained) if rounds else chained
+    return round_to_bfloat16(chained) if stochastic_rounding else chained
 
 
 class RoundedState(NamedTuple):
@@ -139,11 +146,12 @@ class RoundedState(NamedTuple):
 
 
 def round_to_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """Updates after which the parameters are numbers of bfloat16: those of `inner`, rounded up or down at random.
+    """Updates after which the parameters are numbers of bfloat16: those of `inner`, rounded stochastically.
 
-    `inner` updates float32 masters in the state, and sees them as its parameters. Norms and biases are their masters;
-    every other parameter is its master, rounded by `stochastic_round`. So an update much smaller than half a step of
-    bfloat16, which rounding to the nearest would lose, moves a few of many weights, and the right amount on average.
+    `inner` updates float32 masters in the state, and sees them as its parameters. Norms, which are computed with in
+    float32, are their masters; every other parameter is its master, rounded by `stochastic_round`, to within float32's
+    precision of the sum that applies the update. So an update much smaller than half a step of bfloat16, which rounding
+    to the nearest would lose, moves a few of many weights, and the right amount on average.
     """
     inner = optax.with_extra_args_support(inner)
 
@@ -153,17 +161,20 @@ def round_to_bfloat16(inner: optax.GradientTransformation) -> optax.GradientTran
     def update(updates, state, params=None, **given):
         updates, inner_state = inner.update(updates, state.inner, state.masters, **given)
         masters = optax.apply_updates(state.masters, updates)
-        rounded = jax.tree.map(lambda x, counts: stochastic_round(x) if counts else x, masters, decay_mask(masters))
+        rounded = jax.tree.map(
+            lambda x, kept: x if kept else stochastic_round(x), masters, computed_in_float32(masters)
+        )
         return jax.tree.map(jnp.subtract, rounded, params), RoundedState(inner_state, masters)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def stochastic_round(x: jax.Array) -> jax.Array:
-    """Float32 `x` as numbers of bfloat16, float32 too: the nearer zero or the next, by chance, right on average.
+    """Float32 `x` as numbers of bfloat16, in float32: the neighbour away from zero with the probability of x's distance
+    from the other, in steps of bfloat16.
 
-    What falls by chance is a hash of the number itself, so that equal ones are rounded alike, on any device and again.
-    Numbers of bfloat16 stay what they are.
+    The random number is a hash of `x` itself, not drawn with a key: equal numbers are rounded alike, on any device and
+    whenever it is done, and numbers of bfloat16 stay what they are.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     mixed = bits

@@ -34,6 +34,8 @@ _LEARNED, _ROWS, _MICRO = "rows to learn from", "rows of an update", "rows of a 
 EVALUATED = "the rows to evaluate on"
 _DATA, _WEIGHTS = "the training data", "the teacher's weights"
 _CHANGED = "from what the checkpoint was saved with"
+# What checkpoints that lack a setting were saved with, where it changes what is resumed.
+_BEFORE = {"check_rows": "before", "bf16_stochastic_round": False}
 # Of each digest whether a run that differs in it is refused, and what is said; None: which of the values differ.
 _DIGESTS = {
     _DATA: (True, f"differ {_CHANGED}"),
@@ -120,7 +122,7 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         warnings.append(f"{earlier}: check that it is the same")
     for name, new in now.items():
         # Settings that the checkpoint lacks are newer than it.
-        old = saved.get(name, "before" if name == "check_rows" else new)
+        old = saved.get(name, _BEFORE.get(name, new))
         if name in IGNORED_ON_RESUME or name == _MICRO or old == new:
             continue
         if name == _WEIGHTS and str(old).split()[:1] != new.split()[:1]:

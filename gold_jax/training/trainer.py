@@ -157,7 +157,9 @@ class _Trainer(TrainerMembers):
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
         rounded = self.dtype == "bfloat16" and self._optimizers[0] is None
         if a.bf16_stochastic_round and not rounded:
-            self.notices.append("--bf16_stochastic_round: no effect but with --bf16 and the optimizer of the settings.")
+            self.notices.append(
+                "--bf16_stochastic_round: no effect without --bf16, or with an optimizer that is passed in."
+            )
         elif rounded and not a.bf16_stochastic_round:
             total = data.total_steps(a)
             unmoved = describe_unmoved(split(student.model)[1], make_schedule(a, total), total)
@@ -198,6 +200,8 @@ class _Trainer(TrainerMembers):
         schedule = make_schedule(self.args, total)
         rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
         rate = rate if self._optimizers[0] is None else "optimizer as passed"
+        rounded = self.args.bf16_stochastic_round and self.dtype == "bfloat16" and self._optimizers[0] is None
+        parameters = "parameters rounded stochastically from float32" if rounded else "float32 parameters"
         device, backend, size, mesh = jax.devices()[0], jax.default_backend(), count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -207,7 +211,7 @@ class _Trainer(TrainerMembers):
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
-            "precision": f"{self.dtype} compute, float32 parameters",
+            "precision": f"{self.dtype} compute, {parameters}",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
             "mesh": mesh,

@@ -82,7 +82,7 @@ def test_gradients_are_the_same_however_many_chunks_are_multiplied_at_once(monke
     positions = jnp.arange(N) % V, normal(N, seed=4)
 
     def gradients(together):
-        monkeypatch.setattr(fused_head, "CHUNKS_TOGETHER", together)
+        monkeypatch.setattr(fused_head, "MOST_CHUNKS", together)
         loss = lambda h, w: fused_linear_sum(a_loss, None, 1, h, w, ROWS, None, jnp.zeros(V), positions, N)[0]  # noqa: E731
         return jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
 

@@ -85,5 +85,5 @@ def described(lowered, params):
 
 if __name__ == "__main__":
     lowered, params = programs(sys.argv[1])
-    lowered["rounding update"] = programs(sys.argv[1], rounds=True)[0]["update"]
+    lowered["rounding update"] = programs(sys.argv[1], stochastic_rounding=True)[0]["update"]
     print(json.dumps({name: described(program, params) for name, program in lowered.items()}))
