@@ -279,13 +279,14 @@ class MemoryFlags(Settings):
 
     bf16: bool | None = warned_flag(None, "Compute in bfloat16; none: on accelerators, but not on CPUs.", important=True,
         differs="none chooses by platform")
-    bf16_stochastic_round: bool = flag(False, "With bf16: weights are rounded up or down at random, so that small updates "
-        "count on average; the optimizer keeps them in float32, 4 bytes a weight more. What is saved are the rounded ones.",
+    bf16_stochastic_round: bool = flag(False, "With bf16: weights are rounded stochastically, so that small updates count on "
+        "average; the optimizer keeps them in float32, 4 bytes a weight more. What is saved are the rounded ones.",
         important=True)
     gradient_checkpointing: bool = warned_flag(True, "Recompute activations in the backward pass: less memory.",
         alias="activation_checkpointing")
     loss_chunk: int | None = warned_flag(None,
-        "Positions whose logits are in memory at once; none: 64 on CPUs, 512 on TPUs, 256 elsewhere.", range=AT_LEAST_ONE)
+        "Positions whose logits are in memory at once (of up to four times as many, 1,024 at most, their gradients); "
+        "none: 64 on CPUs, 512 on TPUs, 256 elsewhere.", range=AT_LEAST_ONE)
 
 
 class HubFlags(Settings):

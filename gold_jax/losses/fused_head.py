@@ -20,11 +20,12 @@ from gold_jax.losses.projection import (
     head_logits,
     shard_gradient,
     unshard_head,
+    vocabulary_first,
     zero_gradient,
 )
 
 MOST_CHUNKS, MOST_POSITIONS = 4, 1024  # whose gradients are made in one product
-# The scopes of the loop over such products, and in it of those over the chunks of one, and of the product or one for each chunk.
+# The scopes of the loop over groups of chunks, and in it of a group's one product, or else of one for each chunk.
 CHUNK_GROUPS, GROUP_PRODUCT, CHUNK_PRODUCTS = "chunk_groups", "group_product", "chunk_products"
 INNER_TOKENS = "inner_tokens"  # the scope of what only tokens inside of merged groups need
 
@@ -33,10 +34,10 @@ def chunk_size(requested: int | None, platform: str | None = None) -> int:
     """Positions whose logits are in memory at once: `--loss_chunk`, or what runs best on a platform (None: where JAX runs).
 
     Where a maximum follows the product, as in a softmax, XLA on CPUs copies the head in another order for 128 rows but
-    not for 64, and takes three to six times as long. Accelerators read a teacher's head once a chunk, and compute the
-    last one whole: with thousands of positions an H200 takes up to a tenth less with 512 than with 256
-    (`benchmarks/results/h200_chunks.json`), with hundreds more; it holds twice as much. A v5e, which reads a quarter as
-    fast for its products, by its compiler takes a quarter less.
+    not for 64, and takes three to six times as long. Accelerators read both heads once a chunk, and compute the last
+    one whole: with thousands of positions an H200 took up to a tenth less with 512 than with 256
+    (`benchmarks/results/h200_chunks.json`, before there were groups of chunks), with hundreds more; it holds twice as
+    much. A v5e, which reads a quarter as fast for its products, by its compiler takes a quarter less.
     """
     return requested or {"cpu": 64, "tpu": 512}.get(platform or jax.default_backend(), 256)
 
@@ -116,10 +117,11 @@ def fused_linear_sum(
     """Sums `fn` over chunks of positions, and takes the gradient in the same pass.
 
     The gradient of a scalar is known up to a factor during the forward pass. So each chunk goes forward and backward at
-    once, nothing is recomputed, and memory holds the logits of one chunk, and the logits' gradients of several; the gradients of hidden states and head are
-    accumulated in place, in float32. `fn` is given the sum of each position's inner tokens' log-probabilities as its
-    `scale`: these tokens are gone through before the sum for their values and after it for their gradients. Without
-    differentiation only the forward half runs. `fn` must ignore padding positions by itself (a weight of zero).
+    once, nothing is recomputed, and memory holds the logits of one chunk and the gradients of a few chunks' logits; the
+    gradients of hidden states and head are accumulated in place, in float32. `fn` is given the sum of each position's
+    inner tokens' log-probabilities as its `scale`: these tokens are gone through before the sum for their values and
+    after it for their gradients. Without differentiation only the forward half runs. `fn` must ignore padding positions
+    by itself (a weight of zero).
 
     Returns:
         The sum, and the sums of the parts (not differentiated).
@@ -193,6 +195,11 @@ def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, g
 
         return jax.lax.fori_loop(0, count, one, (carry, gradients))
 
+    def add(gradients, factors):
+        # The barrier keeps products in the loop that they are for.
+        gradients, (d_logits, rows, states) = jax.lax.optimization_barrier((gradients, factors))
+        return add_gradients(gradients, vocabulary_first(d_logits), rows, states, weight)
+
     def add_group(number, state):
         carry, gradients, factors = state
 
@@ -205,12 +212,12 @@ def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, g
         there = jnp.minimum(group, count - number * group)
         carry, factors = jax.lax.fori_loop(0, there, put, (carry, factors))
         whole = (there == group).astype(jnp.int32)
-        # Loops of one turn or none: a conditional would copy the head's gradient on GPUs.
+        # Loops of one turn or none, as a conditional would copy the head's gradient on GPUs.
         with jax.named_scope(GROUP_PRODUCT):
-            gradients = jax.lax.fori_loop(0, whole, lambda _, x: add_gradients(x, *factors, weight), gradients)
+            gradients = jax.lax.fori_loop(0, whole, lambda _, old: add(old, factors), gradients)
         with jax.named_scope(CHUNK_PRODUCTS):
-            of_chunk = lambda i, x: add_gradients(x, *_slice(factors, i, chunk), weight)  # noqa: E731
-            gradients = jax.lax.fori_loop(0, there * (1 - whole), of_chunk, gradients)
+            one_by_one = lambda i, old: add(old, _slice(factors, i, chunk))  # noqa: E731
+            gradients = jax.lax.fori_loop(0, there * (1 - whole), one_by_one, gradients)
         return carry, gradients, factors
 
     (vocabulary, width), size = weight.shape, group * chunk

@@ -86,7 +86,7 @@ def head_logits(hidden: jax.Array, head: Weight) -> jax.Array:
         logits = jax.lax.all_to_all(logits, head.axis, split_axis=0, concat_axis=1, tiled=True)[:, : head.vocabulary]
     else:
         logits = _multiply("...d,vd->...v", hidden, head.astype(hidden.dtype))
-    return jax.lax.platform_dependent(logits, tpu=_vocabulary_first, default=lambda logits: logits)
+    return vocabulary_first(logits)
 
 
 def add_gradients(gradients, d_logits: jax.Array, rows: jax.Array, hidden: jax.Array, weight: Weight):
@@ -150,13 +150,14 @@ def _add_product_by_blocks(total, d_logits, hidden):
     return add(total, blocks * rows, rest) if rest else total
 
 
-def _vocabulary_first(logits: jax.Array) -> jax.Array:
-    """The same logits `[..., V]`, laid out with the vocabulary outermost, so that a column is contiguous in memory.
+def vocabulary_first(logits: jax.Array) -> jax.Array:
+    """The same logits `[..., V]`, on TPUs laid out with the vocabulary outermost, so that a column is contiguous in memory.
 
     TPUs scatter, gather and sort rows; XLA would otherwise transpose before and after each such operation.
     """
-    last = logits.ndim - 1
-    return with_layout_constraint(logits, Layout(major_to_minor=(last, *range(last))))
+    layout = Layout(major_to_minor=(logits.ndim - 1, *range(logits.ndim - 1)))
+    on_tpus = lambda logits: with_layout_constraint(logits, layout)  # noqa: E731
+    return jax.lax.platform_dependent(logits, tpu=on_tpus, default=lambda logits: logits)
 
 
 def _multiply(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

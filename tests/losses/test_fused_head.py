@@ -84,7 +84,9 @@ def test_gradients_are_the_same_however_many_chunks_are_multiplied_at_once(monke
     def gradients(together):
         monkeypatch.setattr(fused_head, "MOST_CHUNKS", together)
         loss = lambda h, w: fused_linear_sum(a_loss, None, 1, h, w, ROWS, None, jnp.zeros(V), positions, N)[0]  # noqa: E731
-        return jax.jit(jax.grad(loss, (0, 1)))(hidden, head)
+        grad = jax.jit(jax.grad(loss, (0, 1)))
+        assert f"[{together},{V}]" in str(jax.make_jaxpr(grad)(hidden, head))  # so many gradients of logits at once
+        return grad(hidden, head)
 
     alone = gradients(1)
     for together in (2, 4, 13):

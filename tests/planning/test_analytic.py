@@ -260,3 +260,16 @@ def test_decoding_reads_a_cache_of_8_bits_in_its_own_bytes():
     whole, rounded = (model.cost("decoding").hbm_bytes - model._decoding_weights(None) for model in models)
     size = models[0].student.config.head_dim
     assert rounded / whole == (size + 4) / (size * models[0].itemsize)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_loops_over_groups_of_chunks_make_every_chunk_s_gradients_once(rows):
+    settings = dict(per_device_train_batch_size=rows, max_length=512, max_completion_length=192, loss_chunk=64)
+    run, _ = both((1, 1, 1), Pair(of("llama"), of("qwen3")), "plain", **settings)
+    loop = "jit(fused)/jvp(loss)/chunk_groups/while"
+    groups, chunks = run.trips(loop), run.trips("jit(fused)/jvp(loss)/while")
+    each, whole, alone = (
+        groups * run.trips(f"{loop}/body/{name}while") for name in ("", "group_product/", "chunk_products/")
+    )
+    assert chunks == 3 * rows == pytest.approx(each)
+    assert chunks == pytest.approx(4 * whole + alone if chunks >= 4 else 3 * whole + alone) and alone < 4
