@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 import re
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import optax
 from gold_jax.config import SFTConfig
 
 # Names of parameters that transformers' Trainer keeps out of weight decay: norms and biases.
-_NO_DECAY = re.compile(r"bias|norm", re.IGNORECASE)
+_NO_DECAY, _NORM = re.compile("bias|norm", re.IGNORECASE), re.compile("norm", re.IGNORECASE)
 _DEFAULT_MIN_LR_RATE = 0.1
 
 
@@ -97,15 +98,19 @@ def make_schedule(config: SFTConfig, total_steps: int) -> Schedule:
 
 
 def computed_in_float32(params: Any) -> Any:
-    """Whether an array of a pytree is computed with as it is in a model that computes in bfloat16: norms are."""
-    name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return jax.tree_util.tree_map_with_path(lambda path, _: "norm" in name(path).lower(), params)
+    """Whether an array of a pytree stays float32 in a model that computes in bfloat16: norms do, by the names in its path."""
+    return _by_name(_NORM, params)
 
 
 def decay_mask(params: Any) -> Any:
     """Whether weight decay applies to each array of a pytree: to all but norms and biases, by the names in its path."""
+    return jax.tree.map(operator.not_, _by_name(_NO_DECAY, params))
+
+
+def _by_name(pattern: re.Pattern, params: Any) -> Any:
+    """Whether the pattern is found in the path of each array of a pytree."""
     name = functools.partial(jax.tree_util.keystr, simple=True, separator=".")
-    return jax.tree_util.tree_map_with_path(lambda path, _: not _NO_DECAY.search(name(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: bool(pattern.search(name(path))), params)
 
 
 def make_optimizer(

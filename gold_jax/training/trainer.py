@@ -155,12 +155,11 @@ class _Trainer(TrainerMembers):
         self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
-        rounded = self.dtype == "bfloat16" and self._optimizers[0] is None
-        if a.bf16_stochastic_round and not rounded:
+        if a.bf16_stochastic_round and not self._rounds_parameters:
             self.notices.append(
                 "--bf16_stochastic_round: no effect without --bf16, or with an optimizer that is passed in."
             )
-        elif rounded and not a.bf16_stochastic_round:
+        elif self.dtype == "bfloat16" and not self._rounds_parameters and self._optimizers[0] is None:
             total = data.total_steps(a)
             unmoved = describe_unmoved(split(student.model)[1], make_schedule(a, total), total)
             self.notices += [unmoved] if unmoved else []
@@ -182,6 +181,10 @@ class _Trainer(TrainerMembers):
             options["summary"] = RunSummary(a.output_dir, known, self.command)
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
+    @property
+    def _rounds_parameters(self) -> bool:
+        return self.args.bf16_stochastic_round and self.dtype == "bfloat16" and self._optimizers[0] is None
+
     def _check_evaluation_rows(self, sides: Mapping[str, LoadedModel]) -> tuple[list[str], str | None]:
         """Drops evaluation rows that cannot be measured; returns notices and a digest of the others (None: no rows)."""
         a, tokenizers = self.args, [side.chat_tokenizer for side in sides.values()]
@@ -200,8 +203,7 @@ class _Trainer(TrainerMembers):
         schedule = make_schedule(self.args, total)
         rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
         rate = rate if self._optimizers[0] is None else "optimizer as passed"
-        rounded = self.args.bf16_stochastic_round and self.dtype == "bfloat16" and self._optimizers[0] is None
-        parameters = "parameters rounded stochastically from float32" if rounded else "float32 parameters"
+        parameters = "stochastically rounded float32" if self._rounds_parameters else "float32"
         device, backend, size, mesh = jax.devices()[0], jax.default_backend(), count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -211,7 +213,7 @@ class _Trainer(TrainerMembers):
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
-            "precision": f"{self.dtype} compute, {parameters}",
+            "precision": f"{self.dtype} compute, {parameters} parameters",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
             "mesh": mesh,
