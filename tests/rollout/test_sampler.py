@@ -471,3 +471,20 @@ def test_the_completion_whose_logits_are_no_numbers_is_named_however_late_they_c
     assert ids(generate((graph, broken), alone, temperature=0, new=3)) == ids(
         generate(model, alone, temperature=0, new=3)
     )
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_of_an_earlier_row_nothing_is_left_in_its_slots_and_other_rows_stay(int8):
+    def filled(rows, slots, value):
+        keys, values = jnp.full((rows, 2, 4, slots), value), jnp.full((rows, 2, slots, 4), value)
+        cache = Cache((keys,), (values,), jnp.full(rows, slots, jnp.int32))
+        return cache.to_int8() if int8 else cache
+
+    old, new = filled(3, 6, 5.0), filled(2, 4, 2.0)
+    spoiled = jax.tree.map(lambda x: x if x.dtype == jnp.int8 else jnp.full_like(x, jnp.nan), old.values)
+    found = device._scatter_rows(old._replace(values=spoiled), jnp.array([2, 3]), new)  # there is no row 3
+    assert found.length.tolist() == [6, 6, 4]
+    for was, came, now in zip(*(jax.tree.leaves(cache.values) for cache in (old._replace(values=spoiled), new, found))):
+        np.testing.assert_array_equal(now[:2], was[:2])
+        np.testing.assert_array_equal(now[2, :, :4], came[0])
+        np.testing.assert_array_equal(now[2, :, 4:], 0 * was[2, :, 4:].astype(jnp.int8))

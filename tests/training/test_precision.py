@@ -12,8 +12,8 @@ from safetensors.numpy import load_file
 from transformers import TrainerCallback
 
 from gold_jax import SFTConfig, SFTTrainer
-from gold_jax.training.optimizer import make_optimizer, stochastic_round
-from gold_jax.training.precision import share_out_of_reach
+from gold_jax.training.optimizer import make_optimizer, make_schedule, stochastic_round
+from gold_jax.training.precision import describe_unmoved, share_out_of_reach
 
 ROWS = [{"prompt": f"{n}", "completion": f" {n + 1}"} for n in range(8)]
 
@@ -35,6 +35,7 @@ def narrow(x):
 def test_the_share_out_of_reach_is_that_of_weights_which_round_alike_on_both_sides(distance, stored):
     weights = np.random.default_rng(0).normal(0, 0.05, 20_000)
     weights = narrow(weights).astype(np.float32) if stored == "bfloat16" else np.float32(weights)
+    weights[::10] = 0  # which every change moves
     stays = (narrow(weights + distance) == narrow(weights)) & (narrow(weights - distance) == narrow(weights))
     params = {"query": jnp.asarray(weights.reshape(100, 200)), "norm": jnp.ones(50_000)}
     # On the lower side of a power of two a step is half as long, which is not counted.
@@ -48,6 +49,15 @@ def test_a_run_in_bfloat16_whose_learning_rates_are_rounded_away_says_so(world, 
     notices = [x for x in summary(tmp_path)["notices"] if "bfloat16 rounds" in x]
     assert len(notices) == said
     assert not said or "add up to 1.5e-06" in notices[0]
+
+
+def test_of_a_long_run_so_few_learning_rates_are_added_up_as_fit_into_memory():
+    params = {"query": jnp.full((4, 4), 0.05)}
+    for steps in (1, 10_001, 2**31 - 1):
+        rate = 1e-5 / steps
+        schedule = make_schedule(SFTConfig(learning_rate=rate, lr_scheduler_type="linear", warmup_steps=0), steps)
+        said = describe_unmoved(params, schedule, steps)
+        assert "100% of the weights" in said and ("add up to 1e-05" if steps == 1 else "add up to 5e-06") in said
 
 
 def neighbours(x):
@@ -83,6 +93,7 @@ def test_numbers_of_bfloat16_stay_and_equal_ones_are_rounded_alike():
 def test_masters_move_as_parameters_without_rounding_do_and_what_is_computed_with_follows():
     rng, start = np.random.default_rng(3), np.random.default_rng(4)
     params = {"query": narrow(start.normal(0, 0.05, (64, 64))).astype(np.float32), "norm": np.ones(64, np.float32)}
+    params["query_bias"] = narrow(start.normal(0, 0.05, 64)).astype(np.float32)
     settings = SFTConfig(learning_rate=2e-6, lr_scheduler_type="constant", weight_decay=0.1)
     plain, rounding = (make_optimizer(settings, 20, stochastic_rounding=on) for on in (False, True))
     ends = {}
@@ -95,7 +106,8 @@ def test_masters_move_as_parameters_without_rounding_do_and_what_is_computed_wit
         ends[name] = now
     # Weight decay takes the masters, not the rounded parameters.
     chex.assert_trees_all_close(state.masters, ends["plain"], rtol=1e-6)
-    np.testing.assert_array_equal(ends["rounding"]["query"], stochastic_round(state.masters["query"]))
+    for name in ("query", "query_bias"):  # a bias is rounded where it is added
+        np.testing.assert_array_equal(ends["rounding"][name], stochastic_round(state.masters[name]))
     np.testing.assert_array_equal(ends["rounding"]["norm"], state.masters["norm"])
     moved, wanted = (float((end["query"] - params["query"]).mean()) for end in (ends["rounding"], ends["plain"]))
     assert moved == pytest.approx(wanted, rel=0.2) and wanted < -2e-5
