@@ -195,9 +195,9 @@ def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, g
 
         return jax.lax.fori_loop(0, count, one, (carry, gradients))
 
-    def add(gradients, factors):
-        # The barrier keeps products in the loop that they are for.
-        gradients, (d_logits, rows, states) = jax.lax.optimization_barrier((gradients, factors))
+    def add(i, gradients, factors):
+        # The barrier keeps products in the loop that they are for; with the gradients in it, GPUs would copy the head's.
+        _, (d_logits, rows, states) = jax.lax.optimization_barrier((i, factors))
         return add_gradients(gradients, vocabulary_first(d_logits), rows, states, weight)
 
     def add_group(number, state):
@@ -214,9 +214,9 @@ def _add_chunks(step: Callable, count, positions: int, chunk: int, carry: Any, g
         whole = (there == group).astype(jnp.int32)
         # Loops of one turn or none, as a conditional would copy the head's gradient on GPUs.
         with jax.named_scope(GROUP_PRODUCT):
-            gradients = jax.lax.fori_loop(0, whole, lambda _, old: add(old, factors), gradients)
+            gradients = jax.lax.fori_loop(0, whole, lambda i, old: add(i, old, factors), gradients)
         with jax.named_scope(CHUNK_PRODUCTS):
-            one_by_one = lambda i, old: add(old, _slice(factors, i, chunk))  # noqa: E731
+            one_by_one = lambda i, old: add(i, old, _slice(factors, i, chunk))  # noqa: E731
             gradients = jax.lax.fori_loop(0, there * (1 - whole), one_by_one, gradients)
         return carry, gradients, factors
 

@@ -85,7 +85,11 @@ def test_gradients_are_the_same_however_many_chunks_are_multiplied_at_once(monke
         monkeypatch.setattr(fused_head, "MOST_CHUNKS", together)
         loss = lambda h, w: fused_linear_sum(a_loss, None, 1, h, w, ROWS, None, jnp.zeros(V), positions, N)[0]  # noqa: E731
         grad = jax.jit(jax.grad(loss, (0, 1)))
-        assert f"[{together},{V}]" in str(jax.make_jaxpr(grad)(hidden, head))  # so many gradients of logits at once
+        traced = str(jax.make_jaxpr(grad)(hidden, head))
+        assert f"[{together},{V}]" in traced  # so many gradients of logits at once
+        barriers = [line for line in traced.splitlines() if "optimization_barrier" in line]
+        assert len(barriers) == (0 if together == 1 else 2)
+        assert not any(f"[{V},{D}]" in line for line in barriers)  # GPUs would copy the head's gradient
         return grad(hidden, head)
 
     alone = gradients(1)
