@@ -38,6 +38,7 @@ METADATA, STATE, ROLLOUTS = "run.json", "state", "rollouts.npz"
 FORMAT = 1
 STEP_NAME = re.compile(r"checkpoint-([0-9]{1,18})")
 _CURRENT_RUN = "current_run"
+_RECORD = "_CHECKPOINT_METADATA"  # orbax's, which holds the date
 _LOGGERS = "absl", "asyncio"
 _REPLACED = ".replaced"  # ends the hidden name of a checkpoint whose successor of the same step is being written
 _PRIMES = (2654435761, 2246822519, 3266489917, 668265263, 374761393, 2147483647)
@@ -48,15 +49,20 @@ class BadCheckpoint(Exception):
 
 
 class _Saved(step_lib.Metadata):
-    """A checkpoint's step, path and date, which is that of the oldest where orbax's record of it is damaged."""
+    """A checkpoint's step, path and date: that of the oldest where orbax's record of it is damaged.
+
+    Where there is no record, None, orbax takes the time at which the folder was last written to.
+    """
 
     @property
     def commit_timestamp_nsecs(self) -> int | None:
-        try:
+        if not (self.path / _RECORD).exists():
+            return None
+        with contextlib.suppress(Exception):
             date = super().commit_timestamp_nsecs
-        except Exception:
-            return 0
-        return date if date is None or 0 <= date < 2**62 else 0
+            if date is not None and 0 <= date < 2**62:
+                return date
+        return 0  # orbax has None for a record that it cannot parse, too
 
 
 class _StepNames(step_lib.NameFormat):
