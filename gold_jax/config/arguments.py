@@ -52,6 +52,7 @@ class RunFacts(NamedTuple):
     spec: LossSpec | None = None  # None where there is no teacher
     evaluates: bool = True  # whether there are rows to evaluate on
     data: Any = None  # the `DataArguments`; None where only `args` matter
+    in_bfloat16: bool = True  # whether the built-in optimizer updates weights that are computed with in bfloat16
 
     @property
     def samples(self) -> bool:
@@ -78,6 +79,7 @@ _WARMS_UP = Effect(lambda r: r.args.lr_scheduler_type != "constant",
                    "no effect with --lr_scheduler_type constant; constant_with_warmup warms up")
 _ASKED_TO_EVALUATE = Effect(lambda r: r.evaluates,
                             "no effect without --eval_strategy, --eval_on_start or --eval_dataset_name")
+_IN_BFLOAT16 = Effect(lambda r: r.in_bfloat16, "no effect without --bf16, or with an optimizer that is passed in")
 _FINE_TUNES = Effect(lambda r: r.spec is None,
                      "no effect in distillation, which learns the completion alone; gold_jax.sft has it")
 _NOT_ALL_ANSWERS = Effect(lambda r: r.spec is not None or not r.args.assistant_only_loss,
@@ -281,7 +283,7 @@ class MemoryFlags(Settings):
         differs="none chooses by platform")
     bf16_stochastic_round: bool = flag(False, "With bf16: weights are rounded stochastically, so that small updates count on "
         "average; the optimizer keeps them in float32, 4 bytes a weight more. What is saved are the rounded ones.",
-        important=True)
+        important=True, effect=_IN_BFLOAT16)
     gradient_checkpointing: bool = warned_flag(True, "Recompute activations in the backward pass: less memory.",
         alias="activation_checkpointing")
     loss_chunk: int | None = warned_flag(None,

@@ -34,8 +34,8 @@ _LEARNED, _ROWS, _MICRO = "rows to learn from", "rows of an update", "rows of a 
 EVALUATED = "the rows to evaluate on"
 _DATA, _WEIGHTS = "the training data", "the teacher's weights"
 _CHANGED = "from what the checkpoint was saved with"
-# What checkpoints that lack a setting were saved with, where it changes what is resumed.
-_BEFORE = {"check_rows": "before", "bf16_stochastic_round": False}
+# What a run that does not describe a setting has, as an earlier version or without effect, where that changes what is resumed.
+_UNDESCRIBED = {"check_rows": "before", "bf16_stochastic_round": False}
 # Of each digest whether a run that differs in it is refused, and what is said; None: which of the values differ.
 _DIGESTS = {
     _DATA: (True, f"differ {_CHANGED}"),
@@ -120,9 +120,9 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
     if _DATA in now and _DATA not in saved:
         earlier = f"{checkpoint} was saved by an earlier version, which did not describe its training data in full"
         warnings.append(f"{earlier}: check that it is the same")
-    for name, new in now.items():
+    for name, new in (_UNDESCRIBED | now).items():
         # Settings that the checkpoint lacks are newer than it.
-        old = saved.get(name, _BEFORE.get(name, new))
+        old = saved.get(name, _UNDESCRIBED.get(name, new))
         if name in IGNORED_ON_RESUME or name == _MICRO or old == new:
             continue
         if name == _WEIGHTS and str(old).split()[:1] != new.split()[:1]:
@@ -134,8 +134,9 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
         elif name in WARNED_ON_RESUME or _is_compatible(name, saved, now):
             warnings.append(f"{flag} is now {new!r}; the checkpoint was saved with {old!r}")
         else:
-            shown = (new, old) if name == "check_rows" else (repr(new), repr(old))
-            refused.append("{} is {} and was {}".format(flag, *shown))
+            before = old if name == "check_rows" else repr(old)
+            is_now = (new if name == "check_rows" else repr(new)) if name in now else "without effect"
+            refused.append(f"{flag} is {is_now} and was {before}")
     if refused:
         anew = f"begin a new run from its weights with --model_name_or_path {checkpoint}"
         instead = f"Resume with what it was saved with, or {anew}."

@@ -150,16 +150,12 @@ class _Trainer(TrainerMembers):
         """Prints what is about to run (`shown`), and makes the loop that runs it on these rows."""
         a = self.args
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
-        facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None)
+        facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None, in_bfloat16=self._in_bfloat16)
         measured, evaluated = self._check_evaluation_rows(sides)
         self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
-        if a.bf16_stochastic_round and not self._rounds_parameters:
-            self.notices.append(
-                "--bf16_stochastic_round: no effect without --bf16, or with an optimizer that is passed in."
-            )
-        elif self.dtype == "bfloat16" and not self._rounds_parameters and self._optimizers[0] is None:
+        if self._in_bfloat16 and not a.bf16_stochastic_round:
             total = data.total_steps(a)
             unmoved = describe_unmoved(split(student.model)[1], make_schedule(a, total), total)
             self.notices += [unmoved] if unmoved else []
@@ -182,8 +178,9 @@ class _Trainer(TrainerMembers):
         self.loop = Loop(run, self.student, data, a, self.console, max_new_tokens, **options)
 
     @property
-    def _rounds_parameters(self) -> bool:
-        return self.args.bf16_stochastic_round and self.dtype == "bfloat16" and self._optimizers[0] is None
+    def _in_bfloat16(self) -> bool:
+        """Whether the built-in optimizer updates weights that are computed with in bfloat16."""
+        return self.dtype == "bfloat16" and self._optimizers[0] is None
 
     def _check_evaluation_rows(self, sides: Mapping[str, LoadedModel]) -> tuple[list[str], str | None]:
         """Drops evaluation rows that cannot be measured; returns notices and a digest of the others (None: no rows)."""
@@ -203,7 +200,7 @@ class _Trainer(TrainerMembers):
         schedule = make_schedule(self.args, total)
         rate = f"learning rate {schedule.peak:g} ({schedule.kind}, {schedule.warmup} warmup steps)"
         rate = rate if self._optimizers[0] is None else "optimizer as passed"
-        parameters = "stochastically rounded float32" if self._rounds_parameters else "float32"
+        rounded = "stochastically rounded " if self._in_bfloat16 and self.args.bf16_stochastic_round else ""
         device, backend, size, mesh = jax.devices()[0], jax.default_backend(), count(split(student.model)[1]), None
         if self.placement is not None:
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
@@ -213,7 +210,7 @@ class _Trainer(TrainerMembers):
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
-            "precision": f"{self.dtype} compute, {parameters} parameters",
+            "precision": f"{self.dtype} compute, {rounded}float32 parameters",
             "attention": student.model.describe_attention(),
             "device": device.device_kind if device.device_kind == backend else f"{device.device_kind} ({backend})",
             "mesh": mesh,

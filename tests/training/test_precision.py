@@ -136,15 +136,25 @@ def test_a_run_with_rounded_weights_saves_them_and_resumes_exactly(world, tmp_pa
             assert (value != begun[name]).any()
 
 
-def test_a_checkpoint_without_masters_is_refused_by_the_flag_s_name(world, tmp_path):
-    settings = SFTConfig(output_dir=tmp_path, max_steps=2, save_steps=1, save_strategy="steps", bf16=True)
-    SFTTrainer(str(world / "student"), settings.replace(max_steps=1), ROWS).train()
+def test_a_checkpoint_with_or_without_masters_is_refused_by_the_flag_s_name(world, tmp_path):
+    def resumes(folder, **changed):
+        begun = SFTConfig(output_dir=tmp_path / folder, max_steps=1, save_steps=1, save_strategy="steps", bf16=True)
+        begun = begun.replace(bf16_stochastic_round=folder == "with")
+        SFTTrainer(str(world / "student"), begun, ROWS).train()
+        SFTTrainer(str(world / "student"), begun.replace(max_steps=2, **changed), ROWS).train(
+            resume_from_checkpoint=True
+        )
+
     with pytest.raises(ValueError, match="--bf16_stochastic_round is True and was False"):
-        rounding = settings.replace(bf16_stochastic_round=True)
-        SFTTrainer(str(world / "student"), rounding, ROWS).train(resume_from_checkpoint=True)
+        resumes("without", bf16_stochastic_round=True)
+    with pytest.raises(ValueError, match="--bf16_stochastic_round is without effect and was True"):
+        resumes("with", bf16=False)
 
 
 def test_rounding_weights_where_float32_is_computed_in_is_said_to_do_nothing(world, tmp_path):
-    settings = SFTConfig(output_dir=tmp_path, max_steps=1, bf16_stochastic_round=True)
-    SFTTrainer(str(world / "student"), settings, ROWS).train()
+    settings = SFTConfig(output_dir=tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    SFTTrainer(str(world / "student"), settings.replace(bf16_stochastic_round=True), ROWS).train()
     assert any("--bf16_stochastic_round: no effect" in x for x in summary(tmp_path)["notices"])
+    for named in (True, False):  # so it may come and go
+        settings = settings.replace(bf16_stochastic_round=named, max_steps=settings.max_steps + 1)
+        SFTTrainer(str(world / "student"), settings, ROWS).train(resume_from_checkpoint=True)
