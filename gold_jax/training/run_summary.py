@@ -27,8 +27,10 @@ _LIBRARIES = ("gold_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 def settings_beside_defaults(args: SFTConfig) -> dict[str, Any]:
     """The settings that differ from the defaults, without secrets."""
-    defaults = type(args)().to_dict()
-    return {name: value for name, value in args.to_dict().items() if value != defaults[name]}
+    defaults, settings = type(args)().to_dict(), args.to_dict()
+    for name in settings.keys() & {"model_init_kwargs", "teacher_model_init_kwargs"}:  # commands write all options
+        settings[name] = {option: value for option, value in settings[name].items() if value is not None}
+    return {name: value for name, value in settings.items() if value != defaults[name]}
 
 
 def environment() -> dict[str, Any]:

@@ -374,9 +374,7 @@ class _Trainer(TrainerMembers):
         given |= dict(results=self.loop.results, history=self.loop.history, repo_id=self.hub_model_id, **self._card)
         given |= dict(teacher=self._teacher and self._teacher.name)
         settings = settings_beside_defaults(self.args)
-        for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
-            settings[name] = {key: value for key, value in settings.get(name, {}).items() if value is not None}
-        given["settings"] = {k: value for k, value in settings.items() if value != {} and k not in IGNORED_ON_RESUME}
+        given["settings"] = {name: value for name, value in settings.items() if name not in IGNORED_ON_RESUME}
         write_model_card(self.args.output_dir, method=self.method, base_model=self.student.name, **given)
 
     def push_to_hub(

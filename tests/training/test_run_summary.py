@@ -102,6 +102,8 @@ def test_what_is_no_number_and_no_utf_8_is_written_as_json(tmp_path):
 
 
 def test_settings_are_those_that_are_no_defaults():
-    assert settings_beside_defaults(SFTConfig(seed=3, hub_token="x", learning_rate=SFTConfig().learning_rate)) == {
-        "seed": 3
-    }
+    given = dict(seed=3, hub_token="x", learning_rate=SFTConfig().learning_rate)
+    given |= dict(model_init_kwargs={"revision": None}, template_kwargs={"date": None})
+    assert settings_beside_defaults(SFTConfig(**given)) == {"seed": 3, "template_kwargs": {"date": None}}
+    loads = {"revision": None, "dtype": "bfloat16"}
+    assert settings_beside_defaults(SFTConfig(model_init_kwargs=loads)) == {"model_init_kwargs": {"dtype": "bfloat16"}}
