@@ -261,13 +261,15 @@ def families_page() -> str:
     for family in FAMILIES:
         config = DecoderConfig.from_hf(AutoConfig.for_model(family))
         yes = lambda value: "yes" if value else ""  # noqa: E731
+        norms = " and ".join(["before"] * config.pre_norms + ["after"] * config.post_norms)
+        rotations = {rope: "none" if rope is None else f"{rope.theta:,.0f}" for rope in config.ropes}
         rows.append(
-            [code(family), config.activation, yes(config.qkv_bias), yes(config.qk_norm), yes(config.sandwich_norms)]
-            + [yes(any(config.sliding)), yes(len(set(config.ropes)) > 1), yes(config.embedding_scale != 1.0)]
+            [code(family), config.activation, yes(config.qkv_bias), config.qk_norm or "", norms]
+            + [yes(any(config.sliding)), ", ".join(rotations.values()), yes(config.embedding_scale != 1.0)]
             + [", ".join(n for n in ("attention", "final") if getattr(config, f"{n}_softcap") is not None)]
         )
-    header = ("`model_type`", "activation", "bias of Q, K, V", "norm of Q, K", "norms after blocks", "sliding window")
-    header += ("two rotary bases", "scaled embedding", "soft caps")
+    header = ("`model_type`", "activation", "bias of Q, K, V", "norm of Q, K", "norms of blocks", "sliding window")
+    header += ("rotary bases", "scaled embedding", "soft caps")
     parts = [
         "# Model families",
         "Written by `tools/generate_docs.py` from `gold_jax/models/config.py`: a family is a set of values of one decoder. What is "

@@ -11,7 +11,10 @@ import jax
 from gold_jax.models.rope import Rope
 from gold_jax.wording import quoted
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3")
+FAMILIES = (
+    "llama", "mistral", "ministral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gemma3", "phi3", "smollm3", "granite",
+    "olmo2", "olmo3", "exaone4",
+)  # fmt: skip
 ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -33,7 +36,7 @@ class DecoderConfig:
     head_dim: int  # need not be `width / heads`
     norm_eps: float  # added to the mean square in every RMSNorm
     activation: str  # one of `ACTIVATIONS`
-    ropes: tuple[Rope, Rope]  # of (full-attention layers, sliding layers); Gemma 3 alone has two different ones
+    ropes: tuple[Rope | None, ...]  # per layer, its rotation; None: its queries and keys are not rotated (NoPE)
     sliding: tuple[bool, ...]  # per layer, whether it sees only the last `window` tokens
     window: int | None  # tokens in the sliding window, the token itself included; None without sliding layers
     tied: bool  # the head is the embedding
@@ -42,11 +45,16 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False  # RMSNorm on every query and key head before the rotation (Qwen 3, Gemma 3)
-    sandwich_norms: bool = False  # norms after attention and MLP as well as before (Gemma)
+    # RMSNorm on queries and keys before the rotation: of each "head" (Qwen 3, Gemma 3), or of "all" heads as one vector (OLMo 2).
+    qk_norm: str | None = None
+    pre_norms: bool = True  # norms before attention and MLP (all but OLMo 2, 3 and EXAONE 4)
+    post_norms: bool = False  # norms after them, before they are added (Gemma, OLMo 2, 3, EXAONE 4)
     attention_softcap: float | None = None  # `cap · tanh(x / cap)` on scores
     final_softcap: float | None = None  # the same on logits
     embedding_scale: float = 1.0  # on embeddings (Gemma: √width), rounded to the compute dtype as transformers does
+    residual_scale: float = 1.0  # on what attention and MLP add (Granite)
+    hidden_scale: float = 1.0  # on the final hidden states, and so on logits (Granite: 1 / logits_scaling)
+    fused: bool = False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
@@ -64,10 +72,10 @@ class DecoderConfig:
         _refuse_out_of_range(text)
         _refuse_unsupported(text, hf_config)
         family = text.model_type
-        gemma = family.startswith("gemma")
+        gemma, post_norms_alone = family.startswith("gemma"), family in ("olmo2", "olmo3", "exaone4")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         sliding, window = _sliding_layers(text)
-        bias = bool(getattr(text, "attention_bias", False))
+        bias = bool(getattr(text, "attention_bias", False)) and family not in _WITHOUT_BIASES
         activation = text.hidden_activation if gemma else text.hidden_act
         activation = {"gelu_new": "gelu_pytorch_tanh"}.get(activation, activation)  # two names of one approximation
         if activation not in ACTIVATIONS:
@@ -85,24 +93,44 @@ class DecoderConfig:
             head_dim=head_dim,
             norm_eps=float(text.rms_norm_eps),
             activation=activation,
-            ropes=_ropes(text, head_dim),
+            ropes=_ropes(text, head_dim, sliding),
             sliding=sliding,
             window=window,
             # The outer config of a multimodal model decides whether its head is tied.
             tied=bool(hf_config.tie_word_embeddings),
-            query_scale=(text.query_pre_attn_scalar if gemma else head_dim) ** -0.5,
+            query_scale=_query_scale(text, head_dim),
             norm_offset=1.0 if gemma else 0.0,
-            qkv_bias=family == "qwen2" or (bias and family != "mistral"),
-            out_bias=bias and family not in ("qwen2", "mistral"),
-            mlp_bias=family == "llama" and bool(getattr(text, "mlp_bias", False)),
-            qk_norm=family in ("qwen3", "gemma3_text"),
-            sandwich_norms=gemma,
+            qkv_bias=bias or family == "qwen2",
+            out_bias=bias and family != "qwen2",
+            mlp_bias=family in ("llama", "smollm3", "granite") and bool(getattr(text, "mlp_bias", False)),
+            qk_norm=_QK_NORMS.get(family),
+            pre_norms=not post_norms_alone,
+            post_norms=gemma or post_norms_alone,
             # Gemma 3's attention has no cap in transformers, whatever its config says.
             attention_softcap=text.attn_logit_softcapping if family == "gemma2" else None,
             final_softcap=text.final_logit_softcapping if gemma else None,
-            embedding_scale=float(text.hidden_size) ** 0.5 if gemma else 1.0,
+            embedding_scale=float(text.hidden_size) ** 0.5 if gemma else _granite(text, "embedding_multiplier"),
+            residual_scale=_granite(text, "residual_multiplier"),
+            hidden_scale=1 / _granite(text, "logits_scaling"),
+            fused=family == "phi3",
             source=json.dumps({"config": hf_config.to_dict() if raw is None else raw}, default=str),
         )
+
+
+# `attention_bias` in their configs means nothing to transformers.
+_WITHOUT_BIASES = ("mistral", "ministral", "phi3", "exaone4")
+_QK_NORMS = dict.fromkeys(("qwen3", "gemma3_text", "exaone4"), "head") | dict.fromkeys(("olmo2", "olmo3"), "all")
+
+
+def _granite(text: Any, name: str) -> float:
+    """A factor that Granite's configs alone have."""
+    return float(getattr(text, name)) if text.model_type == "granite" else 1.0
+
+
+def _query_scale(text: Any, head_dim: int) -> float:
+    if text.model_type == "granite":
+        return float(text.attention_multiplier)
+    return (text.query_pre_attn_scalar if text.model_type.startswith("gemma") else head_dim) ** -0.5
 
 
 def check_family(model_type: str | None) -> None:
@@ -113,7 +141,10 @@ def check_family(model_type: str | None) -> None:
 
 _MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 10**9}
 _SIZES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim".split()
-_SCALES = "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window".split()
+_SCALES = (
+    "query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window embedding_multiplier "
+    "residual_multiplier logits_scaling attention_multiplier"
+).split()
 
 
 def check_sizes(config: Mapping[str, Any], model_type: Any) -> None:
@@ -163,9 +194,9 @@ def _refuse_unsupported(text: Any, outer: Any) -> None:
 def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
     """Which layers slide, and their window."""
     window, count = getattr(text, "sliding_window", None), text.num_hidden_layers
-    if text.model_type == "llama":  # transformers' Llama has no window
+    if text.model_type in ("llama", "granite", "olmo2"):  # these have no window in transformers
         return (False,) * count, None
-    if text.model_type == "mistral":  # every layer slides, whatever layer_types says
+    if text.model_type in ("mistral", "phi3"):  # every layer slides, whatever layer_types says
         return (window is not None,) * count, window
     kinds = list(text.layer_types)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
@@ -184,8 +215,8 @@ def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
     return sliding, window if any(sliding) else None
 
 
-def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
-    """Rotary settings of full and of sliding layers, from the new format, or the old where an older release left it."""
+def _ropes(text: Any, head_dim: int, sliding: tuple[bool, ...]) -> tuple[Rope | None, ...]:
+    """Each layer's rotation, from the new format, or the old where an older release left it."""
     parameters = getattr(text, "rope_parameters", None)
     if not parameters:
         parameters = {"rope_theta": getattr(text, "rope_theta", None), **(getattr(text, "rope_scaling", None) or {})}
@@ -194,8 +225,28 @@ def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
     read = {}
     for kind, values in (nested or {None: parameters}).items():
         where = f"rope_parameters{f'[{kind!r}]' if kind else ''} of the {text.model_type} config"
-        read[kind] = Rope.from_parameters(values, max_length=text.max_position_embeddings, where=where)
-        if not read[kind].is_finite(head_dim):
+        rope = Rope.from_parameters(values, head_dim, max_length=text.max_position_embeddings, where=where)
+        if rope.size != head_dim and text.model_type != "phi3":
+            partial = values["partial_rotary_factor"]
+            raise ValueError(
+                f"{where}: partial_rotary_factor {partial} is not supported; whole heads are turned (1.0)."
+            )
+        if not rope.is_finite():
             raise ValueError(f"{where} is {quoted(values)}, which gives angles that are no finite numbers.")
+        read[kind] = rope
     one, *_ = read.values()
-    return tuple(read.get(kind, one) for kind in kinds)
+    rotated = _rotated_layers(text, sliding)
+    return tuple(read.get(kinds[slides], one) if rotates else None for slides, rotates in zip(sliding, rotated))
+
+
+def _rotated_layers(text: Any, sliding: tuple[bool, ...]) -> tuple[bool, ...]:
+    """In which layers positions are told by rotation; the others (NoPE) have the causal mask alone."""
+    if text.model_type == "exaone4" and text.sliding_window is not None:
+        return sliding
+    if text.model_type != "smollm3":
+        return (True,) * len(sliding)
+    rotated = text.no_rope_layers  # 1 where there is a rotation
+    if not isinstance(rotated, list) or len(rotated) < len(sliding) or not set(rotated) <= {0, 1}:
+        needed = f"it must have a 1 (rotated) or a 0 for each of its {len(sliding)} layers"
+        raise ValueError(f"no_rope_layers of the smollm3 config is {quoted(rotated)}; {needed}.")
+    return tuple(map(bool, rotated[: len(sliding)]))

@@ -23,6 +23,7 @@ from gold_jax.models.config import DecoderConfig
 from gold_jax.models.functional import Params, merge, split
 from gold_jax.models.parameters import layer_parameters, parameters
 from gold_jax.models.quantization import Int8, to_int8, vectors_to_int8
+from gold_jax.models.rope import Rope
 from gold_jax.sharding import collectives
 from gold_jax.sharding.collectives import ShardedParam
 from gold_jax.sharding.placement import Placement
@@ -241,6 +242,7 @@ class Decoder(nnx.Module):
         of the cache, at least P; P plus the tokens to come is enough.
         """
         length = tokens.shape[1]
+        self._check_length(cache_len)
         if cache_len < length:
             raise ValueError(f"cache_len is {cache_len}, less than the {length} tokens of the prompts it must hold.")
         count = mask.sum(axis=1, dtype=jnp.int32)
@@ -319,12 +321,14 @@ class Decoder(nnx.Module):
         in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])
         x, caches = self._embed(tokens), []
-        for sliding, own, *cached in zip(config.sliding, weights.layers, cache.keys, cache.values):
-            seen = tables[int(sliding)], in_window if sliding else visible
+        self._check_length(cache.slots)
+        arrays = zip(weights.layers, cache.keys, cache.values)
+        for rope, sliding, (own, *cached) in zip(config.ropes, config.sliding, arrays):
+            seen = tables[rope], in_window if sliding else visible
             x, *written = layer.decode(config, own, x, *seen, (*cached, cache.length), self.platform, self.placement)
             caches.append(written)
         keys, values = zip(*caches)
-        return layer.rms_norm(config, self.final_norm[...], x), Cache(keys, values, cache.length + 1)
+        return layer.final_norm(config, self.final_norm[...], x), Cache(keys, values, cache.length + 1)
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         table = self.embedding[...]
@@ -335,11 +339,23 @@ class Decoder(nnx.Module):
         scale = self.config.embedding_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
-    def _tables(self, positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
-        """Cosines and sines for (full, sliding) layers."""
-        full, local = self.config.ropes
-        tables = full.tables(positions, self.config.head_dim)
-        return tables, tables if local == full else local.tables(positions, self.config.head_dim)
+    def _tables(self, positions: jax.Array) -> dict[Rope | None, tuple[jax.Array, jax.Array]]:
+        """Cosines and sines by the layers' different rotations; for None those that rotate by nothing."""
+        tables = {rope: rope.tables(positions) for rope in dict.fromkeys(self.config.ropes) if rope is not None}
+        if None in self.config.ropes:
+            like = next(iter(tables.values()), [jnp.zeros((*positions.shape, self.config.head_dim // 2))])[0]
+            tables[None] = jnp.ones_like(like), jnp.zeros_like(like)
+        return tables
+
+    def _check_length(self, length: int) -> None:
+        """ValueError where rows of so many tokens are rotated in a way that is not there."""
+        limits = [rope.longest for rope in self.config.ropes if rope is not None and rope.longest is not None]
+        if limits and length > min(limits):
+            raise ValueError(
+                f"The {self.config.family} model turns rows of more than {min(limits)} tokens by other angles (longrope's "
+                f"long_factor), which are not supported; got rows of {length}. Use shorter ones (--max_length, "
+                "--max_prompt_length, --max_new_tokens)."
+            )
 
     def _forward(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool = False):
         """Hidden states of rows, and where they are kept the rotated keys and the values of all layers."""
@@ -353,6 +369,7 @@ class Decoder(nnx.Module):
         It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
         """
         config, placement = self.config, self.placement
+        self._check_length(mask.shape[1])
         layout, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
         if attend_to_rows is not None:
             attend, layout = functools.partial(attend_to_rows, attend), (arrays, layout)
@@ -363,22 +380,21 @@ class Decoder(nnx.Module):
                 shardings = (of(info.shape, info.spec) for of in (placement.param_sharding, placement.compute_sharding))
                 weights[name] = ShardedParam(weights[name], *shardings)
         tables = self._tables(positions)
-        same_tables = config.ropes[0] == config.ropes[1] or len(set(config.sliding)) == 1
+        which = jnp.asarray([list(tables).index(rope) for rope in config.ropes], jnp.int32)
 
         def body(x, scanned):
-            weights, sliding = scanned
-            if same_tables:  # without a select where all layers agree
-                table = tables[int(config.sliding[0])]
-            else:
-                table = jax.tree.map(functools.partial(jnp.where, sliding), *tables[::-1])
+            weights, sliding, which = scanned
+            table, *others = tables.values()
+            if others:
+                table = jax.tree.map(functools.partial(jax.lax.select_n, which), table, *others)
             x, key, value = layer.forward(config, weights, x, table, functools.partial(attend, layout, sliding))
             return self._shard_rows(x), (key, value) if keep_cache else None
 
         if self.remat:
             body = jax.checkpoint(body, prevent_cse=False)
         x = self._shard_rows(self._embed(tokens))
-        x, cached = jax.lax.scan(body, x, (weights, jnp.asarray(config.sliding)))
-        return layer.rms_norm(config, self.final_norm[...], x), cached
+        x, cached = jax.lax.scan(body, x, (weights, jnp.asarray(config.sliding), which))
+        return layer.final_norm(config, self.final_norm[...], x), cached
 
     def _stacked(self) -> dict[str, jax.Array]:
         """The parameters of all layers by name."""

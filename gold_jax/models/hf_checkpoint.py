@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,16 +48,26 @@ NAMES = {
     "down": "mlp.down_proj",
     "mlp_norm": "post_attention_layernorm",
 }
-# With sandwich norms (Gemma) `post_attention_layernorm` means what it says.
-SANDWICH_NAMES = {
+# With norms after attention and MLP (Gemma, OLMo 2) `post_attention_layernorm` means what it says.
+POST_NORM_NAMES = {
     "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
 }
+# Tensors that hold several parameters (Phi 3), one's rows after the other's.
+FUSED = {"self_attn.qkv_proj": ("query", "key", "value"), "mlp.gate_up_proj": ("gate", "up")}
 # The last is a bare base model. Gemma 3's multimodal checkpoints exist in two layouts.
 PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$|^(model\.)?(vision_tower|multi_modal_projector)\.")
+
+
+class Stored(NamedTuple):
+    """Where a file holds a parameter, or one layer of it: in a tensor from its row `start` on."""
+
+    name: str
+    shape: tuple[int, ...]  # of the tensor
+    start: int = 0
 
 
 def load_model(
@@ -99,15 +110,14 @@ def load_model(
     config, own = _match(files, read)
     values, dtypes, saved = {}, {}, _tensors(config)
     for path, (shape, spec, _) in parameters(config).items():
-        names = [name for name, _ in own[path]]
-        found = [FLOATS[files.info(name)[1]] for name in names]
-        dtypes |= {name: kind for (name, _), kind in zip(saved[path], found)}
+        found = [FLOATS[files.info(stored.name)[1]] for stored in own[path]]
+        dtypes |= {stored.name: kind for stored, kind in zip(saved[path], found)}
         widest = np.result_type(*map(np.dtype, set(found)))
         kept = widest if param_dtype == "auto" else np.dtype(param_dtype)
         rounded = widest if read_dtype == "auto" else np.dtype(read_dtype)
         # What loses nothing by it is read into the kept dtype at once.
         rounded = kept if np.can_cast(widest, rounded) else rounded
-        part = functools.partial(_read, files, names, len(path) == 2, rounded, kept)
+        part = functools.partial(_read, files, own[path], len(path) == 2, rounded, kept)
         if sharding is None:
             values[path] = jnp.asarray(part(tuple(slice(0, size) for size in shape)))
         else:
@@ -190,18 +200,20 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
         )
     common = source.get("dtype", str(model.param_dtype)) if dtype == "auto" else dtype
     exceptions = source.get("dtypes", {}) if dtype == "auto" else {}
+    sources: dict[Stored, list[tuple[tuple, int]]] = {}  # of each tensor the parameters and their layer that it holds
+    for path, tensors in _tensors(config).items():
+        for layer, stored in enumerate(tensors):
+            sources.setdefault(stored._replace(start=0), []).append((path, layer))
     plan = [
-        (Entry(name, shape, exceptions.get(name, common)), path, layer)
-        for path, tensors in _tensors(config).items()
-        for layer, (name, shape) in enumerate(tensors)
+        (Entry(name, shape, exceptions.get(name, common)), held) for (name, shape, _), held in sources.items()
     ]
     plan.sort(key=lambda planned: -np.dtype(planned[0].dtype).itemsize)  # keeps every tensor aligned
-    tensors = _to_host(model, [(path, layer) for _, path, layer in plan])
+    tensors = _to_host(model, [held for _, held in plan])
     try:
         if jax.process_index() == 0:
             folder = pathlib.Path(folder)
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder, [entry for entry, _, _ in plan], tensors)
+            write_tensors(folder, [entry for entry, _ in plan], tensors)
             stops = {"eos_token_id": stop_ids[0] if len(stop_ids) == 1 else list(stop_ids)} if stop_ids else {}
             write_json(folder / "config.json", _config_to_write(config, source, common) | stops)
             if generation := (source.get("generation_config") or {}) | stops:
@@ -213,23 +225,32 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
             multihost_utils.sync_global_devices("save_model")
 
 
-def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list]:
-    """Names and shapes of the tensors that make up each parameter, by its path; as a text checkpoint has them."""
-    names = NAMES | (SANDWICH_NAMES if config.sandwich_norms else {})
+def _tensors(
+    config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight"
+) -> dict[tuple, list[Stored]]:
+    """The tensors that make up each parameter, by its path; as a text checkpoint has them."""
+    names, fused, infos = NAMES | (POST_NORM_NAMES if config.post_norms else {}), {}, parameters(config)
+    for tensor, held in FUSED.items() if config.fused else ():
+        rows = [infos["layers", name].shape[-1] for name in held]
+        fused |= {name: (tensor, sum(rows), sum(rows[:i])) for i, name in enumerate(held)}
     found = {}
-    for path, info in parameters(config).items():
+    for path, info in infos.items():
         if path == ("head",):
-            found[path] = [(head, info.shape)]
+            found[path] = [Stored(head, info.shape)]
             continue
         *layers, name = path
-        tensor = names[name.removesuffix("_bias")] + (".bias" if name.endswith("_bias") else ".weight")
-        found[path] = [(prefix + tensor, info.shape)]
-        if layers:
-            found[path] = [(f"{prefix}layers.{i}.{tensor}", info.shape[:0:-1]) for i in range(config.layers)]
+        if not layers:
+            found[path] = [Stored(f"{prefix}{names[name]}.weight", info.shape)]
+            continue
+        rows, *columns = info.shape[:0:-1]
+        tensor, rows, start = fused.get(name, (names[name.removesuffix("_bias")], rows, 0))
+        tensor += ".bias" if name.endswith("_bias") else ".weight"
+        numbers = range(config.layers)
+        found[path] = [Stored(f"{prefix}layers.{i}.{tensor}", (rows, *columns), start) for i in numbers]
     return found
 
 
-def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, dict[tuple, list]]:
+def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, dict[tuple, list[Stored]]]:
     """The config, untied where the files are, and `_tensors` as they call them, names, shapes and dtypes compared."""
     names = files.names
     prefix = next((prefix for prefix in PREFIXES if f"{prefix}embed_tokens.weight" in names), PREFIXES[0])
@@ -238,7 +259,7 @@ def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, d
     if config.tied and {head, embedding} <= names and not files.same(head, embedding):
         config = dataclasses.replace(config, tied=False)  # transformers, too, takes the head that is there
     own = _tensors(config, prefix, head)
-    wanted = dict(itertools.chain(*own.values()))
+    wanted = {stored.name: stored.shape for stored in itertools.chain(*own.values())}
     faults = []
     for name, shape in wanted.items():
         if name not in names:
@@ -257,18 +278,21 @@ def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, d
     return config, own
 
 
-def _read(files: TensorFolder, names: list[str], stacked: bool, rounded, kept, index: tuple[slice, ...]) -> np.ndarray:
+def _read(
+    files: TensorFolder, own: list[Stored], stacked: bool, rounded, kept, index: tuple[slice, ...]
+) -> np.ndarray:
     """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
     array = np.empty([part.stop - part.start for part in index], rounded)
     if stacked:
-        names = names[index[0]]
-        for row, name in zip(array, names):
-            row[...] = files.read(name, index[:0:-1]).T
+        own = own[index[0]]
+        for row, (name, _, start) in zip(array, own):
+            rows, *columns = index[:0:-1]
+            row[...] = files.read(name, (slice(rows.start + start, rows.stop + start), *columns)).T
     else:
-        array[...] = files.read(names[0], index)
+        array[...] = files.read(own[0].name, index)
     array = array.astype(kept, copy=False)
-    for row, name in zip(array if stacked else [array], names):
-        files.check_finite(name, row)
+    for row, stored in zip(array if stacked else [array], own):
+        files.check_finite(stored.name, row)
     return array
 
 
@@ -288,18 +312,22 @@ def _read_sharded(read: Callable, shape: tuple[int, ...], dtype: np.dtype, shard
     return jax.make_array_from_single_device_arrays(shape, sharding, pieces, dtype=dtype)
 
 
-def _to_host(model: Decoder, plan: Sequence[tuple[tuple, int]]) -> Iterator[np.ndarray]:
-    """The tensors of parameters and layers one by one, as in the file; processes that share some must all iterate alike."""
-    for path, group in itertools.groupby(plan, key=lambda planned: planned[0]):
-        value = getattr(model.layers if len(path) == 2 else model, path[-1])[...]
-        sharded = isinstance(value, jax.Array) and len(value.sharding.device_set) > 1
-        value = value if sharded else np.asarray(value)
-        for _, layer in group:
-            if len(path) == 2:
-                yield (_unshard(_layer(value, layer)) if sharded else value[layer]).T
+def _to_host(model: Decoder, plan: Sequence[list[tuple[tuple, int]]]) -> Iterator[np.ndarray]:
+    """The tensors one by one, as in the file, each of the parameters and layers in it; processes that share some must all
+    iterate alike."""
+    for paths, group in itertools.groupby(plan, key=lambda held: tuple(path for path, _ in held)):
+        values = [getattr(model.layers if len(path) == 2 else model, path[-1])[...] for path in paths]
+        on_device = isinstance(values[0], jax.Array)
+        # Of several parameters, or of one that devices share, a layer at a time is fetched.
+        by_layer = on_device and (len(values) > 1 or len(values[0].sharding.device_set) > 1)
+        values = values if by_layer else list(map(np.asarray, values))
+        for held in group:
+            if len(paths[0]) == 2:
+                layers = [(_unshard(_layer(x, i)) if by_layer else x[i]).T for x, (_, i) in zip(values, held)]
+                yield layers[0] if len(layers) == 1 else np.concatenate(layers)
             else:
-                yield _unshard(jnp.copy(value)) if sharded else value
-        del value  # no two at a time
+                yield _unshard(jnp.copy(values[0])) if by_layer else values[0]
+        del values  # no two at a time
 
 
 @jax.jit

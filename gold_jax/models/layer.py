@@ -26,6 +26,16 @@ def rms_norm(config: DecoderConfig, weight: jax.Array | ShardedParam, x: jax.Arr
     return (wide * scale * (config.norm_offset + unshard(weight, jnp.float32))).astype(x.dtype)
 
 
+def final_norm(config: DecoderConfig, weight: jax.Array, x: jax.Array) -> jax.Array:
+    """The norm after the last layer, with the factor on logits, which a head is linear in."""
+    return scaled(rms_norm(config, weight, x), config.hidden_scale)
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`factor · x`, rounded once to x's dtype."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     """`x @ weights[name]`, plus `weights[name + "_bias"]` where there is one, in x's dtype.
 
@@ -47,7 +57,7 @@ _linear = _keep_inputs(linear, static_argnums=1)
 
 @functools.partial(_keep_inputs, static_argnums=(0, 3, 4))
 def _normed_products(config: DecoderConfig, weights: Weights, x: jax.Array, norm: str, names: tuple[str, ...]):
-    normed = rms_norm(config, weights[norm], x)
+    normed = rms_norm(config, weights[norm], x) if config.pre_norms else x
     return tuple(linear(weights, name, normed) for name in names)
 
 
@@ -61,7 +71,7 @@ def forward(config: DecoderConfig, weights: Weights, x: jax.Array, table: tuple,
 
     Args:
         weights: the layer's parameters by the names of `parameters.layer_parameters`, in any dtype.
-        x: [B, T, D]; table: cosines and sines [B, T, K / 2].
+        x: [B, T, D]; table: cosines and sines [B, T, up to K / 2].
         attend: attention of queries [B, T, H, K], keys and values [B, T, N, K], to [B, T, H * K].
     """
     query, key, value = _rotated_heads(config, weights, x, table)
@@ -74,7 +84,7 @@ def decode(
     """One layer over one token per row: x [B, D], and the two caches with the token in them.
 
     Args:
-        weights: as in `forward`; x: [B, D]; table: cosines and sines [B, 1, K / 2].
+        weights: as in `forward`; x: [B, D]; table: cosines and sines [B, 1, up to K / 2].
         allowed: bool [B, S]; cache: keys [B, N, K, S], values [B, N, S, K], both perhaps `Int8`, and the slots [B] to write to.
         platform, placement: the model's.
     """
@@ -129,8 +139,10 @@ def _rotated_heads(config: DecoderConfig, weights: Weights, x: jax.Array, table:
     """Queries [B, T, H, K] and keys [B, T, N, K], normed where they are and rotated, and values; x [B, D] is one token."""
     shape = x.shape[0], 1 if x.ndim == 2 else x.shape[1], -1, config.head_dim
     made = _normed_products(config, weights, x, "attention_norm", ("query", "key", "value"))
+    if config.qk_norm == "all":
+        made = [rms_norm(config, weights[f"{name}_norm"], y) for name, y in zip(("query", "key"), made)] + [made[2]]
     query, key, value = (y.reshape(shape) for y in made)
-    if config.qk_norm:
+    if config.qk_norm == "head":
         query = rms_norm(config, weights["query_norm"], query)
         key = rms_norm(config, weights["key_norm"], key)
     return rotate(query, *table), rotate(key, *table), value
@@ -139,10 +151,10 @@ def _rotated_heads(config: DecoderConfig, weights: Weights, x: jax.Array, table:
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """What follows attention in a layer: its output projection and the MLP, each added to x [..., D]."""
     attended = _linear(weights, "out", attended)
-    if config.sandwich_norms:
+    if config.post_norms:
         attended = _norm(config, weights["attention_out_norm"], attended)
-    x = x + attended
+    x = x + scaled(attended, config.residual_scale)
     made = _gated_product(config, weights, *_normed_products(config, weights, x, "mlp_norm", ("gate", "up")))
-    if config.sandwich_norms:
+    if config.post_norms:
         made = _norm(config, weights["mlp_out_norm"], made)
-    return x + made
+    return x + scaled(made, config.residual_scale)

@@ -1,7 +1,7 @@
 """Rotary position embeddings: one small function per kind, each returning inverse frequencies and a scale.
 
 Facts from `transformers.modeling_rope_utils`; the papers are RoFormer (arXiv 2104.09864), Llama 3 (2407.21783, scaling
-by wavelength) and YaRN (2309.00071).
+by wavelength), YaRN (2309.00071) and LongRoPE (2402.13753).
 """
 
 import contextlib
@@ -18,6 +18,7 @@ class Rope:
     """Everything that decides the angles of one kind of layer; fields that a kind does not use keep their defaults."""
 
     theta: float
+    size: int  # channels of a head that are rotated, its first ones; less than `head_dim` in Phi 4 mini
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0
@@ -27,9 +28,11 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    channel_factors: tuple[float, ...] = ()  # by which `longrope` divides the plain frequencies
+    longest: int | None = None  # tokens that a row may have; `longrope` turns longer ones by other factors throughout
 
     @classmethod
-    def from_parameters(cls, parameters: dict, *, max_length: int, where: str) -> "Rope":
+    def from_parameters(cls, parameters: dict, head_dim: int, *, max_length: int, where: str) -> "Rope":
         """Read one `rope_parameters` dictionary of a transformers config, which errors call `where`.
 
         `max_length` is `max_position_embeddings`, the original length where the dictionary does not name one.
@@ -40,23 +43,28 @@ class Rope:
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
         if kind not in _KINDS:
             raise ValueError(f"{where}: rope_type {kind!r} is not known. Known are {', '.join(sorted(_KINDS))}.")
-        if parameters.get("partial_rotary_factor") not in (None, 1, 1.0):
-            partial = parameters["partial_rotary_factor"]
+        partial = parameters.get("partial_rotary_factor")
+        partial = 1.0 if partial is None else float(partial)
+        size = int(head_dim * partial) if 0 < partial <= 1 else 0
+        if size < 2 or size % 2:
             raise ValueError(
-                f"{where}: partial_rotary_factor {partial} is not supported; whole heads are turned (1.0)."
+                f"{where}: partial_rotary_factor {partial:g} rotates {size} of {head_dim} channels; it must be an even number."
             )
         needed = _KINDS[kind][1]
         missing = [name for name in ("rope_theta", *needed) if parameters.get(name) is None]
         if missing:
             raise ValueError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}, which the config does not give.")
-        values = {name: float(parameters[name]) for name in needed}
-        if kind in ("llama3", "yarn"):
+        values = {name: float(parameters[name]) for name in needed if name != "short_factor"}
+        if kind in ("llama3", "yarn", "longrope"):
             values["original_length"] = int(parameters.get("original_max_position_embeddings") or max_length)
         if kind == "yarn":
             given = (name for name in ("beta_fast", "beta_slow") if parameters.get(name))
             values |= {name: float(parameters[name]) for name in given}
             values["attention_factor"] = _yarn_attention_factor(parameters)
             values["truncate"] = bool(parameters.get("truncate", True))
+        if kind == "longrope":
+            values |= {"longest": values["original_length"], "channel_factors": _channel_factors(parameters, size, where)}
+            values["attention_factor"] = _longrope_attention_factor(parameters, max_length, values["original_length"])
         theta = float(parameters["rope_theta"])
         positive = {"rope_theta": theta} | {
             name: values[name] for name in ("factor", "original_length") if name in values
@@ -64,55 +72,56 @@ class Rope:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{where}: {name} is {value:g}; it must be greater than 0.")
-        return cls(theta, kind, **values)
+        return cls(theta, size, kind, **values)
 
-    def inverse_frequencies(self, head_dim: int) -> np.ndarray:
-        """Angle per position of each pair of channels: float32 [head_dim / 2]."""
-        plain = self.theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        return _KINDS[self.kind][0](self, plain, head_dim).astype(np.float32)
+    def inverse_frequencies(self) -> np.ndarray:
+        """Angle per position of each pair of channels: float32 [size / 2]."""
+        plain = self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)
+        return _KINDS[self.kind][0](self, plain).astype(np.float32)
 
-    def is_finite(self, head_dim: int) -> bool:
+    def is_finite(self) -> bool:
         """Whether all angles and the scale are finite, and the scale positive."""
         with np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
-            return bool(np.isfinite(self.inverse_frequencies(head_dim)).all()) and 0 < self.attention_factor < math.inf
+            return bool(np.isfinite(self.inverse_frequencies()).all()) and 0 < self.attention_factor < math.inf
         return False
 
-    def tables(self, positions: jax.Array, head_dim: int) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines, float32 [..., head_dim / 2], of int positions [...]."""
-        angles = positions.astype(jnp.float32)[..., None] * self.inverse_frequencies(head_dim)
+    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines, float32 [..., size / 2], of int positions [...]."""
+        angles = positions.astype(jnp.float32)[..., None] * self.inverse_frequencies()
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads x [B, T, heads, head_dim] turned by their positions, in float32; cos, sin: float32 [B, T, head_dim / 2].
+    """Heads x [B, T, heads, head_dim] turned by their positions, in float32; cos, sin: float32 [B, T, size / 2].
 
-    Channel i pairs with channel i + head_dim / 2, as in transformers. Of x's shape and dtype.
+    Of the first `size` channels, i pairs with i + size / 2, as in transformers; the others stay. Of x's shape and dtype.
     """
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
-def _linear(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def _linear(rope: Rope, plain: np.ndarray) -> np.ndarray:
     return plain / rope.factor
 
 
-def _llama3(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
     # Turns per original context: many turns keep their frequency, few are slowed down, a ramp joins the two.
     turns = rope.original_length * plain / (2 * math.pi)
     keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 
-def _yarn(rope: Rope, plain: np.ndarray, head_dim: int) -> np.ndarray:
+def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
     def channel(turns: float) -> float:
-        return head_dim * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return rope.size * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    slow = np.clip((np.arange(head_dim // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = max(low, 0), min(high, rope.size - 1)
+    slow = np.clip((np.arange(rope.size // 2) - low) / max(high - low, 0.001), 0, 1)
     return (1 - slow) * plain + slow * plain / rope.factor
 
 
@@ -128,10 +137,30 @@ def _yarn_attention_factor(parameters: dict) -> float:
     return scale(1.0)
 
 
+def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
+    return plain / np.asarray(rope.channel_factors)
+
+
+def _channel_factors(parameters: dict, size: int, where: str) -> tuple[float, ...]:
+    """The factors for rows up to the original length, one for each pair of channels."""
+    factors = parameters["short_factor"]
+    if not isinstance(factors, list) or len(factors) != size // 2:
+        raise ValueError(f"{where}: short_factor must be a list of {size // 2} numbers, one for each pair of channels.")
+    return tuple(map(float, factors))
+
+
+def _longrope_attention_factor(parameters: dict, max_length: int, original_length: int) -> float:
+    if parameters.get("attention_factor") is not None:
+        return float(parameters["attention_factor"])
+    factor = parameters.get("factor") or max_length / original_length
+    return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
+
+
 # A kind's function from plain inverse frequencies to its own, and the values that it needs.
 _KINDS = {
     "default": (_linear, ()),  # by the factor 1
     "linear": (_linear, ("factor",)),
     "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor")),
     "yarn": (_yarn, ("factor",)),
+    "longrope": (_longrope, ("short_factor",)),
 }

@@ -68,6 +68,9 @@ def configs() -> dict[str, dict]:
         "eoi_token_index": 37,
     }
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
+    longrope = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 5.0, 30.0]}
+    granite = {"embedding_multiplier": 3, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+    old_olmo3 = {"rope_theta": 100.0, "rope_scaling": {name: yarn[name] for name in yarn if name != "rope_theta"}}
     return {
         "llama": case("llama", head_dim=None, hidden_act="silu"),
         "llama_tied": case("llama", tie_word_embeddings=True, head_dim=16),
@@ -93,6 +96,34 @@ def configs() -> dict[str, dict]:
             "head": "language_model.lm_head.weight",
         },
         "gemma3_multimodal_new": {"config": multimodal, "prefix": "model.language_model."},
+        "ministral": case("ministral", head_dim=12, sliding_window=4, layer_types=SLIDING_THEN_FULL),
+        "phi3": case("phi3", pad_token_id=0, sliding_window=4),
+        "phi3_longrope": case(
+            "phi3",
+            pad_token_id=0,
+            rope_scaling=longrope,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=32,
+            tie_word_embeddings=True,
+        ),
+        "smollm3": case("smollm3", pad_token_id=0, no_rope_layers=[1, 0, 1], rope_theta=100.0),
+        "smollm3_window": case(
+            "smollm3",
+            pad_token_id=0,
+            no_rope_layers=[0, 1, 1],
+            use_sliding_window=True,
+            sliding_window=4,
+            tie_word_embeddings=False,
+            attention_bias=True,
+            mlp_bias=True,
+        ),
+        "granite": case("granite", **granite, tie_word_embeddings=True),
+        "granite_biases": case("granite", **granite, attention_bias=True, mlp_bias=True),
+        "olmo2": case("olmo2", rope_theta=100.0),
+        "olmo2_biases": case("olmo2", attention_bias=True, tie_word_embeddings=True, num_key_value_heads=4),
+        "olmo3": case("olmo3", **old_olmo3, sliding_window=4, layer_types=SLIDING_THEN_FULL),
+        "exaone4": case("exaone4", sliding_window=4, layer_types=SLIDING_THEN_FULL, tie_word_embeddings=True),
+        "exaone4_no_window": case("exaone4", sliding_window=None, layer_types=["full_attention"] * 3),
     }
 
 

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
+from transformers import AutoConfig, Gemma3TextConfig, GraniteConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, SmolLM3Config
 
 from gold_jax.models.config import FAMILIES, DecoderConfig
 
@@ -19,10 +19,11 @@ def test_both_formats_of_llama3_scaling_read_the_same():
 
 
 def test_gemma3_gives_its_full_and_sliding_layers_different_ropes():
-    full, local = read("gemma3_old").ropes
+    local, full, also_local = read("gemma3_old").ropes
+    assert also_local == local
     assert (full.kind, full.factor, full.theta) == ("linear", 8.0, 1e6)
     assert (local.kind, local.theta) == ("default", 100.0)
-    assert read("gemma3_new").ropes == (full, local)
+    assert read("gemma3_new").ropes == (local, full, local)
 
 
 def test_a_multimodal_gemma3_is_its_language_part():
@@ -41,6 +42,14 @@ def test_mistral_slides_everywhere_or_nowhere():
     assert DecoderConfig.from_hf(MistralConfig(num_hidden_layers=2, sliding_window=None)).sliding == (False, False)
 
 
+def test_layers_without_rotation_have_none():
+    assert [rope is not None for rope in read("smollm3").ropes] == [True, False, True]
+    assert [rope is not None for rope in read("exaone4").ropes] == [True, False, True]  # those that slide
+    assert None not in read("exaone4_no_window").ropes
+    with pytest.raises(ValueError, match=r"no_rope_layers of the smollm3 config is \[1, 0\]; it must have a 1"):
+        DecoderConfig.from_hf(SmolLM3Config(num_hidden_layers=3, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3))
+
+
 def test_configs_compare_and_hash_by_what_they_compute():
     one, other = (DecoderConfig.from_hf(LlamaConfig(), raw={"note": note}) for note in "ab")
     assert one == other and hash(one) == hash(other)
@@ -54,7 +63,7 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 
 
 def test_an_unknown_rope_type_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="rope_type 'dynamic' is not known. Known are default, linear, llama3, yarn"):
+    with pytest.raises(ValueError, match="rope_type 'dynamic' is not known. Known are default, linear, llama3, longrope"):
         DecoderConfig.from_hf(LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
 
 
@@ -65,6 +74,8 @@ def test_an_unknown_rope_type_is_refused_with_the_known_ones():
         (LlamaConfig(num_local_experts=4), "mixtures of experts"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
         (LlamaConfig(num_attention_heads=8, num_key_value_heads=3, hidden_size=64), "not a multiple"),
+        (LlamaConfig(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor 0.5"),
+        (GraniteConfig(logits_scaling=0.0), "logits_scaling of the granite config is 0.0; it must be a number greater"),
         (LlamaConfig(hidden_act="relu"), "activation 'relu' is not known"),
         (Qwen2Config(num_hidden_layers=1, layer_types=["sliding_attention"]), "sliding_window is null"),
         (Qwen2Config(num_hidden_layers=1, layer_types=["linear_attention"]), "linear_attention"),

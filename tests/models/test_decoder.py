@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -14,8 +15,10 @@ from gold_jax.text.packing import gather_positions, pack, pad_right
 
 from . import tiny
 
-# What differs most between families: a window, biases, q/k norms, two ropes, caps and sandwich norms.
+# What differs most between families: a window, biases, q/k norms of heads and of all, two ropes, a part of a head rotated,
+# layers without rotation, caps, norms after blocks alone, factors on what is added and on logits.
 VARIED = ("llama_biases", "mistral_window", "qwen2_layer_types", "qwen3", "gemma2", "gemma3_old")
+VARIED += ("phi3_longrope", "smollm3_window", "granite_biases", "olmo3", "exaone4")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,14 @@ def test_a_cache_too_short_for_the_prompt_is_refused(load):
     tokens, mask = tiny.batch()
     with pytest.raises(ValueError, match="cache_len is 15, less than the 16 tokens"):
         load("llama").prefill(tokens, mask, 15)
+
+
+def test_rows_longer_than_longrope_s_original_length_are_refused(load):
+    model, row = load("phi3_longrope"), np.zeros((1, 33), np.int32)
+    assert model(row[:, :32]).shape == (1, 32, 32)
+    for read in (lambda: model(row), lambda: model.prefill(row[:, :9], row[:, :9] == 0, 33)):
+        with pytest.raises(ValueError, match="rows of more than 32 tokens by other angles .* got rows of 33"):
+            read()
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma3_old"))
@@ -182,7 +193,8 @@ def test_bfloat16_computes_from_float32_masters(load):
 
 def test_a_huge_model_can_be_planned_without_memory(load):
     model = load("llama_tied")
-    config = model.config.__class__(**{**vars(model.config), "width": 65536, "layers": 500, "sliding": (False,) * 500})
+    config = model.config
+    config = dataclasses.replace(config, width=65536, layers=500, sliding=(False,) * 500, ropes=config.ropes[:1] * 500)
     graphdef, params = nnx.split(Decoder.abstract(config, param_dtype="bfloat16"))
     batch = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
     hidden = jax.eval_shape(lambda params, *batch: nnx.merge(graphdef, params)(*batch), params, *batch)

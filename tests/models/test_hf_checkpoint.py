@@ -41,7 +41,10 @@ def rewrite(folder: pathlib.Path, change) -> None:
     save_file({name: np.ascontiguousarray(value) for name, value in found.items()}, folder / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ("llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3_old"))
+@pytest.mark.parametrize(
+    "name",
+    ("llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3_old", "phi3", "granite_biases", "olmo2"),
+)
 def test_loading_and_saving_again_gives_the_same_bits(name, tmp_path):
     source = tiny.write_folder(name, tmp_path / "source")
     save_model(load_model(source), tmp_path / "copy")

@@ -33,7 +33,7 @@ def found(tmp_path_factory):
 
 
 def test_a_model_read_into_shards_has_the_bits_of_one_read_whole(found):
-    assert len(found) == 10
+    assert len(found) == 12
     for case, seen in found.items():
         assert seen["where asked"] and seen["same bits"], case
 

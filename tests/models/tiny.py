@@ -34,7 +34,7 @@ def weights_of(name: str) -> dict[str, np.ndarray]:
     kind, width, inner = text["model_type"], text["hidden_size"], text["intermediate_size"]
     head_dim = text.get("head_dim") or width // text["num_attention_heads"]
     q_size, kv_size = text["num_attention_heads"] * head_dim, text["num_key_value_heads"] * head_dim
-    gemma = kind.startswith("gemma")
+    gemma, post_norms_alone = kind.startswith("gemma"), kind in ("olmo2", "olmo3", "exaone4")
     rng = np.random.default_rng(sum(map(ord, name)))
 
     def normal(*shape, scale=1.0, shift=0.0):
@@ -49,21 +49,30 @@ def weights_of(name: str) -> dict[str, np.ndarray]:
     weights = {f"{prefix}embed_tokens.weight": matrix(_TOKENS, width), f"{prefix}norm.weight": norm(width)}
     for layer in range(text["num_hidden_layers"]):
         at = f"{prefix}layers.{layer}."
-        norms = ["input_layernorm", "post_attention_layernorm"]
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if gemma else []
+        norms = [] if post_norms_alone else ["input_layernorm"]
+        norms += ["post_attention_layernorm"]
+        norms += ["pre_feedforward_layernorm"] if gemma else []
+        norms += ["post_feedforward_layernorm"] if gemma or post_norms_alone else []
         weights |= {f"{at}{part}.weight": norm(width) for part in norms}
         sizes = {"q": (q_size, width), "k": (kv_size, width), "v": (kv_size, width), "o": (width, q_size)}
         for part, shape in sizes.items():
             weights[f"{at}self_attn.{part}_proj.weight"] = matrix(*shape)
             if text.get("attention_bias") or (kind == "qwen2" and part != "o"):
                 weights[f"{at}self_attn.{part}_proj.bias"] = normal(shape[0], scale=0.5)
-        if kind in ("qwen3", "gemma3_text"):
+        if kind in ("qwen3", "gemma3_text", "exaone4"):
             weights |= {f"{at}self_attn.{part}_norm.weight": norm(head_dim) for part in "qk"}
+        if kind in ("olmo2", "olmo3"):
+            weights |= {f"{at}self_attn.{part}_norm.weight": norm(size) for part, size in (("q", q_size), ("k", kv_size))}
         for part, shape in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
             weights[f"{at}mlp.{part}_proj.weight"] = matrix(*shape)
             if text.get("mlp_bias"):
                 weights[f"{at}mlp.{part}_proj.bias"] = normal(shape[0], scale=0.5)
-    if not config.get("tie_word_embeddings", gemma):
+        if kind == "phi3":
+            fused = {"self_attn.qkv_proj": [f"self_attn.{part}_proj" for part in "qkv"]}
+            fused |= {"mlp.gate_up_proj": ["mlp.gate_proj", "mlp.up_proj"]}
+            for tensor, parts in fused.items():
+                weights[f"{at}{tensor}.weight"] = np.concatenate([weights.pop(f"{at}{x}.weight") for x in parts])
+    if not config.get("tie_word_embeddings", gemma or kind == "smollm3"):
         weights[head] = matrix(_TOKENS, width)
     return weights
 

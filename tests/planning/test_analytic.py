@@ -142,6 +142,11 @@ FAMILIES = {
     "qwen3": {"head_dim": 64, "tie_word_embeddings": False},
     "gemma2": {"head_dim": 32, "sliding_window": 32},
     "gemma3_text": {"head_dim": 32, "sliding_window": 32},
+    "phi3": {"sliding_window": 32, "pad_token_id": 0},
+    "smollm3": {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "granite": {"attention_multiplier": 0.1, "residual_multiplier": 0.3},
+    "olmo2": {},
+    "exaone4": {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]},
 }
 
 
@@ -179,7 +184,7 @@ def test_layers_cost_what_the_compiler_counts(family, remat):
     def hidden(params, tokens):
         return nnx.merge(graph, params)(tokens, jnp.ones_like(tokens, bool))
 
-    one_layer = dataclasses.replace(config, layers=1, sliding=config.sliding[:1])
+    one_layer = dataclasses.replace(config, layers=1, sliding=config.sliding[:1], ropes=config.ropes[:1])
     if remat is None:
         expected = costs(one_layer, one_layer).cost("teacher").flops
         counted = compiled_flops(hidden, params, tokens)

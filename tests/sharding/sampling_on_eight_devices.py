@@ -7,6 +7,7 @@ import json
 import pathlib
 import re
 import sys
+import tempfile
 
 import jax
 import numpy as np
@@ -14,9 +15,11 @@ from flax import nnx
 
 sys.path[:0] = [str(pathlib.Path(__file__).parents[1]), str(pathlib.Path(__file__).parents[2])]
 
+from models import tiny  # noqa: E402
 from training.small import V, decoder  # noqa: E402
 
 from gold_jax.models.functional import split  # noqa: E402
+from gold_jax.models.hf_checkpoint import load_model  # noqa: E402
 from gold_jax.rollout import decode_state as device  # noqa: E402
 from gold_jax.rollout import sampler  # noqa: E402
 from gold_jax.rollout.agreement import own_logprobs  # noqa: E402
@@ -55,6 +58,7 @@ def main():
                 same += [np.array_equal(a.ids, b.ids) for a, b in zip(alone, drawn(placed, 15, how))]
         gaps.append(np.abs(own_logprobs(placed, texts, 48) - scored).max())
         found[f"{text} {layout}"] = {"differ": len(same) - sum(same), "logprobs": float(max(gaps))}
+    found |= families(options | {"max_new_tokens": 16})
     lengths = [len(d.ids) for d in expected]
     with jax.transfer_guard("disallow"):  # no weight goes through the host
         weights = model.shard(Placement(make_mesh(mesh_sizes("fsdp=8", 8)), "full")).decoding_weights("int8")
@@ -70,6 +74,22 @@ def main():
             }
         )
     )
+
+
+def families(options) -> dict[str, dict]:
+    """The same of models that norm all heads together, rotate some channels or layers alone, or scale what layers add."""
+    rng, found = np.random.default_rng(0), {}
+    prompts = [rng.integers(0, 40, int(rng.integers(2, 16))).astype(np.int32) for _ in range(12)]
+    placement = Placement(make_mesh(mesh_sizes("data=2,fsdp=2,tensor=2", 8)), "full")
+    for name in ("olmo2", "phi3_longrope", "smollm3_window", "granite_biases"):
+        with tempfile.TemporaryDirectory() as folder:
+            model = load_model(tiny.write_folder(name, pathlib.Path(folder)))
+        placed = model.shard(placement)
+        drawn = [SamplingEngine(8).generate(nnx.split(x), prompts, **options) for x in (model, placed)]
+        differ = sum(not np.array_equal(a.ids, b.ids) for a, b in zip(*drawn))
+        alone, together = (own_logprobs(x, prompts[:3], 32) for x in (model, placed))
+        found[name] = {"differ": differ, "logprobs": float(np.abs(alone - together).max())}
+    return found
 
 
 def gathered_while_decoding(model) -> list[str]:
