@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoder, chat = loaded.model, loaded.chat_tokenizer
         sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
         longest = args.max_length or longest_sequence(decoder)
+        decoder.config.check_decoded(longest)
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
         batcher.compile(COMPILED_LENGTH)
         name = args.served_model_name or shown_name(model.model_name_or_path)

@@ -251,6 +251,25 @@ gold_jax.save_model(loss.student(params), "own-loop")
 ```"""
 
 
+# Well-known models of each family.
+_MODELS = {
+    "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama",
+    "mistral": "Mistral 7B, Nemo, Small",
+    "ministral": "Ministral 8B",
+    "qwen2": "Qwen 2, 2.5, DeepSeek-R1-Distill-Qwen",
+    "qwen3": "Qwen 3",
+    "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 3 270M and 1B",
+    "gemma3": "Gemma 3 4B to 27B, the language part",
+    "phi3": "Phi 3 and 3.5 mini and medium, Phi 4, Phi 4 mini",
+    "smollm3": "SmolLM3",
+    "granite": "Granite 3, dense",
+    "olmo2": "OLMo 2",
+    "olmo3": "OLMo 3",
+    "exaone4": "EXAONE 4",
+}
+
+
 def families_page() -> str:
     """docs/families.md."""
     from transformers import AutoConfig
@@ -264,11 +283,19 @@ def families_page() -> str:
         norms = " and ".join(["before"] * config.pre_norms + ["after"] * config.post_norms)
         rotations = {rope: "none" if rope is None else f"{rope.theta:,.0f}" for rope in config.ropes}
         rows.append(
-            [code(family), config.activation, yes(config.qkv_bias), config.qk_norm or "", norms]
+            [code(family), _MODELS[family], config.activation, yes(config.qkv_bias), config.qk_norm or "", norms]
             + [yes(any(config.sliding)), ", ".join(rotations.values()), yes(config.embedding_scale != 1.0)]
             + [", ".join(n for n in ("attention", "final") if getattr(config, f"{n}_softcap") is not None)]
         )
-    header = ("`model_type`", "activation", "bias of Q, K, V", "norm of Q, K", "norms of blocks", "sliding window")
+    header = (
+        "`model_type`",
+        "models",
+        "activation",
+        "bias of Q, K, V",
+        "norm of Q, K",
+        "norms of blocks",
+        "sliding window",
+    )
     header += ("rotary bases", "scaled embedding", "soft caps")
     parts = [
         "# Model families",

@@ -58,6 +58,20 @@ class DecoderConfig:
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
+    @property
+    def most_decoded(self) -> int | None:
+        """Most tokens of a row that can be decoded, prompt and completion together; None: any number."""
+        return min((r.short_length for r in self.ropes if r is not None and r.short_length is not None), default=None)
+
+    def check_decoded(self, length: int) -> None:
+        """Raises a ValueError where a row grows to more tokens than can be decoded."""
+        if self.most_decoded is not None and length > self.most_decoded:
+            raise ValueError(
+                f"The {self.family} model rotates rows of more than {self.most_decoded} tokens by other angles from their "
+                f"first one on (longrope), so that prompt and completion can be {self.most_decoded} tokens together where "
+                f"one is written; asked for are {length}. A smaller max_length does."
+            )
+
     @classmethod
     def from_hf(cls, hf_config: Any, *, raw: dict | None = None) -> "DecoderConfig":
         """Read a `transformers` config object; of the multimodal `gemma3` its `text_config` is taken.

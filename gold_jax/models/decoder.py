@@ -165,7 +165,11 @@ class Decoder(nnx.Module):
                 in all of them).
             mask: bool [S, R, T], True where a row has a token.
         """
-        _, rows, length = gather_index.shape
+        sequences, rows, length = gather_index.shape
+        if not self._all_short(mask):  # what rows share is rotated by the length of each
+            apart = jnp.take_along_axis(tokens, gather_index.reshape(sequences, -1), axis=1)
+            hidden = self._forward(apart.reshape(-1, length), mask.reshape(-1, length))[0]
+            return jnp.take_along_axis(hidden.reshape(sequences, rows * length, -1), first_slot[..., None], axis=1)
 
         def attend_to_rows(attend, layout, sliding, query, key, value):
             (gather_index, first_slot), shared = layout
@@ -242,7 +246,7 @@ class Decoder(nnx.Module):
         of the cache, at least P; P plus the tokens to come is enough.
         """
         length = tokens.shape[1]
-        self._check_length(cache_len)
+        self.config.check_decoded(cache_len)
         if cache_len < length:
             raise ValueError(f"cache_len is {cache_len}, less than the {length} tokens of the prompts it must hold.")
         count = mask.sum(axis=1, dtype=jnp.int32)
@@ -321,7 +325,7 @@ class Decoder(nnx.Module):
         in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])
         x, caches = self._embed(tokens), []
-        self._check_length(cache.slots)
+        self.config.check_decoded(cache.slots)
         arrays = zip(weights.layers, cache.keys, cache.values)
         for rope, sliding, (own, *cached) in zip(config.ropes, config.sliding, arrays):
             seen = tables[rope], in_window if sliding else visible
@@ -339,23 +343,17 @@ class Decoder(nnx.Module):
         scale = self.config.embedding_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
-    def _tables(self, positions: jax.Array) -> dict[Rope | None, tuple[jax.Array, jax.Array]]:
-        """Cosines and sines by the layers' different rotations; for None those that rotate by nothing."""
-        tables = {rope: rope.tables(positions) for rope in dict.fromkeys(self.config.ropes) if rope is not None}
+    def _tables(self, positions, lengths=None) -> dict[Rope | None, tuple[jax.Array, jax.Array]]:
+        """Cosines and sines by the layers' different rotations, as `Rope.tables`; for None those that rotate by nothing."""
+        tables = {r: r.tables(positions, lengths) for r in dict.fromkeys(self.config.ropes) if r is not None}
         if None in self.config.ropes:
             like = next(iter(tables.values()), [jnp.zeros((*positions.shape, self.config.head_dim // 2))])[0]
             tables[None] = jnp.ones_like(like), jnp.zeros_like(like)
         return tables
 
-    def _check_length(self, length: int) -> None:
-        """ValueError where rows of so many tokens are rotated in a way that is not there."""
-        limits = [rope.longest for rope in self.config.ropes if rope is not None and rope.longest is not None]
-        if limits and length > min(limits):
-            raise ValueError(
-                f"The {self.config.family} model turns rows of more than {min(limits)} tokens by other angles (longrope's "
-                f"long_factor), which are not supported; got rows of {length}. Use shorter ones (--max_length, "
-                "--max_prompt_length, --max_new_tokens)."
-            )
+    def _all_short(self, mask: jax.Array) -> bool:
+        """Whether rows [B, T] are rotated alike, whatever their lengths."""
+        return self.config.most_decoded is None or mask.shape[-1] <= self.config.most_decoded
 
     def _forward(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool = False):
         """Hidden states of rows, and where they are kept the rotated keys and the values of all layers."""
@@ -369,7 +367,6 @@ class Decoder(nnx.Module):
         It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
         """
         config, placement = self.config, self.placement
-        self._check_length(mask.shape[1])
         layout, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
         if attend_to_rows is not None:
             attend, layout = functools.partial(attend_to_rows, attend), (arrays, layout)
@@ -379,7 +376,7 @@ class Decoder(nnx.Module):
             for name, info in layer_parameters(config).items():
                 shardings = (of(info.shape, info.spec) for of in (placement.param_sharding, placement.compute_sharding))
                 weights[name] = ShardedParam(weights[name], *shardings)
-        tables = self._tables(positions)
+        tables = self._tables(positions, None if self._all_short(mask) else mask.sum(axis=1, keepdims=True))
         which = jnp.asarray([list(tables).index(rope) for rope in config.ropes], jnp.int32)
 
         def body(x, scanned):

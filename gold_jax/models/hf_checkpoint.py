@@ -204,9 +204,7 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
     for path, tensors in _tensors(config).items():
         for layer, stored in enumerate(tensors):
             sources.setdefault(stored._replace(start=0), []).append((path, layer))
-    plan = [
-        (Entry(name, shape, exceptions.get(name, common)), held) for (name, shape, _), held in sources.items()
-    ]
+    plan = [(Entry(name, shape, exceptions.get(name, common)), held) for (name, shape, _), held in sources.items()]
     plan.sort(key=lambda planned: -np.dtype(planned[0].dtype).itemsize)  # keeps every tensor aligned
     tensors = _to_host(model, [held for _, held in plan])
     try:
@@ -225,9 +223,7 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
             multihost_utils.sync_global_devices("save_model")
 
 
-def _tensors(
-    config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight"
-) -> dict[tuple, list[Stored]]:
+def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list[Stored]]:
     """The tensors that make up each parameter, by its path; as a text checkpoint has them."""
     names, fused, infos = NAMES | (POST_NORM_NAMES if config.post_norms else {}), {}, parameters(config)
     for tensor, held in FUSED.items() if config.fused else ():
@@ -278,9 +274,7 @@ def _match(files: TensorFolder, config: DecoderConfig) -> tuple[DecoderConfig, d
     return config, own
 
 
-def _read(
-    files: TensorFolder, own: list[Stored], stacked: bool, rounded, kept, index: tuple[slice, ...]
-) -> np.ndarray:
+def _read(files: TensorFolder, own: list[Stored], stacked: bool, rounded, kept, index: tuple[slice, ...]) -> np.ndarray:
     """The part of one parameter, its layers stacked, that `index` cuts out; of each tensor only that is read."""
     array = np.empty([part.stop - part.start for part in index], rounded)
     if stacked:

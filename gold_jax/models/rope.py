@@ -7,6 +7,7 @@ by wavelength), YaRN (2309.00071) and LongRoPE (2402.13753).
 import contextlib
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
-    channel_factors: tuple[float, ...] = ()  # by which `longrope` divides the plain frequencies
-    longest: int | None = None  # tokens that a row may have; `longrope` turns longer ones by other factors throughout
+    # By which `longrope` divides the plain frequencies, in rows of up to `original_length` tokens and in longer ones.
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
 
     @classmethod
     def from_parameters(cls, parameters: dict, head_dim: int, *, max_length: int, where: str) -> "Rope":
@@ -54,7 +56,7 @@ class Rope:
         missing = [name for name in ("rope_theta", *needed) if parameters.get(name) is None]
         if missing:
             raise ValueError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}, which the config does not give.")
-        values = {name: float(parameters[name]) for name in needed if name != "short_factor"}
+        values = {name: float(parameters[name]) for name in needed if kind != "longrope"}
         if kind in ("llama3", "yarn", "longrope"):
             values["original_length"] = int(parameters.get("original_max_position_embeddings") or max_length)
         if kind == "yarn":
@@ -63,7 +65,7 @@ class Rope:
             values["attention_factor"] = _yarn_attention_factor(parameters)
             values["truncate"] = bool(parameters.get("truncate", True))
         if kind == "longrope":
-            values |= {"longest": values["original_length"], "channel_factors": _channel_factors(parameters, size, where)}
+            values |= {f"{name}s": _channel_factors(parameters[name], name, size, where) for name in needed}
             values["attention_factor"] = _longrope_attention_factor(parameters, max_length, values["original_length"])
         theta = float(parameters["rope_theta"])
         positive = {"rope_theta": theta} | {
@@ -74,20 +76,36 @@ class Rope:
                 raise ValueError(f"{where}: {name} is {value:g}; it must be greater than 0.")
         return cls(theta, size, kind, **values)
 
-    def inverse_frequencies(self) -> np.ndarray:
-        """Angle per position of each pair of channels: float32 [size / 2]."""
+    def inverse_frequencies(self, *, long: bool = False) -> np.ndarray:
+        """Angle per position of each pair of channels, float32 [size / 2]; `long`: in rows that `longrope` has long factors for."""
         plain = self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)
+        if long:
+            return (plain / np.asarray(self.long_factors)).astype(np.float32)
         return _KINDS[self.kind][0](self, plain).astype(np.float32)
+
+    @property
+    def short_length(self) -> int | None:
+        """Up to how many tokens rows are rotated alike; None: whatever their length."""
+        return self.original_length if self.kind == "longrope" else None
 
     def is_finite(self) -> bool:
         """Whether all angles and the scale are finite, and the scale positive."""
         with np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
-            return bool(np.isfinite(self.inverse_frequencies()).all()) and 0 < self.attention_factor < math.inf
+            kinds = (False, True) if self.kind == "longrope" else (False,)
+            finite = all(np.isfinite(self.inverse_frequencies(long=long)).all() for long in kinds)
+            return finite and 0 < self.attention_factor < math.inf
         return False
 
-    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines, float32 [..., size / 2], of int positions [...]."""
-        angles = positions.astype(jnp.float32)[..., None] * self.inverse_frequencies()
+    def tables(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines, float32 [..., size / 2], of int positions [...].
+
+        `lengths`, which broadcast to positions, are the rows'; None: none is longer than `short_length`.
+        """
+        frequencies = self.inverse_frequencies()
+        if lengths is not None and self.short_length is not None:
+            is_long = (lengths > self.short_length)[..., None]
+            frequencies = jnp.where(is_long, self.inverse_frequencies(long=True), frequencies)
+        angles = positions.astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
@@ -138,14 +156,13 @@ def _yarn_attention_factor(parameters: dict) -> float:
 
 
 def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    return plain / np.asarray(rope.channel_factors)
+    return plain / np.asarray(rope.short_factors)
 
 
-def _channel_factors(parameters: dict, size: int, where: str) -> tuple[float, ...]:
-    """The factors for rows up to the original length, one for each pair of channels."""
-    factors = parameters["short_factor"]
+def _channel_factors(factors: Any, name: str, size: int, where: str) -> tuple[float, ...]:
+    """One factor for each pair of channels."""
     if not isinstance(factors, list) or len(factors) != size // 2:
-        raise ValueError(f"{where}: short_factor must be a list of {size // 2} numbers, one for each pair of channels.")
+        raise ValueError(f"{where}: {name} must be a list of {size // 2} numbers, one for each pair of channels.")
     return tuple(map(float, factors))
 
 
@@ -162,5 +179,5 @@ _KINDS = {
     "linear": (_linear, ("factor",)),
     "llama3": (_llama3, ("factor", "low_freq_factor", "high_freq_factor")),
     "yarn": (_yarn, ("factor",)),
-    "longrope": (_longrope, ("short_factor",)),
+    "longrope": (_longrope, ("short_factor", "long_factor")),
 }

@@ -96,6 +96,7 @@ class _GenerationRun:
                 raise ValueError(
                     f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}."
                 )
+        decoder.config.check_decoded(max(map(len, prompts), default=0) - 1 + int(settings.limit))
         self.model, self.config, self.dtype, self.placement = (
             (graph, params),
             decoder.config,

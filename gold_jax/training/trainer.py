@@ -615,6 +615,9 @@ class GOLDTrainer(_Trainer):
         match = build.match_pair(student, teacher, a.projection_mask)
         self.spec = a.loss_spec(match.same or match.related)
         need, by_teacher = None, a.seq_kd and a.lmbda < 1
+        for side, writes in (student, a.lmbda > 0 and a.server_url is None), (teacher, by_teacher):
+            if writes:
+                side.model.config.check_decoded(a.prompt_budget + a.max_completion_length)
         if a.lmbda < 1 and not a.seq_kd:
             share = f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set"
             need = f"{share}; use --lmbda 1 for prompts alone"

@@ -69,7 +69,12 @@ def configs() -> dict[str, dict]:
     }
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 100.0}
     longrope = {"type": "longrope", "short_factor": [1.0, 1.5, 2.0], "long_factor": [1.0, 5.0, 30.0]}
-    granite = {"embedding_multiplier": 3, "logits_scaling": 2.5, "residual_multiplier": 0.4, "attention_multiplier": 0.2}
+    granite = {
+        "embedding_multiplier": 3,
+        "logits_scaling": 2.5,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+    }
     old_olmo3 = {"rope_theta": 100.0, "rope_scaling": {name: yarn[name] for name in yarn if name != "rope_theta"}}
     return {
         "llama": case("llama", head_dim=None, hidden_act="silu"),
@@ -106,6 +111,13 @@ def configs() -> dict[str, dict]:
             original_max_position_embeddings=32,
             tie_word_embeddings=True,
         ),
+        "phi3_longrope_beyond": case(
+            "phi3",
+            pad_token_id=0,
+            rope_scaling=longrope,
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=12,
+        ),
         "smollm3": case("smollm3", pad_token_id=0, no_rope_layers=[1, 0, 1], rope_theta=100.0),
         "smollm3_window": case(
             "smollm3",
@@ -128,7 +140,10 @@ def configs() -> dict[str, dict]:
 
 
 def transformers_logits(folder: pathlib.Path, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Float32 logits [B, T, V] of a model folder by transformers' eager attention."""
+    """Float32 logits [B, T, V] of a model folder by transformers' eager attention.
+
+    Rows are read one by one where a batch's longest one decides how all of them are rotated (longrope).
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -136,6 +151,11 @@ def transformers_logits(folder: pathlib.Path, tokens: np.ndarray, mask: np.ndarr
     auto = AutoModelForImageTextToText if kind == "gemma3" else AutoModelForCausalLM
     model = auto.from_pretrained(folder, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
+        if "longrope" in (folder / "config.json").read_text():
+            logits = np.zeros((*tokens.shape, model.config.vocab_size), np.float32)
+            for row, own in enumerate(mask):
+                logits[row, own] = model(torch.tensor(tokens[row : row + 1, own], dtype=torch.long)).logits[0].numpy()
+            return logits
         ids, attention = torch.tensor(tokens, dtype=torch.long), torch.tensor(mask, dtype=torch.long)
         return model(input_ids=ids, attention_mask=attention).logits.numpy()
 

@@ -33,7 +33,9 @@ LAYOUTS = {  # shape of the mesh, and the axes that each of its two cuts
     "layers": ((3, 2), ("layers",), ("embed",)),
 }
 CASES = [("qwen3_biases", layout, "float32") for layout in (*LAYOUTS, "one device")]
-CASES += [(name, "both", "float32") for name in ("llama", "qwen2", "gemma3_old", "phi3", "olmo2")] + [("llama", "both", "bfloat16")]
+CASES += [(name, "both", "float32") for name in ("llama", "qwen2", "gemma3_old", "phi3", "olmo2")] + [
+    ("llama", "both", "bfloat16")
+]
 
 
 def sharding_of(layout):

@@ -1,7 +1,16 @@
 import json
 
 import pytest
-from transformers import AutoConfig, Gemma3TextConfig, GraniteConfig, LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, SmolLM3Config
+from transformers import (
+    AutoConfig,
+    Gemma3TextConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Qwen2Config,
+    SmolLM3Config,
+)
 
 from gold_jax.models.config import FAMILIES, DecoderConfig
 
@@ -47,7 +56,9 @@ def test_layers_without_rotation_have_none():
     assert [rope is not None for rope in read("exaone4").ropes] == [True, False, True]  # those that slide
     assert None not in read("exaone4_no_window").ropes
     with pytest.raises(ValueError, match=r"no_rope_layers of the smollm3 config is \[1, 0\]; it must have a 1"):
-        DecoderConfig.from_hf(SmolLM3Config(num_hidden_layers=3, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3))
+        DecoderConfig.from_hf(
+            SmolLM3Config(num_hidden_layers=3, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3)
+        )
 
 
 def test_configs_compare_and_hash_by_what_they_compute():
@@ -63,7 +74,9 @@ def test_an_unknown_family_is_refused_with_the_known_ones():
 
 
 def test_an_unknown_rope_type_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="rope_type 'dynamic' is not known. Known are default, linear, llama3, longrope"):
+    with pytest.raises(
+        ValueError, match="rope_type 'dynamic' is not known. Known are default, linear, llama3, longrope"
+    ):
         DecoderConfig.from_hf(LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}))
 
 

@@ -74,12 +74,21 @@ def test_a_cache_too_short_for_the_prompt_is_refused(load):
         load("llama").prefill(tokens, mask, 15)
 
 
-def test_rows_longer_than_longrope_s_original_length_are_refused(load):
-    model, row = load("phi3_longrope"), np.zeros((1, 33), np.int32)
-    assert model(row[:, :32]).shape == (1, 32, 32)
-    for read in (lambda: model(row), lambda: model.prefill(row[:, :9], row[:, :9] == 0, 33)):
-        with pytest.raises(ValueError, match="rows of more than 32 tokens by other angles .* got rows of 33"):
-            read()
+def test_longrope_rotates_each_row_by_its_own_length(load):
+    model, (tokens, mask) = (
+        load("phi3_longrope_beyond"),
+        tiny.batch(),
+    )  # of 16, 11 and 12 tokens, 12 the original length
+    together = logits_of(model, tokens, mask)
+    for row, own in zip(range(3), mask):
+        alone = logits_of(model, tokens[row : row + 1, own], own[None, own])[0]
+        np.testing.assert_allclose(together[row, own], alone, atol=1e-5, rtol=0)
+
+
+def test_a_cache_longer_than_longrope_s_original_length_is_refused(load):
+    prompt = np.zeros((1, 9), np.int32)
+    with pytest.raises(ValueError, match="can be 12 tokens together .* asked for are 13"):
+        load("phi3_longrope_beyond").prefill(prompt, prompt == 0, 13)
 
 
 @pytest.mark.parametrize("name", ("llama", "gemma3_old"))
@@ -129,7 +138,7 @@ def test_remat_multiplies_every_layer_once_more(load):
     assert products(remat=True) > products(remat=False)
 
 
-@pytest.mark.parametrize("name", ["llama", *VARIED])
+@pytest.mark.parametrize("name", ["llama", "phi3_longrope_beyond", *VARIED])
 def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient(load, name):
     """Beginnings that rows share stand in a line once; what any row asks of them adds up."""
     rng = np.random.default_rng(0)

@@ -43,7 +43,18 @@ def rewrite(folder: pathlib.Path, change) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ("llama", "llama_tied", "llama_biases", "qwen2", "qwen3", "gemma2", "gemma3_old", "phi3", "granite_biases", "olmo2"),
+    (
+        "llama",
+        "llama_tied",
+        "llama_biases",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3_old",
+        "phi3",
+        "granite_biases",
+        "olmo2",
+    ),
 )
 def test_loading_and_saving_again_gives_the_same_bits(name, tmp_path):
     source = tiny.write_folder(name, tmp_path / "source")

@@ -83,6 +83,7 @@ def test_longrope_divides_each_frequency_by_its_factor_and_knows_how_long_a_row_
     rope = read(parameters | {"original_max_position_embeddings": 1024}, 6)
     plain = read({"rope_theta": 1e4}, 6)
     np.testing.assert_allclose(rope.inverse_frequencies(), plain.inverse_frequencies() / [1, 2, 4], rtol=1e-6)
-    assert rope.longest == 1024 and rope.attention_factor == pytest.approx((1 + np.log(4) / np.log(1024)) ** 0.5)
+    np.testing.assert_allclose(rope.inverse_frequencies(long=True), plain.inverse_frequencies() / 9, rtol=1e-6)
+    assert rope.short_length == 1024 and rope.attention_factor == pytest.approx((1 + np.log(4) / np.log(1024)) ** 0.5)
     with pytest.raises(ValueError, match="short_factor must be a list of 4 numbers"):
         read(parameters, 8)

@@ -62,7 +62,9 @@ def weights_of(name: str) -> dict[str, np.ndarray]:
         if kind in ("qwen3", "gemma3_text", "exaone4"):
             weights |= {f"{at}self_attn.{part}_norm.weight": norm(head_dim) for part in "qk"}
         if kind in ("olmo2", "olmo3"):
-            weights |= {f"{at}self_attn.{part}_norm.weight": norm(size) for part, size in (("q", q_size), ("k", kv_size))}
+            weights |= {
+                f"{at}self_attn.{part}_norm.weight": norm(size) for part, size in (("q", q_size), ("k", kv_size))
+            }
         for part, shape in {"gate": (inner, width), "up": (inner, width), "down": (width, inner)}.items():
             weights[f"{at}mlp.{part}_proj.weight"] = matrix(*shape)
             if text.get("mlp_bias"):
