@@ -280,23 +280,16 @@ def families_page() -> str:
     for family in FAMILIES:
         config = DecoderConfig.from_hf(AutoConfig.for_model(family))
         yes = lambda value: "yes" if value else ""  # noqa: E731
-        norms = " and ".join(["before"] * config.pre_norms + ["after"] * config.post_norms)
-        rotations = {rope: "none" if rope is None else f"{rope.theta:,.0f}" for rope in config.ropes}
+        norms = "before and after" if config.sandwich_norms else "after" if config.post_norms else "before"
+        heads = "each head" if config.qk_norm else "all heads" if config.joint_qk_norm else ""
+        rotations = {rope: "none" if rope is None else f"{rope.theta:,.0f}" for rope in config.layer_ropes}
         rows.append(
-            [code(family), _MODELS[family], config.activation, yes(config.qkv_bias), config.qk_norm or "", norms]
+            [code(family), _MODELS[family], config.activation, yes(config.qkv_bias), heads, norms]
             + [yes(any(config.sliding)), ", ".join(rotations.values()), yes(config.embedding_scale != 1.0)]
             + [", ".join(n for n in ("attention", "final") if getattr(config, f"{n}_softcap") is not None)]
         )
-    header = (
-        "`model_type`",
-        "models",
-        "activation",
-        "bias of Q, K, V",
-        "norm of Q, K",
-        "norms of blocks",
-        "sliding window",
-    )
-    header += ("rotary bases", "scaled embedding", "soft caps")
+    header = ("`model_type`", "models", "activation", "bias of Q, K, V", "norm of Q, K", "norms of blocks")
+    header += ("sliding window", "rotary bases", "scaled embedding", "soft caps")
     parts = [
         "# Model families",
         "Written by `tools/generate_docs.py` from `gold_jax/models/config.py`: a family is a set of values of one decoder. What is "

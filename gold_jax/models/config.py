@@ -36,7 +36,7 @@ class DecoderConfig:
     head_dim: int  # need not be `width / heads`
     norm_eps: float  # added to the mean square in every RMSNorm
     activation: str  # one of `ACTIVATIONS`
-    ropes: tuple[Rope | None, ...]  # per layer, its rotation; None: its queries and keys are not rotated (NoPE)
+    ropes: tuple[Rope, Rope]  # of (full-attention layers, sliding layers); Gemma 3 and OLMo 3 have two different ones
     sliding: tuple[bool, ...]  # per layer, whether it sees only the last `window` tokens
     window: int | None  # tokens in the sliding window, the token itself included; None without sliding layers
     tied: bool  # the head is the embedding
@@ -45,23 +45,32 @@ class DecoderConfig:
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
-    # RMSNorm on queries and keys before the rotation: of each "head" (Qwen 3, Gemma 3), or of "all" heads as one vector (OLMo 2).
-    qk_norm: str | None = None
-    pre_norms: bool = True  # norms before attention and MLP (all but OLMo 2, 3 and EXAONE 4)
-    post_norms: bool = False  # norms after them, before they are added (Gemma, OLMo 2, 3, EXAONE 4)
+    qk_norm: bool = False  # RMSNorm on every query and key head before the rotation (Qwen 3, Gemma 3)
+    joint_qk_norm: bool = False  # of all heads as one vector (OLMo 2)
+    sandwich_norms: bool = False  # norms after attention and MLP as well as before (Gemma)
+    post_norms: bool = False  # norms after them alone (OLMo 2, EXAONE 4)
     attention_softcap: float | None = None  # `cap · tanh(x / cap)` on scores
     final_softcap: float | None = None  # the same on logits
     embedding_scale: float = 1.0  # on embeddings (Gemma: √width), rounded to the compute dtype as transformers does
     residual_scale: float = 1.0  # on what attention and MLP add (Granite)
     hidden_scale: float = 1.0  # on the final hidden states, and so on logits (Granite: 1 / logits_scaling)
+    rotated: tuple[bool, ...] | None = (
+        None  # per layer, whether queries and keys are rotated; None: all (not SmolLM3, EXAONE 4)
+    )
     fused: bool = False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
     @property
+    def layer_ropes(self) -> tuple[Rope | None, ...]:
+        """Per layer, its rotation; None where there is none."""
+        rotated = (True,) * self.layers if self.rotated is None else self.rotated
+        return tuple(self.ropes[slides] if rotates else None for slides, rotates in zip(self.sliding, rotated))
+
+    @property
     def most_decoded(self) -> int | None:
         """Most tokens of a row that can be decoded, prompt and completion together; None: any number."""
-        return min((r.short_length for r in self.ropes if r is not None and r.short_length is not None), default=None)
+        return min((rope.short_length for rope in self.ropes if rope.short_length is not None), default=None)
 
     def check_decoded(self, length: int) -> None:
         """Raises a ValueError where a row grows to more tokens than can be decoded."""
@@ -86,7 +95,7 @@ class DecoderConfig:
         _refuse_out_of_range(text)
         _refuse_unsupported(text, hf_config)
         family = text.model_type
-        gemma, post_norms_alone = family.startswith("gemma"), family in ("olmo2", "olmo3", "exaone4")
+        gemma, olmo = family.startswith("gemma"), family in ("olmo2", "olmo3")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         sliding, window = _sliding_layers(text)
         bias = bool(getattr(text, "attention_bias", False)) and family not in _WITHOUT_BIASES
@@ -107,7 +116,8 @@ class DecoderConfig:
             head_dim=head_dim,
             norm_eps=float(text.rms_norm_eps),
             activation=activation,
-            ropes=_ropes(text, head_dim, sliding),
+            ropes=_ropes(text, head_dim),
+            rotated=_rotated_layers(text, sliding),
             sliding=sliding,
             window=window,
             # The outer config of a multimodal model decides whether its head is tied.
@@ -117,9 +127,10 @@ class DecoderConfig:
             qkv_bias=bias or family == "qwen2",
             out_bias=bias and family != "qwen2",
             mlp_bias=family in ("llama", "smollm3", "granite") and bool(getattr(text, "mlp_bias", False)),
-            qk_norm=_QK_NORMS.get(family),
-            pre_norms=not post_norms_alone,
-            post_norms=gemma or post_norms_alone,
+            qk_norm=family in ("qwen3", "gemma3_text", "exaone4"),
+            joint_qk_norm=olmo,
+            sandwich_norms=gemma,
+            post_norms=olmo or family == "exaone4",
             # Gemma 3's attention has no cap in transformers, whatever its config says.
             attention_softcap=text.attn_logit_softcapping if family == "gemma2" else None,
             final_softcap=text.final_logit_softcapping if gemma else None,
@@ -133,7 +144,6 @@ class DecoderConfig:
 
 # `attention_bias` in their configs means nothing to transformers.
 _WITHOUT_BIASES = ("mistral", "ministral", "phi3", "exaone4")
-_QK_NORMS = dict.fromkeys(("qwen3", "gemma3_text", "exaone4"), "head") | dict.fromkeys(("olmo2", "olmo3"), "all")
 
 
 def _granite(text: Any, name: str) -> float:
@@ -229,8 +239,8 @@ def _sliding_layers(text: Any) -> tuple[tuple[bool, ...], int | None]:
     return sliding, window if any(sliding) else None
 
 
-def _ropes(text: Any, head_dim: int, sliding: tuple[bool, ...]) -> tuple[Rope | None, ...]:
-    """Each layer's rotation, from the new format, or the old where an older release left it."""
+def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
+    """Rotary settings of full and of sliding layers, from the new format, or the old where an older release left it."""
     parameters = getattr(text, "rope_parameters", None)
     if not parameters:
         parameters = {"rope_theta": getattr(text, "rope_theta", None), **(getattr(text, "rope_scaling", None) or {})}
@@ -240,25 +250,23 @@ def _ropes(text: Any, head_dim: int, sliding: tuple[bool, ...]) -> tuple[Rope | 
     for kind, values in (nested or {None: parameters}).items():
         where = f"rope_parameters{f'[{kind!r}]' if kind else ''} of the {text.model_type} config"
         rope = Rope.from_parameters(values, head_dim, max_length=text.max_position_embeddings, where=where)
-        if rope.size != head_dim and text.model_type != "phi3":
-            partial = values["partial_rotary_factor"]
+        if rope.partial != 1 and text.model_type != "phi3":
             raise ValueError(
-                f"{where}: partial_rotary_factor {partial} is not supported; whole heads are turned (1.0)."
+                f"{where}: partial_rotary_factor {rope.partial:g} is not supported; whole heads are turned (1.0)."
             )
-        if not rope.is_finite():
+        if not rope.is_finite(head_dim):
             raise ValueError(f"{where} is {quoted(values)}, which gives angles that are no finite numbers.")
         read[kind] = rope
     one, *_ = read.values()
-    rotated = _rotated_layers(text, sliding)
-    return tuple(read.get(kinds[slides], one) if rotates else None for slides, rotates in zip(sliding, rotated))
+    return tuple(read.get(kind, one) for kind in kinds)
 
 
-def _rotated_layers(text: Any, sliding: tuple[bool, ...]) -> tuple[bool, ...]:
-    """In which layers positions are told by rotation; the others (NoPE) have the causal mask alone."""
+def _rotated_layers(text: Any, sliding: tuple[bool, ...]) -> tuple[bool, ...] | None:
+    """In which layers positions are told by rotation (None: all); the others (NoPE) have the causal mask alone."""
     if text.model_type == "exaone4" and text.sliding_window is not None:
         return sliding
     if text.model_type != "smollm3":
-        return (True,) * len(sliding)
+        return None
     rotated = text.no_rope_layers  # 1 where there is a rotation
     if not isinstance(rotated, list) or len(rotated) < len(sliding) or not set(rotated) <= {0, 1}:
         needed = f"it must have a 1 (rotated) or a 0 for each of its {len(sliding)} layers"

@@ -327,7 +327,7 @@ class Decoder(nnx.Module):
         x, caches = self._embed(tokens), []
         self.config.check_decoded(cache.slots)
         arrays = zip(weights.layers, cache.keys, cache.values)
-        for rope, sliding, (own, *cached) in zip(config.ropes, config.sliding, arrays):
+        for rope, sliding, (own, *cached) in zip(config.layer_ropes, config.sliding, arrays):
             seen = tables[rope], in_window if sliding else visible
             x, *written = layer.decode(config, own, x, *seen, (*cached, cache.length), self.platform, self.placement)
             caches.append(written)
@@ -345,9 +345,10 @@ class Decoder(nnx.Module):
 
     def _tables(self, positions, lengths=None) -> dict[Rope | None, tuple[jax.Array, jax.Array]]:
         """Cosines and sines by the layers' different rotations, as `Rope.tables`; for None those that rotate by nothing."""
-        tables = {r: r.tables(positions, lengths) for r in dict.fromkeys(self.config.ropes) if r is not None}
-        if None in self.config.ropes:
-            like = next(iter(tables.values()), [jnp.zeros((*positions.shape, self.config.head_dim // 2))])[0]
+        ropes, size = dict.fromkeys(self.config.layer_ropes), self.config.head_dim
+        tables = {rope: rope.tables(positions, size, lengths) for rope in ropes if rope is not None}
+        if None in ropes:
+            like = next(iter(tables.values()), [jnp.zeros((*positions.shape, size // 2))])[0]
             tables[None] = jnp.ones_like(like), jnp.zeros_like(like)
         return tables
 
@@ -377,7 +378,7 @@ class Decoder(nnx.Module):
                 shardings = (of(info.shape, info.spec) for of in (placement.param_sharding, placement.compute_sharding))
                 weights[name] = ShardedParam(weights[name], *shardings)
         tables = self._tables(positions, None if self._all_short(mask) else mask.sum(axis=1, keepdims=True))
-        which = jnp.asarray([list(tables).index(rope) for rope in config.ropes], jnp.int32)
+        which = jnp.asarray([list(tables).index(rope) for rope in config.layer_ropes], jnp.int32)
 
         def body(x, scanned):
             weights, sliding, which = scanned

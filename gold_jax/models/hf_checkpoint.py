@@ -48,8 +48,8 @@ NAMES = {
     "down": "mlp.down_proj",
     "mlp_norm": "post_attention_layernorm",
 }
-# With norms after attention and MLP (Gemma, OLMo 2) `post_attention_layernorm` means what it says.
-POST_NORM_NAMES = {
+# With norms after attention and MLP `post_attention_layernorm` means what it says.
+OUT_NORM_NAMES = {
     "attention_out_norm": "post_attention_layernorm",
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_out_norm": "post_feedforward_layernorm",
@@ -225,7 +225,11 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
 
 def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list[Stored]]:
     """The tensors that make up each parameter, by its path; as a text checkpoint has them."""
-    names, fused, infos = NAMES | (POST_NORM_NAMES if config.post_norms else {}), {}, parameters(config)
+    names, fused, infos = (
+        NAMES | (OUT_NORM_NAMES if config.sandwich_norms or config.post_norms else {}),
+        {},
+        parameters(config),
+    )
     for tensor, held in FUSED.items() if config.fused else ():
         rows = [infos["layers", name].shape[-1] for name in held]
         fused |= {name: (tensor, sum(rows), sum(rows[:i])) for i, name in enumerate(held)}

@@ -57,7 +57,7 @@ _linear = _keep_inputs(linear, static_argnums=1)
 
 @functools.partial(_keep_inputs, static_argnums=(0, 3, 4))
 def _normed_products(config: DecoderConfig, weights: Weights, x: jax.Array, norm: str, names: tuple[str, ...]):
-    normed = rms_norm(config, weights[norm], x) if config.pre_norms else x
+    normed = x if config.post_norms else rms_norm(config, weights[norm], x)
     return tuple(linear(weights, name, normed) for name in names)
 
 
@@ -139,10 +139,10 @@ def _rotated_heads(config: DecoderConfig, weights: Weights, x: jax.Array, table:
     """Queries [B, T, H, K] and keys [B, T, N, K], normed where they are and rotated, and values; x [B, D] is one token."""
     shape = x.shape[0], 1 if x.ndim == 2 else x.shape[1], -1, config.head_dim
     made = _normed_products(config, weights, x, "attention_norm", ("query", "key", "value"))
-    if config.qk_norm == "all":
+    if config.joint_qk_norm:
         made = [rms_norm(config, weights[f"{name}_norm"], y) for name, y in zip(("query", "key"), made)] + [made[2]]
     query, key, value = (y.reshape(shape) for y in made)
-    if config.qk_norm == "head":
+    if config.qk_norm:
         query = rms_norm(config, weights["query_norm"], query)
         key = rms_norm(config, weights["key_norm"], key)
     return rotate(query, *table), rotate(key, *table), value
@@ -151,10 +151,11 @@ def _rotated_heads(config: DecoderConfig, weights: Weights, x: jax.Array, table:
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """What follows attention in a layer: its output projection and the MLP, each added to x [..., D]."""
     attended = _linear(weights, "out", attended)
-    if config.post_norms:
+    norms_after = config.sandwich_norms or config.post_norms
+    if norms_after:
         attended = _norm(config, weights["attention_out_norm"], attended)
     x = x + scaled(attended, config.residual_scale)
     made = _gated_product(config, weights, *_normed_products(config, weights, x, "mlp_norm", ("gate", "up")))
-    if config.post_norms:
+    if norms_after:
         made = _norm(config, weights["mlp_out_norm"], made)
     return x + scaled(made, config.residual_scale)

@@ -32,13 +32,13 @@ def layer_parameters(config: DecoderConfig) -> dict[str, ParamInfo]:
         specs |= {"out_bias": ("embed",)}
     if config.mlp_bias:
         specs |= {"gate_bias": ("mlp",), "up_bias": ("mlp",), "down_bias": ("embed",)}
-    if config.qk_norm == "head":
+    if config.qk_norm:
         specs |= {"query_norm": (None,), "key_norm": (None,)}
-    if config.qk_norm == "all":
+    if config.joint_qk_norm:
         specs |= {"query_norm": ("heads",), "key_norm": ("kv_heads",)}
-    if not config.pre_norms:
-        specs = {name: spec for name, spec in specs.items() if name not in ("attention_norm", "mlp_norm")}
     if config.post_norms:
+        specs = {name: spec for name, spec in specs.items() if name not in ("attention_norm", "mlp_norm")}
+    if config.sandwich_norms or config.post_norms:
         specs |= {"attention_out_norm": ("embed",), "mlp_out_norm": ("embed",)}
     head = config.head_dim
     sizes = {"embed": config.width, "mlp": config.mlp_width, None: head}

@@ -19,7 +19,6 @@ class Rope:
     """Everything that decides the angles of one kind of layer; fields that a kind does not use keep their defaults."""
 
     theta: float
-    size: int  # channels of a head that are rotated, its first ones; less than `head_dim` in Phi 4 mini
     kind: str = "default"
     factor: float = 1.0
     original_length: int = 0
@@ -29,6 +28,7 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    partial: float = 1.0  # share of a head's channels that is rotated, its first ones
     # By which `longrope` divides the plain frequencies, in rows of up to `original_length` tokens and in longer ones.
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
@@ -47,7 +47,7 @@ class Rope:
             raise ValueError(f"{where}: rope_type {kind!r} is not known. Known are {', '.join(sorted(_KINDS))}.")
         partial = parameters.get("partial_rotary_factor")
         partial = 1.0 if partial is None else float(partial)
-        size = int(head_dim * partial) if 0 < partial <= 1 else 0
+        size = int(head_dim * partial) if 0 < partial <= 1 else 0  # rounded down, as in transformers
         if size < 2 or size % 2:
             raise ValueError(
                 f"{where}: partial_rotary_factor {partial:g} rotates {size} of {head_dim} channels; it must be an even number."
@@ -74,45 +74,51 @@ class Rope:
         for name, value in positive.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"{where}: {name} is {value:g}; it must be greater than 0.")
-        return cls(theta, size, kind, **values)
+        return cls(theta, kind, partial=partial, **values)
 
-    def inverse_frequencies(self, *, long: bool = False) -> np.ndarray:
-        """Angle per position of each pair of channels, float32 [size / 2]; `long`: in rows that `longrope` has long factors for."""
-        plain = self.theta ** -(np.arange(0, self.size, 2, dtype=np.float64) / self.size)
+    def inverse_frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
+        """Angle per position of each pair of channels, float32 [R / 2], R of `head_dim` channels being rotated.
+
+        `long`: in rows of more than `short_length` tokens.
+        """
+        size = int(head_dim * self.partial)
+        plain = self.theta ** -(np.arange(0, size, 2, dtype=np.float64) / size)
         if long:
             return (plain / np.asarray(self.long_factors)).astype(np.float32)
-        return _KINDS[self.kind][0](self, plain).astype(np.float32)
+        return _KINDS[self.kind][0](self, plain, size).astype(np.float32)
 
     @property
     def short_length(self) -> int | None:
         """Up to how many tokens rows are rotated alike; None: whatever their length."""
         return self.original_length if self.kind == "longrope" else None
 
-    def is_finite(self) -> bool:
+    def is_finite(self, head_dim: int) -> bool:
         """Whether all angles and the scale are finite, and the scale positive."""
         with np.errstate(all="ignore"), contextlib.suppress(ArithmeticError, ValueError):
             kinds = (False, True) if self.kind == "longrope" else (False,)
-            finite = all(np.isfinite(self.inverse_frequencies(long=long)).all() for long in kinds)
+            finite = all(np.isfinite(self.inverse_frequencies(head_dim, long=long)).all() for long in kinds)
             return finite and 0 < self.attention_factor < math.inf
         return False
 
-    def tables(self, positions: jax.Array, lengths: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
-        """Cosines and sines, float32 [..., size / 2], of int positions [...].
+    def tables(
+        self, positions: jax.Array, head_dim: int, lengths: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines, float32 [..., R / 2], of int positions [...], R of `head_dim` channels being rotated.
 
         `lengths`, which broadcast to positions, are the rows'; None: none is longer than `short_length`.
         """
-        frequencies = self.inverse_frequencies()
+        frequencies = self.inverse_frequencies(head_dim)
         if lengths is not None and self.short_length is not None:
             is_long = (lengths > self.short_length)[..., None]
-            frequencies = jnp.where(is_long, self.inverse_frequencies(long=True), frequencies)
+            frequencies = jnp.where(is_long, self.inverse_frequencies(head_dim, long=True), frequencies)
         angles = positions.astype(jnp.float32)[..., None] * frequencies
         return jnp.cos(angles) * self.attention_factor, jnp.sin(angles) * self.attention_factor
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Heads x [B, T, heads, head_dim] turned by their positions, in float32; cos, sin: float32 [B, T, size / 2].
+    """Heads x [B, T, heads, head_dim] turned by their positions, in float32; cos, sin: float32 [B, T, R / 2].
 
-    Of the first `size` channels, i pairs with i + size / 2, as in transformers; the others stay. Of x's shape and dtype.
+    Of the first R channels, i pairs with i + R / 2, as in transformers; the others stay. Of x's shape and dtype.
     """
     half = cos.shape[-1]
     first, second, rest = jnp.split(x.astype(jnp.float32), (half, 2 * half), axis=-1)
@@ -120,26 +126,26 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)
 
 
-def _linear(rope: Rope, plain: np.ndarray) -> np.ndarray:
+def _linear(rope: Rope, plain: np.ndarray, size: int) -> np.ndarray:
     return plain / rope.factor
 
 
-def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
+def _llama3(rope: Rope, plain: np.ndarray, size: int) -> np.ndarray:
     # Turns per original context: many turns keep their frequency, few are slowed down, a ramp joins the two.
     turns = rope.original_length * plain / (2 * math.pi)
     keep = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
     return keep * plain + (1 - keep) * plain / rope.factor
 
 
-def _yarn(rope: Rope, plain: np.ndarray) -> np.ndarray:
+def _yarn(rope: Rope, plain: np.ndarray, size: int) -> np.ndarray:
     def channel(turns: float) -> float:
-        return rope.size * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return size * math.log(rope.original_length / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = channel(rope.beta_fast), channel(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.size - 1)
-    slow = np.clip((np.arange(rope.size // 2) - low) / max(high - low, 0.001), 0, 1)
+    low, high = max(low, 0), min(high, size - 1)
+    slow = np.clip((np.arange(size // 2) - low) / max(high - low, 0.001), 0, 1)
     return (1 - slow) * plain + slow * plain / rope.factor
 
 
@@ -155,7 +161,7 @@ def _yarn_attention_factor(parameters: dict) -> float:
     return scale(1.0)
 
 
-def _longrope(rope: Rope, plain: np.ndarray) -> np.ndarray:
+def _longrope(rope: Rope, plain: np.ndarray, size: int) -> np.ndarray:
     return plain / np.asarray(rope.short_factors)
 
 

@@ -28,11 +28,11 @@ def test_both_formats_of_llama3_scaling_read_the_same():
 
 
 def test_gemma3_gives_its_full_and_sliding_layers_different_ropes():
-    local, full, also_local = read("gemma3_old").ropes
-    assert also_local == local
+    full, local = read("gemma3_old").ropes
     assert (full.kind, full.factor, full.theta) == ("linear", 8.0, 1e6)
     assert (local.kind, local.theta) == ("default", 100.0)
-    assert read("gemma3_new").ropes == (local, full, local)
+    assert read("gemma3_new").ropes == (full, local)
+    assert read("gemma3_new").layer_ropes == (local, full, local)
 
 
 def test_a_multimodal_gemma3_is_its_language_part():
@@ -52,9 +52,9 @@ def test_mistral_slides_everywhere_or_nowhere():
 
 
 def test_layers_without_rotation_have_none():
-    assert [rope is not None for rope in read("smollm3").ropes] == [True, False, True]
-    assert [rope is not None for rope in read("exaone4").ropes] == [True, False, True]  # those that slide
-    assert None not in read("exaone4_no_window").ropes
+    assert [rope is not None for rope in read("smollm3").layer_ropes] == [True, False, True]
+    assert [rope is not None for rope in read("exaone4").layer_ropes] == [True, False, True]  # those that slide
+    assert None not in read("exaone4_no_window").layer_ropes
     with pytest.raises(ValueError, match=r"no_rope_layers of the smollm3 config is \[1, 0\]; it must have a 1"):
         DecoderConfig.from_hf(
             SmolLM3Config(num_hidden_layers=3, no_rope_layers=[1, 0], layer_types=["full_attention"] * 3)

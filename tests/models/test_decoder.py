@@ -202,8 +202,7 @@ def test_bfloat16_computes_from_float32_masters(load):
 
 def test_a_huge_model_can_be_planned_without_memory(load):
     model = load("llama_tied")
-    config = model.config
-    config = dataclasses.replace(config, width=65536, layers=500, sliding=(False,) * 500, ropes=config.ropes[:1] * 500)
+    config = dataclasses.replace(model.config, width=65536, layers=500, sliding=(False,) * 500)
     graphdef, params = nnx.split(Decoder.abstract(config, param_dtype="bfloat16"))
     batch = jax.ShapeDtypeStruct((2, 8), jnp.int32), jax.ShapeDtypeStruct((2, 8), bool)
     hidden = jax.eval_shape(lambda params, *batch: nnx.merge(graphdef, params)(*batch), params, *batch)

@@ -19,8 +19,8 @@ def read(parameters: dict, head_dim: int = 64, max_length: int = 4096) -> Rope:
 
 
 def test_llama3_keeps_short_waves_and_stretches_long_ones():
-    plain = read({"rope_theta": 500000.0}).inverse_frequencies()
-    scaled = read(LLAMA3).inverse_frequencies()
+    plain = read({"rope_theta": 500000.0}).inverse_frequencies(64)
+    scaled = read(LLAMA3).inverse_frequencies(64)
     waves = 2 * np.pi / plain
     np.testing.assert_array_equal(scaled[waves < 8192 / 4], plain[waves < 8192 / 4])
     np.testing.assert_allclose(scaled[waves > 8192], plain[waves > 8192] / 32, rtol=1e-6)
@@ -29,8 +29,8 @@ def test_llama3_keeps_short_waves_and_stretches_long_ones():
 
 
 def test_linear_scaling_divides_every_frequency():
-    plain = read({"rope_theta": 1e4}).inverse_frequencies()
-    scaled = read({"type": "linear", "factor": 4.0, "rope_theta": 1e4}).inverse_frequencies()
+    plain = read({"rope_theta": 1e4}).inverse_frequencies(32)
+    scaled = read({"type": "linear", "factor": 4.0, "rope_theta": 1e4}).inverse_frequencies(32)
     np.testing.assert_allclose(scaled, plain / 4, rtol=1e-6)
 
 
@@ -45,12 +45,12 @@ def test_the_original_length_defaults_to_the_longest_position():
 
 
 def test_scores_depend_on_the_distance_alone():
-    rope = read({"rope_theta": 1e4}, 16)
+    rope = read({"rope_theta": 1e4})
     query, key = np.random.default_rng(0).standard_normal((2, 1, 1, 1, 16)).astype(np.float32)
 
     def score(query_at, key_at):
         turned = [
-            rotate(jnp.asarray(x), *rope.tables(jnp.array([[at]]))) for x, at in ((query, query_at), (key, key_at))
+            rotate(jnp.asarray(x), *rope.tables(jnp.array([[at]]), 16)) for x, at in ((query, query_at), (key, key_at))
         ]
         return float((turned[0] * turned[1]).sum())
 
@@ -64,12 +64,12 @@ def test_a_missing_value_is_named():
 
 
 def test_a_part_of_a_head_is_rotated_and_the_rest_stays():
+    head, at = np.random.default_rng(0).standard_normal((1, 1, 1, 16)).astype(np.float32), jnp.array([[5]])
     rope = read({"rope_theta": 1e4, "partial_rotary_factor": 0.75}, 16)
-    head = np.random.default_rng(0).standard_normal((1, 1, 1, 16)).astype(np.float32)
-    turned = np.asarray(rotate(jnp.asarray(head), *rope.tables(jnp.array([[5]]))))
+    turned = np.asarray(rotate(jnp.asarray(head), *rope.tables(at, 16)))
     np.testing.assert_array_equal(turned[..., 12:], head[..., 12:])
-    whole = read({"rope_theta": 1e4}, 12)
-    np.testing.assert_allclose(turned[..., :12], rotate(jnp.asarray(head[..., :12]), *whole.tables(jnp.array([[5]]))))
+    whole = rotate(jnp.asarray(head[..., :12]), *read({"rope_theta": 1e4}, 12).tables(at, 12))
+    np.testing.assert_array_equal(turned[..., :12], whole)
 
 
 @pytest.mark.parametrize("partial", [0.0, -1.0, 1.5, 0.6])
@@ -78,12 +78,12 @@ def test_a_part_that_is_no_even_number_of_channels_is_refused(partial):
         read({"rope_theta": 1e4, "partial_rotary_factor": partial}, 16)
 
 
-def test_longrope_divides_each_frequency_by_its_factor_and_knows_how_long_a_row_may_be():
+def test_longrope_divides_each_frequency_by_the_factor_for_a_row_s_length():
     parameters = {"type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 2.0, 4.0], "long_factor": [9.0] * 3}
     rope = read(parameters | {"original_max_position_embeddings": 1024}, 6)
-    plain = read({"rope_theta": 1e4}, 6)
-    np.testing.assert_allclose(rope.inverse_frequencies(), plain.inverse_frequencies() / [1, 2, 4], rtol=1e-6)
-    np.testing.assert_allclose(rope.inverse_frequencies(long=True), plain.inverse_frequencies() / 9, rtol=1e-6)
+    plain = read({"rope_theta": 1e4}, 6).inverse_frequencies(6)
+    np.testing.assert_allclose(rope.inverse_frequencies(6), plain / [1, 2, 4], rtol=1e-6)
+    np.testing.assert_allclose(rope.inverse_frequencies(6, long=True), plain / 9, rtol=1e-6)
     assert rope.short_length == 1024 and rope.attention_factor == pytest.approx((1 + np.log(4) / np.log(1024)) ** 0.5)
     with pytest.raises(ValueError, match="short_factor must be a list of 4 numbers"):
         read(parameters, 8)

@@ -184,7 +184,7 @@ def test_layers_cost_what_the_compiler_counts(family, remat):
     def hidden(params, tokens):
         return nnx.merge(graph, params)(tokens, jnp.ones_like(tokens, bool))
 
-    one_layer = dataclasses.replace(config, layers=1, sliding=config.sliding[:1], ropes=config.ropes[:1])
+    one_layer = dataclasses.replace(config, layers=1, sliding=config.sliding[:1])
     if remat is None:
         expected = costs(one_layer, one_layer).cost("teacher").flops
         counted = compiled_flops(hidden, params, tokens)

@@ -70,7 +70,7 @@ def test_families_read_as_they_are():
     assert known_config("Qwen/Qwen3-4B").qk_norm and known_config("Qwen/Qwen2.5-3B").qkv_bias
     gemma = known_config("google/gemma-3-27b-it")
     assert (gemma.family, gemma.window, sum(gemma.sliding), gemma.layers) == ("gemma3_text", 1024, 52, 62)
-    assert gemma.ropes[5].theta == 1e6 and gemma.ropes[0].theta == 1e4 and gemma.query_scale == 168**-0.5
+    assert gemma.ropes[0].theta == 1e6 and gemma.ropes[1].theta == 1e4 and gemma.query_scale == 168**-0.5
     assert known_config("google/gemma-2-27b").final_softcap == 30.0
 
 

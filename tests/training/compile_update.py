@@ -29,7 +29,7 @@ from gold_jax.training.step import Step, state_shapes
 
 CONFIG = DecoderConfig(
     family="llama", vocab_size=1536, width=256, mlp_width=640, layers=3, heads=2, kv_heads=1, head_dim=128, norm_eps=1e-5,
-    activation="silu", ropes=(Rope(10000.0, 128),) * 3, sliding=(False,) * 3, window=None, tied=True, query_scale=128**-0.5,
+    activation="silu", ropes=(Rope(10000.0),) * 2, sliding=(False,) * 3, window=None, tied=True, query_scale=128**-0.5,
 )  # fmt: skip
 LARGE = 2**15  # elements of the smallest matrix of a stack of layers; norms are smaller
 

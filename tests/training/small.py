@@ -43,7 +43,7 @@ STOPS = ((3, 5), (7, 2, 11))
 def decoder(vocabulary, seed, tied=True):
     config = DecoderConfig(
         family="llama", vocab_size=vocabulary, width=16, mlp_width=24, layers=2, heads=2, kv_heads=1, head_dim=8,
-        norm_eps=1e-5, activation="silu", ropes=(Rope(10000.0, 8),) * 2, sliding=(False, False), window=None, tied=tied,
+        norm_eps=1e-5, activation="silu", ropes=(Rope(10000.0), Rope(10000.0)), sliding=(False, False), window=None, tied=tied,
         query_scale=8**-0.5,
     )  # fmt: skip
     model = Decoder.from_config(config, seed)

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import shutil
 import signal
 import threading
@@ -16,6 +17,7 @@ from rich.console import Console
 from run_files import completions, lines, metrics, steady
 
 from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer
+from gold_jax.models.config import DecoderConfig
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.text import stream
 from gold_jax.text.checks import check_examples
@@ -388,6 +390,20 @@ def test_a_student_of_the_same_shapes_that_computes_in_another_way_is_refused(wo
     args = SFTConfig(output_dir=str(output), **QUICK)
     with pytest.raises(ValueError, match="the student's config differs in ropes: now .*77.*, before"):
         SFTTrainer(str(other), args, str(world / "data" / "train.jsonl")).train("latest")
+
+
+def test_the_description_of_a_model_is_that_of_earlier_versions():
+    """Another one, by a field renamed or made anew, would refuse to resume from all checkpoints that there are."""
+    raw = json.loads((pathlib.Path(__file__).parents[1] / "golden/models/cases.json").read_text())["gemma3_old"][
+        "config"
+    ]
+    config = DecoderConfig.from_hf(transformers.AutoConfig.for_model(**raw))
+    shape = dict(vocab_size=40, width=32, mlp_width=48, layers=3, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-6)
+    ropes = [{"theta": 1e6, "kind": "linear", "factor": 8.0}, {"theta": 100.0}]
+    assert resume.describe_config(config) == shape | dict(
+        family="gemma3_text", activation="gelu_pytorch_tanh", ropes=ropes, sliding=[True, False, True], window=4,
+        tied=True, query_scale=24**-0.5, norm_offset=1.0, qk_norm=True, sandwich_norms=True, embedding_scale=32**0.5,
+    )  # fmt: skip
 
 
 def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, finished, tmp_path):
