@@ -90,7 +90,10 @@ class DistillationLoss:
         max_length = max_length or (_DEFAULT_LENGTH if config is None else config.max_length)
         tokenizers = student.chat_tokenizer, teacher.chat_tokenizer
         context = None if config is None else config.teacher_context
-        batches = DistillationBatchBuilder(*tokenizers, graph, spec, match.same, max_length, teacher_context=context)
+        short = student.model.config.most_decoded, teacher.model.config.most_decoded
+        batches = DistillationBatchBuilder(
+            *tokenizers, graph, spec, match.same, max_length, teacher_context=context, short_lengths=short
+        )
         self.params: Params = commit(params)
         self._constants: StepConstants = freeze_teacher(
             teacher_graph, commit(teacher_params), match.vocabulary, match.stops

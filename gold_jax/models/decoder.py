@@ -162,14 +162,10 @@ class Decoder(nnx.Module):
             tokens: int32 [S, N], the packed sequences.
             gather_index: int32 [S, R, T], index into its sequence of each token of a row; rows are padded on the right.
             first_slot: int32 [S, N], one of the sequence's R·T row slots that hold the token (its position is the same
-                in all of them).
+                in all of them, and all are of up to `config.most_decoded` tokens, or all of more).
             mask: bool [S, R, T], True where a row has a token.
         """
-        sequences, rows, length = gather_index.shape
-        if not self._all_short(mask):  # what rows share is rotated by the length of each
-            apart = jnp.take_along_axis(tokens, gather_index.reshape(sequences, -1), axis=1)
-            hidden = self._forward(apart.reshape(-1, length), mask.reshape(-1, length))[0]
-            return jnp.take_along_axis(hidden.reshape(sequences, rows * length, -1), first_slot[..., None], axis=1)
+        _, rows, length = gather_index.shape
 
         def attend_to_rows(attend, layout, sliding, query, key, value):
             (gather_index, first_slot), shared = layout
@@ -183,8 +179,9 @@ class Decoder(nnx.Module):
             attended = attended.reshape(sequences, rows * length, -1)
             return repack.to_sequences(attended, gather_index, first_slot)  # [B, T, F] -> [S, N, F]
 
+        lengths = jnp.take_along_axis(mask.sum(axis=2, dtype=jnp.int32), first_slot // length, axis=1)
         mask, positions = mask.reshape(-1, length), first_slot % length
-        return self._layers(tokens, positions, mask, attend_to_rows, (gather_index, first_slot))[0]
+        return self._layers(tokens, positions, lengths, mask, attend_to_rows, (gather_index, first_slot))[0]
 
     @classmethod
     def from_params(cls, config: DecoderConfig, params: Params, **settings) -> "Decoder":
@@ -352,20 +349,17 @@ class Decoder(nnx.Module):
             tables[None] = jnp.ones_like(like), jnp.zeros_like(like)
         return tables
 
-    def _all_short(self, mask: jax.Array) -> bool:
-        """Whether rows [B, T] are rotated alike, whatever their lengths."""
-        return self.config.most_decoded is None or mask.shape[-1] <= self.config.most_decoded
-
     def _forward(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool = False):
         """Hidden states of rows, and where they are kept the rotated keys and the values of all layers."""
         mask = mask.astype(bool)
         positions = jnp.maximum(jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1, 0)
-        return self._layers(tokens, positions, mask, keep_cache=keep_cache)
+        lengths = mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        return self._layers(tokens, positions, lengths, mask, keep_cache=keep_cache)
 
-    def _layers(self, tokens, positions, mask, attend_to_rows=None, arrays=(), *, keep_cache: bool = False):
+    def _layers(self, tokens, positions, lengths, mask, attend_to_rows=None, arrays=(), *, keep_cache: bool = False):
         """All layers over tokens in any arrangement, that `attend_to_rows` changes into rows as `mask` has them.
 
-        It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
+        `lengths`, of the row of each token, broadcast to `positions`. It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
         """
         config, placement = self.config, self.placement
         layout, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
@@ -377,7 +371,8 @@ class Decoder(nnx.Module):
             for name, info in layer_parameters(config).items():
                 shardings = (of(info.shape, info.spec) for of in (placement.param_sharding, placement.compute_sharding))
                 weights[name] = ShardedParam(weights[name], *shardings)
-        tables = self._tables(positions, None if self._all_short(mask) else mask.sum(axis=1, keepdims=True))
+        all_short = config.most_decoded is None or mask.shape[1] <= config.most_decoded
+        tables = self._tables(positions, None if all_short else lengths)
         which = jnp.asarray([list(tables).index(rope) for rope in config.layer_ropes], jnp.int32)
 
         def body(x, scanned):

@@ -340,7 +340,8 @@ def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> t
     """
     slots = _slots(length)
     small = _SMALL_CACHE * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
-    return slots if small else fine_bucket(int(length), smallest=_MIN_LENGTH), small
+    slots = slots if small else fine_bucket(int(length), smallest=_MIN_LENGTH)
+    return slots if config.most_decoded is None else min(slots, config.most_decoded), small
 
 
 def _slots(length: int) -> int:

@@ -294,13 +294,15 @@ def build_batches(
     normalization: str = "groups",
     student_pad: int = 0,
     teacher_pad: int = 0,
+    short_lengths: tuple[int | None, int | None] = (None, None),
     shapes: ShapeSet | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
     drawn: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
 ) -> list[Batch]:
     """Pads a global batch of rows into micro-batches of `batch_size`, weights taken over all of them together.
 
-    The last micro-batch is filled up with empty rows of weight zero. `text` says whether the comparison asks for the
+    The last micro-batch is filled up with empty rows of weight zero. `short_lengths` are those of `packing.pack` for
+    student and teacher. `text` says whether the comparison asks for the
     probability of a group's text, which under `boundary` takes further tokens. `shapes`, to which new ones are added,
     are those that batches are padded to (None: to the buckets of each). `process_shard` says into how many sequences
     the rows of a batch are packed and which of them this process makes; rows of others may be None, and are not in the
@@ -314,7 +316,7 @@ def build_batches(
     weights, label_weights = _weights((keeps, counted), normalization, len(rows), batch_size, process_shard)
     sides = [[[getattr(local[i], who) for i in part] for who in ("student", "teacher")] for part in parts]
     tokens = [[[_tokens(half) for half in side] for side in both] for both in sides]
-    packed = _pack_batches(tokens, (student_pad, teacher_pad), height, shapes, process_shard)
+    packed = _pack_batches(tokens, (student_pad, teacher_pad), short_lengths, height, shapes, process_shard)
     batches = []
     for part, sides_of_part, (student, teacher) in zip(parts, sides, packed):
         counts = [local[i].groups for i in part]
@@ -372,11 +374,18 @@ def _weights(
 
 
 def _pack_batches(
-    tokens: list, pads: tuple[int, ...], height: int, shapes: ShapeSet | None, shard: ProcessShard
+    tokens: list,
+    pads: tuple[int, ...],
+    short_lengths: tuple[int | None, ...],
+    height: int,
+    shapes: ShapeSet | None,
+    shard: ProcessShard,
 ) -> list[list[PackedBatch]]:
     """Rows' tokens `[batches][sides][rows]`, packed `[batches][sides]`; sizes are enough for those of all processes."""
     sequences = len(shard.local_shards)
-    unpadded = [[pack_unpadded(rows, height, sequences) for rows in sides] for sides in tokens]
+    unpadded = [
+        [pack_unpadded(rows, height, sequences, short) for rows, short in zip(sides, short_lengths)] for sides in tokens
+    ]
     sizes = shard.all_reduce_max(np.array([[side.longest for side in sides] for sides in unpadded]))
     if shapes is not None:
         fitted = [shapes.fit(size.ravel().tolist(), height // sequences) for size in sizes]
@@ -427,19 +436,21 @@ def build_token_batches(
     *,
     normalization: str = "groups",
     pad: int = 0,
+    short_length: int | None = None,
     shapes: ShapeSet | None = None,
     process_shard: ProcessShard = SINGLE_PROCESS,
 ) -> list[TokenBatch]:
     """Micro-batches for cross-entropy from `(ids [T], counted [T])`: a counted token is a target, if one stands before it.
 
-    `shapes` and `process_shard` as in `build_batches`.
+    `shapes` and `process_shard` as in `build_batches`, `short_length` as in `packing.pack`.
     """
     parts, height = process_shard.local_rows_per_batch(len(rows), batch_size), process_shard.local_height(batch_size)
     local = {i: row for part in parts for i in part if (row := rows[i]) is not None}
     masks = {i: np.append(counted[1:], False) for i, (_, counted) in local.items()}
     (weights,) = _weights((masks,), normalization, len(rows), batch_size, process_shard)
     labels = {i: np.where(masks[i], np.append(ids[1:], IGNORE), IGNORE) for i, (ids, _) in local.items()}
-    packed = _pack_batches([[[local[i][0] for i in part]] for part in parts], (pad,), height, shapes, process_shard)
+    tokens = [[[local[i][0] for i in part]] for part in parts]
+    packed = _pack_batches(tokens, (pad,), (short_length,), height, shapes, process_shard)
     return [
         TokenBatch(side, _pad_labels(side, [labels[i] for i in part], [weights[i] for i in part], height))
         for part, (side,) in zip(parts, packed)

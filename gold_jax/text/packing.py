@@ -3,12 +3,14 @@
 Everything but attention treats a decoder's tokens one by one, whatever their order; attention alone needs rows, and
 gathers them by `gather_index`. So padding stands only at the end of a packed sequence, and a prefix that rows share (a
 template's system message, a prompt sampled several times) is computed once: its hidden states are the same in every row
-that begins with it, and the gradients of these rows add up in them.
+that begins with it, and the gradients of these rows add up in them. (Where a model rotates long rows by other angles, they
+share nothing with short ones.)
 
 Shapes: B rows, T tokens of a row; S packed sequences (one per device that shares the batch) of N tokens and R = B / S
 rows each. Numpy only.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -43,13 +45,15 @@ class UnpaddedBatch(NamedTuple):
         return longest, max(len(tokens) for tokens, _ in self.sequences)
 
 
-def pack_unpadded(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1) -> UnpaddedBatch:
+def pack_unpadded(
+    rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, short_length: int | None = None
+) -> UnpaddedBatch:
     """Packs rows, `batch_size / num_sequences` per sequence, without padding; arguments as `pack`."""
     if batch_size % num_sequences:
         raise ValueError(f"{batch_size} rows cannot be split evenly over {num_sequences} devices")
     size = batch_size // num_sequences
     parts = [rows[k * size : (k + 1) * size] for k in range(num_sequences)]
-    return UnpaddedBatch([_deduplicate_prefixes(part) for part in parts], size)
+    return UnpaddedBatch([_deduplicate_prefixes(part, short_length) for part in parts], size)
 
 
 def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_sequence: int, *, pad: int = 0) -> PackedBatch:
@@ -68,24 +72,35 @@ def pad_packed(unpadded: UnpaddedBatch, longest_row: int, longest_sequence: int,
     return PackedBatch(pad_right(tokens, len(tokens), length, np.int32, pad), gather_index, first_slot, mask)
 
 
-def pack(rows: Sequence[np.ndarray], batch_size: int, num_sequences: int = 1, *, pad: int = 0) -> PackedBatch:
+def pack(
+    rows: Sequence[np.ndarray],
+    batch_size: int,
+    num_sequences: int = 1,
+    *,
+    pad: int = 0,
+    short_length: int | None = None,
+) -> PackedBatch:
     """Packs `B = batch_size` rows, int32 `[T]` each, `B / S` per sequence with `S = num_sequences`; missing ones are empty.
 
+    `short_length` is the model's (`DecoderConfig.most_decoded`): longer rows share no prefix with those of up to so many tokens.
     ValueError where `num_sequences` does not divide `batch_size`.
     """
-    unpadded = pack_unpadded(rows, batch_size, num_sequences)
+    unpadded = pack_unpadded(rows, batch_size, num_sequences, short_length)
     return pad_packed(unpadded, *unpadded.longest, pad=pad)
 
 
-def _deduplicate_prefixes(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+def _deduplicate_prefixes(rows: Sequence[np.ndarray], short_length: int | None) -> tuple[np.ndarray, list[np.ndarray]]:
     """The tokens of one packed sequence, and for every row the indices of its tokens in it.
 
     In lexicographic order a row's longest prefix shared with any earlier row is the one it shares with its predecessor.
     """
     parts, index, size = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)] * len(rows), 0
     previous_row, previous_index = parts[0], parts[0]
-    for i in sorted(range(len(rows)), key=lambda i: np.asarray(rows[i], ">i4").tobytes()):
+    most = math.inf if short_length is None else short_length
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]) > most, np.asarray(rows[i], ">i4").tobytes())):
         row = np.asarray(rows[i], np.int32)
+        if len(previous_row) <= most < len(row):  # the first of the long ones
+            previous_row = row[:0]
         overlap = min(len(row), len(previous_row))
         differing = np.flatnonzero(row[:overlap] != previous_row[:overlap])
         shared = int(differing[0]) if differing.size else overlap

@@ -148,6 +148,7 @@ class DistillationBatchBuilder:
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
+    short_lengths: tuple[int | None, int | None] = (None, None)  # `DecoderConfig.most_decoded` of student and teacher
 
     @annotate(BATCHES)
     def build(
@@ -323,7 +324,9 @@ class DistillationBatchBuilder:
         rows = dict(zip(numbers, rows))
         given = [rows.get(i) for i in range(len(examples))]
         options = dict(merge=spec.merge, groups=self._groups, text=spec.of_text, normalization=spec.normalization)
-        options |= dict(student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id)
+        options |= dict(
+            student_pad=self.student.pad_id, teacher_pad=self.teacher.pad_id, short_lengths=self.short_lengths
+        )
         options |= dict(shapes=shapes, process_shard=self.process_shard, drawn=drawn)
         batches = text_batch.build_batches(given, batch_size, **options)
         return dict(zip(numbers, encoded)), rows, batches
@@ -426,6 +429,7 @@ class TokenBatchBuilder:
     rollout_batches, engine = 1, None  # those of `DistillationBatchBuilder`; nothing is sampled here
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
+    short_length: int | None = None  # `DecoderConfig.most_decoded`
 
     @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any, shapes: Iterable = ()) -> UpdateBatch:
@@ -450,7 +454,7 @@ class TokenBatchBuilder:
         with annotate(ENCODING):
             rows = {i: self._row(examples[i], self.max_length) for i in numbers}
         given = [rows[i][:2] if i in rows else None for i in range(len(examples))]
-        options = dict(pad=pad, shapes=shapes, process_shard=self.process_shard)
+        options = dict(pad=pad, short_length=self.short_length, shapes=shapes, process_shard=self.process_shard)
         return rows, text_batch.build_token_batches(given, batch_size, **options)
 
     def count_targets(self, examples: Sequence[Example], max_length: int) -> list[tuple[int, bool]]:

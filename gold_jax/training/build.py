@@ -100,7 +100,7 @@ def build_run(
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), step_optimizer, **given)
         if chat_tokenizer is not None:
             sizes = rows, eval_rows, args.max_length, counted_tokens(args), args.length_buckets
-            batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard)
+            batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard, student.model.config.most_decoded)
         flops = training_flops(student.model, None)
         return Run(graph, params, optimizer, schedule, shardings, step, batches, flops=flops)
 
@@ -127,6 +127,7 @@ def build_run(
             rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches,
             importance_weights=importance is not None, teacher_model=(teacher_graph, teacher_params) if writes else None,
             length_buckets=args.length_buckets, process_shard=process_shard,
+            short_lengths=(student.model.config.most_decoded, teacher.model.config.most_decoded),
         )  # fmt: skip
     flops = training_flops(student.model, teacher.model if spec.distillation_weight else None)
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match, flops)

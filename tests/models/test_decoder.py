@@ -141,8 +141,8 @@ def test_remat_multiplies_every_layer_once_more(load):
 @pytest.mark.parametrize("name", ["llama", "phi3_longrope_beyond", *VARIED])
 def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient(load, name):
     """Beginnings that rows share stand in a line once; what any row asks of them adds up."""
-    rng = np.random.default_rng(0)
-    base = rng.integers(0, 40, 12).astype(np.int32)
+    rng, model = np.random.default_rng(0), load(name)
+    base = rng.integers(0, 40, 14).astype(np.int32)  # longer than 12, the original length of `phi3_longrope_beyond`
     rows = [
         base,
         np.r_[base[:7], 3, 4],
@@ -152,11 +152,10 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
         rng.integers(0, 40, 9),
     ]
     rows = [np.asarray(row, np.int32) for row in rows]
-    lines = pack(rows, 6, 2)
+    lines = pack(rows, 6, 2, short_length=model.config.most_decoded)
     width = lines.gather_index.shape[-1]
     tokens = jnp.asarray(pad_right(rows, 6, width, np.int32))
     mask = jnp.asarray(lines.mask.reshape(6, width))
-    model = load(name)
     graphdef, params = nnx.split(model)
     ask = jnp.asarray(rng.standard_normal((6, width, model.config.width)), jnp.float32) * mask[..., None]
 

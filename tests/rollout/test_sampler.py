@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from models import tiny
 from transformers import LlamaConfig
 
 from gold_jax.models import layer
@@ -71,6 +72,15 @@ def test_greedy_takes_the_likeliest_token_each_time(model):
     assert [len(completion.ids) for completion in drawn] == [NEW] * 3
     for prompt, completion in zip(PROMPTS, drawn):
         np.testing.assert_array_equal(read_again(model, prompt, completion.ids).argmax(axis=1), completion.ids)
+
+
+def test_longrope_is_sampled_up_to_its_original_length_though_that_is_no_size_of_a_cache(tmp_path):
+    model = load_model(tiny.write_folder("phi3_longrope_beyond", tmp_path))  # 12 tokens
+    (drawn,) = generate(model, PROMPTS[:1], new=9, temperature=0)
+    row = np.array([PROMPTS[0] + drawn.ids.tolist()])
+    np.testing.assert_array_equal(np.asarray(model.logits(model(row)))[0, 2:-1].argmax(axis=1), drawn.ids)
+    with pytest.raises(ValueError, match="can be 12 tokens together .* asked for are 13"):
+        generate(model, PROMPTS[:1], new=11)
 
 
 def test_parameters_of_numpy_are_sampled_from_as_any_others(model):

@@ -41,6 +41,14 @@ def test_only_rows_that_agree_from_the_first_token_on_share():
     assert slots[0] == slots[2] and not set(slots[0]) & set(slots[1])
 
 
+def test_rows_longer_than_the_short_length_share_with_each_other_alone():
+    texts = ["abcdef", "abc", "abcdeg", "abcd"]
+    packed = pack(rows(*texts), 4, short_length=4)
+    assert [read(packed, 0, i) for i in range(4)] == texts
+    begins = packed.gather_index[0, :, :3].tolist()
+    assert begins[0] == begins[2] and begins[1] == begins[3] and not set(begins[0]) & set(begins[1])
+
+
 def test_positions_number_the_tokens_of_each_line():
     packed = pack(rows("ab", "ac", "ab", "x"), 4, 2)
     assert [packed.tokens[i // 2, gather_positions(packed)[i, 1]] for i in range(3)] == [ord(c) for c in "bcb"]
