@@ -73,7 +73,7 @@ def test_no_teacher_at_all(world, tmp_path, capsys):
 def test_an_unknown_model_type(refused, broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | {"model_type": "mamba"}))
-    contains(refused(model_name_or_path=broken), broken / "config.json", "'mamba'", "llama, mistral, qwen2")
+    contains(refused(model_name_or_path=broken), broken / "config.json", "'mamba'", "llama, mistral, ministral, qwen2")
 
 
 def test_a_config_that_is_not_json(refused, broken):

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gold_jax.wording import quoted
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -45,8 +47,12 @@ class Rope:
         kind = parameters.get("rope_type") or parameters.get("type") or "default"
         if kind not in _KINDS:
             raise ValueError(f"{where}: rope_type {kind!r} is not known. Known are {', '.join(sorted(_KINDS))}.")
-        partial = parameters.get("partial_rotary_factor")
-        partial = 1.0 if partial is None else float(partial)
+        read = ("rope_theta", "partial_rotary_factor", *(_OF_SCALED if kind != "default" else ()))
+        numbers = {name: parameters[name] for name in read if parameters.get(name) is not None}
+        for name, value in numbers.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+                raise ValueError(f"{where}: {name} is {quoted(value)}; it must be a number greater than 0.")
+        partial = float(numbers.get("partial_rotary_factor", 1.0))
         size = int(head_dim * partial) if 0 < partial <= 1 else 0  # rounded down, as in transformers
         if size < 2 or size % 2:
             raise ValueError(
@@ -58,7 +64,7 @@ class Rope:
             raise ValueError(f"{where}: rope_type {kind!r} needs {', '.join(missing)}, which the config does not give.")
         values = {name: float(parameters[name]) for name in needed if kind != "longrope"}
         if kind in ("llama3", "yarn", "longrope"):
-            values["original_length"] = int(parameters.get("original_max_position_embeddings") or max_length)
+            values["original_length"] = math.ceil(numbers.get("original_max_position_embeddings", max_length))
         if kind == "yarn":
             given = (name for name in ("beta_fast", "beta_slow") if parameters.get(name))
             values |= {name: float(parameters[name]) for name in given}
@@ -67,14 +73,7 @@ class Rope:
         if kind == "longrope":
             values |= {f"{name}s": _channel_factors(parameters[name], name, size, where) for name in needed}
             values["attention_factor"] = _longrope_attention_factor(parameters, max_length, values["original_length"])
-        theta = float(parameters["rope_theta"])
-        positive = {"rope_theta": theta} | {
-            name: values[name] for name in ("factor", "original_length") if name in values
-        }
-        for name, value in positive.items():
-            if not 0 < value < math.inf:
-                raise ValueError(f"{where}: {name} is {value:g}; it must be greater than 0.")
-        return cls(theta, kind, partial=partial, **values)
+        return cls(float(parameters["rope_theta"]), kind, partial=partial, **values)
 
     def inverse_frequencies(self, head_dim: int, *, long: bool = False) -> np.ndarray:
         """Angle per position of each pair of channels, float32 [R / 2], R of `head_dim` channels being rotated.
@@ -167,8 +166,10 @@ def _longrope(rope: Rope, plain: np.ndarray, size: int) -> np.ndarray:
 
 def _channel_factors(factors: Any, name: str, size: int, where: str) -> tuple[float, ...]:
     """One factor for each pair of channels."""
-    if not isinstance(factors, list) or len(factors) != size // 2:
-        raise ValueError(f"{where}: {name} must be a list of {size // 2} numbers, one for each pair of channels.")
+    given = factors if isinstance(factors, list) else []
+    if len(given) != size // 2 or not all(isinstance(x, int | float) and 0 < x < math.inf for x in given):
+        needed = f"a list of {size // 2} numbers greater than 0, one for each pair of channels"
+        raise ValueError(f"{where}: {name} is {quoted(factors)}; it must be {needed}.")
     return tuple(map(float, factors))
 
 
@@ -179,6 +180,8 @@ def _longrope_attention_factor(parameters: dict, max_length: int, original_lengt
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original_length))
 
 
+# Numbers that the kinds but "default" read.
+_OF_SCALED = ("factor", "attention_factor", "original_max_position_embeddings")
 # A kind's function from plain inverse frequencies to its own, and the values that it needs.
 _KINDS = {
     "default": (_linear, ()),  # by the factor 1

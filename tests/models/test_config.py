@@ -108,7 +108,7 @@ def test_a_feature_that_is_not_there_is_refused_by_name(config, words):
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps .* is nan; it must be a number between 0 and 1"),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}},
-            "rope_theta is 0; it must be greater than 0",
+            "rope_theta is 0.0; it must be a number greater than 0",
         ),
     ],
 )

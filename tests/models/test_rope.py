@@ -74,7 +74,9 @@ def test_a_part_of_a_head_is_rotated_and_the_rest_stays():
 
 @pytest.mark.parametrize("partial", [0.0, -1.0, 1.5, 0.6])
 def test_a_part_that_is_no_even_number_of_channels_is_refused(partial):
-    with pytest.raises(ValueError, match=f"partial_rotary_factor {partial:g} rotates .* of 16 channels"):
+    with pytest.raises(
+        ValueError, match=rf"partial_rotary_factor (is {partial}; it must|{partial} rotates .* of 16 channels)"
+    ):
         read({"rope_theta": 1e4, "partial_rotary_factor": partial}, 16)
 
 
@@ -85,5 +87,19 @@ def test_longrope_divides_each_frequency_by_the_factor_for_a_row_s_length():
     np.testing.assert_allclose(rope.inverse_frequencies(6), plain / [1, 2, 4], rtol=1e-6)
     np.testing.assert_allclose(rope.inverse_frequencies(6, long=True), plain / 9, rtol=1e-6)
     assert rope.short_length == 1024 and rope.attention_factor == pytest.approx((1 + np.log(4) / np.log(1024)) ** 0.5)
-    with pytest.raises(ValueError, match="short_factor must be a list of 4 numbers"):
+    with pytest.raises(ValueError, match=r"short_factor is \[1.0, 2.0, 4.0\]; it must be a list of 4 numbers"):
         read(parameters, 8)
+
+
+@pytest.mark.parametrize("name", ["factor", "attention_factor", "original_max_position_embeddings"])
+@pytest.mark.parametrize("value", [0, -1, "x", [1.0], True])
+def test_what_is_no_positive_number_is_refused_by_name(name, value):
+    parameters = {"type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": [9.0] * 2}
+    with pytest.raises(ValueError, match=rf"{name} is .*; it must be a number greater than 0"):
+        read(parameters | {name: value}, 4)
+
+
+@pytest.mark.parametrize("factors", [[0.0, 1.0], [1.0, -1.0], [1.0, "a"], [1.0, float("inf")], 5])
+def test_factors_of_longrope_that_are_no_positive_numbers_are_refused(factors):
+    with pytest.raises(ValueError, match="long_factor is .*; it must be a list of 2 numbers greater than 0"):
+        read({"type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 2, "long_factor": factors}, 4)
