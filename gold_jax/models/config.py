@@ -54,9 +54,7 @@ class DecoderConfig:
     embedding_scale: float = 1.0  # on embeddings (Gemma: √width), rounded to the compute dtype as transformers does
     residual_scale: float = 1.0  # on what attention and MLP add (Granite)
     hidden_scale: float = 1.0  # on the final hidden states, and so on logits (Granite: 1 / logits_scaling)
-    rotated: tuple[bool, ...] | None = (
-        None  # per layer, whether queries and keys are rotated; None: all (not SmolLM3, EXAONE 4)
-    )
+    rotated: tuple[bool, ...] | None = None  # per layer, whether positions turn its queries and keys; None: all do
     fused: bool = False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)

@@ -225,11 +225,9 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
 
 def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list[Stored]]:
     """The tensors that make up each parameter, by its path; as a text checkpoint has them."""
-    names, fused, infos = (
-        NAMES | (OUT_NORM_NAMES if config.sandwich_norms or config.post_norms else {}),
-        {},
-        parameters(config),
-    )
+    names, fused, infos = dict(NAMES), {}, parameters(config)
+    if config.sandwich_norms or config.post_norms:
+        names |= OUT_NORM_NAMES
     for tensor, held in FUSED.items() if config.fused else ():
         rows = [infos["layers", name].shape[-1] for name in held]
         fused |= {name: (tensor, sum(rows), sum(rows[:i])) for i, name in enumerate(held)}
