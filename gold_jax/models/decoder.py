@@ -246,7 +246,7 @@ class Decoder(nnx.Module):
         of the cache, at least P; P plus the tokens to come is enough.
         """
         length = tokens.shape[1]
-        self.config.check_decoded(cache_len)
+        self.config.check_decode_length(cache_len, "the slots of the cache")
         if cache_len < length:
             raise ValueError(f"cache_len is {cache_len}, less than the {length} tokens of the prompts it must hold.")
         count = mask.sum(axis=1, dtype=jnp.int32)
@@ -319,13 +319,13 @@ class Decoder(nnx.Module):
         `weights` are `decoding_weights()`, made outside the loop; None makes them here.
         """
         config = self.config
+        config.check_decode_length(cache.slots, "the slots of the cache")
         weights = self.decoding_weights() if weights is None else weights
         distance = cache.length[:, None] - jnp.arange(cache.slots)
         visible = distance >= 0
         in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])
         x, caches = self._embed(tokens), []
-        self.config.check_decoded(cache.slots)
         arrays = zip(weights.layers, cache.keys, cache.values)
         for rope, sliding, (own, *cached) in zip(config.layer_ropes, config.sliding, arrays):
             seen = tables[rope], in_window if sliding else visible
@@ -354,7 +354,7 @@ class Decoder(nnx.Module):
 
     def _all_short(self, mask: jax.Array) -> bool:
         """Whether rows [B, T] are rotated alike, whatever their lengths."""
-        return self.config.most_decoded is None or mask.shape[-1] <= self.config.most_decoded
+        return self.config.max_decode_length is None or mask.shape[-1] <= self.config.max_decode_length
 
     def _forward(self, tokens: jax.Array, mask: jax.Array, *, keep_cache: bool = False):
         """Hidden states of rows, and where they are kept the rotated keys and the values of all layers."""

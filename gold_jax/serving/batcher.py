@@ -354,5 +354,6 @@ class Batcher:
 
 def longest_sequence(decoder) -> int:
     """The default `max_length`: the model's `max_position_embeddings`, at most 4096 so that caches fit."""
-    config, most = json.loads(decoder.config.source).get("config") or {}, decoder.config.most_decoded or _LONGEST
+    config, most = json.loads(decoder.config.source).get("config") or {}, decoder.config.max_decode_length or _LONGEST
+    most = 1 << most.bit_length() - 1  # slots are powers of two
     return min(_LONGEST, most, (config.get("text_config") or config).get("max_position_embeddings") or _LONGEST)

@@ -18,6 +18,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.losses.importance import ImportanceSampling
+from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, commit, count, split
 from gold_jax.rollout.sampler import bytes_per_row, default_rows
@@ -158,6 +159,16 @@ def _rows_at_once(
     rounded = [args.rollout_quantization, "none"]  # the student, and the teacher where it writes too
     each = [bytes_per_row(x.config, itemsize, placement, *sizes, how) for x, how in zip(models, rounded)]
     return default_rows(shards, free, max(each))
+
+
+def check_decode_lengths(args: GOLDConfig, student: DecoderConfig, teacher: DecoderConfig) -> None:
+    """ValueError where training asks a model for longer rows than it can decode."""
+    length, wanted = args.prompt_budget + args.max_completion_length, "--max_prompt_length and --max_completion_length"
+    wanted = f"prompts and completions in training ({wanted}, or --max_length)"
+    if args.lmbda > 0 and args.server_url is None:
+        student.check_decode_length(length, wanted)
+    if args.seq_kd and args.lmbda < 1:
+        teacher.check_decode_length(length, wanted)
 
 
 def counted_tokens(args: SFTConfig) -> str:
