@@ -90,7 +90,7 @@ class DistillationLoss:
         max_length = max_length or (_DEFAULT_LENGTH if config is None else config.max_length)
         tokenizers = student.chat_tokenizer, teacher.chat_tokenizer
         context = None if config is None else config.teacher_context
-        short = student.model.config.most_decoded, teacher.model.config.most_decoded
+        short = student.model.config.max_decode_length, teacher.model.config.max_decode_length
         batches = DistillationBatchBuilder(
             *tokenizers, graph, spec, match.same, max_length, teacher_context=context, short_lengths=short
         )

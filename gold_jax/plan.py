@@ -65,6 +65,7 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
     from gold_jax.planning.plan import STUDENT, Pair, PlanRequest
     from gold_jax.planning.report import Report
     from gold_jax.sharding.axes import mesh_sizes
+    from gold_jax.training.build import check_decode_lengths
 
     mesh = mesh_sizes(training.mesh, topology.devices)
     named = {"attn_implementation": model.attn_implementation, "revision": model.model_revision}
@@ -74,6 +75,7 @@ def plan_run(model: ModelArguments, training: SFTConfig, args: PlanArguments, pr
     if isinstance(training, GOLDConfig) and (name := training.teacher_model_name_or_path) is not None:
         revision = training.teacher_model_init_kwargs.get("revision") or training.teacher_model_revision
         teacher = find_model(name, revision, "teacher")
+        check_decode_lengths(training, student.config, teacher.config)
         progress("reading tokenizers")
         vocabularies = find_vocabularies(student, teacher, training, args.matched)
     pair = Pair(student.config, teacher and teacher.config, vocabularies and vocabularies.matched)

@@ -132,7 +132,7 @@ def _read_completions(
             mark[-1:] = False
             ids.append(sequence)
             counted.append(mark)
-        packed = pack(ids, batch_size, shards, pad=chat_tokenizer.pad_id, short_length=model.config.most_decoded)
+        packed = pack(ids, batch_size, shards, pad=chat_tokenizer.pad_id, short_length=model.config.max_decode_length)
         width = packed.gather_index.shape[-1]
         behind = pad_right([x[1:] for x in ids], batch_size, width, np.int32)
         marks = pad_right(counted, batch_size, width, bool)

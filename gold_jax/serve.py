@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ImportError(f"{error.name} is not installed: pip install 'gold_jax[serve]'") from None
     with _listen(args.host, args.port) as listener:
         show(notices)
+        from gold_jax.bucketing import power_of_two
         from gold_jax.serving.app import create_app
         from gold_jax.serving.batcher import COMPILED_LENGTH, Batcher, longest_sequence
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoder, chat = loaded.model, loaded.chat_tokenizer
         sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
         longest = args.max_length or longest_sequence(decoder)
-        decoder.config.check_decoded(longest)
+        decoder.config.check_decode_length(power_of_two(longest), "the slots of the cache for --max_length")
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
         batcher.compile(COMPILED_LENGTH)
         name = args.served_model_name or shown_name(model.model_name_or_path)

@@ -296,6 +296,11 @@ def families_page() -> str:
         "shown is a family's default configuration; a checkpoint's own `config.json` decides, and what the decoder does not have is "
         "an error that names it.",
         table(header, rows),
+        "Phi's checkpoints hold queries, keys and values in one tensor, gate and up in another, and are saved so again; Phi 4 mini "
+        "rotates three quarters of a head. Granite's configs have factors on embeddings, scores, what layers add, and logits.",
+        "With LongRoPE (Phi 3.5, Phi 4 mini) rows of more than `original_max_position_embeddings` tokens are rotated by other angles. "
+        "Here the row's own length decides, in transformers that of the longest row in the batch. As such a row would have to be read "
+        "anew, models decode up to this length, prompt and completion together; what asks for more is refused at the start.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -48,16 +48,18 @@ class DecoderConfig:
     qk_norm: bool = False  # RMSNorm on every query and key head before the rotation (Qwen 3, Gemma 3)
     joint_qk_norm: bool = False  # of all heads as one vector (OLMo 2)
     sandwich_norms: bool = False  # norms after attention and MLP as well as before (Gemma)
-    post_norms: bool = False  # norms after them alone (OLMo 2, EXAONE 4)
+    post_norms_only: bool = False  # norms after them and none before (OLMo 2, EXAONE 4)
     attention_softcap: float | None = None  # `cap · tanh(x / cap)` on scores
     final_softcap: float | None = None  # the same on logits
-    embedding_scale: float = 1.0  # on embeddings (Gemma: √width), rounded to the compute dtype as transformers does
+    embedding_scale: float = (
+        1.0  # on embeddings (Gemma: √width; Granite), rounded to the compute dtype, as transformers does Gemma's
+    )
     residual_scale: float = 1.0  # on what attention and MLP add (Granite)
     hidden_scale: float = 1.0  # on the final hidden states, and so on logits (Granite: 1 / logits_scaling)
-    rotated: tuple[bool, ...] | None = (
-        None  # per layer, whether queries and keys are rotated; None: all (not SmolLM3, EXAONE 4)
+    rotated: tuple[bool, ...] | None = None  # per layer, whether queries and keys are rotated; None: in all
+    fused_projections: bool = (
+        False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
     )
-    fused: bool = False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
@@ -68,17 +70,22 @@ class DecoderConfig:
         return tuple(self.ropes[slides] if rotates else None for slides, rotates in zip(self.sliding, rotated))
 
     @property
-    def most_decoded(self) -> int | None:
-        """Most tokens of a row that can be decoded, prompt and completion together; None: any number."""
-        return min((rope.short_length for rope in self.ropes if rope.short_length is not None), default=None)
+    def post_norms(self) -> bool:
+        """Whether what attention and MLP add is normed."""
+        return self.sandwich_norms or self.post_norms_only
 
-    def check_decoded(self, length: int) -> None:
-        """Raises a ValueError where a row grows to more tokens than can be decoded."""
-        if self.most_decoded is not None and length > self.most_decoded:
+    @property
+    def max_decode_length(self) -> int | None:
+        """Most tokens of a row that is decoded, prompt and completion together; None: any number."""
+        lengths = (rope.short_length for rope in self.layer_ropes if rope is not None)
+        return min((length for length in lengths if length is not None), default=None)
+
+    def check_decode_length(self, length: int, wanted: str) -> None:
+        """Raises a ValueError where rows are to be decoded up to more than `max_decode_length` tokens, which are `wanted`."""
+        if self.max_decode_length is not None and length > self.max_decode_length:
             raise ValueError(
-                f"The {self.family} model rotates rows of more than {self.most_decoded} tokens by other angles from their "
-                f"first one on (longrope), so that prompt and completion can be {self.most_decoded} tokens together where "
-                f"one is written; asked for are {length}. A smaller max_length does."
+                f"{wanted} come to {length} tokens; the {self.family} model can decode rows of at most "
+                f"{self.max_decode_length}, as LongRoPE rotates longer ones by other angles, from their first token on."
             )
 
     @classmethod
@@ -130,14 +137,14 @@ class DecoderConfig:
             qk_norm=family in ("qwen3", "gemma3_text", "exaone4"),
             joint_qk_norm=olmo,
             sandwich_norms=gemma,
-            post_norms=olmo or family == "exaone4",
+            post_norms_only=olmo or family == "exaone4",
             # Gemma 3's attention has no cap in transformers, whatever its config says.
             attention_softcap=text.attn_logit_softcapping if family == "gemma2" else None,
             final_softcap=text.final_logit_softcapping if gemma else None,
             embedding_scale=float(text.hidden_size) ** 0.5 if gemma else _granite(text, "embedding_multiplier"),
             residual_scale=_granite(text, "residual_multiplier"),
             hidden_scale=1 / _granite(text, "logits_scaling"),
-            fused=family == "phi3",
+            fused_projections=family == "phi3",
             source=json.dumps({"config": hf_config.to_dict() if raw is None else raw}, default=str),
         )
 
@@ -249,10 +256,12 @@ def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
     read = {}
     for kind, values in (nested or {None: parameters}).items():
         where = f"rope_parameters{f'[{kind!r}]' if kind else ''} of the {text.model_type} config"
+        # In transformers yarn's `truncate` is the outer dictionary's.
+        values = {**values, "truncate": parameters.get("truncate", True)} if kind else values
         rope = Rope.from_parameters(values, head_dim, max_length=text.max_position_embeddings, where=where)
         if rope.partial != 1 and text.model_type != "phi3":
             raise ValueError(
-                f"{where}: partial_rotary_factor {rope.partial:g} is not supported; whole heads are turned (1.0)."
+                f"{where}: partial_rotary_factor {rope.partial:g} is not supported; whole heads are rotated (1.0)."
             )
         if not rope.is_finite(head_dim):
             raise ValueError(f"{where} is {quoted(values)}, which gives angles that are no finite numbers.")
@@ -262,7 +271,7 @@ def _ropes(text: Any, head_dim: int) -> tuple[Rope, Rope]:
 
 
 def _rotated_layers(text: Any, sliding: tuple[bool, ...]) -> tuple[bool, ...] | None:
-    """In which layers positions are told by rotation (None: all); the others (NoPE) have the causal mask alone."""
+    """Which layers rotate queries and keys (None: all); the others have no position embedding (NoPE)."""
     if text.model_type == "exaone4" and text.sliding_window is not None:
         return sliding
     if text.model_type != "smollm3":

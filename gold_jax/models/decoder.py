@@ -162,7 +162,7 @@ class Decoder(nnx.Module):
             tokens: int32 [S, N], the packed sequences.
             gather_index: int32 [S, R, T], index into its sequence of each token of a row; rows are padded on the right.
             first_slot: int32 [S, N], one of the sequence's R·T row slots that hold the token (its position is the same
-                in all of them, and all are of up to `config.most_decoded` tokens, or all of more).
+                in all of them, and all are of up to `config.max_decode_length` tokens, or all of more).
             mask: bool [S, R, T], True where a row has a token.
         """
         _, rows, length = gather_index.shape
@@ -243,7 +243,7 @@ class Decoder(nnx.Module):
         of the cache, at least P; P plus the tokens to come is enough.
         """
         length = tokens.shape[1]
-        self.config.check_decoded(cache_len)
+        self.config.check_decode_length(cache_len, "the slots of the cache")
         if cache_len < length:
             raise ValueError(f"cache_len is {cache_len}, less than the {length} tokens of the prompts it must hold.")
         count = mask.sum(axis=1, dtype=jnp.int32)
@@ -316,13 +316,13 @@ class Decoder(nnx.Module):
         `weights` are `decoding_weights()`, made outside the loop; None makes them here.
         """
         config = self.config
+        config.check_decode_length(cache.slots, "the slots of the cache")
         weights = self.decoding_weights() if weights is None else weights
         distance = cache.length[:, None] - jnp.arange(cache.slots)
         visible = distance >= 0
         in_window = None if config.window is None else visible & (distance < config.window)
         tables = self._tables(cache.length[:, None])
         x, caches = self._embed(tokens), []
-        self.config.check_decoded(cache.slots)
         arrays = zip(weights.layers, cache.keys, cache.values)
         for rope, sliding, (own, *cached) in zip(config.layer_ropes, config.sliding, arrays):
             seen = tables[rope], in_window if sliding else visible
@@ -359,7 +359,8 @@ class Decoder(nnx.Module):
     def _layers(self, tokens, positions, lengths, mask, attend_to_rows=None, arrays=(), *, keep_cache: bool = False):
         """All layers over tokens in any arrangement, that `attend_to_rows` changes into rows as `mask` has them.
 
-        `lengths`, of the row of each token, broadcast to `positions`. It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself.
+        It is given `arrays`, whose first axis is that of the tokens, beside what attention needs itself. `lengths`, of each
+        token's row, broadcast to `positions`.
         """
         config, placement = self.config, self.placement
         layout, attend = make_layer_attention(config, mask, self.dtype, self.attention, self.platform)
@@ -371,7 +372,7 @@ class Decoder(nnx.Module):
             for name, info in layer_parameters(config).items():
                 shardings = (of(info.shape, info.spec) for of in (placement.param_sharding, placement.compute_sharding))
                 weights[name] = ShardedParam(weights[name], *shardings)
-        all_short = config.most_decoded is None or mask.shape[1] <= config.most_decoded
+        all_short = config.max_decode_length is None or mask.shape[1] <= config.max_decode_length
         tables = self._tables(positions, None if all_short else lengths)
         which = jnp.asarray([list(tables).index(rope) for rope in config.layer_ropes], jnp.int32)
 

@@ -225,12 +225,10 @@ def save_model(model: Decoder, folder: str | os.PathLike, *, dtype: str = "auto"
 
 def _tensors(config: DecoderConfig, prefix: str = "model.", head: str = "lm_head.weight") -> dict[tuple, list[Stored]]:
     """The tensors that make up each parameter, by its path; as a text checkpoint has them."""
-    names, fused, infos = (
-        NAMES | (OUT_NORM_NAMES if config.sandwich_norms or config.post_norms else {}),
-        {},
-        parameters(config),
-    )
-    for tensor, held in FUSED.items() if config.fused else ():
+    names, fused, infos = dict(NAMES), {}, parameters(config)
+    if config.post_norms:
+        names |= OUT_NORM_NAMES
+    for tensor, held in FUSED.items() if config.fused_projections else ():
         rows = [infos["layers", name].shape[-1] for name in held]
         fused |= {name: (tensor, sum(rows), sum(rows[:i])) for i, name in enumerate(held)}
     found = {}
@@ -346,6 +344,7 @@ def _config_to_write(config: DecoderConfig, source: dict, dtype: str) -> dict:
     if raw.get("model_type") == "gemma3":
         raw = dict(raw["text_config"]) | {"model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"]}
         raw["tie_word_embeddings"] = config.tied  # until here the outer config decided
+    raw.pop("auto_map", None)  # of modules that stay where they are; the model's type is transformers' own
     if source.get("untied"):
         raw["tie_word_embeddings"] = False
     raw["torch_dtype" if "torch_dtype" in raw and "dtype" not in raw else "dtype"] = dtype

@@ -57,7 +57,7 @@ _linear = _keep_inputs(linear, static_argnums=1)
 
 @functools.partial(_keep_inputs, static_argnums=(0, 3, 4))
 def _normed_products(config: DecoderConfig, weights: Weights, x: jax.Array, norm: str, names: tuple[str, ...]):
-    normed = x if config.post_norms else rms_norm(config, weights[norm], x)
+    normed = x if config.post_norms_only else rms_norm(config, weights[norm], x)
     return tuple(linear(weights, name, normed) for name in names)
 
 
@@ -151,11 +151,10 @@ def _rotated_heads(config: DecoderConfig, weights: Weights, x: jax.Array, table:
 def _after_attention(config: DecoderConfig, weights: Weights, x: jax.Array, attended: jax.Array) -> jax.Array:
     """What follows attention in a layer: its output projection and the MLP, each added to x [..., D]."""
     attended = _linear(weights, "out", attended)
-    norms_after = config.sandwich_norms or config.post_norms
-    if norms_after:
+    if config.post_norms:
         attended = _norm(config, weights["attention_out_norm"], attended)
     x = x + scaled(attended, config.residual_scale)
     made = _gated_product(config, weights, *_normed_products(config, weights, x, "mlp_norm", ("gate", "up")))
-    if norms_after:
+    if config.post_norms:
         made = _norm(config, weights["mlp_out_norm"], made)
     return x + scaled(made, config.residual_scale)

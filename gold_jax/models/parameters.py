@@ -36,9 +36,9 @@ def layer_parameters(config: DecoderConfig) -> dict[str, ParamInfo]:
         specs |= {"query_norm": (None,), "key_norm": (None,)}
     if config.joint_qk_norm:
         specs |= {"query_norm": ("heads",), "key_norm": ("kv_heads",)}
-    if config.post_norms:
+    if config.post_norms_only:
         specs = {name: spec for name, spec in specs.items() if name not in ("attention_norm", "mlp_norm")}
-    if config.sandwich_norms or config.post_norms:
+    if config.post_norms:
         specs |= {"attention_out_norm": ("embed",), "mlp_out_norm": ("embed",)}
     head = config.head_dim
     sizes = {"embed": config.width, "mlp": config.mlp_width, None: head}

@@ -168,7 +168,7 @@ class Analytic:
         config, t = side.config, side.tensor
         kept = c * config.width  # what a layer's forward pass leaves of a token for the backward pass
         if not self.args.gradient_checkpointing:
-            kept = c * (2 + 2 * config.sandwich_norms) * config.width
+            kept = c * (2 + 2 * config.post_norms) * config.width
             kept += c * (3 * side.queries + 2 * side.keys + 2 * config.mlp_width) // t
             kept += 12 * (side.queries + side.keys) // t if config.qk_norm or config.joint_qk_norm else 0
         activations = n * config.layers * kept + self.rounded
@@ -237,7 +237,7 @@ class Analytic:
         weighing = 2.0 * positions * side.head if self.request.weighs else 0.0
         backward = _BACKWARD_PRODUCTS[kind] * attention / 2
         # The last product of a layer is not computed again, unless a norm after it needs its value.
-        spared = () if config.sandwich_norms or config.post_norms else ("down",)
+        spared = () if config.post_norms else ("down",)
         again = 2.0 * line * config.layers * layer_matrices(config, spared) + attention if remat else 0
         layers, chunks = float(side.layers * c), math.ceil(positions / self.chunk)
         moved = (2 + remat) * layers + (3 + remat) * side.activation_bytes(line, c)

@@ -96,7 +96,8 @@ class _GenerationRun:
                 raise ValueError(
                     f"prompt {number} holds token {wrong[0]}, but the model has tokens 0 to {vocab_size - 1}."
                 )
-        decoder.config.check_decoded(max(map(len, prompts), default=0) - 1 + int(settings.limit))
+        longest = max(map(len, prompts), default=0) - 1 + int(settings.limit)
+        decoder.config.check_decode_length(longest, "the longest prompt and max_new_tokens")
         self.model, self.config, self.dtype, self.placement = (
             (graph, params),
             decoder.config,
@@ -338,10 +339,10 @@ def most_slots(config: DecoderConfig, weights: int, rows: int, length: int) -> t
     A cache that is cheap, because it is small beside the model's `weights` (their number), has all its slots at once and
     in few sizes; of another no more than a fourth stays empty.
     """
-    slots = _slots(length)
+    slots, most = _slots(length), config.max_decode_length
     small = _SMALL_CACHE * rows * slots * 2 * config.layers * config.kv_heads * config.head_dim <= weights
     slots = slots if small else fine_bucket(int(length), smallest=_MIN_LENGTH)
-    return slots if config.most_decoded is None else min(slots, config.most_decoded), small
+    return slots if most is None else min(slots, max(most, int(length))), small
 
 
 def _slots(length: int) -> int:

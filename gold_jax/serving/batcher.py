@@ -154,7 +154,7 @@ class Batcher:
         """
         largest = power_of_two(min(length, self.max_length))
         sizes = [1 << n for n in range(self._least.bit_length() - 1, largest.bit_length())]
-        sizes = [size for size in dict.fromkeys(map(self._decodable, sizes)) if size not in self._sizes]
+        sizes = [size for size in sizes if size not in self._sizes]
         self._sizes.update(sizes)
         sharding = jax.sharding.SingleDeviceSharding(self._device)
         with jax.default_device(self._device):
@@ -239,16 +239,11 @@ class Batcher:
 
     def _size(self, length: int) -> int:
         """The size that programs for `length` tokens are compiled for."""
-        size = self._decodable(power_of_two(length, smallest=self._least))
+        size = power_of_two(length, smallest=self._least)
         if size not in self._sizes:
             self._sizes.add(size)
             print(f"compiling for sequences of up to {size} tokens; requests wait for it", file=sys.stderr, flush=True)
         return size
-
-    def _decodable(self, size: int) -> int:
-        """A size, or the most that the model can decode."""
-        most = self._config.most_decoded
-        return size if most is None else min(size, most)
 
     def _pad(self, prompts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Prompts padded to int32 [B, T], and their lengths, int32 [B]."""
@@ -359,5 +354,6 @@ class Batcher:
 
 def longest_sequence(decoder) -> int:
     """The default `max_length`: the model's `max_position_embeddings`, at most 4096 so that caches fit."""
-    config, most = json.loads(decoder.config.source).get("config") or {}, decoder.config.most_decoded or _LONGEST
+    config, most = json.loads(decoder.config.source).get("config") or {}, decoder.config.max_decode_length or _LONGEST
+    most = 1 << most.bit_length() - 1  # slots are powers of two
     return min(_LONGEST, most, (config.get("text_config") or config).get("max_position_embeddings") or _LONGEST)

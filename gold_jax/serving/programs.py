@@ -9,7 +9,6 @@ Shapes: R slots, N tokens of a round, K = `MOST_TOP` likeliest tokens, B prompts
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -175,7 +174,7 @@ def score_tokens(graphdef, params, tokens: jax.Array, lengths: jax.Array, wants_
     rows, width = tokens.shape
     hidden = model(tokens, jnp.arange(width) < lengths[:, None])
     size = max(1, min(width, _LOGITS // (rows * model.config.vocab_size)))
-    size = math.gcd(width, 1 << size.bit_length() - 1)  # most widths are powers of two, so that chunks are too
+    size = 1 << size.bit_length() - 1  # widths are powers of two, so that chunks are too
     behind = jnp.roll(tokens, -1, axis=1)
 
     def chunk(_, part):

@@ -82,7 +82,7 @@ def pack(
 ) -> PackedBatch:
     """Packs `B = batch_size` rows, int32 `[T]` each, `B / S` per sequence with `S = num_sequences`; missing ones are empty.
 
-    `short_length` is the model's (`DecoderConfig.most_decoded`): longer rows share no prefix with those of up to so many tokens.
+    `short_length` is the model's (`DecoderConfig.max_decode_length`): longer rows share no prefix with those of up to so many tokens.
     ValueError where `num_sequences` does not divide `batch_size`.
     """
     unpadded = pack_unpadded(rows, batch_size, num_sequences, short_length)

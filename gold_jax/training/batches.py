@@ -148,7 +148,10 @@ class DistillationBatchBuilder:
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
-    short_lengths: tuple[int | None, int | None] = (None, None)  # `DecoderConfig.most_decoded` of student and teacher
+    short_lengths: tuple[int | None, int | None] = (
+        None,
+        None,
+    )  # `DecoderConfig.max_decode_length` of student and teacher
 
     @annotate(BATCHES)
     def build(
@@ -429,7 +432,7 @@ class TokenBatchBuilder:
     rollout_batches, engine = 1, None  # those of `DistillationBatchBuilder`; nothing is sampled here
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS
-    short_length: int | None = None  # `DecoderConfig.most_decoded`
+    short_length: int | None = None  # `DecoderConfig.max_decode_length`
 
     @annotate(BATCHES)
     def build(self, step: int, examples: Sequence[Example], params: Any, shapes: Iterable = ()) -> UpdateBatch:

@@ -18,6 +18,7 @@ from gold_jax.loading import LoadedModel
 from gold_jax.loss_spec import LossSpec
 from gold_jax.losses.fused_head import chunk_size
 from gold_jax.losses.importance import ImportanceSampling
+from gold_jax.models.config import DecoderConfig
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import Params, commit, count, split
 from gold_jax.rollout.sampler import bytes_per_row, default_rows
@@ -100,7 +101,7 @@ def build_run(
         step = Step(make_cross_entropy_loss(graph, chunk=chunk), step_optimizer, **given)
         if chat_tokenizer is not None:
             sizes = rows, eval_rows, args.max_length, counted_tokens(args), args.length_buckets
-            batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard, student.model.config.most_decoded)
+            batches = TokenBatchBuilder(chat_tokenizer, *sizes, process_shard, student.model.config.max_decode_length)
         flops = training_flops(student.model, None)
         return Run(graph, params, optimizer, schedule, shardings, step, batches, flops=flops)
 
@@ -127,7 +128,7 @@ def build_run(
             rollout_quantization=args.rollout_quantization, rollout_batches=args.rollout_batches,
             importance_weights=importance is not None, teacher_model=(teacher_graph, teacher_params) if writes else None,
             length_buckets=args.length_buckets, process_shard=process_shard,
-            short_lengths=(student.model.config.most_decoded, teacher.model.config.most_decoded),
+            short_lengths=(student.model.config.max_decode_length, teacher.model.config.max_decode_length),
         )  # fmt: skip
     flops = training_flops(student.model, teacher.model if spec.distillation_weight else None)
     return Run(graph, params, optimizer, schedule, shardings, step, batches, spec, teacher_graph, match, flops)
@@ -159,6 +160,16 @@ def _rows_at_once(
     rounded = [args.rollout_quantization, "none"]  # the student, and the teacher where it writes too
     each = [bytes_per_row(x.config, itemsize, placement, *sizes, how) for x, how in zip(models, rounded)]
     return default_rows(shards, free, max(each))
+
+
+def check_decode_lengths(args: GOLDConfig, student: DecoderConfig, teacher: DecoderConfig) -> None:
+    """ValueError where training asks a model for longer rows than it can decode."""
+    length, wanted = args.prompt_budget + args.max_completion_length, "--max_prompt_length and --max_completion_length"
+    wanted = f"prompts and completions in training ({wanted}, or --max_length)"
+    if args.lmbda > 0 and args.server_url is None:
+        student.check_decode_length(length, wanted)
+    if args.seq_kd and args.lmbda < 1:
+        teacher.check_decode_length(length, wanted)
 
 
 def counted_tokens(args: SFTConfig) -> str:

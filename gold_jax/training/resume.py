@@ -24,7 +24,7 @@ from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.surface import backend_of
 from gold_jax.training import checkpointing
 from gold_jax.training.logging import LOGS, SUMMARY
-from gold_jax.wording import listed, without_passwords
+from gold_jax.wording import listed, quoted, without_passwords
 
 # Settings that a resumed run may change silently, and those whose change is reported, as it makes another run.
 IGNORED_ON_RESUME = fields_with(GOLDConfig, on_resume="ignore")
@@ -147,7 +147,10 @@ def check_run(saved: Mapping[str, Any], now: Mapping[str, Any], checkpoint: Any)
 def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The values of two configs that differ."""
     pairs = {name: (now.get(name, "the default"), saved.get(name, "the default")) for name in [*saved, *now]}
-    return ", ".join(f"{name}: now {new}, before {old}" for name, (new, old) in pairs.items() if new != old)
+    shown = {
+        n: [quoted(x) if isinstance(x, list) else x for x in both] for n, both in pairs.items() if both[0] != both[1]
+    }
+    return ", ".join(f"{name}: now {new}, before {old}" for name, (new, old) in shown.items())
 
 
 def _is_compatible(name: str, saved: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

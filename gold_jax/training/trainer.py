@@ -31,7 +31,7 @@ from gold_jax.sharding.axes import mesh_flag
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluations
-from gold_jax.text.data import load_examples
+from gold_jax.text.data import as_teacher_reads, load_examples
 from gold_jax.text.stream import RowStream, open_stream
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
@@ -152,6 +152,7 @@ class _Trainer(TrainerMembers):
         sides = {"the student": student} if teacher is None else {"the student": student, "the teacher": teacher}
         facts = RunFacts(a, self.spec, evaluates=self.eval_examples is not None, in_bfloat16=self._in_bfloat16)
         measured, evaluated = self._check_evaluation_rows(sides)
+        self._check_evaluation_lengths(sides, max_new_tokens)
         self.notices = [*a.notices, *rows.notices, *measured, *named_without_effect(a, facts), *notices]
         shown |= {f"{whose.removeprefix('the ')} reads": x.chat_tokenizer.describe() for whose, x in sides.items()}
         data = Data(rows.examples, self.eval_examples, rows.order, {}, rows.background)
@@ -193,6 +194,20 @@ class _Trainer(TrainerMembers):
             return [], None
         self.eval_examples, measured, evaluated = self._check_evaluation(self.eval_examples)
         return measured, evaluated
+
+    def _check_evaluation_lengths(self, sides: Mapping[str, LoadedModel], max_new_tokens: int) -> None:
+        """ValueError where an evaluation asks a model for longer rows than it can decode."""
+        a, rows = self.args, self.eval_examples
+        for whose, side in sides.items():
+            writes = a.predict_with_generate or (len(sides) > 1 and a.eval_gaps)
+            if rows is None or not writes or side.model.config.max_decode_length is None:
+                continue
+            examples = [e for part in (rows.values() if isinstance(rows, Mapping) else [rows]) for e in part]
+            if whose == "the teacher":
+                examples = as_teacher_reads(examples, side.chat_tokenizer, a.teacher_context)
+            longest = max(map(len, side.chat_tokenizer.encode_prompts([e.prompt for e in examples])))
+            wanted = f"the longest prompt of the evaluation data and {max_new_tokens} new tokens"
+            side.model.config.check_decode_length(longest + max_new_tokens, wanted)
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -615,9 +630,7 @@ class GOLDTrainer(_Trainer):
         match = build.match_pair(student, teacher, a.projection_mask)
         self.spec = a.loss_spec(match.same or match.related)
         need, by_teacher = None, a.seq_kd and a.lmbda < 1
-        for side, writes in (student, a.lmbda > 0 and a.server_url is None), (teacher, by_teacher):
-            if writes:
-                side.model.config.check_decoded(a.prompt_budget + a.max_completion_length)
+        build.check_decode_lengths(a, student.model.config, teacher.model.config)
         if a.lmbda < 1 and not a.seq_kd:
             share = f"with --lmbda {a.lmbda:g} a share of the batches comes from the data set"
             need = f"{share}; use --lmbda 1 for prompts alone"

@@ -33,9 +33,8 @@ LAYOUTS = {  # shape of the mesh, and the axes that each of its two cuts
     "layers": ((3, 2), ("layers",), ("embed",)),
 }
 CASES = [("qwen3_biases", layout, "float32") for layout in (*LAYOUTS, "one device")]
-CASES += [(name, "both", "float32") for name in ("llama", "qwen2", "gemma3_old", "phi3", "olmo2")] + [
-    ("llama", "both", "bfloat16")
-]
+CASES += [(name, "both", "float32") for name in ("llama", "qwen2", "gemma3_old", "phi3", "olmo2")]
+CASES += [("llama", "both", "bfloat16")]
 
 
 def sharding_of(layout):
@@ -144,9 +143,10 @@ def on_eight_devices(folder):
     return found
 
 
-def in_two_processes(folder, process):
+def in_two_processes(folder, process, name):
     assert (jax.device_count(), jax.local_device_count(), jax.process_count()) == (8, 4, 2)
-    source = tiny.write_folder("qwen3_biases", folder / f"source {process}")
+    folder = folder / name
+    source = tiny.write_folder(name, folder / f"source {process}")
     plain = load_model(source)
     with Host().watched() as reading:
         model = load_model(source, sharding=sharding_of("both"))
@@ -183,7 +183,7 @@ def main(folder, process=None, port=None):
         found = on_eight_devices(pathlib.Path(folder))
     else:
         jax.distributed.initialize(f"localhost:{port}", 2, int(process))
-        found = in_two_processes(pathlib.Path(folder), int(process))
+        found = {name: in_two_processes(pathlib.Path(folder), int(process), name) for name in ("qwen3_biases", "phi3")}
     print(json.dumps(found))
 
 

@@ -75,10 +75,8 @@ def test_a_cache_too_short_for_the_prompt_is_refused(load):
 
 
 def test_longrope_rotates_each_row_by_its_own_length(load):
-    model, (tokens, mask) = (
-        load("phi3_longrope_beyond"),
-        tiny.batch(),
-    )  # of 16, 11 and 12 tokens, 12 the original length
+    model = load("phi3_longrope_beyond")
+    tokens, mask = tiny.batch()  # rows of 16, 11 and 12 tokens, 12 being the original length
     together = logits_of(model, tokens, mask)
     for row, own in zip(range(3), mask):
         alone = logits_of(model, tokens[row : row + 1, own], own[None, own])[0]
@@ -87,7 +85,9 @@ def test_longrope_rotates_each_row_by_its_own_length(load):
 
 def test_a_cache_longer_than_longrope_s_original_length_is_refused(load):
     prompt = np.zeros((1, 9), np.int32)
-    with pytest.raises(ValueError, match="can be 12 tokens together .* asked for are 13"):
+    with pytest.raises(
+        ValueError, match="the slots of the cache come to 13 tokens; the phi3 model can decode .* at most 12"
+    ):
         load("phi3_longrope_beyond").prefill(prompt, prompt == 0, 13)
 
 
@@ -152,7 +152,7 @@ def test_rows_laid_in_lines_read_as_rows_by_themselves_do_with_the_same_gradient
         rng.integers(0, 40, 9),
     ]
     rows = [np.asarray(row, np.int32) for row in rows]
-    lines = pack(rows, 6, 2, short_length=model.config.most_decoded)
+    lines = pack(rows, 6, 2, short_length=model.config.max_decode_length)
     width = lines.gather_index.shape[-1]
     tokens = jnp.asarray(pad_right(rows, 6, width, np.int32))
     mask = jnp.asarray(lines.mask.reshape(6, width))

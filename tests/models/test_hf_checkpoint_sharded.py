@@ -74,9 +74,10 @@ def test_processes_read_their_own_shards_and_the_first_writes_for_all(tmp_path):
     finally:
         for process in both:
             process.kill()
-    for seen in (first, second):
-        assert seen["same bits"] and seen["same files"] and seen["waited"]
-        assert seen["bytes read"] < 0.6 * seen["bytes of the file"]
-        assert seen["largest written"] == seen["largest parameter"] / 3  # of three layers
-    assert first["folders"] == ["copy 0", "plain 0", "source 0"] and second["folders"] == ["source 1"]
-    assert first["failed"] == "FileExistsError" and second["failed"] is None  # and nobody waits for the other
+    for name in first:
+        for seen in (first[name], second[name]):
+            assert seen["same bits"] and seen["same files"] and seen["waited"]
+            assert seen["bytes read"] < 0.6 * seen["bytes of the file"]
+            assert seen["largest written"] == seen["largest parameter"] / 3  # of three layers
+        assert first[name]["folders"] == ["copy 0", "plain 0", "source 0"] and second[name]["folders"] == ["source 1"]
+        assert first[name]["failed"] == "FileExistsError" and second[name]["failed"] is None  # and nobody waits for it

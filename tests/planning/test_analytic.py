@@ -173,6 +173,15 @@ def test_parameters_are_those_of_the_decoder(family):
     assert parameter_count(config, "embedding") == 1024 * 256 and (parameter_count(config, "head") == 0) == config.tied
 
 
+def test_norms_after_blocks_keep_as_much_with_norms_before_them_as_without():
+    def kept(**norms):
+        config = dataclasses.replace(of("llama"), **norms)
+        return costs(config, gradient_checkpointing=False).temporaries("student")["activations"]
+
+    assert kept(post_norms_only=True) == kept(sandwich_norms=True) > kept()
+    assert kept(joint_qk_norm=True) == kept(qk_norm=True) > kept()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("remat", [None, False, True])
 def test_layers_cost_what_the_compiler_counts(family, remat):

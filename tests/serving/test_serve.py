@@ -17,14 +17,12 @@ import jax
 import numpy as np
 import pytest
 import uvicorn
-from models import tiny
 from starlette.testclient import TestClient
 
 import gold_jax
 from gold_jax.loading import load_model_and_tokenizer
 from gold_jax.models.decoder import Decoder
 from gold_jax.models.functional import split
-from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.serving.app import MOST_BYTES, create_app
 from gold_jax.serving.batcher import Batcher, Request
 
@@ -344,26 +342,6 @@ def wait_for(holds) -> None:
     while not holds():
         assert time.monotonic() < end
         time.sleep(0.01)
-
-
-def test_longrope_is_served_up_to_its_original_length_though_that_is_no_size_of_a_cache(tmp_path):
-    model = load_model(tiny.write_folder("phi3_longrope_beyond", tmp_path))  # 12 tokens
-    made, ended, found = Batcher(model, (), rows=1, queue_size=1, max_length=12), threading.Event(), []
-
-    def receive(kind, value):
-        found.extend(value.ids.tolist() if kind == "tokens" else [(kind, value)])
-        kind != "tokens" and ended.set()
-
-    try:
-        made.compile(100)
-        made.submit([Request(np.array([3, 14, 15], np.int32), receive, 9)])
-        assert ended.wait(120)
-    finally:
-        made.close()
-    *drawn, end = found
-    assert end == ("end", "length")
-    logits = model.logits(model(np.array([[3, 14, 15, *drawn]])))
-    np.testing.assert_array_equal(np.asarray(logits)[0, 2:-1].argmax(axis=1), drawn)
 
 
 @pytest.mark.parametrize("quantization", ["none", "int8_kv_cache"])

@@ -392,18 +392,34 @@ def test_a_student_of_the_same_shapes_that_computes_in_another_way_is_refused(wo
         SFTTrainer(str(other), args, str(world / "data" / "train.jsonl")).train("latest")
 
 
-def test_the_description_of_a_model_is_that_of_earlier_versions():
+_LLAMA3 = {"kind": "llama3", "factor": 8.0, "original_length": 16}
+_LINEAR = {"kind": "linear", "factor": 8.0}
+# fmt: off
+DESCRIBED = {
+    "llama3_new": dict(
+        family="llama", head_dim=8, activation="silu", ropes=[{"theta": 500.0, **_LLAMA3}] * 2, sliding=[False] * 3,
+        window=None, tied=False, query_scale=8**-0.5,
+    ),
+    "qwen3_biases": dict(
+        family="qwen3", head_dim=16, activation="silu", ropes=[{"theta": 1e4}] * 2, sliding=[False] * 3, window=None,
+        tied=True, query_scale=0.25, qkv_bias=True, out_bias=True, qk_norm=True,
+    ),
+    "gemma3_old": dict(
+        family="gemma3_text", head_dim=16, activation="gelu_pytorch_tanh", ropes=[{"theta": 1e6, **_LINEAR}, {"theta": 100.0}],
+        sliding=[True, False, True], window=4, tied=True, query_scale=24**-0.5, norm_offset=1.0, qk_norm=True,
+        sandwich_norms=True, embedding_scale=32**0.5,
+    ),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_the_description_of_a_model_is_that_of_earlier_versions(name):
     """Another one, by a field renamed or made anew, would refuse to resume from all checkpoints that there are."""
-    raw = json.loads((pathlib.Path(__file__).parents[1] / "golden/models/cases.json").read_text())["gemma3_old"][
-        "config"
-    ]
-    config = DecoderConfig.from_hf(transformers.AutoConfig.for_model(**raw))
-    shape = dict(vocab_size=40, width=32, mlp_width=48, layers=3, heads=4, kv_heads=2, head_dim=16, norm_eps=1e-6)
-    ropes = [{"theta": 1e6, "kind": "linear", "factor": 8.0}, {"theta": 100.0}]
-    assert resume.describe_config(config) == shape | dict(
-        family="gemma3_text", activation="gelu_pytorch_tanh", ropes=ropes, sliding=[True, False, True], window=4,
-        tied=True, query_scale=24**-0.5, norm_offset=1.0, qk_norm=True, sandwich_norms=True, embedding_scale=32**0.5,
-    )  # fmt: skip
+    raw = json.loads((pathlib.Path(__file__).parents[1] / "golden/models/cases.json").read_text())[name]["config"]
+    found = resume.describe_config(DecoderConfig.from_hf(transformers.AutoConfig.for_model(**raw)))
+    shape = dict(vocab_size=40, width=32, mlp_width=48, layers=3, heads=4, kv_heads=2, norm_eps=1e-6)
+    assert found == shape | DESCRIBED[name]
 
 
 def test_harmless_differences_pass_and_those_that_matter_later_are_told(world, finished, tmp_path):
