@@ -7,7 +7,18 @@ import pytest
 import tiny_models as tiny
 from safetensors.numpy import load_file, save_file
 
-from gold_jax import GOLDConfig, GOLDTrainer, SFTConfig, SFTTrainer, cli, load_model, sample_completions, serve
+from gold_jax import (
+    DistillationLoss,
+    GOLDConfig,
+    GOLDTrainer,
+    SFTConfig,
+    SFTTrainer,
+    cli,
+    load_model,
+    sample_completions,
+    score_completions,
+    serve,
+)
 from gold_jax.serving.batcher import longest_sequence
 
 ROWS = [{"prompt": question, "completion": answer} for question, answer in tiny.ROWS]
@@ -60,6 +71,30 @@ def test_rows_of_the_data_may_be_longer(phi, world, tmp_path):
     assert len(run.student.chat_tokenizer.encode_completion(row["completion"]).ids) > MOST
     run.train()
     assert np.isfinite(run.log_history[0]["loss"])
+
+
+def test_rows_on_either_side_that_begin_alike_are_read_each_by_its_own_length(phi, world, tmp_path):
+    texts = "72.", " ".join(answer for _, answer in tiny.ROWS * 3)
+    rows = [{"prompt": "What is 24 + 48?", "completion": text} for text in texts]
+    common = dict(max_length=400, max_steps=1, logging_steps=1, save_strategy="no", learning_rate=0.0)
+    for make, models, more in (
+        (GOLDTrainer, (phi, str(world / "teacher")), {"lmbda": 0.0}),
+        (GOLDTrainer, (str(world / "sibling"), phi), {"lmbda": 0.0}),
+        (SFTTrainer, (phi,), {"completion_only_loss": True}),
+    ):
+        losses = []
+        for together in (1, 2):
+            sizes = {"per_device_train_batch_size": together, "gradient_accumulation_steps": 2 // together}
+            args = (GOLDConfig if make is GOLDTrainer else SFTConfig)(output_dir=tmp_path, **common, **sizes, **more)
+            run = make(*models, args, rows, console=tiny.quiet_console())
+            run.train()
+            losses.append(run.log_history[0]["loss"])
+        np.testing.assert_allclose(*losses, rtol=1e-6)
+    alone, together = (score_completions(phi, rows=rows, batch_size=size).bits for size in (1, 2))
+    np.testing.assert_allclose(alone, together, rtol=1e-6)
+    measure = DistillationLoss(phi, str(world / "teacher"), GOLDConfig(normalization="row_mean", max_length=400))
+    together, *alone = (measure(measure.params, measure.batch(some))[0] for some in (rows, rows[:1], rows[1:]))
+    np.testing.assert_allclose(together, np.mean(alone), rtol=1e-6)
 
 
 def test_completions_in_evaluation(phi, tmp_path):
