@@ -36,6 +36,11 @@ COUNTS = {
     "HuggingFaceTB/SmolLM2-360M": 361_821_120,
     "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
     "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "HuggingFaceTB/SmolLM3-3B": 3_075_098_624,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
+    "ibm-granite/granite-3.3-2b": 2_533_539_840,
+    "microsoft/phi-4": 14_659_507_200,
+    "microsoft/Phi-3-mini-4k": 3_821_079_552,
 }
 
 
@@ -54,6 +59,9 @@ def test_a_known_model_has_as_many_parameters_as_its_weights(name):
         ("google/gemma-2-9b-it", "google/gemma-2-9b"),
         ("google/gemma-3-4b-pt", "google/gemma-3-4b"),
         ("mistralai/Mistral-7B-Instruct-v0.3", "mistralai/Mistral-7B-v0.3"),
+        ("allenai/OLMo-2-0425-1B-Instruct", "allenai/OLMo-2-0425-1B"),
+        ("ibm-granite/granite-3.3-2b-instruct", "ibm-granite/granite-3.3-2b"),
+        ("microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-3-mini-4k"),
     ],
 )
 def test_a_tuned_model_has_the_shape_of_its_base(name, base):
