@@ -148,10 +148,7 @@ class DistillationBatchBuilder:
     engine: ServerEngine | None = None  # writes for the student in place of the built-in sampler
     length_buckets: int = 12  # shapes that batches are padded to
     process_shard: ProcessShard = SINGLE_PROCESS  # which rows this process makes
-    short_lengths: tuple[int | None, int | None] = (
-        None,
-        None,
-    )  # `DecoderConfig.max_decode_length` of student and teacher
+    short_lengths: tuple[int | None, int | None] = (None, None)  # `packing.pack`'s of student and teacher
 
     @annotate(BATCHES)
     def build(
