@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         decoder, chat = loaded.model, loaded.chat_tokenizer
         sizes = {"rows": args.batch_size, "queue_size": args.queue_size, "quantization": args.quantization}
         longest = args.max_length or longest_sequence(decoder)
-        decoder.config.check_decode_length(power_of_two(longest), "the slots of the cache for --max_length")
+        decoder.config.check_decode_length(
+            power_of_two(longest), "the slots of the cache (a power of two) for --max_length"
+        )
         batcher = Batcher(decoder, chat.stop_ids, max_length=longest, **sizes)
         batcher.compile(COMPILED_LENGTH)
         name = args.served_model_name or shown_name(model.model_name_or_path)

@@ -85,7 +85,8 @@ class DecoderConfig:
         if self.max_decode_length is not None and length > self.max_decode_length:
             raise ValueError(
                 f"{wanted} come to {length} tokens; the {self.family} model can decode rows of at most "
-                f"{self.max_decode_length}, as LongRoPE rotates longer ones by other angles, from their first token on."
+                f"{self.max_decode_length}, as LongRoPE rotates longer ones by other angles, from their first token on "
+                "(docs/families.md)."
             )
 
     @classmethod
@@ -167,7 +168,10 @@ def _query_scale(text: Any, head_dim: int) -> float:
 def check_family(model_type: str | None) -> None:
     """Raises a ValueError where a `model_type` is none of `FAMILIES`."""
     if model_type not in FAMILIES:
-        raise ValueError(f"model_type {quoted(model_type)} is not known. Known are {', '.join(FAMILIES)}.")
+        raise ValueError(
+            f"model_type {quoted(model_type)} is not known. Known are {', '.join(FAMILIES)} (docs/families.md). Other dense "
+            "transformers can be added (docs/add-a-model.md)."
+        )
 
 
 _MOST = {"num_hidden_layers": 10_000, "max_position_embeddings": 10**9}
@@ -209,7 +213,9 @@ def _refuse_unsupported(text: Any, outer: Any) -> None:
         f"{name}={quoted(getattr(text, name))} (mixtures of experts)" for name in experts if getattr(text, name, None)
     ]
     if any(getattr(config, "quantization_config", None) is not None for config in (text, outer)):
-        problems.append("quantization_config (only plain float weights are read; export the model unquantised)")
+        problems.append(
+            "quantization_config (only plain float weights are read: name the model before its quantization)"
+        )
     if getattr(text, "use_bidirectional_attention", None):
         problems.append("use_bidirectional_attention (only causal attention)")
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads

@@ -165,11 +165,11 @@ def _rows_at_once(
 def check_decode_lengths(args: GOLDConfig, student: DecoderConfig, teacher: DecoderConfig) -> None:
     """ValueError where training asks a model for longer rows than it can decode."""
     length, wanted = args.prompt_budget + args.max_completion_length, "--max_prompt_length and --max_completion_length"
-    wanted = f"prompts and completions in training ({wanted}, or --max_length)"
+    wanted = f"completions in training ({wanted}, or --max_length)"
     if args.lmbda > 0 and args.server_url is None:
-        student.check_decode_length(length, wanted)
+        student.check_decode_length(length, f"prompts and the student's {wanted}")
     if args.seq_kd and args.lmbda < 1:
-        teacher.check_decode_length(length, wanted)
+        teacher.check_decode_length(length, f"prompts and the teacher's {wanted}")
 
 
 def counted_tokens(args: SFTConfig) -> str:
