@@ -221,7 +221,7 @@ class _Trainer(TrainerMembers):
             hosts = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             mesh = f"{mesh_flag(self.placement.mesh.shape)} ({jax.device_count()} devices{hosts})"
         rows = {
-            "student": f"{student.name} ({student.model.config.family}, {size / 1e6:.1f} M parameters)",
+            "student": _describe_model(student, f"{size / 1e6:.1f} M parameters"),
             **shown,
             "data": order.describe() + (f" of {self.dataset_name}" if self.dataset_name else ""),
             "updates": f"{total:,} of {plural(order.per_step, 'row')} each, {rate}",
@@ -470,6 +470,12 @@ def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     raise ValueError(f"--metric_for_best_model is {wanted!r}, and {each}: give {possible}, or another measure of one")
 
 
+def _describe_model(side: LoadedModel, *facts: str) -> str:
+    config, most = side.model.config, side.model.config.max_decode_length
+    limit = [] if most is None else [f"LongRoPE: writes in rows of up to {most:,} tokens"]
+    return f"{side.name} ({', '.join([config.family, *facts, *limit])})"
+
+
 def _describe_vocabularies(match: build.Match, sizes: Sequence[int]) -> str:
     matched = match.vocabulary.matched
     if not (match.same or match.related):
@@ -648,7 +654,7 @@ class GOLDTrainer(_Trainer):
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)
-        shown = {"teacher": f"{teacher.name} ({teacher.model.config.family})"}
+        shown = {"teacher": _describe_model(teacher)}
         shown |= {"vocabularies": _describe_vocabularies(match, sizes), "loss": self.spec.describe()}
         shown |= {"completions": _describe_completions(a, served=engine is not None)}
         self._set_up(student, rows, shown, a.max_completion_length, teacher, match, engine, notices)

@@ -67,7 +67,8 @@ def test_completions_in_training(phi, world, tmp_path):
 def test_rows_of_the_data_may_be_longer(phi, world, tmp_path):
     row = {"prompt": "What is it?", "completion": " ".join(answer for _, answer in tiny.ROWS * 3)}
     args = GOLDConfig(output_dir=tmp_path, max_steps=1, max_length=400, lmbda=0.0, logging_steps=1)
-    run = GOLDTrainer(phi, str(world / "teacher"), args, [row], console=tiny.quiet_console())
+    run = GOLDTrainer(phi, str(world / "teacher"), args, [row], console=(console := tiny.quiet_console()))
+    assert f"LongRoPE: writes in rows of up to {MOST} tokens)" in console.export_text()
     assert len(run.student.chat_tokenizer.encode_completion(row["completion"]).ids) > MOST
     run.train()
     assert np.isfinite(run.log_history[0]["loss"])
