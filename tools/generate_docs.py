@@ -255,7 +255,7 @@ gold_jax.save_model(loss.student(params), "own-loop")
 _MODELS = {
     "llama": "Llama 2, 3, 3.1, 3.2, 3.3, SmolLM 2, TinyLlama, Yi, DeepSeek-R1-Distill-Llama",
     "mistral": "Mistral 7B, Nemo, Small",
-    "ministral": "Ministral 8B",
+    "ministral": "Ministral 8B (2410)",
     "qwen2": "Qwen 2, 2.5, DeepSeek-R1-Distill-Qwen",
     "qwen3": "Qwen 3",
     "gemma2": "Gemma 2",
