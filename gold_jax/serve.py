@@ -31,7 +31,8 @@ class ServeArguments(Settings):
     batch_size: int = flag(16, "How many sequences are decoded at once.", range=AT_LEAST_ONE)
     queue_size: int = flag(256, "How many sequences may wait; others are answered 503 with Retry-After.", range=AT_LEAST_ONE)
     max_length: int | None = flag(None,
-        "Most tokens of a sequence with its prompt; none: the model's max_position_embeddings, at most 4096.", range=AT_LEAST_ONE)
+        "Most tokens of a sequence with its prompt; none: the model's max_position_embeddings (with LongRoPE its "
+        "original_max_position_embeddings), at most 4096.", range=AT_LEAST_ONE)
     quantization: str = flag("none",
         "int8: decode with weights of 8 bits, which are read in half the time; prompts are scored with the original ones. "
         "int8_kv_cache: keys and values of earlier tokens in 8 bits, too.",

@@ -596,7 +596,7 @@ class GOLDConfig(ServerFlags, LossFlags, SamplingFlags, TeacherFlags, SFTConfig)
 
     learning_rate: float = like(SFTConfig, "learning_rate", 1e-7)
     max_length: int | None = like(SFTConfig, "max_length", None,
-        help="Longest sequence in tokens; none: room for prompt (512 if max_prompt_length is none) and completion.")  # fmt: skip
+        help="Longest sequence in tokens; none: room for prompt (512 if max_prompt_length is none) and completion, at least 1024.")  # fmt: skip
 
     def __post_init__(self):
         super().__post_init__()
