@@ -214,7 +214,7 @@ def load_reader(
     options = dict(dtype=dtype, param_dtype=dtype, read_dtype=model.dtype, revision=model.model_revision)
     placement = None if one_device else place_run(args.mesh)
     options |= dict(attention=model.attn_implementation, placement=placement)
-    options |= dict(special_tokens_in_prompts=special_tokens, role=role)
+    options |= dict(special_tokens_in_prompts=special_tokens, role=role, trust_remote_code=args.trust_remote_code)
     with progress.task(f"reading the {role}"):
         loaded = load_model_and_tokenizer(model.model_name_or_path, tokenizer, **options)
     print(f"{role}: {loaded.chat_tokenizer.describe()}", file=sys.stderr)

@@ -27,6 +27,7 @@ class EvaluateArguments(Settings):
     batch_size: int = flag(8, "Rows at a time.", range=AT_LEAST_ONE)
     special_tokens_in_prompts: bool = like(SFTConfig, "special_tokens_in_prompts")
     max_length: int | None = like(SFTConfig, "max_length", None, help="Longest sequence in tokens; none: no limit.")
+    trust_remote_code: bool = like(SFTConfig, "trust_remote_code")
     bf16: bool | None = like(SFTConfig, "bf16")
     loss_chunk: int | None = like(SFTConfig, "loss_chunk")
     predict_with_generate: bool = flag(False, "Also write completions greedily and count exact matches.")

@@ -36,6 +36,7 @@ class GenerateArguments(Settings):
     top_k: int = like(GOLDConfig, "top_k")
     batch_size: int = flag(8, "Prompts at a time.", range=AT_LEAST_ONE)
     seed: int = like(GOLDConfig, "seed", help="Seed of sampling.")
+    trust_remote_code: bool = like(GOLDConfig, "trust_remote_code")
     bf16: bool | None = like(GOLDConfig, "bf16")
     mesh: str | None = like(GOLDConfig, "mesh")
     json: bool = flag(False, "Print one JSON object a line.")

@@ -187,6 +187,9 @@ def load_tokenizer(name: str | pathlib.Path, *, revision: str | None = None, tru
         raise
     except BaseException as error:  # a panic of tokenizers' Rust is no Exception
         reason = (str(error).strip().splitlines() or [""])[0]
+        if "custom code" in reason:
+            look = "read that code, and run it with --trust_remote_code (trust_remote_code=True) if you trust it"
+            raise ValueError(f"the tokenizer {name!r} is Python code that comes with the model; {look}") from error
         reason = quoted(f"{type(error).__name__}: {reason}" if len(reason.split()) < 2 else reason, plain=True)
         for path in paths:
             if path.name == "tokenizer.json" and not _opens(path):

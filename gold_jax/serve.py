@@ -37,6 +37,7 @@ class ServeArguments(Settings):
         "int8: decode with weights of 8 bits, which are read in half the time; prompts are scored with the original ones. "
         "int8_kv_cache: keys and values of earlier tokens in 8 bits, too.",
         choices=QUANTIZATIONS)
+    trust_remote_code: bool = like(GOLDConfig, "trust_remote_code")
     bf16: bool | None = like(GOLDConfig, "bf16")
 
 

@@ -1,10 +1,12 @@
 import json
 import shutil
+import sys
 
 import pytest
+import transformers
 from flax import nnx
 
-from gold_jax import GOLDConfig, GOLDTrainer, train
+from gold_jax import GOLDConfig, GOLDTrainer, generate, train
 from gold_jax.loading import load_model_and_tokenizer, load_tokenizer
 from gold_jax.models.hf_checkpoint import load_model
 from gold_jax.training import trainer
@@ -77,3 +79,22 @@ def test_a_tokenizer_is_found_in_the_home_folder_as_its_model_is(world, monkeypa
     assert load_model_and_tokenizer("~/student").chat_tokenizer.stop_ids
     with pytest.raises(FileNotFoundError, match="no tokenizer can be read from '.*/nowhere' .there is no such folder"):
         load_tokenizer("~/nowhere")
+
+
+def test_a_tokenizer_s_own_code_runs_only_where_it_is_allowed(world, tmp_path, monkeypatch):
+    for module in (transformers.dynamic_module_utils, transformers.utils.hub):  # where such code is copied to
+        monkeypatch.setattr(module, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    folder = shutil.copytree(world / "student", tmp_path / "own")
+    code = "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    (folder / "own_tokenizer.py").write_text(code)
+    path = folder / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own_tokenizer.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    line = ["--model_name_or_path", str(folder), "--prompt", "Hi", "--max_new_tokens", "2"]
+    with pytest.raises(
+        ValueError, match="is Python code that comes with the model; read that code, .*--trust_remote_code"
+    ):
+        generate.main(line)
+    generate.main([*line, "--trust_remote_code"])
+    assert type(load_tokenizer(folder, trust_remote_code=True)).__name__ == "Own"
