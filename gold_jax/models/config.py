@@ -51,15 +51,12 @@ class DecoderConfig:
     post_norms_only: bool = False  # norms after them and none before (OLMo 2, EXAONE 4)
     attention_softcap: float | None = None  # `cap · tanh(x / cap)` on scores
     final_softcap: float | None = None  # the same on logits
-    embedding_scale: float = (
-        1.0  # on embeddings (Gemma: √width; Granite), rounded to the compute dtype, as transformers does Gemma's
-    )
+    # On embeddings (Gemma: √width; Granite), rounded to the compute dtype, as transformers does Gemma's.
+    embedding_scale: float = 1.0
     residual_scale: float = 1.0  # on what attention and MLP add (Granite)
     hidden_scale: float = 1.0  # on the final hidden states, and so on logits (Granite: 1 / logits_scaling)
     rotated: tuple[bool, ...] | None = None  # per layer, whether queries and keys are rotated; None: in all
-    fused_projections: bool = (
-        False  # the files hold queries, keys and values in one matrix, gate and up in another (Phi 3)
-    )
+    fused_projections: bool = False  # files hold query, key and value in one matrix, gate and up in another (Phi 3)
     # JSON of where the model came from (`config`: the original dictionary, …), for saving; takes no part in comparisons.
     source: str = dataclasses.field(default="{}", compare=False, repr=False)
 
