@@ -300,7 +300,8 @@ def families_page() -> str:
         "rotates three quarters of a head. Granite's configs have factors on embeddings, scores, what layers add, and logits.",
         "With LongRoPE (Phi 3.5, Phi 4 mini) rows of more than `original_max_position_embeddings` tokens are rotated by other angles. "
         "Here the row's own length decides, in transformers that of the longest row in the batch. As such a row would have to be read "
-        "anew, models decode up to this length, prompt and completion together; what asks for more is refused at the start.",
+        "anew, models decode up to this length, prompt and completion together; what asks for more is refused at the start (the prompts of a "
+        "stream, which the teacher reads under `--seq_kd`, when they come).",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -31,11 +31,11 @@ from gold_jax.sharding.axes import mesh_flag
 from gold_jax.sharding.placement import Placement
 from gold_jax.text.chat import ChatTokenizer
 from gold_jax.text.checks import check_evaluations
-from gold_jax.text.data import as_teacher_reads, load_examples
+from gold_jax.text.data import Example, as_teacher_reads, load_examples
 from gold_jax.text.stream import RowStream, open_stream
 from gold_jax.text.truncation import EndsOfPrompts
 from gold_jax.training import build
-from gold_jax.training.batches import DistillationBatchBuilder, TokenBatchBuilder
+from gold_jax.training.batches import DistillationBatchBuilder, RowOrder, TokenBatchBuilder
 from gold_jax.training.callbacks import check_compute_metrics, check_optimizers, check_trl_arguments
 from gold_jax.training.hub import HubError, HubSilent, create_hub_repository, push_to_hub
 from gold_jax.training.logging import header, shown
@@ -205,9 +205,7 @@ class _Trainer(TrainerMembers):
             examples = [e for part in (rows.values() if isinstance(rows, Mapping) else [rows]) for e in part]
             if whose == "the teacher":
                 examples = as_teacher_reads(examples, side.chat_tokenizer, a.teacher_context)
-            longest = max(map(len, side.chat_tokenizer.encode_prompts([e.prompt for e in examples])))
-            wanted = f"the longest prompt of the evaluation data and {max_new_tokens} new tokens"
-            side.model.config.check_decode_length(longest + max_new_tokens, wanted)
+            _check_longest_prompt(side, examples, max_new_tokens, "the evaluation data")
 
     def _show(self, student: LoadedModel, data: Data, shown: Mapping[str, Any]) -> None:
         """Prints what is about to run."""
@@ -470,6 +468,13 @@ def _check_best_metric(args: SFTConfig, sets: Sequence[str]) -> None:
     raise ValueError(f"--metric_for_best_model is {wanted!r}, and {each}: give {possible}, or another measure of one")
 
 
+def _check_longest_prompt(side: LoadedModel, examples: Sequence[Example], max_new_tokens: int, data: str) -> None:
+    """ValueError where completions of prompts make longer rows than a model can decode."""
+    longest = max(map(len, side.chat_tokenizer.encode_prompts([e.prompt for e in examples])))
+    wanted = f"the longest prompt of {data} and {max_new_tokens} new tokens"
+    side.model.config.check_decode_length(longest + max_new_tokens, wanted)
+
+
 def _describe_model(side: LoadedModel, *facts: str) -> str:
     config, most = side.model.config, side.model.config.max_decode_length
     limit = [] if most is None else [f"LongRoPE: writes in rows of up to {most:,} tokens"]
@@ -651,6 +656,10 @@ class GOLDTrainer(_Trainer):
             room = lambda _: a.prompt_budget  # noqa: E731
             self.train_examples = EndsOfPrompts(self.train_examples, student.chat_tokenizer, room)
         rows = self._check((self.spec, match.same), student.chat_tokenizer, **options)
+        if by_teacher and teacher.model.config.max_decode_length is not None and isinstance(rows.order, RowOrder):
+            kept = [rows.examples[i] for i in rows.order.rows]
+            read = as_teacher_reads(kept, teacher.chat_tokenizer, a.teacher_context)
+            _check_longest_prompt(teacher, read, a.max_completion_length, "the data, as the teacher reads it,")
         sizes = [side.model.config.vocab_size for side in (student, teacher)]
         notify = functools.partial(self.console.print, markup=False, soft_wrap=True)
         engine, notices = build.completion_server(a, sizes[0], self.dtype, notify)

@@ -62,6 +62,12 @@ def test_completions_in_training(phi, world, tmp_path):
     with pytest.raises(ValueError, match=f"prompts and the teacher's completions {words}"):
         trainer(str(world / "sibling"), phi, tmp_path, max_completion_length=64, lmbda=0.0, seq_kd=True)
     trainer(phi, world / "teacher", tmp_path, max_completion_length=16, max_prompt_length=80, lmbda=1.0).train()
+    writes = dict(max_completion_length=16, max_prompt_length=48, lmbda=0.0, seq_kd=True)
+    trainer(str(world / "sibling"), phi, tmp_path, **writes)
+    with pytest.raises(
+        ValueError, match="the longest prompt of the data, as the teacher reads it, and 16 new tokens come to"
+    ):
+        trainer(str(world / "sibling"), phi, tmp_path, teacher_context="What there is to know. " * 8, **writes)
 
 
 def test_rows_of_the_data_may_be_longer(phi, world, tmp_path):
